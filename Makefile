@@ -1,0 +1,34 @@
+# make demo   trains a ViTRM on handwritten digits, and draws what it learned
+# make test   style, types and tests
+# make bench  how fast the training loop is
+# Each works alone on a machine that has Python 3.11 or newer and make. ARGS reach the command.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: demo test lint bench clean
+
+demo: $(INSTALLED)
+	$(BIN)/smallfry train $(ARGS)
+
+test: lint
+	$(BIN)/pytest $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/loop.py $(ARGS)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("smallfry needs Python 3.11 or newer, this is %d.%d; name another: make PYTHON=python3.12" % v[:2])'
+	$(PYTHON) -m venv .venv
+	@echo "Installing smallfry and its libraries into .venv (PyTorch is large: some minutes)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis

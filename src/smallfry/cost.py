@@ -1,0 +1,60 @@
+"""What a model costs: parameters, bytes, arithmetic and memory, measured in one place."""
+
+from copy import deepcopy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+class Cost(NamedTuple):
+    """The cost of a model on one input."""
+
+    parameters: int  # unique ones: a weight that is shared or used many times counts once
+    bytes: int  # of parameters and buffers, in their own precision
+    macs: int  # multiply-accumulates of matrix products, convolutions and attention, all calls
+    activation_bytes: int  # what a training forward pass keeps for the backward pass
+
+
+def cost(model: nn.Module, input: Tensor) -> Cost:
+    """Measure a model on an input; the model, its buffers and random state stay untouched.
+
+    Args:
+        model: Any module.
+        input: What ``model`` is called with, such as ``torch.zeros(1, 3, 32, 32)``. ``macs`` and
+            ``activation_bytes`` are those of the whole batch.
+    """
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+    probe = deepcopy(model)
+    with torch.random.fork_rng():
+        return Cost(
+            parameters=sum(p.numel() for p in model.parameters()),
+            bytes=sum(t.numel() * t.element_size() for t in tensors),
+            macs=_macs(probe, input),
+            activation_bytes=_activation_bytes(probe, input),
+        )
+
+
+def _macs(model: nn.Module, input: Tensor) -> int:
+    model.eval()
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(input)
+    return counter.get_total_flops() // 2
+
+
+def _activation_bytes(model: nn.Module, input: Tensor) -> int:
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), input)}
+    kept: dict[int, torch.UntypedStorage] = {}  # holding the storages keeps addresses unique
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    model.train()
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        model(input)
+    return sum(storage.nbytes() for storage in kept.values())

@@ -1,0 +1,45 @@
+"""What can go wrong for a user. A message says what was wrong, what was expected, what to do."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class SmallfryError(Exception):
+    """A problem that the user can mend; the command prints it without a traceback."""
+
+
+class UsageError(SmallfryError):
+    """A request that can't be meant: an unknown name, options that contradict each other."""
+
+
+class DataError(SmallfryError):
+    """Images or labels that are missing, unreadable or don't fit."""
+
+
+class RunError(SmallfryError):
+    """A run folder that can't be used: incomplete, damaged, foreign or taken."""
+
+
+class TrainingError(SmallfryError):
+    """Training that can't go on, such as a loss that is not a number."""
+
+
+class Stopped(Exception):
+    """A signal asked for an end; what was done is saved."""
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+class SmallfryWarning(UserWarning):
+    """Something was handled in a way that the user should know of."""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A hint for an unknown name: ``; did you mean 'digits'?``, or the names there are."""
+    known = sorted(names)
+    close = [k for k in known if k.startswith(name)] or get_close_matches(name, known, n=1)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; there are {', '.join(known)}" if len(known) <= 20 else ""

@@ -1,0 +1,5 @@
+"""Architectures. Importing this package registers them with timm."""
+
+from smallfry.models.vitrm import RecursionStep, State, ViTRM
+
+__all__ = ["RecursionStep", "State", "ViTRM"]

@@ -1,0 +1,391 @@
+"""ViTRM, the Vision Tiny Recursion Model: one small block applied again and again.
+
+An image becomes tokens ``x``, once. A latent memory ``z`` and a prediction token ``y`` start from
+learned tensors, and one shared transformer block ``f`` rewrites them. One *recursion step* is
+
+    n times:  z <- f([x; y; z]), the rows of z     (think)
+    once:     y <- f([y; z]),    the row of y      (answer)
+
+and two linear heads read class logits and a halting logit off ``y``. A model of 3.6M parameters
+thereby runs 12 transformer layers on an image, and more if it recurs T times.
+
+Source: Akazan et al., "Vision Tiny Recursion Model", arXiv 2603.19503, which adapts
+Jolicoeur-Martineau, "Less is More: Recursive Reasoning with Tiny Networks", arXiv 2510.04871.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from timm.layers import GluMlp
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["RecursionStep", "State", "ViTRM"]
+
+
+class State(NamedTuple):
+    """What a recursion carries from step to step."""
+
+    y: Tensor  # the prediction token, (batch, 1, dim)
+    z: Tensor  # the latent memory, (batch, latents, dim)
+
+    def detach(self) -> "State":
+        """The same values, cut off from the graph (between two steps of deep supervision)."""
+        return State(self.y.detach(), self.z.detach())
+
+
+class RecursionStep(NamedTuple):
+    """A state and what the heads read off it."""
+
+    state: State
+    logits: Tensor  # (batch, num_classes)
+    halt_logits: Tensor  # (batch,); their sigmoid is the probability that the answer is right
+
+
+class ViTRM(nn.Module):
+    """Vision Tiny Recursion Model, with the contract of a timm model.
+
+    Args:
+        img_size: Side of the square input images in pixels.
+        patch_size: Side of a patch in pixels (p); it divides ``img_size``.
+        in_chans: Channels of the input images.
+        num_classes: Classes of the head; 0 gives a model that returns ``y``.
+        embed_dim: Width of every token (D).
+        depth: Layers of the shared block.
+        num_heads: Attention heads; they divide ``embed_dim``.
+        mlp_hidden_dim: Hidden width of the SwiGLU.
+        latent_steps: Rewritings of ``z`` in one recursion step (n).
+        recursion_steps: Recursion steps that ``forward`` chains (T).
+        latents: Tokens of ``z``; default one per patch.
+        drop_rate: Dropout on both residual branches (the paper: 0.1).
+        attn_drop_rate: Dropout on the attention weights; default ``drop_rate``.
+        position_std: Standard deviation of the initial positions; default the paper's Xavier
+            initialisation, sqrt(2 / (D (1 + patches))), whose positions are faint beside the
+            patches and slow to be noticed when training is short.
+
+    Raises:
+        ValueError: Sizes that do not fit each other, named.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 32,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 10,
+        embed_dim: int = 384,
+        depth: int = 3,
+        num_heads: int = 6,
+        mlp_hidden_dim: int = 512,
+        latent_steps: int = 3,
+        recursion_steps: int = 1,
+        latents: int | None = None,
+        drop_rate: float = 0.1,
+        attn_drop_rate: float | None = None,
+        position_std: float | None = None,
+    ) -> None:
+        super().__init__()
+        side = _square(img_size)
+        if side % patch_size:
+            raise ValueError(
+                f"patch_size {patch_size} does not divide img_size {side}: choose an image size "
+                f"that is a multiple of {patch_size}, or another patch_size"
+            )
+        if embed_dim % num_heads:
+            raise ValueError(f"num_heads {num_heads} does not divide embed_dim {embed_dim}")
+        patches = (side // patch_size) ** 2
+        latents = patches if latents is None else latents
+        for name, count in {
+            "depth": depth,
+            "latent_steps": latent_steps,
+            "recursion_steps": recursion_steps,
+            "latents": latents,
+        }.items():
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
+
+        self.input_shape = (in_chans, side, side)
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.latent_steps = latent_steps
+        self.recursion_steps = recursion_steps
+        self.grad_checkpointing = False
+        attn_drop_rate = drop_rate if attn_drop_rate is None else attn_drop_rate
+
+        self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
+        self.pos_embed = nn.Parameter(torch.empty(1, patches, embed_dim))
+        self.y_init = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.z_init = nn.Parameter(torch.empty(1, latents, embed_dim))
+        self.blocks = nn.Sequential(
+            *(
+                Layer(embed_dim, num_heads, mlp_hidden_dim, drop_rate, attn_drop_rate)
+                for _ in range(depth)
+            )
+        )
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        self.halt_head = nn.Linear(embed_dim, 1)
+        self.init_weights(position_std)
+
+    def init_weights(self, position_std: float | None = None) -> None:
+        """The paper's initialisation: Xavier-normal tokens and heads, PyTorch's own elsewhere."""
+        for token in (self.pos_embed, self.y_init, self.z_init):
+            nn.init.xavier_normal_(token)
+        if position_std is not None:
+            nn.init.normal_(self.pos_embed, std=position_std)
+        for layer in self.blocks:
+            attention = cast(Layer, layer).attn
+            nn.init.xavier_uniform_(attention.qkv.weight)
+            nn.init.zeros_(attention.qkv.bias)
+            nn.init.zeros_(attention.proj.bias)
+        for head in (self.head, self.halt_head):
+            _init_head(head)
+
+    # The recursion, from the outside in
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class logits (batch, num_classes) of images (batch, channels, height, width)."""
+        return self.forward_head(self.forward_features(images))
+
+    def recurse(self, images: Tensor, steps: int | None = None) -> list[RecursionStep]:
+        """Every recursion step of the images: its state, class logits and halting logits.
+
+        Args:
+            images: (batch, channels, height, width).
+            steps: How many steps; default ``recursion_steps``.
+        """
+        x = self.embed(images)
+        state = self.initial_state(len(images))
+        trace = []
+        for _ in range(self.recursion_steps if steps is None else steps):
+            trace.append(self.step(x, state))
+            state = trace[-1].state
+        return trace
+
+    def advance(self, images: Tensor, state: State | None = None) -> RecursionStep:
+        """One recursion step from a state (default the initial one): what a training step sees."""
+        x = self.embed(images)
+        return self.step(x, self.initial_state(len(images)) if state is None else state)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """The image tokens x, (batch, patches, dim); the same in every step."""
+        if images.shape[1:] != self.input_shape:
+            expected = ", ".join(map(str, self.input_shape))
+            raise ValueError(
+                f"expected images of shape (batch, {expected}), got {tuple(images.shape)}; "
+                "img_size and in_chans of create_model() choose the shape"
+            )
+        patches: Tensor = self.patch_embed(images)  # (batch, dim, rows, columns)
+        return patches.flatten(2).transpose(1, 2) + self.pos_embed
+
+    def initial_state(self, batch_size: int) -> State:
+        """The learned state that every image starts from."""
+        return State(self.y_init.expand(batch_size, -1, -1), self.z_init.expand(batch_size, -1, -1))
+
+    def step(self, x: Tensor, state: State) -> RecursionStep:
+        """One recursion step: ``latent_steps`` times z, once y, and the heads."""
+        for _ in range(self.latent_steps):
+            state = self.think(x, state)
+        return self.read_out(self.answer(state))
+
+    def think(self, x: Tensor, state: State) -> State:
+        """One latent step: z <- f([x; y; z]), the rows of z."""
+        rows = self._block(torch.cat([x, state.y, state.z], dim=1))
+        return State(state.y, rows[:, -state.z.shape[1] :])
+
+    def answer(self, state: State) -> State:
+        """The answer step: y <- f([y; z]), the row of y."""
+        return State(self._block(torch.cat([state.y, state.z], dim=1))[:, :1], state.z)
+
+    def read_out(self, state: State) -> RecursionStep:
+        """What both heads read off y."""
+        y = state.y.squeeze(1)
+        return RecursionStep(state, self.head(y), self.halt_head(y).squeeze(-1))
+
+    def _block(self, tokens: Tensor) -> Tensor:
+        if self.grad_checkpointing and self.training:
+            return cast(Tensor, checkpoint(self.blocks, tokens, use_reentrant=False))
+        return cast(Tensor, self.blocks(tokens))
+
+    # timm's contract
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """The final tokens [y; z], (batch, 1 + latents, dim): one prefix token, as a ViT has."""
+        x = self.embed(images)
+        state = self.initial_state(len(images))
+        for _ in range(self.recursion_steps):
+            for _ in range(self.latent_steps):
+                state = self.think(x, state)
+            state = self.answer(state)
+        return torch.cat(state, dim=1)
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Class logits of ``forward_features``' tokens; ``pre_logits`` gives y itself."""
+        y = features[:, 0]
+        return y if pre_logits else cast(Tensor, self.head(y))
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the class head by a fresh one; 0 classes remove it."""
+        if global_pool not in (None, "", "token"):
+            raise ValueError(f"a ViTRM reads its answer off y ('token'), not {global_pool!r}")
+        self.num_classes = num_classes
+        head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        _init_head(head)
+        self.head = head.to(self.y_init)
+
+    def get_classifier(self) -> nn.Module:
+        """The class head."""
+        return self.head
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the block in the backward pass: less memory, a third more arithmetic."""
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that an optimizer should leave undecayed, besides biases and norms."""
+        return {"pos_embed", "y_init", "z_init"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's grouping for layer-wise learning rates."""
+        return {
+            "stem": r"^pos_embed|^patch_embed|^y_init|^z_init",
+            "blocks": [(r"^blocks\.(\d+)", None)],
+        }
+
+
+class Layer(nn.Module):
+    """A pre-norm transformer layer; nothing normalises its output."""
+
+    def __init__(
+        self, dim: int, heads: int, mlp_hidden_dim: int, drop: float, attn_drop: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, heads, attn_drop)
+        self.norm2 = nn.LayerNorm(dim)
+        # fc1 gives the value first and the gate second: fc2(value * silu(gate))
+        self.mlp = GluMlp(dim, 2 * mlp_hidden_dim, act_layer=nn.SiLU, gate_last=True)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (batch, tokens, dim) to tokens."""
+        tokens = tokens + self.drop(self.attn(self.norm1(tokens)))
+        return cast(Tensor, tokens + self.drop(self.mlp(self.norm2(tokens))))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused projection for queries, keys and values."""
+
+    def __init__(self, dim: int, heads: int, drop: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.drop = drop
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (batch, tokens, dim) to tokens."""
+        batch, count, dim = tokens.shape
+        qkv = self.qkv(tokens).view(batch, count, 3, self.heads, dim // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, tokens, dim / heads)
+        drop = self.drop if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=drop)
+        return cast(Tensor, self.proj(attended.transpose(1, 2).reshape(batch, count, dim)))
+
+
+def checkpoint_filter_fn(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Weights under the names of the authors' implementation, under ours; ours pass unchanged."""
+    renamed = (
+        ("patch_embed.proj.", "patch_embed."),
+        ("patch_embed.pos_embed", "pos_embed"),
+        ("block.", "blocks."),
+        ("attn.in_proj_", "attn.qkv."),
+        ("attn.out_proj.", "attn.proj."),
+        ("mlp.0.", "mlp.fc1."),
+        ("mlp.2.", "mlp.fc2."),
+        ("cls_head.", "head."),
+    )
+
+    def ours(name: str) -> str:
+        for theirs, mine in renamed:
+            if name.startswith(theirs) or f".{theirs}" in name:
+                name = name.replace(theirs, mine, 1)
+        return name
+
+    return {ours(name): weight for name, weight in weights.items()}
+
+
+def _square(img_size: int | tuple[int, int]) -> int:
+    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(sides) != 2 or sides[0] != sides[1]:
+        raise ValueError(f"a ViTRM takes square images, got img_size {img_size}")
+    return sides[0]
+
+
+def _init_head(head: nn.Module) -> None:
+    if isinstance(head, nn.Linear):
+        nn.init.xavier_normal_(head.weight)
+        nn.init.zeros_(head.bias)
+
+
+# The named sizes
+
+
+def _cfg(side: int, channels: int) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 10,
+        "input_size": (channels, side, side),
+        "fixed_input_size": True,
+        "interpolation": "bilinear",
+        "mean": (0.5,) * channels,
+        "std": (0.5,) * channels,
+        "first_conv": "patch_embed",
+        "classifier": "head",
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vitrm_small_patch4_32": _cfg(32, 3),
+        "vitrm_tiny_patch4_32": _cfg(32, 3),
+        "vitrm_micro_patch2_8": _cfg(8, 1),
+    }
+)
+
+
+def _create(variant: str, pretrained: bool, sizes: dict[str, Any], kwargs: dict[str, Any]) -> ViTRM:
+    build = cast(Callable[..., ViTRM], build_model_with_cfg)
+    return build(
+        ViTRM, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **(sizes | kwargs)
+    )
+
+
+@register_model  # type: ignore[untyped-decorator]
+def vitrm_small_patch4_32(pretrained: bool = False, **kwargs: Any) -> ViTRM:
+    """The paper's model: 3,624,971 parameters for 10 classes of 32×32 images."""
+    return _create("vitrm_small_patch4_32", pretrained, {}, kwargs)
+
+
+@register_model  # type: ignore[untyped-decorator]
+def vitrm_tiny_patch4_32(pretrained: bool = False, **kwargs: Any) -> ViTRM:
+    """Half the paper's width: 927,755 parameters for 10 classes of 32×32 images."""
+    sizes = {"embed_dim": 192, "num_heads": 3, "mlp_hidden_dim": 256}
+    return _create("vitrm_tiny_patch4_32", pretrained, sizes, kwargs)
+
+
+@register_model  # type: ignore[untyped-decorator]
+def vitrm_micro_patch2_8(pretrained: bool = False, **kwargs: Any) -> ViTRM:
+    """For 8×8 grey images such as scikit-learn's digits: 60,603 parameters for 10 classes."""
+    sizes = {
+        "img_size": 8,
+        "patch_size": 2,
+        "in_chans": 1,
+        "embed_dim": 48,
+        "num_heads": 3,
+        "mlp_hidden_dim": 64,
+        "position_std": 0.5,
+    }
+    return _create("vitrm_micro_patch2_8", pretrained, sizes, kwargs)
