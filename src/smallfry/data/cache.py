@@ -1,0 +1,96 @@
+"""Decode every image once: pixels as a memory-mapped array in the user's cache folder."""
+
+import logging
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smallfry.data.images import decode, refit
+from smallfry.data.sources import EncodedSplit
+from smallfry.errors import DataError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # changes whenever decoding does, so that no old array is taken for a new one
+
+
+class Unreadable(NamedTuple):
+    """An image that can't be decoded."""
+
+    position: int
+    reason: str
+
+
+def cache_folder() -> Path:
+    """``$SMALLFRY_CACHE``, by default ``smallfry`` in the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("SMALLFRY_CACHE") or Path(home) / "smallfry")
+
+
+def decoded(
+    split: EncodedSplit, size: int, channels: int
+) -> tuple[NDArray[np.uint8], list[Unreadable]]:
+    """Pixels (images, channels, size, size) of a split, and the images that can't be read.
+
+    An unreadable image is left black. Arrays are kept for the next time, unless one was
+    unreadable or the split has no fingerprint.
+    """
+    shape = (len(split.labels), channels, size, size)
+    if not split.fingerprint:
+        images = np.empty(shape, dtype=np.uint8)
+        return images, _decode_into(images, split, size, channels)
+    file = cache_folder() / f"{split.fingerprint}-{size}x{channels}-v{FORMAT}.npy"
+    kept = _load(file, shape)
+    if kept is not None:
+        return kept, []
+    part = file.with_suffix(f".{os.getpid()}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        images = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
+        log.info("decoding %d images into %s", shape[0], file)
+        unreadable = _decode_into(images, split, size, channels)
+        if unreadable:
+            return np.array(images), unreadable
+        images.flush()
+        os.replace(part, file)
+    except OSError as error:
+        raise DataError(
+            f"{file.parent}: decoded images can't be kept there ({error}); free space, or name "
+            "another folder in the environment variable SMALLFRY_CACHE"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+    return images, []
+
+
+def _load(file: Path, shape: Sequence[int]) -> NDArray[np.uint8] | None:
+    try:
+        # copy-on-write, so that torch may wrap it and nobody can change the file
+        images = np.load(file, mmap_mode="c", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return images if images.shape == tuple(shape) and images.dtype == np.uint8 else None
+
+
+def _decode_into(
+    images: NDArray[np.uint8], split: EncodedSplit, size: int, channels: int
+) -> list[Unreadable]:
+    def one(i: int) -> Unreadable | None:
+        try:
+            encoded = split.read(i)
+            if isinstance(encoded, np.ndarray):
+                images[i] = refit(encoded, size, channels)
+            else:
+                images[i] = decode(encoded, split.locate(i), size, channels)
+        except DataError as error:
+            images[i] = 0
+            return Unreadable(i, str(error))
+        return None
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        return [fault for fault in pool.map(one, range(len(images))) if fault]

@@ -1,0 +1,280 @@
+"""The one data function: a name or a folder in, decoded splits with class names out."""
+
+import hashlib
+import warnings
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from smallfry.data.cache import decoded
+from smallfry.data.images import header
+from smallfry.data.sources import TEST, TRAIN, VALIDATION, EncodedSplit, Source, find_source
+from smallfry.errors import DataError, SmallfryWarning, UsageError
+
+LARGEST_NATIVE_SIZE = 64  # larger images are brought to DEFAULT_SIZE unless a size is asked for
+DEFAULT_SIZE = 32
+SAMPLED = 256  # images looked at to find the native size and the number of channels
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images with labels.
+
+    Args:
+        pixels: (any, channels, size, size), uint8; may be memory-mapped and hold other images too.
+        rows: (images,), int64: where in ``pixels`` the images of this split are.
+        labels: (images,), int64 class indices.
+    """
+
+    pixels: Tensor
+    rows: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def images(self) -> Tensor:
+        """All images, (images, channels, size, size), uint8, as a copy."""
+        return self.pixels[self.rows]
+
+    def take(self, positions: Tensor) -> "Split":
+        """Those images of this split, in that order."""
+        return Split(self.pixels, self.rows[positions], self.labels[positions])
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set: class names, and train, validation and test splits of one image size.
+
+    Args:
+        name: The name or folder that was asked for.
+        origin: Where it was found.
+        classes: Class names, in the order of the labels.
+        image_size: Side of the images in pixels.
+        channels: 1 for grey images, 3 for RGB.
+        train: The training split.
+        validation: The validation split; empty if none was wanted.
+    """
+
+    name: str
+    origin: str
+    classes: tuple[str, ...]
+    image_size: int
+    channels: int
+    train: Split
+    validation: Split
+    _held_out: Split | EncodedSplit = field(repr=False)
+    _skip_unreadable: bool = False
+
+    @cached_property
+    def test(self) -> Split:
+        """The test split; decoded when it is first asked for, so that nothing else touches it."""
+        if isinstance(self._held_out, Split):
+            return self._held_out
+        return _decode(
+            self._held_out, self.image_size, self.channels, len(self.classes), self._skip_unreadable
+        )
+
+    @cached_property
+    def mean(self) -> tuple[float, ...]:
+        """Mean of the training pixels per channel, on the scale 0 to 1."""
+        return self._moments[0]
+
+    @cached_property
+    def std(self) -> tuple[float, ...]:
+        """Standard deviation of the training pixels per channel, on the scale 0 to 1."""
+        return self._moments[1]
+
+    @cached_property
+    def _moments(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        total = torch.zeros(2, self.channels, dtype=torch.float64)
+        for rows in torch.split(self.train.rows, 4096):
+            values = self.train.pixels[rows].to(torch.float64) / 255
+            total += torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])
+        mean, square = total / (len(self.train) * self.image_size**2)
+        std = (square - mean**2).clamp(min=0).sqrt().clamp(min=1e-3)  # a constant channel
+        return tuple(mean.tolist()), tuple(std.tolist())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the training and validation images, labels and class names, for provenance."""
+        digest = hashlib.sha256("\0".join(self.classes).encode())
+        for split in (self.train, self.validation):
+            digest.update(split.labels.numpy().tobytes())
+            for rows in torch.split(split.rows, 4096):
+                digest.update(split.pixels[rows].numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def load_data(
+    name: str = "digits",
+    root: str | Path | None = None,
+    *,
+    image_size: int | None = None,
+    channels: int | None = None,
+    validation: float = 0.1,
+    test: float = 0.2,
+    split_seed: int = 0,
+    limit: int | None = None,
+    label: str | None = None,
+    skip_unreadable: bool = False,
+) -> ImageData:
+    """Load a data set.
+
+    Args:
+        name: ``digits``, ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist``, or a folder with
+            parquet shards or one folder per class (with or without train, validation and test
+            folders around them).
+        root: Folder of a named data set; without one, the local cache and then the hub are asked.
+        image_size: Side of the images in pixels; default the native size of square images up to
+            64, else 32. Other images are cropped at their centre and scaled.
+        channels: 1 (grey) or 3 (RGB); default 1 if all images are grey.
+        validation: Share of the training images held out if the source has no validation split.
+        test: Share of the training images held out if the source has no test split.
+        split_seed: Seed of both held-out shares, which are stratified by class.
+        limit: Use only so many training images, stratified by class.
+        label: Name of the label column, where a table has several.
+        skip_unreadable: Leave unreadable images out with a warning instead of stopping.
+
+    Raises:
+        UsageError: An unknown name or an impossible option.
+        DataError: A source that can't be reached or used.
+    """
+    _check_options(image_size, channels, validation, test, limit)
+    source = find_source(name, None if root is None else Path(root), label)
+    size, channels = _geometry(source.splits[TRAIN], image_size, channels)
+    count = len(source.classes)
+    if count < 2:
+        raise DataError(f"{source.origin}: there are {count} classes; at least two are needed")
+    train = _decode(source.splits[TRAIN], size, channels, count, skip_unreadable)
+    _warn_of_missing_classes(source, train)
+
+    held_out: Split | EncodedSplit
+    if TEST in source.splits:
+        held_out = source.splits[TEST]
+    else:
+        train, held_out = hold_out(train, test, split_seed)
+    if VALIDATION in source.splits:
+        held = _decode(source.splits[VALIDATION], size, channels, count, skip_unreadable)
+    else:
+        train, held = hold_out(train, validation, split_seed + 1)
+    if limit is not None and limit < len(train):
+        _, train = hold_out(train, limit / len(train), split_seed + 2)
+    return ImageData(
+        name, source.origin, source.classes, size, channels, train, held, held_out, skip_unreadable
+    )
+
+
+def hold_out(split: Split, share: float, seed: int) -> tuple[Split, Split]:
+    """Part a split in two, the second with about ``share`` of every class.
+
+    A class keeps at least one image in the first part, and gives at least one to the second
+    if it has two.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    kept, held = [], []
+    for label in range(int(split.labels.max()) + 1 if len(split) else 0):
+        members = (split.labels == label).nonzero().squeeze(1)
+        members = members[torch.randperm(len(members), generator=generator)]
+        wanted = max(1, round(share * len(members))) if share else 0
+        count = min(wanted, max(0, len(members) - 1))
+        held.append(members[:count])
+        kept.append(members[count:])
+    nothing = torch.empty(0, dtype=torch.int64)
+    first, second = (torch.cat([nothing, *part]).sort().values for part in (kept, held))
+    return split.take(first), split.take(second)
+
+
+def _check_options(
+    image_size: int | None,
+    channels: int | None,
+    validation: float,
+    test: float,
+    limit: int | None,
+) -> None:
+    for option, share in {"validation": validation, "test": test}.items():
+        if not 0 <= share < 1:
+            raise UsageError(f"data.{option} is a share from 0 to below 1, got {share}")
+    if channels not in (None, 1, 3):
+        raise UsageError(f"data.channels is 1 (grey) or 3 (RGB), got {channels}")
+    for option, number in {"image_size": image_size, "limit": limit}.items():
+        if number is not None and number < 1:
+            raise UsageError(f"data.{option} must be at least 1, got {number}")
+
+
+def _geometry(split: EncodedSplit, size: int | None, channels: int | None) -> tuple[int, int]:
+    """The wanted size and channels, or those of the images."""
+    if len(split.labels) == 0:
+        raise DataError("the train split is empty")
+    if size is not None and channels is not None:
+        return size, channels
+    sizes, grey = set(), True
+    count = len(split.labels)
+    for i in np.unique(np.linspace(0, count - 1, min(count, SAMPLED)).astype(int)).tolist():
+        try:
+            encoded = split.read(i)
+            if isinstance(encoded, np.ndarray):
+                depth, height, width = encoded.shape
+                is_grey = depth == 1
+            else:
+                width, height, is_grey = header(encoded, split.locate(i))
+        except DataError:
+            continue  # decoding will say so
+        sizes.add((width, height))
+        grey = grey and is_grey
+    width, height = sizes.pop() if len(sizes) == 1 else (0, 1)
+    native = width if width == height and width <= LARGEST_NATIVE_SIZE else DEFAULT_SIZE
+    return size or native, channels or (1 if grey else 3)
+
+
+def _decode(
+    split: EncodedSplit, size: int, channels: int, classes: int, skip_unreadable: bool
+) -> Split:
+    outside = np.flatnonzero((split.labels < 0) | (split.labels >= classes))
+    if len(outside):
+        first = int(outside[0])
+        raise DataError(
+            f"{split.locate(first)}: label {split.labels[first]} is missing or outside "
+            f"0 to {classes - 1} ({len(outside)} such images)"
+        )
+    images, unreadable = decoded(split, size, channels)
+    if unreadable and not skip_unreadable:
+        more = f" and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
+        raise DataError(
+            f"{unreadable[0].reason}{more}; mend or remove it, or leave such images out: "
+            "--data.skip_unreadable true"
+        )
+    if unreadable:
+        warnings.warn(
+            f"{len(unreadable)} unreadable images left out, the first: {unreadable[0].reason}",
+            SmallfryWarning,
+            stacklevel=3,
+        )
+    rows = np.setdiff1d(np.arange(len(images)), [fault.position for fault in unreadable])
+    return _as_split(images, rows.astype(np.int64), split.labels)
+
+
+def _as_split(
+    images: NDArray[np.uint8], rows: NDArray[np.int64], labels: NDArray[np.int64]
+) -> Split:
+    return Split(
+        torch.from_numpy(images), torch.from_numpy(rows), torch.from_numpy(labels[rows].copy())
+    )
+
+
+def _warn_of_missing_classes(source: Source, train: Split) -> None:
+    counts = torch.bincount(train.labels, minlength=len(source.classes)).tolist()
+    for wanted, what in {0: "no training image", 1: "one image, which stays in training"}.items():
+        names = [name for name, n in zip(source.classes, counts, strict=True) if n == wanted]
+        if names:
+            warnings.warn(
+                f"{source.origin}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}: {what}",
+                SmallfryWarning,
+                stacklevel=3,
+            )

@@ -1,0 +1,87 @@
+"""One image: from bytes or a file to pixels of a wanted size and number of channels."""
+
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from smallfry.errors import DataError
+
+Encoded = bytes | Path
+
+GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "F"})
+
+
+def header(encoded: Encoded, where: str) -> tuple[int, int, bool]:
+    """Width, height and whether the image is grey, read without decoding its pixels."""
+    with _open(encoded, where) as image:
+        return image.width, image.height, _is_grey(image)
+
+
+def decode(encoded: Encoded, where: str, size: int, channels: int) -> NDArray[np.uint8]:
+    """Pixels (channels, size, size) of any image that Pillow reads.
+
+    An EXIF rotation is applied, transparency laid over white, 16-bit values are scaled to 8, the
+    first frame of an animation is taken, and a picture that is not square is cropped at its centre.
+
+    Raises:
+        DataError: Not an image, or a damaged one; ``where`` names it.
+    """
+    with _open(encoded, where) as image:
+        try:
+            image.load()
+            upright = _eight_bit(ImageOps.exif_transpose(image), where)
+        except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
+            raise DataError(f"{where}: the image is damaged ({error})") from error
+        return _fit(upright, size, channels)
+
+
+def refit(pixels: NDArray[np.uint8], size: int, channels: int) -> NDArray[np.uint8]:
+    """Pixels (channels, height, width) brought to another size and number of channels."""
+    image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+    return _fit(image, size, channels)
+
+
+def _fit(image: Image.Image, size: int, channels: int) -> NDArray[np.uint8]:
+    image = image.convert("L" if channels == 1 else "RGB")
+    if image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    array = np.asarray(image, dtype=np.uint8)
+    return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def _open(encoded: Encoded, where: str) -> Image.Image:
+    try:
+        return Image.open(BytesIO(encoded) if isinstance(encoded, bytes) else encoded)
+    except UnidentifiedImageError:
+        raise DataError(f"{where}: not an image, or of a format that Pillow can't read") from None
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{where}: too large to be decoded safely ({error})") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"{where}: can't be read ({error})") from error
+
+
+def _is_grey(image: Image.Image) -> bool:
+    if image.mode == "P":
+        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+        channels = np.asarray(image)[..., :3]
+        return bool((channels == channels[..., :1]).all())
+    return image.mode in GREY_MODES or image.mode.startswith("I;16")
+
+
+def _eight_bit(image: Image.Image, where: str) -> Image.Image:
+    """The image over white, in a mode with 8 bits a channel."""
+    if image.mode.startswith("I"):  # Pillow's own conversion would clip these at 255
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise DataError(f"{where}: 32-bit values outside 0 to 65535; save it with 8 or 16 bits")
+        return Image.fromarray((values // 257).astype(np.uint8))
+    if image.mode == "F":
+        raise DataError(f"{where}: floating-point pixels; save it with 8 or 16 bits a channel")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image

@@ -1,0 +1,354 @@
+import os
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from smallfry.data import load_data
+from smallfry.data.dataset import Split, hold_out
+from smallfry.errors import DataError, SmallfryWarning, UsageError
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+
+def write_images(folder: Path, count: int, size=(8, 8), mode="RGB", seed=0) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    for i in range(count):
+        pixels = generator.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).convert(mode).save(folder / f"{i:03}.png")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    for number, name in enumerate(["cat", "dog", "owl"]):
+        write_images(folder / name, 10, seed=number)
+    return folder
+
+
+def write_parquet(folder: Path, split: str, images, labels, names=None, **columns) -> None:
+    label = datasets.ClassLabel(names=names) if names else datasets.Value("string")
+    features = datasets.Features({"picture": datasets.Image(), "label": label})
+    for column in columns:
+        features[column] = datasets.ClassLabel(names=["x", "y"])
+    table = datasets.Dataset.from_dict(
+        {"picture": images, "label": labels, **columns}, features=features
+    )
+    table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+
+
+def grey(count, size=8):
+    generator = np.random.default_rng(1)
+    return [
+        Image.fromarray(generator.integers(0, 256, (size, size), dtype=np.uint8))
+        for _ in range(count)
+    ]
+
+
+# Digits
+
+
+def test_digits_are_the_default_and_need_no_network():
+    data = load_data()
+    assert (data.image_size, data.channels, len(data.classes)) == (8, 1, 10)
+    assert len(data.train) + len(data.validation) + len(data.test) == 1797
+
+
+def test_splits_are_disjoint_complete_and_stratified():
+    data = load_data()
+    rows = torch.cat([data.train.rows, data.validation.rows, data.test.rows])
+    assert sorted(rows.tolist()) == list(range(1797))
+    for split in (data.validation, data.test):
+        counts = torch.bincount(split.labels, minlength=10)
+        assert counts.max() - counts.min() <= 3
+
+
+def test_splits_depend_on_the_split_seed_alone():
+    first, again, other = load_data(), load_data(), load_data(split_seed=1)
+    assert torch.equal(first.test.rows, again.test.rows)
+    assert not torch.equal(first.test.rows, other.test.rows)
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+
+
+def test_moments_are_those_of_the_training_pixels():
+    data = load_data()
+    values = data.train.images.double() / 255
+    assert data.mean[0] == pytest.approx(values.mean().item())
+    assert data.std[0] == pytest.approx(values.std(correction=0).item())
+
+
+def test_digits_can_be_enlarged_and_coloured():
+    data = load_data(image_size=12, channels=3)
+    assert data.train.images.shape[1:] == (3, 12, 12)
+
+
+def test_limit_takes_so_many_of_every_class():
+    data = load_data(limit=100)
+    assert 95 <= len(data.train) <= 105
+    assert torch.bincount(data.train.labels).min() >= 9
+    assert len(data.test) == len(load_data().test)
+
+
+# One folder per class
+
+
+def test_a_folder_with_one_folder_per_class(photos):
+    data = load_data(str(photos))
+    assert data.classes == ("cat", "dog", "owl")
+    assert (data.image_size, data.channels) == (8, 3)
+    assert [len(s) for s in (data.train, data.validation, data.test)] == [21, 3, 6]
+    expected = np.asarray(Image.open(photos / "cat" / "000.png")).transpose(2, 0, 1)
+    assert torch.equal(data.train.pixels[0], torch.from_numpy(expected.copy()))
+
+
+def test_splits_that_a_folder_has_are_kept(tmp_path):
+    for split, count in {"train": 6, "val": 2, "test": 4}.items():
+        for name in ("a", "b"):
+            write_images(tmp_path / split / name, count)
+    data = load_data(str(tmp_path))
+    assert [len(s) for s in (data.train, data.validation, data.test)] == [12, 4, 8]
+
+
+def test_large_images_come_at_32_pixels_or_at_the_size_asked_for(tmp_path):
+    for name in ("a", "b"):
+        write_images(tmp_path / name, 4, size=(100, 70))
+    assert load_data(str(tmp_path)).image_size == 32
+    assert load_data(str(tmp_path), image_size=48).train.images.shape[1:] == (3, 48, 48)
+
+
+def test_grey_images_give_one_channel_and_mixed_ones_three(tmp_path):
+    write_images(tmp_path / "a", 4, mode="L")
+    write_images(tmp_path / "b", 4, mode="L")
+    assert load_data(str(tmp_path)).channels == 1
+    write_images(tmp_path / "b", 1, mode="RGBA")
+    assert load_data(str(tmp_path)).channels == 3
+
+
+def test_an_unreadable_image_is_named_or_left_out_on_request(photos):
+    (photos / "dog" / "zz.png").write_bytes(b"not an image")
+    (photos / "dog" / "zy.png").write_bytes(b"neither")
+    with pytest.raises(DataError, match=r"zy\.png.*and 1 more.*skip_unreadable"):
+        load_data(str(photos))
+    with pytest.warns(SmallfryWarning, match="2 unreadable images left out"):
+        data = load_data(str(photos), skip_unreadable=True)
+    assert len(data.train) + len(data.validation) + len(data.test) == 30
+
+
+def test_a_class_of_one_image_stays_in_training(photos):
+    write_images(photos / "rare", 1)
+    with pytest.warns(SmallfryWarning, match="rare: one image"):
+        data = load_data(str(photos))
+    assert (data.train.labels == 3).sum() == 1
+    assert (data.test.labels == 3).sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: (root / "empty").mkdir(), "empty: the class is empty"),
+        (lambda root: write_images(root, 1), r"000\.png: an image without a label"),
+        (
+            lambda root: (
+                [write_images(root / "train" / n, 2) for n in "ab"]
+                + [write_images(root / "test" / "c", 2)]
+            ),
+            "class 'c' is not among the training classes",
+        ),
+    ],
+)
+def test_folders_that_do_not_say_enough_are_refused(photos, make, message):
+    make(photos)
+    with pytest.raises(DataError, match=message):
+        load_data(str(photos))
+
+
+def test_an_empty_folder_and_a_single_class_are_refused(tmp_path):
+    with pytest.raises(DataError, match="expected one folder per class"):
+        load_data(str(tmp_path))
+    write_images(tmp_path / "only", 4)
+    with pytest.raises(DataError, match="one class, 'only'; two are needed"):
+        load_data(str(tmp_path))
+
+
+def test_decoded_images_are_cached_and_follow_changes(photos, tmp_path, monkeypatch):
+    cache = tmp_path / "kept"
+    monkeypatch.setenv("SMALLFRY_CACHE", str(cache))
+    before = load_data(str(photos))
+    files = list(cache.iterdir())
+    assert len(files) == 1
+    stamp = files[0].stat().st_mtime_ns
+    load_data(str(photos))
+    assert files[0].stat().st_mtime_ns == stamp
+    write_images(photos / "cat", 10, seed=99)
+    os.utime(photos / "cat" / "000.png", ns=(1, 1))
+    assert load_data(str(photos)).fingerprint != before.fingerprint
+
+
+def test_a_damaged_cache_file_is_made_again(photos, tmp_path, monkeypatch):
+    cache = tmp_path / "kept"
+    monkeypatch.setenv("SMALLFRY_CACHE", str(cache))
+    before = load_data(str(photos)).fingerprint
+    for file in cache.iterdir():
+        file.write_bytes(file.read_bytes()[:200])
+    assert load_data(str(photos)).fingerprint == before
+
+
+# Parquet
+
+
+def test_parquet_shards_with_named_labels(tmp_path):
+    write_parquet(tmp_path, "train", grey(20), [0, 1] * 10, names=["no", "yes"])
+    write_parquet(tmp_path, "test", grey(4), [0, 1] * 2, names=["no", "yes"])
+    data = load_data(str(tmp_path))
+    assert data.classes == ("no", "yes")
+    assert (len(data.train), len(data.validation), len(data.test)) == (18, 2, 4)
+    assert data.channels == 1
+
+
+def test_parquet_with_labels_as_text(tmp_path):
+    write_parquet(tmp_path, "train", grey(20), ["b", "a"] * 10)
+    assert load_data(str(tmp_path)).classes == ("a", "b")
+
+
+def test_a_test_label_that_training_lacks_is_named(tmp_path):
+    write_parquet(tmp_path, "train", grey(20), ["b", "a"] * 10)
+    write_parquet(tmp_path, "test", grey(2), ["b", "c"])
+    with pytest.raises(DataError, match="test row 1: label 'c'"):
+        load_data(str(tmp_path))
+
+
+def test_several_label_columns_need_a_choice(tmp_path):
+    write_parquet(tmp_path, "train", grey(20), [0, 1] * 10, names=["no", "yes"], colour=[0, 1] * 10)
+    with pytest.raises(DataError, match=r"which column is the label\? there are label, colour"):
+        load_data(str(tmp_path))
+    assert load_data(str(tmp_path), label="colour").classes == ("x", "y")
+
+
+def test_a_label_without_an_image_is_named(tmp_path):
+    images = grey(20)
+    images[7] = None
+    write_parquet(tmp_path, "train", images, [0, 1] * 10, names=["no", "yes"])
+    with pytest.raises(DataError, match="train row 7: a label without an image"):
+        load_data(str(tmp_path))
+
+
+def test_an_image_without_a_label_is_named(tmp_path):
+    labels = [0, 1] * 10
+    labels[3] = None
+    write_parquet(tmp_path, "train", grey(20), labels, names=["no", "yes"])
+    with pytest.raises(DataError, match="train row 3: label -1 is missing or outside 0 to 1"):
+        load_data(str(tmp_path))
+
+
+def test_a_class_name_without_images_is_told(tmp_path):
+    write_parquet(tmp_path, "train", grey(20), [0, 1] * 10, names=["no", "yes", "maybe"])
+    with pytest.warns(SmallfryWarning, match="maybe: no training image"):
+        assert len(load_data(str(tmp_path)).classes) == 3
+
+
+def test_damaged_parquet_is_refused(tmp_path):
+    (tmp_path / "train-00000-of-00001.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(DataError, match="parquet files can't be read"):
+        load_data(str(tmp_path))
+
+
+def test_the_test_split_is_not_read_before_it_is_asked_for(tmp_path):
+    write_parquet(tmp_path, "train", grey(20), [0, 1] * 10, names=["no", "yes"])
+    write_parquet(tmp_path, "test", [None, *grey(1)], [0, 1], names=["no", "yes"])
+    data = load_data(str(tmp_path))
+    with pytest.raises(DataError, match="test row 0"):
+        _ = data.test
+
+
+# Named data sets
+
+
+@pytest.mark.parametrize("inner", ["", "mnist"])
+def test_a_named_data_set_is_read_from_the_folder_given(tmp_path, inner):
+    folder = tmp_path / inner
+    folder.mkdir(exist_ok=True)
+    write_parquet(folder, "train", grey(20), [0, 1] * 10, names=["no", "yes"])
+    assert load_data("mnist", tmp_path).origin == str(folder)
+
+
+def test_without_a_folder_the_local_cache_comes_before_the_hub(monkeypatch):
+    asked = []
+    table = datasets.Dataset.from_dict(
+        {"image": grey(20), "label": [0, 1] * 10},
+        features=datasets.Features(
+            {"image": datasets.Image(), "label": datasets.ClassLabel(names=["no", "yes"])}
+        ),
+    )
+
+    def load_dataset(repository):
+        asked.append((repository, datasets.config.HF_HUB_OFFLINE))
+        if datasets.config.HF_HUB_OFFLINE:
+            raise ConnectionError("not in the cache")
+        return datasets.DatasetDict({"train": table})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_data("mnist").classes == ("no", "yes")
+    assert asked == [("ylecun/mnist", True), ("ylecun/mnist", False)]
+
+
+def test_no_network_and_no_cache_say_what_to_do(monkeypatch):
+    def load_dataset(repository):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match=r"cifar10: not in the local cache.*--data.root DIR"):
+        load_data("cifar10")
+
+
+def test_a_missing_root_is_named(tmp_path):
+    with pytest.raises(DataError, match="no folder"):
+        load_data("cifar10", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "cifra10"}, "did you mean 'cifar10'"),
+        ({"name": "digits", "root": "."}, "digits comes with scikit-learn"),
+        ({"channels": 2}, "data.channels is 1"),
+        ({"test": 1.5}, "data.test is a share"),
+        ({"image_size": 0}, "data.image_size must be at least 1"),
+    ],
+)
+def test_impossible_requests_are_refused(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        load_data(**arguments)
+
+
+@pytest.mark.skipif(not (SHARED / "cifar10").is_dir(), reason="no CIFAR-10 beside the project")
+def test_the_real_cifar10_from_parquet():
+    data = load_data("cifar10", SHARED)
+    assert (len(data.train), len(data.validation), data.image_size) == (45_000, 5_000, 32)
+    assert data.classes[0] == "airplane"
+    assert data.mean == pytest.approx((0.4914, 0.4822, 0.4465), abs=2e-3)
+
+
+# Holding out
+
+
+@given(
+    labels=st.lists(st.integers(0, 4), min_size=1, max_size=60),
+    share=st.floats(0, 0.9),
+    seed=st.integers(0, 5),
+)
+def test_holding_out_parts_a_split_and_never_takes_a_class_whole(labels, share, seed):
+    count = len(labels)
+    split = Split(torch.zeros(count, 1, 1, 1), torch.arange(count), torch.tensor(labels))
+    kept, held = hold_out(split, share, seed)
+    assert sorted([*kept.rows.tolist(), *held.rows.tolist()]) == list(range(count))
+    assert set(kept.labels.tolist()) == set(labels)
+    assert torch.equal(kept.labels, split.labels[kept.rows])
+    for label in set(labels):
+        total, out = labels.count(label), int((held.labels == label).sum())
+        assert out == (min(total - 1, max(1, round(share * total))) if share else 0)
