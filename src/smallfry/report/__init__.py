@@ -1,0 +1,1 @@
+"""Pictures of runs; each function draws one and writes it whole."""

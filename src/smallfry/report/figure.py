@@ -1,0 +1,56 @@
+"""What all pictures share: one look, and files that are written whole."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#dc2626")
+GREY = "#6b7280"
+STYLE: dict[Any, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e5e7eb",
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "legend.frameon": False,
+}
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of that size in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Write the figure as a PNG, whole or not at all."""
+    part = file.with_suffix(".part")
+    try:
+        figure.savefig(part, format="png", dpi=130, facecolor="white")
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def show_image(axes: Any, pixels: Tensor) -> None:
+    """Show pixels (channels, height, width), uint8."""
+    if len(pixels) == 1:
+        axes.imshow(pixels[0].numpy(), cmap="gray", vmin=0, vmax=255)
+    else:
+        axes.imshow(pixels.permute(1, 2, 0).numpy())
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def style() -> Any:
+    """The look of all pictures, as a context."""
+    return rc_context(STYLE)

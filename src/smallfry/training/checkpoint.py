@@ -1,0 +1,153 @@
+"""A checkpoint: a folder that is either whole or not there.
+
+``model.safetensors`` holds the weights to use (the average, if there is one), ``manifest.json``
+what they are, ``trainer.pt`` what the loop needs to go on. A checkpoint is written beside its
+place and renamed into it, and the one before it stays as ``<name>.previous``; every file's hash is
+in the manifest, so a damaged one is never loaded.
+"""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from smallfry.errors import RunError
+from smallfry.version import __version__
+
+FORMAT = 1
+WEIGHTS, TRAINER, MANIFEST = "model.safetensors", "trainer.pt", "manifest.json"
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds."""
+
+    manifest: dict[str, Any]
+    weights: dict[str, Tensor]
+    trainer: dict[str, Any] | None
+
+
+def save_checkpoint(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    trainer: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint; at every moment the folder or ``<name>.previous`` is whole.
+
+    Raises:
+        RunError: It could not be written; the old checkpoint is untouched.
+    """
+    new, previous = _sibling(folder, "new"), _sibling(folder, "previous")
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        contents = {
+            WEIGHTS: safetensors.torch.save({k: v.contiguous() for k, v in weights.items()})
+        }
+        if trainer is not None:
+            buffer = io.BytesIO()
+            torch.save(dict(trainer), buffer)
+            contents[TRAINER] = buffer.getvalue()
+        files = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+        head = {"format": FORMAT, "smallfry": __version__, **manifest, "files": files}
+        contents[MANIFEST] = json.dumps(head, indent=2).encode()
+        for name, data in contents.items():
+            _write(new / name, data)
+        if folder.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            folder.rename(previous)
+        new.rename(folder)
+    except OSError as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise RunError(
+            f"{folder}: the checkpoint could not be saved ({error}); the one before it is "
+            "untouched: free space, then go on with --resume"
+        ) from error
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint, or the one before it if a crash left only that.
+
+    Raises:
+        RunError: Missing, incomplete, damaged, or of another format.
+    """
+    previous = _sibling(folder, "previous")
+    if not folder.exists() and previous.exists():
+        folder = previous
+    if not folder.is_dir():
+        raise RunError(f"{folder}: there is no checkpoint; the run stopped before its first one")
+    manifest = read_manifest(folder)
+    hint = "take another checkpoint"
+    if folder != previous and (previous / MANIFEST).exists():
+        hint = f"the one before it is in {previous.name}: delete {folder} to go on from there"
+    contents = {}
+    for name, digest in manifest["files"].items():
+        try:
+            contents[name] = (folder / name).read_bytes()
+        except OSError as error:
+            raise RunError(f"{folder / name}: can't be read ({error.strerror}); {hint}") from error
+        if hashlib.sha256(contents[name]).hexdigest() != digest:
+            raise RunError(f"{folder / name}: damaged, its hash is not the manifest's; {hint}")
+    try:
+        weights = safetensors.torch.load(contents[WEIGHTS])
+        trainer = None
+        if TRAINER in contents:
+            trainer = torch.load(io.BytesIO(contents[TRAINER]), weights_only=True)
+    except (KeyError, SafetensorError, RuntimeError) as error:
+        raise RunError(f"{folder}: can't be loaded ({error}); {hint}") from error
+    return Checkpoint(manifest, weights, trainer)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether there is a checkpoint, or the one before it."""
+    return folder.exists() or _sibling(folder, "previous").exists()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint folder, if it is one that this version reads."""
+    file = folder / MANIFEST
+    try:
+        manifest = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise RunError(f"{folder}: incomplete, {MANIFEST} is missing") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file}: damaged ({error})") from error
+    if not isinstance(manifest, dict) or "format" not in manifest or "files" not in manifest:
+        raise RunError(f"{file}: not the manifest of a smallfry checkpoint")
+    if manifest["format"] != FORMAT:
+        raise RunError(
+            f"{folder}: written by smallfry {manifest.get('smallfry', '?')} in format "
+            f"{manifest['format']}; this is smallfry {__version__}, which reads format {FORMAT}"
+        )
+    return manifest
+
+
+def write_file(file: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    part = file.with_name(f"{file.name}.part")
+    try:
+        _write(part, text.encode())
+        os.replace(part, file)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise RunError(f"{file}: could not be written ({error})") from error
+
+
+def _write(file: Path, data: bytes) -> None:
+    with open(file, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sibling(folder: Path, suffix: str) -> Path:
+    return folder.with_name(f"{folder.name}.{suffix}")

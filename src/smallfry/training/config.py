@@ -1,0 +1,286 @@
+"""Everything that a training run is told, as typed, frozen data; the command and YAML mirror it."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from smallfry.errors import RunError, UsageError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The data set; see ``smallfry.data.load_data``.
+
+    Args:
+        name: A data set (digits, cifar10, cifar100, mnist, fashion_mnist) or a folder with parquet
+            shards or one folder per class.
+        root: Folder of a named data set; without one, the local cache and then the hub are asked.
+        image_size: Side of the images in pixels; default the native size up to 64, else 32.
+        channels: 1 (grey) or 3 (RGB); default 1 if all images are grey.
+        validation: Share of the training images held out if the source has no validation split.
+        test: Share of the training images held out if the source has no test split.
+        split_seed: Seed of both held-out shares, apart from the run's seed.
+        limit: Use only so many training images, stratified by class.
+        label: Name of the label column, where a table has several.
+        skip_unreadable: Leave unreadable images out with a warning instead of stopping.
+        mean: Mean per channel that the images are normalised with; default that of training.
+        std: Standard deviation per channel; default that of training.
+    """
+
+    name: str = "digits"
+    root: Path | None = None
+    image_size: int | None = None
+    channels: int | None = None
+    validation: float = 0.1
+    test: float = 0.2
+    split_seed: int = 0
+    limit: int | None = None
+    label: str | None = None
+    skip_unreadable: bool = False
+    mean: list[float] | None = None
+    std: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        _check((self.mean is None) == (self.std is None), "data.mean and data.std go together")
+        _check(all(s > 0 for s in self.std or ()), "data.std must be positive")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model, by its name in timm's registry.
+
+    Args:
+        name: A registered model; auto takes the ViTRM that fits the size of the images.
+        latent_steps: Rewritings of the latent memory in one recursion step (n; ViTRM).
+        recursion_steps: Recursion steps at inference (T; ViTRM).
+        latents: Latent tokens; default one per patch (ViTRM).
+        drop_rate: Dropout; default the model's own.
+        options: Any other argument of the model, such as {embed_dim: 96}.
+        checkpoint_gradients: Recompute blocks in the backward pass to save memory.
+    """
+
+    name: str = "auto"
+    latent_steps: int | None = None
+    recursion_steps: int | None = None
+    latents: int | None = None
+    drop_rate: float | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    checkpoint_gradients: bool = False
+
+    def arguments(self) -> dict[str, Any]:
+        """What the model is created with, besides classes and image size."""
+        named = {
+            "latent_steps": self.latent_steps,
+            "recursion_steps": self.recursion_steps,
+            "latents": self.latents,
+            "drop_rate": self.drop_rate,
+        }
+        return {key: value for key, value in named.items() if value is not None} | self.options
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What training images go through; evaluation sees them as they are.
+
+    Args:
+        crop_padding: Random crop after padding by so many pixels; default an eighth of the side,
+            and none on images smaller than 16 pixels.
+        flip: Random horizontal flip; default yes, but not for digits and characters.
+        randaugment_ops: RandAugment operations per image; 0 turns it off.
+        randaugment_magnitude: Their magnitude, 0 to 30.
+        mixup: Alpha of Mixup; 0 turns it off. With CutMix too, each batch takes one or the other.
+        cutmix: Alpha of CutMix; 0 turns it off.
+    """
+
+    crop_padding: int | None = None
+    flip: bool | None = None
+    randaugment_ops: int = 0
+    randaugment_magnitude: int = 9
+    mixup: float = 0.2
+    cutmix: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check((self.crop_padding or 0) >= 0, "augment.crop_padding can't be negative")
+        _check(self.randaugment_ops >= 0, "augment.randaugment_ops can't be negative")
+        _check(0 <= self.randaugment_magnitude <= 30, "augment.randaugment_magnitude is 0 to 30")
+        _check(min(self.mixup, self.cutmix) >= 0, "augment.mixup and cutmix can't be negative")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is minimised.
+
+    Args:
+        name: deep_supervision (recursive models), cross_entropy (any), or auto for the first
+            where the model recurs and the second elsewhere.
+        supervision_steps: Recursion steps on a batch, each with an optimizer step (N_sup).
+        halt_threshold: Leave the batch once the mean halting probability passes this.
+        label_smoothing: Share of the target spread over all classes.
+    """
+
+    name: Literal["auto", "deep_supervision", "cross_entropy"] = "auto"
+    supervision_steps: int = 1
+    halt_threshold: float = 0.5
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self.supervision_steps >= 1, "objective.supervision_steps must be at least 1")
+        _check(0 <= self.label_smoothing < 1, "objective.label_smoothing is 0 to below 1")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How weights move.
+
+    Args:
+        name: An optimizer of timm's registry, such as adamw, sgd, lamb or muon.
+        lr: Peak learning rate.
+        weight_decay: Decoupled weight decay.
+        decay: weights leaves biases, norms, positions and initial states undecayed; all is the
+            paper's choice.
+        betas: Averaging factors, for optimizers of Adam's family.
+        clip: Largest gradient norm; null does not clip.
+    """
+
+    name: str = "adamw"
+    lr: float = 3e-3
+    weight_decay: float = 0.05
+    decay: Literal["weights", "all"] = "weights"
+    betas: tuple[float, float] | None = None
+    clip: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        _check(self.lr > 0, "optimizer.lr must be positive")
+        _check(self.weight_decay >= 0, "optimizer.weight_decay can't be negative")
+        _check(self.clip is None or self.clip > 0, "optimizer.clip must be positive, or null")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate: a linear warm-up, then a cosine.
+
+    Args:
+        warmup_epochs: Epochs of warm-up; fractions are fine.
+        min_lr: Learning rate at the end.
+        per: Change it each step, or each epoch as the paper does (its first runs at rate 0).
+    """
+
+    warmup_epochs: float = 5.0
+    min_lr: float = 1e-6
+    per: Literal["step", "epoch"] = "step"
+
+    def __post_init__(self) -> None:
+        _check(self.warmup_epochs >= 0, "schedule.warmup_epochs can't be negative")
+        _check(self.min_lr >= 0, "schedule.min_lr can't be negative")
+
+
+@dataclass(frozen=True)
+class EMAConfig:
+    """Exponential moving average of the weights; it is what gets evaluated and kept.
+
+    Args:
+        decay: Share kept at each optimizer step; 0 turns the average off.
+        warmup: Start with min(decay, (1 + t) / (10 + t)), so that a short run does not keep
+            its random initialisation; the paper's decay is fixed.
+    """
+
+    decay: float = 0.999
+    warmup: bool = True
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.decay < 1, "ema.decay is 0 to below 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run.
+
+    Args:
+        data: The data set.
+        model: The model.
+        augment: What training images go through.
+        objective: What is minimised.
+        optimizer: How weights move.
+        schedule: How the learning rate moves.
+        ema: Averaging of the weights.
+        epochs: Passes over the training images.
+        batch_size: Images per step.
+        accumulate: Micro-batches that a batch is worked off in; memory falls, the step stays.
+        patience: Stop after so many epochs without a better selection; null never does.
+        select_on: The split that chooses the best epoch. test is the paper's protocol, and
+            flatters; the summary says which was used.
+        seed: Seed of the initialisation, the order and the augmentation.
+        device: auto, cpu, cuda or mps.
+        precision: Lightning Fabric's precision, such as 32-true, bf16-mixed or 16-mixed.
+        workers: Processes that prepare batches; default as many as help.
+        threads: CPU threads of PyTorch; default its own choice.
+        checkpoint_seconds: Save at the first step after so many seconds.
+        references: Fit a support vector machine and logistic regression on the same images as
+            reference points, where these are few and small.
+        run: The run folder; default a new one under runs/.
+        progress: rich, plain or quiet; auto takes rich in a terminal, quiet under CI, else plain.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    epochs: int = 40
+    batch_size: int = 64
+    accumulate: int = 1
+    patience: int | None = None
+    select_on: Literal["validation", "test"] = "validation"
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "32-true"
+    workers: int | None = None
+    threads: int | None = None
+    checkpoint_seconds: float = 60.0
+    references: bool = True
+    run: Path | None = None
+    progress: Literal["auto", "rich", "plain", "quiet"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate"):
+            _check(getattr(self, name) >= 1, f"{name} must be at least 1")
+        _check(self.accumulate <= self.batch_size, "accumulate can't exceed batch_size")
+        _check(self.patience is None or self.patience >= 1, "patience must be at least 1, or null")
+        _check(self.workers is None or self.workers >= 0, "workers can't be negative")
+        _check(self.threads is None or self.threads >= 1, "threads must be at least 1")
+        _check(self.seed >= 0, "seed can't be negative")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that YAML and JSON can hold."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: plain(inner) for key, inner in value.items()}
+            if isinstance(value, list | tuple):
+                return [plain(inner) for inner in value]
+            return str(value) if isinstance(value, Path) else value
+
+        return {key: plain(value) for key, value in asdict(self).items()}
+
+
+def read_config(file: Path) -> TrainConfig:
+    """The configuration in a YAML file.
+
+    Raises:
+        RunError: Not a configuration of this version.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TrainConfig)
+    try:
+        return TrainConfig(**vars(parser.instantiate(parser.parse_path(str(file)))))
+    except (ArgumentError, TypeError, UsageError) as error:
+        raise RunError(f"{file}: not a configuration of this version ({error})") from error
+
+
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise UsageError(message)

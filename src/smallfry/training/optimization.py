@@ -1,0 +1,66 @@
+"""How weights move: optimizer, learning rate, and their moving average."""
+
+import math
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from smallfry.errors import UsageError, nearest
+from smallfry.training.config import EMAConfig, OptimizerConfig, ScheduleConfig
+
+
+def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer of timm's registry; undecayed are biases, norms and ``no_weight_decay()``."""
+    known = list_optimizers()
+    if config.name not in known:
+        raise UsageError(f"unknown optimizer '{config.name}'{nearest(config.name, known)}")
+    arguments: dict[str, Any] = {} if config.betas is None else {"betas": tuple(config.betas)}
+    decay_all = config.decay == "all"
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            list(model.parameters()) if decay_all else model,
+            opt=config.name,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            filter_bias_and_bn=not decay_all,
+            **arguments,
+        )
+    except (TypeError, AssertionError, ImportError) as error:
+        raise UsageError(f"optimizer {config.name} can't be built: {error}") from error
+    return optimizer
+
+
+def learning_rate(
+    config: ScheduleConfig, peak: float, step: int, steps_per_epoch: int, epochs: int
+) -> float:
+    """The learning rate of a step: linear warm-up to the peak, then a cosine to ``min_lr``.
+
+    Per epoch, as in the paper, the first epoch runs at rate 0; per step, no step does.
+    """
+    if config.per == "epoch":
+        now: float = step // steps_per_epoch
+        warmup, total = config.warmup_epochs, float(epochs)
+    else:
+        now = step + 1
+        warmup, total = config.warmup_epochs * steps_per_epoch, float(epochs * steps_per_epoch)
+    if now < warmup:
+        return peak * now / warmup
+    done = min(1.0, (now - warmup) / max(1.0, total - warmup))
+    floor = min(config.min_lr, peak)
+    return floor + (peak - floor) * (1 + math.cos(math.pi * done)) / 2
+
+
+class WeightAverage(ModelEmaV3):  # type: ignore[misc]  # timm has no types
+    """timm's moving average of the weights, with the decay that ``EMAConfig`` describes."""
+
+    def __init__(self, model: nn.Module, config: EMAConfig) -> None:
+        super().__init__(model, decay=config.decay, use_warmup=config.warmup)
+
+    def get_decay(self, step: int | None = None) -> float:
+        """Share of the average kept at the t-th optimizer step, counted from 0."""
+        if step is None or not self.use_warmup:
+            return float(self.decay)
+        return float(min(self.decay, (1 + step) / (10 + step)))

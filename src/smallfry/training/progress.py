@@ -1,0 +1,130 @@
+"""What a person sees while a model trains: a live bar, plain lines, or nothing."""
+
+import os
+from collections.abc import Mapping
+from typing import Literal, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+Mode = Literal["auto", "rich", "plain", "quiet"]
+
+
+class Reporter(Protocol):
+    """Who is told how training goes."""
+
+    def start(self, total: int, done: int) -> None:
+        """Training begins at step ``done`` of ``total``."""
+
+    def step(self, loss: float, images_per_second: float) -> None:
+        """One more step is done."""
+
+    def epoch(self, row: Mapping[str, float], epochs: int, seconds_left: float) -> None:
+        """An epoch is done; ``row`` is its row of ``metrics.csv``."""
+
+    def say(self, message: str) -> None:
+        """Something that is worth a line."""
+
+    def close(self) -> None:
+        """Training is over, in whatever way."""
+
+
+class QuietReporter:
+    """Says nothing."""
+
+    def start(self, total: int, done: int) -> None:
+        """Nothing."""
+
+    def step(self, loss: float, images_per_second: float) -> None:
+        """Nothing."""
+
+    def epoch(self, row: Mapping[str, float], epochs: int, seconds_left: float) -> None:
+        """Nothing."""
+
+    def say(self, message: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class PlainReporter(QuietReporter):
+    """A line per epoch, for logs."""
+
+    def epoch(self, row: Mapping[str, float], epochs: int, seconds_left: float) -> None:
+        """One line."""
+        self.say(f"{describe(row, epochs)}  {clock(seconds_left)} left")
+
+    def say(self, message: str) -> None:
+        """One line."""
+        print(message, flush=True)
+
+
+class RichReporter(QuietReporter):
+    """A live bar in a terminal, and a line for every tenth of the epochs."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=self.console,
+            transient=True,
+        )
+        self.accuracy = ""
+
+    def start(self, total: int, done: int) -> None:
+        """Show the bar."""
+        self.task = self.progress.add_task("training", total=total, completed=done, status="")
+        self.progress.start()
+
+    def step(self, loss: float, images_per_second: float) -> None:
+        """Move the bar."""
+        status = f"loss {loss:.3f}{self.accuracy}  {images_per_second:,.0f} images/s"
+        self.progress.update(self.task, advance=1, status=status)
+
+    def epoch(self, row: Mapping[str, float], epochs: int, seconds_left: float) -> None:
+        """Now and then a line that stays."""
+        number = int(row["epoch"])
+        selected = [key for key in row if key.endswith("_accuracy") and key != "train_accuracy"]
+        self.accuracy = f"  accuracy {row[selected[0]]:.2%}" if selected else ""
+        if number % max(1, epochs // 10) == 0 or number == epochs:
+            self.say(describe(row, epochs))
+
+    def say(self, message: str) -> None:
+        """A line above the bar."""
+        self.console.print(message, markup=False)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self.progress.stop()
+
+
+def build_reporter(mode: Mode) -> Reporter:
+    """The reporter of a mode; auto takes rich in a terminal, quiet under CI, else plain."""
+    if mode == "auto":
+        silent: Mode = "quiet" if os.environ.get("CI") else "plain"
+        mode = "rich" if Console().is_terminal else silent
+    return {"rich": RichReporter, "plain": PlainReporter, "quiet": QuietReporter}[mode]()
+
+
+def describe(row: Mapping[str, float], epochs: int) -> str:
+    """A row of ``metrics.csv`` as a line."""
+    parts = [f"epoch {int(row['epoch']):>{len(str(epochs))}}/{epochs}"]
+    parts.append(f"loss {row['train_loss']:.3f}")
+    for split in ("validation", "test"):
+        if f"{split}_accuracy" in row:
+            parts.append(f"{split} accuracy {row[f'{split}_accuracy']:.2%}")
+    parts.append(f"{row['images_per_second']:,.0f} images/s")
+    return "  ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 0:07, 12:30 or 3:05:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,165 @@
+"""The run folder: its layout, who may write into it, and how it is read.
+
+config.yaml     the whole configuration; ``smallfry train --config`` takes it
+metrics.csv     one row per epoch; TensorBoard, in tensorboard/, holds the same numbers
+last/  best/    checkpoints, see ``smallfry.training.checkpoint``
+summary.json    the result, with all that is needed to get it again
+pictures/       what people look at
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import yaml
+from filelock import FileLock, Timeout
+from torch import nn
+
+from smallfry.errors import DataError, RunError
+from smallfry.training.batches import Normalize
+from smallfry.training.checkpoint import load_checkpoint, write_file
+
+
+class RunFolder:
+    """The files of one training run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.csv"
+        self.tensorboard = path / "tensorboard"
+        self.last = path / "last"
+        self.best = path / "best"
+        self.summary = path / "summary.json"
+        self.pictures = path / "pictures"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training in this folder; a killed process lets go of it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / ".lock")
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RunError(f"{self.path}: another process is training in this folder") from None
+        except OSError as error:
+            raise RunError(f"{self.path}: can't be used as a run folder ({error})") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def begin(self, config: Mapping[str, Any]) -> None:
+        """Start a new run here."""
+        if self.config.exists():
+            raise RunError(
+                f"{self.path}: there is a run in this folder already; go on with it "
+                f"(--resume {self.path}) or name another folder (--run DIR)"
+            )
+        write_file(self.config, yaml.safe_dump(dict(config), sort_keys=False))
+
+    def require(self) -> None:
+        """Make sure that there is a run here."""
+        if not self.path.is_dir():
+            raise RunError(f"{self.path}: there is no such run folder")
+        if not self.config.is_file():
+            raise RunError(f"{self.path}: not a run folder, config.yaml is missing")
+
+    def write_metrics(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Rewrite ``metrics.csv``; columns are those of the rows, in order of appearance."""
+        columns = list(dict.fromkeys(key for row in history for key in row))
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+        write_file(self.metrics, text.getvalue())
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write ``summary.json``."""
+        write_file(self.summary, json.dumps(summary, indent=2) + "\n")
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """``summary.json``, or None while the run has not ended."""
+        try:
+            summary: dict[str, Any] = json.loads(self.summary.read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise RunError(f"{self.summary}: damaged ({error})") from error
+        return summary
+
+
+class TrainedModel(NamedTuple):
+    """A trained model and what it needs to be used."""
+
+    model: nn.Module
+    classes: tuple[str, ...]
+    image_size: int
+    channels: int
+    normalize: Normalize
+    manifest: dict[str, Any]
+
+
+def load_run(run: str | Path, checkpoint: str = "best") -> TrainedModel:
+    """The model of a run, in evaluation mode on the CPU.
+
+    Args:
+        run: A run folder, or a checkpoint folder in it.
+        checkpoint: ``best`` or ``last``; ignored if ``run`` is a checkpoint itself.
+
+    Raises:
+        RunError: Missing, incomplete, damaged, or written by another version.
+    """
+    path = Path(run)
+    if (path / "manifest.json").is_file():
+        folder = path
+    else:
+        RunFolder(path).require()
+        folder = path / checkpoint
+    manifest, weights, _ = load_checkpoint(folder)
+    try:
+        spec, sample = manifest["model"], manifest["input"]
+        model = timm.create_model(spec["name"], **spec["arguments"])
+        model.load_state_dict(weights)
+        return TrainedModel(
+            model.eval(),
+            tuple(manifest["classes"]),
+            sample["size"],
+            sample["channels"],
+            Normalize(sample["mean"], sample["std"]),
+            manifest,
+        )
+    except KeyError as error:
+        raise RunError(f"{folder}: its manifest lacks {error}") from error
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise RunError(
+            f"{folder}: its weights don't fit the model that its manifest names "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
+def require_classes(trained: TrainedModel, classes: Sequence[str], origin: str) -> None:
+    """Make sure that a data set has the classes that a model was trained on, in their order."""
+    if tuple(classes) == trained.classes:
+        return
+    ours, theirs = ", ".join(trained.classes[:4]), ", ".join(classes[:4])
+    raise DataError(
+        f"the model knows {len(trained.classes)} classes ({ours}, …), {origin} has "
+        f"{len(classes)} ({theirs}, …); evaluate it on data with the classes of its training"
+    )
+
+
+def new_run_folder(data: str, model: str) -> Path:
+    """A fresh folder under ``runs/``, named after data, model and time."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    base = Path("runs") / f"{Path(data).name or 'data'}-{model}-{stamp}"
+    path, number = base, 2
+    while path.exists():
+        path, number = base.with_name(f"{base.name}-{number}"), number + 1
+    return path

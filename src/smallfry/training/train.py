@@ -1,0 +1,271 @@
+"""A whole training run: from a configuration to a folder with a model, its numbers and pictures."""
+
+import warnings
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from smallfry.cost import cost
+from smallfry.data import ImageData, Split, load_data
+from smallfry.errors import DataError, SmallfryWarning, UsageError, nearest
+from smallfry.models import ViTRM
+from smallfry.report.classification import confident_mistakes, confusion_matrix
+from smallfry.report.curves import learning_curves
+from smallfry.report.recursion import interesting, recursion_trace
+from smallfry.training.batches import Augment, flips_by_default
+from smallfry.training.checkpoint import has_checkpoint, load_checkpoint
+from smallfry.training.config import DataConfig, ModelConfig, TrainConfig, read_config
+from smallfry.training.evaluation import Predictions, predict, score
+from smallfry.training.loop import Trainer
+from smallfry.training.objective import build_objective
+from smallfry.training.progress import Reporter, build_reporter
+from smallfry.training.provenance import provenance
+from smallfry.training.references import fit_references
+from smallfry.training.run import RunFolder, TrainedModel, load_run, new_run_folder
+
+
+def train(config: TrainConfig, reporter: Reporter | None = None) -> dict[str, Any]:
+    """Train a model from the beginning.
+
+    Returns:
+        The summary that is also in ``summary.json`` of the run folder.
+
+    Raises:
+        UsageError: An unknown name or an impossible setting.
+        DataError: The data can't be used.
+        RunError: The run folder is taken or can't be written.
+        TrainingError: The loss is not a number any more.
+        Stopped: A signal came; the state is saved, ``resume`` goes on.
+    """
+    data = _load(config)
+    path = config.run or new_run_folder(config.data.name, model_name(config.model, data))
+    trainer = _build(config, data, RunFolder(path), reporter)
+    folder, model = trainer.folder, trainer.manifest["model"]["name"]
+    with folder.locked():
+        folder.begin(config.to_dict())
+        parameters = sum(p.numel() for p in trainer.raw_model.parameters())
+        trainer.reporter.say(
+            f"training {model} ({parameters:,} parameters) on {data.name} into {folder.path}"
+        )
+        trainer.fit()
+        return _conclude(trainer)
+
+
+def resume(run: str | Path, reporter: Reporter | None = None) -> dict[str, Any]:
+    """Go on with a run that was stopped, exactly as if it had not been.
+
+    A run that has ended gives its summary. Raises as ``train``.
+    """
+    folder = RunFolder(Path(run))
+    folder.require()
+    with folder.locked():
+        summary = folder.read_summary()
+        if summary is not None:
+            return summary
+        config = read_config(folder.config)
+        trainer = _build(config, _load(config), folder, reporter)
+        if has_checkpoint(folder.last):
+            checkpoint = load_checkpoint(folder.last)
+            _require_same_data(checkpoint.manifest, trainer.data, folder)
+            trainer.restore(checkpoint)
+        trainer.reporter.say(f"going on with {folder.path} after step {trainer.progress.step}")
+        trainer.fit()
+        return _conclude(trainer)
+
+
+def create_model(config: ModelConfig, data: ImageData) -> tuple[nn.Module, dict[str, Any]]:
+    """The model that a configuration names, for this data, and what ``timm`` creates it with."""
+    name = model_name(config, data)
+    if not timm.is_model(name):
+        raise UsageError(f"unknown model '{name}'{nearest(name, timm.list_models())}")
+    arguments = {
+        "num_classes": len(data.classes),
+        "in_chans": data.channels,
+        **config.arguments(),
+    }
+    if timm.get_pretrained_cfg(name).fixed_input_size:
+        arguments["img_size"] = data.image_size
+    try:
+        model: nn.Module = timm.create_model(name, **arguments)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UsageError(f"model {name} can't be built: {error}") from error
+    if config.checkpoint_gradients:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]  # of timm's contract
+    return model, {"name": name, "arguments": arguments}
+
+
+def model_name(config: ModelConfig, data: ImageData) -> str:
+    """The name of the model, ``auto`` resolved by the size of the images."""
+    if config.name != "auto":
+        return config.name
+    return "vitrm_micro_patch2_8" if data.image_size <= 16 else "vitrm_tiny_patch4_32"
+
+
+def load_like(
+    trained: TrainedModel,
+    run: str | Path,
+    name: str | None = None,
+    root: Path | None = None,
+    split: str = "test",
+) -> tuple[ImageData, Split]:
+    """A data set with the images brought to what a trained model takes, and one split of it.
+
+    Args:
+        trained: The model.
+        run: Its run folder, whose data is taken if ``name`` is None.
+        name: Another data set or folder; its test split is taken, or all images if it has none.
+        root: Folder of a named data set.
+        split: train, validation or test.
+    """
+    folder = RunFolder(Path(run))
+    before = read_config(folder.config).data if folder.config.is_file() else DataConfig()
+    if name is None:
+        wanted = before if root is None else replace(before, root=root)
+        if not folder.config.is_file():
+            raise UsageError(f"{run}: a checkpoint does not say what its data was; give --data")
+    else:
+        wanted = DataConfig(name, root, validation=0.0, test=0.0, label=before.label)
+    wanted = replace(wanted, image_size=trained.image_size, channels=trained.channels)
+    data = load_config_data(wanted)
+    if name is None and data.fingerprint != trained.manifest["data"]["fingerprint"]:
+        warnings.warn(
+            f"{data.origin}: has changed since the training; its {split} split may hold images "
+            "that the model was trained on",
+            SmallfryWarning,
+            stacklevel=2,
+        )
+    chosen: Split = getattr(data, split)
+    if len(chosen) == 0 and split == "test":
+        chosen = data.train
+    if len(chosen) == 0:
+        raise DataError(f"{data.origin}: its {split} split is empty")
+    return data, chosen
+
+
+def load_config_data(wanted: DataConfig) -> ImageData:
+    """The data set that a configuration describes."""
+    given = {field.name: getattr(wanted, field.name) for field in fields(wanted)}
+    name, root, _, _ = (given.pop(key) for key in ("name", "root", "mean", "std"))
+    return load_data(name, root, **given)
+
+
+def _load(config: TrainConfig) -> ImageData:
+    wanted = config.data
+    data = load_config_data(wanted)
+    if len(data.train) < 2:
+        raise DataError(f"{data.origin}: too few images to train on ({len(data.train)})")
+    if config.select_on == "validation" and len(data.validation) == 0:
+        raise DataError(
+            f"{data.origin}: no validation images are left to select the best epoch on; give each "
+            "class at least two images, raise data.validation, or take select_on test"
+        )
+    for option, values in {"mean": wanted.mean, "std": wanted.std}.items():
+        if values is not None and len(values) != data.channels:
+            raise UsageError(f"data.{option} needs {data.channels} values, got {len(values)}")
+    return data
+
+
+def _build(
+    config: TrainConfig, data: ImageData, folder: RunFolder, reporter: Reporter | None
+) -> Trainer:
+    """Everything that can be wrong with a configuration, found before anything is written."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    model, spec = create_model(config.model, data)
+    mean, std = config.data.mean or data.mean, config.data.std or data.std
+    manifest = {
+        "model": spec,
+        "classes": list(data.classes),
+        "input": {
+            "size": data.image_size,
+            "channels": data.channels,
+            "mean": list(mean),
+            "std": list(std),
+        },
+        "data": {"name": data.name, "origin": data.origin, "fingerprint": data.fingerprint},
+    }
+    augment = Augment(
+        config.augment, data.image_size, len(data.classes), mean, std, flips_by_default(data)
+    )
+    objective = build_objective(config.objective, model)
+    reporter = reporter or build_reporter(config.progress)
+    return Trainer(model, data, objective, augment, config, folder, manifest, reporter)
+
+
+def _require_same_data(manifest: dict[str, Any], data: ImageData, folder: RunFolder) -> None:
+    trained_on = manifest["data"]["fingerprint"]
+    if manifest["classes"] != list(data.classes) or trained_on != data.fingerprint:
+        raise DataError(
+            f"{folder.path}: was trained on other data than {data.origin} gives now (fingerprint "
+            f"{trained_on}, now {data.fingerprint}); bring that data back, or start a new run"
+        )
+
+
+def _conclude(trainer: Trainer) -> dict[str, Any]:
+    """Test the best weights, once; draw the pictures; write the summary."""
+    config, data, progress = trainer.config, trainer.data, trainer.progress
+    folder, device = trainer.folder, trainer.fabric.device
+    best = load_run(folder.path, "best")
+    model = best.model.to(device)
+    predictions = predict(model, data.test, best.normalize, device)
+    sample = torch.zeros(1, data.channels, data.image_size, data.image_size, device=device)
+    spent = cost(model, sample)
+    summary = {
+        "run": str(folder.path),
+        "model": best.manifest["model"],
+        "data": {
+            **best.manifest["data"],
+            "classes": len(data.classes),
+            "train": len(data.train),
+            "validation": len(data.validation),
+            "test": len(data.test),
+        },
+        "measured": {
+            "test": score(predictions),
+            "best_epoch": progress.best_epoch,
+            "select_on": config.select_on,
+            "epochs": len(progress.history),
+            "training_seconds": round(progress.seconds, 2),
+            "seed": config.seed,
+            "parameters": spent.parameters,
+            "macs": spent.macs,
+            "weight_bytes": spent.bytes,
+            "activation_bytes": spent.activation_bytes,
+            "references": fit_references(data) if config.references else [],
+        },
+        "provenance": provenance(device),
+    }
+    draw_run(folder, progress.history, best, data.test, predictions)
+    folder.write_summary(summary)
+    return summary
+
+
+def draw_run(
+    folder: RunFolder,
+    history: list[dict[str, float]],
+    trained: TrainedModel,
+    split: Split,
+    predictions: Predictions,
+) -> None:
+    """Draw all pictures of a run into its folder."""
+    logits, labels, classes = predictions.logits, predictions.labels, trained.classes
+    pictures = folder.pictures
+    pictures.mkdir(exist_ok=True)
+    learning_curves(history, pictures / "learning_curves.png")
+    confusion_matrix(logits, labels, classes, pictures / "confusion_matrix.png")
+    confident_mistakes(split.images, logits, labels, classes, pictures / "mistakes.png")
+    if isinstance(trained.model, ViTRM):
+        shown = split.take(interesting(logits, labels))
+        recursion_trace(
+            trained.model.cpu(),
+            trained.normalize(shown.images),
+            shown.images,
+            shown.labels,
+            classes,
+            pictures / "recursion_trace.png",
+        )

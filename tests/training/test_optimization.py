@@ -1,0 +1,88 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from smallfry.errors import UsageError
+from smallfry.models import ViTRM
+from smallfry.training.config import EMAConfig, OptimizerConfig, ScheduleConfig
+from smallfry.training.optimization import WeightAverage, build_optimizer, learning_rate
+
+MODEL = ViTRM(8, 4, 1, 3, embed_dim=16, num_heads=2, mlp_hidden_dim=8)
+
+
+def undecayed(optimizer):
+    chosen = {id(p) for g in optimizer.param_groups if not g["weight_decay"] for p in g["params"]}
+    return {name for name, p in MODEL.named_parameters() if id(p) in chosen}
+
+
+def test_biases_norms_positions_and_initial_states_are_not_decayed():
+    names = undecayed(build_optimizer(OptimizerConfig(), MODEL))
+    expected = {"pos_embed", "y_init", "z_init"}
+    expected |= {n for n, _ in MODEL.named_parameters() if n.endswith("bias") or ".norm" in n}
+    assert names == expected
+
+
+def test_the_papers_choice_decays_everything():
+    optimizer = build_optimizer(OptimizerConfig(decay="all"), MODEL)
+    assert undecayed(optimizer) == set()
+    held = sum(p.numel() for g in optimizer.param_groups for p in g["params"])
+    assert held == sum(p.numel() for p in MODEL.parameters())
+
+
+def test_other_optimizers_of_timm_can_be_named():
+    assert type(build_optimizer(OptimizerConfig("lamb"), MODEL)).__name__ == "Lamb"
+    with pytest.raises(UsageError, match="did you mean 'adamw"):
+        build_optimizer(OptimizerConfig("adamww"), MODEL)
+
+
+def test_warm_up_is_linear_and_the_cosine_ends_at_the_minimum():
+    config = ScheduleConfig(warmup_epochs=2, min_lr=1e-6)
+    rates = [learning_rate(config, 1.0, step, 10, 12) for step in range(120)]
+    assert rates[:20] == pytest.approx([(step + 1) / 20 for step in range(20)])
+    assert rates[119] == pytest.approx(1e-6)
+    halfway = 20 + 50 - 1
+    assert rates[halfway] == pytest.approx(0.5, abs=1e-6)
+
+
+def test_per_epoch_the_first_runs_at_rate_zero_as_in_the_paper():
+    config = ScheduleConfig(warmup_epochs=30, min_lr=1e-6, per="epoch")
+    rates = [learning_rate(config, 3e-4, step, 5, 1000) for step in range(5000)]
+    assert set(rates[:5]) == {0.0}
+    assert rates[5] == rates[9] == pytest.approx(1e-5)
+    assert rates[30 * 5] == pytest.approx(3e-4)
+    wanted = 1e-6 + (3e-4 - 1e-6) * (1 + math.cos(math.pi * 969 / 970)) / 2
+    assert rates[-1] == pytest.approx(wanted)
+
+
+@given(
+    peak=st.floats(1e-6, 1.0),
+    warmup=st.floats(0, 20),
+    steps=st.integers(1, 20),
+    epochs=st.integers(1, 20),
+    per=st.sampled_from(["step", "epoch"]),
+)
+def test_the_rate_is_never_negative_nor_above_its_peak(peak, warmup, steps, epochs, per):
+    config = ScheduleConfig(warmup, min_lr=1e-5, per=per)
+    for step in range(steps * epochs):
+        assert 0 <= learning_rate(config, peak, step, steps, epochs) <= peak * (1 + 1e-12)
+
+
+def test_the_average_warms_up_and_can_be_fixed():
+    assert WeightAverage(MODEL, EMAConfig(0.999, warmup=False)).get_decay(0) == 0.999
+    warm = WeightAverage(MODEL, EMAConfig(0.999, warmup=True))
+    assert [warm.get_decay(t) for t in (0, 1, 90, 10**6)] == [0.1, 2 / 11, 0.91, 0.999]
+
+
+def test_the_average_is_of_weights_and_buffers():
+    model = nn.BatchNorm1d(2)
+    average = WeightAverage(model, EMAConfig(0.9, warmup=False))
+    with torch.no_grad():
+        model.weight.fill_(11.0)
+        model.running_mean.fill_(10.0)
+    average.update(model, 0)
+    assert average.module.weight.tolist() == pytest.approx([2.0, 2.0])
+    assert average.module.running_mean.tolist() == pytest.approx([1.0, 1.0])

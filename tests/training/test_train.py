@@ -1,0 +1,395 @@
+"""Whole runs: what they leave, that they can be stopped anywhere, and how they fail."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from filelock import FileLock
+from PIL import Image
+from safetensors.torch import load_file
+
+from smallfry.errors import DataError, RunError, Stopped, TrainingError, UsageError
+from smallfry.training.checkpoint import load_checkpoint
+from smallfry.training.config import (
+    AugmentConfig,
+    DataConfig,
+    EMAConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+    read_config,
+)
+from smallfry.training.progress import QuietReporter
+from smallfry.training.run import load_run, require_classes
+from smallfry.training.train import resume, train
+
+TINY = {"embed_dim": 16, "num_heads": 2, "mlp_hidden_dim": 16, "depth": 1}
+TIMINGS = ("images_per_second", "seconds")
+
+
+class StopAt(QuietReporter):
+    """Sends this process a signal after some steps."""
+
+    def __init__(self, step, number=signal.SIGINT):
+        self.left, self.number = step, number
+
+    def step(self, loss, images_per_second):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), self.number)
+
+
+def metrics(run):
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in all_metrics(run)]
+
+
+def all_metrics(run):
+    return list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+
+
+def assert_same_run(one, other):
+    assert metrics(one) == metrics(other)
+    for checkpoint in ("last", "best"):
+        first, second = load_checkpoint(one / checkpoint), load_checkpoint(other / checkpoint)
+        assert first.weights.keys() == second.weights.keys()
+        for name, weight in first.weights.items():
+            assert torch.equal(weight, second.weights[name]), name
+    first, second = (load_checkpoint(run / "last").trainer for run in (one, other))
+    for name, weight in first["weights"].items():
+        assert torch.equal(weight, second["weights"][name]), name
+
+
+# What a run leaves
+
+
+def test_a_run_leaves_its_configuration_metrics_checkpoints_summary_and_pictures(config):
+    summary = train(config)
+    run = config.run
+    assert read_config(run / "config.yaml") == config
+    rows = metrics(run)
+    assert [int(row["epoch"]) for row in rows] == [1, 2]
+    assert {"train_loss", "validation_accuracy", "validation_macro_f1", "learning_rate"} <= set(
+        rows[0]
+    )
+    assert json.loads((run / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert {p.name for p in (run / "pictures").iterdir()} == {
+        "learning_curves.png",
+        "confusion_matrix.png",
+        "mistakes.png",
+        "recursion_trace.png",
+    }
+    for picture in (run / "pictures").iterdir():
+        assert np.asarray(Image.open(picture)).std() > 5, picture
+    assert not list(run.glob("*.part")) + list(run.glob("*.new"))
+
+
+def test_tensorboard_holds_the_numbers_of_the_csv(config):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(config)
+    events = EventAccumulator(str(config.run / "tensorboard"))
+    events.Reload()
+    rows = all_metrics(config.run)
+    for column in ("train_loss", "validation_accuracy", "learning_rate", "images_per_second"):
+        logged = [event.value for event in events.Scalars(column.replace("_", "/", 1))]
+        assert logged == pytest.approx([float(row[column]) for row in rows], rel=1e-6)
+
+
+def test_the_summary_says_how_to_get_the_figure_again(config):
+    summary = train(config)
+    assert summary["measured"]["select_on"] == "validation"
+    assert summary["measured"]["seed"] == config.seed
+    assert summary["data"]["fingerprint"]
+    assert {"command", "commit", "device", "versions", "date"} <= set(summary["provenance"])
+
+
+def test_the_reported_accuracy_is_that_of_the_saved_best_weights(config):
+    summary = train(config)
+    from smallfry.data import load_data
+    from smallfry.training.evaluation import predict, score
+
+    trained = load_run(config.run)
+    data = load_data("digits", limit=200)
+    found = score(predict(trained.model, data.test, trained.normalize))
+    assert found == pytest.approx(summary["measured"]["test"])
+
+
+def test_references_are_fitted_on_the_same_split(variant):
+    summary = train(variant(references=True, epochs=1))
+    found = {r["name"]: r["test_accuracy"] for r in summary["measured"]["references"]}
+    from sklearn.svm import SVC
+
+    from smallfry.data import load_data
+
+    data = load_data("digits", limit=200)
+    machine = SVC().fit(data.train.images.flatten(1).numpy() / 255, data.train.labels)
+    wanted = machine.score(data.test.images.flatten(1).numpy() / 255, data.test.labels)
+    assert found["RBF support vector machine"] == pytest.approx(wanted, abs=0.003)
+    assert set(found) == {"RBF support vector machine", "logistic regression"}
+
+
+def test_training_learns(variant):
+    summary = train(
+        variant(
+            augment=AugmentConfig(),
+            data=DataConfig(),
+            model=ModelConfig(drop_rate=0.0),
+            objective=ObjectiveConfig(),
+            epochs=4,
+            schedule=ScheduleConfig(warmup_epochs=1),
+        )
+    )
+    assert summary["measured"]["test"]["accuracy"] > 0.8
+
+
+# Same seed, same run; stop anywhere, go on exactly
+
+
+def test_two_runs_with_one_seed_are_identical_and_another_seed_differs(variant, tmp_path):
+    train(variant(run=tmp_path / "a"))
+    train(variant(run=tmp_path / "b"))
+    train(variant(run=tmp_path / "c", seed=1))
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert metrics(tmp_path / "a") != metrics(tmp_path / "c")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [1, 6, 8])
+def test_a_run_stopped_by_a_signal_and_resumed_equals_an_undisturbed_one(
+    variant, tmp_path, step, number
+):
+    train(variant(run=tmp_path / "whole"))
+    with pytest.raises(Stopped, match=rf"after step {step} of 12 .*--resume") as stop:
+        train(variant(run=tmp_path / "parted"), StopAt(step, number))
+    assert stop.value.signal_number == number
+    resume(tmp_path / "parted")
+    assert_same_run(tmp_path / "whole", tmp_path / "parted")
+
+
+def test_a_run_can_be_stopped_many_times(variant, tmp_path):
+    train(variant(run=tmp_path / "whole"))
+    with pytest.raises(Stopped):
+        train(variant(run=tmp_path / "parted"), StopAt(2))
+    for _ in range(4):
+        with pytest.raises(Stopped):
+            resume(tmp_path / "parted", StopAt(2))
+    resume(tmp_path / "parted")
+    assert_same_run(tmp_path / "whole", tmp_path / "parted")
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(variant, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(variant(run=whole))
+    file = tmp_path / "config.yaml"
+    slow = {**variant(run=killed, checkpoint_seconds=0.0).to_dict(), "workers": 0}
+    file.write_text(yaml.safe_dump(slow))
+    code = (
+        "import sys, time\n"
+        "from smallfry.training import loop\n"
+        "settle = loop.Trainer._settle\n"
+        "loop.Trainer._settle = lambda self: (time.sleep(0.05), settle(self))[1]\n"
+        "from smallfry.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", code, "train", "--config", str(file)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        manifest = killed / "last" / "manifest.json"
+        if manifest.exists() and json.loads(manifest.read_text())["training"]["step"] >= 3:
+            break
+        time.sleep(0.005)
+    assert process.poll() is None, "the run ended before it could be killed"
+    process.kill()
+    process.wait()
+    assert not (killed / "summary.json").exists()
+    resume(killed)
+    assert_same_run(whole, killed)
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again(variant, tmp_path):
+    train(variant(run=tmp_path / "whole"))
+    (tmp_path / "new").mkdir()
+    configuration = variant(run=tmp_path / "new").to_dict()
+    (tmp_path / "new" / "config.yaml").write_text(yaml.safe_dump(configuration))
+    resume(tmp_path / "new")
+    assert_same_run(tmp_path / "whole", tmp_path / "new")
+
+
+def test_resuming_a_run_that_has_ended_gives_its_summary(config):
+    summary = train(config)
+    assert resume(config.run) == json.loads(json.dumps(summary))
+
+
+def test_micro_batches_change_memory_not_the_step(variant, tmp_path):
+    same = {
+        "model": ModelConfig(options=TINY, drop_rate=0.0),
+        "precision": "64-true",
+        "epochs": 1,
+    }
+    for parts in (1, 3):
+        train(variant(run=tmp_path / str(parts), accumulate=parts, **same))
+    one, three = (load_file(tmp_path / n / "best" / "model.safetensors") for n in ("1", "3"))
+    for name, weight in one.items():
+        torch.testing.assert_close(weight, three[name], atol=1e-9, rtol=1e-9)
+
+
+# Settings that change what happens
+
+
+def test_patience_ends_a_run_that_no_longer_improves(variant):
+    still = OptimizerConfig(lr=1e-12)
+    summary = train(variant(epochs=9, patience=2, optimizer=still, ema=EMAConfig(0.0)))
+    assert summary["measured"]["epochs"] < 9
+    assert summary["measured"]["epochs"] == summary["measured"]["best_epoch"] + 2
+    assert resume(variant().run)["measured"]["epochs"] == summary["measured"]["epochs"]
+
+
+def test_selecting_on_the_test_split_is_possible_and_said(variant):
+    summary = train(variant(select_on="test", data=DataConfig(limit=200, validation=0.0)))
+    assert summary["measured"]["select_on"] == "test"
+    best = max(float(row["test_accuracy"]) for row in metrics(variant().run))
+    assert summary["measured"]["test"]["accuracy"] == pytest.approx(best)
+
+
+def test_a_batch_is_left_once_the_model_says_it_has_finished(variant):
+    train(variant(objective=ObjectiveConfig(supervision_steps=4, halt_threshold=0.0)))
+    assert [float(row["supervision_steps"]) for row in metrics(variant().run)] == [1.0, 1.0]
+
+
+def test_deep_supervision_takes_an_optimizer_step_for_each_recursion_step(variant):
+    train(variant(objective=ObjectiveConfig(supervision_steps=3, halt_threshold=1.1)))
+    trainer = load_checkpoint(variant().run / "last").trainer
+    assert trainer["progress"]["updates"] == 3 * trainer["progress"]["step"]
+
+
+def test_a_model_of_timm_trains_with_cross_entropy(variant):
+    small = ModelConfig("resnet10t", options={"stem_width": 8})
+    summary = train(variant(model=small, objective=ObjectiveConfig(), epochs=1))
+    assert summary["model"]["name"] == "resnet10t"
+    assert not (variant().run / "pictures" / "recursion_trace.png").exists()
+    assert "train_halting" not in metrics(variant().run)[0]
+
+
+@pytest.mark.parametrize("supervised", ["deep_supervision", "cross_entropy"])
+def test_mixed_precision_reaches_the_model(variant, monkeypatch, supervised):
+    seen = set()
+    project = torch.nn.functional.linear
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "linear",
+        lambda *given: seen.add(torch.is_autocast_enabled("cpu")) or project(*given),
+    )
+    train(variant(precision="bf16-mixed", epochs=1, objective=ObjectiveConfig(supervised)))
+    with_autocast_only_in_the_final_test = {True, False}
+    assert seen == with_autocast_only_in_the_final_test
+
+
+# Failures
+
+
+def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(variant):
+    wild = variant(
+        optimizer=OptimizerConfig("sgd", lr=1e18, clip=None), checkpoint_seconds=0.0, epochs=4
+    )
+    with pytest.raises(
+        TrainingError, match=r"step \d+ \(epoch \d\): the .*checkpoint.*optimizer.lr"
+    ):
+        train(wild)
+    kept = load_checkpoint(wild.run / "last")
+    assert all(weight.isfinite().all() for weight in kept.weights.values())
+    assert all(weight.isfinite().all() for weight in kept.trainer["weights"].values())
+
+
+def test_two_runs_in_one_folder_are_refused(config):
+    config.run.mkdir()
+    with FileLock(config.run / ".lock"), pytest.raises(RunError, match="another process"):
+        train(config)
+    train(config)
+    with pytest.raises(RunError, match=r"there is a run in this folder already.*--resume"):
+        train(config)
+
+
+def test_a_wrong_configuration_leaves_no_folder_behind(variant):
+    wrong = {
+        "unknown model 'vitrm_smal'; did you mean 'vitrm_small": {
+            "model": ModelConfig("vitrm_smal")
+        },
+        "can't be built: .*no_such_option": {"model": ModelConfig(options={"no_such_option": 1})},
+        "does not divide": {"data": DataConfig(image_size=9)},
+        "unknown optimizer": {"optimizer": OptimizerConfig("adamm")},
+        "device abacus": {"device": "abacus"},
+        "precision 17": {"precision": "17"},
+        "data.mean needs 1 values": {"data": DataConfig(mean=[0.1, 0.2], std=[1.0, 1.0])},
+    }
+    for message, change in wrong.items():
+        with pytest.raises(UsageError, match=message):
+            train(variant(**change))
+    assert not variant().run.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"accumulate": 100}, "accumulate can't exceed"),
+        ({"patience": 0}, "patience must be"),
+    ],
+)
+def test_impossible_values_are_refused_when_they_are_given(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        TrainConfig(**arguments)
+
+
+def test_resuming_on_changed_data_is_refused(variant, monkeypatch):
+    with pytest.raises(Stopped):
+        train(variant(), StopAt(2))
+    text = (variant().run / "config.yaml").read_text()
+    (variant().run / "config.yaml").write_text(text.replace("split_seed: 0", "split_seed: 5"))
+    with pytest.raises(DataError, match="was trained on other data"):
+        resume(variant().run)
+
+
+def test_folders_that_are_no_runs_are_named(tmp_path):
+    with pytest.raises(RunError, match="there is no such run folder"):
+        resume(tmp_path / "nowhere")
+    with pytest.raises(RunError, match=r"config.yaml is missing"):
+        load_run(tmp_path)
+    (tmp_path / "config.yaml").write_text("epochz: 3\n")
+    with pytest.raises(RunError, match="not a configuration of this version"):
+        resume(tmp_path)
+
+
+def test_damaged_weights_and_foreign_manifests_are_refused(config):
+    train(config)
+    manifest = config.run / "best" / "manifest.json"
+    before = manifest.read_text()
+    manifest.write_text(before.replace('"embed_dim": 16', '"embed_dim": 32'))
+    with pytest.raises(RunError, match="weights don't fit the model"):
+        load_run(config.run)
+    manifest.write_text(before.replace('"classes"', '"klasses"'))
+    with pytest.raises(RunError, match="its manifest lacks 'classes'"):
+        load_run(config.run)
+    manifest.write_text(before)
+    weights = config.run / "best" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(RunError, match="damaged"):
+        load_run(config.run)
+
+
+def test_a_model_is_not_evaluated_on_other_classes(config):
+    train(config)
+    trained = load_run(config.run)
+    require_classes(trained, trained.classes, "here")
+    with pytest.raises(DataError, match=r"knows 10 classes \(0, 1, 2, 3, …\), there has 2"):
+        require_classes(trained, ("cat", "dog"), "there")
