@@ -26,9 +26,14 @@ def test_a_weight_used_twice_counts_once_but_its_arithmetic_twice():
 
 
 def test_activations_are_the_bytes_kept_for_the_backward_pass():
-    # Linear keeps its input; ReLU its output; the second Linear keeps the same tensor again
+    # Linear keeps its input, ReLU its output; the second Linear keeps the same tensor again
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
-    assert cost(model, torch.zeros(10, 8)).activation_bytes == 10 * 16 * 4
+    assert cost(model, torch.zeros(10, 8)).activation_bytes == 10 * (8 + 16) * 4
+
+
+def test_a_single_image_through_batch_normalisation_is_measured():
+    model = nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4))
+    assert cost(model, torch.zeros(1, 3, 8, 8)).activation_bytes > 3 * 64 * 4
 
 
 def test_measuring_leaves_no_trace_on_model_or_random_state():

@@ -14,7 +14,7 @@ class Cost(NamedTuple):
     parameters: int  # unique ones: a weight that is shared or used many times counts once
     bytes: int  # of parameters and buffers, in their own precision
     macs: int  # multiply-accumulates of matrix products, convolutions and attention, all calls
-    activation_bytes: int  # what a training forward pass keeps for the backward pass
+    activation_bytes: int  # that a training forward pass keeps for the backward pass
 
 
 def cost(model: nn.Module, input: Tensor) -> Cost:
@@ -45,7 +45,7 @@ def _macs(model: nn.Module, input: Tensor) -> int:
 
 
 def _activation_bytes(model: nn.Module, input: Tensor) -> int:
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), input)}
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}  # holding the storages keeps addresses unique
 
     def note(tensor: Tensor) -> Tensor:
@@ -55,6 +55,7 @@ def _activation_bytes(model: nn.Module, input: Tensor) -> int:
         return tensor
 
     model.train()
+    twice = torch.cat([input, input])  # batch normalisation can't train on a single value
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        model(input)
-    return sum(storage.nbytes() for storage in kept.values())
+        model(twice)
+    return sum(storage.nbytes() for storage in kept.values()) // 2

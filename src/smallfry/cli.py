@@ -1,0 +1,341 @@
+"""The command: ``smallfry train``, ``evaluate``, ``predict``, ``models``."""
+
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from rich.console import Console
+from rich.table import Table
+
+from smallfry.errors import SmallfryError, Stopped, UsageError, nearest
+from smallfry.training.config import TrainConfig
+from smallfry.version import __version__
+
+FAILED, MISUSED = 1, 2  # exit codes; a run that a signal stopped gives 128 + its number
+
+
+# The verbs
+
+
+def train(config: TrainConfig, resume: str | None = None) -> int:
+    """Train a model; without options, a ViTRM on handwritten digits."""
+    from smallfry.training import train as training
+
+    if resume is None:
+        summary = training.train(config)
+    elif config != TrainConfig():
+        raise UsageError("--resume goes on with the run's own configuration: leave the rest away")
+    else:
+        summary = training.resume(resume)
+    _print_summary(summary)
+    return 0
+
+
+@dataclass(frozen=True)
+class OtherData:
+    """Other data than that of the run.
+
+    Args:
+        name: A data set or a folder; its test split is taken, or all of it if it has none.
+        root: Folder of a named data set.
+    """
+
+    name: str | None = None
+    root: Path | None = None
+
+
+def evaluate(
+    run: str,
+    data: OtherData,
+    split: Literal["train", "validation", "test"] = "test",
+    checkpoint: Literal["best", "last"] = "best",
+    as_json: bool = False,
+) -> int:
+    """Evaluate a trained model."""
+    from smallfry.training.evaluation import predict as run_model
+    from smallfry.training.evaluation import score
+    from smallfry.training.run import load_run, require_classes
+    from smallfry.training.train import load_like
+
+    trained = load_run(run, checkpoint)
+    loaded, chosen = load_like(trained, run, data.name, data.root, split)
+    require_classes(trained, loaded.classes, loaded.origin)
+    scores = score(run_model(trained.model, chosen, trained.normalize))
+    result = {"data": loaded.name, "split": split, "images": len(chosen), **scores}
+    if as_json:
+        print(json.dumps(result))
+        return 0
+    table = Table("", "", show_header=False, box=None)
+    for name, value in result.items():
+        percent = name in ("accuracy", "macro_f1")
+        shown = value if isinstance(value, str | int) else f"{value:.4f}"
+        table.add_row(name.replace("_", " "), f"{value:.2%}" if percent else str(shown))
+    Console().print(table)
+    return 0
+
+
+def predict(
+    run: str,
+    inputs: list[str],
+    top_k: int = 3,
+    checkpoint: Literal["best", "last"] = "best",
+    as_json: bool = False,
+) -> int:
+    """Classify images."""
+    from smallfry.training.inference import classify, find_images
+    from smallfry.training.run import load_run
+
+    trained = load_run(run, checkpoint)
+    failed = False
+    for answer in classify(trained, find_images(inputs, sys.stdin.buffer), top_k):
+        if answer.error is not None:
+            print(f"smallfry: {answer.error}", file=sys.stderr)
+            failed = True
+        elif as_json:
+            print(json.dumps(answer.to_dict()), flush=True)
+        else:
+            guesses = "  ".join(f"{name} {share:.1%}" for name, share in answer.top)
+            print(f"{answer.name}: {guesses}", flush=True)
+    return FAILED if failed else 0
+
+
+def models(pattern: str = "*", as_json: bool = False) -> int:
+    """List smallfry's models with what they cost."""
+    import timm
+    import torch
+
+    from smallfry import cost
+
+    names = [
+        name
+        for name in timm.list_models(pattern)
+        if timm.model_entrypoint(name).__module__.startswith("smallfry.")
+    ]
+    if not names:
+        raise UsageError(f"no model of smallfry matches '{pattern}'")
+    table = Table("model", "parameters", "MMAC", "activations", "input", box=None)
+    for name in names:
+        model = timm.create_model(name)
+        shape = timm.get_pretrained_cfg(name).input_size
+        spent = cost(model, torch.zeros(1, *shape))
+        if as_json:
+            print(json.dumps({"model": name, "input": list(shape), **spent._asdict()}))
+        table.add_row(
+            name,
+            f"{spent.parameters:,}",
+            f"{spent.macs / 1e6:,.0f}",
+            f"{spent.activation_bytes / 2**20:,.1f} MiB",
+            "×".join(map(str, shape)),
+        )
+    if not as_json:
+        Console().print(table)
+    return 0
+
+
+# What the verbs are told
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of the whole command."""
+    parser = _parser("Small networks that do the work of big ones.")
+    parser.add_argument("--version", action="version", version=f"smallfry {__version__}")
+    verbs = parser.add_subcommands(metavar="VERB")
+
+    train_verb = _parser("Train a model; without options, a ViTRM on handwritten digits.")
+    train_verb.add_argument("--config", action="config", help="A YAML file with any of these.")
+    train_verb.add_argument(
+        "--resume", metavar="RUN", help="Go on with a run, exactly where it stopped."
+    )
+    train_verb.add_class_arguments(TrainConfig)
+    verbs.add_subcommand("train", train_verb, help="train a model")
+
+    evaluate_verb = _parser("Evaluate a trained model, by default on the test split of its data.")
+    _add_run(evaluate_verb)
+    evaluate_verb.add_argument(
+        "--split", type=Literal["train", "validation", "test"], default="test", help="The split."
+    )
+    evaluate_verb.add_class_arguments(OtherData, "data")
+    verbs.add_subcommand("evaluate", evaluate_verb, help="evaluate a trained model")
+
+    predict_verb = _parser("Classify images with a trained model.")
+    _add_run(predict_verb)
+    predict_verb.add_argument(
+        "inputs",
+        nargs="+",
+        help="Image files, folders, globs, or - for an image or a list of files on standard input.",
+    )
+    predict_verb.add_argument("--top_k", type=int, default=3, help="Classes to name per image.")
+    verbs.add_subcommand("predict", predict_verb, help="classify images")
+
+    models_verb = _parser("List smallfry's models with what one image costs.")
+    models_verb.add_argument("pattern", nargs="?", default="*", help="Such as 'vitrm_*'.")
+    models_verb.add_argument("--json", action="store_true", help="One JSON object per line.")
+    verbs.add_subcommand("models", models_verb, help="list models and their cost")
+    return parser
+
+
+def _parser(description: str) -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="smallfry", description=description, exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    return parser
+
+
+def _add_run(parser: ArgumentParser) -> None:
+    parser.add_argument("run", help="A run folder, or a checkpoint folder in one.")
+    parser.add_argument(
+        "--checkpoint",
+        type=Literal["best", "last"],
+        default="best",
+        help="The weights of the best epoch, or of the last step.",
+    )
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
+
+
+def _expand_shorthand(arguments: Sequence[str]) -> list[str]:
+    """``--data cifar10`` says ``--data.name cifar10``; so for model, objective and optimizer."""
+    named = re.compile(r"--(data|model|objective|optimizer)(=.*)?", re.DOTALL)
+    expanded = []
+    for argument in arguments:
+        match = named.fullmatch(argument)
+        expanded.append(f"--{match[1]}.name{match[2] or ''}" if match else argument)
+    return expanded
+
+
+def _dispatch(parsed: Namespace, parser: ArgumentParser) -> int:
+    verb = parsed.subcommand
+    given = parsed[verb]
+    if verb == "train":
+        built = _verb_parsers(parser)[verb].instantiate(given)
+        config = TrainConfig(**{field.name: built[field.name] for field in fields(TrainConfig)})
+        return train(config, given.resume)
+    if verb == "evaluate":
+        other = OtherData(given.data.name, given.data.root)
+        return evaluate(given.run, other, given.split, given.checkpoint, given.json)
+    if verb == "predict":
+        return predict(given.run, given.inputs, given.top_k, given.checkpoint, given.json)
+    return models(given.pattern, given.json)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code is 0, 1 for a failure, 2 for wrong usage."""
+    arguments = _expand_shorthand(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("smallfry").setLevel(logging.INFO)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning  # type: ignore[assignment]
+        if "--debug" in arguments:
+            return _run(arguments)
+        try:
+            return _run(arguments)
+        except (ArgumentError, UsageError) as error:
+            return _complain(error, MISUSED)
+        except SmallfryError as error:
+            return _complain(error, FAILED)
+        except Stopped as stop:
+            print(f"smallfry: {stop}", file=sys.stderr)
+            return 128 + stop.signal_number
+        except KeyboardInterrupt:
+            print("smallfry: interrupted", file=sys.stderr)
+            return 128 + signal.SIGINT
+        except BrokenPipeError:  # whoever read the output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except Exception as error:
+            return _complain(
+                f"an error inside smallfry, {type(error).__name__}: {error}; "
+                "--debug shows where, please report it",
+                FAILED,
+            )
+
+
+def _run(arguments: Sequence[str]) -> int:
+    parser = build_parser()
+    try:
+        parsed = parser.parse_args(list(arguments))
+    except ArgumentError as error:
+        raise UsageError(_explain(str(error), arguments, parser)) from None
+    return _dispatch(parsed, parser)
+
+
+def _explain(message: str, arguments: Sequence[str], parser: ArgumentParser) -> str:
+    """A parser's message on one line, with the nearest right name for a wrong one."""
+    message = " ".join(message.split())
+    verbs = _verb_parsers(parser)
+    verb = next((argument for argument in arguments if argument in verbs), None)
+    if verb is None:
+        wrong = re.search(r"invalid choice: '(.*?)'", message)
+        hint = nearest(wrong[1], verbs) if wrong else f": {', '.join(verbs)}"
+        return f"expected a verb{hint}" if wrong is None else f"unknown verb '{wrong[1]}'{hint}"
+    option = re.search(r"nrecognized arguments: --([\w.]+)|option '([\w.]+)'", message)
+    if option is not None:
+        known = {name.lstrip("-") for name in verbs[verb]._option_string_actions}
+        given = option[1] or option[2]
+        hint = nearest(given, known) or f"; smallfry {verb} --help lists them"
+        return f"{verb} has no option '{given}'{hint}"
+    value = re.search(r"Parser key \"(.*?)\": (.*?)(?:Got|Given) value: (.*)$", message)
+    if value is not None:
+        key, expected, given = value.groups()
+        types = re.search(r"Subtypes: \[(.*?)\] Errors", expected)
+        expected = types[1] if types else expected.removeprefix("Expected a ").rstrip(". ")
+        choices = re.findall(r"'(\w+)'", expected) if "Literal" in expected else []
+        if choices:
+            close = nearest(given, choices)
+            return f"{key}: expected one of {', '.join(choices)}, got '{given}'{close}"
+        expected = re.sub(r"<class '(\w+)'>", r"\1", expected).replace(", NoneType", " or null")
+        return f"{key}: expected {expected}, got '{given}'"
+    return message.removeprefix("Parser key ")
+
+
+def _verb_parsers(parser: ArgumentParser) -> dict[str, ArgumentParser]:
+    subcommands: Any = parser._subcommands_action
+    return dict(subcommands.choices)
+
+
+def _complain(error: Exception | str, code: int) -> int:
+    print(f"smallfry: {error}", file=sys.stderr)
+    return code
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    print(f"smallfry: warning: {message}", file=sys.stderr)
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    """The result of a run, with its reference points."""
+    measured, console = summary["measured"], Console(highlight=False)
+    table = Table("", "test accuracy", "macro F1", "parameters", "MMAC", box=None)
+    table.add_row(
+        summary["model"]["name"],
+        f"{measured['test']['accuracy']:.2%}",
+        f"{measured['test']['macro_f1']:.2%}",
+        f"{measured['parameters']:,}",
+        f"{measured['macs'] / 1e6:,.1f}",
+    )
+    for reference in measured["references"]:
+        table.add_row(reference["name"], f"{reference['test_accuracy']:.2%}", "", "", "")
+    console.print(table)
+    data, run = summary["data"], summary["run"]
+    console.print(
+        f"best epoch {measured['best_epoch']} of {measured['epochs']}, selected on "
+        f"{measured['select_on']}; {data['train']:,} images to train, {data['test']:,} to test; "
+        f"{measured['training_seconds']:.0f} s of training",
+        soft_wrap=True,
+    )
+    console.print(
+        f"pictures: {run}/pictures   use it: smallfry predict {run} IMAGE…", soft_wrap=True
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

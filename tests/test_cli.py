@@ -1,0 +1,285 @@
+"""The command as a person meets it: exit codes, messages, output."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import fields
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from smallfry.cli import main
+from smallfry.training.config import TrainConfig
+
+ROOT = Path(__file__).parents[1]
+TINY = (
+    "--model.options={embed_dim: 16, num_heads: 2, mlp_hidden_dim: 16, depth: 1, latent_steps: 1}"
+)
+FAST = [TINY, "--epochs=1", "--data.limit=200", "--references=false", "--progress=quiet"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A trained run that the tests only read."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    assert main(["train", *FAST, "--run", str(folder)]) == 0
+    return folder
+
+
+def command(*arguments, **options):
+    call = [sys.executable, "-m", "smallfry.cli", *map(str, arguments)]
+    return subprocess.run(call, capture_output=True, text=True, timeout=120, **options)
+
+
+def pictures(folder: Path, count: int, mode="L") -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    files = [folder / f"{i}.png" for i in range(count)]
+    for file in files:
+        pixels = generator.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).convert(mode).save(file)
+    return files
+
+
+# train
+
+
+def test_training_prints_its_result_and_where_it_is(tmp_path, capsys):
+    assert main(["train", *FAST, "--references=true", "--run", str(tmp_path / "r")]) == 0
+    output = capsys.readouterr().out
+    for part in ("test accuracy", "RBF support vector machine", "logistic regression", "pictures"):
+        assert part in output
+    assert str(tmp_path / "r") in output
+
+
+def test_the_printed_configuration_is_complete_and_runs(tmp_path):
+    printed = command("train", *FAST, "--print_config")
+    assert printed.returncode == 0
+    configuration = yaml.safe_load(printed.stdout)
+    assert set(configuration) >= {field.name for field in fields(TrainConfig)}
+    file = tmp_path / "config.yaml"
+    file.write_text(printed.stdout)
+    assert main(["train", "--config", str(file), "--run", str(tmp_path / "r")]) == 0
+
+
+def test_a_run_can_be_repeated_from_its_own_configuration(run, tmp_path):
+    again = tmp_path / "again"
+    assert main(["train", "--config", str(run / "config.yaml"), "--run", str(again)]) == 0
+    same = "best/model.safetensors"
+    assert (again / same).read_bytes() == (run / same).read_bytes()
+
+
+def test_a_folder_of_photographs_is_enough(tmp_path, capsys):
+    for name in ("cat", "dog"):
+        pictures(tmp_path / "photos" / name, 10, "RGB")
+    options = ["--data", str(tmp_path / "photos"), "--data.image_size=16", "--batch_size=4"]
+    fast = [option for option in FAST if "limit" not in option]
+    assert main(["train", *options, *fast, "--run", str(tmp_path / "r")]) == 0
+    assert main(["predict", str(tmp_path / "r"), str(tmp_path / "photos" / "cat")]) == 0
+    assert capsys.readouterr().out.count("cat/") == 10
+
+
+def test_every_option_has_help():
+    text = command("train", "--help").stdout
+    for field in fields(TrainConfig):
+        assert f"--{field.name}" in text
+    lines = text.splitlines()
+    bare = [line for line in lines if line.startswith("  --") and len(line.split()) <= 2]
+    for line in bare:  # the help of a long option stands on the next line
+        following = lines[lines.index(line) + 1]
+        assert following.startswith("      "), line
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_is_a_valid_configuration(recipe):
+    assert command("train", "--config", recipe, "--print_config").returncode == 0
+
+
+def test_sigterm_saves_and_resume_ends_the_run(tmp_path):
+    folder = tmp_path / "r"
+    arguments = ["train", TINY, "--epochs=400", "--data.limit=200", "--progress=plain"]
+    call = [sys.executable, "-m", "smallfry.cli", *arguments, "--run", str(folder)]
+    process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch"):
+            break
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert f"go on with: smallfry train --resume {folder}" in errors
+    assert "Traceback" not in errors
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("epochs: 400", "epochs: 2"))
+    assert main(["train", "--resume", str(folder)]) == 0
+    assert (folder / "summary.json").exists()
+
+
+def test_a_second_run_in_one_folder_fails(run, capsys):
+    assert main(["train", *FAST, "--run", str(run)]) == 1
+    assert "--resume" in capsys.readouterr().err
+
+
+# evaluate
+
+
+def test_evaluation_gives_the_figures_of_the_summary(run, capsys):
+    assert main(["evaluate", str(run), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    measured = json.loads((run / "summary.json").read_text())["measured"]["test"]
+    assert {key: found[key] for key in measured} == pytest.approx(measured)
+    assert found["images"] == 359
+    assert main(["evaluate", str(run), "--split", "validation", "--checkpoint", "last"]) == 0
+    assert "accuracy" in capsys.readouterr().out
+
+
+def test_other_data_is_evaluated_whole_if_its_classes_are_the_models(run, tmp_path, capsys):
+    for digit in range(10):
+        pictures(tmp_path / "mine" / str(digit), 3)
+    assert main(["evaluate", str(run), "--data", str(tmp_path / "mine"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 30
+    pictures(tmp_path / "mine" / "ten", 3)
+    assert main(["evaluate", str(run), "--data", str(tmp_path / "mine")]) == 1
+    assert "the model knows 10 classes" in capsys.readouterr().err
+
+
+# predict
+
+
+def test_predictions_of_files_folders_and_globs_as_json_lines(run, tmp_path, capsys):
+    files = pictures(tmp_path / "in", 3, "RGBA")
+    inputs = [files[0], tmp_path / "in", tmp_path / "in" / "*.png"]
+    assert main(["predict", str(run), *map(str, inputs), "--json", "--top_k", "4"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["image"] for answer in answers] == list(map(str, [files[0], *files, *files]))
+    for answer in answers:
+        shares = [guess["probability"] for guess in answer["top"]]
+        assert len(shares) == 4
+        assert shares == sorted(shares, reverse=True)
+        assert answer["class"] == answer["top"][0]["class"]
+        assert 0 <= answer["halting"] <= 1
+    assert answers[0]["top"] == answers[1]["top"]
+
+
+def test_top_k_is_at_most_the_number_of_classes_and_adds_up(run, tmp_path, capsys):
+    file = pictures(tmp_path, 1)[0]
+    assert main(["predict", str(run), str(file), "--json", "--top_k", "99"]) == 0
+    top = json.loads(capsys.readouterr().out)["top"]
+    assert len(top) == 10
+    assert sum(guess["probability"] for guess in top) == pytest.approx(1, abs=1e-5)
+
+
+def test_standard_input_is_an_image_or_a_list_of_files(run, tmp_path):
+    file = pictures(tmp_path, 1)[0]
+    call = [sys.executable, "-m", "smallfry.cli", "predict", str(run), "-", "--json"]
+    as_image = subprocess.run(call, input=file.read_bytes(), capture_output=True, check=True)
+    as_list = subprocess.run(call, input=f"{file}\n".encode(), capture_output=True, check=True)
+    image, listed = json.loads(as_image.stdout), json.loads(as_list.stdout)
+    assert image["image"] == "<standard input>"
+    assert image["top"] == listed["top"]
+
+
+def test_an_unreadable_image_is_told_and_the_others_are_classified(run, tmp_path, capsys):
+    files = pictures(tmp_path, 2)
+    (tmp_path / "0.png").write_bytes(b"no image")
+    inputs = [*map(str, files), str(tmp_path / "gone.png")]
+    assert main(["predict", str(run), *inputs]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.startswith(str(files[1]))
+    assert "0.png: not an image" in captured.err
+    assert "gone.png: there is no such file" in captured.err
+
+
+def test_prediction_sees_what_evaluation_sees(run, tmp_path, capsys):
+    from smallfry.data import load_data
+    from smallfry.training.evaluation import predict
+    from smallfry.training.run import load_run
+
+    trained, data = load_run(run), load_data("digits", limit=200)
+    buffer = BytesIO()
+    Image.fromarray(data.test.images[5, 0].numpy()).save(buffer, "PNG")
+    (tmp_path / "digit.png").write_bytes(buffer.getvalue())
+    wanted = predict(trained.model, data.test, trained.normalize).logits[5].softmax(0).max()
+    assert main(["predict", str(run), str(tmp_path / "digit.png"), "--json"]) == 0
+    top = json.loads(capsys.readouterr().out)["top"]
+    assert top[0]["probability"] == pytest.approx(wanted.item(), abs=1e-5)
+
+
+# models
+
+
+def test_models_lists_what_they_cost(capsys):
+    assert main(["models", "vitrm_*", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    small = next(row for row in rows if row["model"] == "vitrm_small_patch4_32")
+    assert small["parameters"] == 3_624_971
+    assert small["macs"] == pytest.approx(1.7255e9, rel=1e-3)
+    assert main(["models"]) == 0
+    assert "3,624,971" in capsys.readouterr().out
+    assert main(["models", "nothing*"]) == 2
+
+
+# Wrong usage: one line, the right name, the right code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "train, evaluate, predict, models"),
+        (["trian"], 2, "did you mean 'train'"),
+        (["train", "--epoch", "3"], 2, "train has no option 'epoch'; did you mean 'epochs'"),
+        (["train", "--data.nmae=x"], 2, "did you mean 'data.name'"),
+        (["train", "--data.limit", "x"], 2, "data.limit: expected int or null, got 'x'"),
+        (["evaluate", "x", "--split", "tst"], 2, "did you mean 'test'"),
+        (["train", "--epochs", "three"], 2, "epochs: expected int, got 'three'"),
+        (["train", "--objective", "crossentropy"], 2, "did you mean 'cross_entropy'"),
+        (["train", "--epochs", "0"], 2, "epochs must be at least 1"),
+        (["train", "--model", "vitrm_smal"], 2, "did you mean 'vitrm_small_patch4_32'"),
+        (["train", "--data", "cifra10"], 2, "did you mean 'cifar10'"),
+        (["train", "--data", "cifar10", "--data.root", "/nowhere"], 1, "no folder '/nowhere'"),
+        (["train", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
+        (["train", "--resume", "nowhere"], 1, "nowhere: there is no such run folder"),
+        (["train", "--resume", "x", "--epochs", "3"], 2, "leave the rest away"),
+        (["evaluate", "nowhere"], 1, "nowhere: there is no such run folder"),
+        (["predict", "nowhere", "x.png"], 1, "nowhere: there is no such run folder"),
+        (["predict", "nowhere"], 2, "inputs"),
+    ],
+)
+def test_mistakes_get_one_line_and_a_code(arguments, code, message, capsys):
+    assert main(arguments) == code
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert "Traceback" not in errors
+    assert len(errors.strip().splitlines()) == 1
+
+
+def test_wrong_keys_in_a_file_are_named(tmp_path, capsys):
+    file = tmp_path / "config.yaml"
+    file.write_text("data: {nmae: digits}\n")
+    assert main(["train", "--config", str(file)]) == 2
+    assert "did you mean 'data.name'" in capsys.readouterr().err
+    file.write_text("data: [unclosed\n")
+    assert main(["train", "--config", str(file)]) == 2
+
+
+def test_debug_shows_the_traceback():
+    shown = command("train", "--resume", "nowhere", "--debug")
+    assert shown.returncode == 1
+    assert "Traceback" in shown.stderr
+    assert "Traceback" not in command("train", "--resume", "nowhere").stderr
+
+
+def test_in_ci_and_without_a_terminal_the_output_is_plain(tmp_path):
+    arguments = ["train", TINY, "--epochs=2", "--data.limit=200", "--references=false", "--run"]
+    environment = {k: v for k, v in os.environ.items() if k != "CI"}
+    plain = command(*arguments, tmp_path / "plain", env=environment)
+    assert plain.stdout.count("\nepoch ") == 2
+    assert "\x1b" not in plain.stdout
+    quiet = command(*arguments, tmp_path / "quiet", env=environment | {"CI": "true"})
+    assert "epoch 1/2" not in quiet.stdout
+    assert "test accuracy" in quiet.stdout
