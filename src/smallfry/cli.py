@@ -332,9 +332,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
         f"{measured['training_seconds']:.0f} s of training",
         soft_wrap=True,
     )
-    console.print(
-        f"pictures: {run}/pictures   use it: smallfry predict {run} IMAGE…", soft_wrap=True
-    )
+    console.print(f"pictures: {run}/pictures", soft_wrap=True)
+    console.print(f"use it:   smallfry predict {run} IMAGE…", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def test_the_papers_model_has_the_papers_number_of_parameters(classes, expected)
 
 def test_the_smaller_names_are_smaller():
     assert parameters(timm.create_model("vitrm_tiny_patch4_32", num_classes=10)) == 927_755
-    assert parameters(timm.create_model("vitrm_micro_patch2_8", num_classes=10)) == 59_339
+    assert parameters(timm.create_model("vitrm_micro_patch4_8", num_classes=10)) == 109_131
 
 
 @pytest.mark.parametrize("name", timm.list_models("vitrm_*"))
@@ -90,7 +90,7 @@ def test_gradient_checkpointing_changes_neither_outputs_nor_gradients():
 
 
 def test_drop_rate_reaches_both_branches_and_the_attention_weights():
-    model = timm.create_model("vitrm_micro_patch2_8", drop_rate=0.3)
+    model = timm.create_model("vitrm_micro_patch4_8", drop_rate=0.3)
     assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.3, 0.0}
     assert {layer.attn.drop for layer in model.blocks} == {0.3}
     assert {layer.drop.p for layer in model.blocks} == {0.3}

@@ -68,7 +68,7 @@ def confident_mistakes(
     columns = min(6, max(1, len(chosen)))
     rows = max(1, -(-len(chosen) // columns))
     with style():
-        figure = new_figure(max(4.0, 1.7 * columns), 2.1 * rows + 0.5)
+        figure = new_figure(max(4.0, 1.7 * columns), 2.0 * rows + 0.4)
         title = f"the {len(chosen)} surest of {len(wrong)} mistakes" if chosen else "no mistakes"
         figure.suptitle(title)
         grid = figure.subplots(rows, columns, squeeze=False)

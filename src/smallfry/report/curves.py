@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from smallfry.report.figure import COLOURS, GREY, new_figure, save, style
 
@@ -16,8 +16,8 @@ def learning_curves(history: Sequence[Mapping[str, float]], file: Path) -> None:
     """
     held_out = "validation" if history and "validation_loss" in history[0] else "test"
     panels = [
-        ("loss", {"train": "train_loss", held_out: f"{held_out}_loss"}),
-        ("accuracy, %", {"train": "train_accuracy", held_out: f"{held_out}_accuracy"}),
+        ("loss", {"train, augmented": "train_loss", held_out: f"{held_out}_loss"}),
+        ("accuracy, %", {"train, augmented": "train_accuracy", held_out: f"{held_out}_accuracy"}),
         ("halting probability", {"train": "train_halting", held_out: f"{held_out}_halting"}),
         ("learning rate", {"": "learning_rate"}),
     ]
@@ -37,9 +37,9 @@ def learning_curves(history: Sequence[Mapping[str, float]], file: Path) -> None:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             if title == "loss":
                 axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axes.yaxis.set_major_formatter(ScalarFormatter())
-                axes.yaxis.set_minor_formatter(ScalarFormatter())
-                axes.tick_params(which="minor", labelsize=8)
+                axes.yaxis.set_minor_formatter(NullFormatter())
             if title == "halting probability":
                 axes.set_ylim(0, 1.02)
             if len(lines) > 1:

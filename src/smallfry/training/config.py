@@ -99,7 +99,7 @@ class AugmentConfig:
     randaugment_ops: int = 0
     randaugment_magnitude: int = 9
     mixup: float = 0.2
-    cutmix: float = 0.0
+    cutmix: float = 1.0
 
     def __post_init__(self) -> None:
         _check((self.crop_padding or 0) >= 0, "augment.crop_padding can't be negative")
@@ -230,7 +230,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
-    epochs: int = 40
+    epochs: int = 50
     batch_size: int = 64
     accumulate: int = 1
     patience: int | None = None

@@ -102,7 +102,7 @@ def model_name(config: ModelConfig, data: ImageData) -> str:
     """The name of the model, ``auto`` resolved by the size of the images."""
     if config.name != "auto":
         return config.name
-    return "vitrm_micro_patch2_8" if data.image_size <= 16 else "vitrm_tiny_patch4_32"
+    return "vitrm_micro_patch4_8" if data.image_size <= 16 else "vitrm_tiny_patch4_32"
 
 
 def load_like(
