@@ -230,8 +230,7 @@ def _dispatch(parsed: Namespace, parser: ArgumentParser) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, 1 for a failure, 2 for wrong usage."""
     arguments = _expand_shorthand(sys.argv[1:] if arguments is None else arguments)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("smallfry").setLevel(logging.INFO)
+    _log_to_stderr()
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning  # type: ignore[assignment]
         if "--debug" in arguments:
@@ -300,6 +299,17 @@ def _explain(message: str, arguments: Sequence[str], parser: ArgumentParser) -> 
 def _verb_parsers(parser: ArgumentParser) -> dict[str, ArgumentParser]:
     subcommands: Any = parser._subcommands_action
     return dict(subcommands.choices)
+
+
+def _log_to_stderr() -> None:
+    ours = logging.getLogger("smallfry")
+    if not ours.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("smallfry: %(message)s"))
+        ours.addHandler(handler)
+        ours.setLevel(logging.INFO)
+        ours.propagate = False
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
 
 
 def _complain(error: Exception | str, code: int) -> int:

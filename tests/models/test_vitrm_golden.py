@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -108,6 +109,21 @@ def test_the_golden_files_give_gradients_of_every_parameter():
         assert set(given) == {
             name for name, _ in golden_model(perturbed, torch.float64).named_parameters()
         }
+
+
+def test_timm_reads_weights_under_the_authors_names(golden, tmp_path):
+    theirs = {k.removeprefix("param."): v for k, v in golden.items() if k.startswith("param.")}
+    save_file(theirs, tmp_path / "theirs.safetensors")
+    model = timm.create_model(
+        "vitrm_small_patch4_32",
+        pretrained=True,
+        pretrained_cfg_overlay={"file": str(tmp_path / "theirs.safetensors")},
+        patch_size=8,
+        embed_dim=32,
+        num_heads=2,
+        mlp_hidden_dim=48,
+    )
+    assert_close(model.state_dict(), dict(golden_model(golden, torch.float32).state_dict()))
 
 
 def test_two_adamw_and_ema_steps_equal_the_authors():
