@@ -7,7 +7,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from smallfry.models import ViTRM
-from smallfry.report.classification import confident_mistakes, confusion_matrix
+from smallfry.report.classification import confusion_matrix, mistakes, surest_mistakes
 from smallfry.report.curves import learning_curves
 from smallfry.report.recursion import interesting, recursion_trace, trace_recursion
 
@@ -44,20 +44,28 @@ def test_the_images_traced_are_unsure_ones_with_mistakes_among_them():
     assert interesting(logits, logits.argmax(1), most=3).tolist() == [3, 1, 4]
 
 
+def test_the_surest_mistakes_come_first_and_hits_not_at_all():
+    logits = torch.tensor([[0, 1.0], [0, 5.0], [3.0, 0], [2.0, 0]])
+    labels = torch.tensor([0, 0, 0, 1])
+    assert surest_mistakes(logits, labels).tolist() == [1, 3, 0]
+    assert surest_mistakes(logits, labels, most=1).tolist() == [1]
+
+
 @pytest.mark.parametrize("classes", [2, 10, 30, 100])
 def test_matrices_and_mistakes_are_drawn_for_few_and_many_classes(tmp_path, classes):
     logits, labels = torch.randn(300, classes), torch.randint(classes, (300,))
     names = [f"class {i}" for i in range(classes)]
     confusion_matrix(logits, labels, names, tmp_path / "matrix.png")
-    images = torch.randint(0, 256, (300, 3, 8, 8), dtype=torch.uint8)
-    confident_mistakes(images, logits, labels, names, tmp_path / "mistakes.png")
+    images = torch.randint(0, 256, (18, 3, 8, 8), dtype=torch.uint8)
+    wrong = surest_mistakes(logits, labels)
+    mistakes(images, logits[wrong], labels[wrong], names, tmp_path / "mistakes.png")
     drawn(tmp_path / "matrix.png")
     drawn(tmp_path / "mistakes.png")
 
 
 def test_no_mistakes_at_all_are_drawn_too(tmp_path):
-    images = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
-    confident_mistakes(images, torch.eye(3), torch.arange(3), "abc", tmp_path / "m.png")
+    images = torch.zeros(0, 1, 8, 8, dtype=torch.uint8)
+    mistakes(images, torch.zeros(0, 3), torch.arange(0), "abc", tmp_path / "m.png")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.png"]
 
 

@@ -23,6 +23,7 @@ def config(tmp_path):
         objective=ObjectiveConfig(supervision_steps=2),
         epochs=2,
         batch_size=32,
+        threads=1,
         checkpoint_seconds=1000.0,
         references=False,
         run=tmp_path / "run",

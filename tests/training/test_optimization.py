@@ -1,6 +1,7 @@
 import math
 
 import pytest
+import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +10,12 @@ from torch import nn
 from smallfry.errors import UsageError
 from smallfry.models import ViTRM
 from smallfry.training.config import EMAConfig, OptimizerConfig, ScheduleConfig
-from smallfry.training.optimization import WeightAverage, build_optimizer, learning_rate
+from smallfry.training.optimization import (
+    WeightAverage,
+    build_optimizer,
+    learning_rate,
+    peak_learning_rate,
+)
 
 MODEL = ViTRM(8, 4, 1, 3, embed_dim=16, num_heads=2, mlp_hidden_dim=8)
 
@@ -37,6 +43,12 @@ def test_other_optimizers_of_timm_can_be_named():
     assert type(build_optimizer(OptimizerConfig("lamb"), MODEL)).__name__ == "Lamb"
     with pytest.raises(UsageError, match="did you mean 'adamw"):
         build_optimizer(OptimizerConfig("adamww"), MODEL)
+
+
+def test_the_default_rate_falls_with_the_width_of_the_model():
+    assert peak_learning_rate(OptimizerConfig(), timm.create_model("vitrm_micro_patch4_8")) == 3e-3
+    assert peak_learning_rate(OptimizerConfig(), timm.create_model("vitrm_small_patch4_32")) == 5e-4
+    assert peak_learning_rate(OptimizerConfig(lr=0.1), MODEL) == 0.1
 
 
 def test_warm_up_is_linear_and_the_cosine_ends_at_the_minimum():

@@ -176,6 +176,39 @@ def test_a_run_stopped_by_a_signal_and_resumed_equals_an_undisturbed_one(
     assert_same_run(tmp_path / "whole", tmp_path / "parted")
 
 
+def test_ctrl_c_in_a_terminal_reaches_the_workers_too_and_does_no_harm(variant, tmp_path):
+    train(variant(run=tmp_path / "whole"))
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(variant(run=tmp_path / "parted", workers=2).to_dict()))
+    code = (
+        "import sys, time\n"
+        "from smallfry.training import loop\n"
+        "settle = loop.Trainer._settle\n"
+        "def slowly(self):\n"
+        "    print('step', flush=True)\n"
+        "    time.sleep(0.05)\n"
+        "    settle(self)\n"
+        "loop.Trainer._settle = slowly\n"
+        "from smallfry.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "train", "--config", str(file)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    for _ in range(3):
+        assert process.stdout.readline() == "step\n"
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT, errors
+    assert "Traceback" not in errors
+    resume(tmp_path / "parted")
+    assert_same_run(tmp_path / "whole", tmp_path / "parted")
+
+
 def test_a_run_can_be_stopped_many_times(variant, tmp_path):
     train(variant(run=tmp_path / "whole"))
     with pytest.raises(Stopped):
@@ -300,10 +333,12 @@ def test_mixed_precision_reaches_the_model(variant, monkeypatch, supervised):
 
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(variant):
     wild = variant(
-        optimizer=OptimizerConfig("sgd", lr=1e18, clip=None), checkpoint_seconds=0.0, epochs=4
+        optimizer=OptimizerConfig("sgd", lr=1e18, clip=None),
+        objective=ObjectiveConfig(supervision_steps=1),
+        checkpoint_seconds=0.0,
     )
     with pytest.raises(
-        TrainingError, match=r"step \d+ \(epoch \d\): the .*checkpoint.*optimizer.lr"
+        TrainingError, match=r"step 2 \(epoch 1\): the loss is .*the last good.*optimizer.lr"
     ):
         train(wild)
     kept = load_checkpoint(wild.run / "last")

@@ -1,4 +1,4 @@
-"""What a classifier confuses: the confusion matrix, and its most confident mistakes."""
+"""What a classifier confuses: the confusion matrix, and its surest mistakes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,15 +44,17 @@ def confusion_matrix(logits: Tensor, labels: Tensor, classes: Sequence[str], fil
         save(figure, file)
 
 
-def confident_mistakes(
-    images: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    classes: Sequence[str],
-    file: Path,
-    most: int = 18,
+def surest_mistakes(logits: Tensor, labels: Tensor, most: int = 18) -> Tensor:
+    """Positions of the wrongly classified images that the model is surest of, surest first."""
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    wrong = (predicted != labels).nonzero().squeeze(1)
+    return wrong[confidence[wrong].argsort(descending=True)][:most]
+
+
+def mistakes(
+    images: Tensor, logits: Tensor, labels: Tensor, classes: Sequence[str], file: Path
 ) -> None:
-    """Draw the wrongly classified images that the model is surest of.
+    """Draw wrongly classified images, with what the model took them for.
 
     Args:
         images: (images, channels, size, size), uint8.
@@ -60,21 +62,17 @@ def confident_mistakes(
         labels: (images,).
         classes: Class names.
         file: The PNG to write.
-        most: How many at the most.
     """
     confidence, predicted = logits.softmax(dim=1).max(dim=1)
-    wrong = (predicted != labels).nonzero().squeeze(1)
-    chosen = wrong[confidence[wrong].argsort(descending=True)][:most].tolist()
-    columns = min(6, max(1, len(chosen)))
-    rows = max(1, -(-len(chosen) // columns))
+    columns = min(6, max(1, len(images)))
+    rows = max(1, -(-len(images) // columns))
     with style():
         figure = new_figure(max(4.0, 1.7 * columns), 2.0 * rows + 0.4)
-        title = f"the {len(chosen)} surest of {len(wrong)} mistakes" if chosen else "no mistakes"
-        figure.suptitle(title)
+        figure.suptitle("the surest mistakes" if len(images) else "no mistakes")
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes in grid.flat:
             axes.axis("off")
-        for axes, i in zip(grid.flat, chosen, strict=False):
+        for axes, i in zip(grid.flat, range(len(images)), strict=False):
             axes.axis("on")
             show_image(axes, images[i])
             said, true = classes[int(predicted[i])], classes[int(labels[i])]

@@ -6,6 +6,7 @@ the run was stopped. Augmentation is torchvision's; its random state is set anew
 """
 
 import os
+import signal
 from collections.abc import Sequence
 from typing import Any
 
@@ -132,8 +133,14 @@ def train_loader(
         sampler=steps,
         num_workers=workers,
         pin_memory=pin_memory,
-        persistent_workers=workers > 0,
+        worker_init_fn=_leave_signals_to_the_parent if workers else None,
     )
+
+
+def _leave_signals_to_the_parent(_: int) -> None:
+    """Ctrl-C reaches the workers too; the batches they prepare are still wanted to save well."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def flips_by_default(data: ImageData) -> bool:

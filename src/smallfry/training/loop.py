@@ -22,7 +22,12 @@ from smallfry.training.checkpoint import Checkpoint, save_checkpoint
 from smallfry.training.config import TrainConfig
 from smallfry.training.evaluation import predict, score
 from smallfry.training.objective import Batch, Objective
-from smallfry.training.optimization import WeightAverage, build_optimizer, learning_rate
+from smallfry.training.optimization import (
+    WeightAverage,
+    build_optimizer,
+    learning_rate,
+    peak_learning_rate,
+)
 from smallfry.training.progress import Reporter
 from smallfry.training.run import RunFolder
 
@@ -84,6 +89,7 @@ class Trainer:
         self.fabric = _fabric(config)
         self.raw_model = self.fabric.to_device(model)
         self.raw_optimizer = build_optimizer(config.optimizer, self.raw_model)
+        self.peak_rate = peak_learning_rate(config.optimizer, self.raw_model)
         self.model, self.optimizer = self.fabric.setup(
             objective.prepare(self.raw_model), self.raw_optimizer
         )
@@ -174,7 +180,7 @@ class Trainer:
         config, progress = self.config, self.progress
         rate = learning_rate(
             config.schedule,
-            config.optimizer.lr,
+            self.peak_rate,
             progress.step,
             self.batches.steps_per_epoch,
             config.epochs,

@@ -13,7 +13,7 @@ from smallfry.cost import cost
 from smallfry.data import ImageData, Split, load_data
 from smallfry.errors import DataError, SmallfryWarning, UsageError, nearest
 from smallfry.models import ViTRM
-from smallfry.report.classification import confident_mistakes, confusion_matrix
+from smallfry.report.classification import confusion_matrix, mistakes, surest_mistakes
 from smallfry.report.curves import learning_curves
 from smallfry.report.recursion import interesting, recursion_trace
 from smallfry.training.batches import Augment, flips_by_default
@@ -258,7 +258,10 @@ def draw_run(
     pictures.mkdir(exist_ok=True)
     learning_curves(history, pictures / "learning_curves.png")
     confusion_matrix(logits, labels, classes, pictures / "confusion_matrix.png")
-    confident_mistakes(split.images, logits, labels, classes, pictures / "mistakes.png")
+    wrong = surest_mistakes(logits, labels)
+    mistakes(
+        split.take(wrong).images, logits[wrong], labels[wrong], classes, pictures / "mistakes.png"
+    )
     if isinstance(trained.model, ViTRM):
         shown = split.take(interesting(logits, labels))
         recursion_trace(
