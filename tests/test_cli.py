@@ -138,11 +138,30 @@ def test_evaluation_gives_the_figures_of_the_summary(run, capsys):
     assert "accuracy" in capsys.readouterr().out
 
 
+def test_naming_the_runs_own_data_does_not_let_training_images_in(run, capsys):
+    assert main(["evaluate", str(run), "--data", "digits", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["split"], found["images"]) == ("test", 359)
+
+
+def test_a_run_on_a_relative_folder_is_evaluated_from_anywhere(tmp_path, monkeypatch, capsys):
+    for name in ("cat", "dog"):
+        pictures(tmp_path / "photos" / name, 10)
+    monkeypatch.chdir(tmp_path)
+    fast = [option for option in FAST if "limit" not in option]
+    options = ["--data", "photos", "--data.image_size=16", "--batch_size=4"]
+    assert main(["train", *options, *fast, "--run", "r"]) == 0
+    monkeypatch.chdir("/")
+    assert main(["evaluate", str(tmp_path / "r"), "--json"]) == 0
+    assert '"images": 4' in capsys.readouterr().out
+
+
 def test_other_data_is_evaluated_whole_if_its_classes_are_the_models(run, tmp_path, capsys):
     for digit in range(10):
         pictures(tmp_path / "mine" / str(digit), 3)
     assert main(["evaluate", str(run), "--data", str(tmp_path / "mine"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["images"] == 30
+    found = json.loads(capsys.readouterr().out)
+    assert (found["split"], found["images"]) == ("all", 30)
     pictures(tmp_path / "mine" / "ten", 3)
     assert main(["evaluate", str(run), "--data", str(tmp_path / "mine")]) == 1
     assert "the model knows 10 classes" in capsys.readouterr().err
@@ -248,6 +267,7 @@ def test_models_lists_what_they_cost(capsys):
         (["evaluate", "nowhere"], 1, "nowhere: there is no such run folder"),
         (["predict", "nowhere", "x.png"], 1, "nowhere: there is no such run folder"),
         (["predict", "nowhere"], 2, "inputs"),
+        (["predict", "nowhere", "x.png", "--top_k", "0"], 2, "top_k must be at least 1"),
     ],
 )
 def test_mistakes_get_one_line_and_a_code(arguments, code, message, capsys):

@@ -67,10 +67,10 @@ def evaluate(
     from smallfry.training.train import load_like
 
     trained = load_run(run, checkpoint)
-    loaded, chosen = load_like(trained, run, data.name, data.root, split)
+    loaded, chosen, taken = load_like(trained, run, data.name, data.root, split)
     require_classes(trained, loaded.classes, loaded.origin)
     scores = score(run_model(trained.model, chosen, trained.normalize))
-    result = {"data": loaded.name, "split": split, "images": len(chosen), **scores}
+    result = {"data": loaded.name, "split": taken, "images": len(chosen), **scores}
     if as_json:
         print(json.dumps(result))
         return 0
@@ -94,6 +94,8 @@ def predict(
     from smallfry.training.inference import classify, find_images
     from smallfry.training.run import load_run
 
+    if top_k < 1:
+        raise UsageError(f"top_k must be at least 1, got {top_k}")
     trained = load_run(run, checkpoint)
     failed = False
     for answer in classify(trained, find_images(inputs, sys.stdin.buffer), top_k):
@@ -310,6 +312,7 @@ def _log_to_stderr() -> None:
         ours.setLevel(logging.INFO)
         ours.propagate = False
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def _complain(error: Exception | str, code: int) -> int:

@@ -3,6 +3,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
@@ -88,11 +90,19 @@ def test_digits_can_be_enlarged_and_coloured():
     assert data.train.images.shape[1:] == (3, 12, 12)
 
 
-def test_limit_takes_so_many_of_every_class():
-    data = load_data(limit=100)
-    assert 95 <= len(data.train) <= 105
-    assert torch.bincount(data.train.labels).min() >= 9
+@pytest.mark.parametrize("limit", [10, 100, 203])
+def test_limit_takes_exactly_so_many_in_proportion(limit):
+    data = load_data(limit=limit)
+    assert len(data.train) == limit
+    counts = torch.bincount(data.train.labels, minlength=10)
+    assert counts.max() - counts.min() <= 2
+    assert counts.min() >= 1
     assert len(data.test) == len(load_data().test)
+
+
+def test_limit_keeps_a_class_of_one_image(photos, quiet_warnings):
+    write_images(photos / "rare", 1)
+    assert (load_data(str(photos), limit=8).train.labels == 3).sum() == 1
 
 
 # One folder per class
@@ -168,6 +178,41 @@ def test_folders_that_do_not_say_enough_are_refused(photos, make, message):
         load_data(str(photos))
 
 
+def test_hidden_files_and_folders_and_other_files_are_not_meant(photos):
+    write_images(photos / ".ipynb_checkpoints", 2)
+    write_images(photos / "cat" / ".thumbnails", 2)
+    (photos / "cat" / "._0.png").write_bytes(b"a mac was here")
+    (photos / "cat" / "notes.pdf").write_bytes(b"%PDF")
+    (photos / "readme.pdf").write_bytes(b"%PDF")
+    data = load_data(str(photos))
+    assert data.classes == ("cat", "dog", "owl")
+    assert len(data.train) + len(data.validation) + len(data.test) == 30
+
+
+def test_a_broken_link_is_an_unreadable_image(photos):
+    (photos / "cat" / "link.png").symlink_to(photos / "nowhere.png")
+    with pytest.raises(DataError, match=r"link\.png: can't be read"):
+        load_data(str(photos))
+
+
+def test_folders_inside_a_class_belong_to_it(photos):
+    write_images(photos / "cat" / "tabby", 4)
+    assert (load_data(str(photos), test=0.0, validation=0.0).train.labels == 0).sum() == 14
+
+
+def test_a_class_may_be_called_like_a_split(photos):
+    write_images(photos / "train", 10)
+    assert load_data(str(photos)).classes == ("cat", "dog", "owl", "train")
+
+
+def test_splits_without_a_train_folder_are_refused(tmp_path):
+    for split in ("val", "test"):
+        for name in ("a", "b"):
+            write_images(tmp_path / split / name, 2)
+    with pytest.raises(DataError, match="no train folder"):
+        load_data(str(tmp_path))
+
+
 def test_an_empty_folder_and_a_single_class_are_refused(tmp_path):
     with pytest.raises(DataError, match="expected one folder per class"):
         load_data(str(tmp_path))
@@ -188,6 +233,45 @@ def test_decoded_images_are_cached_and_follow_changes(photos, tmp_path, monkeypa
     write_images(photos / "cat", 10, seed=99)
     os.utime(photos / "cat" / "000.png", ns=(1, 1))
     assert load_data(str(photos)).fingerprint != before.fingerprint
+
+
+def test_a_full_disk_under_the_cache_is_told(photos, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("SMALLFRY_CACHE", str(tmp_path / "kept"))
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(DataError, match=r"No space left.*SMALLFRY_CACHE"):
+        load_data(str(photos))
+    assert list((tmp_path / "kept").iterdir()) == []
+
+
+def test_other_pixels_in_files_of_the_same_size_and_time_are_noticed(tmp_path):
+    def make(place, value):
+        for name in ("a", "b"):
+            for i in range(3):
+                file = place / "photos" / name / f"{i}.bmp"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("L", (8, 8), value).save(file)
+                os.utime(file, ns=(0, 0))
+
+    make(tmp_path / "here", 10)
+    make(tmp_path / "there", 20)
+    found = []
+    for place in ("here", "there"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path / place)
+            found.append(load_data("photos").train.images.unique().tolist())
+    assert found == [[10], [20]]
+    make(tmp_path / "here", 30)
+    assert load_data(str(tmp_path / "here" / "photos")).train.images.unique().tolist() == [30]
+
+
+def test_the_cache_can_not_be_changed_through_the_images(photos):
+    data = load_data(str(photos))
+    before = data.train.images
+    data.train.pixels.zero_()
+    assert torch.equal(load_data(str(photos)).train.images, before)
 
 
 def test_a_damaged_cache_file_is_made_again(photos, tmp_path, monkeypatch):
@@ -211,6 +295,54 @@ def test_parquet_shards_with_named_labels(tmp_path):
     assert data.channels == 1
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.parquet", "test.parquet"),
+        ("data-train.parquet", "data_test.parquet"),
+        ("train/0000.parquet", "test/0000.parquet"),
+        ("train.parquet", "data/test.parquet"),
+    ],
+)
+def test_the_split_of_a_shard_is_found_wherever_its_name_says_it(tmp_path, names):
+    for split, count, name in (("train", 20, names[0]), ("test", 4, names[1])):
+        write_parquet(tmp_path, split, grey(count), [0, 1] * (count // 2), names=["no", "yes"])
+        place = tmp_path / name
+        place.parent.mkdir(exist_ok=True)
+        (tmp_path / f"{split}-00000-of-00001.parquet").rename(place)
+    data = load_data(str(tmp_path))
+    assert (len(data.train) + len(data.validation), len(data.test)) == (20, 4)
+
+
+def test_a_shard_of_no_known_split_beside_others_is_refused(tmp_path):
+    write_parquet(tmp_path, "train", grey(20), [0, 1] * 10, names=["no", "yes"])
+    write_parquet(tmp_path, "extra", grey(20), [0, 1] * 10, names=["no", "yes"])
+    with pytest.raises(DataError, match=r"extra-00000-of-00001.parquet: which split is this"):
+        load_data(str(tmp_path))
+
+
+def test_class_names_in_another_order_in_the_test_split_are_matched_by_name(tmp_path):
+    write_parquet(tmp_path, "train", grey(20), [0, 1] * 10, names=["no", "yes"])
+    write_parquet(tmp_path, "test", grey(3), [0, 0, 1], names=["yes", "no"])
+    data = load_data(str(tmp_path))
+    assert data.classes == ("no", "yes")
+    assert data.test.labels.tolist() == [1, 1, 0]
+
+
+def test_images_in_files_beside_a_table_are_read_anew(tmp_path):
+    write_images(tmp_path / "pictures", 20, mode="L")
+    files = [str(tmp_path / "pictures" / f"{i:03}.png") for i in range(20)]
+    cells = [{"bytes": None, "path": file} for file in files]
+    write_parquet(tmp_path, "train", cells, [0, 1] * 10, names=["no", "yes"])
+    kept = tmp_path / "train-00000-of-00001.parquet"
+    table = pq.read_table(kept)
+    column = pa.array(cells, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    pq.write_table(table.set_column(0, "picture", column), kept)
+    before = load_data(str(tmp_path)).train.images
+    write_images(tmp_path / "pictures", 20, mode="L", seed=9)
+    assert not torch.equal(load_data(str(tmp_path)).train.images, before)
+
+
 def test_parquet_with_labels_as_text(tmp_path):
     write_parquet(tmp_path, "train", grey(20), ["b", "a"] * 10)
     assert load_data(str(tmp_path)).classes == ("a", "b")
@@ -228,6 +360,8 @@ def test_several_label_columns_need_a_choice(tmp_path):
     with pytest.raises(DataError, match=r"which column is the label\? there are label, colour"):
         load_data(str(tmp_path))
     assert load_data(str(tmp_path), label="colour").classes == ("x", "y")
+    with pytest.raises(UsageError, match="no column 'color' for labels; did you mean 'colour'"):
+        load_data(str(tmp_path), label="color")
 
 
 def test_a_label_without_an_image_is_named(tmp_path):

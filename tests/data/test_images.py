@@ -1,3 +1,4 @@
+from contextlib import suppress
 from io import BytesIO
 
 import numpy as np
@@ -119,6 +120,25 @@ def test_a_decompression_bomb_is_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(DataError, match=r"x: too large"):
         decode(encoded(Image.new("L", (64, 64))), "x", 8, 1)
+
+
+def test_small_values_in_wide_pixels_are_not_lost():
+    image = Image.fromarray(ramp(np.int32, 255))
+    assert decode(encoded(image, "TIFF"), "x", 8, 1).max() == 255
+
+
+def test_damage_of_any_kind_is_told_by_header_and_decoder_alike():
+    palette = encoded(Image.effect_noise((64, 64), 50).convert("P"))
+    with pytest.raises(DataError, match="x: "):
+        header(palette[:900], "x")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo = bytearray(encoded(Image.new("RGB", (8, 8)), "JPEG", exif=exif))
+    for place in range(photo.index(b"Exif"), photo.index(b"Exif") + 40):
+        broken = bytearray(photo)
+        broken[place] ^= 0xFF
+        with suppress(DataError):  # and no other
+            decode(bytes(broken), "x", 8, 3)
 
 
 def test_floating_point_pixels_are_refused_with_what_to_do():

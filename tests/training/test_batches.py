@@ -76,19 +76,31 @@ def test_without_augmentation_images_are_just_normalised(digits):
 
 def test_mixing_keeps_targets_a_distribution_and_labels_unmixed(digits):
     made = batches(digits)
-    kinds = set()
     for step in range(12):
         batch = made[step]
         assert_close(batch.targets.sum(1), torch.ones(32))
         assert batch.labels.dtype == torch.int64
-        largest = batch.targets.max(dim=1).values
-        kinds.add(bool((largest < 1).any()))
         # what is not the image's own label is its neighbour's, as both mix with a rolled batch
         own = batch.targets.gather(1, batch.labels[:, None])[:, 0]
         other = batch.targets.gather(1, batch.labels.roll(1)[:, None])[:, 0]
         same = batch.labels == batch.labels.roll(1)
         assert_close(torch.where(same, own, own + other), torch.ones(32))
-    assert True in kinds
+
+
+@pytest.mark.parametrize(
+    ("alphas", "expected"), [((1.0, 0.0), {"mixup"}), ((0.0, 1.0), {"cutmix"}), ((1.0, 1.0), None)]
+)
+def test_mixup_blends_pixels_and_cutmix_pastes_them(alphas, expected):
+    mixup, cutmix = alphas
+    config = AugmentConfig(crop_padding=0, flip=False, mixup=mixup, cutmix=cutmix)
+    augment = Augment(config, 8, 2, (0.0,), (1 / 255,), flip=False)
+    images = torch.tensor([0, 200], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 8, 8)
+    seen = set()
+    for _ in range(20):
+        values = augment(images, torch.tensor([0, 1])).images.unique().tolist()
+        between = any(1 < value < 199 for value in values)
+        seen.add("mixup" if between else "cutmix")
+    assert seen == (expected or {"mixup", "cutmix"})
 
 
 def test_crops_and_flips_only_move_pixels():

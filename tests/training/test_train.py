@@ -16,7 +16,16 @@ from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
 
-from smallfry.errors import DataError, RunError, Stopped, TrainingError, UsageError
+from smallfry.cost import Cost
+from smallfry.errors import (
+    DataError,
+    RunError,
+    SmallfryWarning,
+    Stopped,
+    TrainingError,
+    UsageError,
+)
+from smallfry.models.vitrm import Layer
 from smallfry.training.checkpoint import load_checkpoint
 from smallfry.training.config import (
     AugmentConfig,
@@ -29,6 +38,7 @@ from smallfry.training.config import (
     TrainConfig,
     read_config,
 )
+from smallfry.training.loop import Trainer
 from smallfry.training.progress import QuietReporter
 from smallfry.training.run import load_run, require_classes
 from smallfry.training.train import resume, train
@@ -164,7 +174,7 @@ def test_two_runs_with_one_seed_are_identical_and_another_seed_differs(variant, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("step", [1, 6, 8])
+@pytest.mark.parametrize("step", [1, 6, 8, 12])
 def test_a_run_stopped_by_a_signal_and_resumed_equals_an_undisturbed_one(
     variant, tmp_path, step, number
 ):
@@ -316,16 +326,48 @@ def test_a_model_of_timm_trains_with_cross_entropy(variant):
 
 @pytest.mark.parametrize("supervised", ["deep_supervision", "cross_entropy"])
 def test_mixed_precision_reaches_the_model(variant, monkeypatch, supervised):
-    seen = set()
-    project = torch.nn.functional.linear
-    monkeypatch.setattr(
-        torch.nn.functional,
-        "linear",
-        lambda *given: seen.add(torch.is_autocast_enabled("cpu")) or project(*given),
-    )
+    seen = []
+    forward = Layer.forward
+
+    def watched(layer, tokens):
+        if layer.training and torch.is_grad_enabled():
+            seen.append(torch.is_autocast_enabled("cpu"))
+        return forward(layer, tokens)
+
+    monkeypatch.setattr(Layer, "forward", watched)
+    monkeypatch.setattr("smallfry.training.train.cost", lambda *_: Cost(0, 0, 0, 0))
     train(variant(precision="bf16-mixed", epochs=1, objective=ObjectiveConfig(supervised)))
-    with_autocast_only_in_the_final_test = {True, False}
-    assert seen == with_autocast_only_in_the_final_test
+    assert len(seen) > 6
+    assert all(seen)
+
+
+def test_half_precision_resumes_exactly_too(variant, tmp_path):
+    half = {"precision": "bf16-true"}
+    train(variant(run=tmp_path / "whole", **half))
+    with pytest.raises(Stopped):
+        train(variant(run=tmp_path / "parted", **half), StopAt(7))
+    resume(tmp_path / "parted")
+    assert_same_run(tmp_path / "whole", tmp_path / "parted")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"accumulate": 3},
+        {"ema": EMAConfig(0.0)},
+        {"patience": 1},
+        {"objective": ObjectiveConfig("cross_entropy")},
+        {"model": ModelConfig("resnet10t", options={"stem_width": 8})},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_every_kind_of_run_resumes_exactly(variant, tmp_path, settings):
+    settings = {"objective": ObjectiveConfig(), **settings}
+    train(variant(run=tmp_path / "whole", **settings))
+    with pytest.raises(Stopped):
+        train(variant(run=tmp_path / "parted", **settings), StopAt(5))
+    resume(tmp_path / "parted")
+    assert_same_run(tmp_path / "whole", tmp_path / "parted")
 
 
 # Failures
@@ -346,6 +388,55 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(va
     assert all(weight.isfinite().all() for weight in kept.trainer["weights"].values())
 
 
+def test_weights_that_are_no_numbers_never_become_the_best(variant, monkeypatch):
+    class Poison(QuietReporter):
+        def __init__(self):
+            self.steps = 0
+
+        def step(self, loss, images_per_second):
+            self.steps += 1
+            if self.steps == 12:
+                with torch.no_grad():
+                    trainers[0].raw_model.y_init.fill_(float("nan"))
+
+    trainers = []
+    start = Trainer.__init__
+    monkeypatch.setattr(
+        Trainer, "__init__", lambda self, *given: trainers.append(self) or start(self, *given)
+    )
+    with pytest.raises(TrainingError, match=r"step 12 \(epoch 2\): a weight is not"):
+        train(variant(), Poison())
+    best = load_checkpoint(variant().run / "best")
+    assert best.manifest["training"]["epoch"] == 1
+    assert all(weight.isfinite().all() for weight in best.weights.values())
+
+
+def test_a_picture_that_can_not_be_drawn_does_not_cost_the_result(config, monkeypatch):
+    def broken(*_):
+        raise ValueError("no ink")
+
+    monkeypatch.setattr("smallfry.training.train.learning_curves", broken)
+    with pytest.warns(SmallfryWarning, match="no ink"):
+        train(config)
+    assert (config.run / "summary.json").exists()
+
+
+def test_no_test_images_are_told_before_the_training(variant):
+    with pytest.raises(DataError, match="there are no test images"):
+        train(variant(data=DataConfig(test=0.0)))
+    assert not variant().run.exists()
+
+
+def test_throughput_is_that_of_training_alone(variant, monkeypatch):
+    from smallfry.training import loop
+
+    predict = loop.predict
+    monkeypatch.setattr(loop, "predict", lambda *given: time.sleep(0.6) or predict(*given))
+    train(variant(epochs=3))
+    speeds = [float(row["images_per_second"]) for row in all_metrics(variant().run)]
+    assert speeds[2] > 192 / 0.6
+
+
 def test_two_runs_in_one_folder_are_refused(config):
     config.run.mkdir()
     with FileLock(config.run / ".lock"), pytest.raises(RunError, match="another process"):
@@ -360,8 +451,14 @@ def test_a_wrong_configuration_leaves_no_folder_behind(variant):
         "unknown model 'vitrm_smal'; did you mean 'vitrm_small": {
             "model": ModelConfig("vitrm_smal")
         },
-        "can't be built: .*no_such_option": {"model": ModelConfig(options={"no_such_option": 1})},
+        "can't be built for images of 1×8×8: .*no_such_option": {
+            "model": ModelConfig(options={"no_such_option": 1})
+        },
         "does not divide": {"data": DataConfig(image_size=9)},
+        "num_classes comes from the data": {"model": ModelConfig(options={"num_classes": 5})},
+        "vgg11 can't be built for images of 1×8×8": {"model": ModelConfig("vgg11")},
+        "adahessian": {"optimizer": OptimizerConfig("adahessian")},
+        "adamw can't be built": {"optimizer": OptimizerConfig(betas=(2.0, 0.9))},
         "unknown optimizer": {"optimizer": OptimizerConfig("adamm")},
         "device abacus": {"device": "abacus"},
         "precision 17": {"precision": "17"},

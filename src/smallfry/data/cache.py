@@ -2,6 +2,7 @@
 
 import logging
 import os
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -48,24 +49,37 @@ def decoded(
     kept = _load(file, shape)
     if kept is not None:
         return kept, []
-    part = file.with_suffix(f".{os.getpid()}.part")
+    part: Path | None = None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=file.parent, suffix=".part")
+        os.close(descriptor)
+        part = Path(name)
         images = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
+        _claim_space(part)
         log.info("decoding %d images into %s", shape[0], file)
         unreadable = _decode_into(images, split, size, channels)
         if unreadable:
             return np.array(images), unreadable
         images.flush()
         os.replace(part, file)
+        kept = _load(file, shape)
     except OSError as error:
         raise DataError(
             f"{file.parent}: decoded images can't be kept there ({error}); free space, or name "
             "another folder in the environment variable SMALLFRY_CACHE"
         ) from error
     finally:
-        part.unlink(missing_ok=True)
-    return images, []
+        if part is not None:
+            part.unlink(missing_ok=True)
+    return images if kept is None else kept, []
+
+
+def _claim_space(file: Path) -> None:
+    """Let a full disk fail here: writing to a mapping that has no room kills the process."""
+    if hasattr(os, "posix_fallocate"):
+        with open(file, "r+b") as stream:
+            os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
 
 
 def _load(file: Path, shape: Sequence[int]) -> NDArray[np.uint8] | None:

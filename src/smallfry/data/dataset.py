@@ -72,6 +72,11 @@ class ImageData:
     _held_out: Split | EncodedSplit = field(repr=False)
     _skip_unreadable: bool = False
 
+    @property
+    def test_count(self) -> int:
+        """How many test images there are, without reading them."""
+        return len(self._held_out.labels)
+
     @cached_property
     def test(self) -> Split:
         """The test split; decoded when it is first asked for, so that nothing else touches it."""
@@ -165,7 +170,7 @@ def load_data(
     else:
         train, held = hold_out(train, validation, split_seed + 1)
     if limit is not None and limit < len(train):
-        _, train = hold_out(train, limit / len(train), split_seed + 2)
+        train = take_some(train, limit, split_seed + 2)
     return ImageData(
         name, source.origin, source.classes, size, channels, train, held, held_out, skip_unreadable
     )
@@ -189,6 +194,18 @@ def hold_out(split: Split, share: float, seed: int) -> tuple[Split, Split]:
     nothing = torch.empty(0, dtype=torch.int64)
     first, second = (torch.cat([nothing, *part]).sort().values for part in (kept, held))
     return split.take(first), split.take(second)
+
+
+def take_some(split: Split, count: int, seed: int) -> Split:
+    """So many images of a split, every class in proportion and, while it lasts, at least one."""
+    generator = torch.Generator().manual_seed(seed)
+    place = torch.empty(len(split), dtype=torch.float64)
+    for label in torch.unique(split.labels).tolist():
+        members = (split.labels == label).nonzero().squeeze(1)
+        members = members[torch.randperm(len(members), generator=generator)]
+        place[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
+        place[members[0]] = -1.0
+    return split.take(place.argsort(stable=True)[:count].sort().values)
 
 
 def _check_options(

@@ -11,13 +11,19 @@ from smallfry.errors import DataError
 
 Encoded = bytes | Path
 
+IMAGE_EXTENSIONS = frozenset(
+    extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN
+)
 GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "F"})
 
 
 def header(encoded: Encoded, where: str) -> tuple[int, int, bool]:
     """Width, height and whether the image is grey, read without decoding its pixels."""
     with _open(encoded, where) as image:
-        return image.width, image.height, _is_grey(image)
+        try:
+            return image.width, image.height, _is_grey(image)
+        except Exception as error:
+            raise _damaged(where, error) from error
 
 
 def decode(encoded: Encoded, where: str, size: int, channels: int) -> NDArray[np.uint8]:
@@ -32,10 +38,11 @@ def decode(encoded: Encoded, where: str, size: int, channels: int) -> NDArray[np
     with _open(encoded, where) as image:
         try:
             image.load()
-            upright = _eight_bit(ImageOps.exif_transpose(image), where)
-        except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
-            raise DataError(f"{where}: the image is damaged ({error})") from error
-        return _fit(upright, size, channels)
+            return _fit(_eight_bit(ImageOps.exif_transpose(image), where), size, channels)
+        except DataError:
+            raise
+        except Exception as error:  # a stranger's bytes raise almost anything, struct.error too
+            raise _damaged(where, error) from error
 
 
 def refit(pixels: NDArray[np.uint8], size: int, channels: int) -> NDArray[np.uint8]:
@@ -63,6 +70,10 @@ def _open(encoded: Encoded, where: str) -> Image.Image:
         raise DataError(f"{where}: can't be read ({error})") from error
 
 
+def _damaged(where: str, error: Exception) -> DataError:
+    return DataError(f"{where}: the image is damaged ({error or type(error).__name__})")
+
+
 def _is_grey(image: Image.Image) -> bool:
     if image.mode == "P":
         image = image.convert("RGBA" if "transparency" in image.info else "RGB")
@@ -77,7 +88,7 @@ def _eight_bit(image: Image.Image, where: str) -> Image.Image:
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise DataError(f"{where}: 32-bit values outside 0 to 65535; save it with 8 or 16 bits")
-        return Image.fromarray((values // 257).astype(np.uint8))
+        return Image.fromarray((values // (257 if values.max() > 255 else 1)).astype(np.uint8))
     if image.mode == "F":
         raise DataError(f"{where}: floating-point pixels; save it with 8 or 16 bits a channel")
     if image.has_transparency_data:

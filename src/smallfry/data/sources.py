@@ -2,7 +2,9 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from smallfry.data.images import Encoded
+from smallfry.data.images import IMAGE_EXTENSIONS, Encoded
 from smallfry.errors import DataError, UsageError, nearest
 
 log = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ def find_source(name: str, root: Path | None = None, label: str | None = None) -
         if not folder.is_dir():
             raise DataError(f"data.root: there is no folder '{root}'")
         inner = folder / name
-        return read_folder(inner if inner.is_dir() else folder, label or hub.label)
+        return read_folder(inner if inner.is_dir() else folder, label, hub.label)
     return read_hub(name, hub, label)
 
 
@@ -121,19 +122,21 @@ def read_digits() -> Source:
     return Source("scikit-learn", tuple(map(str, range(10))), {TRAIN: split})
 
 
-def read_folder(folder: Path, label: str | None = None) -> Source:
+def read_folder(folder: Path, label: str | None = None, default_label: str | None = None) -> Source:
     """Parquet shards, or one folder per class, in the folder or in one folder per split."""
     shards = _parquet_shards(folder)
     if shards:
-        return _read_parquet(folder, shards, label)
+        return _read_parquet(folder, shards, label, default_label)
+    if label is not None:
+        raise UsageError(f"data.label names a column of a table, and {folder} has class folders")
     inner = {
         SPLIT_NAMES[child.name.lower()]: child
         for child in sorted(folder.iterdir())
-        if child.is_dir() and child.name.lower() in SPLIT_NAMES
+        if child.name.lower() in SPLIT_NAMES and _class_names(child)
     }
-    if TRAIN in inner:
-        return _read_class_folders(folder, inner)
-    return _read_class_folders(folder, {TRAIN: folder})
+    if inner and TRAIN not in inner:
+        raise DataError(f"{folder}: there is a {min(inner)} folder, but no train folder beside it")
+    return _read_class_folders(inner or {TRAIN: folder})
 
 
 def read_hub(name: str, hub: Hub, label: str | None = None) -> Source:
@@ -154,7 +157,8 @@ def read_hub(name: str, hub: Hub, label: str | None = None) -> Source:
                 f"its parquet shards: --data.root DIR"
             ) from error
     splits = {SPLIT_NAMES[split]: data for split, data in loaded.items() if split in SPLIT_NAMES}
-    return _read_tables(f"hub: {hub.repository}", splits, label or hub.label)
+    fingerprints = {split: str(table._fingerprint) for split, table in splits.items()}
+    return _read_tables(f"hub: {hub.repository}", splits, fingerprints, label, hub.label)
 
 
 @contextmanager
@@ -173,49 +177,68 @@ def _offline() -> Iterator[None]:
 # Parquet
 
 
-def _parquet_shards(folder: Path) -> dict[str, list[str]]:
-    """Files such as ``train-00000-of-00004.parquet``, by split."""
-    files = sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet"))
-    shards: dict[str, list[str]] = {}
+def _parquet_shards(folder: Path) -> dict[str, list[Path]]:
+    """Files such as ``train-00000-of-00004.parquet`` or ``train/0000.parquet``, by split."""
+    patterns = ("*.parquet", "data/*.parquet", *(f"{name}/*.parquet" for name in SPLIT_NAMES))
+    files = sorted(file for pattern in patterns for file in folder.glob(pattern))
+    shards: dict[str, list[Path]] = {}
+    unnamed = []
     for file in files:
-        prefix = file.stem.split("-")[0].split("_")[0].lower()
-        shards.setdefault(SPLIT_NAMES.get(prefix, TRAIN), []).append(str(file))
-    return shards
+        words = [file.parent.name] if file.parent != folder else []
+        words += re.split(r"[-_.]", file.stem)
+        named = {SPLIT_NAMES[word.lower()] for word in words if word.lower() in SPLIT_NAMES}
+        if len(named) == 1:
+            shards.setdefault(named.pop(), []).append(file)
+        else:
+            unnamed.append(file)
+    if unnamed and shards:
+        raise DataError(
+            f"{unnamed[0]}: which split is this? other files here say train, validation or test "
+            "in their names, and this one does not say one of them"
+        )
+    return {TRAIN: unnamed} if unnamed else shards
 
 
-def _read_parquet(folder: Path, shards: dict[str, list[str]], label: str | None) -> Source:
+def _read_parquet(
+    folder: Path, shards: dict[str, list[Path]], label: str | None, default_label: str | None
+) -> Source:
     import datasets
 
+    tables = {}
     try:
-        loaded = datasets.load_dataset("parquet", data_files=shards)
+        for split, files in shards.items():  # one by one, as each may have class names of its own
+            given = {split: list(map(str, files))}
+            tables[split] = datasets.load_dataset("parquet", data_files=given)[split]
     except Exception as error:
         raise DataError(
             f"{folder}: its parquet files can't be read ({error.__cause__ or error})"
         ) from error
-    return _read_tables(str(folder), dict(loaded), label)
+    fingerprints = {split: _digest(*map(_stamp, files)) for split, files in shards.items()}
+    return _read_tables(str(folder), tables, fingerprints, label, default_label)
 
 
-def _read_tables(origin: str, tables: dict[str, Any], label: str | None) -> Source:
+def _read_tables(
+    origin: str,
+    tables: dict[str, Any],
+    fingerprints: dict[str, str],
+    label: str | None,
+    default_label: str | None = None,
+) -> Source:
     """Tables of the ``datasets`` library with an image and a label column."""
-    from datasets import ClassLabel
-
     if TRAIN not in tables:
         raise DataError(f"{origin}: there is no train split, only {', '.join(tables) or 'none'}")
     features = tables[TRAIN].features
-    image_column = _image_column(origin, features)
-    label_column = _label_column(origin, features, image_column, label)
-    kind = features[label_column]
-    if isinstance(kind, ClassLabel):
-        classes = tuple(kind.names)
-    else:
-        found = sorted(set(tables[TRAIN][label_column]) - {None})
-        classes = tuple(map(str, found))
-    index = {name: i for i, name in enumerate(classes)}
+    image = _image_column(origin, features)
+    chosen = _label_column(origin, features, image, label, default_label)
+    declared = getattr(features[chosen], "names", None)
+    classes = declared or sorted(set(_label_values(tables[TRAIN], chosen)) - {None})
     splits = {
-        split: _table_split(origin, split, table, image_column, label_column, index)
+        split: _table_split(
+            f"{origin}, {split}", table, image, chosen, classes, fingerprints[split]
+        )
         for split, table in tables.items()
     }
-    return Source(origin, classes, splits)
+    return Source(origin, tuple(map(str, classes)), splits)
 
 
 def _image_column(origin: str, features: Mapping[str, Any]) -> str:
@@ -228,13 +251,19 @@ def _image_column(origin: str, features: Mapping[str, Any]) -> str:
 
 
 def _label_column(
-    origin: str, features: Mapping[str, Any], image_column: str, label: str | None
+    origin: str,
+    features: Mapping[str, Any],
+    image_column: str,
+    label: str | None,
+    default: str | None,
 ) -> str:
     from datasets import ClassLabel
 
     others = [name for name in features if name != image_column]
-    if label in others:
-        return str(label)
+    if label is not None and label not in others:
+        raise UsageError(f"{origin} has no column '{label}' for labels{nearest(label, others)}")
+    if label is not None or default in others:
+        return str(label or default)
     by_type = [name for name in others if isinstance(features[name], ClassLabel)]
     candidates = by_type or [name for name in others if "label" in name.lower()] or others
     if len(candidates) == 1:
@@ -246,32 +275,29 @@ def _label_column(
 
 
 def _table_split(
-    origin: str,
-    split: str,
+    where: str,
     table: Any,
     image_column: str,
     label_column: str,
-    index: dict[str, int],
+    classes: Sequence[Any],
+    fingerprint: str,
 ) -> EncodedSplit:
-    from datasets import ClassLabel
     from datasets import Image as ImageFeature
 
     def locate(row: int) -> str:
-        return f"{origin}, {split} row {row}"
+        return f"{where} row {row}"
 
-    labels = table[label_column]
-    if not isinstance(table.features[label_column], ClassLabel):
-        unknown = next((row for row, value in enumerate(labels) if str(value) not in index), None)
-        if unknown is not None:
-            raise DataError(
-                f"{locate(unknown)}: label {labels[unknown]!r} is not among the training classes"
-            )
-        labels = [index[str(value)] for value in labels]
-    array = np.array([-1 if value is None else value for value in labels], dtype=np.int64)
+    index = {name: i for i, name in enumerate(classes)}
+    labels = _label_values(table, label_column)
+    unknown = next((r for r, v in enumerate(labels) if v is not None and v not in index), None)
+    if unknown is not None:
+        raise DataError(
+            f"{locate(unknown)}: label {labels[unknown]!r} is not among the training classes"
+        )
+    array = np.array([-1 if v is None else index[v] for v in labels], dtype=np.int64)
+    encoded = table
     if isinstance(table.features[image_column], ImageFeature):
         encoded = table.cast_column(image_column, ImageFeature(decode=False))
-    else:
-        encoded = table
 
     def read(row: int) -> Encoded:
         cell = encoded[row][image_column]
@@ -279,50 +305,77 @@ def _table_split(
             raise DataError(f"{locate(row)}: a label without an image")
         return Path(cell["path"]) if cell["bytes"] is None else bytes(cell["bytes"])
 
-    return EncodedSplit(array, read, locate, _digest("table", split, table._fingerprint))
+    # images in files of their own may change under a table that does not
+    inside = encoded.data.column(image_column).combine_chunks().field("bytes").null_count == 0
+    return EncodedSplit(array, read, locate, _digest(fingerprint, image_column) if inside else "")
+
+
+def _label_values(table: Any, label_column: str) -> list[Any]:
+    """The labels of a table as class names, or as the values that stand there."""
+    from datasets import ClassLabel
+
+    kind = table.features[label_column]
+    values: list[Any] = table[label_column][:]
+    if not isinstance(kind, ClassLabel):
+        return values
+    count = len(kind.names)
+    return [kind.names[v] if v is not None and 0 <= v < count else None for v in values]
 
 
 # One folder per class
 
 
-def _read_class_folders(folder: Path, splits: dict[str, Path]) -> Source:
-    from torchvision.datasets.folder import find_classes, make_dataset
-
-    extensions = tuple(Image.registered_extensions())
-    for path in splits.values():
-        _refuse_loose_images(path, extensions)
-    try:
-        classes, index = find_classes(str(splits[TRAIN]))
-    except FileNotFoundError:
+def _read_class_folders(splits: dict[str, Path]) -> Source:
+    train = splits[TRAIN]
+    for folder in splits.values():
+        _refuse_loose_images(folder)
+    classes = _class_names(train)
+    if not classes:
         raise DataError(
-            f"{splits[TRAIN]}: expected one folder per class with images in it, or parquet files, "
-            "and found neither"
-        ) from None
+            f"{train}: expected one folder per class with images in it, or parquet files, and "
+            "found neither"
+        )
     if len(classes) < 2:
-        raise DataError(f"{splits[TRAIN]}: there is one class, '{classes[0]}'; two are needed")
+        raise DataError(f"{train}: there is one class, '{classes[0]}'; two are needed")
     encoded = {}
-    for split, path in splits.items():
-        strangers = sorted({p.name for p in path.iterdir() if _is_class(p)} - set(classes))
+    for split, folder in splits.items():
+        strangers = sorted(set(_class_names(folder)) - set(classes))
         if strangers:
-            raise DataError(f"{path}: class '{strangers[0]}' is not among the training classes")
-        samples = make_dataset(str(path), index, extensions=extensions, allow_empty=True)
-        labels = np.array([target for _, target in samples], dtype=np.int64)
-        missing = set(range(len(classes))) - set(labels.tolist()) if split == TRAIN else set()
-        if missing:
+            raise DataError(f"{folder}: class '{strangers[0]}' is not among the training classes")
+        files = [images_below(folder / name) for name in classes]
+        empty = [name for name, found in zip(classes, files, strict=True) if not found]
+        if empty and split == TRAIN:
             raise DataError(
-                f"{path / classes[min(missing)]}: the class is empty; put images of a format that "
-                "Pillow reads into it, or remove the folder"
+                f"{folder / empty[0]}: the class is empty; put images of a format that Pillow "
+                "reads into it, or remove the folder"
             )
-        encoded[split] = _file_split([Path(file) for file, _ in samples], labels)
-    return Source(str(folder), tuple(classes), encoded)
+        labels = np.repeat(np.arange(len(classes)), [len(found) for found in files])
+        encoded[split] = _file_split([file for found in files for file in found], labels)
+    origin = train.parent if len(splits) > 1 or train.name in SPLIT_NAMES else train
+    return Source(str(origin), tuple(classes), encoded)
 
 
-def _is_class(path: Path) -> bool:
-    return path.is_dir() and not path.name.startswith(".")
+def _class_names(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        return []
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _refuse_loose_images(folder: Path, extensions: tuple[str, ...]) -> None:
-    loose = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in extensions and p.is_file()]
+def images_below(folder: Path) -> list[Path]:
+    """All images in a folder and its folders; hidden ones are not meant."""
+    found = []
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(place, name) for name in sorted(files) if _is_image(name)]
+    return found
+
+
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and Path(name).suffix.lower() in IMAGE_EXTENSIONS
+
+
+def _refuse_loose_images(folder: Path) -> None:
+    loose = sorted(p for p in folder.iterdir() if _is_image(p.name) and not p.is_dir())
     if loose:
         raise DataError(
             f"{loose[0]}: an image without a label; expected one folder per class, "
@@ -331,11 +384,18 @@ def _refuse_loose_images(folder: Path, extensions: tuple[str, ...]) -> None:
 
 
 def _file_split(files: list[Path], labels: NDArray[np.int64]) -> EncodedSplit:
-    stats = [file.stat() for file in files]
-    content = [f"{f}\0{s.st_size}\0{s.st_mtime_ns}" for f, s in zip(files, stats, strict=True)]
-    return EncodedSplit(
-        labels, lambda i: files[i], lambda i: str(files[i]), _digest("files", *content)
-    )
+    fingerprint = _digest(*map(_stamp, files))
+    return EncodedSplit(labels, lambda i: files[i], lambda i: str(files[i]), fingerprint)
+
+
+def _stamp(file: Path) -> str:
+    """Changes whenever the content of the file may have changed."""
+    try:
+        found = file.stat()
+    except OSError:  # a broken link; reading it will say so
+        return f"{file}\0missing"
+    times = f"{found.st_mtime_ns}\0{found.st_ctime_ns}"
+    return f"{file.resolve()}\0{found.st_ino}\0{found.st_size}\0{times}"
 
 
 def _digest(*parts: str) -> str:

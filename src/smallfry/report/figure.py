@@ -19,6 +19,7 @@ STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
     "legend.frameon": False,
+    "text.parse_math": False,  # a class may be called $_$
 }
 
 

@@ -221,7 +221,7 @@ class TrainConfig:
         references: Fit a support vector machine and logistic regression on the same images as
             reference points, where these are few and small.
         run: The run folder; default a new one under runs/.
-        progress: rich, plain or quiet; auto takes rich in a terminal, quiet under CI, else plain.
+        progress: rich, plain or quiet; auto takes quiet under CI, rich in a terminal, else plain.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -278,7 +278,7 @@ def read_config(file: Path) -> TrainConfig:
     parser.add_class_arguments(TrainConfig)
     try:
         return TrainConfig(**vars(parser.instantiate(parser.parse_path(str(file)))))
-    except (ArgumentError, TypeError, UsageError) as error:
+    except (ArgumentError, TypeError, ValueError, OSError) as error:
         raise RunError(f"{file}: not a configuration of this version ({error})") from error
 
 

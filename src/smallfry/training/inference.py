@@ -9,9 +9,9 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from smallfry.data.images import Encoded, decode
+from smallfry.data.sources import images_below
 from smallfry.errors import DataError
 from smallfry.training.evaluation import forward
 from smallfry.training.run import TrainedModel
@@ -61,7 +61,7 @@ def classify(trained: TrainedModel, found: Iterable[Found], top_k: int = 3) -> I
     """Answers in the order of the images; an image that can't be read gives an ``error``."""
     images = iter(found)
     while chunk := list(islice(images, BATCH)):
-        yield from _classify_batch(trained, chunk, min(max(1, top_k), len(trained.classes)))
+        yield from _classify_batch(trained, chunk, min(top_k, len(trained.classes)))
 
 
 @torch.inference_mode()
@@ -100,8 +100,7 @@ def _from_path(given: str) -> Iterator[Found]:
     if path.is_file():
         yield Found(given, path)
     elif path.is_dir():
-        extensions = Image.registered_extensions()
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in extensions and p.is_file())
+        files = images_below(path)
         yield from (Found(str(file), file) for file in files)
         if not files:
             yield Found(given, None, f"{given}: there are no images in this folder")

@@ -96,6 +96,7 @@ class Trainer:
         self.average = WeightAverage(self.raw_model, config.ema) if config.ema.decay else None
         self.on_cpu = self.fabric.device.type == "cpu"
         self._pending: list[tuple[int, int, Result]] = []
+        self._stamp = 0.0  # when the last step, or what had to be done after it, ended
 
     @property
     def evaluated(self) -> nn.Module:
@@ -122,6 +123,7 @@ class Trainer:
         )
         self.folder.write_metrics(self.progress.history)
         self.reporter.start(self.total_steps, self.progress.step)
+        self._stamp = time.monotonic()
         try:
             with _signals() as stop:
                 for batch in loader:
@@ -136,14 +138,15 @@ class Trainer:
                         self.save()
                         saved = time.monotonic()
                     self.progress.seconds = time.monotonic() - started
-                    if finished:
-                        break
+                    self._stamp = time.monotonic()  # what came since the step was not its time
                     if stop.signal_number is not None:
                         raise Stopped(
                             stop.signal_number,
                             f"stopped after step {self.progress.step} of {self.total_steps} and "
                             f"saved; go on with: smallfry train --resume {self.folder.path}",
                         )
+                    if finished:
+                        break
         finally:
             self.reporter.close()
             writer.close()
@@ -151,8 +154,7 @@ class Trainer:
     def save(self) -> None:
         """Write the state into ``last/``."""
         self._settle()
-        if not all(bool(p.isfinite().all()) for p in self.raw_model.parameters()):
-            raise self._diverged("the weights are", self.progress.step)
+        self._require_finite_weights()
         trainer = {
             "weights": self.raw_model.state_dict(),
             "optimizer": self.raw_optimizer.state_dict(),
@@ -187,7 +189,6 @@ class Trainer:
         )
         for group in self.raw_optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
-        began = time.monotonic()
         torch.manual_seed(derive_seed(config.seed, 2, progress.step))  # dropout
         self.model.train()
         result = self._fit_batch(batch.to(self.fabric.device))
@@ -196,7 +197,10 @@ class Trainer:
         if self.on_cpu or len(self._pending) >= 20:  # reading a result makes a GPU wait
             self._settle()
         loss = progress.sums.get("loss", 0.0) / max(1.0, progress.sums.get("images", 0.0))
-        self.reporter.step(loss, len(batch.labels) / (time.monotonic() - began))
+        now = time.monotonic()
+        took, self._stamp = now - self._stamp, now
+        progress.sums["seconds"] = progress.sums.get("seconds", 0.0) + took
+        self.reporter.step(loss, len(batch.labels) / max(1e-9, took))
 
     def _fit_batch(self, batch: Batch) -> Result:
         parts = batch.split(self.config.accumulate)
@@ -249,6 +253,10 @@ class Trainer:
                 sums[key] = sums.get(key, 0.0) + value
         self._pending.clear()
 
+    def _require_finite_weights(self) -> None:
+        if not all(bool(p.isfinite().all()) for p in self.raw_model.parameters()):
+            raise self._diverged("a weight is not", self.progress.step)
+
     def _diverged(self, what: str, step: int) -> TrainingError:
         epoch = (step - 1) // self.batches.steps_per_epoch + 1
         kept = "the last good checkpoint is kept" if self.folder.last.exists() else "none was saved"
@@ -262,9 +270,9 @@ class Trainer:
 
     def _end_epoch(self, writer: SummaryWriter) -> None:
         self._settle()
+        self._require_finite_weights()
         progress, sums = self.progress, self.progress.sums
         epoch = progress.step // self.batches.steps_per_epoch
-        before = progress.history[-1]["seconds"] if progress.history else 0.0
         row = {
             "epoch": epoch,
             "step": progress.step,
@@ -281,7 +289,7 @@ class Trainer:
                 predict(self.evaluated, self._selection(), self.normalize, self.fabric.device)
             )
         row |= {f"{split}_{name}": value for name, value in scores.items()}
-        row["images_per_second"] = sums["images"] / max(1e-9, progress.seconds - before)
+        row["images_per_second"] = sums["images"] / max(1e-9, sums["seconds"])
         row["seconds"] = progress.seconds
         progress.history.append(row)
         progress.sums = {}
@@ -347,5 +355,5 @@ def _fabric(config: TrainConfig) -> Fabric:
     precision: Any = config.precision  # Fabric says which there are if this is none of them
     try:
         return Fabric(accelerator=config.device, devices=1, precision=precision)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, ImportError) as error:
         raise UsageError(f"device {config.device}, precision {precision}: {error}") from error

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -24,7 +24,7 @@ def peak_learning_rate(config: OptimizerConfig, model: nn.Module) -> float:
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
     """An optimizer of timm's registry; undecayed are biases, norms and ``no_weight_decay()``."""
-    known = list_optimizers()
+    known = [n for n in list_optimizers() if not get_optimizer_info(n).second_order]
     if config.name not in known:
         raise UsageError(f"unknown optimizer '{config.name}'{nearest(config.name, known)}")
     arguments: dict[str, Any] = {} if config.betas is None else {"betas": tuple(config.betas)}
@@ -38,7 +38,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
             filter_bias_and_bn=not decay_all,
             **arguments,
         )
-    except (TypeError, AssertionError, ImportError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError, ImportError) as error:
         raise UsageError(f"optimizer {config.name} can't be built: {error}") from error
     return optimizer
 
@@ -64,10 +64,16 @@ def learning_rate(
 
 
 class WeightAverage(ModelEmaV3):  # type: ignore[misc]  # timm has no types
-    """timm's moving average of the weights, with the decay that ``EMAConfig`` describes."""
+    """timm's moving average of the weights, with the decay that ``EMAConfig`` describes.
+
+    Weights of half precision are averaged in float32: in their own, timm rounds by chance, from
+    a state that no checkpoint holds.
+    """
 
     def __init__(self, model: nn.Module, config: EMAConfig) -> None:
-        super().__init__(model, decay=config.decay, use_warmup=config.warmup)
+        half = next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
+        dtype = torch.float32 if half else None
+        super().__init__(model, decay=config.decay, use_warmup=config.warmup, dtype=dtype)
 
     def get_decay(self, step: int | None = None) -> float:
         """Share of the average kept at the t-th optimizer step, counted from 0."""

@@ -105,10 +105,10 @@ class RichReporter(QuietReporter):
 
 
 def build_reporter(mode: Mode) -> Reporter:
-    """The reporter of a mode; auto takes rich in a terminal, quiet under CI, else plain."""
+    """The reporter of a mode; auto takes quiet under CI, rich in a terminal, else plain."""
     if mode == "auto":
-        silent: Mode = "quiet" if os.environ.get("CI") else "plain"
-        mode = "rich" if Console().is_terminal else silent
+        seen: Mode = "rich" if Console().is_terminal else "plain"
+        mode = "quiet" if os.environ.get("CI") else seen
     return {"rich": RichReporter, "plain": PlainReporter, "quiet": QuietReporter}[mode]()
 
 

@@ -88,10 +88,13 @@ class RunFolder:
         """``summary.json``, or None while the run has not ended."""
         try:
             summary: dict[str, Any] = json.loads(self.summary.read_text())
+            _ = summary["measured"], summary["model"], summary["data"]
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise RunError(f"{self.summary}: damaged ({error})") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(
+                f"{self.summary}: damaged ({error!r}); delete it, then --resume makes it again"
+            ) from error
         return summary
 
 

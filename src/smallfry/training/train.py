@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from smallfry.cost import cost
-from smallfry.data import ImageData, Split, load_data
+from smallfry.data import NAMED, ImageData, Split, load_data
 from smallfry.errors import DataError, SmallfryWarning, UsageError, nearest
 from smallfry.models import ViTRM
 from smallfry.report.classification import confusion_matrix, mistakes, surest_mistakes
@@ -41,6 +41,7 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> dict[str, An
         TrainingError: The loss is not a number any more.
         Stopped: A signal came; the state is saved, ``resume`` goes on.
     """
+    config = _with_full_paths(config)
     data = _load(config)
     path = config.run or new_run_folder(config.data.name, model_name(config.model, data))
     trainer = _build(config, data, RunFolder(path), reporter)
@@ -77,22 +78,37 @@ def resume(run: str | Path, reporter: Reporter | None = None) -> dict[str, Any]:
         return _conclude(trainer)
 
 
+def _with_full_paths(config: TrainConfig) -> TrainConfig:
+    """So that the run can be resumed and evaluated from any folder."""
+    wanted = config.data
+    folder = Path(wanted.name).expanduser()
+    is_folder = wanted.name not in NAMED and folder.is_dir()
+    name = str(folder.resolve()) if is_folder else wanted.name
+    root = None if wanted.root is None else wanted.root.expanduser().resolve()
+    return replace(config, data=replace(wanted, name=name, root=root))
+
+
 def create_model(config: ModelConfig, data: ImageData) -> tuple[nn.Module, dict[str, Any]]:
     """The model that a configuration names, for this data, and what ``timm`` creates it with."""
     name = model_name(config, data)
     if not timm.is_model(name):
         raise UsageError(f"unknown model '{name}'{nearest(name, timm.list_models())}")
-    arguments = {
-        "num_classes": len(data.classes),
-        "in_chans": data.channels,
-        **config.arguments(),
-    }
+    arguments = {"num_classes": len(data.classes), "in_chans": data.channels}
+    decided = sorted({*arguments, "img_size"} & set(config.options))
+    if decided:
+        raise UsageError(f"model.options: {decided[0]} comes from the data; see data.image_size")
+    arguments |= config.arguments()
     if timm.get_pretrained_cfg(name).fixed_input_size:
         arguments["img_size"] = data.image_size
     try:
         model: nn.Module = timm.create_model(name, **arguments)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise UsageError(f"model {name} can't be built: {error}") from error
+        with torch.inference_mode():
+            size = data.image_size
+            model.eval()(torch.zeros(2, data.channels, size, size))
+    except Exception as error:  # of any of timm's models, given any options
+        reason = (str(error) or repr(error)).splitlines()[0]
+        shape = f"{data.channels}×{data.image_size}×{data.image_size}"
+        raise UsageError(f"model {name} can't be built for images of {shape}: {reason}") from error
     if config.checkpoint_gradients:
         model.set_grad_checkpointing(True)  # type: ignore[operator]  # of timm's contract
     return model, {"name": name, "arguments": arguments}
@@ -111,8 +127,11 @@ def load_like(
     name: str | None = None,
     root: Path | None = None,
     split: str = "test",
-) -> tuple[ImageData, Split]:
+) -> tuple[ImageData, Split, str]:
     """A data set with the images brought to what a trained model takes, and one split of it.
+
+    Returns:
+        The data set, the split, and its name, which is "all" where the data has no test split.
 
     Args:
         trained: The model.
@@ -123,6 +142,8 @@ def load_like(
     """
     folder = RunFolder(Path(run))
     before = read_config(folder.config).data if folder.config.is_file() else DataConfig()
+    if name in (before.name, str(Path(before.name).resolve())) and folder.config.is_file():
+        name = None  # the run's own data, whose splits are known
     if name is None:
         wanted = before if root is None else replace(before, root=root)
         if not folder.config.is_file():
@@ -138,12 +159,12 @@ def load_like(
             SmallfryWarning,
             stacklevel=2,
         )
+    if split == "test" and data.test_count == 0:
+        return data, data.train, "all"
     chosen: Split = getattr(data, split)
-    if len(chosen) == 0 and split == "test":
-        chosen = data.train
     if len(chosen) == 0:
         raise DataError(f"{data.origin}: its {split} split is empty")
-    return data, chosen
+    return data, chosen, split
 
 
 def load_config_data(wanted: DataConfig) -> ImageData:
@@ -163,6 +184,8 @@ def _load(config: TrainConfig) -> ImageData:
             f"{data.origin}: no validation images are left to select the best epoch on; give each "
             "class at least two images, raise data.validation, or take select_on test"
         )
+    if data.test_count == 0:
+        raise DataError(f"{data.origin}: there are no test images; raise data.test above 0")
     for option, values in {"mean": wanted.mean, "std": wanted.std}.items():
         if values is not None and len(values) != data.channels:
             raise UsageError(f"data.{option} needs {data.channels} values, got {len(values)}")
@@ -240,7 +263,14 @@ def _conclude(trainer: Trainer) -> dict[str, Any]:
         },
         "provenance": provenance(device),
     }
-    draw_run(folder, progress.history, best, data.test, predictions)
+    try:
+        draw_run(folder, progress.history, best, data.test, predictions)
+    except Exception as error:  # a picture must not cost the result
+        warnings.warn(
+            f"{folder.pictures}: not all pictures could be drawn ({error})",
+            SmallfryWarning,
+            stacklevel=2,
+        )
     folder.write_summary(summary)
     return summary
 
