@@ -52,8 +52,9 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> dict[str, An
         trainer.reporter.say(
             f"training {model} ({parameters:,} parameters) on {data.name} into {folder.path}"
         )
+        evidence = provenance(trainer.fabric.device)  # of the code that runs, as it starts
         trainer.fit()
-        return _conclude(trainer)
+        return _conclude(trainer, evidence)
 
 
 def resume(run: str | Path, reporter: Reporter | None = None) -> dict[str, Any]:
@@ -74,8 +75,9 @@ def resume(run: str | Path, reporter: Reporter | None = None) -> dict[str, Any]:
             _require_same_data(checkpoint.manifest, trainer.data, folder)
             trainer.restore(checkpoint)
         trainer.reporter.say(f"going on with {folder.path} after step {trainer.progress.step}")
+        evidence = provenance(trainer.fabric.device)  # of the code that runs, as it starts
         trainer.fit()
-        return _conclude(trainer)
+        return _conclude(trainer, evidence)
 
 
 def _with_full_paths(config: TrainConfig) -> TrainConfig:
@@ -210,7 +212,8 @@ def _build(
             "mean": list(mean),
             "std": list(std),
         },
-        "data": {"name": data.name, "origin": data.origin, "fingerprint": data.fingerprint},
+        # the name alone: manifests are published, and the paths of this machine are nobody's
+        "data": {"name": Path(data.name).name, "fingerprint": data.fingerprint},
     }
     augment = Augment(
         config.augment, data.image_size, len(data.classes), mean, std, flips_by_default(data)
@@ -229,7 +232,7 @@ def _require_same_data(manifest: dict[str, Any], data: ImageData, folder: RunFol
         )
 
 
-def _conclude(trainer: Trainer) -> dict[str, Any]:
+def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
     """Test the best weights, once; draw the pictures; write the summary."""
     config, data, progress = trainer.config, trainer.data, trainer.progress
     folder, device = trainer.folder, trainer.fabric.device
@@ -261,7 +264,7 @@ def _conclude(trainer: Trainer) -> dict[str, Any]:
             "activation_bytes": spent.activation_bytes,
             "references": fit_references(data) if config.references else [],
         },
-        "provenance": provenance(device),
+        "provenance": evidence,
     }
     try:
         draw_run(folder, progress.history, best, data.test, predictions)
