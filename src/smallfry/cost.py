@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -39,7 +40,8 @@ def cost(model: nn.Module, input: Tensor) -> Cost:
 def _macs(model: nn.Module, input: Tensor) -> int:
     model.eval()
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    # the plain form of attention: not every PyTorch counts the fused ones
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(input)
     return counter.get_total_flops() // 2
 
