@@ -311,8 +311,10 @@ def _log_to_stderr() -> None:
         ours.addHandler(handler)
         ours.setLevel(logging.INFO)
         ours.propagate = False
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    for chatty in ("lightning.pytorch.utilities.rank_zero", "datasets", "huggingface_hub"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def _complain(error: Exception | str, code: int) -> int:

@@ -1,4 +1,5 @@
 import os
+import shutil
 from pathlib import Path
 
 import datasets
@@ -429,6 +430,22 @@ def test_without_a_folder_the_local_cache_comes_before_the_hub(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert load_data("mnist").classes == ("no", "yes")
     assert asked == [("ylecun/mnist", True), ("ylecun/mnist", False)]
+
+
+def test_the_local_cache_of_datasets_is_read_without_a_network(tmp_path, monkeypatch):
+    """As ``datasets`` leaves a hub data set in its cache, found with the hub out of reach."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    write_parquet(tmp_path, "train", grey(20), [0, 1] * 10, names=["no", "yes"])
+    shards = {"train": str(tmp_path / "train-00000-of-00001.parquet")}
+    datasets.load_dataset("parquet", data_files=shards)
+    built = next((tmp_path / "cache").glob("parquet/*/0.0.0/*/dataset_info.json")).parent
+    kept = tmp_path / "cache" / "ylecun___mnist" / "default" / "0.0.0" / ("0" * 40)
+    shutil.copytree(built, kept)
+    for file in kept.glob("parquet-*"):
+        file.rename(kept / file.name.replace("parquet-", "mnist-"))
+    data = load_data("mnist")
+    assert (data.origin, data.classes) == ("hub: ylecun/mnist", ("no", "yes"))
+    assert len(data.train) + len(data.validation) + len(data.test) == 20
 
 
 def test_no_network_and_no_cache_say_what_to_do(monkeypatch):

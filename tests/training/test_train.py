@@ -1,20 +1,14 @@
-"""Whole runs: what they leave, that they can be stopped anywhere, and how they fail."""
+"""Whole runs: what they leave, what settings change, and how they fail."""
 
-import csv
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from filelock import FileLock
 from PIL import Image
-from safetensors.torch import load_file
+from run_helpers import StopAt, all_metrics, metrics
 
 from smallfry.cost import Cost
 from smallfry.errors import (
@@ -42,42 +36,6 @@ from smallfry.training.loop import Trainer
 from smallfry.training.progress import QuietReporter
 from smallfry.training.run import load_run, require_classes
 from smallfry.training.train import resume, train
-
-TINY = {"embed_dim": 16, "num_heads": 2, "mlp_hidden_dim": 16, "depth": 1}
-TIMINGS = ("images_per_second", "seconds")
-
-
-class StopAt(QuietReporter):
-    """Sends this process a signal after some steps."""
-
-    def __init__(self, step, number=signal.SIGINT):
-        self.left, self.number = step, number
-
-    def step(self, loss, images_per_second):
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), self.number)
-
-
-def metrics(run):
-    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in all_metrics(run)]
-
-
-def all_metrics(run):
-    return list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
-
-
-def assert_same_run(one, other):
-    assert metrics(one) == metrics(other)
-    for checkpoint in ("last", "best"):
-        first, second = load_checkpoint(one / checkpoint), load_checkpoint(other / checkpoint)
-        assert first.weights.keys() == second.weights.keys()
-        for name, weight in first.weights.items():
-            assert torch.equal(weight, second.weights[name]), name
-    first, second = (load_checkpoint(run / "last").trainer for run in (one, other))
-    for name, weight in first["weights"].items():
-        assert torch.equal(weight, second["weights"][name]), name
-
 
 # What a run leaves
 
@@ -162,131 +120,6 @@ def test_training_learns(variant):
     assert summary["measured"]["test"]["accuracy"] > 0.8
 
 
-# Same seed, same run; stop anywhere, go on exactly
-
-
-def test_two_runs_with_one_seed_are_identical_and_another_seed_differs(variant, tmp_path):
-    train(variant(run=tmp_path / "a"))
-    train(variant(run=tmp_path / "b"))
-    train(variant(run=tmp_path / "c", seed=1))
-    assert_same_run(tmp_path / "a", tmp_path / "b")
-    assert metrics(tmp_path / "a") != metrics(tmp_path / "c")
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("step", [1, 6, 8, 12])
-def test_a_run_stopped_by_a_signal_and_resumed_equals_an_undisturbed_one(
-    variant, tmp_path, step, number
-):
-    train(variant(run=tmp_path / "whole"))
-    with pytest.raises(Stopped, match=rf"after step {step} of 12 .*--resume") as stop:
-        train(variant(run=tmp_path / "parted"), StopAt(step, number))
-    assert stop.value.signal_number == number
-    resume(tmp_path / "parted")
-    assert_same_run(tmp_path / "whole", tmp_path / "parted")
-
-
-def test_ctrl_c_in_a_terminal_reaches_the_workers_too_and_does_no_harm(variant, tmp_path):
-    train(variant(run=tmp_path / "whole"))
-    file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(variant(run=tmp_path / "parted", workers=2).to_dict()))
-    code = (
-        "import sys, time\n"
-        "from smallfry.training import loop\n"
-        "settle = loop.Trainer._settle\n"
-        "def slowly(self):\n"
-        "    print('step', flush=True)\n"
-        "    time.sleep(0.05)\n"
-        "    settle(self)\n"
-        "loop.Trainer._settle = slowly\n"
-        "from smallfry.cli import main\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "train", "--config", str(file)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    for _ in range(3):
-        assert process.stdout.readline() == "step\n"
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT, errors
-    assert "Traceback" not in errors
-    resume(tmp_path / "parted")
-    assert_same_run(tmp_path / "whole", tmp_path / "parted")
-
-
-def test_a_run_can_be_stopped_many_times(variant, tmp_path):
-    train(variant(run=tmp_path / "whole"))
-    with pytest.raises(Stopped):
-        train(variant(run=tmp_path / "parted"), StopAt(2))
-    for _ in range(4):
-        with pytest.raises(Stopped):
-            resume(tmp_path / "parted", StopAt(2))
-    resume(tmp_path / "parted")
-    assert_same_run(tmp_path / "whole", tmp_path / "parted")
-
-
-def test_a_killed_run_goes_on_from_its_last_checkpoint(variant, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train(variant(run=whole))
-    file = tmp_path / "config.yaml"
-    slow = {**variant(run=killed, checkpoint_seconds=0.0).to_dict(), "workers": 0}
-    file.write_text(yaml.safe_dump(slow))
-    code = (
-        "import sys, time\n"
-        "from smallfry.training import loop\n"
-        "settle = loop.Trainer._settle\n"
-        "loop.Trainer._settle = lambda self: (time.sleep(0.05), settle(self))[1]\n"
-        "from smallfry.cli import main\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    command = [sys.executable, "-c", code, "train", "--config", str(file)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        manifest = killed / "last" / "manifest.json"
-        if manifest.exists() and json.loads(manifest.read_text())["training"]["step"] >= 3:
-            break
-        time.sleep(0.005)
-    assert process.poll() is None, "the run ended before it could be killed"
-    process.kill()
-    process.wait()
-    assert not (killed / "summary.json").exists()
-    resume(killed)
-    assert_same_run(whole, killed)
-
-
-def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again(variant, tmp_path):
-    train(variant(run=tmp_path / "whole"))
-    (tmp_path / "new").mkdir()
-    configuration = variant(run=tmp_path / "new").to_dict()
-    (tmp_path / "new" / "config.yaml").write_text(yaml.safe_dump(configuration))
-    resume(tmp_path / "new")
-    assert_same_run(tmp_path / "whole", tmp_path / "new")
-
-
-def test_resuming_a_run_that_has_ended_gives_its_summary(config):
-    summary = train(config)
-    assert resume(config.run) == json.loads(json.dumps(summary))
-
-
-def test_micro_batches_change_memory_not_the_step(variant, tmp_path):
-    same = {
-        "model": ModelConfig(options=TINY, drop_rate=0.0),
-        "precision": "64-true",
-        "epochs": 1,
-    }
-    for parts in (1, 3):
-        train(variant(run=tmp_path / str(parts), accumulate=parts, **same))
-    one, three = (load_file(tmp_path / n / "best" / "model.safetensors") for n in ("1", "3"))
-    for name, weight in one.items():
-        torch.testing.assert_close(weight, three[name], atol=1e-9, rtol=1e-9)
-
-
 # Settings that change what happens
 
 
@@ -339,35 +172,6 @@ def test_mixed_precision_reaches_the_model(variant, monkeypatch, supervised):
     train(variant(precision="bf16-mixed", epochs=1, objective=ObjectiveConfig(supervised)))
     assert len(seen) > 6
     assert all(seen)
-
-
-def test_half_precision_resumes_exactly_too(variant, tmp_path):
-    half = {"precision": "bf16-true"}
-    train(variant(run=tmp_path / "whole", **half))
-    with pytest.raises(Stopped):
-        train(variant(run=tmp_path / "parted", **half), StopAt(7))
-    resume(tmp_path / "parted")
-    assert_same_run(tmp_path / "whole", tmp_path / "parted")
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"accumulate": 3},
-        {"ema": EMAConfig(0.0)},
-        {"patience": 1},
-        {"objective": ObjectiveConfig("cross_entropy")},
-        {"model": ModelConfig("resnet10t", options={"stem_width": 8})},
-    ],
-    ids=lambda settings: next(iter(settings)),
-)
-def test_every_kind_of_run_resumes_exactly(variant, tmp_path, settings):
-    settings = {"objective": ObjectiveConfig(), **settings}
-    train(variant(run=tmp_path / "whole", **settings))
-    with pytest.raises(Stopped):
-        train(variant(run=tmp_path / "parted", **settings), StopAt(5))
-    resume(tmp_path / "parted")
-    assert_same_run(tmp_path / "whole", tmp_path / "parted")
 
 
 # Failures
