@@ -101,7 +101,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         weights = safetensors.torch.load(contents[WEIGHTS])
         trainer = None
         if TRAINER in contents:
-            trainer = torch.load(io.BytesIO(contents[TRAINER]), weights_only=True)
+            state = io.BytesIO(contents[TRAINER])
+            trainer = torch.load(state, map_location="cpu", weights_only=True)
     except (KeyError, SafetensorError, RuntimeError) as error:
         raise RunError(f"{folder}: can't be loaded ({error}); {hint}") from error
     return Checkpoint(manifest, weights, trainer)
