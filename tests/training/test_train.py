@@ -8,7 +8,7 @@ import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
-from run_helpers import StopAt, all_metrics, metrics
+from run_helpers import TINY, StopAt, all_metrics, metrics
 
 from smallfry.cost import Cost
 from smallfry.errors import (
@@ -129,6 +129,14 @@ def test_patience_ends_a_run_that_no_longer_improves(variant):
     assert summary["measured"]["epochs"] < 9
     assert summary["measured"]["epochs"] == summary["measured"]["best_epoch"] + 2
     assert resume(variant().run)["measured"]["epochs"] == summary["measured"]["epochs"]
+
+
+@pytest.mark.parametrize(("width", "threads"), [(16, 1), (144, 2)])
+def test_small_models_take_one_thread_and_larger_ones_what_there_is(variant, width, threads):
+    torch.set_num_threads(2)
+    model = ModelConfig(options={**TINY, "embed_dim": width, "mlp_hidden_dim": 1000})
+    train(variant(model=model, threads=None, epochs=1))
+    assert torch.get_num_threads() == threads
 
 
 def test_selecting_on_the_test_split_is_possible_and_said(variant):

@@ -216,7 +216,8 @@ class TrainConfig:
         device: auto, cpu, cuda or mps.
         precision: Lightning Fabric's precision, such as 32-true, bf16-mixed or 16-mixed.
         workers: Processes that prepare batches; default as many as help.
-        threads: CPU threads of PyTorch; default its own choice.
+        threads: CPU threads of PyTorch; default its own choice, but one for models below
+            10 MMAC an image, which hardly gain from more.
         checkpoint_seconds: Save at the first step after so many seconds.
         references: Fit a support vector machine and logistic regression on the same images as
             reference points, where these are few and small.

@@ -27,6 +27,8 @@ from smallfry.training.provenance import provenance
 from smallfry.training.references import fit_references
 from smallfry.training.run import RunFolder, TrainedModel, load_run, new_run_folder
 
+SMALL_MODEL = 10_000_000  # multiply-accumulates an image
+
 
 def train(config: TrainConfig, reporter: Reporter | None = None) -> dict[str, Any]:
     """Train a model from the beginning.
@@ -198,10 +200,9 @@ def _build(
     config: TrainConfig, data: ImageData, folder: RunFolder, reporter: Reporter | None
 ) -> Trainer:
     """Everything that can be wrong with a configuration, found before anything is written."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     model, spec = create_model(config.model, data)
+    torch.set_num_threads(config.threads or _useful_threads(model, data))
     mean, std = config.data.mean or data.mean, config.data.std or data.std
     manifest = {
         "model": spec,
@@ -221,6 +222,12 @@ def _build(
     objective = build_objective(config.objective, model)
     reporter = reporter or build_reporter(config.progress)
     return Trainer(model, data, objective, augment, config, folder, manifest, reporter)
+
+
+def _useful_threads(model: nn.Module, data: ImageData) -> int:
+    """One for a small model: more gain it little, and stall it wherever cores are shared."""
+    sample = torch.zeros(1, data.channels, data.image_size, data.image_size)
+    return 1 if cost(model, sample).macs < SMALL_MODEL else torch.get_num_threads()
 
 
 def _require_same_data(manifest: dict[str, Any], data: ImageData, folder: RunFolder) -> None:
