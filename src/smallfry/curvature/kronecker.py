@@ -74,7 +74,7 @@ def eigendecompose(factor: Tensor) -> Eigen:
     for precision in (factor.dtype, torch.float64):
         try:
             values, vectors = torch.linalg.eigh(matrix.to(precision))
-        except torch._C._LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
         if bool(values.isfinite().all()) and bool(vectors.isfinite().all()):
             values = values.clamp_min(0) * scale[:, 0].to(precision)

@@ -40,6 +40,10 @@ class Rows(NamedTuple):
         """Uses of the weight by each sample."""
         return self.inputs.shape[2]
 
+    def double(self) -> "Rows":
+        """In float64."""
+        return Rows(self.inputs.double(), self.gradients.double())
+
 
 @dataclass(eq=False)
 class Call:
