@@ -142,8 +142,8 @@ class Observer:
 
     def _take_gradients(self, seen: Observation, outputs: tuple[Tensor, ...]) -> None:
         edges = seen.edges()
-        if not edges:
-            return
+        if not edges or not all(bool(z.isfinite().all()) for z in seen.outputs):
+            return  # nothing can be sampled from such a density: no draws, no statistics
         with torch.autocast(outputs[0].device.type, enabled=False), torch.no_grad():
             if self.fisher == "exact":
                 columns, weight = self.likelihood.columns(seen.outputs), 1.0

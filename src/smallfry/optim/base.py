@@ -356,8 +356,9 @@ class NaturalGradient(torch.optim.Optimizer):
             self.checked = True
         if statistics and self.observer.fisher == "empirical":
             _use_actual_targets(tapped, factor, self.observer.grad_scale())
-        rows = self._rows(tapped) if statistics else {}
-        if not _finite(t for parts in rows.values() for r in parts for t in r):
+        drawn = all(seen.draws for seen in tapped)
+        rows = self._rows(tapped) if statistics and drawn else {}
+        if not drawn or not _finite(t for parts in rows.values() for r in parts for t in r):
             self.counters["failed_refreshes"] += 1
             self.overdue, self.overdue_inverse = True, self.overdue_inverse or inverse
             return
@@ -486,11 +487,11 @@ class NaturalGradient(torch.optim.Optimizer):
         if not modelled and self.step_length == "lr":
             grads = {name: self._momentum(parameters[name], g, groups) for name, g in grads.items()}
         directions = self._directions(grads)
+        self.clip = 1.0
         if modelled:
             steps = quadratic.best_step(self, observations, grads, directions, parameters)
         else:
             steps = {name: -v for name, v in directions.items()}
-        self.clip = 1.0
         rates = {name: groups[parameters[name]]["lr"] for name in steps}
         if self.kl_clip is not None and not modelled:
             terms = [rates[n] ** 2 * (directions[n] * grads[n]).sum() for n in steps]
@@ -543,8 +544,12 @@ def _use_actual_targets(observations: Sequence[Observation], factor: float, scal
     samples = sum(seen.samples for seen in observations)
     unit = samples / (factor * scale)
     for seen in observations:
-        draw = [None if c.backward is None else c.backward.float() * unit for c in seen.calls]
+        draw = [None if c.backward is None else _wide(c.backward) * unit for c in seen.calls]
         seen.draws = [draw]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _finite(tensors: Iterable[Tensor]) -> bool:

@@ -28,6 +28,8 @@ class ExactNG(NaturalGradient):
         window: How many of the last refreshes' batches make the Fisher. Nothing is averaged:
             ``ema_decay`` has no effect.
         statistics_every: Steps between refreshes; the solve is refreshed with them.
+        damping: λ over the mean eigenvalue. Higher than elsewhere: the Fisher of one batch has no
+            more directions than samples, and along all others a step is gradient / λ.
         settings: Those of ``NaturalGradient``.
     """
 
@@ -41,6 +43,7 @@ class ExactNG(NaturalGradient):
         scope: Literal["full", "block"] = "full",
         window: int = 1,
         statistics_every: int = 1,
+        damping: float = 10.0,
         **settings: Any,
     ) -> None:
         if scope not in ("full", "block"):
@@ -52,7 +55,7 @@ class ExactNG(NaturalGradient):
         if settings.get("inverse_every", statistics_every) not in (None, statistics_every):
             raise UsageError("ExactNG solves with each batch it takes: leave inverse_every out")
         self.scope, self.window = scope, window
-        super().__init__(model, lr, statistics_every=statistics_every, **settings)
+        super().__init__(model, lr, statistics_every=statistics_every, damping=damping, **settings)
 
     def _refresh_all(self, rows: Mapping[str, Sequence[Rows]], inverse: bool) -> None:
         super()._refresh_all(rows, False)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch.autograd import forward_ad
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from smallfry.curvature import Observation
@@ -127,9 +128,13 @@ def push_forward(
 
     def pushed() -> tuple[Outputs, Outputs]:
         # fused attention has no forward-mode derivative
-        with sdpa_kernel(SDPBackend.MATH):
-            pair: tuple[Outputs, Outputs] = jvp(function, (chosen,), (tangents,))  # type: ignore[assignment]
-        return pair
+        with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+            make: Any = forward_ad.make_dual
+            read: Any = forward_ad.unpack_dual
+            duals = {name: make(p, tangents[name]) for name, p in chosen.items()}
+            found = [read(z) for z in function(duals)]
+        moved = [torch.zeros_like(z) if t is None else t for z, t in found]
+        return tuple(z.detach() for z, _ in found), tuple(moved)
 
     result: tuple[Outputs, Outputs] = optimizer.observer.rerun(seen, pushed)
     return result
