@@ -1,5 +1,7 @@
 """An oracle that shares nothing with smallfry.curvature: dense Fishers by autograd, in float64."""
 
+import copy
+
 import torch
 from torch.func import functional_call, hessian, jacrev
 from torch.nn import functional as F
@@ -16,6 +18,7 @@ NLL = {
 
 def dense_fisher(model, inputs, likelihood, names=None):
     """Mean over samples of Jᵀ H J, in the order of ``names`` and of each flattened parameter."""
+    model = copy.deepcopy(model)  # without the hooks of an optimizer
     parameters = {n: p.detach() for n, p in model.named_parameters()}
     names = list(parameters) if names is None else list(names)
 

@@ -93,6 +93,15 @@ def test_the_divergence_is_that_of_the_distributions(case):
     torch.testing.assert_close(likelihood.divergence((before,), (after,)), expected)
 
 
+@pytest.mark.parametrize("likelihood", [Bernoulli(), Gaussian()])
+def test_a_single_output_may_lack_its_dimension(likelihood):
+    z, moved = torch.randn(4, 1, dtype=D), torch.randn(4, 1, dtype=D)
+    found = likelihood.divergence((z[:, 0],), (moved[:, 0],))
+    torch.testing.assert_close(found, likelihood.divergence((z,), (moved,)))
+    (column,) = [c[0] for c in likelihood.columns((z[:, 0],))]
+    assert torch.equal(column, next(likelihood.columns((z,)))[0][:, 0])
+
+
 def test_the_users_random_numbers_are_not_touched():
     z = outputs("categorical")
     for likelihood in (Categorical(), as_likelihood(lambda z: td.Categorical(logits=z))):

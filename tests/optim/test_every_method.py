@@ -21,7 +21,7 @@ def step(model, optimizer, x, y, loss=F.cross_entropy):
     optimizer.zero_grad()
     value.backward()
     optimizer.step()
-    return float(value)
+    return value.item()
 
 
 def train(model, optimizer, problem, steps, start=0, size=16):

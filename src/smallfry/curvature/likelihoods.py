@@ -135,7 +135,7 @@ class Categorical(_Family):
     def divergence(self, before: Outputs, after: Outputs) -> Tensor:
         """Σ p log(p / p')."""
         old, new = (z[0].movedim(self.dim, -1).log_softmax(-1) for z in (before, after))
-        return (old.exp() * (old - new)).flatten(1).sum(1)
+        return _by_sample(old.exp() * (old - new)).sum(1)
 
     def loss_factor(self, outputs: Outputs, gradients: Outputs) -> Scale | None:
         """From classes whose target is 0, where the gradient is the factor times p."""
@@ -203,7 +203,7 @@ class Bernoulli(_Family):
         tiny = torch.finfo(old.dtype).tiny
         yes = old * (old.clamp_min(tiny) / new.clamp_min(tiny)).log()
         no = (1 - old) * ((1 - old).clamp_min(tiny) / (1 - new).clamp_min(tiny)).log()
-        return (yes + no).flatten(1).sum(1)
+        return _by_sample(yes + no).sum(1)
 
     def loss_factor(self, outputs: Outputs, gradients: Outputs) -> Scale | None:
         """From targets that are certain, where the gradient is the factor times p or 1 − p."""
@@ -251,7 +251,7 @@ class Gaussian(_Family):
 
     def divergence(self, before: Outputs, after: Outputs) -> Tensor:
         """½ (f' − f)² / variance."""
-        return ((after[0] - before[0]) ** 2).flatten(1).sum(1) / (2 * self.variance)
+        return _by_sample((after[0] - before[0]) ** 2).sum(1) / (2 * self.variance)
 
     def mean_factor(self, outputs: Outputs) -> float:
         """2 / outputs: ``F.mse_loss`` has no ½."""
@@ -407,11 +407,16 @@ def _factor(g: Tensor, expected: Tensor, fits: bool) -> Scale | None:
 
 
 def _one_by_one(root: Tensor) -> Iterator[Outputs]:
-    flat = root.flatten(1)
+    flat = _by_sample(root)
     for index in range(flat.shape[1]):
         column = torch.zeros_like(flat)
         column[:, index] = flat[:, index]
         yield (column.reshape(root.shape),)
+
+
+def _by_sample(tensor: Tensor) -> Tensor:
+    """(samples, outputs); a head of one output may come without that dimension."""
+    return tensor.reshape(len(tensor), -1)
 
 
 def _precise(tensor: Tensor) -> torch.dtype:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from smallfry.curvature.likelihoods import Likelihood
 from smallfry.curvature.taps import Call, Observation, Taps
@@ -120,12 +121,13 @@ class Observer:
             return
         outputs = self.likelihood.select(output)
         live = [z for z in outputs if z.requires_grad]
-        if not live:
-            return
+        if not live or any(is_functorch_wrapped_tensor(z) for z in live):
+            return  # nothing to train, or inside a transform of torch.func
         seen.calls, seen.samples = calls, outputs[0].shape[0] if outputs[0].ndim else 1
         seen.outputs = tuple(z.detach() for z in outputs)
         seen.output_gradients = [None] * len(outputs)
-        if tapped and self.fisher != "empirical":
+        seen.foreign = self.taps.foreign
+        if tapped and not seen.foreign and self.fisher != "empirical":
             self._take_gradients(seen, outputs)
             for call in calls:  # the hooks on outputs saw these gradients too
                 call.backward = None

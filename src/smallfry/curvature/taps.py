@@ -76,6 +76,7 @@ class Observation:
     samples: int
     calls: list[Call]
     draws: list[Sequence[Tensor | None]] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)  # layers that had another weight
     arrived: bool = False  # whether the training loss's backward pass has come through
     outputs: tuple[Tensor, ...] = ()  # what the likelihood is a function of, detached
     output_gradients: list[Tensor | None] = field(default_factory=list)
@@ -155,6 +156,7 @@ class Taps:
         self.blocks = tuple(blocks)
         self._handles: list[RemovableHandle] = []
         self._calls: list[Call] = []
+        self.foreign: list[str] = []  # layers that were called with another weight
 
     @property
     def is_open(self) -> bool:
@@ -168,10 +170,13 @@ class Taps:
             watch_backward: Also note the training loss's gradients, when they come.
         """
         self.close()
+        self.foreign = []
         for block in self.blocks:
             for layer, module in block.layers.items():
-                hook = _tap(self._calls, block, layer, watch_backward)
-                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+                hook = _tap(self._calls, self.foreign, block, layer, watch_backward)
+                # in front: the layer may be the whole model, whose own hook closes the taps
+                handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+                self._handles.append(handle)
 
     def close(self) -> list[Call]:
         """Stop noting; the calls since ``open``."""
@@ -183,16 +188,14 @@ class Taps:
 
 
 def _tap(
-    calls: list[Call], block: Block, layer: str, watch_backward: bool
+    calls: list[Call], foreign: list[str], block: Block, layer: str, watch_backward: bool
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
     def note(
         module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any
     ) -> None:
         if module._parameters.get("weight") is not block.weight:
-            raise UsageError(
-                f"layer '{layer}' has another weight than when the optimizer was built; "
-                "build the optimizer after the model has its final layers"
-            )
+            foreign.append(layer)
+            return
         if not output.requires_grad:  # under no_grad: nothing comes back from here
             return
         inputs = (arguments[0] if arguments else keywords["input"]).detach()

@@ -344,6 +344,11 @@ class NaturalGradient(torch.optim.Optimizer):
     ) -> None:
         statistics = self.overdue or self._due(self.statistics_every)
         inverse = self.overdue_inverse or self._due(self.inverse_every)
+        for layer in (name for seen in observations for name in seen.foreign):
+            raise UsageError(
+                f"layer '{layer}' has another weight than when the optimizer was built; build the "
+                "optimizer after the model has its final layers"
+            )
         tapped = [seen for seen in observations if seen.calls]
         if statistics and not tapped:
             self._complain_unseen()
