@@ -166,6 +166,8 @@ def test_a_packed_triangle_comes_back_exactly(groups, size):
     packed = kr.pack(matrix)
     assert packed.shape == (groups, size * (size + 1) // 2)
     assert torch.equal(kr.unpack(packed), matrix)
+    trace = matrix.diagonal(dim1=1, dim2=2).sum(1)
+    torch.testing.assert_close(kr.packed_trace(packed), trace)
 
 
 def test_a_nearly_singular_float32_factor_is_inverted_in_float64():

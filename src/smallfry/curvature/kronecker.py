@@ -216,20 +216,47 @@ def rotate_second_moments(values: Tensor, ua: Tensor, ug: Tensor) -> Tensor:
 
 
 def pack(matrix: Tensor) -> Tensor:
-    """The upper triangle of symmetric matrices, (groups, size (size + 1) / 2)."""
-    size = matrix.shape[-1]
-    return torch.cat([matrix[:, row, row:] for row in range(size)], dim=-1)
+    """Symmetric matrices without their repeated half, (groups, size (size + 1) / 2).
+
+    LAPACK's rectangular full packed format: one corner block as it is, and the triangles of the
+    two diagonal blocks folded into one rectangle. Triangle by triangle would copy row by row.
+    """
+    groups, size, _ = matrix.shape
+    half, rest = size // 2, size - size // 2
+    folded = matrix.new_zeros(groups, rest, half + 1)
+    folded[:, :, :rest] = matrix[:, half:, half:].tril()
+    folded[:, :half, 1:] += matrix[:, :half, :half].triu()
+    return torch.cat([matrix[:, :half, half:].flatten(1), folded.flatten(1)], dim=1)
 
 
 def unpack(packed: Tensor) -> Tensor:
     """What ``pack`` did, undone."""
-    size = int(((8 * packed.shape[-1] + 1) ** 0.5 - 1) / 2)
-    upper = packed.new_zeros(packed.shape[0], size, size)
-    start = 0
-    for row in range(size):
-        upper[:, row, row:] = packed[:, start : start + size - row]
-        start += size - row
-    return upper + upper.triu(1).transpose(1, 2)
+    corner, folded, half = _unfold(packed)
+    size = half + folded.shape[1]
+    matrix = packed.new_empty(packed.shape[0], size, size)
+    first, last = folded[:, :half, 1:].triu(), folded[:, :, : size - half].tril()
+    matrix[:, :half, :half] = first + first.triu(1).transpose(1, 2)
+    matrix[:, half:, half:] = last + last.tril(-1).transpose(1, 2)
+    matrix[:, :half, half:] = corner
+    matrix[:, half:, :half] = corner.transpose(1, 2)
+    return matrix
+
+
+def packed_trace(packed: Tensor) -> Tensor:
+    """Trace of packed matrices, (groups,), in float64."""
+    _, folded, _ = _unfold(packed)
+    wide = folded.double()
+    above = wide.diagonal(1, dim1=1, dim2=2).sum(1)
+    return wide.diagonal(dim1=1, dim2=2).sum(1) + above
+
+
+def _unfold(packed: Tensor) -> tuple[Tensor, Tensor, int]:
+    """The corner block, the folded triangles, and where the diagonal blocks meet."""
+    groups, count = packed.shape
+    size = int(((8 * count + 1) ** 0.5 - 1) / 2 + 0.5)
+    half, rest = size // 2, size - size // 2
+    corner = packed[:, : half * rest].reshape(groups, half, rest)
+    return corner, packed[:, half * rest :].reshape(groups, rest, half + 1), half
 
 
 def _mean_diagonal(matrix: Tensor) -> Tensor:

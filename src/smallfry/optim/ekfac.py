@@ -16,6 +16,7 @@ from smallfry.curvature.kronecker import (
     basis_second_moments,
     diagonal_error,
     eigendecompose,
+    packed_trace,
     reduced,
     rotate_second_moments,
     solve_diagonal,
@@ -26,7 +27,6 @@ from smallfry.optim.kfac import (
     check_sharing,
     eigenvalue_range,
     fold_factors,
-    packed_trace,
     sharing_of,
 )
 

@@ -12,7 +12,6 @@ Exact for deep linear networks under a Gaussian likelihood, and for a single sam
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from smallfry.curvature import Block, Rows
@@ -24,6 +23,7 @@ from smallfry.curvature.kronecker import (
     kronecker_error,
     output_factor,
     pack,
+    packed_trace,
     reduced,
     solve_tikhonov,
     split_damping,
@@ -158,13 +158,6 @@ def packs_inverse(shape: tuple[int, int, int]) -> bool:
     """Whether full inverses beside packed factors would pass four times the weights."""
     _, outputs, inputs = shape
     return 1.5 * (outputs**2 + inputs**2) > 4 * outputs * inputs
-
-
-def packed_trace(packed: Tensor) -> Tensor:
-    """Trace of packed symmetric matrices, (groups,)."""
-    size = int(((8 * packed.shape[-1] + 1) ** 0.5 - 1) / 2)
-    rows = torch.arange(size, device=packed.device)
-    return packed[:, rows * size - rows * (rows - 1) // 2].double().sum(1)
 
 
 def eigenvalue_range(matrix: Tensor) -> tuple[float, float]:
