@@ -84,6 +84,14 @@ def test_woodbury_is_the_dense_damped_solve_with_layers_coupled(first, second, d
     torch.testing.assert_close(solved, expected, rtol=1e-6, atol=1e-9)
 
 
+def test_a_gram_matrix_that_rounding_made_indefinite_is_damped_tenfold():
+    bad = torch.diag(torch.tensor([1.0, -0.5], dtype=D))
+    factored = woodbury(bad, 1, 0.1)
+    assert factored.damping == pytest.approx(1.0)
+    with pytest.raises(ArithmeticError, match="however damped"):
+        woodbury(torch.full((2, 2), torch.nan, dtype=D), 1, 0.1)
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 2), st.integers(1, 5), st.integers(1, 5), st.floats(1e-3, 1e3))
 def test_damped_solves_are_the_dense_ones(groups, inputs, outputs, damping):

@@ -198,9 +198,11 @@ def test_the_same_use_many_times_squares_in_the_exact_fisher_and_adds_in_expand(
 @pytest.mark.parametrize("kind", [KFAC, ExactNG])
 def test_undamped_steps_do_not_depend_on_the_coordinates_of_the_input(kind):
     torch.manual_seed(2)
-    x, y = torch.randn(40, 3, dtype=D), torch.randn(40, 2, dtype=D)
-    m, shift = torch.randn(3, 3, dtype=D), torch.randn(3, dtype=D)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).to(D)
+    x, y = torch.randn(60, 2, dtype=D), torch.randn(60, 2, dtype=D)
+    m, shift = torch.tensor([[1.0, 2.0], [-1.0, 0.5]], dtype=D), torch.ones(2, dtype=D)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2)).to(D)
+    with torch.no_grad():  # far from any singular Fisher
+        model[0].weight.copy_(torch.tensor([[1.0, 0.3], [-0.4, 1.2]]))
     moved = copy.deepcopy(model)
     with torch.no_grad():  # the same function of x' = m x + shift
         moved[0].weight.copy_(model[0].weight @ torch.linalg.inv(m))
@@ -211,7 +213,7 @@ def test_undamped_steps_do_not_depend_on_the_coordinates_of_the_input(kind):
     if kind is KFAC:
         settings |= {"damping": 1e-11, "damping_split": "tikhonov"}
     else:  # Woodbury cancels as the damping goes to zero
-        settings["damping"] = 1e-7
+        settings["damping"] = 1e-8
     for net, inputs in ((model, x), (moved, other)):
         optimizer = kind(net, **settings)
         half_square(net(inputs), y).backward()
@@ -335,3 +337,18 @@ def test_the_average_has_no_trace_of_an_identity_and_counts_refreshes():
         keep = min(1 - 1 / k, 0.6)
         expected = keep * expected + (1 - keep) * x.T @ x / 5
     torch.testing.assert_close(unpack(optimizer.curvature["weight"]["a"])[0], expected)
+
+
+def test_more_rows_than_the_limit_are_drawn_without_bias():
+    model = nn.Linear(2, 2, bias=False).to(D)
+    x, y = torch.randn(4, 50, 2, dtype=D), torch.zeros(4, 50, 2, dtype=D)
+    whole = after_one_step(KFAC, model, x, y, max_rows=None)
+    found = [
+        unpack(after_one_step(KFAC, model, x, y, max_rows=20, seed=s).curvature["weight"][key])
+        for key in ("a", "g")
+        for s in range(200)
+    ]
+    for key, drawn in zip("ag", (found[:200], found[200:]), strict=True):
+        expected = unpack(whole.curvature["weight"][key])
+        torch.testing.assert_close(torch.stack(drawn).mean(0), expected, rtol=0.1, atol=0.05)
+    assert len({float(a[0, 0, 0]) for a in found[:200]}) > 100

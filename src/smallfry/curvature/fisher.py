@@ -98,12 +98,20 @@ def woodbury(gram_matrix: Tensor, samples: int, damping: float) -> Woodbury:
     Args:
         gram_matrix: JᵀJ; summed over blocks for the whole-network Fisher.
         samples: N.
-        damping: λ, positive.
+        damping: λ, positive; raised tenfold until the matrix can be factored.
+
+    Raises:
+        ArithmeticError: The Gram matrix is not finite.
     """
     matrix = gram_matrix.to(torch.float64)
     matrix = (matrix + matrix.T) / 2
-    matrix.diagonal().add_(samples * damping)
-    return Woodbury(torch.linalg.cholesky(matrix), damping)
+    for _ in range(12):
+        matrix.diagonal().add_(samples * damping)
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        if not bool(info):
+            return Woodbury(lower, damping)
+        damping *= 10.0  # rounding made it indefinite: more damping than asked for
+    raise ArithmeticError("the Gram matrix can't be factored, however damped")
 
 
 def damped_solve(rows: Mapping[K, Rows], x: Mapping[K, Tensor], w: Woodbury) -> dict[K, Tensor]:

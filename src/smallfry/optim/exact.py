@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from smallfry.curvature import Block, Rows
 from smallfry.curvature.fisher import Woodbury, damped_solve, gram, woodbury
 from smallfry.errors import UsageError
-from smallfry.optim.base import NaturalGradient, State
+from smallfry.optim.base import NaturalGradient, State, _warn
 
 
 class ExactNG(NaturalGradient):
@@ -65,7 +65,14 @@ class ExactNG(NaturalGradient):
             states = [self.curvature[b.name] for b in together]
             matrix = sum(state["gram"] for state in states)
             samples = _rows(states[0]).samples
-            factored = woodbury(torch.as_tensor(matrix), samples, self.lambdas[together[0].name])
+            asked = self.lambdas[together[0].name]
+            factored = woodbury(torch.as_tensor(matrix), samples, asked)
+            if factored.damping != asked:
+                _warn(
+                    f"layer '{next(iter(together[0].layers))}': the Gram matrix is nearly "
+                    f"singular, its damping was raised {factored.damping / asked:g} times"
+                )
+                self.lambdas |= {b.name: factored.damping for b in together}
             states[0]["factor"] = factored.factor
         self.counters["inverses"] += 1
 
