@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import Net
+from mixed_net import Net
 from torch import nn
 from torch.nn import functional as F
 
