@@ -181,3 +181,23 @@ def test_rows_that_belong_to_no_sample_are_refused():
     seen = observe(model, coverage, torch.randn(4, 2, 3), Categorical())
     with pytest.raises(UsageError, match=r"5 rows while the network saw 4 samples.*exclude"):
         seen.rows(coverage.blocks[0], torch.float32)
+
+
+@pytest.mark.parametrize("case", CONV | LINEAR)
+def test_some_uses_are_the_same_as_those_uses_of_all(case):
+    layer, shape = (CONV | LINEAR)[case]
+    layer = layer.to(D)
+    block = cover(layer).blocks[0]
+    taps = Taps([block])
+    taps.open()
+    outputs = [layer(torch.randn(3, *shape, dtype=D)) for _ in range(2)]
+    seen = Observation(3, taps.close())
+    seen.draws.append([torch.randn_like(z) for z in outputs])
+    everything = seen.rows(block, D)
+    kept = torch.tensor(
+        sorted({0, everything.uses // 3, everything.uses // 2, everything.uses - 1})
+    )
+    some = seen.rows(block, D, lambda uses: kept)
+    assert torch.equal(some.inputs, everything.inputs[:, :, kept])
+    scale = (everything.uses / len(kept)) ** 0.5
+    torch.testing.assert_close(some.gradients, everything.gradients[:, :, :, kept] * scale)

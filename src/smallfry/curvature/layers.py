@@ -60,7 +60,18 @@ def matrix_to_weight(module: nn.Module, matrix: Tensor) -> Tensor:
     return matrix.reshape(shape)
 
 
-def canonical_inputs(module: nn.Module, inputs: Tensor, outputs: Tensor, samples: int) -> Tensor:
+def uses_of(module: nn.Module, outputs: torch.Size, samples: int) -> int:
+    """How often each sample uses the weight in a call with such an output."""
+    return outputs.numel() // (samples * outputs_of(module))
+
+
+def canonical_inputs(
+    module: nn.Module,
+    inputs: Tensor,
+    outputs: Tensor,
+    samples: int,
+    kept: Tensor | None = None,
+) -> Tensor:
     """The inputs a_nt that a layer's weight was multiplied with.
 
     Args:
@@ -68,6 +79,7 @@ def canonical_inputs(module: nn.Module, inputs: Tensor, outputs: Tensor, samples
         inputs: What it was called with.
         outputs: What it returned, or the gradient there; only its shape counts.
         samples: How many samples the network saw.
+        kept: Index of the uses wanted; None for all.
 
     Returns:
         (groups, samples, uses, inputs of the weight).
@@ -76,16 +88,21 @@ def canonical_inputs(module: nn.Module, inputs: Tensor, outputs: Tensor, samples
         UsageError: No dimension of the inputs can be the samples.
     """
     if isinstance(module, nn.Linear):
-        return _by_sample(inputs, samples, "Linear").unsqueeze(0)
+        rows = _by_sample(inputs, samples, "Linear").unsqueeze(0)
+        return rows if kept is None else rows.index_select(2, kept)
+    batched = inputs.ndim == (3 if isinstance(module, nn.Conv1d) else 4)
+    early = kept is not None and batched and len(inputs) == samples
     if isinstance(module, nn.ConvTranspose2d):
+        early = False
         patches = _transposed_patches(module, inputs, outputs)
     else:
-        patches = _patches(module, inputs)
+        patches = _patches(module, inputs, kept if early else None)
     groups = groups_of(module)
     count, features, positions = patches.shape
     patches = patches.reshape(count, groups, features // groups, positions).permute(1, 0, 3, 2)
     uses = _repeats(count, samples, type(module).__name__) * positions
-    return patches.reshape(groups, samples, uses, -1)
+    rows = patches.reshape(groups, samples, uses, features // groups)
+    return rows if kept is None or early else rows.index_select(2, kept)
 
 
 def canonical_gradients(module: nn.Module, gradients: Tensor, samples: int) -> Tensor:
@@ -137,8 +154,11 @@ def _repeats(leading: int, samples: int, layer: str) -> int:
     return leading // samples
 
 
-def _patches(module: nn.Module, inputs: Tensor) -> Tensor:
-    """What a convolution multiplies its kernel with: (batch, channels · kernel, positions)."""
+def _patches(module: nn.Module, inputs: Tensor, kept: Tensor | None) -> Tensor:
+    """What a convolution multiplies its kernel with: (batch, channels · kernel, positions).
+
+    Where only some positions are wanted, only these are copied.
+    """
     layer = cast(Any, module)
     one_dimensional = isinstance(module, nn.Conv1d)
     kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
@@ -154,7 +174,15 @@ def _patches(module: nn.Module, inputs: Tensor) -> Tensor:
     if one_dimensional:
         inputs = inputs.unsqueeze(2)
         kernel, stride, dilation = (1, *kernel), (1, *stride), (1, *dilation)
-    return F.unfold(inputs, kernel, dilation=dilation, stride=stride)
+    if kept is None:
+        return F.unfold(inputs, kernel, dilation=dilation, stride=stride)
+    windows = inputs
+    for d in (0, 1):
+        windows = windows.unfold(2 + d, dilation[d] * (kernel[d] - 1) + 1, stride[d])
+    windows = windows[..., :: dilation[0], :: dilation[1]]  # (batch, channels, rows, columns, k, k)
+    width = windows.shape[3]
+    chosen = windows[:, :, kept // width, kept % width]  # (batch, channels, kept, k, k)
+    return chosen.permute(0, 1, 3, 4, 2).flatten(1, 3)
 
 
 def _transposed_patches(module: nn.ConvTranspose2d, inputs: Tensor, outputs: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from smallfry.curvature.coverage import Block
-from smallfry.curvature.layers import canonical_gradients, canonical_inputs, ones_column
+from smallfry.curvature.layers import canonical_gradients, canonical_inputs, ones_column, uses_of
 from smallfry.errors import UsageError
 
 
@@ -103,18 +103,27 @@ class Observation:
         mine = [index for index, call in enumerate(self.calls) if call.block is block]
         if not mine:
             return None
-        inputs, gradients = [], []
-        for index in mine:
+        counts = [
+            uses_of(call.block.layers[call.layer], call.shape, self.samples)
+            for call in (self.calls[index] for index in mine)
+        ]
+        total = sum(counts)
+        kept = None if uses is None else uses(total)
+        inputs, gradients, start = [], [], 0
+        for index, count in zip(mine, counts, strict=True):
             call = self.calls[index]
-            inputs.append(self._inputs(call, dtype))
+            some = None
+            if kept is not None:
+                some = kept[(kept >= start) & (kept < start + count)] - start
+                start += count
+            inputs.append(self._inputs(call, dtype, some))
             per_draw = [self._gradients(call, draw[index], dtype) for draw in self.draws]
+            if kept is not None and some is not None:
+                scale = (total / len(kept)) ** 0.5
+                per_draw = [g.index_select(2, some) * scale for g in per_draw]
             gradients.append(torch.stack(per_draw, dim=1))
         a = inputs[0] if len(mine) == 1 else torch.cat(inputs, dim=2)
         g = gradients[0] if len(mine) == 1 else torch.cat(gradients, dim=3)
-        kept = None if uses is None else uses(a.shape[2])
-        if kept is not None:
-            scale = (a.shape[2] / len(kept)) ** 0.5
-            a, g = a.index_select(2, kept), g.index_select(3, kept) * scale
         return Rows(a, g)
 
     def training_matrix(self, block: Block, dtype: torch.dtype) -> Tensor | None:
@@ -122,17 +131,17 @@ class Observation:
         total = None
         for call in self.calls:
             if call.block is block and call.backward is not None:
-                a = self._inputs(call, dtype)
+                a = self._inputs(call, dtype, None)
                 g = self._gradients(call, call.backward, dtype)
                 matrix = torch.einsum("hnto,hnti->hoi", g, a)
                 total = matrix if total is None else total + matrix
         return total
 
-    def _inputs(self, call: Call, dtype: torch.dtype) -> Tensor:
+    def _inputs(self, call: Call, dtype: torch.dtype, kept: Tensor | None) -> Tensor:
         module, block = call.block.layers[call.layer], call.block
         chosen, columns = block.bias_column(module), len(block.biases)
         output = call.inputs.new_empty(()).expand(call.shape)
-        rows = canonical_inputs(module, call.inputs, output, self.samples).to(dtype)
+        rows = canonical_inputs(module, call.inputs, output, self.samples, kept).to(dtype)
         if not block.has_weight:
             return ones_column(rows[..., :0], columns, chosen)
         if call.inputs._version != call.version:
