@@ -194,9 +194,10 @@ def state_bytes(optimizer: Any) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="0 is one, unwarmed.")
     parser.add_argument("--only", choices=sorted(NETWORKS))
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--periods", type=int, nargs="+", default=[10, 1], choices=[10, 1])
     parser.add_argument("--slow", action="store_true", help="EKFAC and ExactNG too.")
     parser.add_argument("--out", type=Path, help="Write the figures as JSON.")
     arguments = parser.parse_args()
@@ -204,7 +205,7 @@ def main() -> int:
     figures: dict[str, Any] = {}
     missed = 0
     for network in [arguments.only] if arguments.only else sorted(NETWORKS):
-        for period in (10, 1):
+        for period in arguments.periods:
             found = measure(network, period, arguments.rounds, arguments.slow)
             label = "refresh every 10" if period == 10 else "every step"
             figures[f"{network}, {label}"] = found
