@@ -135,14 +135,16 @@ class OptimizerConfig:
     """How weights move.
 
     Args:
-        name: An optimizer of timm's registry, such as adamw, sgd, lamb or muon.
+        name: kfac, ekfac or exact_ng, or an optimizer of timm's registry, such as adamw, sgd, lamb
+            or muon.
         lr: Peak learning rate; default 0.192 divided by the model's width, which is 3e-3 at 64
-            and 5e-4 at 384.
+            and 5e-4 at 384, and 0.1 for natural gradient.
         weight_decay: Decoupled weight decay.
         decay: weights leaves biases, norms, positions and initial states undecayed; all is the
             paper's choice.
         betas: Averaging factors, for optimizers of Adam's family.
         clip: Largest gradient norm; null does not clip.
+        options: Any other argument of the optimizer, such as {damping: 0.1, statistics_every: 5}.
     """
 
     name: str = "adamw"
@@ -151,6 +153,7 @@ class OptimizerConfig:
     decay: Literal["weights", "all"] = "weights"
     betas: tuple[float, float] | None = None
     clip: float | None = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check(self.lr is None or self.lr > 0, "optimizer.lr must be positive")

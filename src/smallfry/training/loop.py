@@ -88,11 +88,12 @@ class Trainer:
 
         self.fabric = _fabric(config)
         self.raw_model = self.fabric.to_device(model)
-        self.raw_optimizer = build_optimizer(config.optimizer, self.raw_model)
-        self.peak_rate = peak_learning_rate(config.optimizer, self.raw_model)
-        self.model, self.optimizer = self.fabric.setup(
-            objective.prepare(self.raw_model), self.raw_optimizer
+        prepared = objective.prepare(self.raw_model)
+        self.raw_optimizer = build_optimizer(
+            config.optimizer, self.raw_model, prepared, objective.likelihood
         )
+        self.peak_rate = peak_learning_rate(config.optimizer, self.raw_model)
+        self.model, self.optimizer = self.fabric.setup(prepared, self.raw_optimizer)
         self.average = WeightAverage(self.raw_model, config.ema) if config.ema.decay else None
         self.on_cpu = self.fabric.device.type == "cpu"
         self._pending: list[tuple[int, int, Result]] = []

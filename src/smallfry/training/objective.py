@@ -54,6 +54,10 @@ class Objective(Protocol):
     def halt_threshold(self) -> float:
         """Mean halting probability that ends a batch."""
 
+    @property
+    def likelihood(self) -> str | dict[str, str]:
+        """The density whose negative logarithm the loss is, for natural gradient."""
+
     def prepare(self, model: nn.Module) -> nn.Module:
         """The module whose ``forward`` is all that the objective calls.
 
@@ -70,6 +74,7 @@ class CrossEntropy:
 
     label_smoothing: float = 0.0
     halt_threshold: float = 1.0
+    likelihood: str = "categorical"
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """The model itself: images to logits."""
@@ -98,6 +103,11 @@ class DeepSupervision:
     supervision_steps: int = 1
     halt_threshold: float = 0.5
     label_smoothing: float = 0.0
+
+    @property
+    def likelihood(self) -> dict[str, str]:
+        """Both heads: given the output, class and halting are independent, and their losses add."""
+        return {"logits": "categorical", "halt_logits": "bernoulli"}
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """One recursion step of a model that has ``advance(images, state)``, as ViTRM."""

@@ -1,32 +1,67 @@
 """How weights move: optimizer, learning rate, and their moving average."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.optim import (
+    create_optimizer_v2,
+    get_optimizer_info,
+    list_optimizers,
+    param_groups_weight_decay,
+)
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from smallfry.errors import UsageError, nearest
+from smallfry.optim import EKFAC, KFAC, ExactNG, NaturalGradient
 from smallfry.training.config import EMAConfig, OptimizerConfig, ScheduleConfig
 
+NATURAL: dict[str, Callable[..., NaturalGradient]] = {
+    "kfac": KFAC,
+    "ekfac": EKFAC,
+    "exact_ng": ExactNG,
+}
+NATURAL_RATE = 0.1  # its steps are in units of the curvature, whatever the width
 RATE_TIMES_WIDTH = 0.192  # found on digits at width 64; wider layers take smaller steps
 
 
 def peak_learning_rate(config: OptimizerConfig, model: nn.Module) -> float:
-    """The learning rate after warm-up: that of the configuration, or one for the model's width."""
+    """The learning rate after warm-up: that of the configuration, or one that suits the model."""
     if config.lr is not None:
         return config.lr
+    if config.name in NATURAL:
+        return NATURAL_RATE
     width: Any = getattr(model, "num_features", 64)
     return RATE_TIMES_WIDTH / float(width)
 
 
-def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """An optimizer of timm's registry; undecayed are biases, norms and ``no_weight_decay()``."""
+def build_optimizer(
+    config: OptimizerConfig,
+    model: nn.Module,
+    forward: nn.Module | None = None,
+    likelihood: Any = "categorical",
+) -> torch.optim.Optimizer:
+    """A natural-gradient optimizer, or one of timm's registry.
+
+    Undecayed are biases, norms and ``no_weight_decay()``.
+
+    Args:
+        config: Its name and settings.
+        model: Whose parameters it moves.
+        forward: The module whose call is a training forward pass; default the model.
+        likelihood: The density that the objective's loss is the negative logarithm of.
+
+    Raises:
+        UsageError: An unknown name, or settings that the optimizer does not take.
+    """
     known = [n for n in list_optimizers() if not get_optimizer_info(n).second_order]
+    known += NATURAL
     if config.name not in known:
         raise UsageError(f"unknown optimizer '{config.name}'{nearest(config.name, known)}")
+    if config.name in NATURAL:
+        return _build_natural(config, model, forward, likelihood)
     arguments: dict[str, Any] = {} if config.betas is None else {"betas": tuple(config.betas)}
     decay_all = config.decay == "all"
     try:
@@ -37,10 +72,38 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
             weight_decay=config.weight_decay,
             filter_bias_and_bn=not decay_all,
             **arguments,
+            **config.options,
         )
     except (TypeError, ValueError, RuntimeError, AssertionError, ImportError) as error:
         raise UsageError(f"optimizer {config.name} can't be built: {error}") from error
     return optimizer
+
+
+def _build_natural(
+    config: OptimizerConfig, model: nn.Module, forward: nn.Module | None, likelihood: Any
+) -> NaturalGradient:
+    if config.betas is not None:
+        raise UsageError(f"optimizer {config.name} has no betas; its settings are in options")
+    params: Any = None
+    if config.decay == "weights":
+        no_decay: Any = getattr(model, "no_weight_decay", set)
+        params = param_groups_weight_decay(
+            model, config.weight_decay, no_weight_decay_list=no_decay()
+        )
+    try:
+        return NATURAL[config.name](
+            model,
+            peak_learning_rate(config, model),
+            **{
+                "params": params,
+                "weight_decay": config.weight_decay,
+                "likelihood": likelihood,
+                "forward": forward,
+                **config.options,
+            },
+        )
+    except TypeError as error:
+        raise UsageError(f"optimizer {config.name} can't be built: {error}") from error
 
 
 def learning_rate(

@@ -1,0 +1,195 @@
+"""Which parameters form which block of the curvature, and which can't, with the reason."""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from smallfry.curvature.layers import (
+    COVERED,
+    groups_of,
+    matrix_to_weight,
+    outputs_of,
+    weight_to_matrix,
+)
+from smallfry.errors import UsageError, nearest
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One linear map [W b] with all the modules that apply it.
+
+    Args:
+        name: Name of its weight, or of its bias where the weight is frozen.
+        layers: The modules that apply it, by name.
+        weight: The weight, shared by all layers.
+        biases: The trained biases, each one column.
+        parameters: Its trained parameters by name: the weight, unless frozen, then the biases.
+        shape: (groups, outputs, inputs) of the matrix.
+    """
+
+    name: str
+    layers: dict[str, nn.Module]
+    weight: nn.Parameter
+    biases: tuple[nn.Parameter, ...]
+    parameters: dict[str, nn.Parameter]
+    shape: tuple[int, int, int]
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether the weight is trained, and so has columns."""
+        return any(p is self.weight for p in self.parameters.values())
+
+    @property
+    def size(self) -> int:
+        """Trained numbers."""
+        groups, outputs, inputs = self.shape
+        return groups * outputs * inputs
+
+    @property
+    def module(self) -> nn.Module:
+        """One of its layers."""
+        return next(iter(self.layers.values()))
+
+    def bias_column(self, module: nn.Module) -> int | None:
+        """Which of the bias columns a layer uses."""
+        bias = module._parameters.get("bias")
+        return next((i for i, own in enumerate(self.biases) if own is bias), None)
+
+    def to_matrix(self, tensors: dict[str, Tensor]) -> Tensor:
+        """Tensors shaped like the parameters, by name, as one matrix (groups, outputs, inputs)."""
+        groups, outputs, _ = self.shape
+        columns = []
+        for name, parameter in self.parameters.items():
+            if parameter is self.weight:
+                columns.append(weight_to_matrix(self.module, tensors[name]))
+            else:
+                columns.append(tensors[name].reshape(groups, outputs, 1))
+        return columns[0] if len(columns) == 1 else torch.cat(columns, dim=2)
+
+    def from_matrix(self, matrix: Tensor) -> dict[str, Tensor]:
+        """What ``to_matrix`` did, undone."""
+        tensors, start = {}, 0
+        for name, parameter in self.parameters.items():
+            if parameter is self.weight:
+                start = self.shape[2] - len(self.biases)
+                tensors[name] = matrix_to_weight(self.module, matrix[..., :start])
+            else:
+                tensors[name] = matrix[..., start].reshape(parameter.shape)
+                start += 1
+        return tensors
+
+
+class Coverage(NamedTuple):
+    """All trained parameters of a model: those in blocks, and the others with the reason."""
+
+    blocks: tuple[Block, ...]
+    uncovered: dict[str, str]
+
+
+def cover(
+    model: nn.Module,
+    trained: Collection[nn.Parameter] | None = None,
+    exclude: Iterable[str] = (),
+) -> Coverage:
+    """Divide the trained parameters of a model into blocks and the uncovered.
+
+    Covered are Linear, Conv1d, Conv2d and ConvTranspose2d whose ``forward`` is PyTorch's own.
+
+    Args:
+        model: The model.
+        trained: The parameters to train; default those that require a gradient.
+        exclude: Modules not to cover, by name or pattern (``"head"``, ``"blocks.*"``).
+
+    Raises:
+        UsageError: ``exclude`` names no module.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    chosen = {p for p in names if p.requires_grad}
+    if trained is not None:
+        chosen &= set(trained)
+    excluded = _excluded(model, exclude)
+    reasons: dict[nn.Parameter, str] = {}
+    users: dict[nn.Parameter, dict[str, nn.Module]] = {}
+    for path, module in model.named_modules():
+        reason = _why_not(model, path, module, excluded)
+        for kind, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if reason is not None:
+                reasons.setdefault(parameter, reason)
+            elif kind == "weight":
+                users.setdefault(parameter, {})[path] = module
+    blocks, taken = [], set[nn.Parameter]()
+    for weight, layers in users.items():
+        block = _block(weight, layers, names, chosen - taken, reasons)
+        if block is not None:
+            blocks.append(block)
+            taken.update(block.parameters.values())
+    uncovered = {
+        name: reasons.get(p, "its layer's weight is used elsewhere, or it belongs to two layers")
+        for p, name in names.items()
+        if p in chosen and p not in taken
+    }
+    return Coverage(tuple(blocks), uncovered)
+
+
+def _block(
+    weight: nn.Parameter,
+    layers: dict[str, nn.Module],
+    names: dict[nn.Parameter, str],
+    chosen: set[nn.Parameter],
+    reasons: dict[nn.Parameter, str],
+) -> Block | None:
+    if weight in reasons or len({_kind(module) for module in layers.values()}) > 1:
+        return None
+    own = dict.fromkeys(m._parameters.get("bias") for m in layers.values())
+    biases = tuple(b for b in own if b is not None and b in chosen and b not in reasons)
+    parameters = {names[p]: p for p in ((weight,) if weight in chosen else ()) + biases}
+    if not parameters:
+        return None
+    first = next(iter(layers.values()))
+    groups = groups_of(first)
+    inputs = weight_to_matrix(first, weight.detach()).shape[2] if weight in chosen else 0
+    shape = (groups, outputs_of(first) // groups, inputs + len(biases))
+    return Block(next(iter(parameters)), layers, weight, biases, parameters, shape)
+
+
+def _kind(module: nn.Module) -> tuple[type, int]:
+    base = next(kind for kind in COVERED if isinstance(module, kind))
+    return base, groups_of(module)
+
+
+def _excluded(model: nn.Module, patterns: Iterable[str]) -> set[str]:
+    paths = [path for path, _ in model.named_modules()]
+    found: set[str] = set()
+    for pattern in patterns:
+        matches = [p for p in paths if fnmatchcase(p, pattern)]
+        if not matches:
+            raise UsageError(
+                f"exclude names '{pattern}', but the model has no such module"
+                f"{nearest(pattern, paths)}"
+            )
+        found.update(p for p in paths for m in matches if p == m or p.startswith(f"{m}."))
+    return found
+
+
+def _why_not(model: nn.Module, path: str, module: nn.Module, excluded: set[str]) -> str | None:
+    """Why a module's own parameters can't be part of a block; None if they can."""
+    name = type(module).__name__
+    if path in excluded:
+        return "excluded"
+    covered = next((kind for kind in COVERED if isinstance(module, kind)), None)
+    if covered is None:
+        return f"{name} is not covered"
+    parent = model.get_submodule(path.rpartition(".")[0]) if path else None
+    if isinstance(parent, nn.MultiheadAttention):
+        return "MultiheadAttention multiplies with its weights without calling its layers"
+    if type(module).forward is not covered.forward:
+        return f"{name} has a forward of its own"
+    if module._parameters.get("weight") is None:
+        return f"the weight of this {name} is computed from other parameters"
+    return None

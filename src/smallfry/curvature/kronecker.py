@@ -1,0 +1,269 @@
+"""Kronecker algebra: damped solves with A ⊗ G, and how far A ⊗ G is from a Fisher block.
+
+With vec stacking columns, (A ⊗ G) vec(X) = vec(G X Aᵀ): A belongs to the inputs, G to the
+outputs. All functions take a leading dimension of groups and any precision:
+
+    A (groups, inputs, inputs)    G (groups, outputs, outputs)    X (groups, outputs, inputs)
+
+Damped means (A ⊗ G + λ I)⁻¹: exact in the eigenbasis (Tikhonov), or with the damping split over
+the factors, (A + π√λ I)⁻¹ ⊗ (G + √λ/π I)⁻¹ with π² = (tr A / inputs) / (tr G / outputs), which
+needs no eigenvectors (Martens and Grosse 2015, arXiv 1503.05671, section 6.3).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from smallfry.curvature.fisher import gram
+from smallfry.curvature.taps import Rows
+
+
+class Eigen(NamedTuple):
+    """A symmetric matrix as vectors diag(values) vectorsᵀ."""
+
+    values: Tensor  # (groups, size), ascending, not negative
+    vectors: Tensor  # (groups, size, size)
+
+
+class Inverse(NamedTuple):
+    """A damped inverse, and by how much more than asked it had to be damped."""
+
+    matrix: Tensor  # (groups, size, size)
+    raised: float  # factor on the damping; 1 if none was needed
+
+
+class NotFiniteError(ArithmeticError):
+    """A factor holds a value that is not a number."""
+
+
+def input_factor(rows: Rows) -> Tensor:
+    """A = mean of a aᵀ over samples and uses."""
+    flat = rows.inputs.flatten(1, 2)  # (groups, samples · uses, inputs)
+    return flat.transpose(1, 2) @ flat / flat.shape[1]
+
+
+def output_factor(rows: Rows) -> Tensor:
+    """G = sum over uses and draws, mean over samples, of g gᵀ."""
+    flat = rows.gradients.flatten(1, 3)
+    return flat.transpose(1, 2) @ flat / rows.samples
+
+
+def reduced(rows: Rows) -> Rows:
+    """One use per sample: the mean of its inputs and the sum of its gradients.
+
+    KFAC-reduce of Eschenhagen et al. 2023 (arXiv 2311.00636): exact where uses are averaged right
+    behind a linear layer.
+    """
+    return Rows(rows.inputs.mean(2, keepdim=True), rows.gradients.sum(3, keepdim=True))
+
+
+def eigendecompose(factor: Tensor) -> Eigen:
+    """Eigenvalues and eigenvectors of a symmetric positive semi-definite factor.
+
+    LAPACK's float32 routine may fail or give NaN on a rank-deficient, badly scaled matrix: it is
+    scaled to unit trace first, and float64 is tried where that was not enough.
+
+    Raises:
+        NotFiniteError: The factor is not finite.
+    """
+    if not bool(factor.isfinite().all()):
+        raise NotFiniteError("a Kronecker factor is not finite")
+    scale = _mean_diagonal(factor).clamp_min(torch.finfo(factor.dtype).tiny)[:, None, None]
+    matrix = factor / scale
+    for precision in (factor.dtype, torch.float64):
+        try:
+            values, vectors = torch.linalg.eigh(matrix.to(precision))
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            continue
+        if bool(values.isfinite().all()) and bool(vectors.isfinite().all()):
+            values = values.clamp_min(0) * scale[:, 0].to(precision)
+            return Eigen(values.to(factor), vectors.to(factor))
+    raise NotFiniteError("a Kronecker factor can't be decomposed, even in float64")
+
+
+def damped_inverse(factor: Tensor, damping: Tensor) -> Inverse:
+    """(factor + damping I)⁻¹ by Cholesky.
+
+    A factor that is not positive definite in its own precision is tried in float64, then with
+    ten times the damping, and so on.
+
+    Args:
+        factor: (groups, size, size), symmetric positive semi-definite.
+        damping: (groups,), positive.
+
+    Raises:
+        NotFiniteError: The factor or the damping is not finite, or nothing helped.
+    """
+    if not bool(factor.isfinite().all()) or not bool(damping.isfinite().all()):
+        raise NotFiniteError("a Kronecker factor is not finite")
+    raised = 1.0
+    for _ in range(12):
+        for precision in dict.fromkeys((factor.dtype, torch.float64)):
+            matrix = factor.to(precision, copy=True)
+            matrix.diagonal(dim1=1, dim2=2).add_((raised * damping.to(precision))[:, None])
+            lower, info = torch.linalg.cholesky_ex(matrix)
+            if not bool(info.any()):
+                inverse = torch.cholesky_inverse(lower)
+                if bool(inverse.isfinite().all()):
+                    return Inverse(inverse.to(factor.dtype), raised)
+        raised *= 10.0
+    raise NotFiniteError("a Kronecker factor can't be inverted, however damped")
+
+
+def split_damping(a: Tensor, g: Tensor, damping: Tensor | float) -> tuple[Tensor, Tensor]:
+    """(π√λ, √λ/π), each (groups,): what the factors A and G are damped with."""
+    tiny = torch.finfo(a.dtype).tiny ** 0.5
+    ratio = _mean_diagonal(a).clamp_min(tiny) / _mean_diagonal(g).clamp_min(tiny)
+    pi = ratio.sqrt()
+    root = torch.as_tensor(damping, dtype=a.dtype, device=a.device).sqrt()
+    return pi * root, root / pi
+
+
+def solve_tikhonov(a: Eigen, g: Eigen, x: Tensor, damping: Tensor | float) -> Tensor:
+    """(A ⊗ G + λ I)⁻¹ X, exactly."""
+    rotated = g.vectors.transpose(1, 2) @ x @ a.vectors
+    rotated = rotated / (g.values[:, :, None] * a.values[:, None, :] + damping)
+    return g.vectors @ rotated @ a.vectors.transpose(1, 2)
+
+
+def solve_diagonal(qa: Tensor, qg: Tensor, values: Tensor, x: Tensor, damping: float) -> Tensor:
+    """(Q diag(values) Qᵀ + λ I)⁻¹ X with Q = Q_A ⊗ Q_G and values (groups, outputs, inputs)."""
+    rotated = qg.transpose(1, 2) @ x @ qa
+    return qg @ (rotated / (values + damping)) @ qa.transpose(1, 2)
+
+
+def basis_second_moments(rows: Rows, qa: Tensor, qg: Tensor, chunk: int = 64) -> Tensor:
+    """The diagonal of the Fisher block in the basis Q_A ⊗ Q_G: mean of (Q_Gᵀ W Q_A)².
+
+    W is the whole gradient of a sample, so that this is exact for shared weights too (EKFAC,
+    George et al. 2018, arXiv 1806.03884).
+
+    Args:
+        rows: What the block saw.
+        qa: (groups, inputs, inputs), eigenvectors of A.
+        qg: (groups, outputs, outputs), eigenvectors of G.
+        chunk: Samples at a time whose gradients are formed, where weights are shared.
+
+    Returns:
+        (groups, outputs, inputs).
+    """
+    a = torch.einsum("hnti,hij->hntj", rows.inputs, qa)
+    g = torch.einsum("hknto,hop->hkntp", rows.gradients, qg)
+    if rows.uses == 1:
+        squares = (g[:, :, :, 0] ** 2).sum(1)  # (groups, samples, outputs)
+        return squares.transpose(1, 2) @ (a[:, :, 0] ** 2) / rows.samples
+    total = rows.inputs.new_zeros(a.shape[0], g.shape[-1], a.shape[-1])
+    for draw in g.unbind(1):
+        for start in range(0, rows.samples, chunk):
+            part = slice(start, start + chunk)
+            w = draw[:, part].transpose(2, 3) @ a[:, part]  # (groups, chunk, outputs, inputs)
+            total += (w**2).sum(1)
+    return total / rows.samples
+
+
+def inner_product(rows: Rows, a: Tensor, g: Tensor) -> Tensor:
+    """⟨F, A ⊗ G⟩ = mean of tr(Wᵀ G W A), a scalar, without forming F."""
+    total = rows.inputs.new_zeros(())
+    for draw in rows.gradients.unbind(1):
+        w = draw.transpose(2, 3) @ rows.inputs  # (groups, samples, outputs, inputs)
+        total = total + ((g[:, None] @ w @ a[:, None]) * w).sum()
+    return total / rows.samples
+
+
+def squared_norm(a: Tensor, g: Tensor) -> Tensor:
+    """‖A ⊗ G‖² over all groups, a scalar."""
+    return ((a**2).sum((1, 2)) * (g**2).sum((1, 2))).sum()
+
+
+def fisher_squared_norm(rows: Rows) -> Tensor:
+    """‖F‖² of a block (of the block diagonal, where there are groups), from Gram matrices."""
+    total = rows.inputs.new_zeros(())
+    for h in range(rows.inputs.shape[0]):
+        one = Rows(rows.inputs[h : h + 1], rows.gradients[h : h + 1])
+        total = total + (gram(one) ** 2).sum()
+    return total / rows.samples**2
+
+
+def kronecker_error(rows: Rows, a: Tensor, g: Tensor) -> float:
+    """‖F − A ⊗ G‖ / ‖F‖; 0 is exact, 1 is as good as nothing."""
+    fisher = fisher_squared_norm(rows)
+    error = fisher - 2 * inner_product(rows, a, g) + squared_norm(a, g)
+    return _relative(error, fisher)
+
+
+def diagonal_error(rows: Rows, qa: Tensor, qg: Tensor, values: Tensor) -> float:
+    """‖F − Q diag(values) Qᵀ‖ / ‖F‖ with Q = Q_A ⊗ Q_G."""
+    fisher = fisher_squared_norm(rows)
+    mine = basis_second_moments(rows, qa, qg)
+    return _relative(fisher - 2 * (mine * values).sum() + (values**2).sum(), fisher)
+
+
+def best_scale(rows: Rows, a: Tensor, g: Tensor) -> Tensor:
+    """c that minimises ‖F − c A ⊗ G‖, a scalar."""
+    return inner_product(rows, a, g) / squared_norm(a, g)
+
+
+def rotate_second_moments(values: Tensor, ua: Tensor, ug: Tensor) -> Tensor:
+    """A diagonal in one basis, as the diagonal of the same matrix in another.
+
+    Args:
+        values: (groups, outputs, inputs), in the old basis.
+        ua: New input basisᵀ times old, (groups, inputs, inputs).
+        ug: New output basisᵀ times old, (groups, outputs, outputs).
+    """
+    return ug**2 @ values @ (ua**2).transpose(1, 2)
+
+
+def pack(matrix: Tensor) -> Tensor:
+    """Symmetric matrices without their repeated half, (groups, size (size + 1) / 2).
+
+    LAPACK's rectangular full packed format: one corner block as it is, and the triangles of the
+    two diagonal blocks folded into one rectangle. Triangle by triangle would copy row by row.
+    """
+    groups, size, _ = matrix.shape
+    half, rest = size // 2, size - size // 2
+    folded = matrix.new_zeros(groups, rest, half + 1)
+    folded[:, :, :rest] = matrix[:, half:, half:].tril()
+    folded[:, :half, 1:] += matrix[:, :half, :half].triu()
+    return torch.cat([matrix[:, :half, half:].flatten(1), folded.flatten(1)], dim=1)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """What ``pack`` did, undone."""
+    corner, folded, half = _unfold(packed)
+    size = half + folded.shape[1]
+    matrix = packed.new_empty(packed.shape[0], size, size)
+    first, last = folded[:, :half, 1:].triu(), folded[:, :, : size - half].tril()
+    matrix[:, :half, :half] = first + first.triu(1).transpose(1, 2)
+    matrix[:, half:, half:] = last + last.tril(-1).transpose(1, 2)
+    matrix[:, :half, half:] = corner
+    matrix[:, half:, :half] = corner.transpose(1, 2)
+    return matrix
+
+
+def packed_trace(packed: Tensor) -> Tensor:
+    """Trace of packed matrices, (groups,), in float64."""
+    _, folded, _ = _unfold(packed)
+    wide = folded.double()
+    above = wide.diagonal(1, dim1=1, dim2=2).sum(1)
+    return wide.diagonal(dim1=1, dim2=2).sum(1) + above
+
+
+def _unfold(packed: Tensor) -> tuple[Tensor, Tensor, int]:
+    """The corner block, the folded triangles, and where the diagonal blocks meet."""
+    groups, count = packed.shape
+    size = int(((8 * count + 1) ** 0.5 - 1) / 2 + 0.5)
+    half, rest = size // 2, size - size // 2
+    corner = packed[:, : half * rest].reshape(groups, half, rest)
+    return corner, packed[:, half * rest :].reshape(groups, rest, half + 1), half
+
+
+def _mean_diagonal(matrix: Tensor) -> Tensor:
+    return matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
+
+
+def _relative(squared: Tensor, reference: Tensor) -> float:
+    if float(reference) == 0:
+        return 0.0 if float(squared) == 0 else float("inf")
+    return float((squared / reference).clamp_min(0).sqrt())

@@ -1,0 +1,435 @@
+"""What a network's output says of its targets: densities, their Fisher and their divergence.
+
+A likelihood turns the model's output into a density p(y | x), sample by sample, summed over
+outputs. From it come the gradients that the Fisher is made of, taken at the output z:
+
+    Monte Carlo   g = −∇_z log p(ŷ | x) with ŷ drawn from the density
+    exact         columns of a square root of E[g gᵀ], the Hessian of −log p there
+
+Categorical, Bernoulli and Gaussian are exponential families in z, −log p = A(z) − t·z, so that
+
+    Hessian           = ∇²A(z)
+    loss(z') − loss(z) = g·(z' − z) + KL(p_z ‖ p_z')
+
+with g the gradient of the actual loss: how much a step gained is known without the targets.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from smallfry.errors import UsageError, nearest
+
+Outputs = tuple[Tensor, ...]
+
+
+class Scale(NamedTuple):
+    """What the gradients at the outputs tell of the training loss."""
+
+    factor: float  # the loss is at least so many times the mean negative log-likelihood
+    hard: bool  # targets are mostly certain, so that ``factor`` is exact
+    fits: bool  # whether any targets explain the gradients
+
+
+class Likelihood(ABC):
+    """A density of the targets given the model's output."""
+
+    @abstractmethod
+    def select(self, output: Any) -> Outputs:
+        """The tensors (samples, …) that the density is a function of."""
+
+    @abstractmethod
+    def sample_gradients(self, outputs: Outputs, generator: torch.Generator) -> Outputs:
+        """−∇ log p of one sampled target, at the outputs."""
+
+    def columns(self, outputs: Outputs) -> Iterator[Outputs]:
+        """Columns whose outer products sum to the Hessian of −log p, sample by sample."""
+        raise self._unable("fisher='exact'")
+
+    def hessian_product(self, outputs: Outputs, tangents: Outputs) -> Outputs:
+        """The Hessian of −log p times tangents."""
+        raise self._unable("the quadratic model")
+
+    def divergence(self, before: Outputs, after: Outputs) -> Tensor:
+        """KL(before ‖ after) of each sample, (samples,)."""
+        raise self._unable("adaptive damping")
+
+    def loss_factor(self, outputs: Outputs, gradients: Outputs) -> Scale | None:
+        """What gradients at the outputs, times samples, tell of the loss; None for nothing."""
+        return None
+
+    def mean_factor(self, outputs: Outputs) -> float:
+        """The loss that PyTorch's ``reduction="mean"`` gives, over the mean per sample."""
+        raise self._unable("loss_scale='mean'")
+
+    def _unable(self, what: str) -> UsageError:
+        return UsageError(
+            f"{what} needs a categorical, bernoulli or gaussian likelihood, not "
+            f"{type(self).__name__}; take fisher='mc', a number for loss_scale, and neither "
+            "adaptive damping nor the quadratic model"
+        )
+
+
+class _Family(Likelihood):
+    """An exponential family in the one tensor that the model gives."""
+
+    def select(self, output: Any) -> Outputs:
+        if not isinstance(output, Tensor):
+            raise UsageError(
+                f"the {type(self).__name__} likelihood expects a model that returns a tensor, not "
+                f"{type(output).__name__}; name its parts: likelihood={{'logits': 'categorical'}}"
+            )
+        return (output,)
+
+
+class Categorical(_Family):
+    """One class of several: ``F.cross_entropy`` of logits.
+
+    Args:
+        dim: Dimension of the classes; -1 is (samples, …, classes), and 1 what
+            ``F.cross_entropy`` takes for (samples, classes, positions).
+    """
+
+    def __init__(self, dim: int = -1) -> None:
+        self.dim = dim
+
+    def _probabilities(self, outputs: Outputs) -> Tensor:
+        """(samples, …, classes)."""
+        z = outputs[0].movedim(self.dim, -1)
+        return z.to(_precise(z)).softmax(-1)
+
+    def _back(self, g: Tensor, z: Tensor) -> Outputs:
+        return (g.movedim(-1, self.dim).to(z),)
+
+    def sample_gradients(self, outputs: Outputs, generator: torch.Generator) -> Outputs:
+        """Probabilities minus the one-hot sample."""
+        p = self._probabilities(outputs)
+        drawn = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator)
+        return self._back(p - F.one_hot(drawn.view(p.shape[:-1]), p.shape[-1]), outputs[0])
+
+    def columns(self, outputs: Outputs) -> Iterator[Outputs]:
+        """√p_k (p − e_k) for each class k, at each position."""
+        p = self._probabilities(outputs)
+        positions = p[0, ..., 0].numel()
+        flat = p.reshape(len(p), positions, -1)
+        for position in range(positions):
+            for k in range(p.shape[-1]):
+                column = torch.zeros_like(flat)
+                column[:, position] = flat[:, position]
+                column[:, position, k] -= 1
+                column[:, position] *= flat[:, position, k, None].sqrt()
+                yield self._back(column.reshape(p.shape), outputs[0])
+
+    def hessian_product(self, outputs: Outputs, tangents: Outputs) -> Outputs:
+        """(diag(p) − p pᵀ) u."""
+        p, u = self._probabilities(outputs), tangents[0].movedim(self.dim, -1)
+        return self._back(p * (u - (p * u).sum(-1, keepdim=True)), tangents[0])
+
+    def divergence(self, before: Outputs, after: Outputs) -> Tensor:
+        """Σ p log(p / p')."""
+        old, new = (z[0].movedim(self.dim, -1).log_softmax(-1) for z in (before, after))
+        return _by_sample(old.exp() * (old - new)).sum(1)
+
+    def loss_factor(self, outputs: Outputs, gradients: Outputs) -> Scale | None:
+        """From classes whose target is 0, where the gradient is the factor times p."""
+        p, g = self._probabilities(outputs), gradients[0].movedim(self.dim, -1)
+        balanced = bool((g.sum(-1).abs() <= 0.02 * g.abs().sum(-1) + 1e-30).all())
+        likely = p > 0.01 / p.shape[-1]
+        return _factor(g[likely].to(p), p[likely], balanced)
+
+    def mean_factor(self, outputs: Outputs) -> float:
+        """1 / positions."""
+        return outputs[0].shape[self.dim] / outputs[0][0].numel()
+
+
+class Bernoulli(_Family):
+    """Independent yes or no outputs.
+
+    Args:
+        inputs: "logits" (``binary_cross_entropy_with_logits``), or "probabilities" for a model
+            with the sigmoid inside (``binary_cross_entropy``).
+    """
+
+    def __init__(self, inputs: str = "logits") -> None:
+        if inputs not in ("logits", "probabilities"):
+            raise UsageError(f"Bernoulli takes 'logits' or 'probabilities', not '{inputs}'")
+        self.inputs = inputs
+
+    def _probabilities(self, outputs: Outputs) -> Tensor:
+        z = outputs[0].to(_precise(outputs[0]))
+        if self.inputs == "logits":
+            return z.sigmoid()
+        if bool(((z < 0) | (z > 1)).any()):
+            raise UsageError(
+                "the likelihood bernoulli of probabilities got model outputs outside 0 … 1; "
+                "if the model gives logits, take likelihood='bernoulli'"
+            )
+        return z
+
+    def _to_output(self, residual: Tensor, p: Tensor) -> Tensor:
+        """A gradient at the logits, carried to the outputs: through the sigmoid inside."""
+        if self.inputs == "logits":
+            return residual
+        return residual / (p * (1 - p)).clamp_min(torch.finfo(p.dtype).eps)
+
+    def sample_gradients(self, outputs: Outputs, generator: torch.Generator) -> Outputs:
+        """p minus the sample, over p (1 − p) if the sigmoid is inside."""
+        p = self._probabilities(outputs)
+        drawn = torch.bernoulli(p, generator=generator)
+        return (self._to_output(p - drawn, p).to(outputs[0]),)
+
+    def columns(self, outputs: Outputs) -> Iterator[Outputs]:
+        """√(p (1 − p)) at one output after the other."""
+        p = self._probabilities(outputs)
+        root = self._to_output((p * (1 - p)).sqrt(), p)
+        yield from _one_by_one(root.to(outputs[0]))
+
+    def hessian_product(self, outputs: Outputs, tangents: Outputs) -> Outputs:
+        """p (1 − p) u, or u / (p (1 − p))."""
+        p = self._probabilities(outputs)
+        root = self._to_output((p * (1 - p)).sqrt(), p)
+        return ((root**2 * tangents[0]).to(tangents[0]),)
+
+    def divergence(self, before: Outputs, after: Outputs) -> Tensor:
+        """p log(p / p') + (1 − p) log((1 − p) / (1 − p'))."""
+        old, new = (self._probabilities(z) for z in (before, after))
+        tiny = torch.finfo(old.dtype).tiny
+        yes = old * (old.clamp_min(tiny) / new.clamp_min(tiny)).log()
+        no = (1 - old) * ((1 - old).clamp_min(tiny) / (1 - new).clamp_min(tiny)).log()
+        return _by_sample(yes + no).sum(1)
+
+    def loss_factor(self, outputs: Outputs, gradients: Outputs) -> Scale | None:
+        """From targets that are certain, where the gradient is the factor times p or 1 − p."""
+        p, g = self._probabilities(outputs), gradients[0]
+        if self.inputs == "probabilities":
+            g = g * p * (1 - p)
+        expected = torch.where(g > 0, p, 1 - p)
+        likely = expected > 0.01
+        return _factor(g[likely].abs().to(p), expected[likely], True)
+
+    def mean_factor(self, outputs: Outputs) -> float:
+        """1 / outputs."""
+        return 1.0 / outputs[0][0].numel()
+
+
+class Gaussian(_Family):
+    """Independent outputs with a known variance: ½ (y − f)² / variance.
+
+    Nothing in a gradient tells the scale of such a loss, so it goes unchecked.
+
+    Args:
+        variance: Of the targets around the outputs.
+    """
+
+    def __init__(self, variance: float = 1.0) -> None:
+        if not variance > 0:
+            raise UsageError(f"the variance of a gaussian likelihood is positive, not {variance}")
+        self.variance = variance
+
+    def sample_gradients(self, outputs: Outputs, generator: torch.Generator) -> Outputs:
+        """Standard normal noise over the standard deviation."""
+        z = outputs[0]
+        noise = torch.randn(
+            z.shape, generator=generator, dtype=_precise(z), device=generator.device
+        )
+        return ((noise / math.sqrt(self.variance)).to(z),)
+
+    def columns(self, outputs: Outputs) -> Iterator[Outputs]:
+        """1 / standard deviation at one output after the other."""
+        yield from _one_by_one(torch.full_like(outputs[0], 1 / math.sqrt(self.variance)))
+
+    def hessian_product(self, outputs: Outputs, tangents: Outputs) -> Outputs:
+        """u / variance."""
+        return (tangents[0] / self.variance,)
+
+    def divergence(self, before: Outputs, after: Outputs) -> Tensor:
+        """½ (f' − f)² / variance."""
+        return _by_sample((after[0] - before[0]) ** 2).sum(1) / (2 * self.variance)
+
+    def mean_factor(self, outputs: Outputs) -> float:
+        """2 / outputs: ``F.mse_loss`` has no ½."""
+        return 2.0 * self.variance / outputs[0][0].numel()
+
+
+class Joint(Likelihood):
+    """Independent densities of several parts of the model's output.
+
+    Args:
+        parts: A likelihood for each part, by attribute, key or index in the model's output.
+    """
+
+    def __init__(self, parts: Mapping[str | int, Likelihood]) -> None:
+        if not parts:
+            raise UsageError("a joint likelihood needs at least one part")
+        self.parts = dict(parts)
+
+    def select(self, output: Any) -> Outputs:
+        """The parts' tensors, in order."""
+        return tuple(self.parts[key].select(_part(output, key))[0] for key in self.parts)
+
+    def _each(self, outputs: Outputs) -> Iterator[tuple[Likelihood, Outputs]]:
+        for part, z in zip(self.parts.values(), outputs, strict=True):
+            yield part, (z,)
+
+    def sample_gradients(self, outputs: Outputs, generator: torch.Generator) -> Outputs:
+        """A sampled target for each part."""
+        return tuple(p.sample_gradients(z, generator)[0] for p, z in self._each(outputs))
+
+    def columns(self, outputs: Outputs) -> Iterator[Outputs]:
+        """The columns of one part after the other, zero elsewhere."""
+        for index, (part, z) in enumerate(self._each(outputs)):
+            for (column,) in part.columns(z):
+                zeros = [torch.zeros_like(other) for other in outputs]
+                zeros[index] = column
+                yield tuple(zeros)
+
+    def hessian_product(self, outputs: Outputs, tangents: Outputs) -> Outputs:
+        """Part by part."""
+        pairs = zip(self._each(outputs), tangents, strict=True)
+        return tuple(part.hessian_product(z, (u,))[0] for (part, z), u in pairs)
+
+    def divergence(self, before: Outputs, after: Outputs) -> Tensor:
+        """The sum of the parts'."""
+        pairs = zip(self._each(before), after, strict=True)
+        terms = [part.divergence(z, (new,)) for (part, z), new in pairs]
+        return torch.stack(terms).sum(0)
+
+    def loss_factor(self, outputs: Outputs, gradients: Outputs) -> Scale | None:
+        """The part whose factor is farthest from 1."""
+        pairs = zip(self._each(outputs), gradients, strict=True)
+        found = [part.loss_factor(z, (g,)) for (part, z), g in pairs]
+        scales = [scale for scale in found if scale is not None]
+        wrong = [scale for scale in scales if not scale.fits]
+        if wrong or not scales:
+            return wrong[0] if wrong else None
+        return max(scales, key=lambda s: abs(math.log(max(s.factor, 1e-30))))
+
+
+class FromDistribution(Likelihood):
+    """Any density that ``torch.distributions`` can sample and score.
+
+    Args:
+        function: From the model's output to a Distribution whose batch shape starts with the
+            samples. Gradients go through ``log_prob``.
+    """
+
+    def __init__(self, function: Callable[[Any], Distribution]) -> None:
+        self.function = function
+
+    def select(self, output: Any) -> Outputs:
+        """All floating tensors in the output that have a gradient."""
+        leaves, self._structure = tree_flatten(output)
+        chosen = [isinstance(t, Tensor) and t.is_floating_point() for t in leaves]
+        if not any(chosen):
+            raise UsageError("the model's output has no floating tensor to make a density of")
+        # the structure is kept, the tensors are not: they would keep the graph alive
+        self._leaves = [None if c else leaf for c, leaf in zip(chosen, leaves, strict=True)]
+        self._chosen = chosen
+        return tuple(leaf for c, leaf in zip(chosen, leaves, strict=True) if c)
+
+    def sample_gradients(self, outputs: Outputs, generator: torch.Generator) -> Outputs:
+        """−∇ log p of one sample, drawn under a seed from the generator."""
+        free = [z.detach().requires_grad_() for z in outputs]
+        given = iter(free)
+        pairs = zip(self._leaves, self._chosen, strict=True)
+        leaves = [next(given) if chosen else leaf for leaf, chosen in pairs]
+        with torch.enable_grad():
+            distribution = self.function(tree_unflatten(leaves, self._structure))
+            if not isinstance(distribution, Distribution):
+                raise UsageError(
+                    f"the likelihood function returned {type(distribution).__name__}, expected "
+                    "a torch.distributions.Distribution"
+                )
+            seed = int(
+                torch.randint(2**62, (1,), generator=generator, device=generator.device).item()
+            )
+            devices = [outputs[0].device] if outputs[0].is_cuda else []
+            with torch.random.fork_rng(devices=devices), torch.no_grad():
+                torch.manual_seed(seed)
+                drawn = distribution.sample()
+            score = -distribution.log_prob(drawn).sum()
+            found = torch.autograd.grad(score, free, allow_unused=True)
+        return tuple(
+            torch.zeros_like(z) if g is None else g for g, z in zip(found, free, strict=True)
+        )
+
+
+NAMED: dict[str, Callable[[], Likelihood]] = {
+    "categorical": Categorical,
+    "bernoulli": Bernoulli,
+    "bernoulli_probabilities": lambda: Bernoulli("probabilities"),
+    "gaussian": Gaussian,
+}
+
+
+def as_likelihood(
+    given: "str | Likelihood | Mapping[str | int, Any] | Callable[[Any], Distribution]",
+) -> Likelihood:
+    """A likelihood from its name, a mapping of output parts to likelihoods, or a function.
+
+    Raises:
+        UsageError: None of these.
+    """
+    if isinstance(given, Likelihood):
+        return given
+    if isinstance(given, str):
+        if given not in NAMED:
+            raise UsageError(f"unknown likelihood '{given}'{nearest(given, NAMED)}")
+        return NAMED[given]()
+    if isinstance(given, Mapping):
+        return Joint({key: as_likelihood(value) for key, value in given.items()})
+    if callable(given):
+        return FromDistribution(given)
+    raise UsageError(
+        f"a likelihood is a name ({', '.join(NAMED)}), a mapping from parts of the output to "
+        f"likelihoods, or a function to a torch.distributions object, not {type(given).__name__}"
+    )
+
+
+def _factor(g: Tensor, expected: Tensor, fits: bool) -> Scale | None:
+    """The largest ratio of gradient to what certain targets would give."""
+    if g.numel() == 0 or not bool(g.isfinite().all()):
+        return None
+    ratio = g / expected
+    ratio = ratio[ratio > 0]
+    if ratio.numel() == 0:
+        return None
+    factor = float(ratio.max())
+    certain = (ratio > 0.98 * factor).double().mean()
+    return Scale(factor, bool(certain > 0.4), fits)
+
+
+def _one_by_one(root: Tensor) -> Iterator[Outputs]:
+    flat = _by_sample(root)
+    for index in range(flat.shape[1]):
+        column = torch.zeros_like(flat)
+        column[:, index] = flat[:, index]
+        yield (column.reshape(root.shape),)
+
+
+def _by_sample(tensor: Tensor) -> Tensor:
+    """(samples, outputs); a head of one output may come without that dimension."""
+    return tensor.reshape(len(tensor), -1)
+
+
+def _precise(tensor: Tensor) -> torch.dtype:
+    return tensor.dtype if tensor.dtype == torch.float64 else torch.float32
+
+
+def _part(output: Any, key: str | int) -> Any:
+    try:
+        if isinstance(key, str) and hasattr(output, key):
+            return getattr(output, key)
+        return output[key]
+    except (KeyError, IndexError, TypeError):
+        raise UsageError(
+            f"the likelihood names part '{key}' of the model's output, which is a "
+            f"{type(output).__name__} without it"
+        ) from None

@@ -1,0 +1,218 @@
+"""Taps: what goes into each covered layer, and what gradient comes back, call by call.
+
+While taps are open, a forward hook on each covered layer notes, for every call, the input tensor
+and the place in the autograd graph where the output was made. Gradients are asked for at that
+place, so an activation that later overwrites the output changes nothing, a layer that is called
+many times gives many pairs, and no second forward pass is needed. Closed taps leave no hooks.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+from smallfry.curvature.coverage import Block
+from smallfry.curvature.layers import canonical_gradients, canonical_inputs, ones_column, uses_of
+from smallfry.errors import UsageError
+
+
+class Rows(NamedTuple):
+    """What one block saw of a batch; F = 1/samples Σ vec(W) vec(W)ᵀ over draws and samples.
+
+    A draw is one set of gradients for all samples: a sampled target, or a column of the
+    Hessian's square root. Weights of draws, such as 1/√draws, are in the gradients.
+    """
+
+    inputs: Tensor  # (groups, samples, uses, inputs)
+    gradients: Tensor  # (groups, draws, samples, uses, outputs)
+
+    @property
+    def samples(self) -> int:
+        """Samples in the batch."""
+        return self.inputs.shape[1]
+
+    @property
+    def uses(self) -> int:
+        """Uses of the weight by each sample."""
+        return self.inputs.shape[2]
+
+    def double(self) -> "Rows":
+        """In float64."""
+        return Rows(self.inputs.double(), self.gradients.double())
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of one layer."""
+
+    block: Block
+    layer: str
+    inputs: Tensor
+    version: int
+    shape: torch.Size  # of the output
+    edge: GradientEdge
+    backward: Tensor | None = None  # gradient of the training loss, once it has come
+
+    def note(self, gradient: Tensor) -> None:
+        """Keep the training loss's gradient; a graph walked twice adds up, as ``.grad`` does."""
+        gradient = gradient.detach()
+        self.backward = gradient if self.backward is None else self.backward + gradient
+
+
+@dataclass(eq=False)
+class Observation:
+    """One forward pass: its calls, and gradients at their outputs.
+
+    Args:
+        samples: Samples that the network saw.
+        calls: In the order they were made.
+        draws: For each draw, a gradient per call; None where none arrives.
+    """
+
+    samples: int
+    calls: list[Call]
+    draws: list[Sequence[Tensor | None]] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)  # layers that had another weight
+    arrived: bool = False  # whether the training loss's backward pass has come through
+    outputs: tuple[Tensor, ...] = ()  # what the likelihood is a function of, detached
+    output_gradients: list[Tensor | None] = field(default_factory=list)
+    arguments: tuple[Any, ...] = ()
+    keywords: dict[str, Any] = field(default_factory=dict)
+    random_state: dict[str, Tensor] = field(default_factory=dict)
+
+    def edges(self) -> list[GradientEdge]:
+        """Where gradients are asked for, one place per call."""
+        return [call.edge for call in self.calls]
+
+    def rows(
+        self, block: Block, dtype: torch.dtype, uses: Callable[[int], Tensor | None] | None = None
+    ) -> Rows | None:
+        """What a block saw, in canonical form; None if it was not called.
+
+        Args:
+            block: The block.
+            dtype: Precision of the result.
+            uses: Given the number of uses, an index of those to keep, or None for all. The
+                gradients kept are scaled by √(all / kept), so that sums over uses of g gᵀ keep
+                their expectation.
+        """
+        mine = [index for index, call in enumerate(self.calls) if call.block is block]
+        if not mine:
+            return None
+        counts = [
+            uses_of(call.block.layers[call.layer], call.shape, self.samples)
+            for call in (self.calls[index] for index in mine)
+        ]
+        total = sum(counts)
+        kept = None if uses is None else uses(total)
+        inputs, gradients, start = [], [], 0
+        for index, count in zip(mine, counts, strict=True):
+            call = self.calls[index]
+            some = None
+            if kept is not None:
+                some = kept[(kept >= start) & (kept < start + count)] - start
+                start += count
+            inputs.append(self._inputs(call, dtype, some))
+            per_draw = [self._gradients(call, draw[index], dtype) for draw in self.draws]
+            if kept is not None and some is not None:
+                scale = (total / len(kept)) ** 0.5
+                per_draw = [g.index_select(2, some) * scale for g in per_draw]
+            gradients.append(torch.stack(per_draw, dim=1))
+        a = inputs[0] if len(mine) == 1 else torch.cat(inputs, dim=2)
+        g = gradients[0] if len(mine) == 1 else torch.cat(gradients, dim=3)
+        return Rows(a, g)
+
+    def training_matrix(self, block: Block, dtype: torch.dtype) -> Tensor | None:
+        """The gradient of the training loss that the taps account for; None before backward."""
+        total = None
+        for call in self.calls:
+            if call.block is block and call.backward is not None:
+                a = self._inputs(call, dtype, None)
+                g = self._gradients(call, call.backward, dtype)
+                matrix = torch.einsum("hnto,hnti->hoi", g, a)
+                total = matrix if total is None else total + matrix
+        return total
+
+    def _inputs(self, call: Call, dtype: torch.dtype, kept: Tensor | None) -> Tensor:
+        module, block = call.block.layers[call.layer], call.block
+        chosen, columns = block.bias_column(module), len(block.biases)
+        output = call.inputs.new_empty(()).expand(call.shape)
+        rows = canonical_inputs(module, call.inputs, output, self.samples, kept).to(dtype)
+        if not block.has_weight:
+            return ones_column(rows[..., :0], columns, chosen)
+        if call.inputs._version != call.version:
+            raise UsageError(
+                f"the input of layer '{call.layer}' was overwritten after the call, so its "
+                "curvature can't be taken: make that operation not in-place, or exclude the layer"
+            )
+        return ones_column(rows, columns, chosen)
+
+    def _gradients(self, call: Call, gradient: Tensor | None, dtype: torch.dtype) -> Tensor:
+        if gradient is None:
+            gradient = call.inputs.new_zeros(call.shape)
+        module = call.block.layers[call.layer]
+        return canonical_gradients(module, gradient, self.samples).to(dtype)
+
+
+class Taps:
+    """Forward hooks on the layers of blocks, there only while open."""
+
+    def __init__(self, blocks: Iterable[Block]) -> None:
+        self.blocks = tuple(blocks)
+        self._handles: list[RemovableHandle] = []
+        self._calls: list[Call] = []
+        self.foreign: list[str] = []  # layers that were called with another weight
+
+    @property
+    def is_open(self) -> bool:
+        """Whether calls are being noted."""
+        return bool(self._handles)
+
+    def open(self, watch_backward: bool = False) -> None:
+        """Note calls from now on.
+
+        Args:
+            watch_backward: Also note the training loss's gradients, when they come.
+        """
+        self.close()
+        self.foreign = []
+        for block in self.blocks:
+            for layer, module in block.layers.items():
+                hook = _tap(self._calls, self.foreign, block, layer, watch_backward)
+                # in front: the layer may be the whole model, whose own hook closes the taps
+                handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+                self._handles.append(handle)
+
+    def close(self) -> list[Call]:
+        """Stop noting; the calls since ``open``."""
+        for handle in self._handles:
+            handle.remove()
+        calls = list(self._calls)
+        self._handles, self._calls = [], []
+        return calls
+
+
+def _tap(
+    calls: list[Call], foreign: list[str], block: Block, layer: str, watch_backward: bool
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
+    def note(
+        module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any
+    ) -> None:
+        if module._parameters.get("weight") is not block.weight:
+            foreign.append(layer)
+            return
+        if not output.requires_grad:  # under no_grad: nothing comes back from here
+            return
+        inputs = (arguments[0] if arguments else keywords["input"]).detach()
+        edge = get_gradient_edge(output)
+        call = Call(block, layer, inputs, inputs._version, output.shape, edge)
+        if watch_backward:
+            # a hook on the tensor before anything overwrites it gets the gradient of this value
+            output.register_hook(call.note)
+        calls.append(call)
+
+    return note

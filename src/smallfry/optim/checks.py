@@ -1,0 +1,130 @@
+"""Run-time checks of what a user told the optimizer against what the backward pass brought."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from smallfry.curvature import Block, Likelihood, Observation
+from smallfry.errors import SmallfryWarning, UsageError
+
+TOLERANCE = 0.05
+
+
+def check_layers(
+    blocks: Sequence[Block], observations: Sequence[Observation], grads: Mapping[str, Tensor]
+) -> float:
+    """Make sure that the taps saw every use of each covered weight.
+
+    The gradient that inputs and output gradients multiply to is compared with ``.grad``, up to a
+    common factor that gradient clipping or a GradScaler may have put there.
+
+    Returns:
+        ``.grad`` over the gradient that was seen in the backward pass; 1 where nobody scaled it.
+
+    Raises:
+        UsageError: A weight is used where its module is not called, with the layer's name.
+    """
+    ratios = []
+    for block in blocks:
+        present = {name: grads[name] for name in block.parameters if name in grads}
+        if len(present) < len(block.parameters):
+            continue
+        actual = block.to_matrix(present)
+        found = torch.zeros_like(actual)
+        for seen in observations:
+            part = seen.training_matrix(block, actual.dtype)
+            if part is not None:
+                found += part
+        size = torch.linalg.vector_norm(actual)
+        if not float(size) > 0 and not float(torch.linalg.vector_norm(found)) > 0:
+            continue
+        scale = float((actual * found).sum() / (found**2).sum().clamp_min(1e-300))
+        rest = float(torch.linalg.vector_norm(actual - scale * found))
+        if not rest <= TOLERANCE * float(size):
+            raise UsageError(
+                f"layer '{next(iter(block.layers))}': its parameters have gradients that its "
+                "calls don't account for. Its weight is used without calling the layer (such as "
+                "F.linear(x, layer.weight)), inside a reentrant checkpoint, or .grad was changed "
+                f"before step(). Call the layer, or exclude it: exclude=['"
+                f"{next(iter(block.layers))}'] trains it by the inner AdamW"
+            )
+        ratios.append(scale)
+    return sorted(ratios)[len(ratios) // 2] if ratios else 1.0
+
+
+def check_loss(
+    likelihood: Likelihood,
+    observations: Sequence[Observation],
+    stated: float,
+    rescaled: float,
+) -> None:
+    """Make sure that the loss is the stated multiple of the mean negative log-likelihood.
+
+    Args:
+        likelihood: What the optimizer was told.
+        observations: With the training loss's gradients at the outputs.
+        stated: The multiple that the optimizer was told.
+        rescaled: ``.grad`` over the gradient seen in the backward pass, from ``check_layers``.
+
+    Raises:
+        UsageError: The likelihood can't explain the gradients, or another multiple does.
+    """
+    samples = sum(seen.samples for seen in observations)
+    factors = []
+    for seen in observations:
+        pairs = zip(seen.output_gradients, seen.outputs, strict=True)
+        gradients = tuple(
+            (torch.zeros_like(z) if g is None else g.to(z)) * samples for g, z in pairs
+        )
+        scale = likelihood.loss_factor(seen.outputs, gradients)
+        if scale is None:
+            continue
+        if not scale.fits:
+            raise UsageError(
+                f"the likelihood '{type(likelihood).__name__.lower()}' does not fit the loss: no "
+                "targets give the gradients that arrived at the model's output. Name the "
+                "likelihood that the loss is the negative logarithm of (categorical for "
+                "cross_entropy, bernoulli for binary_cross_entropy_with_logits, gaussian for "
+                "mse_loss), or give a function to a torch.distributions object"
+            )
+        factors.append(scale)
+    if not factors:
+        return
+    found = max(factors, key=lambda scale: scale.factor)
+    likely = found.factor / stated
+    # a loss scale put on before and taken off after the backward pass is none of our concern
+    taken_off = likely > 1 and rescaled < 1 and likely * rescaled <= 1 + 2 * TOLERANCE
+    if likely <= 1 + TOLERANCE and (likely >= 0.6 or not found.hard):
+        if likely < 0.1:
+            _suspect(likely)
+        return
+    if taken_off:
+        return
+    hint = _reduction_hint(found.factor, samples)
+    raise UsageError(
+        f"the loss is {found.factor:.4g} times the mean over samples of the negative "
+        f"log-likelihood, but the optimizer was told {stated:.4g}: its curvature and damping would "
+        f"be off by that.{hint} Give loss_scale={found.factor:.4g}, or loss_scale='mean' or 'sum' "
+        "for what PyTorch calls reduction; or the likelihood does not fit the loss"
+    )
+
+
+def _reduction_hint(factor: float, samples: int) -> str:
+    if math.isclose(factor, samples, rel_tol=TOLERANCE):
+        return f" {samples} is the number of samples: the loss is a sum over them."
+    if factor < 1 and math.isclose(1 / factor, round(1 / factor), rel_tol=TOLERANCE):
+        return f" 1/{round(1 / factor)} looks like a mean over outputs or positions."
+    return ""
+
+
+def _suspect(likely: float) -> None:
+    import warnings
+
+    warnings.warn(
+        f"the gradients at the model's output are those of a loss about {likely:.2g} times the "
+        "stated scale, or of targets near the predictions; check loss_scale",
+        SmallfryWarning,
+        stacklevel=4,
+    )

@@ -1,0 +1,84 @@
+"""Parameter groups: which parameter moves by natural gradient, which by the AdamW inside."""
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from smallfry.errors import UsageError
+
+Group = dict[str, Any]
+
+
+def natural_groups(
+    model: nn.Module,
+    params: Iterable[Any] | None,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    fallback_lr: float,
+) -> list[Group]:
+    """Complete groups of the parameters to train.
+
+    Args:
+        model: Whose parameters they are.
+        params: Parameters, (name, parameter) pairs or groups; default all with a gradient.
+        lr: Default of a group, as are the following.
+        momentum: μ.
+        weight_decay: Decoupled weight decay.
+        fallback_lr: Learning rate of what AdamW trains.
+
+    Raises:
+        UsageError: A parameter is not the model's, or is given twice.
+    """
+    given: list[Any] = list(model.parameters()) if params is None else list(params)
+    if not given or not isinstance(given[0], dict):
+        given = [{"params": given}]
+    defaults = {
+        "lr": lr,
+        "momentum": momentum,
+        "weight_decay": weight_decay,
+        "fallback_lr": fallback_lr,
+    }
+    own, seen, groups = set(model.parameters()), set[nn.Parameter](), []
+    for group in given:
+        listed = group["params"]
+        listed = [listed] if isinstance(listed, torch.Tensor) else list(listed)
+        listed = [p[1] if isinstance(p, tuple) else p for p in listed]
+        for p in listed:
+            if p not in own:
+                raise UsageError("params= holds a parameter that is not one of the model's")
+            if p in seen:
+                raise UsageError("params= holds a parameter twice")
+            seen.add(p)
+        trained = [p for p in listed if p.requires_grad]
+        groups.append({**defaults, **group, "params": trained})
+    if not seen:
+        raise UsageError("there are no parameters to train")
+    return [group for group in groups if group["params"]]
+
+
+def split_groups(
+    groups: Iterable[Group], covered: Collection[nn.Parameter]
+) -> tuple[list[Group], list[Group]]:
+    """Groups of the covered parameters, and groups of the others for AdamW."""
+    natural, rest = [], []
+    for group in groups:
+        mine = [p for p in group["params"] if p in covered]
+        others = [p for p in group["params"] if p not in covered]
+        options = {k: v for k, v in group.items() if k not in ("params", "fallback_lr")}
+        if mine:
+            natural.append({**options, "params": mine})
+        if others:
+            adam = {k: v for k, v in options.items() if k != "momentum"}
+            scale = group["fallback_lr"] / group["lr"] if group["lr"] else 1.0
+            # a loop that sets every group's lr itself multiplies by lr_scale, as timm's do
+            adam |= {"lr": group["fallback_lr"], "lr_scale": scale * group.get("lr_scale", 1.0)}
+            rest.append({**adam, "params": others})
+    return natural, rest
+
+
+def build_adamw(groups: list[Group]) -> torch.optim.AdamW | None:
+    """The AdamW inside; None where everything is covered."""
+    return torch.optim.AdamW(groups) if groups else None

@@ -1,0 +1,146 @@
+"""What an optimizer tells of itself: a summary before training, diagnostics during it."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from smallfry.optim.base import NaturalGradient
+
+
+class SummaryRow(NamedTuple):
+    """What happens to one block, or to one parameter that is in none."""
+
+    layer: str
+    parameters: int
+    approximation: str
+    memory: int  # bytes of state
+    refresh: int  # multiply-adds of an inversion
+    reason: str  # why it is not covered; empty if it is
+
+
+class Summary(NamedTuple):
+    """What happens to each parameter of a model; ``str()`` is a table."""
+
+    method: str
+    rows: tuple[SummaryRow, ...]
+
+    @property
+    def memory(self) -> int:
+        """Bytes of state."""
+        return sum(row.memory for row in self.rows)
+
+    def __str__(self) -> str:
+        head = ("layer", "parameters", "approximation", "memory", "refresh")
+        lines = [
+            (
+                row.layer,
+                f"{row.parameters:,}",
+                row.approximation + (f" ({row.reason})" if row.reason else ""),
+                f"{row.memory / 1e6:.2f} MB" if row.memory else "–",
+                f"{row.refresh / 1e9:.3f} GMAC" if row.refresh else "–",
+            )
+            for row in self.rows
+        ]
+        return _table(head, lines)
+
+
+class BlockDiagnosis(NamedTuple):
+    """How the approximation of one block stands."""
+
+    layer: str
+    inputs: tuple[float, float] | None  # eigenvalues of A, smallest and largest
+    outputs: tuple[float, float] | None  # of G
+    samples: tuple[float, float] | None  # of the Gram matrix, for exact natural gradient
+    damping: float  # λ
+    damping_ratio: float  # λ over the largest eigenvalue of the approximated Fisher
+    fisher_error: float | None  # ‖F − F̂‖ / ‖F‖ on the last refresh's batch
+    cosine: float | None  # between the gradient and its preconditioned version
+    milliseconds: float  # of the last refresh
+
+
+class Diagnosis(NamedTuple):
+    """How an optimizer stands; ``str()`` is a table."""
+
+    blocks: tuple[BlockDiagnosis, ...]
+    clip: float  # factor on the last step
+    damping_factor: float  # what adaptive damping multiplies damping with
+    reduction_ratio: float | None
+    counters: dict[str, int]
+
+    def __str__(self) -> str:
+        head = ("layer", "A", "G", "λ", "λ / largest", "Fisher error", "cosine", "ms")
+        lines = [
+            (
+                b.layer,
+                _range(b.inputs or b.samples),
+                _range(b.outputs),
+                f"{b.damping:.2e}",
+                f"{b.damping_ratio:.2e}",
+                "–" if b.fisher_error is None else f"{b.fisher_error:.3f}",
+                "–" if b.cosine is None else f"{b.cosine:.3f}",
+                f"{b.milliseconds:.1f}",
+            )
+            for b in self.blocks
+        ]
+        counted = ", ".join(f"{k} {v}" for k, v in self.counters.items())
+        return f"{_table(head, lines)}\nclip {self.clip:.3g}; {counted}"
+
+
+@torch.no_grad()
+def diagnose(optimizer: "NaturalGradient") -> Diagnosis:
+    """Look at every block that has statistics."""
+    found = []
+    for block in optimizer.blocks:
+        state = optimizer.curvature[block.name]
+        if not state:
+            continue
+        rows = optimizer._latest.get(block.name, [])
+        spectra = optimizer._diagnose(block, state, rows)
+        damping = optimizer.lambdas[block.name]
+        tops = [spectra[key][1] for key in ("inputs", "outputs", "samples") if key in spectra]
+        largest = float(torch.tensor(tops, dtype=torch.float64).prod())
+        found.append(
+            BlockDiagnosis(
+                ", ".join(block.layers),
+                spectra.get("inputs"),
+                spectra.get("outputs"),
+                spectra.get("samples"),
+                damping,
+                damping / largest if largest else float("inf"),
+                spectra.get("fisher_error"),
+                _cosine(optimizer, block.name),
+                optimizer.milliseconds.get(block.name, 0.0),
+            )
+        )
+    return Diagnosis(
+        tuple(found),
+        optimizer.clip,
+        optimizer.damping_factor,
+        optimizer.reduction_ratio,
+        dict(optimizer.counters),
+    )
+
+
+def _cosine(optimizer: "NaturalGradient", name: str) -> float | None:
+    block = next(b for b in optimizer.blocks if b.name == name)
+    grads = {n: p.grad for n, p in block.parameters.items() if p.grad is not None}
+    if len(grads) < len(block.parameters):
+        return None
+    directions = optimizer._directions(grads)
+    g = torch.cat([grads[n].flatten().double() for n in grads])
+    v = torch.cat([directions[n].flatten().double() for n in grads])
+    norms = torch.linalg.vector_norm(g) * torch.linalg.vector_norm(v)
+    return float(g @ v / norms) if float(norms) > 0 else None
+
+
+def _range(values: tuple[float, float] | None) -> str:
+    return "–" if values is None else f"{values[0]:.1e} … {values[1]:.1e}"
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in [head, *lines]) for i in range(len(head))]
+    rows = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) for row in
+            [head, *lines]]  # fmt: skip
+    return "\n".join(row.rstrip() for row in rows)

@@ -1,0 +1,124 @@
+"""State of a natural-gradient optimizer as plain data, keyed by parameter name."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from smallfry.errors import UsageError
+
+if TYPE_CHECKING:
+    from smallfry.optim.base import NaturalGradient
+
+FORMAT = 1
+FLAGS = ("overdue", "overdue_inverse", "checked", "damping_factor", "clip", "_factor", "damping")
+
+
+def save_state(optimizer: "NaturalGradient") -> dict[str, Any]:
+    """Everything that the next step depends on.
+
+    Returns:
+        Dictionaries, lists, numbers, strings and tensors, which ``torch.load`` takes with
+        ``weights_only=True``. As in PyTorch, tensors are the optimizer's own, not copies.
+    """
+    names: dict[Any, str] = dict(optimizer.names)
+    per_parameter = {names[p]: dict(state) for p, state in optimizer.state.items() if state}
+    if optimizer.adamw is not None:
+        inner = optimizer.adamw.state
+        per_parameter |= {names[p]: dict(state) for p, state in inner.items() if state}
+    return {
+        "format": FORMAT,
+        "method": type(optimizer).__name__,
+        "state": per_parameter,
+        "param_groups": [
+            {**group, "params": [names[p] for p in group["params"]]}
+            for group in optimizer.param_groups
+        ],
+        "curvature": {name: dict(state) for name, state in optimizer.curvature.items()},
+        "lambdas": dict(optimizer.lambdas),
+        "counters": dict(optimizer.counters),
+        "flags": {name: getattr(optimizer, name) for name in FLAGS},
+        "generator": optimizer.generator.get_state(),
+    }
+
+
+def load_state(optimizer: "NaturalGradient", given: Mapping[str, Any]) -> None:
+    """Put a state in place; nothing is changed if it does not fit.
+
+    Raises:
+        UsageError: It belongs to another method or model.
+    """
+    _require_fit(optimizer, given)
+    by_name = {name: p for p, name in optimizer.names.items()}
+    for own, group in zip(optimizer.param_groups, given["param_groups"], strict=True):
+        own.update({key: value for key, value in group.items() if key != "params"})
+    inner = set() if optimizer.adamw is None else {
+        p for group in optimizer.adamw.param_groups for p in group["params"]
+    }  # fmt: skip
+    optimizer.state.clear()
+    if optimizer.adamw is not None:
+        optimizer.adamw.state.clear()
+    for name, state in given["state"].items():
+        parameter = by_name[name]
+        owner: Any = optimizer.adamw if parameter in inner else optimizer
+        owner.state[parameter] = {
+            # AdamW counts its steps on the CPU
+            key: _copy(value, torch.device("cpu") if key == "step" else parameter.device)
+            for key, value in state.items()
+        }
+    for block in optimizer.blocks:
+        device = next(iter(block.parameters.values())).device
+        saved = given["curvature"][block.name]
+        optimizer.curvature[block.name] = {k: _copy(v, device) for k, v in saved.items()}
+    optimizer.lambdas = dict(given["lambdas"])
+    optimizer.counters = {**optimizer.counters, **given["counters"]}
+    for name in FLAGS:
+        setattr(optimizer, name, given["flags"][name])
+    optimizer.generator.set_state(given["generator"].cpu())
+    optimizer.observer.pending = []
+    optimizer._loaded()
+
+
+def _require_fit(optimizer: "NaturalGradient", given: Mapping[str, Any]) -> None:
+    method = type(optimizer).__name__
+    if given.get("format") != FORMAT or "curvature" not in given:
+        raise UsageError(
+            "this is not the state of a natural-gradient optimizer of this version; expected what "
+            f"{method}.state_dict() gave"
+        )
+    if given["method"] != method:
+        raise UsageError(f"this is the state of {given['method']}, not of {method}")
+    mine = [[optimizer.names[p] for p in group["params"]] for group in optimizer.param_groups]
+    theirs = [list(group["params"]) for group in given["param_groups"]]
+    if mine != theirs:
+        flat, other = {n for g in mine for n in g}, {n for g in theirs for n in g}
+        odd = sorted(flat ^ other)
+        what = f"'{odd[0]}' is in only one of them" if odd else "their groups differ"
+        raise UsageError(f"the state belongs to another model or other groups: {what}")
+    shapes = {name: p.shape for p, name in optimizer.names.items()}
+    for name, state in given["state"].items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.ndim and value.shape != shapes[name]:
+                raise UsageError(
+                    f"the state belongs to another model: {key} of '{name}' has shape "
+                    f"{tuple(value.shape)}, the parameter {tuple(shapes[name])}"
+                )
+    if set(given["curvature"]) != set(optimizer.curvature):
+        odd = sorted(set(given["curvature"]) ^ set(optimizer.curvature))
+        raise UsageError(f"the state covers other layers: '{odd[0]}' is in only one of them")
+    for block in optimizer.blocks:
+        saved = given["curvature"][block.name]
+        if saved and tuple(saved["shape"]) != block.shape:
+            raise UsageError(
+                f"the state belongs to another model: block '{block.name}' has shape "
+                f"{tuple(saved['shape'])}, expected {block.shape}"
+            )
+
+
+def _copy(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to(device, copy=True)
+    if isinstance(value, list):
+        return [_copy(v, device) for v in value]
+    return value

@@ -1,0 +1,51 @@
+"""How a natural-gradient optimizer stands, layer by layer, as a picture."""
+
+from pathlib import Path
+from typing import Any
+
+from smallfry.optim import Diagnosis
+from smallfry.report.figure import COLOURS, GREY, new_figure, save, style
+
+
+def curvature_overview(diagnosis: Diagnosis, file: Path) -> None:
+    """Draw eigenvalue ranges, damping, Fisher error, cosine and refresh time of every layer.
+
+    Args:
+        diagnosis: What ``optimizer.diagnostics()`` gave.
+        file: The PNG to write.
+    """
+    blocks = diagnosis.blocks
+    names = [block.layer for block in blocks]
+    places = range(len(blocks))
+    with style():
+        figure = new_figure(15.0, 1.4 + 0.28 * max(4, len(blocks)))
+        spectra, ratio, error, cosine, spent = figure.subplots(1, 5, sharey=True)
+        _ranges(spectra, [b.inputs or b.samples for b in blocks], COLOURS[0], "A", -0.15)
+        _ranges(spectra, [b.outputs for b in blocks], COLOURS[1], "G", 0.15)
+        spectra.set_xscale("log")
+        spectra.set_title("eigenvalues of the factors")
+        spectra.legend()
+        ratio.barh(places, [b.damping_ratio for b in blocks], color=COLOURS[2])
+        ratio.set_xscale("log")
+        ratio.axvline(1.0, color=GREY)
+        ratio.set_title("λ / largest eigenvalue")
+        _bars(error, [b.fisher_error for b in blocks], "Fisher error", COLOURS[3])
+        _bars(cosine, [b.cosine for b in blocks], "cosine(update, gradient)", COLOURS[4])
+        _bars(spent, [b.milliseconds for b in blocks], "refresh, ms", GREY)
+        spectra.set_yticks(list(places), names)
+        spectra.invert_yaxis()
+        save(figure, file)
+
+
+def _ranges(axes: Any, ranges: list[Any], colour: str, label: str, offset: float) -> None:
+    for place, pair in enumerate(ranges):
+        if pair is None or pair[1] <= 0:
+            continue
+        low = max(pair[0], pair[1] * 1e-12)  # a zero has no place on a logarithmic axis
+        name = label if place == 0 else None
+        axes.plot([low, pair[1]], [place + offset] * 2, color=colour, linewidth=3, label=name)
+
+
+def _bars(axes: Any, values: list[float | None], title: str, colour: str) -> None:
+    axes.barh(range(len(values)), [0.0 if v is None else v for v in values], color=colour)
+    axes.set_title(title)
