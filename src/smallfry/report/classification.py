@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from smallfry.report.figure import new_figure, save, show_image, style
+from smallfry.report.figure import new_figure, plain, save, show_image, style
 
 MOST_LABELLED = 40  # classes whose names still fit beside a matrix
 
@@ -20,6 +20,7 @@ def confusion_matrix(logits: Tensor, labels: Tensor, classes: Sequence[str], fil
         classes: Class names.
         file: The PNG to write.
     """
+    classes = plain(classes)
     count = len(classes)
     matrix = multiclass_confusion_matrix(logits, labels, count)
     share = matrix / matrix.sum(dim=1, keepdim=True).clamp(min=1)
@@ -63,6 +64,7 @@ def mistakes(
         classes: Class names.
         file: The PNG to write.
     """
+    classes = plain(classes)
     confidence, predicted = logits.softmax(dim=1).max(dim=1)
     columns = min(6, max(1, len(images)))
     rows = max(1, -(-len(images) // columns))

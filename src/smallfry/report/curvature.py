@@ -20,11 +20,10 @@ def curvature_overview(diagnosis: Diagnosis, file: Path) -> None:
     with style():
         figure = new_figure(15.0, 1.4 + 0.28 * max(4, len(blocks)))
         spectra, ratio, error, cosine, spent = figure.subplots(1, 5, sharey=True)
-        _ranges(spectra, [b.inputs or b.samples for b in blocks], COLOURS[0], "A", -0.15)
-        _ranges(spectra, [b.outputs for b in blocks], COLOURS[1], "G", 0.15)
+        _ranges(spectra, [b.inputs or b.samples for b in blocks], COLOURS[0], -0.15)
+        _ranges(spectra, [b.outputs for b in blocks], COLOURS[1], 0.15)
         spectra.set_xscale("log")
-        spectra.set_title("eigenvalues of the factors")
-        spectra.legend()
+        spectra.set_title("eigenvalues of A (blue), G (orange)")
         ratio.barh(places, [b.damping_ratio for b in blocks], color=COLOURS[2])
         ratio.set_xscale("log")
         ratio.axvline(1.0, color=GREY)
@@ -37,13 +36,12 @@ def curvature_overview(diagnosis: Diagnosis, file: Path) -> None:
         save(figure, file)
 
 
-def _ranges(axes: Any, ranges: list[Any], colour: str, label: str, offset: float) -> None:
+def _ranges(axes: Any, ranges: list[Any], colour: str, offset: float) -> None:
     for place, pair in enumerate(ranges):
         if pair is None or pair[1] <= 0:
             continue
         low = max(pair[0], pair[1] * 1e-12)  # a zero has no place on a logarithmic axis
-        name = label if place == 0 else None
-        axes.plot([low, pair[1]], [place + offset] * 2, color=colour, linewidth=3, label=name)
+        axes.plot([low, pair[1]], [place + offset] * 2, color=colour, linewidth=3)
 
 
 def _bars(axes: Any, values: list[float | None], title: str, colour: str) -> None:

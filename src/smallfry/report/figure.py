@@ -1,6 +1,7 @@
 """What all pictures share: one look, and files that are written whole."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
     "legend.frameon": False,
-    "text.parse_math": False,  # a class may be called $_$
 }
 
 
@@ -50,6 +50,11 @@ def show_image(axes: Any, pixels: Tensor) -> None:
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_visible(False)
+
+
+def plain(names: Sequence[str]) -> list[str]:
+    """Names as they are written: a class may be called $_$, which is no formula."""
+    return [name.replace("$", r"\$") for name in names]
 
 
 def style() -> Any:

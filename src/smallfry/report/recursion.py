@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from smallfry.models import ViTRM
-from smallfry.report.figure import COLOURS, GREY, new_figure, save, show_image, style
+from smallfry.report.figure import COLOURS, GREY, new_figure, plain, save, show_image, style
 
 
 class Trace(NamedTuple):
@@ -59,6 +59,7 @@ def recursion_trace(
         classes: Class names.
         file: The PNG to write.
     """
+    classes = plain(classes)
     trained = model.recursion_steps
     steps = max(2, trained)
     trace = trace_recursion(model, inputs, steps)
