@@ -42,7 +42,7 @@ def observe(model, coverage, inputs, likelihood, fisher="exact", generator=None,
     output = model(inputs)
     seen = Observation(len(inputs), taps.close())
     z = likelihood.select(output)
-    edges = seen.edges()
+    edges = [call.edge for call in seen.calls]
     if fisher == "exact":
         columns = list(likelihood.columns(z))
     else:
@@ -81,3 +81,11 @@ def dense_operator(block, apply):
             start += count
         columns.append(flat(block, apply(block.to_matrix(tensors))))
     return torch.stack(columns, 1)
+
+
+def inverted_fisher(optimizer, block):
+    """The Fisher that a method inverts, as a matrix: the inverse of what it applies, minus λ."""
+    state, damping = optimizer.curvature[block.name], optimizer.lambdas[block.name]
+    apply = optimizer.approximation.apply
+    inverse = dense_operator(block, lambda m: apply(block, state, m, damping))
+    return torch.linalg.inv(inverse) - damping * torch.eye(block.size, dtype=torch.float64)

@@ -11,6 +11,7 @@ METHODS = {
     "kfac, adaptive": (KFAC, {"adaptive_damping": True}),
     "kfac, quadratic": (KFAC, {"step_length": "quadratic"}),
     "kfac, per layer": (KFAC, {"damping_per": "layer"}),
+    "kfac, rank": (KFAC, {"rank": 2}),
     "ekfac": (EKFAC, {}),
     "ekfac, expand": (EKFAC, {"sharing": "expand"}),
     "exact": (ExactNG, {}),
@@ -25,7 +26,7 @@ def method(request):
     kind, fixed = METHODS[request.param]
 
     def build(model, **settings):
-        return kind(model, **{**fixed, **settings})
+        return kind(model, **{"burn_in": 0, **fixed, **settings})
 
     build.name, build.kind, build.fixed = request.param, kind, fixed
     return build

@@ -99,7 +99,7 @@ def test_exact_natural_gradient_refuses_what_it_has_not():
 
 def test_a_step_without_a_seen_forward_pass_is_an_error_and_a_later_one_is_announced():
     model = net()
-    optimizer = KFAC(model, lr=0.01, statistics_every=1)
+    optimizer = KFAC(model, lr=0.01, burn_in=0, statistics_every=1)
     model.eval()
     F.cross_entropy(model(X), Y).backward()
     with pytest.raises(UsageError, match="no training forward pass was seen"):
@@ -132,7 +132,7 @@ def test_a_weight_used_past_its_layer_is_named():
 
 def test_a_layer_that_gets_another_shape_is_named():
     model = net()
-    optimizer = KFAC(model, lr=0.01, statistics_every=1)
+    optimizer = KFAC(model, lr=0.01, burn_in=0, statistics_every=1)
     once(model, optimizer, cross_entropy("mean"))
     model[2].weight = nn.Parameter(torch.zeros(7, 5))
     model[2].bias = nn.Parameter(torch.zeros(7))
@@ -155,7 +155,7 @@ def test_transforms_of_torch_func_are_left_alone():
 
 def test_a_singular_factor_is_inverted_with_more_damping_and_that_is_said(monkeypatch):
     model = net()
-    optimizer = KFAC(model, lr=0.01, damping=1e-12, statistics_every=1)
+    optimizer = KFAC(model, lr=0.01, damping=1e-12, burn_in=0, statistics_every=1)
     real, before = torch.linalg.cholesky_ex, [0.2]
 
     def weak(matrix):  # as on a factor that rounding made indefinite
@@ -175,7 +175,7 @@ def test_rank_deficient_and_badly_scaled_factors_give_finite_steps(settings):
     with torch.no_grad():
         model[0].weight.mul_(1e-6)
     scale = torch.tensor([1e4, 1e-4, 1.0, 0.0])
-    optimizer = KFAC(model, lr=0.1, damping=1e-4, statistics_every=1, **settings)
+    optimizer = KFAC(model, lr=0.1, damping=1e-4, burn_in=0, statistics_every=1, **settings)
     for _ in range(5):
         optimizer.zero_grad()
         F.cross_entropy(model(X * scale), Y).backward()
@@ -186,7 +186,7 @@ def test_rank_deficient_and_badly_scaled_factors_give_finite_steps(settings):
 
 def test_an_inverse_that_fails_leaves_the_last_one_and_is_counted(monkeypatch):
     model = net()
-    optimizer = KFAC(model, lr=0.01, statistics_every=1)
+    optimizer = KFAC(model, lr=0.01, burn_in=0, statistics_every=1)
     once(model, optimizer, cross_entropy("mean"))
     before = optimizer.curvature["0.weight"]["ia"].clone()
     monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda m: (m, torch.ones(len(m))))
@@ -200,7 +200,7 @@ def test_a_dead_layer_does_no_harm():
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
     with torch.no_grad():
         model[0].bias.fill_(-100)
-    optimizer = KFAC(model, lr=0.1, statistics_every=1, damping_per="layer")
+    optimizer = KFAC(model, lr=0.1, burn_in=0, statistics_every=1, damping_per="layer")
     for _ in range(3):
         once(model, optimizer, cross_entropy("mean"))
     assert all(p.isfinite().all() for p in model.parameters())
@@ -259,7 +259,7 @@ def test_a_compiled_model_takes_the_same_steps(backend, kind):
         torch.manual_seed(1)
         model = net()
         called = torch.compile(model, backend=backend) if compiled else model
-        optimizer = kind(called, lr=0.05, statistics_every=2)
+        optimizer = kind(called, lr=0.05, burn_in=0, statistics_every=2)
         for _ in range(4):
             once(called, optimizer, cross_entropy("mean"))
         assert optimizer.counters["statistics"] == 2
@@ -273,3 +273,160 @@ def test_nothing_can_be_added_to_a_built_optimizer():
     optimizer = KFAC(net())
     with pytest.raises(UsageError, match="build a new one"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+
+
+def test_impossible_classes_are_no_obstacle():
+    torch.manual_seed(1)
+    model, mask = net(), torch.tensor([0.0, -math.inf, 0.0])
+    masked = nn.Sequential(model, Mask(mask))
+    optimizer = KFAC(masked, lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(masked(X), Y % 2 * 2).backward()
+        optimizer.step()
+    assert optimizer.counters["failed_refreshes"] == 0
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+class Mask(nn.Module):
+    def __init__(self, mask):
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, z):
+        return z + self.mask
+
+
+def test_without_any_curvature_nothing_moves_and_that_is_said():
+    model = nn.Sequential(net(), Mask(torch.tensor([0.0, 0.0, math.inf])))
+    optimizer = KFAC(model, lr=0.1, likelihood="gaussian")
+    before = [p.detach().clone() for p in model.parameters()]
+    model(X)[:, :2].sum().backward()
+    with pytest.warns(SmallfryWarning, match="steps are skipped"):
+        optimizer.step()
+    for p, old in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, old)
+    assert optimizer.counters["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+def test_a_layer_first_called_between_two_inversions_is_inverted_at_once(kind):
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.extra = net(), nn.Linear(3, 3)
+            self.late = False
+
+        def forward(self, x):
+            z = self.body(x)
+            return self.extra(z) if self.late else z
+
+    model = Late()
+    optimizer = kind(model, lr=0.1, burn_in=0, statistics_every=1, inverse_every=10)
+    once(model, optimizer, cross_entropy("mean"))
+    model.late = True
+    before = model.extra.weight.detach().clone()
+    once(model, optimizer, cross_entropy("mean"))
+    assert not torch.equal(model.extra.weight, before)
+    assert model.extra.weight.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "one", "other"),
+    [
+        (KFAC, {}, {"damping_split": "tikhonov"}),
+        (KFAC, {}, {"rank": 2}),
+        (EKFAC, {}, {"sharing": "reduce"}),
+        (ExactNG, {}, {"scope": "block"}),
+    ],
+)
+def test_a_state_made_with_other_settings_is_refused(kind, one, other):
+    model = net()
+    optimizer = kind(model, **one)
+    once(model, optimizer, cross_entropy("mean"))
+    with pytest.raises(UsageError, match="the state was made with"):
+        kind(net(), **other).load_state_dict(optimizer.state_dict())
+
+
+def test_what_is_unfrozen_later_is_announced():
+    model = net()
+    model[0].weight.requires_grad_(False)
+    optimizer = KFAC(model, statistics_every=1)
+    assert "frozen" in str(optimizer.summary())
+    once(model, optimizer, cross_entropy("mean"))
+    model[0].weight.requires_grad_(True)
+    with pytest.warns(SmallfryWarning, match=r"'0.weight' was frozen"):
+        once(model, optimizer, cross_entropy("mean"))
+
+
+def test_a_weight_penalty_in_the_loss_is_refused_named_or_allowed():
+    def penalized(check):
+        torch.manual_seed(1)
+        model = net()
+        optimizer = KFAC(model, check=check)
+        penalty = 5 * sum((p**2).sum() for p in model.parameters())
+        (F.cross_entropy(model(X), Y) + penalty).backward()
+        optimizer.step()
+
+    with pytest.raises(UsageError, match="check='off'"):
+        penalized("error")
+    with pytest.warns(SmallfryWarning, match="weight penalty"):
+        penalized("warn")
+    penalized("off")
+
+
+def test_gradients_that_are_nothing_but_rounding_are_accepted():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3))
+    model[0].weight.requires_grad_(False)
+    optimizer = KFAC(model, lr=0.1)
+    optimizer.zero_grad()
+    F.cross_entropy(model(torch.randn(16, 1, 4, 4)), Y).backward()
+    optimizer.step()
+
+
+def test_a_bias_of_two_weights_is_left_to_adamw():
+    model = net()
+    model[2] = nn.Linear(5, 5)
+    model[2].bias = model[0].bias
+    model.append(nn.Linear(5, 3))
+    optimizer = KFAC(model, lr=0.1)
+    assert "shared by layers with different weights" in optimizer.uncovered["0.bias"]
+    once(model, optimizer, cross_entropy("mean"))
+
+
+@pytest.mark.parametrize("kind", [KFAC, EKFAC, ExactNG])
+def test_a_model_in_bfloat16_is_trained(kind):
+    torch.manual_seed(1)
+    model = net().bfloat16()
+    optimizer = kind(model, lr=0.1)
+    losses = []
+    for _ in range(20):
+        loss = F.cross_entropy(model(X.bfloat16()).float(), Y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_the_first_steps_are_not_walked_on_one_batch_alone():
+    def last_loss(burn_in):
+        torch.manual_seed(0)
+        x = torch.randn(600, 40) @ torch.randn(40, 40)
+        y = x[:, :4].argmax(1)
+        model = nn.Sequential(nn.Linear(40, 60), nn.ReLU(), nn.Linear(60, 4))
+        optimizer = KFAC(model, lr=0.1, damping=0.01, burn_in=burn_in, statistics_every=10)
+        worst = 0.0
+        for i in range(10):
+            part = slice(20 * i, 20 * i + 20)
+            loss = F.cross_entropy(model(x[part]), y[part])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            worst = max(worst, float(loss.detach()))
+        assert optimizer.counters["statistics"] == max(1, burn_in)
+        return worst
+
+    assert last_loss(10) < 0.7 * last_loss(0)

@@ -123,6 +123,8 @@ def cover(
                 reasons.setdefault(parameter, reason)
             elif kind == "weight":
                 users.setdefault(parameter, {})[path] = module
+    for bias in _shared_biases(users):
+        reasons.setdefault(bias, "its bias is shared by layers with different weights")
     blocks, taken = [], set[nn.Parameter]()
     for weight, layers in users.items():
         block = _block(weight, layers, names, chosen - taken, reasons)
@@ -135,6 +137,17 @@ def cover(
         if p in chosen and p not in taken
     }
     return Coverage(tuple(blocks), uncovered)
+
+
+def _shared_biases(users: dict[nn.Parameter, dict[str, nn.Module]]) -> set[nn.Parameter]:
+    """Biases of several weights: they belong to no one block."""
+    weights: dict[nn.Parameter, set[nn.Parameter]] = {}
+    for weight, layers in users.items():
+        for module in layers.values():
+            bias = module._parameters.get("bias")
+            if bias is not None:
+                weights.setdefault(bias, set()).add(weight)
+    return {bias for bias, found in weights.items() if len(found) > 1}
 
 
 def _block(

@@ -103,9 +103,9 @@ def woodbury(gram_matrix: Tensor, samples: int, damping: float) -> Woodbury:
     Raises:
         ArithmeticError: The Gram matrix is not finite.
     """
-    matrix = gram_matrix.to(torch.float64)
-    matrix = (matrix + matrix.T) / 2
+    symmetric = (gram_matrix + gram_matrix.T).to(torch.float64) / 2
     for _ in range(12):
+        matrix = symmetric.clone()
         matrix.diagonal().add_(samples * damping)
         lower, info = torch.linalg.cholesky_ex(matrix)
         if not bool(info):

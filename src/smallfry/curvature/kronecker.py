@@ -111,13 +111,17 @@ def damped_inverse(factor: Tensor, damping: Tensor) -> Inverse:
     raise NotFiniteError("a Kronecker factor can't be inverted, however damped")
 
 
-def split_damping(a: Tensor, g: Tensor, damping: Tensor | float) -> tuple[Tensor, Tensor]:
-    """(π√λ, √λ/π), each (groups,): what the factors A and G are damped with."""
-    tiny = torch.finfo(a.dtype).tiny ** 0.5
-    ratio = _mean_diagonal(a).clamp_min(tiny) / _mean_diagonal(g).clamp_min(tiny)
-    pi = ratio.sqrt()
-    root = torch.as_tensor(damping, dtype=a.dtype, device=a.device).sqrt()
-    return pi * root, root / pi
+def split_damping(mean_a: Tensor, mean_g: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """(π√λ, √λ/π), each (groups,): what the factors A and G are damped with.
+
+    Args:
+        mean_a: Mean eigenvalue of A, (groups,).
+        mean_g: Mean eigenvalue of G, (groups,).
+        damping: λ.
+    """
+    tiny = torch.finfo(mean_a.dtype).tiny ** 0.5
+    pi = (mean_a.clamp_min(tiny) / mean_g.clamp_min(tiny)).sqrt()
+    return pi * damping**0.5, damping**0.5 / pi
 
 
 def solve_tikhonov(a: Eigen, g: Eigen, x: Tensor, damping: Tensor | float) -> Tensor:
@@ -242,12 +246,13 @@ def unpack(packed: Tensor) -> Tensor:
     return matrix
 
 
-def packed_trace(packed: Tensor) -> Tensor:
-    """Trace of packed matrices, (groups,), in float64."""
-    _, folded, _ = _unfold(packed)
+def packed_mean(packed: Tensor) -> Tensor:
+    """Mean eigenvalue of packed matrices, (groups,)."""
+    _, folded, half = _unfold(packed)
     wide = folded.double()
     above = wide.diagonal(1, dim1=1, dim2=2).sum(1)
-    return wide.diagonal(dim1=1, dim2=2).sum(1) + above
+    trace = wide.diagonal(dim1=1, dim2=2).sum(1) + above
+    return (trace / (half + folded.shape[1])).to(packed)
 
 
 def _unfold(packed: Tensor) -> tuple[Tensor, Tensor, int]:

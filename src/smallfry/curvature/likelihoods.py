@@ -16,16 +16,14 @@ with g the gradient of the actual loss: how much a step gained is known without 
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 from torch.nn import functional as F
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from smallfry.errors import UsageError, nearest
+from smallfry.errors import UsageError
 
 Outputs = tuple[Tensor, ...]
 
@@ -48,6 +46,10 @@ class Likelihood(ABC):
     @abstractmethod
     def sample_gradients(self, outputs: Outputs, generator: torch.Generator) -> Outputs:
         """−∇ log p of one sampled target, at the outputs."""
+
+    def is_density(self, outputs: Outputs) -> bool:
+        """Whether targets can be drawn: outputs that are not finite describe no density."""
+        return all(bool(z.isfinite().all()) for z in outputs)
 
     def columns(self, outputs: Outputs) -> Iterator[Outputs]:
         """Columns whose outer products sum to the Hessian of −log p, sample by sample."""
@@ -84,7 +86,8 @@ class _Family(Likelihood):
         if not isinstance(output, Tensor):
             raise UsageError(
                 f"the {type(self).__name__} likelihood expects a model that returns a tensor, not "
-                f"{type(output).__name__}; name its parts: likelihood={{'logits': 'categorical'}}"
+                f"{type(output).__name__}; name its parts by attribute, key or index: "
+                "likelihood={'logits': 'categorical'} or {0: 'categorical'}"
             )
         return (output,)
 
@@ -104,6 +107,11 @@ class Categorical(_Family):
         """(samples, …, classes)."""
         z = outputs[0].movedim(self.dim, -1)
         return z.to(_precise(z)).softmax(-1)
+
+    def is_density(self, outputs: Outputs) -> bool:
+        """Impossible classes may have a logit of −∞, as long as one class is left."""
+        top = outputs[0].amax(self.dim)
+        return bool(top.isfinite().all()) and not bool(outputs[0].isnan().any())
 
     def _back(self, g: Tensor, z: Tensor) -> Outputs:
         return (g.movedim(-1, self.dim).to(z),)
@@ -135,7 +143,7 @@ class Categorical(_Family):
     def divergence(self, before: Outputs, after: Outputs) -> Tensor:
         """Σ p log(p / p')."""
         old, new = (z[0].movedim(self.dim, -1).log_softmax(-1) for z in (before, after))
-        return _by_sample(old.exp() * (old - new)).sum(1)
+        return _by_sample(old.exp() * (old - new).nan_to_num(0.0)).sum(1)
 
     def loss_factor(self, outputs: Outputs, gradients: Outputs) -> Scale | None:
         """From classes whose target is 0, where the gradient is the factor times p."""
@@ -258,141 +266,6 @@ class Gaussian(_Family):
         return 2.0 * self.variance / outputs[0][0].numel()
 
 
-class Joint(Likelihood):
-    """Independent densities of several parts of the model's output.
-
-    Args:
-        parts: A likelihood for each part, by attribute, key or index in the model's output.
-    """
-
-    def __init__(self, parts: Mapping[str | int, Likelihood]) -> None:
-        if not parts:
-            raise UsageError("a joint likelihood needs at least one part")
-        self.parts = dict(parts)
-
-    def select(self, output: Any) -> Outputs:
-        """The parts' tensors, in order."""
-        return tuple(self.parts[key].select(_part(output, key))[0] for key in self.parts)
-
-    def _each(self, outputs: Outputs) -> Iterator[tuple[Likelihood, Outputs]]:
-        for part, z in zip(self.parts.values(), outputs, strict=True):
-            yield part, (z,)
-
-    def sample_gradients(self, outputs: Outputs, generator: torch.Generator) -> Outputs:
-        """A sampled target for each part."""
-        return tuple(p.sample_gradients(z, generator)[0] for p, z in self._each(outputs))
-
-    def columns(self, outputs: Outputs) -> Iterator[Outputs]:
-        """The columns of one part after the other, zero elsewhere."""
-        for index, (part, z) in enumerate(self._each(outputs)):
-            for (column,) in part.columns(z):
-                zeros = [torch.zeros_like(other) for other in outputs]
-                zeros[index] = column
-                yield tuple(zeros)
-
-    def hessian_product(self, outputs: Outputs, tangents: Outputs) -> Outputs:
-        """Part by part."""
-        pairs = zip(self._each(outputs), tangents, strict=True)
-        return tuple(part.hessian_product(z, (u,))[0] for (part, z), u in pairs)
-
-    def divergence(self, before: Outputs, after: Outputs) -> Tensor:
-        """The sum of the parts'."""
-        pairs = zip(self._each(before), after, strict=True)
-        terms = [part.divergence(z, (new,)) for (part, z), new in pairs]
-        return torch.stack(terms).sum(0)
-
-    def loss_factor(self, outputs: Outputs, gradients: Outputs) -> Scale | None:
-        """The part whose factor is farthest from 1."""
-        pairs = zip(self._each(outputs), gradients, strict=True)
-        found = [part.loss_factor(z, (g,)) for (part, z), g in pairs]
-        scales = [scale for scale in found if scale is not None]
-        wrong = [scale for scale in scales if not scale.fits]
-        if wrong or not scales:
-            return wrong[0] if wrong else None
-        return max(scales, key=lambda s: abs(math.log(max(s.factor, 1e-30))))
-
-
-class FromDistribution(Likelihood):
-    """Any density that ``torch.distributions`` can sample and score.
-
-    Args:
-        function: From the model's output to a Distribution whose batch shape starts with the
-            samples. Gradients go through ``log_prob``.
-    """
-
-    def __init__(self, function: Callable[[Any], Distribution]) -> None:
-        self.function = function
-
-    def select(self, output: Any) -> Outputs:
-        """All floating tensors in the output that have a gradient."""
-        leaves, self._structure = tree_flatten(output)
-        chosen = [isinstance(t, Tensor) and t.is_floating_point() for t in leaves]
-        if not any(chosen):
-            raise UsageError("the model's output has no floating tensor to make a density of")
-        # the structure is kept, the tensors are not: they would keep the graph alive
-        self._leaves = [None if c else leaf for c, leaf in zip(chosen, leaves, strict=True)]
-        self._chosen = chosen
-        return tuple(leaf for c, leaf in zip(chosen, leaves, strict=True) if c)
-
-    def sample_gradients(self, outputs: Outputs, generator: torch.Generator) -> Outputs:
-        """−∇ log p of one sample, drawn under a seed from the generator."""
-        free = [z.detach().requires_grad_() for z in outputs]
-        given = iter(free)
-        pairs = zip(self._leaves, self._chosen, strict=True)
-        leaves = [next(given) if chosen else leaf for leaf, chosen in pairs]
-        with torch.enable_grad():
-            distribution = self.function(tree_unflatten(leaves, self._structure))
-            if not isinstance(distribution, Distribution):
-                raise UsageError(
-                    f"the likelihood function returned {type(distribution).__name__}, expected "
-                    "a torch.distributions.Distribution"
-                )
-            seed = int(
-                torch.randint(2**62, (1,), generator=generator, device=generator.device).item()
-            )
-            devices = [outputs[0].device] if outputs[0].is_cuda else []
-            with torch.random.fork_rng(devices=devices), torch.no_grad():
-                torch.manual_seed(seed)
-                drawn = distribution.sample()
-            score = -distribution.log_prob(drawn).sum()
-            found = torch.autograd.grad(score, free, allow_unused=True)
-        return tuple(
-            torch.zeros_like(z) if g is None else g for g, z in zip(found, free, strict=True)
-        )
-
-
-NAMED: dict[str, Callable[[], Likelihood]] = {
-    "categorical": Categorical,
-    "bernoulli": Bernoulli,
-    "bernoulli_probabilities": lambda: Bernoulli("probabilities"),
-    "gaussian": Gaussian,
-}
-
-
-def as_likelihood(
-    given: "str | Likelihood | Mapping[str | int, Any] | Callable[[Any], Distribution]",
-) -> Likelihood:
-    """A likelihood from its name, a mapping of output parts to likelihoods, or a function.
-
-    Raises:
-        UsageError: None of these.
-    """
-    if isinstance(given, Likelihood):
-        return given
-    if isinstance(given, str):
-        if given not in NAMED:
-            raise UsageError(f"unknown likelihood '{given}'{nearest(given, NAMED)}")
-        return NAMED[given]()
-    if isinstance(given, Mapping):
-        return Joint({key: as_likelihood(value) for key, value in given.items()})
-    if callable(given):
-        return FromDistribution(given)
-    raise UsageError(
-        f"a likelihood is a name ({', '.join(NAMED)}), a mapping from parts of the output to "
-        f"likelihoods, or a function to a torch.distributions object, not {type(given).__name__}"
-    )
-
-
 def _factor(g: Tensor, expected: Tensor, fits: bool) -> Scale | None:
     """The largest ratio of gradient to what certain targets would give."""
     if g.numel() == 0 or not bool(g.isfinite().all()):
@@ -421,15 +294,3 @@ def _by_sample(tensor: Tensor) -> Tensor:
 
 def _precise(tensor: Tensor) -> torch.dtype:
     return tensor.dtype if tensor.dtype == torch.float64 else torch.float32
-
-
-def _part(output: Any, key: str | int) -> Any:
-    try:
-        if isinstance(key, str) and hasattr(output, key):
-            return getattr(output, key)
-        return output[key]
-    except (KeyError, IndexError, TypeError):
-        raise UsageError(
-            f"the likelihood names part '{key}' of the model's output, which is a "
-            f"{type(output).__name__} without it"
-        ) from None

@@ -1,14 +1,14 @@
 """Watches a model's own forward and backward passes, and takes the Fisher's gradients from them.
 
 A hook before and one behind the model's forward do nothing unless an observation is due. When it
-is, taps are open during the forward, the Fisher's gradients are asked for right behind it on the
-graph that the caller's own backward will use, and a tensor hook on the output tells when that
-backward comes: a forward without one, such as for logging, never counts. Evaluation mode and
-``no_grad`` are left alone.
+is, taps are open during the forward, and the Fisher's gradients are asked for right behind it on
+the graph that the caller's own backward will use. An observation counts once a backward pass goes
+through its outputs and into ``.grad``: a forward for logging, or the gradient of an adversarial
+image, does not. Evaluation mode and ``no_grad`` are left alone.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from smallfry.curvature.likelihoods import Likelihood
-from smallfry.curvature.taps import Call, Observation, Taps
+from smallfry.curvature.taps import Call, Observation, Passes, Taps, backward_pass
 from smallfry.errors import UsageError
 
 FISHERS = ("mc", "exact", "empirical")
@@ -33,7 +33,8 @@ class Observer:
         fisher: "mc", "exact" or "empirical".
         draws: Sampled targets per sample, for "mc".
         generator: Where they are drawn from.
-        wanted: Asked at each forward pass: "taps", "outputs" or "" for nothing.
+        wanted: Asked at each forward pass: "taps", "outputs" or "" for nothing; a method, held
+            weakly: an owner that is gone wants nothing.
     """
 
     def __init__(
@@ -51,33 +52,58 @@ class Observer:
         if draws < 1:
             raise UsageError(f"draws is at least 1, not {draws}")
         self.root, self.taps, self.likelihood = root, taps, likelihood
-        self.fisher, self.draws, self.generator, self.wanted = fisher, draws, generator, wanted
+        self.fisher, self.draws, self.generator = fisher, draws, generator
+        self._wanted = weakref.WeakMethod(wanted)
         self.watch_backward = False  # note the training gradients at the taps too
         self.keep_arguments = False  # what a second pass over the same batch needs
         self.grad_scale: Callable[[], float] = lambda: 1.0
-        self.pending: list[Observation] = []
+        self.pending: list[Observation] = []  # that count, not yet taken
+        self._touched: dict[int, list[Observation]] = {}  # by backward pass
+        self._accumulated: set[int] = set()  # backward passes that reached ``.grad``
+        self._receiver: Tensor | None = None  # a parameter that they reached,
+        self._received: Tensor | None = None  # and its ``.grad`` then
         self._current: Observation | None = None
+        self._stance: Any = None
         self._paused = False
+        self._parameters = [next(iter(b.parameters.values())) for b in taps.blocks]
+        self._grad_handles: list[Any] = []
         self._handles = [
             root.register_forward_pre_hook(_Hook(self._before), with_kwargs=True),
             root.register_forward_hook(_Hook(self._behind), always_call=True),
         ]
 
     def take(self) -> list[Observation]:
-        """The observations whose backward came, and forget all."""
-        arrived = [seen for seen in self.pending if seen.arrived]
-        self.pending = []
-        return arrived
+        """The observations that count, and forget them."""
+        taken, self.pending = self.pending, []
+        self._touched, self._accumulated = {}, set()
+        self._receiver = self._received = None
+        return taken
 
-    def drop_arrived(self) -> None:
-        """Forget observations whose gradient the caller has thrown away."""
-        self.pending = [seen for seen in self.pending if not seen.arrived]
+    def drop(self) -> None:
+        """Forget the observations that count: the caller has thrown their gradients away."""
+        self.pending = []
 
     def remove(self) -> None:
         """Take the hooks off the model."""
-        for handle in self._handles:
+        for handle in self._handles + self._grad_handles:
             handle.remove()
         self.taps.close()
+        self.drop()
+
+    def use_training_gradients(self, observations: Sequence[Observation], factor: float) -> None:
+        """Take the empirical Fisher's gradients from the caller's own backward pass.
+
+        Args:
+            observations: Of all micro-batches.
+            factor: The training loss over the mean negative log-likelihood.
+        """
+        unit = sum(seen.samples for seen in observations) / (factor * self.grad_scale())
+        for seen in observations:
+            found = [seen.training_gradient(call) for call in seen.calls]
+            precise = [
+                None if g is None else g if g.dtype == torch.float64 else g.float() for g in found
+            ]
+            seen.draws = [[None if g is None else g * unit for g in precise]]
 
     def rerun(self, seen: Observation, function: Callable[[], Any]) -> Any:
         """Call a function that runs the model again, unobserved, with that pass's randomness."""
@@ -102,16 +128,21 @@ class Observer:
         self._finish()
         if self._paused or not module.training or not torch.is_grad_enabled():
             return
-        wanted = self.wanted()
+        owner = self._wanted()
+        wanted = owner() if owner is not None else ""
         if not wanted:
+            while self._grad_handles:
+                self._grad_handles.pop().remove()
             return
+        if self.pending and all(p.grad is None for p in self._parameters):
+            self.drop()  # gradients cleared by another than this optimizer
         self._current = Observation(0, [])
         if self.keep_arguments:
             self._current.arguments, self._current.keywords = arguments, keywords
             self._current.random_state = _random_state(module)
         if wanted == "taps":
-            if _is_compiled(module):
-                torch.compiler.set_stance("force_eager")
+            # compiled code, here or around us, would not know of the taps
+            self._stance = torch.compiler.set_stance("force_eager")
             self.taps.open(self.watch_backward or self.fisher == "empirical")
 
     def _behind(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
@@ -125,26 +156,53 @@ class Observer:
             return  # nothing to train, or inside a transform of torch.func
         seen.calls, seen.samples = calls, outputs[0].shape[0] if outputs[0].ndim else 1
         seen.outputs = tuple(z.detach() for z in outputs)
-        seen.output_gradients = [None] * len(outputs)
+        seen.passes = tuple(Passes() for _ in outputs)
         seen.foreign = self.taps.foreign
         if tapped and not seen.foreign and self.fisher != "empirical":
             self._take_gradients(seen, outputs)
-            for call in calls:  # the hooks on outputs saw these gradients too
-                call.backward = None
-        for index, z in enumerate(outputs):
+        for call in calls:
+            call.edge = None  # it would keep the graph alive, and the graph this observation
+            call.passes.clear()  # the hooks on outputs saw the Fisher's gradients too
+        for z, noted in zip(outputs, seen.passes, strict=True):
             if z.requires_grad:
-                z.register_hook(_arrival(seen, index, self.grad_scale))  # type: ignore[no-untyped-call]
-        self.pending.append(seen)
+                z.register_hook(_note(weakref.ref(self), seen, noted))  # type: ignore[no-untyped-call]
+        if not self._grad_handles:
+            for p in self._parameters:
+                handle = p.register_post_accumulate_grad_hook(_Hook(self._reached))  # type: ignore[no-untyped-call]
+                self._grad_handles.append(handle)
+
+    def _reached(self, parameter: Tensor) -> None:
+        number = backward_pass()
+        if self._receiver is parameter and parameter.grad is not self._received:
+            self.pending = []  # what they added up to was cleared by another than the optimizer
+        if self._receiver is None or self._receiver is parameter:
+            self._receiver, self._received = parameter, parameter.grad
+        self._accumulated.add(number)
+        for seen in self._touched.pop(number, ()):
+            self._count(seen, number)
+
+    def touch(self, seen: Observation) -> None:
+        """A backward pass went through an observation's outputs."""
+        number = backward_pass()
+        if number in self._accumulated:
+            self._count(seen, number)
+        else:
+            self._touched.setdefault(number, []).append(seen)
+
+    def _count(self, seen: Observation, number: int) -> None:
+        if not seen.training:
+            self.pending.append(seen)
+        seen.training.add(number)
 
     def _finish(self) -> list[Call]:
-        if self.taps.is_open and _is_compiled(self.root):
-            torch.compiler.set_stance("default")
-        self._current = None
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
+        self._current = self._stance = None
         return self.taps.close()
 
     def _take_gradients(self, seen: Observation, outputs: tuple[Tensor, ...]) -> None:
-        edges = seen.edges()
-        if not edges or not all(bool(z.isfinite().all()) for z in seen.outputs):
+        edges = [call.edge for call in seen.calls if call.edge is not None]
+        if not edges or not self.likelihood.is_density(seen.outputs):
             return  # nothing can be sampled from such a density: no draws, no statistics
         with torch.autocast(outputs[0].device.type, enabled=False), torch.no_grad():
             if self.fisher == "exact":
@@ -171,6 +229,7 @@ class _Hook:
     def __init__(self, method: Callable[..., Any] | None = None) -> None:
         self.method = None if method is None else weakref.WeakMethod(method)
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def __call__(self, *arguments: Any) -> None:
         method = None if self.method is None else self.method()
         if method is not None:
@@ -183,23 +242,16 @@ class _Hook:
         return _Hook, ()
 
 
-def _arrival(
-    seen: Observation, index: int, grad_scale: Callable[[], float]
+def _note(
+    observer: "weakref.ref[Observer]", seen: Observation, noted: Passes
 ) -> Callable[[Tensor], None]:
     def note(gradient: Tensor) -> None:
-        gradient = gradient.detach() / grad_scale()
-        before = seen.output_gradients[index]
-        seen.output_gradients[index] = gradient if before is None else before + gradient
-        seen.arrived = True
+        owner = observer()
+        if owner is not None:
+            noted.note(gradient / owner.grad_scale())
+            owner.touch(seen)
 
     return note
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or any(
-        hasattr(inner, "_orig_mod") or inner._compiled_call_impl is not None
-        for inner in module.modules()
-    )
 
 
 def _random_state(module: nn.Module) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ place, so an activation that later overwrites the output changes nothing, a laye
 many times gives many pairs, and no second forward pass is needed. Closed taps leave no hooks.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -45,6 +45,26 @@ class Rows(NamedTuple):
         return Rows(self.inputs.double(), self.gradients.double())
 
 
+class Passes(dict[int, Tensor]):
+    """Gradients that came to one place, by the backward pass that brought them."""
+
+    def note(self, gradient: Tensor) -> None:
+        """Keep a gradient of the backward pass that is under way."""
+        key, gradient = backward_pass(), gradient.detach()
+        self[key] = self[key] + gradient if key in self else gradient
+
+    def total(self, chosen: Collection[int]) -> Tensor | None:
+        """The sum over some passes, as ``.grad`` adds them up; None where none came."""
+        found = [gradient for key, gradient in self.items() if key in chosen]
+        return sum(found[1:], start=found[0]) if found else None
+
+
+def backward_pass() -> int:
+    """A number for the backward pass that is under way."""
+    number: int = torch._C._current_graph_task_id()
+    return number
+
+
 @dataclass(eq=False)
 class Call:
     """One call of one layer."""
@@ -54,13 +74,8 @@ class Call:
     inputs: Tensor
     version: int
     shape: torch.Size  # of the output
-    edge: GradientEdge
-    backward: Tensor | None = None  # gradient of the training loss, once it has come
-
-    def note(self, gradient: Tensor) -> None:
-        """Keep the training loss's gradient; a graph walked twice adds up, as ``.grad`` does."""
-        gradient = gradient.detach()
-        self.backward = gradient if self.backward is None else self.backward + gradient
+    edge: GradientEdge | None  # until the Fisher's gradients are taken: it keeps the graph alive
+    passes: "Passes" = field(default_factory=lambda: Passes())
 
 
 @dataclass(eq=False)
@@ -77,16 +92,26 @@ class Observation:
     calls: list[Call]
     draws: list[Sequence[Tensor | None]] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)  # layers that had another weight
-    arrived: bool = False  # whether the training loss's backward pass has come through
     outputs: tuple[Tensor, ...] = ()  # what the likelihood is a function of, detached
-    output_gradients: list[Tensor | None] = field(default_factory=list)
+    passes: tuple[Passes, ...] = ()  # gradients at the outputs
+    training: set[int] = field(default_factory=set)  # backward passes that ended in ``.grad``
     arguments: tuple[Any, ...] = ()
     keywords: dict[str, Any] = field(default_factory=dict)
     random_state: dict[str, Tensor] = field(default_factory=dict)
 
-    def edges(self) -> list[GradientEdge]:
-        """Where gradients are asked for, one place per call."""
-        return [call.edge for call in self.calls]
+    @property
+    def output_gradients(self) -> list[Tensor | None]:
+        """Of the training loss, at the outputs."""
+        return [noted.total(self.training) for noted in self.passes]
+
+    def training_gradient(self, call: Call) -> Tensor | None:
+        """Of the training loss, at a call's output; None where none came."""
+        return call.passes.total(self.training)
+
+    def clear(self) -> None:
+        """Let go of all tensors, whoever still holds this observation."""
+        self.calls, self.draws, self.outputs, self.passes = [], [], (), ()
+        self.arguments, self.keywords, self.random_state = (), {}, {}
 
     def rows(
         self, block: Block, dtype: torch.dtype, uses: Callable[[int], Tensor | None] | None = None
@@ -126,16 +151,22 @@ class Observation:
         g = gradients[0] if len(mine) == 1 else torch.cat(gradients, dim=3)
         return Rows(a, g)
 
-    def training_matrix(self, block: Block, dtype: torch.dtype) -> Tensor | None:
-        """The gradient of the training loss that the taps account for; None before backward."""
-        total = None
+    def training_matrix(self, block: Block, dtype: torch.dtype) -> tuple[Tensor, float] | None:
+        """The gradient of the training loss that the taps account for; None before backward.
+
+        Returns:
+            The matrix (groups, outputs, inputs), and the size of the terms that it is a sum of.
+        """
+        total, terms = None, 0.0
         for call in self.calls:
-            if call.block is block and call.backward is not None:
+            gradient = self.training_gradient(call) if call.block is block else None
+            if gradient is not None:
                 a = self._inputs(call, dtype, None)
-                g = self._gradients(call, call.backward, dtype)
+                g = self._gradients(call, gradient, dtype)
                 matrix = torch.einsum("hnto,hnti->hoi", g, a)
                 total = matrix if total is None else total + matrix
-        return total
+                terms += float((g.norm(dim=3) * a.norm(dim=3)).sum())
+        return None if total is None else (total, terms)
 
     def _inputs(self, call: Call, dtype: torch.dtype, kept: Tensor | None) -> Tensor:
         module, block = call.block.layers[call.layer], call.block
@@ -212,7 +243,7 @@ def _tap(
         call = Call(block, layer, inputs, inputs._version, output.shape, edge)
         if watch_backward:
             # a hook on the tensor before anything overwrites it gets the gradient of this value
-            output.register_hook(call.note)
+            output.register_hook(call.passes.note)
         calls.append(call)
 
     return note

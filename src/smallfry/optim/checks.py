@@ -32,23 +32,26 @@ def check_layers(
         if len(present) < len(block.parameters):
             continue
         actual = block.to_matrix(present)
-        found = torch.zeros_like(actual)
+        found, terms = torch.zeros_like(actual), 0.0
         for seen in observations:
             part = seen.training_matrix(block, actual.dtype)
             if part is not None:
-                found += part
+                found += part[0]
+                terms += part[1]
         size = torch.linalg.vector_norm(actual)
-        if not float(size) > 0 and not float(torch.linalg.vector_norm(found)) > 0:
-            continue
+        rounding = 1e3 * torch.finfo(actual.dtype).eps * terms
+        if float(size) <= rounding and float(torch.linalg.vector_norm(found)) <= rounding:
+            continue  # such as a bias in front of a batch norm: terms that cancel
         scale = float((actual * found).sum() / (found**2).sum().clamp_min(1e-300))
         rest = float(torch.linalg.vector_norm(actual - scale * found))
         if not rest <= TOLERANCE * float(size):
             raise UsageError(
                 f"layer '{next(iter(block.layers))}': its parameters have gradients that its "
                 "calls don't account for. Its weight is used without calling the layer (such as "
-                "F.linear(x, layer.weight)), inside a reentrant checkpoint, or .grad was changed "
-                f"before step(). Call the layer, or exclude it: exclude=['"
-                f"{next(iter(block.layers))}'] trains it by the inner AdamW"
+                "F.linear(x, layer.weight)), inside a reentrant checkpoint, .grad was changed "
+                "before step(), or the loss has a term of the weights. Call the layer; or exclude "
+                f"it: exclude=['{next(iter(block.layers))}'] trains it by the inner AdamW; or, for "
+                "a weight penalty, give check='off'"
             )
         ratios.append(scale)
     return sorted(ratios)[len(ratios) // 2] if ratios else 1.0
@@ -128,3 +131,48 @@ def _suspect(likely: float) -> None:
         SmallfryWarning,
         stacklevel=4,
     )
+
+
+def check_settings(
+    *,
+    lr: float,
+    fallback_lr: float,
+    damping: float,
+    damping_per: str,
+    momentum: float,
+    weight_decay: float,
+    kl_clip: float | None,
+    step_length: str,
+    ema_decay: float,
+    periods: tuple[int, int],
+    burn_in: int,
+    loss_scale: float | str,
+    max_rows: int | None,
+    check: str,
+) -> None:
+    """Make sure that the settings of an optimizer make sense.
+
+    Raises:
+        UsageError: One does not.
+    """
+    demands = {
+        f"lr and fallback_lr can't be negative, got {lr} and {fallback_lr}": lr >= 0
+        and fallback_lr >= 0,
+        f"damping must be positive, got {damping}": damping > 0,
+        "damping_per is 'network' or 'layer'": damping_per in ("network", "layer"),
+        f"momentum is 0 to below 1, got {momentum}": 0 <= momentum < 1,
+        f"weight_decay can't be negative, got {weight_decay}": weight_decay >= 0,
+        f"kl_clip must be positive or None, got {kl_clip}": kl_clip is None or kl_clip > 0,
+        "step_length is 'lr' or 'quadratic'": step_length in ("lr", "quadratic"),
+        f"ema_decay is 0 to below 1, got {ema_decay}": 0 <= ema_decay < 1,
+        "periods are at least 1 step": min(periods) >= 1,
+        f"burn_in is 0 or more steps, got {burn_in}": burn_in >= 0,
+        f"loss_scale is a positive number, 'mean' or 'sum', not {loss_scale!r}": loss_scale > 0
+        if not isinstance(loss_scale, str)
+        else loss_scale in ("mean", "sum"),
+        f"max_rows is positive or None, got {max_rows}": max_rows is None or max_rows >= 1,
+        "check is 'error', 'warn' or 'off'": check in ("error", "warn", "off"),
+    }
+    for message, holds in demands.items():
+        if not holds:
+            raise UsageError(message)

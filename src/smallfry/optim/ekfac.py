@@ -9,6 +9,7 @@ curvature has its true size. The basis is made anew with the inverse, s with the
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from smallfry.curvature import Block, Rows
@@ -16,19 +17,18 @@ from smallfry.curvature.kronecker import (
     basis_second_moments,
     diagonal_error,
     eigendecompose,
-    packed_trace,
+    input_factor,
+    output_factor,
+    pack,
+    packed_mean,
     reduced,
     rotate_second_moments,
     solve_diagonal,
     unpack,
 )
-from smallfry.optim.base import NaturalGradient, State
-from smallfry.optim.kfac import (
-    check_sharing,
-    eigenvalue_range,
-    fold_factors,
-    sharing_of,
-)
+from smallfry.optim.approximation import Approximation, State, eigenvalue_range
+from smallfry.optim.base import NaturalGradient
+from smallfry.optim.kfac import folded, running, sum_over
 
 Sharing = Literal["exact", "expand", "reduce"]
 
@@ -45,9 +45,6 @@ class EKFAC(NaturalGradient):
         settings: Those of ``NaturalGradient``.
     """
 
-    method = "EKFAC"
-    sharing_choices = ("exact", "expand", "reduce")
-
     def __init__(
         self,
         model: nn.Module,
@@ -56,55 +53,72 @@ class EKFAC(NaturalGradient):
         sharing: Sharing | dict[str, Sharing] = "exact",
         **settings: Any,
     ) -> None:
-        self.sharing = sharing
-        super().__init__(model, lr, **settings)
-        check_sharing(sharing, self.blocks, self.sharing_choices)
+        super().__init__(model, lr, DiagonalInBasis(sharing), **settings)
 
-    def _flavour(self, block: Block) -> str:
-        return sharing_of(self.sharing, block)
 
-    def _may_draw(self) -> bool:
-        return self.sharing == "expand"
+class DiagonalInBasis(Approximation):
+    """(Q_A ⊗ Q_G) diag(s) (Q_A ⊗ Q_G)ᵀ; the argument is that of ``EKFAC``."""
 
-    def _update(self, block: Block, state: State, rows: Sequence[Rows], keep: float) -> None:
-        fold_factors(state, rows, keep, self._flavour(block) == "reduce")
+    sharing_choices = ("exact", "expand", "reduce")
+    settles = True
 
-    def _invert(self, block: Block, state: State, damping: float) -> None:
+    def update(
+        self,
+        block: Block,
+        state: State,
+        rows: Sequence[Rows],
+        keep: float,
+        generator: torch.Generator,
+    ) -> None:
+        """Average the batch's A and G in."""
+        seen = folded(rows, self.sharing_of(block) == "reduce")
+        for side, factor in (("a", input_factor), ("g", output_factor)):
+            state[side] = running(state, side, pack(sum_over(seen, factor)), keep)
+
+    def invert(self, block: Block, state: State, damping: float) -> float:
+        """Decompose A and G, and carry s over to the new basis."""
         qa = eigendecompose(unpack(state["a"])).vectors
         qg = eigendecompose(unpack(state["g"])).vectors
         if "s" in state:
             ua, ug = qa.transpose(1, 2) @ state["qa"], qg.transpose(1, 2) @ state["qg"]
             state["s"] = rotate_second_moments(state["s"], ua, ug)
         state["qa"], state["qg"] = qa, qg
+        return 1.0
 
-    def _settle(self, block: Block, state: State, rows: Sequence[Rows], keep: float) -> None:
+    def settle(self, block: Block, state: State, rows: Sequence[Rows], keep: float) -> None:
+        """Average the batch's second moments in."""
         if "qa" not in state:
             return
         samples = sum(part.samples for part in rows)
         fresh: Any = 0
         for part in rows:
-            seen = _as_samples(part, self._flavour(block))
+            seen = _as_samples(part, self.sharing_of(block))
             moments = basis_second_moments(seen, state["qa"], state["qg"])
             fresh = fresh + moments * (seen.samples / part.samples) * (part.samples / samples)
-        state["s"] = fresh if "s" not in state else state["s"].lerp_(fresh, 1 - keep)
+        state["s"] = running(state, "s", fresh, keep)
 
-    def _apply(self, block: Block, state: State, matrix: Tensor, damping: float) -> Tensor:
+    def apply(self, block: Block, state: State, matrix: Tensor, damping: float) -> Tensor:
+        """Into the basis, divide, and back."""
         return solve_diagonal(state["qa"], state["qg"], state["s"], matrix, damping)
 
-    def _trace(self, block: Block, state: State) -> float:
+    def trace(self, block: Block, state: State) -> float:
+        """Σ s."""
         if "s" in state:
             return float(state["s"].double().sum())
-        return float((packed_trace(state["a"]) * packed_trace(state["g"])).sum())
+        means = packed_mean(state["a"]).double() * packed_mean(state["g"]).double()
+        return float(means.sum()) * block.shape[1] * block.shape[2]
 
-    def _cost(self, block: Block) -> tuple[str, int, int]:
+    def cost(self, block: Block) -> tuple[str, int, int]:
+        """The approximation in words, numbers kept, multiply-adds of an inversion."""
         groups, outputs, inputs = block.shape
         squares = inputs**2 + outputs**2
         packed = (inputs * (inputs + 1) + outputs * (outputs + 1)) // 2
         work = 9 * (inputs**3 + outputs**3)
-        words = f"diagonal in the basis of A ⊗ G, {self._flavour(block)}"
+        words = f"diagonal in the basis of A ⊗ G, {self.sharing_of(block)}"
         return words, groups * (packed + squares + outputs * inputs), groups * work
 
-    def _diagnose(self, block: Block, state: State, rows: Sequence[Rows]) -> dict[str, Any]:
+    def diagnose(self, block: Block, state: State, rows: Sequence[Rows]) -> dict[str, Any]:
+        """Eigenvalue ranges and the Fisher error."""
         a, g = unpack(state["a"]), unpack(state["g"])
         found: dict[str, Any] = {"inputs": eigenvalue_range(a), "outputs": eigenvalue_range(g)}
         if rows:
@@ -113,11 +127,11 @@ class EKFAC(NaturalGradient):
         return found
 
 
-def _as_samples(rows: Rows, flavour: str) -> Rows:
-    """Rows whose samples are what ``flavour`` takes for one gradient."""
-    if rows.uses == 1 or flavour == "exact":
+def _as_samples(rows: Rows, sharing: str) -> Rows:
+    """Rows whose samples are what ``sharing`` takes for one gradient."""
+    if rows.uses == 1 or sharing == "exact":
         return rows
-    if flavour == "reduce":
+    if sharing == "reduce":
         return reduced(rows)
     g = rows.gradients.flatten(2, 3).unsqueeze(3)
     return Rows(rows.inputs.flatten(1, 2).unsqueeze(2), g)

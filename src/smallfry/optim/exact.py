@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smallfry.curvature import Block, Rows
+from smallfry.curvature import Block, Observation, Rows
 from smallfry.curvature.fisher import Woodbury, damped_solve, gram, woodbury
 from smallfry.errors import UsageError
-from smallfry.optim.base import NaturalGradient, State, _warn
+from smallfry.optim.approximation import Approximation, State
+from smallfry.optim.base import NaturalGradient
+from smallfry.optim.refresh import refresh_blocks, warn
 
 
 class ExactNG(NaturalGradient):
@@ -33,8 +35,6 @@ class ExactNG(NaturalGradient):
         settings: Those of ``NaturalGradient``.
     """
 
-    method = "exact natural gradient"
-
     def __init__(
         self,
         model: nn.Module,
@@ -46,42 +46,77 @@ class ExactNG(NaturalGradient):
         damping: float = 10.0,
         **settings: Any,
     ) -> None:
-        if scope not in ("full", "block"):
-            raise UsageError(f"scope is 'full' or 'block', not '{scope}'")
-        if window < 1:
-            raise UsageError(f"window is at least 1, not {window}")
         if settings.get("damping_per") == "layer" and scope == "full":
             raise UsageError("scope='full' has one damping for the network: damping_per='network'")
         if settings.get("inverse_every", statistics_every) not in (None, statistics_every):
             raise UsageError("ExactNG solves with each batch it takes: leave inverse_every out")
-        self.scope, self.window = scope, window
-        super().__init__(model, lr, statistics_every=statistics_every, damping=damping, **settings)
+        super().__init__(
+            model,
+            lr,
+            LastSamples(scope, window),
+            statistics_every=statistics_every,
+            damping=damping,
+            **settings,
+        )
+        self.scope = scope
 
-    def _refresh_all(self, rows: Mapping[str, Sequence[Rows]], inverse: bool) -> None:
-        super()._refresh_all(rows, False)
+    def _refresh_blocks(self, tapped: Sequence[Observation], inverse: bool) -> None:
+        refresh_blocks(self, tapped, inverse)
         known = [b for b in self.blocks if self.curvature[b.name]]
         groups = [known] if self.scope == "full" else [[b] for b in known]
         for together in groups:
             states = [self.curvature[b.name] for b in together]
             matrix = sum(state["gram"] for state in states)
-            samples = _rows(states[0]).samples
             asked = self.lambdas[together[0].name]
-            factored = woodbury(torch.as_tensor(matrix), samples, asked)
+            factored = woodbury(torch.as_tensor(matrix), rows_in(states[0]).samples, asked)
             if factored.damping != asked:
-                _warn(
+                warn(
                     f"layer '{next(iter(together[0].layers))}': the Gram matrix is nearly "
                     f"singular, its damping was raised {factored.damping / asked:g} times"
                 )
                 self.lambdas |= {b.name: factored.damping for b in together}
             states[0]["factor"] = factored.factor
-        self.counters["inverses"] += 1
 
-    def _update(self, block: Block, state: State, rows: Sequence[Rows], keep: float) -> None:
+    def _precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self.scope == "block":
+            return super()._precondition(gradients)
+        first = next(b.name for b in self.blocks if self.curvature[b.name])
+        rows = {name: rows_in(self.curvature[name]).double() for name in gradients}
+        return _solve(rows, gradients, self.curvature[first]["factor"], self.lambdas[first])
+
+
+class LastSamples(Approximation):
+    """The samples of the last batches themselves; the arguments are those of ``ExactNG``."""
+
+    sharing_choices = ("exact",)
+    counts_absence = True  # blocks are coupled sample by sample
+
+    def __init__(self, scope: str, window: int) -> None:
+        super().__init__("exact")
+        if scope not in ("full", "block"):
+            raise UsageError(f"scope is 'full' or 'block', not '{scope}'")
+        if window < 1:
+            raise UsageError(f"window is at least 1, not {window}")
+        self.scope, self.window = scope, window
+
+    def settings(self) -> dict[str, Any]:
+        """Plain data that a saved state depends on."""
+        return {"scope": self.scope, "window": self.window}
+
+    def update(
+        self,
+        block: Block,
+        state: State,
+        rows: Sequence[Rows],
+        keep: float,
+        generator: torch.Generator,
+    ) -> None:
+        """Put the batch behind the last ones, and drop those beyond the window."""
         # a smaller last batch counts by its samples; shorter sequences are padded by nothing
         batch = _joined(rows)
         counts = [*state.get("counts", []), batch.samples]
         if state:
-            batch = _joined([_rows(state), batch])
+            batch = _joined([rows_in(state), batch])
         while len(counts) > self.window:
             gone = counts.pop(0)
             batch = Rows(batch.inputs[:, gone:], batch.gradients[:, :, gone:])
@@ -89,47 +124,42 @@ class ExactNG(NaturalGradient):
         state["inputs"], state["gradients"] = batch.inputs.clone(), batch.gradients.clone()
         state["gram"] = gram(batch.double())
 
-    def _invert(self, block: Block, state: State, damping: float) -> None:
-        raise NotImplementedError("blocks are factored together, in _refresh_all")
+    def invert(self, block: Block, state: State, damping: float) -> float:
+        """Nothing: blocks are factored together."""
+        return 1.0
 
-    def _precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if self.scope == "block":
-            return super()._precondition(gradients)
-        first = next(b.name for b in self.blocks if self.curvature[b.name])
-        rows = {name: _rows(self.curvature[name]).double() for name in gradients}
-        return self._solve(rows, gradients, self.curvature[first]["factor"], self.lambdas[first])
+    def apply(self, block: Block, state: State, matrix: Tensor, damping: float) -> Tensor:
+        """Woodbury's identity for the block alone."""
+        rows = {block.name: rows_in(state).double()}
+        return _solve(rows, {block.name: matrix}, state["factor"], damping)[block.name]
 
-    def _apply(self, block: Block, state: State, matrix: Tensor, damping: float) -> Tensor:
-        rows = {block.name: _rows(state).double()}
-        return self._solve(rows, {block.name: matrix}, state["factor"], damping)[block.name]
+    def trace(self, block: Block, state: State) -> float:
+        """Mean squared norm of the samples' gradients."""
+        return float(state["gram"].diagonal().sum() / rows_in(state).samples)
 
-    def _solve(
-        self,
-        rows: Mapping[str, Rows],
-        gradients: Mapping[str, Tensor],
-        factor: Tensor,
-        damping: float,
-    ) -> dict[str, Tensor]:
-        # x − J v cancels by ‖F‖/λ, more than float32 has
-        wide = {name: matrix.double() for name, matrix in gradients.items()}
-        solved = damped_solve(rows, wide, Woodbury(factor, damping))
-        return {name: solved[name].to(gradients[name]) for name in gradients}
+    def cost(self, block: Block) -> tuple[str, int, int]:
+        """In words; memory and cost depend on the batch."""
+        return f"exact, {self.scope}; memory and cost grow with the batch", 0, 0
 
-    def _trace(self, block: Block, state: State) -> float:
-        return float(state["gram"].diagonal().sum() / _rows(state).samples)
-
-    def _cost(self, block: Block) -> tuple[str, int, int]:
-        words = f"exact, {self.scope}; memory and cost grow with the batch"
-        return words, 0, 0
-
-    def _diagnose(self, block: Block, state: State, rows: Sequence[Rows]) -> dict[str, Any]:
-        values = torch.linalg.eigvalsh(state["gram"]).clamp_min(0) / _rows(state).samples
+    def diagnose(self, block: Block, state: State, rows: Sequence[Rows]) -> dict[str, Any]:
+        """Range of the Gram matrix's eigenvalues, over samples."""
+        values = torch.linalg.eigvalsh(state["gram"]).clamp_min(0) / rows_in(state).samples
         spread = (float(values.min()), float(values.max()))
         return {"samples": spread} | ({"fisher_error": 0.0} if rows else {})
 
 
-def _rows(state: State) -> Rows:
+def rows_in(state: State) -> Rows:
+    """The samples kept."""
     return Rows(state["inputs"], state["gradients"])
+
+
+def _solve(
+    rows: Mapping[str, Rows], gradients: Mapping[str, Tensor], factor: Tensor, damping: float
+) -> dict[str, Tensor]:
+    # x − J v cancels by ‖F‖/λ, more than float32 has
+    precise = {name: matrix.double() for name, matrix in gradients.items()}
+    solved = damped_solve(rows, precise, Woodbury(factor, damping))
+    return {name: solved[name].to(gradients[name]) for name in gradients}
 
 
 def _joined(parts: Sequence[Rows]) -> Rows:

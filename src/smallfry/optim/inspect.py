@@ -88,6 +88,27 @@ class Diagnosis(NamedTuple):
         return f"{_table(head, lines)}\nclip {self.clip:.3g}; {counted}"
 
 
+def summarize(optimizer: "NaturalGradient") -> Summary:
+    """What happens to each parameter: approximation, memory, cost of a refresh."""
+    rows = []
+    momentum = any(group.get("momentum", 0) > 0 for group in optimizer.param_groups)
+    for block in optimizer.blocks:
+        words, numbers, work = optimizer.approximation.cost(block)
+        numbers += block.size if momentum else 0
+        width = max(4, next(iter(block.parameters.values())).element_size())
+        rows.append(
+            SummaryRow(", ".join(block.layers), block.size, words, numbers * width, work, "")
+        )
+    parameters = {name: p for p, name in optimizer.names.items()}
+    for name, reason in optimizer.uncovered.items():
+        p = parameters[name]
+        memory = 2 * p.numel() * p.element_size()
+        rows.append(SummaryRow(name, p.numel(), "AdamW", memory, 0, reason))
+    for name, p in optimizer.frozen.items():
+        rows.append(SummaryRow(name, p.numel(), "none", 0, 0, "frozen: requires no gradient"))
+    return Summary(type(optimizer).__name__, tuple(rows))
+
+
 @torch.no_grad()
 def diagnose(optimizer: "NaturalGradient") -> Diagnosis:
     """Look at every block that has statistics."""
@@ -97,7 +118,7 @@ def diagnose(optimizer: "NaturalGradient") -> Diagnosis:
         if not state:
             continue
         rows = optimizer._latest.get(block.name, [])
-        spectra = optimizer._diagnose(block, state, rows)
+        spectra = optimizer.approximation.diagnose(block, state, rows)
         damping = optimizer.lambdas[block.name]
         tops = [spectra[key][1] for key in ("inputs", "outputs", "samples") if key in spectra]
         largest = float(torch.tensor(tops, dtype=torch.float64).prod())

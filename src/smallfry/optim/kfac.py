@@ -9,9 +9,10 @@ weight is used T times by a sample (Eschenhagen et al. 2023, arXiv 2311.00636),
 Exact for deep linear networks under a Gaussian likelihood, and for a single sample.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from smallfry.curvature import Block, Rows
@@ -23,16 +24,19 @@ from smallfry.curvature.kronecker import (
     kronecker_error,
     output_factor,
     pack,
-    packed_trace,
+    packed_mean,
     reduced,
     solve_tikhonov,
     split_damping,
     unpack,
 )
+from smallfry.curvature.low_rank import LowRank, average, solve_sides
 from smallfry.errors import UsageError
-from smallfry.optim.base import NaturalGradient, State, _warn
+from smallfry.optim.approximation import Approximation, State, eigenvalue_range
+from smallfry.optim.base import NaturalGradient
 
 Sharing = Literal["expand", "reduce"]
+SIDES = ("a", "g")
 
 
 class KFAC(NaturalGradient):
@@ -44,10 +48,11 @@ class KFAC(NaturalGradient):
         damping_split: "factored" damps A and G apart (Cholesky, two products a step); "tikhonov"
             damps their product exactly, in its eigenbasis (four products, and costlier refreshes).
         sharing: "expand" or "reduce", for all layers or by layer name.
+        rank: Eigenpairs kept of each factor that is larger than twice that, beside one value for
+            the rest of its spectrum; None keeps factors whole. A step and a refresh cost much less
+            with it, and the inverse follows the statistics at once.
         settings: Those of ``NaturalGradient``.
     """
-
-    method = "KFAC"
 
     def __init__(
         self,
@@ -56,102 +61,169 @@ class KFAC(NaturalGradient):
         *,
         damping_split: Literal["factored", "tikhonov"] = "factored",
         sharing: Sharing | dict[str, Sharing] = "expand",
+        rank: int | None = None,
         **settings: Any,
     ) -> None:
+        super().__init__(model, lr, KroneckerProduct(damping_split, sharing, rank), **settings)
+
+
+class KroneckerProduct(Approximation):
+    """A ⊗ G; the arguments are those of ``KFAC``."""
+
+    def __init__(
+        self, damping_split: str, sharing: str | Mapping[str, str], rank: int | None
+    ) -> None:
+        super().__init__(sharing)
         if damping_split not in ("factored", "tikhonov"):
             raise UsageError(f"damping_split is 'factored' or 'tikhonov', not '{damping_split}'")
-        self.damping_split, self.sharing = damping_split, sharing
-        super().__init__(model, lr, **settings)
-        check_sharing(sharing, self.blocks, self.sharing_choices)
+        if rank is not None and rank < 1:
+            raise UsageError(f"rank is at least 1, or None for whole factors, not {rank}")
+        if rank is not None and damping_split == "tikhonov":
+            raise UsageError("rank= needs damping_split='factored'")
+        self.damping_split, self.rank = damping_split, rank
 
-    def _flavour(self, block: Block) -> str:
-        return sharing_of(self.sharing, block)
+    def settings(self) -> dict[str, Any]:
+        """Plain data that a saved state depends on."""
+        return super().settings() | {"damping_split": self.damping_split, "rank": self.rank}
 
-    def _may_draw(self) -> bool:
-        return self.sharing == "expand"
+    def update(
+        self,
+        block: Block,
+        state: State,
+        rows: Sequence[Rows],
+        keep: float,
+        generator: torch.Generator,
+    ) -> None:
+        """Average the batch's A and G in."""
+        seen = folded(rows, self.sharing_of(block) == "reduce")
+        fresh = {}
+        for side in SIDES:
+            rank = self._rank(block, side)
+            if rank is None:
+                matrix = sum_over(seen, input_factor if side == "a" else output_factor)
+                fresh[side] = running(state, side, pack(matrix), keep)
+            else:
+                taken = average(low_rank(state, side), _rows(seen, side), keep, rank, generator)
+                fresh |= {f"{name}_{side}": t for name, t in taken._asdict().items()}
+        state |= fresh
 
-    def _update(self, block: Block, state: State, rows: Sequence[Rows], keep: float) -> None:
-        fold_factors(state, rows, keep, self._flavour(block) == "reduce")
-
-    def _invert(self, block: Block, state: State, damping: float) -> None:
-        a, g = unpack(state["a"]), unpack(state["g"])
+    def invert(self, block: Block, state: State, damping: float) -> float:
+        """Invert the factors, damped apart, or decompose them."""
         if self.damping_split == "tikhonov":
-            ea, eg = eigendecompose(a), eigendecompose(g)
+            ea, eg = eigendecompose(unpack(state["a"])), eigendecompose(unpack(state["g"]))
             state |= {"qa": ea.vectors, "la": ea.values, "qg": eg.vectors, "lg": eg.values}
-            return
-        da, dg = split_damping(a, g, damping)
-        ia, ig = damped_inverse(a, da), damped_inverse(g, dg)
-        raised = max(ia.raised, ig.raised)
-        if raised > 1:
-            _warn(
-                f"layer '{next(iter(block.layers))}': a factor is nearly singular, its damping was "
-                f"raised {raised:g} times to invert it; a larger damping= avoids that"
-            )
-        # stored packed where the factors would otherwise outweigh the weights they belong to
-        compact = packs_inverse(block.shape)
-        state["ia"] = pack(ia.matrix) if compact else ia.matrix
-        state["ig"] = pack(ig.matrix) if compact else ig.matrix
+            return 1.0
+        a, g = (self._mean(block, state, side) for side in SIDES)
+        fresh: State = dict(zip(("da", "dg"), split_damping(a, g, damping), strict=True))
+        raised = 1.0
+        for side in SIDES:
+            if self._rank(block, side) is None:
+                inverse = damped_inverse(unpack(state[side]), fresh[f"d{side}"])
+                # packed where the factors would otherwise outweigh the weights they belong to
+                packed = packs_inverse(block.shape)
+                fresh[f"i{side}"] = pack(inverse.matrix) if packed else inverse.matrix
+                raised = max(raised, inverse.raised)
+        state |= fresh
+        return raised
 
-    def _apply(self, block: Block, state: State, matrix: Tensor, damping: float) -> Tensor:
+    def apply(self, block: Block, state: State, matrix: Tensor, damping: float) -> Tensor:
+        """Two products with inverses, thin ones where factors have a rank."""
         if self.damping_split == "tikhonov":
             a, g = Eigen(state["la"], state["qa"]), Eigen(state["lg"], state["qg"])
             return solve_tikhonov(a, g, matrix, damping)
-        if packs_inverse(block.shape):
-            return unpack(state["ig"]) @ matrix @ unpack(state["ia"])
-        product: Tensor = state["ig"] @ matrix @ state["ia"]
-        return product
+        low = {side: low_rank(state, side) for side in SIDES}
+        if low["g"] is None:
+            matrix = self._inverse(block, state, "g") @ matrix
+        if low["a"] is None:
+            matrix = matrix @ self._inverse(block, state, "a")
+        if low["a"] is None and low["g"] is None:
+            return matrix
+        return solve_sides(low["a"], low["g"], matrix, state["da"], state["dg"])
 
-    def _trace(self, block: Block, state: State) -> float:
-        return float((packed_trace(state["a"]) * packed_trace(state["g"])).sum())
+    def trace(self, block: Block, state: State) -> float:
+        """tr A · tr G."""
+        a, g = (self._mean(block, state, side).double() for side in SIDES)
+        return float((a * g).sum()) * block.shape[1] * block.shape[2]
 
-    def _cost(self, block: Block) -> tuple[str, int, int]:
+    def cost(self, block: Block) -> tuple[str, int, int]:
+        """The approximation in words, numbers kept, multiply-adds of an inversion."""
         groups, outputs, inputs = block.shape
-        squares = inputs**2 + outputs**2
-        packed = (inputs * (inputs + 1) + outputs * (outputs + 1)) // 2
-        kept = packed if packs_inverse(block.shape) else squares
-        work = inputs**3 + outputs**3
-        if self.damping_split == "tikhonov":
-            kept, work = squares + inputs + outputs, 9 * work
-        words = f"A ⊗ G, {self._flavour(block)}, {self.damping_split}"
-        return words, groups * (packed + kept), groups * work
+        kept = work = 0
+        for side, size in zip(SIDES, (inputs, outputs), strict=True):
+            rank = self._rank(block, side)
+            triangle = size * (size + 1) // 2
+            if rank is not None:
+                kept += size * rank + rank + 1
+            elif self.damping_split == "tikhonov":
+                kept, work = kept + triangle + size**2 + size, work + 9 * size**3
+            else:
+                kept += 2 * triangle if packs_inverse(block.shape) else triangle + size**2
+                work += size**3
+        kept += 2 if self.damping_split == "factored" else 0
+        ranked = "" if self.rank is None else f", rank {self.rank}"
+        words = f"A ⊗ G, {self.sharing_of(block)}, {self.damping_split}{ranked}"
+        return words, groups * kept, groups * work
 
-    def _diagnose(self, block: Block, state: State, rows: Sequence[Rows]) -> dict[str, Any]:
-        a, g = unpack(state["a"]), unpack(state["g"])
+    def diagnose(self, block: Block, state: State, rows: Sequence[Rows]) -> dict[str, Any]:
+        """Eigenvalue ranges and the Fisher error."""
+        a, g = self._dense(state, "a"), self._dense(state, "g")
         found: dict[str, Any] = {"inputs": eigenvalue_range(a), "outputs": eigenvalue_range(g)}
         if rows:
             found["fisher_error"] = kronecker_error(rows[0].double(), a.double(), g.double())
         return found
 
+    def _rank(self, block: Block, side: str) -> int | None:
+        """Pairs kept of a factor; None for all."""
+        size = block.shape[2 if side == "a" else 1]
+        return self.rank if self.rank is not None and size > 2 * self.rank else None
 
-def fold_factors(state: State, rows: Sequence[Rows], keep: float, reduce: bool) -> None:
-    """Average a batch's A and G into ``state["a"]`` and ``state["g"]``, packed."""
+    def _mean(self, block: Block, state: State, side: str) -> Tensor:
+        """Mean eigenvalue of a factor, (groups,)."""
+        low = low_rank(state, side)
+        if low is None:
+            return packed_mean(state[side])
+        return low.trace / low.vectors.shape[1]
+
+    def _inverse(self, block: Block, state: State, side: str) -> Tensor:
+        inverse: Tensor = state[f"i{side}"]
+        return unpack(inverse) if packs_inverse(block.shape) else inverse
+
+    def _dense(self, state: State, side: str) -> Tensor:
+        low = low_rank(state, side)
+        return unpack(state[side]) if low is None else low.dense()
+
+
+def folded(rows: Sequence[Rows], reduce: bool) -> list[Rows]:
+    """Micro-batches, weighted so that their factors add up to the whole batch's."""
     samples = sum(part.samples for part in rows)
-    a: Any = 0
-    g: Any = 0
+    seen = []
     for part in rows:
-        seen = reduced(part) if reduce and part.uses > 1 else part
-        share = part.samples / samples
-        a, g = a + input_factor(seen) * share, g + output_factor(seen) * share
-    for key, fresh in {"a": pack(a), "g": pack(g)}.items():
-        state[key] = fresh if key not in state else state[key].lerp_(fresh, 1 - keep)
+        one = reduced(part) if reduce and part.uses > 1 else part
+        share = (part.samples / samples) ** 0.5
+        seen.append(one if share == 1 else Rows(one.inputs * share, one.gradients * share))
+    return seen
 
 
-def sharing_of(sharing: Any, block: Block) -> str:
-    """How a block's uses are put together."""
-    if isinstance(sharing, str):
-        return sharing
-    return next((sharing[name] for name in block.layers if name in sharing), "expand")
+def sum_over(rows: Sequence[Rows], factor: Any) -> Tensor:
+    """The sum of a factor over micro-batches."""
+    parts = [factor(part) for part in rows]
+    total: Tensor = sum(parts[1:], start=parts[0])
+    return total
 
 
-def check_sharing(sharing: Any, blocks: Sequence[Block], choices: Sequence[str]) -> None:
-    """Make sure that ``sharing`` names existing layers and known ways."""
-    asked = {"": sharing} if isinstance(sharing, str) else dict(sharing)
-    layers = {name for block in blocks for name in block.layers}
-    for name, way in asked.items():
-        if way not in choices:
-            raise UsageError(f"sharing is {' or '.join(choices)} for this method, not '{way}'")
-        if name and name not in layers:
-            raise UsageError(f"sharing names layer '{name}', which is not covered")
+def running(state: State, key: str, fresh: Tensor, keep: float) -> Tensor:
+    """keep · old + (1 − keep) · fresh."""
+    if key not in state:
+        return fresh
+    old: Tensor = state[key]
+    return old.lerp_(fresh, 1 - keep)
+
+
+def low_rank(state: State, side: str) -> LowRank | None:
+    """A factor that is kept as a few eigenpairs; None if it is kept whole, or not there yet."""
+    if f"vectors_{side}" not in state:
+        return None
+    return LowRank(*(state[f"{name}_{side}"] for name in LowRank._fields))
 
 
 def packs_inverse(shape: tuple[int, int, int]) -> bool:
@@ -160,7 +232,10 @@ def packs_inverse(shape: tuple[int, int, int]) -> bool:
     return 1.5 * (outputs**2 + inputs**2) > 4 * outputs * inputs
 
 
-def eigenvalue_range(matrix: Tensor) -> tuple[float, float]:
-    """Smallest and largest eigenvalue."""
-    values = eigendecompose(matrix).values
-    return float(values.min()), float(values.max())
+def _rows(rows: Sequence[Rows], side: str) -> Tensor:
+    """Rows whose Gram matrix is the factor, (groups, rows, size)."""
+    if side == "a":
+        flat = [r.inputs.flatten(1, 2) / (r.samples * r.uses) ** 0.5 for r in rows]
+    else:
+        flat = [r.gradients.flatten(1, 3) / r.samples**0.5 for r in rows]
+    return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)

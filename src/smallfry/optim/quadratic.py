@@ -6,6 +6,7 @@ The best step lengths follow Martens and Grosse 2015 (arXiv 1503.05671, sections
 reduction ratio their section 6.5. L is in units of the mean negative log-likelihood.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,7 @@ def best_step(
             )
     matrix = curved + ridge
     lengths = -(torch.linalg.pinv(matrix, hermitian=True) @ slope)
-    rate = optimizer.param_groups[0]["lr"]
+    rate = max(group["lr"] for group in optimizer.param_groups if "momentum" in group)
     size = float(rate**2 * lengths @ curved @ lengths)
     result = {
         name: sum((float(c) * b[name] for c, b in zip(lengths, bases, strict=True)), start=0 * v)
@@ -78,13 +79,33 @@ def best_step(
     return result
 
 
+def adapt_damping(
+    optimizer: "NaturalGradient",
+    observations: Sequence[Observation],
+    step: Mapping[str, Tensor],
+    parameters: Mapping[str, nn.Parameter],
+) -> None:
+    """λ falls where M foretold the change of the loss, else rises (Levenberg and Marquardt)."""
+    ratio = reduction_ratio(optimizer, observations, step, parameters)
+    optimizer.reduction_ratio = ratio
+    if ratio is None:
+        return
+    omega = 0.95**optimizer.statistics_every
+    if ratio > 0.75:
+        optimizer.damping_factor = max(optimizer.damping_factor * omega, 1e-6)
+    elif ratio < 0.25:
+        optimizer.damping_factor = min(optimizer.damping_factor / omega, 1e6)
+
+
 def reduction_ratio(
     optimizer: "NaturalGradient",
     observations: Sequence[Observation],
     step: Mapping[str, Tensor],
     parameters: Mapping[str, nn.Parameter],
 ) -> float | None:
-    """How much of the change of the loss that M foretells really comes; None if M foretells none.
+    """How much of the fall of the loss that M foretells really comes.
+
+    −∞ if M foretells a rise and it comes; None if there is nothing to learn from.
 
     The targets are not needed: the gradient that arrived at the outputs gives the linear part of
     the real change, and the divergence of the likelihood the rest.
@@ -106,7 +127,9 @@ def reduction_ratio(
         curved += _dot(optimizer.likelihood.hessian_product(before, tangents), tangents) / samples
     ridge = sum(damping_of(optimizer, n) * float((d**2).sum()) for n, d in step.items())
     foretold = linear + 0.5 * (curved + ridge)
-    return real / foretold if foretold < 0 else None
+    if foretold < 0:
+        return real / foretold
+    return -math.inf if real > 0 else None
 
 
 def damping_of(optimizer: "NaturalGradient", name: str) -> float:

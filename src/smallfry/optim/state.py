@@ -11,7 +11,7 @@ from smallfry.errors import UsageError
 if TYPE_CHECKING:
     from smallfry.optim.base import NaturalGradient
 
-FORMAT = 1
+FORMAT = 2
 FLAGS = ("overdue", "overdue_inverse", "checked", "damping_factor", "clip", "_factor", "damping")
 
 
@@ -30,6 +30,7 @@ def save_state(optimizer: "NaturalGradient") -> dict[str, Any]:
     return {
         "format": FORMAT,
         "method": type(optimizer).__name__,
+        "settings": optimizer.approximation.settings(),
         "state": per_parameter,
         "param_groups": [
             {**group, "params": [names[p] for p in group["params"]]}
@@ -76,8 +77,7 @@ def load_state(optimizer: "NaturalGradient", given: Mapping[str, Any]) -> None:
     for name in FLAGS:
         setattr(optimizer, name, given["flags"][name])
     optimizer.generator.set_state(given["generator"].cpu())
-    optimizer.observer.pending = []
-    optimizer._loaded()
+    optimizer.observer.drop()
 
 
 def _require_fit(optimizer: "NaturalGradient", given: Mapping[str, Any]) -> None:
@@ -89,6 +89,13 @@ def _require_fit(optimizer: "NaturalGradient", given: Mapping[str, Any]) -> None
         )
     if given["method"] != method:
         raise UsageError(f"this is the state of {given['method']}, not of {method}")
+    settings = optimizer.approximation.settings()
+    for key, value in given["settings"].items():
+        if settings.get(key) != value:
+            raise UsageError(
+                f"the state was made with {key}={value!r}, this optimizer has "
+                f"{key}={settings.get(key)!r}: build it with the same"
+            )
     mine = [[optimizer.names[p] for p in group["params"]] for group in optimizer.param_groups]
     theirs = [list(group["params"]) for group in given["param_groups"]]
     if mine != theirs:

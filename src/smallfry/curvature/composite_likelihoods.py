@@ -1,0 +1,178 @@
+"""Likelihoods of several parts of an output, or of any ``torch.distributions`` density."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from smallfry.curvature.likelihoods import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    Likelihood,
+    Outputs,
+    Scale,
+)
+from smallfry.errors import UsageError, nearest
+
+
+class Joint(Likelihood):
+    """Independent densities of several parts of the model's output.
+
+    Args:
+        parts: A likelihood for each part, by attribute, key or index in the model's output.
+    """
+
+    def __init__(self, parts: Mapping[str | int, Likelihood]) -> None:
+        if not parts:
+            raise UsageError("a joint likelihood needs at least one part")
+        self.parts = dict(parts)
+
+    def select(self, output: Any) -> Outputs:
+        """The parts' tensors, in order."""
+        found = [part.select(_part(output, key)) for key, part in self.parts.items()]
+        self._counts = [len(tensors) for tensors in found]
+        return tuple(z for tensors in found for z in tensors)
+
+    def _each(self, outputs: Outputs) -> Iterator[tuple[Likelihood, Outputs]]:
+        start = 0
+        for part, count in zip(self.parts.values(), self._counts, strict=True):
+            yield part, outputs[start : start + count]
+            start += count
+
+    def is_density(self, outputs: Outputs) -> bool:
+        """Whether every part is."""
+        return all(part.is_density(z) for part, z in self._each(outputs))
+
+    def sample_gradients(self, outputs: Outputs, generator: torch.Generator) -> Outputs:
+        """A sampled target for each part."""
+        drawn = (part.sample_gradients(z, generator) for part, z in self._each(outputs))
+        return tuple(g for gradients in drawn for g in gradients)
+
+    def columns(self, outputs: Outputs) -> Iterator[Outputs]:
+        """The columns of one part after the other, zero elsewhere."""
+        start = 0
+        for part, z in self._each(outputs):
+            for column in part.columns(z):
+                zeros = [torch.zeros_like(other) for other in outputs]
+                zeros[start : start + len(z)] = column
+                yield tuple(zeros)
+            start += len(z)
+
+    def hessian_product(self, outputs: Outputs, tangents: Outputs) -> Outputs:
+        """Part by part."""
+        pairs = zip(self._each(outputs), self._each(tangents), strict=True)
+        found = (part.hessian_product(z, u) for (part, z), (_, u) in pairs)
+        return tuple(product for products in found for product in products)
+
+    def divergence(self, before: Outputs, after: Outputs) -> Tensor:
+        """The sum of the parts'."""
+        pairs = zip(self._each(before), self._each(after), strict=True)
+        return torch.stack([part.divergence(z, new) for (part, z), (_, new) in pairs]).sum(0)
+
+    def loss_factor(self, outputs: Outputs, gradients: Outputs) -> Scale | None:
+        """The part whose factor is farthest from 1."""
+        pairs = zip(self._each(outputs), self._each(gradients), strict=True)
+        found = [part.loss_factor(z, g) for (part, z), (_, g) in pairs]
+        scales = [scale for scale in found if scale is not None]
+        wrong = [scale for scale in scales if not scale.fits]
+        if wrong or not scales:
+            return wrong[0] if wrong else None
+        return max(scales, key=lambda s: abs(math.log(max(s.factor, 1e-30))))
+
+
+class FromDistribution(Likelihood):
+    """Any density that ``torch.distributions`` can sample and score.
+
+    Args:
+        function: From the model's output to a Distribution whose batch shape starts with the
+            samples. Gradients go through ``log_prob``.
+    """
+
+    def __init__(self, function: Callable[[Any], Distribution]) -> None:
+        self.function = function
+
+    def select(self, output: Any) -> Outputs:
+        """All floating tensors in the output that have a gradient."""
+        leaves, self._structure = tree_flatten(output)
+        chosen = [isinstance(t, Tensor) and t.is_floating_point() for t in leaves]
+        if not any(chosen):
+            raise UsageError("the model's output has no floating tensor to make a density of")
+        # the structure is kept, the tensors are not: they would keep the graph alive
+        self._leaves = [None if c else leaf for c, leaf in zip(chosen, leaves, strict=True)]
+        self._chosen = chosen
+        return tuple(leaf for c, leaf in zip(chosen, leaves, strict=True) if c)
+
+    def sample_gradients(self, outputs: Outputs, generator: torch.Generator) -> Outputs:
+        """−∇ log p of one sample, drawn under a seed from the generator."""
+        free = [z.detach().requires_grad_() for z in outputs]
+        given = iter(free)
+        pairs = zip(self._leaves, self._chosen, strict=True)
+        leaves = [next(given) if chosen else leaf for leaf, chosen in pairs]
+        with torch.enable_grad():
+            distribution = self.function(tree_unflatten(leaves, self._structure))
+            if not isinstance(distribution, Distribution):
+                raise UsageError(
+                    f"the likelihood function returned {type(distribution).__name__}, expected "
+                    "a torch.distributions.Distribution"
+                )
+            seed = int(
+                torch.randint(2**62, (1,), generator=generator, device=generator.device).item()
+            )
+            devices = [outputs[0].device] if outputs[0].is_cuda else []
+            with torch.random.fork_rng(devices=devices), torch.no_grad():
+                torch.manual_seed(seed)
+                drawn = distribution.sample()
+            score = -distribution.log_prob(drawn).sum()
+            found = torch.autograd.grad(score, free, allow_unused=True)
+        return tuple(
+            torch.zeros_like(z) if g is None else g for g, z in zip(found, free, strict=True)
+        )
+
+
+NAMED: dict[str, Callable[[], Likelihood]] = {
+    "categorical": Categorical,
+    "bernoulli": Bernoulli,
+    "bernoulli_probabilities": lambda: Bernoulli("probabilities"),
+    "gaussian": Gaussian,
+}
+
+
+def as_likelihood(
+    given: "str | Likelihood | Mapping[str | int, Any] | Callable[[Any], Distribution]",
+) -> Likelihood:
+    """A likelihood from its name, a mapping of output parts to likelihoods, or a function.
+
+    Raises:
+        UsageError: None of these.
+    """
+    if isinstance(given, Likelihood):
+        return given
+    if isinstance(given, str):
+        if given not in NAMED:
+            raise UsageError(f"unknown likelihood '{given}'{nearest(given, NAMED)}")
+        return NAMED[given]()
+    if isinstance(given, Mapping):
+        return Joint({key: as_likelihood(value) for key, value in given.items()})
+    if callable(given):
+        return FromDistribution(given)
+    raise UsageError(
+        f"a likelihood is a name ({', '.join(NAMED)}), a mapping from parts of the output to "
+        f"likelihoods, or a function to a torch.distributions object, not {type(given).__name__}"
+    )
+
+
+def _part(output: Any, key: str | int) -> Any:
+    try:
+        if isinstance(key, str) and hasattr(output, key):
+            return getattr(output, key)
+        return output[key]
+    except (KeyError, IndexError, TypeError):
+        raise UsageError(
+            f"the likelihood names part '{key}' of the model's output, which is a "
+            f"{type(output).__name__} without it"
+        ) from None

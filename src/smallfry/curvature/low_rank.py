@@ -1,0 +1,113 @@
+"""Kronecker factors as a few eigenpairs and one value for all other directions.
+
+    factor ≈ U diag(λ) Uᵀ + τ (I − U Uᵀ)
+
+The spectrum of a factor falls fast, so that few pairs tell most of it (Puiu 2022, arXiv
+2206.15397). τ is the mean of the eigenvalues left out: the trace stays exact, and so do the scales
+and damping that are made from it. A running average takes a batch in without ever forming the
+factor: two products with the batch's rows, from the old eigenvectors on (subspace iteration with
+Rayleigh and Ritz's values, Halko et al. 2011, arXiv 0909.4061), so that a refresh costs
+O(rows · size · rank) and a damped solve O(size · rank) for each column.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from smallfry.curvature.kronecker import NotFiniteError
+
+OVERSAMPLING = 8  # directions beside the rank in which new eigenvectors are looked for
+
+
+class LowRank(NamedTuple):
+    """A symmetric positive semi-definite matrix with a flat tail."""
+
+    vectors: Tensor  # U, (groups, size, rank), orthonormal
+    values: Tensor  # λ, (groups, rank), ascending
+    tail: Tensor  # τ, (groups,)
+
+    @property
+    def trace(self) -> Tensor:
+        """(groups,)."""
+        _, size, rank = self.vectors.shape
+        return self.values.sum(1) + (size - rank) * self.tail
+
+    def dense(self) -> Tensor:
+        """The matrix, (groups, size, size)."""
+        size = self.vectors.shape[1]
+        excess = (self.values - self.tail[:, None])[:, None]
+        flat = self.tail[:, None, None] * torch.eye(size).to(self.vectors)
+        return (self.vectors * excess) @ self.vectors.transpose(1, 2) + flat
+
+    def times(self, x: Tensor) -> Tensor:
+        """The matrix times (groups, size, columns)."""
+        excess = (self.values - self.tail[:, None])[:, :, None]
+        projected = excess * (self.vectors.transpose(1, 2) @ x)
+        return self.vectors @ projected + self.tail[:, None, None] * x
+
+
+def average(
+    old: LowRank | None, rows: Tensor, keep: float, rank: int, generator: torch.Generator
+) -> LowRank:
+    """The leading pairs of keep · old + (1 − keep) · rowsᵀ rows.
+
+    Args:
+        old: The average so far; None if there is none.
+        rows: (groups, rows, size), weighted so that rowsᵀ rows is the batch's factor.
+        keep: Share of the old.
+        rank: Pairs to keep, less than size.
+        generator: Of the directions in which new eigenvectors are looked for.
+
+    Raises:
+        NotFiniteError: A row is not finite.
+    """
+    groups, _, size = rows.shape
+    if old is None:
+        keep = 0.0
+
+    def product(x: Tensor) -> Tensor:
+        fresh = (1 - keep) * (rows.transpose(1, 2) @ (rows @ x))
+        return fresh if old is None else fresh + keep * old.times(x)
+
+    new = OVERSAMPLING if old is not None else rank + OVERSAMPLING
+    probes = torch.randn(
+        (groups, size, min(new, size)), generator=generator, device=rows.device, dtype=rows.dtype
+    )
+    start = probes if old is None else torch.cat([old.vectors, probes], dim=2)
+    basis = torch.linalg.qr(product(start[..., :size])).Q
+    ritz = basis.transpose(1, 2) @ product(basis)
+    if not bool(ritz.isfinite().all()):
+        raise NotFiniteError("a Kronecker factor is not finite")
+    values, inner = torch.linalg.eigh((ritz + ritz.transpose(1, 2)) / 2)
+    values = values[:, -rank:].clamp_min(0)
+    trace = (1 - keep) * (rows**2).sum((1, 2))
+    if old is not None:
+        trace = trace + keep * old.trace
+    tail = ((trace - values.sum(1)) / (size - rank)).clamp_min(0)
+    return LowRank(basis @ inner[..., -rank:], values, tail)
+
+
+def solve_sides(a: LowRank | None, g: LowRank | None, x: Tensor, da: Tensor, dg: Tensor) -> Tensor:
+    """(G + d_g I)⁻¹ X (A + d_a I)⁻¹, where a side that is None is left alone.
+
+    Args:
+        a: Input factor.
+        g: Output factor.
+        x: (groups, outputs, inputs).
+        da: (groups,), damping of A.
+        dg: (groups,), damping of G.
+    """
+    scale = torch.ones_like(da)
+    if a is not None:
+        x = torch.baddbmm(x, (x @ a.vectors) * _shrink(a, da)[:, None], a.vectors.transpose(1, 2))
+        scale = scale * (a.tail + da)
+    if g is not None:
+        x = torch.baddbmm(x, g.vectors * _shrink(g, dg)[:, None], g.vectors.transpose(1, 2) @ x)
+        scale = scale * (g.tail + dg)
+    return x / scale[:, None, None]
+
+
+def _shrink(factor: LowRank, damping: Tensor) -> Tensor:
+    """(τ + d) / (λ + d) − 1, (groups, rank): what an eigenvector has less than the tail."""
+    return (factor.tail + damping)[:, None] / (factor.values + damping[:, None]) - 1

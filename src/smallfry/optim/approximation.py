@@ -1,0 +1,122 @@
+"""What a method says of one block of the Fisher: its statistics, their inverse, and what they cost.
+
+Everything else, from taking statistics to the length of a step, is the optimizer's and the same for
+all methods. State is a dictionary of tensors and plain data, one for each block, so that it can be
+saved; an approximation itself holds settings only.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smallfry.curvature import Block, Rows
+from smallfry.curvature.kronecker import eigendecompose
+from smallfry.errors import UsageError
+
+State = dict[str, Any]
+
+
+class Approximation(ABC):
+    """How a block's Fisher is approximated.
+
+    Args:
+        sharing: How the uses of a weight by one sample are put together, one of
+            ``sharing_choices``; for all layers or by layer name.
+    """
+
+    sharing_choices: tuple[str, ...] = ("expand", "reduce")
+    settles = False  # whether ``settle`` does something
+    counts_absence = False  # whether a batch that did not call a block counts, as zero gradients
+
+    def __init__(self, sharing: str | Mapping[str, str]) -> None:
+        self.sharing = sharing
+
+    @abstractmethod
+    def update(
+        self,
+        block: Block,
+        state: State,
+        rows: Sequence[Rows],
+        keep: float,
+        generator: torch.Generator,
+    ) -> None:
+        """Fold a batch into the running statistics.
+
+        Args:
+            block: The block.
+            state: Its state, empty at first.
+            rows: What it saw, one for each micro-batch.
+            keep: Share of the old statistics; 0 at first.
+            generator: For methods that draw.
+        """
+
+    @abstractmethod
+    def invert(self, block: Block, state: State, damping: float) -> float:
+        """Make anew what ``apply`` needs.
+
+        Returns:
+            How many times more than asked it had to be damped.
+
+        Raises:
+            NotFiniteError: Before anything is changed.
+        """
+
+    def settle(self, block: Block, state: State, rows: Sequence[Rows], keep: float) -> None:
+        """Fold in what depends on the new inverse, such as a diagonal in its basis."""
+        raise NotImplementedError("a method with ``settles`` says how")
+
+    @abstractmethod
+    def apply(self, block: Block, state: State, matrix: Tensor, damping: float) -> Tensor:
+        """(F̂ + λ I)⁻¹ times a matrix (groups, outputs, inputs)."""
+
+    @abstractmethod
+    def trace(self, block: Block, state: State) -> float:
+        """tr F̂."""
+
+    @abstractmethod
+    def cost(self, block: Block) -> tuple[str, int, int]:
+        """The approximation in words, numbers kept, multiply-adds of an inversion."""
+
+    def diagnose(self, block: Block, state: State, rows: Sequence[Rows]) -> dict[str, Any]:
+        """Eigenvalue ranges ``inputs`` and ``outputs`` and, given rows, ``fisher_error``."""
+        return {}
+
+    def settings(self) -> dict[str, Any]:
+        """Plain data that a saved state depends on."""
+        sharing = self.sharing if isinstance(self.sharing, str) else dict(self.sharing)
+        return {"sharing": sharing}
+
+    def check(self, blocks: Sequence[Block]) -> None:
+        """Make sure that the settings fit the blocks.
+
+        Raises:
+            UsageError: ``sharing`` names an unknown way or layer.
+        """
+        asked = {"": self.sharing} if isinstance(self.sharing, str) else dict(self.sharing)
+        layers = {name for block in blocks for name in block.layers}
+        for name, way in asked.items():
+            if way not in self.sharing_choices:
+                choices = " or ".join(self.sharing_choices)
+                raise UsageError(f"sharing is {choices} for this method, not '{way}'")
+            if name and name not in layers:
+                raise UsageError(f"sharing names layer '{name}', which is not covered")
+
+    def sharing_of(self, block: Block) -> str:
+        """How a block's uses are put together."""
+        if isinstance(self.sharing, str):
+            return self.sharing
+        default = self.sharing_choices[0]
+        return next((self.sharing[name] for name in block.layers if name in self.sharing), default)
+
+    def sums_over_uses(self, block: Block) -> bool:
+        """Whether statistics are sums over uses, so that some drawn at random can stand for all."""
+        return self.sharing_of(block) == "expand"
+
+
+def eigenvalue_range(matrix: Tensor) -> tuple[float, float]:
+    """Smallest and largest eigenvalue."""
+    values = eigendecompose(matrix).values
+    return float(values.min()), float(values.max())

@@ -1,0 +1,226 @@
+"""Refreshing the curvature: from what was observed to statistics, damping and inverses."""
+
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from smallfry.curvature import Block, Observation, Rows
+from smallfry.curvature.kronecker import NotFiniteError
+from smallfry.errors import SmallfryWarning, UsageError
+from smallfry.optim.approximation import State
+from smallfry.optim.checks import check_layers, check_loss
+
+if TYPE_CHECKING:
+    from smallfry.optim.base import NaturalGradient
+
+
+def refresh(
+    optimizer: "NaturalGradient",
+    observations: Sequence[Observation],
+    grads: Mapping[str, Tensor],
+    factor: float,
+) -> None:
+    """Refresh what is due.
+
+    Args:
+        optimizer: The optimizer.
+        observations: Of the current batch.
+        grads: ``.grad`` of the covered parameters, by name.
+        factor: The training loss over the mean negative log-likelihood.
+
+    Raises:
+        UsageError: No forward pass was ever seen, or what was seen is not what was stated.
+    """
+    statistics = optimizer.overdue or optimizer._due(optimizer.statistics_every)
+    inverse = optimizer.overdue_inverse or optimizer._due(optimizer.inverse_every)
+    for layer in (name for seen in observations for name in seen.foreign):
+        raise UsageError(
+            f"layer '{layer}' has another weight than when the optimizer was built; build the "
+            "optimizer after the model has its final layers"
+        )
+    tapped = [seen for seen in observations if seen.calls]
+    if statistics and not tapped:
+        _complain_unseen(optimizer)
+        statistics = False
+    if not statistics and not inverse:
+        return
+    if statistics:
+        _check(optimizer, tapped, grads, factor)
+    if statistics and optimizer.observer.fisher == "empirical":
+        optimizer.observer.use_training_gradients(tapped, factor)
+    if statistics and not (all(seen.draws for seen in tapped) and _tame(tapped)):
+        optimizer.counters["failed_refreshes"] += 1
+        optimizer.overdue, optimizer.overdue_inverse = True, optimizer.overdue_inverse or inverse
+        return
+    optimizer._refresh_blocks(tapped if statistics else [], inverse)
+    if statistics:
+        optimizer.overdue = False
+    if inverse:
+        optimizer.overdue_inverse = False
+
+
+def _check(
+    optimizer: "NaturalGradient",
+    tapped: Sequence[Observation],
+    grads: Mapping[str, Tensor],
+    factor: float,
+) -> None:
+    late = next((name for name, p in optimizer.frozen.items() if p.grad is not None), None)
+    if late is not None:
+        optimizer.frozen.pop(late)
+        warn(
+            f"parameter '{late}' was frozen when the optimizer was built, and has a gradient "
+            "now: it is not trained; build the optimizer anew after unfreezing"
+        )
+    if optimizer.checked or optimizer.check == "off":
+        return
+    optimizer.checked = True
+    try:
+        rescaled = check_layers(optimizer.blocks, tapped, grads)
+        check_loss(optimizer.likelihood, tapped, factor, rescaled)
+    except UsageError as error:
+        if optimizer.check == "error":
+            optimizer.checked = False
+            raise
+        warn(str(error))
+
+
+def refresh_blocks(
+    optimizer: "NaturalGradient", tapped: Sequence[Observation], inverse: bool
+) -> None:
+    """Statistics, damping, inverses, of all blocks."""
+    method, count = optimizer.approximation, optimizer.counters["statistics"] + 1
+    keep = min(1 - 1 / count, optimizer.ema_decay)
+    settling: dict[str, tuple[list[Rows], float]] = {}
+    if optimizer._monitoring and tapped:
+        optimizer._latest = {}
+    for block in optimizer.blocks:
+        state, began = optimizer.curvature[block.name], time.perf_counter()
+        rows = _rows(optimizer, block, tapped)
+        if rows:
+            share = keep if state else 0.0
+            method.update(block, state, rows, share, optimizer.generator)
+            state["shape"] = list(block.shape)
+            optimizer.milliseconds[block.name] = 1e3 * (time.perf_counter() - began)
+            if method.settles:
+                settling[block.name] = rows, share
+            if optimizer._monitoring:
+                optimizer._latest[block.name] = rows
+    _set_lambdas(optimizer)
+    for block in optimizer.blocks:
+        state, began = optimizer.curvature[block.name], time.perf_counter()
+        if state and (inverse or "inverted" not in state):
+            _invert(optimizer, block, state)
+        if block.name in settling:
+            method.settle(block, state, *settling.pop(block.name))
+        spent = 1e3 * (time.perf_counter() - began)
+        optimizer.milliseconds[block.name] = optimizer.milliseconds.get(block.name, 0.0) + spent
+    _set_lambdas(optimizer)
+    optimizer.counters["statistics"] += bool(tapped)
+    optimizer.counters["inverses"] += inverse
+
+
+def _invert(optimizer: "NaturalGradient", block: Block, state: State) -> None:
+    layer = next(iter(block.layers))
+    try:
+        raised = optimizer.approximation.invert(block, state, optimizer.lambdas[block.name])
+    except NotFiniteError as error:
+        optimizer.counters["failed_refreshes"] += 1
+        warn(f"layer '{layer}': {error}; the last inverse is kept")
+        return
+    state["inverted"] = True
+    if raised > 1:
+        warn(
+            f"layer '{layer}': a matrix is nearly singular, its damping was raised "
+            f"{raised:g} times to invert it; a larger damping= avoids that"
+        )
+
+
+def _set_lambdas(optimizer: "NaturalGradient") -> None:
+    known = [block for block in optimizer.blocks if optimizer.curvature[block.name]]
+    trace = optimizer.approximation.trace
+    traces = {block.name: trace(block, optimizer.curvature[block.name]) for block in known}
+    relative = optimizer.damping * optimizer.damping_factor
+    mean = sum(traces.values()) / max(1, sum(block.size for block in known))
+    for block in known:
+        unit = traces[block.name] / block.size if optimizer.damping_per == "layer" else mean
+        # without any curvature a step is none: gradients are zero too
+        optimizer.lambdas[block.name] = max(relative * unit, 1e-30)
+
+
+def _rows(
+    optimizer: "NaturalGradient", block: Block, observations: Sequence[Observation]
+) -> list[Rows]:
+    """What a block saw, one for each micro-batch in which it was called."""
+    dtype = wide(next(iter(block.parameters.values())).dtype)
+    found = [
+        seen.rows(block, dtype, partial(_drawn, optimizer, block, seen)) for seen in observations
+    ]
+    if optimizer.approximation.counts_absence and found:
+        pairs = zip(found, observations, strict=True)
+        found = [_absent(block, seen, dtype) if rows is None else rows for rows, seen in pairs]
+    return [rows for rows in found if rows is not None]
+
+
+def _absent(block: Block, seen: Observation, dtype: torch.dtype) -> Rows:
+    """What a block contributes to a batch that did not call it."""
+    groups, outputs, inputs = block.shape
+    like = next(iter(block.parameters.values())).new_zeros((), dtype=dtype)
+    a = like.expand(groups, seen.samples, 1, inputs)
+    return Rows(a, like.expand(groups, len(seen.draws), seen.samples, 1, outputs))
+
+
+def _drawn(
+    optimizer: "NaturalGradient", block: Block, seen: Observation, uses: int
+) -> Tensor | None:
+    """Which uses to take statistics from, where there are more than needed."""
+    enough = optimizer.max_rows is None or seen.samples * uses <= optimizer.max_rows
+    if optimizer.max_rows is None or enough or not optimizer.approximation.sums_over_uses(block):
+        return None
+    kept = max(1, optimizer.max_rows // seen.samples)
+    device = optimizer.generator.device
+    return torch.randperm(uses, generator=optimizer.generator, device=device)[:kept].sort().values
+
+
+def _complain_unseen(optimizer: "NaturalGradient") -> None:
+    if optimizer.counters["statistics"] == 0:
+        raise UsageError(
+            "no training forward pass was seen, so there is no curvature to step with: call "
+            "the model that the optimizer was given (model.train(), with gradients), or name "
+            "the module that is called with forward=; give the compiled model if it is compiled"
+        )
+    optimizer.counters["missed_refreshes"] += 1
+    optimizer.overdue = True
+    if optimizer.counters["missed_refreshes"] == 1:
+        warn("a refresh was due, but no training forward pass was seen; it waits for the next")
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The precision that statistics of such parameters have: float32 at least."""
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all numbers of all tensors are finite."""
+    found = list(tensors)
+    if not found:
+        return True
+    norms = torch._foreach_norm(found)
+    return bool(torch.stack([n.float() for n in norms]).isfinite().all())
+
+
+def warn(message: str) -> None:
+    """Warn of something that training survives."""
+    warnings.warn(message, SmallfryWarning, stacklevel=3)
+
+
+def _tame(observations: Sequence[Observation]) -> bool:
+    """Whether inputs and gradients of all calls are finite."""
+    tensors = [call.inputs for seen in observations for call in seen.calls]
+    tensors += [g for seen in observations for draw in seen.draws for g in draw if g is not None]
+    return finite(t for t in tensors if t.is_floating_point())
