@@ -77,8 +77,11 @@ class Approximation(ABC):
         """tr F̂."""
 
     @abstractmethod
-    def cost(self, block: Block) -> tuple[str, int, int]:
-        """The approximation in words, numbers kept, multiply-adds of an inversion."""
+    def cost(self, block: Block, state: State) -> tuple[str, int, int]:
+        """The approximation in words, numbers kept, multiply-adds of an inversion.
+
+        Before any statistics ``state`` is empty, and the numbers are those to come.
+        """
 
     def diagnose(self, block: Block, state: State, rows: Sequence[Rows]) -> dict[str, Any]:
         """Eigenvalue ranges ``inputs`` and ``outputs`` and, given rows, ``fisher_error``."""

@@ -108,7 +108,7 @@ class DiagonalInBasis(Approximation):
         means = packed_mean(state["a"]).double() * packed_mean(state["g"]).double()
         return float(means.sum()) * block.shape[1] * block.shape[2]
 
-    def cost(self, block: Block) -> tuple[str, int, int]:
+    def cost(self, block: Block, state: State) -> tuple[str, int, int]:
         """The approximation in words, numbers kept, multiply-adds of an inversion."""
         groups, outputs, inputs = block.shape
         squares = inputs**2 + outputs**2

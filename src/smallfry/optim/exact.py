@@ -137,9 +137,11 @@ class LastSamples(Approximation):
         """Mean squared norm of the samples' gradients."""
         return float(state["gram"].diagonal().sum() / rows_in(state).samples)
 
-    def cost(self, block: Block) -> tuple[str, int, int]:
-        """In words; memory and cost depend on the batch."""
-        return f"exact, {self.scope}; memory and cost grow with the batch", 0, 0
+    def cost(self, block: Block, state: State) -> tuple[str, int, int]:
+        """In words, and what the last batches took: it depends on them."""
+        words = f"exact, {self.scope}; memory and cost grow with the batch"
+        kept = sum(value.numel() for value in state.values() if isinstance(value, Tensor))
+        return words, kept, len(state["gram"]) ** 3 // 3 if "factor" in state else 0
 
     def diagnose(self, block: Block, state: State, rows: Sequence[Rows]) -> dict[str, Any]:
         """Range of the Gram matrix's eigenvalues, over samples."""

@@ -93,7 +93,7 @@ def summarize(optimizer: "NaturalGradient") -> Summary:
     rows = []
     momentum = any(group.get("momentum", 0) > 0 for group in optimizer.param_groups)
     for block in optimizer.blocks:
-        words, numbers, work = optimizer.approximation.cost(block)
+        words, numbers, work = optimizer.approximation.cost(block, optimizer.curvature[block.name])
         numbers += block.size if momentum else 0
         width = max(4, next(iter(block.parameters.values())).element_size())
         rows.append(

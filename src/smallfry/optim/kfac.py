@@ -49,8 +49,8 @@ class KFAC(NaturalGradient):
             damps their product exactly, in its eigenbasis (four products, and costlier refreshes).
         sharing: "expand" or "reduce", for all layers or by layer name.
         rank: Eigenpairs kept of each factor that is larger than twice that, beside one value for
-            the rest of its spectrum; None keeps factors whole. A step and a refresh cost much less
-            with it, and the inverse follows the statistics at once.
+            the rest of its spectrum; None keeps factors whole, as "tikhonov" always does. Steps
+            and refreshes cost much less with it, and the inverse follows the statistics at once.
         settings: Those of ``NaturalGradient``.
     """
 
@@ -61,7 +61,7 @@ class KFAC(NaturalGradient):
         *,
         damping_split: Literal["factored", "tikhonov"] = "factored",
         sharing: Sharing | dict[str, Sharing] = "expand",
-        rank: int | None = None,
+        rank: int | None = 64,
         **settings: Any,
     ) -> None:
         super().__init__(model, lr, KroneckerProduct(damping_split, sharing, rank), **settings)
@@ -78,9 +78,8 @@ class KroneckerProduct(Approximation):
             raise UsageError(f"damping_split is 'factored' or 'tikhonov', not '{damping_split}'")
         if rank is not None and rank < 1:
             raise UsageError(f"rank is at least 1, or None for whole factors, not {rank}")
-        if rank is not None and damping_split == "tikhonov":
-            raise UsageError("rank= needs damping_split='factored'")
-        self.damping_split, self.rank = damping_split, rank
+        self.damping_split = damping_split
+        self.rank = None if damping_split == "tikhonov" else rank
 
     def settings(self) -> dict[str, Any]:
         """Plain data that a saved state depends on."""
@@ -145,7 +144,7 @@ class KroneckerProduct(Approximation):
         a, g = (self._mean(block, state, side).double() for side in SIDES)
         return float((a * g).sum()) * block.shape[1] * block.shape[2]
 
-    def cost(self, block: Block) -> tuple[str, int, int]:
+    def cost(self, block: Block, state: State) -> tuple[str, int, int]:
         """The approximation in words, numbers kept, multiply-adds of an inversion."""
         groups, outputs, inputs = block.shape
         kept = work = 0
