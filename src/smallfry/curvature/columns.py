@@ -39,6 +39,14 @@ class Columns(NamedTuple):
         """A norm is the root of a sum that may cancel."""
         return math.sqrt(10 * _EPS)
 
+    def left_bound(self, x: Tensor) -> Tensor:
+        """Columns times Σ x_i² P_ii is more than xᵀ P x."""
+        return _bound(x, self.left)
+
+    def right_bound(self, x: Tensor) -> Tensor:
+        """Columns times Σ x_i² Q_ii is more than xᵀ Q x."""
+        return _bound(x, self.right)
+
     def apply(self, dual: Tensor) -> Tensor:
         """M x."""
         result = dual * self.weights
@@ -111,7 +119,10 @@ def factors(x: Tensor, stored: Tensor | None, coefficients: Tensor) -> Tensor:
     samples = coefficients.shape[2] - kept
     c = coefficients.to(x).transpose(0, 1)  # (rank, groups, columns)
     own = c[:, :, :samples].repeat(1, 1, x.shape[1] // samples)
-    result = torch.stack([symmetric_product(x, x * one[:, :, None]) for one in own])
+    size = x.shape[2]
+    result = x.new_empty(len(own), len(x), size, size)
+    for target, one in zip(result, own, strict=True):
+        symmetric_product(x * one[:, :, None], x, target)
     if stored is not None:
         result += torch.einsum("rhk,khij->rhij", c[:, :, samples:], stored)
     return result
@@ -151,6 +162,11 @@ def canonical_triplets(problem: Columns, found: Triplets) -> Triplets:
     c = problem.apply(problem.right_metric(found.right)) * inverse
     e = problem.apply(problem.left_metric(found.left)) * inverse
     return Triplets(torch.where(some, values, 0.0), c, e, found.residual)
+
+
+def _bound(x: Tensor, gram: Tensor) -> Tensor:
+    diagonal = gram.diagonal(dim1=1, dim2=2).clamp_min(0)
+    return (x**2 * diagonal[:, None]).sum(2).mul(x.shape[2]).sqrt()
 
 
 def _bordered(own: Tensor, x: Tensor, stored: Tensor, draws: int) -> Tensor:

@@ -28,7 +28,15 @@ class Map(Protocol):
 
     @property
     def cancelled(self) -> float:
-        """Norms below that, relative to those of absolute coefficients, are rounding."""
+        """Lengths below that, relative to their bound, are rounding."""
+        ...
+
+    def left_bound(self, x: Tensor) -> Tensor:
+        """What left vectors' lengths would be if nothing cancelled, (groups, count)."""
+        ...
+
+    def right_bound(self, x: Tensor) -> Tensor:
+        """What right vectors' lengths would be if nothing cancelled."""
         ...
 
     def apply(self, dual: Tensor) -> Tensor:
@@ -90,38 +98,60 @@ class Triplets(NamedTuple):
         return Triplets(self.values, left, right, self.residual)
 
 
-class _Noise(NamedTuple):
-    """What is too small to be more than rounding."""
+class _Side(NamedTuple):
+    """Orthonormal vectors of one side, and what on that side is too small to be seen.
 
-    scale: Tensor  # (groups, 1), of images of unit vectors
-    epsilon: float
-    cancelled: float
+    Rounding is measured by the images' size, by the vector that a basis was taken out of, and by
+    the vector's own coefficients, which a semi-definite metric may cancel.
+    """
 
-    def filtered(
-        self, lengths: Tensor, x: Tensor, metric: Metric, before: Tensor | float = 0.0
-    ) -> Tensor:
-        """Lengths of x (groups, count), zero where that is rounding.
-
-        It is so beside the image's scale, beside the vector ``before`` a basis was taken out, and
-        beside the vector's own coefficients, which a semi-definite metric may cancel.
-        """
-        own = self.cancelled * _norms(x.abs(), metric)
-        small = torch.maximum(own, self.epsilon * (self.scale + before))
-        return torch.where(lengths > small, lengths, 0.0)
-
-
-class _Basis(NamedTuple):
     vectors: Tensor  # (groups, count, size)
     duals: Tensor
+    metric: Metric
+    bound: Metric
+    scale: Tensor  # (groups, 1), of images of unit vectors
+    cancelled: float
 
     def without(self, x: Tensor) -> Tensor:
-        """What is left of x orthogonally to the basis."""
-        return x - (x @ self.duals.transpose(1, 2)) @ self.vectors
+        """What is left of x orthogonally to the vectors; twice is enough."""
+        for _ in range(2):
+            x = x - (x @ self.duals.transpose(1, 2)) @ self.vectors
+        return x
 
-    def joined(self, other: "_Basis") -> "_Basis":
-        return _Basis(
-            torch.cat([self.vectors, other.vectors], 1), torch.cat([self.duals, other.duals], 1)
-        )
+    def joined(self, vectors: Tensor, duals: Tensor) -> "_Side":
+        """With further vectors."""
+        vectors = torch.cat([self.vectors, vectors], 1)
+        return self._replace(vectors=vectors, duals=torch.cat([self.duals, duals], 1))
+
+    def grown(self, x: Tensor) -> tuple["_Side", Tensor]:
+        """With the directions that x adds, zeros where that is only rounding.
+
+        Returns:
+            The side, and x orthogonally to it before as combinations of the new directions,
+            (groups, count, count).
+        """
+        epsilon = 100 * torch.finfo(x.dtype).eps
+        side, known, count = self, self.vectors.shape[1], x.shape[1]
+        triangle = x.new_zeros(len(x), count, count)
+        for number in range(count):
+            vector = x[:, number : number + 1]
+            before = self.bound(vector)
+            vector = self.without(vector)
+            if number:
+                fresh = side.duals[:, known:].transpose(1, 2)
+                for _ in range(2):
+                    part = vector @ fresh
+                    vector = vector - part @ side.vectors[:, known:]
+                    triangle[:, number : number + 1, :number] += part
+            dual = self.metric(vector)
+            length = (vector * dual).sum(2).clamp_min(0).sqrt()
+            own = self.cancelled * self.bound(vector)
+            small = torch.maximum(own, epsilon * (self.scale + before))
+            length = torch.where(length > small, length, 0.0)
+            triangle[:, number, number] = length[:, 0]
+            divisor = torch.where(length > 0, length, torch.inf)[:, :, None]
+            side = side.joined(vector / divisor, dual / divisor)
+        return side, triangle
 
 
 def golub_kahan(
@@ -165,61 +195,39 @@ def _search(
 ) -> Triplets:
     """One bidiagonalisation, of at most ``steps`` blocks."""
     known = 0 if locked is None else locked.values.shape[1]
-    right = _basis(start[:, :0] if locked is None else locked.right, operator.right_metric)
-    epsilon = 100 * torch.finfo(start.dtype).eps
-    noise = _Noise(start.new_zeros(len(start), 1), epsilon, operator.cancelled)
-    block = _orthonormal(start, right, operator.right_metric, noise)
-    right = right.joined(block)
-    image = operator.apply(block.duals)
-    left = _basis(image[:, :0] if locked is None else locked.left, operator.left_metric)
-    scale = _norms(image, operator.left_metric).amax(1, keepdim=True)
+    block, none = start.shape[1], start.new_zeros(len(start), 1)
+    first = start[:, :0] if locked is None else locked.right
+    right = _side(first, operator.right_metric, operator.right_bound, none, operator)
+    right, _ = right.grown(start)
+    image = operator.apply(right.duals[:, known:])
+    scale = (image * operator.left_metric(image)).sum(2).clamp_min(0).sqrt().amax(1, keepdim=True)
     if locked is not None:
         scale = torch.maximum(scale, locked.values[:, :1].to(scale))
-    noise = noise._replace(scale=scale)
+    first = image[:, :0] if locked is None else locked.left
+    left = _side(first, operator.left_metric, operator.left_bound, scale, operator)
+    right = right._replace(scale=scale)
     small = image.new_zeros(len(image), 0, 0, dtype=torch.float64)
     for step in range(1, steps + 1):
-        block = _orthonormal(image, left, operator.left_metric, noise)
-        left = left.joined(block)
+        left, _ = left.grown(image)
         small = _bordered(small, (left.duals[:, known:] @ image.transpose(1, 2)).double())
         x, values, yt = torch.linalg.svd(small, full_matrices=False)
-        # Zᵀu lies in the right basis but for what the newest left block adds
-        rest = right.without(right.without(operator.adjoint(block.duals)))
-        lengths = noise.filtered(_norms(rest, operator.right_metric), rest, operator.right_metric)
-        corner = x[:, -rest.shape[1] :, :rank].abs()
-        outside = (corner * lengths.double()[:, :, None]).sum(1)
+        # Zᵀu lies in the right basis but for what the newest left vectors add
+        wider, rest = right.grown(operator.adjoint(left.duals[:, -block:]))
+        outside = (x[:, -block:, :rank].transpose(1, 2) @ rest.double()).norm(dim=2)
         reference = torch.maximum(values[:, :1], scale.double())
         residual = float((outside / reference.clamp_min(_TINY)).max())
-        exhausted = not bool(lengths.any())
-        if exhausted or step == steps or (residual <= tolerance and values.shape[1] >= rank):
+        done = residual <= tolerance and values.shape[1] >= rank
+        if done or step == steps or not bool(rest.any()):
             break
-        block = _orthonormal(rest, right, operator.right_metric, noise)
-        right = right.joined(block)
-        image = operator.apply(block.duals)
+        right = wider
+        image = operator.apply(right.duals[:, -block:])
     u = x[:, :, :rank].transpose(1, 2).to(image) @ left.vectors[:, known:]
     v = yt[:, :rank].to(image) @ right.vectors[:, known:]
     return Triplets(values, u, v, residual).leading(rank)
 
 
-def _basis(vectors: Tensor, metric: Metric) -> _Basis:
-    return _Basis(vectors, metric(vectors))
-
-
-def _orthonormal(x: Tensor, basis: _Basis, metric: Metric, noise: _Noise) -> _Basis:
-    """An orthonormal basis of what x adds to a basis; zeros where that is only rounding."""
-    added = _Basis(x[:, :0], x[:, :0])
-    for number in range(x.shape[1]):
-        vector = x[:, number : number + 1]
-        before = _norms(vector.abs(), metric)
-        for _ in range(2):  # twice is enough
-            vector = added.without(basis.without(vector))
-        length = noise.filtered(_norms(vector, metric), vector, metric, before)
-        vector = vector / torch.where(length > 0, length, torch.inf)[:, :, None]
-        added = added.joined(_Basis(vector, metric(vector)))
-    return added
-
-
-def _norms(x: Tensor, metric: Metric) -> Tensor:
-    return (x * metric(x)).sum(2).clamp_min(0).sqrt()
+def _side(vectors: Tensor, metric: Metric, bound: Metric, scale: Tensor, operator: Map) -> _Side:
+    return _Side(vectors, metric(vectors), metric, bound, scale, operator.cancelled)
 
 
 def _bordered(small: Tensor, columns: Tensor) -> Tensor:

@@ -167,9 +167,10 @@ def _solve(
         a, g = rows.inputs[:, :, 0], rows.gradients[:, :, :, 0].flatten(1, 2)
         r = factors(a, None if products is None else products.inputs, found.left * root)
         s = factors(g, None if products is None else products.outputs, found.right * root)
-    trace = r.diagonal(dim1=2, dim2=3).sum(2)[:, :, None, None]
-    sign = torch.where(trace < 0, -1.0, 1.0).to(r)
-    return Terms(r * sign, s * sign, found.values, squared_norm.clamp_min(0))
+    for term, group in (r.diagonal(dim1=2, dim2=3).sum(2) < 0).nonzero().tolist():
+        r[term, group].neg_()
+        s[term, group].neg_()
+    return Terms(r, s, found.values, squared_norm.clamp_min(0))
 
 
 def _of_columns(
@@ -177,13 +178,14 @@ def _of_columns(
 ) -> Triplets:
     """Triplets in coefficients of columns."""
     if tolerance is None:
-        tolerance = 1e-12 if rows.inputs.dtype == torch.float64 else 1e-8
+        tolerance = 1e-12 if rows.inputs.dtype == torch.float64 else 1e-6
     samples = rows.samples
     start = operator.weights.clone()
     start[samples + 1 :] = 0  # further stored terms are indefinite
     start = start.expand(len(operator.left), 1, -1)
     dual = operator.right_metric(start)[:, 0]
-    unit = operator.right.diagonal(dim1=1, dim2=2).clamp_min(_TINY).rsqrt()[:, None]
+    squares = operator.right.diagonal(dim1=1, dim2=2)[:, None]
+    unit = torch.where(squares > 0, squares.clamp_min(_TINY).rsqrt(), 0.0)
     others = _random(rank, len(start[0, 0])).to(unit) * unit
     if solver == "full":
         found = full_triplets(operator, rank)

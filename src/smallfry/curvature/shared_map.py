@@ -41,6 +41,14 @@ class SharedMap(NamedTuple):
         """The metric is the identity, where nothing cancels."""
         return 0.0
 
+    def left_bound(self, x: Tensor) -> Tensor:
+        """Lengths."""
+        return (x**2).sum(2).sqrt()
+
+    def right_bound(self, x: Tensor) -> Tensor:
+        """Lengths."""
+        return (x**2).sum(2).sqrt()
+
     def apply(self, dual: Tensor) -> Tensor:
         """Z of matrices on the outputs' side."""
         own = self._own(dual, forward=True)

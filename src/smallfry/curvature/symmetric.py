@@ -7,31 +7,33 @@ plain product's work. Batches are leading dimensions.
 import torch
 from torch import Tensor
 
-_BLOCK = 200  # features; matrices below twice that are multiplied at once
+_BLOCK = 160  # features; matrices below twice that are multiplied at once
 
 
-def symmetric_product(x: Tensor, y: Tensor) -> Tensor:
+def symmetric_product(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
     """Xᵀ Y, which the caller knows to be symmetric: Y = D X with D diagonal or symmetric.
 
     Args:
         x: (groups, rows, size).
         y: (groups, rows, size).
+        out: Where to put it, (groups, size, size).
 
     Returns:
         (groups, size, size), exactly symmetric.
     """
-    size = x.shape[2]
+    groups, _, size = x.shape
+    result = x.new_empty(groups, size, size) if out is None else out
     if size < 2 * _BLOCK:
         full = x.transpose(1, 2) @ y
-        return (full + full.transpose(1, 2)) / 2
-    result = x.new_empty(x.shape[0], size, size)
-    for start in range(0, size, _BLOCK):
-        stop = min(start + _BLOCK, size)
-        part = x[:, :, start:].transpose(1, 2) @ y[:, :, start:stop]  # this block and below
-        result[:, start:, start:stop] = part
-        result[:, start:stop, stop:] = part[:, stop - start :].transpose(1, 2)
-        corner = part[:, : stop - start]
-        result[:, start:stop, start:stop] = (corner + corner.transpose(1, 2)) / 2
+        return torch.add(full, full.transpose(1, 2), out=result).mul_(0.5)
+    for matrix, a, b in zip(result, x, y, strict=True):
+        for start in range(0, size, _BLOCK):
+            stop = min(start + _BLOCK, size)
+            # into place: these block rows right of the diagonal, then mirrored below it
+            torch.mm(a[:, start:stop].T, b[:, start:], out=matrix[start:stop, start:])
+            corner = matrix[start:stop, start:stop]
+            corner.copy_((corner + corner.T) / 2)
+            matrix[stop:, start:stop] = matrix[start:stop, stop:].T
     return result
 
 
