@@ -171,6 +171,5 @@ def _inverse_root(a: Tensor, precision: torch.dtype) -> Tensor:
     values, vectors = eigendecompose(matrix)
     smallest = values[:, -1:] * torch.finfo(precision).eps * a.shape[1]
     floor = smallest.clamp_min(torch.finfo(precision).tiny ** 0.5)
-    weights = values.clamp_min(floor).rsqrt()
-    root = vectors * weights[:, None]
-    return root
+    weights: Tensor = values.clamp_min(floor).rsqrt()
+    return vectors * weights[:, None]
