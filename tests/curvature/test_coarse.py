@@ -200,7 +200,8 @@ def test_a_convolutional_network_is_coupled_through_its_real_taps():
     coverage = cover(model)
     seen = observe(model, coverage, torch.randn(5, 2, 4, 4, dtype=D), Categorical())
     p = Problem.__new__(Problem)
-    p.rows = {block.name: seen.rows(block, D) for block in coverage.blocks}
+    observed = {block.name: seen.rows(block, D) for block in coverage.blocks}
+    p.rows = {k: Rows(r.inputs.detach(), r.gradients.detach()) for k, r in observed.items()}
     p.setup(0.01, torch.Generator().manual_seed(0))
     before = p.energy(p.z)
     basis = co.nicolaides(p.u) + co.split(p.z) + co.split(co.residual(p.level))

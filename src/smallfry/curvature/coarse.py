@@ -175,7 +175,8 @@ def _image(level: FineLevel[K], row: Mapping[K, Tensor]) -> Tensor:
     """J of a row, (draws · samples,), float64."""
     total = torch.zeros_like(level.image)
     for key, part in row.items():
-        total += projections(level.rows[key], part).double()
+        if key in level.rows:
+            total += projections(level.rows[key], part).double()
     return total
 
 
