@@ -193,14 +193,14 @@ def kronecker_error(rows: Rows, a: Tensor, g: Tensor) -> float:
     """‖F − A ⊗ G‖ / ‖F‖; 0 is exact, 1 is as good as nothing."""
     fisher = fisher_squared_norm(rows)
     error = fisher - 2 * inner_product(rows, a, g) + squared_norm(a, g)
-    return _relative(error, fisher)
+    return relative_error(error, fisher)
 
 
 def diagonal_error(rows: Rows, qa: Tensor, qg: Tensor, values: Tensor) -> float:
     """‖F − Q diag(values) Qᵀ‖ / ‖F‖ with Q = Q_A ⊗ Q_G."""
     fisher = fisher_squared_norm(rows)
     mine = basis_second_moments(rows, qa, qg)
-    return _relative(fisher - 2 * (mine * values).sum() + (values**2).sum(), fisher)
+    return relative_error(fisher - 2 * (mine * values).sum() + (values**2).sum(), fisher)
 
 
 def best_scale(rows: Rows, a: Tensor, g: Tensor) -> Tensor:
@@ -268,7 +268,8 @@ def _mean_diagonal(matrix: Tensor) -> Tensor:
     return matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
 
 
-def _relative(squared: Tensor, reference: Tensor) -> float:
+def relative_error(squared: Tensor, reference: Tensor) -> float:
+    """√(squared / reference), of an error that rounding may have made negative."""
     if float(reference) == 0:
         return 0.0 if float(squared) == 0 else float("inf")
     return float((squared / reference).clamp_min(0).sqrt())
