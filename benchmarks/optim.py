@@ -123,7 +123,7 @@ def contenders(slow: bool) -> dict[str, Callable[[nn.Module, Any], Any]]:
     chosen: dict[str, Callable[[nn.Module, Any], Any]] = {
         "AdamW": lambda m, s: torch.optim.AdamW(m.parameters(), 1e-4),
         "KFAC": lambda m, s: KFAC(m, 1e-4, **every, **s),
-        "KFAC, whole": lambda m, s: KFAC(m, 1e-4, rank=None, **every, **s),
+        "KFAC, whole": lambda m, s: KFAC(m, 1e-4, factor_rank=None, **every, **s),
     }
     if slow:
         chosen["EKFAC"] = lambda m, s: EKFAC(m, 1e-4, **every, **s)

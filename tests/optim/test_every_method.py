@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from smallfry.errors import UsageError
-from smallfry.optim import EKFAC, KFAC, ExactNG
+from smallfry.optim import EKFAC, KFAC, SNGD, ExactNG, TwoLevel
 
 D = torch.float64
 
@@ -147,7 +147,9 @@ def test_the_batch_twice_its_parts_and_the_reduction_leave_the_preconditioner_un
     for case, found in cases.items():
         for name, tensor in found.items():
             message = f"{case}: {name}"
-            assert torch.allclose(tensor, expected[name], rtol=1e-7, atol=1e-10), message
+            size = float(expected[name].abs().max())
+            close = torch.allclose(tensor, expected[name], rtol=0, atol=0.1 * method.rtol * size)
+            assert close, message
 
 
 def test_the_step_does_not_depend_on_the_reduction(method):
@@ -163,7 +165,7 @@ def test_the_step_does_not_depend_on_the_reduction(method):
             )
         ends.append(weights(model))
     for name, tensor in ends[0].items():
-        torch.testing.assert_close(tensor, ends[1][name], rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(tensor, ends[1][name], rtol=method.rtol, atol=1e-9)
 
 
 def test_it_descends_with_stale_statistics_whatever_the_damping(method, problem):
@@ -178,6 +180,8 @@ def test_it_descends_with_stale_statistics_whatever_the_damping(method, problem)
 
 
 def test_a_constant_batch_is_a_fixed_point_of_the_average(method):
+    if method.name == "kpsvd, rank":
+        pytest.skip("the product nearest to a truncated product and the batch is another")
     model = Net(norm=False).to(D)
     x, y = torch.randn(6, 5, dtype=D), torch.randint(3, (6,))
     settings = {} if "empirical" in method.name else {"fisher": "exact"}
@@ -190,7 +194,8 @@ def test_a_constant_batch_is_a_fixed_point_of_the_average(method):
         step(model, optimizer, x, y)
     optimizer.damping_factor = factor
     for name, tensor in directions(optimizer, model).items():
-        torch.testing.assert_close(tensor, first[name], rtol=1e-6, atol=1e-9)
+        size = float(first[name].abs().max())
+        torch.testing.assert_close(tensor, first[name], rtol=0, atol=method.rtol * size)
 
 
 # No side effects
@@ -458,15 +463,16 @@ def test_the_summary_accounts_for_every_parameter(method):
 
 
 def test_the_summary_states_the_memory_that_is_used(method, problem):
-    if method.kind is ExactNG:
-        pytest.skip("depends on the batch")
     model = Net(norm=False)
     optimizer = method(model, lr=0.01)
+    foreseen = optimizer.summary().memory
     train(model, optimizer, problem, 2)
     held = sum(t.numel() * t.element_size() for t in state_tensors(optimizer).values())
     buffers = [t for s in optimizer.state.values() for t in s.values()]
     held += sum(t.numel() * t.element_size() for t in buffers)
     assert optimizer.summary().memory == held
+    if method.kind not in (ExactNG, TwoLevel):  # theirs depends on the batch
+        assert foreseen == held
 
 
 def test_diagnostics_describe_every_block(method, problem):
@@ -479,6 +485,7 @@ def test_diagnostics_describe_every_block(method, problem):
     for block in diagnosis.blocks:
         assert 0 < block.cosine <= 1 + 1e-6
         assert block.damping_ratio > 0
-        assert block.fisher_error >= 0
+        if method.kind is not SNGD:
+            assert block.fisher_error >= 0
         assert block.milliseconds > 0
     assert "Fisher error" in str(diagnosis)

@@ -385,7 +385,7 @@ def test_a_rank_keeps_what_matters_of_large_factors():
     expected = None
     for rank in (None, 12, 3):
         model.zero_grad()
-        optimizer = after_one_step(KFAC, model, x, y, rank=rank, **settings)
+        optimizer = after_one_step(KFAC, model, x, y, factor_rank=rank, **settings)
         found = optimizer._directions({n: p.grad for n, p in model.named_parameters()})
         flat = torch.cat([t.flatten() for t in found.values()])
         expected = flat if expected is None else expected

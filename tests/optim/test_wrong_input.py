@@ -335,7 +335,7 @@ def test_a_layer_first_called_between_two_inversions_is_inverted_at_once(kind):
     ("kind", "one", "other"),
     [
         (KFAC, {}, {"damping_split": "tikhonov"}),
-        (KFAC, {}, {"rank": 2}),
+        (KFAC, {}, {"factor_rank": 2}),
         (EKFAC, {}, {"sharing": "reduce"}),
         (ExactNG, {}, {"scope": "block"}),
     ],

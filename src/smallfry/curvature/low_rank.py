@@ -10,6 +10,7 @@ Rayleigh and Ritz's values, Halko et al. 2011, arXiv 0909.4061), so that a refre
 O(rows · size · rank) and a damped solve O(size · rank) for each column.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -62,7 +63,6 @@ def average(
     Raises:
         NotFiniteError: A row is not finite.
     """
-    groups, _, size = rows.shape
     if old is None:
         keep = 0.0
 
@@ -70,20 +70,51 @@ def average(
         fresh = (1 - keep) * (rows.transpose(1, 2) @ (rows @ x))
         return fresh if old is None else fresh + keep * old.times(x)
 
-    new = OVERSAMPLING if old is not None else rank + OVERSAMPLING
+    trace = (1 - keep) * (rows**2).sum((1, 2))
+    if old is not None:
+        trace = trace + keep * old.trace
+    start = None if old is None else old.vectors
+    return _leading(product, trace, rows.shape[2], rank, start, generator)
+
+
+def compress(
+    matrix: Tensor, rank: int, generator: torch.Generator, near: LowRank | None = None
+) -> LowRank:
+    """The leading pairs of a symmetric positive semi-definite matrix.
+
+    Args:
+        matrix: (groups, size, size).
+        rank: Pairs to keep, less than size.
+        generator: Of the directions in which eigenvectors are looked for.
+        near: A matrix that has almost the same leading eigenvectors.
+
+    Raises:
+        NotFiniteError: The matrix is not finite.
+    """
+    trace = matrix.diagonal(dim1=1, dim2=2).sum(1)
+    start = None if near is None else near.vectors
+    return _leading(lambda x: matrix @ x, trace, matrix.shape[2], rank, start, generator)
+
+
+def _leading(
+    product: Callable[[Tensor], Tensor],
+    trace: Tensor,
+    size: int,
+    rank: int,
+    start: Tensor | None,
+    generator: torch.Generator,
+) -> LowRank:
+    new = min(OVERSAMPLING if start is not None else rank + OVERSAMPLING, size)
     probes = torch.randn(
-        (groups, size, min(new, size)), generator=generator, device=rows.device, dtype=rows.dtype
+        (len(trace), size, new), generator=generator, device=trace.device, dtype=trace.dtype
     )
-    start = probes if old is None else torch.cat([old.vectors, probes], dim=2)
-    basis = torch.linalg.qr(product(start[..., :size])).Q
+    first = probes if start is None else torch.cat([start, probes], dim=2)[..., :size]
+    basis = torch.linalg.qr(product(first)).Q
     ritz = basis.transpose(1, 2) @ product(basis)
     if not bool(ritz.isfinite().all()):
         raise NotFiniteError("a Kronecker factor is not finite")
     values, inner = torch.linalg.eigh((ritz + ritz.transpose(1, 2)) / 2)
     values = values[:, -rank:].clamp_min(0)
-    trace = (1 - keep) * (rows**2).sum((1, 2))
-    if old is not None:
-        trace = trace + keep * old.trace
     tail = ((trace - values.sum(1)) / (size - rank)).clamp_min(0)
     return LowRank(basis @ inner[..., -rank:], values, tail)
 

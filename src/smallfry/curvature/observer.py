@@ -19,7 +19,7 @@ from smallfry.curvature.likelihoods import Likelihood
 from smallfry.curvature.taps import Call, Observation, Passes, Taps, backward_pass
 from smallfry.errors import UsageError
 
-FISHERS = ("mc", "exact", "empirical")
+FISHERS = ("mc", "exact", "empirical", "none")
 
 
 class Observer:
@@ -30,7 +30,7 @@ class Observer:
             uncompiled while it is observed.
         taps: The layers to tap.
         likelihood: What the model's output says of targets.
-        fisher: "mc", "exact" or "empirical".
+        fisher: "mc", "exact" or "empirical"; "none" takes inputs alone.
         draws: Sampled targets per sample, for "mc".
         generator: Where they are drawn from.
         wanted: Asked at each forward pass: "taps", "outputs" or "" for nothing; a method, held
@@ -158,7 +158,7 @@ class Observer:
         seen.outputs = tuple(z.detach() for z in outputs)
         seen.passes = tuple(Passes() for _ in outputs)
         seen.foreign = self.taps.foreign
-        if tapped and not seen.foreign and self.fisher != "empirical":
+        if tapped and not seen.foreign and self.fisher in ("mc", "exact"):
             self._take_gradients(seen, outputs)
         for call in calls:
             call.edge = None  # it would keep the graph alive, and the graph this observation

@@ -146,7 +146,10 @@ class Observation:
             if kept is not None and some is not None:
                 scale = (total / len(kept)) ** 0.5
                 per_draw = [g.index_select(2, some) * scale for g in per_draw]
-            gradients.append(torch.stack(per_draw, dim=1))
+            if per_draw:
+                gradients.append(torch.stack(per_draw, dim=1))
+            else:
+                gradients.append(inputs[-1].new_zeros(*_no_draws(inputs[-1], block)))
         a = inputs[0] if len(mine) == 1 else torch.cat(inputs, dim=2)
         g = gradients[0] if len(mine) == 1 else torch.cat(gradients, dim=3)
         return Rows(a, g)
@@ -187,6 +190,11 @@ class Observation:
             gradient = call.inputs.new_zeros(call.shape)
         module = call.block.layers[call.layer]
         return canonical_gradients(module, gradient, self.samples).to(dtype)
+
+
+def _no_draws(inputs: Tensor, block: Block) -> tuple[int, ...]:
+    groups, samples, uses, _ = inputs.shape
+    return groups, 0, samples, uses, block.shape[1]
 
 
 class Taps:

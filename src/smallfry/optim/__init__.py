@@ -3,18 +3,36 @@
 Usable alone: they know nothing of this package's models, data or training.
 """
 
+from smallfry.optim.approximation import Approximation
 from smallfry.optim.base import NaturalGradient
-from smallfry.optim.ekfac import EKFAC
+from smallfry.optim.corrected import CorrectedProduct, KFACCorrected
+from smallfry.optim.ekfac import EKFAC, DiagonalInBasis
 from smallfry.optim.exact import ExactNG
 from smallfry.optim.inspect import BlockDiagnosis, Diagnosis, Summary
-from smallfry.optim.kfac import KFAC
+from smallfry.optim.kfac import KFAC, KroneckerProduct
+from smallfry.optim.kpsvd import KPSVD, Deflation, Lanczos, NearestProduct, NearestSum
+from smallfry.optim.sngd import SNGD, InputMetric
+from smallfry.optim.two_level import TwoLevel
 
 __all__ = [
     "EKFAC",
     "KFAC",
+    "KPSVD",
+    "SNGD",
+    "Approximation",
     "BlockDiagnosis",
+    "CorrectedProduct",
+    "Deflation",
     "Diagnosis",
+    "DiagonalInBasis",
     "ExactNG",
+    "InputMetric",
+    "KFACCorrected",
+    "KroneckerProduct",
+    "Lanczos",
     "NaturalGradient",
+    "NearestProduct",
+    "NearestSum",
     "Summary",
+    "TwoLevel",
 ]

@@ -29,6 +29,7 @@ class Approximation(ABC):
 
     sharing_choices: tuple[str, ...] = ("expand", "reduce")
     settles = False  # whether ``settle`` does something
+    needs_gradients = True  # or inputs alone, so that no target need be drawn
     counts_absence = False  # whether a batch that did not call a block counts, as zero gradients
 
     def __init__(self, sharing: str | Mapping[str, str]) -> None:
@@ -86,6 +87,14 @@ class Approximation(ABC):
     def diagnose(self, block: Block, state: State, rows: Sequence[Rows]) -> dict[str, Any]:
         """Eigenvalue ranges ``inputs`` and ``outputs`` and, given rows, ``fisher_error``."""
         return {}
+
+    def factors(self, state: State) -> tuple[Tensor, Tensor]:
+        """The leading A and G, each (groups, size, size).
+
+        Raises:
+            UsageError: The method has none.
+        """
+        raise UsageError(f"{type(self).__name__} has no Kronecker factors")
 
     def settings(self) -> dict[str, Any]:
         """Plain data that a saved state depends on."""

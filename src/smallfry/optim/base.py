@@ -186,7 +186,7 @@ class NaturalGradient(torch.optim.Optimizer):
             model if forward is None else forward,
             Taps(self.blocks),
             self.likelihood,
-            fisher,
+            fisher if approximation.needs_gradients else "none",
             draws,
             self.generator,
             self._wanted,

@@ -3,10 +3,11 @@
 F ≈ (Q_A ⊗ Q_G) diag(s) (Q_A ⊗ Q_G)ᵀ with Q_A, Q_G from A and G and s the second moments of the
 samples' gradients there: never farther from F than A ⊗ G, whatever its scale. With sharing
 "exact" s is that of a sample's whole gradient, summed over uses, so that a recursive layer's
-curvature has its true size. The basis is made anew with the inverse, s with the statistics.
+curvature has its true size. The basis is made anew with the inverse, s with the statistics. In the
+basis of the nearest Kronecker product (KPSVD) it is nearer still.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,18 +18,16 @@ from smallfry.curvature.kronecker import (
     basis_second_moments,
     diagonal_error,
     eigendecompose,
-    input_factor,
-    output_factor,
-    pack,
-    packed_mean,
     reduced,
     rotate_second_moments,
     solve_diagonal,
     unpack,
 )
+from smallfry.errors import UsageError
 from smallfry.optim.approximation import Approximation, State, eigenvalue_range
 from smallfry.optim.base import NaturalGradient
-from smallfry.optim.kfac import folded, running, sum_over
+from smallfry.optim.kfac import KroneckerProduct, running
+from smallfry.optim.kpsvd import NearestProduct
 
 Sharing = Literal["exact", "expand", "reduce"]
 
@@ -42,6 +41,7 @@ class EKFAC(NaturalGradient):
         sharing: Of a weight's uses in s: "exact" sums each sample's gradient first, "expand"
             treats uses as samples, "reduce" averages inputs; for all layers or by layer name.
             The basis is that of "reduce" there, and of "expand" otherwise.
+        basis: "kfac" for that of A ⊗ G, "kpsvd" for that of the nearest Kronecker product.
         settings: Those of ``NaturalGradient``.
     """
 
@@ -51,16 +51,32 @@ class EKFAC(NaturalGradient):
         lr: float = 1e-2,
         *,
         sharing: Sharing | dict[str, Sharing] = "exact",
+        basis: Literal["kfac", "kpsvd"] = "kfac",
         **settings: Any,
     ) -> None:
-        super().__init__(model, lr, DiagonalInBasis(sharing), **settings)
+        super().__init__(model, lr, DiagonalInBasis(sharing, basis), **settings)
 
 
 class DiagonalInBasis(Approximation):
-    """(Q_A ⊗ Q_G) diag(s) (Q_A ⊗ Q_G)ᵀ; the argument is that of ``EKFAC``."""
+    """(Q_A ⊗ Q_G) diag(s) (Q_A ⊗ Q_G)ᵀ; the arguments are those of ``EKFAC``."""
 
     sharing_choices = ("exact", "expand", "reduce")
     settles = True
+
+    def __init__(self, sharing: str | Mapping[str, str] = "exact", basis: str = "kfac") -> None:
+        super().__init__(sharing)
+        if basis not in ("kfac", "kpsvd"):
+            raise UsageError(f"basis is 'kfac' or 'kpsvd', not '{basis}'")
+        self.basis = basis
+        self.product: KroneckerProduct
+        if basis == "kpsvd":
+            self.product = NearestProduct("factored", sharing, None)
+        else:
+            self.product = KroneckerProduct("factored", _as_kfac(sharing), None)
+
+    def settings(self) -> dict[str, Any]:
+        """Plain data that a saved state depends on."""
+        return super().settings() | {"basis": self.basis}
 
     def update(
         self,
@@ -70,10 +86,8 @@ class DiagonalInBasis(Approximation):
         keep: float,
         generator: torch.Generator,
     ) -> None:
-        """Average the batch's A and G in."""
-        seen = folded(rows, self.sharing_of(block) == "reduce")
-        for side, factor in (("a", input_factor), ("g", output_factor)):
-            state[side] = running(state, side, pack(sum_over(seen, factor)), keep)
+        """Average the batch's product in."""
+        self.product.update(block, state, rows, keep, generator)
 
     def invert(self, block: Block, state: State, damping: float) -> float:
         """Decompose A and G, and carry s over to the new basis."""
@@ -105,8 +119,7 @@ class DiagonalInBasis(Approximation):
         """Σ s."""
         if "s" in state:
             return float(state["s"].double().sum())
-        means = packed_mean(state["a"]).double() * packed_mean(state["g"]).double()
-        return float(means.sum()) * block.shape[1] * block.shape[2]
+        return self.product.trace(block, state)
 
     def cost(self, block: Block, state: State) -> tuple[str, int, int]:
         """The approximation in words, numbers kept, multiply-adds of an inversion."""
@@ -114,8 +127,12 @@ class DiagonalInBasis(Approximation):
         squares = inputs**2 + outputs**2
         packed = (inputs * (inputs + 1) + outputs * (outputs + 1)) // 2
         work = 9 * (inputs**3 + outputs**3)
-        words = f"diagonal in the basis of A ⊗ G, {self.sharing_of(block)}"
+        words = f"diagonal in the basis of {self.product.words}, {self.sharing_of(block)}"
         return words, groups * (packed + squares + outputs * inputs), groups * work
+
+    def factors(self, state: State) -> tuple[Tensor, Tensor]:
+        """Those whose eigenvectors are the basis."""
+        return self.product.factors(state)
 
     def diagnose(self, block: Block, state: State, rows: Sequence[Rows]) -> dict[str, Any]:
         """Eigenvalue ranges and the Fisher error."""
@@ -135,3 +152,10 @@ def _as_samples(rows: Rows, sharing: str) -> Rows:
         return reduced(rows)
     g = rows.gradients.flatten(2, 3).unsqueeze(3)
     return Rows(rows.inputs.flatten(1, 2).unsqueeze(2), g)
+
+
+def _as_kfac(sharing: str | Mapping[str, str]) -> str | dict[str, str]:
+    """The ways of KFAC nearest to those of a diagonal."""
+    if isinstance(sharing, str):
+        return "expand" if sharing == "exact" else sharing
+    return {name: "expand" if way == "exact" else way for name, way in sharing.items()}

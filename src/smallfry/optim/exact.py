@@ -140,8 +140,7 @@ class LastSamples(Approximation):
     def cost(self, block: Block, state: State) -> tuple[str, int, int]:
         """In words, and what the last batches took: it depends on them."""
         words = f"exact, {self.scope}; memory and cost grow with the batch"
-        kept = sum(value.numel() for value in state.values() if isinstance(value, Tensor))
-        return words, kept, len(state["gram"]) ** 3 // 3 if "factor" in state else 0
+        return words, 0, len(state["gram"]) ** 3 // 3 if "gram" in state else 0
 
     def diagnose(self, block: Block, state: State, rows: Sequence[Rows]) -> dict[str, Any]:
         """Range of the Gram matrix's eigenvalues, over samples."""

@@ -67,6 +67,7 @@ class Diagnosis(NamedTuple):
     clip: float  # factor on the last step
     damping_factor: float  # what adaptive damping multiplies damping with
     reduction_ratio: float | None
+    energy: float | None  # changed by the last step's coarse level, in two-level methods
     counters: dict[str, int]
 
     def __str__(self) -> str:
@@ -85,7 +86,8 @@ class Diagnosis(NamedTuple):
             for b in self.blocks
         ]
         counted = ", ".join(f"{k} {v}" for k, v in self.counters.items())
-        return f"{_table(head, lines)}\nclip {self.clip:.3g}; {counted}"
+        energy = "" if self.energy is None else f"coarse energy {self.energy:.3g}; "
+        return f"{_table(head, lines)}\nclip {self.clip:.3g}; {energy}{counted}"
 
 
 def summarize(optimizer: "NaturalGradient") -> Summary:
@@ -93,12 +95,14 @@ def summarize(optimizer: "NaturalGradient") -> Summary:
     rows = []
     momentum = any(group.get("momentum", 0) > 0 for group in optimizer.param_groups)
     for block in optimizer.blocks:
-        words, numbers, work = optimizer.approximation.cost(block, optimizer.curvature[block.name])
-        numbers += block.size if momentum else 0
-        width = max(4, next(iter(block.parameters.values())).element_size())
-        rows.append(
-            SummaryRow(", ".join(block.layers), block.size, words, numbers * width, work, "")
-        )
+        state = optimizer.curvature[block.name]
+        words, numbers, work = optimizer.approximation.cost(block, state)
+        width = next(iter(block.parameters.values())).element_size()
+        memory = numbers * max(4, width)
+        if state:  # what is really held, instead of what is to be expected
+            memory = sum(t.nbytes for t in state.values() if isinstance(t, torch.Tensor))
+        memory += block.size * width if momentum else 0
+        rows.append(SummaryRow(", ".join(block.layers), block.size, words, memory, work, ""))
     parameters = {name: p for p, name in optimizer.names.items()}
     for name, reason in optimizer.uncovered.items():
         p = parameters[name]
@@ -140,6 +144,7 @@ def diagnose(optimizer: "NaturalGradient") -> Diagnosis:
         optimizer.clip,
         optimizer.damping_factor,
         optimizer.reduction_ratio,
+        getattr(optimizer, "energy", None),
         dict(optimizer.counters),
     )
 

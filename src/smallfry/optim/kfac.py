@@ -48,7 +48,7 @@ class KFAC(NaturalGradient):
         damping_split: "factored" damps A and G apart (Cholesky, two products a step); "tikhonov"
             damps their product exactly, in its eigenbasis (four products, and costlier refreshes).
         sharing: "expand" or "reduce", for all layers or by layer name.
-        rank: Eigenpairs kept of each factor that is larger than twice that, beside one value for
+        factor_rank: Eigenpairs kept of each factor larger than twice that, beside one value for
             the rest of its spectrum; None keeps factors whole, as "tikhonov" always does. Steps
             and refreshes cost much less with it, and the inverse follows the statistics at once.
         settings: Those of ``NaturalGradient``.
@@ -61,29 +61,36 @@ class KFAC(NaturalGradient):
         *,
         damping_split: Literal["factored", "tikhonov"] = "factored",
         sharing: Sharing | dict[str, Sharing] = "expand",
-        rank: int | None = 64,
+        factor_rank: int | None = 64,
         **settings: Any,
     ) -> None:
-        super().__init__(model, lr, KroneckerProduct(damping_split, sharing, rank), **settings)
+        product = KroneckerProduct(damping_split, sharing, factor_rank)
+        super().__init__(model, lr, product, **settings)
 
 
 class KroneckerProduct(Approximation):
     """A ⊗ G; the arguments are those of ``KFAC``."""
 
+    words = "A ⊗ G"
+
     def __init__(
-        self, damping_split: str, sharing: str | Mapping[str, str], rank: int | None
+        self,
+        damping_split: str = "factored",
+        sharing: str | Mapping[str, str] = "expand",
+        factor_rank: int | None = 64,
     ) -> None:
         super().__init__(sharing)
         if damping_split not in ("factored", "tikhonov"):
             raise UsageError(f"damping_split is 'factored' or 'tikhonov', not '{damping_split}'")
-        if rank is not None and rank < 1:
-            raise UsageError(f"rank is at least 1, or None for whole factors, not {rank}")
+        if factor_rank is not None and factor_rank < 1:
+            raise UsageError(f"factor_rank is at least 1, or None, not {factor_rank}")
         self.damping_split = damping_split
-        self.rank = None if damping_split == "tikhonov" else rank
+        self.factor_rank = None if damping_split == "tikhonov" else factor_rank
 
     def settings(self) -> dict[str, Any]:
         """Plain data that a saved state depends on."""
-        return super().settings() | {"damping_split": self.damping_split, "rank": self.rank}
+        own = {"damping_split": self.damping_split, "factor_rank": self.factor_rank}
+        return super().settings() | own
 
     def update(
         self,
@@ -97,7 +104,7 @@ class KroneckerProduct(Approximation):
         seen = folded(rows, self.sharing_of(block) == "reduce")
         fresh = {}
         for side in SIDES:
-            rank = self._rank(block, side)
+            rank = self.rank_of(block, side)
             if rank is None:
                 matrix = sum_over(seen, input_factor if side == "a" else output_factor)
                 fresh[side] = running(state, side, pack(matrix), keep)
@@ -116,7 +123,7 @@ class KroneckerProduct(Approximation):
         fresh: State = dict(zip(("da", "dg"), split_damping(a, g, damping), strict=True))
         raised = 1.0
         for side in SIDES:
-            if self._rank(block, side) is None:
+            if self.rank_of(block, side) is None:
                 inverse = damped_inverse(unpack(state[side]), fresh[f"d{side}"])
                 # packed where the factors would otherwise outweigh the weights they belong to
                 packed = packs_inverse(block.shape)
@@ -149,7 +156,7 @@ class KroneckerProduct(Approximation):
         groups, outputs, inputs = block.shape
         kept = work = 0
         for side, size in zip(SIDES, (inputs, outputs), strict=True):
-            rank = self._rank(block, side)
+            rank = self.rank_of(block, side)
             triangle = size * (size + 1) // 2
             if rank is not None:
                 kept += size * rank + rank + 1
@@ -159,22 +166,27 @@ class KroneckerProduct(Approximation):
                 kept += 2 * triangle if packs_inverse(block.shape) else triangle + size**2
                 work += size**3
         kept += 2 if self.damping_split == "factored" else 0
-        ranked = "" if self.rank is None else f", rank {self.rank}"
-        words = f"A ⊗ G, {self.sharing_of(block)}, {self.damping_split}{ranked}"
+        ranked = "" if self.factor_rank is None else f", rank {self.factor_rank}"
+        words = f"{self.words}, {self.sharing_of(block)}, {self.damping_split}{ranked}"
         return words, groups * kept, groups * work
 
     def diagnose(self, block: Block, state: State, rows: Sequence[Rows]) -> dict[str, Any]:
         """Eigenvalue ranges and the Fisher error."""
-        a, g = self._dense(state, "a"), self._dense(state, "g")
+        a, g = self.dense(state, "a"), self.dense(state, "g")
         found: dict[str, Any] = {"inputs": eigenvalue_range(a), "outputs": eigenvalue_range(g)}
         if rows:
             found["fisher_error"] = kronecker_error(rows[0].double(), a.double(), g.double())
         return found
 
-    def _rank(self, block: Block, side: str) -> int | None:
+    def factors(self, state: State) -> tuple[Tensor, Tensor]:
+        """A and G, whole."""
+        return self.dense(state, "a"), self.dense(state, "g")
+
+    def rank_of(self, block: Block, side: str) -> int | None:
         """Pairs kept of a factor; None for all."""
         size = block.shape[2 if side == "a" else 1]
-        return self.rank if self.rank is not None and size > 2 * self.rank else None
+        rank = self.factor_rank
+        return rank if rank is not None and size > 2 * rank else None
 
     def _mean(self, block: Block, state: State, side: str) -> Tensor:
         """Mean eigenvalue of a factor, (groups,)."""
@@ -187,7 +199,8 @@ class KroneckerProduct(Approximation):
         inverse: Tensor = state[f"i{side}"]
         return unpack(inverse) if packs_inverse(block.shape) else inverse
 
-    def _dense(self, state: State, side: str) -> Tensor:
+    def dense(self, state: State, side: str) -> Tensor:
+        """A or G as last averaged, (groups, size, size)."""
         low = low_rank(state, side)
         return unpack(state[side]) if low is None else low.dense()
 

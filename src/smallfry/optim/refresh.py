@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -53,7 +53,8 @@ def refresh(
         _check(optimizer, tapped, grads, factor)
     if statistics and optimizer.observer.fisher == "empirical":
         optimizer.observer.use_training_gradients(tapped, factor)
-    if statistics and not (all(seen.draws for seen in tapped) and _tame(tapped)):
+    drawn = not optimizer.approximation.needs_gradients or all(seen.draws for seen in tapped)
+    if statistics and not (drawn and _tame(tapped)):
         optimizer.counters["failed_refreshes"] += 1
         optimizer.overdue, optimizer.overdue_inverse = True, optimizer.overdue_inverse or inverse
         return
@@ -157,22 +158,33 @@ def _rows(
     optimizer: "NaturalGradient", block: Block, observations: Sequence[Observation]
 ) -> list[Rows]:
     """What a block saw, one for each micro-batch in which it was called."""
-    dtype = wide(next(iter(block.parameters.values())).dtype)
-    found = [
-        seen.rows(block, dtype, partial(_drawn, optimizer, block, seen)) for seen in observations
-    ]
-    if optimizer.approximation.counts_absence and found:
-        pairs = zip(found, observations, strict=True)
-        found = [_absent(block, seen, dtype) if rows is None else rows for rows, seen in pairs]
-    return [rows for rows in found if rows is not None]
+    found: list[Rows] = []
+    for seen in observations:
+        called = any(call.block is block for call in seen.calls)
+        if called or optimizer.approximation.counts_absence:
+            found.append(rows_of(block, seen, partial(_drawn, optimizer, block, seen)))
+    return found
 
 
-def _absent(block: Block, seen: Observation, dtype: torch.dtype) -> Rows:
-    """What a block contributes to a batch that did not call it."""
+def rows_of(
+    block: Block, seen: Observation, uses: Callable[[int], Tensor | None] | None = None
+) -> Rows:
+    """What a block saw; zeros where it was not called.
+
+    Args:
+        block: The block.
+        seen: One forward pass.
+        uses: Which uses to keep, as in ``Observation.rows``.
+    """
+    like = next(iter(block.parameters.values()))
+    dtype = wide(like.dtype)
+    rows = seen.rows(block, dtype, uses)
+    if rows is not None:
+        return rows
     groups, outputs, inputs = block.shape
-    like = next(iter(block.parameters.values())).new_zeros((), dtype=dtype)
-    a = like.expand(groups, seen.samples, 1, inputs)
-    return Rows(a, like.expand(groups, len(seen.draws), seen.samples, 1, outputs))
+    zero = like.new_zeros((), dtype=dtype)
+    a = zero.expand(groups, seen.samples, 1, inputs)
+    return Rows(a, zero.expand(groups, len(seen.draws), seen.samples, 1, outputs))
 
 
 def _drawn(

@@ -135,8 +135,8 @@ class OptimizerConfig:
     """How weights move.
 
     Args:
-        name: kfac, ekfac or exact_ng, or an optimizer of timm's registry, such as adamw, sgd, lamb
-            or muon.
+        name: kfac, ekfac, kpsvd, deflation, lanczos, kfac_corrected, two_level, sngd or exact_ng;
+            or an optimizer of timm's registry, such as adamw, sgd, lamb or muon.
         lr: Peak learning rate; default 0.192 divided by the model's width, which is 3e-3 at 64
             and 5e-4 at 384, and 0.1 for natural gradient.
         weight_decay: Decoupled weight decay.

@@ -15,12 +15,29 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from smallfry.errors import UsageError, nearest
-from smallfry.optim import EKFAC, KFAC, ExactNG, NaturalGradient
+from smallfry.optim import (
+    EKFAC,
+    KFAC,
+    KPSVD,
+    SNGD,
+    Deflation,
+    ExactNG,
+    KFACCorrected,
+    Lanczos,
+    NaturalGradient,
+    TwoLevel,
+)
 from smallfry.training.config import EMAConfig, OptimizerConfig, ScheduleConfig
 
 NATURAL: dict[str, Callable[..., NaturalGradient]] = {
     "kfac": KFAC,
     "ekfac": EKFAC,
+    "kpsvd": KPSVD,
+    "deflation": Deflation,
+    "lanczos": Lanczos,
+    "kfac_corrected": KFACCorrected,
+    "two_level": TwoLevel,
+    "sngd": SNGD,
     "exact_ng": ExactNG,
 }
 NATURAL_RATE = 0.1  # its steps are in units of the curvature, whatever the width

@@ -1,0 +1,142 @@
+"""SNGD: natural gradient with a local metric for each layer (Liu et al. 2024, arXiv 2412.07441).
+
+"input"   The metric of a layer is that of its inputs alone, F̂ = E[x xᵀ] ⊗ I: KFAC with G = I.
+          Gradient descent on a network with local Fisher layers makes the same steps
+          (``curvature/fisher_layers.py``).
+"rfim"    What the paper's code computes: hidden layers have a metric for every output neuron,
+          F̂_o = E[σ(z_o)² x xᵀ] with z_o the neuron's pre-activation and σ the logistic function,
+          the relative Fisher information of a softplus neuron; the first and the last layer
+          have "input".
+
+Neither asks for sampled targets, so that a refresh needs no backward pass of its own. The metric
+knows nothing of the loss: steps are in units of inputs alone.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from smallfry.curvature import Block, Rows
+from smallfry.curvature.kronecker import damped_inverse, pack, packed_mean, unpack
+from smallfry.errors import UsageError
+from smallfry.optim.approximation import Approximation, State, eigenvalue_range
+from smallfry.optim.base import NaturalGradient
+from smallfry.optim.kfac import running
+
+LARGEST = 2**27  # numbers in the metrics of a layer's neurons together
+
+
+class SNGD(NaturalGradient):
+    """Natural gradient with local metrics of the inputs.
+
+    Args:
+        model: The model.
+        lr: Learning rate of the covered parameters.
+        variant: "input", or "rfim" for a metric for every hidden neuron, of which a layer's
+            outputs · inputs² may not pass 2²⁷.
+        settings: Those of ``NaturalGradient``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-2,
+        *,
+        variant: Literal["input", "rfim"] = "input",
+        **settings: Any,
+    ) -> None:
+        super().__init__(model, lr, InputMetric(variant), **settings)
+
+
+class InputMetric(Approximation):
+    """E[x xᵀ] for a layer or for each of its neurons; the argument is that of ``SNGD``."""
+
+    sharing_choices = ("expand",)
+    needs_gradients = False
+
+    def __init__(self, variant: str = "input") -> None:
+        super().__init__("expand")
+        if variant not in ("input", "rfim"):
+            raise UsageError(f"variant is 'input' or 'rfim', not '{variant}'")
+        self.variant = variant
+        self._hidden: set[str] = set()
+
+    def settings(self) -> dict[str, Any]:
+        """Plain data that a saved state depends on."""
+        return {"variant": self.variant}
+
+    def check(self, blocks: Sequence[Block]) -> None:
+        """Make sure that the metrics of all neurons are not too large."""
+        if self.variant == "input":
+            return
+        self._hidden = {block.name for block in blocks[1:-1]}
+        for block in blocks:
+            groups, outputs, inputs = block.shape
+            size = groups * outputs * inputs**2
+            if block.name in self._hidden and size > LARGEST:
+                raise UsageError(
+                    f"layer '{next(iter(block.layers))}' would need {outputs} metrics of "
+                    f"{inputs}² numbers, {4 * size / 1e9:.1f} GB: take variant='input', or "
+                    "exclude it"
+                )
+
+    def update(
+        self,
+        block: Block,
+        state: State,
+        rows: Sequence[Rows],
+        keep: float,
+        generator: torch.Generator,
+    ) -> None:
+        """Average the batch's metric in."""
+        count = sum(part.samples * part.uses for part in rows)
+        total: Any = 0
+        for part in rows:
+            x = part.inputs.flatten(1, 2)  # (groups, rows, inputs)
+            if block.name not in self._hidden:
+                total = total + pack(x.transpose(1, 2) @ x / count)
+                continue
+            tensors = {name: p.detach() for name, p in block.parameters.items()}
+            z = x @ block.to_matrix(tensors).to(x).transpose(1, 2)
+            weight = z.sigmoid().square().transpose(1, 2)  # (groups, outputs, rows)
+            metrics = [
+                (x[h] * one[:, None]).T @ x[h] / count
+                for h, neurons in enumerate(weight)
+                for one in neurons
+            ]
+            total = total + pack(torch.stack(metrics))
+        state["metric"] = running(state, "metric", total, keep)
+
+    def invert(self, block: Block, state: State, damping: float) -> float:
+        """Invert every metric."""
+        metric = unpack(state["metric"])
+        inverse = damped_inverse(metric, metric.new_full((len(metric),), damping))
+        state["inverse"] = pack(inverse.matrix)
+        return inverse.raised
+
+    def apply(self, block: Block, state: State, matrix: Tensor, damping: float) -> Tensor:
+        """Each neuron's row times its inverse."""
+        inverse = unpack(state["inverse"])
+        if block.name not in self._hidden:
+            return matrix @ inverse
+        rows = matrix.flatten(0, 1).unsqueeze(1)  # (groups · outputs, 1, inputs)
+        return (rows @ inverse).reshape(matrix.shape)
+
+    def trace(self, block: Block, state: State) -> float:
+        """Of all neurons' metrics."""
+        means = packed_mean(state["metric"]).double()
+        neurons = 1 if block.name in self._hidden else block.shape[1]
+        return float(means.sum()) * block.shape[2] * neurons
+
+    def cost(self, block: Block, state: State) -> tuple[str, int, int]:
+        """The approximation in words, numbers kept, multiply-adds of an inversion."""
+        groups, outputs, inputs = block.shape
+        count = groups * (outputs if block.name in self._hidden else 1)
+        words = "a metric for each neuron" if block.name in self._hidden else "metric of inputs"
+        return words, count * inputs * (inputs + 1), count * inputs**3
+
+    def diagnose(self, block: Block, state: State, rows: Sequence[Rows]) -> dict[str, Any]:
+        """Eigenvalue range over all metrics."""
+        return {"inputs": eigenvalue_range(unpack(state["metric"]))}

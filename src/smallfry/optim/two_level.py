@@ -1,0 +1,179 @@
+"""Two-level natural gradient: a coarse level for what a block-diagonal inverse misses.
+
+With u the gradient, M the damped blocks of any other method here and z₁ = M⁻¹ u, a few directions
+R₀ are corrected for the whole network's Fisher, layers coupled (Koroko et al. 2023, arXiv
+2303.18083):
+
+    z = z₁ + R₀ᵀ β,    β = (R₀ F• R₀ᵀ)⁻¹ R₀ (u − F• z₁),    F• = F + λ I
+
+which never raises the energy ½ ‖z − F•⁻¹ u‖² in the norm of F•. F is that of samples kept from the
+last refresh (``curvature/coarse.py``).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from smallfry.curvature import Observation, Rows
+from smallfry.curvature.coarse import (
+    FineLevel,
+    coarse_correction,
+    fine_level,
+    krylov,
+    nicolaides,
+    preconditioned,
+    residual,
+    spectral,
+    split,
+)
+from smallfry.curvature.kronecker import NotFiniteError, eigendecompose
+from smallfry.curvature.terms import joined
+from smallfry.errors import UsageError, nearest
+from smallfry.optim.approximation import Approximation
+from smallfry.optim.base import NaturalGradient
+from smallfry.optim.corrected import CorrectedProduct
+from smallfry.optim.ekfac import DiagonalInBasis
+from smallfry.optim.kfac import KroneckerProduct
+from smallfry.optim.kpsvd import NearestProduct, NearestSum
+from smallfry.optim.refresh import finite, rows_of
+
+FINE: dict[str, Callable[[], Approximation]] = {
+    "kfac": KroneckerProduct,
+    "ekfac": DiagonalInBasis,
+    "kpsvd": NearestProduct,
+    "deflation": NearestSum,
+    "lanczos": lambda: NearestSum(solver="lanczos"),
+    "kfac_corrected": CorrectedProduct,
+}
+SPACES = ("nicolaides", "spectral", "residual", "tko", "z1", "gradient", "previous")
+Vector = Mapping[str, Tensor]
+Space = Callable[[FineLevel[str], Callable[[str, Tensor], Tensor]], Sequence[Vector]]
+
+
+class TwoLevel(NaturalGradient):
+    """Natural gradient with a coarse level.
+
+    Args:
+        model: The model.
+        lr: Learning rate of the covered parameters.
+        fine: The fine level: "kfac", "ekfac", "kpsvd", "deflation", "lanczos", "kfac_corrected", or
+            an ``Approximation`` with settings of its own.
+        coarse: Directions, one for each layer and space: "nicolaides" (ones), "spectral" (smallest
+            eigenvector of the fine level), "residual" (M⁻¹ of what z₁ leaves), "z1", "gradient",
+            "previous" (the last step's z), or "tko" (ones, in the additive form of Tselepidis et
+            al. 2020, here with the exact F); several of these; or a function from a ``FineLevel``
+            and M⁻¹ to vectors.
+        form: "residual" minimises the energy; "additive" puts u for u − F• z₁, and may raise it.
+        krylov: Whether M⁻¹ of each direction is one more.
+        coarse_samples: Samples of a batch that F is made of; None for all.
+        settings: Those of ``NaturalGradient``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-2,
+        *,
+        fine: str | Approximation = "kfac",
+        coarse: str | Sequence[str] | Space = "residual",
+        form: Literal["residual", "additive"] = "residual",
+        krylov: bool = False,
+        coarse_samples: int | None = 64,
+        **settings: Any,
+    ) -> None:
+        if isinstance(fine, str) and fine not in FINE:
+            raise UsageError(f"unknown fine level '{fine}'{nearest(fine, FINE)}")
+        if form not in ("residual", "additive"):
+            raise UsageError(f"form is 'residual' or 'additive', not '{form}'")
+        if coarse_samples is not None and coarse_samples < 1:
+            raise UsageError(f"coarse_samples is at least 1, or None, not {coarse_samples}")
+        self.coarse: tuple[str, ...] | Space
+        if callable(coarse):
+            self.coarse = coarse
+        else:
+            self.coarse = (coarse,) if isinstance(coarse, str) else tuple(coarse)
+            for name in self.coarse:
+                if name not in SPACES:
+                    raise UsageError(f"unknown coarse space '{name}'{nearest(name, SPACES)}")
+            if not self.coarse:
+                raise UsageError("the coarse level needs at least one space")
+            form = "additive" if self.coarse == ("tko",) else form
+        method = FINE[fine]() if isinstance(fine, str) else fine
+        if not method.needs_gradients:
+            name = type(method).__name__
+            raise UsageError(f"{name} takes no gradients, which the coarse level needs")
+        self.form, self.krylov, self.coarse_samples = form, krylov, coarse_samples
+        super().__init__(model, lr, method, **settings)
+        self.energy: float | None = None
+        self._stepping = False
+
+    def _refresh_blocks(self, tapped: Sequence[Observation], inverse: bool) -> None:
+        super()._refresh_blocks(tapped, inverse)
+        for block in self.blocks if tapped else ():
+            state = self.curvature[block.name]
+            if not state:
+                continue
+            rows = joined([rows_of(block, seen) for seen in tapped])
+            kept = slice(0, self.coarse_samples)
+            state["coarse_inputs"] = rows.inputs[:, kept].clone()
+            state["coarse_gradients"] = rows.gradients[:, :, kept].clone()
+            if isinstance(self.coarse, tuple) and "spectral" in self.coarse:
+                a, g = (eigendecompose(factor) for factor in self.approximation.factors(state))
+                state["spectral"] = spectral({block.name: (a, g)})[0][block.name]
+
+    def _step(self, observations: Sequence[Observation]) -> None:
+        self._stepping = True
+        try:
+            super()._step(observations)
+        finally:
+            self._stepping = False
+
+    def _precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        fine = super()._precondition(gradients)
+        rows = {name: self._rows(name) for name in gradients}
+        damping = {name: self.lambdas[name] for name in gradients}
+        level = fine_level(rows, gradients, fine, damping)
+        result, energy = dict(fine), 0.0
+        try:
+            found = coarse_correction(level, self._basis(level), self.form)
+            result |= {name: fine[name] + part for name, part in found.vector.items()}
+            energy = found.energy
+        except NotFiniteError:
+            self.counters["failed_refreshes"] += 1
+        slope = sum(float((result[name] * u).sum()) for name, u in gradients.items())
+        if not slope > 0 or not finite(result.values()):
+            result, energy = fine, 0.0  # not a direction of descent: stale curvature can do that
+        if self._stepping:
+            self.energy = energy
+            for name, part in result.items():
+                self.curvature[name]["previous"] = part.clone()
+        return result
+
+    def _basis(self, level: FineLevel[str]) -> list[Vector]:
+        if not isinstance(self.coarse, tuple):
+            basis = list(self.coarse(level, self._solve))
+        else:
+            basis = [row for name in self.coarse for row in self._space(name, level)]
+        return krylov(basis, self._solve) if self.krylov else basis
+
+    def _space(self, name: str, level: FineLevel[str]) -> Sequence[Vector]:
+        if name in ("nicolaides", "tko"):
+            return nicolaides(level.gradient)
+        if name == "spectral":
+            return split({key: self.curvature[key]["spectral"] for key in level.gradient})
+        if name == "residual":
+            return preconditioned(residual(level), self._solve)
+        if name == "previous":
+            states = {key: self.curvature[key] for key in level.gradient}
+            return split({k: s["previous"] for k, s in states.items() if "previous" in s})
+        return split(level.solution if name == "z1" else level.gradient)
+
+    def _solve(self, name: str, matrix: Tensor) -> Tensor:
+        block = next(b for b in self.blocks if b.name == name)
+        state, damping = self.curvature[name], self.lambdas[name]
+        return self.approximation.apply(block, state, matrix, damping)
+
+    def _rows(self, name: str) -> Rows:
+        state = self.curvature[name]
+        return Rows(state["coarse_inputs"], state["coarse_gradients"])
