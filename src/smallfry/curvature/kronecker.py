@@ -168,6 +168,10 @@ def basis_second_moments(rows: Rows, qa: Tensor, qg: Tensor, chunk: int = 64) ->
 
 def inner_product(rows: Rows, a: Tensor, g: Tensor) -> Tensor:
     """⟨F, A ⊗ G⟩ = mean of tr(Wᵀ G W A), a scalar, without forming F."""
+    if rows.uses == 1:  # (aᵀ A a)(gᵀ G g)
+        x, y = rows.inputs[:, :, 0], rows.gradients[:, :, :, 0]
+        per_sample = (((y @ g[:, None]) * y).sum((1, 3))) * ((x @ a) * x).sum(2)
+        return per_sample.sum() / rows.samples
     total = rows.inputs.new_zeros(())
     for draw in rows.gradients.unbind(1):
         w = draw.transpose(2, 3) @ rows.inputs  # (groups, samples, outputs, inputs)

@@ -271,10 +271,11 @@ def _semidefinite_first(operator: SharedMap, found: Triplets) -> Triplets:
         source, image, size, go = left, right, inputs, operator.adjoint
     eigen = eigendecompose(source[:, 0].reshape(-1, size, size))
     matrix = (eigen.vectors * eigen.values[:, None]) @ eigen.vectors.transpose(1, 2)
-    length = matrix.flatten(1).norm(dim=1)[:, None].clamp_min(torch.finfo(matrix.dtype).tiny)
-    source[:, 0] = matrix.flatten(1) / length
+    # sums of squares: over a million float32 numbers, norm() is wrong in the fifth digit
+    length = matrix.square().sum((1, 2)).sqrt()[:, None]
+    source[:, 0] = matrix.flatten(1) / length.clamp_min(torch.finfo(matrix.dtype).tiny)
     target = go(source[:, :1])[:, 0]
-    length = target.norm(dim=1)
+    length = target.square().sum(1).sqrt()
     image[:, 0] = target / length[:, None].clamp_min(torch.finfo(target.dtype).tiny)
     values[:, 0] = length.double()
     return Triplets(values, left, right, found.residual)
