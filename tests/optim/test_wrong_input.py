@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from smallfry.errors import SmallfryWarning, UsageError
-from smallfry.optim import EKFAC, KFAC, ExactNG
+from smallfry.optim import EKFAC, KFAC, KPSVD, SNGD, Deflation, ExactNG, TwoLevel
 
 X, Y = torch.randn(16, 4, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 3
 
@@ -235,7 +235,7 @@ class Probe(nn.Module):
 
 
 @pytest.mark.parametrize("case", PROBES)
-@pytest.mark.parametrize("kind", [KFAC, EKFAC, ExactNG])
+@pytest.mark.parametrize("kind", [KFAC, EKFAC, ExactNG, KPSVD, Deflation, TwoLevel, SNGD])
 def test_any_layer_is_preconditioned_or_announced_and_always_trained(case, kind):
     model = Probe(PROBES[case]())
     optimizer = kind(model, lr=0.1)

@@ -9,11 +9,10 @@ from run_helpers import StopAt
 
 from smallfry.errors import Stopped, UsageError
 from smallfry.models import ViTRM
-from smallfry.optim import EKFAC, KFAC, ExactNG
 from smallfry.training.checkpoint import load_checkpoint
 from smallfry.training.config import DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
-from smallfry.training.objective import DeepSupervision
-from smallfry.training.optimization import build_optimizer
+from smallfry.training.objective import Batch, DeepSupervision
+from smallfry.training.optimization import NATURAL, build_optimizer
 from smallfry.training.progress import QuietReporter
 from smallfry.training.train import resume, train
 
@@ -31,9 +30,7 @@ def natural(name="kfac", **options):
     return OptimizerConfig(name, lr=0.05, weight_decay=1e-3, clip=1.0, options=options)
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [("kfac", KFAC), ("ekfac", EKFAC), ("exact_ng", ExactNG)]
-)
+@pytest.mark.parametrize(("name", "kind"), NATURAL.items())
 def test_natural_gradient_optimizers_are_known_by_name(name, kind):
     optimizer = build_optimizer(natural(name, damping=0.5), MODEL)
     assert type(optimizer) is kind
@@ -68,9 +65,30 @@ def test_the_shared_block_and_both_heads_are_covered_by_the_joint_likelihood():
     assert float(optimizer.curvature["halt_head.weight"]["g"].abs().max()) > 0
 
 
-def _batch():
-    from smallfry.training.objective import Batch
+@pytest.mark.parametrize("name", NATURAL)
+def test_every_method_trains_the_recursive_model(name):
+    torch.manual_seed(0)
+    model = ViTRM(8, 4, 1, 3, embed_dim=16, num_heads=2, mlp_hidden_dim=8)
+    objective = DeepSupervision(2)
+    prepared = objective.prepare(model)
+    optimizer = build_optimizer(natural(name, damping=1.0), model, prepared, objective.likelihood)
+    model.train()
+    losses = []
+    images = torch.rand(64, 1, 8, 8)
+    labels = (images.flatten(1) @ torch.randn(64, 3)).argmax(1)
+    batch = Batch(images, labels, torch.nn.functional.one_hot(labels, 3).float())
+    for _ in range(12):
+        for step in objective(prepared, batch):
+            optimizer.zero_grad()
+            step.loss.backward()
+            optimizer.step()
+            losses.append(float(step.loss.detach()))
+    assert min(losses) < 0.7 * losses[0]
+    assert max(losses) < 2 * losses[0]
+    assert optimizer.counters["failed_refreshes"] == 0
 
+
+def _batch():
     labels = torch.tensor([0, 1, 2, 0])
     targets = torch.nn.functional.one_hot(labels, 3).float()
     return Batch(torch.randn(4, 1, 8, 8), labels, targets)
