@@ -4,7 +4,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smallfry.curvature.kronecker import NotFiniteError
-from smallfry.curvature.low_rank import LowRank, average, solve_sides
+from smallfry.curvature.low_rank import (
+    LowRank,
+    average,
+    compress,
+    pencil_side,
+    solve_pencil,
+    solve_sides,
+)
 
 D = torch.float64
 
@@ -88,3 +95,27 @@ def test_rows_of_zeros_and_of_nothing_finite():
     assert float(zero.dense().abs().max()) == 0
     with pytest.raises(NotFiniteError):
         average(None, torch.full((1, 4, 9), float("nan")), 0.0, 2, generator())
+
+
+def test_a_pencil_is_inverted_where_no_floor_is_needed_and_positive_always():
+    random = torch.Generator().manual_seed(3)
+
+    def side(size, strength):
+        first = average(None, rows_of(4, size=size, flat=0.1), 0.0, 5, generator())
+        root = torch.randn(2, size, 3, generator=random, dtype=D)
+        signs = torch.tensor([1.0, -1.0, 1.0], dtype=D) * strength
+        second = (root * signs) @ root.mT
+        return first, compress(second, 3, generator(), signed=True), second
+
+    x = torch.randn(2, 20, 30, generator=random, dtype=D)
+    for strength, safe in ((0.05, True), (50.0, False)):
+        (a, c, dense_c), (g, d, dense_d) = side(30, strength), side(20, strength)
+        torch.testing.assert_close(c.dense(), dense_c)
+        da, dg = torch.tensor([0.3, 2.0], dtype=D), torch.tensor([0.1, 0.5], dtype=D)
+        found = solve_pencil(pencil_side(a, da, c), pencil_side(g, dg, d), x, 0.05)
+        assert bool(((found * x).sum((1, 2)) > 0).all())
+        if safe:
+            first_a = a.dense() + da[:, None, None] * torch.eye(30, dtype=D)
+            first_g = g.dense() + dg[:, None, None] * torch.eye(20, dtype=D)
+            made = first_g @ found @ first_a + dense_d @ found @ dense_c
+            torch.testing.assert_close(made, x)

@@ -31,6 +31,7 @@ METHODS = {
     "deflation": (Deflation, {}),
     "lanczos": (Lanczos, {"sharing": "reduce"}),
     "corrected": (KFACCorrected, {}),
+    "deflation, rank": (Deflation, {"factor_rank": 2}),
     "two-level": (TwoLevel, {}),
     "two-level, nicolaides": (TwoLevel, {"coarse": "nicolaides", "krylov": True, "fine": "kpsvd"}),
     "two-level, many": (TwoLevel, {"coarse": ("z1", "residual", "previous"), "fine": "ekfac"}),

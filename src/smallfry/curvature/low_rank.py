@@ -78,22 +78,70 @@ def average(
 
 
 def compress(
-    matrix: Tensor, rank: int, generator: torch.Generator, near: LowRank | None = None
+    matrix: Tensor,
+    rank: int,
+    generator: torch.Generator,
+    near: LowRank | None = None,
+    signed: bool = False,
 ) -> LowRank:
-    """The leading pairs of a symmetric positive semi-definite matrix.
+    """The leading pairs of a symmetric matrix; all of them if there are not more than ``rank``.
 
     Args:
-        matrix: (groups, size, size).
-        rank: Pairs to keep, less than size.
+        matrix: (groups, size, size), positive semi-definite unless ``signed``.
+        rank: Pairs to keep.
         generator: Of the directions in which eigenvectors are looked for.
         near: A matrix that has almost the same leading eigenvectors.
+        signed: Keep the largest by size, whatever their sign, and nothing of the rest.
 
     Raises:
         NotFiniteError: The matrix is not finite.
     """
     trace = matrix.diagonal(dim1=1, dim2=2).sum(1)
+    if matrix.shape[1] <= rank:
+        values, vectors = torch.linalg.eigh(matrix)
+        return LowRank(vectors, values if signed else values.clamp_min(0), torch.zeros_like(trace))
     start = None if near is None else near.vectors
-    return _leading(lambda x: matrix @ x, trace, matrix.shape[2], rank, start, generator)
+    return _leading(lambda x: matrix @ x, trace, matrix.shape[2], rank, start, generator, signed)
+
+
+class PencilSide(NamedTuple):
+    """One side of A ⊗ B + C ⊗ D: A^{-1/2} C A^{-1/2} = E diag(s) Eᵀ, where A is damped already."""
+
+    root: LowRank  # A^{-1/2}
+    vectors: Tensor  # E, (groups, size, pairs), orthonormal
+    values: Tensor  # s, (groups, pairs)
+
+
+def pencil_side(a: LowRank, damping: Tensor, c: LowRank) -> PencilSide:
+    """Diagonalize C in the metric of A + d I.
+
+    Args:
+        a: A.
+        damping: d, (groups,).
+        c: C, with any signs and no tail.
+    """
+    root = LowRank(a.vectors, (a.values + damping[:, None]).rsqrt(), (a.tail + damping).rsqrt())
+    q, r = torch.linalg.qr(root.times(c.vectors))
+    values, inner = torch.linalg.eigh((r * c.values[:, None]) @ r.transpose(1, 2))
+    return PencilSide(root, q @ inner, values)
+
+
+def solve_pencil(a: PencilSide, g: PencilSide, x: Tensor, floor: float) -> Tensor:
+    """(A ⊗ B + C ⊗ D)⁻¹ X, where 1 + s_g s_aᵀ is not taken for less than ``floor``.
+
+    Args:
+        a: Side of the inputs, of A and C.
+        g: Side of the outputs, of B and D.
+        x: (groups, outputs, inputs).
+        floor: Positive: makes the inverse positive definite.
+    """
+    y = g.root.times(x)
+    y = a.root.times(y.transpose(1, 2)).transpose(1, 2)
+    inner = g.vectors.transpose(1, 2) @ y @ a.vectors
+    inner = inner * (1 / (1 + g.values[:, :, None] * a.values[:, None]).clamp_min(floor) - 1)
+    y = y + g.vectors @ inner @ a.vectors.transpose(1, 2)
+    y = g.root.times(y)
+    return a.root.times(y.transpose(1, 2)).transpose(1, 2)
 
 
 def _leading(
@@ -103,6 +151,7 @@ def _leading(
     rank: int,
     start: Tensor | None,
     generator: torch.Generator,
+    signed: bool = False,
 ) -> LowRank:
     new = min(OVERSAMPLING if start is not None else rank + OVERSAMPLING, size)
     probes = torch.randn(
@@ -114,6 +163,11 @@ def _leading(
     if not bool(ritz.isfinite().all()):
         raise NotFiniteError("a Kronecker factor is not finite")
     values, inner = torch.linalg.eigh((ritz + ritz.transpose(1, 2)) / 2)
+    if signed:
+        order = values.abs().argsort(1)[:, -rank:]
+        values = values.gather(1, order)
+        inner = inner.gather(2, order[:, None].expand(-1, inner.shape[1], -1))
+        return LowRank(basis @ inner, values, torch.zeros_like(trace))
     values = values[:, -rank:].clamp_min(0)
     tail = ((trace - values.sum(1)) / (size - rank)).clamp_min(0)
     return LowRank(basis @ inner[..., -rank:], values, tail)
@@ -136,7 +190,7 @@ def solve_sides(a: LowRank | None, g: LowRank | None, x: Tensor, da: Tensor, dg:
     if g is not None:
         x = torch.baddbmm(x, g.vectors * _shrink(g, dg)[:, None], g.vectors.transpose(1, 2) @ x)
         scale = scale * (g.tail + dg)
-    return x / scale[:, None, None]
+    return x.div_(scale[:, None, None]) if a is not None or g is not None else x
 
 
 def _shrink(factor: LowRank, damping: Tensor) -> Tensor:

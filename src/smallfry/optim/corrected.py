@@ -30,6 +30,7 @@ class KFACCorrected(NaturalGradient):
         lr: Learning rate of the covered parameters.
         sharing: As in ``KPSVD``; "exact" corrects KFAC-expand to a sample's whole gradient.
         inverse: As in ``KPSVD``.
+        factor_rank: As in ``KPSVD``.
         settings: Those of ``NaturalGradient``.
     """
 
@@ -40,9 +41,11 @@ class KFACCorrected(NaturalGradient):
         *,
         sharing: Sharing | dict[str, Sharing] = "exact",
         inverse: Inverse = "clamped",
+        factor_rank: int | None = 64,
         **settings: Any,
     ) -> None:
-        super().__init__(model, lr, CorrectedProduct(sharing, inverse), **settings)
+        product = CorrectedProduct(sharing, inverse, factor_rank)
+        super().__init__(model, lr, product, **settings)
 
 
 class CorrectedProduct(NearestSum):
@@ -52,8 +55,9 @@ class CorrectedProduct(NearestSum):
         self,
         sharing: str | Mapping[str, str] = "exact",
         inverse: Literal["clamped", "pcg"] = "clamped",
+        factor_rank: int | None = 64,
     ) -> None:
-        super().__init__(2, sharing, "deflation", inverse)
+        super().__init__(2, sharing, "deflation", inverse, factor_rank)
 
     def update(
         self,
@@ -77,15 +81,15 @@ class CorrectedProduct(NearestSum):
         else:
             found = kfac_correction(seen)
         first = (a.square().sum((1, 2)) * g.square().sum((1, 2))).sqrt().double()
-        self._keep(
-            state,
-            Terms(
-                torch.stack([a, found.inputs[0]]),
-                torch.stack([g, found.outputs[0]]),
-                torch.cat([first[:, None], found.values], 1),
-                found.squared_norm,
-            ),
+        both = Terms(
+            torch.stack([a, found.inputs[0]]),
+            torch.stack([g, found.outputs[0]]),
+            torch.cat([first[:, None], found.values], 1),
+            found.squared_norm,
         )
+        self.store(block, state, both, generator)
 
-    def _words(self) -> str:
+    @property
+    def words(self) -> str:
+        """The sum in words."""
         return "A ⊗ G and a correction"

@@ -34,7 +34,13 @@ from smallfry.curvature.kronecker_sum import (
     solve_sum_pcg,
 )
 from smallfry.curvature.kronecker_svd import Solver, nearest_terms
-from smallfry.curvature.low_rank import compress
+from smallfry.curvature.low_rank import (
+    LowRank,
+    PencilSide,
+    compress,
+    pencil_side,
+    solve_pencil,
+)
 from smallfry.curvature.terms import Terms, expanded, joined, terms_error
 from smallfry.errors import UsageError
 from smallfry.optim.approximation import Approximation, State, eigenvalue_range
@@ -55,7 +61,7 @@ class KPSVD(NaturalGradient):
         sharing: Of a weight's uses: "exact" takes a sample's whole gradient, "expand" treats uses
             as samples, "reduce" averages inputs; for all layers or by layer name.
         damping_split: For one product, as in ``KFAC``.
-        factor_rank: For one product, as in ``KFAC``.
+        factor_rank: As in ``KFAC``; of each matrix of two products, whole with "pcg".
         inverse: For two products: "clamped", or "pcg" for conjugate gradients with the exact λ,
             which more than two need.
         settings: Those of ``NaturalGradient``.
@@ -79,7 +85,7 @@ class KPSVD(NaturalGradient):
         if rank == 1:
             approximation = NearestProduct(damping_split, sharing, factor_rank)
         else:
-            approximation = NearestSum(rank, sharing, self.solver, inverse)
+            approximation = NearestSum(rank, sharing, self.solver, inverse, factor_rank)
         super().__init__(model, lr, approximation, **settings)
 
 
@@ -146,8 +152,11 @@ class NearestSum(Approximation):
         sharing: str | Mapping[str, str] = "exact",
         solver: Solver = "deflation",
         inverse: str = "clamped",
+        factor_rank: int | None = 64,
     ) -> None:
         super().__init__(sharing)
+        if factor_rank is not None and factor_rank < 1:
+            raise UsageError(f"factor_rank is at least 1, or None, not {factor_rank}")
         if rank < 1:
             raise UsageError(f"rank is at least 1, not {rank}")
         if inverse not in ("clamped", "pcg"):
@@ -155,10 +164,12 @@ class NearestSum(Approximation):
         if rank > 2 and inverse == "clamped":
             raise UsageError(f"a sum of {rank} products is inverted by inverse='pcg' only")
         self.rank, self.solver, self.inverse = rank, solver, inverse
+        self.factor_rank = None if inverse == "pcg" else factor_rank
 
     def settings(self) -> dict[str, Any]:
         """Plain data that a saved state depends on."""
-        return super().settings() | {"rank": self.rank, "inverse": self.inverse}
+        own = {"rank": self.rank, "inverse": self.inverse, "factor_rank": self.factor_rank}
+        return super().settings() | own
 
     def update(
         self,
@@ -171,12 +182,13 @@ class NearestSum(Approximation):
         """The sum nearest to the old one and the batch together."""
         stored = self.terms(state) if keep else None
         seen = as_used(rows, self.sharing_of(block))
-        self._keep(
-            state, nearest_terms(seen, self.rank, stored=stored, keep=keep, solver=self.solver)
-        )
+        found = nearest_terms(seen, self.rank, stored=stored, keep=keep, solver=self.solver)
+        self.store(block, state, found, generator)
 
     def invert(self, block: Block, state: State, damping: float) -> float:
         """Factor the sum, its first product damped; or decompose that for conjugate gradients."""
+        if self.few(block):
+            return self._invert_few(state, damping)
         terms = self.terms(state)
         if self.inverse == "pcg":
             a, g = first_pair(terms)
@@ -192,6 +204,16 @@ class NearestSum(Approximation):
 
     def apply(self, block: Block, state: State, matrix: Tensor, damping: float) -> Tensor:
         """Into the common eigenbasis and back; or conjugate gradients."""
+        if self.few(block):
+            inputs, outputs = (
+                PencilSide(
+                    LowRank(*(state[f"{name}_root_{side}"] for name in LowRank._fields)),
+                    state[f"pencil_{side}"],
+                    state[f"s_{side}"],
+                )
+                for side in SIDES
+            )
+            return solve_pencil(inputs, outputs, matrix, FLOOR)
         if self.inverse == "pcg":
             pair = Eigen(state["la"], state["qa"]), Eigen(state["lg"], state["qg"])
             return solve_sum_pcg(self.terms(state), matrix, damping, pair).solution
@@ -207,9 +229,16 @@ class NearestSum(Approximation):
         """The approximation in words, numbers kept, multiply-adds of an inversion."""
         groups, outputs, inputs = block.shape
         sizes = (inputs, outputs)
-        kept = self.rank * sum(n * (n + 1) // 2 for n in sizes) + self.rank + 1
+        words = f"{self.words}, {self.sharing_of(block)}, {self.inverse}"
+        kept = self.rank + 1
+        if self.few(block):
+            assert self.factor_rank is not None
+            pairs = [min(n, self.factor_rank) for n in sizes]
+            # two matrices, the first one's root, and the pencil's vectors and values
+            kept += sum(4 * n * k + 4 * k + 3 for n, k in zip(sizes, pairs, strict=True))
+            return f"{words}, rank {self.factor_rank}", groups * kept, 0
+        kept += self.rank * sum(n * (n + 1) // 2 for n in sizes)
         kept += sum(n**2 + n for n in sizes)
-        words = f"{self._words()}, {self.sharing_of(block)}, {self.inverse}"
         return words, groups * kept, groups * 12 * sum(n**3 for n in sizes)
 
     def diagnose(self, block: Block, state: State, rows: Sequence[Rows]) -> dict[str, Any]:
@@ -219,9 +248,10 @@ class NearestSum(Approximation):
             "inputs": eigenvalue_range(terms.inputs[0]),
             "outputs": eigenvalue_range(terms.outputs[0]),
         }
-        if "s1" in state:
-            k = FactoredSum(state["k1"], state["k2"], state["s1"], state["s2"], FLOOR)
-            found["smallest"] = k.smallest
+        if "s1" in state or "s_a" in state:
+            keys = ("s1", "s2") if "s1" in state else ("s_a", "s_g")
+            ends = [torch.stack([state[k].amin(1), state[k].amax(1)], 1) for k in keys]
+            found["smallest"] = float((1 + ends[0][:, :, None] * ends[1][:, None]).min())
         if rows:
             precise = Terms(*(part.double() for part in terms))
             found["fisher_error"] = terms_error(rows[0].double(), precise)
@@ -234,21 +264,50 @@ class NearestSum(Approximation):
 
     def terms(self, state: State) -> Terms:
         """The sum as last averaged."""
-        r, s = (unpack(state[key]) for key in ("r", "s"))
-        shape = self.rank, len(r) // self.rank
-        return Terms(
-            r.reshape(*shape, *r.shape[1:]),
-            s.reshape(*shape, *s.shape[1:]),
-            state["values"],
-            state["squared_norm"],
-        )
+        sides = []
+        for side in SIDES:
+            if side in state:
+                whole = unpack(state[side])
+                sides.append(whole.reshape(self.rank, -1, *whole.shape[1:]))
+            else:
+                pairs = [low_rank(state, f"{k}{side}") for k in range(self.rank)]
+                sides.append(torch.stack([one.dense() for one in pairs if one is not None]))
+        return Terms(sides[0], sides[1], state["values"], state["squared_norm"])
 
-    def _keep(self, state: State, terms: Terms) -> None:
-        state["r"], state["s"] = (pack(m.flatten(0, 1)) for m in terms.products)
+    def few(self, block: Block) -> bool:
+        """Whether matrices are kept as a few eigenpairs."""
+        return self.factor_rank is not None and max(block.shape[1:]) > 2 * self.factor_rank
+
+    def store(self, block: Block, state: State, terms: Terms, generator: torch.Generator) -> None:
+        """Keep the sum for the next average."""
+        for side, matrices in zip(SIDES, terms.products, strict=True):
+            if not self.few(block):
+                state[side] = pack(matrices.flatten(0, 1))
+                continue
+            assert self.factor_rank is not None
+            for k, matrix in enumerate(matrices):
+                near = low_rank(state, f"{k}{side}")
+                pairs = compress(matrix, self.factor_rank, generator, near, signed=k > 0)
+                state |= {f"{name}_{k}{side}": t for name, t in pairs._asdict().items()}
         state["values"] = terms.values.to(terms.inputs)
         state["squared_norm"] = terms.squared_norm.to(terms.inputs)
 
-    def _words(self) -> str:
+    def _invert_few(self, state: State, damping: float) -> float:
+        firsts = [low_rank(state, f"0{side}") for side in SIDES]
+        means = [one.trace / one.vectors.shape[1] for one in firsts if one is not None]
+        by = split_damping(means[0], means[1], damping)
+        for side, first, damp in zip(SIDES, firsts, by, strict=True):
+            second = low_rank(state, f"1{side}")
+            assert first is not None
+            assert second is not None
+            found = pencil_side(first, damp, second)
+            state |= {f"{name}_root_{side}": t for name, t in found.root._asdict().items()}
+            state |= {f"pencil_{side}": found.vectors, f"s_{side}": found.values}
+        return 1.0
+
+    @property
+    def words(self) -> str:
+        """The sum in words."""
         return f"nearest sum of {self.rank} products"
 
 
