@@ -9,11 +9,15 @@ learned tensors, and one shared transformer block ``f`` rewrites them. One *recu
 and two linear heads read class logits and a halting logit off ``y``. A model of 3.6M parameters
 thereby runs 12 transformer layers on an image, and more if it recurs T times.
 
+What is thrown away is not computed. The last layer of ``f`` gives only the rows that are kept. Its
+first layer projects x once for all steps, y once in each, and the learned tensors that y and z
+start from once for all images. Outputs and gradients are those of the plain form above.
+
 Source: Akazan et al., "Vision Tiny Recursion Model", arXiv 2603.19503, which adapts
 Jolicoeur-Martineau, "Less is More: Recursive Reasoning with Tiny Networks", arXiv 2510.04871.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,6 +29,8 @@ from torch.utils.checkpoint import checkpoint
 
 __all__ = ["RecursionStep", "State", "ViTRM"]
 
+EVERY = slice(None)
+
 
 class State(NamedTuple):
     """What a recursion carries from step to step."""
@@ -35,6 +41,13 @@ class State(NamedTuple):
     def detach(self) -> "State":
         """The same values, cut off from the graph (between two steps of deep supervision)."""
         return State(self.y.detach(), self.z.detach())
+
+
+class Tokens(NamedTuple):
+    """Tokens with what the first layer makes of them, which holds for as long as they do."""
+
+    rows: Tensor  # (batch, tokens, dim)
+    qkv: Tensor  # (batch, tokens, 3 dim): queries, keys and values
 
 
 class RecursionStep(NamedTuple):
@@ -150,18 +163,17 @@ class ViTRM(nn.Module):
             images: (batch, channels, height, width).
             steps: How many steps; default ``recursion_steps``.
         """
-        x = self.embed(images)
-        state = self.initial_state(len(images))
+        x = self._project(self.embed(images))
+        state = self._start(len(images))
         trace = []
         for _ in range(self.recursion_steps if steps is None else steps):
-            trace.append(self.step(x, state))
+            trace.append(self.read_out(self._recur(x, state)))
             state = trace[-1].state
         return trace
 
     def advance(self, images: Tensor, state: State | None = None) -> RecursionStep:
         """One recursion step from a state (default the initial one): what a training step sees."""
-        x = self.embed(images)
-        return self.step(x, self.initial_state(len(images)) if state is None else state)
+        return self.step(self.embed(images), self._start(len(images)) if state is None else state)
 
     def embed(self, images: Tensor) -> Tensor:
         """The image tokens x, (batch, patches, dim); the same in every step."""
@@ -180,39 +192,65 @@ class ViTRM(nn.Module):
 
     def step(self, x: Tensor, state: State) -> RecursionStep:
         """One recursion step: ``latent_steps`` times z, once y, and the heads."""
-        for _ in range(self.latent_steps):
-            state = self.think(x, state)
-        return self.read_out(self.answer(state))
+        return self.read_out(self._recur(self._project(x), state))
 
     def think(self, x: Tensor, state: State) -> State:
         """One latent step: z <- f([x; y; z]), the rows of z."""
-        rows = self._block(torch.cat([x, state.y, state.z], dim=1))
-        return State(state.y, rows[:, -state.z.shape[1] :])
+        y, z = map(self._project, state)
+        return State(state.y, self._block([self._project(x), y, z], keep=2))
 
     def answer(self, state: State) -> State:
         """The answer step: y <- f([y; z]), the row of y."""
-        return State(self._block(torch.cat([state.y, state.z], dim=1))[:, :1], state.z)
+        y, z = map(self._project, state)
+        return State(self._block([y, z], keep=0), state.z)
 
     def read_out(self, state: State) -> RecursionStep:
         """What both heads read off y."""
         y = state.y.squeeze(1)
         return RecursionStep(state, self.head(y), self.halt_head(y).squeeze(-1))
 
-    def _block(self, tokens: Tensor) -> Tensor:
+    def _recur(self, x: Tokens, state: State) -> State:
+        """``latent_steps`` times think, once answer, with nothing projected twice."""
+        y, z = map(self._project, state)
+        for _ in range(self.latent_steps):
+            z = self._project(self._block([x, y, z], keep=2))
+        return State(self._block([y, z], keep=0), z.rows)
+
+    def _start(self, batch_size: int) -> State:
+        """The initial state, once for all images, or for each where a hook looks at them singly."""
+        projection = cast(Layer, self.blocks[0]).attn.qkv
+        return self.initial_state(batch_size if projection._forward_hooks else 1)
+
+    def _project(self, rows: Tensor) -> Tokens:
+        return Tokens(rows, cast(Layer, self.blocks[0]).project(rows))
+
+    def _block(self, parts: list[Tokens], keep: int) -> Tensor:
+        """The block f on the parts laid end to end; of its output, the rows of part ``keep``."""
         if self.grad_checkpointing and self.training:
-            return cast(Tensor, checkpoint(self.blocks, tokens, use_reentrant=False))
-        return cast(Tensor, self.blocks(tokens))
+            return checkpoint(self._run_block, parts, keep, use_reentrant=False)
+        return self._run_block(parts, keep)
+
+    def _run_block(self, parts: list[Tokens], keep: int) -> Tensor:
+        batch = max(len(part.rows) for part in parts)
+        rows, qkv = (
+            torch.cat([tensor.expand(batch, -1, -1) for tensor in tensors], dim=1)
+            for tensors in zip(*parts, strict=True)
+        )
+        before = sum(part.rows.shape[1] for part in parts[:keep])
+        kept = slice(before, before + parts[keep].rows.shape[1])
+        for number, layer in enumerate(cast(Iterable[Layer], self.blocks), start=1):
+            if number > 1:
+                qkv = layer.project(rows)
+            rows = layer(rows, qkv, kept if number == len(self.blocks) else EVERY)
+        return rows
 
     # timm's contract
 
     def forward_features(self, images: Tensor) -> Tensor:
         """The final tokens [y; z], (batch, 1 + latents, dim): one prefix token, as a ViT has."""
-        x = self.embed(images)
-        state = self.initial_state(len(images))
+        x, state = self._project(self.embed(images)), self._start(len(images))
         for _ in range(self.recursion_steps):
-            for _ in range(self.latent_steps):
-                state = self.think(x, state)
-            state = self.answer(state)
+            state = self._recur(x, state)
         return torch.cat(state, dim=1)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
@@ -263,10 +301,20 @@ class Layer(nn.Module):
         self.mlp = GluMlp(dim, 2 * mlp_hidden_dim, act_layer=nn.SiLU, gate_last=True)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens (batch, tokens, dim) to tokens."""
-        tokens = tokens + self.drop(self.attn(self.norm1(tokens)))
-        return cast(Tensor, tokens + self.drop(self.mlp(self.norm2(tokens))))
+    def project(self, rows: Tensor) -> Tensor:
+        """Queries, keys and values of normalised rows, (batch, tokens, 3 dim)."""
+        return cast(Tensor, self.attn.qkv(self.norm1(rows)))
+
+    def forward(self, rows: Tensor, qkv: Tensor, kept: slice = EVERY) -> Tensor:
+        """The kept rows (batch, kept, dim) of the output; all rows are attended to.
+
+        Args:
+            rows: The input, (batch, tokens, dim).
+            qkv: Its ``project``.
+            kept: Which rows of the output are wanted.
+        """
+        rows = rows[:, kept] + self.drop(self.attn(qkv, kept))
+        return cast(Tensor, rows + self.drop(self.mlp(self.norm2(rows))))
 
 
 class Attention(nn.Module):
@@ -279,14 +327,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens (batch, tokens, dim) to tokens."""
-        batch, count, dim = tokens.shape
-        qkv = self.qkv(tokens).view(batch, count, 3, self.heads, dim // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, tokens, dim / heads)
+    def forward(self, qkv: Tensor, kept: slice = EVERY) -> Tensor:
+        """What the kept rows read off all rows, (batch, kept, dim), given ``qkv`` of all."""
+        batch, count, width = qkv.shape
+        split = qkv.view(batch, count, 3, self.heads, width // 3 // self.heads)
+        q, k, v = split.permute(2, 0, 3, 1, 4)  # each (batch, heads, tokens, dim / heads)
         drop = self.drop if self.training else 0.0
-        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=drop)
-        return cast(Tensor, self.proj(attended.transpose(1, 2).reshape(batch, count, dim)))
+        attended = F.scaled_dot_product_attention(q[:, :, kept], k, v, dropout_p=drop)
+        return cast(Tensor, self.proj(attended.transpose(1, 2).flatten(2)))
 
 
 def checkpoint_filter_fn(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
