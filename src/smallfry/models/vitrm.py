@@ -21,11 +21,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast
 
 import torch
-from timm.layers import GluMlp
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from smallfry.models.linear import Linear
 
 __all__ = ["RecursionStep", "State", "ViTRM"]
 
@@ -297,8 +298,7 @@ class Layer(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.attn = Attention(dim, heads, attn_drop)
         self.norm2 = nn.LayerNorm(dim)
-        # fc1 gives the value first and the gate second: fc2(value * silu(gate))
-        self.mlp = GluMlp(dim, 2 * mlp_hidden_dim, act_layer=nn.SiLU, gate_last=True)
+        self.mlp = SwiGLU(dim, mlp_hidden_dim)
         self.drop = nn.Dropout(drop)
 
     def project(self, rows: Tensor) -> Tensor:
@@ -324,8 +324,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.drop = drop
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, qkv: Tensor, kept: slice = EVERY) -> Tensor:
         """What the kept rows read off all rows, (batch, kept, dim), given ``qkv`` of all."""
@@ -335,6 +335,20 @@ class Attention(nn.Module):
         drop = self.drop if self.training else 0.0
         attended = F.scaled_dot_product_attention(q[:, :, kept], k, v, dropout_p=drop)
         return cast(Tensor, self.proj(attended.transpose(1, 2).flatten(2)))
+
+
+class SwiGLU(nn.Module):
+    """Value times silu of gate: fc1 gives the value first and the gate second."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = Linear(dim, 2 * hidden_dim)
+        self.fc2 = Linear(hidden_dim, dim)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Rows (batch, tokens, dim) to rows."""
+        value, gate = self.fc1(rows).chunk(2, dim=-1)
+        return cast(Tensor, self.fc2(value * F.silu(gate)))
 
 
 def checkpoint_filter_fn(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
