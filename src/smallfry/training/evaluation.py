@@ -12,7 +12,7 @@ from torchmetrics.functional.classification import (
 )
 
 from smallfry.data import Split
-from smallfry.training.batches import Normalize
+from smallfry.training.augment import Normalize
 
 
 class Predictions(NamedTuple):
