@@ -70,3 +70,46 @@ def test_dropout_has_the_distribution_of_the_plain_form(rates):
     for c in range(3):
         assert len(ours[:, c].unique()) > 100  # each image of the batch has its own mask
         assert ks_2samp(theirs[:, c].numpy(), ours[:, c].numpy()).pvalue > 1e-3
+
+
+def plain_cross_attention(model, images):
+    """Logits by the definition: in every layer, x is read and never written."""
+    x, (y, z) = model.embed(images), model.initial_state(len(images))
+
+    def block(rows, read):
+        for layer in model.blocks:
+            query, key = layer.norm1(rows), layer.norm1(torch.cat([read, rows], dim=1))
+            attended, _ = F.multi_head_attention_forward(
+                *(t.transpose(0, 1) for t in (query, key, key)),
+                rows.shape[2],
+                layer.attn.heads,
+                layer.attn.qkv.weight,
+                layer.attn.qkv.bias,
+                *(None, None, False, 0.0),
+                layer.attn.proj.weight,
+                layer.attn.proj.bias,
+            )
+            rows = rows + attended.transpose(0, 1)
+            rows = rows + layer.mlp(layer.norm2(rows))
+        return rows
+
+    for _ in range(model.recursion_steps):
+        for _ in range(model.latent_steps):
+            z = block(torch.cat([y, z], dim=1), x)[:, 1:]
+        y = block(torch.cat([y, z], dim=1), x[:, :0])[:, :1]
+    return model.head(y[:, 0])
+
+
+@pytest.mark.parametrize("latents", [None, 1, 3])
+def test_cross_attention_reads_the_image_and_never_writes_it(latents):
+    model = ViTRM(**SMALL, latents=latents, cross_attention=True, recursion_steps=2, drop_rate=0.0)
+    with torch.no_grad():
+        for parameter in model.double().parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    wanted = plain_cross_attention(model, images)
+    found = model.eval()(images)
+    assert_close(found, wanted, atol=1e-10, rtol=1e-10)
+    trained = [p for n, p in model.named_parameters() if not n.startswith("halt_head")]
+    ours, theirs = (torch.autograd.grad(o.square().sum(), trained) for o in (found, wanted))
+    assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
