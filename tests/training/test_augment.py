@@ -1,5 +1,7 @@
 """Whole batches go through what torchvision does to single images."""
 
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -42,6 +44,18 @@ def test_each_operation_is_torchvisions_on_every_image(magnitude, size, channels
             assert found.dtype == torch.uint8
             apart = (found.int() - wanted.int()).abs() > 1  # a rounding; more is another place
             assert apart.float().mean() < 0.02, (name, sign)
+
+
+def test_augmentation_can_be_sent_to_a_worker_process():
+    config = AugmentConfig(crop_padding=2, flip=True, randaugment_ops=2)
+    augment = Augment(config, 8, 2, (0.5,) * 3, (0.25,) * 3, flip=True)
+    sent = pickle.loads(pickle.dumps(augment))
+    images, labels = torch.randint(0, 256, (9, 3, 8, 8), dtype=torch.uint8), torch.arange(9) % 2
+    made = []
+    for each in (augment, sent):
+        torch.manual_seed(3)
+        made.append(each(images, labels))
+    assert_close(*made)
 
 
 def test_all_operations_are_equally_likely_and_images_keep_their_places():

@@ -135,7 +135,7 @@ def test_patience_ends_a_run_that_no_longer_improves(variant):
 def test_small_models_take_one_thread_and_larger_ones_what_there_is(variant, width, threads):
     torch.set_num_threads(2)
     model = ModelConfig(options={**TINY, "embed_dim": width, "mlp_hidden_dim": 1000})
-    train(variant(model=model, threads=None, epochs=1))
+    train(variant(model=model, threads=None, epochs=1, data=DataConfig(limit=70)))
     assert torch.get_num_threads() == threads
 
 

@@ -125,22 +125,19 @@ def rand_augment_operations(magnitude: int, size: int) -> list[Operation]:
         size: Side of the images in pixels.
     """
     share = magnitude / (MAGNITUDES - 1)
-
-    def affine(images: Tensor, shift: tuple[int, int], shear: tuple[float, float]) -> Tensor:
-        center = None if any(shift) else [0.0, 0.0]
-        return _tensor(tv.affine(images, 0.0, list(shift), 1.0, list(shear), center=center))
-
+    still: dict[str, Any] = {"angle": 0.0, "scale": 1.0, "translate": [0, 0], "shear": [0.0, 0.0]}
+    moved = partial(tv.affine, **still)
     operations: list[Operation] = []
     for sign in (1, -1):
         shear = math.degrees(math.atan(sign * 0.3 * share))
         shift = int(sign * 150 / 331 * size * share)
         factor = 1 + sign * 0.9 * share
         operations += [
-            lambda images: images,
-            partial(affine, shift=(0, 0), shear=(shear, 0.0)),
-            partial(affine, shift=(0, 0), shear=(0.0, shear)),
-            partial(affine, shift=(shift, 0), shear=(0.0, 0.0)),
-            partial(affine, shift=(0, shift), shear=(0.0, 0.0)),
+            torch.clone,
+            partial(moved, shear=[shear, 0.0], center=[0.0, 0.0]),
+            partial(moved, shear=[0.0, shear], center=[0.0, 0.0]),
+            partial(moved, translate=[shift, 0]),
+            partial(moved, translate=[0, shift]),
             partial(tv.rotate, angle=sign * 30 * share),
             partial(tv.adjust_brightness, brightness_factor=factor),
             partial(tv.adjust_saturation, saturation_factor=factor),
@@ -152,8 +149,3 @@ def rand_augment_operations(magnitude: int, size: int) -> list[Operation]:
             tv.equalize,
         ]
     return operations
-
-
-def _tensor(images: Any) -> Tensor:
-    found: Tensor = images
-    return found
