@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from smallfry.data import ImageData, Split
-from smallfry.training.batches import Augment
+from smallfry.training.augment import Augment
 from smallfry.training.config import AugmentConfig, OptimizerConfig, TrainConfig
 from smallfry.training.loop import Trainer
 from smallfry.training.objective import CrossEntropy

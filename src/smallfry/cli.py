@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from rich.console import Console
@@ -58,9 +58,12 @@ def evaluate(
     data: OtherData,
     split: Literal["train", "validation", "test"] = "test",
     checkpoint: Literal["best", "last"] = "best",
+    exit_drop: float | None = None,
+    exit_steps: float | None = None,
     as_json: bool = False,
 ) -> int:
     """Evaluate a trained model."""
+    from smallfry.training import exit_calibration
     from smallfry.training.evaluation import predict as run_model
     from smallfry.training.evaluation import score
     from smallfry.training.run import load_run, require_classes
@@ -69,8 +72,19 @@ def evaluate(
     trained = load_run(run, checkpoint)
     loaded, chosen, taken = load_like(trained, run, data.name, data.root, split)
     require_classes(trained, loaded.classes, loaded.origin)
-    scores = score(run_model(trained.model, chosen, trained.normalize))
+    threshold = None
+    if exit_drop is not None or exit_steps is not None:
+        _, calibration, _ = load_like(trained, run, split="validation")
+        traced = exit_calibration.trace(trained.model, calibration, trained.normalize)
+        points = exit_calibration.operating_points(traced)
+        if exit_drop is None:
+            threshold = exit_calibration.most_accurate(points, cast(float, exit_steps)).threshold
+        else:
+            threshold = exit_calibration.most_thrifty(points, exit_drop).threshold
+    scores = score(run_model(trained.model, chosen, trained.normalize, exit_threshold=threshold))
     result = {"data": loaded.name, "split": taken, "images": len(chosen), **scores}
+    if threshold is not None:
+        result["exit_threshold"] = threshold
     if as_json:
         print(json.dumps(result))
         return 0
@@ -88,6 +102,7 @@ def predict(
     inputs: list[str],
     top_k: int = 3,
     checkpoint: Literal["best", "last"] = "best",
+    exit_threshold: float | None = None,
     as_json: bool = False,
 ) -> int:
     """Classify images."""
@@ -98,7 +113,8 @@ def predict(
         raise UsageError(f"top_k must be at least 1, got {top_k}")
     trained = load_run(run, checkpoint)
     failed = False
-    for answer in classify(trained, find_images(inputs, sys.stdin.buffer), top_k):
+    found = find_images(inputs, sys.stdin.buffer)
+    for answer in classify(trained, found, top_k, exit_threshold):
         if answer.error is not None:
             print(f"smallfry: {answer.error}", file=sys.stderr)
             failed = True
@@ -165,6 +181,20 @@ def build_parser() -> ArgumentParser:
     evaluate_verb.add_argument(
         "--split", type=Literal["train", "validation", "test"], default="test", help="The split."
     )
+    early = evaluate_verb.add_mutually_exclusive_group()
+    early.add_argument(
+        "--exit_drop",
+        type=float,
+        metavar="SHARE",
+        help="Let images leave the recursion early, as far as that costs at most this share of "
+        "accuracy on the run's validation split, such as 0.003.",
+    )
+    early.add_argument(
+        "--exit_steps",
+        type=float,
+        metavar="MEAN",
+        help="Let images leave the recursion early, at this average of steps on that split.",
+    )
     evaluate_verb.add_class_arguments(OtherData, "data")
     verbs.add_subcommand("evaluate", evaluate_verb, help="evaluate a trained model")
 
@@ -174,6 +204,11 @@ def build_parser() -> ArgumentParser:
         "inputs",
         nargs="+",
         help="Image files, folders, globs, or - for an image or a list of files on standard input.",
+    )
+    predict_verb.add_argument(
+        "--exit_threshold",
+        type=float,
+        help="Let images leave the recursion at this halting probability; evaluate finds one.",
     )
     predict_verb.add_argument("--top_k", type=int, default=3, help="Classes to name per image.")
     verbs.add_subcommand("predict", predict_verb, help="classify images")
@@ -223,9 +258,24 @@ def _dispatch(parsed: Namespace, parser: ArgumentParser) -> int:
         return train(config, given.resume)
     if verb == "evaluate":
         other = OtherData(given.data.name, given.data.root)
-        return evaluate(given.run, other, given.split, given.checkpoint, given.json)
+        return evaluate(
+            given.run,
+            other,
+            given.split,
+            given.checkpoint,
+            given.exit_drop,
+            given.exit_steps,
+            given.json,
+        )
     if verb == "predict":
-        return predict(given.run, given.inputs, given.top_k, given.checkpoint, given.json)
+        return predict(
+            given.run,
+            given.inputs,
+            given.top_k,
+            given.checkpoint,
+            given.exit_threshold,
+            given.json,
+        )
     return models(given.pattern, given.json)
 
 

@@ -27,18 +27,17 @@ def cost(model: nn.Module, input: Tensor) -> Cost:
             ``activation_bytes`` are those of the whole batch.
     """
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
-    probe = deepcopy(model)
     with torch.random.fork_rng():
         return Cost(
             parameters=sum(p.numel() for p in model.parameters()),
             bytes=sum(t.numel() * t.element_size() for t in tensors),
-            macs=_macs(probe, input),
-            activation_bytes=_activation_bytes(probe, input),
+            macs=_macs(deepcopy(model), input),
+            activation_bytes=_activation_bytes(deepcopy(model), input),
         )
 
 
 def _macs(model: nn.Module, input: Tensor) -> int:
-    model.eval()
+    model.eval().requires_grad_(False)  # FlopCounterMode stumbles over views of parameters
     counter = FlopCounterMode(display=False)
     # the plain form of attention: not every PyTorch counts the fused ones
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:

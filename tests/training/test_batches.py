@@ -2,13 +2,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from smallfry.data import load_data
+from smallfry.data import Split, load_data
+from smallfry.training.augment import Augment
 from smallfry.training.batches import (
-    Augment,
-    Normalize,
     TrainBatches,
     derive_seed,
     flips_by_default,
+    resident,
     train_loader,
 )
 from smallfry.training.config import AugmentConfig
@@ -87,48 +87,30 @@ def test_mixing_keeps_targets_a_distribution_and_labels_unmixed(digits):
         assert_close(torch.where(same, own, own + other), torch.ones(32))
 
 
-@pytest.mark.parametrize(
-    ("alphas", "expected"), [((1.0, 0.0), {"mixup"}), ((0.0, 1.0), {"cutmix"}), ((1.0, 1.0), None)]
-)
-def test_mixup_blends_pixels_and_cutmix_pastes_them(alphas, expected):
-    mixup, cutmix = alphas
-    config = AugmentConfig(crop_padding=0, flip=False, mixup=mixup, cutmix=cutmix)
-    augment = Augment(config, 8, 2, (0.0,), (1 / 255,), flip=False)
-    images = torch.tensor([0, 200], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 8, 8)
-    seen = set()
-    for _ in range(20):
-        values = augment(images, torch.tensor([0, 1])).images.unique().tolist()
-        between = any(1 < value < 199 for value in values)
-        seen.add("mixup" if between else "cutmix")
-    assert seen == (expected or {"mixup", "cutmix"})
-
-
-def test_crops_and_flips_only_move_pixels():
-    images = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8).repeat(200, 1, 1, 1)
-    augment = Augment(
-        AugmentConfig(crop_padding=1, flip=True, mixup=0.0), 8, 2, (0.0,), (1 / 255,), flip=False
-    )
-    moved = augment(images, torch.zeros(200, dtype=torch.int64)).images.round().long()
-    centres = {tuple(row) for row in moved[:, 0, 4, 3:5].tolist()}
-    assert len(centres) == 18  # 9 shifts, mirrored or not
-
-
-@pytest.mark.parametrize(("size", "padding"), [(8, None), (32, 4)])
-def test_the_default_crop_pads_an_eighth_but_not_tiny_images(size, padding):
-    augment = Augment(AugmentConfig(flip=False), size, 2, (0.5,), (0.5,), flip=False)
-    if padding is None:
-        assert augment.per_image is None
-    else:
-        assert augment.per_image.transforms[0].padding == [padding] * 4
-
-
 def test_characters_are_not_mirrored_by_default(digits):
     assert not flips_by_default(digits)
 
 
-def test_normalize_is_shift_and_scale_of_the_unit_range():
-    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
-    assert_close(Normalize((0.5,), (0.25,))(images).flatten(), torch.tensor([-2.0, 2.0]))
+def test_images_that_live_on_a_device_give_batches_there(digits):
+    there = resident(digits.train, torch.device("meta"), wanted=True)
+    augment = Augment(EVERYTHING, 8, 10, digits.mean, digits.std, flip=False)
+    (batch,) = train_loader(TrainBatches(there, augment, 32, 0), range(1), None, pin_memory=True)
+    assert {tensor.device.type for tensor in batch} == {"meta"}
+    assert batch.images.shape == (32, 1, 8, 8)
+
+
+def test_images_stay_where_they_are_on_a_cpu_or_if_that_is_wanted(digits):
+    for device, wanted in (("cpu", True), ("cpu", None), ("meta", False), ("meta", None)):
+        assert resident(digits.train, torch.device(device), wanted) is digits.train
+
+
+def test_where_images_live_does_not_change_a_batch(digits):
+    gathered = Split(digits.train.images, torch.arange(len(digits.train)), digits.train.labels)
+    augment = Augment(EVERYTHING, 8, 10, digits.mean, digits.std, flip=False)
+    for mine, theirs in zip(
+        TrainBatches(gathered, augment, 32, 0)[3], batches(digits)[3], strict=True
+    ):
+        assert torch.equal(mine, theirs)
 
 
 def test_seeds_of_different_streams_differ():

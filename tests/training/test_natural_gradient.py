@@ -58,8 +58,10 @@ def test_the_shared_block_and_both_heads_are_covered_by_the_joint_likelihood():
     (seen,) = optimizer.observer.pending
     assert [len(z.shape) for z in seen.outputs] == [2, 1]
     qkv = next(b for b in optimizer.blocks if "blocks.0.attn.qkv" in b.layers)
-    # three latent steps on 4 + 1 + 4 tokens, one answer on 1 + 4
-    assert seen.rows(qkv, torch.float32).uses == 3 * 9 + 5
+    # x of 4 tokens and y of 1 once, z of 4 at the start and after each of three latent steps
+    assert seen.rows(qkv, torch.float32).uses == 4 + 1 + 4 * 4
+    fc1 = next(b for b in optimizer.blocks if "blocks.2.mlp.fc1" in b.layers)
+    assert seen.rows(fc1, torch.float32).uses == 3 * 4 + 1  # the rows that are kept
     optimizer.step()
     assert optimizer.counters["statistics"] == 1
     assert float(optimizer.curvature["halt_head.weight"]["g"].abs().max()) > 0

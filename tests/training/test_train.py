@@ -131,11 +131,11 @@ def test_patience_ends_a_run_that_no_longer_improves(variant):
     assert resume(variant().run)["measured"]["epochs"] == summary["measured"]["epochs"]
 
 
-@pytest.mark.parametrize(("width", "threads"), [(16, 1), (144, 2)])
+@pytest.mark.parametrize(("width", "threads"), [(16, 1), (288, 2)])
 def test_small_models_take_one_thread_and_larger_ones_what_there_is(variant, width, threads):
     torch.set_num_threads(2)
     model = ModelConfig(options={**TINY, "embed_dim": width, "mlp_hidden_dim": 1000})
-    train(variant(model=model, threads=None, epochs=1))
+    train(variant(model=model, threads=None, epochs=1, data=DataConfig(limit=70)))
     assert torch.get_num_threads() == threads
 
 
@@ -170,10 +170,10 @@ def test_mixed_precision_reaches_the_model(variant, monkeypatch, supervised):
     seen = []
     forward = Layer.forward
 
-    def watched(layer, tokens):
+    def watched(layer, *arguments):
         if layer.training and torch.is_grad_enabled():
             seen.append(torch.is_autocast_enabled("cpu"))
-        return forward(layer, tokens)
+        return forward(layer, *arguments)
 
     monkeypatch.setattr(Layer, "forward", watched)
     monkeypatch.setattr("smallfry.training.train.cost", lambda *_: Cost(0, 0, 0, 0))

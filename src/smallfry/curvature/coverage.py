@@ -97,7 +97,8 @@ def cover(
 ) -> Coverage:
     """Divide the trained parameters of a model into blocks and the uncovered.
 
-    Covered are Linear, Conv1d, Conv2d and ConvTranspose2d whose ``forward`` is PyTorch's own.
+    Covered are Linear, Conv1d, Conv2d and ConvTranspose2d whose ``forward`` is PyTorch's own,
+    and subclasses that promise the same with an attribute ``acts_as``.
 
     Args:
         model: The model.
@@ -198,10 +199,11 @@ def _why_not(model: nn.Module, path: str, module: nn.Module, excluded: set[str])
     covered = next((kind for kind in COVERED if isinstance(module, kind)), None)
     if covered is None:
         return f"{name} is not covered"
+    acts_as = getattr(module, "acts_as", None)  # what a faster forward of the same map declares
     parent = model.get_submodule(path.rpartition(".")[0]) if path else None
     if isinstance(parent, nn.MultiheadAttention):
         return "MultiheadAttention multiplies with its weights without calling its layers"
-    if type(module).forward is not covered.forward:
+    if type(module).forward is not covered.forward and acts_as is not covered:
         return f"{name} has a forward of its own"
     if module._parameters.get("weight") is None:
         return f"the weight of this {name} is computed from other parameters"

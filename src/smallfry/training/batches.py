@@ -2,96 +2,28 @@
 
 Batch number ``step`` of a run, its images, their order, crops, flips, RandAugment, Mixup and
 CutMix, depends on the seed and the step alone: not on earlier batches, worker processes or where
-the run was stopped. Augmentation is torchvision's; its random state is set anew for each batch.
+the run was stopped. The random state of the augmentation is set anew for each batch.
 """
 
 import os
 import signal
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
 from smallfry.data import ImageData, Split
-from smallfry.training.config import AugmentConfig
+from smallfry.training.augment import Augment
 from smallfry.training.objective import Batch
 
-SMALLEST_CROPPED = 16  # on an 8×8 image a pixel is an eighth of it, and shifting it hurts
+RESIDENT_SHARE = 0.25  # of the device's free memory that training images may take
 CHARACTERS = frozenset({"digits", "mnist"})
 
 
 def derive_seed(*key: int) -> int:
     """A seed for the random stream that ``key`` names, independent of all other streams."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-class Augment:
-    """Turns uint8 images into a batch to train on: per image, then per batch.
-
-    Args:
-        config: What to do.
-        image_size: Side of the images in pixels.
-        classes: Number of classes.
-        mean: Mean per channel, on the scale 0 to 1.
-        std: Standard deviation per channel.
-        flip: Whether ``config.flip`` unset means yes.
-    """
-
-    def __init__(
-        self,
-        config: AugmentConfig,
-        image_size: int,
-        classes: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        flip: bool,
-    ) -> None:
-        padding = config.crop_padding
-        if padding is None:
-            padding = image_size // 8 if image_size >= SMALLEST_CROPPED else 0
-        per_image: list[Any] = []
-        if padding:
-            per_image.append(v2.RandomCrop(image_size, padding=padding))
-        if flip if config.flip is None else config.flip:
-            per_image.append(v2.RandomHorizontalFlip())
-        if config.randaugment_ops:
-            per_image.append(v2.RandAugment(config.randaugment_ops, config.randaugment_magnitude))
-        mixing = []
-        if config.mixup:
-            mixing.append(v2.MixUp(alpha=config.mixup, num_classes=classes))
-        if config.cutmix:
-            mixing.append(v2.CutMix(alpha=config.cutmix, num_classes=classes))
-        self.classes = classes
-        self.per_image = v2.Compose(per_image) if per_image else None
-        self.mix = v2.RandomChoice(mixing) if mixing else None
-        self.normalize = Normalize(mean, std)
-
-    def __call__(self, images: Tensor, labels: Tensor) -> Batch:
-        """The batch of images (batch, channels, size, size), uint8, with int64 labels."""
-        if self.per_image is not None:
-            images = torch.stack([self.per_image(image) for image in images])
-        images = self.normalize(images)
-        if self.mix is None:
-            return Batch(images, labels, F.one_hot(labels, self.classes).to(images.dtype))
-        mixed, targets = self.mix(images, labels)
-        return Batch(mixed, labels, targets)
-
-
-class Normalize:
-    """uint8 images to floats with mean 0 and deviation 1 per channel."""
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.scale = torch.tensor([1 / (255 * s) for s in std]).view(-1, 1, 1)
-        self.shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(-1, 1, 1)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Images (..., channels, height, width)."""
-        return images.to(torch.float32).mul_(self.scale).add_(self.shift)
 
 
 class TrainBatches(Dataset[Batch]):
@@ -108,7 +40,7 @@ class TrainBatches(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         epoch, position = divmod(step, self.steps_per_epoch)
         rows = self._order_of(epoch)[position * self.batch_size :][: self.batch_size]
-        chosen = self.split.take(rows)
+        chosen = self.split.take(rows.to(self.split.rows.device))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.seed, 1, step))
             return self.augment(chosen.images, chosen.labels)
@@ -120,12 +52,35 @@ class TrainBatches(Dataset[Batch]):
         return self._order[1]
 
 
+def resident(split: Split, device: torch.device, wanted: bool | None) -> Split:
+    """The split with its images on the device, if that is wanted, or by default if they fit well.
+
+    Args:
+        split: The split.
+        device: Where batches are needed.
+        wanted: Whether to move the images; None to decide by the device's free memory.
+    """
+    if device.type == "cpu" or len(split) == 0 or wanted is False:
+        return split
+    if wanted is None:
+        if device.type != "cuda":
+            return split
+        free, _ = torch.cuda.mem_get_info(device)
+        if len(split) * split.pixels[0].nbytes > RESIDENT_SHARE * free:
+            return split
+    labels = split.labels.to(device)
+    return Split(split.images.to(device), torch.arange(len(split), device=device), labels)
+
+
 def train_loader(
     batches: TrainBatches, steps: range, workers: int | None, pin_memory: bool
 ) -> DataLoader[Batch]:
     """A loader of those steps, prepared ahead by worker processes where that pays."""
+    pixels = batches.split.pixels
+    if pixels.device.type != "cpu":
+        workers, pin_memory = 0, False
     if workers is None:
-        heavy = len(batches.split) * batches.split.pixels[0].numel() > 10**7
+        heavy = len(batches.split) * pixels[0].numel() > 10**7
         workers = min(8, (os.cpu_count() or 1) - 1) if heavy and pin_memory else 0
     return DataLoader(
         batches,

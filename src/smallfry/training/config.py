@@ -218,6 +218,9 @@ class TrainConfig:
         seed: Seed of the initialisation, the order and the augmentation.
         device: auto, cpu, cuda or mps.
         precision: Lightning Fabric's precision, such as 32-true, bf16-mixed or 16-mixed.
+        compile: Compile the training step with torch.compile; on a CPU that needs a C++ compiler.
+        resident: Keep the training images on the device; default if they take at most a quarter
+            of its free memory. On a CPU there is nothing to move.
         workers: Processes that prepare batches; default as many as help.
         threads: CPU threads of PyTorch; default its own choice, but one for models below
             10 MMAC an image, which hardly gain from more.
@@ -243,6 +246,8 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     precision: str = "32-true"
+    compile: bool = False
+    resident: bool | None = None
     workers: int | None = None
     threads: int | None = None
     checkpoint_seconds: float = 60.0

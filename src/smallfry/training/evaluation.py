@@ -1,6 +1,6 @@
 """What a model says of a split, and how right that is."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,10 @@ from torchmetrics.functional.classification import (
 )
 
 from smallfry.data import Split
-from smallfry.training.batches import Normalize
+from smallfry.errors import UsageError
+from smallfry.models import ViTRM
+from smallfry.models.early_exit import recurse_until
+from smallfry.training.augment import Normalize
 
 
 class Predictions(NamedTuple):
@@ -21,6 +24,7 @@ class Predictions(NamedTuple):
     logits: Tensor  # (images, classes), float32, on the CPU
     labels: Tensor  # (images,), int64
     halting: Tensor | None  # (images,), probability of having finished; recursive models only
+    steps: Tensor | None = None  # (images,), recursion steps taken; with early exit only
 
 
 @torch.inference_mode()
@@ -30,34 +34,54 @@ def predict(
     normalize: Normalize,
     device: torch.device | None = None,
     batch_size: int = 256,
+    exit_threshold: float | None = None,
 ) -> Predictions:
-    """Run a model over a split, in evaluation mode; its mode is restored."""
+    """Run a model over a split, in evaluation mode; its mode is restored.
+
+    With ``exit_threshold``, images whose halting probability passes it leave the recursion.
+    """
     was_training = model.training
     model.eval()
     dtype = next(model.parameters()).dtype
-    logits, halting = [], []
+    logits, halting, steps = [], [], []
     for rows in torch.split(split.rows, batch_size):
         images = normalize(split.pixels[rows]).to(device or torch.device("cpu"), dtype)
-        step_logits, halt_logits = forward(model, images)
+        step_logits, halt_logits, taken = forward(model, images, exit_threshold)
+        if taken is not None:
+            steps.append(taken.cpu())
         logits.append(step_logits.float().cpu())
         if halt_logits is not None:
             halting.append(halt_logits.float().sigmoid().cpu())
     model.train(was_training)
-    return Predictions(torch.cat(logits), split.labels, torch.cat(halting) if halting else None)
+    return Predictions(
+        torch.cat(logits),
+        split.labels,
+        torch.cat(halting) if halting else None,
+        torch.cat(steps) if steps else None,
+    )
 
 
-def forward(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Class logits, and halting logits where the model has them."""
-    if hasattr(model, "recurse"):
-        recursive: Any = model
-        step = recursive.recurse(images)[-1]
-        return step.logits, step.halt_logits
-    return model(images), None
+def forward(
+    model: nn.Module, images: Tensor, exit_threshold: float | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Class logits; halting logits of a recursive model; with early exit, the steps taken.
+
+    Raises:
+        UsageError: Early exit from a model that does not recur.
+    """
+    if not isinstance(model, ViTRM):
+        if exit_threshold is not None:
+            raise UsageError(f"{type(model).__name__} does not recur: it has no early exit")
+        return model(images), None, None
+    if exit_threshold is not None:
+        return recurse_until(model, images, exit_threshold)
+    step = model.recurse(images)[-1]
+    return step.logits, step.halt_logits, None
 
 
 def score(predictions: Predictions) -> dict[str, float]:
-    """Loss, accuracy, macro F1, calibration error and, for recursive models, mean halting."""
-    logits, labels, halting = predictions
+    """Loss, accuracy, macro F1, calibration error; means of halting and of early exit's steps."""
+    logits, labels, halting, steps = predictions
     classes = logits.shape[1]
     probabilities = logits.softmax(dim=1)
     scores = {
@@ -68,4 +92,6 @@ def score(predictions: Predictions) -> dict[str, float]:
     }
     if halting is not None:
         scores["halting"] = halting.mean().item()
+    if steps is not None:
+        scores["recursion_steps"] = steps.double().mean().item()
     return scores

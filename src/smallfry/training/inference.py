@@ -57,15 +57,26 @@ def find_images(inputs: Sequence[str], stdin: BinaryIO) -> Iterator[Found]:
             yield from _from_path(given)
 
 
-def classify(trained: TrainedModel, found: Iterable[Found], top_k: int = 3) -> Iterator[Answer]:
-    """Answers in the order of the images; an image that can't be read gives an ``error``."""
+def classify(
+    trained: TrainedModel,
+    found: Iterable[Found],
+    top_k: int = 3,
+    exit_threshold: float | None = None,
+) -> Iterator[Answer]:
+    """Answers in the order of the images; an image that can't be read gives an ``error``.
+
+    With ``exit_threshold``, images leave the recursion at that halting probability.
+    """
     images = iter(found)
+    top_k = min(top_k, len(trained.classes))
     while chunk := list(islice(images, BATCH)):
-        yield from _classify_batch(trained, chunk, min(top_k, len(trained.classes)))
+        yield from _classify_batch(trained, chunk, top_k, exit_threshold)
 
 
 @torch.inference_mode()
-def _classify_batch(trained: TrainedModel, chunk: list[Found], top_k: int) -> Iterator[Answer]:
+def _classify_batch(
+    trained: TrainedModel, chunk: list[Found], top_k: int, exit_threshold: float | None
+) -> Iterator[Answer]:
     pixels: list[NDArray[np.uint8]] = []
     errors: list[str | None] = []
     for name, encoded, error in chunk:
@@ -79,7 +90,7 @@ def _classify_batch(trained: TrainedModel, chunk: list[Found], top_k: int) -> It
     rows: Iterator[tuple[list[tuple[str, float]], float | None]] = iter(())  # readable images
     if pixels:
         batch = trained.normalize(torch.from_numpy(np.stack(pixels)))
-        logits, halt_logits = forward(trained.model, batch)
+        logits, halt_logits = forward(trained.model, batch, exit_threshold)[:2]
         shares, indices = logits.softmax(dim=1).topk(top_k, dim=1)
         tops = [
             [(trained.classes[i], share) for i, share in zip(*row, strict=True)]

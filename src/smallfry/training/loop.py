@@ -17,7 +17,8 @@ from torch.utils.tensorboard.writer import SummaryWriter
 
 from smallfry.data import ImageData, Split
 from smallfry.errors import Stopped, TrainingError, UsageError
-from smallfry.training.batches import Augment, TrainBatches, derive_seed, train_loader
+from smallfry.training.augment import Augment
+from smallfry.training.batches import TrainBatches, derive_seed, resident, train_loader
 from smallfry.training.checkpoint import Checkpoint, save_checkpoint
 from smallfry.training.config import TrainConfig
 from smallfry.training.evaluation import predict, score
@@ -82,15 +83,22 @@ class Trainer:
         self.data, self.objective, self.config = data, objective, config
         self.folder, self.manifest, self.reporter = folder, dict(manifest), reporter
         self.normalize = augment.normalize
-        self.batches = TrainBatches(data.train, augment, config.batch_size, config.seed)
+        self.fabric = _fabric(config)
+        images = resident(data.train, self.fabric.device, config.resident)
+        self.batches = TrainBatches(images, augment, config.batch_size, config.seed)
         self.total_steps = config.epochs * self.batches.steps_per_epoch
         self.progress = Progress()
 
-        self.fabric = _fabric(config)
         self.raw_model = self.fabric.to_device(model)
         prepared = objective.prepare(self.raw_model)
+        if config.compile:
+            prepared = _Compiled(prepared)
         self.raw_optimizer = build_optimizer(
-            config.optimizer, self.raw_model, prepared, objective.likelihood
+            config.optimizer,
+            self.raw_model,
+            prepared,
+            objective.likelihood,
+            fused=config.precision != "16-mixed",  # with which Fabric can't clip gradients
         )
         self.peak_rate = peak_learning_rate(config.optimizer, self.raw_model)
         self.model, self.optimizer = self.fabric.setup(prepared, self.raw_optimizer)
@@ -128,7 +136,8 @@ class Trainer:
         try:
             with _signals() as stop:
                 for batch in loader:
-                    self._step(batch)
+                    with _compiling():
+                        self._step(batch)
                     self.progress.seconds = time.monotonic() - started
                     done = self.progress.step % self.batches.steps_per_epoch == 0
                     if done:
@@ -321,6 +330,31 @@ class Trainer:
             "select_on": self.config.select_on,
             "ema": self.average is not None,
         }
+
+
+class _Compiled(nn.Module):
+    """A module with a compiled one in it, so that hooks on it are not compiled too."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.compiled = torch.compile(module, dynamic=True)  # one graph for all batch sizes
+
+    def forward(self, *arguments: Any) -> Any:
+        return self.compiled(*arguments)
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Say of an error of torch.compile what it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"torch.compile can't compile the training step ({reason}); train with compile false"
+        ) from error
 
 
 class _Stop:

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
 from timm.optim import (
     create_optimizer_v2,
+    get_optimizer_class,
     get_optimizer_info,
     list_optimizers,
     param_groups_weight_decay,
@@ -59,6 +61,7 @@ def build_optimizer(
     model: nn.Module,
     forward: nn.Module | None = None,
     likelihood: Any = "categorical",
+    fused: bool = False,
 ) -> torch.optim.Optimizer:
     """A natural-gradient optimizer, or one of timm's registry.
 
@@ -69,6 +72,7 @@ def build_optimizer(
         model: Whose parameters it moves.
         forward: The module whose call is a training forward pass; default the model.
         likelihood: The density that the objective's loss is the negative logarithm of.
+        fused: Take the fused form of optimizers that have one, such as adamw and sgd.
 
     Raises:
         UsageError: An unknown name, or settings that the optimizer does not take.
@@ -80,6 +84,9 @@ def build_optimizer(
     if config.name in NATURAL:
         return _build_natural(config, model, forward, likelihood)
     arguments: dict[str, Any] = {} if config.betas is None else {"betas": tuple(config.betas)}
+    kind = get_optimizer_class(config.name, bind_defaults=False)
+    if fused and "fused" in signature(kind).parameters:
+        arguments["fused"] = True
     decay_all = config.decay == "all"
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
@@ -88,8 +95,7 @@ def build_optimizer(
             lr=peak_learning_rate(config, model),
             weight_decay=config.weight_decay,
             filter_bias_and_bn=not decay_all,
-            **arguments,
-            **config.options,
+            **(arguments | config.options),
         )
     except (TypeError, ValueError, RuntimeError, AssertionError, ImportError) as error:
         raise UsageError(f"optimizer {config.name} can't be built: {error}") from error

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from smallfry.errors import DataError, RunError
-from smallfry.training.batches import Normalize
+from smallfry.training.augment import Normalize
 from smallfry.training.checkpoint import load_checkpoint, write_file
 
 

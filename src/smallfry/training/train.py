@@ -16,7 +16,8 @@ from smallfry.models import ViTRM
 from smallfry.report.classification import confusion_matrix, mistakes, surest_mistakes
 from smallfry.report.curves import learning_curves
 from smallfry.report.recursion import interesting, recursion_trace
-from smallfry.training.batches import Augment, flips_by_default
+from smallfry.training.augment import Augment
+from smallfry.training.batches import flips_by_default
 from smallfry.training.checkpoint import has_checkpoint, load_checkpoint
 from smallfry.training.config import DataConfig, ModelConfig, TrainConfig, read_config
 from smallfry.training.evaluation import Predictions, predict, score

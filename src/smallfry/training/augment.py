@@ -1,0 +1,151 @@
+"""What training images go through, a whole batch at once, on the device where they are.
+
+Each image takes random choices of its own: they are drawn on the CPU, from PyTorch's global random
+state, and images with the same choice are then worked on together. So a batch is the same wherever
+it is made, and made for much less than image by image. The operations are torchvision's.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tv
+
+from smallfry.training.config import AugmentConfig
+from smallfry.training.objective import Batch
+
+SMALLEST_CROPPED = 16  # on an 8×8 image a pixel is an eighth of it, and shifting it hurts
+MAGNITUDES = 31  # of RandAugment, from 0 to 30
+
+Operation = Callable[[Tensor], Tensor]
+
+
+class Augment:
+    """Turns uint8 images into a batch to train on.
+
+    Args:
+        config: What to do.
+        image_size: Side of the images in pixels.
+        classes: Number of classes.
+        mean: Mean per channel, on the scale 0 to 1.
+        std: Standard deviation per channel.
+        flip: Whether ``config.flip`` unset means yes.
+    """
+
+    def __init__(
+        self,
+        config: AugmentConfig,
+        image_size: int,
+        classes: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        flip: bool,
+    ) -> None:
+        self.steps: list[Operation] = []
+        padding = config.crop_padding
+        if padding is None:
+            padding = image_size // 8 if image_size >= SMALLEST_CROPPED else 0
+        if padding:
+            self.steps.append(partial(random_crop, padding=padding))
+        if flip if config.flip is None else config.flip:
+            self.steps.append(random_flip)
+        operations = rand_augment_operations(config.randaugment_magnitude, image_size)
+        self.steps += [partial(apply_one_of, operations=operations)] * config.randaugment_ops
+        mixing = []
+        if config.mixup:
+            mixing.append(v2.MixUp(alpha=config.mixup, num_classes=classes))
+        if config.cutmix:
+            mixing.append(v2.CutMix(alpha=config.cutmix, num_classes=classes))
+        self.classes = classes
+        self.mix = v2.RandomChoice(mixing) if mixing else None
+        self.normalize = Normalize(mean, std)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Batch:
+        """The batch of images (batch, channels, size, size), uint8, with int64 labels."""
+        for step in self.steps:
+            images = step(images)
+        images = self.normalize(images)
+        if self.mix is None:
+            return Batch(images, labels, F.one_hot(labels, self.classes).to(images.dtype))
+        mixed, targets = self.mix(images, labels)
+        return Batch(mixed, labels, targets)
+
+
+class Normalize:
+    """uint8 images to floats with mean 0 and deviation 1 per channel."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.scale = torch.tensor([1 / (255 * s) for s in std]).view(-1, 1, 1)
+        self.shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(-1, 1, 1)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images (..., channels, height, width)."""
+        scale, shift = self.scale.to(images.device), self.shift.to(images.device)
+        return images.to(torch.float32).mul_(scale).add_(shift)
+
+
+def random_crop(images: Tensor, padding: int) -> Tensor:
+    """Images of the same size, cut out of the black-bordered ones anywhere."""
+    count, _, height, width = images.shape
+    top, left = torch.randint(2 * padding + 1, (2, count)).to(images.device)
+    windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
+    return windows[torch.arange(count, device=images.device), :, top, left]
+
+
+def random_flip(images: Tensor) -> Tensor:
+    """Images, half of them mirrored."""
+    mirrored = (torch.rand(len(images), 1, 1, 1) < 0.5).to(images.device)
+    return torch.where(mirrored, images.flip(-1), images)
+
+
+def apply_one_of(images: Tensor, operations: Sequence[Operation]) -> Tensor:
+    """Every image through one of the operations, all of them equally likely."""
+    choice = torch.randint(len(operations), (len(images),))
+    order = choice.argsort(stable=True)
+    counts = torch.bincount(choice, minlength=len(operations)).tolist()
+    groups = torch.split(images[order.to(images.device)], counts)
+    done = [
+        operation(group) for operation, group in zip(operations, groups, strict=True) if len(group)
+    ]
+    return torch.cat(done)[order.argsort().to(images.device)]
+
+
+def rand_augment_operations(magnitude: int, size: int) -> list[Operation]:
+    """RandAugment's operations, signed ones in both directions and others twice.
+
+    Source: Cubuk et al., "RandAugment", arXiv 1909.13719, with the ranges of torchvision.
+
+    Args:
+        magnitude: 0 to 30.
+        size: Side of the images in pixels.
+    """
+    share = magnitude / (MAGNITUDES - 1)
+    still: dict[str, Any] = {"angle": 0.0, "scale": 1.0, "translate": [0, 0], "shear": [0.0, 0.0]}
+    moved = partial(tv.affine, **still)
+    operations: list[Operation] = []
+    for sign in (1, -1):
+        shear = math.degrees(math.atan(sign * 0.3 * share))
+        shift = int(sign * 150 / 331 * size * share)
+        factor = 1 + sign * 0.9 * share
+        operations += [
+            torch.clone,
+            partial(moved, shear=[shear, 0.0], center=[0.0, 0.0]),
+            partial(moved, shear=[0.0, shear], center=[0.0, 0.0]),
+            partial(moved, translate=[shift, 0]),
+            partial(moved, translate=[0, shift]),
+            partial(tv.rotate, angle=sign * 30 * share),
+            partial(tv.adjust_brightness, brightness_factor=factor),
+            partial(tv.adjust_saturation, saturation_factor=factor),
+            partial(tv.adjust_contrast, contrast_factor=factor),
+            partial(tv.adjust_sharpness, sharpness_factor=factor),
+            partial(tv.posterize, bits=8 - round(4 * share)),
+            partial(tv.solarize, threshold=255 * (1 - share)),
+            tv.autocontrast,
+            tv.equalize,
+        ]
+    return operations

@@ -1,0 +1,64 @@
+from functools import partial
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from smallfry.errors import UsageError
+from smallfry.models import ViTRM
+from smallfry.training.config import ModelConfig, ObjectiveConfig, OptimizerConfig
+from smallfry.training.objective import Batch, DeepSupervision
+from smallfry.training.train import train
+
+SIZES = {"in_chans": 1, "embed_dim": 16, "num_heads": 2, "mlp_hidden_dim": 8, "depth": 2}
+
+
+@pytest.fixture(autouse=True)
+def _forget_graphs():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def test_batch_sizes_and_supervision_depths_need_no_more_than_two_graphs():
+    counter = CompileCounter()
+    model, objective = ViTRM(8, 4, **SIZES).train(), DeepSupervision(3)
+    prepared = objective.prepare(model)
+    prepared.compile(backend=counter, dynamic=True, fullgraph=True)  # no graph breaks
+    for size in (6, 4, 9, 6):
+        labels = torch.arange(size)
+        batch = Batch(torch.randn(size, 1, 8, 8), labels, torch.eye(10)[labels])
+        for step in objective(prepared, batch):
+            step.loss.backward()
+    assert counter.frame_count == 2  # from the initial state, and from a given one
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "kfac"])
+def test_a_compiled_run_learns_what_an_eager_one_does(variant, monkeypatch, optimizer):
+    quickly = partial(torch.compile, backend="aot_eager")  # Inductor takes half a minute
+    monkeypatch.setattr("smallfry.training.loop.torch.compile", quickly)
+    options = {"embed_dim": 16, "num_heads": 2, "mlp_hidden_dim": 16, "depth": 1, "latent_steps": 1}
+    model = ModelConfig(options=options, drop_rate=0.0)
+    losses = [
+        train(
+            variant(
+                model=model,
+                compile=compiled,
+                epochs=1,
+                objective=ObjectiveConfig(supervision_steps=1),
+                optimizer=OptimizerConfig(optimizer),
+                run=variant().run / str(compiled),
+            )
+        )["measured"]["test"]["loss"]
+        for compiled in (False, True)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_step_that_can_not_be_compiled_is_said_to_be_so(variant, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", refuse)
+    with pytest.raises(UsageError, match=r"can't compile.*compile false"):
+        train(variant(compile=True, epochs=1))
