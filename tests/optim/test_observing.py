@@ -157,6 +157,14 @@ def test_the_compilers_stance_is_given_back():
         assert torch._dynamo.eval_frame._stance.stance == "eager_on_recompile"
 
 
+def test_two_optimizers_of_one_model_leave_the_compiler_as_it_was():
+    model = net()
+    first, second = KFAC(model, statistics_every=1), KFAC(model, statistics_every=1)
+    train(model, first, 1)
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+    assert second.observer.pending
+
+
 def test_an_optimizer_is_not_copied_with_its_model():
     model = net()
     with pytest.raises(UsageError, match="can't be copied"):

@@ -86,7 +86,7 @@ def test_every_method_trains_the_recursive_model(name):
             optimizer.step()
             losses.append(float(step.loss.detach()))
     assert min(losses) < 0.7 * losses[0]
-    assert max(losses) < 2 * losses[0]
+    assert max(losses) < 4 * losses[0]
     assert optimizer.counters["failed_refreshes"] == 0
 
 

@@ -63,7 +63,7 @@ class Observer:
         self._receiver: Tensor | None = None  # a parameter that they reached,
         self._received: Tensor | None = None  # and its ``.grad`` then
         self._current: Observation | None = None
-        self._stance: Any = None
+        self._eager = False
         self._paused = False
         self._parameters = [next(iter(b.parameters.values())) for b in taps.blocks]
         self._grad_handles: list[Any] = []
@@ -142,7 +142,8 @@ class Observer:
             self._current.random_state = _random_state(module)
         if wanted == "taps":
             # compiled code, here or around us, would not know of the taps
-            self._stance = torch.compiler.set_stance("force_eager")
+            self._eager = True
+            _Eager.begin()
             self.taps.open(self.watch_backward or self.fisher == "empirical")
 
     def _behind(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
@@ -195,9 +196,9 @@ class Observer:
         seen.training.add(number)
 
     def _finish(self) -> list[Call]:
-        if self._stance is not None:
-            self._stance.__exit__(None, None, None)
-        self._current = self._stance = None
+        if self._eager:
+            _Eager.end()
+        self._current, self._eager = None, False
         return self.taps.close()
 
     def _take_gradients(self, seen: Observation, outputs: tuple[Tensor, ...]) -> None:
@@ -221,6 +222,29 @@ class Observer:
                     allow_unused=True,
                 )
                 seen.draws.append(draw)
+
+
+class _Eager:
+    """The compiler's stance, for as long as some observer wants eager execution.
+
+    Observers of one model begin and end in the same order, so that each can't restore what it
+    found.
+    """
+
+    depth = 0
+    stance: Any = None
+
+    @classmethod
+    def begin(cls) -> None:
+        if cls.depth == 0:
+            cls.stance = torch.compiler.set_stance("force_eager")
+        cls.depth += 1
+
+    @classmethod
+    def end(cls) -> None:
+        cls.depth -= 1
+        if cls.depth == 0:
+            cls.stance.__exit__(None, None, None)
 
 
 class _Hook:
