@@ -13,7 +13,7 @@ demo: $(INSTALLED)
 	$(BIN)/smallfry train $(ARGS)
 
 test: lint
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
