@@ -114,7 +114,7 @@ def observed(model: nn.Module, inputs: Tensor, likelihood: Bernoulli | Categoric
     generator = torch.Generator().manual_seed(3)
     chosen = likelihood.select(output)
     gradients = likelihood.sample_gradients(chosen, generator)
-    seen.draws.append(torch.autograd.grad(chosen, seen.edges(), gradients))
+    seen.draws.append(torch.autograd.grad(chosen, [call.edge for call in seen.calls], gradients))
     rows = seen.rows(block, torch.float32)
     assert rows is not None
     return Rows(rows.inputs.detach().contiguous(), rows.gradients.detach().contiguous())

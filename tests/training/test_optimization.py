@@ -41,6 +41,8 @@ def test_the_papers_choice_decays_everything():
 
 def test_other_optimizers_of_timm_can_be_named():
     assert type(build_optimizer(OptimizerConfig("lamb"), MODEL)).__name__ == "Lamb"
+    with pytest.raises(UsageError, match="sgd has no betas"):
+        build_optimizer(OptimizerConfig("sgd", betas=(0.9, 0.99)), MODEL)
     with pytest.raises(UsageError, match="did you mean 'adamw"):
         build_optimizer(OptimizerConfig("adamww"), MODEL)
 

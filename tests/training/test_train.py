@@ -269,6 +269,9 @@ def test_a_wrong_configuration_leaves_no_folder_behind(variant):
         "does not divide": {"data": DataConfig(image_size=9)},
         "num_classes comes from the data": {"model": ModelConfig(options={"num_classes": 5})},
         "vgg11 can't be built for images of 1×8×8": {"model": ModelConfig("vgg11")},
+        "selecsls42 can't recompute": {
+            "model": ModelConfig("selecsls42", checkpoint_gradients=True)
+        },
         "adahessian": {"optimizer": OptimizerConfig("adahessian")},
         "adamw can't be built": {"optimizer": OptimizerConfig(betas=(2.0, 0.9))},
         "unknown optimizer": {"optimizer": OptimizerConfig("adamm")},

@@ -31,6 +31,7 @@ class KFACCorrected(NaturalGradient):
         sharing: As in ``KPSVD``; "exact" corrects KFAC-expand to a sample's whole gradient.
         inverse: As in ``KPSVD``.
         factor_rank: As in ``KPSVD``.
+        max_rows: As in ``KPSVD``.
         settings: Those of ``NaturalGradient``.
     """
 
@@ -42,10 +43,11 @@ class KFACCorrected(NaturalGradient):
         sharing: Sharing | dict[str, Sharing] = "exact",
         inverse: Inverse = "clamped",
         factor_rank: int | None = 64,
+        max_rows: int | None = 512,
         **settings: Any,
     ) -> None:
         product = CorrectedProduct(sharing, inverse, factor_rank)
-        super().__init__(model, lr, product, **settings)
+        super().__init__(model, lr, product, max_rows=max_rows, **settings)
 
 
 class CorrectedProduct(NearestSum):

@@ -64,6 +64,8 @@ class KPSVD(NaturalGradient):
         factor_rank: As in ``KFAC``; of each matrix of two products, whole with "pcg".
         inverse: For two products: "clamped", or "pcg" for conjugate gradients with the exact λ,
             which more than two need.
+        max_rows: As in ``NaturalGradient``, but fewer by default: the search for products takes
+            the square of it.
         settings: Those of ``NaturalGradient``.
     """
 
@@ -79,6 +81,7 @@ class KPSVD(NaturalGradient):
         damping_split: Literal["factored", "tikhonov"] = "factored",
         factor_rank: int | None = 64,
         inverse: Inverse = "clamped",
+        max_rows: int | None = 512,
         **settings: Any,
     ) -> None:
         approximation: Approximation
@@ -86,7 +89,7 @@ class KPSVD(NaturalGradient):
             approximation = NearestProduct(damping_split, sharing, factor_rank)
         else:
             approximation = NearestSum(rank, sharing, self.solver, inverse, factor_rank)
-        super().__init__(model, lr, approximation, **settings)
+        super().__init__(model, lr, approximation, max_rows=max_rows, **settings)
 
 
 class Deflation(KPSVD):

@@ -83,6 +83,8 @@ def build_optimizer(
         raise UsageError(f"unknown optimizer '{config.name}'{nearest(config.name, known)}")
     if config.name in NATURAL:
         return _build_natural(config, model, forward, likelihood)
+    if config.betas is not None and not get_optimizer_info(config.name).has_betas:
+        raise UsageError(f"optimizer {config.name} has no betas; its settings are in options")
     arguments: dict[str, Any] = {} if config.betas is None else {"betas": tuple(config.betas)}
     kind = get_optimizer_class(config.name, bind_defaults=False)
     if fused and "fused" in signature(kind).parameters:

@@ -115,7 +115,13 @@ def create_model(config: ModelConfig, data: ImageData) -> tuple[nn.Module, dict[
         shape = f"{data.channels}×{data.image_size}×{data.image_size}"
         raise UsageError(f"model {name} can't be built for images of {shape}: {reason}") from error
     if config.checkpoint_gradients:
-        model.set_grad_checkpointing(True)  # type: ignore[operator]  # of timm's contract
+        try:
+            model.set_grad_checkpointing(True)  # type: ignore[operator]  # of timm's contract
+        except (AssertionError, AttributeError, TypeError):
+            raise UsageError(
+                f"{config.name} can't recompute blocks: leave out model.checkpoint_gradients, or "
+                "take a smaller batch_size and accumulate"
+            ) from None
     return model, {"name": name, "arguments": arguments}
 
 
