@@ -247,7 +247,7 @@ def test_the_second_pair_is_symmetric_where_an_antisymmetric_one_is_nearer():
 def test_uses_that_all_see_the_same_count_squared_and_expanded_once_each():
     once = make(1, 1, 6, 1, 3, 4, 0)
     often = Rows(once.inputs.repeat(1, 1, 3, 1), once.gradients.repeat(1, 1, 1, 3, 1))
-    one, exact, apart = (nearest_terms(r, 2) for r in (once, often, expanded(often)))
+    one, exact, apart = (nearest_terms(r, 2) for r in (once, often, expanded([often])))
     torch.testing.assert_close(exact.values, 9 * one.values)
     torch.testing.assert_close(apart.values, 3 * one.values)
 

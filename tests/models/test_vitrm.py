@@ -146,3 +146,8 @@ def test_sizes_that_do_not_fit_are_named(arguments, message):
 def test_images_of_another_shape_are_refused_with_both_shapes():
     with pytest.raises(ValueError, match=r"\(batch, 3, 8, 8\), got \(1, 3, 16, 16\)"):
         ViTRM(8, 4, **SMALL)(torch.zeros(1, 3, 16, 16))
+
+
+def test_a_batch_of_no_images_gives_no_answers():
+    model = ViTRM(8, 4, 1, 3, embed_dim=16, num_heads=2, mlp_hidden_dim=8)
+    assert model(torch.zeros(0, 1, 8, 8)).shape == (0, 3)

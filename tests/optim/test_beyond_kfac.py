@@ -285,6 +285,74 @@ def test_the_additive_form_may_raise_the_energy_and_still_descends(model):
     assert float(directions(optimizer) @ g) > 0
 
 
+@pytest.mark.parametrize("coarse", ["nicolaides", "residual", "tko", ("z1", "residual")])
+def test_the_clip_bounds_the_divergence_of_a_coarse_step_too(model, coarse):
+    x, y = data()
+    net = copy.deepcopy(model)
+    settings = {**CLASSES, "kl_clip": 1e-3, "momentum": 0.9, "damping": 0.1, "burn_in": 0}
+    optimizer = TwoLevel(net, lr=0.5, coarse=coarse, statistics_every=1, **settings)
+    for _ in range(6):
+        before = [p.detach().clone() for p in net.parameters()]
+        fisher = dense_fisher(net, x, "categorical", [n for n, _ in net.named_parameters()])
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+        moves = [p.detach() - old for p, old in zip(net.parameters(), before, strict=True)]
+        step = torch.cat([m.flatten() for m in moves])
+        assert float(step @ fisher @ step) <= 1e-3 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("kind", [TwoLevel, ExactNG, KPSVD])
+def test_a_step_without_gradients_of_covered_layers_is_fine(kind):
+    net = nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 2))
+    optimizer = kind(net, lr=0.1, burn_in=0, statistics_every=10)
+    x, y = data()
+    F.cross_entropy(net(x.float()), y).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    before = net[0].weight.detach().clone()
+    net[0].weight.grad = torch.ones(3)
+    optimizer.step()
+    assert not torch.equal(net[0].weight, before)
+
+
+def test_a_state_of_another_coarse_or_fine_level_is_refused():
+    def stated(**settings):
+        return stepped(TwoLevel, NETWORKS["linear"]().to(D), **settings)
+
+    state = stated(fine="deflation").state_dict()
+    for other in ({"fine": "kfac_corrected"}, {"fine": "deflation", "coarse": "spectral"}):
+        with pytest.raises(UsageError, match="the state was made with"):
+            stated(**other).load_state_dict(state)
+
+
+@pytest.mark.parametrize("sharing", ["reduce", "expand"])
+def test_micro_batches_of_different_lengths_count_by_their_samples(sharing):
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.layer(x)).mean(1))
+
+    torch.manual_seed(0)
+    net = Pooled().to(D)
+    short, long = torch.randn(5, 2, 3, dtype=D), torch.randn(5, 6, 3, dtype=D)
+
+    def trace(parts):
+        optimizer = KPSVD(copy.deepcopy(net), lr=0.0, sharing=sharing, max_rows=None, **CLASSES)
+        model = optimizer.observer.root
+        for x in parts:
+            (F.cross_entropy(model(x), torch.zeros(5).long()) / len(parts)).backward()
+        optimizer.step()
+        block = optimizer.blocks[0]
+        return optimizer.approximation.trace(block, optimizer.curvature[block.name])
+
+    apart = 0.5 * (trace([short]) + trace([long]))
+    assert trace([short, long]) == pytest.approx(apart, rel=0.2)
+
+
 # SNGD
 
 
@@ -374,6 +442,8 @@ def test_settings_that_make_no_sense_are_refused():
         (lambda: KPSVD(model, rank=0), "rank is at least 1"),
         (lambda: KPSVD(model, rank=3), "inverse='pcg' only"),
         (lambda: KPSVD(model, rank=2, inverse="lu"), "inverse is"),
+        (lambda: KPSVD(model, inverse="pcg"), "for rank=2"),
+        (lambda: KPSVD(model, rank=2, damping_split="tikhonov"), "is for one product"),
         (lambda: KPSVD(model, sharing="twice"), "sharing is exact or expand or reduce"),
         (lambda: EKFAC(model, basis="pca"), "basis is"),
         (lambda: TwoLevel(model, fine="kfca"), "did you mean 'kfac'"),

@@ -43,6 +43,7 @@ class Correction(NamedTuple, Generic[K]):
     """What the coarse level adds to the fine solution."""
 
     vector: dict[K, Tensor]  # R₀ᵀ β
+    image: Tensor  # J R₀ᵀ β, (draws · samples,), float64
     coefficients: Tensor  # β, (rows of R₀,), float64
     energy: float  # 𝔈(β) − 𝔈(0)
     dropped: int  # rows that depend on others
@@ -123,7 +124,7 @@ def coarse_correction(
         for key, part in row.items() if weight else ():
             vector[key] = vector[key] + weight * part if key in vector else weight * part
     energy = float(beta @ matrix @ beta / 2 - beta @ left)
-    return Correction(vector, beta, energy, len(basis) - len(kept))
+    return Correction(vector, forward @ beta, beta, energy, len(basis) - len(kept))
 
 
 def split(vector: Mapping[K, Tensor]) -> list[dict[K, Tensor]]:

@@ -98,7 +98,7 @@ def compress(
     """
     trace = matrix.diagonal(dim1=1, dim2=2).sum(1)
     if matrix.shape[1] <= rank:
-        values, vectors = torch.linalg.eigh(matrix)
+        values, vectors = _eigh(matrix)
         return LowRank(vectors, values if signed else values.clamp_min(0), torch.zeros_like(trace))
     start = None if near is None else near.vectors
     return _leading(lambda x: matrix @ x, trace, matrix.shape[2], rank, start, generator, signed)
@@ -122,7 +122,7 @@ def pencil_side(a: LowRank, damping: Tensor, c: LowRank) -> PencilSide:
     """
     root = LowRank(a.vectors, (a.values + damping[:, None]).rsqrt(), (a.tail + damping).rsqrt())
     q, r = torch.linalg.qr(root.times(c.vectors))
-    values, inner = torch.linalg.eigh((r * c.values[:, None]) @ r.transpose(1, 2))
+    values, inner = _eigh((r * c.values[:, None]) @ r.transpose(1, 2))
     return PencilSide(root, q @ inner, values)
 
 
@@ -160,9 +160,7 @@ def _leading(
     first = probes if start is None else torch.cat([start, probes], dim=2)[..., :size]
     basis = torch.linalg.qr(product(first)).Q
     ritz = basis.transpose(1, 2) @ product(basis)
-    if not bool(ritz.isfinite().all()):
-        raise NotFiniteError("a Kronecker factor is not finite")
-    values, inner = torch.linalg.eigh((ritz + ritz.transpose(1, 2)) / 2)
+    values, inner = _eigh((ritz + ritz.transpose(1, 2)) / 2)
     if signed:
         order = values.abs().argsort(1)[:, -rank:]
         values = values.gather(1, order)
@@ -191,6 +189,20 @@ def solve_sides(a: LowRank | None, g: LowRank | None, x: Tensor, da: Tensor, dg:
         x = torch.baddbmm(x, g.vectors * _shrink(g, dg)[:, None], g.vectors.transpose(1, 2) @ x)
         scale = scale * (g.tail + dg)
     return x.div_(scale[:, None, None]) if a is not None or g is not None else x
+
+
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors, in float64 where the matrix's own precision is not enough."""
+    if not bool(matrix.isfinite().all()):
+        raise NotFiniteError("a Kronecker factor is not finite")
+    for precision in (matrix.dtype, torch.float64):
+        try:
+            values, vectors = torch.linalg.eigh(matrix.to(precision))
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            continue
+        if bool(values.isfinite().all()) and bool(vectors.isfinite().all()):
+            return values.to(matrix), vectors.to(matrix)
+    raise NotFiniteError("a Kronecker factor can't be decomposed, even in float64")
 
 
 def _shrink(factor: LowRank, damping: Tensor) -> Tensor:

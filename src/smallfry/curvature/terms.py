@@ -82,10 +82,20 @@ def joined(parts: Sequence[Rows]) -> Rows:
     return Rows(torch.cat(inputs, 1), torch.cat(gradients, 2))
 
 
-def expanded(rows: Rows) -> Rows:
+def expanded(parts: Sequence[Rows]) -> Rows:
     """Uses as samples of their own; what two uses of a sample have together is dropped.
 
-    The gradients are scaled by √uses, so that F, a mean over samples, sums over uses.
+    The gradients are scaled by √(uses of a sample on average), so that F, a mean over samples,
+    sums over uses.
     """
-    gradients = rows.gradients.flatten(2, 3).unsqueeze(3) * rows.uses**0.5
-    return Rows(rows.inputs.flatten(1, 2).unsqueeze(2), gradients)
+    samples = sum(part.samples for part in parts)
+    scale = (sum(part.samples * part.uses for part in parts) / samples) ** 0.5
+    return joined(
+        [
+            Rows(
+                part.inputs.flatten(1, 2).unsqueeze(2),
+                part.gradients.flatten(2, 3).unsqueeze(3) * scale,
+            )
+            for part in parts
+        ]
+    )

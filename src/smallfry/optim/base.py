@@ -83,6 +83,8 @@ class NaturalGradient(torch.optim.Optimizer):
         UsageError: No layer can be covered, or a setting makes no sense.
     """
 
+    beside = ""  # what else the summary should tell of each layer
+
     def __init__(
         self,
         model: nn.Module,
@@ -382,8 +384,7 @@ class NaturalGradient(torch.optim.Optimizer):
             steps = {name: -v for name, v in directions.items()}
         rates = {name: groups[parameters[name]]["lr"] for name in steps}
         if self.kl_clip is not None and not modelled:
-            terms = [rates[n] ** 2 * (directions[n] * grads[n]).sum() for n in steps]
-            size = float(torch.stack(terms).sum().clamp_min(0)) if terms else 0.0
+            size = self._divergence(directions, grads, rates)
             self.clip = 1.0 if size <= self.kl_clip else (self.kl_clip / size) ** 0.5
         final = {name: step.mul_(rates[name] * self.clip) for name, step in steps.items()}
         if self.adaptive_damping and any(seen.calls for seen in observations):
@@ -395,6 +396,21 @@ class NaturalGradient(torch.optim.Optimizer):
             parameter.add_(step)
             if modelled and group["momentum"] > 0:
                 self.state[parameter]["last_step"] = step
+
+    def _divergence(
+        self,
+        directions: Mapping[str, Tensor],
+        grads: Mapping[str, Tensor],
+        rates: Mapping[str, float],
+    ) -> float:
+        """Twice the divergence of a step, or more."""
+        terms = [rates[n] ** 2 * (v * grads[n]).sum() for n, v in directions.items()]
+        return float(torch.stack(terms).sum().clamp_min(0)) if terms else 0.0
+
+    def _settings(self) -> dict[str, Any]:
+        """Plain data that a saved state depends on."""
+        method = type(self.approximation).__name__
+        return {"approximation": method} | self.approximation.settings()
 
     def _momentum(self, parameter: Tensor, grad: Tensor, groups: Mapping[Any, Any]) -> Tensor:
         mu = groups[parameter]["momentum"]

@@ -78,7 +78,7 @@ class ExactNG(NaturalGradient):
             states[0]["factor"] = factored.factor
 
     def _precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if self.scope == "block":
+        if self.scope == "block" or not gradients:
             return super()._precondition(gradients)
         first = next(b.name for b in self.blocks if self.curvature[b.name])
         rows = {name: rows_in(self.curvature[name]).double() for name in gradients}

@@ -97,6 +97,7 @@ def summarize(optimizer: "NaturalGradient") -> Summary:
     for block in optimizer.blocks:
         state = optimizer.curvature[block.name]
         words, numbers, work = optimizer.approximation.cost(block, state)
+        words += optimizer.beside
         width = next(iter(block.parameters.values())).element_size()
         memory = numbers * max(4, width)
         if state:  # what is really held, instead of what is to be expected

@@ -85,6 +85,14 @@ class KPSVD(NaturalGradient):
         **settings: Any,
     ) -> None:
         approximation: Approximation
+        if inverse not in ("clamped", "pcg"):
+            raise UsageError(f"inverse is 'clamped' or 'pcg', not '{inverse}'")
+        if rank == 1 and inverse == "pcg":
+            raise UsageError(
+                "one product is inverted exactly: inverse='pcg' is for rank=2 and more"
+            )
+        if rank != 1 and damping_split != "factored":
+            raise UsageError(f"damping_split='{damping_split}' is for one product: rank=1")
         if rank == 1:
             approximation = NearestProduct(damping_split, sharing, factor_rank)
         else:
@@ -319,10 +327,11 @@ FLOOR = 0.05  # of 1 + s₂ s₁ᵀ in the clamped inverse
 
 def as_used(rows: Sequence[Rows], sharing: str) -> Rows:
     """All micro-batches, with a weight's uses put together."""
-    seen = joined(rows)
-    if seen.uses == 1 or sharing == "exact":
-        return seen
-    return reduced(seen) if sharing == "reduce" else expanded(seen)
+    if sharing == "exact" or max(part.uses for part in rows) == 1:
+        return joined(rows)
+    if sharing == "reduce":
+        return joined([reduced(part) for part in rows])
+    return expanded(rows)
 
 
 def _unknown(matrices: Tensor) -> tuple[Tensor, Tensor]:

@@ -105,7 +105,12 @@ def refresh_blocks(
         rows = _rows(optimizer, block, tapped)
         if rows:
             share = keep if state else 0.0
-            method.update(block, state, rows, share, optimizer.generator)
+            try:
+                method.update(block, state, rows, share, optimizer.generator)
+            except NotFiniteError as error:
+                optimizer.counters["failed_refreshes"] += 1
+                warn(f"layer '{next(iter(block.layers))}': {error}; the last statistics are kept")
+                continue
             state["shape"] = list(block.shape)
             optimizer.milliseconds[block.name] = 1e3 * (time.perf_counter() - began)
             if method.settles:

@@ -30,7 +30,7 @@ def save_state(optimizer: "NaturalGradient") -> dict[str, Any]:
     return {
         "format": FORMAT,
         "method": type(optimizer).__name__,
-        "settings": optimizer.approximation.settings(),
+        "settings": optimizer._settings(),
         "state": per_parameter,
         "param_groups": [
             {**group, "params": [names[p] for p in group["params"]]}
@@ -89,7 +89,7 @@ def _require_fit(optimizer: "NaturalGradient", given: Mapping[str, Any]) -> None
         )
     if given["method"] != method:
         raise UsageError(f"this is the state of {given['method']}, not of {method}")
-    settings = optimizer.approximation.settings()
+    settings = optimizer._settings()
     for key, value in given["settings"].items():
         if settings.get(key) != value:
             raise UsageError(

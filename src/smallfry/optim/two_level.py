@@ -70,6 +70,8 @@ class TwoLevel(NaturalGradient):
         settings: Those of ``NaturalGradient``.
     """
 
+    beside = "; beside it inputs and gradients of some samples of each batch"
+
     def __init__(
         self,
         model: nn.Module,
@@ -106,6 +108,7 @@ class TwoLevel(NaturalGradient):
         self.form, self.krylov, self.coarse_samples = form, krylov, coarse_samples
         super().__init__(model, lr, method, **settings)
         self.energy: float | None = None
+        self._curved = 0.0  # zᵀ F z of the last step
         self._stepping = False
 
     def _refresh_blocks(self, tapped: Sequence[Observation], inverse: bool) -> None:
@@ -131,24 +134,43 @@ class TwoLevel(NaturalGradient):
 
     def _precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         fine = super()._precondition(gradients)
+        if not fine:
+            return fine
         rows = {name: self._rows(name) for name in gradients}
         damping = {name: self.lambdas[name] for name in gradients}
         level = fine_level(rows, gradients, fine, damping)
-        result, energy = dict(fine), 0.0
+        result, energy, image = dict(fine), 0.0, level.image
         try:
             found = coarse_correction(level, self._basis(level), self.form)
             result |= {name: fine[name] + part for name, part in found.vector.items()}
-            energy = found.energy
+            energy, image = found.energy, level.image + found.image
         except NotFiniteError:
             self.counters["failed_refreshes"] += 1
         slope = sum(float((result[name] * u).sum()) for name, u in gradients.items())
         if not slope > 0 or not finite(result.values()):
-            result, energy = fine, 0.0  # not a direction of descent: stale curvature can do that
+            # not a direction of descent: stale curvature can do that
+            result, energy, image = fine, 0.0, level.image
         if self._stepping:
             self.energy = energy
+            samples = next(iter(rows.values())).samples
+            self._curved = float(image @ image) / samples
             for name, part in result.items():
                 self.curvature[name]["previous"] = part.clone()
         return result
+
+    def _divergence(
+        self,
+        directions: Mapping[str, Tensor],
+        grads: Mapping[str, Tensor],
+        rates: Mapping[str, float],
+    ) -> float:
+        # ⟨z, u⟩ bounds zᵀ F z for z = M⁻¹ u, not for what the coarse level made of it
+        largest = max(rates.values(), default=0.0)
+        return max(super()._divergence(directions, grads, rates), largest**2 * self._curved)
+
+    def _settings(self) -> dict[str, Any]:
+        spaces = self.coarse if isinstance(self.coarse, tuple) else ()
+        return super()._settings() | {"spectral": "spectral" in spaces}
 
     def _basis(self, level: FineLevel[str]) -> list[Vector]:
         if not isinstance(self.coarse, tuple):
