@@ -109,12 +109,12 @@ class Residual(nn.Module):
         return F.relu(self.body(x) + self.short(x))
 
 
-def autoencoder() -> tuple[nn.Module, Loss, dict[str, Any]]:
+def autoencoder(device: torch.device) -> tuple[nn.Module, Loss, dict[str, Any]]:
     sizes = [784, 1000, 500, 250, 30, 250, 500, 1000, 784]
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    images = (torch.rand(256, 784) > 0.8).float()
+    images = (torch.rand(256, 784) > 0.8).float().to(device)
 
     def loss(model: nn.Module) -> Tensor:
         return F.binary_cross_entropy_with_logits(model(images), images, reduction="sum") / 256
@@ -122,13 +122,13 @@ def autoencoder() -> tuple[nn.Module, Loss, dict[str, Any]]:
     return nn.Sequential(*layers[:-1]), loss, {"likelihood": "bernoulli"}
 
 
-def recursive() -> tuple[nn.Module, Loss, dict[str, Any]]:
-    tokens, labels = torch.randn(16, 129, 384), torch.randint(10, (16,))
+def recursive(device: torch.device) -> tuple[nn.Module, Loss, dict[str, Any]]:
+    tokens, labels = torch.randn(16, 129, 384).to(device), torch.randint(10, (16,)).to(device)
     return Recursive(), lambda model: F.cross_entropy(model(tokens), labels), {}
 
 
-def resnet() -> tuple[nn.Module, Loss, dict[str, Any]]:
-    images, labels = torch.randn(64, 3, 32, 32), torch.randint(10, (64,))
+def resnet(device: torch.device) -> tuple[nn.Module, Loss, dict[str, Any]]:
+    images, labels = torch.randn(64, 3, 32, 32).to(device), torch.randint(10, (64,)).to(device)
     model = nn.Sequential(
         nn.Conv2d(3, 32, 3, 1, 1, bias=False),
         nn.BatchNorm2d(32),
@@ -185,11 +185,14 @@ def peer(name: str) -> Any:
     return getattr(pytorch_optimizer, name)
 
 
-def measure(network: str, rounds: int, chosen: dict[str, Builder]) -> dict[str, dict[str, float]]:
+def measure(
+    network: str, rounds: int, chosen: dict[str, Builder], device: torch.device
+) -> dict[str, dict[str, float]]:
     cases = {}
     for name, build in chosen.items():
         torch.manual_seed(0)
-        model, loss, settings = NETWORKS[network]()
+        model, loss, settings = NETWORKS[network](device)
+        model.to(device)
         try:
             optimizer = build(model, settings)
             for _ in range(2):  # warm up, and make what is made once
@@ -231,6 +234,8 @@ def step(model: nn.Module, loss: Loss, optimizer: Any) -> float:
     optimizer.zero_grad()
     value.backward()
     optimizer.step()
+    if value.is_cuda:
+        torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
@@ -251,6 +256,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7, help="Two steps of everyone each.")
     parser.add_argument("--only", choices=sorted(NETWORKS))
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--more", nargs="*", choices=sorted(MORE), help="Other methods too: all, or those named."
     )
@@ -259,10 +265,13 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
     more = arguments.more or (MORE if arguments.more == [] else ())
     chosen = CONTENDERS | {name: MORE[name] for name in more}
+    device = torch.device(arguments.device)
     figures: dict[str, Any] = {}
     missed = 0
     for network in [arguments.only] if arguments.only else sorted(NETWORKS):
-        found = figures[network] = measure(network, arguments.rounds, chosen)
+        found = figures[network] = measure(
+            network, arguments.rounds, chosen, torch.device(arguments.device)
+        )
         for name, row in found.items():
             print(
                 f"({network}) {name:20} plain {row['milliseconds plain']:8.1f} ms  with refresh "
@@ -284,7 +293,7 @@ def main() -> int:
             "measured": figures,
             "rounds": arguments.rounds,
             "threads": arguments.threads,
-            "provenance": provenance(torch.device("cpu")),
+            "provenance": provenance(device),
         }
         arguments.out.write_text(json.dumps(record, indent=2) + "\n")
     return 1 if missed else 0
