@@ -274,7 +274,7 @@ def main() -> int:
         )
         for name, row in found.items():
             print(
-                f"({network}) {name:20} plain {row['milliseconds plain']:8.1f} ms  with refresh "
+                f"({network}) {name:21} plain {row['milliseconds plain']:8.1f} ms  with refresh "
                 f"{row['milliseconds with refresh']:8.1f} ms  "
                 f"every 10 ×{row['ratio every 10']:5.2f}  "
                 f"every step ×{row['ratio every step']:5.2f}  state "

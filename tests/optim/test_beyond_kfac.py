@@ -64,7 +64,8 @@ def data(samples=25):
 def stepped(kind, model, steps=1, lr=0.0, **settings):
     """An optimizer after some steps on one batch, with the batch's gradients."""
     model = copy.deepcopy(model)
-    optimizer = kind(model, lr=lr, burn_in=0, **{**CLASSES, "damping": 0.1, **settings})
+    fixed = {**CLASSES, "damping": 0.1, "statistics_every": 1, "burn_in": 0}
+    optimizer = kind(model, lr=lr, **{**fixed, **settings})
     optimizer.monitor()
     x, y = data()
     for _ in range(steps):
@@ -300,6 +301,22 @@ def test_the_clip_bounds_the_divergence_of_a_coarse_step_too(model, coarse):
         moves = [p.detach() - old for p, old in zip(net.parameters(), before, strict=True)]
         step = torch.cat([m.flatten() for m in moves])
         assert float(step @ fisher @ step) <= 1e-3 * (1 + 1e-6)
+
+
+def test_the_coarse_level_acts_on_the_batch_that_its_statistics_are_of():
+    torch.manual_seed(0)
+    net, plain = (NETWORKS["linear"]().to(D) for _ in range(2))
+    plain.load_state_dict(net.state_dict())
+    settings = {**CLASSES, "lr": 0.1, "burn_in": 0, "statistics_every": 2}
+    two, one = TwoLevel(net, **settings), KFAC(plain, **settings)
+    x, y = data()
+    for step in range(2):
+        for model, optimizer in ((net, two), (plain, one)):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        assert (two.energy is None) == bool(step)
+        assert (two.diagnostics().energy is None) == bool(step)
 
 
 @pytest.mark.parametrize("kind", [TwoLevel, ExactNG, KPSVD])

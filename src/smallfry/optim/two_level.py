@@ -6,8 +6,10 @@ R₀ are corrected for the whole network's Fisher, layers coupled (Koroko et al.
 
     z = z₁ + R₀ᵀ β,    β = (R₀ F• R₀ᵀ)⁻¹ R₀ (u − F• z₁),    F• = F + λ I
 
-which never raises the energy ½ ‖z − F•⁻¹ u‖² in the norm of F•. F is that of samples kept from the
-last refresh (``curvature/coarse.py``).
+which never raises the energy ½ ‖z − F•⁻¹ u‖² in the norm of F•. F is that of some samples of the
+batch that u comes from (``curvature/coarse.py``): so the coarse level acts on the steps that take
+statistics, and the others have the fine level alone. With samples of an earlier batch, directions
+that these don't span would be taken for flat, and steps along them would have no bound.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -61,9 +63,9 @@ class TwoLevel(NaturalGradient):
             an ``Approximation`` with settings of its own.
         coarse: Directions, one for each layer and space: "nicolaides" (ones), "spectral" (smallest
             eigenvector of the fine level), "residual" (M⁻¹ of what z₁ leaves), "z1", "gradient",
-            "previous" (the last step's z), or "tko" (ones, in the additive form of Tselepidis et
-            al. 2020, here with the exact F); several of these; or a function from a ``FineLevel``
-            and M⁻¹ to vectors.
+            "previous" (the last coarse step's z), or "tko" (ones, in the additive form of
+            Tselepidis et al. 2020, here with the exact F); several of these; or a function from a
+            ``FineLevel`` and M⁻¹ to vectors.
         form: "residual" minimises the energy; "additive" puts u for u − F• z₁, and may raise it.
         krylov: Whether M⁻¹ of each direction is one more.
         coarse_samples: Samples of a batch that F is made of; None for all.
@@ -78,7 +80,7 @@ class TwoLevel(NaturalGradient):
         lr: float = 1e-2,
         *,
         fine: str | Approximation = "kfac",
-        coarse: str | Sequence[str] | Space = "residual",
+        coarse: str | Sequence[str] | Space = ("z1", "residual"),
         form: Literal["residual", "additive"] = "residual",
         krylov: bool = False,
         coarse_samples: int | None = 64,
@@ -109,10 +111,11 @@ class TwoLevel(NaturalGradient):
         super().__init__(model, lr, method, **settings)
         self.energy: float | None = None
         self._curved = 0.0  # zᵀ F z of the last step
-        self._stepping = False
+        self._stepping, self._stale = False, True
 
     def _refresh_blocks(self, tapped: Sequence[Observation], inverse: bool) -> None:
         super()._refresh_blocks(tapped, inverse)
+        self._stale = self._stale and not tapped
         for block in self.blocks if tapped else ():
             state = self.curvature[block.name]
             if not state:
@@ -126,7 +129,7 @@ class TwoLevel(NaturalGradient):
                 state["spectral"] = spectral({block.name: (a, g)})[0][block.name]
 
     def _step(self, observations: Sequence[Observation]) -> None:
-        self._stepping = True
+        self._stepping, self._stale = True, True
         try:
             super()._step(observations)
         finally:
@@ -134,7 +137,9 @@ class TwoLevel(NaturalGradient):
 
     def _precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         fine = super()._precondition(gradients)
-        if not fine:
+        if not fine or self._stale:
+            if self._stepping:
+                self.energy, self._curved = None, 0.0
             return fine
         rows = {name: self._rows(name) for name in gradients}
         damping = {name: self.lambdas[name] for name in gradients}
@@ -154,8 +159,9 @@ class TwoLevel(NaturalGradient):
             self.energy = energy
             samples = next(iter(rows.values())).samples
             self._curved = float(image @ image) / samples
-            for name, part in result.items():
-                self.curvature[name]["previous"] = part.clone()
+            if isinstance(self.coarse, tuple) and "previous" in self.coarse:
+                for name, part in result.items():
+                    self.curvature[name]["previous"] = part.clone()
         return result
 
     def _divergence(
