@@ -138,6 +138,28 @@ def test_errors_are_true_and_ordered_as_the_methods_are(model, steps):
         assert e["lanczos"] == pytest.approx(e["deflation"], abs=slack)
 
 
+@pytest.mark.parametrize(
+    "kind", [KFAC, EKFAC, KPSVD, Deflation, Lanczos, KFACCorrected, SNGD, ExactNG, TwoLevel]
+)
+def test_turning_the_coordinates_of_the_inputs_turns_the_step(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Tanh(), nn.Linear(4, 2)).to(D)
+    turn = torch.linalg.qr(torch.randn(3, 3, dtype=D)).Q
+    turned = copy.deepcopy(model)
+    with torch.no_grad():
+        turned[0].weight.copy_(model[0].weight @ turn.T)
+    x, y = data()
+    found = []
+    for net, inputs in ((model, x), (turned, x @ turn.T)):
+        optimizer = kind(net, lr=0.0, **{**CLASSES, "damping": 0.1, "statistics_every": 1})
+        F.cross_entropy(net(inputs), y).backward()
+        optimizer.step()
+        found.append(optimizer._directions({n: p.grad for n, p in net.named_parameters()}))
+    plain, other = found
+    torch.testing.assert_close(other["0.weight"], plain["0.weight"] @ turn.T, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(other["2.weight"], plain["2.weight"], rtol=1e-6, atol=1e-8)
+
+
 def test_the_basis_of_the_nearest_product_makes_the_diagonal_nearer_on_the_whole():
     torch.manual_seed(0)
     totals = []
