@@ -13,7 +13,7 @@ demo: $(INSTALLED)
 	$(BIN)/smallfry train $(ARGS)
 
 test: lint
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4 $(ARGS)
+	$(BIN)/pytest --numprocesses auto --maxprocesses 2 $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -255,8 +255,9 @@ class ViTRM(nn.Module):
         return self._run_block(parts, keep, context)
 
     def _run_block(self, parts: list[Tokens], keep: int, context: list[Tensor | None]) -> Tensor:
-        counts = {len(t) for t in (*(part.rows for part in parts), *context) if t is not None}
-        batch = next(iter(counts - {1}), 1)  # what is not there for each image is the same for all
+        sizes = [t.shape[:1] for t in (*(part.rows for part in parts), *context) if t is not None]
+        # what is the same for all images is there once
+        (batch,) = torch.broadcast_shapes(*sizes)  # type: ignore[no-untyped-call]
         rows, qkv = (
             torch.cat([tensor.expand(batch, -1, -1) for tensor in tensors], dim=1)
             for tensors in zip(*parts, strict=True)
