@@ -259,10 +259,9 @@ class NearestSum(Approximation):
             "inputs": eigenvalue_range(terms.inputs[0]),
             "outputs": eigenvalue_range(terms.outputs[0]),
         }
-        if "s1" in state or "s_a" in state:
-            keys = ("s1", "s2") if "s1" in state else ("s_a", "s_g")
-            ends = [torch.stack([state[k].amin(1), state[k].amax(1)], 1) for k in keys]
-            found["smallest"] = float((1 + ends[0][:, :, None] * ends[1][:, None]).min())
+        for keys in (("k1", "k2", "s1", "s2"), ("pencil_a", "pencil_g", "s_a", "s_g")):
+            if keys[0] in state:
+                found["smallest"] = FactoredSum(*(state[key] for key in keys), FLOOR).smallest
         if rows:
             precise = Terms(*(part.double() for part in terms))
             found["fisher_error"] = terms_error(rows[0].double(), precise)

@@ -72,7 +72,7 @@ class TwoLevel(NaturalGradient):
         settings: Those of ``NaturalGradient``.
     """
 
-    beside = "; beside it inputs and gradients of some samples of each batch"
+    beside = "; in steps with a refresh also inputs and gradients of some samples"
 
     def __init__(
         self,
@@ -111,25 +111,22 @@ class TwoLevel(NaturalGradient):
         super().__init__(model, lr, method, **settings)
         self.energy: float | None = None
         self._curved = 0.0  # zᵀ F z of the last step
-        self._stepping, self._stale = False, True
+        self._samples: dict[str, Rows] = {}  # of the last step's batch, if it took statistics
+        self._stepping = False
 
     def _refresh_blocks(self, tapped: Sequence[Observation], inverse: bool) -> None:
         super()._refresh_blocks(tapped, inverse)
-        self._stale = self._stale and not tapped
         for block in self.blocks if tapped else ():
             state = self.curvature[block.name]
             if not state:
                 continue
             rows = joined([rows_of(block, seen) for seen in tapped])
             kept = slice(0, self.coarse_samples)
-            state["coarse_inputs"] = rows.inputs[:, kept].clone()
-            state["coarse_gradients"] = rows.gradients[:, :, kept].clone()
-            if isinstance(self.coarse, tuple) and "spectral" in self.coarse:
-                a, g = (eigendecompose(factor) for factor in self.approximation.factors(state))
-                state["spectral"] = spectral({block.name: (a, g)})[0][block.name]
+            cut = Rows(rows.inputs[:, kept].clone(), rows.gradients[:, :, kept].clone())
+            self._samples[block.name] = cut
 
     def _step(self, observations: Sequence[Observation]) -> None:
-        self._stepping, self._stale = True, True
+        self._stepping, self._samples = True, {}
         try:
             super()._step(observations)
         finally:
@@ -137,11 +134,11 @@ class TwoLevel(NaturalGradient):
 
     def _precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         fine = super()._precondition(gradients)
-        if not fine or self._stale:
+        if not fine or not self._samples:
             if self._stepping:
                 self.energy, self._curved = None, 0.0
             return fine
-        rows = {name: self._rows(name) for name in gradients}
+        rows = {name: self._samples[name] for name in gradients}
         damping = {name: self.lambdas[name] for name in gradients}
         level = fine_level(rows, gradients, fine, damping)
         result, energy, image = dict(fine), 0.0, level.image
@@ -174,10 +171,6 @@ class TwoLevel(NaturalGradient):
         largest = max(rates.values(), default=0.0)
         return max(super()._divergence(directions, grads, rates), largest**2 * self._curved)
 
-    def _settings(self) -> dict[str, Any]:
-        spaces = self.coarse if isinstance(self.coarse, tuple) else ()
-        return super()._settings() | {"spectral": "spectral" in spaces}
-
     def _basis(self, level: FineLevel[str]) -> list[Vector]:
         if not isinstance(self.coarse, tuple):
             basis = list(self.coarse(level, self._solve))
@@ -189,7 +182,10 @@ class TwoLevel(NaturalGradient):
         if name in ("nicolaides", "tko"):
             return nicolaides(level.gradient)
         if name == "spectral":
-            return split({key: self.curvature[key]["spectral"] for key in level.gradient})
+            factors = {k: self.approximation.factors(self.curvature[k]) for k in level.gradient}
+            return spectral(
+                {k: (eigendecompose(a), eigendecompose(g)) for k, (a, g) in factors.items()}
+            )
         if name == "residual":
             return preconditioned(residual(level), self._solve)
         if name == "previous":
@@ -201,7 +197,3 @@ class TwoLevel(NaturalGradient):
         block = next(b for b in self.blocks if b.name == name)
         state, damping = self.curvature[name], self.lambdas[name]
         return self.approximation.apply(block, state, matrix, damping)
-
-    def _rows(self, name: str) -> Rows:
-        state = self.curvature[name]
-        return Rows(state["coarse_inputs"], state["coarse_gradients"])
