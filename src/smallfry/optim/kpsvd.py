@@ -261,7 +261,8 @@ class NearestSum(Approximation):
         }
         for keys in (("k1", "k2", "s1", "s2"), ("pencil_a", "pencil_g", "s_a", "s_g")):
             if keys[0] in state:
-                found["smallest"] = FactoredSum(*(state[key] for key in keys), FLOOR).smallest
+                k1, k2, s1, s2 = (state[key] for key in keys)
+                found["smallest"] = FactoredSum(k1, k2, s1, s2, FLOOR).smallest
         if rows:
             precise = Terms(*(part.double() for part in terms))
             found["fisher_error"] = terms_error(rows[0].double(), precise)
