@@ -261,6 +261,8 @@ def test_models_lists_what_they_cost(capsys):
         (["train", "--model", "vitrm_smal"], 2, "did you mean 'vitrm_small_patch4_32'"),
         (["train", "--data", "cifra10"], 2, "did you mean 'cifar10'"),
         (["train", "--data", "cifar10", "--data.root", "/nowhere"], 1, "no folder '/nowhere'"),
+        (["train", "--data", "curves"], 2, "curves gives nothing to tell apart"),
+        (["train", "--data", "faces"], 2, "faces gives nothing to tell apart"),
         (["train", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["train", "--resume", "nowhere"], 1, "nowhere: there is no such run folder"),
         (["train", "--resume", "x", "--epochs", "3"], 2, "leave the rest away"),

@@ -218,8 +218,20 @@ def test_an_empty_folder_and_a_single_class_are_refused(tmp_path):
     with pytest.raises(DataError, match="expected one folder per class"):
         load_data(str(tmp_path))
     write_images(tmp_path / "only", 4)
-    with pytest.raises(DataError, match="one class, 'only'; two are needed"):
+    with pytest.raises(DataError, match="one class, 'only'; at least 2 are needed"):
         load_data(str(tmp_path))
+
+
+def test_one_class_is_enough_where_labels_do_not_matter(tmp_path):
+    write_images(tmp_path / "only", 10)
+    data = load_data(str(tmp_path), min_classes=1)
+    assert data.classes == ("only",)
+    assert [len(s) for s in (data.train, data.validation, data.test)] == [7, 1, 2]
+
+
+def test_missing_classes_are_not_told_where_labels_do_not_matter(tmp_path):
+    write_parquet(tmp_path, "train", grey(20), [0, 1] * 10, names=["no", "yes", "maybe"])
+    assert len(load_data(str(tmp_path), min_classes=1).classes) == 3  # a warning is a failure here
 
 
 def test_decoded_images_are_cached_and_follow_changes(photos, tmp_path, monkeypatch):

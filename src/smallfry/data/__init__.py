@@ -1,6 +1,6 @@
 """Where samples come from: a name or a folder in, splits with images and labels out."""
 
 from smallfry.data.dataset import ImageData, Split, load_data
-from smallfry.data.sources import NAMED
+from smallfry.data.named import NAMED
 
 __all__ = ["NAMED", "ImageData", "Split", "load_data"]

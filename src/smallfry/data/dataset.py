@@ -13,7 +13,8 @@ from torch import Tensor
 
 from smallfry.data.cache import decoded
 from smallfry.data.images import header
-from smallfry.data.sources import TEST, TRAIN, VALIDATION, EncodedSplit, Source, find_source
+from smallfry.data.named import NOTHING_TO_TELL_APART, find_source
+from smallfry.data.sources import TEST, TRAIN, VALIDATION, EncodedSplit, Source
 from smallfry.errors import DataError, SmallfryWarning, UsageError
 
 LARGEST_NATIVE_SIZE = 64  # larger images are brought to DEFAULT_SIZE unless a size is asked for
@@ -129,13 +130,14 @@ def load_data(
     limit: int | None = None,
     label: str | None = None,
     skip_unreadable: bool = False,
+    min_classes: int = 2,
 ) -> ImageData:
     """Load a data set.
 
     Args:
-        name: ``digits``, ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist``, or a folder with
-            parquet shards or one folder per class (with or without train, validation and test
-            folders around them).
+        name: ``digits``, ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist``; ``curves`` or
+            ``faces``, for auto-encoders; or a folder with parquet shards or one folder per class
+            (with or without train, validation and test folders around them).
         root: Folder of a named data set; without one, the local cache and then the hub are asked.
         image_size: Side of the images in pixels; default the native size of square images up to
             64, else 32. Other images are cropped at their centre and scaled.
@@ -146,19 +148,29 @@ def load_data(
         limit: Use only so many training images, stratified by class.
         label: Name of the label column, where a table has several.
         skip_unreadable: Leave unreadable images out with a warning instead of stopping.
+        min_classes: How many classes there must be; 1 where the labels don't matter, as with an
+            auto-encoder.
 
     Raises:
-        UsageError: An unknown name or an impossible option.
+        UsageError: An unknown name, an impossible option, or classes wanted of ``curves`` or
+            ``faces``, which have none to learn.
         DataError: A source that can't be reached or used.
     """
     _check_options(image_size, channels, validation, test, limit)
+    if min_classes > 1 and name in NOTHING_TO_TELL_APART:
+        raise UsageError(
+            f"{name} gives nothing to tell apart: {NOTHING_TO_TELL_APART[name]}; it is there for "
+            f"auto-encoders, load_data('{name}', min_classes=1); a folder of that name is ./{name}"
+        )
     source = find_source(name, None if root is None else Path(root), label)
-    size, channels = _geometry(source.splits[TRAIN], image_size, channels)
     count = len(source.classes)
-    if count < 2:
-        raise DataError(f"{source.origin}: there are {count} classes; at least two are needed")
+    if count < min_classes:
+        found = f"is one class, '{source.classes[0]}'" if count == 1 else f"are {count} classes"
+        raise DataError(f"{source.origin}: there {found}; at least {min_classes} are needed")
+    size, channels = _geometry(source.splits[TRAIN], image_size, channels)
     train = _decode(source.splits[TRAIN], size, channels, count, skip_unreadable)
-    _warn_of_missing_classes(source, train)
+    if min_classes > 1:
+        _warn_of_missing_classes(source, train)
 
     held_out: Split | EncodedSplit
     if TEST in source.splits:

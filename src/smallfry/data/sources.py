@@ -1,4 +1,4 @@
-"""From a name or a folder to labelled, still encoded images."""
+"""From a folder or the hub to labelled, still encoded images."""
 
 import hashlib
 import logging
@@ -38,15 +38,6 @@ class Hub(NamedTuple):
     label: str = "label"
 
 
-NAMED: Mapping[str, Hub | None] = {
-    "digits": None,  # comes with scikit-learn
-    "cifar10": Hub("uoft-cs/cifar10"),
-    "cifar100": Hub("uoft-cs/cifar100", label="fine_label"),
-    "mnist": Hub("ylecun/mnist"),
-    "fashion_mnist": Hub("zalando-datasets/fashion_mnist"),
-}
-
-
 @dataclass(frozen=True)
 class EncodedSplit:
     """Images that are still encoded, or already pixels, each with a label.
@@ -70,56 +61,6 @@ class Source(NamedTuple):
     origin: str
     classes: tuple[str, ...]
     splits: dict[str, EncodedSplit]
-
-
-def find_source(name: str, root: Path | None = None, label: str | None = None) -> Source:
-    """The source of a named data set or of a folder.
-
-    A named data set is looked for in ``root`` (or its subfolder of that name), then in the local
-    cache of ``datasets``, then on the hub.
-
-    Raises:
-        UsageError: ``name`` is neither a known name nor a folder.
-        DataError: The source can't be reached, or what is there can't be used.
-    """
-    if name not in NAMED:
-        folder = Path(name).expanduser()
-        if root is not None:
-            raise UsageError(
-                f"data.root goes with a named data set, not with the folder '{name}'"
-                f"{nearest(name, NAMED)}"
-            )
-        if not folder.is_dir():
-            raise UsageError(
-                f"'{name}' is neither a folder nor a known data set{nearest(name, NAMED)}"
-            )
-        return read_folder(folder, label)
-    hub = NAMED[name]
-    if hub is None:
-        if root is not None:
-            raise UsageError("digits comes with scikit-learn and takes no data.root")
-        return read_digits()
-    if root is not None:
-        folder = root.expanduser()
-        if not folder.is_dir():
-            raise DataError(f"data.root: there is no folder '{root}'")
-        inner = folder / name
-        return read_folder(inner if inner.is_dir() else folder, label, hub.label)
-    return read_hub(name, hub, label)
-
-
-def read_digits() -> Source:
-    """scikit-learn's 1,797 real handwritten digits, 8×8, 17 grey levels."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
-    split = EncodedSplit(
-        labels=digits.target.astype(np.int64),
-        read=lambda i: pixels[i],
-        locate=lambda i: f"digits[{i}]",
-    )
-    return Source("scikit-learn", tuple(map(str, range(10))), {TRAIN: split})
 
 
 def read_folder(folder: Path, label: str | None = None, default_label: str | None = None) -> Source:
@@ -213,7 +154,7 @@ def _read_parquet(
         raise DataError(
             f"{folder}: its parquet files can't be read ({error.__cause__ or error})"
         ) from error
-    fingerprints = {split: _digest(*map(_stamp, files)) for split, files in shards.items()}
+    fingerprints = {split: digest(*map(_stamp, files)) for split, files in shards.items()}
     return _read_tables(str(folder), tables, fingerprints, label, default_label)
 
 
@@ -307,7 +248,7 @@ def _table_split(
 
     # images in files of their own may change under a table that does not
     inside = encoded.data.column(image_column).combine_chunks().field("bytes").null_count == 0
-    return EncodedSplit(array, read, locate, _digest(fingerprint, image_column) if inside else "")
+    return EncodedSplit(array, read, locate, digest(fingerprint, image_column) if inside else "")
 
 
 def _label_values(table: Any, label_column: str) -> list[Any]:
@@ -335,8 +276,6 @@ def _read_class_folders(splits: dict[str, Path]) -> Source:
             f"{train}: expected one folder per class with images in it, or parquet files, and "
             "found neither"
         )
-    if len(classes) < 2:
-        raise DataError(f"{train}: there is one class, '{classes[0]}'; two are needed")
     encoded = {}
     for split, folder in splits.items():
         strangers = sorted(set(_class_names(folder)) - set(classes))
@@ -384,7 +323,7 @@ def _refuse_loose_images(folder: Path) -> None:
 
 
 def _file_split(files: list[Path], labels: NDArray[np.int64]) -> EncodedSplit:
-    fingerprint = _digest(*map(_stamp, files))
+    fingerprint = digest(*map(_stamp, files))
     return EncodedSplit(labels, lambda i: files[i], lambda i: str(files[i]), fingerprint)
 
 
@@ -398,5 +337,6 @@ def _stamp(file: Path) -> str:
     return f"{file.resolve()}\0{found.st_ino}\0{found.st_size}\0{times}"
 
 
-def _digest(*parts: str) -> str:
+def digest(*parts: str) -> str:
+    """A fingerprint of what the parts say, as the name of a kept array."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

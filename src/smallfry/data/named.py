@@ -1,0 +1,81 @@
+"""The data sets that have a name, and the way from a name or a folder to its source."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from smallfry.data.curves import read_curves
+from smallfry.data.faces import read_faces
+from smallfry.data.sources import TRAIN, EncodedSplit, Hub, Source, read_folder, read_hub
+from smallfry.errors import DataError, UsageError, nearest
+
+HUB: Mapping[str, Hub] = {
+    "cifar10": Hub("uoft-cs/cifar10"),
+    "cifar100": Hub("uoft-cs/cifar100", label="fine_label"),
+    "mnist": Hub("ylecun/mnist"),
+    "fashion_mnist": Hub("zalando-datasets/fashion_mnist"),
+}
+NAMED = ("digits", "curves", "faces", *HUB)
+NO_ROOT: Mapping[str, str] = {"digits": "comes with scikit-learn", "curves": "is generated"}
+NOTHING_TO_TELL_APART: Mapping[str, str] = {
+    "curves": "all its images are of one class",
+    "faces": "its validation and test images show other people than its training images",
+}
+
+
+def find_source(name: str, root: Path | None = None, label: str | None = None) -> Source:
+    """The source of a named data set or of a folder.
+
+    A data set of the hub is looked for in ``root`` (or its subfolder of that name), then in the
+    local cache of ``datasets``, then on the hub.
+
+    Raises:
+        UsageError: ``name`` is neither a known name nor a folder.
+        DataError: The source can't be reached, or what is there can't be used.
+    """
+    if name not in NAMED:
+        return _find_folder(name, root, label)
+    if root is not None and name in NO_ROOT:
+        raise UsageError(f"{name} {NO_ROOT[name]} and takes no data.root")
+    if root is not None:
+        root = root.expanduser()
+        if not root.is_dir():
+            raise DataError(f"data.root: there is no folder '{root}'")
+    if name == "digits":
+        return read_digits()
+    if name == "curves":
+        return read_curves()
+    if name == "faces":
+        return read_faces(root, label)
+    hub = HUB[name]
+    if root is None:
+        return read_hub(name, hub, label)
+    inner = root / name
+    return read_folder(inner if inner.is_dir() else root, label, hub.label)
+
+
+def read_digits() -> Source:
+    """scikit-learn's 1,797 real handwritten digits, 8×8, 17 grey levels."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
+    split = EncodedSplit(
+        labels=digits.target.astype(np.int64),
+        read=lambda i: pixels[i],
+        locate=lambda i: f"digits[{i}]",
+    )
+    return Source("scikit-learn", tuple(map(str, range(10))), {TRAIN: split})
+
+
+def _find_folder(name: str, root: Path | None, label: str | None) -> Source:
+    folder = Path(name).expanduser()
+    if root is not None:
+        raise UsageError(
+            f"data.root goes with a named data set, not with the folder '{name}'"
+            f"{nearest(name, NAMED)}"
+        )
+    if not folder.is_dir():
+        raise UsageError(f"'{name}' is neither a folder nor a known data set{nearest(name, NAMED)}")
+    return read_folder(folder, label)
