@@ -1,0 +1,309 @@
+"""The report of a race of optimizers: pictures, a summary for programs and a page for people.
+
+The page holds its pictures, runs nothing and asks nothing of the net; all text of records is
+escaped.
+"""
+
+import base64
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from smallfry.report.race_pictures import (
+    MOST_LAYERS,
+    Look,
+    Panel,
+    draw_fisher,
+    draw_losses,
+    draw_tuning,
+    looks,
+)
+from smallfry.report.race_tables import (
+    Html,
+    cost_table,
+    fisher_table,
+    reported_table,
+    table,
+    time_table,
+    tuning_table,
+)
+from smallfry.report.races import (
+    FULL,
+    Record,
+    choose_targets,
+    fisher,
+    layers,
+    problems,
+    select,
+    summarize,
+    times,
+    tuning,
+)
+
+TITLES = {
+    "tuned": "Tuned: the best setting of each, run in full",
+    "defaults": "Defaults: every optimizer as it comes, run in full",
+}
+PICTURES = {
+    "training": [Panel("train", "step"), Panel("train", "epoch"), Panel("train", "seconds")],
+    "validation": [
+        Panel("validation", "seconds"),
+        Panel("train", "seconds", closely=True),
+        Panel("validation", "seconds", closely=True),
+    ],
+}
+CLOCKS = {"cpu": "CPU time", "wall": "wall time"}
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 76rem; margin: 2rem auto;
+  padding: 0 1.2rem; }
+h1 { font-size: 1.7rem; } h2 { margin-top: 3rem; border-bottom: 2px solid #e5e7eb; }
+h3 { margin-top: 2.2rem; } p { max-width: 52rem; }
+img { max-width: 100%; height: auto; display: block; margin: 1rem 0; }
+.wide { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; font-size: 0.87rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.25rem 0.7rem; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid #e5e7eb; vertical-align: top; }
+th { color: #4b5563; font-weight: 600; vertical-align: bottom; }
+th.group { text-align: center; }
+td.text, th.text { text-align: left; } td.text { white-space: normal; min-width: 8rem;
+  overflow-wrap: anywhere; }
+tbody tr:hover { background: #f9fafb; } tr.chosen { background: #fef9c3; }
+.range { color: #6b7280; font-size: 0.92em; }
+.line { display: inline-block; width: 1.4rem; margin-right: 0.5rem; vertical-align: middle;
+  border-top: 3px solid; }
+details { margin: 1rem 0; } summary { cursor: pointer; }
+nav a { margin-right: 1.2rem; }
+"""
+
+
+class Part(NamedTuple):
+    """A piece of the page, with what the summary says of it."""
+
+    html: str
+    summary: Any
+
+
+def write_report(
+    records: Sequence[Mapping[str, Any]],
+    folder: Path,
+    title: str,
+    reported: Mapping[str, Mapping[str, float]] | None = None,
+) -> Path:
+    """Write ``pictures/``, ``summary.json`` and ``report.html`` of what there is so far.
+
+    Args:
+        records: The lines of ``trials.jsonl``; any of them may be missing.
+        folder: The study's folder.
+        title: What the page is called.
+        reported: Figures of papers, by contestant and column.
+
+    Returns:
+        The page.
+    """
+    pictures = folder / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    shown = looks(records)
+    rows = summarize(records)
+    sections = {}
+    for number, problem in enumerate(problems(records), start=1):
+        name = re.sub(r"[^a-z0-9]+", "-", problem.lower()).strip("-")[:40]
+        stem = f"{number}-{name}"  # the number tells apart what reads the same
+        parts = {phase: _race(records, problem, phase, shown, pictures / stem) for phase in FULL}
+        parts["tuning"] = _tuning(records, problem, shown, pictures / stem)
+        parts["fisher"] = _fisher(records, problem, shown, pictures / stem)
+        sections[problem] = {name: part for name, part in parts.items() if part}
+    provenance = _provenance(records)
+    body = [f"<h1>{escape(title)}</h1>"]
+    if not records:
+        body.append("<p>No run has finished yet.</p>")
+    if len(sections) > 1:
+        links = [f'<a href="#p{i}">{escape(name)}</a>' for i, name in enumerate(sections)]
+        body.append(f"<nav>{''.join(links)}</nav>")
+    for i, (problem, found) in enumerate(sections.items()):
+        body.append(f'<h2 id="p{i}">{escape(problem)}</h2>')
+        body += [part.html for part in found.values()]
+    if reported:
+        body.append("<h2>Reported by the papers</h2>")
+        body.append(
+            "<p>The papers' figures are of their machines, budgets and units; the columns "
+            "measured here are the training losses of the tables above.</p>"
+        )
+        body.append(reported_table(reported, rows))
+    body += ["<h2>Provenance</h2>", provenance.html]
+    summary = {
+        "title": title,
+        "problems": {
+            problem: {name: part.summary for name, part in found.items()}
+            for problem, found in sections.items()
+        },
+        "reported": reported,
+        "provenance": provenance.summary,
+    }
+    _write(folder / "summary.json", json.dumps(strict(summary), indent=1, allow_nan=False) + "\n")
+    page = folder / "report.html"
+    _write(page, _page(title, body))
+    return page
+
+
+def strict(value: Any) -> Any:
+    """The value as JSON has it: named tuples are objects, what isn't finite is null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): strict(item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return strict(value._asdict())
+    if isinstance(value, list | tuple):
+        return [strict(item) for item in value]
+    return value if value is None or isinstance(value, str | int) else str(value)
+
+
+def _race(
+    records: Sequence[Record], problem: str, phase: str, shown: Mapping[str, Look], stem: Path
+) -> Part | None:
+    race = select(records, problem, phase)
+    if not race:
+        return None
+    rows = summarize(race)
+    targets = choose_targets(rows)
+    reaches = times(race, rows)
+    clock = _clock(race)
+    html = [f"<h3>{TITLES[phase]}</h3>", f"<p>{_compared(race, rows[0].end, clock)}</p>"]
+    for what, panels in PICTURES.items():
+        file = stem.with_name(f"{stem.name}-{phase}-{what}.png")
+        draw_losses(race, rows, panels, shown, clock, file)
+        html.append(_image(file, f"{what}, {problem}, {phase}"))
+    html.append(cost_table(rows, shown))
+    html.append("<h4>Time to reach a training loss</h4>")
+    html.append(
+        "<p>The targets are the final training losses that three quarters, half and a quarter of "
+        "the contestants that have one reached, rounded up to two digits, or to as many more as "
+        "it takes to tell the three apart. Seconds are the median over seeds, interpolated "
+        "between measured points in the logarithm of the loss; – where at least half of the "
+        "seeds did not get there by the common end. Ratios below 1 are faster.</p>"
+        if targets
+        else "<p>No run got below the loss it started from, so there is no target.</p>"
+    )
+    html.append(time_table(reaches, targets, shown) if targets else "")
+    return Part("\n".join(html), {"rows": rows, "targets": targets, "times": reaches})
+
+
+def _compared(race: Sequence[Record], end: float, clock: str) -> str:
+    budgets = sorted({float(r["seconds"]) for r in race if r.get("seconds") is not None})
+    text = f"Every run had {' or '.join(f'{b:g}' for b in budgets) or '?'} seconds of {clock}. "
+    if len(budgets) > 1:
+        text += "<b>The budgets differ, so runs are compared at the end of the shortest.</b> "
+    if len({r.get("clock") for r in race}) > 1:
+        text += "<b>The clocks differ; these seconds can't be compared.</b> "
+    return (
+        text + f"Losses are compared at {end:.4g} s, the last second that all runs got to "
+        "(not counting those that diverged or ended before half). Lines are medians over seeds, "
+        "bands the range of the seeds that are still finite; × marks where half of the seeds have "
+        "diverged. The second half is scaled to the best three quarters of the contestants. A "
+        "diverged run counts as infinite; – stands for an infinite or unknown figure."
+    )
+
+
+def _tuning(
+    records: Sequence[Record], problem: str, shown: Mapping[str, Look], stem: Path
+) -> Part | None:
+    trials = tuning(records, problem)
+    if not trials:
+        return None
+    file = stem.with_name(f"{stem.name}-tuning.png")
+    draw_tuning(trials, shown, file)
+    race = select(records, problem, "tuning")
+    budgets = sorted({float(r["seconds"]) for r in race if r.get("seconds") is not None})
+    spent = " or ".join(f"{budget:g}" for budget in budgets) or "?"
+    html = [
+        "<h3>Tuning</h3>",
+        f"<p>{len(trials)} trials of {spent} seconds of {_clock(race)}, judged by the validation "
+        "loss at their end. The chosen setting is that of the full runs; where there are none "
+        "yet, the best so far.</p>",
+        _image(file, f"tuning, {problem}"),
+        f"<details><summary>All trials</summary>{tuning_table(trials, shown)}</details>",
+    ]
+    return Part("\n".join(html), trials)
+
+
+def _fisher(
+    records: Sequence[Record], problem: str, shown: Mapping[str, Look], stem: Path
+) -> Part | None:
+    errors = fisher(records, problem)
+    if not errors:
+        return None
+    file = stem.with_name(f"{stem.name}-fisher.png")
+    draw_fisher(errors, shown, file)
+    count = len(layers(errors))
+    html = [
+        "<h3>How near the Fisher matrix is</h3>",
+        "<p>Relative error in the Frobenius norm of each contestant's approximation, layer by "
+        "layer, along one trajectory that AdamW trained; the table has the median over steps."
+        + (f" Of {count} layers, {MOST_LAYERS} are drawn." if count > MOST_LAYERS else "")
+        + "</p>",
+        _image(file, f"Fisher errors, {problem}"),
+        fisher_table(errors, shown),
+    ]
+    return Part("\n".join(html), errors)
+
+
+def _provenance(records: Sequence[Record]) -> Part:
+    found: dict[str, dict[str, int]] = {}
+    for record in records:
+        provenance = record.get("provenance") or {}
+        facts = {name: provenance.get(name) for name in ("command", "commit", "device")}
+        facts |= {"clock": record.get("clock"), "versions": provenance.get("versions")}
+        for name, value in facts.items():
+            if value is not None:
+                counts = found.setdefault(name, {})
+                counts[_words(value)] = counts.get(_words(value), 0) + 1
+    dates = sorted(str(d) for r in records if (d := (r.get("provenance") or {}).get("date")))
+    rows: list[list[Any]] = [
+        [name, value, count] for name, counts in found.items() for value, count in counts.items()
+    ]
+    if dates:
+        span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+        rows.append(["dates", span, len(dates)])
+    html = table(["what", "value", "runs"], rows, text=(0, 1)) if rows else Html("<p>Unknown.</p>")
+    return Part(html, {**found, "dates": [dates[0], dates[-1]] if dates else []})
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _clock(records: Sequence[Record]) -> str:
+    names = {str(record.get("clock")) for record in records}
+    return " and ".join(sorted(CLOCKS.get(name, "an unknown clock") for name in names))
+
+
+def _image(file: Path, says: str) -> str:
+    data = base64.b64encode(file.read_bytes()).decode()
+    return f'<img alt="{escape(says)}" src="data:image/png;base64,{data}">'
+
+
+def _page(title: str, body: Sequence[str]) -> str:
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    head = (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+    )
+    return head + "\n".join(body) + "\n</body>\n</html>\n"
+
+
+def _write(file: Path, text: str) -> None:
+    part = file.with_name(f"{file.name}.part")
+    try:
+        part.write_bytes(text.encode(errors="replace"))
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)

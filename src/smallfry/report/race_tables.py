@@ -1,0 +1,187 @@
+"""The tables of a race's page, as HTML in which all text is escaped."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from smallfry.report.race_pictures import Look
+from smallfry.report.races import FULL, LayerError, Reach, Row, Spread, Trial, layers
+
+NONE = "–"
+
+
+class Html(str):
+    """Text that is markup already."""
+
+
+def table(
+    head: Sequence[Any],
+    rows: Sequence[Sequence[Any]],
+    text: Collection[int] = (0,),
+    groups: Sequence[tuple[str, int]] = (),
+    marked: Collection[int] = (),
+) -> Html:
+    """A table; cells are escaped unless they are ``Html``.
+
+    Args:
+        head: A name for each column.
+        rows: Cells, as many as columns.
+        text: Columns of words, which are set to the left.
+        groups: A line above the head: a name and how many columns it spans.
+        marked: Rows that stand out.
+    """
+
+    def cells(tag: str, values: Sequence[Any]) -> str:
+        return "".join(
+            f"<{tag}{' class=text' if i in text else ''}>{_cell(value)}</{tag}>"
+            for i, value in enumerate(values)
+        )
+
+    above = "".join(f"<th class=group colspan={n}>{escape(name)}</th>" for name, n in groups)
+    body = "\n".join(
+        f"<tr{' class=chosen' if i in marked else ''}>{cells('td', row)}</tr>"
+        for i, row in enumerate(rows)
+    )
+    return Html(
+        f"<div class=wide><table><thead>{f'<tr>{above}</tr>' if above else ''}"
+        f"<tr>{cells('th', head)}</tr></thead>\n<tbody>{body}</tbody></table></div>"
+    )
+
+
+def cost_table(rows: Sequence[Row], shown: Mapping[str, Look]) -> Html:
+    """Final losses and what a step costs."""
+    head = ["", "settings", "training loss", "validation loss", "steps", "plain", "refresh"]
+    head += ["mean", "× AdamW", "state / weights", "diverged"]
+    cells = [
+        [
+            _name(row.contestant, row.label, shown),
+            " or ".join(map(settings, row.settings)) or NONE,
+            spread(row.train),
+            spread(row.validation),
+            NONE if row.steps is None else f"{row.steps:,.0f}",
+            *map(number, (row.plain_ms, row.refresh_ms, row.mean_ms, row.mean_over_adamw)),
+            number(row.state_over_weights),
+            f"{row.diverged} of {row.seeds}",
+        ]
+        for row in rows
+    ]
+    groups = [
+        ("", 2),
+        ("at the common end, median (range)", 2),
+        ("", 1),
+        ("ms per step", 4),
+        ("", 2),
+    ]
+    return table(head, cells, text=(0, 1), groups=groups)
+
+
+def time_table(
+    reaches: Sequence[Reach], targets: Sequence[float], shown: Mapping[str, Look]
+) -> Html:
+    """Seconds to each target, and their ratios to AdamW's and KFAC's."""
+    cells = []
+    for reach in reaches:
+        line: list[Any] = [_name(reach.contestant, reach.label, shown)]
+        for i in range(len(targets)):
+            line += [reach.seconds[i], reach.over_adamw[i], reach.over_kfac[i]]
+        cells.append([line[0], *map(number, line[1:])])
+    head = ["", *["seconds", "/ AdamW", "/ KFAC"] * len(targets)]
+    groups = [("", 1), *((f"training loss {target:.6g}", 3) for target in targets)]
+    return table(head, cells, groups=groups)
+
+
+def tuning_table(trials: Sequence[Trial], shown: Mapping[str, Look]) -> Html:
+    """Every trial; the chosen ones stand out."""
+    cells = [
+        [
+            _name(trial.contestant, trial.label, shown),
+            NONE if trial.trial is None else trial.trial,
+            settings(trial.settings) or NONE,
+            "diverged" if trial.validation is None else number(trial.validation, 4),
+            "chosen" if trial.chosen else "",
+        ]
+        for trial in trials
+    ]
+    marked = [i for i, trial in enumerate(trials) if trial.chosen]
+    head = ["", "trial", "settings", "validation loss", ""]
+    return table(head, cells, text=(0, 2, 4), marked=marked)
+
+
+def fisher_table(errors: Sequence[LayerError], shown: Mapping[str, Look]) -> Html:
+    """The median error over steps: a row for each contestant, a column for each layer."""
+    names = layers(errors)
+    known = {(error.contestant, error.layer): error.median for error in errors}
+    labels = {error.contestant: error.label for error in errors}
+    cells = [
+        [_name(key, text, shown), *(number(known.get((key, layer))) for layer in names)]
+        for key, text in labels.items()
+    ]
+    head = ["", *(f"layer {layer}" for layer in names)]
+    return table(head, cells)
+
+
+def reported_table(reported: Mapping[str, Mapping[str, float]], rows: Sequence[Row]) -> Html:
+    """The papers' figures, and beside them our final training losses in their own columns."""
+    columns = list(dict.fromkeys(column for line in reported.values() for column in line))
+    measured = list(dict.fromkeys((row.problem, row.phase) for row in rows if row.phase in FULL))
+    cells = []
+    for name, figures in reported.items():
+        own = {
+            (row.problem, row.phase): spread(row.train)
+            for row in rows
+            if name.casefold() in (row.contestant.casefold(), row.label.casefold())
+        }
+        line = [name, *(_as_given(figures.get(column)) for column in columns)]
+        cells.append([*line, *(own.get(race, NONE) for race in measured)])
+    head = ["", *columns, *(f"{problem}, {phase}" for problem, phase in measured)]
+    groups = [("", 1), ("reported", len(columns))]
+    groups += [("measured here: training loss", len(measured))] if measured else []
+    return table(head, cells, groups=[group for group in groups if group[1]])
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A figure with that many digits, without an exponent where it is readable so."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return NONE
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return str(value)
+    if value and 1e-4 <= abs(value) < 1e6:
+        places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+        return f"{value:,.{places}f}"
+    return f"{value:.{digits}g}"
+
+
+def spread(values: Spread | None) -> Html:
+    """A median, and the range where there is one."""
+    if values is None:
+        return Html(NONE)
+    text = number(values.median, 4)
+    if values.low == values.high:
+        return Html(text)
+    span = f"{number(values.low, 4)} .. {number(values.high, 4)}"
+    return Html(f"{text} <span class=range>({span})</span>")
+
+
+def settings(values: Mapping[str, Any]) -> str:
+    """Settings in one line."""
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in values.items()
+    )
+
+
+def _name(contestant: str, label: str, shown: Mapping[str, Look]) -> Html:
+    look = shown[contestant]
+    line = f"border-top: 3px {'dashed' if look.dashes else 'solid'} {look.colour}"
+    return Html(f'<span class=line style="{line}"></span>{escape(label)}')
+
+
+def _as_given(value: Any) -> str:
+    """A paper's figure with the digits that it has."""
+    plain = isinstance(value, int | float) and math.isfinite(value)
+    return f"{value:.10g}" if plain else number(value)
+
+
+def _cell(value: Any) -> str:
+    return value if isinstance(value, Html) else escape(str(value))

@@ -1,0 +1,310 @@
+"""What the records of a race of optimizers say, as rows: pure functions of the records.
+
+A record is one run of one contestant on one problem; its ``phase`` says what for. Seeds are
+joined by their median, in which a run that diverged counts as infinite: a contestant of whose
+runs at least half diverged has no figure.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from decimal import ROUND_CEILING, Decimal
+from statistics import median
+from typing import Any, NamedTuple
+
+from smallfry.report.race_curves import (
+    Loss,
+    Run,
+    at_seconds,
+    curve,
+    last_second,
+    run_of,
+    time_to_reach,
+)
+
+Record = Mapping[str, Any]
+
+FULL = ("tuned", "defaults")  # the phases that are run for the whole budget
+MAX_DIGITS = 6
+
+
+class Spread(NamedTuple):
+    """A figure over seeds; infinite where a run diverged."""
+
+    median: float
+    low: float
+    high: float
+
+
+class Row(NamedTuple):
+    """How one contestant did in one phase of one problem."""
+
+    problem: str
+    phase: str
+    contestant: str
+    label: str
+    family: str
+    settings: tuple[Mapping[str, Any], ...]  # more than one if seeds ran with different ones
+    end: float  # seconds of the clock at which the losses are compared
+    start: float | None  # training loss before the first step
+    train: Spread | None  # None: no run has a point
+    validation: Spread | None
+    steps: float | None
+    plain_ms: float | None
+    refresh_ms: float | None
+    mean_ms: float | None
+    mean_over_adamw: float | None
+    state_over_weights: float | None
+    diverged: int
+    seeds: int
+
+
+class Reach(NamedTuple):
+    """When one contestant reached the targets; None where too few of its seeds did."""
+
+    contestant: str
+    label: str
+    seconds: tuple[float | None, ...]  # per target
+    over_adamw: tuple[float | None, ...]
+    over_kfac: tuple[float | None, ...]
+
+
+class Trial(NamedTuple):
+    """What one setting of a contestant reached in the tuning."""
+
+    contestant: str
+    label: str
+    trial: int | None
+    settings: Mapping[str, Any]
+    validation: float | None  # at the end of the run; None: diverged
+    chosen: bool  # the full runs have these settings; without such runs, the lowest so far
+
+
+class LayerError(NamedTuple):
+    """How wrong a contestant's Fisher matrix of one layer is along the trajectory."""
+
+    contestant: str
+    label: str
+    layer: str
+    steps: tuple[float, ...]
+    errors: tuple[float, ...]  # relative, in the Frobenius norm; the median over seeds
+    median: float  # over steps
+
+
+def summarize(records: Sequence[Record]) -> list[Row]:
+    """Rows of all problems and full phases; within a phase the lowest training loss first."""
+    rows = []
+    for problem in problems(records):
+        for phase in FULL:
+            race = select(records, problem, phase)
+            end = common_end([run_of(record["measured"]) for record in race])
+            found = [_row(group, end) for group in by_contestant(race).values()]
+            adamw = next((row.mean_ms for row in found if row.contestant == "adamw"), None)
+            found = [row._replace(mean_over_adamw=_ratio(row.mean_ms, adamw)) for row in found]
+            rows += sorted(found, key=_final)
+    return rows
+
+
+def choose_targets(rows: Sequence[Row]) -> list[float]:
+    """Up to three training losses, the easiest first, for the rows of one race.
+
+    They are the final losses that three quarters, half and a quarter of the contestants reached,
+    rounded up to two digits, or to as many more as it takes to tell the three apart; those not
+    below where every contestant starts are left out.
+    """
+    finals = sorted(row.train.median for row in rows if row.train)
+    finals = [loss for loss in finals if 0 < loss < math.inf]
+    if not finals:
+        return []
+    start = min((row.start for row in rows if row.start is not None), default=math.inf)
+    anchors = [finals[math.ceil(len(finals) * share) - 1] for share in (0.75, 0.5, 0.25)]
+    for digits in range(2, MAX_DIGITS + 1):
+        targets = [_round_up(loss, digits) for loss in anchors]
+        if len(set(targets)) == len(set(anchors)) and (targets[0] < start or anchors[0] >= start):
+            break
+    return sorted({target for target in targets if target < start}, reverse=True)
+
+
+def times(records: Sequence[Record], rows: Sequence[Row]) -> list[Reach]:
+    """When the contestants of one race reached its targets, in the order of the rows.
+
+    Args:
+        records: Of one problem and one full phase.
+        rows: Of the same race.
+    """
+    targets = choose_targets(rows)
+    groups = by_contestant(records)
+    end = rows[0].end if rows else 0.0
+
+    def seconds_of(contestant: str) -> list[float | None]:
+        runs = [run_of(record["measured"]) for record in groups.get(contestant, [])]
+        return [_median([_within(run, t, end) for run in runs]) for t in targets]
+
+    adamw, kfac = seconds_of("adamw"), seconds_of("kfac")
+    found = []
+    for row in rows:
+        own = seconds_of(row.contestant)
+        over = [tuple(map(_ratio, own, other)) for other in (adamw, kfac)]
+        found.append(Reach(row.contestant, row.label, tuple(own), *over))
+    return found
+
+
+def tuning(records: Sequence[Record], problem: str) -> list[Trial]:
+    """The trials of a problem: the contestant with the best trial first, its best first."""
+    full = by_contestant(select(records, problem, "tuned"))
+    groups = []
+    for contestant, group in by_contestant(select(records, problem, "tuning")).items():
+        found = [_trial(record) for record in group]
+        found.sort(key=lambda t: math.inf if t.validation is None else t.validation)
+        wanted = [_key(record.get("settings")) for record in full.get(contestant, [])]
+        if not wanted and found[0].validation is not None:
+            wanted = [_key(found[0].settings)]
+        groups.append([t._replace(chosen=_key(t.settings) in wanted) for t in found])
+    groups.sort(key=lambda g: math.inf if g[0].validation is None else g[0].validation)
+    return [trial for group in groups for trial in group]
+
+
+def fisher(records: Sequence[Record], problem: str) -> list[LayerError]:
+    """The errors of the Fisher matrices of a problem, by contestant, then by layer."""
+    found = []
+    for contestant, group in by_contestant(select(records, problem, "fisher")).items():
+        errors: dict[str, dict[float, list[float]]] = {}
+        for record in group:
+            for point in record["measured"].get("points") or []:
+                for layer, error in (point.get("layers") or {}).items():
+                    if error is not None and math.isfinite(error):
+                        of_layer = errors.setdefault(str(layer), {})
+                        of_layer.setdefault(point["step"], []).append(error)
+        for layer in sorted(errors, key=_natural):
+            steps = sorted(errors[layer])
+            values = [median(errors[layer][step]) for step in steps]
+            line = (layer, tuple(steps), tuple(values), median(values))
+            found.append(LayerError(contestant, label(group[-1]), *line))
+    return found
+
+
+def layers(errors: Iterable[LayerError]) -> list[str]:
+    """The layers that errors are known of, in their order."""
+    return sorted({error.layer for error in errors}, key=_natural)
+
+
+def problems(records: Iterable[Record]) -> list[str]:
+    """The problems there are records of, in the order of their first ones."""
+    return list(dict.fromkeys(str(record["problem"]) for record in records))
+
+
+def select(records: Iterable[Record], problem: str, phase: str) -> list[Record]:
+    """The records of a race; of a run that was made twice, the last."""
+    kept: dict[str, Record] = {}
+    for record in records:
+        if str(record["problem"]) == problem and record["phase"] == phase:
+            run = [record["contestant"], record.get("seed")]
+            run += [record.get("trial"), record.get("settings")] if phase == "tuning" else []
+            kept[_key(run)] = record
+    return list(kept.values())
+
+
+def by_contestant(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Records by contestant, in the order of their first ones."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(str(record["contestant"]), []).append(record)
+    return groups
+
+
+def common_end(runs: Sequence[Run]) -> float:
+    """The last second that all runs got to, without those that diverged or ended before half."""
+    ends = [last_second(run) for run in runs if not run.diverged]
+    ends = ends or [last_second(run) for run in runs]
+    return min((end for end in ends if end >= max(ends) / 2), default=0.0)
+
+
+def label(record: Record) -> str:
+    """A contestant's name for readers."""
+    return str(record.get("label") or record["contestant"])
+
+
+def _row(group: Sequence[Record], end: float) -> Row:
+    last = group[-1]
+    runs = [run_of(record["measured"]) for record in group]
+    starts = [loss[0] for run in runs if len(loss := curve(run.points, "step", "train").loss)]
+
+    def cost(name: str) -> float | None:
+        values = [record["measured"].get(name) for record in group]
+        values = [value for value in values if value is not None and math.isfinite(value)]
+        return float(median(values)) if values else None
+
+    return Row(
+        problem=str(last["problem"]),
+        phase=last["phase"],
+        contestant=str(last["contestant"]),
+        label=label(last),
+        family=str(last.get("family")),
+        settings=tuple({_key(s): s for r in group if (s := r.get("settings") or {})}.values()),
+        end=end,
+        start=float(median(starts)) if starts else None,
+        train=_spread(runs, end, "train"),
+        validation=_spread(runs, end, "validation"),
+        steps=cost("steps"),
+        plain_ms=cost("plain_ms"),
+        refresh_ms=cost("refresh_ms"),
+        mean_ms=cost("mean_ms"),
+        mean_over_adamw=None,
+        state_over_weights=cost("state_over_weights"),
+        diverged=sum(run.diverged for run in runs),
+        seeds=len(runs),
+    )
+
+
+def _spread(runs: Sequence[Run], end: float, loss: Loss) -> Spread | None:
+    values = []
+    for run in runs:
+        value = None if run.diverged else at_seconds(run.points, end, loss)
+        values.append(math.inf if value is None else value)
+    return Spread(float(median(values)), min(values), max(values)) if values else None
+
+
+def _final(row: Row) -> tuple[float, str]:
+    return (row.train.median if row.train else math.inf, row.contestant)
+
+
+def _within(run: Run, target: float, end: float) -> float | None:
+    seconds = time_to_reach(run.points, target)
+    return seconds if seconds is not None and seconds <= end else None
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    found = median([math.inf if value is None else value for value in values] or [math.inf])
+    return found if math.isfinite(found) else None
+
+
+def _ratio(own: float | None, other: float | None) -> float | None:
+    return own / other if own is not None and other else None
+
+
+def _round_up(value: float, digits: int) -> float:
+    exact = Decimal(repr(value))
+    return float(exact.quantize(Decimal(1).scaleb(exact.adjusted() - digits + 1), ROUND_CEILING))
+
+
+def _trial(record: Record) -> Trial:
+    run = run_of(record["measured"])
+    losses = curve(run.points, "seconds", "validation").loss
+    return Trial(
+        contestant=str(record["contestant"]),
+        label=label(record),
+        trial=record.get("trial"),
+        settings=record.get("settings") or {},
+        validation=None if run.diverged or not len(losses) else float(losses[-1]),
+        chosen=False,
+    )
+
+
+def _key(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def _natural(layer: str) -> list[tuple[int, int, str]]:
+    parts = [part.group() for part in re.finditer(r"\d+|\D+", layer)]
+    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in parts]
