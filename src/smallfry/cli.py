@@ -1,4 +1,4 @@
-"""The command: ``smallfry train``, ``evaluate``, ``predict``, ``models``."""
+"""The command: ``smallfry train``, ``evaluate``, ``predict``, ``models``, ``study``."""
 
 import json
 import logging
@@ -8,7 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,9 +17,14 @@ from rich.console import Console
 from rich.table import Table
 
 from smallfry.errors import SmallfryError, Stopped, UsageError, nearest
+from smallfry.studies.config import SHORT, RaceConfig
 from smallfry.training.config import TrainConfig
 from smallfry.version import __version__
 
+STUDIES = {  # what it is, and the problem without --problem
+    "autoencoder": ("Race optimizers on auto-encoders (arXiv 2201.10285).", "curves"),
+    "two-level": ("Race coarse spaces of two-level KFAC (arXiv 2303.18083).", "deep_linear"),
+}
 FAILED, MISUSED = 1, 2  # exit codes; a run that a signal stopped gives 128 + its number
 
 
@@ -159,6 +164,15 @@ def models(pattern: str = "*", as_json: bool = False) -> int:
     return 0
 
 
+def study(name: str, config: RaceConfig, folder: Path | None = None) -> int:
+    """Run one of the papers' comparisons, or what is missing of it, and write its report."""
+    from smallfry.studies.race import run_race
+
+    report = run_race(name, config, folder or Path("studies") / f"{name}-{config.problem}")
+    print(f"report: {report}")
+    return 0
+
+
 # What the verbs are told
 
 
@@ -217,6 +231,22 @@ def build_parser() -> ArgumentParser:
     models_verb.add_argument("pattern", nargs="?", default="*", help="Such as 'vitrm_*'.")
     models_verb.add_argument("--json", action="store_true", help="One JSON object per line.")
     verbs.add_subcommand("models", models_verb, help="list models and their cost")
+
+    study_verb = _parser("Run one of the papers' comparisons; the same command goes on with it.")
+    verbs.add_subcommand("study", study_verb, help="race optimizers as the papers did")
+    studies = study_verb.add_subcommands(metavar="STUDY")
+    for name, (purpose, default) in STUDIES.items():
+        parser_of_study = _parser(purpose)
+        parser_of_study.add_argument("--config", action="config", help="A YAML file with these.")
+        parser_of_study.add_argument(
+            "--folder", type=Path | None, help="Where trials and report go; default studies/STUDY-…"
+        )
+        parser_of_study.add_argument(
+            "--short", action="store_true", help="A few minutes instead of hours, to try it."
+        )
+        parser_of_study.add_class_arguments(RaceConfig)
+        parser_of_study.set_defaults({"problem": default})
+        studies.add_subcommand(name, parser_of_study, help=purpose)
     return parser
 
 
@@ -276,7 +306,16 @@ def _dispatch(parsed: Namespace, parser: ArgumentParser) -> int:
             given.exit_threshold,
             given.json,
         )
+    if verb == "study":
+        return _dispatch_study(given, parser)
     return models(given.pattern, given.json)
+
+
+def _dispatch_study(given: Namespace, parser: ArgumentParser) -> int:
+    name = given.subcommand
+    told = given[name]
+    config = RaceConfig(**{field.name: told[field.name] for field in fields(RaceConfig)})
+    return study(name, replace(config, **SHORT) if told.short else config, told.folder)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -323,11 +362,16 @@ def _explain(message: str, arguments: Sequence[str], parser: ArgumentParser) -> 
     """A parser's message on one line, with the nearest right name for a wrong one."""
     message = " ".join(message.split())
     verbs = _verb_parsers(parser)
-    verb = next((argument for argument in arguments if argument in verbs), None)
+    verb, kind = next((argument for argument in arguments if argument in verbs), None), "verb"
+    if verb == "study":
+        studies = _verb_parsers(verbs[verb])
+        named = [argument for argument in arguments if argument in studies]
+        verbs, kind = studies, "study"
+        verb = named[0] if named else None
     if verb is None:
         wrong = re.search(r"invalid choice: '(.*?)'", message)
         hint = nearest(wrong[1], verbs) if wrong else f": {', '.join(verbs)}"
-        return f"expected a verb{hint}" if wrong is None else f"unknown verb '{wrong[1]}'{hint}"
+        return f"unknown {kind} '{wrong[1]}'{hint}" if wrong else f"expected a {kind}{hint}"
     option = re.search(r"nrecognized arguments: --([\w.]+)|option '([\w.]+)'", message)
     if option is not None:
         known = {name.lstrip("-") for name in verbs[verb]._option_string_actions}

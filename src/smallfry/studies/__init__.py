@@ -1,0 +1,1 @@
+"""The papers' comparisons, each re-runnable and resumable."""

@@ -1,0 +1,113 @@
+"""The trials of a study that are done: a JSON object a line, from one writer, read at any time."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from smallfry.errors import RunError
+
+
+class TrialLog:
+    """``trials.jsonl`` in a study's folder.
+
+    Args:
+        folder: Of the study; made when it is first locked.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.file = folder / "trials.jsonl"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from writing; a killed process lets go of it.
+
+        Raises:
+            RunError: Another process writes, or the folder can't be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.folder / ".lock")
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RunError(f"{self.folder}: another process runs this study") from None
+        except OSError as error:
+            raise RunError(f"{self.folder}: can't be used as a study's folder ({error})") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def read(self) -> list[dict[str, Any]]:
+        """All trials, in the order in which they ended.
+
+        A last line without its end is what a killed writer left: it is not taken.
+
+        Raises:
+            RunError: A line is no trial.
+        """
+        if not self.file.exists():
+            return []
+        records = []
+        for number, line in enumerate(self.file.read_text("utf-8").splitlines(keepends=True), 1):
+            if not line.endswith("\n"):
+                break
+            try:
+                record = json.loads(line)
+                record["phase"], record["problem"], record["contestant"], record["measured"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise RunError(
+                    f"{self.file}, line {number}: not a trial ({error!r}); mend or remove the line"
+                ) from None
+            records.append(record)
+        return records
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """One more trial, on the disk when this returns.
+
+        Raises:
+            RunError: It could not be written; what stood there stands.
+        """
+        line = json.dumps(rounded(record), allow_nan=False) + "\n"
+        try:
+            with open(self.file, "a+b") as stream:
+                size = stream.seek(0, os.SEEK_END)
+                whole = _end_of_last_line(stream, size)
+                if whole < size:
+                    stream.truncate(whole)
+                try:
+                    stream.write(line.encode())
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                except OSError:
+                    os.truncate(self.file, whole)
+                    raise
+        except OSError as error:
+            raise RunError(f"{self.file}: could not be written ({error})") from error
+
+
+def rounded(value: Any) -> Any:
+    """Numbers with six significant digits, and null where there is no number."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if abs(value) < float("inf") else None
+    if isinstance(value, Mapping):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _end_of_last_line(stream: Any, size: int) -> int:
+    """Where the last whole line ends."""
+    end = size
+    while end > 0:
+        start = max(0, end - 65536)
+        stream.seek(start)
+        found: int = stream.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0

@@ -1,0 +1,325 @@
+"""Races between optimizers: everyone tunes with the same budget, then runs for the same time.
+
+    fisher     errors of the Fisher approximations along one trajectory of AdamW's
+    defaults   default settings, several seeds
+    tuning     so many settings each, one seed, a shorter time; the first are the defaults
+    tuned      each one's best setting by validation loss, several seeds
+
+A trial is what can be lost: what ended is in ``trials.jsonl``, and the same command goes on.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smallfry.errors import Stopped, TrainingError, UsageError, nearest
+from smallfry.report.race_page import write_report
+from smallfry.studies.config import RaceConfig
+from smallfry.studies.contestants import CONTESTANTS, propose
+from smallfry.studies.log import TrialLog
+from smallfry.studies.problems import PROBLEMS, Examples, load_examples
+from smallfry.studies.progress import RaceProgress
+from smallfry.studies.reported import REPORTED
+from smallfry.studies.trial import Job, Place, fisher_errors, run_trial
+from smallfry.training.provenance import provenance
+
+AUTOENCODER = (
+    "sgd",
+    "adamw",
+    "muon",
+    "soap",
+    "kfac_papers",
+    "kfac",
+    "ekfac",
+    "ekfac_kpsvd",
+    "kpsvd",
+    "deflation",
+    "lanczos",
+    "kfac_corrected",
+    "two_level",
+    "sngd",
+    "exact_ng",
+)
+TWO_LEVEL = (
+    "sgd",
+    "adamw",
+    "kfac",
+    "two_level",
+    "nicolaides",
+    "krylov_nicolaides",
+    "spectral",
+    "residual",
+    "krylov_residual",
+    "tko",
+)
+APPROXIMATING = ("kfac", "ekfac", "ekfac_kpsvd", "kpsvd", "deflation", "lanczos", "kfac_corrected")
+
+
+def run_race(study: str, config: RaceConfig, folder: Path) -> Path:
+    """Run what is missing of a race, and write the report.
+
+    Args:
+        study: "autoencoder" or "two-level"; says who takes part by default.
+        config: The race.
+        folder: Where trials and report go; several problems may share it.
+
+    Returns:
+        The report, an HTML page.
+
+    Raises:
+        UsageError: The configuration makes no sense, or contradicts the trials in the folder.
+        Stopped: A signal came; finished trials are kept.
+    """
+    chosen = _check(study, config)
+    place = Place(config.root, config.device, config.threads)
+    log = TrialLog(folder)
+    with log.locked():
+        records = log.read()
+        _check_records(records, config, place)
+        processes = config.processes or _processes(config)
+        # also fills the cache, so that the processes find decoded data
+        load_examples(PROBLEMS[config.problem], config.root, torch.device("cpu"))
+        known = _known(records)
+        first = [job for job in _first_jobs(config, chosen) if not _done(job, known, chosen)]
+        later = len(chosen) * config.seeds if config.tuning_trials else 0
+        later -= sum(1 for key in known if key[0] == "tuned" and key[1] == config.problem)
+        expected = sum(job.seconds for job in first) + max(0, later) * config.seconds
+        with (
+            RaceProgress(len(first) + max(0, later), expected, processes) as progress,
+            _stoppable(folder),
+        ):
+            records += _run(study, first, place, processes, log, progress, chosen)
+            second = [job for job in _second_jobs(config, chosen, records) if job.key not in known]
+            records += _run(study, second, place, processes, log, progress, chosen)
+    title = f"Race: {PROBLEMS[config.problem].title}"
+    return write_report(records, folder, title, REPORTED.get(config.problem))
+
+
+# What is to be run
+
+
+def _first_jobs(config: RaceConfig, chosen: Sequence[str]) -> Iterator[Job]:
+    def job(phase: Any, name: str, settings: dict[str, float], seed: int, n: int, s: float) -> Job:
+        return Job(phase, config.problem, name, settings, seed, n, s)
+
+    if config.fisher_seconds and set(chosen) & set(APPROXIMATING):
+        settings = dict(CONTESTANTS["adamw"].defaults)
+        yield job("fisher", "adamw", settings, 0, 0, config.fisher_seconds)
+    for name in chosen:
+        for n, settings in enumerate(propose(CONTESTANTS[name], config.tuning_trials)):
+            yield job("tuning", name, settings, 0, n, config.tuning_seconds)
+    for seed in range(config.seeds):
+        for name in chosen:
+            settings = dict(CONTESTANTS[name].defaults)
+            yield job("defaults", name, settings, seed, 0, config.seconds)
+
+
+def _second_jobs(
+    config: RaceConfig, chosen: Sequence[str], records: Sequence[dict[str, Any]]
+) -> Iterator[Job]:
+    for seed in range(config.seeds):
+        for name in chosen:
+            best = best_trial(records, config.problem, name, config.tuning_trials)
+            if best is not None:
+                settings, trial = best["settings"], best["trial"]
+                yield Job("tuned", config.problem, name, settings, seed, trial, config.seconds)
+
+
+def best_trial(
+    records: Sequence[dict[str, Any]], problem: str, contestant: str, trials: int
+) -> dict[str, Any] | None:
+    """The tuning trial with the lowest validation loss at its end; None if all diverged."""
+    tried = [
+        r
+        for r in records
+        if (r["phase"], r["problem"], r["contestant"]) == ("tuning", problem, contestant)
+        and r["trial"] < trials
+        and not r["measured"]["diverged"]
+    ]
+    return min(tried, key=lambda r: r["measured"]["points"][-1]["validation"], default=None)
+
+
+def _known(records: Sequence[dict[str, Any]]) -> set[tuple[Any, ...]]:
+    return {(r["phase"], r["problem"], r["contestant"], r["seed"], r["trial"]) for r in records}
+
+
+def _done(job: Job, known: set[tuple[Any, ...]], chosen: Sequence[str]) -> bool:
+    if job.phase != "fisher":
+        return job.key in known
+    wanted = [name for name in chosen if name in APPROXIMATING]
+    return all(("fisher", job.problem, name, job.seed, job.trial) in known for name in wanted)
+
+
+# Running
+
+
+def _run(
+    study: str,
+    jobs: Sequence[Job],
+    place: Place,
+    processes: int,
+    log: TrialLog,
+    progress: RaceProgress,
+    chosen: Sequence[str],
+) -> list[dict[str, Any]]:
+    if not jobs:
+        return []
+    torch.set_num_threads(place.threads)  # which provenance tells
+    origin = provenance(torch.device(place.device))
+    records: list[dict[str, Any]] = []
+    for job, outcomes in _outcomes(jobs, place, processes, chosen):
+        for contestant, settings, measured in outcomes:
+            record: dict[str, Any] = {
+                "study": study,
+                "problem": job.problem,
+                "phase": job.phase,
+                "contestant": contestant,
+                "label": CONTESTANTS[contestant].label,
+                "family": CONTESTANTS[contestant].family,
+                "settings": settings,
+                "seed": job.seed,
+                "trial": job.trial,
+                "seconds": job.seconds,
+                "clock": place.clock,
+                "measured": measured,
+                "provenance": origin,
+            }
+            log.append(record)
+            records.append(record)
+        progress.done(job, records[-1]["measured"])
+    return records
+
+
+Outcome = tuple[str, dict[str, float], dict[str, Any]]
+
+
+def _outcomes(
+    jobs: Sequence[Job], place: Place, processes: int, chosen: Sequence[str]
+) -> Iterator[tuple[Job, list[Outcome]]]:
+    """Trials as they end; one at a time here, several in processes of their own."""
+    if processes == 1:
+        for job in jobs:
+            yield job, _work(job, place, chosen)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, _begin, (place.threads,)) as pool:
+        try:
+            waiting = {pool.submit(_work, job, place, chosen): job for job in jobs}
+            for future in as_completed(waiting):
+                yield waiting[future], future.result()
+        except BrokenProcessPool:
+            raise TrainingError(
+                "a process of the study was killed, perhaps for lack of memory: what ended is "
+                "kept; run the same command again, with fewer --processes"
+            ) from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
+
+
+def _begin(threads: int) -> None:
+    """In a new process: Ctrl-C is for the parent, which ends its children."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+
+
+def _work(job: Job, place: Place, chosen: Sequence[str]) -> list[Outcome]:
+    training, held_out = _examples(job.problem, place)
+    if job.phase != "fisher":
+        return [(job.contestant, job.settings, run_trial(job, place, training, held_out))]
+    watching = [name for name in chosen if name in APPROXIMATING]
+    found = fisher_errors(job, place, training, watching)
+    return [
+        (name, dict(CONTESTANTS[name].defaults), {"points": points})
+        for name, points in found.items()
+    ]
+
+
+@lru_cache(maxsize=1)
+def _examples(problem: str, place: Place) -> tuple[Examples, Examples]:
+    return load_examples(PROBLEMS[problem], place.root, torch.device(place.device))
+
+
+@contextmanager
+def _stoppable(folder: Path) -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into ``Stopped``."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise Stopped(number, f"stopped; finished trials are in {folder}, the same command goes on")
+
+    before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _processes(config: RaceConfig) -> int:
+    if torch.device(config.device).type != "cpu":
+        return 1
+    return max(1, len(os.sched_getaffinity(0)) // config.threads)
+
+
+# Checks
+
+
+def _check(study: str, config: RaceConfig) -> tuple[str, ...]:
+    """The contestants."""
+    if config.problem not in PROBLEMS:
+        raise UsageError(f"unknown problem '{config.problem}'{nearest(config.problem, PROBLEMS)}")
+    chosen = config.contestants or (AUTOENCODER if study == "autoencoder" else TWO_LEVEL)
+    for name in chosen:
+        if name not in CONTESTANTS:
+            raise UsageError(f"unknown contestant '{name}'{nearest(name, CONTESTANTS)}")
+    for name, value in {"seconds": config.seconds, "tuning_seconds": config.tuning_seconds}.items():
+        if not 0 < value < float("inf"):
+            raise UsageError(f"{name} must be a number above 0, got {value}")
+    least = {"seeds": 1, "tuning_trials": 0, "fisher_seconds": 0, "threads": 1, "processes": 1}
+    for name, low in least.items():
+        given = getattr(config, name)
+        if given is not None and given < low:
+            raise UsageError(f"{name} must be at least {low}, got {given}")
+    try:
+        torch.empty(1, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        message = str(error).splitlines()[0]
+        raise UsageError(f"device {config.device} can't be used here: {message}") from None
+    for name in chosen:  # such as a library that is missing, before an hour has passed
+        model = torch.nn.Linear(2, 2)
+        CONTESTANTS[name].build(model, PROBLEMS[config.problem], **CONTESTANTS[name].defaults)
+    return tuple(dict.fromkeys(chosen))
+
+
+def _check_records(records: Sequence[dict[str, Any]], config: RaceConfig, place: Place) -> None:
+    """Trials in one race must have run for the same time, by the same clock."""
+    wanted = {
+        "tuning": config.tuning_seconds,
+        "tuned": config.seconds,
+        "defaults": config.seconds,
+        "fisher": config.fisher_seconds,
+    }
+    for r in records:
+        if r["problem"] != config.problem or r["phase"] not in wanted:
+            continue
+        if r["seconds"] != wanted[r["phase"]] or r["clock"] != place.clock:
+            raise UsageError(
+                f"the trials in this folder ran for {r['seconds']:g} s ({r['phase']}, "
+                f"{r['clock']} time), not {wanted[r['phase']]:g} s ({place.clock} time): give the "
+                "same times, or another --folder"
+            )

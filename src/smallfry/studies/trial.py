@@ -1,0 +1,238 @@
+"""One entry of a race: a network trained by one optimizer for so many seconds.
+
+Seconds are those of forward, backward and step; evaluation stands outside. With one thread on a
+CPU they are seconds of CPU time, which other work on the machine disturbs least.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from smallfry.optim import NaturalGradient, TwoLevel
+from smallfry.studies.contestants import CONTESTANTS
+from smallfry.studies.problems import PROBLEMS, Examples, Problem
+
+Phase = Literal["tuning", "tuned", "defaults", "fisher"]
+EVALUATIONS = 24  # of a trial
+EVALUATED = 2048  # examples of each split
+BATCH = 512  # of an evaluation
+
+
+@dataclass(frozen=True)
+class Job:
+    """A trial to be run.
+
+    Args:
+        phase: What it is for.
+        problem: A key of ``PROBLEMS``.
+        contestant: A key of ``CONTESTANTS``.
+        settings: Of the optimizer.
+        seed: Of initial weights, batches and sampled targets.
+        trial: Number of the settings in the search.
+        seconds: Of training.
+    """
+
+    phase: Phase
+    problem: str
+    contestant: str
+    settings: dict[str, float]
+    seed: int
+    trial: int
+    seconds: float
+
+    @property
+    def key(self) -> tuple[str, str, str, int, int]:
+        """What it is in a study; no two jobs share it."""
+        return self.phase, self.problem, self.contestant, self.seed, self.trial
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where trials run.
+
+    Args:
+        root: Folder of the data, where it is needed.
+        device: Such as "cpu" or "cuda".
+        threads: CPU threads of a trial.
+    """
+
+    root: Path | None = None
+    device: str = "cpu"
+    threads: int = 1
+
+    @property
+    def clock(self) -> Literal["cpu", "wall"]:
+        """Which seconds count."""
+        return "cpu" if self.device == "cpu" and self.threads == 1 else "wall"
+
+    def now(self) -> float:
+        """Seconds of the clock, once all that was asked for is done."""
+        if self.clock == "cpu":
+            return time.process_time()
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def run_trial(job: Job, place: Place, training: Examples, held_out: Examples) -> dict[str, Any]:
+    """Train, and measure.
+
+    Returns:
+        ``points`` (step, epoch, seconds, wall_seconds, training and validation loss), ``diverged``,
+        ``steps``, milliseconds of a plain step, of one with a refresh, and on average, and
+        ``state_over_weights``; for two-level methods the median ``energy`` of a coarse step.
+    """
+    problem = PROBLEMS[job.problem]
+    model, optimizer = _start(job, place)
+    batches = _batches(len(training.pixels), problem.batch_size, job.seed, training.pixels.device)
+    plain: list[float] = []
+    refresh: list[float] = []
+    energies: list[float] = []
+    points: list[dict[str, float]] = []
+    steps, seconds, began, diverged = 0, 0.0, time.perf_counter(), False
+    model.train()
+    for due in _moments(job.seconds):
+        while seconds < due and not diverged:
+            seen = _refreshes(optimizer)
+            start = place.now()
+            inputs, targets = training.batch(next(batches), problem.reconstruct)
+            loss = problem.loss(model(inputs), targets)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            diverged = not math.isfinite(loss.item())
+            spent = place.now() - start
+            (plain if _refreshes(optimizer) == seen else refresh).append(spent)
+            seconds, steps = seconds + spent, steps + 1
+            if isinstance(optimizer, TwoLevel) and optimizer.energy is not None:
+                energies.append(optimizer.energy)
+        losses = [_evaluate(model, problem, part) for part in (training, held_out)]
+        diverged = diverged or not all(map(math.isfinite, losses))
+        if diverged:
+            break
+        points.append(
+            {
+                "step": steps,
+                "epoch": steps * problem.batch_size / len(training.pixels),
+                "seconds": seconds,
+                "wall_seconds": time.perf_counter() - began,
+                "train": losses[0],
+                "validation": losses[1],
+            }
+        )
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    measured = {
+        "points": points,
+        "diverged": diverged,
+        "steps": steps,
+        "plain_ms": 1e3 * statistics.median(plain) if plain else None,
+        "refresh_ms": 1e3 * statistics.median(refresh) if refresh else None,
+        "mean_ms": 1e3 * seconds / max(1, steps),
+        "state_over_weights": _state_bytes(optimizer.state_dict()) / weights,
+    }
+    if energies:
+        measured["energy"] = statistics.median(energies)
+    return measured
+
+
+def fisher_errors(
+    job: Job, place: Place, training: Examples, contestants: list[str], every: int = 25
+) -> dict[str, list[dict[str, Any]]]:
+    """Errors of the contestants' Fisher approximations, along one trajectory of AdamW's.
+
+    All of them watch the same network, refresh every ``every`` steps and move nothing.
+
+    Args:
+        job: With the settings of AdamW.
+        place: Where.
+        training: What the network learns.
+        contestants: Those of ours whose approximation has an error to tell.
+        every: Steps between two refreshes.
+
+    Returns:
+        For each contestant its points: step, and the relative Frobenius error by layer.
+    """
+    problem = PROBLEMS[job.problem]
+    model, adamw = _start(job, place)
+    watching = {}
+    for name in contestants:
+        settings = {"statistics_every": every, "burn_in": 0, "seed": job.seed}
+        watcher = CONTESTANTS[name].build(model, problem, **CONTESTANTS[name].defaults, **settings)
+        assert isinstance(watcher, NaturalGradient)
+        for group in watcher.param_groups:
+            group["lr"] = 0.0
+        watcher.monitor()
+        watching[name] = watcher
+    batches = _batches(len(training.pixels), problem.batch_size, job.seed, training.pixels.device)
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
+    steps, began = 0, place.now()
+    model.train()
+    while place.now() - began < job.seconds or steps == 0:
+        inputs, targets = training.batch(next(batches), problem.reconstruct)
+        loss = problem.loss(model(inputs), targets)
+        adamw.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        for name, watcher in watching.items():
+            watcher.step()
+            if steps % every == 0:
+                blocks = watcher.diagnostics().blocks
+                errors = {b.layer: b.fisher_error for b in blocks if b.fisher_error is not None}
+                found[name].append({"step": steps, "layers": errors})
+        adamw.step()
+        steps += 1
+    for watcher in watching.values():
+        watcher.close()
+    return found
+
+
+def _start(job: Job, place: Place) -> tuple[nn.Module, torch.optim.Optimizer]:
+    problem, contestant = PROBLEMS[job.problem], CONTESTANTS[job.contestant]
+    torch.manual_seed(job.seed)
+    model = problem.build().to(place.device)
+    seed = {"seed": job.seed} if contestant.family == "ours" else {}
+    return model, contestant.build(model, problem, **job.settings, **seed)
+
+
+def _batches(count: int, size: int, seed: int, device: torch.device) -> Iterator[Tensor]:
+    """Rows of batches, epoch after epoch in another order; what does not fill a batch is left."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(count, generator=generator)
+        for rows in torch.split(order[: count - count % size], size) if count > size else [order]:
+            yield rows.to(device)
+
+
+def _moments(seconds: float) -> list[float]:
+    """When to evaluate: at the start, then ever more rarely until the end."""
+    return [seconds * (i / EVALUATIONS) ** 1.5 for i in range(EVALUATIONS + 1)]
+
+
+def _refreshes(optimizer: torch.optim.Optimizer) -> int:
+    return optimizer.counters["statistics"] if isinstance(optimizer, NaturalGradient) else 0
+
+
+@torch.no_grad()
+def _evaluate(model: nn.Module, problem: Problem, examples: Examples) -> float:
+    model.eval()
+    count = min(EVALUATED, len(examples.pixels))
+    total: float = 0.0
+    for rows in torch.split(torch.arange(count, device=examples.pixels.device), BATCH):
+        inputs, targets = examples.batch(rows, problem.reconstruct)
+        total += problem.loss(model(inputs), targets).item() * len(rows)
+    model.train()
+    return total / count
+
+
+def _state_bytes(state: Any) -> int:
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    if isinstance(state, dict):
+        return sum(map(_state_bytes, state.values()))
+    return sum(map(_state_bytes, state)) if isinstance(state, list | tuple) else 0
