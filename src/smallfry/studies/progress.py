@@ -63,20 +63,8 @@ class RaceProgress:
         self.finished += 1
         self.spent += job.seconds
         self.bar.update(self.task, advance=1, left=clock(self._left()))
-        settings = ", ".join(f"{name} {value:g}" for name, value in job.settings.items())
-        label = CONTESTANTS[job.contestant].label
-        if job.phase == "fisher":
-            label, settings, outcome = "Fisher errors", "", "measured"
-        elif measured["diverged"]:
-            outcome = "diverged"
-        else:
-            last = measured["points"][-1]
-            outcome = f"train {last['train']:.4f}, validation {last['validation']:.4f}"
-        width = len(str(self.total))
-        self._say(
-            f"{self.finished:>{width}}/{self.total}  {job.phase:8}  {label} ({settings}), "
-            f"seed {job.seed}: {outcome}; {clock(self._left())} left"
-        )
+        number = f"{self.finished:>{len(str(self.total))}}/{self.total}"
+        self._say(f"{number}  {_describe(job, measured)}; {clock(self._left())} left")
 
     def _left(self) -> float:
         """By plan at first, then by how long what is done has taken."""
@@ -87,3 +75,14 @@ class RaceProgress:
 
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
+
+
+def _describe(job: Job, measured: dict[str, Any]) -> str:
+    if job.phase == "fisher":
+        return "errors of the Fisher approximations"
+    settings = ", ".join(f"{name} {value:g}" for name, value in job.settings.items())
+    told = f"{job.phase:8}  {CONTESTANTS[job.contestant].label} ({settings}), seed {job.seed}"
+    if measured["diverged"]:
+        return f"{told}: diverged"
+    last = measured["points"][-1]
+    return f"{told}: train {last['train']:.4f}, validation {last['validation']:.4f}"

@@ -20,7 +20,8 @@ from smallfry.studies.contestants import CONTESTANTS
 from smallfry.studies.problems import PROBLEMS, Examples, Problem
 
 Phase = Literal["tuning", "tuned", "defaults", "fisher"]
-EVALUATIONS = 24  # of a trial
+EVALUATIONS = 24  # of a full run
+TUNING_EVALUATIONS = 3  # of a trial of which the end counts
 EVALUATED = 2048  # examples of each split
 BATCH = 512  # of an evaluation
 
@@ -98,7 +99,8 @@ def run_trial(job: Job, place: Place, training: Examples, held_out: Examples) ->
     points: list[dict[str, float]] = []
     steps, seconds, began, diverged = 0, 0.0, time.perf_counter(), False
     model.train()
-    for due in _moments(job.seconds):
+    evaluations = TUNING_EVALUATIONS if job.phase == "tuning" else EVALUATIONS
+    for due in _moments(job.seconds, evaluations):
         while seconds < due and not diverged:
             seen = _refreshes(optimizer)
             start = place.now()
@@ -209,9 +211,9 @@ def _batches(count: int, size: int, seed: int, device: torch.device) -> Iterator
             yield rows.to(device)
 
 
-def _moments(seconds: float) -> list[float]:
+def _moments(seconds: float, count: int) -> list[float]:
     """When to evaluate: at the start, then ever more rarely until the end."""
-    return [seconds * (i / EVALUATIONS) ** 1.5 for i in range(EVALUATIONS + 1)]
+    return [seconds * (i / count) ** 1.5 for i in range(count + 1)]
 
 
 def _refreshes(optimizer: torch.optim.Optimizer) -> int:
