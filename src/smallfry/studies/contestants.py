@@ -146,9 +146,15 @@ def _two_level(label: str, coarse: str | tuple[str, ...], krylov: bool = False) 
 CONTESTANTS = {
     "sgd": Contestant("SGD-momentum", "peer", _sgd, {"lr": 0.1}, {"lr": (1e-2, 10.0)}),
     "adamw": Contestant("AdamW", "peer", _adamw, {"lr": 1e-3}, {"lr": (1e-4, 1e-2)}),
-    "muon": Contestant("Muon", "peer", _muon, {"lr": 1e-3}, {"lr": (1e-4, 1e-2)}),
-    "soap": Contestant("SOAP", "peer", _soap, {"lr": 3e-3}, {"lr": (1e-4, 1e-2)}),
-    "kfac_papers": Contestant("KFAC, papers' form", "ours", _papers_kfac, NATURAL, NATURAL_RANGES),
+    "muon": Contestant("Muon", "peer", _muon, {"lr": 1e-3}, {"lr": (1e-3, 1e-1)}),
+    "soap": Contestant("SOAP", "peer", _soap, {"lr": 3e-3}, {"lr": (1e-3, 1e-1)}),
+    "kfac_papers": Contestant(
+        "KFAC, papers' form",
+        "ours",
+        _papers_kfac,
+        {"lr": 0.3, "damping": 10.0, "kl_clip": 0.01},
+        {"lr": (0.03, 10.0), "damping": (0.1, 100.0), "kl_clip": (1e-3, 0.3)},
+    ),
     "kfac": _ours("KFAC", optim.KFAC),
     "ekfac": _ours("EKFAC", optim.EKFAC),
     "ekfac_kpsvd": _ours("EKFAC, KPSVD's basis", partial(optim.EKFAC, basis="kpsvd")),

@@ -12,17 +12,19 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from smallfry.errors import Stopped, TrainingError, UsageError, nearest
+from smallfry.errors import SmallfryWarning, Stopped, TrainingError, UsageError, nearest
 from smallfry.report.race_page import write_report
 from smallfry.studies.config import RaceConfig
 from smallfry.studies.contestants import CONTESTANTS, propose
@@ -300,6 +302,13 @@ def _check(study: str, config: RaceConfig) -> tuple[str, ...]:
     except (RuntimeError, AssertionError) as error:
         message = str(error).splitlines()[0]
         raise UsageError(f"device {config.device} can't be used here: {message}") from None
+    if config.contestants is None and find_spec("pytorch_optimizer") is None:
+        chosen = tuple(name for name in chosen if name != "soap")
+        warnings.warn(
+            "SOAP does not take part: pip install 'smallfry[peers]' brings it",
+            SmallfryWarning,
+            stacklevel=3,
+        )
     for name in chosen:  # such as a library that is missing, before an hour has passed
         model = torch.nn.Linear(2, 2)
         CONTESTANTS[name].build(model, PROBLEMS[config.problem], **CONTESTANTS[name].defaults)
