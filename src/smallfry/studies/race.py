@@ -92,7 +92,12 @@ def run_race(study: str, config: RaceConfig, folder: Path) -> Path:
         # also fills the cache, so that the processes find decoded data
         load_examples(PROBLEMS[config.problem], config.root, torch.device("cpu"))
         known = _known(records)
-        first = [job for job in _first_jobs(config, chosen) if not _done(job, known, chosen)]
+        watching = _unwatched(config.problem, chosen, known)
+        first = [
+            job
+            for job in _first_jobs(config, chosen)
+            if (watching if job.phase == "fisher" else job.key not in known)
+        ]
         later = len(chosen) * config.seeds if config.tuning_trials else 0
         later -= sum(1 for key in known if key[0] == "tuned" and key[1] == config.problem)
         expected = sum(job.seconds for job in first) + max(0, later) * config.seconds
@@ -100,9 +105,9 @@ def run_race(study: str, config: RaceConfig, folder: Path) -> Path:
             RaceProgress(len(first) + max(0, later), expected, processes) as progress,
             _stoppable(folder),
         ):
-            records += _run(study, first, place, processes, log, progress, chosen)
+            records += _run(study, first, place, processes, log, progress, watching)
             second = [job for job in _second_jobs(config, chosen, records) if job.key not in known]
-            records += _run(study, second, place, processes, log, progress, chosen)
+            records += _run(study, second, place, processes, log, progress, watching)
     title = f"Race: {PROBLEMS[config.problem].title}"
     return write_report(records, folder, title, REPORTED.get(config.problem))
 
@@ -114,7 +119,7 @@ def _first_jobs(config: RaceConfig, chosen: Sequence[str]) -> Iterator[Job]:
     def job(phase: Any, name: str, settings: dict[str, float], seed: int, n: int, s: float) -> Job:
         return Job(phase, config.problem, name, settings, seed, n, s)
 
-    if config.fisher_seconds and set(chosen) & set(APPROXIMATING):
+    if config.fisher_seconds:
         settings = dict(CONTESTANTS["adamw"].defaults)
         yield job("fisher", "adamw", settings, 0, 0, config.fisher_seconds)
     for name in chosen:
@@ -155,11 +160,13 @@ def _known(records: Sequence[dict[str, Any]]) -> set[tuple[Any, ...]]:
     return {(r["phase"], r["problem"], r["contestant"], r["seed"], r["trial"]) for r in records}
 
 
-def _done(job: Job, known: set[tuple[Any, ...]], chosen: Sequence[str]) -> bool:
-    if job.phase != "fisher":
-        return job.key in known
-    wanted = [name for name in chosen if name in APPROXIMATING]
-    return all(("fisher", job.problem, name, job.seed, job.trial) in known for name in wanted)
+def _unwatched(problem: str, chosen: Sequence[str], known: set[tuple[Any, ...]]) -> list[str]:
+    """Whose Fisher approximation is still to be measured."""
+    return [
+        name
+        for name in chosen
+        if name in APPROXIMATING and ("fisher", problem, name, 0, 0) not in known
+    ]
 
 
 # Running
@@ -172,14 +179,14 @@ def _run(
     processes: int,
     log: TrialLog,
     progress: RaceProgress,
-    chosen: Sequence[str],
+    watching: Sequence[str],
 ) -> list[dict[str, Any]]:
     if not jobs:
         return []
     torch.set_num_threads(place.threads)  # which provenance tells
     origin = provenance(torch.device(place.device))
     records: list[dict[str, Any]] = []
-    for job, outcomes in _outcomes(jobs, place, processes, chosen):
+    for job, outcomes in _outcomes(jobs, place, processes, watching):
         for contestant, settings, measured in outcomes:
             record: dict[str, Any] = {
                 "study": study,
@@ -206,17 +213,17 @@ Outcome = tuple[str, dict[str, float], dict[str, Any]]
 
 
 def _outcomes(
-    jobs: Sequence[Job], place: Place, processes: int, chosen: Sequence[str]
+    jobs: Sequence[Job], place: Place, processes: int, watching: Sequence[str]
 ) -> Iterator[tuple[Job, list[Outcome]]]:
     """Trials as they end; one at a time here, several in processes of their own."""
     if processes == 1:
         for job in jobs:
-            yield job, _work(job, place, chosen)
+            yield job, _work(job, place, watching)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, _begin, (place.threads,)) as pool:
         try:
-            waiting = {pool.submit(_work, job, place, chosen): job for job in jobs}
+            waiting = {pool.submit(_work, job, place, watching): job for job in jobs}
             for future in as_completed(waiting):
                 yield waiting[future], future.result()
         except BrokenProcessPool:
@@ -237,11 +244,10 @@ def _begin(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _work(job: Job, place: Place, chosen: Sequence[str]) -> list[Outcome]:
+def _work(job: Job, place: Place, watching: Sequence[str]) -> list[Outcome]:
     training, held_out = _examples(job.problem, place)
     if job.phase != "fisher":
         return [(job.contestant, job.settings, run_trial(job, place, training, held_out))]
-    watching = [name for name in chosen if name in APPROXIMATING]
     found = fisher_errors(job, place, training, watching)
     return [
         (name, dict(CONTESTANTS[name].defaults), {"points": points})

@@ -7,7 +7,7 @@ CPU they are seconds of CPU time, which other work on the machine disturbs least
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -145,7 +145,7 @@ def run_trial(job: Job, place: Place, training: Examples, held_out: Examples) ->
 
 
 def fisher_errors(
-    job: Job, place: Place, training: Examples, contestants: list[str], every: int = 25
+    job: Job, place: Place, training: Examples, contestants: Sequence[str], every: int = 25
 ) -> dict[str, list[dict[str, Any]]]:
     """Errors of the contestants' Fisher approximations, along one trajectory of AdamW's.
 

@@ -1,0 +1,170 @@
+"""The larger models that ViTRM's paper compares with, and the ResNets it should have taken.
+
+``paper_vit_*`` and ``paper_resnet*`` have exactly the paper's sizes (arXiv 2603.19503). Its ResNets
+have the ImageNet stem, whose stride and pool leave a 1×1 map of a 32×32 image; ``resnet*_cifar``
+have the 3×3 stem of He et al. for small images, and are far stronger.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+STEM = 64  # channels
+
+
+class NormedPatches(nn.Module):
+    """Patches to tokens with a norm on both sides, as the paper's ViTs have it.
+
+    Args:
+        img_size: Side of the images.
+        patch_size: Side of a patch.
+        in_chans: Channels.
+        embed_dim: Features of a token.
+        settings: What timm gives every such layer; not used here.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 32,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        embed_dim: int = 512,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        self.patch_size = (patch_size, patch_size)
+        self.grid_size = (img_size // patch_size, img_size // patch_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        features = in_chans * patch_size**2
+        self.norm_in = nn.LayerNorm(features)
+        self.proj = nn.Linear(features, embed_dim)
+        self.norm = nn.LayerNorm(embed_dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Tokens (batch, patches, embed_dim) of images (batch, channels, side, side)."""
+        patches = F.unfold(images, self.patch_size, stride=self.patch_size).transpose(1, 2)
+        tokens: Tensor = self.norm(self.proj(self.norm_in(patches)))
+        return tokens
+
+
+class CifarResNet(ResNet):  # type: ignore[misc]  # timm has no types
+    """timm's ResNet with a 3×3 stem of stride 1 and no pool.
+
+    Args:
+        block: BasicBlock or Bottleneck.
+        layers: Blocks of each stage.
+        in_chans: Channels.
+        settings: Those of timm's ResNet.
+    """
+
+    def __init__(self, block: Any, layers: tuple[int, ...], in_chans: int = 3, **settings: Any):
+        super().__init__(block, layers, in_chans=in_chans, **settings)
+        self.conv1 = nn.Conv2d(in_chans, STEM, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        self.maxpool = nn.Identity()
+        for info in self.feature_info:
+            info["reduction"] //= 2 if info["module"] == "act1" else 4
+
+
+def _cfg(first: str, head: str) -> dict[str, Any]:
+    return {
+        "input_size": (3, 32, 32),
+        "num_classes": 1000,
+        "mean": (0.4914, 0.4822, 0.4465),  # CIFAR-10's
+        "std": (0.2470, 0.2435, 0.2616),
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "first_conv": first,
+        "classifier": head,
+    }
+
+
+VITS = {  # dim, depth, heads, hidden features
+    "paper_vit_small_patch4_32": (512, 8, 8, 1024),
+    "paper_vit_base_patch4_32": (768, 12, 12, 3072),
+    "paper_vit_large_patch4_32": (1024, 24, 16, 4096),
+}
+RESNETS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "18": (BasicBlock, (2, 2, 2, 2)),
+    "34": (BasicBlock, (3, 4, 6, 3)),
+    "50": (Bottleneck, (3, 4, 6, 3)),
+}
+
+default_cfgs = generate_default_cfgs(
+    {name: _cfg("patch_embed.proj", "head") for name in VITS}
+    | {f"paper_resnet{depth}_32": _cfg("conv1", "fc") for depth in RESNETS}
+    | {f"resnet{depth}_cifar": _cfg("conv1", "fc") for depth in RESNETS}
+)
+
+
+def _vit(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    dim, depth, heads, hidden = VITS[name]
+    sizes = {"embed_dim": dim, "depth": depth, "num_heads": heads, "mlp_ratio": hidden / dim}
+    form = {"img_size": 32, "patch_size": 4, "qkv_bias": False, "embed_layer": NormedPatches}
+    build = cast(Callable[..., nn.Module], build_model_with_cfg)
+    return build(VisionTransformer, name, pretrained, **(sizes | form | kwargs))
+
+
+def _resnet(kind: type[Any], name: str, depth: str, pretrained: bool, kwargs: Any) -> nn.Module:
+    block, layers = RESNETS[depth]
+    build = cast(Callable[..., nn.Module], build_model_with_cfg)
+    return build(kind, name, pretrained, **({"block": block, "layers": layers} | kwargs))
+
+
+@register_model  # type: ignore[untyped-decorator]
+def paper_vit_small_patch4_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """The paper's ViT-S: 16,876,138 parameters for 10 classes."""
+    return _vit("paper_vit_small_patch4_32", pretrained, kwargs)
+
+
+@register_model  # type: ignore[untyped-decorator]
+def paper_vit_base_patch4_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """The paper's ViT-B: 85,125,994 parameters for 10 classes."""
+    return _vit("paper_vit_base_patch4_32", pretrained, kwargs)
+
+
+@register_model  # type: ignore[untyped-decorator]
+def paper_vit_large_patch4_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """The paper's ViT-L: 302,367,850 parameters for 10 classes."""
+    return _vit("paper_vit_large_patch4_32", pretrained, kwargs)
+
+
+@register_model  # type: ignore[untyped-decorator]
+def paper_resnet18_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """The paper's ResNet-18, with the ImageNet stem: 11,181,642 parameters for 10 classes."""
+    return _resnet(ResNet, "paper_resnet18_32", "18", pretrained, kwargs)
+
+
+@register_model  # type: ignore[untyped-decorator]
+def paper_resnet34_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """The paper's ResNet-34, with the ImageNet stem: 21,289,802 parameters for 10 classes."""
+    return _resnet(ResNet, "paper_resnet34_32", "34", pretrained, kwargs)
+
+
+@register_model  # type: ignore[untyped-decorator]
+def paper_resnet50_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """The paper's ResNet-50, with the ImageNet stem: 23,528,522 parameters for 10 classes."""
+    return _resnet(ResNet, "paper_resnet50_32", "50", pretrained, kwargs)
+
+
+@register_model  # type: ignore[untyped-decorator]
+def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-18 with the stem for small images: 11,173,962 parameters for 10 classes."""
+    return _resnet(CifarResNet, "resnet18_cifar", "18", pretrained, kwargs)
+
+
+@register_model  # type: ignore[untyped-decorator]
+def resnet34_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-34 with the stem for small images: 21,282,122 parameters for 10 classes."""
+    return _resnet(CifarResNet, "resnet34_cifar", "34", pretrained, kwargs)
+
+
+@register_model  # type: ignore[untyped-decorator]
+def resnet50_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-50 with the stem for small images: 23,520,842 parameters for 10 classes."""
+    return _resnet(CifarResNet, "resnet50_cifar", "50", pretrained, kwargs)
