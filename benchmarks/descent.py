@@ -39,6 +39,7 @@ METHODS: dict[str, Any] = {
     "KFAC, whole factors": lambda m: KFAC(m, 0.1, factor_rank=None, likelihood="bernoulli"),
     "KFAC, no burn-in": lambda m: KFAC(m, 0.1, burn_in=0, likelihood="bernoulli"),
     "EKFAC": lambda m: EKFAC(m, 0.1, likelihood="bernoulli"),
+    "EKFAC, whole bases": lambda m: EKFAC(m, 0.1, factor_rank=None, likelihood="bernoulli"),
     "KPSVD": lambda m: KPSVD(m, 0.1, likelihood="bernoulli"),
     "Deflation": lambda m: Deflation(m, 0.1, likelihood="bernoulli"),
     "Lanczos": lambda m: Lanczos(m, 0.1, likelihood="bernoulli"),

@@ -174,6 +174,7 @@ MORE: dict[str, Builder] = {
     "KFAC-corrected": lambda m, s: KFACCorrected(m, 1e-4, **EVERY, **s),
     "Two-level": lambda m, s: TwoLevel(m, 1e-4, **EVERY, **s),
     "EKFAC": lambda m, s: EKFAC(m, 1e-4, **EVERY, **s),
+    "EKFAC, whole": lambda m, s: EKFAC(m, 1e-4, factor_rank=None, **EVERY, **s),
     "SNGD": lambda m, s: SNGD(m, 1e-4, **EVERY, **s),
     "ExactNG": lambda m, s: ExactNG(m, 1e-4, **EVERY, **s),
 }

@@ -25,6 +25,8 @@ METHODS = {
     "ekfac": (EKFAC, {}),
     "ekfac, expand": (EKFAC, {"sharing": "expand"}),
     "ekfac, kpsvd": (EKFAC, {"basis": "kpsvd"}),
+    "ekfac, rank": (EKFAC, {"factor_rank": 1}),
+    "ekfac, kpsvd, rank": (EKFAC, {"basis": "kpsvd", "factor_rank": 2, "sharing": "reduce"}),
     "kpsvd": (KPSVD, {}),
     "kpsvd, rank": (KPSVD, {"factor_rank": 2, "sharing": "expand"}),
     "kpsvd, pcg": (KPSVD, {"rank": 3, "inverse": "pcg"}),

@@ -17,6 +17,7 @@ from smallfry.optim import (
     KPSVD,
     SNGD,
     Deflation,
+    DiagonalInBasis,
     ExactNG,
     KFACCorrected,
     KroneckerProduct,
@@ -230,7 +231,17 @@ def energy(z, exact, fisher, damping):
     return 0.5 * float(e @ (fisher @ e + damping * e))
 
 
-@pytest.mark.parametrize("fine", ["kfac", "ekfac", "kpsvd", "deflation", "kfac_corrected"])
+@pytest.mark.parametrize(
+    "fine",
+    [
+        "kfac",
+        "ekfac",
+        "kpsvd",
+        "deflation",
+        "kfac_corrected",
+        pytest.param(DiagonalInBasis(factor_rank=1), id="ekfac-rank"),
+    ],
+)
 @pytest.mark.parametrize(
     "coarse",
     ["nicolaides", "spectral", "residual", "z1", "gradient", ("z1", "residual", "previous")],
@@ -496,6 +507,7 @@ def test_settings_that_make_no_sense_are_refused():
         (lambda: SNGD(model, variant="output"), "variant is"),
         (lambda: SNGD(model, variant="rfim"), "0.9 GB"),
         (lambda: KFAC(model, factor_rank=0), "factor_rank"),
+        (lambda: EKFAC(model, factor_rank=0), "factor_rank"),
     ):
         with pytest.raises(UsageError, match=message):
             build()

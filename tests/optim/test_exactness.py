@@ -394,3 +394,68 @@ def test_a_rank_keeps_what_matters_of_large_factors():
             assert "vectors_a" in optimizer.curvature["0.weight"]
             assert "g" in optimizer.curvature["2.weight"]  # three outputs are kept whole
     assert errors[1] < 0.15 < errors[2]
+
+
+def test_a_rank_that_misses_nothing_changes_no_step_of_ekfac():
+    torch.manual_seed(0)
+    start = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 3)).to(D)  # 3 directions go back
+    basis = torch.randn(5, 40, dtype=D)
+    batches = [torch.randn(20, 5, dtype=D) @ basis for _ in range(4)]
+    found = {}
+    for rank in (None, 8):
+        model = copy.deepcopy(start)
+        settings = {"damping": 0.1, "statistics_every": 1, "inverse_every": 1, **GAUSS}
+        optimizer = EKFAC(model, lr=0.0, factor_rank=rank, **settings)
+        for x in batches:
+            optimizer.zero_grad()
+            half_square(model(x), torch.ones(20, 3, dtype=D)).backward()
+            optimizer.step()
+        found[rank] = optimizer._directions({n: p.grad for n, p in model.named_parameters()})
+    assert optimizer.curvature["0.weight"]["s"].shape == (1, 9, 9)
+    assert optimizer.curvature["1.weight"]["s"].shape == (1, 3, 9)
+    for name, expected in found[None].items():
+        torch.testing.assert_close(found[8][name], expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("basis", ["kfac", "kpsvd"])
+def test_ekfac_of_a_rank_has_the_fishers_trace_and_tells_its_own_error(basis):
+    model = Recursive(4).to(D)
+    x, y = torch.randn(20, 3, dtype=D), torch.randint(2, (20,))
+    optimizer = EKFAC(
+        model, lr=0.0, damping=0.1, factor_rank=1, basis=basis, **{**GAUSS, "fisher": "exact"}
+    )
+    optimizer.monitor()
+    half_square(model(x), F.one_hot(y).to(D)).backward()
+    optimizer.step()
+    for block, told in zip(optimizer.blocks, optimizer.diagnostics().blocks, strict=True):
+        state = optimizer.curvature[block.name]
+        fisher = dense_fisher(model, x, "gaussian", block.parameters)
+        mine = inverted_fisher(optimizer, block)
+        assert optimizer.approximation.trace(block, state) == pytest.approx(float(fisher.trace()))
+        assert float(mine.trace()) == pytest.approx(float(fisher.trace()))
+        error = float((fisher - mine).norm() / fisher.norm())
+        assert told.fisher_error == pytest.approx(error, rel=1e-6)
+
+
+def test_few_vectors_follow_the_statistics_between_inverses_and_the_trace_is_kept():
+    torch.manual_seed(0)
+    model = nn.Linear(12, 7).to(D)
+    settings = {"statistics_every": 1, "inverse_every": 100, "burn_in": 0, "ema_decay": 0.9}
+    optimizer = EKFAC(model, lr=0.0, factor_rank=2, **settings, **GAUSS)
+    traces, expected = [], 0.0
+    block = optimizer.blocks[0]
+    for step in range(5):
+        x = torch.randn(9, 12, dtype=D)
+        keep = min(1 - 1 / (step + 1), 0.9)
+        expected = keep * expected + (1 - keep) * float(
+            dense_fisher(model, x, "gaussian", block.parameters).trace()
+        )
+        before = optimizer.curvature[block.name].get("vectors_a")
+        optimizer.zero_grad()
+        half_square(model(x), torch.zeros(9, 7, dtype=D)).backward()
+        optimizer.step()
+        state = optimizer.curvature[block.name]
+        assert before is None or not torch.equal(before, state["vectors_a"])
+        traces.append(optimizer.approximation.trace(block, state))
+        assert traces[-1] == pytest.approx(expected)
+    assert optimizer.counters["inverses"] == 1

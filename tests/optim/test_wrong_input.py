@@ -337,6 +337,7 @@ def test_a_layer_first_called_between_two_inversions_is_inverted_at_once(kind):
         (KFAC, {}, {"damping_split": "tikhonov"}),
         (KFAC, {}, {"factor_rank": 2}),
         (EKFAC, {}, {"sharing": "reduce"}),
+        (EKFAC, {}, {"factor_rank": None}),
         (ExactNG, {}, {"scope": "block"}),
     ],
 )
@@ -346,6 +347,15 @@ def test_a_state_made_with_other_settings_is_refused(kind, one, other):
     once(model, optimizer, cross_entropy("mean"))
     with pytest.raises(UsageError, match="the state was made with"):
         kind(net(), **other).load_state_dict(optimizer.state_dict())
+
+
+def test_a_state_from_before_a_setting_existed_is_one_without_it():
+    once(model := net(), optimizer := EKFAC(model, factor_rank=None), cross_entropy("mean"))
+    state = optimizer.state_dict()
+    del state["settings"]["factor_rank"]
+    EKFAC(net(), factor_rank=None).load_state_dict(state)
+    with pytest.raises(UsageError, match="the state was made with factor_rank=None"):
+        EKFAC(net()).load_state_dict(state)
 
 
 def test_what_is_unfrozen_later_is_announced():

@@ -131,41 +131,6 @@ def solve_tikhonov(a: Eigen, g: Eigen, x: Tensor, damping: Tensor | float) -> Te
     return g.vectors @ rotated @ a.vectors.transpose(1, 2)
 
 
-def solve_diagonal(qa: Tensor, qg: Tensor, values: Tensor, x: Tensor, damping: float) -> Tensor:
-    """(Q diag(values) Qᵀ + λ I)⁻¹ X with Q = Q_A ⊗ Q_G and values (groups, outputs, inputs)."""
-    rotated = qg.transpose(1, 2) @ x @ qa
-    return qg @ (rotated / (values + damping)) @ qa.transpose(1, 2)
-
-
-def basis_second_moments(rows: Rows, qa: Tensor, qg: Tensor, chunk: int = 64) -> Tensor:
-    """The diagonal of the Fisher block in the basis Q_A ⊗ Q_G: mean of (Q_Gᵀ W Q_A)².
-
-    W is the whole gradient of a sample, so that this is exact for shared weights too (EKFAC,
-    George et al. 2018, arXiv 1806.03884).
-
-    Args:
-        rows: What the block saw.
-        qa: (groups, inputs, inputs), eigenvectors of A.
-        qg: (groups, outputs, outputs), eigenvectors of G.
-        chunk: Samples at a time whose gradients are formed, where weights are shared.
-
-    Returns:
-        (groups, outputs, inputs).
-    """
-    a = torch.einsum("hnti,hij->hntj", rows.inputs, qa)
-    g = torch.einsum("hknto,hop->hkntp", rows.gradients, qg)
-    if rows.uses == 1:
-        squares = (g[:, :, :, 0] ** 2).sum(1)  # (groups, samples, outputs)
-        return squares.transpose(1, 2) @ (a[:, :, 0] ** 2) / rows.samples
-    total = rows.inputs.new_zeros(a.shape[0], g.shape[-1], a.shape[-1])
-    for draw in g.unbind(1):
-        for start in range(0, rows.samples, chunk):
-            part = slice(start, start + chunk)
-            w = draw[:, part].transpose(2, 3) @ a[:, part]  # (groups, chunk, outputs, inputs)
-            total += (w**2).sum(1)
-    return total / rows.samples
-
-
 def inner_product(rows: Rows, a: Tensor, g: Tensor) -> Tensor:
     """⟨F, A ⊗ G⟩ = mean of tr(Wᵀ G W A), a scalar, without forming F."""
     if rows.uses == 1:  # (aᵀ A a)(gᵀ G g)
@@ -200,27 +165,9 @@ def kronecker_error(rows: Rows, a: Tensor, g: Tensor) -> float:
     return relative_error(error, fisher)
 
 
-def diagonal_error(rows: Rows, qa: Tensor, qg: Tensor, values: Tensor) -> float:
-    """‖F − Q diag(values) Qᵀ‖ / ‖F‖ with Q = Q_A ⊗ Q_G."""
-    fisher = fisher_squared_norm(rows)
-    mine = basis_second_moments(rows, qa, qg)
-    return relative_error(fisher - 2 * (mine * values).sum() + (values**2).sum(), fisher)
-
-
 def best_scale(rows: Rows, a: Tensor, g: Tensor) -> Tensor:
     """c that minimises ‖F − c A ⊗ G‖, a scalar."""
     return inner_product(rows, a, g) / squared_norm(a, g)
-
-
-def rotate_second_moments(values: Tensor, ua: Tensor, ug: Tensor) -> Tensor:
-    """A diagonal in one basis, as the diagonal of the same matrix in another.
-
-    Args:
-        values: (groups, outputs, inputs), in the old basis.
-        ua: New input basisᵀ times old, (groups, inputs, inputs).
-        ug: New output basisᵀ times old, (groups, outputs, outputs).
-    """
-    return ug**2 @ values @ (ua**2).transpose(1, 2)
 
 
 def pack(matrix: Tensor) -> Tensor:

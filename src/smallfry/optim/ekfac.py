@@ -3,8 +3,12 @@
 F ≈ (Q_A ⊗ Q_G) diag(s) (Q_A ⊗ Q_G)ᵀ with Q_A, Q_G from A and G and s the second moments of the
 samples' gradients there: never farther from F than A ⊗ G, whatever its scale. With sharing
 "exact" s is that of a sample's whole gradient, summed over uses, so that a recursive layer's
-curvature has its true size. The basis is made anew with the inverse, s with the statistics. In the
-basis of the nearest Kronecker product (KPSVD) it is nearer still.
+curvature has its true size. In the basis of the nearest Kronecker product (KPSVD) it is nearer
+still.
+
+Of a large factor only the leading eigenvectors are kept; all other directions are one, with the
+mean of their second moments (``curvature/diagonal.py``), so that a step costs thin products only.
+Such a basis follows the statistics, as s does; a whole one is made anew with the inverse.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,19 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from smallfry.curvature import Block, Rows
-from smallfry.curvature.kronecker import (
+from smallfry.curvature.diagonal import (
     basis_second_moments,
     diagonal_error,
-    eigendecompose,
-    reduced,
-    rotate_second_moments,
+    multiplicities,
+    overlaps,
     solve_diagonal,
-    unpack,
 )
+from smallfry.curvature.kronecker import eigendecompose, reduced, unpack
 from smallfry.errors import UsageError
-from smallfry.optim.approximation import Approximation, State, eigenvalue_range
+from smallfry.optim.approximation import Approximation, State
 from smallfry.optim.base import NaturalGradient
-from smallfry.optim.kfac import KroneckerProduct, running
+from smallfry.optim.kfac import SIDES, KroneckerProduct, running
 from smallfry.optim.kpsvd import NearestProduct
 
 Sharing = Literal["exact", "expand", "reduce"]
@@ -42,6 +45,9 @@ class EKFAC(NaturalGradient):
             treats uses as samples, "reduce" averages inputs; for all layers or by layer name.
             The basis is that of "reduce" there, and of "expand" otherwise.
         basis: "kfac" for that of A ⊗ G, "kpsvd" for that of the nearest Kronecker product.
+        factor_rank: Eigenvectors kept of each factor larger than twice that, beside one value for
+            all other directions; None keeps whole bases. Steps and refreshes cost much less with
+            it, and the basis follows the statistics at once.
         settings: Those of ``NaturalGradient``.
     """
 
@@ -52,9 +58,10 @@ class EKFAC(NaturalGradient):
         *,
         sharing: Sharing | dict[str, Sharing] = "exact",
         basis: Literal["kfac", "kpsvd"] = "kfac",
+        factor_rank: int | None = 64,
         **settings: Any,
     ) -> None:
-        super().__init__(model, lr, DiagonalInBasis(sharing, basis), **settings)
+        super().__init__(model, lr, DiagonalInBasis(sharing, basis, factor_rank), **settings)
 
 
 class DiagonalInBasis(Approximation):
@@ -63,20 +70,26 @@ class DiagonalInBasis(Approximation):
     sharing_choices = ("exact", "expand", "reduce")
     settles = True
 
-    def __init__(self, sharing: str | Mapping[str, str] = "exact", basis: str = "kfac") -> None:
+    def __init__(
+        self,
+        sharing: str | Mapping[str, str] = "exact",
+        basis: str = "kfac",
+        factor_rank: int | None = 64,
+    ) -> None:
         super().__init__(sharing)
         if basis not in ("kfac", "kpsvd"):
             raise UsageError(f"basis is 'kfac' or 'kpsvd', not '{basis}'")
         self.basis = basis
         self.product: KroneckerProduct
         if basis == "kpsvd":
-            self.product = NearestProduct("factored", sharing, None)
+            self.product = NearestProduct("factored", sharing, factor_rank)
         else:
-            self.product = KroneckerProduct("factored", _as_kfac(sharing), None)
+            self.product = KroneckerProduct("factored", _as_kfac(sharing), factor_rank)
 
     def settings(self) -> dict[str, Any]:
         """Plain data that a saved state depends on."""
-        return super().settings() | {"basis": self.basis}
+        own = {"basis": self.basis, "factor_rank": self.product.factor_rank}
+        return super().settings() | own
 
     def update(
         self,
@@ -86,49 +99,61 @@ class DiagonalInBasis(Approximation):
         keep: float,
         generator: torch.Generator,
     ) -> None:
-        """Average the batch's product in."""
+        """Average the batch's product in, and carry s over to the few vectors that it has now."""
+        before = {key: state[key] for key in VECTORS.values() if key in state}
         self.product.update(block, state, rows, keep, generator)
+        for side, key in VECTORS.items():
+            if key in before:
+                _turn(state, side, state[key], before[key])
 
     def invert(self, block: Block, state: State, damping: float) -> float:
-        """Decompose A and G, and carry s over to the new basis."""
-        qa = eigendecompose(unpack(state["a"])).vectors
-        qg = eigendecompose(unpack(state["g"])).vectors
-        if "s" in state:
-            ua, ug = qa.transpose(1, 2) @ state["qa"], qg.transpose(1, 2) @ state["qg"]
-            state["s"] = rotate_second_moments(state["s"], ua, ug)
-        state["qa"], state["qg"] = qa, qg
+        """Decompose the factors kept whole, and carry s over to the new basis."""
+        whole = [side for side in ("g", "a") if side in state]
+        found = {side: eigendecompose(unpack(state[side])).vectors for side in whole}
+        for side, vectors in found.items():
+            _turn(state, side, vectors, state.get(f"q{side}"))
+            state[f"q{side}"] = vectors
         return 1.0
 
     def settle(self, block: Block, state: State, rows: Sequence[Rows], keep: float) -> None:
         """Average the batch's second moments in."""
-        if "qa" not in state:
+        if "inverted" not in state:
             return
         samples = sum(part.samples for part in rows)
         fresh: Any = 0
         for part in rows:
             seen = _as_samples(part, self.sharing_of(block))
-            moments = basis_second_moments(seen, state["qa"], state["qg"])
+            moments = basis_second_moments(seen, *_bases(state))
             fresh = fresh + moments * (seen.samples / part.samples) * (part.samples / samples)
         state["s"] = running(state, "s", fresh, keep)
 
     def apply(self, block: Block, state: State, matrix: Tensor, damping: float) -> Tensor:
         """Into the basis, divide, and back."""
-        return solve_diagonal(state["qa"], state["qg"], state["s"], matrix, damping)
+        qa, qg = _bases(state)
+        return solve_diagonal(qa, qg, state["s"], matrix, damping)
 
     def trace(self, block: Block, state: State) -> float:
-        """Σ s."""
+        """Σ s, each as often as it has directions."""
         if "s" in state:
-            return float(state["s"].double().sum())
+            s = state["s"].double()
+            return float((s * multiplicities(s, *block.shape[1:])).sum())
         return self.product.trace(block, state)
 
     def cost(self, block: Block, state: State) -> tuple[str, int, int]:
         """The approximation in words, numbers kept, multiply-adds of an inversion."""
         groups, outputs, inputs = block.shape
-        squares = inputs**2 + outputs**2
-        packed = (inputs * (inputs + 1) + outputs * (outputs + 1)) // 2
-        work = 9 * (inputs**3 + outputs**3)
+        kept, work, moments = 0, 0, 1
+        for side, size in zip(SIDES, (inputs, outputs), strict=True):
+            rank = self.product.rank_of(block, side)
+            if rank is None:
+                kept, work = kept + size * (size + 1) // 2 + size**2, work + 9 * size**3
+            else:
+                kept += size * rank + rank + 1
+            moments *= size if rank is None else rank + 1
+        rank = self.product.factor_rank
         words = f"diagonal in the basis of {self.product.words}, {self.sharing_of(block)}"
-        return words, groups * (packed + squares + outputs * inputs), groups * work
+        words += "" if rank is None else f", rank {rank}"
+        return words, groups * (kept + moments), groups * work
 
     def factors(self, state: State) -> tuple[Tensor, Tensor]:
         """Those whose eigenvectors are the basis."""
@@ -136,12 +161,28 @@ class DiagonalInBasis(Approximation):
 
     def diagnose(self, block: Block, state: State, rows: Sequence[Rows]) -> dict[str, Any]:
         """Eigenvalue ranges and the Fisher error."""
-        a, g = unpack(state["a"]), unpack(state["g"])
-        found: dict[str, Any] = {"inputs": eigenvalue_range(a), "outputs": eigenvalue_range(g)}
-        if rows:
-            basis = [state[key].double() for key in ("qa", "qg", "s")]
-            found["fisher_error"] = diagonal_error(rows[0].double(), *basis)
+        found = self.product.diagnose(block, state, [])
+        if rows and "s" in state:
+            qa, qg = (vectors.double() for vectors in _bases(state))
+            error = diagonal_error(rows[0].double(), qa, qg, state["s"].double())
+            found["fisher_error"] = error
         return found
+
+
+VECTORS = {side: f"vectors_{side}" for side in SIDES}  # of factors that have a rank
+
+
+def _bases(state: State) -> tuple[Tensor, Tensor]:
+    """Vectors of inputs and outputs, a few or whole."""
+    a, g = (state[key if key in state else f"q{side}"] for side, key in VECTORS.items())
+    return a, g
+
+
+def _turn(state: State, side: str, new: Tensor, old: Tensor | None) -> None:
+    """Carry s over from one side's old vectors to new ones."""
+    if old is not None and "s" in state:
+        shares, s = overlaps(new, old), state["s"]
+        state["s"] = shares @ s if side == "g" else s @ shares.transpose(1, 2)
 
 
 def _as_samples(rows: Rows, sharing: str) -> Rows:

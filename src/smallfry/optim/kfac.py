@@ -172,9 +172,9 @@ class KroneckerProduct(Approximation):
 
     def diagnose(self, block: Block, state: State, rows: Sequence[Rows]) -> dict[str, Any]:
         """Eigenvalue ranges and the Fisher error."""
-        a, g = self.dense(state, "a"), self.dense(state, "g")
-        found: dict[str, Any] = {"inputs": eigenvalue_range(a), "outputs": eigenvalue_range(g)}
+        found: dict[str, Any] = {"inputs": _range(state, "a"), "outputs": _range(state, "g")}
         if rows:
+            a, g = self.dense(state, "a"), self.dense(state, "g")
             found["fisher_error"] = kronecker_error(rows[0].double(), a.double(), g.double())
         return found
 
@@ -236,6 +236,15 @@ def low_rank(state: State, side: str) -> LowRank | None:
     if f"vectors_{side}" not in state:
         return None
     return LowRank(*(state[f"{name}_{side}"] for name in LowRank._fields))
+
+
+def _range(state: State, side: str) -> tuple[float, float]:
+    """Smallest and largest eigenvalue of a factor."""
+    low = low_rank(state, side)
+    if low is None:
+        return eigenvalue_range(unpack(state[side]))
+    values = torch.cat([low.values, low.tail[:, None]], 1)
+    return float(values.min()), float(values.max())
 
 
 def packs_inverse(shape: tuple[int, int, int]) -> bool:

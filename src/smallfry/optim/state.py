@@ -90,7 +90,8 @@ def _require_fit(optimizer: "NaturalGradient", given: Mapping[str, Any]) -> None
     if given["method"] != method:
         raise UsageError(f"this is the state of {given['method']}, not of {method}")
     settings = optimizer._settings()
-    for key, value in given["settings"].items():
+    for key in sorted(settings.keys() | given["settings"].keys()):
+        value = given["settings"].get(key)
         if settings.get(key) != value:
             raise UsageError(
                 f"the state was made with {key}={value!r}, this optimizer has "
