@@ -91,17 +91,37 @@ def columns(
     """
     draws, samples = rows.gradients.shape[1], rows.samples
     a, g = rows.inputs[:, :, 0], rows.gradients[:, :, :, 0].flatten(1, 2)
-    left = symmetric_product(a.transpose(1, 2), a.transpose(1, 2)).double().square_()
-    right = symmetric_product(g.transpose(1, 2), g.transpose(1, 2)).double().square_()
-    if draws > 1:
-        right = right.reshape(-1, draws, samples, draws, samples).sum((1, 3))
+    left, right = grams(rows)
     if stored is not None:
-        left = _bordered(left, a, stored.inputs, 1)
-        right = _bordered(right, g, stored.outputs, draws)
+        left = _with_stored(left, a, stored.inputs, 1)
+        right = _with_stored(right, g, stored.outputs, draws)
     even = torch.full((samples,), share / samples, dtype=torch.float64, device=a.device)
     if downdate is not None:
         downdate = torch.cat([downdate[:1].expand(samples), downdate[1:]])
     return Columns(left, right, torch.cat([even, weights]), downdate)
+
+
+def grams(rows: Rows) -> tuple[Tensor, Tensor]:
+    """P and Q of the samples alone, (groups, samples, samples), float64; one use per sample."""
+    draws, samples = rows.gradients.shape[1], rows.samples
+    a, g = rows.inputs[:, :, 0], rows.gradients[:, :, :, 0].flatten(1, 2)
+    left = symmetric_product(a.transpose(1, 2), a.transpose(1, 2)).double().square_()
+    right = symmetric_product(g.transpose(1, 2), g.transpose(1, 2)).double().square_()
+    if draws > 1:
+        right = right.reshape(-1, draws, samples, draws, samples).sum((1, 3))
+    return left, right
+
+
+def bordered(own: Tensor, edge: Tensor, corner: Tensor) -> Tensor:
+    """Gram matrix of samples and stored matrices.
+
+    Args:
+        own: Of samples.
+        edge: ⟨R, x xᵀ⟩ = xᵀ R x, (groups, stored, samples), float64.
+        corner: ⟨R, R'⟩, (groups, stored, stored), float64.
+    """
+    top = torch.cat([own, edge.transpose(1, 2)], 2)
+    return torch.cat([top, torch.cat([edge, corner], 2)], 1)
 
 
 def factors(x: Tensor, stored: Tensor | None, coefficients: Tensor) -> Tensor:
@@ -169,11 +189,7 @@ def _bound(x: Tensor, gram: Tensor) -> Tensor:
     return (x**2 * diagonal[:, None]).sum(2).mul(x.shape[2]).sqrt()
 
 
-def _bordered(own: Tensor, x: Tensor, stored: Tensor, draws: int) -> Tensor:
-    """Gram matrix of samples and stored matrices: ⟨R, x xᵀ⟩ = xᵀ R x, and ⟨R, R'⟩."""
+def _with_stored(own: Tensor, x: Tensor, stored: Tensor, draws: int) -> Tensor:
     forms = [quadratic_forms(x, matrix).reshape(len(x), draws, -1).sum(1) for matrix in stored]
-    edge = torch.stack(forms, 1).double()  # (groups, stored, samples)
     flat = stored.flatten(2).transpose(0, 1)
-    corner = (flat @ flat.transpose(1, 2)).double()
-    top = torch.cat([own, edge.transpose(1, 2)], 2)
-    return torch.cat([top, torch.cat([edge, corner], 2)], 1)
+    return bordered(own, torch.stack(forms, 1).double(), (flat @ flat.transpose(1, 2)).double())

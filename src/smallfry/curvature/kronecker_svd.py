@@ -66,7 +66,7 @@ def nearest_terms(
         NotFiniteError: The rows or the stored terms are not finite.
         UsageError: ``solver="full"`` with shared weights.
     """
-    rows = _full_precision(rows)
+    rows = in_full_precision(rows)
     products = None if stored is None or keep == 0 else _like(stored.products, rows)
     weights = _weights(rows, [] if products is None else [keep] * len(products.inputs))
     share = 1.0 if products is None else 1 - keep
@@ -106,7 +106,7 @@ def kfac_correction(
         NotFiniteError: The rows, the factors or the stored terms are not finite.
         UsageError: ``solver="full"`` with shared weights.
     """
-    rows = _full_precision(rows)
+    rows = in_full_precision(rows)
     products, share = None, 1.0
     if keep > 0 and a is not None and g is not None:
         products, share = Products(a[None], g[None]), 1 - keep
@@ -164,7 +164,7 @@ def _solve(
         root = found.values.sqrt().to(rows.inputs).T[:, :, None, None]
         r, s = sides[0] * root, sides[1] * root
     else:
-        found = _of_columns(operator, rows, rank, solver, tolerance)
+        found = column_triplets(operator, rows, rank, solver, tolerance)
         root = found.values.sqrt()[:, :, None]
         a, g = rows.inputs[:, :, 0], rows.gradients[:, :, :, 0].flatten(1, 2)
         r = factors(a, None if products is None else products.inputs, found.left * root)
@@ -175,7 +175,7 @@ def _solve(
     return Terms(r, s, found.values, squared_norm.clamp_min(0))
 
 
-def _of_columns(
+def column_triplets(
     operator: Columns, rows: Rows, rank: int, solver: Solver, tolerance: float | None
 ) -> Triplets:
     """Triplets in coefficients of columns."""
@@ -301,7 +301,7 @@ def _weights(rows: Rows, values: list[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device=rows.inputs.device)
 
 
-def _full_precision(rows: Rows) -> Rows:
+def in_full_precision(rows: Rows) -> Rows:
     """Rows in float32 at least."""
     if rows.inputs.dtype in (torch.float32, torch.float64):
         return rows
