@@ -24,6 +24,7 @@ from smallfry.curvature.terms import Products
 
 _EPS = torch.finfo(torch.float64).eps
 _TINY = torch.finfo(torch.float64).tiny
+POWER_STEPS = 8  # before a Krylov space is worth its operations
 
 
 class Columns(NamedTuple):
@@ -146,6 +147,35 @@ def factors(x: Tensor, stored: Tensor | None, coefficients: Tensor) -> Tensor:
     if stored is not None:
         result += torch.einsum("rhk,khij->rhij", c[:, :, samples:], stored)
     return result
+
+
+def positive_triplet(problem: Columns, start: Tensor, tolerance: float) -> Triplets | None:
+    """The leading triplet of a positive map by power iteration, or None if it takes too long.
+
+    From positive vectors on it takes a few steps where the leading value stands out, and each is
+    two small products, where bidiagonalisation has many operations on few numbers. Coefficients
+    are those of ``canonical_triplets``.
+
+    Args:
+        problem: With ``is_positive``.
+        start: (groups, 1, columns), of the right vector, not negative.
+        tolerance: On ‖Zᵀu − σv‖ / σ; differences of squares tell it down to 1e-7.
+    """
+    e, q = start, problem.right_metric(start)
+    for _ in range(POWER_STEPS):
+        length = (e * q).sum(2, keepdim=True).sqrt().clamp_min(_TINY)
+        c = problem.apply(q / length)
+        p = problem.left_metric(c)
+        value = (c * p).sum(2, keepdim=True).sqrt()
+        scale = value.clamp_min(_TINY)
+        image = problem.apply(p / scale)
+        along = problem.right_metric(image)
+        squared = (image * (along - 2 * value * q / length)).sum(2, keepdim=True) + value**2
+        e, q = image, along
+        if bool((squared <= (tolerance * value) ** 2).all()):
+            residual = float((squared.clamp_min(0).sqrt() / scale).max())
+            return Triplets(value[:, :, 0], c / scale, image / scale, residual)
+    return None
 
 
 def full_triplets(problem: Columns, rank: int) -> Triplets:

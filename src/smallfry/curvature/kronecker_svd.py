@@ -18,7 +18,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from smallfry.curvature.columns import Columns, canonical_triplets, columns, factors, full_triplets
+from smallfry.curvature.columns import (
+    Columns,
+    canonical_triplets,
+    columns,
+    factors,
+    full_triplets,
+    positive_triplet,
+)
 from smallfry.curvature.golub_kahan import Triplets, golub_kahan
 from smallfry.curvature.kronecker import (
     NotFiniteError,
@@ -33,6 +40,7 @@ from smallfry.curvature.terms import Products, Terms
 from smallfry.errors import UsageError
 
 _TINY = torch.finfo(torch.float64).tiny
+POWER_TOLERANCE = 1e-7  # what a power iteration on Gram matrices can tell
 
 Solver = Literal["deflation", "lanczos", "full"]
 
@@ -186,6 +194,10 @@ def column_triplets(
     start[samples + 1 :] = 0  # further stored terms are indefinite
     start = start.expand(len(operator.left), 1, -1)
     dual = operator.right_metric(start)[:, 0]
+    if rank == 1 and solver != "full" and operator.is_positive and tolerance >= POWER_TOLERANCE:
+        quick = positive_triplet(operator, start, tolerance)
+        if quick is not None:
+            return quick
     squares = operator.right.diagonal(dim1=1, dim2=2)[:, None]
     unit = torch.where(squares > 0, squares.clamp_min(_TINY).rsqrt(), 0.0)
     others = _random(rank, len(start[0, 0])).to(unit) * unit
