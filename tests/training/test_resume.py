@@ -17,6 +17,8 @@ from smallfry.errors import Stopped
 from smallfry.training.config import EMAConfig, ModelConfig, ObjectiveConfig
 from smallfry.training.train import resume, train
 
+CHANCE = {**TINY, "random_depth": True, "drop_path": 0.3}
+
 
 def test_two_runs_with_one_seed_are_identical_and_another_seed_differs(variant, tmp_path):
     train(variant(run=tmp_path / "a"))
@@ -157,6 +159,7 @@ def test_half_precision_resumes_exactly_too(variant, tmp_path):
         {"patience": 1},
         {"objective": ObjectiveConfig("cross_entropy")},
         {"model": ModelConfig("resnet10t", options={"stem_width": 8})},
+        {"model": ModelConfig("vitrm_plus_micro_8", options=CHANCE)},
     ],
     ids=lambda settings: next(iter(settings)),
 )

@@ -23,14 +23,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from smallfry.models.linear import Linear
+from smallfry.models.layers import EVERY, Layer, Tokens, end_to_end
 
 __all__ = ["RecursionStep", "State", "ViTRM"]
 
-EVERY = slice(None)
+FIRST, LAST = slice(0, 1), slice(-1, None)
 
 
 class State(NamedTuple):
@@ -42,13 +41,6 @@ class State(NamedTuple):
     def detach(self) -> "State":
         """The same values, cut off from the graph (between two steps of deep supervision)."""
         return State(self.y.detach(), self.z.detach())
-
-
-class Tokens(NamedTuple):
-    """Tokens with what the first layer makes of them, which holds for as long as they do."""
-
-    rows: Tensor  # (batch, tokens, dim)
-    qkv: Tensor  # (batch, tokens, 3 dim): queries, keys and values
 
 
 class Sight(NamedTuple):
@@ -85,6 +77,7 @@ class ViTRM(nn.Module):
         attn_drop_rate: Dropout on the attention weights; default ``drop_rate``.
         cross_attention: Let y and z read x, which stays as it is, in place of rewriting the rows of
             x beside theirs. Not the paper's: less arithmetic, the more so with few ``latents``.
+        layer: What builds a layer of the block, from the same sizes as ``Layer``.
 
     Raises:
         ValueError: Sizes that do not fit each other, named.
@@ -106,6 +99,7 @@ class ViTRM(nn.Module):
         drop_rate: float = 0.1,
         attn_drop_rate: float | None = None,
         cross_attention: bool = False,
+        layer: Callable[..., Layer] = Layer,
     ) -> None:
         super().__init__()
         side = _square(img_size)
@@ -136,13 +130,13 @@ class ViTRM(nn.Module):
         self.grad_checkpointing = False
         attn_drop_rate = drop_rate if attn_drop_rate is None else attn_drop_rate
 
-        self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
-        self.pos_embed = nn.Parameter(torch.empty(1, patches, embed_dim))
+        self.patch_embed: nn.Module = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
+        self.pos_embed: nn.Parameter | None = nn.Parameter(torch.empty(1, patches, embed_dim))
         self.y_init = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.z_init = nn.Parameter(torch.empty(1, latents, embed_dim))
         self.blocks = nn.Sequential(
             *(
-                Layer(embed_dim, num_heads, mlp_hidden_dim, drop_rate, attn_drop_rate)
+                layer(embed_dim, num_heads, mlp_hidden_dim, drop_rate, attn_drop_rate)
                 for _ in range(depth)
             )
         )
@@ -153,7 +147,8 @@ class ViTRM(nn.Module):
     def init_weights(self) -> None:
         """The paper's initialisation: Xavier-normal tokens and heads, PyTorch's own elsewhere."""
         for token in (self.pos_embed, self.y_init, self.z_init):
-            nn.init.xavier_normal_(token)
+            if token is not None:
+                nn.init.xavier_normal_(token)
         for layer in self.blocks:
             attention = cast(Layer, layer).attn
             nn.init.xavier_uniform_(attention.qkv.weight)
@@ -196,7 +191,8 @@ class ViTRM(nn.Module):
                 "img_size and in_chans of create_model() choose the shape"
             )
         patches: Tensor = self.patch_embed(images)  # (batch, dim, rows, columns)
-        return patches.flatten(2).transpose(1, 2) + self.pos_embed
+        tokens = patches.flatten(2).transpose(1, 2)
+        return tokens if self.pos_embed is None else tokens + self.pos_embed
 
     def initial_state(self, batch_size: int) -> State:
         """The learned state that every image starts from."""
@@ -208,13 +204,11 @@ class ViTRM(nn.Module):
 
     def think(self, x: Tensor, state: State) -> State:
         """One latent step: z <- f([x; y; z]), the rows of z."""
-        y, z = map(self._project, state)
-        return State(state.y, self._think(self._look(x), y, z))
+        return State(state.y, self._think(self._look(x), self._project(state.y), state.z))
 
     def answer(self, state: State) -> State:
         """The answer step: y <- f([y; z]), the row of y."""
-        y, z = map(self._project, state)
-        return State(self._block([y, z], keep=0), state.z)
+        return State(self._answer(self._project(state.y), state.z), state.z)
 
     def read_out(self, state: State) -> RecursionStep:
         """What both heads read off y."""
@@ -223,13 +217,20 @@ class ViTRM(nn.Module):
 
     def _recur(self, x: Sight, state: State) -> State:
         """``latent_steps`` times think, once answer, with nothing projected twice."""
-        y, z = map(self._project, state)
-        for _ in range(self.latent_steps):
-            z = self._project(self._think(x, y, z))
-        return State(self._block([y, z], keep=0), z.rows)
+        y, z = self._project(state.y), state.z
+        for _ in range(self._thoughts()):
+            z = self._think(x, y, z)
+        return State(self._answer(y, z), z)
 
-    def _think(self, x: Sight, y: Tokens, z: Tokens) -> Tensor:
-        return self._block([*x.rows, y, z], keep=-1, context=x.context)
+    def _thoughts(self) -> int:
+        """How often this recursion step rewrites z."""
+        return self.latent_steps
+
+    def _think(self, x: Sight, y: Tokens, z: Tensor) -> Tensor:
+        return self._block([*x.rows, y, self._project(z)], keep=LAST, context=x.context)
+
+    def _answer(self, y: Tokens, z: Tensor) -> Tensor:
+        return self._block([y, self._project(z)], keep=FIRST)
 
     def _look(self, x: Tensor) -> Sight:
         layers = cast(Iterable[Layer], self.blocks)
@@ -246,24 +247,16 @@ class ViTRM(nn.Module):
         return Tokens(rows, cast(Layer, self.blocks[0]).project(rows))
 
     def _block(
-        self, parts: list[Tokens], keep: int, context: list[Tensor | None] | None = None
+        self, parts: list[Tokens], keep: slice, context: list[Tensor | None] | None = None
     ) -> Tensor:
-        """The block f on the parts laid end to end; of its output, the rows of part ``keep``."""
+        """The block f on the parts laid end to end; of its output, the rows of parts ``keep``."""
         context = [None] * len(self.blocks) if context is None else context
         if self.grad_checkpointing and self.training:
             return checkpoint(self._run_block, parts, keep, context, use_reentrant=False)
         return self._run_block(parts, keep, context)
 
-    def _run_block(self, parts: list[Tokens], keep: int, context: list[Tensor | None]) -> Tensor:
-        sizes = [t.shape[:1] for t in (*(part.rows for part in parts), *context) if t is not None]
-        # what is the same for all images is there once
-        (batch,) = torch.broadcast_shapes(*sizes)  # type: ignore[no-untyped-call]
-        rows, qkv = (
-            torch.cat([tensor.expand(batch, -1, -1) for tensor in tensors], dim=1)
-            for tensors in zip(*parts, strict=True)
-        )
-        before = sum(part.rows.shape[1] for part in parts[:keep])
-        kept = slice(before, before + parts[keep].rows.shape[1])
+    def _run_block(self, parts: list[Tokens], keep: slice, context: list[Tensor | None]) -> Tensor:
+        rows, qkv, kept = end_to_end(parts, keep, context)
         for number, layer in enumerate(cast(Iterable[Layer], self.blocks), start=1):
             if number > 1:
                 qkv = layer.project(rows)
@@ -314,78 +307,6 @@ class ViTRM(nn.Module):
         }
 
 
-class Layer(nn.Module):
-    """A pre-norm transformer layer; nothing normalises its output."""
-
-    def __init__(
-        self, dim: int, heads: int, mlp_hidden_dim: int, drop: float, attn_drop: float
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = Attention(dim, heads, attn_drop)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = SwiGLU(dim, mlp_hidden_dim)
-        self.drop = nn.Dropout(drop)
-
-    def project(self, rows: Tensor) -> Tensor:
-        """Queries, keys and values of normalised rows, (batch, tokens, 3 dim)."""
-        return cast(Tensor, self.attn.qkv(self.norm1(rows)))
-
-    def forward(
-        self, rows: Tensor, qkv: Tensor, kept: slice = EVERY, context: Tensor | None = None
-    ) -> Tensor:
-        """The kept rows (batch, kept, dim) of the output; all rows are attended to.
-
-        Args:
-            rows: The input, (batch, tokens, dim).
-            qkv: Its ``project``.
-            kept: Which rows of the output are wanted.
-            context: ``project`` of further rows to attend to, (batch, further tokens, 3 dim).
-        """
-        rows = rows[:, kept] + self.drop(self.attn(qkv, kept, context))
-        return cast(Tensor, rows + self.drop(self.mlp(self.norm2(rows))))
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention with one fused projection for queries, keys and values."""
-
-    def __init__(self, dim: int, heads: int, drop: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.drop = drop
-        self.qkv = Linear(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
-
-    def forward(self, qkv: Tensor, kept: slice = EVERY, context: Tensor | None = None) -> Tensor:
-        """What the kept rows read off all rows and the context, (batch, kept, dim)."""
-        q = self._split(qkv)[0][:, :, kept]
-        _, k, v = self._split(qkv if context is None else torch.cat([context, qkv], dim=1))
-        drop = self.drop if self.training else 0.0
-        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=drop)
-        return cast(Tensor, self.proj(attended.transpose(1, 2).flatten(2)))
-
-    def _split(self, qkv: Tensor) -> Tensor:
-        """Queries, keys and values, (3, batch, heads, tokens, dim / heads)."""
-        batch, count, width = qkv.shape
-        return qkv.view(batch, count, 3, self.heads, width // 3 // self.heads).permute(
-            2, 0, 3, 1, 4
-        )
-
-
-class SwiGLU(nn.Module):
-    """Value times silu of gate: fc1 gives the value first and the gate second."""
-
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.fc1 = Linear(dim, 2 * hidden_dim)
-        self.fc2 = Linear(hidden_dim, dim)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """Rows (batch, tokens, dim) to rows."""
-        value, gate = self.fc1(rows).chunk(2, dim=-1)
-        return cast(Tensor, self.fc2(value * F.silu(gate)))
-
-
 def checkpoint_filter_fn(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Weights under the names of the authors' implementation, under ours; ours pass unchanged."""
     renamed = (
@@ -424,7 +345,8 @@ def _init_head(head: nn.Module) -> None:
 # The named sizes
 
 
-def _cfg(side: int, channels: int) -> dict[str, Any]:
+def image_cfg(side: int, channels: int) -> dict[str, Any]:
+    """timm's description of a model for square images."""
     return {
         "url": "",
         "num_classes": 10,
@@ -440,10 +362,10 @@ def _cfg(side: int, channels: int) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "vitrm_small_patch4_32": _cfg(32, 3),
-        "vitrm_thrifty_patch4_32": _cfg(32, 3),
-        "vitrm_tiny_patch4_32": _cfg(32, 3),
-        "vitrm_micro_patch4_8": _cfg(8, 1),
+        "vitrm_small_patch4_32": image_cfg(32, 3),
+        "vitrm_thrifty_patch4_32": image_cfg(32, 3),
+        "vitrm_tiny_patch4_32": image_cfg(32, 3),
+        "vitrm_micro_patch4_8": image_cfg(8, 1),
     }
 )
 
