@@ -33,6 +33,10 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+class _Signalled(BaseException):
+    """A signal came; no ``except Exception`` on the way may take it for an error."""
+
+
 @contextmanager
 def stoppable(message: str) -> Iterator[None]:
     """Turn SIGINT and SIGTERM into ``Stopped`` with this message."""
@@ -41,11 +45,13 @@ def stoppable(message: str) -> Iterator[None]:
         return
 
     def stop(number: int, frame: Any) -> None:
-        raise Stopped(number, message)
+        raise _Signalled(number)
 
     before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except _Signalled as signalled:
+        raise Stopped(signalled.args[0], message) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
