@@ -7,11 +7,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
+from smallfry.report.axes import log_axis
 from smallfry.report.figure import COLOURS, GREY, new_figure, save, style
+from smallfry.report.table import number
 
 PALETTE = (*COLOURS, "#0891b2", "#ca8a04", "#db2777", "#84cc16", "#7c2d12", "#c084fc", "#0f766e")
+MARKERS = ("o", "s", "^", "D")  # for labels beyond the colours
+HOLLOW: Mapping[str, Any] = {
+    "markerfacecolor": "white",
+    "linestyle": (0, (4, 2)),
+    "linewidth": 1.1,
+}
+MOST_MARKED = 12  # points of a line that are still marked
 ACCURACY = "test accuracy, %"
 
 
@@ -43,53 +52,54 @@ def draw_panels(panels: Sequence[Panel], file: Path) -> None:
     A label has one colour in all panels.
     """
     labels = list(dict.fromkeys(s.label for panel in panels for s in panel.series))
-    colours = {label: PALETTE[i % len(PALETTE)] for i, label in enumerate(labels)}
+    looks = {label: _look(i) for i, label in enumerate(labels)}
     kinds = {s.reported for panel in panels for s in panel.series}
+    joined = any(panel.joined for panel in panels)
     with style():
-        figure = new_figure(3.0 + 3.7 * len(panels), 4.2)
+        figure = new_figure(3.0 + 3.7 * len(panels), 4.4)
         grid = figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, panel in zip(grid, panels, strict=True):
-            _draw(axes, panel, colours)
-        marks = [Line2D([], [], marker="o", color=colours[label], label=label) for label in labels]
+            _draw(axes, panel, looks)
+        line: dict[str, Any] = {} if joined else {"linestyle": "none"}
+        marks = [Line2D([], [], label=label, **looks[label], **line) for label in labels]
         if True in kinds:
-            marks += [
-                Line2D([], [], marker="o", color=GREY, label="measured here"),
-                Line2D([], [], color=GREY, label="reported", **_look(True)),
-            ]
+            grey: dict[str, Any] = {"marker": "o", "color": GREY, **line}
+            marks.append(Line2D([], [], label="measured here", **grey))
+            marks.append(Line2D([], [], label="reported", **{**grey, **HOLLOW, **line}))
         figure.legend(handles=marks, loc="outside right center", fontsize=9)
         save(figure, file)
 
 
-def _draw(axes: Any, panel: Panel, colours: Mapping[str, str]) -> None:
+def _draw(axes: Any, panel: Panel, looks: Mapping[str, Mapping[str, Any]]) -> None:
     axes.set_title(panel.title)
     axes.set_xlabel(panel.x)
     axes.set_ylabel(panel.y)
-    if panel.log:
-        axes.set_xscale("log")
-    if panel.ticks:
-        axes.xaxis.set_major_locator(FixedLocator(list(panel.ticks)))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xticklabels([f"{tick:g}" for tick in panel.ticks])
     for series in panel.series:
-        look = _look(series.reported)
+        look = {**looks[series.label], **(HOLLOW if series.reported else {})}
         if not panel.joined:
             look["linestyle"] = "none"
-        elif len(series.x) > 12:
+        elif len(series.x) > MOST_MARKED:
             look["marker"] = None
-        axes.plot(series.x, series.y, color=colours[series.label], **look)
+        axes.plot(series.x, series.y, **look)
         if any(error is not None for error in series.error):
             spread = [error or 0.0 for error in series.error]
-            colour = colours[series.label]
-            axes.errorbar(series.x, series.y, spread, fmt="none", ecolor=colour, capsize=2)
-    if not panel.series:
+            axes.errorbar(series.x, series.y, spread, fmt="none", ecolor=look["color"], capsize=2)
+    places = [x for series in panel.series for x in series.x]
+    if not places:
         axes.text(0.5, 0.5, "nothing yet", ha="center", transform=axes.transAxes, color=GREY)
+    elif panel.log:
+        room = (max(places) / min(places)) ** 0.08 * 1.05
+        log_axis(axes, "x", min(places) / room, max(places) * room)
+    if panel.x == "epoch":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if panel.ticks:
+        axes.xaxis.set_major_locator(FixedLocator(list(panel.ticks)))
 
 
-def _look(reported: bool) -> dict[str, Any]:
-    look: dict[str, Any] = {"marker": "o", "markersize": 6, "linewidth": 1.5}
-    if reported:
-        look |= {"markerfacecolor": "white", "linestyle": (0, (4, 2)), "linewidth": 1.1}
-    return look
+def _look(number_of_label: int) -> dict[str, Any]:
+    again, colour = divmod(number_of_label, len(PALETTE))
+    marker = MARKERS[again % len(MARKERS)]
+    return {"marker": marker, "markersize": 6, "linewidth": 1.5, "color": PALETTE[colour]}
 
 
 class Grid(NamedTuple):
@@ -99,7 +109,7 @@ class Grid(NamedTuple):
     rows: tuple[str, Sequence[int]]  # what it is, and its values
     columns: tuple[str, Sequence[int]]
     values: Sequence[Sequence[float | None]]  # rows × columns
-    form: str = "{:.2f}"
+    percent: bool = True  # two places; else three digits
     ringed: tuple[int, int] | None = None  # row and column of the chosen one
 
 
@@ -123,7 +133,8 @@ def draw_grids(grids: Sequence[Grid], file: Path) -> None:
             known = values[~np.isnan(values)]
             middle = (known.min() + known.max()) / 2 if len(known) else 0.0
             for (row, column), value in np.ndenumerate(values):
-                text = "–" if np.isnan(value) else grid.form.format(value)
+                text = f"{value:.2f}" if grid.percent else number(float(value))
+                text = "–" if np.isnan(value) else text
                 colour = "white" if value < middle else "black"
                 axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
             if grid.ringed is not None:

@@ -68,7 +68,7 @@ def deviation(
     return stdev(known) if len(known) > 1 else None
 
 
-def test_cell(outcomes: Sequence[Outcome]) -> Html:
+def accuracy_cell(outcomes: Sequence[Outcome]) -> Html:
     """Test accuracy of one kind of run, mean ± deviation over seeds, or why there is none."""
     if not outcomes:
         return Html(NONE)

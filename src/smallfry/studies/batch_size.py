@@ -5,7 +5,7 @@ from typing import Any
 
 from smallfry.report.page import image
 from smallfry.report.run_pictures import Panel, Series, draw_panels
-from smallfry.report.runs import Outcome, best_of, deviation, mean, strong, test_cell, where
+from smallfry.report.runs import Outcome, accuracy_cell, best_of, deviation, mean, strong, where
 from smallfry.report.runs_page import Section
 from smallfry.report.table import NONE, Html, table
 from smallfry.studies import reported_vision as reported
@@ -109,7 +109,7 @@ def _measured(
     own = {size: groups.get((name, size), []) for size in config.batch_sizes}
     best = best_of(own)
     return [
-        strong(test_cell(group)) if size == best else test_cell(group)
+        strong(accuracy_cell(group)) if size == best else accuracy_cell(group)
         for size, group in own.items()
     ]
 

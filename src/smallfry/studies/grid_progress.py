@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from types import TracebackType
 from typing import Any
 
@@ -29,7 +30,8 @@ class GridProgress:
         self.pace: list[tuple[Mapping[str, Any], float]] = []  # facts, seconds an epoch
         for outcome in ended.values():
             self._learn(outcome)
-        self.said = time.monotonic()
+        self.beside: list[float] = []  # seconds of a run that are not training
+        self.said = self.began = time.monotonic()
         self.console = Console(highlight=False)
         self.bar = study_bar(self.console, "runs")
 
@@ -55,6 +57,7 @@ class GridProgress:
     def begin(self, plan: Planned) -> "RunReporter":
         """A run starts; what it tells goes to the reporter that is returned."""
         self.waiting.remove(plan)
+        self.began = time.monotonic()
         return RunReporter(self, plan)
 
     def during(self, plan: Planned, epoch: int, seconds: float, left: float) -> None:
@@ -69,6 +72,8 @@ class GridProgress:
     def end(self, outcome: Outcome) -> None:
         """A run has ended."""
         self._learn(outcome)
+        if outcome.minutes is not None:
+            self.beside.append(max(0.0, time.monotonic() - self.began - 60 * outcome.minutes))
         number = self.total - len(self.waiting)
         left = clock(self._left(self.pace)) if self.pace else "an unknown time"
         result = f"test accuracy {outcome.test:.2f} %" if outcome.test is not None else "failed"
@@ -86,7 +91,8 @@ class GridProgress:
         def alike(facts: Mapping[str, Any], other: Mapping[str, Any]) -> int:
             return sum(facts.get(key) == value for key, value in other.items())
 
-        return sum(
+        beside = fmean(self.beside) * len(self.waiting) if self.beside else 0.0
+        return beside + sum(
             plan.config.epochs * max(pace, key=lambda known: alike(plan.facts, known[0]))[1]
             for plan in self.waiting
         )

@@ -1,7 +1,7 @@
 """Pareto: accuracy against parameters, arithmetic and the time that one image takes."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 
 from smallfry.report.page import image
 from smallfry.report.run_pictures import Panel, Series, draw_panels
-from smallfry.report.runs import Outcome, deviation, mean, test_cell, where
+from smallfry.report.runs import Outcome, accuracy_cell, deviation, mean, where
 from smallfry.report.runs_page import Section
 from smallfry.report.table import NONE, number, table
 from smallfry.studies import reported_vision as reported
@@ -135,7 +135,7 @@ def _measured_table(
                 NONE if parameters is None else f"{parameters:,.0f}",
                 NONE if macs is None else number(macs / 1e6),
                 NONE if timed is None else _milliseconds(timed),
-                test_cell(group),
+                accuracy_cell(group),
             ]
         )
     head = ["", "parameters", "test %", "parameters", "MMAC", "latency, ms", "test %"]
@@ -145,9 +145,17 @@ def _measured_table(
 
 
 def _rivals(data: str) -> str:
-    rows = [[r.label, f"{r.millions:g} M", f"{r.accuracy:.2f}", r.source] for r in _of(data)]
-    head = ["", "parameters", f"test %, {reported.DATA[data]}", "source"]
-    return table(head, rows, text=(0, 3))
+    rows = [
+        [r.label, r.epochs or NONE, f"{r.millions:g} M", f"{r.accuracy:.2f}", r.source]
+        for r in _of(data)
+    ]
+    head = ["", "epochs", "parameters", f"test %, {reported.DATA[data]}", "source"]
+    return table(head, rows, text=(0, 4))
+
+
+def _rival_label(rivals: Sequence[reported.Rival]) -> str:
+    epochs = ", ".join(str(rival.epochs) for rival in rivals if rival.epochs)
+    return rivals[0].label + (f" ({epochs} epochs)" if epochs else "")
 
 
 def _of(data: str) -> tuple[reported.Rival, ...]:
@@ -179,13 +187,16 @@ def _panels(
         for name, figures in reported.ACCURACY[data].items()
         if figures[128] is not None
     ]
-    theirs += [Series(r.label, [r.millions], [r.accuracy], reported=True) for r in _of(data)]
+    for name in dict.fromkeys(rival.label for rival in _of(data)):
+        same = [rival for rival in _of(data) if rival.label == name]
+        x, y = [rival.millions for rival in same], [rival.accuracy for rival in same]
+        theirs.append(Series(_rival_label(same), x, y, reported=True))
     ours = Path(config.data.name).name
     millions = "parameters, millions"
-    same = config.data.name == data
-    panels = [] if same else [Panel(f"reported, {reported.DATA[data]}", millions, theirs)]
+    together = config.data.name == data
+    panels = [] if together else [Panel(f"reported, {reported.DATA[data]}", millions, theirs)]
     panels += [
-        Panel(ours, millions, points["parameters"] + (theirs if same else [])),
+        Panel(ours, millions, points["parameters"] + (theirs if together else [])),
         Panel(ours, "multiply-accumulates, millions", points["macs"]),
         Panel(ours, "latency of one image, ms", points["latency"]),
     ]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from smallfry.report.page import image
 from smallfry.report.run_pictures import Grid, draw_grids
-from smallfry.report.runs import Outcome, best_of, deviation, mean, strong, test_cell, where
+from smallfry.report.runs import Outcome, accuracy_cell, best_of, deviation, mean, strong, where
 from smallfry.report.runs_page import Section
 from smallfry.report.table import NONE, number, table
 from smallfry.studies import reported_vision as reported
@@ -54,7 +54,7 @@ def sections(config: RecursionConfig, outcomes: list[Outcome], folder: Path) -> 
     draw_grids(_grids(config, groups), file)
     rows = []
     for kind, group in groups.items():
-        cell = test_cell(group)
+        cell = accuracy_cell(group)
         chosen = mean(group, lambda o: o.selected)
         macs = mean(group, lambda o: o.measured("macs"))
         rows.append(
@@ -130,6 +130,7 @@ def _grids(config: RecursionConfig, groups: dict[Kind, list[Outcome]]) -> list[G
             down,
             across,
             [[mean(groups[a, s, t], lambda o: o.minutes) for s in sups] for a in ns],
+            percent=False,
         ),
     ]
     if len(ts) > 1:
