@@ -87,6 +87,18 @@ def find_entrant(name: str) -> Entrant:
     return Entrant(name, name)
 
 
+def find_vitrm(name: str) -> Entrant:
+    """The entrant of that name, if it recurs.
+
+    Raises:
+        UsageError: It does not, or there is none.
+    """
+    entrant = find_entrant(name)
+    if not entrant.recursive:
+        raise UsageError(f"{name} is no ViTRM; vitrm_small is one")
+    return entrant
+
+
 def find_entrants(names: Sequence[str]) -> dict[str, Entrant]:
     """The entrants of these names, each once.
 

@@ -127,7 +127,7 @@ def _claim(study: str, planned: Sequence[Planned], folder: Path) -> None:
     for plan in planned:
         told = _told(plan.config)
         before = known["runs"].setdefault(plan.name, told)
-        for key in dict.fromkeys([*before, *told]):
+        for key in sorted({*before, *told}, key=lambda key: ("." in key, key)):
             if before.get(key) != told.get(key):
                 raise UsageError(
                     f"the runs in {folder} were told {key} {before.get(key)}, not "

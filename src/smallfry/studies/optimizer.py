@@ -15,7 +15,7 @@ from smallfry.report.runs_page import Section
 from smallfry.report.table import NONE, number, table
 from smallfry.studies import reported_vision as reported
 from smallfry.studies.config import OptimizersConfig
-from smallfry.studies.entrants import find_entrant
+from smallfry.studies.entrants import find_vitrm
 from smallfry.studies.recipes import Planned, recipe
 from smallfry.training.config import OptimizerConfig
 from smallfry.training.optimization import peak_learning_rate
@@ -48,7 +48,7 @@ EXACT_DAMPING = 10.0  # of a single batch's Fisher, as in the races
 
 def plan(config: OptimizersConfig) -> list[Planned]:
     """All optimizers with all rates and seeds."""
-    entrant = find_entrant(config.vitrm)
+    entrant = find_vitrm(config.vitrm)
     for name in config.optimizers:
         if name not in LABELS:
             raise UsageError(f"unknown optimizer '{name}'{nearest(name, LABELS)}")

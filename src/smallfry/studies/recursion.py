@@ -10,7 +10,7 @@ from smallfry.report.runs_page import Section
 from smallfry.report.table import NONE, number, table
 from smallfry.studies import reported_vision as reported
 from smallfry.studies.config import RecursionConfig
-from smallfry.studies.entrants import find_entrant
+from smallfry.studies.entrants import find_vitrm
 from smallfry.studies.recipes import Planned, recipe
 
 TITLE = "Recursion"
@@ -25,7 +25,7 @@ Kind = tuple[int, int, int]  # n, N_sup, T
 
 def plan(config: RecursionConfig) -> list[Planned]:
     """All n by all N_sup at the first T, and the other T at the middle n."""
-    entrant = find_entrant(config.vitrm)
+    entrant = find_vitrm(config.vitrm)
     found = []
     for seed in range(config.seeds):
         for n, supervised, t in _kinds(config):
