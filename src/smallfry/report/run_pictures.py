@@ -46,10 +46,15 @@ class Panel(NamedTuple):
     joined: bool = True  # a line through the points of a series
 
 
-def draw_panels(panels: Sequence[Panel], file: Path) -> None:
+def draw_panels(panels: Sequence[Panel], file: Path, same_y: bool = False) -> None:
     """Draw panels from left to right, with one legend.
 
     A label has one colour in all panels.
+
+    Args:
+        panels: From left to right.
+        file: The PNG to write.
+        same_y: All have one range of y.
     """
     labels = list(dict.fromkeys(s.label for panel in panels for s in panel.series))
     looks = {label: _look(i) for i, label in enumerate(labels)}
@@ -57,7 +62,7 @@ def draw_panels(panels: Sequence[Panel], file: Path) -> None:
     joined = any(panel.joined for panel in panels)
     with style():
         figure = new_figure(3.0 + 3.7 * len(panels), 4.4)
-        grid = figure.subplots(1, len(panels), squeeze=False)[0]
+        grid = figure.subplots(1, len(panels), squeeze=False, sharey=same_y)[0]
         for axes, panel in zip(grid, panels, strict=True):
             _draw(axes, panel, looks)
         line: dict[str, Any] = {} if joined else {"linestyle": "none"}

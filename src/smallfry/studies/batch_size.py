@@ -45,7 +45,7 @@ def sections(config: BatchSizeConfig, outcomes: list[Outcome], folder: Path) -> 
         for size in config.batch_sizes
     }
     file = folder / "pictures" / "batch_size.png"
-    draw_panels(_panels(config, groups, data), file)
+    draw_panels(_panels(config, groups, data), file, same_y=config.data.name == data)
     rows = [
         [_label(name), *_reported(name, theirs), *_measured(name, config, groups)]
         for name in dict.fromkeys([*config.models, *theirs])

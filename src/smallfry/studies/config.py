@@ -212,7 +212,7 @@ STUDIES = {
         BatchSizeConfig,
         {},
         _on_digits(
-            8,
+            20,
             models=("vitrm_micro", "vit_micro", "cct_micro", "resnet_micro"),
             batch_sizes=(16, 64, 256),
         ),
@@ -241,7 +241,8 @@ STUDIES = {
         ParetoConfig,
         {},
         _on_digits(
-            8,
+            20,
+            seeds=2,
             models=("vitrm_micro", "vitrm_micro_thrifty", "vit_micro", "cct_micro", "resnet_micro"),
             batch_size=64,
         ),

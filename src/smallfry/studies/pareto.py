@@ -191,12 +191,13 @@ def _panels(
         same = [rival for rival in _of(data) if rival.label == name]
         x, y = [rival.millions for rival in same], [rival.accuracy for rival in same]
         theirs.append(Series(_rival_label(same), x, y, reported=True))
-    ours = Path(config.data.name).name
-    millions = "parameters, millions"
     together = config.data.name == data
+    ours = f"measured here, {Path(config.data.name).name}"
+    first = f"measured and reported, {reported.DATA[data]}" if together else ours
+    millions = "parameters, millions"
     panels = [] if together else [Panel(f"reported, {reported.DATA[data]}", millions, theirs)]
     panels += [
-        Panel(ours, millions, points["parameters"] + (theirs if together else [])),
+        Panel(first, millions, points["parameters"] + (theirs if together else [])),
         Panel(ours, "multiply-accumulates, millions", points["macs"]),
         Panel(ours, "latency of one image, ms", points["latency"]),
     ]
