@@ -53,7 +53,7 @@ def ended(plan: Planned, test: float, selected: float | None = None, **more: Any
         "parameters": 1000,
         "macs": 2_000_000,
     }
-    summary = {"measured": measured | more, "data": {}, "provenance": {"commit": "abc<"}}
+    summary = {"measured": measured | more, "data": {"test": 359}, "provenance": {"commit": "abc<"}}
     row = {"epoch": 1.0, "seconds": 60.0, "validation_accuracy": chosen}
     return Outcome(plan.name, plan.facts, summary, [row])
 
@@ -205,6 +205,7 @@ def test_figures_are_told_with_seed_commit_device_and_protocol() -> None:
     page, summary = write_page("t & t", "about", [Section("s", [], None)], [done, failed], 3)
     assert "2 of 3 runs have ended, 1 of them failed" in page
     assert "best epoch by held-out validation, test read once" in page
+    assert "One of 359 test images is 0.28 points" in page
     assert "abc&lt;" in page
     assert "<script>" not in page
     assert summary["runs"][0]["measured"]["seed"] == 0

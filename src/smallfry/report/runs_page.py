@@ -36,7 +36,8 @@ def write_page(
     failed = [o for o in outcomes if o.failure is not None]
     done = f"{len(outcomes)} of {planned} runs have ended, {len(failed)} of them failed."
     body = [f"<h1>{escape(title)}</h1>", f"<p>{about}</p>"]
-    body.append(f"<p>{done} Protocol of what is measured here: {escape(protocol(outcomes))}.</p>")
+    done += f" Protocol of what is measured here: {protocol(outcomes)}. {_grain(outcomes)}"
+    body.append(f"<p>{escape(done)}</p>")
     for section in sections:
         body += [f"<h2>{escape(section.title)}</h2>", *section.html]
     if failed:
@@ -66,6 +67,12 @@ def save_page(folder: Path, page: str, summary: Mapping[str, Any]) -> Path:
     write(folder / "summary.json", text + "\n")
     write(folder / "report.html", page)
     return folder / "report.html"
+
+
+def _grain(outcomes: Sequence[Outcome]) -> str:
+    """What a single test image changes."""
+    counts = {(o.summary or {}).get("data", {}).get("test") for o in outcomes} - {None}
+    return " ".join(f"One of {n:,} test images is {100 / n:.2g} points." for n in sorted(counts))
 
 
 def _told(outcome: Outcome) -> dict[str, Any]:

@@ -96,12 +96,18 @@ def _run(plan: Planned, folder: Path, reporter: Reporter) -> None:
         raise
     except (TrainingError, UsageError, MemoryError, RuntimeError) as error:
         failure = _in_words(error)
-    if failure is not None:  # outside, as the exception keeps tensors alive
+    if failure is not None:
         path.mkdir(parents=True, exist_ok=True)
         write_file(path / FAILURE, json.dumps({"failure": failure}, indent=2) + "\n")
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    _clean_up()  # here, as an exception keeps tensors alive
+
+
+def _clean_up() -> None:
+    """Leave the next run the memory and the compiler as the first one found them."""
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _in_words(error: Exception) -> str:

@@ -53,7 +53,7 @@ def run_study(name: str, config: RunsConfig, folder: Path) -> Path:
     """
     study = STUDIES[name]
     _check(config)
-    planned = study.plan(config)
+    planned = list({plan.name: plan for plan in study.plan(config)}.values())
     with locked(folder):
         try:
             outcomes = run_grid(name, planned, folder)
