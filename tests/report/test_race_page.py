@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from smallfry.report.axes import log_ticks
 from smallfry.report.page import strict
 from smallfry.report.race_page import write_report
-from smallfry.report.race_pictures import log_ticks, looks, some, written
+from smallfry.report.race_pictures import looks, some, written
 from smallfry.report.race_tables import settings, spread
 from smallfry.report.races import Spread
 from smallfry.report.table import number, table
