@@ -50,3 +50,12 @@ def test_measuring_leaves_no_trace_on_model_or_random_state():
     assert torch.equal(torch.rand(2), expected)
     assert model.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_model_without_numbers_costs_the_same():
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
+
+    with torch.device("meta"):
+        empty, image = build(), torch.zeros(1, 3, 8, 8)
+    assert cost(empty, image) == cost(build(), torch.zeros(1, 3, 8, 8))

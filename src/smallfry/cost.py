@@ -22,7 +22,7 @@ def cost(model: nn.Module, input: Tensor) -> Cost:
     """Measure a model on an input; the model, its buffers and random state stay untouched.
 
     Args:
-        model: Any module.
+        model: Any module; on the device "meta" nothing is computed, and large ones cost no time.
         input: What ``model`` is called with, such as ``torch.zeros(1, 3, 32, 32)``. ``macs`` and
             ``activation_bytes`` are those of the whole batch.
     """
@@ -46,13 +46,14 @@ def _macs(model: nn.Module, input: Tensor) -> int:
 
 
 def _activation_bytes(model: nn.Module, input: Tensor) -> int:
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}  # holding the storages keeps addresses unique
+    held = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
+    own = {id(storage) for storage in held}
+    kept: dict[int, torch.UntypedStorage] = {}  # holding them keeps their identities unique
 
     def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
+        storage = tensor.untyped_storage()  # one object for all tensors in it, on "meta" as well
+        if id(storage) not in own:
+            kept[id(storage)] = storage
         return tensor
 
     model.train()

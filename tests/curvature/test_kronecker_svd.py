@@ -344,3 +344,26 @@ def test_parts_of_a_batch_are_the_batch():
     uneven = make(2, 1, 4, 2, 3, 4, 1)
     both = rearranged(joined([rows, uneven]))
     torch.testing.assert_close(both, 0.6 * rearranged(rows) + 0.4 * rearranged(uneven))
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_quick_search_for_one_product_finds_that_of_the_careful_one(kept):
+    rows = make(1, 2, 30, 1, 6, 7, 1)
+    stored = nearest_terms(make(1, 1, 20, 1, 6, 7, 2)) if kept else None
+    quick = nearest_terms(rows, stored=stored, keep=0.6 if kept else 0.0, tolerance=1e-7)
+    careful = nearest_terms(rows, stored=stored, keep=0.6 if kept else 0.0)
+    assert quick.error == pytest.approx(careful.error, rel=1e-9)
+    for found, expected in zip(quick.products, careful.products, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_the_quick_search_gives_up_where_values_are_close():
+    # two samples in different coordinates are two products of almost the same size
+    rows = make(1, 1, 2, 1, 3, 3, 0)
+    rows.inputs.zero_()
+    rows.gradients.zero_()
+    for sample, size in ((0, 1.0), (1, 1.001)):
+        rows.inputs[0, sample, 0, sample] = rows.gradients[0, 0, sample, 0, sample] = size
+    found = nearest_terms(rows, tolerance=1e-7)
+    assert float(found.values[0, 0]) == pytest.approx(1.001**4 / 2, rel=1e-9)
+    assert float(found.inputs[0, 0, 0, 0]) == pytest.approx(0, abs=1e-6)

@@ -94,18 +94,22 @@ def test_a_run_that_blows_up_is_told_and_not_recorded_as_numbers(
     assert measured["points"][-1]["seconds"] < 5.0
 
 
-def test_fisher_errors_are_of_one_trajectory_that_the_watchers_do_not_move(
+def test_fisher_errors_are_in_the_order_of_the_theory_and_move_nothing(
     examples: tuple[Examples, Examples],
 ) -> None:
     job = Job("fisher", "curves", "adamw", {"lr": 1e-3}, 0, 0, 1e-9)
-    found = fisher_errors(job, Place(), examples[0], ["kfac", "kpsvd", "deflation"])
+    names = ["kfac", "ekfac", "kpsvd", "deflation", "kfac_corrected"]
+    found = fisher_errors(job, Place(), examples[0], names)
+    assert all([point["step"] for point in points] == [0] for points in found.values())
     errors = {name: points[0]["layers"] for name, points in found.items()}
-    assert all(points[0]["step"] == 0 for points in found.values())
     assert len(errors["kpsvd"]) == 12
-    for layer, error in errors["kpsvd"].items():  # factors kept whole are the nearest ones
-        if int(layer.split(".")[1]) in range(6, 11) or layer.startswith("decoder.0"):
-            assert errors["deflation"][layer] <= error + 1e-4
-            assert error <= errors["kfac"][layer] + 1e-4
+    for layer in errors["kpsvd"]:
+        kfac, ekfac, kpsvd, deflation, corrected = (errors[name][layer] for name in names)
+        assert deflation <= kpsvd + 1e-4
+        assert kpsvd <= kfac + 1e-4
+        assert deflation <= corrected + 1e-4
+        assert corrected <= kfac + 1e-4
+        assert ekfac <= kfac + 1e-4
 
 
 def test_everyone_gets_as_many_settings_beginning_with_the_defaults() -> None:

@@ -24,6 +24,7 @@ from smallfry.curvature.terms import Products
 
 _EPS = torch.finfo(torch.float64).eps
 _TINY = torch.finfo(torch.float64).tiny
+POWER_STEPS = 8  # before a Krylov space is worth its operations
 
 
 class Columns(NamedTuple):
@@ -91,17 +92,37 @@ def columns(
     """
     draws, samples = rows.gradients.shape[1], rows.samples
     a, g = rows.inputs[:, :, 0], rows.gradients[:, :, :, 0].flatten(1, 2)
-    left = symmetric_product(a.transpose(1, 2), a.transpose(1, 2)).double().square_()
-    right = symmetric_product(g.transpose(1, 2), g.transpose(1, 2)).double().square_()
-    if draws > 1:
-        right = right.reshape(-1, draws, samples, draws, samples).sum((1, 3))
+    left, right = grams(rows)
     if stored is not None:
-        left = _bordered(left, a, stored.inputs, 1)
-        right = _bordered(right, g, stored.outputs, draws)
+        left = _with_stored(left, a, stored.inputs, 1)
+        right = _with_stored(right, g, stored.outputs, draws)
     even = torch.full((samples,), share / samples, dtype=torch.float64, device=a.device)
     if downdate is not None:
         downdate = torch.cat([downdate[:1].expand(samples), downdate[1:]])
     return Columns(left, right, torch.cat([even, weights]), downdate)
+
+
+def grams(rows: Rows) -> tuple[Tensor, Tensor]:
+    """P and Q of the samples alone, (groups, samples, samples), float64; one use per sample."""
+    draws, samples = rows.gradients.shape[1], rows.samples
+    a, g = rows.inputs[:, :, 0], rows.gradients[:, :, :, 0].flatten(1, 2)
+    left = symmetric_product(a.transpose(1, 2), a.transpose(1, 2)).double().square_()
+    right = symmetric_product(g.transpose(1, 2), g.transpose(1, 2)).double().square_()
+    if draws > 1:
+        right = right.reshape(-1, draws, samples, draws, samples).sum((1, 3))
+    return left, right
+
+
+def bordered(own: Tensor, edge: Tensor, corner: Tensor) -> Tensor:
+    """Gram matrix of samples and stored matrices.
+
+    Args:
+        own: Of samples.
+        edge: ⟨R, x xᵀ⟩ = xᵀ R x, (groups, stored, samples), float64.
+        corner: ⟨R, R'⟩, (groups, stored, stored), float64.
+    """
+    top = torch.cat([own, edge.transpose(1, 2)], 2)
+    return torch.cat([top, torch.cat([edge, corner], 2)], 1)
 
 
 def factors(x: Tensor, stored: Tensor | None, coefficients: Tensor) -> Tensor:
@@ -126,6 +147,35 @@ def factors(x: Tensor, stored: Tensor | None, coefficients: Tensor) -> Tensor:
     if stored is not None:
         result += torch.einsum("rhk,khij->rhij", c[:, :, samples:], stored)
     return result
+
+
+def positive_triplet(problem: Columns, start: Tensor, tolerance: float) -> Triplets | None:
+    """The leading triplet of a positive map by power iteration, or None if it takes too long.
+
+    From positive vectors on it takes a few steps where the leading value stands out, and each is
+    two small products, where bidiagonalisation has many operations on few numbers. Coefficients
+    are those of ``canonical_triplets``.
+
+    Args:
+        problem: With ``is_positive``.
+        start: (groups, 1, columns), of the right vector, not negative.
+        tolerance: On ‖Zᵀu − σv‖ / σ; differences of squares tell it down to 1e-7.
+    """
+    e, q = start, problem.right_metric(start)
+    for _ in range(POWER_STEPS):
+        length = (e * q).sum(2, keepdim=True).sqrt().clamp_min(_TINY)
+        c = problem.apply(q / length)
+        p = problem.left_metric(c)
+        value = (c * p).sum(2, keepdim=True).sqrt()
+        scale = value.clamp_min(_TINY)
+        image = problem.apply(p / scale)
+        along = problem.right_metric(image)
+        squared = (image * (along - 2 * value * q / length)).sum(2, keepdim=True) + value**2
+        e, q = image, along
+        if bool((squared <= (tolerance * value) ** 2).all()):
+            residual = float((squared.clamp_min(0).sqrt() / scale).max())
+            return Triplets(value[:, :, 0], c / scale, image / scale, residual)
+    return None
 
 
 def full_triplets(problem: Columns, rank: int) -> Triplets:
@@ -169,11 +219,7 @@ def _bound(x: Tensor, gram: Tensor) -> Tensor:
     return (x**2 * diagonal[:, None]).sum(2).mul(x.shape[2]).sqrt()
 
 
-def _bordered(own: Tensor, x: Tensor, stored: Tensor, draws: int) -> Tensor:
-    """Gram matrix of samples and stored matrices: ⟨R, x xᵀ⟩ = xᵀ R x, and ⟨R, R'⟩."""
+def _with_stored(own: Tensor, x: Tensor, stored: Tensor, draws: int) -> Tensor:
     forms = [quadratic_forms(x, matrix).reshape(len(x), draws, -1).sum(1) for matrix in stored]
-    edge = torch.stack(forms, 1).double()  # (groups, stored, samples)
     flat = stored.flatten(2).transpose(0, 1)
-    corner = (flat @ flat.transpose(1, 2)).double()
-    top = torch.cat([own, edge.transpose(1, 2)], 2)
-    return torch.cat([top, torch.cat([edge, corner], 2)], 1)
+    return bordered(own, torch.stack(forms, 1).double(), (flat @ flat.transpose(1, 2)).double())

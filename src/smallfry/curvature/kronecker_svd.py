@@ -18,7 +18,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from smallfry.curvature.columns import Columns, canonical_triplets, columns, factors, full_triplets
+from smallfry.curvature.columns import (
+    Columns,
+    canonical_triplets,
+    columns,
+    factors,
+    full_triplets,
+    positive_triplet,
+)
 from smallfry.curvature.golub_kahan import Triplets, golub_kahan
 from smallfry.curvature.kronecker import (
     NotFiniteError,
@@ -33,6 +40,7 @@ from smallfry.curvature.terms import Products, Terms
 from smallfry.errors import UsageError
 
 _TINY = torch.finfo(torch.float64).tiny
+POWER_TOLERANCE = 1e-7  # what a power iteration on Gram matrices can tell
 
 Solver = Literal["deflation", "lanczos", "full"]
 
@@ -66,7 +74,7 @@ def nearest_terms(
         NotFiniteError: The rows or the stored terms are not finite.
         UsageError: ``solver="full"`` with shared weights.
     """
-    rows = _full_precision(rows)
+    rows = in_full_precision(rows)
     products = None if stored is None or keep == 0 else _like(stored.products, rows)
     weights = _weights(rows, [] if products is None else [keep] * len(products.inputs))
     share = 1.0 if products is None else 1 - keep
@@ -106,7 +114,7 @@ def kfac_correction(
         NotFiniteError: The rows, the factors or the stored terms are not finite.
         UsageError: ``solver="full"`` with shared weights.
     """
-    rows = _full_precision(rows)
+    rows = in_full_precision(rows)
     products, share = None, 1.0
     if keep > 0 and a is not None and g is not None:
         products, share = Products(a[None], g[None]), 1 - keep
@@ -164,7 +172,7 @@ def _solve(
         root = found.values.sqrt().to(rows.inputs).T[:, :, None, None]
         r, s = sides[0] * root, sides[1] * root
     else:
-        found = _of_columns(operator, rows, rank, solver, tolerance)
+        found = column_triplets(operator, rows, rank, solver, tolerance)
         root = found.values.sqrt()[:, :, None]
         a, g = rows.inputs[:, :, 0], rows.gradients[:, :, :, 0].flatten(1, 2)
         r = factors(a, None if products is None else products.inputs, found.left * root)
@@ -175,7 +183,7 @@ def _solve(
     return Terms(r, s, found.values, squared_norm.clamp_min(0))
 
 
-def _of_columns(
+def column_triplets(
     operator: Columns, rows: Rows, rank: int, solver: Solver, tolerance: float | None
 ) -> Triplets:
     """Triplets in coefficients of columns."""
@@ -186,6 +194,10 @@ def _of_columns(
     start[samples + 1 :] = 0  # further stored terms are indefinite
     start = start.expand(len(operator.left), 1, -1)
     dual = operator.right_metric(start)[:, 0]
+    if rank == 1 and solver != "full" and operator.is_positive and tolerance >= POWER_TOLERANCE:
+        quick = positive_triplet(operator, start, tolerance)
+        if quick is not None:
+            return quick
     squares = operator.right.diagonal(dim1=1, dim2=2)[:, None]
     unit = torch.where(squares > 0, squares.clamp_min(_TINY).rsqrt(), 0.0)
     others = _random(rank, len(start[0, 0])).to(unit) * unit
@@ -301,7 +313,7 @@ def _weights(rows: Rows, values: list[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device=rows.inputs.device)
 
 
-def _full_precision(rows: Rows) -> Rows:
+def in_full_precision(rows: Rows) -> Rows:
     """Rows in float32 at least."""
     if rows.inputs.dtype in (torch.float32, torch.float64):
         return rows

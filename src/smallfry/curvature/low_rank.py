@@ -48,6 +48,16 @@ class LowRank(NamedTuple):
         return self.vectors @ projected + self.tail[:, None, None] * x
 
 
+def inner(one: LowRank, other: LowRank) -> Tensor:
+    """⟨one, other⟩, the trace of their product, (groups,)."""
+    size = one.vectors.shape[1]
+    squares = (one.vectors.transpose(1, 2) @ other.vectors) ** 2
+    first, second = one.values - one.tail[:, None], other.values - other.tail[:, None]
+    coupled = (first[:, None] @ squares @ second[:, :, None]).flatten()
+    flat = other.tail * first.sum(1) + one.tail * second.sum(1) + size * one.tail * other.tail
+    return coupled + flat
+
+
 def average(
     old: LowRank | None, rows: Tensor, keep: float, rank: int, generator: torch.Generator
 ) -> LowRank:
@@ -74,7 +84,7 @@ def average(
     if old is not None:
         trace = trace + keep * old.trace
     start = None if old is None else old.vectors
-    return _leading(product, trace, rows.shape[2], rank, start, generator)
+    return leading_pairs(product, trace, rows.shape[2], rank, start, generator)
 
 
 def compress(
@@ -101,7 +111,47 @@ def compress(
         values, vectors = _eigh(matrix)
         return LowRank(vectors, values if signed else values.clamp_min(0), torch.zeros_like(trace))
     start = None if near is None else near.vectors
-    return _leading(lambda x: matrix @ x, trace, matrix.shape[2], rank, start, generator, signed)
+    return leading_pairs(
+        lambda x: matrix @ x, trace, matrix.shape[2], rank, start, generator, signed
+    )
+
+
+def leading_pairs(
+    product: Callable[[Tensor], Tensor],
+    trace: Tensor,
+    size: int,
+    rank: int,
+    start: Tensor | None,
+    generator: torch.Generator,
+    signed: bool = False,
+) -> LowRank:
+    """The leading pairs of a symmetric matrix that only its products are known of.
+
+    Args:
+        product: The matrix times (groups, size, columns).
+        trace: Of the matrix, (groups,).
+        size: Its size.
+        rank: Pairs to keep, less than size.
+        start: Vectors near the leading ones, (groups, size, any); None for random ones.
+        generator: Of further random ones.
+        signed: Keep the largest by size, whatever their sign, and nothing of the rest.
+    """
+    new = min(OVERSAMPLING if start is not None else rank + OVERSAMPLING, size)
+    probes = torch.randn(
+        (len(trace), size, new), generator=generator, device=trace.device, dtype=trace.dtype
+    )
+    first = probes if start is None else torch.cat([start, probes], dim=2)[..., :size]
+    basis = torch.linalg.qr(product(first)).Q
+    ritz = basis.transpose(1, 2) @ product(basis)
+    values, inner = _eigh((ritz + ritz.transpose(1, 2)) / 2)
+    if signed:
+        order = values.abs().argsort(1)[:, -rank:]
+        values = values.gather(1, order)
+        inner = inner.gather(2, order[:, None].expand(-1, inner.shape[1], -1))
+        return LowRank(basis @ inner, values, torch.zeros_like(trace))
+    values = values[:, -rank:].clamp_min(0)
+    tail = ((trace - values.sum(1)) / (size - rank)).clamp_min(0)
+    return LowRank(basis @ inner[..., -rank:], values, tail)
 
 
 class PencilSide(NamedTuple):
@@ -142,33 +192,6 @@ def solve_pencil(a: PencilSide, g: PencilSide, x: Tensor, floor: float) -> Tenso
     y = y + g.vectors @ inner @ a.vectors.transpose(1, 2)
     y = g.root.times(y)
     return a.root.times(y.transpose(1, 2)).transpose(1, 2)
-
-
-def _leading(
-    product: Callable[[Tensor], Tensor],
-    trace: Tensor,
-    size: int,
-    rank: int,
-    start: Tensor | None,
-    generator: torch.Generator,
-    signed: bool = False,
-) -> LowRank:
-    new = min(OVERSAMPLING if start is not None else rank + OVERSAMPLING, size)
-    probes = torch.randn(
-        (len(trace), size, new), generator=generator, device=trace.device, dtype=trace.dtype
-    )
-    first = probes if start is None else torch.cat([start, probes], dim=2)[..., :size]
-    basis = torch.linalg.qr(product(first)).Q
-    ritz = basis.transpose(1, 2) @ product(basis)
-    values, inner = _eigh((ritz + ritz.transpose(1, 2)) / 2)
-    if signed:
-        order = values.abs().argsort(1)[:, -rank:]
-        values = values.gather(1, order)
-        inner = inner.gather(2, order[:, None].expand(-1, inner.shape[1], -1))
-        return LowRank(basis @ inner, values, torch.zeros_like(trace))
-    values = values[:, -rank:].clamp_min(0)
-    tail = ((trace - values.sum(1)) / (size - rank)).clamp_min(0)
-    return LowRank(basis @ inner[..., -rank:], values, tail)
 
 
 def solve_sides(a: LowRank | None, g: LowRank | None, x: Tensor, da: Tensor, dg: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ class CifarResNet(ResNet):  # type: ignore[misc]  # timm has no types
 def _cfg(first: str, head: str) -> dict[str, Any]:
     return {
         "input_size": (3, 32, 32),
-        "num_classes": 1000,
+        "num_classes": 10,
         "mean": (0.4914, 0.4822, 0.4465),  # CIFAR-10's
         "std": (0.2470, 0.2435, 0.2616),
         "interpolation": "bicubic",

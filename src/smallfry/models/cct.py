@@ -53,7 +53,7 @@ class CCT(nn.Module):
         self,
         img_size: int = 32,
         in_chans: int = 3,
-        num_classes: int = 1000,
+        num_classes: int = 10,
         embed_dim: int = 256,
         depth: int = 7,
         num_heads: int = 4,
@@ -218,7 +218,7 @@ default_cfgs = generate_default_cfgs(
         name: {
             "input_size": (3, 32, 32),
             "fixed_input_size": True,
-            "num_classes": 1000,
+            "num_classes": 10,
             "mean": (0.4914, 0.4822, 0.4465),  # CIFAR-10's
             "std": (0.2470, 0.2435, 0.2616),
             "interpolation": "bicubic",

@@ -41,6 +41,7 @@ from smallfry.curvature.low_rank import (
     pencil_side,
     solve_pencil,
 )
+from smallfry.curvature.nearest_pairs import Factor, Pair, nearest_pairs
 from smallfry.curvature.terms import Terms, expanded, joined, terms_error
 from smallfry.errors import UsageError
 from smallfry.optim.approximation import Approximation, State, eigenvalue_range
@@ -136,11 +137,19 @@ class NearestProduct(KroneckerProduct):
         generator: torch.Generator,
     ) -> None:
         """The product nearest to the old one and the batch together."""
+        seen = as_used(rows, self.sharing_of(block))
+        kept = self.rank_of(block, "a"), self.rank_of(block, "g")
+        if seen.uses == 1 and kept != (None, None):
+            old = [Pair(*(_factor(state, side) for side in SIDES))] if keep else []
+            product = nearest_pairs(seen, kept, generator, stored=old, keep=keep).products[0]
+            for side, factor in zip(SIDES, product, strict=True):
+                state |= _as_state(side, factor)
+            return
         stored = None
         if keep:
             r, s = (self.dense(state, side)[None] for side in SIDES)
             stored = Terms(r, s, *_unknown(r))
-        found = nearest_terms(as_used(rows, self.sharing_of(block)), stored=stored, keep=keep)
+        found = nearest_terms(seen, stored=stored, keep=keep)
         fresh: State = {}
         for side, matrix in zip(SIDES, (found.inputs[0], found.outputs[0]), strict=True):
             rank = self.rank_of(block, side)
@@ -191,8 +200,11 @@ class NearestSum(Approximation):
         generator: torch.Generator,
     ) -> None:
         """The sum nearest to the old one and the batch together."""
-        stored = self.terms(state) if keep else None
         seen = as_used(rows, self.sharing_of(block))
+        if seen.uses == 1 and self.few(block):
+            self._update_few(state, seen, keep, generator)
+            return
+        stored = self.terms(state) if keep else None
         found = nearest_terms(seen, self.rank, stored=stored, keep=keep, solver=self.solver)
         self.store(block, state, found, generator)
 
@@ -303,6 +315,28 @@ class NearestSum(Approximation):
         state["values"] = terms.values.to(terms.inputs)
         state["squared_norm"] = terms.squared_norm.to(terms.inputs)
 
+    def _update_few(
+        self, state: State, seen: Rows, keep: float, generator: torch.Generator
+    ) -> None:
+        old = []
+        if keep:
+            names = [[f"{k}{side}" for side in SIDES] for k in range(self.rank)]
+            old = [Pair(*(_factor(state, name) for name in pair)) for pair in names]
+        found = nearest_pairs(
+            seen,
+            (self.factor_rank, self.factor_rank),
+            generator,
+            count=self.rank,
+            stored=old,
+            keep=keep,
+            solver=self.solver,
+        )
+        for k, pair in enumerate(found.products):
+            for side, factor in zip(SIDES, pair, strict=True):
+                state |= _as_state(f"{k}{side}", factor)
+        state["values"] = found.values.to(seen.inputs)
+        state["squared_norm"] = found.squared_norm.to(seen.inputs)
+
     def _invert_few(self, state: State, damping: float) -> float:
         firsts = [low_rank(state, f"0{side}") for side in SIDES]
         means = [one.trace / one.vectors.shape[1] for one in firsts if one is not None]
@@ -332,6 +366,19 @@ def as_used(rows: Sequence[Rows], sharing: str) -> Rows:
     if sharing == "reduce":
         return joined([reduced(part) for part in rows])
     return expanded(rows)
+
+
+def _factor(state: State, name: str) -> Factor:
+    """A matrix as it is kept."""
+    few = low_rank(state, name)
+    return unpack(state[name]) if few is None else few
+
+
+def _as_state(name: str, factor: Factor) -> State:
+    """What is kept of a matrix."""
+    if isinstance(factor, LowRank):
+        return {f"{part}_{name}": t for part, t in factor._asdict().items()}
+    return {name: pack(factor)}
 
 
 def _unknown(matrices: Tensor) -> tuple[Tensor, Tensor]:

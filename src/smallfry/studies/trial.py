@@ -145,53 +145,55 @@ def run_trial(job: Job, place: Place, training: Examples, held_out: Examples) ->
 
 
 def fisher_errors(
-    job: Job, place: Place, training: Examples, contestants: Sequence[str], every: int = 25
+    job: Job, place: Place, training: Examples, contestants: Sequence[str], every: int = 50
 ) -> dict[str, list[dict[str, Any]]]:
     """Errors of the contestants' Fisher approximations, along one trajectory of AdamW's.
 
-    All of them watch the same network, refresh every ``every`` steps and move nothing.
+    Each is made of the batch that it is compared with, of whole matrices: what a method is, without
+    what running averages and few eigenpairs add.
 
     Args:
         job: With the settings of AdamW.
         place: Where.
         training: What the network learns.
         contestants: Those of ours whose approximation has an error to tell.
-        every: Steps between two refreshes.
+        every: Steps between two measurements.
 
     Returns:
         For each contestant its points: step, and the relative Frobenius error by layer.
     """
     problem = PROBLEMS[job.problem]
     model, adamw = _start(job, place)
-    watching = {}
-    for name in contestants:
-        settings = {"statistics_every": every, "burn_in": 0, "seed": job.seed}
-        watcher = CONTESTANTS[name].build(model, problem, **CONTESTANTS[name].defaults, **settings)
-        assert isinstance(watcher, NaturalGradient)
-        for group in watcher.param_groups:
-            group["lr"] = 0.0
-        watcher.monitor()
-        watching[name] = watcher
     batches = _batches(len(training.pixels), problem.batch_size, job.seed, training.pixels.device)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
     steps, began = 0, place.now()
     model.train()
     while place.now() - began < job.seconds or steps == 0:
+        watching = {}
+        for name in contestants if steps % every == 0 else ():
+            settings = {**CONTESTANTS[name].defaults, "factor_rank": None, "seed": job.seed}
+            watching[name] = CONTESTANTS[name].build(model, problem, **settings)
         inputs, targets = training.batch(next(batches), problem.reconstruct)
         loss = problem.loss(model(inputs), targets)
         adamw.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         for name, watcher in watching.items():
-            watcher.step()
-            if steps % every == 0:
-                blocks = watcher.diagnostics().blocks
-                errors = {b.layer: b.fisher_error for b in blocks if b.fisher_error is not None}
-                found[name].append({"step": steps, "layers": errors})
+            found[name].append({"step": steps, "layers": _layer_errors(watcher)})
         adamw.step()
         steps += 1
-    for watcher in watching.values():
-        watcher.close()
     return found
+
+
+def _layer_errors(watcher: torch.optim.Optimizer) -> dict[str, float]:
+    """Those of an optimizer that has seen one batch, without a step of the parameters."""
+    assert isinstance(watcher, NaturalGradient)
+    for group in watcher.param_groups:
+        group["lr"] = 0.0
+    watcher.monitor()
+    watcher.step()
+    watcher.close()
+    blocks = watcher.diagnostics().blocks
+    return {b.layer: b.fisher_error for b in blocks if b.fisher_error is not None}
 
 
 def _start(job: Job, place: Place) -> tuple[nn.Module, torch.optim.Optimizer]:
