@@ -1,13 +1,14 @@
-# make demo   trains a ViTRM on handwritten digits, and draws what it learned
-# make test   style, types and tests
-# make bench  how fast the training loop is
+# make demo     trains a ViTRM on handwritten digits, and draws what it learned
+# make test     style, types and tests
+# make bench    how fast the training loop is
+# make recipes  writes recipes/paper and recipes/short
 # Each works alone on a machine that has Python 3.11 or newer and make. ARGS reach the command.
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench recipes clean
 
 demo: $(INSTALLED)
 	$(BIN)/smallfry train $(ARGS)
@@ -22,6 +23,9 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/loop.py $(ARGS)
+
+recipes: $(INSTALLED)
+	$(BIN)/python recipes/generate.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("smallfry needs Python 3.11 or newer, this is %d.%d; name another: make PYTHON=python3.12" % v[:2])'

@@ -8,7 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,14 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from smallfry.errors import SmallfryError, Stopped, UsageError, nearest
-from smallfry.studies.config import SHORT, RaceConfig
+from smallfry.studies.config import STUDIES, RaceConfig, RunsConfig
 from smallfry.training.config import TrainConfig
 from smallfry.version import __version__
 
-STUDIES = {  # what it is, and the problem without --problem
-    "autoencoder": ("Race optimizers on auto-encoders (arXiv 2201.10285).", "curves"),
-    "two-level": ("Race coarse spaces of two-level KFAC (arXiv 2303.18083).", "deep_linear"),
-}
 FAILED, MISUSED = 1, 2  # exit codes; a run that a signal stopped gives 128 + its number
 
 
@@ -164,11 +160,17 @@ def models(pattern: str = "*", as_json: bool = False) -> int:
     return 0
 
 
-def study(name: str, config: RaceConfig, folder: Path | None = None) -> int:
+def study(name: str, config: RaceConfig | RunsConfig, folder: Path | None = None) -> int:
     """Run one of the papers' comparisons, or what is missing of it, and write its report."""
-    from smallfry.studies.race import run_race
+    if isinstance(config, RaceConfig):
+        from smallfry.studies.race import run_race
 
-    report = run_race(name, config, folder or Path("studies") / f"{name}-{config.problem}")
+        report = run_race(name, config, folder or Path("studies") / f"{name}-{config.problem}")
+    else:
+        from smallfry.studies.study import run_study
+
+        data = Path(config.data.name).name
+        report = run_study(name, config, folder or Path("studies") / f"{name}-{data}")
     print(f"report: {report}")
     return 0
 
@@ -176,8 +178,8 @@ def study(name: str, config: RaceConfig, folder: Path | None = None) -> int:
 # What the verbs are told
 
 
-def build_parser() -> ArgumentParser:
-    """The parser of the whole command."""
+def build_parser(short: bool = False) -> ArgumentParser:
+    """The parser of the whole command; ``short`` gives studies the defaults of their short form."""
     parser = _parser("Small networks that do the work of big ones.")
     parser.add_argument("--version", action="version", version=f"smallfry {__version__}")
     verbs = parser.add_subcommands(metavar="VERB")
@@ -233,20 +235,20 @@ def build_parser() -> ArgumentParser:
     verbs.add_subcommand("models", models_verb, help="list models and their cost")
 
     study_verb = _parser("Run one of the papers' comparisons; the same command goes on with it.")
-    verbs.add_subcommand("study", study_verb, help="race optimizers as the papers did")
+    verbs.add_subcommand("study", study_verb, help="compare optimizers or models as the papers did")
     studies = study_verb.add_subcommands(metavar="STUDY")
-    for name, (purpose, default) in STUDIES.items():
-        parser_of_study = _parser(purpose)
+    for name, kind in STUDIES.items():
+        parser_of_study = _parser(kind.purpose)
         parser_of_study.add_argument("--config", action="config", help="A YAML file with these.")
         parser_of_study.add_argument(
-            "--folder", type=Path | None, help="Where trials and report go; default studies/STUDY-…"
+            "--folder", type=Path | None, help="Where runs and report go; default studies/STUDY-…"
         )
         parser_of_study.add_argument(
             "--short", action="store_true", help="A few minutes instead of hours, to try it."
         )
-        parser_of_study.add_class_arguments(RaceConfig)
-        parser_of_study.set_defaults({"problem": default})
-        studies.add_subcommand(name, parser_of_study, help=purpose)
+        parser_of_study.add_class_arguments(kind.config)
+        parser_of_study.set_defaults({**kind.defaults, **(kind.short if short else {})})
+        studies.add_subcommand(name, parser_of_study, help=kind.purpose)
     return parser
 
 
@@ -279,7 +281,7 @@ def _expand_shorthand(arguments: Sequence[str]) -> list[str]:
     return expanded
 
 
-def _dispatch(parsed: Namespace, parser: ArgumentParser) -> int:
+def _dispatch(parsed: Namespace, parser: ArgumentParser, short: bool) -> int:
     verb = parsed.subcommand
     given = parsed[verb]
     if verb == "train":
@@ -307,15 +309,18 @@ def _dispatch(parsed: Namespace, parser: ArgumentParser) -> int:
             given.json,
         )
     if verb == "study":
-        return _dispatch_study(given, parser)
+        return _dispatch_study(given, parser, short)
     return models(given.pattern, given.json)
 
 
-def _dispatch_study(given: Namespace, parser: ArgumentParser) -> int:
+def _dispatch_study(given: Namespace, parser: ArgumentParser, short: bool) -> int:
     name = given.subcommand
-    told = given[name]
-    config = RaceConfig(**{field.name: told[field.name] for field in fields(RaceConfig)})
-    return study(name, replace(config, **SHORT) if told.short else config, told.folder)
+    if given[name].short and not short:
+        raise UsageError("the short form is asked for on the command line: --short")
+    kind = STUDIES[name]
+    built = _verb_parsers(_verb_parsers(parser)["study"])[name].instantiate(given[name])
+    config = kind.config(**{field.name: built[field.name] for field in fields(kind.config)})
+    return study(name, config, given[name].folder)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -350,12 +355,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    parser = build_parser()
+    short = "--short" in arguments
+    parser = build_parser(short)
     try:
         parsed = parser.parse_args(list(arguments))
     except ArgumentError as error:
         raise UsageError(_explain(str(error), arguments, parser)) from None
-    return _dispatch(parsed, parser)
+    return _dispatch(parsed, parser, short)
 
 
 def _explain(message: str, arguments: Sequence[str], parser: ArgumentParser) -> str:

@@ -17,6 +17,7 @@ import torch
 from smallfry.errors import RunError, UsageError
 from smallfry.studies.config import RaceConfig
 from smallfry.studies.contestants import CONTESTANTS, propose
+from smallfry.studies.folder import locked
 from smallfry.studies.log import TrialLog
 from smallfry.studies.problems import PROBLEMS, Examples
 from smallfry.studies.race import best_trial, run_race
@@ -226,7 +227,7 @@ def test_trials_run_in_processes_of_their_own(tmp_path: Path) -> None:
 
 
 def test_two_processes_can_not_write_one_study(tmp_path: Path) -> None:
-    with TrialLog(tmp_path).locked(), pytest.raises(RunError, match="another process"):
+    with locked(tmp_path), pytest.raises(RunError, match="another process"):
         run_race("autoencoder", TINY, tmp_path)
 
 

@@ -96,7 +96,7 @@ RESNETS: dict[str, tuple[Any, tuple[int, ...]]] = {
 }
 
 default_cfgs = generate_default_cfgs(
-    {name: _cfg("patch_embed.proj", "head") for name in VITS}
+    {name: _cfg("patch_embed.proj", "head") | {"fixed_input_size": True} for name in VITS}
     | {f"paper_resnet{depth}_32": _cfg("conv1", "fc") for depth in RESNETS}
     | {f"resnet{depth}_cifar": _cfg("conv1", "fc") for depth in RESNETS}
 )

@@ -217,6 +217,7 @@ default_cfgs = generate_default_cfgs(
     {
         name: {
             "input_size": (3, 32, 32),
+            "fixed_input_size": True,
             "num_classes": 10,
             "mean": (0.4914, 0.4822, 0.4465),  # CIFAR-10's
             "std": (0.2470, 0.2435, 0.2616),
@@ -231,7 +232,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> CCT:
-    sizes = SIZES[name] | {"convolutions": int(name[8])}
+    sizes = SIZES[name] | {"convolutions": int(name[8]), "img_size": 32}
     build = cast(Callable[..., CCT], build_model_with_cfg)
     return build(
         CCT, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **(sizes | kwargs)

@@ -4,16 +4,14 @@ The page holds its pictures, runs nothing and asks nothing of the net; all text 
 escaped.
 """
 
-import base64
 import json
-import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from smallfry.report.page import image, page_of, strict, words, write
 from smallfry.report.race_pictures import (
     MOST_LAYERS,
     Look,
@@ -24,11 +22,9 @@ from smallfry.report.race_pictures import (
     looks,
 )
 from smallfry.report.race_tables import (
-    Html,
     cost_table,
     fisher_table,
     reported_table,
-    table,
     time_table,
     tuning_table,
 )
@@ -44,6 +40,7 @@ from smallfry.report.races import (
     times,
     tuning,
 )
+from smallfry.report.table import Html, table
 
 TITLES = {
     "tuned": "Tuned: the best setting of each, run in full",
@@ -58,27 +55,6 @@ PICTURES = {
     ],
 }
 CLOCKS = {"cpu": "CPU time", "wall": "wall time"}
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 76rem; margin: 2rem auto;
-  padding: 0 1.2rem; }
-h1 { font-size: 1.7rem; } h2 { margin-top: 3rem; border-bottom: 2px solid #e5e7eb; }
-h3 { margin-top: 2.2rem; } p { max-width: 52rem; }
-img { max-width: 100%; height: auto; display: block; margin: 1rem 0; }
-.wide { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: 0.87rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.25rem 0.7rem; text-align: right; white-space: nowrap;
-  border-bottom: 1px solid #e5e7eb; vertical-align: top; }
-th { color: #4b5563; font-weight: 600; vertical-align: bottom; }
-th.group { text-align: center; }
-td.text, th.text { text-align: left; } td.text { white-space: normal; min-width: 8rem;
-  overflow-wrap: anywhere; }
-tbody tr:hover { background: #f9fafb; } tr.chosen { background: #fef9c3; }
-.range { color: #6b7280; font-size: 0.92em; }
-.line { display: inline-block; width: 1.4rem; margin-right: 0.5rem; vertical-align: middle;
-  border-top: 3px solid; }
-details { margin: 1rem 0; } summary { cursor: pointer; }
-nav a { margin-right: 1.2rem; }
-"""
 
 
 class Part(NamedTuple):
@@ -144,23 +120,10 @@ def write_report(
         "reported": reported,
         "provenance": provenance.summary,
     }
-    _write(folder / "summary.json", json.dumps(strict(summary), indent=1, allow_nan=False) + "\n")
+    write(folder / "summary.json", json.dumps(strict(summary), indent=1, allow_nan=False) + "\n")
     page = folder / "report.html"
-    _write(page, _page(title, body))
+    write(page, page_of(title, body))
     return page
-
-
-def strict(value: Any) -> Any:
-    """The value as JSON has it: named tuples are objects, what isn't finite is null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): strict(item) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return strict(value._asdict())
-    if isinstance(value, list | tuple):
-        return [strict(item) for item in value]
-    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def _race(
@@ -177,7 +140,7 @@ def _race(
     for what, panels in PICTURES.items():
         file = stem.with_name(f"{stem.name}-{phase}-{what}.png")
         draw_losses(race, rows, panels, shown, clock, file)
-        html.append(_image(file, f"{what}, {problem}, {phase}"))
+        html.append(image(file, f"{what}, {problem}, {phase}"))
     html.append(cost_table(rows, shown))
     html.append("<h4>Time to reach a training loss</h4>")
     html.append(
@@ -225,7 +188,7 @@ def _tuning(
         f"<p>{len(trials)} trials of {spent} seconds of {_clock(race)}, judged by the validation "
         "loss at their end. The chosen setting is that of the full runs; where there are none "
         "yet, the best so far.</p>",
-        _image(file, f"tuning, {problem}"),
+        image(file, f"tuning, {problem}"),
         f"<details><summary>All trials</summary>{tuning_table(trials, shown)}</details>",
     ]
     return Part("\n".join(html), trials)
@@ -246,7 +209,7 @@ def _fisher(
         "layer, along one trajectory that AdamW trained; the table has the median over steps."
         + (f" Of {count} layers, {MOST_LAYERS} are drawn." if count > MOST_LAYERS else "")
         + "</p>",
-        _image(file, f"Fisher errors, {problem}"),
+        image(file, f"Fisher errors, {problem}"),
         fisher_table(errors, shown),
     ]
     return Part("\n".join(html), errors)
@@ -261,7 +224,7 @@ def _provenance(records: Sequence[Record]) -> Part:
         for name, value in facts.items():
             if value is not None:
                 counts = found.setdefault(name, {})
-                counts[_words(value)] = counts.get(_words(value), 0) + 1
+                counts[words(value)] = counts.get(words(value), 0) + 1
     dates = sorted(str(d) for r in records if (d := (r.get("provenance") or {}).get("date")))
     rows: list[list[Any]] = [
         [name, value, count] for name, counts in found.items() for value, count in counts.items()
@@ -273,37 +236,6 @@ def _provenance(records: Sequence[Record]) -> Part:
     return Part(html, {**found, "dates": [dates[0], dates[-1]] if dates else []})
 
 
-def _words(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {item}" for key, item in value.items())
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
 def _clock(records: Sequence[Record]) -> str:
     names = {str(record.get("clock")) for record in records}
     return " and ".join(sorted(CLOCKS.get(name, "an unknown clock") for name in names))
-
-
-def _image(file: Path, says: str) -> str:
-    data = base64.b64encode(file.read_bytes()).decode()
-    return f'<img alt="{escape(says)}" src="data:image/png;base64,{data}">'
-
-
-def _page(title: str, body: Sequence[str]) -> str:
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    head = (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-    )
-    return head + "\n".join(body) + "\n</body>\n</html>\n"
-
-
-def _write(file: Path, text: str) -> None:
-    part = file.with_name(f"{file.name}.part")
-    try:
-        part.write_bytes(text.encode(errors="replace"))
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)

@@ -1,52 +1,13 @@
 """The tables of a race's page, as HTML in which all text is escaped."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from smallfry.report.race_pictures import Look
 from smallfry.report.races import FULL, LayerError, Reach, Row, Spread, Trial, layers
-
-NONE = "–"
-
-
-class Html(str):
-    """Text that is markup already."""
-
-
-def table(
-    head: Sequence[Any],
-    rows: Sequence[Sequence[Any]],
-    text: Collection[int] = (0,),
-    groups: Sequence[tuple[str, int]] = (),
-    marked: Collection[int] = (),
-) -> Html:
-    """A table; cells are escaped unless they are ``Html``.
-
-    Args:
-        head: A name for each column.
-        rows: Cells, as many as columns.
-        text: Columns of words, which are set to the left.
-        groups: A line above the head: a name and how many columns it spans.
-        marked: Rows that stand out.
-    """
-
-    def cells(tag: str, values: Sequence[Any]) -> str:
-        return "".join(
-            f"<{tag}{' class=text' if i in text else ''}>{_cell(value)}</{tag}>"
-            for i, value in enumerate(values)
-        )
-
-    above = "".join(f"<th class=group colspan={n}>{escape(name)}</th>" for name, n in groups)
-    body = "\n".join(
-        f"<tr{' class=chosen' if i in marked else ''}>{cells('td', row)}</tr>"
-        for i, row in enumerate(rows)
-    )
-    return Html(
-        f"<div class=wide><table><thead>{f'<tr>{above}</tr>' if above else ''}"
-        f"<tr>{cells('th', head)}</tr></thead>\n<tbody>{body}</tbody></table></div>"
-    )
+from smallfry.report.table import NONE, Html, number, table
 
 
 def cost_table(rows: Sequence[Row], shown: Mapping[str, Look]) -> Html:
@@ -140,18 +101,6 @@ def reported_table(reported: Mapping[str, Mapping[str, float]], rows: Sequence[R
     return table(head, cells, groups=[group for group in groups if group[1]])
 
 
-def number(value: Any, digits: int = 3) -> str:
-    """A figure with that many digits, without an exponent where it is readable so."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return NONE
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return str(value)
-    if value and 1e-4 <= abs(value) < 1e6:
-        places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-        return f"{value:,.{places}f}"
-    return f"{value:.{digits}g}"
-
-
 def spread(values: Spread | None) -> Html:
     """A median, and the range where there is one."""
     if values is None:
@@ -181,7 +130,3 @@ def _as_given(value: Any) -> str:
     """A paper's figure with the digits that it has."""
     plain = isinstance(value, int | float) and math.isfinite(value)
     return f"{value:.10g}" if plain else number(value)
-
-
-def _cell(value: Any) -> str:
-    return value if isinstance(value, Html) else escape(str(value))

@@ -1,9 +1,11 @@
 """What a study is told."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from smallfry.training.config import DataConfig
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,212 @@ class RaceConfig:
     device: str = "cpu"
 
 
-SHORT: Mapping[str, Any] = {
+@dataclass(frozen=True)
+class RunsConfig:
+    """What all studies of training runs are told.
+
+    Args:
+        data: The data set.
+        epochs: Of every run; default the recipe's, on CIFAR the paper's 1000 and 300.
+        seeds: Runs of each kind, with seeds 0, 1, ...
+        select_on: The split that chooses the best epoch; test is the paper's protocol, and
+            flatters (with data.validation 0 it trains on all training images, as there).
+        device: auto, cpu, cuda or mps.
+        precision: Such as 32-true or bf16-mixed.
+        compile: Compile the training step.
+        threads: CPU threads; default as smallfry train.
+    """
+
+    data: DataConfig = field(default_factory=lambda: DataConfig("cifar10"))
+    epochs: int | None = None
+    seeds: int = 1
+    select_on: Literal["validation", "test"] = "validation"
+    device: str = "auto"
+    precision: str = "32-true"
+    compile: bool = False
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class BatchSizeConfig(RunsConfig):
+    """Models by batch sizes.
+
+    Args:
+        models: Names of the study's models, or of timm's; default the paper's.
+        batch_sizes: Images a step.
+    """
+
+    models: tuple[str, ...] = (
+        "vitrm_small",
+        "vit_small",
+        "vit_base",
+        "vit_large",
+        "resnet18",
+        "resnet34",
+        "resnet50",
+    )
+    batch_sizes: tuple[int, ...] = (64, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True)
+class RecursionConfig(RunsConfig):
+    """How much a ViTRM recurs.
+
+    Args:
+        vitrm: The ViTRM that is studied.
+        latent_steps: Rewritings of the latent memory in a recursion step (n).
+        supervision_steps: Recursion steps that a batch is trained on (N_sup).
+        recursion_steps: Recursion steps at inference (T). All but the first are tried with one n
+            only, the middle one.
+        batch_size: Images a step.
+    """
+
+    vitrm: str = "vitrm_small"
+    latent_steps: tuple[int, ...] = (1, 2, 3, 6, 12)
+    supervision_steps: tuple[int, ...] = (1, 2, 4, 8, 16)
+    recursion_steps: tuple[int, ...] = (1, 2, 4)
+    batch_size: int = 128
+
+
+@dataclass(frozen=True)
+class OptimizersConfig(RunsConfig):
+    """A ViTRM under many optimizers.
+
+    Args:
+        vitrm: The ViTRM that is studied.
+        optimizers: Who takes part; adamw, muon and the natural-gradient ones.
+        lr_factors: Each is tried with these multiples of its usual learning rate; the epoch and
+            the rate are chosen on the same split.
+        batch_size: Images a step.
+    """
+
+    vitrm: str = "vitrm_small"
+    optimizers: tuple[str, ...] = (
+        "adamw",
+        "muon",
+        "kfac",
+        "ekfac",
+        "kpsvd",
+        "deflation",
+        "lanczos",
+        "kfac_corrected",
+        "two_level",
+        "sngd",
+        "exact_ng",
+    )
+    lr_factors: tuple[float, ...] = (0.3, 1.0, 3.0)
+    batch_size: int = 128
+
+
+@dataclass(frozen=True)
+class ParetoConfig(RunsConfig):
+    """Accuracy against what it costs.
+
+    Args:
+        models: Names of the study's models, or of timm's.
+        batch_size: Images a step of training.
+        latency_rounds: Times that each model answers one image, all models in turns.
+        latency_threads: CPU threads meanwhile.
+    """
+
+    models: tuple[str, ...] = (
+        "vitrm_small",
+        "vitrm_thrifty",
+        "vit_small",
+        "vit_base",
+        "resnet18",
+        "resnet34",
+        "resnet50",
+        "resnet18_cifar",
+        "cct_6_3x1",
+        "cct_7_3x1",
+    )
+    batch_size: int = 128
+    latency_rounds: int = 50
+    latency_threads: int = 1
+
+
+def _on_digits(epochs: int, **settings: Any) -> Mapping[str, Any]:
+    return {"data.name": "digits", "epochs": epochs, **settings}
+
+
+RACE_SHORT: Mapping[str, Any] = {
     "seconds": 4.0,
     "seeds": 1,
     "tuning_trials": 2,
     "tuning_seconds": 2.0,
     "fisher_seconds": 8,
+}
+
+
+@dataclass(frozen=True)
+class StudyKind:
+    """A study as the command knows it.
+
+    Args:
+        purpose: What it is.
+        config: What it is told.
+        defaults: Where it differs from the configuration's own defaults.
+        short: The settings of its short form.
+    """
+
+    purpose: str
+    config: type
+    defaults: Mapping[str, Any]
+    short: Mapping[str, Any]
+
+
+STUDIES = {
+    "autoencoder": StudyKind(
+        "Race optimizers on auto-encoders (arXiv 2201.10285).",
+        RaceConfig,
+        {"problem": "curves"},
+        RACE_SHORT,
+    ),
+    "two-level": StudyKind(
+        "Race coarse spaces of two-level KFAC (arXiv 2303.18083).",
+        RaceConfig,
+        {"problem": "deep_linear"},
+        RACE_SHORT,
+    ),
+    "batch-size": StudyKind(
+        "Train the models of arXiv 2603.19503 with its batch sizes.",
+        BatchSizeConfig,
+        {},
+        _on_digits(
+            20,
+            models=("vitrm_micro", "vit_micro", "cct_micro", "resnet_micro"),
+            batch_sizes=(16, 64, 256),
+        ),
+    ),
+    "recursion": StudyKind(
+        "Train a ViTRM with more and less recursion (n, N_sup, T).",
+        RecursionConfig,
+        {},
+        _on_digits(
+            6,
+            vitrm="vitrm_micro",
+            latent_steps=(1, 3, 6),
+            supervision_steps=(1, 2, 4),
+            recursion_steps=(1, 2),
+            batch_size=64,
+        ),
+    ),
+    "optimizer": StudyKind(
+        "Train a ViTRM with AdamW, Muon and natural gradient.",
+        OptimizersConfig,
+        {},
+        _on_digits(6, vitrm="vitrm_micro", lr_factors=(1.0, 3.0), batch_size=64),
+    ),
+    "pareto": StudyKind(
+        "Set accuracy against parameters, arithmetic and latency.",
+        ParetoConfig,
+        {},
+        _on_digits(
+            20,
+            seeds=2,
+            models=("vitrm_micro", "vitrm_micro_thrifty", "vit_micro", "cct_micro", "resnet_micro"),
+            batch_size=64,
+        ),
+    ),
 }

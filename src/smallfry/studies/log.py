@@ -2,12 +2,9 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from smallfry.errors import RunError
 
@@ -22,26 +19,6 @@ class TrialLog:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.file = folder / "trials.jsonl"
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other processes from writing; a killed process lets go of it.
-
-        Raises:
-            RunError: Another process writes, or the folder can't be made.
-        """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.folder / ".lock")
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise RunError(f"{self.folder}: another process runs this study") from None
-        except OSError as error:
-            raise RunError(f"{self.folder}: can't be used as a study's folder ({error})") from error
-        try:
-            yield
-        finally:
-            lock.release()
 
     def read(self) -> list[dict[str, Any]]:
         """All trials, in the order in which they ended.

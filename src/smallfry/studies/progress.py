@@ -14,6 +14,18 @@ from smallfry.training.progress import clock
 OVERHEAD = 1.3  # what evaluation and starting add to training
 
 
+def study_bar(console: Console, things: str) -> Progress:
+    """A live bar of the things done and the time left, in a terminal only."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn(f"{{task.completed}}/{{task.total}} {things}, {{task.fields[left]}} left"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
 class RaceProgress:
     """Trials done, and the time left.
 
@@ -28,14 +40,7 @@ class RaceProgress:
         self.finished, self.spent = 0, 0.0
         self.began = time.monotonic()
         self.console = Console(highlight=False)
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total} trials, {task.fields[left]} left"),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
-        )
+        self.bar = study_bar(self.console, "trials")
 
     def __enter__(self) -> "RaceProgress":
         """Say how long it will take, before it starts."""

@@ -11,12 +11,10 @@ A trial is what can be lost: what ended is in ``trials.jsonl``, and the same com
 import multiprocessing
 import os
 import signal
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,10 +22,11 @@ from typing import Any
 
 import torch
 
-from smallfry.errors import SmallfryWarning, Stopped, TrainingError, UsageError, nearest
+from smallfry.errors import SmallfryWarning, TrainingError, UsageError, nearest
 from smallfry.report.race_page import write_report
 from smallfry.studies.config import RaceConfig
 from smallfry.studies.contestants import CONTESTANTS, propose
+from smallfry.studies.folder import locked, stoppable
 from smallfry.studies.log import TrialLog
 from smallfry.studies.problems import PROBLEMS, Examples, load_examples
 from smallfry.studies.progress import RaceProgress
@@ -85,7 +84,7 @@ def run_race(study: str, config: RaceConfig, folder: Path) -> Path:
     chosen = _check(study, config)
     place = Place(config.root, config.device, config.threads)
     log = TrialLog(folder)
-    with log.locked():
+    with locked(folder):
         records = log.read()
         _check_records(records, config, place)
         processes = config.processes or _processes(config)
@@ -103,7 +102,7 @@ def run_race(study: str, config: RaceConfig, folder: Path) -> Path:
         expected = sum(job.seconds for job in first) + max(0, later) * config.seconds
         with (
             RaceProgress(len(first) + max(0, later), expected, processes) as progress,
-            _stoppable(folder),
+            stoppable(f"stopped; finished trials are in {folder}, the same command goes on"),
         ):
             records += _run(study, first, place, processes, log, progress, watching)
             second = [job for job in _second_jobs(config, chosen, records) if job.key not in known]
@@ -258,24 +257,6 @@ def _work(job: Job, place: Place, watching: Sequence[str]) -> list[Outcome]:
 @lru_cache(maxsize=1)
 def _examples(problem: str, place: Place) -> tuple[Examples, Examples]:
     return load_examples(PROBLEMS[problem], place.root, torch.device(place.device))
-
-
-@contextmanager
-def _stoppable(folder: Path) -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into ``Stopped``."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        raise Stopped(number, f"stopped; finished trials are in {folder}, the same command goes on")
-
-    before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _processes(config: RaceConfig) -> int:

@@ -80,6 +80,16 @@ class RunFolder:
         writer.writerows(history)
         write_file(self.metrics, text.getvalue())
 
+    def read_metrics(self) -> list[dict[str, float]]:
+        """The rows of ``metrics.csv``; none before the first epoch has ended."""
+        if not self.metrics.exists():
+            return []
+        with open(self.metrics, newline="") as stream:
+            return [
+                {name: float(value) for name, value in row.items() if value}
+                for row in csv.DictReader(stream)
+            ]
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``."""
         write_file(self.summary, json.dumps(summary, indent=2) + "\n")

@@ -1,0 +1,132 @@
+"""What the training runs of a study say: pure functions of how they ended."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+from smallfry.report.table import NONE, Html, number, table
+
+OUT_OF_MEMORY = "out of memory"
+
+
+class Outcome(NamedTuple):
+    """How one run of a study ended.
+
+    ``facts`` are what the study varies, with the seed; ``summary`` and ``history`` are those of
+    the run's folder. A run that failed has no summary, but a ``failure``.
+    """
+
+    name: str
+    facts: Mapping[str, Any]
+    summary: Mapping[str, Any] | None
+    history: Sequence[Mapping[str, float]]
+    failure: str | None = None
+
+    def measured(self, name: str) -> Any:
+        """A figure of the summary; None if the run failed."""
+        return None if self.summary is None else self.summary["measured"].get(name)
+
+    @property
+    def test(self) -> float | None:
+        """Test accuracy in percent, of the one time that the test split was read."""
+        scores = self.measured("test")
+        return None if scores is None else 100 * float(scores["accuracy"])
+
+    @property
+    def selected(self) -> float | None:
+        """Accuracy in percent of the best epoch, on the split that chose it."""
+        best = self.measured("best_epoch")
+        if best is None or not 0 < best <= len(self.history):
+            return None
+        value = self.history[best - 1].get(f"{self.measured('select_on')}_accuracy")
+        return None if value is None else 100 * value
+
+    @property
+    def minutes(self) -> float | None:
+        """Of training."""
+        seconds = self.measured("training_seconds")
+        return None if seconds is None else float(seconds) / 60
+
+
+def where(outcomes: Sequence[Outcome], **facts: Any) -> list[Outcome]:
+    """The runs of which all these facts hold."""
+    return [o for o in outcomes if all(o.facts.get(key) == v for key, v in facts.items())]
+
+
+def mean(outcomes: Sequence[Outcome], value: Callable[[Outcome], float | None]) -> float | None:
+    """Mean over the runs that have this value; None if none has."""
+    known = [found for o in outcomes if (found := value(o)) is not None and math.isfinite(found)]
+    return fmean(known) if known else None
+
+
+def deviation(
+    outcomes: Sequence[Outcome], value: Callable[[Outcome], float | None]
+) -> float | None:
+    """Standard deviation over the runs; None with fewer than two."""
+    known = [found for o in outcomes if (found := value(o)) is not None and math.isfinite(found)]
+    return stdev(known) if len(known) > 1 else None
+
+
+def accuracy_cell(outcomes: Sequence[Outcome]) -> Html:
+    """Test accuracy of one kind of run, mean ± deviation over seeds, or why there is none."""
+    if not outcomes:
+        return Html(NONE)
+    middle = mean(outcomes, lambda o: o.test)
+    failed = [o for o in outcomes if o.failure is not None]
+    if middle is None:
+        return Html("out of memory" if OUT_OF_MEMORY in str(failed[0].failure) else "failed")
+    spread = deviation(outcomes, lambda o: o.test)
+    text = f"{middle:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
+    note = f" ({len(failed)} of {len(outcomes)} failed)" if failed else ""
+    return Html(f"{text}{f'<span class=range>{note}</span>' if note else ''}")
+
+
+def best_of(groups: Mapping[Any, Sequence[Outcome]]) -> Any:
+    """The key of the kind of run that the selecting split likes best; None if none has ended."""
+    scores = {key: mean(group, lambda o: o.selected) for key, group in groups.items()}
+    known = {key: score for key, score in scores.items() if score is not None}
+    return max(known, key=lambda key: known[key]) if known else None
+
+
+def strong(cell: Html) -> Html:
+    """A cell that stands out."""
+    return Html(f"<b>{cell}</b>")
+
+
+def protocol(outcomes: Sequence[Outcome]) -> str:
+    """How the epoch was chosen, in words."""
+    splits = {o.measured("select_on") for o in outcomes if o.summary is not None}
+    words = {
+        "validation": "best epoch by held-out validation, test read once",
+        "test": "best epoch by test (the paper's protocol, which flatters)",
+    }
+    return " and ".join(words[split] for split in sorted(splits)) or "nothing has ended yet"
+
+
+def runs_table(outcomes: Sequence[Outcome]) -> Html:
+    """Every run, with all that it takes to get its figures again."""
+    head = ["run", "test %", "chosen at %", "chosen on", "best epoch", "seed", "minutes"]
+    head += ["parameters", "MMAC", "device", "commit", "data"]
+    cells = []
+    for o in outcomes:
+        if o.summary is None:
+            cells.append([o.name, "failed", *[NONE] * 3, o.facts.get("seed"), *[NONE] * 6])
+            continue
+        origin, data = o.summary.get("provenance", {}), o.summary.get("data", {})
+        cells.append(
+            [
+                o.name,
+                *(NONE if v is None else f"{v:.2f}" for v in (o.test, o.selected)),
+                o.measured("select_on"),
+                f"{o.measured('best_epoch')} of {o.measured('epochs')}",
+                o.measured("seed"),
+                number(o.minutes),
+                f"{o.measured('parameters'):,}",
+                number(o.measured("macs") / 1e6),
+                origin.get("device", NONE),
+                origin.get("commit") or NONE,
+                f"{data.get('name')} {data.get('fingerprint')}",
+            ]
+        )
+    return table(head, cells, text=(0, 3, 9, 10, 11))

@@ -1,0 +1,57 @@
+"""What every study's folder needs: one writer at a time, and an end that loses nothing."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from smallfry.errors import RunError, Stopped
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing; a killed process lets go of it.
+
+    Raises:
+        RunError: Another process writes, or the folder can't be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(f"{folder}: another process runs this study") from None
+    except OSError as error:
+        raise RunError(f"{folder}: can't be used as a study's folder ({error})") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class _Signalled(BaseException):
+    """A signal came; no ``except Exception`` on the way may take it for an error."""
+
+
+@contextmanager
+def stoppable(message: str) -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into ``Stopped`` with this message."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise _Signalled(number)
+
+    before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except _Signalled as signalled:
+        raise Stopped(signalled.args[0], message) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,153 @@
+"""A study of training runs: each in a folder of its own, made by the ordinary training code.
+
+What has ended stays, what was interrupted goes on where it stopped, and a run that fails is noted
+and does not stop the others.
+"""
+
+import gc
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smallfry.errors import Stopped, TrainingError, UsageError
+from smallfry.report.runs import OUT_OF_MEMORY, Outcome
+from smallfry.studies.folder import stoppable
+from smallfry.studies.grid_progress import GridProgress
+from smallfry.studies.recipes import Planned
+from smallfry.training.checkpoint import write_file
+from smallfry.training.config import TrainConfig
+from smallfry.training.progress import Reporter
+from smallfry.training.run import RunFolder
+from smallfry.training.train import resume, train
+
+FAILURE = "failure.json"
+
+
+def run_grid(study: str, planned: Sequence[Planned], folder: Path) -> list[Outcome]:
+    """Make the runs that have not ended, and say how all of them ended.
+
+    Args:
+        study: Its name.
+        planned: All its runs.
+        folder: The study's, locked by the caller.
+
+    Raises:
+        UsageError: The folder holds another study, or runs with other settings.
+        Stopped: A signal came; the interrupted run is saved.
+    """
+    _claim(study, planned, folder)
+    ended = {p.name: o for p in planned if (o := read_outcome(p, folder)) is not None}
+    note = f"stopped; what ended is in {folder}, the same command goes on"
+    threads = torch.get_num_threads()
+    with GridProgress(planned, ended) as progress, stoppable(note):
+        for plan in planned:
+            if plan.name in ended:
+                continue
+            torch.set_num_threads(threads)  # a small model's run leaves one
+            try:
+                _run(plan, folder, progress.begin(plan))
+            except Stopped as stop:
+                raise Stopped(stop.signal_number, note) from None
+            outcome = read_outcome(plan, folder)
+            assert outcome is not None
+            ended[plan.name] = outcome
+            progress.end(outcome)
+    torch.set_num_threads(threads)
+    return [ended[plan.name] for plan in planned]
+
+
+def read_outcomes(planned: Sequence[Planned], folder: Path) -> list[Outcome]:
+    """How the runs ended that have."""
+    return [o for plan in planned if (o := read_outcome(plan, folder)) is not None]
+
+
+def read_outcome(plan: Planned, folder: Path) -> Outcome | None:
+    """How a run ended; None if it has not."""
+    run = RunFolder(run_path(folder, plan.name))
+    summary = run.read_summary()
+    if summary is not None:
+        return Outcome(plan.name, plan.facts, summary, run.read_metrics())
+    try:
+        failure = json.loads((run.path / FAILURE).read_text())["failure"]
+    except FileNotFoundError:
+        return None
+    return Outcome(plan.name, plan.facts, None, run.read_metrics(), failure)
+
+
+def run_path(folder: Path, name: str) -> Path:
+    """The folder of a run."""
+    return folder / "runs" / name
+
+
+def _run(plan: Planned, folder: Path, reporter: Reporter) -> None:
+    """One run, begun or gone on with; its failure is written down."""
+    path = run_path(folder, plan.name)
+    failure = None
+    try:
+        if RunFolder(path).config.exists():
+            resume(path, reporter)
+        else:
+            train(replace(plan.config, run=path), reporter)
+    except torch.AcceleratorError:  # the device is lost to this process
+        raise
+    except (TrainingError, UsageError, MemoryError, RuntimeError) as error:
+        failure = _in_words(error)
+    if failure is not None:
+        path.mkdir(parents=True, exist_ok=True)
+        write_file(path / FAILURE, json.dumps({"failure": failure}, indent=2) + "\n")
+    _clean_up()  # here, as an exception keeps tensors alive
+
+
+def _clean_up() -> None:
+    """Leave the next run the memory and the compiler as the first one found them."""
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _in_words(error: Exception) -> str:
+    message = str(error).strip().splitlines()
+    first = message[0] if message else type(error).__name__
+    memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    memory = memory or "can't allocate memory" in first or "not enough memory" in first
+    return f"{OUT_OF_MEMORY}: {first}" if memory else first
+
+
+def _claim(study: str, planned: Sequence[Planned], folder: Path) -> None:
+    """Write down what the study's runs are told; refuse to mix it with something else."""
+    file = folder / "study.json"
+    known: dict[str, Any] = {"study": study, "runs": {}}
+    if file.exists():
+        try:
+            known = json.loads(file.read_text())
+            _ = known["study"], known["runs"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{file}: not a study's ({error!r}); take another --folder") from None
+    if known["study"] != study:
+        raise UsageError(f"{folder} holds the study {known['study']}; take another --folder")
+    for plan in planned:
+        told = _told(plan.config)
+        before = known["runs"].setdefault(plan.name, told)
+        for key in sorted({*before, *told}, key=lambda key: ("." in key, key)):
+            if before.get(key) != told.get(key):
+                raise UsageError(
+                    f"the runs in {folder} were told {key} {before.get(key)}, not "
+                    f"{told.get(key)}: give the same settings, or another --folder"
+                )
+    write_file(file, json.dumps(known, indent=1) + "\n")
+
+
+def _told(config: TrainConfig) -> dict[str, Any]:
+    """A run's settings with dotted names, but not where its data and its folder are."""
+    told: dict[str, Any] = {}
+    for key, value in config.to_dict().items():
+        fields = value.items() if isinstance(value, dict) else [("", value)]
+        told |= {f"{key}.{inner}".rstrip("."): found for inner, found in fields}
+    for place in ("run", "progress", "data.root"):
+        told.pop(place, None)
+    return told

@@ -1,0 +1,91 @@
+"""Studies of training runs by name: what is to be run, and the report of what has ended."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from smallfry.errors import Stopped, UsageError
+from smallfry.report.runs import Outcome
+from smallfry.report.runs_page import Section, save_page, write_page
+from smallfry.studies import batch_size, optimizer, pareto, recursion
+from smallfry.studies.config import RunsConfig
+from smallfry.studies.folder import locked
+from smallfry.studies.grid import read_outcomes, run_grid
+from smallfry.studies.recipes import Planned
+
+
+class Study(NamedTuple):
+    """A study of training runs."""
+
+    title: str
+    about: str
+    plan: Callable[[Any], list[Planned]]
+    sections: Callable[[Any, list[Outcome], Path], list[Section]]
+
+
+STUDIES = {
+    name: Study(module.TITLE, module.ABOUT, module.plan, module.sections)
+    for name, module in {
+        "batch-size": batch_size,
+        "recursion": recursion,
+        "optimizer": optimizer,
+        "pareto": pareto,
+    }.items()
+}
+
+
+def run_study(name: str, config: RunsConfig, folder: Path) -> Path:
+    """Make the runs that are missing, and write the report of all that have ended.
+
+    Args:
+        name: A key of ``STUDIES``.
+        config: That study's configuration.
+        folder: Where runs and report go.
+
+    Returns:
+        The report, an HTML page.
+
+    Raises:
+        UsageError: The configuration makes no sense, or contradicts the runs in the folder.
+        Stopped: A signal came; the report is of what had ended.
+    """
+    study = STUDIES[name]
+    _check(config)
+    planned = list({plan.name: plan for plan in study.plan(config)}.values())
+    with locked(folder):
+        try:
+            outcomes = run_grid(name, planned, folder)
+        except Stopped:
+            _report(study, config, read_outcomes(planned, folder), len(planned), folder)
+            raise
+        return _report(study, config, outcomes, len(planned), folder)
+
+
+def _report(
+    study: Study, config: RunsConfig, outcomes: list[Outcome], planned: int, folder: Path
+) -> Path:
+    (folder / "pictures").mkdir(exist_ok=True)
+    sections = study.sections(config, outcomes, folder)
+    title = f"{study.title}: {Path(config.data.name).name}"
+    page, summary = write_page(title, study.about, sections, outcomes, planned)
+    return save_page(folder, page, summary)
+
+
+def _check(config: RunsConfig) -> None:
+    for name in ("epochs", "seeds", "batch_size", "latency_rounds", "latency_threads"):
+        given = getattr(config, name, None)
+        if given is not None and given < 1:
+            raise UsageError(f"{name} must be at least 1, got {given}")
+    lists = ("batch_sizes", "latent_steps", "supervision_steps", "recursion_steps", "lr_factors")
+    for name in lists:
+        values = getattr(config, name, (1,))
+        if not values or min(values) <= 0:
+            raise UsageError(f"{name}: name at least one, all above 0")
+    if config.device != "auto":
+        try:
+            torch.empty(1, device=config.device)
+        except (RuntimeError, AssertionError) as error:
+            message = str(error).splitlines()[0]
+            raise UsageError(f"device {config.device} can't be used here: {message}") from None
