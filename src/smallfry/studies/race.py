@@ -88,17 +88,17 @@ def run_race(study: str, config: RaceConfig, folder: Path) -> Path:
         records = log.read()
         _check_records(records, config, place)
         processes = config.processes or _processes(config)
-        # also fills the cache, so that the processes find decoded data
-        load_examples(PROBLEMS[config.problem], config.root, torch.device("cpu"))
         known = _known(records)
         watching = _unwatched(config.problem, chosen, known)
         first = [
             job
             for job in _first_jobs(config, chosen)
-            if (watching if job.phase == "fisher" else job.key not in known)
+            if (bool(watching) if job.phase == "fisher" else job.key not in known)
         ]
         later = len(chosen) * config.seeds if config.tuning_trials else 0
         later -= sum(1 for key in known if key[0] == "tuned" and key[1] == config.problem)
+        if first or later > 0:  # fills the cache, so that the processes find decoded data
+            load_examples(PROBLEMS[config.problem], config.root, torch.device("cpu"))
         expected = sum(job.seconds for job in first) + max(0, later) * config.seconds
         with (
             RaceProgress(len(first) + max(0, later), expected, processes) as progress,
