@@ -289,7 +289,8 @@ def _check(study: str, config: RaceConfig) -> tuple[str, ...]:
     except (RuntimeError, AssertionError) as error:
         message = str(error).splitlines()[0]
         raise UsageError(f"device {config.device} can't be used here: {message}") from None
-    if config.contestants is None and find_spec("pytorch_optimizer") is None:
+    optional = config.contestants is None and "soap" in chosen
+    if optional and find_spec("pytorch_optimizer") is None:
         chosen = tuple(name for name in chosen if name != "soap")
         warnings.warn(
             "SOAP does not take part: pip install 'smallfry[peers]' brings it",
