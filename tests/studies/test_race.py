@@ -85,7 +85,7 @@ def test_a_trial_is_a_function_of_its_seed(examples: tuple[Examples, Examples]) 
 
 
 def test_a_run_that_blows_up_is_told_and_not_recorded_as_numbers(
-    examples: tuple[Examples, Examples], tmp_path: Path
+    examples: tuple[Examples, Examples],
 ) -> None:
     job = Job("tuning", "curves", "sgd", {"lr": 1e30}, 0, 0, 5.0)
     measured = run_trial(job, Place(), *examples)

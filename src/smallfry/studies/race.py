@@ -95,8 +95,11 @@ def run_race(study: str, config: RaceConfig, folder: Path) -> Path:
             for job in _first_jobs(config, chosen)
             if (bool(watching) if job.phase == "fisher" else job.key not in known)
         ]
-        later = len(chosen) * config.seeds if config.tuning_trials else 0
-        later -= sum(1 for key in known if key[0] == "tuned" and key[1] == config.problem)
+        if first:  # who is tuned to what is not known yet
+            later = len(chosen) * config.seeds if config.tuning_trials else 0
+            later -= sum(1 for key in known if key[0] == "tuned" and key[1] == config.problem)
+        else:
+            later = sum(job.key not in known for job in _second_jobs(config, chosen, records))
         if first or later > 0:  # fills the cache, so that the processes find decoded data
             load_examples(PROBLEMS[config.problem], config.root, torch.device("cpu"))
         expected = sum(job.seconds for job in first) + max(0, later) * config.seconds
