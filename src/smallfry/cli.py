@@ -107,7 +107,8 @@ def predict(
     as_json: bool = False,
 ) -> int:
     """Classify images."""
-    from smallfry.training.inference import classify, find_images
+    from smallfry.inputs import find_images
+    from smallfry.training.inference import classify
     from smallfry.training.run import load_run
 
     if top_k < 1:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from plain_vitrm_plus import by_definition
 from torch.testing import assert_close
 
-from smallfry.cost import cost
+from smallfry.costing import cost
 from smallfry.errors import UsageError
 from smallfry.models import State, ViTRM, ViTRMPlus
 from smallfry.models.early_exit import recurse_until

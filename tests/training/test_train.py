@@ -10,7 +10,7 @@ from filelock import FileLock
 from PIL import Image
 from run_helpers import TINY, StopAt, all_metrics, metrics
 
-from smallfry.cost import Cost
+from smallfry.costing import Cost
 from smallfry.errors import (
     DataError,
     RunError,

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from smallfry.data.images import decode, refit
 from smallfry.data.sources import EncodedSplit
 from smallfry.errors import DataError
+from smallfry.images import decode, refit
 
 log = logging.getLogger(__name__)
 

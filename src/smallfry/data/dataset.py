@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smallfry.data.cache import decoded
-from smallfry.data.images import header
 from smallfry.data.named import NOTHING_TO_TELL_APART, find_source
 from smallfry.data.sources import TEST, TRAIN, VALIDATION, EncodedSplit, Source
 from smallfry.errors import DataError, SmallfryWarning, UsageError
+from smallfry.images import header
 
 LARGEST_NATIVE_SIZE = 64  # larger images are brought to DEFAULT_SIZE unless a size is asked for
 DEFAULT_SIZE = 32

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from smallfry.data.images import IMAGE_EXTENSIONS, Encoded
 from smallfry.errors import DataError, UsageError, nearest
+from smallfry.images import Encoded
+from smallfry.inputs import images_below, is_image
 
 log = logging.getLogger(__name__)
 
@@ -300,21 +300,8 @@ def _class_names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def images_below(folder: Path) -> list[Path]:
-    """All images in a folder and its folders; hidden ones are not meant."""
-    found = []
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(place, name) for name in sorted(files) if _is_image(name)]
-    return found
-
-
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and Path(name).suffix.lower() in IMAGE_EXTENSIONS
-
-
 def _refuse_loose_images(folder: Path) -> None:
-    loose = sorted(p for p in folder.iterdir() if _is_image(p.name) and not p.is_dir())
+    loose = sorted(p for p in folder.iterdir() if is_image(p.name) and not p.is_dir())
     if loose:
         raise DataError(
             f"{loose[0]}: an image without a label; expected one folder per class, "

@@ -1,31 +1,20 @@
-"""From files, folders, globs and standard input to class names with probabilities."""
+"""From images to class names with probabilities."""
 
-import glob
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import islice
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from smallfry.data.images import Encoded, decode
-from smallfry.data.sources import images_below
 from smallfry.errors import DataError
+from smallfry.images import decode
+from smallfry.inputs import Found
 from smallfry.training.evaluation import forward
 from smallfry.training.run import TrainedModel
 
 BATCH = 64
-STDIN = "<standard input>"
-
-
-class Found(NamedTuple):
-    """An image to classify, or why there is none."""
-
-    name: str
-    encoded: Encoded | None
-    error: str | None = None
 
 
 class Answer(NamedTuple):
@@ -43,18 +32,6 @@ class Answer(NamedTuple):
         if self.halting is not None:
             answer["halting"] = round(self.halting, 6)
         return answer
-
-
-def find_images(inputs: Sequence[str], stdin: BinaryIO) -> Iterator[Found]:
-    """The images that files, folders (searched through), globs and ``-`` name.
-
-    ``-`` is one image, or else a list of inputs, one per line.
-    """
-    for given in inputs:
-        if given == "-":
-            yield from _from_stdin(stdin)
-        else:
-            yield from _from_path(given)
 
 
 def classify(
@@ -104,34 +81,3 @@ def _classify_batch(
             if error is None
             else Answer(image.name, [], error=error)
         )
-
-
-def _from_path(given: str) -> Iterator[Found]:
-    path = Path(given).expanduser()
-    if path.is_file():
-        yield Found(given, path)
-    elif path.is_dir():
-        files = images_below(path)
-        yield from (Found(str(file), file) for file in files)
-        if not files:
-            yield Found(given, None, f"{given}: there are no images in this folder")
-    else:
-        matches = sorted(glob.glob(given, recursive=True)) if glob.has_magic(given) else []
-        for match in matches:
-            yield from _from_path(match)
-        if not matches:
-            yield Found(given, None, f"{given}: there is no such file or folder")
-
-
-def _from_stdin(stdin: BinaryIO) -> Iterator[Found]:
-    content = stdin.read()
-    try:
-        lines = content.decode().splitlines()
-    except UnicodeDecodeError:  # no text, so it is meant to be an image
-        yield Found(STDIN, content)
-        return
-    inputs = [line.strip() for line in lines if line.strip()]
-    if not inputs:
-        yield Found(STDIN, None, f"{STDIN}: empty; expected an image, or one file per line")
-    for line in inputs:
-        yield from _from_path(line)

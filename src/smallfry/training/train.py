@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from smallfry.cost import cost
+from smallfry.costing import cost
 from smallfry.data import NAMED, ImageData, Split, load_data
 from smallfry.errors import DataError, SmallfryWarning, UsageError, nearest
 from smallfry.models import ViTRM

@@ -1,5 +1,6 @@
 """One image: from bytes or a file to pixels of a wanted size and number of channels."""
 
+import warnings
 from io import BytesIO
 from pathlib import Path
 
@@ -14,6 +15,7 @@ Encoded = bytes | Path
 IMAGE_EXTENSIONS = frozenset(
     extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN
 )
+MOST_PIXELS = 89_478_485  # a quarter of a GiB of RGB, where Pillow begins to warn
 GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "F"})
 
 
@@ -61,13 +63,22 @@ def _fit(image: Image.Image, size: int, channels: int) -> NDArray[np.uint8]:
 
 def _open(encoded: Encoded, where: str) -> Image.Image:
     try:
-        return Image.open(BytesIO(encoded) if isinstance(encoded, bytes) else encoded)
+        with warnings.catch_warnings():  # Pillow warns of what is refused here
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(BytesIO(encoded) if isinstance(encoded, bytes) else encoded)
     except UnidentifiedImageError:
         raise DataError(f"{where}: not an image, or of a format that Pillow can't read") from None
     except Image.DecompressionBombError as error:
         raise DataError(f"{where}: too large to be decoded safely ({error})") from None
     except (OSError, ValueError, SyntaxError) as error:
         raise DataError(f"{where}: can't be read ({error})") from error
+    if image.width * image.height > MOST_PIXELS:
+        image.close()
+        raise DataError(
+            f"{where}: {image.width} × {image.height} pixels are too many to be decoded safely; "
+            f"at most {MOST_PIXELS:,} are read: make it smaller"
+        )
+    return image
 
 
 def _damaged(where: str, error: Exception) -> DataError:

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from smallfry.data.images import decode, header, refit
 from smallfry.errors import DataError
+from smallfry.images import decode, header, refit
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
@@ -145,3 +145,11 @@ def test_floating_point_pixels_are_refused_with_what_to_do():
     image = Image.fromarray(ramp(np.float32, 1.0))
     with pytest.raises(DataError, match="8 or 16 bits"):
         decode(encoded(image, "TIFF"), "x", 8, 1)
+
+
+def test_an_image_of_100_megapixels_is_refused_before_its_pixels_are_read() -> None:
+    stream = BytesIO()
+    Image.new("1", (10_000, 10_000)).save(stream, "PNG")
+    for read in (lambda b: decode(b, "big.png", 32, 3), lambda b: header(b, "big.png")):
+        with pytest.raises(DataError, match="10000 × 10000 pixels are too many"):
+            read(stream.getvalue())
