@@ -54,6 +54,45 @@ class OtherData:
     root: Path | None = None
 
 
+@dataclass(frozen=True)
+class EarlyExit:
+    """When images may leave the recursion; at most one of these.
+
+    Args:
+        exit_drop: As soon as that costs at most this share of accuracy, such as 0.003.
+        exit_steps: At this average of recursion steps.
+        exit_threshold: At this halting probability.
+    """
+
+    exit_drop: float | None = None
+    exit_steps: float | None = None
+    exit_threshold: float | None = None
+
+
+def export(
+    run: str,
+    to: Path | None = None,
+    form: str | None = None,
+    precision: str = "float32",
+    checkpoint: Literal["best", "last"] = "best",
+    torch_program: bool = False,
+    license: str | None = None,
+    data: OtherData | None = None,
+) -> int:
+    """Export a trained model for ONNX Runtime."""
+    from smallfry.deploy.export import export as write_export
+
+    data = data or OtherData()
+    folder = to or Path("exports") / f"{Path(run).resolve().name}-{precision}"
+    write_export(
+        run, folder, form, precision, checkpoint, torch_program, license, data.name, data.root
+    )
+    size = sum(file.stat().st_size for file in folder.glob("*.onnx"))
+    print(f"export: {folder} ({size / 1e6:,.2f} MB)")
+    print(f"use it: smallfry predict {folder} IMAGE…")
+    return 0
+
+
 def evaluate(
     run: str,
     data: OtherData,
@@ -64,6 +103,7 @@ def evaluate(
     as_json: bool = False,
 ) -> int:
     """Evaluate a trained model."""
+    from smallfry import exits
     from smallfry.training import exit_calibration
     from smallfry.training.evaluation import predict as run_model
     from smallfry.training.evaluation import score
@@ -77,11 +117,11 @@ def evaluate(
     if exit_drop is not None or exit_steps is not None:
         _, calibration, _ = load_like(trained, run, split="validation")
         traced = exit_calibration.trace(trained.model, calibration, trained.normalize)
-        points = exit_calibration.operating_points(traced)
+        points = exits.operating_points(traced)
         if exit_drop is None:
-            threshold = exit_calibration.most_accurate(points, cast(float, exit_steps)).threshold
+            threshold = exits.most_accurate(points, cast(float, exit_steps)).threshold
         else:
-            threshold = exit_calibration.most_thrifty(points, exit_drop).threshold
+            threshold = exits.most_thrifty(points, exit_drop).threshold
     scores = score(run_model(trained.model, chosen, trained.normalize, exit_threshold=threshold))
     result = {"data": loaded.name, "split": taken, "images": len(chosen), **scores}
     if threshold is not None:
@@ -103,20 +143,35 @@ def predict(
     inputs: list[str],
     top_k: int = 3,
     checkpoint: Literal["best", "last"] = "best",
-    exit_threshold: float | None = None,
+    leave: EarlyExit | None = None,
     as_json: bool = False,
 ) -> int:
-    """Classify images."""
+    """Classify images, with PyTorch or, from an export, with ONNX Runtime alone."""
+    from smallfry.deploy.manifest import is_export
     from smallfry.inputs import find_images
-    from smallfry.training.inference import classify
-    from smallfry.training.run import load_run
 
     if top_k < 1:
         raise UsageError(f"top_k must be at least 1, got {top_k}")
-    trained = load_run(run, checkpoint)
-    failed = False
+    leave = leave or EarlyExit()
     found = find_images(inputs, sys.stdin.buffer)
-    for answer in classify(trained, found, top_k, exit_threshold):
+    if is_export(Path(run)):
+        from smallfry.deploy.runtime import Runtime
+
+        runtime = Runtime(run)
+        threshold = runtime.exit_threshold(leave.exit_steps, leave.exit_drop, leave.exit_threshold)
+        answers = runtime.classify(found, top_k, threshold)
+    else:
+        from smallfry.training.inference import classify
+        from smallfry.training.run import load_run
+
+        if leave.exit_drop is not None or leave.exit_steps is not None:
+            raise UsageError(
+                "only an export knows what a budget costs; evaluate the run with this option to "
+                "find the threshold, then predict with --exit_threshold"
+            )
+        answers = classify(load_run(run, checkpoint), found, top_k, leave.exit_threshold)
+    failed = False
+    for answer in answers:
         if answer.error is not None:
             print(f"smallfry: {answer.error}", file=sys.stderr)
             failed = True
@@ -215,18 +270,44 @@ def build_parser(short: bool = False) -> ArgumentParser:
     evaluate_verb.add_class_arguments(OtherData, "data")
     verbs.add_subcommand("evaluate", evaluate_verb, help="evaluate a trained model")
 
-    predict_verb = _parser("Classify images with a trained model.")
+    export_verb = _parser(
+        "Export a trained model for ONNX Runtime, which needs neither PyTorch nor this machine."
+    )
+    _add_run(export_verb, output="")
+    export_verb.add_argument(
+        "--to", type=Path | None, metavar="DIR", help="Where; default exports/RUN-PRECISION."
+    )
+    export_verb.add_argument(
+        "--form",
+        type=Literal["whole", "anytime"] | None,
+        help="One graph, or three that let images leave the recursion early; default anytime for "
+        "a model of several recursion steps.",
+    )
+    export_verb.add_argument(
+        "--precision",
+        type=Literal["float32", "int8", "int8_dynamic"],
+        default="float32",
+        help="int8: ranges of activations from training images; int8_dynamic: from each image.",
+    )
+    export_verb.add_argument(
+        "--torch_program",
+        action="store_true",
+        help="Also write model.pt2 for torch.export.",
+    )
+    export_verb.add_argument(
+        "--license", type=str | None, help="Of the weights, such as Apache-2.0; none is assumed."
+    )
+    export_verb.add_class_arguments(OtherData, "data")
+    verbs.add_subcommand("export", export_verb, help="export a trained model for ONNX Runtime")
+
+    predict_verb = _parser("Classify images with a trained model, or with an export of one.")
     _add_run(predict_verb)
     predict_verb.add_argument(
         "inputs",
         nargs="+",
         help="Image files, folders, globs, or - for an image or a list of files on standard input.",
     )
-    predict_verb.add_argument(
-        "--exit_threshold",
-        type=float,
-        help="Let images leave the recursion at this halting probability; evaluate finds one.",
-    )
+    predict_verb.add_class_arguments(EarlyExit)
     predict_verb.add_argument("--top_k", type=int, default=3, help="Classes to name per image.")
     verbs.add_subcommand("predict", predict_verb, help="classify images")
 
@@ -261,7 +342,7 @@ def _parser(description: str) -> ArgumentParser:
     return parser
 
 
-def _add_run(parser: ArgumentParser) -> None:
+def _add_run(parser: ArgumentParser, output: str = "Print JSON.") -> None:
     parser.add_argument("run", help="A run folder, or a checkpoint folder in one.")
     parser.add_argument(
         "--checkpoint",
@@ -269,7 +350,8 @@ def _add_run(parser: ArgumentParser) -> None:
         default="best",
         help="The weights of the best epoch, or of the last step.",
     )
-    parser.add_argument("--json", action="store_true", help="Print JSON.")
+    if output:
+        parser.add_argument("--json", action="store_true", help=output)
 
 
 def _expand_shorthand(arguments: Sequence[str]) -> list[str]:
@@ -306,8 +388,19 @@ def _dispatch(parsed: Namespace, parser: ArgumentParser, short: bool) -> int:
             given.inputs,
             given.top_k,
             given.checkpoint,
-            given.exit_threshold,
+            EarlyExit(given.exit_drop, given.exit_steps, given.exit_threshold),
             given.json,
+        )
+    if verb == "export":
+        return export(
+            given.run,
+            given.to,
+            given.form,
+            given.precision,
+            given.checkpoint,
+            given.torch_program,
+            given.license,
+            OtherData(given.data.name, given.data.root),
         )
     if verb == "study":
         return _dispatch_study(given, parser, short)

@@ -20,6 +20,10 @@ class RunError(SmallfryError):
     """A run folder that can't be used: incomplete, damaged, foreign or taken."""
 
 
+class ExportError(SmallfryError):
+    """An export that can't be made, or can't be used: damaged, foreign, of another version."""
+
+
 class TrainingError(SmallfryError):
     """Training that can't go on, such as a loss that is not a number."""
 

@@ -171,7 +171,7 @@ class ViTRM(nn.Module):
             steps: How many steps; default ``recursion_steps``.
         """
         x = self._look(self.embed(images))
-        state = self._start(len(images))
+        state = self._start(images.shape[0])
         trace = []
         for _ in range(self.recursion_steps if steps is None else steps):
             trace.append(self.read_out(self._recur(x, state)))
@@ -180,7 +180,9 @@ class ViTRM(nn.Module):
 
     def advance(self, images: Tensor, state: State | None = None) -> RecursionStep:
         """One recursion step from a state (default the initial one): what a training step sees."""
-        return self.step(self.embed(images), self._start(len(images)) if state is None else state)
+        return self.step(
+            self.embed(images), self._start(images.shape[0]) if state is None else state
+        )
 
     def embed(self, images: Tensor) -> Tensor:
         """The image tokens x, (batch, patches, dim); the same in every step."""
@@ -268,7 +270,7 @@ class ViTRM(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """The final tokens [y; z], (batch, 1 + latents, dim): one prefix token, as a ViT has."""
-        x, state = self._look(self.embed(images)), self._start(len(images))
+        x, state = self._look(self.embed(images)), self._start(images.shape[0])
         for _ in range(self.recursion_steps):
             state = self._recur(x, state)
         return torch.cat(state, dim=1)

@@ -1,0 +1,92 @@
+"""From images to class names with probabilities, whatever runs the model."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smallfry.errors import DataError
+from smallfry.images import decode
+from smallfry.inputs import Found
+
+BATCH = 64
+
+
+class Answer(NamedTuple):
+    """What a model says of an image."""
+
+    name: str
+    top: list[tuple[str, float]]  # class names and probabilities, the likeliest first
+    halting: float | None = None  # probability of being right, by a recursive model itself
+    steps: int | None = None  # recursion steps taken, with early exit
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        top = [{"class": name, "probability": round(share, 6)} for name, share in self.top]
+        answer: dict[str, Any] = {"image": self.name, "class": self.top[0][0], "top": top}
+        if self.halting is not None:
+            answer["halting"] = round(self.halting, 6)
+        if self.steps is not None:
+            answer["steps"] = self.steps
+        return answer
+
+
+class Outputs(NamedTuple):
+    """What a model says of a batch."""
+
+    probabilities: NDArray[np.float32]  # (images, classes)
+    halting: NDArray[np.float32] | None = None  # (images,), of a recursive model
+    steps: NDArray[np.int64] | None = None  # (images,), with early exit
+
+
+def answers(
+    run: Callable[[NDArray[np.uint8]], Outputs],
+    found: Iterable[Found],
+    classes: Sequence[str],
+    image_size: int,
+    channels: int,
+    top_k: int = 3,
+) -> Iterator[Answer]:
+    """Answers in the order of the images; an image that can't be read gives an ``error``.
+
+    Args:
+        run: From pixels (images, channels, size, size) to outputs.
+        found: The images.
+        classes: Names of the model's classes.
+        image_size: Side that the images are brought to, in pixels.
+        channels: 1 (grey) or 3 (RGB).
+        top_k: Classes to name for each image, at most all.
+    """
+    images = iter(found)
+    while chunk := list(islice(images, BATCH)):
+        pixels: list[NDArray[np.uint8]] = []
+        errors: list[str | None] = []
+        for name, encoded, error in chunk:
+            try:
+                if encoded is None:
+                    raise DataError(error or name)
+                pixels.append(decode(encoded, name, image_size, channels))
+                errors.append(None)
+            except DataError as problem:
+                errors.append(str(problem))
+        rows = _rows(run(np.stack(pixels)), classes, top_k) if pixels else iter(())
+        for image, failure in zip(chunk, errors, strict=True):
+            if failure is None:
+                yield Answer(image.name, *next(rows))
+            else:
+                yield Answer(image.name, [], error=failure)
+
+
+def _rows(
+    outputs: Outputs, classes: Sequence[str], top_k: int
+) -> Iterator[tuple[list[tuple[str, float]], float | None, int | None]]:
+    order = np.argsort(-outputs.probabilities, axis=1, kind="stable")[:, :top_k]
+    for number, indices in enumerate(order):
+        yield (
+            [(classes[i], float(outputs.probabilities[number, i])) for i in indices],
+            None if outputs.halting is None else float(outputs.halting[number]),
+            None if outputs.steps is None else int(outputs.steps[number]),
+        )

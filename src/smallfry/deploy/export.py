@@ -1,0 +1,270 @@
+"""From a run to a folder that ONNX Runtime runs anywhere, with all that is needed to use it.
+
+    model.onnx                            the whole model (form "whole"), or
+    embed.onnx  step.onnx  read_out.onnx  its parts (form "anytime"), for images to leave early
+    model.pt2                             the whole model for torch.export.load, if asked for
+    manifest.json                         classes, preprocessing, exits, figures, hashes
+
+The form "whole" gives the logits of every recursion step, and repeats in nodes, not in weights,
+what recurs.
+"""
+
+import hashlib
+import io
+import logging
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from smallfry.costing import cost
+from smallfry.data import Split
+from smallfry.deploy.graphs import Graph, anytime_graphs, exported_program, to_onnx, whole_graph
+from smallfry.deploy.manifest import MANIFEST, PRECISIONS, Manifest, is_export
+from smallfry.deploy.quantize import quantize
+from smallfry.deploy.runtime import Runtime
+from smallfry.errors import ExportError, SmallfryError, SmallfryWarning, UsageError
+from smallfry.exits import operating_points, worthwhile
+from smallfry.models import ViTRM
+from smallfry.training.evaluation import forward
+from smallfry.training.run import RunFolder, TrainedModel, load_run
+from smallfry.training.train import load_like
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 1e-4  # between PyTorch's and ONNX Runtime's probabilities
+TRACED_BATCH = 2  # any size but 1, which tracers take for a broadcast
+CALIBRATION_IMAGES = 256
+
+
+def export(
+    run: str | Path,
+    folder: str | Path,
+    form: str | None = None,
+    precision: str = "float32",
+    checkpoint: str = "best",
+    torch_program: bool = False,
+    license: str | None = None,
+    data: str | None = None,
+    data_root: Path | None = None,
+) -> Path:
+    """Export a run's model; an export that is there already is replaced.
+
+    Args:
+        run: A run folder, or a checkpoint in it.
+        folder: Where the export goes.
+        form: ``whole``, ``anytime``, or None: anytime for a model of several recursion steps.
+        precision: ``float32``, ``int8`` (static ranges) or ``int8_dynamic``.
+        checkpoint: ``best`` or ``last``.
+        torch_program: Also write the whole model as a ``torch.export`` program, in float32.
+        license: Of the weights, as an SPDX name; nothing is assumed.
+        data: Other data than the run's to calibrate with: a name or a folder.
+        data_root: Folder of a named data set.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ExportError: A model that can't be exported, or graphs that differ from it.
+        UsageError: A form or precision that is not there, or not for this model.
+        RunError: The run can't be read.
+    """
+    folder = Path(folder)
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision is one of {', '.join(PRECISIONS)}, not '{precision}'")
+    if folder.exists() and not is_export(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise ExportError(f"{folder}: is there already and no export; name another folder")
+    trained = load_run(run, checkpoint)
+    form = _form(trained.model, form)
+    splits = _splits(trained, run, data, data_root, needed=precision == "int8")
+    graphs = _graphs(trained, form)
+    files: dict[str, bytes] = {}
+    onnx_graphs = {}
+    for graph in graphs:
+        log.info("tracing %s", graph.name)
+        onnx_graphs[graph.name] = to_onnx(graph, exported_program(graph)).SerializeToString()
+    if torch_program:
+        log.info("tracing model.pt2")
+        files["model.pt2"] = _saved(exported_program(whole_graph(trained.model, _images(trained))))
+    if precision != "float32":
+        log.info("quantizing")
+        onnx_graphs = quantize(
+            onnx_graphs, precision, _sample(trained, splits), _steps(trained.model)
+        )
+    files |= {f"{name}.onnx": content for name, content in onnx_graphs.items()}
+    manifest = _manifest(trained, run, form, precision, license, files)
+    new = _beside(folder, "new")
+    try:
+        _write(new, manifest, files)
+        runtime = Runtime(new)
+        if precision == "float32":
+            _require_agreement(trained, runtime)
+        if form == "anytime" and splits is not None and len(splits.validation):
+            log.info("calibrating early exit")
+            validation = splits.validation
+            traced = runtime.trace(validation.images.numpy(), validation.labels.numpy())
+            manifest = replace(
+                manifest,
+                exits=tuple(worthwhile(operating_points(traced))),
+                calibrated_on=f"{len(validation):,} validation images of {splits.name}",
+            )
+            _write(new, manifest, files)
+        _move(new, folder)
+    except OSError as error:
+        raise ExportError(f"{folder}: the export could not be written ({error})") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return folder
+
+
+class Splits(NamedTuple):
+    """What ranges and exits are measured on."""
+
+    name: str
+    train: Split
+    validation: Split
+
+
+def _form(model: nn.Module, form: str | None) -> str:
+    recursive = isinstance(model, ViTRM)
+    if form is None:
+        return "anytime" if recursive and _steps(model) > 1 else "whole"
+    if form not in ("whole", "anytime"):
+        raise UsageError(f"form is whole or anytime, not '{form}'")
+    if form == "anytime" and not recursive:
+        raise UsageError(
+            f"{type(model).__name__} does not recur, so it can't stop at any time; "
+            "export it with --form whole"
+        )
+    return form
+
+
+def _steps(model: nn.Module) -> int:
+    return model.recursion_steps if isinstance(model, ViTRM) else 1
+
+
+def _splits(
+    trained: TrainedModel, run: str | Path, data: str | None, root: Path | None, needed: bool
+) -> Splits | None:
+    """The images of the run, or others; None if they can't be had and can be done without."""
+    try:
+        loaded, *_ = load_like(trained, run, data, root, split="train")
+    except SmallfryError as error:
+        if needed or data is not None:
+            raise
+        warnings.warn(
+            f"without the images of the run, early exit is not calibrated ({error})",
+            SmallfryWarning,
+            stacklevel=3,
+        )
+        return None
+    return Splits(loaded.name, loaded.train, loaded.validation)
+
+
+def _sample(trained: TrainedModel, splits: Splits | None) -> Any:
+    """Training images spread over the split, as the graphs take them."""
+    if splits is None:
+        return np.empty(0, np.float32)
+    count = min(CALIBRATION_IMAGES, len(splits.train))
+    positions = torch.linspace(0, len(splits.train) - 1, count).long()
+    return trained.normalize(splits.train.take(positions).images).numpy()
+
+
+def _graphs(trained: TrainedModel, form: str) -> list[Graph]:
+    images = _images(trained)
+    if form == "anytime":
+        assert isinstance(trained.model, ViTRM)
+        return anytime_graphs(trained.model, images)
+    return [whole_graph(trained.model, images)]
+
+
+def _images(trained: TrainedModel) -> Tensor:
+    return torch.zeros(TRACED_BATCH, trained.channels, trained.image_size, trained.image_size)
+
+
+def _manifest(
+    trained: TrainedModel,
+    run: str | Path,
+    form: str,
+    precision: str,
+    license: str | None,
+    files: Mapping[str, bytes],
+) -> Manifest:
+    sample = trained.manifest["input"]
+    spent = cost(trained.model, torch.zeros(1, trained.channels, *[trained.image_size] * 2))
+    summary = RunFolder(Path(run)).read_summary() or {}
+    measured, evidence = summary.get("measured", {}), summary.get("provenance", {})
+    training = {
+        "data": {**trained.manifest["data"], "name": Path(trained.manifest["data"]["name"]).name},
+        **{name: measured[name] for name in ("test", "epochs", "seed") if name in measured},
+        **{name: evidence[name] for name in ("commit", "device", "date") if name in evidence},
+    }
+    return Manifest(
+        form=form,
+        precision=precision,
+        model={
+            **trained.manifest["model"],
+            "parameters": spent.parameters,
+            "macs": spent.macs,
+        },
+        classes=trained.classes,
+        image_size=trained.image_size,
+        channels=trained.channels,
+        mean=tuple(sample["mean"]),
+        std=tuple(sample["std"]),
+        recursion_steps=_steps(trained.model) if isinstance(trained.model, ViTRM) else None,
+        training=training,
+        license=license,
+        source={"weights": trained.manifest["files"]},
+        files={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+    )
+
+
+def _require_agreement(trained: TrainedModel, runtime: Runtime) -> None:
+    """Compare with PyTorch on random images, in batches of sizes that were not traced."""
+    shape = (trained.channels, trained.image_size, trained.image_size)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, *shape), np.uint8)
+    with torch.inference_mode():
+        logits = forward(trained.model, trained.normalize(torch.from_numpy(pixels)))[0]
+    wanted = logits.softmax(dim=1).numpy()
+    for count in (1, len(pixels)):
+        given = runtime.predict(pixels[:count]).probabilities
+        distance = float(np.abs(given - wanted[:count]).max())
+        if not distance <= TOLERANCE:
+            raise ExportError(
+                f"the exported graphs differ from the model by {distance:.1e} in probability, "
+                f"where {TOLERANCE:.0e} is allowed: please report this model"
+            )
+
+
+def _saved(program: torch.export.ExportedProgram) -> bytes:
+    stream = io.BytesIO()
+    torch.export.save(program, stream)
+    return stream.getvalue()
+
+
+def _write(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    (folder / MANIFEST).write_text(manifest.to_json())
+
+
+def _move(new: Path, folder: Path) -> None:
+    """Put the new export where the old one is, which stays whole until then."""
+    old = _beside(folder, "old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(folder: Path, suffix: str) -> Path:
+    return folder.with_name(f"{folder.name}.{suffix}")

@@ -1,0 +1,212 @@
+"""From a model to ONNX: what each graph of an export computes, and how it is written.
+
+A weight is stored once, however often the recursion applies it: unrolling repeats nodes, which
+name their weights. Weights that a node would transpose first are stored transposed, so that
+quantizers see them.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+
+import onnx
+import onnx_ir
+import onnx_ir.passes.common as passes
+import onnxscript.optimizer
+import torch
+from torch import Tensor, nn
+
+from smallfry.errors import ExportError
+from smallfry.models import State, ViTRM
+
+__all__ = ["OPSET", "Graph", "anytime_graphs", "exported_program", "to_onnx", "whole_graph"]
+
+OPSET = 23  # has attention as one operator
+ANY_SIZE = 2**40  # bytes of a constant that may be folded
+
+
+class Graph(NamedTuple):
+    """A module to export: tensors in, a tuple of tensors out, the first axis being the batch."""
+
+    name: str
+    module: nn.Module
+    arguments: dict[str, Tensor]
+    outputs: tuple[str, ...]
+
+
+class Plain(nn.Module):
+    """Images to logits (batch, classes), of any model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The model itself."""
+        return cast(Tensor, self.model(images))
+
+
+class Whole(nn.Module):
+    """Images to the logits (batch, steps, classes) and halting (batch, steps) of every step."""
+
+    def __init__(self, model: ViTRM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """All recursion steps, unrolled."""
+        steps = self.model.recurse(images)
+        logits = torch.stack([step.logits for step in steps], dim=1)
+        return logits, torch.stack([step.halt_logits for step in steps], dim=1).sigmoid()
+
+
+class Embed(nn.Module):
+    """Images to their tokens x and the state that the recursion starts from."""
+
+    def __init__(self, model: ViTRM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (batch, patches, dim), y (batch, 1, dim), z (batch, latents, dim)."""
+        state = self.model.initial_state(images.shape[0])
+        return self.model.embed(images), state.y, state.z
+
+
+class Step(nn.Module):
+    """One recursion step."""
+
+    def __init__(self, model: ViTRM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The next y and z."""
+        state = self.model.step(x, State(y, z)).state
+        return state.y, state.z
+
+
+class ReadOut(nn.Module):
+    """What the heads read off y."""
+
+    def __init__(self, model: ViTRM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (batch, classes) and the halting probability (batch,)."""
+        step = self.model.read_out(State(y, y))
+        return step.logits, step.halt_logits.sigmoid()
+
+
+def whole_graph(model: nn.Module, images: Tensor) -> Graph:
+    """The whole model as one graph; a recursive one with what it says after every step."""
+    if isinstance(model, ViTRM):
+        return Graph("model", Whole(model), {"images": images}, ("logits", "halting"))
+    return Graph("model", Plain(model), {"images": images}, ("logits",))
+
+
+def anytime_graphs(model: ViTRM, images: Tensor) -> list[Graph]:
+    """The model in three graphs, for whoever decides after each step whether to go on."""
+    with torch.inference_mode():
+        x, state = model.embed(images), model.initial_state(len(images))
+    x, y, z = (tensor.detach().clone() for tensor in (x, *state))
+    return [
+        Graph("embed", Embed(model), {"images": images}, ("x", "y", "z")),
+        Graph("step", Step(model), {"x": x, "y": y, "z": z}, ("next_y", "next_z")),
+        Graph("read_out", ReadOut(model), {"y": y}, ("logits", "halting")),
+    ]
+
+
+def exported_program(graph: Graph) -> torch.export.ExportedProgram:
+    """A graph as PyTorch's own exported program, for batches of any size.
+
+    Raises:
+        ExportError: A module that can't be traced, or only for one size of batch.
+    """
+    batch = torch.export.Dim("batch", min=1)
+    shapes = {name: {0: batch} for name in graph.arguments}
+    try:
+        with _quiet():
+            return torch.export.export(
+                graph.module.eval(), (), dict(graph.arguments), dynamic_shapes=shapes
+            )
+    except Exception as error:  # a tracer meets the model's own code, which raises anything
+        raise ExportError(
+            f"{graph.name}: PyTorch can't trace it for batches of any size "
+            f"({_first_line(error)}); its forward must not depend on values or on the batch size"
+        ) from error
+
+
+def to_onnx(graph: Graph, program: torch.export.ExportedProgram) -> onnx.ModelProto:
+    """A traced graph in ONNX, checked by ONNX's checker and shape inference.
+
+    Raises:
+        ExportError: An operation that has no form in ONNX.
+    """
+    try:
+        with _quiet():
+            translated = torch.onnx.export(
+                program,
+                dynamo=True,
+                input_names=list(graph.arguments),
+                output_names=list(graph.outputs),
+                opset_version=OPSET,
+                verbose=False,
+            )
+            assert translated is not None
+            model: Any = translated.model
+            onnxscript.optimizer.optimize(
+                model, input_size_limit=ANY_SIZE, output_size_limit=ANY_SIZE
+            )
+            for tidy in (
+                passes.DeduplicateInitializersPass(size_limit=ANY_SIZE),
+                passes.ClearMetadataAndDocStringPass(),
+            ):
+                tidy(model)
+            proto = cast(onnx.ModelProto, onnx_ir.to_proto(model))
+    except Exception as error:
+        raise ExportError(f"{graph.name}: has no form in ONNX ({_first_line(error)})") from error
+    del proto.graph.value_info[:]  # what is left of shapes from before the tidying
+    _name_transposed(proto, graph.module)
+    proto = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
+
+
+def _name_transposed(proto: onnx.ModelProto, module: nn.Module) -> None:
+    """Name weights that were stored transposed after the parameters that they are."""
+    names = {
+        weight.detach().t().contiguous().numpy().tobytes(): f"{name}.transposed"
+        for name, weight in module.named_parameters()
+        if weight.ndim == 2
+    }
+    renamed = {}
+    for tensor in proto.graph.initializer:
+        if len(tensor.dims) == 2 and (name := names.get(tensor.raw_data)):
+            renamed[tensor.name] = tensor.name = name
+    for node in proto.graph.node:
+        for position, name in enumerate(node.input):
+            node.input[position] = renamed.get(name, name)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporters' remarks on what they do, which nobody can act on."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

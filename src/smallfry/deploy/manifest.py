@@ -1,0 +1,178 @@
+"""What travels with an export: which graphs there are, what they take and give, and where they
+come from. It is read without PyTorch, and believed only as far as it has been checked.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from smallfry.errors import ExportError
+from smallfry.exits import Point
+from smallfry.version import __version__
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+GRAPHS = {
+    "whole": ("model.onnx",),
+    "anytime": ("embed.onnx", "step.onnx", "read_out.onnx"),
+}
+PRECISIONS = ("float32", "int8", "int8_dynamic")
+MOST_STEPS = 10_000
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """An export's description, as in its ``manifest.json``.
+
+    Args:
+        form: ``whole``, one graph; or ``anytime``, the graphs embed, step and read_out.
+        precision: ``float32``, ``int8`` or ``int8_dynamic``.
+        model: Its name, arguments, parameters and multiply-accumulates.
+        classes: Names of the classes, in the order of the logits.
+        image_size: Side of the square images in pixels.
+        channels: 1 (grey) or 3 (RGB).
+        mean: Per channel, on the scale 0 to 1.
+        std: Standard deviation per channel.
+        recursion_steps: Of a recursive model, else None.
+        exits: Where images may leave the recursion, from the most thrifty on.
+        calibrated_on: What the exits were measured on.
+        training: Figures of the run and how to get them again.
+        license: Of the weights, as an SPDX name; None if nothing was stated.
+        source: Checkpoint and hash of the weights that were exported.
+        files: SHA-256 of every other file.
+    """
+
+    form: str
+    precision: str
+    model: dict[str, Any]
+    classes: tuple[str, ...]
+    image_size: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    recursion_steps: int | None = None
+    exits: tuple[Point, ...] = ()
+    calibrated_on: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    license: str | None = None
+    source: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The text of ``manifest.json``."""
+        content = asdict(self) | {"exits": [point._asdict() for point in self.exits]}
+        return json.dumps({"format": FORMAT, "smallfry": __version__, **content}, indent=2) + "\n"
+
+    @staticmethod
+    def read(folder: Path) -> "Manifest":
+        """The manifest of an export.
+
+        Raises:
+            ExportError: Missing, damaged, or of another format than this version reads.
+        """
+        file = folder / MANIFEST
+        if not folder.is_dir():
+            raise ExportError(f"{folder}: there is no such export folder")
+        try:
+            content = json.loads(file.read_bytes())
+        except FileNotFoundError:
+            raise ExportError(f"{folder}: not an export, {MANIFEST} is missing") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise ExportError(f"{file}: damaged ({error}); export the run again") from error
+        return _checked(content, file)
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder says that it is an export, in order or not."""
+    try:
+        content = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and "form" in content
+
+
+def read_file(folder: Path, name: str, manifest: Manifest) -> bytes:
+    """The content of one of an export's files.
+
+    Raises:
+        ExportError: Missing, or not the file that the manifest was written for.
+    """
+    try:
+        content = (folder / name).read_bytes()
+    except OSError as error:
+        raise ExportError(
+            f"{folder / name}: can't be read ({error.strerror}); export the run again"
+        ) from error
+    if hashlib.sha256(content).hexdigest() != manifest.files.get(name):
+        raise ExportError(
+            f"{folder / name}: truncated or damaged, its hash is not the manifest's; "
+            "export the run again"
+        )
+    return content
+
+
+def _checked(content: Any, file: Path) -> Manifest:
+    if not isinstance(content, dict) or "format" not in content or "form" not in content:
+        raise ExportError(f"{file}: not the manifest of a smallfry export")
+    if content["format"] != FORMAT:
+        raise ExportError(
+            f"{file.parent}: exported by smallfry {content.get('smallfry', '?')} in format "
+            f"{content['format']}; this is smallfry {__version__}, which reads format {FORMAT}: "
+            "export the run again with this version, or install that one"
+        )
+    try:
+        values = {entry.name: content[entry.name] for entry in fields(Manifest)}
+        values |= {name: tuple(values[name]) for name in ("classes", "mean", "std")}
+        values["exits"] = tuple(Point(**point) for point in values["exits"])
+        manifest = Manifest(**values)
+        problem = _problem(manifest)
+    except (KeyError, TypeError, AttributeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        raise ExportError(f"{file}: damaged ({problem}); export the run again")
+    return manifest
+
+
+def _problem(manifest: Manifest) -> str | None:
+    """What is wrong with a manifest's values, if anything."""
+    statistics = (*manifest.mean, *manifest.std)
+    exits = [number for point in manifest.exits for number in point]
+    texts = (*manifest.classes, *manifest.files, *manifest.files.values())
+    steps = manifest.recursion_steps
+    wrong = {
+        f"form {manifest.form!r}": manifest.form not in GRAPHS,
+        f"precision {manifest.precision!r}": manifest.precision not in PRECISIONS,
+        "classes": not manifest.classes or not all(isinstance(text, str) for text in texts),
+        "image_size": not _is_count(manifest.image_size, 4096),
+        "channels": manifest.channels not in (1, 3),
+        "mean and std": len(manifest.mean) != manifest.channels
+        or len(manifest.std) != manifest.channels
+        or not all(map(_is_number, statistics))
+        or min(manifest.std) <= 0,
+        "recursion_steps": steps is not None and not _is_count(steps, MOST_STEPS),
+        "exits": not all(map(_is_number, exits)) or (bool(exits) and manifest.form != "anytime"),
+        "model": not _is_mapping(manifest.model) or not isinstance(manifest.model["name"], str),
+        "training": not _is_mapping(manifest.training),
+        "source": not _is_mapping(manifest.source),
+    }
+    lacking = [name for name in GRAPHS.get(manifest.form, ()) if name not in manifest.files]
+    wrong[f"no hash of {', '.join(lacking)}"] = bool(lacking)
+    if manifest.form == "anytime":
+        wrong["an anytime form without recursion"] = steps is None
+    return next((name for name, is_wrong in wrong.items() if is_wrong), None)
+
+
+def _is_count(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping)

@@ -1,0 +1,210 @@
+"""Eight-bit integers for weights and activations, by ONNX Runtime's quantizer.
+
+Weights get a scale per output channel. Activations get a range per *call*: a recursive model
+applies one matrix again and again to rows whose distribution moves from call to call, so each
+product has a scale of its own, measured on calibration images (static), or taken from each image
+as it comes (dynamic). The weights are still stored once. In the form "anytime" one graph serves
+all recursion steps, so a range there is that of a call within a step, over all steps.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import onnx_ir
+import onnx_ir.passes.common as passes
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import numpy_helper
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantFormat,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
+
+from smallfry.errors import ExportError
+
+__all__ = ["CallRange", "call_ranges", "quantize"]
+
+PRODUCTS = ["MatMul", "Gemm", "Conv"]  # where the arithmetic is; the rest stays in float32
+DYNAMIC_PRODUCTS = ["MatMul", "Gemm"]  # a dynamic convolution runs slower than a float32 one
+QUANTIZED = "_quantized"  # what the quantizer appends to the name of a weight
+CALIBRATION_BATCH = 32
+ANY_SIZE = 2**40  # numbers in a constant that may be stored once for several
+
+Floats = NDArray[np.float32]
+
+
+class CallRange(NamedTuple):
+    """What one application of a weight expects of its input."""
+
+    weight: str
+    call: int  # counted from 0
+    low: float
+    high: float
+
+
+def quantize(
+    graphs: Mapping[str, bytes], precision: str, images: Floats, recursion_steps: int = 1
+) -> dict[str, bytes]:
+    """The graphs of an export in eight bits.
+
+    Args:
+        graphs: ONNX models by name: ``model``, or ``embed``, ``step`` and ``read_out``.
+        precision: ``int8`` (static) or ``int8_dynamic``.
+        images: What static ranges are measured on, (images, channels, size, size), normalised.
+        recursion_steps: How often ``step`` is applied.
+
+    Raises:
+        ExportError: No images to calibrate with, or a graph that can't be quantized.
+    """
+    if precision == "int8_dynamic":
+        return {name: _quantize(name, graph, None) for name, graph in graphs.items()}
+    if len(images) == 0:
+        raise ExportError("static int8 needs images to measure the ranges of activations on")
+    inputs = _inputs(graphs, images, recursion_steps)
+    return {name: _quantize(name, graph, inputs[name]) for name, graph in graphs.items()}
+
+
+def call_ranges(graph: bytes) -> list[CallRange]:
+    """The range of every product's input in a statically quantized graph, in order of execution."""
+    model = onnx.load_from_string(graph).graph
+    constants = {tensor.name: tensor for tensor in model.initializer}
+    made_by = {output: node for node in model.node for output in node.output}
+    calls: dict[str, int] = defaultdict(int)
+    found = []
+    for node in model.node:
+        if node.op_type not in PRODUCTS:
+            continue
+        source, weight = (made_by.get(name) for name in node.input[:2])
+        if source is None or weight is None or weight.op_type != "DequantizeLinear":
+            continue
+        if weight.input[0] not in constants or source.op_type != "DequantizeLinear":
+            continue
+        scale, zero = (numpy_helper.to_array(constants[name]) for name in source.input[1:3])
+        limits = np.iinfo(zero.dtype)
+        low, high = ((limit - int(zero)) * float(scale) for limit in (limits.min, limits.max))
+        name = weight.input[0].removesuffix(QUANTIZED)
+        found.append(CallRange(name, calls[name], low, high))
+        calls[name] += 1
+    return found
+
+
+class _Reader(CalibrationDataReader):  # type: ignore[misc]
+    """Batches for ONNX Runtime's calibration."""
+
+    def __init__(self, batches: list[dict[str, Floats]]) -> None:
+        self._left = iter(batches)
+
+    def get_next(self) -> dict[str, Floats] | None:
+        return next(self._left, None)
+
+
+def _inputs(
+    graphs: Mapping[str, bytes], images: Floats, recursion_steps: int
+) -> dict[str, list[dict[str, Floats]]]:
+    """What each graph is given when the images pass through all of them."""
+    first = next(iter(graphs))
+    batches = [
+        {"images": images[start : start + CALIBRATION_BATCH]}
+        for start in range(0, len(images), CALIBRATION_BATCH)
+    ]
+    seen: dict[str, list[dict[str, Floats]]] = {first: batches}
+    if first == "model":
+        return seen
+    run = {name: ort.InferenceSession(graph).run for name, graph in graphs.items()}
+    seen |= {"step": [], "read_out": []}
+    for batch in batches:
+        x, y, z = run["embed"](None, batch)
+        for _ in range(recursion_steps):
+            seen["step"].append({"x": x, "y": y, "z": z})
+            y, z = run["step"](None, seen["step"][-1])
+            seen["read_out"].append({"y": y})
+    return seen
+
+
+def _quantize(name: str, graph: bytes, batches: list[dict[str, Floats]] | None) -> bytes:
+    """One graph, statically with batches and dynamically without."""
+    with TemporaryDirectory() as folder, _silent():
+        source, target = Path(folder, "float32.onnx"), Path(folder, "int8.onnx")
+        source.write_bytes(graph)
+        options: dict[str, Any] = {"per_channel": True, "weight_type": QuantType.QInt8}
+        try:
+            if batches is None:
+                quantize_dynamic(source, target, op_types_to_quantize=DYNAMIC_PRODUCTS, **options)
+            else:
+                quantize_static(
+                    source,
+                    target,
+                    _Reader(batches),
+                    quant_format=QuantFormat.QDQ,
+                    activation_type=QuantType.QUInt8,
+                    op_types_to_quantize=PRODUCTS,
+                    **options,
+                )
+        except Exception as error:  # the quantizer raises anything
+            reason = " ".join(str(error).split())[:200]
+            raise ExportError(f"{name}: can't be quantized ({reason})") from error
+        model = _compact(onnx.load(target))
+        onnx.checker.check_model(model, full_check=True)
+        content: bytes = model.SerializeToString()
+        return content
+
+
+def _compact(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same model with equal constants stored once, short names and no attributes by default.
+
+    The quantizer gives every range two constants with names of fifty letters; in a small network
+    what describes it would outweigh the weights.
+    """
+    ir_model = onnx_ir.from_proto(model)
+    passes.DeduplicateInitializersPass(size_limit=ANY_SIZE)(ir_model)
+    passes.ClearMetadataAndDocStringPass()(ir_model)
+    model = onnx_ir.to_proto(ir_model)
+    graph = model.graph
+    del graph.value_info[:]
+    kept = {entry.name for entry in (*graph.input, *graph.output)}
+    kept |= {tensor.name for tensor in graph.initializer if tensor.name.endswith(QUANTIZED)}
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    short: dict[str, str] = {}
+
+    def rename(name: str) -> str:
+        return name if not name or name in kept else short.setdefault(name, f"_{len(short):x}")
+
+    for tensor in graph.initializer:
+        tensor.name = rename(tensor.name)
+    for node in graph.node:
+        node.ClearField("name")
+        attributes = [entry for entry in node.attribute if not _is_default(node, entry, opsets)]
+        del node.attribute[:]
+        node.attribute.extend(attributes)
+        for names in (node.input, node.output):
+            names[:] = [rename(name) for name in names]
+    return model
+
+
+def _is_default(node: Any, attribute: Any, opsets: Mapping[str, int]) -> bool:
+    if not onnx.defs.has(node.op_type, node.domain):
+        return False
+    schema = onnx.defs.get_schema(node.op_type, opsets[node.domain], node.domain)
+    known = schema.attributes.get(attribute.name)
+    return known is not None and known.default_value == attribute
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without the quantizer's advice, which it gives through the root logger."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

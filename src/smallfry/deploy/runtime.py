@@ -1,0 +1,252 @@
+"""Runs an export with ONNX Runtime: no PyTorch, and the preprocessing of training to the bit.
+
+In the anytime form each image leaves the recursion once the model holds its answer for right, and
+what is left is packed into full batches for the next step.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from smallfry.answers import Answer, Outputs, answers
+from smallfry.deploy.manifest import GRAPHS, Manifest, read_file
+from smallfry.errors import DataError, ExportError, UsageError
+from smallfry.exits import NEVER, Trace, most_accurate, most_thrifty
+from smallfry.images import Encoded, decode
+from smallfry.inputs import Found
+
+Floats = NDArray[np.float32]
+
+
+class Predictions(NamedTuple):
+    """What an export says of images, in their order."""
+
+    probabilities: Floats  # (images, classes)
+    halting: Floats | None  # (images,), probability of being right, by a recursive model itself
+    steps: NDArray[np.int64] | None  # (images,), recursion steps taken
+
+
+class Runtime:
+    """An export, ready to answer.
+
+    Args:
+        export: The folder that ``smallfry export`` wrote.
+        threads: CPU threads; default as many as there are cores.
+        providers: ONNX Runtime's execution providers, in order of preference.
+
+    Raises:
+        ExportError: Missing, damaged, of another version, or not to be run here.
+    """
+
+    def __init__(
+        self,
+        export: str | Path,
+        threads: int | None = None,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+    ) -> None:
+        folder = Path(export)
+        self.manifest = Manifest.read(folder)
+        self.classes = self.manifest.classes
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads or _cores()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self._graphs = {
+            name.removesuffix(".onnx"): _session(
+                read_file(folder, name, self.manifest), folder / name, options, providers
+            )
+            for name in GRAPHS[self.manifest.form]
+        }
+        scale = [1 / (255 * std) for std in self.manifest.std]
+        shift = [-m / s for m, s in zip(self.manifest.mean, self.manifest.std, strict=True)]
+        self._scale = np.array(scale, np.float32).reshape(-1, 1, 1)
+        self._shift = np.array(shift, np.float32).reshape(-1, 1, 1)
+
+    def predict(
+        self,
+        images: Sequence[Encoded] | NDArray[np.uint8],
+        budget: float | None = None,
+        drop: float | None = None,
+        threshold: float | None = None,
+        batch_size: int = 64,
+    ) -> Predictions:
+        """Class probabilities of images.
+
+        Args:
+            images: Files or their bytes; or pixels (images, channels, size, size).
+            budget: Recursion steps that an image may take on average, as on the images that the
+                export was calibrated on.
+            drop: Share of accuracy that may be lost to early exit, such as 0.003, as on those.
+            threshold: Halting probability at which an image leaves the recursion.
+            batch_size: Images that are run at a time.
+
+        Raises:
+            DataError: An image that can't be read, or pixels of another shape.
+            UsageError: Early exit from a graph that has none, or a budget below one step.
+        """
+        leave = self.exit_threshold(budget, drop, threshold)
+        if isinstance(images, np.ndarray):
+            pixels = images
+        else:
+            size, channels = self.manifest.image_size, self.manifest.channels
+            named = [
+                (f"image {i}" if isinstance(e, bytes) else str(e), e) for i, e in enumerate(images)
+            ]
+            decoded = [decode(encoded, name, size, channels) for name, encoded in named]
+            pixels = np.stack(decoded) if decoded else self._no_pixels()
+        expected = self._no_pixels().shape[1:]
+        if pixels.dtype != np.uint8 or pixels.shape[1:] != expected:
+            raise DataError(
+                f"expected uint8 pixels of shape (images, {', '.join(map(str, expected))}), got "
+                f"{pixels.dtype} of shape {pixels.shape}; files and bytes are fitted by themselves"
+            )
+        if batch_size < 1:
+            raise UsageError(f"batch_size must be at least 1, got {batch_size}")
+        return self._run(self.preprocess(pixels), leave, batch_size)
+
+    def classify(
+        self, found: Iterable[Found], top_k: int = 3, threshold: float | None = None
+    ) -> Iterator[Answer]:
+        """Answers in the order of the images; an image that can't be read gives an ``error``."""
+        size, channels = self.manifest.image_size, self.manifest.channels
+        run = partial(self._outputs, self.exit_threshold(threshold=threshold))
+        return answers(run, found, self.classes, size, channels, top_k)
+
+    def preprocess(self, pixels: NDArray[np.uint8]) -> Floats:
+        """What the graphs take, of pixels (images, channels, size, size)."""
+        batch = pixels.astype(np.float32)
+        batch *= self._scale
+        batch += self._shift
+        return batch
+
+    def trace(self, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> Trace:
+        """What it would say of images after each recursion step, to calibrate early exit with."""
+        right, halting = [], []
+        most = self.manifest.recursion_steps or 1
+        for start in range(0, len(pixels), 64):
+            batch = slice(start, start + 64)
+            states = self._call("embed", images=self.preprocess(pixels[batch]))
+            said = []
+            for _ in range(most):
+                states[1:] = self._batched("step", states, 64)
+                said.append(self._call("read_out", y=states[1]))
+            right.append(np.stack([logits.argmax(1) == labels[batch] for logits, _ in said]))
+            halting.append(np.stack([probability for _, probability in said]))
+        return Trace(np.concatenate(right, axis=1), np.concatenate(halting, axis=1))
+
+    def exit_threshold(
+        self,
+        budget: float | None = None,
+        drop: float | None = None,
+        threshold: float | None = None,
+    ) -> float | None:
+        """The halting probability that a budget or a drop asks for; None without early exit.
+
+        Raises:
+            UsageError: More than one of them, none that the export knows of, or no early exit.
+        """
+        if sum(given is not None for given in (budget, drop, threshold)) > 1:
+            raise UsageError("budget, drop and threshold are three ways to say one thing: give one")
+        if budget is None and drop is None and threshold is None:
+            return None
+        if self.manifest.form != "anytime":
+            raise UsageError(
+                "this export is one graph, which images can't leave early; export a recursive "
+                "model with --form anytime"
+            )
+        if threshold is not None:
+            return threshold
+        exits = self.manifest.exits
+        if not exits:
+            raise UsageError(
+                "this export was not calibrated, so it knows no threshold for a budget or a drop; "
+                "give a threshold, or export the run where its validation images are"
+            )
+        if budget is not None:
+            return most_accurate(exits, budget).threshold
+        assert drop is not None
+        return most_thrifty(exits, drop).threshold
+
+    def _outputs(self, threshold: float | None, pixels: NDArray[np.uint8]) -> Outputs:
+        predictions = self._run(self.preprocess(pixels), threshold, len(pixels))
+        return Outputs(*predictions[:2], predictions.steps if threshold is not None else None)
+
+    def _run(self, images: Floats, threshold: float | None, batch_size: int) -> Predictions:
+        if self.manifest.form == "anytime":
+            return self._recur(images, NEVER if threshold is None else threshold, batch_size)
+        parts = [
+            self._call("model", images=images[start : start + batch_size])
+            for start in range(0, len(images), batch_size)
+        ]
+        logits, *halting = (np.concatenate(part) for part in zip(*parts, strict=True))
+        if self.manifest.recursion_steps is None:
+            return Predictions(softmax(logits), None, None)
+        steps = np.full(len(images), self.manifest.recursion_steps)
+        return Predictions(softmax(logits[:, -1]), halting[0][:, -1], steps)
+
+    def _recur(self, images: Floats, threshold: float, batch_size: int) -> Predictions:
+        """Group by group, so that memory stays bounded; images that go on share full batches."""
+        group, most = 4 * batch_size, self.manifest.recursion_steps or 1
+        logits = np.empty((len(images), len(self.classes)), np.float32)
+        halting = np.empty(len(images), np.float32)
+        steps = np.zeros(len(images), np.int64)
+        for start in range(0, len(images), group):
+            left = np.arange(start, min(start + group, len(images)))
+            states = self._batched("embed", [images[left]], batch_size)
+            for number in range(1, most + 1):
+                states[1:] = self._batched("step", states, batch_size)
+                logits[left], halting[left] = self._batched("read_out", states[1:2], batch_size)
+                steps[left] = number
+                going = halting[left] < threshold
+                left, states = left[going], [state[going] for state in states]
+                if len(left) == 0:
+                    break
+        return Predictions(softmax(logits), halting, steps)
+
+    def _batched(self, graph: str, inputs: list[Floats], batch_size: int) -> list[Floats]:
+        names = [entry.name for entry in self._graphs[graph].get_inputs()]
+        parts = [
+            self._call(
+                graph, **{n: i[at : at + batch_size] for n, i in zip(names, inputs, strict=True)}
+            )
+            for at in range(0, len(inputs[0]), batch_size)
+        ]
+        return [np.concatenate(part) for part in zip(*parts, strict=True)]
+
+    def _call(self, graph: str, **inputs: Floats) -> list[Floats]:
+        outputs: list[Floats] = self._graphs[graph].run(None, inputs)
+        return outputs
+
+    def _no_pixels(self) -> NDArray[np.uint8]:
+        size = self.manifest.image_size
+        return np.empty((0, self.manifest.channels, size, size), np.uint8)
+
+
+def softmax(logits: Floats) -> Floats:
+    """Probabilities of logits, along the last axis."""
+    shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    result: Floats = shares / shares.sum(axis=-1, keepdims=True)
+    return result
+
+
+def _session(
+    content: bytes, file: Path, options: Any, providers: Sequence[str]
+) -> ort.InferenceSession:
+    try:
+        return ort.InferenceSession(content, options, providers=list(providers))
+    except Exception as error:  # ONNX Runtime raises its own kinds, without a common parent
+        reason = " ".join(str(error).split())[:200]
+        raise ExportError(
+            f"{file}: ONNX Runtime {ort.__version__} can't run it ({reason}); "
+            "a newer onnxruntime may, or export the run again"
+        ) from error
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,75 @@
+"""Where an image may leave the recursion: thresholds of the halting probability.
+
+The halting probability says how sure a model is, on a scale of its own. What a threshold costs in
+accuracy and saves in steps is measured on images that were not trained on, for every threshold
+that makes a difference, and the threshold is chosen there.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smallfry.errors import UsageError
+
+NEVER = 1.01  # a threshold that no probability passes
+THRESHOLDS = 200  # looked at, at equal shares of all halting probabilities
+
+
+class Trace(NamedTuple):
+    """What a model would say of each image after each recursion step."""
+
+    right: NDArray[np.bool_]  # (steps, images)
+    halting: NDArray[np.float32]  # (steps, images), probability of being right, by the model itself
+
+
+class Point(NamedTuple):
+    """What a threshold gives."""
+
+    threshold: float
+    accuracy: float
+    steps: float  # recursion steps an image, on average
+
+
+def operating_points(traced: Trace) -> list[Point]:
+    """What each threshold gives, from the most thrifty to the one that nobody passes."""
+    shares = np.linspace(0, 1, THRESHOLDS)
+    early = traced.halting[:-1].astype(np.float64).ravel()
+    candidates = np.quantile(early, shares).tolist() if len(early) else []
+    return [_point(traced, threshold) for threshold in sorted({0.0, *candidates, NEVER})]
+
+
+def most_thrifty(points: Sequence[Point], drop: float) -> Point:
+    """The fewest steps whose accuracy is within ``drop`` of that of all steps."""
+    enough = points[-1].accuracy - drop
+    return min((p for p in points if p.accuracy >= enough - 1e-9), key=lambda p: p.steps)
+
+
+def most_accurate(points: Sequence[Point], steps: float) -> Point:
+    """The best accuracy for at most so many steps on average.
+
+    Raises:
+        UsageError: Fewer than one step.
+    """
+    cheap = [p for p in points if p.steps <= steps + 1e-9]
+    if not cheap:
+        raise UsageError(f"an image takes one recursion step at least, not {steps}")
+    return max(cheap, key=lambda p: (p.accuracy, -p.steps))
+
+
+def worthwhile(points: Sequence[Point]) -> list[Point]:
+    """The points that no other one beats in both accuracy and steps; the last one always."""
+    kept: list[Point] = []
+    for point in sorted(points[:-1], key=lambda p: (p.steps, -p.accuracy)):
+        if not kept or point.accuracy > kept[-1].accuracy:
+            kept.append(point)
+    return [*kept, points[-1]]
+
+
+def _point(traced: Trace, threshold: float) -> Point:
+    leaves = traced.halting >= threshold
+    leaves[-1] = True
+    last = leaves.argmax(axis=0)  # the first step that passes
+    right = np.take_along_axis(traced.right, last[None], axis=0)
+    return Point(threshold, float(right.mean()), float(last.mean()) + 1)

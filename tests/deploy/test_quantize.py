@@ -1,0 +1,54 @@
+import numpy as np
+import onnx
+import pytest
+
+from smallfry.deploy import Runtime
+from smallfry.deploy.quantize import call_ranges, quantize
+from smallfry.errors import ExportError
+from smallfry.training.run import load_run
+from smallfry.training.train import load_like
+
+
+def test_int8_says_what_float32_says(run, whole, int8):
+    images = load_like(load_run(run), run)[1].images.numpy()
+    wanted, given = (Runtime(folder).predict(images).probabilities for folder in (whole, int8))
+    assert (wanted.argmax(1) == given.argmax(1)).mean() > 0.95
+    assert np.abs(wanted - given).mean() < 0.01
+
+
+def test_every_product_of_a_shared_weight_has_a_range_of_its_own(whole, int8):
+    ranges = call_ranges((int8 / "model.onnx").read_bytes())
+    graph = onnx.load(whole / "model.onnx").graph
+    products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm", "Conv")]
+    assert len(ranges) == len(products)
+    shared = [r for r in ranges if r.weight == "model.blocks.0.mlp.fc2.weight.transposed"]
+    assert [r.call for r in shared] == list(range(6))  # 3 × (a latent step and an answer)
+    assert len({(r.low, r.high) for r in shared}) == 6
+    assert all(r.low <= 0 <= r.high for r in shared)
+
+
+def test_a_quantized_weight_is_stored_once_in_eight_bits(int8, whole):
+    graph = onnx.load(int8 / "model.onnx").graph
+    matrices = [tensor for tensor in graph.initializer if len(tensor.dims) == 2]
+    assert {tensor.data_type for tensor in matrices} == {onnx.TensorProto.INT8}
+    originals = [t for t in onnx.load(whole / "model.onnx").graph.initializer if len(t.dims) == 2]
+    assert len(matrices) == len(originals)
+
+
+def test_weights_have_a_scale_for_each_output_channel(int8):
+    graph = onnx.load(int8 / "model.onnx").graph
+    sizes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    weights = [
+        node
+        for node in graph.node
+        if node.op_type == "DequantizeLinear" and len(sizes.get(node.input[0], [])) == 2
+    ]
+    assert weights
+    for node in weights:
+        assert sizes[node.input[1]] in ([sizes[node.input[0]][0]], [sizes[node.input[0]][1]])
+
+
+def test_static_ranges_need_images(whole):
+    graphs = {"model": (whole / "model.onnx").read_bytes()}
+    with pytest.raises(ExportError, match="needs images"):
+        quantize(graphs, "int8", np.empty((0, 1, 8, 8), np.float32))

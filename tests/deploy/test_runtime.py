@@ -1,0 +1,219 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from smallfry.cli import main
+from smallfry.deploy import Runtime
+from smallfry.errors import DataError, ExportError, UsageError
+from smallfry.models.early_exit import recurse_until
+from smallfry.training.augment import Normalize
+from smallfry.training.run import load_run
+from smallfry.training.train import load_like
+
+
+@pytest.fixture(scope="module")
+def pixels(run):
+    return load_like(load_run(run), run, split="train")[1].images[:100].numpy()
+
+
+@pytest.fixture(scope="module")
+def runtime(anytime):
+    return Runtime(anytime, threads=1)
+
+
+def a_picture(mode="RGB", size=(20, 14)) -> bytes:
+    stream = BytesIO()
+    random = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    image = Image.fromarray(random).convert(mode if mode != "I;16" else "L")
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+    image.save(stream, "TIFF")
+    return stream.getvalue()
+
+
+def test_it_runs_where_pytorch_is_not(anytime, tmp_path):
+    (tmp_path / "picture.tif").write_bytes(a_picture())
+    code = f"""
+import sys
+for name in ("torch", "timm", "lightning", "torchvision"):
+    sys.modules[name] = None  # an import of it fails
+from smallfry.deploy import Runtime
+from smallfry.cli import main
+runtime = Runtime({str(anytime)!r})
+print(runtime.predict([open({str(tmp_path / "picture.tif")!r}, "rb").read()], budget=2).steps)
+sys.exit(main(["predict", {str(anytime)!r}, {str(tmp_path)!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "picture.tif: " in done.stdout
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+def test_preprocessing_is_that_of_training_to_the_bit(runtime, seed):
+    random = np.random.default_rng(seed)
+    mean, std = random.uniform(0, 1), random.uniform(0.01, 1)
+    pixels = random.integers(0, 256, (2, 1, 8, 8), np.uint8)
+    other = object.__new__(Runtime)
+    other._scale = np.array([1 / (255 * std)], np.float32).reshape(-1, 1, 1)
+    other._shift = np.array([-mean / std], np.float32).reshape(-1, 1, 1)
+    theirs = Normalize([mean], [std])(torch.from_numpy(pixels)).numpy()
+    assert other.preprocess(pixels).tobytes() == theirs.tobytes()
+
+
+def test_its_own_preprocessing_is_that_of_its_run(run, runtime, pixels):
+    theirs = load_run(run).normalize(torch.from_numpy(pixels)).numpy()
+    assert runtime.preprocess(pixels).tobytes() == theirs.tobytes()
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.5, 2.0])
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_early_exit_is_pytorchs_image_by_image(run, runtime, pixels, threshold, batch_size):
+    trained = load_run(run)
+    wanted = recurse_until(trained.model, trained.normalize(torch.from_numpy(pixels)), threshold)
+    said = runtime.predict(pixels, threshold=threshold, batch_size=batch_size)
+    np.testing.assert_array_equal(said.steps, wanted.steps.numpy())
+    np.testing.assert_allclose(said.probabilities, wanted.logits.softmax(1).numpy(), atol=1e-4)
+
+
+def test_what_is_left_is_packed_into_full_batches(runtime, pixels, monkeypatch):
+    sizes, call = [], Runtime._call
+
+    def counted(self, graph, **inputs):
+        if graph == "step":
+            sizes.append(len(inputs["x"]))
+        return call(self, graph, **inputs)
+
+    monkeypatch.setattr(Runtime, "_call", counted)
+    halting = runtime.predict(pixels, threshold=0.0).halting
+    sizes.clear()
+    steps = runtime.predict(pixels, threshold=float(np.median(halting)), batch_size=25).steps
+    left = int((steps > 1).sum())
+    assert 25 < left < 75
+    assert sizes[:4] == [25] * 4
+    assert sizes[4:6] == [25, min(25, left - 25)]
+
+
+def test_a_budget_is_kept_on_the_images_it_was_calibrated_on(run, runtime):
+    validation = load_like(load_run(run), run, split="validation")[1]
+    images = validation.images.numpy()
+    for budget in (1, 1.7, 3):
+        assert runtime.predict(images, budget=budget).steps.mean() <= budget + 1e-6
+    whole = (runtime.predict(images).probabilities.argmax(1) == validation.labels.numpy()).mean()
+    said = runtime.predict(images, drop=0.05)
+    assert (said.probabilities.argmax(1) == validation.labels.numpy()).mean() >= whole - 0.05 - 1e-6
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_an_image_of_any_mode_and_size_is_answered(runtime, mode):
+    for size in ((1, 1), (3, 50), (64, 64)):
+        shares = runtime.predict([a_picture(mode, size)]).probabilities
+        np.testing.assert_allclose(shares.sum(), 1, rtol=1e-5)
+
+
+def test_no_images_give_no_answers(runtime):
+    assert runtime.predict([]).probabilities.shape == (0, 10)
+
+
+def test_wrong_images_and_wishes_are_told(runtime, whole):
+    with pytest.raises(DataError, match="image 0: not an image"):
+        runtime.predict([b"no picture"])
+    with pytest.raises(DataError, match=r"\(images, 1, 8, 8\), got float64"):
+        runtime.predict(np.zeros((1, 1, 8, 8)))
+    with pytest.raises(UsageError, match="give one"):
+        runtime.predict([], budget=2, threshold=0.5)
+    with pytest.raises(UsageError, match="one recursion step at least"):
+        runtime.predict([], budget=0.5)
+    with pytest.raises(UsageError, match="--form anytime"):
+        Runtime(whole).predict([], budget=2)
+
+
+def damaged(export, tmp_path, **changes):
+    copy = tmp_path / "damaged"
+    shutil.copytree(export, copy)
+    content = json.loads((copy / "manifest.json").read_text()) | changes
+    (copy / "manifest.json").write_text(json.dumps(content))
+    return copy
+
+
+def test_an_export_of_another_version_is_refused(anytime, tmp_path, capsys):
+    copy = damaged(anytime, tmp_path, format=2, smallfry="9.9")
+    with pytest.raises(ExportError, match=r"smallfry 9\.9 in format 2; this is"):
+        Runtime(copy)
+    assert main(["predict", str(copy), "x.png"]) == 1
+    assert "smallfry 9.9 in format 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["embed.onnx", "step.onnx", "read_out.onnx"])
+def test_a_truncated_file_is_refused(anytime, tmp_path, name):
+    copy = damaged(anytime, tmp_path)
+    os.truncate(copy / name, (copy / name).stat().st_size - 1)
+    with pytest.raises(ExportError, match=f"{name}: truncated or damaged"):
+        Runtime(copy)
+    (copy / name).unlink()
+    with pytest.raises(ExportError, match=f"{name}: can't be read"):
+        Runtime(copy)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"form": "pieces"},
+        {"form": []},
+        {"precision": "int3"},
+        {"classes": []},
+        {"classes": [1]},
+        {"classes": 3},
+        {"image_size": 10**9},
+        {"image_size": "8"},
+        {"channels": 2},
+        {"mean": [0.5, 0.5]},
+        {"std": [0.0]},
+        {"std": [float("nan")]},
+        {"std": ["a"]},
+        {"recursion_steps": None},
+        {"recursion_steps": -1},
+        {"exits": [{"threshold": 1}]},
+        {"exits": [{"threshold": "a", "accuracy": 1, "steps": 1}]},
+        {"files": {}},
+        {"files": {"embed.onnx": 1, "step.onnx": "", "read_out.onnx": ""}},
+        {"files": None},
+        {"model": {}},
+        {"training": 5},
+    ],
+    ids=str,
+)
+def test_a_manifest_with_wrong_values_is_refused(anytime, tmp_path, changes):
+    with pytest.raises(ExportError, match=r"damaged|truncated"):
+        Runtime(damaged(anytime, tmp_path, **changes))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"format": 1}', "[" * 100_000])
+def test_a_manifest_that_is_none_is_refused(anytime, tmp_path, text):
+    copy = damaged(anytime, tmp_path)
+    (copy / "manifest.json").write_text(text)
+    with pytest.raises(ExportError, match=r"damaged|not the manifest"):
+        Runtime(copy)
+
+
+def test_a_folder_that_is_no_export_is_told(tmp_path):
+    with pytest.raises(ExportError, match=r"manifest\.json is missing"):
+        Runtime(tmp_path)
+    with pytest.raises(ExportError, match="no such export folder"):
+        Runtime(tmp_path / "nothing")
+
+
+def test_a_folder_without_images_is_told(anytime, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert main(["predict", str(anytime), str(tmp_path / "empty")]) == 1
+    assert "there are no images in this folder" in capsys.readouterr().err

@@ -1,0 +1,43 @@
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from smallfry.errors import UsageError
+from smallfry.exits import Trace, most_accurate, most_thrifty, operating_points, worthwhile
+
+# three steps, four images: one is sure and right at once, one late, one is right only at first
+TRACED = Trace(
+    right=np.array([[1, 0, 1, 0], [1, 1, 1, 0], [1, 1, 0, 0]], dtype=bool),
+    halting=np.array(
+        [[0.9, 0.2, 0.6, 0.1], [0.9, 0.7, 0.5, 0.1], [0.9, 0.9, 0.4, 0.1]], np.float32
+    ),
+)
+
+
+def test_points_go_from_one_step_for_all_to_all_steps():
+    points = operating_points(TRACED)
+    assert (points[0].accuracy, points[0].steps) == (0.5, 1.0)
+    assert (points[-1].accuracy, points[-1].steps) == (0.5, 3.0)
+    assert [p.steps for p in points] == sorted(p.steps for p in points)
+
+
+def test_the_chosen_point_keeps_accuracy_or_cost():
+    points = operating_points(TRACED)
+    best = most_accurate(points, steps=2.0)
+    assert best.accuracy == 0.75  # the second image waits, the third does not
+    assert best.steps <= 2.0
+    assert most_thrifty(points, drop=0.0).steps == 1.0
+    with pytest.raises(UsageError, match="one recursion step at least"):
+        most_accurate(points, steps=0.5)
+
+
+def test_worthwhile_points_are_beaten_by_none_in_both_accuracy_and_steps():
+    points = operating_points(TRACED)
+    kept = worthwhile(points)
+    assert kept[-1] == points[-1]  # all steps, whatever they are worth
+    for point in points:
+        assert any(k.accuracy >= point.accuracy and k.steps <= point.steps for k in kept)
+    for before, after in pairwise(kept[:-1]):
+        assert before.steps < after.steps
+        assert before.accuracy < after.accuracy
