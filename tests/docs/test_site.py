@@ -46,6 +46,12 @@ def test_the_api_shows_docstrings_with_their_arguments(site):
     assert "damping_split" in page
 
 
+def test_the_api_shows_what_stands_behind_fields(site):
+    page = (site / "api" / "models.html").read_text()
+    assert "their sigmoid is the probability that the answer is right." in page
+    assert "The latent memory, (batch, latents, dim)." in page
+
+
 def test_scripts_of_pictures_are_not_published(site):
     assert list(site.rglob("pictures/*.png"))
     assert not list(site.rglob("*.py"))
