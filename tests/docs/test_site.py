@@ -30,6 +30,16 @@ def test_every_page_is_built(site):
         assert (site / page.relative_to(ROOT / "docs").with_suffix(".html")).is_file(), page
 
 
+def test_links_of_the_readme_lead_somewhere(site):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)(?:#([^)]+))?\)", (ROOT / "README.md").read_text())
+    assert len(links) > 10
+    for path, heading in links:
+        assert (ROOT / path).exists(), path
+        if heading:
+            page = site / Path(path).relative_to("docs").with_suffix(".html")
+            assert f'id="{heading}"' in page.read_text(), f"{path}#{heading}"
+
+
 def test_no_page_loads_anything_from_elsewhere(site):
     loaded = re.compile(
         r'<(?:script|img|iframe)[^>]*\ssrc="?(https?:)?//|<link[^>]*href="?(?:https?:)?//'
