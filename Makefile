@@ -1,5 +1,6 @@
 # make demo     trains a ViTRM on handwritten digits, and draws what it learned
-# make test     style, types and tests
+# make test     style, types and tests, with the documentation's code and a strict build of it
+# make docs     builds the documentation into site/; make docs-serve shows it while you write
 # make bench    how fast the training loop is
 # make recipes  writes recipes/paper and recipes/short
 # Each works alone on a machine that has Python 3.11 or newer and make. ARGS reach the command.
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint bench recipes clean
+.PHONY: demo test lint docs docs-serve bench recipes clean
 
 demo: $(INSTALLED)
 	$(BIN)/smallfry train $(ARGS)
@@ -20,6 +21,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build $(ARGS)
+
+docs-serve: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve $(ARGS)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/loop.py $(ARGS)
@@ -35,4 +42,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv site .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -53,7 +53,7 @@ class Sight(NamedTuple):
 class RecursionStep(NamedTuple):
     """A state and what the heads read off it."""
 
-    state: State
+    state: State  # y and z behind the step
     logits: Tensor  # (batch, num_classes)
     halt_logits: Tensor  # (batch,); their sigmoid is the probability that the answer is right
 

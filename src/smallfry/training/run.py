@@ -111,12 +111,12 @@ class RunFolder:
 class TrainedModel(NamedTuple):
     """A trained model and what it needs to be used."""
 
-    model: nn.Module
-    classes: tuple[str, ...]
-    image_size: int
-    channels: int
-    normalize: Normalize
-    manifest: dict[str, Any]
+    model: nn.Module  # in evaluation mode, on the CPU
+    classes: tuple[str, ...]  # names, in the order of the logits
+    image_size: int  # side of the images in pixels
+    channels: int  # 1 for grey images, 3 for RGB
+    normalize: Normalize  # uint8 images to what the model takes
+    manifest: dict[str, Any]  # of the checkpoint
 
 
 def load_run(run: str | Path, checkpoint: str = "best") -> TrainedModel:
