@@ -1,4 +1,4 @@
-"""The command: ``smallfry train``, ``evaluate``, ``predict``, ``models``, ``study``."""
+"""The command: ``smallfry train``, ``evaluate``, ``predict``, ``demo``, ``models``, ``study``."""
 
 import json
 import logging
@@ -183,6 +183,20 @@ def predict(
     return FAILED if failed else 0
 
 
+def demo(
+    runs: list[str],
+    checkpoint: Literal["best", "last"] = "best",
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    open_browser: bool = False,
+) -> int:
+    """Serve a local page to try one or two models on images, and watch them think."""
+    from smallfry.demo.serve import serve
+
+    serve(runs, checkpoint, host, port, open_browser)
+    return 0
+
+
 def models(pattern: str = "*", as_json: bool = False) -> int:
     """List smallfry's models with what they cost."""
     import timm
@@ -273,7 +287,7 @@ def build_parser(short: bool = False) -> ArgumentParser:
     export_verb = _parser(
         "Export a trained model for ONNX Runtime, which needs neither PyTorch nor this machine."
     )
-    _add_run(export_verb, output="")
+    _add_run(export_verb, as_json=False)
     export_verb.add_argument(
         "--to", type=Path | None, metavar="DIR", help="Where; default exports/RUN-PRECISION."
     )
@@ -311,6 +325,16 @@ def build_parser(short: bool = False) -> ArgumentParser:
     predict_verb.add_argument("--top_k", type=int, default=3, help="Classes to name per image.")
     verbs.add_subcommand("predict", predict_verb, help="classify images")
 
+    demo_verb = _parser("Serve a local page: drop an image, and watch the model think.")
+    _add_run(demo_verb, as_json=False)
+    demo_verb.add_argument("run2", nargs="?", help="A second run, to stand beside the first.")
+    demo_verb.add_argument(
+        "--host", default="127.0.0.1", help="Where to listen; 0.0.0.0 lets other machines in."
+    )
+    demo_verb.add_argument("--port", type=int, default=7860, help="0 picks a free one.")
+    demo_verb.add_argument("--open", action="store_true", help="Open the page in the browser.")
+    verbs.add_subcommand("demo", demo_verb, help="watch a trained model think, in the browser")
+
     models_verb = _parser("List smallfry's models with what one image costs.")
     models_verb.add_argument("pattern", nargs="?", default="*", help="Such as 'vitrm_*'.")
     models_verb.add_argument("--json", action="store_true", help="One JSON object per line.")
@@ -342,7 +366,7 @@ def _parser(description: str) -> ArgumentParser:
     return parser
 
 
-def _add_run(parser: ArgumentParser, output: str = "Print JSON.") -> None:
+def _add_run(parser: ArgumentParser, as_json: bool = True) -> None:
     parser.add_argument("run", help="A run folder, or a checkpoint folder in one.")
     parser.add_argument(
         "--checkpoint",
@@ -350,8 +374,8 @@ def _add_run(parser: ArgumentParser, output: str = "Print JSON.") -> None:
         default="best",
         help="The weights of the best epoch, or of the last step.",
     )
-    if output:
-        parser.add_argument("--json", action="store_true", help=output)
+    if as_json:
+        parser.add_argument("--json", action="store_true", help="Print JSON.")
 
 
 def _expand_shorthand(arguments: Sequence[str]) -> list[str]:
@@ -402,6 +426,9 @@ def _dispatch(parsed: Namespace, parser: ArgumentParser, short: bool) -> int:
             given.license,
             OtherData(given.data.name, given.data.root),
         )
+    if verb == "demo":
+        runs = [run for run in (given.run, given.run2) if run is not None]
+        return demo(runs, given.checkpoint, given.host, given.port, given.open)
     if verb == "study":
         return _dispatch_study(given, parser, short)
     return models(given.pattern, given.json)

@@ -28,6 +28,10 @@ class TrainingError(SmallfryError):
     """Training that can't go on, such as a loss that is not a number."""
 
 
+class DemoError(SmallfryError):
+    """The demo's page can't be served: a package is missing, or a port is taken."""
+
+
 class Stopped(Exception):
     """A signal asked for an end; what was done is saved."""
 

@@ -1,13 +1,13 @@
 """The recursion trace: how an answer forms, latent step by latent step."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from smallfry.models import ViTRM
+from smallfry.models import RecursionStep, ViTRM
 from smallfry.report.figure import COLOURS, GREY, new_figure, plain, save, show_image, style
 
 
@@ -16,6 +16,24 @@ class Trace(NamedTuple):
 
     probabilities: Tensor  # (1 + latent steps, images, classes)
     halting: Tensor  # (1 + latent steps, images)
+
+
+def steps_to_follow(model: ViTRM) -> int:
+    """Recursion steps worth showing: those of its training, and a second one if that was one."""
+    return max(2, model.recursion_steps)
+
+
+def answers(model: ViTRM, images: Tensor, steps: int) -> Iterator[RecursionStep]:
+    """What a model would answer after 0, 1, 2, … latent steps; see ``trace_recursion``."""
+    x = model.embed(images)
+    state = model.initial_state(len(images))
+    yield model.read_out(model.answer(state))
+    for _ in range(steps):
+        for _ in range(model.latent_steps):
+            state = model.think(x, state)
+            asked = model.read_out(model.answer(state))
+            yield asked
+        state = asked.state  # the last answer of a recursion step is the one that is kept
 
 
 @torch.inference_mode()
@@ -27,14 +45,7 @@ def trace_recursion(model: ViTRM, images: Tensor, steps: int) -> Trace:
         images: Normalised, (images, channels, size, size).
         steps: Recursion steps to follow.
     """
-    x = model.embed(images)
-    state = model.initial_state(len(images))
-    asked = [model.read_out(model.answer(state))]
-    for _ in range(steps):
-        for _ in range(model.latent_steps):
-            state = model.think(x, state)
-            asked.append(model.read_out(model.answer(state)))
-        state = asked[-1].state  # the last answer of a recursion step is the one that is kept
+    asked = list(answers(model, images, steps))
     return Trace(
         torch.stack([step.logits.softmax(dim=1) for step in asked]),
         torch.stack([step.halt_logits.sigmoid() for step in asked]),
@@ -61,7 +72,7 @@ def recursion_trace(
     """
     classes = plain(classes)
     trained = model.recursion_steps
-    steps = max(2, trained)
+    steps = steps_to_follow(model)
     trace = trace_recursion(model, inputs, steps)
     probabilities, halting = trace.probabilities.numpy(), trace.halting.numpy()
     times = range(len(probabilities))

@@ -1,0 +1,39 @@
+"""A few images to try, out of what a run was trained on, where that is at hand."""
+
+from pathlib import Path
+
+from PIL import Image
+
+from smallfry.errors import SmallfryError
+from smallfry.report.recursion import interesting
+from smallfry.training.evaluation import predict
+from smallfry.training.run import TrainedModel
+from smallfry.training.train import load_like
+
+WANTED = 8
+EMBEDDED = ("digits",)  # needs neither the net nor a folder that may be gone or huge
+
+
+def write_examples(trained: TrainedModel, run: str, folder: Path) -> list[Path]:
+    """Write the test images that a model is least sure of as PNGs; none if they are not at hand.
+
+    Args:
+        trained: The model.
+        run: Its run folder, which says what its test images are.
+        folder: Is made.
+    """
+    if trained.manifest.get("data", {}).get("name") not in EMBEDDED:
+        return []
+    try:
+        _, split, _ = load_like(trained, run)
+    except SmallfryError:  # such as a checkpoint without its run folder
+        return []
+    logits, labels = predict(trained.model, split, trained.normalize)[:2]
+    folder.mkdir(parents=True)
+    files = []
+    for i in interesting(logits, labels, WANTED).tolist():
+        file = folder / f"a {trained.classes[int(labels[i])]}, no. {i}.png"
+        pixels = split.pixels[split.rows[i]].numpy()
+        Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(file)
+        files.append(file)
+    return files

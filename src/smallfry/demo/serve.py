@@ -1,0 +1,209 @@
+"""Serving the page: host, port, a folder for uploads that goes with the server, a clean stop."""
+
+import errno
+import os
+import signal
+import socket
+import tempfile
+import threading
+import time
+import webbrowser
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from ipaddress import ip_address
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from smallfry.demo.examples import write_examples
+from smallfry.demo.guard import Guard
+from smallfry.errors import DemoError
+from smallfry.training.run import load_run
+
+SLACK_BYTES = 2**16  # around an upload, in its request
+STOP_SECONDS = 1  # an open page holds a connection; it is not waited for
+
+
+def serve(
+    runs: Sequence[str],
+    checkpoint: str = "best",
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    open_browser: bool = False,
+) -> None:
+    """Serve the page of some runs until Ctrl-C or SIGTERM.
+
+    Args:
+        runs: Run folders, or checkpoint folders in them.
+        checkpoint: ``best`` or ``last``.
+        host: The address to listen on.
+        port: The port; 0 takes a free one.
+        open_browser: Open the page there too.
+
+    Raises:
+        DemoError: The port is taken, the host is none of this machine's, or gradio is missing.
+        RunError: A run that can't be used.
+    """
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    with serving(runs, checkpoint, host, port) as address, _handling_signals(on_signal):
+        print(f"watch it think: {address}   (Ctrl-C stops)", flush=True)
+        if not _is_loopback(host):
+            print("everyone who reaches this machine can use the page", flush=True)
+        if open_browser:
+            webbrowser.open(address)
+        stop.wait()
+    print("stopped", flush=True)
+
+
+@contextmanager
+def serving(
+    runs: Sequence[str], checkpoint: str = "best", host: str = "127.0.0.1", port: int = 0
+) -> Iterator[str]:
+    """The page's address, for as long as it is served; see ``serve``."""
+    models = [(str(run), load_run(run, checkpoint)) for run in runs]
+    with _listening(host, port) as listener, _private_folder() as folder:
+        try:
+            from smallfry.demo.page import Shown, build_page
+        except ModuleNotFoundError as error:
+            if (error.name or "smallfry").startswith("smallfry"):
+                raise
+            raise DemoError(
+                f"the demo needs {error.name}, which is not installed: pip install 'smallfry[demo]'"
+            ) from error
+        examples = write_examples(models[0][1], runs[0], folder / "examples")
+        page = build_page([Shown(*model) for model in models], examples)
+        with _running(_application(page, host), listener):
+            yield _address(listener)
+
+
+@contextmanager
+def _handling_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+# The server
+
+
+def _application(page: Any, host: str) -> Any:
+    """The page as an ASGI application that asks nothing of the net."""
+    import gradio as gr
+    from fastapi import FastAPI
+
+    from smallfry.demo.page import MOST_BYTES, PASTE, STYLES
+
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    app = gr.mount_gradio_app(
+        FastAPI(openapi_url=None),
+        page,
+        path="/",
+        app_kwargs={"openapi_url": None},
+        max_file_size=MOST_BYTES,
+        theme=gr.themes.Default(**fonts),
+        css=STYLES,
+        head=PASTE,
+        footer_links=[],
+        run_history=False,
+        show_error=False,
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+    )
+    hosts = {"localhost", "127.0.0.1", "::1", host} if _is_loopback(host) else None
+    return Guard(app, MOST_BYTES + SLACK_BYTES, hosts)
+
+
+@contextmanager
+def _running(app: Any, listener: socket.socket) -> Iterator[None]:
+    import uvicorn
+
+    config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=STOP_SECONDS)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(
+        target=server.run, args=([listener],), name="smallfry-demo", daemon=True
+    )
+    thread.start()
+    try:
+        while not server.started:
+            if not thread.is_alive():
+                raise DemoError("the server of the demo did not start; please report it")
+            time.sleep(0.01)
+        yield
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+@contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket on that host and port, had before Gradio takes its seconds to load."""
+    if not 0 <= port <= 65535:
+        raise DemoError(f"port {port}: a port is 1 to 65535, or 0 for any that is free")
+    listener = None
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind)
+        if os.name == "posix":  # elsewhere it would let two servers have one port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(128)
+    except OSError as error:
+        if listener is not None:
+            listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise DemoError(
+                f"port {port} of {host} is in use; choose another one with --port, or let "
+                "--port 0 pick one that is free"
+            ) from None
+        reason = error.strerror or error
+        raise DemoError(
+            f"can't listen on {host}, port {port}: {reason}; --host is an address of this machine, "
+            "such as 127.0.0.1, or 0.0.0.0 for all"
+        ) from None
+    try:
+        yield listener
+    finally:
+        listener.close()
+
+
+@contextmanager
+def _private_folder() -> Iterator[Path]:
+    """A folder for what Gradio writes, gone with the server; Gradio's telemetry is off."""
+    with tempfile.TemporaryDirectory(prefix="smallfry-demo-") as folder:
+        wanted = {
+            "GRADIO_TEMP_DIR": folder,
+            "GRADIO_ANALYTICS_ENABLED": "False",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+        before = {name: os.environ.get(name) for name in wanted}
+        os.environ.update(wanted)
+        try:
+            yield Path(folder)
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

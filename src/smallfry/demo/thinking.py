@@ -1,0 +1,177 @@
+"""From one image to how a model's answer to it forms, latent step by latent step."""
+
+from collections.abc import Iterator
+from math import isqrt
+from statistics import median
+from time import perf_counter
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from smallfry.models import RecursionStep, ViTRM
+from smallfry.models.attention import (
+    Attended,
+    attention_on_image,
+    watch_attention,
+    why_no_rollout,
+)
+from smallfry.report.recursion import answers, steps_to_follow
+from smallfry.training.evaluation import forward
+from smallfry.training.run import TrainedModel
+
+TIMED_SECONDS = 1.0  # a large model is not run more often than this allows
+
+
+class Gaze(NamedTuple):
+    """Attention rollout from the prediction token to the image, since its recursion step began."""
+
+    patches: NDArray[np.float64]  # (side, side), row by row; sums to 1
+    share: float  # of the whole rollout; the rest falls on what y and z held before
+
+
+class Moment(NamedTuple):
+    """What a model would answer at one point of its thinking."""
+
+    recursion: int  # recursion steps begun; 0 before the first latent step
+    thought: int  # latent steps taken in this recursion step
+    probabilities: tuple[float, ...]  # of each class
+    halting: float | None  # the model's own probability that this is right; None without that head
+    gaze: Gaze | None  # None where nothing was looked at, or where rollout says nothing
+    milliseconds: float | None  # to the end of this recursion step, see ``Timing``
+
+
+class Timing(NamedTuple):
+    """How the milliseconds were taken: the model alone, on a batch of one image."""
+
+    runs: int  # whose median they are
+    device: str
+    threads: int
+
+
+class Thought(NamedTuple):
+    """All that a model went through on one image."""
+
+    pixels: NDArray[np.uint8]  # as the model sees them, (channels, size, size)
+    moments: tuple[Moment, ...]  # of a model that does not recur, one
+    answer: int  # which moment is the model's answer; what follows it never saw training
+    latent_steps: int  # in a recursion step; 0 if it does not recur
+    no_gaze: str  # why there is no attention to show; "" if there is
+    timing: Timing
+
+
+@torch.inference_mode()
+def think(trained: TrainedModel, pixels: NDArray[np.uint8], runs: int = 5) -> Thought:
+    """Follow a model's thinking on one image.
+
+    A recursive model is followed through ``steps_to_follow`` recursion steps, asked for its answer
+    after every latent step.
+
+    Args:
+        trained: The model.
+        pixels: (channels, size, size), as ``smallfry.images.decode`` gives them.
+        runs: How often it is timed, at least once and at most for about a second.
+    """
+    model = trained.model
+    images = trained.normalize(torch.from_numpy(pixels[None].copy()))
+    no_gaze = why_no_rollout(model)
+    if not isinstance(model, ViTRM):
+        logits = forward(model, images)[0]
+        times = _timed(_clock_whole(model, images) for _ in range(runs))
+        moment = Moment(0, 0, _shares(logits), None, None, median(times[0]))
+        return Thought(pixels, (moment,), 0, 0, no_gaze, _timing(times))
+    steps = steps_to_follow(model)
+    followed = list(_follow(model, images, steps, look=not no_gaze))
+    times = _timed(_clock_steps(model, images, steps) for _ in range(runs))
+    moments = []
+    for i, (step, gaze) in enumerate(followed):
+        recursion, thought = _place(i, model.latent_steps)
+        moments.append(
+            Moment(
+                recursion,
+                thought,
+                _shares(step.logits),
+                step.halt_logits.sigmoid().item(),
+                gaze,
+                median(times[recursion - 1]) if recursion else None,
+            )
+        )
+    answer = model.recursion_steps * model.latent_steps
+    return Thought(pixels, tuple(moments), answer, model.latent_steps, no_gaze, _timing(times))
+
+
+def moments_of(model: torch.nn.Module) -> int:
+    """How many moments ``think`` gives of a model."""
+    return 1 + steps_to_follow(model) * model.latent_steps if isinstance(model, ViTRM) else 1
+
+
+def _follow(
+    model: ViTRM, images: Tensor, steps: int, look: bool
+) -> Iterator[tuple[RecursionStep, Gaze | None]]:
+    """Every answer with what was looked at for it."""
+    layers = len(model.blocks)
+    thoughts: list[list[Attended]] = []
+    with watch_attention(model) as seen:
+        for i, step in enumerate(answers(model, images, steps)):
+            thought, answer = seen[:-layers], seen[-layers:]
+            seen.clear()
+            if _place(i, model.latent_steps)[1] == 1:
+                thoughts.clear()
+            thoughts += [thought] if thought else []
+            gaze = None
+            if look and thoughts:
+                patches = model.embed(images).shape[1]
+                gaze = _gaze(attention_on_image(thoughts, answer, patches)[0])
+            yield step, gaze
+
+
+def _place(moment: int, latent_steps: int) -> tuple[int, int]:
+    """The recursion step of a moment, and the latent steps taken in it; (0, 0) before the first."""
+    done, thought = divmod(moment - 1, latent_steps)
+    return (done + 1, thought + 1) if moment else (0, 0)
+
+
+def _gaze(parts: Tensor) -> Gaze:
+    side = isqrt(len(parts))
+    share = parts.sum().item()
+    return Gaze((parts.double() / parts.double().sum()).view(side, side).numpy(), share)
+
+
+def _shares(logits: Tensor) -> tuple[float, ...]:
+    return tuple(logits[0].softmax(dim=0).tolist())
+
+
+# Time
+
+
+def _clock_steps(model: ViTRM, images: Tensor, steps: int) -> list[float]:
+    """Milliseconds from the pixels to the answer of each recursion step, as early exit computes."""
+    begin, times = perf_counter(), []
+    x, state = model.embed(images), model.initial_state(len(images))
+    for _ in range(steps):
+        state = model.step(x, state).state
+        times.append(1000 * (perf_counter() - begin))
+    return times
+
+
+def _clock_whole(model: torch.nn.Module, images: Tensor) -> list[float]:
+    begin = perf_counter()
+    forward(model, images)
+    return [1000 * (perf_counter() - begin)]
+
+
+def _timed(runs: Iterator[list[float]]) -> list[tuple[float, ...]]:
+    """The times of all runs, for each recursion step, as long as there is time for them."""
+    done, spent = [], 0.0
+    for times in runs:
+        done.append(times)
+        spent += times[-1] / 1000
+        if spent > TIMED_SECONDS:
+            break
+    return list(zip(*done, strict=True))
+
+
+def _timing(times: list[tuple[float, ...]]) -> Timing:
+    return Timing(len(times[0]), "CPU", torch.get_num_threads())

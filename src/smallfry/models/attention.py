@@ -1,0 +1,120 @@
+"""Where the prediction token of a ViTRM looks: attention weights, and attention rollout.
+
+The answer step y <- f([y; z]) never sees the image; z does, in the think steps before it. So the
+weights are composed: attention rollout (Abnar and Zuidema, "Quantifying Attention Flow in
+Transformers", arXiv 2005.00928) takes a layer for half attention, averaged over its heads, and half
+the row as it was, which is the residual path. Here it goes through the layers of the answer step
+and of the think steps of one recursion step. It says where information can have come from. It
+knows neither values nor the MLPs, and proves no cause.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from smallfry.models.layers import EVERY, Attention
+from smallfry.models.vitrm import ViTRM
+from smallfry.models.vitrm_plus import ViTRMPlus
+
+__all__ = ["Attended", "attention_on_image", "rollout", "watch_attention", "why_no_rollout"]
+
+
+class Attended(NamedTuple):
+    """What the rows of one call of one layer attended to."""
+
+    weights: Tensor  # (batch, kept, context + tokens), averaged over heads; each row sums to 1
+    kept: slice  # which of the tokens were given
+    context: int  # further rows that were attended to, in front of the tokens
+
+
+@contextmanager
+def watch_attention(model: nn.Module) -> Iterator[list[Attended]]:
+    """Collect the attention weights of every call of every layer, in their order.
+
+    The model computes what it always does; the weights are computed beside it.
+    """
+    seen: list[Attended] = []
+
+    def watch(layer: nn.Module, given: tuple[Any, ...], _: Tensor) -> None:
+        assert isinstance(layer, Attention)
+        seen.append(_attended(layer, *given))
+
+    hooks = [
+        layer.register_forward_hook(watch)
+        for layer in model.modules()
+        if isinstance(layer, Attention)
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def why_no_rollout(model: nn.Module) -> str:
+    """Why attention rollout says nothing about a model; "" where it does.
+
+    It needs a recursive model whose tokens meet in attention and nowhere else.
+    """
+    if not isinstance(model, ViTRM):
+        return "it has no prediction token that looks again and again"
+    if isinstance(model, ViTRMPlus):
+        if model.injection == "add":
+            return "it adds the image to its memory, so no attention tells them apart"
+        if any("depthwise" in name for name, _ in model.named_modules()):
+            return "its tokens also meet in convolutions, which attention does not show"
+        if model.pool != "y":
+            return "its answer is an average of the memory, not what one token attends to"
+    return ""
+
+
+def rollout(layers: Sequence[Attended]) -> Tensor:
+    """How much of each input is in what a block kept, (batch, kept, context + tokens).
+
+    Args:
+        layers: The calls of a block's layers, first to last; each row of the result sums to 1.
+    """
+    first = layers[0].weights
+    inputs = torch.eye(first.shape[-1], dtype=first.dtype, device=first.device)
+    inputs = inputs.expand(len(first), -1, -1)
+    context, tokens = inputs[:, : layers[0].context], inputs[:, layers[0].context :]
+    for layer in layers:
+        read = layer.weights @ torch.cat([context, tokens], dim=1)
+        tokens = (read + tokens[:, layer.kept]) / 2
+    return tokens
+
+
+def attention_on_image(
+    thoughts: Sequence[Sequence[Attended]], answer: Sequence[Attended], patches: int
+) -> Tensor:
+    """The part of y's rollout that falls on each patch, (batch, patches).
+
+    Its sum is the share of the image in the answer; the rest is on y and z as they were when the
+    recursion step began.
+
+    Args:
+        thoughts: The layers of the think steps since the recursion step began; none give zeros.
+        answer: The layers of the answer step after them.
+        patches: Tokens of the image.
+    """
+    read = rollout(answer)  # (batch, 1, 1 + latents)
+    held = read.new_zeros(len(read), read.shape[-1], patches)  # of the image in y and z
+    for thought in thoughts:
+        mixed = rollout(thought)  # (batch, latents, patches + 1 + latents)
+        held = torch.cat([held[:, :1], mixed[..., :patches] + mixed[..., patches:] @ held], dim=1)
+    return (read @ held)[:, 0]
+
+
+def _attended(
+    layer: Attention, qkv: Tensor, kept: slice = EVERY, context: Tensor | None = None
+) -> Attended:
+    everything = qkv if context is None else torch.cat([context, qkv], dim=1)
+    queries = layer._split(qkv)[0][:, :, kept]
+    keys = layer._split(everything)[1]
+    scores = queries @ keys.transpose(-2, -1) / queries.shape[-1] ** 0.5
+    return Attended(
+        scores.softmax(dim=-1).mean(dim=1), kept, 0 if context is None else context.shape[1]
+    )
