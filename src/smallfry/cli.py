@@ -1,9 +1,10 @@
-"""The command: ``smallfry train``, ``evaluate``, ``predict``, ``models``, ``study``."""
+"""The command: ``smallfry train``, ``evaluate``, ``predict``, ``models``, ``share``, ``study``."""
 
 import json
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import warnings
@@ -64,13 +65,14 @@ def evaluate(
     as_json: bool = False,
 ) -> int:
     """Evaluate a trained model."""
+    from smallfry.deploy.pretrained import load_trained
     from smallfry.training import exit_calibration
     from smallfry.training.evaluation import predict as run_model
     from smallfry.training.evaluation import score
-    from smallfry.training.run import load_run, require_classes
+    from smallfry.training.run import require_classes
     from smallfry.training.train import load_like
 
-    trained = load_run(run, checkpoint)
+    trained = load_trained(run, checkpoint)
     loaded, chosen, taken = load_like(trained, run, data.name, data.root, split)
     require_classes(trained, loaded.classes, loaded.origin)
     threshold = None
@@ -107,13 +109,13 @@ def predict(
     as_json: bool = False,
 ) -> int:
     """Classify images."""
+    from smallfry.deploy.pretrained import load_trained
     from smallfry.inputs import find_images
     from smallfry.training.inference import classify
-    from smallfry.training.run import load_run
 
     if top_k < 1:
         raise UsageError(f"top_k must be at least 1, got {top_k}")
-    trained = load_run(run, checkpoint)
+    trained = load_trained(run, checkpoint)
     failed = False
     found = find_images(inputs, sys.stdin.buffer)
     for answer in classify(trained, found, top_k, exit_threshold):
@@ -126,6 +128,36 @@ def predict(
             guesses = "  ".join(f"{name} {share:.1%}" for name, share in answer.top)
             print(f"{answer.name}: {guesses}", flush=True)
     return FAILED if failed else 0
+
+
+def share(
+    run: str,
+    to: Path | None = None,
+    hub: str | None = None,
+    private: bool = False,
+    license: str | None = None,
+    checkpoint: Literal["best", "last"] = "best",
+    as_json: bool = False,
+) -> int:
+    """Write a trained model into a folder to give away, or put it on the Hugging Face hub."""
+    if (to is None) == (hub is None) or (private and hub is None):
+        raise UsageError("share takes --to FOLDER, or --hub USER/NAME and perhaps --private")
+    from smallfry.deploy.pretrained import push_to_hub, save_pretrained
+
+    what: dict[str, Any] = {"checkpoint": checkpoint, "license": license}
+    if hub is not None:
+        name, where = f"hf_hub:{hub}", push_to_hub(run, hub, private=private, **what)
+    else:
+        name = where = str(save_pretrained(run, cast(Path, to), **what))
+    timm_name = name if hub else f"local-dir:{where}"
+    if as_json:
+        print(json.dumps({"shared": where, "timm": timm_name}))
+        return 0
+    print(f"shared:  {where}\nuse it:  smallfry predict {shlex.quote(name)} IMAGE…")
+    print(f"or:      timm.create_model({timm_name!r}, pretrained=True)")
+    if license is None:
+        print("licence: not stated, so others may not use it; --license apache-2.0 states one")
+    return 0
 
 
 def models(pattern: str = "*", as_json: bool = False) -> int:
@@ -235,6 +267,16 @@ def build_parser(short: bool = False) -> ArgumentParser:
     models_verb.add_argument("--json", action="store_true", help="One JSON object per line.")
     verbs.add_subcommand("models", models_verb, help="list models and their cost")
 
+    share_verb = _parser("Share a trained model: as a folder, or on the Hugging Face hub.")
+    _add_run(share_verb)
+    share_verb.add_argument("--to", type=Path | None, metavar="FOLDER", help="A new folder.")
+    share_verb.add_argument("--hub", type=str | None, metavar="USER/NAME", help="A repository.")
+    share_verb.add_argument("--private", action="store_true", help="Show it to nobody else.")
+    share_verb.add_argument(
+        "--license", type=str | None, help="Of the weights, such as apache-2.0; none is assumed."
+    )
+    verbs.add_subcommand("share", share_verb, help="share a trained model")
+
     study_verb = _parser("Run one of the papers' comparisons; the same command goes on with it.")
     verbs.add_subcommand("study", study_verb, help="compare optimizers or models as the papers did")
     studies = study_verb.add_subcommands(metavar="STUDY")
@@ -262,7 +304,10 @@ def _parser(description: str) -> ArgumentParser:
 
 
 def _add_run(parser: ArgumentParser) -> None:
-    parser.add_argument("run", help="A run folder, or a checkpoint folder in one.")
+    parser.add_argument(
+        "run",
+        help="A run folder, a checkpoint folder in one, a shared folder, or hf_hub:USER/NAME.",
+    )
     parser.add_argument(
         "--checkpoint",
         type=Literal["best", "last"],
@@ -301,14 +346,11 @@ def _dispatch(parsed: Namespace, parser: ArgumentParser, short: bool) -> int:
             given.json,
         )
     if verb == "predict":
-        return predict(
-            given.run,
-            given.inputs,
-            given.top_k,
-            given.checkpoint,
-            given.exit_threshold,
-            given.json,
-        )
+        names = ("run", "inputs", "top_k", "checkpoint", "exit_threshold", "json")
+        return predict(*(given[name] for name in names))
+    if verb == "share":
+        wanted = ("run", "to", "hub", "private", "license", "checkpoint", "json")
+        return share(*(given[name] for name in wanted))
     if verb == "study":
         return _dispatch_study(given, parser, short)
     return models(given.pattern, given.json)
@@ -415,7 +457,8 @@ def _log_to_stderr() -> None:
     for chatty in ("lightning.pytorch.utilities.rank_zero", "datasets", "huggingface_hub"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     if not sys.stderr.isatty():
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        for library in ("HF_DATASETS", "HF_HUB"):
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
 
 
 def _complain(error: Exception | str, code: int) -> int:

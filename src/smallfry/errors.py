@@ -24,6 +24,10 @@ class TrainingError(SmallfryError):
     """Training that can't go on, such as a loss that is not a number."""
 
 
+class HubError(SmallfryError):
+    """A model hub that can't be reached, or that refuses."""
+
+
 class Stopped(Exception):
     """A signal asked for an end; what was done is saved."""
 
