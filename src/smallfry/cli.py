@@ -1,14 +1,14 @@
-"""The command: ``smallfry train``, ``evaluate``, ``predict``, ``demo``, ``models``, ``study``."""
+"""The command ``smallfry``: one function for each verb."""
 
 import json
 import logging
 import os
-import re
+import shlex
 import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,10 +16,17 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Table
 
-from smallfry.errors import SmallfryError, Stopped, UsageError, nearest
+from smallfry.arguments import (
+    EarlyExit,
+    OtherData,
+    build_parser,
+    expand_shorthand,
+    explain,
+    verb_parsers,
+)
+from smallfry.errors import SmallfryError, Stopped, UsageError
 from smallfry.studies.config import STUDIES, RaceConfig, RunsConfig
 from smallfry.training.config import TrainConfig
-from smallfry.version import __version__
 
 FAILED, MISUSED = 1, 2  # exit codes; a run that a signal stopped gives 128 + its number
 
@@ -39,34 +46,6 @@ def train(config: TrainConfig, resume: str | None = None) -> int:
         summary = training.resume(resume)
     _print_summary(summary)
     return 0
-
-
-@dataclass(frozen=True)
-class OtherData:
-    """Other data than that of the run.
-
-    Args:
-        name: A data set or a folder; its test split is taken, or all of it if it has none.
-        root: Folder of a named data set.
-    """
-
-    name: str | None = None
-    root: Path | None = None
-
-
-@dataclass(frozen=True)
-class EarlyExit:
-    """When images may leave the recursion; at most one of these.
-
-    Args:
-        exit_drop: As soon as that costs at most this share of accuracy, such as 0.003.
-        exit_steps: At this average of recursion steps.
-        exit_threshold: At this halting probability.
-    """
-
-    exit_drop: float | None = None
-    exit_steps: float | None = None
-    exit_threshold: float | None = None
 
 
 def export(
@@ -104,13 +83,14 @@ def evaluate(
 ) -> int:
     """Evaluate a trained model."""
     from smallfry import exits
+    from smallfry.deploy.pretrained import load_trained
     from smallfry.training import exit_calibration
     from smallfry.training.evaluation import predict as run_model
     from smallfry.training.evaluation import score
-    from smallfry.training.run import load_run, require_classes
+    from smallfry.training.run import require_classes
     from smallfry.training.train import load_like
 
-    trained = load_run(run, checkpoint)
+    trained = load_trained(run, checkpoint)
     loaded, chosen, taken = load_like(trained, run, data.name, data.root, split)
     require_classes(trained, loaded.classes, loaded.origin)
     threshold = None
@@ -161,15 +141,15 @@ def predict(
         threshold = runtime.exit_threshold(leave.exit_steps, leave.exit_drop, leave.exit_threshold)
         answers = runtime.classify(found, top_k, threshold)
     else:
+        from smallfry.deploy.pretrained import load_trained
         from smallfry.training.inference import classify
-        from smallfry.training.run import load_run
 
         if leave.exit_drop is not None or leave.exit_steps is not None:
             raise UsageError(
                 "only an export knows what a budget costs; evaluate the run with this option to "
                 "find the threshold, then predict with --exit_threshold"
             )
-        answers = classify(load_run(run, checkpoint), found, top_k, leave.exit_threshold)
+        answers = classify(load_trained(run, checkpoint), found, top_k, leave.exit_threshold)
     failed = False
     for answer in answers:
         if answer.error is not None:
@@ -194,6 +174,36 @@ def demo(
     from smallfry.demo.serve import serve
 
     serve(runs, checkpoint, host, port, open_browser)
+    return 0
+
+
+def share(
+    run: str,
+    to: Path | None = None,
+    hub: str | None = None,
+    private: bool = False,
+    license: str | None = None,
+    checkpoint: Literal["best", "last"] = "best",
+    as_json: bool = False,
+) -> int:
+    """Write a trained model into a folder to give away, or put it on the Hugging Face hub."""
+    if (to is None) == (hub is None) or (private and hub is None):
+        raise UsageError("share takes --to FOLDER, or --hub USER/NAME and perhaps --private")
+    from smallfry.deploy.pretrained import push_to_hub, save_pretrained
+
+    what: dict[str, Any] = {"checkpoint": checkpoint, "license": license}
+    if hub is not None:
+        name, where = f"hf_hub:{hub}", push_to_hub(run, hub, private=private, **what)
+    else:
+        name = where = str(save_pretrained(run, cast(Path, to), **what))
+    timm_name = name if hub else f"local-dir:{where}"
+    if as_json:
+        print(json.dumps({"shared": where, "timm": timm_name}))
+        return 0
+    print(f"shared:  {where}\nuse it:  smallfry predict {shlex.quote(name)} IMAGE…")
+    print(f"or:      timm.create_model({timm_name!r}, pretrained=True)")
+    if license is None:
+        print("licence: not stated, so others may not use it; --license apache-2.0 states one")
     return 0
 
 
@@ -245,154 +255,11 @@ def study(name: str, config: RaceConfig | RunsConfig, folder: Path | None = None
     return 0
 
 
-# What the verbs are told
-
-
-def build_parser(short: bool = False) -> ArgumentParser:
-    """The parser of the whole command; ``short`` gives studies the defaults of their short form."""
-    parser = _parser("Small networks that do the work of big ones.")
-    parser.add_argument("--version", action="version", version=f"smallfry {__version__}")
-    verbs = parser.add_subcommands(metavar="VERB")
-
-    train_verb = _parser("Train a model; without options, a ViTRM on handwritten digits.")
-    train_verb.add_argument("--config", action="config", help="A YAML file with any of these.")
-    train_verb.add_argument(
-        "--resume", metavar="RUN", help="Go on with a run, exactly where it stopped."
-    )
-    train_verb.add_class_arguments(TrainConfig)
-    verbs.add_subcommand("train", train_verb, help="train a model")
-
-    evaluate_verb = _parser("Evaluate a trained model, by default on the test split of its data.")
-    _add_run(evaluate_verb)
-    evaluate_verb.add_argument(
-        "--split", type=Literal["train", "validation", "test"], default="test", help="The split."
-    )
-    early = evaluate_verb.add_mutually_exclusive_group()
-    early.add_argument(
-        "--exit_drop",
-        type=float,
-        metavar="SHARE",
-        help="Let images leave the recursion early, as far as that costs at most this share of "
-        "accuracy on the run's validation split, such as 0.003.",
-    )
-    early.add_argument(
-        "--exit_steps",
-        type=float,
-        metavar="MEAN",
-        help="Let images leave the recursion early, at this average of steps on that split.",
-    )
-    evaluate_verb.add_class_arguments(OtherData, "data")
-    verbs.add_subcommand("evaluate", evaluate_verb, help="evaluate a trained model")
-
-    export_verb = _parser(
-        "Export a trained model for ONNX Runtime, which needs neither PyTorch nor this machine."
-    )
-    _add_run(export_verb, as_json=False)
-    export_verb.add_argument(
-        "--to", type=Path | None, metavar="DIR", help="Where; default exports/RUN-PRECISION."
-    )
-    export_verb.add_argument(
-        "--form",
-        type=Literal["whole", "anytime"] | None,
-        help="One graph, or three that let images leave the recursion early; default anytime for "
-        "a model of several recursion steps.",
-    )
-    export_verb.add_argument(
-        "--precision",
-        type=Literal["float32", "int8", "int8_dynamic"],
-        default="float32",
-        help="int8: ranges of activations from training images; int8_dynamic: from each image.",
-    )
-    export_verb.add_argument(
-        "--torch_program",
-        action="store_true",
-        help="Also write model.pt2 for torch.export.",
-    )
-    export_verb.add_argument(
-        "--license", type=str | None, help="Of the weights, such as Apache-2.0; none is assumed."
-    )
-    export_verb.add_class_arguments(OtherData, "data")
-    verbs.add_subcommand("export", export_verb, help="export a trained model for ONNX Runtime")
-
-    predict_verb = _parser("Classify images with a trained model, or with an export of one.")
-    _add_run(predict_verb)
-    predict_verb.add_argument(
-        "inputs",
-        nargs="+",
-        help="Image files, folders, globs, or - for an image or a list of files on standard input.",
-    )
-    predict_verb.add_class_arguments(EarlyExit)
-    predict_verb.add_argument("--top_k", type=int, default=3, help="Classes to name per image.")
-    verbs.add_subcommand("predict", predict_verb, help="classify images")
-
-    demo_verb = _parser("Serve a local page: drop an image, and watch the model think.")
-    _add_run(demo_verb, as_json=False)
-    demo_verb.add_argument("run2", nargs="?", help="A second run, to stand beside the first.")
-    demo_verb.add_argument(
-        "--host", default="127.0.0.1", help="Where to listen; 0.0.0.0 lets other machines in."
-    )
-    demo_verb.add_argument("--port", type=int, default=7860, help="0 picks a free one.")
-    demo_verb.add_argument("--open", action="store_true", help="Open the page in the browser.")
-    verbs.add_subcommand("demo", demo_verb, help="watch a trained model think, in the browser")
-
-    models_verb = _parser("List smallfry's models with what one image costs.")
-    models_verb.add_argument("pattern", nargs="?", default="*", help="Such as 'vitrm_*'.")
-    models_verb.add_argument("--json", action="store_true", help="One JSON object per line.")
-    verbs.add_subcommand("models", models_verb, help="list models and their cost")
-
-    study_verb = _parser("Run one of the papers' comparisons; the same command goes on with it.")
-    verbs.add_subcommand("study", study_verb, help="compare optimizers or models as the papers did")
-    studies = study_verb.add_subcommands(metavar="STUDY")
-    for name, kind in STUDIES.items():
-        parser_of_study = _parser(kind.purpose)
-        parser_of_study.add_argument("--config", action="config", help="A YAML file with these.")
-        parser_of_study.add_argument(
-            "--folder", type=Path | None, help="Where runs and report go; default studies/STUDY-…"
-        )
-        parser_of_study.add_argument(
-            "--short", action="store_true", help="A few minutes instead of hours, to try it."
-        )
-        parser_of_study.add_class_arguments(kind.config)
-        parser_of_study.set_defaults({**kind.defaults, **(kind.short if short else {})})
-        studies.add_subcommand(name, parser_of_study, help=kind.purpose)
-    return parser
-
-
-def _parser(description: str) -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="smallfry", description=description, exit_on_error=False, allow_abbrev=False
-    )
-    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
-    return parser
-
-
-def _add_run(parser: ArgumentParser, as_json: bool = True) -> None:
-    parser.add_argument("run", help="A run folder, or a checkpoint folder in one.")
-    parser.add_argument(
-        "--checkpoint",
-        type=Literal["best", "last"],
-        default="best",
-        help="The weights of the best epoch, or of the last step.",
-    )
-    if as_json:
-        parser.add_argument("--json", action="store_true", help="Print JSON.")
-
-
-def _expand_shorthand(arguments: Sequence[str]) -> list[str]:
-    """``--data cifar10`` says ``--data.name cifar10``; so for model, objective and optimizer."""
-    named = re.compile(r"--(data|model|objective|optimizer)(=.*)?", re.DOTALL)
-    expanded = []
-    for argument in arguments:
-        match = named.fullmatch(argument)
-        expanded.append(f"--{match[1]}.name{match[2] or ''}" if match else argument)
-    return expanded
-
-
 def _dispatch(parsed: Namespace, parser: ArgumentParser, short: bool) -> int:
     verb = parsed.subcommand
     given = parsed[verb]
     if verb == "train":
-        built = _verb_parsers(parser)[verb].instantiate(given)
+        built = verb_parsers(parser)[verb].instantiate(given)
         config = TrainConfig(**{field.name: built[field.name] for field in fields(TrainConfig)})
         return train(config, given.resume)
     if verb == "evaluate":
@@ -429,6 +296,9 @@ def _dispatch(parsed: Namespace, parser: ArgumentParser, short: bool) -> int:
     if verb == "demo":
         runs = [run for run in (given.run, given.run2) if run is not None]
         return demo(runs, given.checkpoint, given.host, given.port, given.open)
+    if verb == "share":
+        wanted = ("run", "to", "hub", "private", "license", "checkpoint", "json")
+        return share(*(given[name] for name in wanted))
     if verb == "study":
         return _dispatch_study(given, parser, short)
     return models(given.pattern, given.json)
@@ -439,14 +309,14 @@ def _dispatch_study(given: Namespace, parser: ArgumentParser, short: bool) -> in
     if given[name].short and not short:
         raise UsageError("the short form is asked for on the command line: --short")
     kind = STUDIES[name]
-    built = _verb_parsers(_verb_parsers(parser)["study"])[name].instantiate(given[name])
+    built = verb_parsers(verb_parsers(parser)["study"])[name].instantiate(given[name])
     config = kind.config(**{field.name: built[field.name] for field in fields(kind.config)})
     return study(name, config, given[name].folder)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, 1 for a failure, 2 for wrong usage."""
-    arguments = _expand_shorthand(sys.argv[1:] if arguments is None else arguments)
+    arguments = expand_shorthand(sys.argv[1:] if arguments is None else arguments)
     _log_to_stderr()
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning  # type: ignore[assignment]
@@ -481,47 +351,8 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         parsed = parser.parse_args(list(arguments))
     except ArgumentError as error:
-        raise UsageError(_explain(str(error), arguments, parser)) from None
+        raise UsageError(explain(str(error), arguments, parser)) from None
     return _dispatch(parsed, parser, short)
-
-
-def _explain(message: str, arguments: Sequence[str], parser: ArgumentParser) -> str:
-    """A parser's message on one line, with the nearest right name for a wrong one."""
-    message = " ".join(message.split())
-    verbs = _verb_parsers(parser)
-    verb, kind = next((argument for argument in arguments if argument in verbs), None), "verb"
-    if verb == "study":
-        studies = _verb_parsers(verbs[verb])
-        named = [argument for argument in arguments if argument in studies]
-        verbs, kind = studies, "study"
-        verb = named[0] if named else None
-    if verb is None:
-        wrong = re.search(r"invalid choice: '(.*?)'", message)
-        hint = nearest(wrong[1], verbs) if wrong else f": {', '.join(verbs)}"
-        return f"unknown {kind} '{wrong[1]}'{hint}" if wrong else f"expected a {kind}{hint}"
-    option = re.search(r"nrecognized arguments: --([\w.]+)|option '([\w.]+)'", message)
-    if option is not None:
-        known = {name.lstrip("-") for name in verbs[verb]._option_string_actions}
-        given = option[1] or option[2]
-        hint = nearest(given, known) or f"; smallfry {verb} --help lists them"
-        return f"{verb} has no option '{given}'{hint}"
-    value = re.search(r"Parser key \"(.*?)\": (.*?)(?:Got|Given) value: (.*)$", message)
-    if value is not None:
-        key, expected, given = value.groups()
-        types = re.search(r"Subtypes: \[(.*?)\] Errors", expected)
-        expected = types[1] if types else expected.removeprefix("Expected a ").rstrip(". ")
-        choices = re.findall(r"'(\w+)'", expected) if "Literal" in expected else []
-        if choices:
-            close = nearest(given, choices)
-            return f"{key}: expected one of {', '.join(choices)}, got '{given}'{close}"
-        expected = re.sub(r"<class '(\w+)'>", r"\1", expected).replace(", NoneType", " or null")
-        return f"{key}: expected {expected}, got '{given}'"
-    return message.removeprefix("Parser key ")
-
-
-def _verb_parsers(parser: ArgumentParser) -> dict[str, ArgumentParser]:
-    subcommands: Any = parser._subcommands_action
-    return dict(subcommands.choices)
 
 
 def _log_to_stderr() -> None:
@@ -535,7 +366,8 @@ def _log_to_stderr() -> None:
     for chatty in ("lightning.pytorch.utilities.rank_zero", "datasets", "huggingface_hub"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     if not sys.stderr.isatty():
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        for library in ("HF_DATASETS", "HF_HUB"):
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
 
 
 def _complain(error: Exception | str, code: int) -> int:

@@ -32,6 +32,10 @@ class DemoError(SmallfryError):
     """The demo's page can't be served: a package is missing, or a port is taken."""
 
 
+class HubError(SmallfryError):
+    """A model hub that can't be reached, or that refuses."""
+
+
 class Stopped(Exception):
     """A signal asked for an end; what was done is saved."""
 

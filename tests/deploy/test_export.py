@@ -115,8 +115,10 @@ def test_the_manifest_tells_what_a_user_needs(run, anytime):
     assert [point.steps for point in manifest.exits] == sorted(p.steps for p in manifest.exits)
     assert manifest.model["parameters"] > 0
     assert manifest.license is None
+    checkpoint = json.loads((run / "best" / "manifest.json").read_text())
+    assert manifest.source["weights"] == checkpoint["files"]["model.safetensors"]
     summary = json.loads((run / "summary.json").read_text())
-    assert manifest.training["test"] == summary["measured"]["test"]
+    assert manifest.training["measured"]["test"] == summary["measured"]["test"]
     assert str(run.parent) not in (anytime / "manifest.json").read_text()
 
 

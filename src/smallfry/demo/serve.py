@@ -17,8 +17,8 @@ from typing import Any
 
 from smallfry.demo.examples import write_examples
 from smallfry.demo.guard import Guard
+from smallfry.deploy.pretrained import load_trained
 from smallfry.errors import DemoError
-from smallfry.training.run import load_run
 
 SLACK_BYTES = 2**16  # around an upload, in its request
 STOP_SECONDS = 1  # an open page holds a connection; it is not waited for
@@ -64,7 +64,7 @@ def serving(
     runs: Sequence[str], checkpoint: str = "best", host: str = "127.0.0.1", port: int = 0
 ) -> Iterator[str]:
     """The page's address, for as long as it is served; see ``serve``."""
-    models = [(str(run), load_run(run, checkpoint)) for run in runs]
+    models = [(str(run), load_trained(run, checkpoint)) for run in runs]
     with _listening(host, port) as listener, _private_folder() as folder:
         try:
             from smallfry.demo.page import Shown, build_page

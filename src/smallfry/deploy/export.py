@@ -20,20 +20,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from smallfry.costing import cost
 from smallfry.data import Split
 from smallfry.deploy.graphs import Graph, anytime_graphs, exported_program, to_onnx, whole_graph
 from smallfry.deploy.manifest import MANIFEST, PRECISIONS, Manifest, is_export
+from smallfry.deploy.pretrained import gather
 from smallfry.deploy.quantize import quantize
 from smallfry.deploy.runtime import Runtime
 from smallfry.errors import ExportError, SmallfryError, SmallfryWarning, UsageError
 from smallfry.exits import operating_points, worthwhile
 from smallfry.models import ViTRM
 from smallfry.training.evaluation import forward
-from smallfry.training.run import RunFolder, TrainedModel, load_run
+from smallfry.training.run import TrainedModel
 from smallfry.training.train import load_like
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def export(
     """Export a run's model; an export that is there already is replaced.
 
     Args:
-        run: A run folder, or a checkpoint in it.
+        run: A run folder, a checkpoint in it, a shared folder, or ``hf_hub:USER/NAME``.
         folder: Where the export goes.
         form: ``whole``, ``anytime``, or None: anytime for a model of several recursion steps.
         precision: ``float32``, ``int8`` (static ranges) or ``int8_dynamic``.
@@ -80,7 +81,7 @@ def export(
         raise UsageError(f"precision is one of {', '.join(PRECISIONS)}, not '{precision}'")
     if folder.exists() and not is_export(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(f"{folder}: is there already and no export; name another folder")
-    trained = load_run(run, checkpoint)
+    trained, facts, _ = gather(run, checkpoint)
     form = _form(trained.model, form)
     splits = _splits(trained, run, data, data_root, needed=precision == "int8")
     graphs = _graphs(trained, form)
@@ -98,7 +99,7 @@ def export(
             onnx_graphs, precision, _sample(trained, splits), _steps(trained.model)
         )
     files |= {f"{name}.onnx": content for name, content in onnx_graphs.items()}
-    manifest = _manifest(trained, run, form, precision, license, files)
+    manifest = _manifest(trained, facts, form, precision, license, files)
     new = _beside(folder, "new")
     try:
         _write(new, manifest, files)
@@ -190,28 +191,20 @@ def _images(trained: TrainedModel) -> Tensor:
 
 def _manifest(
     trained: TrainedModel,
-    run: str | Path,
+    facts: Mapping[str, Any],
     form: str,
     precision: str,
     license: str | None,
     files: Mapping[str, bytes],
 ) -> Manifest:
     sample = trained.manifest["input"]
-    spent = cost(trained.model, torch.zeros(1, trained.channels, *[trained.image_size] * 2))
-    summary = RunFolder(Path(run)).read_summary() or {}
-    measured, evidence = summary.get("measured", {}), summary.get("provenance", {})
-    training = {
-        "data": {**trained.manifest["data"], "name": Path(trained.manifest["data"]["name"]).name},
-        **{name: measured[name] for name in ("test", "epochs", "seed") if name in measured},
-        **{name: evidence[name] for name in ("commit", "device", "date") if name in evidence},
-    }
     return Manifest(
         form=form,
         precision=precision,
         model={
-            **trained.manifest["model"],
-            "parameters": spent.parameters,
-            "macs": spent.macs,
+            "name": trained.manifest["model"]["name"],
+            "parameters": facts["measured"]["parameters"],
+            "macs": facts["measured"]["macs"],
         },
         classes=trained.classes,
         image_size=trained.image_size,
@@ -219,11 +212,17 @@ def _manifest(
         mean=tuple(sample["mean"]),
         std=tuple(sample["std"]),
         recursion_steps=_steps(trained.model) if isinstance(trained.model, ViTRM) else None,
-        training=training,
+        training=dict(facts),
         license=license,
-        source={"weights": trained.manifest["files"]},
+        source={"weights": _digest(trained.model)},
         files={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     )
+
+
+def _digest(model: nn.Module) -> str:
+    """SHA-256 of the weights as a checkpoint has them."""
+    weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
+    return hashlib.sha256(safetensors.torch.save(weights)).hexdigest()
 
 
 def _require_agreement(trained: TrainedModel, runtime: Runtime) -> None:

@@ -31,7 +31,7 @@ class Manifest:
     Args:
         form: ``whole``, one graph; or ``anytime``, the graphs embed, step and read_out.
         precision: ``float32``, ``int8`` or ``int8_dynamic``.
-        model: Its name, arguments, parameters and multiply-accumulates.
+        model: Its name, parameters and multiply-accumulates.
         classes: Names of the classes, in the order of the logits.
         image_size: Side of the square images in pixels.
         channels: 1 (grey) or 3 (RGB).
@@ -40,9 +40,9 @@ class Manifest:
         recursion_steps: Of a recursive model, else None.
         exits: Where images may leave the recursion, from the most thrifty on.
         calibrated_on: What the exits were measured on.
-        training: Figures of the run and how to get them again.
+        training: What the run measured, on what data, and how to get that again.
         license: Of the weights, as an SPDX name; None if nothing was stated.
-        source: Checkpoint and hash of the weights that were exported.
+        source: SHA-256 of the weights that were exported.
         files: SHA-256 of every other file.
     """
 

@@ -138,7 +138,8 @@ def load_run(run: str | Path, checkpoint: str = "best") -> TrainedModel:
     manifest, weights, _ = load_checkpoint(folder)
     try:
         spec, sample = manifest["model"], manifest["input"]
-        model = timm.create_model(spec["name"], **spec["arguments"])
+        arguments = spec["arguments"] | {"pretrained": False}  # the weights are here already
+        model = timm.create_model(spec["name"], **arguments)
         model.load_state_dict(weights)
         return TrainedModel(
             model.eval(),

@@ -148,6 +148,7 @@ def load_like(
         trained: The model.
         run: Its run folder, whose data is taken if ``name`` is None.
         name: Another data set or folder; its test split is taken, or all images if it has none.
+            Of a shared model, the data that it was trained on is split as it was then.
         root: Folder of a named data set.
         split: train, validation or test.
     """
@@ -158,11 +159,11 @@ def load_like(
     if name is None:
         wanted = before if root is None else replace(before, root=root)
         if not folder.config.is_file():
-            raise UsageError(f"{run}: a checkpoint does not say what its data was; give --data")
+            raise UsageError(f"{run}: does not say where its data is; give --data")
     else:
         wanted = DataConfig(name, root, validation=0.0, test=0.0, label=before.label)
     wanted = replace(wanted, image_size=trained.image_size, channels=trained.channels)
-    data = load_config_data(wanted)
+    data = (name and _its_own_data(trained, wanted)) or load_config_data(wanted)
     if name is None and data.fingerprint != trained.manifest["data"]["fingerprint"]:
         warnings.warn(
             f"{data.origin}: has changed since the training; its {split} split may hold images "
@@ -176,6 +177,15 @@ def load_like(
     if len(chosen) == 0:
         raise DataError(f"{data.origin}: its {split} split is empty")
     return data, chosen, split
+
+
+def _its_own_data(trained: TrainedModel, wanted: DataConfig) -> ImageData | None:
+    """The data that a shared model was trained on, with its splits; None if this is other data."""
+    known = trained.manifest["data"]
+    if "splits" not in known or Path(wanted.name).name != known["name"]:
+        return None
+    data = load_config_data(replace(wanted, **known["splits"]))
+    return data if data.fingerprint == known["fingerprint"] else None
 
 
 def load_config_data(wanted: DataConfig) -> ImageData:

@@ -1,0 +1,223 @@
+"""What ``config.json`` and ``model.safetensors`` of a shared folder say: read, judged, built.
+
+Both may come from anyone. Nothing in them is run or unpickled, no other file is opened and nothing
+is fetched for them; what does not make a model is refused with the reason. A model that timm wrote,
+not smallfry, is read as far as its description goes.
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+from safetensors import SafetensorError
+from timm.models import PretrainedCfg
+from torch import Tensor, nn
+
+from smallfry.deploy.facts import SPLITS, UNKNOWN
+from smallfry.errors import RunError, SmallfryWarning, UsageError, nearest
+from smallfry.training.augment import Normalize
+from smallfry.training.checkpoint import WEIGHTS
+from smallfry.training.run import TrainedModel
+from smallfry.version import __version__
+
+FORMAT = 1
+CONFIG = "config.json"
+INTERPOLATION, CROP = "bilinear", 1.0  # what smallfry.images does
+
+# arguments of timm's factory that say where weights come from, or how layers are compiled
+OF_THE_FACTORY = frozenset(
+    {
+        *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args"),
+        *("cache_dir", "checkpoint_path", "scriptable", "exportable", "no_jit", "device", "dtype"),
+    }
+)
+OF_THE_SOURCE = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"}
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The content of ``config.json``.
+
+    Raises:
+        RunError: Missing, damaged, of another library, or written by a newer smallfry.
+    """
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{file.parent}: not a shared model, {CONFIG} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{file}: can't be read ({error})") from error
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        raise RunError(
+            f"{file}: does not describe a model of timm, as it names no architecture; of other "
+            "libraries' models smallfry reads none"
+        )
+    facts = config.get("smallfry")
+    if facts is None:
+        return config
+    if not isinstance(facts, dict) or not isinstance(facts.get("format"), int):
+        raise RunError(f"{file}: damaged, its entry 'smallfry' names no format")
+    if facts["format"] > FORMAT:
+        raise RunError(
+            f"{file.parent}: written by smallfry {facts.get('version', '?')} in format "
+            f"{facts['format']}; this is smallfry {__version__}, which reads up to format "
+            f"{FORMAT}: install a newer one"
+        )
+    return config
+
+
+def read_weights(folder: Path, facts: Mapping[str, Any] | None) -> dict[str, Tensor]:
+    """The weights in a folder, whose hash ``facts`` tells where smallfry wrote them.
+
+    Raises:
+        RunError: Missing or damaged.
+    """
+    file, again = folder / WEIGHTS, "copy or fetch it again"
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        raise RunError(
+            f"{folder}: {WEIGHTS} is missing; smallfry reads weights from no other file, as "
+            "pickles can run code"
+        ) from None
+    except OSError as error:
+        raise RunError(f"{file}: can't be read ({error.strerror}); {again}") from error
+    if facts is not None:
+        noted = facts.get("weights")
+        if not isinstance(noted, dict) or hashlib.sha256(data).hexdigest() != noted.get("sha256"):
+            raise RunError(f"{file}: damaged, its hash is not that in {CONFIG}; {again}")
+    try:
+        return safetensors.torch.load(data)
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise RunError(f"{file}: damaged ({error}); {again}") from error
+
+
+def described(
+    config: Mapping[str, Any],
+    facts: Mapping[str, Any] | None,
+    classes: Sequence[str] | None,
+    where: str,
+) -> TrainedModel:
+    """The model that ``config.json`` describes, in evaluation mode, without its weights yet.
+
+    Args:
+        config: Its content.
+        facts: Of it, what smallfry wrote; None in a model of timm.
+        classes: Names of the classes, in place of its own.
+        where: What errors name.
+
+    Raises:
+        UsageError: No names of classes, or not as many as there are classes.
+        RunError: A model that can't be built, or that smallfry can't feed.
+        Exception: Of another kind where an entry is missing or of another type.
+    """
+    wanted = dict(config.get("pretrained_cfg", config))
+    labels = _labels(config, wanted, classes, where)
+    channels, height, width = wanted["input_size"]
+    arguments = dict(config.get("model_args", {}))
+    channels = arguments.get("in_chans", channels)
+    if height != width or channels not in (1, 3):
+        raise RunError(
+            f"{where}: takes images of {channels}×{height}×{width}; smallfry's are square, with 1 "
+            "or 3 channels"
+        )
+    mean, std = (tuple(map(float, wanted[key])) for key in ("mean", "std"))
+    if len(mean) != channels or len(std) != channels or not all(value > 0 for value in std):
+        raise RunError(f"{where}: its mean {mean} and std {std} don't fit {channels} channels")
+    if facts is None:
+        _warn_of_another_view(wanted, where)
+    model = _build(config["architecture"], wanted, arguments, len(labels), where)
+    told = dict(facts or {})
+    for name in ("data", "training", "measured", "provenance"):
+        if not isinstance(told.get(name, {}), Mapping):
+            raise TypeError(f"smallfry.{name} is no object")
+    version, number = told.pop("version", None), told.pop("format", None)
+    manifest = {
+        **told,
+        "format": number,
+        "smallfry": version,
+        "model": {"name": config["architecture"], "arguments": arguments},
+        "classes": list(labels),
+        "input": {"size": height, "channels": channels, "mean": list(mean), "std": list(std)},
+        "data": _data(told.get("data", {})),
+    }
+    if wanted.get("license"):
+        manifest["license"] = str(wanted["license"])
+    return TrainedModel(model, labels, height, channels, Normalize(mean, std), manifest)
+
+
+def _data(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said of the data; how it was split only if that is said as ``DataConfig`` has it."""
+    data = {"name": UNKNOWN, "fingerprint": UNKNOWN, **told}
+    splits = data.pop("splits", None)
+    known = isinstance(splits, dict) and splits.keys() == SPLITS.keys()
+    if known and all(isinstance(splits[name], kind) for name, kind in SPLITS.items()):
+        data["splits"] = splits
+    return data
+
+
+def _labels(
+    config: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    classes: Sequence[str] | None,
+    where: str,
+) -> tuple[str, ...]:
+    """The names of the classes, in the order of the logits."""
+    count = config.get("num_classes", wanted.get("num_classes"))
+    told = config.get("label_names", wanted.get("label_names")) if classes is None else classes
+    if told is None:
+        raise UsageError(
+            f"{where}: does not tell the names of its {count} classes (label_names in {CONFIG}); "
+            "give them to from_pretrained(…, classes=[…]), or use it with timm"
+        )
+    if isinstance(told, Mapping):  # from indices, as JSON has them, to names
+        told = [told[key] for key in sorted(told, key=int)]
+    names = tuple(map(str, told))
+    if len(names) != count or count < 1:
+        error = RunError if classes is None else UsageError
+        raise error(f"{where}: has {count} classes, but {len(names)} names for them")
+    return names
+
+
+def _warn_of_another_view(wanted: Mapping[str, Any], where: str) -> None:
+    seen = wanted.get("interpolation", "bicubic"), wanted.get("crop_pct", 0.875)
+    if seen != (INTERPOLATION, CROP):
+        warnings.warn(
+            f"{where}: was tested on images scaled {seen[0]} and cropped to {seen[1]} of their "
+            f"side; smallfry scales {INTERPOLATION} and crops none, so its figures may differ",
+            SmallfryWarning,
+            stacklevel=4,
+        )
+
+
+def _build(
+    architecture: str,
+    wanted: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    classes: int,
+    where: str,
+) -> nn.Module:
+    """A model of timm's registry in evaluation mode; nothing is fetched and no weights are read."""
+    if not timm.is_model(architecture):
+        raise RunError(
+            f"{where}: neither smallfry {__version__} nor timm {timm.__version__} has an "
+            f"architecture '{architecture}'{nearest(architecture, timm.list_models())}"
+        )
+    foreign = OF_THE_FACTORY & set(arguments)
+    if foreign:
+        raise RunError(f"{where}: model_args in {CONFIG} may not hold {', '.join(sorted(foreign))}")
+    known = {field.name for field in fields(PretrainedCfg)} - OF_THE_SOURCE
+    cfg = {key: value for key, value in wanted.items() if key in known} | {"num_classes": classes}
+    try:
+        model: nn.Module = timm.create_model(architecture, pretrained_cfg=cfg, **arguments)
+    except Exception as error:  # of any of timm's models, given any arguments
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise RunError(f"{where}: the model can't be built as {CONFIG} says: {reason}") from error
+    if getattr(model, "num_classes", classes) != classes:
+        raise RunError(f"{where}: its model_args and its {classes} classes contradict each other")
+    return model.eval()

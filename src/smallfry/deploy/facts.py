@@ -1,0 +1,131 @@
+"""What of a training run is told to others: what it measured and how, but no path of a machine."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import torch
+import yaml
+
+from smallfry.costing import cost
+from smallfry.data.named import HUB
+from smallfry.report.page import strict
+from smallfry.training.config import DataConfig, read_config
+from smallfry.training.run import RunFolder, TrainedModel
+
+SPLITS: Mapping[str, Any] = {  # what DataConfig says of the splits, and of what type it is
+    "validation": int | float,
+    "test": int | float,
+    "split_seed": int,
+    "limit": int | None,
+    "label": str | None,
+    "skip_unreadable": bool,
+}
+UNKNOWN = "unknown"  # name and fingerprint of the data of a model that does not tell them
+OF_THE_BEST = ("test", "best_epoch", "references")  # figures of no other weights
+TOLD = ("checkpoint", "base_model", "data", "training", "measured", "provenance")
+
+
+def facts_of_run(run: Path, checkpoint: str, trained: TrainedModel) -> dict[str, Any]:
+    """What a run says of itself, as JSON has it.
+
+    Figures of the test split are left out where other weights than the best are meant: the test
+    split was read once, for those.
+
+    Args:
+        run: The run folder; of one that has not ended only the costs are known.
+        checkpoint: The weights that are meant, ``best`` or ``last``.
+        trained: Those weights.
+
+    Raises:
+        RunError: Its summary or configuration is damaged.
+    """
+    folder = RunFolder(run)
+    summary = folder.read_summary() or {}
+    facts = {**facts_of_model(trained), "checkpoint": checkpoint}
+    facts["data"] |= summary.get("data", {})
+    if folder.config.is_file():
+        facts["data"] |= _origin(read_config(folder.config).data)
+    if "measured" in summary:
+        kept = dict(summary["measured"])
+        for name in OF_THE_BEST if checkpoint != "best" else ():
+            kept.pop(name, None)
+        facts["measured"] = kept
+    if "provenance" in summary:
+        told = dict(summary["provenance"])
+        facts["provenance"] = told | {"command": without_paths(str(told.get("command", "")))}
+    return _plain(facts)
+
+
+def facts_of_model(trained: TrainedModel) -> dict[str, Any]:
+    """What a model's manifest says of it, with its cost measured where that is missing."""
+    facts = {name: trained.manifest[name] for name in TOLD if name in trained.manifest}
+    facts["data"] = dict(facts.get("data", {}))
+    if facts["data"].get("fingerprint") == UNKNOWN:
+        facts["data"] = {}
+    begun: Any = trained.model.pretrained_cfg
+    if trained.manifest["model"]["arguments"].get("pretrained") and "tag" in begun:
+        facts["base_model"] = f"timm/{begun['architecture']}.{begun['tag']}"
+    if "parameters" not in facts.get("measured", {}):
+        size = trained.image_size
+        spent = cost(trained.model, torch.zeros(1, trained.channels, size, size))
+        facts["measured"] = {
+            "parameters": spent.parameters,
+            "macs": spent.macs,
+            "weight_bytes": spent.bytes,
+            "activation_bytes": spent.activation_bytes,
+        }
+    return _plain(facts)
+
+
+def without_paths(command: str) -> str:
+    """A command line with the folders before every file's name left away.
+
+    ``train --data /home/ann/cats --model.options={weights: a/b}`` becomes
+    ``train --data cats --model.options={weights: b}``.
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError:  # an open quotation mark: not a command that was run
+        return ""
+    return shlex.join(_short_word(word) for word in words)
+
+
+def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON has it, in one order."""
+    return dict(strict({name: facts[name] for name in TOLD if name in facts}))
+
+
+def _short_word(word: str) -> str:
+    if word.startswith("-") and "=" in word:
+        option, _, value = word.partition("=")
+        return f"{option}={_short_value(value)}"
+    return _short_value(word)
+
+
+def _short_value(value: str) -> str:
+    if "/" not in value and "\\" not in value:
+        return value
+    if value.lstrip()[:1] in ("{", "["):
+        try:
+            tree = yaml.safe_load(value)
+        except yaml.YAMLError:
+            return "…"
+        return yaml.safe_dump(_short_leaves(tree), default_flow_style=True, width=10**6).strip()
+    return PureWindowsPath(value).name or "…"  # which knows both kinds of slash
+
+
+def _short_leaves(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {_short_leaves(key): _short_leaves(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_short_leaves(value) for value in tree]
+    return _short_value(tree) if isinstance(tree, str) else tree
+
+
+def _origin(config: DataConfig) -> dict[str, Any]:
+    """How the data was split, and where it is on the hub if it is a named data set of it."""
+    splits = {name: getattr(config, name) for name in SPLITS}
+    hub = {"hub": HUB[config.name].repository} if config.name in HUB else {}
+    return {**hub, "splits": splits}

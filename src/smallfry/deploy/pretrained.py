@@ -1,0 +1,292 @@
+"""Trained models to share: a folder, or a repository of the Hugging Face hub.
+
+model.safetensors      the weights
+config.json            timm's description of the model, and under ``smallfry`` what the run says
+README.md              the model card, drawn from config.json
+confusion_matrix.png   of the test split, if the run has it
+
+``timm.create_model("hf_hub:USER/NAME", pretrained=True)`` and ``"local-dir:FOLDER"`` read it too,
+smallfry's own architectures once smallfry is imported. Nothing in it is a pickle, and nothing in it
+names a folder of the machine that it comes from.
+"""
+
+import copy
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from timm.models import save_for_hf
+
+from smallfry.deploy.description import (
+    CONFIG,
+    CROP,
+    FORMAT,
+    INTERPOLATION,
+    OF_THE_FACTORY,
+    described,
+    read_config,
+    read_weights,
+)
+from smallfry.deploy.facts import facts_of_model, facts_of_run
+from smallfry.deploy.hub import NAME, check_name, download, upload
+from smallfry.deploy.model_card import model_card
+from smallfry.errors import RunError, UsageError
+from smallfry.training.checkpoint import MANIFEST, WEIGHTS, write_file
+from smallfry.training.run import RunFolder, TrainedModel, load_run
+from smallfry.version import __version__
+
+CARD, PICTURE = "README.md", "confusion_matrix.png"
+HUB, LOCAL = ("hf_hub", "hf-hub"), "local-dir"  # how timm's names say where a model is
+
+
+def save_pretrained(
+    run: str | Path | TrainedModel,
+    folder: str | Path,
+    *,
+    checkpoint: str = "best",
+    license: str | None = None,
+    repository: str | None = None,
+) -> Path:
+    """Write a trained model into a new folder, ready to be given away.
+
+    Args:
+        run: A run folder, a checkpoint in one, a folder that was shared, or a model itself, of
+            which less is known.
+        folder: Where to; it must not exist, or be empty.
+        checkpoint: The weights of the ``best`` epoch or of the ``last`` step.
+        license: The weights' licence as the hub names it, such as ``apache-2.0``; none is assumed.
+        repository: USER/NAME that the card's examples load; default the folder.
+
+    Raises:
+        UsageError: A licence or repository that can't be one.
+        RunError: The run can't be read, or the folder is taken or can't be written.
+    """
+    if repository is not None:
+        check_name(repository)
+    trained, facts, picture = gather(run, checkpoint)
+    license = _checked_license(license) or trained.manifest.get("license")
+    place = Path(folder).expanduser()
+    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
+        raise RunError(f"{place}: there is something in this place already; name another folder")
+    new: Path | None = None
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+        new.chmod(0o755)
+        config = _write_model(new, trained, facts, license)
+        if picture is not None:
+            shutil.copyfile(picture, new / PICTURE)
+        name = f"{HUB[0]}:{repository}" if repository else f"{LOCAL}:{place.resolve().name}"
+        write_file(new / CARD, _card(config, name, picture is not None))
+        if place.exists():
+            place.rmdir()
+        new.rename(place)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{place}: could not be written ({error})") from error
+    finally:
+        if new is not None:
+            shutil.rmtree(new, ignore_errors=True)
+    return place
+
+
+def push_to_hub(
+    run: str | Path | TrainedModel,
+    repository: str,
+    *,
+    checkpoint: str = "best",
+    license: str | None = None,
+    private: bool = False,
+) -> str:
+    """Share a trained model on the Hugging Face hub; gives the address of its page.
+
+    The repository is made if there is none; in one that is there, files of the same name, the
+    card among them, get a new version.
+
+    Args:
+        run: As for ``save_pretrained``.
+        repository: USER/NAME.
+        checkpoint: As for ``save_pretrained``.
+        license: As for ``save_pretrained``.
+        private: Show it to nobody else; an existing repository must be private already.
+
+    Raises:
+        UsageError: A licence or repository that can't be one.
+        RunError: The run can't be read.
+        HubError: No token, no permission or no connection.
+    """
+    check_name(repository)
+    with TemporaryDirectory() as place:
+        folder = save_pretrained(
+            run,
+            Path(place) / "model",
+            checkpoint=checkpoint,
+            license=license,
+            repository=repository,
+        )
+        return upload(folder, repository, private, f"Share a model with smallfry {__version__}")
+
+
+def from_pretrained(
+    name: str | Path, revision: str | None = None, *, classes: Sequence[str] | None = None
+) -> TrainedModel:
+    """A model that was shared, in evaluation mode on the CPU.
+
+    Args:
+        name: A folder; or USER/NAME of a repository on the hub, with or without ``hf_hub:`` before
+            and ``@REVISION`` behind it. A folder of that name goes first.
+        revision: Branch, tag or commit of a repository; default its main branch.
+        classes: Names of the classes, where a model of timm does not tell them.
+
+    Raises:
+        UsageError: Not a name, or the classes don't fit.
+        HubError: The hub can't be reached, or has no such model for this user.
+        RunError: The folder can't be used: incomplete, damaged, or of a newer version.
+    """
+    folder = _find(str(name), revision)
+    config = read_config(folder / CONFIG)
+    facts = config.get("smallfry")
+    weights = read_weights(folder, facts)
+    try:
+        trained = described(config, facts, classes, str(name))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise RunError(f"{folder / CONFIG}: damaged or incomplete ({error!r})") from error
+    try:
+        trained.model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise RunError(
+            f"{folder}: its weights don't fit the model that {CONFIG} describes "
+            f"({' '.join(str(error).split())[:200]})"
+        ) from error
+    return trained
+
+
+def load_trained(run: str | Path, checkpoint: str = "best") -> TrainedModel:
+    """A trained model by what the command calls RUN.
+
+    Args:
+        run: A run folder, a checkpoint in one, a folder that was shared, or ``hf_hub:USER/NAME``.
+        checkpoint: ``best`` or ``last``, of a run folder.
+
+    Raises:
+        UsageError, HubError, RunError: As ``from_pretrained`` and ``load_run``.
+    """
+    scheme = str(run).partition(":")[0]
+    if scheme in (*HUB, LOCAL) or is_shared(Path(run)):
+        return from_pretrained(run)
+    return load_run(run, checkpoint)
+
+
+def is_shared(folder: Path) -> bool:
+    """Whether a folder holds a model to share, and no run or checkpoint."""
+    return (folder / CONFIG).is_file() and not (folder / MANIFEST).is_file()
+
+
+# Writing
+
+
+def gather(
+    run: str | Path | TrainedModel, checkpoint: str
+) -> tuple[TrainedModel, dict[str, Any], Path | None]:
+    """A model, what is known of it, and its picture."""
+    if isinstance(run, TrainedModel):
+        return run, facts_of_model(run), None
+    path, picture = Path(run), None
+    trained = load_trained(run, checkpoint)
+    if str(run).partition(":")[0] in (*HUB, LOCAL) or is_shared(path):
+        facts, picture = facts_of_model(trained), path / PICTURE
+    else:
+        if (path / MANIFEST).is_file():
+            path = path.resolve()
+            path, checkpoint = path.parent, path.name.removesuffix(".previous")
+        facts = facts_of_run(path, checkpoint, trained)
+        picture = RunFolder(path).pictures / PICTURE
+    shown = picture.is_file() and "test" in facts["measured"]
+    return trained, facts, picture if shown else None
+
+
+def _write_model(
+    folder: Path, trained: TrainedModel, facts: Mapping[str, Any], license: str | None
+) -> dict[str, Any]:
+    """Write weights and ``config.json`` as timm does, and what smallfry knows; gives the latter."""
+    spec, taken = trained.manifest["model"], trained.manifest["input"]
+    model: Any = copy.deepcopy(trained.model).to(memory_format=torch.contiguous_format)
+    kept = ("fixed_input_size", "first_conv", "classifier")  # the rest is of timm's own weights
+    model.pretrained_cfg = {
+        **{key: model.pretrained_cfg.get(key) for key in kept},
+        "architecture": spec["name"].partition(".")[0],
+        "num_classes": len(trained.classes),
+        "input_size": (trained.channels, trained.image_size, trained.image_size),
+        "mean": tuple(taken["mean"]),
+        "std": tuple(taken["std"]),
+        "interpolation": INTERPOLATION,
+        "crop_pct": CROP,
+        "crop_mode": "center",
+        **({"license": license} if license else {}),
+    }
+    arguments = {
+        key: value
+        for key, value in spec["arguments"].items()
+        if key not in OF_THE_FACTORY and value is not None
+    }
+    labels = {"label_names": list(trained.classes)}
+    try:
+        save_for_hf(model, folder, labels, arguments, safe_serialization=True)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise RunError(f"timm can't describe this {spec['name']} ({error})") from error
+    config = read_config(folder / CONFIG)
+    digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    head = {"format": FORMAT, "version": __version__, "weights": {"sha256": digest}}
+    config["smallfry"] = {**head, **facts}
+    written = config.get("model_args", {})
+    if "img_size" in written:  # where timm tells two sides, not every model takes them
+        written["img_size"] = trained.image_size
+    write_file(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    return config
+
+
+def _card(config: Mapping[str, Any], name: str, has_picture: bool) -> str:
+    try:
+        return model_card(config, name, PICTURE if has_picture else None)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(f"what the run says of itself is damaged ({error!r})") from error
+
+
+def _checked_license(license: str | None) -> str | None:
+    if license is None:
+        return None
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license.lower()):
+        raise UsageError(
+            f"'{license}' can't be a licence of the hub: expected an identifier such as "
+            "apache-2.0, mit, cc-by-4.0 or other"
+        )
+    return license.lower()
+
+
+# Reading
+
+
+def _find(name: str, revision: str | None) -> Path:
+    """The folder that a name means, fetched if it is on the hub."""
+    scheme, colon, rest = name.partition(":")
+    on_hub = bool(colon) and scheme in HUB
+    folder = Path(rest if colon and scheme == LOCAL else name).expanduser()
+    if not on_hub and folder.is_dir():
+        if revision is not None:
+            raise UsageError(f"{name}: is a folder, which has no revision; leave it out")
+        return folder
+    repository, at, tagged = (rest if on_hub else name).partition("@")
+    if not on_hub and not NAME.fullmatch(repository):
+        raise RunError(
+            f"{name}: there is no such folder; a model on the hub is named USER/NAME or "
+            "hf_hub:USER/NAME"
+        )
+    if at and revision is not None:
+        raise UsageError(f"{name}: names a revision, and revision={revision!r} another")
+    return download(repository, revision or tagged or None, [CONFIG, WEIGHTS, CARD])
