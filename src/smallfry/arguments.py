@@ -230,5 +230,6 @@ def explain(message: str, arguments: Sequence[str], parser: ArgumentParser) -> s
 
 
 def verb_parsers(parser: ArgumentParser) -> dict[str, ArgumentParser]:
+    """The parsers of a parser's subcommands, by name."""
     subcommands: Any = parser._subcommands_action
     return dict(subcommands.choices)

@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 from markdown_it import MarkdownIt
 
-from smallfry.cli import _expand_shorthand, build_parser, main
+from smallfry.arguments import build_parser, expand_shorthand
+from smallfry.cli import main
 from smallfry.training.config import read_config
 
 ROOT = Path(__file__).parents[2]
@@ -119,7 +120,7 @@ def check(command: list[str]) -> None:
     """
     program, *arguments = command
     if program == "smallfry":
-        arguments = _expand_shorthand(arguments)
+        arguments = expand_shorthand(arguments)
         with suppress(SystemExit):  # of --help and --print_config, once they have printed
             build_parser("--short" in arguments).parse_args(arguments)
     elif program == "make":
