@@ -160,8 +160,8 @@ class WeightAverage(ModelEmaV3):  # type: ignore[misc]  # timm has no types
 
     def __init__(self, model: nn.Module, config: EMAConfig) -> None:
         half = next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
-        dtype = torch.float32 if half else None
-        super().__init__(model, decay=config.decay, use_warmup=config.warmup, dtype=dtype)
+        apart = {"dtype": torch.float32} if half else {}  # timm has had it since 1.0.31
+        super().__init__(model, decay=config.decay, use_warmup=config.warmup, **apart)
 
     def get_decay(self, step: int | None = None) -> float:
         """Share of the average kept at the t-th optimizer step, counted from 0."""
