@@ -175,3 +175,9 @@ def test_parts_have_the_batch_as_their_only_free_axis():
             first, *rest = entry.type.tensor_type.shape.dim
             assert first.dim_param
             assert all(axis.dim_value > 0 for axis in rest)
+
+
+@pytest.mark.parametrize("verb", [["evaluate"], ["export"], ["share", "--to", "x"]])
+def test_verbs_that_need_the_run_say_so_of_an_export(whole, capsys, verb):
+    assert main([verb[0], str(whole), *verb[1:]]) == 1
+    assert "name the run that it is of" in capsys.readouterr().err

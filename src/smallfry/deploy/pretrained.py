@@ -36,6 +36,7 @@ from smallfry.deploy.description import (
 )
 from smallfry.deploy.facts import facts_of_model, facts_of_run
 from smallfry.deploy.hub import NAME, check_name, download, upload
+from smallfry.deploy.manifest import is_export
 from smallfry.deploy.model_card import model_card
 from smallfry.errors import RunError, UsageError
 from smallfry.training.checkpoint import MANIFEST, WEIGHTS, write_file
@@ -180,6 +181,10 @@ def load_trained(run: str | Path, checkpoint: str = "best") -> TrainedModel:
     scheme = str(run).partition(":")[0]
     if scheme in (*HUB, LOCAL) or is_shared(Path(run)):
         return from_pretrained(run)
+    if is_export(Path(run)):
+        raise RunError(
+            f"{run}: is an export, which predict and benchmark take; name the run that it is of"
+        )
     return load_run(run, checkpoint)
 
 
