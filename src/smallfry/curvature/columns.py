@@ -144,8 +144,9 @@ def factors(x: Tensor, stored: Tensor | None, coefficients: Tensor) -> Tensor:
     result = x.new_empty(len(own), len(x), size, size)
     for target, one in zip(result, own, strict=True):
         symmetric_product(x * one[:, :, None], x, target)
-    if stored is not None:
-        result += torch.einsum("rhk,khij->rhij", c[:, :, samples:], stored)
+    for k in range(kept):
+        assert stored is not None
+        result.addcmul_(stored[k], c[:, :, samples + k, None, None])
     return result
 
 

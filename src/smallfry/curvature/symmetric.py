@@ -7,6 +7,8 @@ plain product's work. Batches are leading dimensions.
 import torch
 from torch import Tensor
 
+from smallfry.onednn import multiplies, multiply
+
 _BLOCK = 160  # features; matrices below twice that are multiplied at once
 
 
@@ -24,13 +26,15 @@ def symmetric_product(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor
     groups, _, size = x.shape
     result = x.new_empty(groups, size, size) if out is None else out
     if size < 2 * _BLOCK:
-        full = x.transpose(1, 2) @ y
+        full = _times(x[0].T, y[0].T)[None] if groups == 1 else x.transpose(1, 2) @ y
         return torch.add(full, full.transpose(1, 2), out=result).mul_(0.5)
-    for matrix, a, b in zip(result, x, y, strict=True):
+    for matrix, one, other in zip(result, x, y, strict=True):
+        a = one.T.contiguous()
+        b = a if x is y else other.T.contiguous()
         for start in range(0, size, _BLOCK):
             stop = min(start + _BLOCK, size)
-            # into place: these block rows right of the diagonal, then mirrored below it
-            torch.mm(a[:, start:stop].T, b[:, start:], out=matrix[start:stop, start:])
+            # these block rows right of the diagonal, then mirrored below it
+            matrix[start:stop, start:] = _times(a[start:stop], b[start:])
             corner = matrix[start:stop, start:stop]
             corner.copy_((corner + corner.T) / 2)
             matrix[stop:, start:stop] = matrix[start:stop, stop:].T
@@ -51,12 +55,24 @@ def quadratic_forms(x: Tensor, matrix: Tensor) -> Tensor:
     if size < 2 * _BLOCK:
         return ((x @ matrix) * x).sum(2)
     total = x.new_zeros(x.shape[:2])
-    for start in range(0, size, _BLOCK):
-        stop = min(start + _BLOCK, size)
-        own, below = x[:, :, start:stop], x[:, :, stop:]
-        total += ((own @ matrix[:, start:stop, start:stop]) * own).sum(2)
-        total += 2 * ((below @ matrix[:, stop:, start:stop]) * own).sum(2)
+    for sums, rows, m in zip(total, x, matrix, strict=True):
+        for start in range(0, size, _BLOCK):
+            stop = min(start + _BLOCK, size)
+            own = rows[:, start:stop]
+            image = _times(own, m[start:stop, start:stop])
+            if stop < size:
+                image.add_(_times(rows[:, stop:], m[start:stop, stop:]), alpha=2)
+            sums += (image * own).sum(1)
     return total
+
+
+def _times(x: Tensor, y: Tensor) -> Tensor:
+    """X Yᵀ of two matrices."""
+    if multiplies(x, y):
+        return multiply(
+            x, y.contiguous()
+        )  # of a part of a matrix it makes a thousand times the work
+    return x @ y.T
 
 
 def random_symmetric(groups: int, count: int, size: int, like: Tensor) -> Tensor:

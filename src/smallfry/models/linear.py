@@ -1,26 +1,13 @@
-"""A linear layer that multiplies float32 matrices on a CPU with oneDNN.
+"""A linear layer that multiplies float32 matrices on a CPU with oneDNN."""
 
-PyTorch takes MKL for them, which on processors that are not Intel's leaves half of the arithmetic
-unused (``benchmarks/vitrm.py`` measures both). oneDNN comes with PyTorch, which has it multiply
-bfloat16 and convolve; nothing public has it multiply float32.
-"""
-
-import math
 from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, autograd, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import register_flop_formula
+
+from smallfry.onednn import multiplies, multiply
 
 __all__ = ["Linear"]
-
-_BACKENDS: Any = torch.backends  # without types
-_JIT: Any = torch.jit
-_MULTIPLY: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-_HAS_ONEDNN = (
-    _MULTIPLY is not None and _BACKENDS.mkldnn.is_available() and _BACKENDS.mkl.is_available()
-)
 
 
 class Linear(nn.Linear):
@@ -30,35 +17,19 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Features (..., in_features) to (..., out_features)."""
-        if _takes(input, self.weight):
+        if multiplies(input, self.weight):
             return cast(Tensor, _Product.apply(input, self.weight, self.bias))
         return F.linear(input, self.weight, self.bias)
 
 
-def _takes(rows: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN is there for this product, and nothing is that wants to see ``F.linear``."""
-    return bool(
-        _HAS_ONEDNN
-        and _BACKENDS.mkldnn.enabled
-        and rows.device.type == "cpu"
-        and rows.dtype == weight.dtype == torch.float32
-        and rows.ndim > 1
-        and rows.numel() > 0
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_exporting()
-        and not _JIT.is_tracing()
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
-
-
-class _Product(torch.autograd.Function):
+class _Product(autograd.Function):
     """rows @ weightᵀ + bias; backward and forward mode are products of the same kind."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
         ctx.save_for_backward(rows, weight)
         ctx.save_for_forward(rows, weight)
-        return _MULTIPLY(rows, weight, bias, "none", [], "")
+        return multiply(rows, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -80,10 +51,3 @@ class _Product(torch.autograd.Function):
         if weight_t is not None:
             tangent = tangent + F.linear(rows, weight_t)
         return tangent if bias_t is None else tangent + bias_t
-
-
-if _HAS_ONEDNN:
-
-    @register_flop_formula(_MULTIPLY)
-    def _flops(rows: list[int], weight: list[int], *_: Any, **__: Any) -> int:
-        return 2 * math.prod(rows) * weight[0]
