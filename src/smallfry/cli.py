@@ -67,6 +67,10 @@ def export(
         run, folder, form, precision, checkpoint, torch_program, license, data.name, data.root
     )
     size = sum(file.stat().st_size for file in folder.glob("*.onnx"))
+    if precision != "float32":
+        from smallfry.deploy.quantization_report import print_report
+
+        print_report(folder)
     print(f"export: {folder} ({size / 1e6:,.2f} MB)")
     print(f"use it: smallfry predict {folder} IMAGE…")
     return 0
