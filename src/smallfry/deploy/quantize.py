@@ -189,7 +189,7 @@ def _quantize(name: str, graph: bytes, batches: list[dict[str, Floats]] | None) 
     """One graph, statically with batches and dynamically without."""
     with TemporaryDirectory() as folder, _silent():
         source, target = Path(folder, "float32.onnx"), Path(folder, "int8.onnx")
-        source.write_bytes(graph)
+        source.write_bytes(graph if batches else _transposed_once(graph))
         options: dict[str, Any] = {"per_channel": True, "weight_type": QuantType.QInt8}
         try:
             if batches is None:
@@ -211,6 +211,34 @@ def _quantize(name: str, graph: bytes, batches: list[dict[str, Floats]] | None) 
         onnx.checker.check_model(model, full_check=True)
         content: bytes = model.SerializeToString()
         return content
+
+
+def _transposed_once(graph: bytes) -> bytes:
+    """The same graph with the weights of Gemm stored as they are multiplied.
+
+    The dynamic quantizer turns every Gemm into a MatMul, and transposes its weight in place: a
+    weight that a second Gemm applies would be turned back.
+    """
+    model = onnx.load_from_string(graph)
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        attributes = {entry.name: entry for entry in node.attribute}
+        turned = "transB" in attributes and attributes["transB"].i == 1
+        if node.op_type != "Gemm" or not turned or node.input[1] not in weights:
+            continue
+        name = f"{node.input[1]}.transposed"
+        if name not in weights:
+            matrix = numpy_helper.to_array(weights[node.input[1]]).T.copy()
+            weights[name] = numpy_helper.from_array(matrix, name)
+            model.graph.initializer.append(weights[name])
+        attributes["transB"].i = 0
+        node.input[1] = name
+    used = {name for node in model.graph.node for name in node.input}
+    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    content: bytes = model.SerializeToString()
+    return content
 
 
 def _compact(model: onnx.ModelProto) -> onnx.ModelProto:
