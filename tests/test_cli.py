@@ -249,7 +249,7 @@ def test_models_lists_what_they_cost(capsys):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ([], 2, "train, evaluate, export, predict"),
+        ([], 2, "train, evaluate, export, benchmark, predict"),
         (["trian"], 2, "did you mean 'train'"),
         (["train", "--epoch", "3"], 2, "train has no option 'epoch'; did you mean 'epochs'"),
         (["train", "--data.nmae=x"], 2, "did you mean 'data.name'"),

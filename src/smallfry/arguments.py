@@ -108,6 +108,36 @@ def build_parser(short: bool = False) -> ArgumentParser:
     export_verb.add_class_arguments(OtherData, "data")
     verbs.add_subcommand("export", export_verb, help="export a trained model for ONNX Runtime")
 
+    benchmark_verb = _parser(
+        "Measure latency, throughput, memory, size and accuracy of runs and exports, side by side."
+    )
+    benchmark_verb.add_argument("models", nargs="+", help="Runs, shared folders, or exports.")
+    benchmark_verb.add_argument(
+        "--folder", type=Path | None, help="For the report; default exports/benchmark-NAME."
+    )
+    benchmark_verb.add_argument("--json", action="store_true", help="Print JSON.")
+    benchmark_verb.add_argument(
+        "--batch_sizes", type=int, nargs="+", default=[1, 16, 64], help="Images at a time."
+    )
+    benchmark_verb.add_argument(
+        "--forms",
+        nargs="+",
+        help="Of a run; default all: eager and compiled (PyTorch), float32, int8 and int8_dynamic "
+        "(ONNX Runtime), exit (early exit).",
+    )
+    benchmark_verb.add_argument("--threads", type=int, default=1, help="CPU threads of each.")
+    benchmark_verb.add_argument(
+        "--seconds", type=float, default=2.0, help="Of timed answers for each and each batch size."
+    )
+    benchmark_verb.add_argument(
+        "--peers", action="store_true", help="Beside them an untrained ViT, ResNet-18 and CCT."
+    )
+    benchmark_verb.add_argument(
+        "--checkpoint", type=Literal["best", "last"], default="best", help="The weights of a run."
+    )
+    benchmark_verb.add_class_arguments(OtherData, "data")
+    verbs.add_subcommand("benchmark", benchmark_verb, help="measure deployed models side by side")
+
     predict_verb = _parser("Classify images with a trained model, or with an export of one.")
     _add_run(predict_verb)
     predict_verb.add_argument(

@@ -67,8 +67,38 @@ def export(
         run, folder, form, precision, checkpoint, torch_program, license, data.name, data.root
     )
     size = sum(file.stat().st_size for file in folder.glob("*.onnx"))
+    if precision != "float32":
+        from smallfry.deploy.quantization_report import print_report
+
+        print_report(folder)
     print(f"export: {folder} ({size / 1e6:,.2f} MB)")
     print(f"use it: smallfry predict {folder} IMAGE…")
+    return 0
+
+
+def benchmark(
+    models: list[str],
+    folder: Path | None = None,
+    data: OtherData | None = None,
+    as_json: bool = False,
+    **settings: Any,
+) -> int:
+    """Measure deployed models side by side; settings are those of ``BenchmarkConfig``."""
+    from smallfry.deploy.benchmark import BenchmarkConfig, measure
+    from smallfry.report import deployment
+    from smallfry.report.page import strict
+
+    config = BenchmarkConfig(**settings)
+    folder = folder or Path("exports") / f"benchmark-{Path(models[0]).resolve().name}"
+    deployment.require_free(folder)
+    data = data or OtherData()
+    found = measure(models, config, data.name, data.root)
+    report = deployment.write_report(found, folder)
+    if as_json:
+        print(json.dumps(strict(deployment.summary_of(found))))
+        return 0
+    deployment.print_tables(found)
+    print(f"report: {report}")
     return 0
 
 
@@ -293,6 +323,12 @@ def _dispatch(parsed: Namespace, parser: ArgumentParser, short: bool) -> int:
             given.license,
             OtherData(given.data.name, given.data.root),
         )
+    if verb == "benchmark":
+        settings = {name: given[name] for name in ("threads", "seconds", "peers", "checkpoint")}
+        lists = {name: given[name] for name in ("batch_sizes", "forms")}
+        settings |= {name: tuple(values) for name, values in lists.items() if values is not None}
+        other = OtherData(given.data.name, given.data.root)
+        return benchmark(given.models, given.folder, other, given.json, **settings)
     if verb == "demo":
         runs = [run for run in (given.run, given.run2) if run is not None]
         return demo(runs, given.checkpoint, given.host, given.port, given.open)

@@ -1,10 +1,14 @@
 import numpy as np
 import onnx
 import pytest
+import torch
+from onnxruntime import InferenceSession
 
 from smallfry.deploy import Runtime
+from smallfry.deploy.graphs import exported_program, to_onnx, whole_graph
 from smallfry.deploy.quantize import call_ranges, quantize
 from smallfry.errors import ExportError
+from smallfry.models import ViTRM
 from smallfry.training.run import load_run
 from smallfry.training.train import load_like
 
@@ -46,6 +50,21 @@ def test_weights_have_a_scale_for_each_output_channel(int8):
     assert weights
     for node in weights:
         assert sizes[node.input[1]] in ([sizes[node.input[0]][0]], [sizes[node.input[0]][1]])
+
+
+@pytest.mark.parametrize("recursion_steps", [1, 2])
+def test_dynamic_heads_are_right_however_often_they_are_applied(recursion_steps):
+    sizes = {"embed_dim": 16, "num_heads": 2, "depth": 1, "latent_steps": 1, "mlp_hidden_dim": 16}
+    model = ViTRM(8, 4, 1, 5, recursion_steps=recursion_steps, **sizes).eval()
+    graph = whole_graph(model, torch.zeros(2, 1, 8, 8))
+    content = to_onnx(graph, exported_program(graph)).SerializeToString()
+    quantized = quantize({"model": content}, "int8_dynamic", np.empty(0, np.float32))["model"]
+    images = np.random.default_rng(0).standard_normal((8, 1, 8, 8), np.float32)
+    wanted, given = (
+        InferenceSession(one).run(["logits"], {"images": images})[0] for one in (content, quantized)
+    )
+    assert given.shape == (8, recursion_steps, 5)
+    assert np.abs(wanted - given).max() < 0.1 * np.abs(wanted).max()
 
 
 def test_static_ranges_need_images(whole):

@@ -4,6 +4,7 @@
     embed.onnx  step.onnx  read_out.onnx  its parts (form "anytime"), for images to leave early
     model.pt2                             the whole model for torch.export.load, if asked for
     manifest.json                         classes, preprocessing, exits, figures, hashes
+    quantization.json  quantization.png   what eight bits cost, of an export in eight bits
 
 The form "whole" gives the logits of every recursion step, and repeats in nodes, not in weights,
 what recurs.
@@ -17,17 +18,20 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from smallfry.data import Split
+from smallfry.data import ImageData
 from smallfry.deploy.graphs import Graph, anytime_graphs, exported_program, to_onnx, whole_graph
 from smallfry.deploy.manifest import MANIFEST, PRECISIONS, Manifest, is_export
 from smallfry.deploy.pretrained import gather
+from smallfry.deploy.quantization_report import write_report
 from smallfry.deploy.quantize import quantize
 from smallfry.deploy.runtime import Runtime
 from smallfry.errors import ExportError, SmallfryError, SmallfryWarning, UsageError
@@ -81,41 +85,13 @@ def export(
         raise UsageError(f"precision is one of {', '.join(PRECISIONS)}, not '{precision}'")
     if folder.exists() and not is_export(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(f"{folder}: is there already and no export; name another folder")
-    trained, facts, _ = gather(run, checkpoint)
-    form = _form(trained.model, form)
-    splits = _splits(trained, run, data, data_root, needed=precision == "int8")
-    graphs = _graphs(trained, form)
-    files: dict[str, bytes] = {}
-    onnx_graphs = {}
-    for graph in graphs:
-        log.info("tracing %s", graph.name)
-        onnx_graphs[graph.name] = to_onnx(graph, exported_program(graph)).SerializeToString()
-    if torch_program:
-        log.info("tracing model.pt2")
-        files["model.pt2"] = _saved(exported_program(whole_graph(trained.model, _images(trained))))
-    if precision != "float32":
-        log.info("quantizing")
-        onnx_graphs = quantize(
-            onnx_graphs, precision, _sample(trained, splits), _steps(trained.model)
-        )
-    files |= {f"{name}.onnx": content for name, content in onnx_graphs.items()}
-    manifest = _manifest(trained, facts, form, precision, license, files)
+    traced = trace(run, form, checkpoint, data, data_root, needs_images=precision == "int8")
     new = _beside(folder, "new")
     try:
-        _write(new, manifest, files)
-        runtime = Runtime(new)
-        if precision == "float32":
-            _require_agreement(trained, runtime)
-        if form == "anytime" and splits is not None and len(splits.validation):
-            log.info("calibrating early exit")
-            validation = splits.validation
-            traced = runtime.trace(validation.images.numpy(), validation.labels.numpy())
-            manifest = replace(
-                manifest,
-                exits=tuple(worthwhile(operating_points(traced))),
-                calibrated_on=f"{len(validation):,} validation images of {splits.name}",
-            )
-            _write(new, manifest, files)
+        assemble(traced, new, precision, license, torch_program)
+        calibrate(traced, new)
+        if precision != "float32":
+            _report(traced, new, precision)
         _move(new, folder)
     except OSError as error:
         raise ExportError(f"{folder}: the export could not be written ({error})") from error
@@ -124,12 +100,117 @@ def export(
     return folder
 
 
-class Splits(NamedTuple):
-    """What ranges and exits are measured on."""
+class Traced(NamedTuple):
+    """A model as graphs in float32, from which exports of every precision are made."""
 
-    name: str
-    train: Split
-    validation: Split
+    trained: TrainedModel
+    facts: dict[str, Any]  # what is known of it
+    form: str  # whole or anytime
+    graphs: dict[str, bytes]  # ONNX models by name
+    data: ImageData | None  # what ranges, exits and figures are measured on
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether the data has the classes of the model."""
+        return self.data is not None and self.data.classes == self.trained.classes
+
+
+def trace(
+    run: str | Path,
+    form: str | None = None,
+    checkpoint: str = "best",
+    data: str | None = None,
+    data_root: Path | None = None,
+    needs_images: bool = False,
+) -> Traced:
+    """A run's model as graphs, with the data that it is calibrated on.
+
+    Arguments and errors are those of ``export``; without ``needs_images``, data that can't be had
+    is done without, and a warning says so.
+    """
+    trained, facts, _ = gather(run, checkpoint)
+    form = _form(trained.model, form)
+    images = _data(trained, run, data, data_root, needs_images)
+    graphs = {}
+    for graph in _graphs(trained, form):
+        log.info("tracing %s", graph.name)
+        graphs[graph.name] = to_onnx(graph, exported_program(graph)).SerializeToString()
+    return Traced(trained, facts, form, graphs, images)
+
+
+def assemble(
+    traced: Traced,
+    folder: Path,
+    precision: str = "float32",
+    license: str | None = None,
+    torch_program: bool = False,
+) -> None:
+    """Write an export, without early exit, into a folder of the caller's; raises as ``export``."""
+    trained, graphs = traced.trained, traced.graphs
+    files: dict[str, bytes] = {}
+    if torch_program:
+        log.info("tracing model.pt2")
+        files["model.pt2"] = _saved(exported_program(whole_graph(trained.model, _images(trained))))
+    if precision != "float32":
+        log.info("quantizing")
+        graphs = quantize(graphs, precision, calibration_images(traced), _steps(trained.model))
+    files |= {f"{name}.onnx": content for name, content in graphs.items()}
+    manifest = _manifest(trained, traced.facts, traced.form, precision, license, files)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    (folder / MANIFEST).write_text(manifest.to_json())
+    runtime = Runtime(folder)
+    if precision == "float32":
+        _require_agreement(trained, runtime)
+
+
+def calibrate(traced: Traced, folder: Path) -> None:
+    """Let an export know where images may leave the recursion, if it has parts, by its data."""
+    data = traced.data
+    if traced.form != "anytime" or data is None or not traced.is_labelled:
+        return
+    validation = data.validation
+    if len(validation) == 0:
+        return
+    log.info("calibrating early exit")
+    followed = Runtime(folder).trace(validation.images.numpy(), validation.labels.numpy())
+    manifest = replace(
+        Manifest.read(folder),
+        exits=tuple(worthwhile(operating_points(followed))),
+        calibrated_on=f"{len(validation):,} validation images of {Path(data.name).name}",
+    )
+    (folder / MANIFEST).write_text(manifest.to_json())
+
+
+def calibration_images(traced: Traced) -> NDArray[np.float32]:
+    """Training images spread over the split, as the graphs take them; none without data."""
+    trained, data = traced.trained, traced.data
+    if data is None:
+        return np.empty((0, trained.channels, trained.image_size, trained.image_size), np.float32)
+    count = min(CALIBRATION_IMAGES, len(data.train))
+    positions = torch.linspace(0, len(data.train) - 1, count).long()
+    images: NDArray[np.float32] = trained.normalize(data.train.take(positions).images).numpy()
+    return images
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of the weights as a checkpoint has them."""
+    weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
+    return hashlib.sha256(safetensors.torch.save(weights)).hexdigest()
+
+
+def _report(traced: Traced, folder: Path, precision: str) -> None:
+    """Put into an export what its precision cost, beside the same in float32."""
+    with TemporaryDirectory() as place:
+        assemble(traced, Path(place))
+        write_report(
+            folder,
+            Path(place),
+            traced.graphs,
+            calibration_images(traced) if precision == "int8" else None,
+            traced.data if traced.is_labelled else None,
+        )
 
 
 def _form(model: nn.Module, form: str | None) -> str:
@@ -150,9 +231,9 @@ def _steps(model: nn.Module) -> int:
     return model.recursion_steps if isinstance(model, ViTRM) else 1
 
 
-def _splits(
+def _data(
     trained: TrainedModel, run: str | Path, data: str | None, root: Path | None, needed: bool
-) -> Splits | None:
+) -> ImageData | None:
     """The images of the run, or others; None if they can't be had and can be done without."""
     try:
         loaded, *_ = load_like(trained, run, data, root, split="train")
@@ -162,19 +243,17 @@ def _splits(
         warnings.warn(
             f"without the images of the run, early exit is not calibrated ({error})",
             SmallfryWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         return None
-    return Splits(loaded.name, loaded.train, loaded.validation)
-
-
-def _sample(trained: TrainedModel, splits: Splits | None) -> Any:
-    """Training images spread over the split, as the graphs take them."""
-    if splits is None:
-        return np.empty(0, np.float32)
-    count = min(CALIBRATION_IMAGES, len(splits.train))
-    positions = torch.linspace(0, len(splits.train) - 1, count).long()
-    return trained.normalize(splits.train.take(positions).images).numpy()
+    if loaded.classes != trained.classes:
+        warnings.warn(
+            f"{loaded.origin}: has other classes than the model: it gives ranges of activations, "
+            "but neither accuracy nor early exit is measured on it",
+            SmallfryWarning,
+            stacklevel=4,
+        )
+    return loaded
 
 
 def _graphs(trained: TrainedModel, form: str) -> list[Graph]:
@@ -214,15 +293,9 @@ def _manifest(
         recursion_steps=_steps(trained.model) if isinstance(trained.model, ViTRM) else None,
         training=dict(facts),
         license=license,
-        source={"weights": _digest(trained.model)},
+        source={"weights": weights_digest(trained.model)},
         files={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     )
-
-
-def _digest(model: nn.Module) -> str:
-    """SHA-256 of the weights as a checkpoint has them."""
-    weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
-    return hashlib.sha256(safetensors.torch.save(weights)).hexdigest()
 
 
 def _require_agreement(trained: TrainedModel, runtime: Runtime) -> None:
@@ -246,13 +319,6 @@ def _saved(program: torch.export.ExportedProgram) -> bytes:
     stream = io.BytesIO()
     torch.export.save(program, stream)
     return stream.getvalue()
-
-
-def _write(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    (folder / MANIFEST).write_text(manifest.to_json())
 
 
 def _move(new: Path, folder: Path) -> None:

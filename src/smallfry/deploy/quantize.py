@@ -32,7 +32,7 @@ from onnxruntime.quantization import (
 
 from smallfry.errors import ExportError
 
-__all__ = ["CallRange", "call_ranges", "quantize"]
+__all__ = ["CallRange", "call_ranges", "measured_ranges", "quantize"]
 
 PRODUCTS = ["MatMul", "Gemm", "Conv"]  # where the arithmetic is; the rest stays in float32
 DYNAMIC_PRODUCTS = ["MatMul", "Gemm"]  # a dynamic convolution runs slower than a float32 one
@@ -98,6 +98,29 @@ def call_ranges(graph: bytes) -> list[CallRange]:
     return found
 
 
+def measured_ranges(
+    graphs: Mapping[str, bytes], images: Floats, recursion_steps: int = 1
+) -> dict[str, list[list[CallRange]]]:
+    """The range of every product's input as images pass through an export in float32.
+
+    Args:
+        graphs: As for ``quantize``.
+        images: (images, channels, size, size), normalised.
+        recursion_steps: How often ``step`` is applied.
+
+    Returns:
+        For each graph a list for each time that it is applied, in order of execution.
+    """
+    found = {}
+    for name, batches in _inputs(graphs, images, recursion_steps).items():
+        model, weights = _with_ranges(graphs[name])
+        run = ort.InferenceSession(model).run
+        said = np.array([run(None, batch) for batch in batches])
+        times = recursion_steps if name in ("step", "read_out") else 1
+        found[name] = [_called(weights, said[time::times]) for time in range(times)]
+    return found
+
+
 class _Reader(CalibrationDataReader):  # type: ignore[misc]
     """Batches for ONNX Runtime's calibration."""
 
@@ -106,6 +129,37 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
 
     def get_next(self) -> dict[str, Floats] | None:
         return next(self._left, None)
+
+
+def _with_ranges(graph: bytes) -> tuple[bytes, list[str]]:
+    """A graph that gives the least and the greatest input of every product, and their weights."""
+    model = onnx.load_from_string(graph)
+    constants = {tensor.name for tensor in model.graph.initializer}
+    products = [
+        node for node in model.graph.node if node.op_type in PRODUCTS and node.input[1] in constants
+    ]
+    del model.graph.output[:]
+    for number, node in enumerate(products):
+        for operator in ("ReduceMin", "ReduceMax"):
+            output = f"{operator}_{number}"
+            model.graph.node.append(
+                onnx.helper.make_node(operator, [node.input[0]], [output], keepdims=0)
+            )
+            model.graph.output.append(
+                onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, [])
+            )
+    return model.SerializeToString(), [node.input[1] for node in products]
+
+
+def _called(weights: list[str], said: NDArray[np.floating[Any]]) -> list[CallRange]:
+    """Ranges over all batches; ``said`` is (batches, 2 × products), least and greatest in turns."""
+    lows, highs = said[:, ::2].min(axis=0), said[:, 1::2].max(axis=0)
+    calls: dict[str, int] = defaultdict(int)
+    found = []
+    for weight, low, high in zip(weights, lows.tolist(), highs.tolist(), strict=True):
+        found.append(CallRange(weight, calls[weight], low, high))
+        calls[weight] += 1
+    return found
 
 
 def _inputs(
@@ -135,7 +189,7 @@ def _quantize(name: str, graph: bytes, batches: list[dict[str, Floats]] | None) 
     """One graph, statically with batches and dynamically without."""
     with TemporaryDirectory() as folder, _silent():
         source, target = Path(folder, "float32.onnx"), Path(folder, "int8.onnx")
-        source.write_bytes(graph)
+        source.write_bytes(graph if batches else _transposed_once(graph))
         options: dict[str, Any] = {"per_channel": True, "weight_type": QuantType.QInt8}
         try:
             if batches is None:
@@ -157,6 +211,34 @@ def _quantize(name: str, graph: bytes, batches: list[dict[str, Floats]] | None) 
         onnx.checker.check_model(model, full_check=True)
         content: bytes = model.SerializeToString()
         return content
+
+
+def _transposed_once(graph: bytes) -> bytes:
+    """The same graph with the weights of Gemm stored as they are multiplied.
+
+    The dynamic quantizer turns every Gemm into a MatMul, and transposes its weight in place: a
+    weight that a second Gemm applies would be turned back.
+    """
+    model = onnx.load_from_string(graph)
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        attributes = {entry.name: entry for entry in node.attribute}
+        turned = "transB" in attributes and attributes["transB"].i == 1
+        if node.op_type != "Gemm" or not turned or node.input[1] not in weights:
+            continue
+        name = f"{node.input[1]}.transposed"
+        if name not in weights:
+            matrix = numpy_helper.to_array(weights[node.input[1]]).T.copy()
+            weights[name] = numpy_helper.from_array(matrix, name)
+            model.graph.initializer.append(weights[name])
+        attributes["transB"].i = 0
+        node.input[1] = name
+    used = {name for node in model.graph.node for name in node.input}
+    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    content: bytes = model.SerializeToString()
+    return content
 
 
 def _compact(model: onnx.ModelProto) -> onnx.ModelProto:

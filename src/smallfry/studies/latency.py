@@ -1,16 +1,13 @@
-"""How long a trained model takes for one image."""
+"""How long a trained model takes for one image, with PyTorch."""
 
-import time
-from collections.abc import Mapping
-from statistics import median
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import nn
 
+from smallfry.deploy.latency import take_turns
 from smallfry.training.run import TrainedModel
-
-WARM_UP = 5  # answers that are not counted
 
 
 def measure_latency(
@@ -33,41 +30,22 @@ def measure_latency(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        ready: dict[str, tuple[nn.Module, torch.Tensor]] = {}
+        calls: dict[str, Callable[[], None]] = {}
         for name, model in trained.items():
             side = model.image_size
             image = torch.zeros(1, model.channels, side, side, device=device)
-            ready[name] = (model.model.to(device).eval(), image)
-        taken: dict[str, list[float]] = {name: [] for name in ready}
+            calls[name] = partial(_answer, model.model.to(device).eval(), image)
         with torch.inference_mode():
-            for number in range(-WARM_UP, rounds):
-                for name, (module, image) in ready.items():
-                    seconds = _timed(module, image, device)
-                    if number >= 0:
-                        taken[name].append(1000 * seconds)
+            taken = take_turns(calls, seconds=0, rounds=rounds, settling=0)
     finally:
         torch.set_num_threads(before)
-    return {name: _spread(values) for name, values in taken.items()}
-
-
-def _timed(module: nn.Module, image: torch.Tensor, device: torch.device) -> float:
-    _wait(device)
-    began = time.perf_counter()
-    module(image)
-    _wait(device)
-    return time.perf_counter() - began
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _spread(values: list[float]) -> dict[str, Any]:
-    ordered = sorted(values)
-    quarter = len(ordered) // 4
     return {
-        "median_ms": median(ordered),
-        "low_ms": ordered[quarter],
-        "high_ms": ordered[-1 - quarter],
+        name: {"median_ms": found.p50, "low_ms": found.low, "high_ms": found.high}
+        for name, found in taken.items()
     }
+
+
+def _answer(module: nn.Module, image: torch.Tensor) -> None:
+    module(image)
+    if image.device.type == "cuda":
+        torch.cuda.synchronize(image.device)

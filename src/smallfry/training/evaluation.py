@@ -1,8 +1,9 @@
 """What a model says of a split, and how right that is."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.classification import (
@@ -95,3 +96,8 @@ def score(predictions: Predictions) -> dict[str, float]:
     if steps is not None:
         scores["recursion_steps"] = steps.double().mean().item()
     return scores
+
+
+def score_probabilities(probabilities: NDArray[Any], labels: Tensor) -> dict[str, float]:
+    """The same of class probabilities (images, classes), whatever gave them."""
+    return score(Predictions(torch.from_numpy(probabilities).clamp(min=1e-30).log(), labels, None))

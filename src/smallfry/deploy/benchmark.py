@@ -1,0 +1,380 @@
+"""How deployed models compare: latency, throughput, memory, size and accuracy, side by side.
+
+Latency is wall time from uint8 pixels to class probabilities. All contestants take turns on one
+stream of images, in an order that is shuffled once, so that an early exit meets easy and hard ones.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from smallfry.deploy.contestants import (
+    FORMS,
+    PEER_PRECISIONS,
+    Contestant,
+    Input,
+    LeftOut,
+    Pixels,
+    Said,
+    of_export,
+    of_run,
+    peers,
+)
+from smallfry.deploy.facts import without_paths
+from smallfry.deploy.latency import Latency, take_turns
+from smallfry.deploy.manifest import Manifest, is_export
+from smallfry.deploy.pretrained import load_trained
+from smallfry.errors import SmallfryError, UsageError, nearest
+from smallfry.memory import Memory, measure_memory
+from smallfry.training.augment import Normalize
+from smallfry.training.evaluation import score_probabilities
+from smallfry.training.provenance import provenance
+from smallfry.training.run import TrainedModel, require_classes
+from smallfry.training.train import load_like
+
+log = logging.getLogger(__name__)
+
+RANDOM_IMAGES = 64  # where there are no others
+EVALUATED = 64  # images at a time
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """What is measured, and how.
+
+    Args:
+        batch_sizes: Images at a time.
+        threads: CPU threads of each contestant.
+        seconds: Of timed answers for each contestant and batch size, at least.
+        forms: Of a run: eager, compiled (PyTorch), float32, int8, int8_dynamic (ONNX Runtime), and
+            exit (early exit).
+        peers: Beside them a ViT, a ResNet and a CCT for the same images, untrained: no accuracy.
+        checkpoint: The weights of a run, best or last.
+    """
+
+    batch_sizes: tuple[int, ...] = (1, 16, 64)
+    threads: int = 1
+    seconds: float = 2.0
+    forms: tuple[str, ...] = FORMS
+    peers: bool = False
+    checkpoint: str = "best"
+
+    def __post_init__(self) -> None:
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise UsageError(f"batch sizes must be at least 1, got {list(self.batch_sizes)}")
+        if self.threads < 1:
+            raise UsageError(f"threads must be at least 1, got {self.threads}")
+        if not self.seconds > 0:
+            raise UsageError(f"seconds must be more than 0, got {self.seconds}")
+        for form in self.forms:
+            if form not in FORMS:
+                raise UsageError(f"unknown form '{form}'{nearest(form, FORMS)}")
+
+
+class Figures(NamedTuple):
+    """What was measured of a contestant; None where it can't be had."""
+
+    model: str
+    form: str
+    is_trained: bool
+    parameters: int
+    file_bytes: int
+    latency: dict[int, Latency]  # by batch size, of the whole batch
+    memory: Memory | None
+    accuracy: float | None = None
+    macro_f1: float | None = None
+    agreement: float | None = None  # share of answers that equal those of the same model in float32
+    steps: float | None = None  # recursion steps an image, with early exit
+
+
+class Benchmark(NamedTuple):
+    """What was measured, and of what."""
+
+    name: str
+    figures: list[Figures]
+    left_out: list[LeftOut]
+    measured_on: str | None  # what accuracy is of
+    config: BenchmarkConfig
+    provenance: dict[str, Any]
+
+
+class Images(NamedTuple):
+    """Labelled images, in one order for all sizes."""
+
+    pixels: Pixels
+    labels: Tensor
+    words: str  # how many of what
+
+
+class Subject(NamedTuple):
+    """A run or an export that was named."""
+
+    given: str
+    name: str
+    is_export: bool
+    trained: TrainedModel  # of an export, all but the model
+
+
+def measure(
+    models: Sequence[str],
+    config: BenchmarkConfig | None = None,
+    data: str | None = None,
+    data_root: Path | None = None,
+) -> Benchmark:
+    """Measure runs and exports side by side.
+
+    Args:
+        models: Runs, as for ``export``, and folders of exports.
+        config: What is measured, and how.
+        data: A data set or folder, for accuracy and early exit; default that of the first run.
+        data_root: Folder of a named data set.
+
+    Raises:
+        UsageError: Impossible settings, or models that tell different classes apart.
+        RunError, ExportError, DataError: What was named can't be used.
+    """
+    config = config or BenchmarkConfig()
+    subjects = [_subject(given, config.checkpoint) for given in models]
+    subjects = _with_unlike_names(subjects)
+    _require_one_question(subjects)
+    images = [_images(subject, subjects, data, data_root) for subject in subjects]
+    _require_one_test(images)
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        with TemporaryDirectory() as place:
+            field, left_out = _field(subjects, images, config, Path(place), (data, data_root))
+            figures = _measured(field, config)
+    finally:
+        torch.set_num_threads(before)
+    evidence = provenance(torch.device("cpu"))
+    return Benchmark(
+        subjects[0].name,
+        figures,
+        left_out,
+        next((found.words for found in images if found is not None), None),
+        config,
+        evidence | {"command": without_paths(str(evidence["command"]))},
+    )
+
+
+class Entry(NamedTuple):
+    """A contestant with its images, or noise of their shape where there are none."""
+
+    who: Contestant
+    images: Images | None
+    pixels: Pixels
+
+
+def _subject(given: str, checkpoint: str) -> Subject:
+    path = Path(given)
+    if not is_export(path):
+        return Subject(given, path.resolve().name, False, load_trained(given, checkpoint))
+    manifest = Manifest.read(path)
+    stand_in = TrainedModel(
+        nn.Identity(),
+        manifest.classes,
+        manifest.image_size,
+        manifest.channels,
+        Normalize(manifest.mean, manifest.std),
+        {"data": {"name": "", "fingerprint": "", **manifest.training.get("data", {})}},
+    )
+    return Subject(given, path.resolve().name, True, stand_in)
+
+
+def _with_unlike_names(subjects: Sequence[Subject]) -> list[Subject]:
+    seen: dict[str, int] = {}
+    found = []
+    for subject in subjects:
+        seen[subject.name] = number = seen.get(subject.name, 0) + 1
+        name = subject.name if number == 1 else f"{subject.name} ({number})"
+        found.append(subject._replace(name=name))
+    return found
+
+
+def _require_one_question(subjects: Sequence[Subject]) -> None:
+    first, *others = subjects
+    for other in others:
+        if other.trained.classes != first.trained.classes:
+            ours, theirs = (
+                f"{len(s.trained.classes)} ({', '.join(s.trained.classes[:3])}, …)"
+                for s in (first, other)
+            )
+            raise UsageError(
+                f"{first.given} and {other.given} tell different classes apart, {ours} and "
+                f"{theirs}: compare models of one task"
+            )
+
+
+def _images(
+    subject: Subject, subjects: Sequence[Subject], data: str | None, root: Path | None
+) -> Images | None:
+    """The test images, as a model takes them."""
+    trained, origin = subject.trained, subject
+    if data is None and subject.is_export:
+        runs = [other for other in subjects if not other.is_export]
+        if not runs:
+            return None
+        origin = runs[0]
+        size, channels = trained.image_size, trained.channels
+        trained = origin.trained._replace(image_size=size, channels=channels)
+    try:
+        loaded, split, taken = load_like(trained, origin.given, data, root)
+    except SmallfryError as error:
+        if data is not None:
+            raise
+        log.info("without test images: %s", error)
+        return None
+    require_classes(trained, loaded.classes, loaded.origin)
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(split)))
+    shuffled = split.take(order)
+    words = f"{len(split):,} {'' if taken == 'all' else f'{taken} '}images of "
+    words += Path(loaded.name).name + (" (all that there are)" if taken == "all" else "")
+    return Images(shuffled.images.numpy(), shuffled.labels, words)
+
+
+def _require_one_test(images: Iterable[Images | None]) -> None:
+    labels = [found.labels for found in images if found is not None]
+    if any(not torch.equal(labels[0], others) for others in labels[1:]):
+        raise UsageError(
+            "these models have different test images, so their accuracies can't be compared; "
+            "name images for all of them: --data"
+        )
+
+
+def _field(
+    subjects: Sequence[Subject],
+    images: Sequence[Images | None],
+    config: BenchmarkConfig,
+    place: Path,
+    data: tuple[str | None, Path | None],
+) -> tuple[list[Entry], list[LeftOut]]:
+    entries, left_out = [], []
+    for number, (subject, own) in enumerate(zip(subjects, images, strict=True)):
+        pixels = own.pixels if own is not None else _noise(subject.trained)
+        if subject.is_export:
+            found: Iterable[Contestant | LeftOut]
+            found = of_export(Path(subject.given), config.threads, subject.name)
+        else:
+            found = of_run(
+                subject.given,
+                config.checkpoint,
+                place / str(number),
+                config.forms,
+                (*config.batch_sizes, EVALUATED),
+                config.threads,
+                data,
+            )
+        for one in found:
+            if isinstance(one, LeftOut):
+                left_out.append(one)
+            elif one.leaves_early and own is None:
+                reason = "how early images leave depends on them: give some with --data"
+                left_out.append(LeftOut(one.model, one.form, reason))
+            else:
+                entries.append(Entry(one._replace(model=subject.name), own, pixels))
+    if config.peers:
+        first = subjects[0].trained
+        mean, std = (tuple([0.5] * first.channels) for _ in range(2))
+        wanted = Input(first.classes, first.image_size, first.channels, mean, std)
+        precisions = tuple(name for name in PEER_PRECISIONS if name in config.forms)
+        for one in peers(wanted, place / "peers", precisions, config.threads):
+            if isinstance(one, LeftOut):
+                left_out.append(one)
+            else:
+                entries.append(Entry(one, None, entries[0].pixels if entries else _noise(first)))
+    return entries, left_out
+
+
+def _measured(field: Sequence[Entry], config: BenchmarkConfig) -> list[Figures]:
+    scores = _scores(field)
+    latency: list[dict[int, Latency]] = [{} for _ in field]
+    for size in config.batch_sizes:
+        log.info("timing %d contestants at batch %d", len(field), size)
+        calls = {str(i): _stream(entry, size) for i, entry in enumerate(field)}
+        for i, taken in take_turns(calls, config.seconds, warm_up=5 if size == 1 else 1).items():
+            latency[int(i)][size] = taken
+    log.info("measuring memory")
+    memory: dict[tuple[str, Path] | None, Memory | None] = {None: None}
+    for entry in field:
+        alone = entry.who.alone
+        if alone is not None and alone not in memory:
+            memory[alone] = measure_memory(*alone, config.batch_sizes, config.threads)
+    return [
+        Figures(
+            entry.who.model,
+            entry.who.form,
+            entry.who.weights is not None,
+            entry.who.parameters,
+            entry.who.file_bytes,
+            latency[i],
+            memory[entry.who.alone],
+            **scores[i],
+        )
+        for i, entry in enumerate(field)
+    ]
+
+
+def _scores(field: Sequence[Entry]) -> list[Mapping[str, float | None]]:
+    """Accuracy, macro F1, agreement and steps of each, as far as they can be had."""
+    found: list[dict[str, float | None]] = []
+    answers: list[NDArray[np.int64] | None] = []
+    for who, images, _ in field:
+        if images is None or who.weights is None:
+            found.append({})
+            answers.append(None)
+            continue
+        log.info("testing %s, %s", who.model, who.form)
+        probabilities, steps = _answered(who, images.pixels)
+        scores = score_probabilities(probabilities, images.labels)
+        found.append({name: scores[name] for name in ("accuracy", "macro_f1")})
+        if steps is not None:
+            found[-1]["steps"] = float(steps.mean())
+        answers.append(probabilities.argmax(axis=1))
+    for (who, *_), scores_of, ours in zip(field, found, answers, strict=True):
+        same = [
+            theirs
+            for (other, *_), theirs in zip(field, answers, strict=True)
+            if other.is_reference and other.weights == who.weights and theirs is not None
+        ]
+        if ours is not None and same:
+            scores_of["agreement"] = float((ours == same[0]).mean())
+    return list(found)
+
+
+def _answered(who: Contestant, pixels: Pixels) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """Answers to all images, in batches of one size, as a compiled model takes no other."""
+    said = [
+        who.answer(_batch(pixels, start, EVALUATED)) for start in range(0, len(pixels), EVALUATED)
+    ]
+    probabilities = np.concatenate([part.probabilities for part in said])[: len(pixels)]
+    steps = [part.steps for part in said if part.steps is not None]
+    return probabilities, np.concatenate(steps)[: len(pixels)] if steps else None
+
+
+def _stream(entry: Entry, size: int) -> Callable[[], Said]:
+    """What answers one batch after the other, from the beginning again after the last."""
+    pixels = entry.pixels
+    whole = [pixels[at : at + size] for at in range(0, len(pixels) - size + 1, size)]
+    batches = cycle(whole or [_batch(pixels, 0, size)])
+    return lambda: entry.who.answer(next(batches))
+
+
+def _batch(pixels: Pixels, start: int, size: int) -> Pixels:
+    """So many images from a place on, from the first again after the last."""
+    batch: Pixels = pixels[np.arange(start, start + size) % len(pixels)]
+    return batch
+
+
+def _noise(trained: TrainedModel) -> Pixels:
+    shape = (RANDOM_IMAGES, trained.channels, trained.image_size, trained.image_size)
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)

@@ -1,0 +1,302 @@
+"""Who takes part in a benchmark: a run in its several forms, exports, and untrained peers.
+
+All take pixels and give class probabilities, preprocessing and softmax included. Those of ONNX
+Runtime are written into a folder as exports, so that they run and are measured as a device would
+run them.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import timm
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import nn
+
+from smallfry.deploy.export import (
+    TRACED_BATCH,
+    Traced,
+    assemble,
+    calibrate,
+    trace,
+    weights_digest,
+)
+from smallfry.deploy.graphs import exported_program, to_onnx, whole_graph
+from smallfry.deploy.manifest import GRAPHS, MANIFEST, Manifest
+from smallfry.deploy.pretrained import gather
+from smallfry.deploy.quantize import quantize
+from smallfry.deploy.runtime import Runtime
+from smallfry.errors import ExportError, SmallfryError
+from smallfry.exits import most_thrifty
+from smallfry.memory import MODEL, WEIGHTS
+from smallfry.models import ViTRM
+from smallfry.training.run import TrainedModel
+
+log = logging.getLogger(__name__)
+
+FORMS = ("eager", "compiled", "float32", "int8", "int8_dynamic", "exit")  # of a run
+PEERS = ("paper_vit_small_patch4_32", "resnet18_cifar", "cct_7_3x1_32")
+PRECISIONS = {"float32": "ONNX float32", "int8": "ONNX int8", "int8_dynamic": "ONNX int8 dynamic"}
+DROPS = (0.0, 0.003)  # shares of accuracy that early exit may cost on the calibration images
+PEER_PRECISIONS = ("float32", "int8")
+NOISE = 32  # images that peers are quantized on
+EXIT_PRECISIONS = ("float32", "int8")  # of a run's early exit
+
+Pixels = NDArray[np.uint8]  # (images, channels, size, size)
+
+
+class Said(NamedTuple):
+    """What a contestant answers."""
+
+    probabilities: NDArray[np.float32]  # (images, classes)
+    steps: NDArray[np.int64] | None = None  # (images,), recursion steps with early exit
+
+
+class Contestant(NamedTuple):
+    """Who is measured."""
+
+    model: str  # the run, export or architecture that it comes from
+    form: str  # how it runs, in words
+    answer: Callable[[Pixels], Said]
+    parameters: int
+    file_bytes: int
+    weights: str | None  # their hash; None of weights that were never trained
+    is_reference: bool = False  # others with its weights are held against its answers
+    leaves_early: bool = False  # so that its latency depends on the image
+    alone: tuple[str, Path] | None = None  # its kind and folder, for ``measure_memory``
+
+
+class LeftOut(NamedTuple):
+    """Who can't be measured, and why."""
+
+    model: str
+    form: str
+    reason: str
+
+
+class Input(NamedTuple):
+    """What the contestants are given, and what they tell apart."""
+
+    classes: tuple[str, ...]
+    image_size: int  # pixels
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def of_run(
+    run: str,
+    checkpoint: str,
+    folder: Path,
+    forms: tuple[str, ...],
+    batch_sizes: tuple[int, ...],
+    threads: int,
+    data: tuple[str | None, Path | None] = (None, None),
+) -> Iterator[Contestant | LeftOut]:
+    """A run in PyTorch and, exported into a folder, in ONNX Runtime.
+
+    Args:
+        run: As for ``export``.
+        checkpoint: ``best`` or ``last``.
+        folder: Where exports go, which stays as long as the contestants are used.
+        forms: Of ``FORMS``.
+        batch_sizes: That the compiled model is compiled for.
+        threads: CPU threads of ONNX Runtime; PyTorch's are those of the process.
+        data: Name and folder of other data to calibrate with than the run's.
+    """
+    name = Path(run).resolve().name
+    trained, facts, _ = gather(run, checkpoint)
+    digest = weights_digest(trained.model)
+    parameters = int(facts["measured"]["parameters"])
+    place = folder / "pytorch"
+    size = _save(trained, place)
+    about: dict[str, Any] = {"model": name, "parameters": parameters, "weights": digest}
+    if "eager" in forms:
+        answer = partial(_ask_pytorch, trained, trained.model)
+        alone = ("pytorch", place)
+        yield Contestant(form="PyTorch eager", answer=answer, file_bytes=size, alone=alone, **about)
+    if "compiled" in forms:
+        try:
+            compiled = _compiled(trained, batch_sizes)
+        except Exception as error:  # whatever a compiler stumbles over
+            yield LeftOut(name, "PyTorch compiled", _first_line(error))
+        else:
+            answer = partial(_ask_pytorch, trained, compiled)
+            yield Contestant(form="PyTorch compiled", answer=answer, file_bytes=size, **about)
+    precisions = [precision for precision in PRECISIONS if precision in forms]
+    if precisions:
+        whole = trace(run, "whole", checkpoint, *data)
+        for precision in precisions:
+            at = folder / f"whole-{precision}"
+            yield from _exported(name, whole, at, precision, threads)
+    if "exit" not in forms:
+        return
+    if not isinstance(trained.model, ViTRM) or trained.model.recursion_steps < 2:
+        yield LeftOut(name, "early exit", "the model takes one recursion step, or none")
+        return
+    anytime = trace(run, "anytime", checkpoint, *data)
+    for precision in EXIT_PRECISIONS:
+        at = folder / f"anytime-{precision}"
+        yield from _exported(name, anytime, at, precision, threads, exits_only=True)
+
+
+def of_export(export: Path, threads: int, name: str | None = None) -> Iterator[Contestant]:
+    """An export, and its early exit if it has been calibrated."""
+    manifest = Manifest.read(export)
+    runtime = Runtime(export, threads)
+    form = PRECISIONS[manifest.precision]
+    if manifest.form == "anytime":
+        form += ", in parts"
+    whole = Contestant(
+        model=name or export.resolve().name,
+        form=form,
+        answer=partial(_ask_runtime, runtime, None),
+        parameters=int(manifest.model.get("parameters", 0)),
+        file_bytes=sum((export / file).stat().st_size for file in GRAPHS[manifest.form]),
+        weights=manifest.source.get("weights"),
+        is_reference=manifest.precision == "float32",
+        alone=("export", export),
+    )
+    yield whole
+    drops: dict[float, list[float]] = {}
+    for drop in DROPS if manifest.exits else ():
+        drops.setdefault(most_thrifty(manifest.exits, drop).threshold, []).append(drop)
+    for threshold, same in drops.items():
+        yield whole._replace(
+            form=f"{PRECISIONS[manifest.precision]}, exit at drop "
+            + ", ".join(f"{drop:g}" for drop in same),
+            answer=partial(_ask_runtime, runtime, threshold),
+            is_reference=False,
+            leaves_early=True,
+        )
+
+
+def peers(
+    wanted: Input, folder: Path, precisions: tuple[str, ...], threads: int
+) -> Iterator[Contestant | LeftOut]:
+    """Models of others for the same images and classes, with random weights.
+
+    They are quantized on noise: how long a product takes does not depend on its range.
+
+    Args:
+        wanted: Images and classes.
+        folder: Where their exports go.
+        precisions: Of ``PRECISIONS``.
+        threads: CPU threads.
+    """
+    shape = (NOISE, wanted.channels, wanted.image_size, wanted.image_size)
+    noise = np.random.default_rng(0).standard_normal(shape, np.float32)
+    for name in PEERS:
+        log.info("tracing %s", name)
+        try:
+            graph, parameters = _traced_peer(name, wanted)
+        except Exception as error:  # timm's models refuse sizes each in its own way
+            yield LeftOut(name, PRECISIONS["float32"], _first_line(error))
+            continue
+        for precision in precisions:
+            try:
+                graphs = {"model": graph}
+                if precision != "float32":
+                    graphs = quantize(graphs, precision, noise)
+            except ExportError as error:
+                yield LeftOut(name, PRECISIONS[precision], str(error))
+                continue
+            at = folder / f"{name}-{precision}"
+            _write_peer(at, name, precision, wanted, graphs["model"], parameters)
+            (contestant,) = of_export(at, threads, name)
+            yield contestant._replace(weights=None, is_reference=False)
+
+
+def _exported(
+    name: str,
+    traced: Traced,
+    folder: Path,
+    precision: str,
+    threads: int,
+    exits_only: bool = False,
+) -> Iterator[Contestant | LeftOut]:
+    log.info("exporting %s, %s, %s", name, traced.form, precision)
+    try:
+        assemble(traced, folder, precision)
+        calibrate(traced, folder)
+    except SmallfryError as error:
+        yield LeftOut(name, PRECISIONS[precision], str(error))
+        return
+    found = list(of_export(folder, threads, name))
+    if exits_only and len(found) == 1:
+        form = f"{PRECISIONS[precision]}, early exit"
+        yield LeftOut(name, form, "there are no labelled validation images to calibrate it on")
+    yield from found[1:] if exits_only else found
+
+
+def _ask_runtime(runtime: Runtime, threshold: float | None, pixels: Pixels) -> Said:
+    said = runtime.predict(pixels, threshold=threshold, batch_size=max(1, len(pixels)))
+    return Said(said.probabilities, None if threshold is None else said.steps)
+
+
+@torch.no_grad()
+def _ask_pytorch(trained: TrainedModel, model: Callable[..., Any], pixels: Pixels) -> Said:
+    logits = model(trained.normalize(torch.from_numpy(pixels)))
+    return Said(logits.softmax(dim=1).numpy())
+
+
+def _compiled(trained: TrainedModel, batch_sizes: tuple[int, ...]) -> Callable[..., Any]:
+    """The model compiled for these batch sizes; raises whatever the compiler does."""
+    compiled: Callable[..., Any] = torch.compile(trained.model, dynamic=False)
+    for size in sorted(set(batch_sizes)):
+        log.info("compiling for batch %d", size)
+        shape = (size, trained.channels, trained.image_size, trained.image_size)
+        _ask_pytorch(trained, compiled, np.zeros(shape, np.uint8))
+    return compiled
+
+
+def _save(trained: TrainedModel, folder: Path) -> int:
+    """Write what PyTorch needs to load the model; gives the bytes of its weights."""
+    folder.mkdir(parents=True)
+    spec = trained.manifest["model"]
+    arguments = {**spec["arguments"], "pretrained": False}
+    shape = [trained.channels, trained.image_size, trained.image_size]
+    content = {"name": spec["name"], "arguments": arguments, "shape": shape}
+    (folder / MODEL).write_text(json.dumps(content))
+    weights = {name: weight.contiguous() for name, weight in trained.model.state_dict().items()}
+    save_file(weights, folder / WEIGHTS)
+    return (folder / WEIGHTS).stat().st_size
+
+
+def _traced_peer(name: str, wanted: Input) -> tuple[bytes, int]:
+    arguments: dict[str, Any] = {"num_classes": len(wanted.classes), "in_chans": wanted.channels}
+    if timm.get_pretrained_cfg(name).fixed_input_size:
+        arguments["img_size"] = wanted.image_size
+    model: nn.Module = timm.create_model(name, **arguments).eval()
+    side = wanted.image_size
+    graph = whole_graph(model, torch.zeros(TRACED_BATCH, wanted.channels, side, side))
+    content = to_onnx(graph, exported_program(graph)).SerializeToString()
+    return content, sum(parameter.numel() for parameter in model.parameters())
+
+
+def _write_peer(
+    folder: Path, name: str, precision: str, wanted: Input, graph: bytes, parameters: int
+) -> None:
+    file = GRAPHS["whole"][0]
+    manifest = Manifest(
+        form="whole",
+        precision=precision,
+        model={"name": name, "parameters": parameters},
+        files={file: hashlib.sha256(graph).hexdigest()},
+        **wanted._asdict(),
+    )
+    folder.mkdir(parents=True)
+    (folder / file).write_bytes(graph)
+    (folder / MANIFEST).write_text(manifest.to_json())
+
+
+def _first_line(error: Exception) -> str:
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)[:200]

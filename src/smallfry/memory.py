@@ -1,0 +1,129 @@
+"""How much memory a model takes to answer, in a process that does nothing else.
+
+    python -m smallfry.memory '{"kind": "export", "folder": "…", "batch_sizes": [1], "threads": 1}'
+
+prints bytes as JSON: what the libraries take before a model is there, and the peak up to each batch
+size. They are the resident set as Linux counts it for this process alone. (``ru_maxrss``, the usual
+figure, begins with what the parent had in memory when it started the process.) The counter of the
+peak is set back once the libraries are loaded.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+MODEL, WEIGHTS = "model.json", "model.safetensors"  # of kind "pytorch": name, arguments and shape
+ANSWERS = 3  # of each batch size
+LONGEST = 600  # seconds
+
+Answer = Callable[[NDArray[np.uint8]], object]
+
+
+class Memory(NamedTuple):
+    """Bytes that a process keeps in memory."""
+
+    libraries: int  # before the model is loaded
+    peaks: dict[int, int]  # with libraries; of a batch size after all smaller ones
+
+
+def measure_memory(
+    kind: str, folder: Path, batch_sizes: Sequence[int], threads: int
+) -> Memory | None:
+    """What a fresh process takes to load a model and to answer.
+
+    Args:
+        kind: ``export``, for ONNX Runtime; or ``pytorch``, for a model in eager mode.
+        folder: The export; or a folder with ``model.json`` and ``model.safetensors``.
+        batch_sizes: Images at a time.
+        threads: CPU threads.
+
+    Returns:
+        None where the system does not tell, or where the process fails.
+    """
+    if not os.access(CLEAR, os.W_OK):
+        return None
+    wanted = {"kind": kind, "folder": str(folder), "threads": threads}
+    request = json.dumps(wanted | {"batch_sizes": sorted(batch_sizes)})
+    command = [sys.executable, "-m", "smallfry.memory", request]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=LONGEST)
+        told = json.loads(done.stdout.splitlines()[-1])
+        peaks = {int(size): int(peak) for size, peak in told["peaks"].items()}
+        return Memory(int(told["libraries"]), peaks)
+    except (OSError, subprocess.SubprocessError, ValueError, LookupError):
+        return None
+
+
+def main(wanted: Mapping[str, Any]) -> Memory:
+    """Measure this process."""
+    prepare = _with_onnx_runtime if wanted["kind"] == "export" else _with_pytorch
+    load, shape = prepare(Path(wanted["folder"]), wanted["threads"])
+    libraries = _resident("VmRSS")
+    CLEAR.write_text("5")  # from now on, VmHWM is the peak since now
+    answer = load()
+    random = np.random.default_rng(0)
+    peaks = {}
+    for size in wanted["batch_sizes"]:
+        for _ in range(ANSWERS):
+            answer(random.integers(0, 256, (size, *shape), np.uint8))
+        peaks[size] = _resident("VmHWM")
+    return Memory(libraries, peaks)
+
+
+def _with_onnx_runtime(
+    folder: Path, threads: int
+) -> tuple[Callable[[], Answer], tuple[int, int, int]]:
+    """What loads the model, once the libraries are there, and the shape of an image."""
+    from smallfry.deploy.manifest import Manifest
+    from smallfry.deploy.runtime import Runtime
+
+    manifest = Manifest.read(folder)
+    side = manifest.image_size
+
+    def load() -> Answer:
+        runtime = Runtime(folder, threads)
+        return lambda pixels: runtime.predict(pixels, batch_size=len(pixels))
+
+    return load, (manifest.channels, side, side)
+
+
+def _with_pytorch(folder: Path, threads: int) -> tuple[Callable[[], Answer], tuple[int, int, int]]:
+    import timm
+    import torch
+    from safetensors.torch import load_file
+
+    import smallfry.models  # noqa: F401  registers them
+
+    torch.set_num_threads(threads)
+    spec = json.loads((folder / MODEL).read_text())
+
+    def load() -> Answer:
+        model = timm.create_model(spec["name"], **spec["arguments"])
+        model.load_state_dict(load_file(folder / WEIGHTS))
+        model.eval()
+
+        @torch.inference_mode()
+        def answer(pixels: NDArray[np.uint8]) -> object:
+            return model(torch.from_numpy(pixels).float() / 255)
+
+        return answer
+
+    return load, tuple(spec["shape"])
+
+
+def _resident(name: str) -> int:
+    """Bytes of this process: ``VmRSS`` now, or ``VmHWM`` at its peak."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
+    return 1024 * int(line.split()[1])
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(sys.argv[1]))._asdict()))

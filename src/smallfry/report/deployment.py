@@ -1,0 +1,300 @@
+"""The report of a benchmark of deployed models: a table, a picture, and a page that holds both.
+
+report.html    the page, which runs nothing and asks nothing of the net
+summary.json   the figures, with command, commit, device and versions
+latency.png    accuracy against latency
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from smallfry.deploy.benchmark import Benchmark, Figures
+from smallfry.errors import RunError
+from smallfry.report.axes import log_axis
+from smallfry.report.figure import COLOURS, GREY, new_figure, plain, save, style
+from smallfry.report.labels import draw_labels
+from smallfry.report.page import image, page_of, strict, words
+from smallfry.report.table import NONE, number, table
+
+SUMMARY, PAGE, PICTURE = "summary.json", "report.html", "latency.png"
+KIND = "benchmark of deployed models"
+EAGER = "PyTorch eager"
+AREA = 160.0  # square points of the largest file's marker
+SMALLEST = 14.0
+WHAT, TIMES = range(3, 9), 9  # columns of the table that say what a model is, and the rest
+WIDTH = 120  # characters that the printed tables take at least
+PADDING = 0.5  # points of accuracy above and below, at least
+
+
+def require_free(folder: Path) -> None:
+    """Make sure that a report may be written here: nothing, or an older report of this kind.
+
+    Raises:
+        RunError: There is something else.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    try:
+        is_ours = json.loads((folder / SUMMARY).read_text())["kind"] == KIND
+    except (OSError, ValueError, KeyError, TypeError):
+        is_ours = False
+    if not is_ours:
+        raise RunError(f"{folder}: is there already and no benchmark; name another: --folder DIR")
+
+
+def write_report(found: Benchmark, folder: Path) -> Path:
+    """Write the report's folder, whole or not at all; an older one is replaced.
+
+    Returns:
+        The page.
+
+    Raises:
+        RunError: The folder holds something else, or can't be written.
+    """
+    require_free(folder)
+    new, old = (folder.with_name(f"{folder.name}.{suffix}") for suffix in ("new", "old"))
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        draw(found, new / PICTURE)
+        text = json.dumps(strict(summary_of(found)), indent=1, allow_nan=False)
+        (new / SUMMARY).write_text(text + "\n")
+        (new / PAGE).write_text(page(found, new / PICTURE), errors="replace")
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise RunError(f"{folder}: the report could not be written ({error})") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return folder / PAGE
+
+
+def summary_of(found: Benchmark) -> dict[str, Any]:
+    """All figures, as JSON has them; times in milliseconds, sizes in bytes, shares from 0 to 1."""
+    return {
+        "kind": KIND,
+        "name": found.name,
+        "measured_on": found.measured_on,
+        "settings": vars(found.config),
+        "measured": [figures._asdict() for figures in found.figures],
+        "left_out": [left._asdict() for left in found.left_out],
+        "provenance": found.provenance,
+    }
+
+
+def print_tables(found: Benchmark, console: Console | None = None) -> None:
+    """Print the figures: what the models are, then how long they take."""
+    console = console or Console(highlight=False)
+    if console.width < WIDTH:
+        console = Console(highlight=False, width=WIDTH, file=console.file)
+    head, rows = cells(found)
+    for columns in (WHAT, range(TIMES, len(head))):
+        shown = Table(box=None, pad_edge=False)
+        shown.add_column(head[1], no_wrap=True)
+        for i in columns:
+            shown.add_column(head[i], justify="right")
+        before = None
+        for row in rows:
+            if row[0] != before:
+                shown.add_row(Text(f"{row[0]} ({row[2]} parameters)", style="bold"))
+            before = row[0]
+            shown.add_row(Text(f"  {row[1]}"), *(Text(row[i]) for i in columns))
+        console.print(shown, "")
+    for line in notes(found):
+        console.print(Text(line), soft_wrap=True)
+
+
+def cells(found: Benchmark) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table."""
+    sizes = found.config.batch_sizes
+    first = sizes[0]
+    head = ["model", "form", "parameters", "file, MB", "accuracy", "macro F1", "as float32"]
+    head += ["steps", "memory, MB", f"p50, ms ({first})", f"p95, ms ({first})", "× eager"]
+    head += [f"images/s ({size})" for size in sizes]
+    rows = []
+    for figures in found.figures:
+        faster = speed_up(figures, found.figures, first)
+        memory = figures.memory
+        rows.append(
+            [
+                figures.model,
+                figures.form,
+                f"{figures.parameters:,}",
+                number(figures.file_bytes / 1e6),
+                *map(_percent, (figures.accuracy, figures.macro_f1, figures.agreement)),
+                NONE if figures.steps is None else f"{figures.steps:.2f}",
+                NONE if memory is None else f"{memory.peaks[first] / 1e6:,.0f}",
+                number(figures.latency[first].p50),
+                number(figures.latency[first].p95),
+                NONE if faster is None else f"{faster:.2f}",
+                *(number(throughput(figures, size)) for size in sizes),
+            ]
+        )
+    return head, rows
+
+
+def speed_up(figures: Figures, all_figures: Sequence[Figures], batch: int) -> float | None:
+    """How many times faster than the same model in eager PyTorch, by the means of latencies."""
+    for other in all_figures:
+        if other.form == EAGER and other.model == figures.model:
+            return other.latency[batch].mean / figures.latency[batch].mean
+    return None
+
+
+def throughput(figures: Figures, batch: int) -> float:
+    """Images a second at a batch size."""
+    return 1000 * batch / figures.latency[batch].mean
+
+
+def notes(found: Benchmark) -> list[str]:
+    """What one should know to read the table."""
+    config = found.config
+    first = config.batch_sizes[0]
+    s = "" if config.threads == 1 else "s"
+    lines = [
+        f"Latency: wall time from pixels to probabilities, on {config.threads} thread{s}, all in "
+        f"turns; in brackets the batch size. Memory: peak of a process that does nothing else, "
+        f"with its libraries, at batch {first}."
+    ]
+    if found.measured_on is not None:
+        lines.append(f"Accuracy: {found.measured_on}.")
+    else:
+        lines.append("Accuracy: no test images were at hand; --data names some.")
+    if any(not figures.is_trained for figures in found.figures):
+        lines.append("Models without accuracy beside others are untrained: latency only.")
+    lines += [f"Left out: {left.model}, {left.form}: {left.reason}" for left in found.left_out]
+    return lines
+
+
+def page(found: Benchmark, picture: Path) -> str:
+    """The page; all names are shown as text."""
+    title = f"Deployed: {found.name}"
+    head, rows = cells(found)
+    sizes = found.config.batch_sizes
+    body = [f"<h1>{escape(title)}</h1>"]
+    body += [f"<p>{escape(line)}</p>" for line in notes(found)]
+    body += [image(picture, "accuracy against latency"), "<h2>Figures</h2>"]
+    body.append(table(head, rows, text=(0, 1)))
+    body.append("<h2>Every batch size</h2>")
+    times = ["calls", "mean", "p50", "p95"]
+    heads = [
+        "model",
+        "form",
+        *(name for _ in sizes for name in times),
+        "libraries",
+        *map(str, sizes),
+    ]
+    groups = [("", 2), *((f"batch {size}, ms", len(times)) for size in sizes)]
+    groups.append(("memory, MB: libraries, and peak by batch size", 1 + len(sizes)))
+    body.append(table(heads, [_times(f, sizes) for f in found.figures], (0, 1), groups))
+    body.append("<h2>Provenance</h2>")
+    rows = [[name, words(value)] for name, value in found.provenance.items()]
+    body.append(table(["what", "value"], rows, text=(0, 1)))
+    return page_of(title, body)
+
+
+def draw(found: Benchmark, file: Path) -> None:
+    """Draw accuracy against latency; below, the latency of what has no accuracy.
+
+    Args:
+        found: What was measured.
+        file: The PNG to write.
+    """
+    first = found.config.batch_sizes[0]
+    scored = [figures for figures in found.figures if figures.accuracy is not None]
+    others = [figures for figures in found.figures if figures.accuracy is None]
+    times = [figures.latency[first].p50 for figures in found.figures]
+    models = list(dict.fromkeys(figures.model for figures in found.figures))
+    colours = {model: COLOURS[i % len(COLOURS)] for i, model in enumerate(models)}
+    largest = max((figures.file_bytes for figures in found.figures), default=1)
+    rows = [part for part in (scored, others) if part]
+    with style():
+        figure = new_figure(11, 5.2 if len(rows) == 1 else 7.0)
+        if not rows:
+            figure.text(0.5, 0.5, "nothing could be measured", ha="center", color=GREY)
+            save(figure, file)
+            return
+        heights = [3.0 if part is scored else 1.4 for part in rows]
+        grid = figure.subplots(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for axes, part in zip(grid, rows, strict=True):
+            _scatter(axes, part, first, colours, largest, part is scored)
+            log_axis(axes, "x", min(times) / 1.6, max(times) * 2.2)
+        grid[-1].set_xlabel(
+            f"latency of {'an image' if first == 1 else f'{first} images'}, ms, p50"
+        )
+        grid[0].set_title(_caption(found))
+        for axes, part in zip(grid, rows, strict=True):
+            _label(axes, part, first, largest)
+        save(figure, file)
+
+
+def _scatter(
+    axes: Any,
+    part: Sequence[Figures],
+    batch: int,
+    colours: Mapping[str, str],
+    largest: int,
+    is_scored: bool,
+) -> None:
+    for figures in part:
+        x, y = _at(figures, batch)
+        colour = colours[figures.model]
+        look = {"color": colour} if is_scored else {"facecolor": "white", "edgecolor": colour}
+        axes.scatter(x, y, s=_area(figures, largest), zorder=3, alpha=0.85, **look)
+    if not is_scored:
+        axes.set_yticks([])
+        axes.set_ylim(-1, 1)
+        axes.set_ylabel("latency only")
+        return
+    values = [y for _, y in (_at(figures, batch) for figures in part)]
+    room = max(PADDING, 0.35 * (max(values) - min(values)))
+    axes.set_ylim(min(values) - room, min(max(values) + room, 100 + 0.2 * room))
+    axes.set_ylabel("test accuracy, %")
+
+
+def _label(axes: Any, part: Sequence[Figures], batch: int, largest: int) -> None:
+    several = len({figures.model for figures in part}) > 1
+    labels = plain([f"{f.model}, {f.form}" if several else f.form for f in part])
+    radii = [(_area(figures, largest) / 3.1416) ** 0.5 for figures in part]
+    draw_labels(axes, labels, [_at(figures, batch) for figures in part], radii)
+
+
+def _at(figures: Figures, batch: int) -> tuple[float, float]:
+    y = 0.0 if figures.accuracy is None else 100 * figures.accuracy
+    return figures.latency[batch].p50, y
+
+
+def _area(figures: Figures, largest: int) -> float:
+    return max(SMALLEST, AREA * figures.file_bytes / max(1, largest))
+
+
+def _caption(found: Benchmark) -> str:
+    threads = found.config.threads
+    name = plain([found.name])[0]
+    return f"{name}: {threads} CPU thread{'' if threads == 1 else 's'}; area of a point: file size"
+
+
+def _times(figures: Figures, sizes: Sequence[int]) -> list[Any]:
+    taken = [figures.latency[size] for size in sizes]
+    memory = figures.memory
+    kept: list[str] = [NONE] * (1 + len(sizes))
+    if memory is not None:
+        kept = [f"{memory.libraries / 1e6:,.0f}"]
+        kept += [f"{memory.peaks[size] / 1e6:,.0f}" for size in sizes]
+    numbers = [[f"{t.calls:,}", *map(number, (t.mean, t.p50, t.p95))] for t in taken]
+    return [figures.model, figures.form, *(cell for row in numbers for cell in row), *kept]
+
+
+def _percent(share: float | None) -> str:
+    return NONE if share is None else f"{share:.2%}"
