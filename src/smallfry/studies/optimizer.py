@@ -60,14 +60,20 @@ def plan(config: OptimizersConfig) -> list[Planned]:
         for name in dict.fromkeys(config.optimizers):
             for factor in config.lr_factors:
                 told = recipe(entrant, config, config.batch_size, seed)
-                told = replace(told, optimizer=_settings(name, factor, adamw))
+                told = replace(told, optimizer=optimizer_settings(name, factor, adamw))
                 facts = {"optimizer": name, "lr_factor": factor, "seed": seed}
                 found.append(Planned(f"{name}-lr{factor:g}-s{seed}", facts, told))
     return found
 
 
-def _settings(name: str, factor: float, adamw: OptimizerConfig) -> OptimizerConfig:
-    """An optimizer in place of the recipe's AdamW, at a multiple of its usual rate."""
+def optimizer_settings(name: str, factor: float, adamw: OptimizerConfig) -> OptimizerConfig:
+    """An optimizer in place of the recipe's AdamW, at a multiple of its usual rate.
+
+    Args:
+        name: A key of ``LABELS``.
+        factor: The multiple.
+        adamw: The recipe's, with its ``lr``.
+    """
     usual = float(adamw.lr or 0)
     if name == "adamw":
         return replace(adamw, lr=usual * factor)
