@@ -50,6 +50,14 @@ def measure_latency(
     return {name: _spread(values) for name, values in taken.items()}
 
 
+def choose_device(name: str) -> torch.device:
+    """The device of that name; auto is the machine's accelerator, where training runs too."""
+    if name != "auto":
+        return torch.device(name)
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None else found
+
+
 def _timed(module: nn.Module, image: torch.Tensor, device: torch.device) -> float:
     _wait(device)
     began = time.perf_counter()
@@ -59,8 +67,8 @@ def _timed(module: nn.Module, image: torch.Tensor, device: torch.device) -> floa
 
 
 def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def _spread(values: list[float]) -> dict[str, Any]:

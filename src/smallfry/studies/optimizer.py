@@ -25,8 +25,9 @@ ABOUT = (
     "One ViTRM, one recipe, equal epochs; only the optimizer differs. Each is tried with the same "
     "multiples of its usual learning rate (AdamW and Muon: the recipe's; natural gradient: 0.1, "
     "with damping 1, exact NG 10, and AdamW's rate for what it does not cover), and the multiple "
-    "is chosen on the selecting split. Decoupled weight decay is scaled so that all decay alike "
-    "per step. Damping and the like are not tuned: an optimizer that loses here may win with more."
+    "is chosen on the selecting split; bold is what that split likes best. Decoupled weight decay "
+    "is scaled so that all decay alike per step. Damping and the like are not tuned: an optimizer "
+    "that loses here may win with more."
 )
 LABELS = {
     "adamw": "AdamW",
