@@ -6,8 +6,9 @@
 
 Each form is timed over three epochs first, then trained for as many as fit into ``--minutes``
 (compilation apart), with a learning rate that ends there. What is on disk already is not done
-again, and a run that was cut off goes on. Decide by validation accuracy: the test split is for what
-has been decided. Stages:
+again, and a run that was cut off goes on. Decide by validation accuracy, which is that of the last
+epoch, as the best of many flatters those that have many; test accuracy, of the best epoch, is for
+what has been decided. Stages:
 
     alone    each switch added to ViTRM
     without  the model that the names stand for, and each of its switches taken away
@@ -19,6 +20,7 @@ import csv
 import json
 import statistics
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ import torch
 
 from smallfry import cost
 from smallfry.models.vitrm_plus import CHOSEN
+from smallfry.studies.optimizer import optimizer_settings
 from smallfry.training.config import (
     AugmentConfig,
     DataConfig,
@@ -36,7 +39,9 @@ from smallfry.training.config import (
     OptimizerConfig,
     ScheduleConfig,
     TrainConfig,
+    read_config,
 )
+from smallfry.training.optimization import peak_learning_rate
 from smallfry.training.provenance import provenance
 from smallfry.training.run import RunFolder
 from smallfry.training.train import resume, train
@@ -72,7 +77,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "dropout 0": {"drop_rate": 0.0},
     "muon": {"optimizer": OptimizerConfig("muon")},
     "muon, twice the rate": {"optimizer": OptimizerConfig("muon", lr=1e-3)},
-    "kfac": {"optimizer": OptimizerConfig("kfac")},
+    "kfac": {"natural": "kfac"},
     "stronger RandAugment": {"augment": {"randaugment_magnitude": 15}},
     "no RandAugment": {"augment": {"randaugment_ops": 0}},
     "label smoothing": {"objective": {"label_smoothing": 0.1}},
@@ -93,19 +98,18 @@ def configure(
     arguments: argparse.Namespace, change: dict[str, Any], seed: int, epochs: int, run: Path
 ) -> TrainConfig:
     cifar = arguments.data == "cifar10"
-    name = "vitrm_plus_small_32" if cifar else "vitrm_plus_micro_8"
     augment = {"crop_padding": 4, "flip": True, "randaugment_ops": 2} if cifar else {}
     return TrainConfig(
         data=DataConfig(arguments.data, root=arguments.root),
         model=ModelConfig(
-            arguments.model or name,
+            model_name(arguments),
             recursion_steps=change.get("steps", 1),
             drop_rate=change.get("drop_rate"),
             options=change.get("model", {}),
         ),
         augment=AugmentConfig(**augment | change.get("augment", {})),
         objective=ObjectiveConfig(**change.get("objective", {})),
-        optimizer=change.get("optimizer", OptimizerConfig()),
+        optimizer=optimizer(arguments, change),
         schedule=ScheduleConfig(warmup_epochs=epochs / 20),
         epochs=epochs,
         batch_size=256 if cifar else 64,
@@ -119,11 +123,35 @@ def configure(
     )
 
 
+def model_name(arguments: argparse.Namespace) -> str:
+    default = "vitrm_plus_small_32" if arguments.data == "cifar10" else "vitrm_plus_micro_8"
+    return str(arguments.model or default)
+
+
+def optimizer(arguments: argparse.Namespace, change: dict[str, Any]) -> OptimizerConfig:
+    """AdamW, or what stands in its place; natural gradient as in the study of optimizers."""
+    if "natural" not in change:
+        return change.get("optimizer", OptimizerConfig())
+    with torch.device("meta"):
+        model = timm.create_model(model_name(arguments))
+    adamw = OptimizerConfig(lr=peak_learning_rate(OptimizerConfig(), model))
+    return optimizer_settings(change["natural"], 1.0, adamw)
+
+
 def finished(config: TrainConfig) -> dict[str, Any]:
     """The summary of a run: found, gone on with, or from the beginning."""
     assert config.run is not None
-    begun = RunFolder(config.run).config.exists()
-    return resume(config.run) if begun else train(config)
+    file = RunFolder(config.run).config
+    if not file.exists():
+        return train(config)
+    before, now = (replace(c, run=None).to_dict() for c in (read_config(file), config))
+    before["data"]["root"] = now["data"]["root"] = None  # full on disk
+    for key in now:
+        if before[key] != now[key]:
+            sys.exit(
+                f"{config.run} was told {key} {before[key]}, not {now[key]}: take other --runs"
+            )
+    return resume(config.run)
 
 
 def epochs_that_fit(config: TrainConfig, minutes: float) -> int:
@@ -180,13 +208,15 @@ def main() -> int:
         if arguments.costs:
             print(f"{name:<24} {costs(arguments, forms[name])}")
             continue
-        folder = arguments.runs / arguments.data / arguments.stage / name.replace(", ", "-")
+        kind = Path(arguments.data, model_name(arguments), arguments.stage)
+        folder = arguments.runs / kind / name.replace(", ", "-")
         record[name] = found = measure(arguments, forms[name], folder)
         accuracy = statistics.mean(found["validation"])
         reached = f"validation {accuracy:.2%}  {found['epochs']} epochs"
         print(f"{name:<24} {reached}  {costs(arguments, forms[name])}", flush=True)
         if arguments.out is not None:
             settings = {k: getattr(arguments, k) for k in ("stage", "minutes", "seeds", "data")}
+            settings["model"] = model_name(arguments)
             evidence = provenance(torch.device(arguments.device))
             whole = {"measured": settings | {"forms": record}, "provenance": evidence}
             arguments.out.write_text(json.dumps(whole, indent=2) + "\n")

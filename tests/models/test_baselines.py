@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 import smallfry  # noqa: F401  # registers the models
+from smallfry.errors import UsageError
 
 PAPERS = {
     "paper_vit_small_patch4_32": 16_876_138,
@@ -37,6 +38,20 @@ def test_vit_sees_a_patch_in_one_token_only() -> None:
     changed[0, :, 4:8, 8:12] += 0.5  # the second row's third patch
     differs = (model.patch_embed(images) != model.patch_embed(changed)).any(2)[0]
     assert differs.nonzero().flatten().tolist() == [8 + 2]
+
+
+def test_vit_refuses_images_that_its_patches_do_not_cover() -> None:
+    model = timm.create_model("paper_vit_small_patch4_32", depth=1).eval()
+    with pytest.raises(ValueError, match="expected images of 32×32, got 35×35"):
+        model(torch.rand(1, 3, 35, 35))  # its last rows would be dropped
+    with pytest.raises(UsageError, match="patches of 4×4 leave a rest of images of 34×32"):
+        timm.create_model("paper_vit_small_patch4_32", img_size=(34, 32))
+
+
+def test_vit_takes_images_by_height_and_width_and_gives_features() -> None:
+    settings = {"depth": 3, "img_size": (32, 16)}
+    model = timm.create_model("paper_vit_small_patch4_32", features_only=True, **settings)
+    assert [f.shape for f in model(torch.rand(1, 3, 32, 16))] == [(1, 512, 8, 4)] * 3
 
 
 def test_stem_for_small_images_keeps_the_map_that_the_imagenet_stem_loses() -> None:

@@ -134,3 +134,18 @@ def test_timms_contract_holds() -> None:
 def test_wrong_sizes_are_named(wrong: dict) -> None:
     with pytest.raises(UsageError):
         small(**wrong)
+
+
+def test_a_fresh_classifier_is_where_and_what_the_model_is() -> None:
+    model = small()  # in float64
+    model.reset_classifier(4)
+    assert model(torch.rand(2, 3, 8, 8, dtype=torch.float64)).shape == (2, 4)
+    with torch.device("meta"):
+        elsewhere = timm.create_model("cct_2_3x2_32")
+    elsewhere.reset_classifier(4)
+    assert elsewhere.head.weight.device.type == "meta"
+
+
+def test_images_may_be_given_by_height_and_width() -> None:
+    model = timm.create_model("cct_2_3x2_32", img_size=(32, 30)).eval()
+    assert model.forward_features(torch.rand(1, 3, 32, 30)).shape == (1, 8 * 8, 128)

@@ -17,7 +17,13 @@ from smallfry.studies.folder import locked, stoppable
 from smallfry.studies.grid import run_grid
 from smallfry.studies.grid_progress import RunReporter
 from smallfry.studies.recipes import Planned
-from smallfry.training.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from smallfry.training.config import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    read_config,
+)
 from smallfry.training.run import RunFolder
 
 TINY = {"embed_dim": 16, "num_heads": 2, "mlp_hidden_dim": 16, "depth": 1, "latent_steps": 1}
@@ -167,6 +173,29 @@ def test_a_folder_says_nothing_of_where_data_and_runs_are(whole: Path) -> None:
     assert told["data.limit"] == 100
     assert not {"run", "data.root", "progress"} & set(told)
     assert str(whole) not in (whole / "study.json").read_text()
+
+
+def test_an_interrupted_run_follows_its_data_to_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roots: list[Path | None] = []
+
+    def stop(path: Path, *_: Any) -> None:
+        roots.append(read_config(path / "config.yaml").data.root)
+        raise Stopped(signal.SIGTERM, "enough")
+
+    def begin(config: TrainConfig, *_: Any) -> None:
+        RunFolder(config.run or tmp_path).begin(config.to_dict())
+        stop(config.run or tmp_path)
+
+    monkeypatch.setattr(grid, "train", begin)
+    monkeypatch.setattr(grid, "resume", stop)
+    wanted = [tmp_path / "old", tmp_path / "new", None]
+    for root in wanted:
+        (tmp_path / "runs" / "s0").mkdir(parents=True, exist_ok=True)
+        with pytest.raises(Stopped):
+            run_grid("toy", planned(0, data=DataConfig("cifar10", root)), tmp_path)
+    assert roots == [tmp_path / "old", tmp_path / "new", tmp_path / "new"]
 
 
 def test_a_small_model_leaves_the_next_one_its_threads(

@@ -12,9 +12,9 @@ import torch
 
 from smallfry.cli import main
 from smallfry.errors import UsageError
-from smallfry.report.runs import Outcome, accuracy_cell
+from smallfry.report.runs import Outcome, accuracy_cell, best_of
 from smallfry.report.runs_page import Section, write_page
-from smallfry.studies import batch_size, optimizer, pareto, recursion
+from smallfry.studies import batch_size, latency, optimizer, pareto, recursion
 from smallfry.studies.config import (
     STUDIES,
     BatchSizeConfig,
@@ -23,7 +23,7 @@ from smallfry.studies.config import (
     RecursionConfig,
 )
 from smallfry.studies.entrants import ENTRANTS, PAPER
-from smallfry.studies.latency import measure_latency
+from smallfry.studies.latency import choose_device, measure_latency
 from smallfry.studies.recipes import Planned
 from smallfry.studies.reported_vision import ACCURACY, MILLIONS
 from smallfry.studies.study import run_study
@@ -198,6 +198,40 @@ def test_an_optimizers_rate_is_chosen_by_validation_and_one_that_always_fails_sa
     assert cells("".join(rates.html))["KFAC"] == ["85.00", "<b>80.00</b>"]
 
 
+def test_a_rate_at_which_seeds_diverge_is_not_chosen_before_one_that_always_ends() -> None:
+    plans = optimizer.plan(OptimizersConfig(optimizers=("adamw",), seeds=2, lr_factors=(1.0, 3.0)))
+    slow, fast, slow_again, fast_again = plans
+    failed = Outcome(fast_again.name, fast_again.facts, None, [], "the loss is not a finite number")
+    runs = {1.0: [ended(slow, 90), ended(slow_again, 90)], 3.0: [ended(fast, 95), failed]}
+    assert best_of(runs) == 1.0
+    assert best_of({3.0: runs[3.0]}) == 3.0
+
+
+def test_equals_are_told_apart_by_their_order() -> None:
+    plans = optimizer.plan(OptimizersConfig(optimizers=("adamw",), lr_factors=(3.0, 1.0)))
+    assert best_of({plan.facts["lr_factor"]: [ended(plan, 90)] for plan in plans}) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("batch-size", BatchSizeConfig(models=("vitrm_micro",) * 2, batch_sizes=(32, 64, 32))),
+        ("recursion", RecursionConfig(latent_steps=(1, 2, 1), supervision_steps=(1, 1))),
+        ("optimizer", OptimizersConfig(optimizers=("adamw",) * 2, lr_factors=(1.0, 3.0, 1.0))),
+    ],
+)
+def test_what_is_named_twice_is_one_row_or_column(
+    name: str, config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smallfry.studies.study.run_grid", lambda *_: [])
+    page = run_study(name, config, tmp_path).read_text()
+    for table in re.findall("<table>.*?</table>", page, flags=re.DOTALL):
+        rows = [row for row in re.findall("<tr>.*?</tr>", table) if "colspan" not in row]
+        assert len({len(re.findall("<t[hd][ >]", row)) for row in rows}) == 1
+    twice = [row for row in re.findall("<tr>.*?</tr>", page) if page.count(row) > 1]
+    assert twice == []
+
+
 def test_figures_are_told_with_seed_commit_device_and_protocol() -> None:
     (plan,) = batch_size.plan(BatchSizeConfig(models=("vit_small",), batch_sizes=(64,)))
     done = ended(plan, 93.2)
@@ -259,6 +293,18 @@ def test_latency_is_measured_with_the_threads_asked_for(tmp_path: Path) -> None:
     assert set(seen) == {1}
     assert torch.get_num_threads() == 2
     assert found["one"]["low_ms"] <= found["one"]["median_ms"] <= found["one"]["high_ms"]
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_latency_waits_for_whatever_accelerator(kind: str, monkeypatch: Any) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available: torch.device(kind)
+    )
+    device = choose_device("auto")
+    latency._timed(torch.nn.Identity(), torch.zeros(1), device)
+    assert waited == [torch.device(kind)] * 2
 
 
 def test_the_short_form_takes_what_it_is_told(tmp_path: Path, monkeypatch: Any) -> None:

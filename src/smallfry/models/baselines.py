@@ -8,11 +8,14 @@ have the 3×3 stem of He et al. for small images, and are far stronger.
 from collections.abc import Callable
 from typing import Any, cast
 
+from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from smallfry.errors import UsageError
 
 STEM = 64  # channels
 
@@ -21,35 +24,54 @@ class NormedPatches(nn.Module):
     """Patches to tokens with a norm on both sides, as the paper's ViTs have it.
 
     Args:
-        img_size: Side of the images.
-        patch_size: Side of a patch.
+        img_size: Side of the images, or height and width.
+        patch_size: Side of a patch, or height and width.
         in_chans: Channels.
         embed_dim: Features of a token.
         settings: What timm gives every such layer; not used here.
+
+    Raises:
+        UsageError: Patches leave a rest of the images.
     """
 
     def __init__(
         self,
-        img_size: int = 32,
-        patch_size: int = 4,
+        img_size: int | tuple[int, int] = 32,
+        patch_size: int | tuple[int, int] = 4,
         in_chans: int = 3,
         embed_dim: int = 512,
         **settings: Any,
     ) -> None:
         super().__init__()
-        self.patch_size = (patch_size, patch_size)
-        self.grid_size = (img_size // patch_size, img_size // patch_size)
+        self.img_size: tuple[int, int] = to_2tuple(img_size)
+        self.patch_size: tuple[int, int] = to_2tuple(patch_size)
+        (height, width), (rows, columns) = self.img_size, self.patch_size
+        if height % rows or width % columns:
+            raise UsageError(
+                f"patches of {rows}×{columns} leave a rest of images of {height}×{width}: choose "
+                "another patch_size or img_size"
+            )
+        self.grid_size = self.dynamic_feat_size(self.img_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
-        features = in_chans * patch_size**2
+        features = in_chans * rows * columns
         self.norm_in = nn.LayerNorm(features)
         self.proj = nn.Linear(features, embed_dim)
         self.norm = nn.LayerNorm(embed_dim)
 
     def forward(self, images: Tensor) -> Tensor:
         """Tokens (batch, patches, embed_dim) of images (batch, channels, side, side)."""
+        if images.shape[2:] != self.img_size:
+            expected, got = (f"{h}×{w}" for h, w in (self.img_size, images.shape[2:]))
+            raise ValueError(
+                f"expected images of {expected}, got {got}; img_size of create_model() chooses that"
+            )
         patches = F.unfold(images, self.patch_size, stride=self.patch_size).transpose(1, 2)
         tokens: Tensor = self.norm(self.proj(self.norm_in(patches)))
         return tokens
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of patches, by timm's name for it."""
+        return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
 
 
 class CifarResNet(ResNet):  # type: ignore[misc]  # timm has no types
@@ -107,7 +129,9 @@ def _vit(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     sizes = {"embed_dim": dim, "depth": depth, "num_heads": heads, "mlp_ratio": hidden / dim}
     form = {"img_size": 32, "patch_size": 4, "qkv_bias": False, "embed_layer": NormedPatches}
     build = cast(Callable[..., nn.Module], build_model_with_cfg)
-    return build(VisionTransformer, name, pretrained, **(sizes | form | kwargs))
+    features = {"out_indices": 3, "feature_cls": "getter"}  # as timm's own ViTs
+    settings = sizes | form | kwargs
+    return build(VisionTransformer, name, pretrained, feature_cfg=features, **settings)
 
 
 def _resnet(kind: type[Any], name: str, depth: str, pretrained: bool, kwargs: Any) -> nn.Module:

@@ -10,10 +10,11 @@ are theirs: ``cct_7_3x1_32`` has 7 layers, one 3×3 convolution, and takes 32×3
 
 from collections.abc import Callable, Mapping
 from itertools import pairwise
+from math import ceil, prod
 from typing import Any, cast
 
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, to_2tuple
 from timm.models import (
     build_model_with_cfg,
     checkpoint_seq,
@@ -33,7 +34,7 @@ class CCT(nn.Module):
     """A compact convolutional transformer.
 
     Args:
-        img_size: Side of the images.
+        img_size: Side of the images, or height and width.
         in_chans: Channels.
         num_classes: Classes; 0 leaves the classifier out.
         embed_dim: Features of a token.
@@ -51,7 +52,7 @@ class CCT(nn.Module):
 
     def __init__(
         self,
-        img_size: int = 32,
+        img_size: int | tuple[int, int] = 32,
         in_chans: int = 3,
         num_classes: int = 10,
         embed_dim: int = 256,
@@ -64,13 +65,12 @@ class CCT(nn.Module):
         drop_path_rate: float = 0.1,
     ) -> None:
         super().__init__()
-        side = img_size
-        for _ in range(convolutions):
-            side = (side + 1) // 2
-        if convolutions < 1 or img_size < 2**convolutions:
+        height, width = to_2tuple(img_size)
+        if convolutions < 1 or min(height, width) < 2**convolutions:
             raise UsageError(
-                f"{convolutions} convolutions leave no tokens of {img_size}×{img_size} images"
+                f"{convolutions} convolutions leave no tokens of {height}×{width} images"
             )
+        tokens = prod(ceil(pixels / 2**convolutions) for pixels in (height, width))
         if embed_dim % num_heads:
             raise UsageError(f"{num_heads} heads don't divide {embed_dim} features")
         self.num_classes, self.num_features = num_classes, embed_dim
@@ -85,7 +85,7 @@ class CCT(nn.Module):
                 for a, b in pairwise(widths)
             )
         )
-        self.pos_embed = nn.Parameter(torch.empty(1, side**2, embed_dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, tokens, embed_dim))
         rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.Sequential(
             *(
@@ -115,8 +115,9 @@ class CCT(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new classifier; sequence pooling stays whatever ``global_pool`` says."""
         self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        _initialize(self.head)
+        head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        _initialize(head)
+        self.head = head.to(self.pos_embed)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Tokens (batch, tokens, embed_dim) of images (batch, channels, side, side)."""

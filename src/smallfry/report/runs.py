@@ -83,9 +83,17 @@ def accuracy_cell(outcomes: Sequence[Outcome]) -> Html:
 
 
 def best_of(groups: Mapping[Any, Sequence[Outcome]]) -> Any:
-    """The key of the kind of run that the selecting split likes best; None if none has ended."""
+    """The key of the kind of run that the selecting split likes best; None if none has ended.
+
+    A kind of which runs failed, such as seeds that diverged, is taken only if all kinds have such.
+    Of equals it is the first.
+    """
     scores = {key: mean(group, lambda o: o.selected) for key, group in groups.items()}
-    known = {key: score for key, score in scores.items() if score is not None}
+    known = {
+        key: (all(o.failure is None for o in groups[key]), score)
+        for key, score in scores.items()
+        if score is not None
+    }
     return max(known, key=lambda key: known[key]) if known else None
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from smallfry.errors import Stopped, TrainingError, UsageError
 from smallfry.report.runs import OUT_OF_MEMORY, Outcome
@@ -19,7 +20,7 @@ from smallfry.studies.folder import stoppable
 from smallfry.studies.grid_progress import GridProgress
 from smallfry.studies.recipes import Planned
 from smallfry.training.checkpoint import write_file
-from smallfry.training.config import TrainConfig
+from smallfry.training.config import TrainConfig, read_config
 from smallfry.training.progress import Reporter
 from smallfry.training.run import RunFolder
 from smallfry.training.train import resume, train
@@ -89,6 +90,7 @@ def _run(plan: Planned, folder: Path, reporter: Reporter) -> None:
     failure = None
     try:
         if RunFolder(path).config.exists():
+            _follow_data(RunFolder(path), plan.config.data.root)
             resume(path, reporter)
         else:
             train(replace(plan.config, run=path), reporter)
@@ -100,6 +102,14 @@ def _run(plan: Planned, folder: Path, reporter: Reporter) -> None:
         path.mkdir(parents=True, exist_ok=True)
         write_file(path / FAILURE, json.dumps({"failure": failure}, indent=2) + "\n")
     _clean_up()  # here, as an exception keeps tensors alive
+
+
+def _follow_data(run: RunFolder, root: Path | None) -> None:
+    """Tell a run that was interrupted where its data is now; that it is the same is checked."""
+    told = read_config(run.config)
+    if root is not None and root.expanduser().resolve() != told.data.root:
+        moved = replace(told, data=replace(told.data, root=root.expanduser().resolve()))
+        write_file(run.config, yaml.safe_dump(moved.to_dict(), sort_keys=False))
 
 
 def _clean_up() -> None:

@@ -45,7 +45,15 @@ def measure_latency(
     }
 
 
+def choose_device(name: str) -> torch.device:
+    """The device of that name; auto is the machine's accelerator, where training runs too."""
+    if name != "auto":
+        return torch.device(name)
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None else found
+
+
 def _answer(module: nn.Module, image: torch.Tensor) -> None:
     module(image)
-    if image.device.type == "cuda":
-        torch.cuda.synchronize(image.device)
+    if image.device.type != "cpu":
+        torch.accelerator.synchronize(image.device)

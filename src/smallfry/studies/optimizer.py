@@ -25,8 +25,9 @@ ABOUT = (
     "One ViTRM, one recipe, equal epochs; only the optimizer differs. Each is tried with the same "
     "multiples of its usual learning rate (AdamW and Muon: the recipe's; natural gradient: 0.1, "
     "with damping 1, exact NG 10, and AdamW's rate for what it does not cover), and the multiple "
-    "is chosen on the selecting split. Decoupled weight decay is scaled so that all decay alike "
-    "per step. Damping and the like are not tuned: an optimizer that loses here may win with more."
+    "is chosen on the selecting split; bold is what that split likes best. Decoupled weight decay "
+    "is scaled so that all decay alike per step. Damping and the like are not tuned: an optimizer "
+    "that loses here may win with more."
 )
 LABELS = {
     "adamw": "AdamW",
@@ -60,14 +61,20 @@ def plan(config: OptimizersConfig) -> list[Planned]:
         for name in dict.fromkeys(config.optimizers):
             for factor in config.lr_factors:
                 told = recipe(entrant, config, config.batch_size, seed)
-                told = replace(told, optimizer=_settings(name, factor, adamw))
+                told = replace(told, optimizer=optimizer_settings(name, factor, adamw))
                 facts = {"optimizer": name, "lr_factor": factor, "seed": seed}
                 found.append(Planned(f"{name}-lr{factor:g}-s{seed}", facts, told))
     return found
 
 
-def _settings(name: str, factor: float, adamw: OptimizerConfig) -> OptimizerConfig:
-    """An optimizer in place of the recipe's AdamW, at a multiple of its usual rate."""
+def optimizer_settings(name: str, factor: float, adamw: OptimizerConfig) -> OptimizerConfig:
+    """An optimizer in place of the recipe's AdamW, at a multiple of its usual rate.
+
+    Args:
+        name: A key of ``LABELS``.
+        factor: The multiple.
+        adamw: The recipe's, with its ``lr``.
+    """
     usual = float(adamw.lr or 0)
     if name == "adamw":
         return replace(adamw, lr=usual * factor)

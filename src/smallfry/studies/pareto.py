@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from smallfry.report.page import image
 from smallfry.report.run_pictures import Panel, Series, draw_panels
 from smallfry.report.runs import Outcome, accuracy_cell, deviation, mean, where
@@ -16,7 +14,7 @@ from smallfry.studies import reported_vision as reported
 from smallfry.studies.config import ParetoConfig
 from smallfry.studies.entrants import ENTRANTS, find_entrants
 from smallfry.studies.grid import run_path
-from smallfry.studies.latency import measure_latency
+from smallfry.studies.latency import choose_device, measure_latency
 from smallfry.studies.recipes import Planned, recipe
 from smallfry.training.checkpoint import write_file
 from smallfry.training.provenance import provenance
@@ -100,8 +98,7 @@ def _latency(
         asked = (config.latency_rounds, config.latency_threads)
         if set(known["models"]) == set(ready) and (known["rounds"], known["threads"]) == asked:
             return known
-    automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(automatic if config.device == "auto" else config.device)
+    device = choose_device(config.device)
     trained = {name: load_run(run_path(folder, run)) for name, run in ready.items()}
     models = measure_latency(trained, device, config.latency_rounds, config.latency_threads)
     origin = provenance(device)

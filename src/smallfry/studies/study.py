@@ -1,6 +1,7 @@
 """Studies of training runs by name: what is to be run, and the report of what has ended."""
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +54,7 @@ def run_study(name: str, config: RunsConfig, folder: Path) -> Path:
     """
     study = STUDIES[name]
     _check(config)
+    config = _each_once(config)
     planned = list({plan.name: plan for plan in study.plan(config)}.values())
     with locked(folder):
         try:
@@ -71,6 +73,15 @@ def _report(
     title = f"{study.title}: {Path(config.data.name).name}"
     page, summary = write_page(title, study.about, sections, outcomes, planned)
     return save_page(folder, page, summary)
+
+
+def _each_once(config: RunsConfig) -> RunsConfig:
+    """The configuration without models, sizes and the like that are named twice."""
+    given: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(config)}
+    for name, value in given.items():
+        if isinstance(value, tuple):
+            given[name] = tuple(dict.fromkeys(value))
+    return replace(config, **given)
 
 
 def _check(config: RunsConfig) -> None:
