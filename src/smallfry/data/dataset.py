@@ -1,6 +1,8 @@
 """The one data function: a name or a folder in, decoded splits with class names out."""
 
 import hashlib
+import logging
+import math
 import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,13 +15,20 @@ from torch import Tensor
 
 from smallfry.data.cache import decoded
 from smallfry.data.named import NOTHING_TO_TELL_APART, find_source
-from smallfry.data.sources import TEST, TRAIN, VALIDATION, EncodedSplit, Source
+from smallfry.data.shards import WINDOW
+from smallfry.data.sources import TEST, TRAIN, VALIDATION, EncodedSplit, Source, digest, stamp
+from smallfry.data.stream import ShardPixels, readable_rows
 from smallfry.errors import DataError, SmallfryWarning, UsageError
 from smallfry.images import header
+
+log = logging.getLogger(__name__)
 
 LARGEST_NATIVE_SIZE = 64  # larger images are brought to DEFAULT_SIZE unless a size is asked for
 DEFAULT_SIZE = 32
 SAMPLED = 256  # images looked at to find the native size and the number of channels
+LARGEST_DECODED = 2**34  # bytes of decoded training images that are put into the cache folder
+MOST_HELD_OUT = 50_000  # images taken from streamed ones to validate or to test
+MEASURED = 4096  # streamed images whose mean and deviation stand for all
 
 
 @dataclass(frozen=True)
@@ -27,12 +36,13 @@ class Split:
     """Images with labels.
 
     Args:
-        pixels: (any, channels, size, size), uint8; may be memory-mapped and hold other images too.
+        pixels: (any, channels, size, size), uint8; may be memory-mapped and hold other images too,
+            or still be in shards, and read from there when they are indexed.
         rows: (images,), int64: where in ``pixels`` the images of this split are.
         labels: (images,), int64 class indices.
     """
 
-    pixels: Tensor
+    pixels: Tensor | ShardPixels
     rows: Tensor
     labels: Tensor
 
@@ -47,6 +57,12 @@ class Split:
     def take(self, positions: Tensor) -> "Split":
         """Those images of this split, in that order."""
         return Split(self.pixels, self.rows[positions], self.labels[positions])
+
+    def shuffled(self, generator: torch.Generator) -> Tensor:
+        """(images,), all positions in a random order; within windows if the images are streamed."""
+        if isinstance(self.pixels, ShardPixels):
+            return self.pixels.order(self.rows, generator)
+        return torch.randperm(len(self), generator=generator)
 
 
 @dataclass(frozen=True)
@@ -89,21 +105,25 @@ class ImageData:
 
     @cached_property
     def mean(self) -> tuple[float, ...]:
-        """Mean of the training pixels per channel, on the scale 0 to 1."""
+        """Mean of the training pixels, or of 4,096 streamed ones, per channel, from 0 to 1."""
         return self._moments[0]
 
     @cached_property
     def std(self) -> tuple[float, ...]:
-        """Standard deviation of the training pixels per channel, on the scale 0 to 1."""
+        """Standard deviation of the pixels of ``mean`` per channel, on the same scale."""
         return self._moments[1]
 
     @cached_property
     def _moments(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         total = torch.zeros(2, self.channels, dtype=torch.float64)
-        for rows in torch.split(self.train.rows, 4096):
+        chosen = self.train.rows
+        if isinstance(self.train.pixels, ShardPixels):
+            spread = self.train.pixels.shards.spread(chosen.numpy(), MEASURED)
+            chosen = torch.from_numpy(spread)
+        for rows in torch.split(chosen, 4096):
             values = self.train.pixels[rows].to(torch.float64) / 255
             total += torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])
-        mean, square = total / (len(self.train) * self.image_size**2)
+        mean, square = total / (len(chosen) * self.image_size**2)
         std = (square - mean**2).clamp(min=0).sqrt().clamp(min=1e-3)  # a constant channel
         return tuple(mean.tolist()), tuple(std.tolist())
 
@@ -113,6 +133,9 @@ class ImageData:
         digest = hashlib.sha256("\0".join(self.classes).encode())
         for split in (self.train, self.validation):
             digest.update(split.labels.numpy().tobytes())
+            if isinstance(split.pixels, ShardPixels):  # too many to be looked at
+                digest.update(split.pixels.shards.mark.encode() + split.rows.numpy().tobytes())
+                continue
             for rows in torch.split(split.rows, 4096):
                 digest.update(split.pixels[rows].numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -131,13 +154,15 @@ def load_data(
     label: str | None = None,
     skip_unreadable: bool = False,
     min_classes: int = 2,
+    stream: bool | None = None,
+    window: int = WINDOW,
 ) -> ImageData:
     """Load a data set.
 
     Args:
         name: ``digits``, ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist``; ``curves`` or
-            ``faces``, for auto-encoders; or a folder with parquet shards or one folder per class
-            (with or without train, validation and test folders around them).
+            ``faces``, for auto-encoders; or a folder with parquet shards, WebDataset tar files or
+            one folder per class (with or without train, validation and test folders around them).
         root: Folder of a named data set; without one, the local cache and then the hub are asked.
         image_size: Side of the images in pixels; default the native size of square images up to
             64, else 32. Other images are cropped at their centre and scaled.
@@ -150,25 +175,45 @@ def load_data(
         skip_unreadable: Leave unreadable images out with a warning instead of stopping.
         min_classes: How many classes there must be; 1 where the labels don't matter, as with an
             auto-encoder.
+        stream: Read training images from their shards when they are needed, instead of decoding
+            all of them into the cache folder once; default if that could take more than 16 GiB.
+            Validation and test images are decoded once all the same; at most 50,000 each are
+            held out from streamed training images.
+        window: Streamed images are shuffled among so many, in blocks from all over the shards;
+            a process holds as many encoded images.
 
     Raises:
         UsageError: An unknown name, an impossible option, or classes wanted of ``curves`` or
             ``faces``, which have none to learn.
         DataError: A source that can't be reached or used.
     """
-    _check_options(image_size, channels, validation, test, limit)
+    _check_options(image_size, channels, validation, test, limit, window)
     if min_classes > 1 and name in NOTHING_TO_TELL_APART:
         raise UsageError(
             f"{name} gives nothing to tell apart: {NOTHING_TO_TELL_APART[name]}; it is there for "
             f"auto-encoders, load_data('{name}', min_classes=1); a folder of that name is ./{name}"
         )
-    source = find_source(name, None if root is None else Path(root), label)
+    if stream is None:
+        above: float = LARGEST_DECODED // ((channels or 3) * (image_size or 64) ** 2)
+    else:
+        above = 0 if stream else math.inf
+    place = None if root is None else Path(root)
+    source = find_source(name, place, label, above, skip_unreadable)
     count = len(source.classes)
     if count < min_classes:
         found = f"is one class, '{source.classes[0]}'" if count == 1 else f"are {count} classes"
         raise DataError(f"{source.origin}: there {found}; at least {min_classes} are needed")
     size, channels = _geometry(source.splits[TRAIN], image_size, channels)
-    train = _decode(source.splits[TRAIN], size, channels, count, skip_unreadable)
+    streamed = source.splits[TRAIN].shards is not None and len(source.splits[TRAIN].labels) > above
+    if streamed:
+        train = _stream(source.splits[TRAIN], size, channels, window, skip_unreadable)
+    elif stream:
+        raise UsageError(
+            f"data.stream reads folders with parquet or tar files, and {source.origin} is none; "
+            "leave it out"
+        )
+    else:
+        train = _decode(source.splits[TRAIN], size, channels, count, skip_unreadable)
     if min_classes > 1:
         _warn_of_missing_classes(source, train)
 
@@ -176,11 +221,12 @@ def load_data(
     if TEST in source.splits:
         held_out = source.splits[TEST]
     else:
-        train, held_out = hold_out(train, test, split_seed)
+        train, held_out = _hold_out(train, test, split_seed, "test")
     if VALIDATION in source.splits:
         held = _decode(source.splits[VALIDATION], size, channels, count, skip_unreadable)
     else:
-        train, held = hold_out(train, validation, split_seed + 1)
+        train, part = _hold_out(train, validation, split_seed + 1, "validation")
+        held = part if isinstance(part, Split) else _decode(part, size, channels, count, False)
     if limit is not None and limit < len(train):
         train = take_some(train, limit, split_seed + 2)
     return ImageData(
@@ -196,8 +242,7 @@ def hold_out(split: Split, share: float, seed: int) -> tuple[Split, Split]:
     """
     generator = torch.Generator().manual_seed(seed)
     kept, held = [], []
-    for label in range(int(split.labels.max()) + 1 if len(split) else 0):
-        members = (split.labels == label).nonzero().squeeze(1)
+    for members in _by_class(split):
         members = members[torch.randperm(len(members), generator=generator)]
         wanted = max(1, round(share * len(members))) if share else 0
         count = min(wanted, max(0, len(members) - 1))
@@ -212,12 +257,51 @@ def take_some(split: Split, count: int, seed: int) -> Split:
     """So many images of a split, every class in proportion and, while it lasts, at least one."""
     generator = torch.Generator().manual_seed(seed)
     place = torch.empty(len(split), dtype=torch.float64)
-    for label in torch.unique(split.labels).tolist():
-        members = (split.labels == label).nonzero().squeeze(1)
+    for members in filter(len, _by_class(split)):
         members = members[torch.randperm(len(members), generator=generator)]
         place[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
         place[members[0]] = -1.0
     return split.take(place.argsort(stable=True)[:count].sort().values)
+
+
+def _by_class(split: Split) -> tuple[Tensor, ...]:
+    """The positions of the images of each class, ascending."""
+    order = split.labels.argsort(stable=True)
+    return torch.split(order, torch.bincount(split.labels).tolist())
+
+
+def _hold_out(
+    split: Split, share: float, seed: int, what: str
+) -> tuple[Split, Split | EncodedSplit]:
+    """As ``hold_out``, but of streamed images not too many, to be decoded for themselves."""
+    pixels = split.pixels
+    if not isinstance(pixels, ShardPixels):
+        return hold_out(split, share, seed)
+    most = MOST_HELD_OUT / max(1, len(split))
+    if share > most:
+        log.info("holding out %d images for %s, not %.0f %%", MOST_HELD_OUT, what, 100 * share)
+    kept, held = hold_out(split, min(share, most), seed)
+    rows, shards = held.rows.numpy(), pixels.shards
+    name = digest(
+        shards.column, *map(stamp, shards.files), hashlib.sha256(rows.tobytes()).hexdigest()
+    )
+    encoded = EncodedSplit(
+        held.labels.numpy(),
+        lambda i: pixels.reader.read_one(int(rows[i])),
+        lambda i: shards.locate(int(rows[i])),
+        name,
+    )
+    return kept, encoded
+
+
+def _stream(
+    split: EncodedSplit, size: int, channels: int, window: int, skip_unreadable: bool
+) -> Split:
+    """A split whose images stay in their shards."""
+    assert split.shards is not None
+    pixels = ShardPixels(split.shards, size, channels, window)
+    rows = readable_rows(pixels, skip_unreadable)
+    return Split(pixels, rows, torch.from_numpy(split.labels)[rows])
 
 
 def _check_options(
@@ -226,13 +310,14 @@ def _check_options(
     validation: float,
     test: float,
     limit: int | None,
+    window: int,
 ) -> None:
     for option, share in {"validation": validation, "test": test}.items():
         if not 0 <= share < 1:
             raise UsageError(f"data.{option} is a share from 0 to below 1, got {share}")
     if channels not in (None, 1, 3):
         raise UsageError(f"data.channels is 1 (grey) or 3 (RGB), got {channels}")
-    for option, number in {"image_size": image_size, "limit": limit}.items():
+    for option, number in {"image_size": image_size, "limit": limit, "window": window}.items():
         if number is not None and number < 1:
             raise UsageError(f"data.{option} must be at least 1, got {number}")
 
@@ -245,7 +330,11 @@ def _geometry(split: EncodedSplit, size: int | None, channels: int | None) -> tu
         return size, channels
     sizes, grey = set(), True
     count = len(split.labels)
-    for i in np.unique(np.linspace(0, count - 1, min(count, SAMPLED)).astype(int)).tolist():
+    if split.shards is None:
+        positions = np.unique(np.linspace(0, count - 1, min(count, SAMPLED)).astype(int))
+    else:
+        positions = split.shards.spread(np.arange(count), SAMPLED)
+    for i in positions.tolist():
         try:
             encoded = split.read(i)
             if isinstance(encoded, np.ndarray):

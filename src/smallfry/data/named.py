@@ -1,5 +1,6 @@
 """The data sets that have a name, and the way from a name or a folder to its source."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import numpy as np
 
 from smallfry.data.curves import read_curves
 from smallfry.data.faces import read_faces
+from smallfry.data.parquet_shards import count_rows
+from smallfry.data.shard_index import find_shards, read_shards
 from smallfry.data.sources import TRAIN, EncodedSplit, Hub, Source, read_folder, read_hub
 from smallfry.errors import DataError, UsageError, nearest
 
@@ -24,18 +27,32 @@ NOTHING_TO_TELL_APART: Mapping[str, str] = {
 }
 
 
-def find_source(name: str, root: Path | None = None, label: str | None = None) -> Source:
+def find_source(
+    name: str,
+    root: Path | None = None,
+    label: str | None = None,
+    stream_above: float = math.inf,
+    skip_unreadable: bool = False,
+) -> Source:
     """The source of a named data set or of a folder.
 
     A data set of the hub is looked for in ``root`` (or its subfolder of that name), then in the
     local cache of ``datasets``, then on the hub.
+
+    Args:
+        name: The name or folder.
+        root: Folder of a named data set.
+        label: Name of the label column.
+        stream_above: Parquet shards with more training images than this are indexed, to be read
+            piece by piece; tar files always are.
+        skip_unreadable: Leave damaged shards out with a warning.
 
     Raises:
         UsageError: ``name`` is neither a known name nor a folder.
         DataError: The source can't be reached, or what is there can't be used.
     """
     if name not in NAMED:
-        return _find_folder(name, root, label)
+        return _read(_find_folder(name, root), label, None, stream_above, skip_unreadable)
     if root is not None and name in NO_ROOT:
         raise UsageError(f"{name} {NO_ROOT[name]} and takes no data.root")
     if root is not None:
@@ -52,7 +69,8 @@ def find_source(name: str, root: Path | None = None, label: str | None = None) -
     if root is None:
         return read_hub(name, hub, label)
     inner = root / name
-    return read_folder(inner if inner.is_dir() else root, label, hub.label)
+    folder = inner if inner.is_dir() else root
+    return _read(folder, label, hub.label, stream_above, skip_unreadable)
 
 
 def read_digits() -> Source:
@@ -69,7 +87,7 @@ def read_digits() -> Source:
     return Source("scikit-learn", tuple(map(str, range(10))), {TRAIN: split})
 
 
-def _find_folder(name: str, root: Path | None, label: str | None) -> Source:
+def _find_folder(name: str, root: Path | None) -> Path:
     folder = Path(name).expanduser()
     if root is not None:
         raise UsageError(
@@ -78,4 +96,19 @@ def _find_folder(name: str, root: Path | None, label: str | None) -> Source:
         )
     if not folder.is_dir():
         raise UsageError(f"'{name}' is neither a folder nor a known data set{nearest(name, NAMED)}")
-    return read_folder(folder, label)
+    return folder
+
+
+def _read(
+    folder: Path,
+    label: str | None,
+    default_label: str | None,
+    stream_above: float,
+    skip_unreadable: bool,
+) -> Source:
+    found = find_shards(folder)
+    if found is not None and (
+        found.kind == "tar" or count_rows(found.files.get(TRAIN, [])) > stream_above
+    ):
+        return read_shards(folder, found, label, default_label, skip_unreadable)
+    return read_folder(folder, label, default_label)

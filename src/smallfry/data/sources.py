@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from smallfry.errors import DataError, UsageError, nearest
 from smallfry.images import Encoded
 from smallfry.inputs import images_below, is_image
+
+if TYPE_CHECKING:
+    from smallfry.data.shards import Shards
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +50,14 @@ class EncodedSplit:
         read: The i-th image, as a file, as bytes, or as pixels (channels, height, width).
         locate: Where the i-th image is, for messages.
         fingerprint: Changes when the content does; "" where the images need no cache.
+        shards: Where the images are, if they can be read from there shard by shard.
     """
 
     labels: NDArray[np.int64]
     read: Callable[[int], Encoded | NDArray[np.uint8]]
     locate: Callable[[int], str]
     fingerprint: str = ""
+    shards: "Shards | None" = None
 
 
 class Source(NamedTuple):
@@ -65,7 +70,7 @@ class Source(NamedTuple):
 
 def read_folder(folder: Path, label: str | None = None, default_label: str | None = None) -> Source:
     """Parquet shards, or one folder per class, in the folder or in one folder per split."""
-    shards = _parquet_shards(folder)
+    shards = shard_files(folder)
     if shards:
         return _read_parquet(folder, shards, label, default_label)
     if label is not None:
@@ -73,7 +78,7 @@ def read_folder(folder: Path, label: str | None = None, default_label: str | Non
     inner = {
         SPLIT_NAMES[child.name.lower()]: child
         for child in sorted(folder.iterdir())
-        if child.name.lower() in SPLIT_NAMES and _class_names(child)
+        if child.name.lower() in SPLIT_NAMES and class_names(child)
     }
     if inner and TRAIN not in inner:
         raise DataError(f"{folder}: there is a {min(inner)} folder, but no train folder beside it")
@@ -118,10 +123,10 @@ def _offline() -> Iterator[None]:
 # Parquet
 
 
-def _parquet_shards(folder: Path) -> dict[str, list[Path]]:
+def shard_files(folder: Path, ending: str = "parquet") -> dict[str, list[Path]]:
     """Files such as ``train-00000-of-00004.parquet`` or ``train/0000.parquet``, by split."""
-    patterns = ("*.parquet", "data/*.parquet", *(f"{name}/*.parquet" for name in SPLIT_NAMES))
-    files = sorted(file for pattern in patterns for file in folder.glob(pattern))
+    patterns = ("", "data/", *(f"{name}/" for name in SPLIT_NAMES))
+    files = sorted(file for place in patterns for file in folder.glob(f"{place}*.{ending}"))
     shards: dict[str, list[Path]] = {}
     unnamed = []
     for file in files:
@@ -154,7 +159,7 @@ def _read_parquet(
         raise DataError(
             f"{folder}: its parquet files can't be read ({error.__cause__ or error})"
         ) from error
-    fingerprints = {split: digest(*map(_stamp, files)) for split, files in shards.items()}
+    fingerprints = {split: digest(*map(stamp, files)) for split, files in shards.items()}
     return _read_tables(str(folder), tables, fingerprints, label, default_label)
 
 
@@ -169,8 +174,8 @@ def _read_tables(
     if TRAIN not in tables:
         raise DataError(f"{origin}: there is no train split, only {', '.join(tables) or 'none'}")
     features = tables[TRAIN].features
-    image = _image_column(origin, features)
-    chosen = _label_column(origin, features, image, label, default_label)
+    image = find_image_column(origin, features)
+    chosen = find_label_column(origin, features, image, label, default_label)
     declared = getattr(features[chosen], "names", None)
     classes = declared or sorted(set(_label_values(tables[TRAIN], chosen)) - {None})
     splits = {
@@ -182,7 +187,8 @@ def _read_tables(
     return Source(origin, tuple(map(str, classes)), splits)
 
 
-def _image_column(origin: str, features: Mapping[str, Any]) -> str:
+def find_image_column(origin: str, features: Mapping[str, Any]) -> str:
+    """The column of a table that holds images."""
     from datasets import Image as ImageFeature
 
     for name, kind in features.items():
@@ -191,13 +197,14 @@ def _image_column(origin: str, features: Mapping[str, Any]) -> str:
     raise DataError(f"{origin}: no column holds images; there are {', '.join(features)}")
 
 
-def _label_column(
+def find_label_column(
     origin: str,
     features: Mapping[str, Any],
     image_column: str,
     label: str | None,
     default: str | None,
 ) -> str:
+    """The column of a table that holds labels: the wanted one, or the only one that may."""
     from datasets import ClassLabel
 
     others = [name for name in features if name != image_column]
@@ -270,7 +277,7 @@ def _read_class_folders(splits: dict[str, Path]) -> Source:
     train = splits[TRAIN]
     for folder in splits.values():
         _refuse_loose_images(folder)
-    classes = _class_names(train)
+    classes = class_names(train)
     if not classes:
         raise DataError(
             f"{train}: expected one folder per class with images in it, or parquet files, and "
@@ -278,7 +285,7 @@ def _read_class_folders(splits: dict[str, Path]) -> Source:
         )
     encoded = {}
     for split, folder in splits.items():
-        strangers = sorted(set(_class_names(folder)) - set(classes))
+        strangers = sorted(set(class_names(folder)) - set(classes))
         if strangers:
             raise DataError(f"{folder}: class '{strangers[0]}' is not among the training classes")
         files = [images_below(folder / name) for name in classes]
@@ -294,7 +301,8 @@ def _read_class_folders(splits: dict[str, Path]) -> Source:
     return Source(str(origin), tuple(classes), encoded)
 
 
-def _class_names(folder: Path) -> list[str]:
+def class_names(folder: Path) -> list[str]:
+    """The names of the folders in a folder."""
     if not folder.is_dir():
         return []
     return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -310,12 +318,12 @@ def _refuse_loose_images(folder: Path) -> None:
 
 
 def _file_split(files: list[Path], labels: NDArray[np.int64]) -> EncodedSplit:
-    fingerprint = digest(*map(_stamp, files))
+    fingerprint = digest(*map(stamp, files))
     return EncodedSplit(labels, lambda i: files[i], lambda i: str(files[i]), fingerprint)
 
 
-def _stamp(file: Path) -> str:
-    """Changes whenever the content of the file may have changed."""
+def stamp(file: Path) -> str:
+    """What changes whenever the content of the file may have changed."""
     try:
         found = file.stat()
     except OSError:  # a broken link; reading it will say so

@@ -155,6 +155,8 @@ def _data(told: Mapping[str, Any]) -> dict[str, Any]:
     """What is said of the data; how it was split only if that is said as ``DataConfig`` has it."""
     data = {"name": UNKNOWN, "fingerprint": UNKNOWN, **told}
     splits = data.pop("splits", None)
+    if isinstance(splits, dict):
+        splits = {"stream": None, **splits}  # of models shared before there was a choice
     known = isinstance(splits, dict) and splits.keys() == SPLITS.keys()
     if known and all(isinstance(splits[name], kind) for name, kind in SPLITS.items()):
         data["splits"] = splits

@@ -21,6 +21,7 @@ SPLITS: Mapping[str, Any] = {  # what DataConfig says of the splits, and of what
     "limit": int | None,
     "label": str | None,
     "skip_unreadable": bool,
+    "stream": bool | None,
 }
 UNKNOWN = "unknown"  # name and fingerprint of the data of a model that does not tell them
 OF_THE_BEST = ("test", "best_epoch", "references")  # figures of no other weights

@@ -5,8 +5,10 @@ CutMix, depends on the seed and the step alone: not on earlier batches, worker p
 the run was stopped. The random state of the augmentation is set anew for each batch.
 """
 
+import math
 import os
 import signal
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -14,6 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from smallfry.data import ImageData, Split
+from smallfry.data.stream import ShardPixels
+from smallfry.errors import DataError, UsageError
 from smallfry.training.augment import Augment
 from smallfry.training.objective import Batch
 
@@ -48,7 +52,7 @@ class TrainBatches(Dataset[Batch]):
     def _order_of(self, epoch: int) -> Tensor:
         if self._order is None or self._order[0] != epoch:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, 0, epoch))
-            self._order = (epoch, torch.randperm(len(self.split), generator=generator))
+            self._order = (epoch, self.split.shuffled(generator))
         return self._order[1]
 
 
@@ -59,7 +63,17 @@ def resident(split: Split, device: torch.device, wanted: bool | None) -> Split:
         split: The split.
         device: Where batches are needed.
         wanted: Whether to move the images; None to decide by the device's free memory.
+
+    Raises:
+        UsageError: It is wanted of images that are streamed.
     """
+    if isinstance(split.pixels, ShardPixels):
+        if wanted:
+            raise UsageError(
+                "resident keeps all training images on the device, and data.stream none of them; "
+                "leave one of them out"
+            )
+        return split
     if device.type == "cpu" or len(split) == 0 or wanted is False:
         return split
     if wanted is None:
@@ -77,12 +91,13 @@ def train_loader(
 ) -> DataLoader[Batch]:
     """A loader of those steps, prepared ahead by worker processes where that pays."""
     pixels = batches.split.pixels
-    if pixels.device.type != "cpu":
+    streamed = isinstance(pixels, ShardPixels)
+    if isinstance(pixels, Tensor) and pixels.device.type != "cpu":
         workers, pin_memory = 0, False
     if workers is None:
-        heavy = len(batches.split) * pixels[0].numel() > 10**7
+        heavy = streamed or len(batches.split) * math.prod(pixels.shape[1:]) > 10**7
         workers = min(8, (os.cpu_count() or 1) - 1) if heavy and pin_memory else 0
-    return DataLoader(
+    return _Loader(
         batches,
         batch_size=None,
         sampler=steps,
@@ -90,6 +105,19 @@ def train_loader(
         pin_memory=pin_memory,
         worker_init_fn=_leave_signals_to_the_parent if workers else None,
     )
+
+
+class _Loader(DataLoader[Batch]):
+    """A loader that tells of bad data in a worker as if it had been read here."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        try:
+            yield from super().__iter__()
+        except DataError as error:
+            if not str(error).startswith("Caught DataError in DataLoader worker"):
+                raise
+            told = str(error).strip().splitlines()[-1]  # of the worker's traceback
+            raise DataError(told.removeprefix(f"{DataError.__module__}.DataError: ")) from None
 
 
 def _leave_signals_to_the_parent(_: int) -> None:

@@ -15,7 +15,7 @@ class DataConfig:
 
     Args:
         name: A data set (digits, cifar10, cifar100, mnist, fashion_mnist) or a folder with parquet
-            shards or one folder per class.
+            shards, WebDataset tar files or one folder per class.
         root: Folder of a named data set; without one, the local cache and then the hub are asked.
         image_size: Side of the images in pixels; default the native size up to 64, else 32.
         channels: 1 (grey) or 3 (RGB); default 1 if all images are grey.
@@ -27,6 +27,9 @@ class DataConfig:
         skip_unreadable: Leave unreadable images out with a warning instead of stopping.
         mean: Mean per channel that the images are normalised with; default that of training.
         std: Standard deviation per channel; default that of training.
+        stream: Read training images from parquet or tar shards when they are needed, instead of
+            decoding all of them into the cache folder; default if that could take over 16 GiB.
+        window: Streamed images are shuffled among so many; a process holds as many of them.
     """
 
     name: str = "digits"
@@ -41,6 +44,8 @@ class DataConfig:
     skip_unreadable: bool = False
     mean: list[float] | None = None
     std: list[float] | None = None
+    stream: bool | None = None
+    window: int = 16_384
 
     def __post_init__(self) -> None:
         _check((self.mean is None) == (self.std is None), "data.mean and data.std go together")

@@ -1,0 +1,157 @@
+"""One parquet shard: its labels in one pass, its images a row group at a time.
+
+A row group is the least that the format lets one read, so it is what has to fit in memory.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from smallfry.data.scanned import NO_SPANS, Block, Label, Scanned, unreadable_shard
+from smallfry.data.sources import digest
+from smallfry.errors import DataError
+
+MOST_BLOCK = 2**30  # bytes of the images of one row group
+LABELS_AT_ONCE = 65_536
+
+
+def features(file: Path) -> Mapping[str, Any]:
+    """The columns of a shard as the ``datasets`` library sees them.
+
+    Raises:
+        DataError: Not a whole parquet file.
+    """
+    from datasets import Features
+
+    try:
+        return dict(Features.from_arrow_schema(pq.read_schema(file)))
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(_damaged(file, error)) from error
+
+
+def count_rows(files: Sequence[Path]) -> int:
+    """Rows of all files that are whole, by what their footers say."""
+    total = 0
+    for file in files:
+        try:
+            total += pq.read_metadata(file).num_rows
+        except (pa.ArrowException, OSError):
+            continue  # scanning will say so
+    return total
+
+
+def scan(file: Path, image: str, label: str) -> Scanned:
+    """The labels and row groups of a shard, without its images.
+
+    Args:
+        file: The shard.
+        image: The column with the images.
+        label: The column with the labels.
+
+    Raises:
+        DataError: The shard has other columns, a sample without a label, or too large row groups.
+    """
+    try:
+        with pq.ParquetFile(file) as shard:
+            columns = features(file)
+            lacking = [name for name in (image, label) if name not in columns]
+            if lacking:
+                raise DataError(f"{file}: has no column '{lacking[0]}', as the first shard has")
+            names, codes = _labels(file, shard, label, columns[label])
+            blocks = [_block(file, shard, i, image) for i in range(shard.num_row_groups)]
+        if sum(block.samples for block in blocks) != len(codes):
+            raise pa.ArrowInvalid("its row groups have another number of labels than of rows")
+        return Scanned(names, codes, blocks, digest(_footer(file).hex()), NO_SPANS, [])
+    except (pa.ArrowException, OSError) as error:
+        return unreadable_shard(_damaged(file, error))
+
+
+def read_group(file: Path, group: int, image: str) -> pa.ChunkedArray:
+    """The encoded images of a row group, as bytes or null.
+
+    Raises:
+        DataError: The row group is damaged.
+    """
+    try:
+        with pq.ParquetFile(file) as shard:
+            table = shard.read_row_group(group, columns=[f"{image}.bytes"], use_threads=False)
+        return pc.struct_field(table.column(0), [0])
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file}: row group {group} is damaged ({_first_line(error)})") from error
+
+
+def _labels(
+    file: Path, shard: pq.ParquetFile, column: str, kind: Any
+) -> tuple[list[Label], NDArray[np.int32]]:
+    declared: list[str] | None = getattr(kind, "names", None)
+    known: dict[Label, int] = {}
+    parts = [np.empty(0, np.int32)]
+    done = 0
+    for batch in shard.iter_batches(LABELS_AT_ONCE, columns=[column], use_threads=False):
+        values = batch.column(0)
+        if not isinstance(values, pa.DictionaryArray):
+            values = values.dictionary_encode()
+        translated = [_label(value, declared) for value in values.dictionary.to_pylist()]
+        codes = [-1 if v is None else known.setdefault(v, len(known)) for v in translated]
+        # nulls, and values that are no label, are -1
+        indices = values.indices.fill_null(len(codes)).to_numpy(zero_copy_only=False)
+        part = np.array([*codes, -1], np.int32)[indices]
+        wrong = np.flatnonzero(part < 0)
+        if len(wrong):
+            row = int(wrong[0])
+            expected = (
+                f"a number from 0 to {len(declared) - 1}" if declared else "a whole number or text"
+            )
+            raise DataError(
+                f"{file} row {done + row}: its label, {values[row].as_py()!r}, is missing or not "
+                f"{expected}"
+            )
+        parts.append(part)
+        done += len(part)
+    return list(known), np.concatenate(parts)
+
+
+def _label(value: Any, declared: list[str] | None) -> Label | None:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        return None
+    if declared is None:
+        return value
+    if isinstance(value, int) and 0 <= value < len(declared):
+        return declared[value]
+    return None
+
+
+def _block(file: Path, shard: pq.ParquetFile, group: int, image: str) -> Block:
+    found = shard.metadata.row_group(group)
+    columns = [found.column(i) for i in range(found.num_columns)]
+    size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == f"{image}.bytes")
+    if size > MOST_BLOCK:
+        raise DataError(
+            f"{file}: its row group {group} holds {size / 1e9:.1f} GB of images, and a row group "
+            f"is read whole; write row groups of at most {MOST_BLOCK / 1e9:.1f} GB, better of "
+            "about 1,000 rows"
+        )
+    return Block(found.num_rows, size)
+
+
+def _footer(file: Path) -> bytes:
+    """The end of the file, which says what is where in it."""
+    with open(file, "rb") as stream:
+        stream.seek(-8, 2)
+        size = int.from_bytes(stream.read(4), "little")
+        stream.seek(-(8 + size), 2)
+        return stream.read(size)
+
+
+def _damaged(file: Path, error: Exception) -> str:
+    return f"{file}: not a whole parquet file ({_first_line(error)}); copy or write it again"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,0 +1,150 @@
+"""Images that are read from shards when a batch needs them, in an order that suits the shards.
+
+An epoch's order is a pure function of a seed, so a run can be resumed at any step, by any number
+of processes, and what a process makes of its share is what any other would make of it. The blocks
+of all shards, such as row groups of parquet, come in a random order; neighbours in that order make
+windows of at most ``window`` samples and 256 MiB; and the samples of a window are shuffled. A
+process that goes through its batches holds the blocks of one window.
+
+``datasets.IterableDataset`` reads the same shards with a shuffle buffer, but loses what is in the
+buffer when it is resumed, and its order depends on the number of workers.
+"""
+
+import json
+import logging
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from smallfry.data.cache import cache_folder
+from smallfry.data.shards import WINDOW_BYTES, ShardReader, Shards
+from smallfry.data.sources import digest, stamp
+from smallfry.errors import DataError, SmallfryWarning
+from smallfry.images import decode
+
+log = logging.getLogger(__name__)
+
+WORTH_THREADS = 2**20  # bytes of encoded images
+
+
+class ShardPixels:
+    """The pixels of a split that stay in its shards; indexed like a tensor, by rows.
+
+    Args:
+        shards: Where the images are.
+        size: Side of the images in pixels.
+        channels: 1 for grey images, 3 for RGB.
+        window: Samples that are shuffled among each other, and that may be in memory at once.
+    """
+
+    def __init__(self, shards: Shards, size: int, channels: int, window: int) -> None:
+        self.shards, self.window = shards, window
+        self.shape = (len(shards), channels, size, size)
+        self.reader = ShardReader(shards, window)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """Pixels (..., channels, size, size), uint8, of rows of any shape.
+
+        Raises:
+            DataError: An image can't be read; the message says where it is.
+        """
+        wanted = rows.reshape(-1).numpy()
+        encoded = self.reader.read(wanted)
+        pixels = np.empty((len(wanted), *self.shape[1:]), np.uint8)
+
+        def one(i: int) -> None:
+            row = int(wanted[i])
+            pixels[i] = self._decode(encoded[i], row)
+
+        heavy = sum(map(len, encoded)) > WORTH_THREADS
+        if heavy and get_worker_info() is None:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(one, range(len(wanted))))
+        else:
+            for i in range(len(wanted)):
+                one(i)
+        return torch.from_numpy(pixels).reshape(*rows.shape, *self.shape[1:])
+
+    def order(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """(images,), the positions of rows, which ascend, in an order shuffled by windows."""
+        shards = self.shards
+        edges = np.searchsorted(rows.numpy(), shards.starts)
+        there = np.flatnonzero(edges[1:] > edges[:-1])
+        there = there[torch.randperm(len(there), generator=generator).numpy()]
+        counts = torch.from_numpy(edges[there + 1] - edges[there])
+        windows = torch.from_numpy(windows_of(shards, there, self.window))
+        ends = counts.cumsum(0)
+        shift = torch.from_numpy(edges[there]) - (ends - counts)
+        positions = torch.arange(len(rows)) + shift.repeat_interleave(counts)
+        place = torch.rand(len(rows), dtype=torch.float64, generator=generator)
+        place += windows.repeat_interleave(counts)
+        return positions[place.argsort(stable=True)]
+
+    def unreadable(self) -> dict[int, str]:
+        """The rows that can't be read, and why; every image is decoded once, and that is kept."""
+        _, channels, size, _ = self.shape
+        key = digest("unreadable", str(size), str(channels), *map(stamp, self.shards.files))
+        file = cache_folder() / f"{key}.json"
+        try:
+            return {int(row): str(reason) for row, reason in json.loads(file.read_text()).items()}
+        except (OSError, ValueError, AttributeError):
+            pass
+        log.info("looking for unreadable images among %d, once", len(self.shards))
+        found: dict[int, str] = {}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for start, stop in zip(self.shards.starts, self.shards.starts[1:], strict=False):
+                reasons = pool.map(self._fault, range(int(start), int(stop)))
+                found |= {int(start) + i: why for i, why in enumerate(reasons) if why is not None}
+        part = file.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(found))
+        os.replace(part, file)
+        return found
+
+    def _fault(self, row: int) -> str | None:
+        try:
+            self._decode(self.reader.read_one(row), row)
+        except DataError as error:
+            return str(error)
+        return None
+
+    def _decode(self, encoded: bytes, row: int) -> NDArray[np.uint8]:
+        _, channels, size, _ = self.shape
+        try:
+            return decode(encoded, "", size, channels)
+        except DataError as error:  # where it is takes a look into the file
+            raise DataError(f"{self.shards.locate(row)}{error}") from error
+
+
+def readable_rows(pixels: ShardPixels, skip_unreadable: bool) -> Tensor:
+    """All rows, or with ``skip_unreadable`` those that can be read; a warning tells the others."""
+    rows = torch.arange(pixels.shape[0])
+    faults = pixels.unreadable() if skip_unreadable else {}
+    if faults:
+        warnings.warn(
+            f"{len(faults)} unreadable images left out, the first: {min(faults.items())[1]}",
+            SmallfryWarning,
+            stacklevel=3,
+        )
+        keep = torch.ones(len(rows), dtype=torch.bool)
+        keep[torch.tensor(list(faults))] = False
+        rows = rows[keep]
+    return rows
+
+
+def windows_of(shards: Shards, blocks: NDArray[np.int64], window: int) -> NDArray[np.int64]:
+    """(blocks,), the window of each: as many neighbours as fit, and at least one."""
+    samples = np.diff(shards.starts)[blocks].tolist()
+    sizes = shards.weights[blocks].tolist()
+    windows, number, held, weight = [], 0, 0, 0
+    for count, size in zip(samples, sizes, strict=True):
+        if held and (held + count > window or weight + size > WINDOW_BYTES):
+            number, held, weight = number + 1, 0, 0
+        held, weight = held + count, weight + size
+        windows.append(number)
+    return np.array(windows, np.int64)
