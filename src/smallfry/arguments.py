@@ -9,6 +9,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser
 
 from smallfry.errors import nearest
+from smallfry.plain_yaml import YAML_MODE
 from smallfry.studies.config import STUDIES
 from smallfry.training.config import TrainConfig
 from smallfry.version import __version__
@@ -164,7 +165,11 @@ def build_parser(short: bool = False) -> ArgumentParser:
 
 def _parser(description: str) -> ArgumentParser:
     parser = ArgumentParser(
-        prog="smallfry", description=description, exit_on_error=False, allow_abbrev=False
+        prog="smallfry",
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
+        parser_mode=YAML_MODE,
     )
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     return parser

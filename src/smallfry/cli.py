@@ -24,7 +24,7 @@ from smallfry.arguments import (
     explain,
     verb_parsers,
 )
-from smallfry.errors import SmallfryError, Stopped, UsageError
+from smallfry.errors import SmallfryError, Stopped, UsageError, is_out_of_memory
 from smallfry.studies.config import STUDIES, RaceConfig, RunsConfig
 from smallfry.training.config import TrainConfig
 
@@ -338,6 +338,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except Exception as error:
+            if is_out_of_memory(error):
+                reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+                return _complain(
+                    f"out of memory ({reason}); take a smaller batch_size, accumulate, or a "
+                    "smaller model; a run that was saved goes on with --resume",
+                    FAILED,
+                )
             return _complain(
                 f"an error inside smallfry, {type(error).__name__}: {error}; "
                 "--debug shows where, please report it",

@@ -29,7 +29,6 @@ from smallfry.deploy.description import (
     CROP,
     FORMAT,
     INTERPOLATION,
-    OF_THE_FACTORY,
     described,
     read_config,
     read_weights,
@@ -39,6 +38,7 @@ from smallfry.deploy.hub import NAME, check_name, download, upload
 from smallfry.deploy.model_card import model_card
 from smallfry.errors import RunError, UsageError
 from smallfry.training.checkpoint import MANIFEST, WEIGHTS, write_file
+from smallfry.training.rebuild import OF_THE_FACTORY
 from smallfry.training.run import RunFolder, TrainedModel, load_run
 from smallfry.version import __version__
 
@@ -154,7 +154,7 @@ def from_pretrained(
     facts = config.get("smallfry")
     weights = read_weights(folder, facts)
     try:
-        trained = described(config, facts, classes, str(name))
+        trained = described(config, facts, classes, weights, str(name))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise RunError(f"{folder / CONFIG}: damaged or incomplete ({error!r})") from error
     try:

@@ -1,12 +1,15 @@
 """Everything that a training run is told, as typed, frozen data; the command and YAML mirror it."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
+from yaml import YAMLError
 
 from smallfry.errors import RunError, UsageError
+from smallfry.plain_yaml import MOST_CONFIG, YAML_MODE, load_yaml
+from smallfry.reading import read_bytes
 
 
 @dataclass(frozen=True)
@@ -278,17 +281,25 @@ class TrainConfig:
 
 
 def read_config(file: Path) -> TrainConfig:
-    """The configuration in a YAML file.
+    """The configuration in a YAML file, which may come from anyone; no other file is read for it.
 
     Raises:
         RunError: Not a configuration of this version.
     """
-    parser = ArgumentParser(exit_on_error=False)
+    parser = ArgumentParser(exit_on_error=False, parser_mode=YAML_MODE)
     parser.add_class_arguments(TrainConfig)
     try:
-        return TrainConfig(**vars(parser.instantiate(parser.parse_path(str(file)))))
-    except (ArgumentError, TypeError, ValueError, OSError) as error:
-        raise RunError(f"{file}: not a configuration of this version ({error})") from error
+        content = load_yaml(read_bytes(file, MOST_CONFIG).decode())
+        groups = [entry.name for entry in fields(TrainConfig) if entry.default is MISSING]
+        if not isinstance(content, dict):
+            raise ValueError("expected settings by their names")
+        for group in {*groups} & {*content}:
+            if not isinstance(content[group], dict):  # or jsonargparse takes it for a file's name
+                raise ValueError(f"{group}: expected settings by their names")
+        return TrainConfig(**vars(parser.instantiate(parser.parse_object(content))))
+    except (ArgumentError, YAMLError, UsageError, TypeError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise RunError(f"{file}: not a configuration of this version ({reason})") from error
 
 
 def _check(holds: bool, message: str) -> None:
