@@ -8,7 +8,6 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,9 +18,10 @@ from rich.table import Table
 from smallfry.arguments import (
     EarlyExit,
     OtherData,
+    build_config,
     build_parser,
     expand_shorthand,
-    explain,
+    parse,
     verb_parsers,
 )
 from smallfry.errors import SmallfryError, Stopped, UsageError, is_out_of_memory
@@ -259,9 +259,7 @@ def _dispatch(parsed: Namespace, parser: ArgumentParser, short: bool) -> int:
     verb = parsed.subcommand
     given = parsed[verb]
     if verb == "train":
-        built = verb_parsers(parser)[verb].instantiate(given)
-        config = TrainConfig(**{field.name: built[field.name] for field in fields(TrainConfig)})
-        return train(config, given.resume)
+        return train(build_config(verb_parsers(parser)[verb], given, TrainConfig), given.resume)
     if verb == "evaluate":
         other = OtherData(given.data.name, given.data.root)
         return evaluate(
@@ -309,8 +307,8 @@ def _dispatch_study(given: Namespace, parser: ArgumentParser, short: bool) -> in
     if given[name].short and not short:
         raise UsageError("the short form is asked for on the command line: --short")
     kind = STUDIES[name]
-    built = verb_parsers(verb_parsers(parser)["study"])[name].instantiate(given[name])
-    config = kind.config(**{field.name: built[field.name] for field in fields(kind.config)})
+    parser_of_study = verb_parsers(verb_parsers(parser)["study"])[name]
+    config: Any = build_config(parser_of_study, given[name], kind.config)
     return study(name, config, given[name].folder)
 
 
@@ -355,11 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str]) -> int:
     short = "--short" in arguments
     parser = build_parser(short)
-    try:
-        parsed = parser.parse_args(list(arguments))
-    except ArgumentError as error:
-        raise UsageError(explain(str(error), arguments, parser)) from None
-    return _dispatch(parsed, parser, short)
+    return _dispatch(parse(parser, arguments), parser, short)
 
 
 def _log_to_stderr() -> None:
