@@ -5,6 +5,7 @@ and the model, and a part of its own trains with some.
 """
 
 import math
+import shutil
 import string
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
@@ -268,6 +269,7 @@ def _file(folder: Path, text: str) -> list[str]:
     return ["--config", str(file)]
 
 
+MARKS = ("&a ", "*a", "!!", "? ", ": ", "- ", "{", "[", "\t", "---\n")
 Kind = Callable[[Path, Random], tuple[str, list[str]]]
 WHOLE = yaml.safe_dump(TrainConfig().to_dict(), sort_keys=False)
 KINDS: tuple[Kind, ...] = (in_a_file, on_the_command_line, mutated, hostile, bomb, no_text)
@@ -299,6 +301,7 @@ def train_with(prepared: tuple[Path, Callable[..., Any]], number: int) -> Verdic
     folder, training.train = prepared  # type: ignore[assignment]
     random = generator("trained", number)
     run = folder / f"run-{number}"
+    shutil.rmtree(run, ignore_errors=True)
     tree = CONFIG.to_dict() | {"run": str(run), "epochs": 1, "checkpoint_seconds": 60.0}
     names = [name for name in FIELDS if name not in LEFT_ALONE]
     for name in random.choices(names, k=random.choice((1, 1, 2))):
@@ -311,6 +314,7 @@ def train_with(prepared: tuple[Path, Callable[..., Any]], number: int) -> Verdic
     if tree["data"]["name"] in (*HUB, "faces"):
         return Verdict("settings in a file", "left out: it asks the net")
     said = command("train", *words)
+    shutil.rmtree(run, ignore_errors=True)
     return Verdict("settings in a file", RIGHT if said.code == 0 else TOLD, said.failure)
 
 

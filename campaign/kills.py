@@ -146,22 +146,22 @@ def _judge(kind: str, ended: Ended, run: Path) -> str | None:
     """What is wrong with how the disturbed run ended, if anything."""
     if kind.startswith("SIGKILL"):
         return None if ended.code in (0, -signal.SIGKILL) else f"ended with {ended}"
-    if kind == "out of memory" and ended.code in (-signal.SIGABRT, -signal.SIGKILL):
-        return None  # where C++ finds no memory for its own exception; the run must go on from it
+    if kind == "out of memory" and ended.code < 0:
+        return None  # where C and C++ find no memory to say so; the run must go on from it too
     if kind.startswith("SIGTERM") and ended.code == -signal.SIGTERM:
         return None  # before or after the training, when there is nothing to save
     if ended.said is None:
         return f"ended with {ended.code}"
     if ended.said.failure:
         return ended.said.failure
-    codes = (0, 143) if kind.startswith("SIGTERM") else (0, 1)
+    codes = (0, 143) if kind.startswith("SIGTERM") else (0, 1, 2)
     return None if ended.code in codes else f"ended with {ended}"[:400]
 
 
 def _in_words(ended: Ended) -> str:
     if ended.code < 0:
         return f"killed by {signal.Signals(-ended.code).name}"
-    return {0: "had ended before", 143: "saved and stopped", 1: "clear error"}[ended.code]
+    return {0: "had ended before", 143: "saved and stopped"}.get(ended.code, "clear error")
 
 
 # Processes

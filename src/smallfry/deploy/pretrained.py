@@ -38,7 +38,7 @@ from smallfry.deploy.hub import NAME, check_name, download, upload
 from smallfry.deploy.model_card import model_card
 from smallfry.errors import RunError, UsageError
 from smallfry.training.checkpoint import MANIFEST, WEIGHTS, write_file
-from smallfry.training.rebuild import OF_THE_FACTORY
+from smallfry.training.rebuild import OF_THE_FACTORY, fill
 from smallfry.training.run import RunFolder, TrainedModel, load_run
 from smallfry.version import __version__
 
@@ -158,7 +158,7 @@ def from_pretrained(
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise RunError(f"{folder / CONFIG}: damaged or incomplete ({error!r})") from error
     try:
-        trained.model.load_state_dict(weights)
+        fill(trained.model, weights, str(folder))
     except RuntimeError as error:
         raise RunError(
             f"{folder}: its weights don't fit the model that {CONFIG} describes "

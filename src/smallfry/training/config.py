@@ -1,5 +1,6 @@
 """Everything that a training run is told, as typed, frozen data; the command and YAML mirror it."""
 
+import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +10,8 @@ from jsonargparse import ArgumentParser
 from smallfry.errors import RunError, UsageError
 from smallfry.plain_yaml import MOST_CONFIG, YAML_MODE, load_yaml
 from smallfry.reading import read_bytes
+
+MOST_SEED = 2**63  # above which PyTorch takes none
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check((self.mean is None) == (self.std is None), "data.mean and data.std go together")
         _check(all(s > 0 for s in self.std or ()), "data.std must be positive")
+        _check(0 <= self.split_seed < MOST_SEED, "data.split_seed is 0 to below 2**63")
+        numbers = (*(self.mean or ()), *(self.std or ()))
+        _check(all(map(math.isfinite, numbers)), "data.mean and data.std must be finite numbers")
 
 
 @dataclass(frozen=True)
@@ -264,7 +270,7 @@ class TrainConfig:
         _check(self.patience is None or self.patience >= 1, "patience must be at least 1, or null")
         _check(self.workers is None or self.workers >= 0, "workers can't be negative")
         _check(self.threads is None or self.threads >= 1, "threads must be at least 1")
-        _check(self.seed >= 0, "seed can't be negative")
+        _check(0 <= self.seed < MOST_SEED, "seed is 0 to below 2**63")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that YAML and JSON can hold."""

@@ -68,6 +68,19 @@ def rebuild(
     return model.eval()
 
 
+def fill(model: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
+    """Give a model its weights.
+
+    Raises:
+        RuntimeError: They don't fit it.
+        RunError: One is not a finite number, so that every answer would be none.
+    """
+    model.load_state_dict(weights)
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise RunError(f"{where}: the weight '{name}' is not finite; take another checkpoint")
+
+
 def _require_plain(value: Any, where: str, depth: int = 0) -> None:
     if depth > 10:
         raise RunError(f"{where}: the model's arguments are nested too deeply")

@@ -26,7 +26,7 @@ from smallfry.images import LARGEST_SIDE
 from smallfry.reading import read_bytes, read_json
 from smallfry.training.augment import Normalize
 from smallfry.training.checkpoint import load_checkpoint, write_file
-from smallfry.training.rebuild import OF_THE_FACTORY, rebuild
+from smallfry.training.rebuild import OF_THE_FACTORY, fill, rebuild
 
 
 class RunFolder:
@@ -148,7 +148,7 @@ def load_run(run: str | Path, checkpoint: str = "best") -> TrainedModel:
         # the weights are here already, wherever the training took them from
         kept = {key: v for key, v in spec["arguments"].items() if key not in OF_THE_FACTORY}
         model = rebuild(spec["name"], kept, weights, str(folder))
-        model.load_state_dict(weights)
+        fill(model, weights, str(folder))
         if getattr(model, "num_classes", len(classes)) != len(classes):
             raise ValueError(f"there are {len(classes)} names of classes")
         normalize = Normalize(sample["mean"], sample["std"])

@@ -12,7 +12,14 @@ from torch import nn
 
 from smallfry.costing import cost
 from smallfry.data import NAMED, ImageData, Split, load_data
-from smallfry.errors import DataError, RunError, SmallfryWarning, UsageError, nearest
+from smallfry.errors import (
+    DataError,
+    RunError,
+    SmallfryWarning,
+    UsageError,
+    is_out_of_memory,
+    nearest,
+)
 from smallfry.models import ViTRM
 from smallfry.report.classification import confusion_matrix, mistakes, surest_mistakes
 from smallfry.report.curves import learning_curves
@@ -133,6 +140,8 @@ def create_model(config: ModelConfig, data: ImageData) -> tuple[nn.Module, dict[
             size = data.image_size
             model.eval()(torch.zeros(2, data.channels, size, size))
     except Exception as error:  # of any of timm's models, given any options
+        if is_out_of_memory(error):
+            raise
         reason = (str(error) or repr(error)).splitlines()[0]
         shape = f"{data.channels}×{data.image_size}×{data.image_size}"
         raise UsageError(f"model {name} can't be built for images of {shape}: {reason}") from error
