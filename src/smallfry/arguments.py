@@ -54,7 +54,10 @@ def build_parser(short: bool = False) -> ArgumentParser:
     train_verb = _parser("Train a model; without options, a ViTRM on handwritten digits.")
     train_verb.add_argument("--config", action="config", help="A YAML file with any of these.")
     train_verb.add_argument(
-        "--resume", metavar="RUN", help="Go on with a run, exactly where it stopped."
+        "--resume",
+        type=str | None,
+        metavar="RUN",
+        help="Go on with a run, exactly where it stopped.",
     )
     train_verb.add_class_arguments(TrainConfig)
     verbs.add_subcommand("train", train_verb, help="train a model")

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from smallfry.arguments import (
@@ -26,6 +27,7 @@ from smallfry.arguments import (
 )
 from smallfry.errors import SmallfryError, Stopped, UsageError, is_out_of_memory
 from smallfry.studies.config import STUDIES, RaceConfig, RunsConfig
+from smallfry.terminal import printable
 from smallfry.training.config import TrainConfig
 
 FAILED, MISUSED = 1, 2  # exit codes; a run that a signal stopped gives 128 + its number
@@ -113,7 +115,8 @@ def evaluate(
     for name, value in result.items():
         percent = name in ("accuracy", "macro_f1")
         shown = value if isinstance(value, str | int) else f"{value:.4f}"
-        table.add_row(name.replace("_", " "), f"{value:.2%}" if percent else str(shown))
+        cell = f"{value:.2%}" if percent else escape(printable(str(shown)))
+        table.add_row(name.replace("_", " "), cell)
     Console().print(table)
     return 0
 
@@ -153,13 +156,13 @@ def predict(
     failed = False
     for answer in answers:
         if answer.error is not None:
-            print(f"smallfry: {answer.error}", file=sys.stderr)
+            _complain(answer.error, FAILED)
             failed = True
         elif as_json:
             print(json.dumps(answer.to_dict()), flush=True)
         else:
             guesses = "  ".join(f"{name} {share:.1%}" for name, share in answer.top)
-            print(f"{answer.name}: {guesses}", flush=True)
+            print(printable(f"{answer.name}: {guesses}"), flush=True)
     return FAILED if failed else 0
 
 
@@ -372,12 +375,12 @@ def _log_to_stderr() -> None:
 
 
 def _complain(error: Exception | str, code: int) -> int:
-    print(f"smallfry: {error}", file=sys.stderr)
+    print(printable(f"smallfry: {error}"), file=sys.stderr)
     return code
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
-    print(f"smallfry: warning: {message}", file=sys.stderr)
+    print(printable(f"smallfry: warning: {message}"), file=sys.stderr)
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
@@ -385,19 +388,22 @@ def _print_summary(summary: dict[str, Any]) -> None:
     measured, console = summary["measured"], Console(highlight=False)
     table = Table("", "test accuracy", "macro F1", "parameters", "MMAC", box=None)
     table.add_row(
-        summary["model"]["name"],
+        escape(printable(summary["model"]["name"])),
         f"{measured['test']['accuracy']:.2%}",
         f"{measured['test']['macro_f1']:.2%}",
         f"{measured['parameters']:,}",
         f"{measured['macs'] / 1e6:,.1f}",
     )
     for reference in measured["references"]:
-        table.add_row(reference["name"], f"{reference['test_accuracy']:.2%}", "", "", "")
+        table.add_row(
+            escape(printable(reference["name"])), f"{reference['test_accuracy']:.2%}", "", "", ""
+        )
     console.print(table)
-    data, run = summary["data"], summary["run"]
+    split = escape(printable(measured["select_on"]))
+    data, run = summary["data"], escape(printable(summary["run"]))
     console.print(
-        f"best epoch {measured['best_epoch']} of {measured['epochs']}, selected on "
-        f"{measured['select_on']}; {data['train']:,} images to train, {data['test']:,} to test; "
+        f"best epoch {measured['best_epoch']} of {measured['epochs']}, selected on {split}; "
+        f"{data['train']:,} images to train, {data['test']:,} to test; "
         f"{measured['training_seconds']:.0f} s of training",
         soft_wrap=True,
     )

@@ -76,9 +76,18 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
         RunError: One is not a finite number, so that every answer would be none.
     """
     model.load_state_dict(weights)
-    for name, parameter in model.named_parameters():
-        if not bool(parameter.isfinite().all()):
-            raise RunError(f"{where}: the weight '{name}' is not finite; take another checkpoint")
+    name = not_finite(model)
+    if name is not None:
+        raise RunError(f"{where}: the weight '{name}' is not finite; take another checkpoint")
+
+
+def not_finite(model: nn.Module) -> str | None:
+    """The first weight, or running statistic of a norm, that is not finite; None if all are."""
+    running = [(n, b) for n, b in model.named_buffers() if ".running_" in f".{n}"]
+    for name, tensor in (*model.named_parameters(), *running):
+        if not bool(tensor.isfinite().all()):
+            return name
+    return None
 
 
 def _require_plain(value: Any, where: str, depth: int = 0) -> None:
