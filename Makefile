@@ -2,6 +2,7 @@
 # make test     style, types and tests, with the documentation's code and a strict build of it
 # make docs     builds the documentation into site/; make docs-serve shows it while you write
 # make bench    how fast the training loop is
+# make campaign  kills runs, damages files and feeds in hostile ones: about an hour
 # make recipes  writes recipes/paper and recipes/short
 # Each works alone on a machine that has Python 3.11 or newer and make. ARGS reach the command.
 
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint docs docs-serve bench recipes clean
+.PHONY: demo test lint docs docs-serve bench campaign recipes clean
 
 demo: $(INSTALLED)
 	$(BIN)/smallfry train $(ARGS)
@@ -31,6 +32,9 @@ docs-serve: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/loop.py $(ARGS)
 
+campaign: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m campaign $(ARGS)
+
 recipes: $(INSTALLED)
 	$(BIN)/python recipes/generate.py
 
@@ -42,4 +46,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf .venv site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv site .mypy_cache .pytest_cache .ruff_cache .hypothesis .campaign

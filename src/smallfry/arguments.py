@@ -2,16 +2,19 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_type_hints
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from smallfry.errors import nearest
+from smallfry.errors import SmallfryError, UsageError, nearest
+from smallfry.plain_yaml import YAML_MODE
 from smallfry.studies.config import STUDIES
 from smallfry.training.config import TrainConfig
 from smallfry.version import __version__
+
+Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,10 @@ def build_parser(short: bool = False) -> ArgumentParser:
     train_verb = _parser("Train a model; without options, a ViTRM on handwritten digits.")
     train_verb.add_argument("--config", action="config", help="A YAML file with any of these.")
     train_verb.add_argument(
-        "--resume", metavar="RUN", help="Go on with a run, exactly where it stopped."
+        "--resume",
+        type=str | None,
+        metavar="RUN",
+        help="Go on with a run, exactly where it stopped.",
     )
     train_verb.add_class_arguments(TrainConfig)
     verbs.add_subcommand("train", train_verb, help="train a model")
@@ -194,7 +200,11 @@ def build_parser(short: bool = False) -> ArgumentParser:
 
 def _parser(description: str) -> ArgumentParser:
     parser = ArgumentParser(
-        prog="smallfry", description=description, exit_on_error=False, allow_abbrev=False
+        prog="smallfry",
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
+        parser_mode=YAML_MODE,
     )
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     return parser
@@ -213,6 +223,43 @@ def _add_run(parser: ArgumentParser, as_json: bool = True) -> None:
     )
     if as_json:
         parser.add_argument("--json", action="store_true", help="Print JSON.")
+
+
+def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    """What a command line says.
+
+    Raises:
+        UsageError: Words or settings that can't be meant.
+    """
+    try:
+        return parser.parse_args(list(arguments))
+    except ArgumentError as error:
+        raise UsageError(explain(str(error), arguments, parser)) from error
+    except Exception as error:  # jsonargparse raises almost anything, given a stranger's file
+        raise _unreadable(error) from error
+
+
+def build_config(parser: ArgumentParser, given: Namespace, kind: type[Config]) -> Config:
+    """The configuration that a verb was given.
+
+    Raises:
+        UsageError: A group of settings that is something else.
+    """
+    for name, expected in get_type_hints(kind).items():
+        if is_dataclass(expected) and not isinstance(given[name], Namespace | dict):
+            raise UsageError(f"{name}: expected settings by their names, got '{given[name]}'")
+    try:
+        built = parser.instantiate(given)
+        return kind(**{name: built[name] for name in get_type_hints(kind)})
+    except SmallfryError:
+        raise
+    except Exception as error:  # such as a number that no float can hold
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: Exception) -> UsageError:
+    reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+    return UsageError(f"the settings can't be read: {reason}")
 
 
 def expand_shorthand(arguments: Sequence[str]) -> list[str]:

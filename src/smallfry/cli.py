@@ -8,24 +8,26 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from smallfry.arguments import (
     EarlyExit,
     OtherData,
+    build_config,
     build_parser,
     expand_shorthand,
-    explain,
+    parse,
     verb_parsers,
 )
-from smallfry.errors import SmallfryError, Stopped, UsageError
+from smallfry.errors import SmallfryError, Stopped, UsageError, is_out_of_memory
 from smallfry.studies.config import STUDIES, RaceConfig, RunsConfig
+from smallfry.terminal import printable
 from smallfry.training.config import TrainConfig
 
 FAILED, MISUSED = 1, 2  # exit codes; a run that a signal stopped gives 128 + its number
@@ -143,7 +145,8 @@ def evaluate(
     for name, value in result.items():
         percent = name in ("accuracy", "macro_f1")
         shown = value if isinstance(value, str | int) else f"{value:.4f}"
-        table.add_row(name.replace("_", " "), f"{value:.2%}" if percent else str(shown))
+        cell = f"{value:.2%}" if percent else escape(printable(str(shown)))
+        table.add_row(name.replace("_", " "), cell)
     Console().print(table)
     return 0
 
@@ -183,13 +186,13 @@ def predict(
     failed = False
     for answer in answers:
         if answer.error is not None:
-            print(f"smallfry: {answer.error}", file=sys.stderr)
+            _complain(answer.error, FAILED)
             failed = True
         elif as_json:
             print(json.dumps(answer.to_dict()), flush=True)
         else:
             guesses = "  ".join(f"{name} {share:.1%}" for name, share in answer.top)
-            print(f"{answer.name}: {guesses}", flush=True)
+            print(printable(f"{answer.name}: {guesses}"), flush=True)
     return FAILED if failed else 0
 
 
@@ -289,9 +292,7 @@ def _dispatch(parsed: Namespace, parser: ArgumentParser, short: bool) -> int:
     verb = parsed.subcommand
     given = parsed[verb]
     if verb == "train":
-        built = verb_parsers(parser)[verb].instantiate(given)
-        config = TrainConfig(**{field.name: built[field.name] for field in fields(TrainConfig)})
-        return train(config, given.resume)
+        return train(build_config(verb_parsers(parser)[verb], given, TrainConfig), given.resume)
     if verb == "evaluate":
         other = OtherData(given.data.name, given.data.root)
         return evaluate(
@@ -345,8 +346,8 @@ def _dispatch_study(given: Namespace, parser: ArgumentParser, short: bool) -> in
     if given[name].short and not short:
         raise UsageError("the short form is asked for on the command line: --short")
     kind = STUDIES[name]
-    built = verb_parsers(verb_parsers(parser)["study"])[name].instantiate(given[name])
-    config = kind.config(**{field.name: built[field.name] for field in fields(kind.config)})
+    parser_of_study = verb_parsers(verb_parsers(parser)["study"])[name]
+    config: Any = build_config(parser_of_study, given[name], kind.config)
     return study(name, config, given[name].folder)
 
 
@@ -374,6 +375,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except Exception as error:
+            if is_out_of_memory(error):
+                reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+                return _complain(
+                    f"out of memory ({reason}); take a smaller batch_size, accumulate, or a "
+                    "smaller model; a run that was saved goes on with --resume",
+                    FAILED,
+                )
             return _complain(
                 f"an error inside smallfry, {type(error).__name__}: {error}; "
                 "--debug shows where, please report it",
@@ -384,11 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str]) -> int:
     short = "--short" in arguments
     parser = build_parser(short)
-    try:
-        parsed = parser.parse_args(list(arguments))
-    except ArgumentError as error:
-        raise UsageError(explain(str(error), arguments, parser)) from None
-    return _dispatch(parsed, parser, short)
+    return _dispatch(parse(parser, arguments), parser, short)
 
 
 def _log_to_stderr() -> None:
@@ -407,12 +411,12 @@ def _log_to_stderr() -> None:
 
 
 def _complain(error: Exception | str, code: int) -> int:
-    print(f"smallfry: {error}", file=sys.stderr)
+    print(printable(f"smallfry: {error}"), file=sys.stderr)
     return code
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
-    print(f"smallfry: warning: {message}", file=sys.stderr)
+    print(printable(f"smallfry: warning: {message}"), file=sys.stderr)
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
@@ -420,19 +424,22 @@ def _print_summary(summary: dict[str, Any]) -> None:
     measured, console = summary["measured"], Console(highlight=False)
     table = Table("", "test accuracy", "macro F1", "parameters", "MMAC", box=None)
     table.add_row(
-        summary["model"]["name"],
+        escape(printable(summary["model"]["name"])),
         f"{measured['test']['accuracy']:.2%}",
         f"{measured['test']['macro_f1']:.2%}",
         f"{measured['parameters']:,}",
         f"{measured['macs'] / 1e6:,.1f}",
     )
     for reference in measured["references"]:
-        table.add_row(reference["name"], f"{reference['test_accuracy']:.2%}", "", "", "")
+        table.add_row(
+            escape(printable(reference["name"])), f"{reference['test_accuracy']:.2%}", "", "", ""
+        )
     console.print(table)
-    data, run = summary["data"], summary["run"]
+    split = escape(printable(measured["select_on"]))
+    data, run = summary["data"], escape(printable(summary["run"]))
     console.print(
-        f"best epoch {measured['best_epoch']} of {measured['epochs']}, selected on "
-        f"{measured['select_on']}; {data['train']:,} images to train, {data['test']:,} to test; "
+        f"best epoch {measured['best_epoch']} of {measured['epochs']}, selected on {split}; "
+        f"{data['train']:,} images to train, {data['test']:,} to test; "
         f"{measured['training_seconds']:.0f} s of training",
         soft_wrap=True,
     )

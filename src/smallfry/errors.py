@@ -1,5 +1,6 @@
 """What can go wrong for a user. A message says what was wrong, what was expected, what to do."""
 
+import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -46,6 +47,19 @@ class Stopped(Exception):
 
 class SmallfryWarning(UserWarning):
     """Something was handled in a way that the user should know of."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python, PyTorch or the system says that memory is full."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    told = (
+        *("can't allocate memory", "not enough memory", "can't start new thread", "bad_alloc"),
+        "could not create a primitive",  # oneDNN
+    )
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in told)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

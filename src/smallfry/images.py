@@ -1,21 +1,35 @@
 """One image: from bytes or a file to pixels of a wanted size and number of channels."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from smallfry.errors import DataError
+from smallfry.reading import opened
 
 Encoded = bytes | Path
 
+# Those that people keep pictures in. Pillow opens others too: EPS starts Ghostscript, a program of
+# its own, and rare ones have been read by few.
+FORMATS = (
+    *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "SGI"),
+    *("TGA", "TIFF", "WEBP"),
+)
+Image.init()
+READ = tuple(kind for kind in FORMATS if kind in Image.OPEN)  # as this Pillow was built
 IMAGE_EXTENSIONS = frozenset(
-    extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN
+    extension for extension, kind in Image.registered_extensions().items() if kind in (*READ, "MPO")
 )
 MOST_PIXELS = 89_478_485  # a quarter of a GiB of RGB, where Pillow begins to warn
+MOST_BYTES = 256 * 2**20  # of a file
+LARGEST_SIDE = 4096  # that images are brought to for a model
 GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "F"})
 
 
@@ -29,10 +43,11 @@ def header(encoded: Encoded, where: str) -> tuple[int, int, bool]:
 
 
 def decode(encoded: Encoded, where: str, size: int, channels: int) -> NDArray[np.uint8]:
-    """Pixels (channels, size, size) of any image that Pillow reads.
+    """Pixels (channels, size, size) of an image of one of ``FORMATS``.
 
-    An EXIF rotation is applied, transparency laid over white, 16-bit values are scaled to 8, the
-    first frame of an animation is taken, and a picture that is not square is cropped at its centre.
+    An EXIF rotation is applied, if it can be read, transparency laid over white, 16-bit values are
+    scaled to 8, the first frame of an animation is taken, and a picture that is not square is
+    cropped at its centre.
 
     Raises:
         DataError: Not an image, or a damaged one; ``where`` names it.
@@ -40,10 +55,10 @@ def decode(encoded: Encoded, where: str, size: int, channels: int) -> NDArray[np
     with _open(encoded, where) as image:
         try:
             image.load()
-            return _fit(_eight_bit(ImageOps.exif_transpose(image), where), size, channels)
+            return _fit(_eight_bit(_upright(image), where), size, channels)
         except DataError:
             raise
-        except Exception as error:  # a stranger's bytes raise almost anything, struct.error too
+        except Exception as error:
             raise _damaged(where, error) from error
 
 
@@ -61,17 +76,33 @@ def _fit(image: Image.Image, size: int, channels: int) -> NDArray[np.uint8]:
     return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
-def _open(encoded: Encoded, where: str) -> Image.Image:
+@contextmanager
+def _open(encoded: Encoded, where: str) -> Iterator[Image.Image]:
+    try:
+        if isinstance(encoded, Path):
+            with opened(encoded, MOST_BYTES) as stream, _image_in(stream, where) as image:
+                yield image
+        else:
+            if len(encoded) > MOST_BYTES:
+                raise OSError(f"longer than {MOST_BYTES:,} bytes")
+            with _image_in(BytesIO(encoded), where) as image:
+                yield image
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"{where}: can't be read ({reason})") from error
+
+
+def _image_in(stream: BinaryIO, where: str) -> Image.Image:
     try:
         with warnings.catch_warnings():  # Pillow warns of what is refused here
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(BytesIO(encoded) if isinstance(encoded, bytes) else encoded)
+            image = Image.open(stream, formats=READ)
     except UnidentifiedImageError:
-        raise DataError(f"{where}: not an image, or of a format that Pillow can't read") from None
+        raise DataError(f"{where}: not an image, or of a format that is not read") from None
     except Image.DecompressionBombError as error:
         raise DataError(f"{where}: too large to be decoded safely ({error})") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"{where}: can't be read ({error})") from error
+    except Exception as error:  # a stranger's bytes raise almost anything, struct.error too
+        raise _damaged(where, error) from error
     if image.width * image.height > MOST_PIXELS:
         image.close()
         raise DataError(
@@ -79,6 +110,16 @@ def _open(encoded: Encoded, where: str) -> Image.Image:
             f"at most {MOST_PIXELS:,} are read: make it smaller"
         )
     return image
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF data says it was taken, if these can be read."""
+    try:
+        with warnings.catch_warnings():  # of damaged ones
+            warnings.simplefilter("ignore")
+            return ImageOps.exif_transpose(image)
+    except Exception:  # damaged in any way, which is no reason to lose the picture
+        return image
 
 
 def _damaged(where: str, error: Exception) -> DataError:

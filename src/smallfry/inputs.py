@@ -32,9 +32,18 @@ def find_images(inputs: Sequence[str], stdin: BinaryIO) -> Iterator[Found]:
 
 
 def images_below(folder: Path) -> list[Path]:
-    """All images in a folder and its folders; hidden ones are not meant."""
-    found = []
+    """All images in a folder and its folders; hidden ones are not meant.
+
+    Links are followed, as large sets are often made of them, but into no folder twice: links that
+    lead back would have no end.
+    """
+    found, seen = [], set()
     for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(place, name) for name in sorted(files) if is_image(name)]
     return found

@@ -24,6 +24,7 @@ from smallfry.cli import main
 from smallfry.deploy.pretrained import from_pretrained, load_trained, push_to_hub, save_pretrained
 from smallfry.errors import HubError, RunError, SmallfryError, SmallfryWarning, UsageError
 from smallfry.inputs import Found
+from smallfry.reading import sealed
 from smallfry.training.augment import Normalize
 from smallfry.training.inference import classify
 from smallfry.training.run import TrainedModel, load_run
@@ -224,7 +225,7 @@ def test_loading_a_run_of_fine_tuned_weights_fetches_nothing(run, tmp_path, monk
     file = tuned / "best/manifest.json"
     manifest = json.loads(file.read_text())
     manifest["model"]["arguments"]["pretrained"] = True
-    file.write_text(json.dumps(manifest))
+    file.write_text(json.dumps(sealed(manifest)))
     folder = save_pretrained(tuned, tmp_path / "out")
     assert "pretrained" not in from_pretrained(folder).manifest["model"]["arguments"]
     by_timm = timm.create_model(f"local-dir:{folder}", pretrained=True)
@@ -445,7 +446,7 @@ def test_a_newer_format_is_refused(copied):
         ({"pretrained_cfg": 3}, "damaged or incomplete"),
         ({"smallfry": {}}, "names no format"),
         ({"model_args": {"checkpoint_path": "/etc/passwd"}}, "may not hold checkpoint_path"),
-        ({"model_args": {"nonsense": 1}}, "can't be built as config.json says"),
+        ({"model_args": {"nonsense": 1}}, "can't be built as it is described"),
     ],
 )
 def test_a_wrong_description_is_refused(copied, entries, message):

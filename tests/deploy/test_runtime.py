@@ -16,6 +16,7 @@ from smallfry.cli import main
 from smallfry.deploy import Runtime
 from smallfry.errors import DataError, ExportError, UsageError
 from smallfry.models.early_exit import recurse_until
+from smallfry.reading import sealed
 from smallfry.training.augment import Normalize
 from smallfry.training.run import load_run
 from smallfry.training.train import load_like
@@ -142,16 +143,16 @@ def damaged(export, tmp_path, **changes):
     copy = tmp_path / "damaged"
     shutil.copytree(export, copy)
     content = json.loads((copy / "manifest.json").read_text()) | changes
-    (copy / "manifest.json").write_text(json.dumps(content))
+    (copy / "manifest.json").write_text(json.dumps(sealed(content)))
     return copy
 
 
 def test_an_export_of_another_version_is_refused(anytime, tmp_path, capsys):
-    copy = damaged(anytime, tmp_path, format=2, smallfry="9.9")
-    with pytest.raises(ExportError, match=r"smallfry 9\.9 in format 2; this is"):
+    copy = damaged(anytime, tmp_path, format=9, smallfry="9.9")
+    with pytest.raises(ExportError, match=r"smallfry 9\.9 in format 9; this is"):
         Runtime(copy)
     assert main(["predict", str(copy), "x.png"]) == 1
-    assert "smallfry 9.9 in format 2" in capsys.readouterr().err
+    assert "smallfry 9.9 in format 9" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["embed.onnx", "step.onnx", "read_out.onnx"])

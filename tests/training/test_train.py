@@ -20,6 +20,7 @@ from smallfry.errors import (
     UsageError,
 )
 from smallfry.models.vitrm import Layer
+from smallfry.reading import sealed
 from smallfry.training.checkpoint import load_checkpoint
 from smallfry.training.config import (
     AugmentConfig,
@@ -317,14 +318,18 @@ def test_folders_that_are_no_runs_are_named(tmp_path):
         resume(tmp_path)
 
 
+def resealed(manifest, text):
+    manifest.write_text(json.dumps(sealed(json.loads(text))))
+
+
 def test_damaged_weights_and_foreign_manifests_are_refused(config):
     train(config)
     manifest = config.run / "best" / "manifest.json"
     before = manifest.read_text()
-    manifest.write_text(before.replace('"embed_dim": 16', '"embed_dim": 32'))
+    resealed(manifest, before.replace('"embed_dim": 16', '"embed_dim": 32'))
     with pytest.raises(RunError, match="weights don't fit the model"):
         load_run(config.run)
-    manifest.write_text(before.replace('"classes"', '"klasses"'))
+    resealed(manifest, before.replace('"classes"', '"klasses"'))
     with pytest.raises(RunError, match="its manifest lacks 'classes'"):
         load_run(config.run)
     manifest.write_text(before)

@@ -160,7 +160,7 @@ def _read_parquet(
             f"{folder}: its parquet files can't be read ({error.__cause__ or error})"
         ) from error
     fingerprints = {split: digest(*map(stamp, files)) for split, files in shards.items()}
-    return _read_tables(str(folder), tables, fingerprints, label, default_label)
+    return _read_tables(str(folder), tables, fingerprints, label, default_label, folder)
 
 
 def _read_tables(
@@ -169,6 +169,7 @@ def _read_tables(
     fingerprints: dict[str, str],
     label: str | None,
     default_label: str | None = None,
+    folder: Path | None = None,
 ) -> Source:
     """Tables of the ``datasets`` library with an image and a label column."""
     if TRAIN not in tables:
@@ -180,7 +181,7 @@ def _read_tables(
     classes = declared or sorted(set(_label_values(tables[TRAIN], chosen)) - {None})
     splits = {
         split: _table_split(
-            f"{origin}, {split}", table, image, chosen, classes, fingerprints[split]
+            f"{origin}, {split}", table, image, chosen, classes, fingerprints[split], folder
         )
         for split, table in tables.items()
     }
@@ -229,7 +230,9 @@ def _table_split(
     label_column: str,
     classes: Sequence[Any],
     fingerprint: str,
+    folder: Path | None,
 ) -> EncodedSplit:
+    """A split of a table, whose images may be files in ``folder`` and nowhere else."""
     from datasets import Image as ImageFeature
 
     def locate(row: int) -> str:
@@ -251,7 +254,15 @@ def _table_split(
         cell = encoded[row][image_column]
         if cell is None or (cell["bytes"] is None and cell["path"] is None):
             raise DataError(f"{locate(row)}: a label without an image")
-        return Path(cell["path"]) if cell["bytes"] is None else bytes(cell["bytes"])
+        if cell["bytes"] is not None:
+            return bytes(cell["bytes"])
+        file = Path(cell["path"])
+        if folder is None or not (folder / file).resolve().is_relative_to(folder.resolve()):
+            raise DataError(
+                f"{locate(row)}: its image is not in the table but in '{file}', outside the "
+                "table's folder; move it in there, or put the images into the table"
+            )
+        return folder / file
 
     # images in files of their own may change under a table that does not
     inside = encoded.data.column(image_column).combine_chunks().field("bytes").null_count == 0

@@ -6,7 +6,6 @@ not smallfry, is read as far as its description goes.
 """
 
 import hashlib
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -14,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import timm
 from safetensors import SafetensorError
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from smallfry.deploy.facts import SPLITS, UNKNOWN
-from smallfry.errors import RunError, SmallfryWarning, UsageError, nearest
+from smallfry.errors import RunError, SmallfryWarning, UsageError
+from smallfry.images import LARGEST_SIDE
+from smallfry.reading import read_json, read_large
 from smallfry.training.augment import Normalize
 from smallfry.training.checkpoint import WEIGHTS
+from smallfry.training.rebuild import OF_THE_FACTORY, rebuild
 from smallfry.training.run import TrainedModel
 from smallfry.version import __version__
 
@@ -30,13 +31,6 @@ FORMAT = 1
 CONFIG = "config.json"
 INTERPOLATION, CROP = "bilinear", 1.0  # what smallfry.images does
 
-# arguments of timm's factory that say where weights come from, or how layers are compiled
-OF_THE_FACTORY = frozenset(
-    {
-        *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args"),
-        *("cache_dir", "checkpoint_path", "scriptable", "exportable", "no_jit", "device", "dtype"),
-    }
-)
 OF_THE_SOURCE = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"}
 
 
@@ -47,10 +41,10 @@ def read_config(file: Path) -> dict[str, Any]:
         RunError: Missing, damaged, of another library, or written by a newer smallfry.
     """
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
     except FileNotFoundError:
         raise RunError(f"{file.parent}: not a shared model, {CONFIG} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise RunError(f"{file}: can't be read ({error})") from error
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         raise RunError(
@@ -79,14 +73,15 @@ def read_weights(folder: Path, facts: Mapping[str, Any] | None) -> dict[str, Ten
     """
     file, again = folder / WEIGHTS, "copy or fetch it again"
     try:
-        data = file.read_bytes()
+        data = read_large(file)
     except FileNotFoundError:
         raise RunError(
             f"{folder}: {WEIGHTS} is missing; smallfry reads weights from no other file, as "
             "pickles can run code"
         ) from None
-    except OSError as error:
-        raise RunError(f"{file}: can't be read ({error.strerror}); {again}") from error
+    except (OSError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or "out of memory"
+        raise RunError(f"{file}: can't be read ({reason}); {again}") from error
     if facts is not None:
         noted = facts.get("weights")
         if not isinstance(noted, dict) or hashlib.sha256(data).hexdigest() != noted.get("sha256"):
@@ -101,6 +96,7 @@ def described(
     config: Mapping[str, Any],
     facts: Mapping[str, Any] | None,
     classes: Sequence[str] | None,
+    weights: Mapping[str, Tensor],
     where: str,
 ) -> TrainedModel:
     """The model that ``config.json`` describes, in evaluation mode, without its weights yet.
@@ -109,6 +105,7 @@ def described(
         config: Its content.
         facts: Of it, what smallfry wrote; None in a model of timm.
         classes: Names of the classes, in place of its own.
+        weights: What the folder holds, which bounds how large the model can be.
         where: What errors name.
 
     Raises:
@@ -121,17 +118,17 @@ def described(
     channels, height, width = wanted["input_size"]
     arguments = dict(config.get("model_args", {}))
     channels = arguments.get("in_chans", channels)
-    if height != width or channels not in (1, 3):
+    if height != width or channels not in (1, 3) or not 1 <= height <= LARGEST_SIDE:
         raise RunError(
-            f"{where}: takes images of {channels}×{height}×{width}; smallfry's are square, with 1 "
-            "or 3 channels"
+            f"{where}: takes images of {channels}×{height}×{width}; smallfry's are square, of at "
+            f"most {LARGEST_SIDE} pixels, with 1 or 3 channels"
         )
     mean, std = (tuple(map(float, wanted[key])) for key in ("mean", "std"))
     if len(mean) != channels or len(std) != channels or not all(value > 0 for value in std):
         raise RunError(f"{where}: its mean {mean} and std {std} don't fit {channels} channels")
     if facts is None:
         _warn_of_another_view(wanted, where)
-    model = _build(config["architecture"], wanted, arguments, len(labels), where)
+    model = _build(config["architecture"], wanted, arguments, len(labels), weights, where)
     told = dict(facts or {})
     for name in ("data", "training", "measured", "provenance"):
         if not isinstance(told.get(name, {}), Mapping):
@@ -202,24 +199,16 @@ def _build(
     wanted: Mapping[str, Any],
     arguments: Mapping[str, Any],
     classes: int,
+    weights: Mapping[str, Tensor],
     where: str,
 ) -> nn.Module:
     """A model of timm's registry in evaluation mode; nothing is fetched and no weights are read."""
-    if not timm.is_model(architecture):
-        raise RunError(
-            f"{where}: neither smallfry {__version__} nor timm {timm.__version__} has an "
-            f"architecture '{architecture}'{nearest(architecture, timm.list_models())}"
-        )
     foreign = OF_THE_FACTORY & set(arguments)
     if foreign:
         raise RunError(f"{where}: model_args in {CONFIG} may not hold {', '.join(sorted(foreign))}")
     known = {field.name for field in fields(PretrainedCfg)} - OF_THE_SOURCE
     cfg = {key: value for key, value in wanted.items() if key in known} | {"num_classes": classes}
-    try:
-        model: nn.Module = timm.create_model(architecture, pretrained_cfg=cfg, **arguments)
-    except Exception as error:  # of any of timm's models, given any arguments
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise RunError(f"{where}: the model can't be built as {CONFIG} says: {reason}") from error
+    model = rebuild(architecture, arguments, weights, where, pretrained_cfg=cfg)
     if getattr(model, "num_classes", classes) != classes:
         raise RunError(f"{where}: its model_args and its {classes} classes contradict each other")
-    return model.eval()
+    return model

@@ -12,9 +12,11 @@ from typing import Any
 
 from smallfry.errors import ExportError
 from smallfry.exits import Point
+from smallfry.reading import is_whole, read_bytes, read_json, sealed
 from smallfry.version import __version__
 
-FORMAT = 1
+FORMAT = 2  # 1 had no digest of the manifest
+READ = (1, FORMAT)
 MANIFEST = "manifest.json"
 GRAPHS = {
     "whole": ("model.onnx",),
@@ -22,6 +24,7 @@ GRAPHS = {
 }
 PRECISIONS = ("float32", "int8", "int8_dynamic")
 MOST_STEPS = 10_000
+MOST_GRAPH = 2**31  # bytes of a graph, which is the most that ONNX's own format can hold
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class Manifest:
     def to_json(self) -> str:
         """The text of ``manifest.json``."""
         content = asdict(self) | {"exits": [point._asdict() for point in self.exits]}
-        return json.dumps({"format": FORMAT, "smallfry": __version__, **content}, indent=2) + "\n"
+        head = {"format": FORMAT, "smallfry": __version__}
+        return json.dumps(sealed({**head, **content}), indent=2) + "\n"
 
     @staticmethod
     def read(folder: Path) -> "Manifest":
@@ -78,10 +82,10 @@ class Manifest:
         if not folder.is_dir():
             raise ExportError(f"{folder}: there is no such export folder")
         try:
-            content = json.loads(file.read_bytes())
+            content = read_json(file)
         except FileNotFoundError:
             raise ExportError(f"{folder}: not an export, {MANIFEST} is missing") from None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise ExportError(f"{file}: damaged ({error}); export the run again") from error
         return _checked(content, file)
 
@@ -89,8 +93,8 @@ class Manifest:
 def is_export(folder: Path) -> bool:
     """Whether a folder says that it is an export, in order or not."""
     try:
-        content = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        content = read_json(folder / MANIFEST)
+    except (OSError, ValueError):
         return False
     return isinstance(content, dict) and "form" in content
 
@@ -102,10 +106,11 @@ def read_file(folder: Path, name: str, manifest: Manifest) -> bytes:
         ExportError: Missing, or not the file that the manifest was written for.
     """
     try:
-        content = (folder / name).read_bytes()
-    except OSError as error:
+        content = read_bytes(folder / name, MOST_GRAPH)
+    except (OSError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or "out of memory"
         raise ExportError(
-            f"{folder / name}: can't be read ({error.strerror}); export the run again"
+            f"{folder / name}: can't be read ({reason}); export the run again"
         ) from error
     if hashlib.sha256(content).hexdigest() != manifest.files.get(name):
         raise ExportError(
@@ -118,11 +123,15 @@ def read_file(folder: Path, name: str, manifest: Manifest) -> bytes:
 def _checked(content: Any, file: Path) -> Manifest:
     if not isinstance(content, dict) or "format" not in content or "form" not in content:
         raise ExportError(f"{file}: not the manifest of a smallfry export")
-    if content["format"] != FORMAT:
+    if content["format"] not in READ:
         raise ExportError(
             f"{file.parent}: exported by smallfry {content.get('smallfry', '?')} in format "
             f"{content['format']}; this is smallfry {__version__}, which reads format {FORMAT}: "
             "export the run again with this version, or install that one"
+        )
+    if not is_whole(content):
+        raise ExportError(
+            f"{file}: damaged, its digest is not that of its content; export the run again"
         )
     try:
         values = {entry.name: content[entry.name] for entry in fields(Manifest)}

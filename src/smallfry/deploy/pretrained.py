@@ -29,7 +29,6 @@ from smallfry.deploy.description import (
     CROP,
     FORMAT,
     INTERPOLATION,
-    OF_THE_FACTORY,
     described,
     read_config,
     read_weights,
@@ -40,6 +39,7 @@ from smallfry.deploy.manifest import is_export
 from smallfry.deploy.model_card import model_card
 from smallfry.errors import RunError, UsageError
 from smallfry.training.checkpoint import MANIFEST, WEIGHTS, write_file
+from smallfry.training.rebuild import OF_THE_FACTORY, fill
 from smallfry.training.run import RunFolder, TrainedModel, load_run
 from smallfry.version import __version__
 
@@ -155,11 +155,11 @@ def from_pretrained(
     facts = config.get("smallfry")
     weights = read_weights(folder, facts)
     try:
-        trained = described(config, facts, classes, str(name))
+        trained = described(config, facts, classes, weights, str(name))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise RunError(f"{folder / CONFIG}: damaged or incomplete ({error!r})") from error
     try:
-        trained.model.load_state_dict(weights)
+        fill(trained.model, weights, str(folder))
     except RuntimeError as error:
         raise RunError(
             f"{folder}: its weights don't fit the model that {CONFIG} describes "

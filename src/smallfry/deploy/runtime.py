@@ -21,6 +21,7 @@ from smallfry.exits import NEVER, Trace, most_accurate, most_thrifty
 from smallfry.images import Encoded, decode
 from smallfry.inputs import Found
 
+NO_OTHER_FILES = "session.model_external_initializers_file_folder_path"
 Floats = NDArray[np.float32]
 
 
@@ -57,6 +58,8 @@ class Runtime:
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or _cores()
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # weights are in the graph; of a graph from bytes ONNX Runtime looks for others in "."
+        options.add_session_config_entry(NO_OTHER_FILES, os.devnull)
         self._graphs = {
             name.removesuffix(".onnx"): _session(
                 read_file(folder, name, self.manifest), folder / name, options, providers

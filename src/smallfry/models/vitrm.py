@@ -31,6 +31,8 @@ __all__ = ["RecursionStep", "State", "ViTRM"]
 
 FIRST, LAST = slice(0, 1), slice(-1, None)
 
+MOST_STEPS = 10_000  # rewritings of the memory for one image
+
 
 class State(NamedTuple):
     """What a recursion carries from step to step."""
@@ -120,6 +122,11 @@ class ViTRM(nn.Module):
         }.items():
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
+        if latent_steps * recursion_steps > MOST_STEPS:
+            raise ValueError(
+                f"{latent_steps} latent steps in {recursion_steps} recursion steps have no end in "
+                f"sight; at most {MOST_STEPS:,} together"
+            )
 
         self.input_shape = (in_chans, side, side)
         self.num_classes = num_classes

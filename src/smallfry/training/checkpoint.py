@@ -3,7 +3,7 @@
 ``model.safetensors`` holds the weights to use (the average, if there is one), ``manifest.json``
 what they are, ``trainer.pt`` what the loop needs to go on. A checkpoint is written beside its
 place and renamed into it, and the one before it stays as ``<name>.previous``; every file's hash is
-in the manifest, so a damaged one is never loaded.
+in the manifest, and the manifest's own too, so a damaged one is never loaded.
 """
 
 import hashlib
@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from smallfry.errors import RunError
+from smallfry.reading import is_whole, read_json, read_large, sealed
 from smallfry.version import __version__
 
-FORMAT = 1
+FORMAT = 2  # 1 had no digest of the manifest
+READ = (1, FORMAT)
 WEIGHTS, TRAINER, MANIFEST = "model.safetensors", "trainer.pt", "manifest.json"
 
 
@@ -59,7 +60,7 @@ def save_checkpoint(
             contents[TRAINER] = buffer.getvalue()
         files = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
         head = {"format": FORMAT, "smallfry": __version__, **manifest, "files": files}
-        contents[MANIFEST] = json.dumps(head, indent=2).encode()
+        contents[MANIFEST] = json.dumps(sealed(head), indent=2).encode()
         for name, data in contents.items():
             _write(new / name, data)
         if folder.exists():
@@ -85,26 +86,34 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         folder = previous
     if not folder.is_dir():
         raise RunError(f"{folder}: there is no checkpoint; the run stopped before its first one")
-    manifest = read_manifest(folder)
     hint = "take another checkpoint"
     if folder != previous and (previous / MANIFEST).exists():
         hint = f"the one before it is in {previous.name}: delete {folder} to go on from there"
+    try:
+        manifest = read_manifest(folder)
+    except RunError as error:
+        raise RunError(f"{error}; {hint}") from error
     contents = {}
     for name, digest in manifest["files"].items():
         try:
-            contents[name] = (folder / name).read_bytes()
-        except OSError as error:
-            raise RunError(f"{folder / name}: can't be read ({error.strerror}); {hint}") from error
+            contents[name] = read_large(folder / name)
+        except (OSError, MemoryError) as error:
+            reason = getattr(error, "strerror", None) or "out of memory"
+            raise RunError(f"{folder / name}: can't be read ({reason}); {hint}") from error
         if hashlib.sha256(contents[name]).hexdigest() != digest:
             raise RunError(f"{folder / name}: damaged, its hash is not the manifest's; {hint}")
+    name = WEIGHTS
     try:
         weights = safetensors.torch.load(contents[WEIGHTS])
         trainer = None
         if TRAINER in contents:
-            state = io.BytesIO(contents[TRAINER])
+            name, state = TRAINER, io.BytesIO(contents[TRAINER])
             trainer = torch.load(state, map_location="cpu", weights_only=True)
-    except (KeyError, SafetensorError, RuntimeError) as error:
-        raise RunError(f"{folder}: can't be loaded ({error}); {hint}") from error
+            if not isinstance(trainer, dict):
+                raise ValueError("it holds no state of a training run")
+    except Exception as error:  # a stranger's bytes, with the right hash, raise almost anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise RunError(f"{folder / name}: can't be loaded ({reason}); {hint}") from error
     return Checkpoint(manifest, weights, trainer)
 
 
@@ -117,18 +126,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint folder, if it is one that this version reads."""
     file = folder / MANIFEST
     try:
-        manifest = json.loads(file.read_text())
+        manifest = read_json(file)
     except FileNotFoundError:
         raise RunError(f"{folder}: incomplete, {MANIFEST} is missing") from None
     except (OSError, ValueError) as error:
         raise RunError(f"{file}: damaged ({error})") from error
     if not isinstance(manifest, dict) or "format" not in manifest or "files" not in manifest:
         raise RunError(f"{file}: not the manifest of a smallfry checkpoint")
-    if manifest["format"] != FORMAT:
+    if manifest["format"] not in READ:
         raise RunError(
             f"{folder}: written by smallfry {manifest.get('smallfry', '?')} in format "
             f"{manifest['format']}; this is smallfry {__version__}, which reads format {FORMAT}"
         )
+    if not is_whole(manifest):
+        raise RunError(f"{file}: damaged, its digest is not that of its content")
+    files = manifest["files"]
+    if not isinstance(files, dict) or not {WEIGHTS} <= {*files} <= {WEIGHTS, TRAINER}:
+        raise RunError(f"{file}: damaged, it lists other files than those of a checkpoint")
     return manifest
 
 

@@ -1,12 +1,17 @@
 """Everything that a training run is told, as typed, frozen data; the command and YAML mirror it."""
 
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 
 from smallfry.errors import RunError, UsageError
+from smallfry.plain_yaml import MOST_CONFIG, YAML_MODE, load_yaml
+from smallfry.reading import read_bytes
+
+MOST_SEED = 2**63  # above which PyTorch takes none
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check((self.mean is None) == (self.std is None), "data.mean and data.std go together")
         _check(all(s > 0 for s in self.std or ()), "data.std must be positive")
+        _check(0 <= self.split_seed < MOST_SEED, "data.split_seed is 0 to below 2**63")
+        numbers = (*(self.mean or ()), *(self.std or ()))
+        _check(all(map(math.isfinite, numbers)), "data.mean and data.std must be finite numbers")
 
 
 @dataclass(frozen=True)
@@ -267,7 +275,7 @@ class TrainConfig:
         _check(self.patience is None or self.patience >= 1, "patience must be at least 1, or null")
         _check(self.workers is None or self.workers >= 0, "workers can't be negative")
         _check(self.threads is None or self.threads >= 1, "threads must be at least 1")
-        _check(self.seed >= 0, "seed can't be negative")
+        _check(0 <= self.seed < MOST_SEED, "seed is 0 to below 2**63")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that YAML and JSON can hold."""
@@ -283,17 +291,25 @@ class TrainConfig:
 
 
 def read_config(file: Path) -> TrainConfig:
-    """The configuration in a YAML file.
+    """The configuration in a YAML file, which may come from anyone; no other file is read for it.
 
     Raises:
         RunError: Not a configuration of this version.
     """
-    parser = ArgumentParser(exit_on_error=False)
+    parser = ArgumentParser(exit_on_error=False, parser_mode=YAML_MODE)
     parser.add_class_arguments(TrainConfig)
     try:
-        return TrainConfig(**vars(parser.instantiate(parser.parse_path(str(file)))))
-    except (ArgumentError, TypeError, ValueError, OSError) as error:
-        raise RunError(f"{file}: not a configuration of this version ({error})") from error
+        content = load_yaml(read_bytes(file, MOST_CONFIG).decode())
+        groups = [entry.name for entry in fields(TrainConfig) if entry.default is MISSING]
+        if not isinstance(content, dict):
+            raise ValueError("expected settings by their names")
+        for group in {*groups} & {*content}:
+            if not isinstance(content[group], dict):  # or jsonargparse takes it for a file's name
+                raise ValueError(f"{group}: expected settings by their names")
+        return TrainConfig(**vars(parser.instantiate(parser.parse_object(content))))
+    except Exception as error:  # jsonargparse raises almost anything, given a stranger's file
+        reason = " ".join(str(error).split())
+        raise RunError(f"{file}: not a configuration of this version ({reason})") from error
 
 
 def _check(holds: bool, message: str) -> None:

@@ -30,6 +30,7 @@ from smallfry.training.optimization import (
     peak_learning_rate,
 )
 from smallfry.training.progress import Reporter
+from smallfry.training.rebuild import not_finite
 from smallfry.training.run import RunFolder
 
 
@@ -264,7 +265,7 @@ class Trainer:
         self._pending.clear()
 
     def _require_finite_weights(self) -> None:
-        if not all(bool(p.isfinite().all()) for p in self.raw_model.parameters()):
+        if not_finite(self.raw_model) is not None:
             raise self._diverged("a weight is not", self.progress.step)
 
     def _diverged(self, what: str, step: int) -> TrainingError:

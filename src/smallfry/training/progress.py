@@ -7,6 +7,8 @@ from typing import Literal, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from smallfry.terminal import printable
+
 Mode = Literal["auto", "rich", "plain", "quiet"]
 
 
@@ -57,7 +59,7 @@ class PlainReporter(QuietReporter):
 
     def say(self, message: str) -> None:
         """One line."""
-        print(message, flush=True)
+        print(printable(message), flush=True)
 
 
 class RichReporter(QuietReporter):
@@ -97,7 +99,7 @@ class RichReporter(QuietReporter):
 
     def say(self, message: str) -> None:
         """A line above the bar."""
-        self.console.print(message, markup=False)
+        self.console.print(printable(message), markup=False)
 
     def close(self) -> None:
         """Take the bar away."""

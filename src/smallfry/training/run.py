@@ -10,20 +10,23 @@ pictures/       what people look at
 import csv
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
 import yaml
 from filelock import FileLock, Timeout
 from torch import nn
 
 from smallfry.errors import DataError, RunError
+from smallfry.images import LARGEST_SIDE
+from smallfry.reading import read_bytes, read_json
 from smallfry.training.augment import Normalize
 from smallfry.training.checkpoint import load_checkpoint, write_file
+from smallfry.training.rebuild import OF_THE_FACTORY, fill, rebuild
 
 
 class RunFolder:
@@ -82,13 +85,16 @@ class RunFolder:
 
     def read_metrics(self) -> list[dict[str, float]]:
         """The rows of ``metrics.csv``; none before the first epoch has ended."""
-        if not self.metrics.exists():
-            return []
-        with open(self.metrics, newline="") as stream:
+        try:
+            text = read_bytes(self.metrics).decode()
             return [
                 {name: float(value) for name, value in row.items() if value}
-                for row in csv.DictReader(stream)
+                for row in csv.DictReader(io.StringIO(text, newline=""))
             ]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, TypeError, csv.Error) as error:
+            raise RunError(f"{self.metrics}: damaged ({error})") from error
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``."""
@@ -97,11 +103,11 @@ class RunFolder:
     def read_summary(self) -> dict[str, Any] | None:
         """``summary.json``, or None while the run has not ended."""
         try:
-            summary: dict[str, Any] = json.loads(self.summary.read_text())
-            _ = summary["measured"], summary["model"], summary["data"]
+            summary: dict[str, Any] = read_json(self.summary)
+            _require_summary(summary)
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(
                 f"{self.summary}: damaged ({error!r}); delete it, then --resume makes it again"
             ) from error
@@ -137,25 +143,63 @@ def load_run(run: str | Path, checkpoint: str = "best") -> TrainedModel:
         folder = path / checkpoint
     manifest, weights, _ = load_checkpoint(folder)
     try:
-        spec, sample = manifest["model"], manifest["input"]
-        arguments = spec["arguments"] | {"pretrained": False}  # the weights are here already
-        model = timm.create_model(spec["name"], **arguments)
-        model.load_state_dict(weights)
-        return TrainedModel(
-            model.eval(),
-            tuple(manifest["classes"]),
-            sample["size"],
-            sample["channels"],
-            Normalize(sample["mean"], sample["std"]),
-            manifest,
-        )
+        spec, sample, classes = manifest["model"], manifest["input"], manifest["classes"]
+        _require_input(sample, classes)
+        # the weights are here already, wherever the training took them from
+        kept = {key: v for key, v in spec["arguments"].items() if key not in OF_THE_FACTORY}
+        model = rebuild(spec["name"], kept, weights, str(folder))
+        fill(model, weights, str(folder))
+        if getattr(model, "num_classes", len(classes)) != len(classes):
+            raise ValueError(f"there are {len(classes)} names of classes")
+        normalize = Normalize(sample["mean"], sample["std"])
     except KeyError as error:
         raise RunError(f"{folder}: its manifest lacks {error}") from error
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise RunError(
             f"{folder}: its weights don't fit the model that its manifest names "
-            f"({str(error).splitlines()[0]})"
+            f"({(str(error) or repr(error)).splitlines()[0]})"
         ) from error
+    return TrainedModel(
+        model, tuple(classes), sample["size"], sample["channels"], normalize, manifest
+    )
+
+
+def _require_input(sample: Mapping[str, Any], classes: Any) -> None:
+    """Make sure that a manifest's words on images and classes can be meant."""
+    size, channels = sample["size"], sample["channels"]
+    if type(size) is not int or not 1 <= size <= LARGEST_SIDE or channels not in (1, 3):
+        raise ValueError(f"images of {channels}×{size}×{size} are none that smallfry reads")
+    for name in ("mean", "std"):
+        values = sample[name]
+        if len(values) != channels or not all(map(math.isfinite, values)):
+            raise ValueError(f"{name} needs {channels} numbers")
+    if min(sample["std"]) <= 0:
+        raise ValueError("std must be positive")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise TypeError("classes are no list of names")
+
+
+def _require_summary(summary: Any) -> None:
+    """Make sure that a summary holds what the command prints of it."""
+    measured = summary["measured"]
+    texts = (summary["model"]["name"], summary["run"], measured["select_on"])
+    counts = (
+        *(measured[name] for name in ("parameters", "best_epoch", "epochs")),
+        *(summary["data"][name] for name in ("train", "test")),
+    )
+    references = measured["references"]
+    numbers = (
+        *(measured["test"][name] for name in ("accuracy", "macro_f1")),
+        *(measured[name] for name in ("macs", "training_seconds")),
+        *(reference["test_accuracy"] for reference in references),
+    )
+    names = (*texts, *(reference["name"] for reference in references))
+    if not all(isinstance(text, str) for text in names):
+        raise TypeError("a name is no text")
+    if not all(type(count) is int for count in counts):
+        raise TypeError("a count is no number")
+    if not all(type(number) in (int, float) for number in numbers):
+        raise TypeError("a figure is no number")
 
 
 def require_classes(trained: TrainedModel, classes: Sequence[str], origin: str) -> None:

@@ -1,6 +1,7 @@
 """A whole training run: from a configuration to a folder with a model, its numbers and pictures."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,28 @@ from torch import nn
 
 from smallfry.costing import cost
 from smallfry.data import NAMED, ImageData, Split, load_data
-from smallfry.errors import DataError, SmallfryWarning, UsageError, nearest
+from smallfry.errors import (
+    DataError,
+    RunError,
+    SmallfryWarning,
+    UsageError,
+    is_out_of_memory,
+    nearest,
+)
 from smallfry.models import ViTRM
 from smallfry.report.classification import confusion_matrix, mistakes, surest_mistakes
 from smallfry.report.curves import learning_curves
 from smallfry.report.recursion import interesting, recursion_trace
 from smallfry.training.augment import Augment
 from smallfry.training.batches import flips_by_default
-from smallfry.training.checkpoint import has_checkpoint, load_checkpoint
+from smallfry.training.checkpoint import Checkpoint, has_checkpoint, load_checkpoint
 from smallfry.training.config import DataConfig, ModelConfig, TrainConfig, read_config
 from smallfry.training.evaluation import Predictions, predict, score
 from smallfry.training.loop import Trainer
 from smallfry.training.objective import build_objective
 from smallfry.training.progress import Reporter, build_reporter
 from smallfry.training.provenance import provenance
+from smallfry.training.rebuild import OF_THE_FACTORY
 from smallfry.training.references import fit_references
 from smallfry.training.run import RunFolder, TrainedModel, load_run, new_run_folder
 
@@ -72,15 +81,34 @@ def resume(run: str | Path, reporter: Reporter | None = None) -> dict[str, Any]:
         if summary is not None:
             return summary
         config = read_config(folder.config)
-        trainer = _build(config, _load(config), folder, reporter)
         if has_checkpoint(folder.last):
             checkpoint = load_checkpoint(folder.last)
+            trainer = _build(_without_weights(config), _load(config), folder, reporter)
             _require_same_data(checkpoint.manifest, trainer.data, folder)
-            trainer.restore(checkpoint)
+            _restore(trainer, checkpoint)
+        else:
+            trainer = _build(config, _load(config), folder, reporter)
         trainer.reporter.say(f"going on with {folder.path} after step {trainer.progress.step}")
         evidence = provenance(trainer.fabric.device)  # of the code that runs, as it starts
         trainer.fit()
         return _conclude(trainer, evidence)
+
+
+def _without_weights(config: TrainConfig) -> TrainConfig:
+    """A checkpoint holds all weights, so none are fetched to begin with."""
+    kept = {k: v for k, v in config.model.options.items() if not k.startswith("pretrained")}
+    return replace(config, model=replace(config.model, options=kept))
+
+
+def _restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    try:
+        trainer.restore(checkpoint)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise RunError(
+            f"{trainer.folder.last}: its state does not fit the run's config.yaml ({reason}); "
+            "restore the file that the run was begun with, or start a new run"
+        ) from error
 
 
 def _with_full_paths(config: TrainConfig) -> TrainConfig:
@@ -102,6 +130,7 @@ def create_model(config: ModelConfig, data: ImageData) -> tuple[nn.Module, dict[
     decided = sorted({*arguments, "img_size"} & set(config.options))
     if decided:
         raise UsageError(f"model.options: {decided[0]} comes from the data; see data.image_size")
+    _require_safe_options(config.options)
     arguments |= config.arguments()
     if timm.get_pretrained_cfg(name).fixed_input_size:
         arguments["img_size"] = data.image_size
@@ -111,6 +140,8 @@ def create_model(config: ModelConfig, data: ImageData) -> tuple[nn.Module, dict[
             size = data.image_size
             model.eval()(torch.zeros(2, data.channels, size, size))
     except Exception as error:  # of any of timm's models, given any options
+        if is_out_of_memory(error):
+            raise
         reason = (str(error) or repr(error)).splitlines()[0]
         shape = f"{data.channels}×{data.image_size}×{data.image_size}"
         raise UsageError(f"model {name} can't be built for images of {shape}: {reason}") from error
@@ -123,6 +154,21 @@ def create_model(config: ModelConfig, data: ImageData) -> tuple[nn.Module, dict[
                 "take a smaller batch_size and accumulate"
             ) from None
     return model, {"name": name, "arguments": arguments}
+
+
+def _require_safe_options(options: Mapping[str, Any]) -> None:
+    """Of timm's own arguments those that can't read a pickle: it may come from anyone."""
+    for name in sorted(OF_THE_FACTORY & set(options)):
+        value = options[name]
+        if name == "pretrained" and isinstance(value, bool):
+            continue
+        file = value.get("file") if isinstance(value, dict) and len(value) == 1 else None
+        if name == "pretrained_cfg_overlay" and str(file).endswith(".safetensors"):
+            continue
+        raise UsageError(
+            f"model.options: {name} can't be {str(value)[:80]!r}; weights to start from are "
+            "pretrained: true, and with it pretrained_cfg_overlay: {file: NAME.safetensors}"
+        )
 
 
 def model_name(config: ModelConfig, data: ImageData) -> str:

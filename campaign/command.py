@@ -1,0 +1,43 @@
+"""The command ``smallfry`` in this process: what it said, and whether that is fit for a user."""
+
+import contextlib
+import functools
+import io
+from typing import NamedTuple
+
+from smallfry import cli
+
+cli.build_parser = functools.cache(cli.build_parser)  # which takes half a second
+UNFIT = ("an error inside smallfry", "Traceback (most recent")
+
+
+class Said(NamedTuple):
+    """What a command said."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def failure(self) -> str | None:
+        """What is unfit for a user in it, if anything."""
+        for text in (self.err, self.out):
+            for mark in UNFIT:
+                if mark in text:
+                    return text[text.index(mark) :][:300]
+        if self.code not in (0, 1, 2, 130, 143):
+            return f"exit code {self.code}"
+        if self.code and not self.err.strip():
+            return f"exit code {self.code} without a word"
+        return None
+
+
+def command(*arguments: str) -> Said:
+    """Run the command here; what escapes it is its failure."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = cli.main(list(arguments))
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+    return Said(code, out.getvalue(), err.getvalue())

@@ -1,0 +1,104 @@
+"""What the campaign has found so far: kept while it runs, and written down when it has ended."""
+
+import json
+import os
+import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from campaign.trials import Part, Verdict
+from smallfry.training.provenance import provenance
+
+LIBRARIES = ("pillow", "safetensors", "jsonargparse", "PyYAML", "onnxruntime")
+MOST_FAILURES = 50  # that are written out
+
+
+@dataclass
+class Record:
+    """What one part has found."""
+
+    done: int = 0
+    seconds: float = 0.0
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)  # by kind and what came of it
+    failed: int = 0
+    failures: list[dict[str, Any]] = field(default_factory=list)
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, number: int, verdict: Verdict) -> None:
+        """One more trial."""
+        self.done += 1
+        self.counts[verdict.kind, verdict.said] += 1
+        if verdict.failure is not None:
+            self.failed += 1
+            if len(self.failures) < MOST_FAILURES:
+                self.failures.append({"trial": number, **verdict._asdict()})
+
+    def save(self, file: Path) -> None:
+        """Keep it; the next start goes on from there."""
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(self.told(), indent=1))
+        os.replace(part, file)
+
+    def told(self) -> dict[str, Any]:
+        """As JSON has it."""
+        counts = [[*key, count] for key, count in sorted(self.counts.items())]
+        return {**vars(self), "seconds": round(self.seconds, 1), "counts": counts}
+
+    @staticmethod
+    def load(file: Path) -> "Record":
+        """What was kept; nothing if nothing was."""
+        if not file.exists():
+            return Record()
+        told = json.loads(file.read_text())
+        counts = Counter({(kind, said): count for kind, said, count in told.pop("counts")})
+        return Record(**told, counts=counts)
+
+
+def evidence() -> dict[str, Any]:
+    """What ran, where and when, without a word on this machine's folders."""
+    told = provenance(torch.device("cpu"))
+    told["command"] = "python -m campaign"
+    versions: Any = told["versions"]
+    told["versions"] = {**versions, **{name: version(name) for name in LIBRARIES}}
+    told["system"] = platform.system()
+    told["date"] = datetime.now(UTC).isoformat(timespec="seconds")
+    return told
+
+
+def write_results(parts: Sequence[Part], records: Mapping[str, Record], file: Path) -> None:
+    """The figures as JSON."""
+    said = {
+        part.name: {"promise": part.promise, **records[part.name].told()}
+        for part in parts
+        if part.name in records
+    }
+    file.write_text(json.dumps({"measured": said}, indent=1) + "\n")
+
+
+def write_page(parts: Sequence[Part], records: Mapping[str, Record], file: Path) -> None:
+    """Put the tables into the page, between its marks."""
+    text = file.read_text()
+    begin, end = "<!-- figures -->", "<!-- end of figures -->"
+    head, tail = text[: text.index(begin) + len(begin)], text[text.index(end) :]
+    file.write_text(f"{head}\n{_tables(parts, records)}\n{tail}")
+
+
+def _tables(parts: Sequence[Part], records: Mapping[str, Record]) -> str:
+    lines = ["| part | trials | failed | minutes |", "|---|---:|---:|---:|"]
+    known = [(part, records[part.name]) for part in parts if part.name in records]
+    for part, record in known:
+        minutes = record.seconds / 60
+        lines.append(f"| {part.name} | {record.done:,} | {record.failed} | {minutes:.1f} |")
+    for part, record in known:
+        lines += ["", f"**{part.name}**: {part.promise}.", "", "| what | came of it | trials |"]
+        lines.append("|---|---|---:|")
+        for (kind, said), count in sorted(record.counts.items()):
+            lines.append(f"| {kind or '–'} | {said} | {count:,} |")
+    return "\n".join(lines)

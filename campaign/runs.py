@@ -1,0 +1,99 @@
+"""Tiny training runs on handwritten digits, and what is compared of two of them."""
+
+import csv
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from smallfry.training import train as training
+from smallfry.training.checkpoint import Checkpoint, load_checkpoint
+from smallfry.training.config import (
+    AugmentConfig,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+
+TINY = {"embed_dim": 16, "num_heads": 2, "mlp_hidden_dim": 16, "depth": 1, "latent_steps": 1}
+TIMINGS = ("images_per_second", "seconds")
+CONFIG = TrainConfig(
+    data=DataConfig(limit=200),
+    model=ModelConfig(options=TINY, drop_rate=0.1),
+    augment=AugmentConfig(crop_padding=1, flip=True, mixup=0.2, cutmix=1.0),
+    objective=ObjectiveConfig(supervision_steps=2),
+    epochs=3,
+    batch_size=64,
+    threads=1,
+    workers=0,
+    checkpoint_seconds=0.0,  # a checkpoint after each of its 9 steps
+    references=False,
+    progress="quiet",
+)
+
+
+def write_config(file: Path, run: Path, **changes: Any) -> None:
+    """A configuration of a tiny run as the command takes it."""
+    file.write_text(yaml.safe_dump(replace(CONFIG, run=run, **changes).to_dict()))
+
+
+def of_optimizer(name: str) -> OptimizerConfig:
+    """An optimizer as a short run needs it."""
+    return OptimizerConfig(name, clip=1.0)
+
+
+def without_pictures() -> None:
+    """Pictures are drawn when all is done, and take longer than a tiny run."""
+    training.draw_run = lambda *arguments: None  # type: ignore[assignment]
+
+
+def difference(one: Path, other: Path) -> str | None:
+    """Where two runs differ, if they do: rows, weights, optimizer, what is left in the folder."""
+    if _rows(one) != _rows(other):
+        return "metrics.csv has other rows"
+    for name in ("last", "best"):
+        found = _differs(load_checkpoint(one / name), load_checkpoint(other / name))
+        if found:
+            return f"{name}: {found}"
+    left = [entry for entry in os.listdir(other) if entry.endswith((".new", ".part"))]
+    return f"{left[0]} is left" if left else None
+
+
+def _differs(one: Checkpoint, other: Checkpoint) -> str | None:
+    if one.manifest["training"] != other.manifest["training"]:
+        return "another step"
+    if not same(one.weights, other.weights):
+        return "other weights"
+    if one.trainer is None or other.trainer is None:
+        return None
+    for part in ("weights", "optimizer"):
+        if not same(one.trainer[part], other.trainer[part]):
+            return f"another state of the {part}"
+    return None
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two trees of tensors and values are the same to the bit; timings are left out."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and torch.equal(
+            one.nan_to_num(1.25), other.nan_to_num(1.25)
+        )
+    if isinstance(one, dict):
+        keys = [key for key in one if "seconds" not in str(key)]
+        return isinstance(other, dict) and all(same(one[k], other.get(k)) for k in keys)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, float) and math.isnan(one):
+        return isinstance(other, float) and math.isnan(other)
+    return bool(one == other)
+
+
+def _rows(run: Path) -> list[dict[str, str]]:
+    rows = csv.DictReader((run / "metrics.csv").read_text().splitlines())
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]

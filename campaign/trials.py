@@ -1,0 +1,150 @@
+"""Trials: numbered, each the same whenever it is run, each in a process that may die of it."""
+
+import contextlib
+import json
+import os
+import random
+import resource
+import select
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+GIB = 2**30
+
+RIGHT, TOLD = "right answer", "clear error"  # verdicts that are no failures; others may join
+
+
+class Verdict(NamedTuple):
+    """How one trial ended."""
+
+    kind: str  # of fault or input
+    said: str  # what came of it
+    failure: str | None = None  # what should not have been, if anything
+
+
+class Part(NamedTuple):
+    """One part of the campaign."""
+
+    name: str
+    promise: str  # what holds in each of its trials
+    prepare: Callable[[Path], Any]  # once in a folder of its own; what it returns goes to trials
+    trial: Callable[[Any, int], Verdict]  # the trial of that number
+    count: int  # of the whole campaign
+    short: int  # of the short one
+    seconds: float = 60.0  # that a trial may take
+    memory: int = 4 * GIB  # that a trial may use, in bytes of address space above the beginning
+    resident: int = 2 * GIB  # that it may fill
+    alone: bool = False  # a trial has its own processes, and needs none around it
+
+
+def generator(part: str, number: int) -> random.Random:
+    """The random numbers of one trial."""
+    return random.Random(f"{part} {number}")
+
+
+def run_trials(part: Part, state: Any, numbers: Sequence[int]) -> Iterator[tuple[int, Verdict]]:
+    """The verdicts of some trials, in their order, as they come."""
+    left = list(numbers)
+    while left:
+        if part.alone:
+            yield left[0], _judged(part, state, left[0])
+            left.pop(0)
+            continue
+        for number, verdict in _in_a_child(part, state, list(left)):
+            yield number, verdict
+            left.pop(0)
+
+
+def _in_a_child(part: Part, state: Any, numbers: list[int]) -> Iterator[tuple[int, Verdict]]:
+    """Trials until one is the end of the process that runs them."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        _work(part, state, numbers, writing)
+    os.close(writing)
+    done, unread = 0, b""
+    failure = "hangs"
+    try:
+        while done < len(numbers):
+            deadline = time.monotonic() + part.seconds
+            while b"\n" not in unread:
+                ready = select.select([reading], [], [], max(0.0, deadline - time.monotonic()))[0]
+                if not ready:
+                    break
+                block = os.read(reading, 2**16)
+                if not block:
+                    failure = ""
+                    break
+                unread += block
+            if b"\n" not in unread:
+                break
+            line, unread = unread.split(b"\n", 1)
+            yield numbers[done], Verdict(*json.loads(line))
+            done += 1
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        os.close(reading)
+    if done < len(numbers):
+        failure = failure or f"the process ended with {os.waitstatus_to_exitcode(status)}"
+        yield numbers[done], Verdict("", "died", failure)
+
+
+def _work(part: Part, state: Any, numbers: list[int], writing: int) -> NoReturn:
+    begun = _virtual_bytes()
+    resource.setrlimit(resource.RLIMIT_AS, (begun + part.memory, begun + part.memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    silence()
+    files = _open_files()
+    resident = _most_resident()
+    code = 0
+    try:
+        for number in numbers:
+            verdict = _judged(part, state, number)
+            used = _most_resident()
+            if verdict.failure is None and used - resident > part.resident:
+                grown = (used - resident) / GIB
+                verdict = verdict._replace(failure=f"filled {grown:.1f} GiB of memory")
+            resident = max(resident, used - part.resident)
+            if verdict.failure is None and _open_files() > files + 8:
+                verdict = verdict._replace(failure="leaves files open")
+                files = _open_files()
+            os.write(writing, json.dumps(verdict).encode() + b"\n")
+    except BaseException:
+        code = 1
+    os._exit(code)
+
+
+def _judged(part: Part, state: Any, number: int) -> Verdict:
+    try:
+        return part.trial(state, number)
+    except Exception:
+        lines = traceback.format_exc().splitlines()
+        return Verdict("", "traceback", " | ".join(line.strip() for line in lines[-5:])[:600])
+
+
+def silence() -> None:
+    """Let nothing that libraries say reach the terminal."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+
+
+def _virtual_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return pages * resource.getpagesize()
+
+
+def _most_resident() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))

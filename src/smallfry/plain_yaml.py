@@ -1,0 +1,76 @@
+"""YAML that may come from anyone, as jsonargparse takes it: plain values, and not too many.
+
+A text of a kilobyte may stand for a billion values, through aliases of aliases, and jsonargparse
+imports the class that ``class_path`` names wherever it stands.
+"""
+
+from typing import Any
+
+import jsonargparse
+import yaml
+
+MOST_CONFIG = 2**20  # bytes of a configuration
+MOST_VALUES = 100_000  # in a configuration, each alias counted as all that it stands for
+DEEPEST = 50  # levels of a configuration
+YAML_MODE = "bounded_yaml"  # jsonargparse's name for what ``load_yaml`` reads
+
+
+def load_yaml(text: str) -> Any:
+    """The value in a YAML text, as jsonargparse reads it: plain values only.
+
+    Raises:
+        yaml.YAMLError: Not YAML; with tags of Python's objects; longer, deeper or, with its
+            aliases written out, of more values than any configuration; or naming a class.
+    """
+    if len(text) > MOST_CONFIG:
+        raise yaml.YAMLError(f"longer than {MOST_CONFIG:,} characters")
+    try:
+        _measure(text)
+        value = jsonargparse.get_loader("yaml")(text)
+        _refuse_classes(value)
+    except (ValueError, TypeError, OverflowError, AttributeError, RecursionError) as error:
+        # what PyYAML makes of numbers and dates that can't be
+        raise yaml.YAMLError(f"a value can't be read ({error})") from error
+    return value
+
+
+def _measure(text: str) -> None:
+    """Refuse a text that stands for too much, before anything is made of it."""
+    sizes: dict[str, int] = {}  # of what anchors name
+    open_nodes: list[tuple[str | None, int]] = []  # anchor and the values counted before it
+    values = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:  # unknown, or inside itself
+                raise yaml.YAMLError(f"the alias '{event.anchor}' stands for nothing yet")
+            values += sizes[event.anchor]
+        elif isinstance(event, yaml.ScalarEvent):
+            values += 1
+            if event.anchor is not None:
+                sizes[event.anchor] = 1
+        elif isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, values))
+            values += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            if anchor is not None:
+                sizes[anchor] = values - before
+        if values > MOST_VALUES:
+            raise yaml.YAMLError(f"it stands for more than {MOST_VALUES:,} values")
+        if len(open_nodes) > DEEPEST:
+            raise yaml.YAMLError(f"it is nested more than {DEEPEST} levels deep")
+
+
+def _refuse_classes(value: Any) -> None:
+    """jsonargparse would import, and could call, what ``class_path`` names."""
+    if isinstance(value, dict):
+        if "class_path" in value:
+            raise yaml.YAMLError("'class_path' names a class, and a configuration may name none")
+        for inner in value.values():
+            _refuse_classes(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _refuse_classes(inner)
+
+
+jsonargparse.set_loader(YAML_MODE, load_yaml, exceptions=(yaml.YAMLError,))

@@ -1,0 +1,96 @@
+"""Reading files that may come from anyone: regular files only, of a bounded size.
+
+A folder may hold a pipe where a file is expected, on which a plain ``open`` waits for ever, or a
+sparse file of a terabyte.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import stat
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+MOST_TEXT = 64 * 2**20  # bytes of a manifest, a table or a configuration
+MOST_WEIGHTS = 64 * 2**30  # bytes of a file of weights or of an optimizer's state
+DIGEST = "digest"  # of a manifest, in it
+
+
+@contextmanager
+def opened(file: Path, most: int) -> Iterator[BinaryIO]:
+    """A file to read from.
+
+    Raises:
+        OSError: It can't be opened, is no regular file, or is longer than ``most`` bytes.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(file, flags)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(file))
+        if found.st_size > most:
+            raise OSError(errno.EFBIG, f"longer than {most:,} bytes", str(file))
+        with open(descriptor, "rb", closefd=False) as stream:
+            yield stream
+    finally:
+        os.close(descriptor)
+
+
+def read_bytes(file: Path, most: int = MOST_TEXT) -> bytes:
+    """All of a file; raises as ``opened``."""
+    with opened(file, most) as stream:
+        return stream.read()
+
+
+def read_large(file: Path) -> bytes:
+    """All of a file of weights (safetensors) or of an optimizer's state (a zip).
+
+    Raises:
+        OSError: As ``opened``, or a large file whose form is neither, as a sparse one's.
+    """
+    with opened(file, MOST_WEIGHTS) as stream:
+        length = os.fstat(stream.fileno()).st_size
+        if length > MOST_TEXT:  # a shorter one is soon read, and then judged
+            head = int.from_bytes(stream.read(8), "little")  # of safetensors, in bytes
+            if not 0 < head <= MOST_TEXT and not zipfile.is_zipfile(stream):
+                raise OSError(errno.EINVAL, "damaged, neither safetensors nor a zip", str(file))
+            stream.seek(0)
+        return stream.read()
+
+
+def read_json(file: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        OSError: As ``opened``.
+        ValueError: Not JSON, not UTF-8, or nested too deeply.
+    """
+    data = read_bytes(file)
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a manifest, with a digest of it that ``is_whole`` checks."""
+    written = json.loads(json.dumps(dict(content)))  # in which all keys are text
+    return {**written, DIGEST: _digest(written)}
+
+
+def is_whole(content: Mapping[str, Any]) -> bool:
+    """Whether the content is as it was sealed; that of format 1 was not."""
+    if DIGEST not in content:
+        return content.get("format") == 1
+    return bool(content[DIGEST] == _digest(content))
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    said = {key: value for key, value in content.items() if key != DIGEST}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

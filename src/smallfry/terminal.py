@@ -1,0 +1,20 @@
+"""What a terminal may be shown of names that others gave."""
+
+import unicodedata
+
+KEPT = "\n\t"
+
+
+def printable(text: str) -> str:
+    """The text with control characters spelled out, so that none commands the terminal.
+
+    Also of the right-to-left kind, which let a name be read as another: ``\\x1b``, ``\\u202e``.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character
+        if character in KEPT or unicodedata.category(character) not in ("Cc", "Cf", "Cs")
+        else character.encode("unicode_escape", "surrogatepass").decode()
+        for character in text
+    )

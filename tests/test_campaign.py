@@ -1,0 +1,111 @@
+"""The short form of ``make campaign``: some of each part, and nothing may fail.
+
+It runs in a process of its own, as processes that have threads can't be forked safely.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from campaign.record import Record, write_page
+from campaign.soak import Sample, judged
+from campaign.trials import Part, Verdict, run_trials
+
+ROOT = Path(__file__).parent.parent
+COUNTS = {
+    "kills": 11,
+    "damage": 120,
+    "poison": 7,
+    "configurations": 100,
+    "trained": 2,
+    "images": 150,
+    "folders": 60,
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the campaign forks, and reads /proc")
+@pytest.mark.parametrize("name", COUNTS)
+def test_nothing_fails_in_a_short_campaign(name, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / "campaign"
+    words = ["--part", name, "--count", str(COUNTS[name]), "--folder", str(folder)]
+    done = subprocess.run(
+        [sys.executable, "-m", "campaign", *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    record = json.loads((folder / f"{name}.json").read_text())
+    assert record["failures"] == [], done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert record["done"] == COUNTS[name]
+
+
+def part_of(trial, **bounds):
+    return Part("test", "nothing", lambda folder: None, trial, 3, 3, **bounds)
+
+
+def failures(part):
+    return [verdict.failure for _, verdict in run_trials(part, None, range(3))]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the campaign forks, and reads /proc")
+def test_a_trial_that_dies_hangs_or_raises_is_a_failure_and_the_others_go_on():
+    def trial(state, number):
+        if number == 1:
+            os.kill(os.getpid(), 9)
+        return Verdict("a", "b")
+
+    assert failures(part_of(trial)) == [None, "the process ended with -9", None]
+
+    def hangs(state, number):
+        while number == 1:
+            pass
+        return Verdict("a", "b")
+
+    assert failures(part_of(hangs, seconds=0.5)) == [None, "hangs", None]
+    raised = failures(part_of(lambda state, number: Verdict("a", str(1 / (number - 1)))))
+    assert raised[0] is None
+    assert "ZeroDivisionError" in raised[1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the campaign forks, and reads /proc")
+def test_a_trial_that_fills_memory_or_leaves_files_open_is_a_failure():
+    left = []
+
+    def leaves(state, number):
+        left.extend(open(os.devnull) for _ in range(9 * number))  # noqa: SIM115
+        return Verdict("a", "b")
+
+    assert failures(part_of(leaves)) == [None, "leaves files open", "leaves files open"]
+
+    def fills(state, number):
+        bytearray(number * 2**27)[:] = b"x" * (number * 2**27)
+        return Verdict("a", "b")
+
+    assert failures(part_of(fills, resident=2**26))[1].startswith("filled 0.")
+
+
+def test_a_record_is_kept_and_written_into_the_page(tmp_path):
+    record = Record()
+    record.add(0, Verdict("kind", "told"))
+    record.add(1, Verdict("kind", "told", "lost"))
+    record.save(tmp_path / "x.json")
+    again = Record.load(tmp_path / "x.json")
+    assert (again.done, again.failed, again.counts) == (2, 1, record.counts)
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- figures -->\nold\n<!-- end of figures -->\nb\n")
+    write_page([part_of(None)], {"test": again}, page)
+    assert "| test | 2 | 1 |" in page.read_text()
+    assert "old" not in page.read_text()
+
+
+def test_growth_after_the_warm_up_is_seen_and_growth_in_it_is_not():
+    flat = [Sample(float(i), 100.0 + min(i, 20) * 5, 12) for i in range(100)]
+    assert judged(flat)["flat"]
+    assert not judged([s._replace(megabytes=100 + s.seconds) for s in flat])["flat"]
+    assert not judged([s._replace(files=12 + int(s.seconds) // 10) for s in flat])["flat"]

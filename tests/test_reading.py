@@ -1,0 +1,91 @@
+"""Files of strangers: read if they are what they should be, refused at once if not."""
+
+import json
+import os
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smallfry.plain_yaml import load_yaml
+from smallfry.reading import is_whole, read_bytes, read_json, read_large, sealed
+from smallfry.terminal import printable
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=20,
+)
+BOMB = "\n".join(
+    ["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)]
+)
+
+
+def test_a_file_is_read_whole(tmp_path):
+    (tmp_path / "file").write_bytes(b"abc")
+    assert read_bytes(tmp_path / "file") == b"abc"
+
+
+def test_a_pipe_a_folder_and_a_loop_of_links_are_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    for name in ("pipe", "loop", "."):
+        with pytest.raises(OSError, match=r"not a regular file|symbolic links"):
+            read_bytes(tmp_path / name)
+    if before:
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_sparse_file_is_not_read(tmp_path):
+    for size in (100 * 2**30, 2**36):
+        (tmp_path / "sparse").touch()
+        os.truncate(tmp_path / "sparse", size)
+        with pytest.raises(OSError, match=r"longer than|neither safetensors nor a zip"):
+            read_large(tmp_path / "sparse")
+
+
+@given(st.dictionaries(st.text(), JSON))
+def test_what_was_sealed_is_whole_after_a_way_through_json(content):
+    written = json.loads(json.dumps(sealed({**content, "format": 2})))
+    assert is_whole(written)
+    assert not is_whole({**written, "format": 3})
+
+
+def test_a_seal_can_not_be_left_out():
+    assert not is_whole({"format": 2, "a": 1})
+    assert is_whole({"format": 1, "a": 1})  # which had none
+
+
+def test_json_that_is_nested_too_deeply_is_told(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        read_json(tmp_path / "deep.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "more than 100,000 values"),
+        ("a: &a [*a]", "stands for nothing yet"),
+        ("[" * 1000, "levels deep"),
+        ("x" * 2_000_000, "longer than"),
+        ("a: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        ("a: {b: [{class_path: subprocess.Popen}]}", "names a class"),
+        ("a: 2001-99-99T99:99:99Z\nb: " + "9" * 5000, "can't be read"),
+    ],
+    ids=["bomb", "recursion", "depth", "length", "tag", "class", "number"],
+)
+def test_yaml_that_is_no_configuration_is_refused(text, message):
+    with pytest.raises(yaml.YAMLError, match=message):
+        load_yaml(text)
+
+
+def test_yaml_with_aliases_is_read():
+    assert load_yaml("a: &a [1, 2.5]\nb: *a") == {"a": [1, 2.5], "b": [1, 2.5]}
+
+
+def test_control_characters_are_spelled_out_and_letters_are_not():
+    assert printable("a\x1b[31m\u202eb\nc é 漢") == "a\\x1b[31m\\u202eb\nc é 漢"
+    assert printable("\ud800") == "\\ud800"
