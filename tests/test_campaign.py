@@ -98,10 +98,10 @@ def test_a_record_is_kept_and_written_into_the_page(tmp_path):
     again = Record.load(tmp_path / "x.json")
     assert (again.done, again.failed, again.counts) == (2, 1, record.counts)
     page = tmp_path / "page.md"
-    page.write_text("a\n<!-- figures -->\nold\n<!-- end of figures -->\nb\n")
+    page.write_text("a\n<!-- figures -->\nof yesterday\n<!-- end of figures -->\nb\n")
     write_page([part_of(None)], {"test": again}, page)
     assert "| test | 2 | 1 |" in page.read_text()
-    assert "old" not in page.read_text()
+    assert "of yesterday" not in page.read_text()
 
 
 def test_growth_after_the_warm_up_is_seen_and_growth_in_it_is_not():

@@ -356,6 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = expand_shorthand(sys.argv[1:] if arguments is None else arguments)
     _log_to_stderr()
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # smallfry says itself what is wrong
         warnings.showwarning = _show_warning  # type: ignore[assignment]
         if "--debug" in arguments:
             return _run(arguments)

@@ -1,6 +1,5 @@
 """One image: from bytes or a file to pixels of a wanted size and number of channels."""
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -94,9 +93,7 @@ def _open(encoded: Encoded, where: str) -> Iterator[Image.Image]:
 
 def _image_in(stream: BinaryIO, where: str) -> Image.Image:
     try:
-        with warnings.catch_warnings():  # Pillow warns of what is refused here
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(stream, formats=READ)
+        image = Image.open(stream, formats=READ)
     except UnidentifiedImageError:
         raise DataError(f"{where}: not an image, or of a format that is not read") from None
     except Image.DecompressionBombError as error:
@@ -115,9 +112,7 @@ def _image_in(stream: BinaryIO, where: str) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     """The image as its EXIF data says it was taken, if these can be read."""
     try:
-        with warnings.catch_warnings():  # of damaged ones
-            warnings.simplefilter("ignore")
-            return ImageOps.exif_transpose(image)
+        return ImageOps.exif_transpose(image)
     except Exception:  # damaged in any way, which is no reason to lose the picture
         return image
 

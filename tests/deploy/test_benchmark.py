@@ -10,6 +10,7 @@ from smallfry.deploy import Manifest, Runtime, benchmark, contestants
 from smallfry.deploy.benchmark import BenchmarkConfig, measure
 from smallfry.errors import ExportError, RunError, UsageError
 from smallfry.memory import Memory
+from smallfry.reading import sealed
 from smallfry.training.run import load_run
 from smallfry.training.train import load_like
 
@@ -134,7 +135,7 @@ def test_exports_of_one_name_are_told_apart(int8, tmp_path):
 def with_classes(export, target, classes):
     shutil.copytree(export, target)
     content = json.loads((target / "manifest.json").read_text()) | {"classes": classes}
-    (target / "manifest.json").write_text(json.dumps(content))
+    (target / "manifest.json").write_text(json.dumps(sealed(content)))
     return str(target)
 
 

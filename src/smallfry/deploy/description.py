@@ -153,7 +153,9 @@ def _data(told: Mapping[str, Any]) -> dict[str, Any]:
     data = {"name": UNKNOWN, "fingerprint": UNKNOWN, **told}
     splits = data.pop("splits", None)
     if isinstance(splits, dict):
-        splits = {"stream": None, **splits}  # of models shared before there was a choice
+        splits = splits | {
+            "stream": splits.get("stream")
+        }  # of models shared before there was a choice
     known = isinstance(splits, dict) and splits.keys() == SPLITS.keys()
     if known and all(isinstance(splits[name], kind) for name, kind in SPLITS.items()):
         data["splits"] = splits
