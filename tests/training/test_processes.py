@@ -22,6 +22,7 @@ from smallfry.training.checkpoint import load_checkpoint
 from smallfry.training.config import (
     AugmentConfig,
     DataConfig,
+    EMAConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -59,6 +60,10 @@ RUNS = {
         "objective": ObjectiveConfig("cross_entropy", label_smoothing=0.1),
         "model": ModelConfig("vit_tiny_patch16_224", options={"depth": 1, "patch_size": 4}),
         "patience": 1,
+    },
+    "kfac": {
+        "optimizer": OptimizerConfig("kfac", lr=0.05, options={"statistics_every": 3}),
+        "ema": EMAConfig(0.9),
     },
     # 17 and 16 images, in 6 and in 8 micro-batches
     "uneven": {"batch_size": 33, "accumulate": 8, "optimizer": OptimizerConfig("sgd", lr=0.05)},
