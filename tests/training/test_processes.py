@@ -32,8 +32,8 @@ from smallfry.training.processes import share_of
 from smallfry.training.train import resume, train
 
 # dropout draws apart in each process, so there is none where weights are to be the same; sums are
-# in another order, which float64 hardly shows
-TOLERANCE = {"rtol": 1e-6, "atol": 1e-9}
+# in another order, which shows in the loss: Fabric gives the logits of "64-true" in float32
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 
 
 def settings(run, **changes):
@@ -65,6 +65,19 @@ RUNS = {
         "optimizer": OptimizerConfig("kfac", lr=0.05, options={"statistics_every": 3}),
         "ema": EMAConfig(0.9),
     },
+    "fsdp": {
+        "strategy": "fsdp",
+        "precision": "32-true",
+        "objective": ObjectiveConfig("cross_entropy"),
+        "model": ModelConfig("vit_tiny_patch16_224", options={"depth": 2, "patch_size": 4}),
+        "optimizer": OptimizerConfig("sgd", lr=0.02),
+        "accumulate": 2,
+    },
+    "fsdp of a recursive model": {
+        "strategy": "fsdp",
+        "precision": "32-true",
+        "optimizer": OptimizerConfig("adamw", lr=0.01, options={"eps": 1e-2}),
+    },
     # 17 and 16 images, in 6 and in 8 micro-batches
     "uneven": {"batch_size": 33, "accumulate": 8, "optimizer": OptimizerConfig("sgd", lr=0.05)},
 }
@@ -84,26 +97,28 @@ def folder(tmp_path_factory):
     return place
 
 
-def assert_same(one, other):
+def assert_same(one, other, precise=True):
+    tolerance = TOLERANCE if precise else {"rtol": 1e-3, "atol": 1e-5}
+    near = {"rel": 1e-5, "abs": 1e-5} if precise else {"rel": 1e-3, "abs": 1e-4}
     for checkpoint in ("last", "best"):
         first, second = (load_file(run / checkpoint / "model.safetensors") for run in (one, other))
         assert first.keys() == second.keys()
         for name, weight in first.items():
-            torch.testing.assert_close(weight, second[name], **TOLERANCE, msg=name)
+            torch.testing.assert_close(weight, second[name], **tolerance, msg=name)
     for first, second in zip(metrics(one), metrics(other), strict=True):
         assert first.keys() == second.keys()
         for key in first:
             # calibration is summed in float32
-            assert float(first[key]) == pytest.approx(float(second[key]), rel=1e-6, abs=1e-5), key
+            assert float(first[key]) == pytest.approx(float(second[key]), **near), key
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_with_half_batches_give_the_weights_of_one(folder, name):
-    assert_same(folder / "alone" / name, folder / "pair" / name)
+    assert_same(folder / "alone" / name, folder / "pair" / name, not name.startswith("fsdp"))
     summary = json.loads((folder / "pair" / name / "summary.json").read_text())
     alone = json.loads((folder / "alone" / name / "summary.json").read_text())
     assert summary["measured"]["test"] == pytest.approx(
-        alone["measured"]["test"], rel=1e-6, abs=1e-5
+        alone["measured"]["test"], rel=1e-3, abs=1e-4
     )
 
 
@@ -118,6 +133,12 @@ def test_a_signal_to_one_process_stops_both_and_one_goes_on(folder):
         assert said.startswith("Stopped: stopped after step 5 of 12")
     resume(folder / "pair" / "stopped")
     assert_same(folder / "alone" / "deep_supervision", folder / "pair" / "stopped")
+
+
+def test_one_goes_on_with_what_two_held_shares_of(folder):
+    resume(folder / "pair" / "shares")
+    name = "fsdp of a recursive model"
+    assert_same(folder / "alone" / name, folder / "pair" / "shares", precise=False)
 
 
 def test_two_go_on_with_what_one_began(folder):
@@ -138,6 +159,8 @@ def test_a_loss_that_is_no_number_in_one_process_stops_both(folder):
     [
         ("small", "UsageError: 2 processes can't share a batch of 1 images"),
         ("taken", "RunError: "),
+        ("shared_kfac", "UsageError: kfac needs whole layers"),
+        ("shared_uneven", "UsageError: strategy fsdp needs a batch_size"),
         ("batch_norm", "UsageError: sync_batch_norm works on GPUs only"),
     ],
 )

@@ -66,9 +66,14 @@ def spoiled_in_the_second(config):
 
 for name, changes in RUNS.items():
     train(settings(folder / "pair" / name, **changes))
+recursive = RUNS["fsdp of a recursive model"]
+stopped_by_the_second(settings(folder / "pair" / "shares", **recursive), 5)
 stopped_by_the_second(settings(folder / "pair" / "stopped"), 5)
 resume(folder / "alone" / "parted")
 spoiled_in_the_second(settings(folder / "pair" / "spoiled", checkpoint_seconds=0.0))
 attempt("small", settings(folder / "pair" / "small", batch_size=1))
 attempt("taken", settings(folder / "pair" / "deep_supervision"))
 attempt("batch_norm", replace(settings(folder / "pair" / "norm"), sync_batch_norm=True))
+shares = {"strategy": "fsdp", "precision": "32-true"}
+attempt("shared_kfac", settings(folder / "pair" / "one", **{**RUNS["kfac"], **shares}))
+attempt("shared_uneven", settings(folder / "pair" / "two", **shares, batch_size=33))

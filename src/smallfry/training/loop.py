@@ -1,11 +1,12 @@
 """The training loop: fit, stop anywhere, go on exactly."""
 
+import copy
 import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +21,16 @@ from smallfry.training.config import TrainConfig
 from smallfry.training.evaluation import joined, predict, score
 from smallfry.training.objective import Batch, Objective
 from smallfry.training.optimization import (
+    NATURAL,
     WeightAverage,
     build_optimizer,
     learning_rate,
     peak_learning_rate,
 )
-from smallfry.training.processes import Processes, losing_none, synchronized
+from smallfry.training.processes import Processes, losing_none, start, synchronized
 from smallfry.training.progress import QuietReporter, Reporter
 from smallfry.training.run import RunFolder
+from smallfry.training.sharding import ShardedAverage, load_optimizer, load_weights, local, whole
 from smallfry.training.signals import signals
 
 
@@ -65,7 +68,7 @@ class Trainer:
         folder: Where checkpoints and metrics go.
         manifest: What describes the model in its checkpoints.
         reporter: Who is told how it goes.
-        processes: Those that train together.
+        processes: Those that train together; default this one and those it was started with.
     """
 
     def __init__(
@@ -78,11 +81,12 @@ class Trainer:
         folder: RunFolder,
         manifest: Mapping[str, Any],
         reporter: Reporter,
-        processes: Processes,
+        processes: Processes | None = None,
     ) -> None:
         self.data, self.objective, self.config = data, objective, config
         self.folder, self.manifest = folder, dict(manifest)
         self.normalize = augment.normalize
+        processes = processes or start(config.device, config.precision, config.strategy)
         self.processes, self.fabric = processes, processes.fabric
         self.reporter = reporter if processes.is_first else QuietReporter()
         images = resident(data.train, self.fabric.device, config.resident)
@@ -92,6 +96,8 @@ class Trainer:
         self.total_steps = config.epochs * self.batches.steps_per_epoch
         self.progress = Progress()
 
+        if self.is_sharded:
+            self._require_shareable()
         if config.sync_batch_norm:
             model = synchronized(model, processes)
         convert = self.fabric.strategy.precision.convert_module
@@ -99,14 +105,20 @@ class Trainer:
         prepared = objective.prepare(self.raw_model)
         if config.compile:
             prepared = _Compiled(prepared)
-        self.average = WeightAverage(self.raw_model, config.ema) if config.ema.decay else None
+        self.plain = copy.deepcopy(self.raw_model).cpu() if self.is_sharded else None
+        self.average: WeightAverage | ShardedAverage | None = None
+        if config.ema.decay and not self.is_sharded:
+            self.average = WeightAverage(self.raw_model, config.ema)
         self.model = self.fabric.setup_module(prepared)
+        if config.ema.decay and self.is_sharded:
+            self.average = ShardedAverage(self.raw_model, config.ema)
         self.raw_optimizer = build_optimizer(
             config.optimizer,
             self.raw_model,
             prepared,
             objective.likelihood,
-            fused=config.precision != "16-mixed",  # with which Fabric can't clip gradients
+            # with which Fabric can't clip gradients, and shares can't be moved
+            fused=config.precision != "16-mixed" and not self.is_sharded,
         )
         self.peak_rate = peak_learning_rate(config.optimizer, self.raw_model)
         self.optimizer: Any = self.fabric.setup_optimizers(self.raw_optimizer)
@@ -115,9 +127,26 @@ class Trainer:
         self._stamp = 0.0  # when the last step, or what had to be done after it, ended
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a share of the model."""
+        return self.processes.count > 1 and self.config.strategy == "fsdp"
+
     def evaluated(self) -> nn.Module:
-        """The model that counts: the average, if there is one."""
-        return self.raw_model if self.average is None else self.average.module
+        """The model that counts: the average, if there is one; whole, in all processes."""
+        if self.plain is not None:
+            self.plain.load_state_dict(self._weights())
+            return self.plain.to(self.fabric.device)
+        if isinstance(self.average, WeightAverage):
+            module: nn.Module = self.average.module
+            return module
+        return self.raw_model
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The weights that count, whole."""
+        if isinstance(self.average, ShardedAverage):
+            return cast(dict[str, Tensor], whole(self.average.weights))
+        model = self.raw_model if self.average is None else self.average.module
+        return cast(dict[str, Tensor], whole(model.state_dict()))
 
     def fit(self) -> None:
         """Train to the end, or to the end of patience.
@@ -181,13 +210,13 @@ class Trainer:
         self._settle()
         self._require_finite_weights()
         trainer = {
-            "weights": self.raw_model.state_dict(),
-            "optimizer": self.raw_optimizer.state_dict(),
+            "weights": whole(self.raw_model.state_dict()),
+            "optimizer": whole(self.raw_optimizer.state_dict()),
             "precision": self.fabric.strategy.precision.state_dict(),
             "progress": vars(self.progress),
         }
         manifest = {**self.manifest, "training": self._position()}
-        weights = self.evaluated.state_dict()
+        weights = self._weights()
         self.processes.once(lambda: save_checkpoint(self.folder.last, manifest, weights, trainer))
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -195,10 +224,12 @@ class Trainer:
         trainer = checkpoint.trainer
         if trainer is None:
             raise TrainingError(f"{self.folder.last}: holds weights only, nothing to resume from")
-        self.raw_model.load_state_dict(trainer["weights"])
-        self.raw_optimizer.load_state_dict(trainer["optimizer"])
+        load_weights(self.raw_model, trainer["weights"])
+        load_optimizer(self.raw_optimizer, trainer["optimizer"])
         self.fabric.strategy.precision.load_state_dict(trainer["precision"])
-        if self.average is not None:
+        if isinstance(self.average, ShardedAverage):
+            self.average.load(checkpoint.weights)
+        elif self.average is not None:
             self.average.module.load_state_dict(checkpoint.weights)
         self.progress = Progress(**trainer["progress"])
 
@@ -285,7 +316,8 @@ class Trainer:
         self._pending.clear()
 
     def _require_finite_weights(self) -> None:
-        if not all(bool(p.isfinite().all()) for p in self.raw_model.parameters()):
+        broken = not all(bool(local(p).isfinite().all()) for p in self.raw_model.parameters())
+        if self.processes.largest([broken])[0]:
             raise self._diverged("a weight is not", self.progress.step)
 
     def _diverged(self, what: str, step: int) -> TrainingError:
@@ -331,26 +363,42 @@ class Trainer:
         if reached > tuple(progress.best_score):
             progress.best_epoch, progress.best_score = epoch, reached
             manifest = {**self.manifest, "training": {**self._position(), "scores": scores}}
-            weights = self.evaluated.state_dict()
+            weights = self._weights()
             self.processes.once(lambda: save_checkpoint(self.folder.best, manifest, weights))
 
     def _evaluate(self) -> dict[str, float]:
         """Scores on the split that selects, each process working off a part of it."""
         processes = self.processes
         split = self.data.test if self.config.select_on == "test" else self.data.validation
-        processes.copy_first(list(self.evaluated.buffers()))  # of batch norms: each has its own
+        model = self.evaluated()
+        processes.copy_first(list(model.buffers()))  # of batch norms: each has its own
         part = processes.share_of(len(split))
         mine = None
         if part.start < part.stop:
             with self.fabric.autocast():
                 some = split.take(torch.arange(part.start, part.stop))
-                mine = predict(self.evaluated, some, self.normalize, self.fabric.device)
+                mine = predict(model, some, self.normalize, self.fabric.device)
         found = processes.collect(mine)
         return processes.once(lambda: score(joined([each for each in found if each is not None])))
 
     def _out_of_patience(self) -> bool:
         since_best = len(self.progress.history) - self.progress.best_epoch
         return self.config.patience is not None and since_best >= self.config.patience
+
+    def _require_shareable(self) -> None:
+        config, count = self.config, self.processes.count
+        if config.optimizer.name in NATURAL:
+            raise UsageError(
+                f"{config.optimizer.name} needs whole layers, of which fsdp leaves each process a "
+                "share: take strategy ddp, or another optimizer"
+            )
+        if self.batches.batch_size % count:
+            raise UsageError(
+                f"strategy fsdp needs a batch_size that {count} processes can share evenly, not "
+                f"{self.batches.batch_size}"
+            )
+        if config.compile:
+            raise UsageError("strategy fsdp trains without compile")
 
     def _position(self) -> dict[str, Any]:
         epoch = self.progress.step / self.batches.steps_per_epoch

@@ -18,6 +18,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.strategies.ddp import DDPStrategy
+from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -140,7 +141,8 @@ def start(device: str, precision: Any, strategy: str) -> Processes:
     Args:
         device: Fabric's accelerator.
         precision: Fabric's precision.
-        strategy: "auto" or "ddp" for a copy of the model in each process, "fsdp" for a share.
+        strategy: "auto" or "ddp" for a copy of the model in each of several processes, "fsdp" for
+            a share.
 
     Raises:
         UsageError: Fabric can't have that device, precision or strategy.
@@ -150,12 +152,8 @@ def start(device: str, precision: Any, strategy: str) -> Processes:
     if here * nodes > 1:
         slurm = by == "slurm"
         environment = SLURMEnvironment(auto_requeue=False) if slurm else TorchElasticEnvironment()
-        # a recursive model's initial state has no gradient in later steps on a batch
-        copies = DDPStrategy(find_unused_parameters=True)
         settings |= {"devices": here, "num_nodes": nodes, "plugins": [environment]}
-        settings["strategy"] = copies
-    elif strategy == "fsdp":
-        raise UsageError("strategy fsdp is for several processes: start them with torchrun")
+        settings["strategy"] = _shares(here * nodes) if strategy == "fsdp" else _copies()
     try:
         fabric = Fabric(**settings)
         fabric.launch()
@@ -163,6 +161,17 @@ def start(device: str, precision: Any, strategy: str) -> Processes:
         where = f"device {device}, precision {precision}, {here * nodes} processes"
         raise UsageError(f"{where}: {error}") from error
     return Processes(fabric)
+
+
+def _copies() -> DDPStrategy:
+    # a recursive model's initial state has no gradient in later steps on a batch
+    return DDPStrategy(find_unused_parameters=True)
+
+
+def _shares(count: int) -> ModelParallelStrategy:
+    from smallfry.training.sharding import shard
+
+    return ModelParallelStrategy(shard, data_parallel_size=count, tensor_parallel_size=1)
 
 
 @contextmanager
