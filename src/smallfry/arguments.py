@@ -59,6 +59,13 @@ def build_parser(short: bool = False) -> ArgumentParser:
         metavar="RUN",
         help="Go on with a run, exactly where it stopped.",
     )
+    train_verb.add_argument(
+        "--processes",
+        type=int | None,
+        metavar="N",
+        help="Train in so many processes on this machine, such as one for each GPU; to train on "
+        "several machines, start the command with torchrun or SLURM instead.",
+    )
     train_verb.add_class_arguments(TrainConfig)
     verbs.add_subcommand("train", train_verb, help="train a model")
 
@@ -270,6 +277,16 @@ def expand_shorthand(arguments: Sequence[str]) -> list[str]:
         match = named.fullmatch(argument)
         expanded.append(f"--{match[1]}.name{match[2] or ''}" if match else argument)
     return expanded
+
+
+def without_option(arguments: Sequence[str], option: str) -> list[str]:
+    """The arguments without an option that takes one value."""
+    kept, skip = list[str](), False
+    for argument in arguments:
+        if not skip and argument != option and not argument.startswith(f"{option}="):
+            kept.append(argument)
+        skip = argument == option
+    return kept
 
 
 def explain(message: str, arguments: Sequence[str], parser: ArgumentParser) -> str:

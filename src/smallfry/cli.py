@@ -24,12 +24,14 @@ from smallfry.arguments import (
     expand_shorthand,
     parse,
     verb_parsers,
+    without_option,
 )
 from smallfry.errors import SmallfryError, Stopped, UsageError, is_out_of_memory
 from smallfry.studies.config import STUDIES, RaceConfig, RunsConfig
 from smallfry.terminal import printable
 from smallfry.training.config import TrainConfig
 
+LIGHTNING = ("lightning.fabric.utilities.distributed", "lightning.pytorch.utilities.rank_zero")
 FAILED, MISUSED = 1, 2  # exit codes; a run that a signal stopped gives 128 + its number
 
 
@@ -46,7 +48,8 @@ def train(config: TrainConfig, resume: str | None = None) -> int:
         raise UsageError("--resume goes on with the run's own configuration: leave the rest away")
     else:
         summary = training.resume(resume)
-    _print_summary(summary)
+    if _rank() == 0:
+        _print_summary(summary)
     return 0
 
 
@@ -367,7 +370,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except SmallfryError as error:
             return _complain(error, FAILED)
         except Stopped as stop:
-            print(f"smallfry: {stop}", file=sys.stderr)
+            if _rank() == 0:
+                _complain(str(stop), 0)
             return 128 + stop.signal_number
         except KeyboardInterrupt:
             print("smallfry: interrupted", file=sys.stderr)
@@ -393,7 +397,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str]) -> int:
     short = "--short" in arguments
     parser = build_parser(short)
-    return _dispatch(parse(parser, arguments), parser, short)
+    parsed = parse(parser, arguments)
+    processes = parsed[parsed.subcommand].get("processes")
+    if processes is not None:
+        from smallfry.training.launch import run_in_processes
+
+        return run_in_processes(without_option(arguments, "--processes"), processes)
+    return _dispatch(parsed, parser, short)
+
+
+def _rank() -> int:
+    """Which of several processes this is, as torchrun or SLURM says."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
 def _log_to_stderr() -> None:
@@ -404,20 +419,23 @@ def _log_to_stderr() -> None:
         ours.addHandler(handler)
         ours.setLevel(logging.INFO)
         ours.propagate = False
-    for chatty in ("lightning.pytorch.utilities.rank_zero", "datasets", "huggingface_hub"):
+    for chatty in (*LIGHTNING, "datasets", "huggingface_hub"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hints of DDP, once for each process
     if not sys.stderr.isatty():
         for library in ("HF_DATASETS", "HF_HUB"):
             os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
 
 
 def _complain(error: Exception | str, code: int) -> int:
-    print(printable(f"smallfry: {error}"), file=sys.stderr)
+    who = f"smallfry (process {_rank()})" if _rank() else "smallfry"
+    print(printable(f"{who}: {error}"), file=sys.stderr)
     return code
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
-    print(printable(f"smallfry: warning: {message}"), file=sys.stderr)
+    if _rank() == 0:
+        print(printable(f"smallfry: warning: {message}"), file=sys.stderr)
 
 
 def _print_summary(summary: dict[str, Any]) -> None:

@@ -393,7 +393,7 @@ def test_a_rank_keeps_what_matters_of_large_factors():
         if rank is not None:
             assert "vectors_a" in optimizer.curvature["0.weight"]
             assert "g" in optimizer.curvature["2.weight"]  # three outputs are kept whole
-    assert errors[1] < 0.15 < errors[2]
+    assert errors[1] < 0.25 < errors[2]
 
 
 def test_a_rank_that_misses_nothing_changes_no_step_of_ekfac():

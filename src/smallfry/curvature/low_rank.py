@@ -73,18 +73,54 @@ def average(
     Raises:
         NotFiniteError: A row is not finite.
     """
-    if old is None:
-        keep = 0.0
+    mean = Average(old, keep, rank)
+    first = mean.directions(rows, generator)
+    basis = mean.basis(first, gram_times(rows, first))
+    return mean.pairs(basis, gram_times(rows, basis), (rows**2).sum((1, 2)))
 
-    def product(x: Tensor) -> Tensor:
-        fresh = (1 - keep) * (rows.transpose(1, 2) @ (rows @ x))
-        return fresh if old is None else fresh + keep * old.times(x)
 
-    trace = (1 - keep) * (rows**2).sum((1, 2))
-    if old is not None:
-        trace = trace + keep * old.trace
-    start = None if old is None else old.vectors
-    return leading_pairs(product, trace, rows.shape[2], rank, start, generator)
+class Average(NamedTuple):
+    """``average`` in steps, between which what needs the rows can be summed over processes."""
+
+    old: LowRank | None
+    keep: float  # share of the old
+    rank: int
+
+    def directions(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """Where eigenvectors are looked for at first, (groups, size, columns)."""
+        groups, _, size = rows.shape
+        start = None if self.old is None else self.old.vectors
+        return _directions(groups, size, self.rank, start, generator, rows)
+
+    def basis(self, first: Tensor, product: Tensor) -> Tensor:
+        """An orthonormal basis of what the matrix makes of the first directions.
+
+        Args:
+            first: The directions.
+            product: rowsᵀ rows times them.
+        """
+        return _basis(self._whole(first, product))
+
+    def pairs(self, basis: Tensor, product: Tensor, trace: Tensor) -> LowRank:
+        """The leading pairs.
+
+        Args:
+            basis: From ``basis``.
+            product: rowsᵀ rows times it.
+            trace: Of rowsᵀ rows, (groups,).
+        """
+        total = trace if self.old is None else trace * (1 - self.keep) + self.keep * self.old.trace
+        return _pairs(basis, self._whole(basis, product), total, self.rank)
+
+    def _whole(self, x: Tensor, product: Tensor) -> Tensor:
+        if self.old is None:
+            return product
+        return (1 - self.keep) * product + self.keep * self.old.times(x)
+
+
+def gram_times(rows: Tensor, x: Tensor) -> Tensor:
+    """rowsᵀ rows times x, (groups, size, columns)."""
+    return rows.transpose(1, 2) @ (rows @ x)
 
 
 def compress(
@@ -136,13 +172,36 @@ def leading_pairs(
         generator: Of further random ones.
         signed: Keep the largest by size, whatever their sign, and nothing of the rest.
     """
+    first = _directions(len(trace), size, rank, start, generator, trace)
+    basis = _basis(product(first))
+    return _pairs(basis, product(basis), trace, rank, signed)
+
+
+def _directions(
+    groups: int,
+    size: int,
+    rank: int,
+    start: Tensor | None,
+    generator: torch.Generator,
+    like: Tensor,
+) -> Tensor:
     new = min(OVERSAMPLING if start is not None else rank + OVERSAMPLING, size)
     probes = torch.randn(
-        (len(trace), size, new), generator=generator, device=trace.device, dtype=trace.dtype
+        (groups, size, new), generator=generator, device=like.device, dtype=like.dtype
     )
-    first = probes if start is None else torch.cat([start, probes], dim=2)[..., :size]
-    basis = torch.linalg.qr(product(first)).Q
-    ritz = basis.transpose(1, 2) @ product(basis)
+    return probes if start is None else torch.cat([start, probes], dim=2)[..., :size]
+
+
+def _basis(product: Tensor) -> Tensor:
+    basis: Tensor = torch.linalg.qr(product).Q
+    return basis
+
+
+def _pairs(
+    basis: Tensor, product: Tensor, trace: Tensor, rank: int, signed: bool = False
+) -> LowRank:
+    """Rayleigh and Ritz's pairs in a basis."""
+    ritz = basis.transpose(1, 2) @ product
     values, inner = _eigh((ritz + ritz.transpose(1, 2)) / 2)
     if signed:
         order = values.abs().argsort(1)[:, -rank:]
@@ -150,7 +209,7 @@ def leading_pairs(
         inner = inner.gather(2, order[:, None].expand(-1, inner.shape[1], -1))
         return LowRank(basis @ inner, values, torch.zeros_like(trace))
     values = values[:, -rank:].clamp_min(0)
-    tail = ((trace - values.sum(1)) / (size - rank)).clamp_min(0)
+    tail = ((trace - values.sum(1)) / (basis.shape[1] - rank)).clamp_min(0)
     return LowRank(basis @ inner[..., -rank:], values, tail)
 
 

@@ -54,10 +54,12 @@ class Observer:
         self.root, self.taps, self.likelihood = root, taps, likelihood
         self.fisher, self.draws, self.generator = fisher, draws, generator
         self._wanted = weakref.WeakMethod(wanted)
+        self.process = (0, 1)  # which of the processes that share a batch this is, and of how many
         self.watch_backward = False  # note the training gradients at the taps too
         self.keep_arguments = False  # what a second pass over the same batch needs
         self.grad_scale: Callable[[], float] = lambda: 1.0
         self.pending: list[Observation] = []  # that count, not yet taken
+        self.seen = 0  # observations since they were last taken, whether they count or not
         self._touched: dict[int, list[Observation]] = {}  # by backward pass
         self._accumulated: set[int] = set()  # backward passes that reached ``.grad``
         self._receiver: Tensor | None = None  # a parameter that they reached,
@@ -74,7 +76,7 @@ class Observer:
 
     def take(self) -> list[Observation]:
         """The observations that count, and forget them."""
-        taken, self.pending = self.pending, []
+        taken, self.pending, self.seen = self.pending, [], 0
         self._touched, self._accumulated = {}, set()
         self._receiver = self._received = None
         return taken
@@ -95,9 +97,9 @@ class Observer:
 
         Args:
             observations: Of all micro-batches.
-            factor: The training loss over the mean negative log-likelihood.
+            factor: The sum over samples of the negative log-likelihood, over the training loss.
         """
-        unit = sum(seen.samples for seen in observations) / (factor * self.grad_scale())
+        unit = factor / self.grad_scale()
         for seen in observations:
             found = [seen.training_gradient(call) for call in seen.calls]
             precise = [
@@ -136,6 +138,7 @@ class Observer:
             return
         if self.pending and all(p.grad is None for p in self._parameters):
             self.drop()  # gradients cleared by another than this optimizer
+        self.seen += 1
         self._current = Observation(0, [])
         if self.keep_arguments:
             self._current.arguments, self._current.keywords = arguments, keywords
@@ -209,8 +212,7 @@ class Observer:
             if self.fisher == "exact":
                 columns, weight = self.likelihood.columns(seen.outputs), 1.0
             else:
-                sample = self.likelihood.sample_gradients
-                columns = (sample(seen.outputs, self.generator) for _ in range(self.draws))
+                columns = (self._sampled(seen.outputs) for _ in range(self.draws))
                 weight = self.draws**-0.5
             for column in columns:
                 live = [(z, g) for z, g in zip(outputs, column, strict=True) if z.requires_grad]
@@ -222,6 +224,21 @@ class Observer:
                     allow_unused=True,
                 )
                 seen.draws.append(draw)
+
+    def _sampled(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Gradients for sampled targets: those that one process would draw for the whole batch.
+
+        Each process draws for as many samples as all have, and keeps its own: apart from each
+        other, the same however many share the batch, and without a message.
+        """
+        sample = self.likelihood.sample_gradients
+        rank, count = self.process
+        if count == 1:
+            return sample(outputs, self.generator)
+        mine = len(outputs[0])
+        rows = (torch.arange(mine * count, device=outputs[0].device) - mine * rank) % mine
+        drawn = sample(tuple(z[rows] for z in outputs), self.generator)
+        return tuple(g[mine * rank : mine * (rank + 1)] for g in drawn)
 
 
 class _Eager:

@@ -6,8 +6,8 @@ saved; an approximation itself holds settings only.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,42 @@ from smallfry.errors import UsageError
 State = dict[str, Any]
 
 
+class Summed(NamedTuple):
+    """Of a method that ``divides``: what processes do with the samples of one block."""
+
+    numbers: int  # in sums for the owner
+    spread: int  # beside the state, from the owner to all
+    everywhere: int  # in sums for all
+    macs: int  # multiply-adds for one row: a use of a sample
+
+
+class Sum(NamedTuple):
+    """Asks for sums over all processes: the owner of the block gets them, the others None."""
+
+    parts: State  # this process's
+
+
+class Spread(NamedTuple):
+    """Asks for what the owner of the block makes, in all processes."""
+
+    like: State  # tensors of the same shapes
+    make: Callable[[], State]
+
+
+Updating = Generator[Sum | Spread, Any, None]
+
+
+def alone(updating: Updating) -> None:
+    """Go through an update in one process, which owns everything."""
+    answer: Any = None
+    try:
+        while True:
+            asked = updating.send(answer)
+            answer = asked.parts if isinstance(asked, Sum) else asked.make()
+    except StopIteration:
+        return
+
+
 class Approximation(ABC):
     """How a block's Fisher is approximated.
 
@@ -28,8 +64,9 @@ class Approximation(ABC):
     """
 
     sharing_choices: tuple[str, ...] = ("expand", "reduce")
-    settles = False  # whether ``settle`` does something
+    settles = False  # whether there are ``moments`` to ``settle``
     needs_gradients = True  # or inputs alone, so that no target need be drawn
+    divides = False  # whether ``updating`` does what ``update`` does
     counts_absence = False  # whether a batch that did not call a block counts, as zero gradients
 
     def __init__(self, sharing: str | Mapping[str, str]) -> None:
@@ -54,6 +91,27 @@ class Approximation(ABC):
             generator: For methods that draw.
         """
 
+    def updating(
+        self,
+        block: Block,
+        state: State,
+        rows: Sequence[Rows],
+        samples: float,
+        keep: float,
+        generator: torch.Generator,
+    ) -> Updating:
+        """``update`` from sums over samples alone, so that processes can share the samples.
+
+        Args:
+            block: The block.
+            state: Its state; changed in the owner only.
+            rows: What it saw in this process, perhaps nothing.
+            samples: That it saw in all processes.
+            keep: Share of the old statistics.
+            generator: In the same state in all processes.
+        """
+        raise NotImplementedError("a method that ``divides`` says how")
+
     @abstractmethod
     def invert(self, block: Block, state: State, damping: float) -> float:
         """Make anew what ``apply`` needs.
@@ -65,8 +123,24 @@ class Approximation(ABC):
             NotFiniteError: Before anything is changed.
         """
 
-    def settle(self, block: Block, state: State, rows: Sequence[Rows], keep: float) -> None:
-        """Fold in what depends on the new inverse, such as a diagonal in its basis."""
+    def moments(
+        self, block: Block, state: State, rows: Sequence[Rows], samples: float
+    ) -> Tensor | None:
+        """What depends on the new inverse, such as a diagonal in its basis: a sum over samples.
+
+        Args:
+            block: The block.
+            state: Its state.
+            rows: What it saw in this process, perhaps nothing.
+            samples: That it saw in all processes.
+
+        Returns:
+            This process's part of the sum; None while there is no inverse.
+        """
+        raise NotImplementedError("a method with ``settles`` says how")
+
+    def settle(self, state: State, moments: Tensor, keep: float) -> None:
+        """Fold in the whole sum of ``moments``."""
         raise NotImplementedError("a method with ``settles`` says how")
 
     @abstractmethod
@@ -83,6 +157,18 @@ class Approximation(ABC):
 
         Before any statistics ``state`` is empty, and the numbers are those to come.
         """
+
+    def summed(self, block: Block) -> Summed | None:
+        """What is summed over samples; None where the samples themselves are sent."""
+        return None
+
+    def burden(self, block: Block) -> int:
+        """Multiply-adds of a refresh that only the block's owner does, about.
+
+        Inversion, and for all numbers kept what small decompositions take for each.
+        """
+        _, numbers, work = self.cost(block, {})
+        return work + 100 * numbers
 
     def diagnose(self, block: Block, state: State, rows: Sequence[Rows]) -> dict[str, Any]:
         """Eigenvalue ranges ``inputs`` and ``outputs`` and, given rows, ``fisher_error``."""

@@ -21,8 +21,10 @@ A method says how one block is approximated: ``optim/approximation.py``.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from smallfry.curvature import Likelihood, Observation, Rows, Taps, as_likelihood, cover
 from smallfry.curvature.observer import Observer
@@ -30,10 +32,20 @@ from smallfry.errors import UsageError
 from smallfry.optim import quadratic
 from smallfry.optim.approximation import Approximation, State
 from smallfry.optim.checks import check_settings
+from smallfry.optim.distribution import Cost, cost_of, owners_of
+from smallfry.optim.exchange import Exchange
 from smallfry.optim.groups import build_adamw, natural_groups, split_groups
-from smallfry.optim.inspect import Diagnosis, Summary, diagnose, summarize
+from smallfry.optim.inspect import (
+    Diagnosis,
+    Distribution,
+    Summary,
+    diagnose,
+    distribution,
+    summarize,
+)
 from smallfry.optim.refresh import finite, refresh, refresh_blocks, warn, wide
 from smallfry.optim.state import load_state, save_state
+from smallfry.optim.together import refresh_together
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -78,11 +90,16 @@ class NaturalGradient(torch.optim.Optimizer):
         check: What to do if the first gradients are not those of the stated loss and layers:
             "error", "warn", or "off" for a loss with further terms, such as a weight penalty.
         seed: Of the sampled targets.
+        process_group: The processes that share each batch and average their gradients, as
+            ``DistributedDataParallel`` does: a group of ``torch.distributed``, None for all there
+            are, False for this one alone. They refresh the curvature together, and take it of the
+            whole batch; ``optim/together.py`` says how.
 
     Raises:
         UsageError: No layer can be covered, or a setting makes no sense.
     """
 
+    shares_batches = True  # whether several processes can refresh the curvature together
     beside = ""  # what else the summary should tell of each layer
 
     def __init__(
@@ -117,6 +134,7 @@ class NaturalGradient(torch.optim.Optimizer):
         grad_scaler: Any = None,
         check: Literal["error", "warn", "off"] = "error",
         seed: int = 0,
+        process_group: Any = None,
     ) -> None:
         inverse_every = statistics_every if inverse_every is None else inverse_every
         check_settings(
@@ -135,6 +153,8 @@ class NaturalGradient(torch.optim.Optimizer):
             max_rows=max_rows,
             check=check,
         )
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
         bare: nn.Module = getattr(model, "_orig_mod", model)
         groups = natural_groups(bare, params, lr, momentum, weight_decay, fallback_lr)
         trained = [p for group in groups for p in group["params"]]
@@ -181,8 +201,15 @@ class NaturalGradient(torch.optim.Optimizer):
         self.milliseconds: dict[str, float] = {}
         self._latest: dict[str, list[Rows]] = {}
 
-        device = trained[0].device
-        self.generator = torch.Generator(device=device).manual_seed(seed)
+        self.exchange, self.seed = Exchange(process_group), seed
+        self.owners = owners_of(self.blocks, approximation, self.exchange.count)
+        if self.exchange.count > 1 and not self.shares_batches:
+            raise UsageError(
+                f"{type(self).__name__} works in one process only: take another method, or give "
+                "process_group=False where each process trains a model of its own"
+            )
+        self.device = trained[0].device
+        self.generator = torch.Generator(device=self.device).manual_seed(seed)
         self.likelihood = as_likelihood(likelihood)
         self.observer = Observer(
             model if forward is None else forward,
@@ -193,6 +220,7 @@ class NaturalGradient(torch.optim.Optimizer):
             self.generator,
             self._wanted,
         )
+        self.observer.process = self.exchange.rank, self.exchange.count
         self.observer.keep_arguments = adaptive_damping or step_length == "quadratic"
         if grad_scaler is not None:
             self.observer.grad_scale = grad_scaler.get_scale
@@ -289,6 +317,18 @@ class NaturalGradient(torch.optim.Optimizer):
         """What happens to each parameter: approximation, memory, cost of a refresh."""
         return summarize(self)
 
+    def distribution(self) -> Distribution:
+        """Which process refreshes which layers, and what the last refresh sent."""
+        return distribution(self)
+
+    def costs(self, rows: int) -> dict[str, Cost]:
+        """What a refresh of each block costs, for ``optim/distribution.py`` to plan with.
+
+        Args:
+            rows: Uses of all samples that statistics are taken from, in the whole batch.
+        """
+        return {b.name: cost_of(b, self.approximation, rows) for b in self.blocks}
+
     def diagnostics(self) -> Diagnosis:
         """How the approximation stands, layer by layer.
 
@@ -315,6 +355,7 @@ class NaturalGradient(torch.optim.Optimizer):
     def _wanted(self) -> str:
         if self.overdue or self._due(self.statistics_every):
             self.observer.watch_backward = not self.checked
+            self._draw(0, self.observer.seen)
             return "taps"
         always = self.step_length == "quadratic" or self.loss_scale == "sum"
         return "outputs" if always else ""
@@ -323,18 +364,33 @@ class NaturalGradient(torch.optim.Optimizer):
         if not isinstance(self.loss_scale, str):
             return float(self.loss_scale)
         if observations:
-            samples = sum(seen.samples for seen in observations)
             if self.loss_scale == "sum":
-                self._factor = float(samples)
+                self._factor = self._batch_size(observations) / self.exchange.count
             else:
                 self._factor = self.likelihood.mean_factor(observations[0].outputs)
         return self._factor
 
     _factor = 1.0
 
+    def _batch_size(self, observations: Sequence[Observation]) -> float:
+        """Samples in the batch of all processes."""
+        return self.exchange.sums([sum(seen.samples for seen in observations)], self.device)[0]
+
+    def _draw(self, *purpose: int) -> None:
+        """Let the generator begin the random numbers of a purpose in this step.
+
+        They don't depend on what was drawn before, so that processes can't fall out of step.
+        """
+        key = (self.seed, self.counters["steps"], *purpose)
+        seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+        self.generator.manual_seed(int(seed >> np.uint64(1)))
+
     def _refresh_blocks(self, tapped: Sequence[Observation], inverse: bool) -> None:
         """Statistics, damping and inverses of all blocks; for methods that couple blocks."""
-        refresh_blocks(self, tapped, inverse)
+        if self.exchange.count == 1:
+            refresh_blocks(self, tapped, inverse)
+        else:
+            refresh_together(self, tapped, inverse)
 
     # Moving
 

@@ -8,12 +8,16 @@ from torch import Tensor
 
 from smallfry.curvature import Block, Likelihood, Observation
 from smallfry.errors import SmallfryWarning, UsageError
+from smallfry.optim.exchange import Exchange
 
 TOLERANCE = 0.05
 
 
 def check_layers(
-    blocks: Sequence[Block], observations: Sequence[Observation], grads: Mapping[str, Tensor]
+    blocks: Sequence[Block],
+    observations: Sequence[Observation],
+    grads: Mapping[str, Tensor],
+    exchange: Exchange,
 ) -> float:
     """Make sure that the taps saw every use of each covered weight.
 
@@ -27,6 +31,8 @@ def check_layers(
         UsageError: A weight is used where its module is not called, with the layer's name.
     """
     ratios = []
+    together = exchange.count > 1
+    averaged = " the processes' gradients are not averaged," if together else ""
     for block in blocks:
         present = {name: grads[name] for name in block.parameters if name in grads}
         if len(present) < len(block.parameters):
@@ -38,6 +44,9 @@ def check_layers(
             if part is not None:
                 found += part[0]
                 terms += part[1]
+        if together:  # processes have averaged their gradients
+            found = exchange.sum(found) / exchange.count
+            terms = exchange.sums([terms], found.device)[0] / exchange.count
         size = torch.linalg.vector_norm(actual)
         rounding = 1e3 * torch.finfo(actual.dtype).eps * terms
         if float(size) <= rounding and float(torch.linalg.vector_norm(found)) <= rounding:
@@ -49,9 +58,9 @@ def check_layers(
                 f"layer '{next(iter(block.layers))}': its parameters have gradients that its "
                 "calls don't account for. Its weight is used without calling the layer (such as "
                 "F.linear(x, layer.weight)), inside a reentrant checkpoint, .grad was changed "
-                "before step(), or the loss has a term of the weights. Call the layer; or exclude "
-                f"it: exclude=['{next(iter(block.layers))}'] trains it by the inner AdamW; or, for "
-                "a weight penalty, give check='off'"
+                f"before step(),{averaged} or the loss has a term of the weights. Call the layer; "
+                f"or exclude it: exclude=['{next(iter(block.layers))}'] trains it by the inner "
+                "AdamW; or, for a weight penalty, give check='off'"
             )
         ratios.append(scale)
     return sorted(ratios)[len(ratios) // 2] if ratios else 1.0
@@ -62,6 +71,7 @@ def check_loss(
     observations: Sequence[Observation],
     stated: float,
     rescaled: float,
+    samples: float,
 ) -> None:
     """Make sure that the loss is the stated multiple of the mean negative log-likelihood.
 
@@ -70,11 +80,11 @@ def check_loss(
         observations: With the training loss's gradients at the outputs.
         stated: The multiple that the optimizer was told.
         rescaled: ``.grad`` over the gradient seen in the backward pass, from ``check_layers``.
+        samples: In the batch; of several processes, their mean share.
 
     Raises:
         UsageError: The likelihood can't explain the gradients, or another multiple does.
     """
-    samples = sum(seen.samples for seen in observations)
     factors = []
     for seen in observations:
         pairs = zip(seen.output_gradients, seen.outputs, strict=True)
@@ -114,9 +124,9 @@ def check_loss(
     )
 
 
-def _reduction_hint(factor: float, samples: int) -> str:
+def _reduction_hint(factor: float, samples: float) -> str:
     if math.isclose(factor, samples, rel_tol=TOLERANCE):
-        return f" {samples} is the number of samples: the loss is a sum over them."
+        return f" {samples:g} is the number of samples: the loss is a sum over them."
     if factor < 1 and math.isclose(1 / factor, round(1 / factor), rel_tol=TOLERANCE):
         return f" 1/{round(1 / factor)} looks like a mean over outputs or positions."
     return ""

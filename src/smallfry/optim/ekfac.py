@@ -27,7 +27,7 @@ from smallfry.curvature.diagonal import (
 )
 from smallfry.curvature.kronecker import eigendecompose, reduced, unpack
 from smallfry.errors import UsageError
-from smallfry.optim.approximation import Approximation, State
+from smallfry.optim.approximation import Approximation, State, Summed, Updating
 from smallfry.optim.base import NaturalGradient
 from smallfry.optim.kfac import SIDES, KroneckerProduct, running
 from smallfry.optim.kpsvd import NearestProduct
@@ -85,6 +85,7 @@ class DiagonalInBasis(Approximation):
             self.product = NearestProduct("factored", sharing, factor_rank)
         else:
             self.product = KroneckerProduct("factored", _as_kfac(sharing), factor_rank)
+        self.divides = self.product.divides
 
     def settings(self) -> dict[str, Any]:
         """Plain data that a saved state depends on."""
@@ -102,9 +103,21 @@ class DiagonalInBasis(Approximation):
         """Average the batch's product in, and carry s over to the few vectors that it has now."""
         before = {key: state[key] for key in VECTORS.values() if key in state}
         self.product.update(block, state, rows, keep, generator)
-        for side, key in VECTORS.items():
-            if key in before:
-                _turn(state, side, state[key], before[key])
+        _follow(state, before)
+
+    def updating(
+        self,
+        block: Block,
+        state: State,
+        rows: Sequence[Rows],
+        samples: float,
+        keep: float,
+        generator: torch.Generator,
+    ) -> Updating:
+        """``update`` in steps, as the product's."""
+        before = {key: state[key] for key in VECTORS.values() if key in state}
+        yield from self.product.updating(block, state, rows, samples, keep, generator)
+        _follow(state, before)
 
     def invert(self, block: Block, state: State, damping: float) -> float:
         """Decompose the factors kept whole, and carry s over to the new basis."""
@@ -115,17 +128,24 @@ class DiagonalInBasis(Approximation):
             state[f"q{side}"] = vectors
         return 1.0
 
-    def settle(self, block: Block, state: State, rows: Sequence[Rows], keep: float) -> None:
-        """Average the batch's second moments in."""
+    def moments(
+        self, block: Block, state: State, rows: Sequence[Rows], samples: float
+    ) -> Tensor | None:
+        """The batch's second moments in the basis."""
         if "inverted" not in state:
-            return
-        samples = sum(part.samples for part in rows)
-        fresh: Any = 0
+            return None
+        bases = _bases(state)
+        entries = [size + (size < whole) for whole, size in (each.shape[1:] for each in bases)]
+        fresh = bases[0].new_zeros(block.shape[0], entries[1], entries[0])
         for part in rows:
             seen = _as_samples(part, self.sharing_of(block))
-            moments = basis_second_moments(seen, *_bases(state))
-            fresh = fresh + moments * (seen.samples / part.samples) * (part.samples / samples)
-        state["s"] = running(state, "s", fresh, keep)
+            # a mean over what counts as samples, times how many of them the batch has of each
+            fresh = fresh + basis_second_moments(seen, *bases) * (seen.samples / samples)
+        return fresh
+
+    def settle(self, state: State, moments: Tensor, keep: float) -> None:
+        """Average them in."""
+        state["s"] = running(state, "s", moments, keep)
 
     def apply(self, block: Block, state: State, matrix: Tensor, damping: float) -> Tensor:
         """Into the basis, divide, and back."""
@@ -155,6 +175,25 @@ class DiagonalInBasis(Approximation):
         words += "" if rank is None else f", rank {rank}"
         return words, groups * (kept + moments), groups * work
 
+    def summed(self, block: Block) -> Summed | None:
+        """What the product sums, and the second moments."""
+        product = self.product.summed(block)
+        if product is None:
+            return None
+        groups, outputs, inputs = block.shape
+        kept = [self.product.rank_of(block, side) for side in SIDES]
+        entries = [
+            size if rank is None else rank + 1
+            for size, rank in zip((inputs, outputs), kept, strict=True)
+        ]
+        moments = groups * entries[0] * entries[1]
+        turned = groups * (inputs * entries[0] + outputs * entries[1]) + moments
+        return product._replace(everywhere=moments, macs=product.macs + turned)
+
+    def burden(self, block: Block) -> int:
+        """Multiply-adds of whole bases, or those of the product's few vectors."""
+        return self.cost(block, {})[2] + self.product.burden(block)
+
     def factors(self, state: State) -> tuple[Tensor, Tensor]:
         """Those whose eigenvectors are the basis."""
         return self.product.factors(state)
@@ -176,6 +215,13 @@ def _bases(state: State) -> tuple[Tensor, Tensor]:
     """Vectors of inputs and outputs, a few or whole."""
     a, g = (state[key if key in state else f"q{side}"] for side, key in VECTORS.items())
     return a, g
+
+
+def _follow(state: State, before: State) -> None:
+    """Carry s over to the vectors that an update has found, if it has."""
+    for side, key in VECTORS.items():
+        if key in before and state[key] is not before[key]:
+            _turn(state, side, state[key], before[key])
 
 
 def _turn(state: State, side: str, new: Tensor, old: Tensor | None) -> None:

@@ -35,6 +35,8 @@ class ExactNG(NaturalGradient):
         settings: Those of ``NaturalGradient``.
     """
 
+    shares_batches = False  # its samples would have to be in every process
+
     def __init__(
         self,
         model: nn.Module,

@@ -90,6 +90,37 @@ class Diagnosis(NamedTuple):
         return f"{_table(head, lines)}\nclip {self.clip:.3g}; {energy}{counted}"
 
 
+class Share(NamedTuple):
+    """What one process does of a refresh, beside its part of the samples."""
+
+    process: int
+    layers: tuple[str, ...]
+    work: int  # multiply-adds, about
+
+
+class Distribution(NamedTuple):
+    """How refreshes are divided over processes; ``str()`` is a table."""
+
+    shares: tuple[Share, ...]
+    sent: dict[str, int]  # bytes of this process's messages in the last refresh, by kind
+
+    def __str__(self) -> str:
+        lines = [(str(s.process), f"{s.work / 1e9:.3f} GMAC", ", ".join(s.layers)) for s in self[0]]
+        sent = ", ".join(f"{kind} {n / 1e6:.2f} MB" for kind, n in self.sent.items()) or "nothing"
+        return f"{_table(('process', 'work', 'layers'), lines)}\nlast refresh: {sent}"
+
+
+def distribution(optimizer: "NaturalGradient") -> Distribution:
+    """Which process refreshes which layers, and what the last refresh sent."""
+    shares = []
+    for process in range(optimizer.exchange.count):
+        mine = [b for b in optimizer.blocks if optimizer.owners[b.name] == process]
+        layers = tuple(", ".join(b.layers) for b in mine)
+        work = sum(optimizer.approximation.burden(b) for b in mine)
+        shares.append(Share(process, layers, work))
+    return Distribution(tuple(shares), dict(optimizer.exchange.bytes))
+
+
 def summarize(optimizer: "NaturalGradient") -> Summary:
     """What happens to each parameter: approximation, memory, cost of a refresh."""
     rows = []

@@ -30,10 +30,20 @@ from smallfry.curvature.kronecker import (
     split_damping,
     unpack,
 )
-from smallfry.curvature.low_rank import LowRank, average, solve_sides
+from smallfry.curvature.low_rank import OVERSAMPLING, Average, LowRank, gram_times, solve_sides
 from smallfry.errors import UsageError
-from smallfry.optim.approximation import Approximation, State, eigenvalue_range
+from smallfry.optim.approximation import (
+    Approximation,
+    Spread,
+    State,
+    Sum,
+    Summed,
+    Updating,
+    alone,
+    eigenvalue_range,
+)
 from smallfry.optim.base import NaturalGradient
+from smallfry.optim.refresh import wide
 
 Sharing = Literal["expand", "reduce"]
 SIDES = ("a", "g")
@@ -72,6 +82,7 @@ class KroneckerProduct(Approximation):
     """A ⊗ G; the arguments are those of ``KFAC``."""
 
     words = "A ⊗ G"
+    divides = True
 
     def __init__(
         self,
@@ -101,16 +112,49 @@ class KroneckerProduct(Approximation):
         generator: torch.Generator,
     ) -> None:
         """Average the batch's A and G in."""
-        seen = folded(rows, self.sharing_of(block) == "reduce")
-        fresh = {}
+        alone(self.updating(block, state, rows, samples_of(rows), keep, generator))
+
+    def updating(
+        self,
+        block: Block,
+        state: State,
+        rows: Sequence[Rows],
+        samples: float,
+        keep: float,
+        generator: torch.Generator,
+    ) -> Updating:
+        """``update``: sums of factors, or of their products with a few directions."""
+        seen = folded(rows, self.sharing_of(block) == "reduce", samples)
+        parts: State = {}
+        means: dict[str, Average] = {}
+        taken, first = dict[str, Tensor](), dict[str, Tensor]()
         for side in SIDES:
             rank = self.rank_of(block, side)
             if rank is None:
-                matrix = sum_over(seen, input_factor if side == "a" else output_factor)
-                fresh[side] = running(state, side, pack(matrix), keep)
-            else:
-                taken = average(low_rank(state, side), _rows(seen, side), keep, rank, generator)
-                fresh |= {f"{name}_{side}": t for name, t in taken._asdict().items()}
+                factor = input_factor if side == "a" else output_factor
+                parts[side] = pack(sum_over(seen, factor, _nothing(block, side)))
+                continue
+            taken[side] = _rows(block, seen, side)
+            means[side] = Average(low_rank(state, side), keep, rank)
+            first[side] = means[side].directions(taken[side], generator)
+            parts[f"first_{side}"] = gram_times(taken[side], first[side])
+            parts[f"trace_{side}"] = (taken[side] ** 2).sum((1, 2))
+        totals = yield Sum(parts)
+        fresh: State = {}
+        if means:
+
+            def make() -> State:
+                return {k: m.basis(first[k], totals[f"first_{k}"]) for k, m in means.items()}
+
+            bases = yield Spread(first, make)
+            more = yield Sum({side: gram_times(taken[side], bases[side]) for side in means})
+        if totals is None:
+            return  # another process owns the block
+        for side, mean in means.items():
+            pairs = mean.pairs(bases[side], more[side], totals[f"trace_{side}"])
+            fresh |= {f"{name}_{side}": t for name, t in pairs._asdict().items()}
+        for side in (side for side in SIDES if side not in means):
+            fresh[side] = running(state, side, totals[side], keep)
         state |= fresh
 
     def invert(self, block: Block, state: State, damping: float) -> float:
@@ -170,6 +214,29 @@ class KroneckerProduct(Approximation):
         words = f"{self.words}, {self.sharing_of(block)}, {self.damping_split}{ranked}"
         return words, groups * kept, groups * work
 
+    def summed(self, block: Block) -> Summed | None:
+        """Factors, or their products with a few directions, and what those take."""
+        groups, outputs, inputs = block.shape
+        numbers = spread = macs = 0
+        for side, size in zip(SIDES, (inputs, outputs), strict=True):
+            rank = self.rank_of(block, side)
+            if rank is None:
+                numbers, macs = numbers + size * (size + 1) // 2, macs + size**2
+                continue
+            directions = size * min(rank + OVERSAMPLING, size)
+            numbers, spread = numbers + 2 * directions + 1, spread + directions
+            macs += 4 * directions
+        return Summed(groups * numbers, groups * spread, 0, groups * macs)
+
+    def burden(self, block: Block) -> int:
+        """Multiply-adds of inversions, and of the bases of factors that have a rank."""
+        groups, outputs, inputs = block.shape
+        bases = 0
+        for side, size in zip(SIDES, (inputs, outputs), strict=True):
+            rank = self.rank_of(block, side)
+            bases += 0 if rank is None else 4 * size * (rank + OVERSAMPLING) ** 2
+        return self.cost(block, {})[2] + groups * bases
+
     def diagnose(self, block: Block, state: State, rows: Sequence[Rows]) -> dict[str, Any]:
         """Eigenvalue ranges and the Fisher error."""
         found: dict[str, Any] = {"inputs": _range(state, "a"), "outputs": _range(state, "g")}
@@ -205,9 +272,13 @@ class KroneckerProduct(Approximation):
         return unpack(state[side]) if low is None else low.dense()
 
 
-def folded(rows: Sequence[Rows], reduce: bool) -> list[Rows]:
-    """Micro-batches, weighted so that their factors add up to the whole batch's."""
-    samples = sum(part.samples for part in rows)
+def samples_of(rows: Sequence[Rows]) -> int:
+    """Samples in all micro-batches."""
+    return sum(part.samples for part in rows)
+
+
+def folded(rows: Sequence[Rows], reduce: bool, samples: float) -> list[Rows]:
+    """Micro-batches, weighted so that all factors add up to those of so many samples."""
     seen = []
     for part in rows:
         one = reduced(part) if reduce and part.uses > 1 else part
@@ -216,10 +287,10 @@ def folded(rows: Sequence[Rows], reduce: bool) -> list[Rows]:
     return seen
 
 
-def sum_over(rows: Sequence[Rows], factor: Any) -> Tensor:
+def sum_over(rows: Sequence[Rows], factor: Any, nothing: Tensor) -> Tensor:
     """The sum of a factor over micro-batches."""
     parts = [factor(part) for part in rows]
-    total: Tensor = sum(parts[1:], start=parts[0])
+    total: Tensor = sum(parts[1:], start=parts[0]) if parts else nothing
     return total
 
 
@@ -253,10 +324,20 @@ def packs_inverse(shape: tuple[int, int, int]) -> bool:
     return 1.5 * (outputs**2 + inputs**2) > 4 * outputs * inputs
 
 
-def _rows(rows: Sequence[Rows], side: str) -> Tensor:
+def _rows(block: Block, rows: Sequence[Rows], side: str) -> Tensor:
     """Rows whose Gram matrix is the factor, (groups, rows, size)."""
+    if not rows:
+        return _nothing(block, side)[:, :0]
     if side == "a":
         flat = [r.inputs.flatten(1, 2) / (r.samples * r.uses) ** 0.5 for r in rows]
     else:
         flat = [r.gradients.flatten(1, 3) / r.samples**0.5 for r in rows]
     return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
+
+
+def _nothing(block: Block, side: str) -> Tensor:
+    """The factor of no samples."""
+    groups, outputs, inputs = block.shape
+    size = inputs if side == "a" else outputs
+    like = next(iter(block.parameters.values()))
+    return like.new_zeros((), dtype=wide(like.dtype)).expand(groups, size, size)

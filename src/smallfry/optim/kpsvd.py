@@ -44,7 +44,7 @@ from smallfry.curvature.low_rank import (
 from smallfry.curvature.nearest_pairs import Factor, Pair, nearest_pairs
 from smallfry.curvature.terms import Terms, expanded, joined, terms_error
 from smallfry.errors import UsageError
-from smallfry.optim.approximation import Approximation, State, eigenvalue_range
+from smallfry.optim.approximation import Approximation, State, Summed, eigenvalue_range
 from smallfry.optim.base import NaturalGradient
 from smallfry.optim.kfac import SIDES, KroneckerProduct, low_rank
 
@@ -119,6 +119,7 @@ class NearestProduct(KroneckerProduct):
 
     sharing_choices = ("exact", "expand", "reduce")
     words = "nearest R ⊗ S"
+    divides = False
 
     def __init__(
         self,
@@ -127,6 +128,10 @@ class NearestProduct(KroneckerProduct):
         factor_rank: int | None = 64,
     ) -> None:
         super().__init__(damping_split, sharing, factor_rank)
+
+    def summed(self, block: Block) -> Summed | None:
+        """Nothing: the nearest product is no function of sums."""
+        return None
 
     def update(
         self,

@@ -50,13 +50,14 @@ def best_step(
         bases.append({n: last.get(n, torch.zeros_like(v)) for n, v in directions.items()})
     count = len(bases)
     curved = torch.zeros(count, count, dtype=torch.float64)
-    samples = sum(seen.samples for seen in observations)
+    samples = optimizer._batch_size(observations)
     for seen in observations:
         pushed = [push_forward(optimizer, seen, basis, parameters)[1] for basis in bases]
         for i in range(count):
             bent = optimizer.likelihood.hessian_product(seen.outputs, pushed[i])
             for j in range(count):
                 curved[i, j] += _dot(bent, pushed[j]) / samples
+    curved = optimizer.exchange.sum(curved.to(optimizer.device)).cpu()
     ridge = torch.zeros_like(curved)
     slope = torch.zeros(count, dtype=torch.float64)
     for i, basis in enumerate(bases):
@@ -110,8 +111,9 @@ def reduction_ratio(
     The targets are not needed: the gradient that arrived at the outputs gives the linear part of
     the real change, and the divergence of the likelihood the rest.
     """
-    samples = sum(seen.samples for seen in observations)
-    factor = optimizer._loss_factor(observations)
+    samples = optimizer._batch_size(observations)
+    # processes average their gradients
+    factor = optimizer._loss_factor(observations) * optimizer.exchange.count
     linear = real = curved = 0.0
     for seen in observations:
         before, tangents = push_forward(optimizer, seen, step, parameters)
@@ -125,6 +127,8 @@ def reduction_ratio(
         divergence = optimizer.likelihood.divergence(before, after)
         real += _dot(gradients, moved) / factor + float(divergence.double().sum()) / samples
         curved += _dot(optimizer.likelihood.hessian_product(before, tangents), tangents) / samples
+    terms = [linear, real, curved]
+    linear, real, curved = optimizer.exchange.sums(terms, optimizer.device)
     ridge = sum(damping_of(optimizer, n) * float((d**2).sum()) for n, d in step.items())
     foretold = linear + 0.5 * (curved + ridge)
     if foretold < 0:

@@ -44,7 +44,7 @@ def refresh(
             "optimizer after the model has its final layers"
         )
     tapped = [seen for seen in observations if seen.calls]
-    if statistics and not tapped:
+    if statistics and anywhere(optimizer, not tapped):
         _complain_unseen(optimizer)
         statistics = False
     if not statistics and not inverse:
@@ -52,9 +52,11 @@ def refresh(
     if statistics:
         _check(optimizer, tapped, grads, factor)
     if statistics and optimizer.observer.fisher == "empirical":
-        optimizer.observer.use_training_gradients(tapped, factor)
+        # processes average their gradients: a mean share of the samples is what one stands for
+        mean_share = optimizer._batch_size(tapped) / optimizer.exchange.count
+        optimizer.observer.use_training_gradients(tapped, mean_share / factor)
     drawn = not optimizer.approximation.needs_gradients or all(seen.draws for seen in tapped)
-    if statistics and not (drawn and _tame(tapped)):
+    if statistics and anywhere(optimizer, not (drawn and _tame(tapped))):
         optimizer.counters["failed_refreshes"] += 1
         optimizer.overdue, optimizer.overdue_inverse = True, optimizer.overdue_inverse or inverse
         return
@@ -80,29 +82,39 @@ def _check(
         )
     if optimizer.checked or optimizer.check == "off":
         return
-    optimizer.checked = True
+    optimizer.checked, exchange, wrong = True, optimizer.exchange, None
+    samples = optimizer._batch_size(tapped) / exchange.count
     try:
-        rescaled = check_layers(optimizer.blocks, tapped, grads)
-        check_loss(optimizer.likelihood, tapped, factor, rescaled)
+        rescaled = check_layers(optimizer.blocks, tapped, grads, exchange)
+        check_loss(optimizer.likelihood, tapped, factor, rescaled, samples)
     except UsageError as error:
-        if optimizer.check == "error":
-            optimizer.checked = False
-            raise
-        warn(str(error))
+        wrong = error
+    if wrong is not None and optimizer.check == "warn":
+        warn(str(wrong))
+    if anywhere(optimizer, wrong is not None) and optimizer.check == "error":
+        optimizer.checked = False
+        raise wrong or UsageError("in another process the loss is not what the optimizer was told")
+
+
+def anywhere(optimizer: "NaturalGradient", holds: bool) -> bool:
+    """Whether something holds in any of the processes."""
+    if optimizer.exchange.count == 1:
+        return holds
+    return optimizer.exchange.sums([holds], optimizer.device)[0] > 0
 
 
 def refresh_blocks(
     optimizer: "NaturalGradient", tapped: Sequence[Observation], inverse: bool
 ) -> None:
     """Statistics, damping, inverses, of all blocks."""
-    method, count = optimizer.approximation, optimizer.counters["statistics"] + 1
-    keep = min(1 - 1 / count, optimizer.ema_decay)
+    method = optimizer.approximation
+    keep = share_kept(optimizer)
     settling: dict[str, tuple[list[Rows], float]] = {}
     if optimizer._monitoring and tapped:
         optimizer._latest = {}
-    for block in optimizer.blocks:
+    for number, block in enumerate(optimizer.blocks):
         state, began = optimizer.curvature[block.name], time.perf_counter()
-        rows = _rows(optimizer, block, tapped)
+        rows = rows_seen(optimizer, number, tapped)
         if rows:
             share = keep if state else 0.0
             try:
@@ -117,21 +129,31 @@ def refresh_blocks(
                 settling[block.name] = rows, share
             if optimizer._monitoring:
                 optimizer._latest[block.name] = rows
-    _set_lambdas(optimizer)
+    set_lambdas(optimizer, traces(optimizer))
     for block in optimizer.blocks:
         state, began = optimizer.curvature[block.name], time.perf_counter()
         if state and (inverse or "inverted" not in state):
-            _invert(optimizer, block, state)
+            invert(optimizer, block, state)
         if block.name in settling:
-            method.settle(block, state, *settling.pop(block.name))
+            rows, share = settling.pop(block.name)
+            moments = method.moments(block, state, rows, sum(part.samples for part in rows))
+            if moments is not None:
+                method.settle(state, moments, share)
         spent = 1e3 * (time.perf_counter() - began)
         optimizer.milliseconds[block.name] = optimizer.milliseconds.get(block.name, 0.0) + spent
-    _set_lambdas(optimizer)
+    set_lambdas(optimizer, traces(optimizer))
     optimizer.counters["statistics"] += bool(tapped)
     optimizer.counters["inverses"] += inverse
 
 
-def _invert(optimizer: "NaturalGradient", block: Block, state: State) -> None:
+def share_kept(optimizer: "NaturalGradient") -> float:
+    """Share of the old statistics that a refresh keeps."""
+    count = optimizer.counters["statistics"] + 1
+    return min(1 - 1 / count, optimizer.ema_decay)
+
+
+def invert(optimizer: "NaturalGradient", block: Block, state: State) -> None:
+    """Make a block's inverse anew, or keep the last one with a warning."""
     layer = next(iter(block.layers))
     try:
         raised = optimizer.approximation.invert(block, state, optimizer.lambdas[block.name])
@@ -147,27 +169,41 @@ def _invert(optimizer: "NaturalGradient", block: Block, state: State) -> None:
         )
 
 
-def _set_lambdas(optimizer: "NaturalGradient") -> None:
-    known = [block for block in optimizer.blocks if optimizer.curvature[block.name]]
-    trace = optimizer.approximation.trace
-    traces = {block.name: trace(block, optimizer.curvature[block.name]) for block in known}
+def traces(optimizer: "NaturalGradient", only: int | None = None) -> dict[str, float]:
+    """tr F̂ of all blocks that there is something known of, or of those of one process."""
+    trace, found = optimizer.approximation.trace, {}
+    for block in optimizer.blocks:
+        state = optimizer.curvature[block.name]
+        if state and only in (None, optimizer.owners[block.name]):
+            found[block.name] = trace(block, state)
+    return found
+
+
+def set_lambdas(optimizer: "NaturalGradient", found: Mapping[str, float]) -> None:
+    """Set λ of each block from the traces of all."""
+    known = [block for block in optimizer.blocks if block.name in found]
     relative = optimizer.damping * optimizer.damping_factor
-    mean = sum(traces.values()) / max(1, sum(block.size for block in known))
+    mean = sum(found.values()) / max(1, sum(block.size for block in known))
     for block in known:
-        unit = traces[block.name] / block.size if optimizer.damping_per == "layer" else mean
+        unit = found[block.name] / block.size if optimizer.damping_per == "layer" else mean
         # without any curvature a step is none: gradients are zero too
         optimizer.lambdas[block.name] = max(relative * unit, 1e-30)
 
 
-def _rows(
-    optimizer: "NaturalGradient", block: Block, observations: Sequence[Observation]
+def rows_seen(
+    optimizer: "NaturalGradient", number: int, observations: Sequence[Observation]
 ) -> list[Rows]:
-    """What a block saw, one for each micro-batch in which it was called."""
-    found: list[Rows] = []
+    """What a block saw, one for each micro-batch in which it was called.
+
+    Each block has random numbers of its own: it does not matter which process refreshes it.
+    """
+    block, found = optimizer.blocks[number], list[Rows]()
+    optimizer._draw(1, number)
     for seen in observations:
         called = any(call.block is block for call in seen.calls)
         if called or optimizer.approximation.counts_absence:
             found.append(rows_of(block, seen, partial(_drawn, optimizer, block, seen)))
+    optimizer._draw(2, number)
     return found
 
 
@@ -196,10 +232,11 @@ def _drawn(
     optimizer: "NaturalGradient", block: Block, seen: Observation, uses: int
 ) -> Tensor | None:
     """Which uses to take statistics from, where there are more than needed."""
-    enough = optimizer.max_rows is None or seen.samples * uses <= optimizer.max_rows
+    samples = seen.samples * optimizer.exchange.count  # about, where shares are uneven
+    enough = optimizer.max_rows is None or samples * uses <= optimizer.max_rows
     if optimizer.max_rows is None or enough or not optimizer.approximation.sums_over_uses(block):
         return None
-    kept = max(1, optimizer.max_rows // seen.samples)
+    kept = max(1, optimizer.max_rows // samples)
     device = optimizer.generator.device
     return torch.randperm(uses, generator=optimizer.generator, device=device)[:kept].sort().values
 

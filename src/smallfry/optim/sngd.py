@@ -21,9 +21,18 @@ from torch import Tensor, nn
 from smallfry.curvature import Block, Rows
 from smallfry.curvature.kronecker import damped_inverse, pack, packed_mean, unpack
 from smallfry.errors import UsageError
-from smallfry.optim.approximation import Approximation, State, eigenvalue_range
+from smallfry.optim.approximation import (
+    Approximation,
+    State,
+    Sum,
+    Summed,
+    Updating,
+    alone,
+    eigenvalue_range,
+)
 from smallfry.optim.base import NaturalGradient
 from smallfry.optim.kfac import running
+from smallfry.optim.refresh import wide
 
 LARGEST = 2**27  # numbers in the metrics of a layer's neurons together
 
@@ -55,6 +64,7 @@ class InputMetric(Approximation):
 
     sharing_choices = ("expand",)
     needs_gradients = False
+    divides = True
 
     def __init__(self, variant: str = "input") -> None:
         super().__init__("expand")
@@ -91,23 +101,44 @@ class InputMetric(Approximation):
         generator: torch.Generator,
     ) -> None:
         """Average the batch's metric in."""
-        count = sum(part.samples * part.uses for part in rows)
-        total: Any = 0
+        alone(self.updating(block, state, rows, 0, keep, generator))
+
+    def updating(
+        self,
+        block: Block,
+        state: State,
+        rows: Sequence[Rows],
+        samples: float,
+        keep: float,
+        generator: torch.Generator,
+    ) -> Updating:
+        """``update``: the sum of the metrics of all uses, and their number."""
+        like = next(iter(block.parameters.values()))
+        neurons = block.shape[1] if block.name in self._hidden else 1
+        size = block.shape[2]
+        total = like.new_zeros(
+            block.shape[0] * neurons, size * (size + 1) // 2, dtype=wide(like.dtype)
+        )
+        count = total.new_zeros(())
         for part in rows:
             x = part.inputs.flatten(1, 2)  # (groups, rows, inputs)
+            count = count + x.shape[1]
             if block.name not in self._hidden:
-                total = total + pack(x.transpose(1, 2) @ x / count)
+                total = total + pack(x.transpose(1, 2) @ x)
                 continue
             tensors = {name: p.detach() for name, p in block.parameters.items()}
             z = x @ block.to_matrix(tensors).to(x).transpose(1, 2)
             weight = z.sigmoid().square().transpose(1, 2)  # (groups, outputs, rows)
             metrics = [
-                (x[h] * one[:, None]).T @ x[h] / count
-                for h, neurons in enumerate(weight)
-                for one in neurons
+                (x[h] * one[:, None]).T @ x[h]
+                for h, neurons_of in enumerate(weight)
+                for one in neurons_of
             ]
             total = total + pack(torch.stack(metrics))
-        state["metric"] = running(state, "metric", total, keep)
+        totals = yield Sum({"metric": total, "count": count})
+        if totals is not None:
+            fresh = totals["metric"] / totals["count"]
+            state["metric"] = running(state, "metric", fresh, keep)
 
     def invert(self, block: Block, state: State, damping: float) -> float:
         """Invert every metric."""
@@ -136,6 +167,12 @@ class InputMetric(Approximation):
         count = groups * (outputs if block.name in self._hidden else 1)
         words = "a metric for each neuron" if block.name in self._hidden else "metric of inputs"
         return words, count * inputs * (inputs + 1), count * inputs**3
+
+    def summed(self, block: Block) -> Summed:
+        """The metrics, and the number of uses."""
+        groups, outputs, inputs = block.shape
+        count = groups * (outputs if block.name in self._hidden else 1)
+        return Summed(count * inputs * (inputs + 1) // 2 + 1, 0, 0, count * inputs**2)
 
     def diagnose(self, block: Block, state: State, rows: Sequence[Rows]) -> dict[str, Any]:
         """Eigenvalue range over all metrics."""

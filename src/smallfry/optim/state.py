@@ -12,7 +12,16 @@ if TYPE_CHECKING:
     from smallfry.optim.base import NaturalGradient
 
 FORMAT = 2
-FLAGS = ("overdue", "overdue_inverse", "checked", "damping_factor", "clip", "_factor", "damping")
+FLAGS = (
+    "overdue",
+    "overdue_inverse",
+    "checked",
+    "damping_factor",
+    "clip",
+    "_factor",
+    "damping",
+    "seed",
+)
 
 
 def save_state(optimizer: "NaturalGradient") -> dict[str, Any]:
@@ -75,7 +84,7 @@ def load_state(optimizer: "NaturalGradient", given: Mapping[str, Any]) -> None:
     optimizer.lambdas = dict(given["lambdas"])
     optimizer.counters = {**optimizer.counters, **given["counters"]}
     for name in FLAGS:
-        setattr(optimizer, name, given["flags"][name])
+        setattr(optimizer, name, given["flags"].get(name, getattr(optimizer, name)))
     optimizer.generator.set_state(given["generator"].cpu())
     optimizer.observer.drop()
 

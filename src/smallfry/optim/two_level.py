@@ -72,6 +72,7 @@ class TwoLevel(NaturalGradient):
         settings: Those of ``NaturalGradient``.
     """
 
+    shares_batches = False  # its coarse level couples the samples of all processes
     beside = "; in steps with a refresh also inputs and gradients of some samples"
 
     def __init__(

@@ -8,7 +8,7 @@ it is made, and made for much less than image by image. The operations are torch
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,26 @@ SMALLEST_CROPPED = 16  # on an 8×8 image a pixel is an eighth of it, and shifti
 MAGNITUDES = 31  # of RandAugment, from 0 to 30
 
 Operation = Callable[[Tensor], Tensor]
+
+
+class Place(NamedTuple):
+    """Which images of a batch are at hand, where several processes share one.
+
+    Random choices are drawn for the whole batch, so that they don't depend on how it is shared.
+    """
+
+    rows: Tensor  # (images,), int64, their places in the batch
+    total: int  # images in the whole batch
+    borrowed: int = 0  # how many of them, in front, are there for mixing only
+
+    def own(self, draws: Tensor) -> Tensor:
+        """Of draws for all images, last dimension, those for the images at hand."""
+        return draws[..., self.rows]
+
+
+def whole(images: Tensor) -> Place:
+    """All images of a batch are at hand."""
+    return Place(torch.arange(len(images)), len(images))
 
 
 class Augment:
@@ -46,7 +66,7 @@ class Augment:
         std: Sequence[float],
         flip: bool,
     ) -> None:
-        self.steps: list[Operation] = []
+        self.steps: list[Callable[..., Tensor]] = []
         padding = config.crop_padding
         if padding is None:
             padding = image_size // 8 if image_size >= SMALLEST_CROPPED else 0
@@ -65,15 +85,25 @@ class Augment:
         self.mix = v2.RandomChoice(mixing) if mixing else None
         self.normalize = Normalize(mean, std)
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Batch:
-        """The batch of images (batch, channels, size, size), uint8, with int64 labels."""
+    def needed(self, part: slice, count: int) -> Place:
+        """The images that a part of a batch is made of: mixed are an image and the one before."""
+        borrowed = int(self.mix is not None and part.stop - part.start < count)
+        return Place(torch.arange(part.start - borrowed, part.stop) % count, count, borrowed)
+
+    def __call__(self, images: Tensor, labels: Tensor, place: Place | None = None) -> Batch:
+        """The batch of images (batch, channels, size, size), uint8, with int64 labels.
+
+        Where ``place`` is a part of a batch, what ``needed`` borrowed for it is left out.
+        """
+        place = place or whole(images)
         for step in self.steps:
-            images = step(images)
+            images = step(images, place=place)
         images = self.normalize(images)
         if self.mix is None:
             return Batch(images, labels, F.one_hot(labels, self.classes).to(images.dtype))
         mixed, targets = self.mix(images, labels)
-        return Batch(mixed, labels, targets)
+        kept = slice(place.borrowed, None)
+        return Batch(mixed[kept], labels[kept], targets[kept])
 
 
 class Normalize:
@@ -89,23 +119,28 @@ class Normalize:
         return images.to(torch.float32).mul_(scale).add_(shift)
 
 
-def random_crop(images: Tensor, padding: int) -> Tensor:
+def random_crop(images: Tensor, padding: int, place: Place | None = None) -> Tensor:
     """Images of the same size, cut out of the black-bordered ones anywhere."""
     count, _, height, width = images.shape
-    top, left = torch.randint(2 * padding + 1, (2, count)).to(images.device)
+    place = place or whole(images)
+    top, left = place.own(torch.randint(2 * padding + 1, (2, place.total))).to(images.device)
     windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
     return windows[torch.arange(count, device=images.device), :, top, left]
 
 
-def random_flip(images: Tensor) -> Tensor:
+def random_flip(images: Tensor, place: Place | None = None) -> Tensor:
     """Images, half of them mirrored."""
-    mirrored = (torch.rand(len(images), 1, 1, 1) < 0.5).to(images.device)
-    return torch.where(mirrored, images.flip(-1), images)
+    place = place or whole(images)
+    mirrored = (place.own(torch.rand(place.total)) < 0.5).to(images.device)
+    return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
 
 
-def apply_one_of(images: Tensor, operations: Sequence[Operation]) -> Tensor:
+def apply_one_of(
+    images: Tensor, operations: Sequence[Operation], place: Place | None = None
+) -> Tensor:
     """Every image through one of the operations, all of them equally likely."""
-    choice = torch.randint(len(operations), (len(images),))
+    place = place or whole(images)
+    choice = place.own(torch.randint(len(operations), (place.total,)))
     order = choice.argsort(stable=True)
     counts = torch.bincount(choice, minlength=len(operations)).tolist()
     groups = torch.split(images[order.to(images.device)], counts)

@@ -1,8 +1,9 @@
 """Batches as a pure function of seed and step, so that a resumed run sees what it would have seen.
 
 Batch number ``step`` of a run, its images, their order, crops, flips, RandAugment, Mixup and
-CutMix, depends on the seed and the step alone: not on earlier batches, worker processes or where
-the run was stopped. The random state of the augmentation is set anew for each batch.
+CutMix, depends on the seed and the step alone: not on earlier batches, worker processes, where the
+run was stopped, or how many processes train on it. The random state of the augmentation is set anew
+for each batch. Of several processes each makes its own part of a batch, and no more.
 """
 
 import math
@@ -20,6 +21,7 @@ from smallfry.data.stream import ShardPixels
 from smallfry.errors import DataError, UsageError
 from smallfry.training.augment import Augment
 from smallfry.training.objective import Batch
+from smallfry.training.processes import launch, share_of
 
 RESIDENT_SHARE = 0.25  # of the device's free memory that training images may take
 CHARACTERS = frozenset({"digits", "mnist"})
@@ -31,23 +33,46 @@ def derive_seed(*key: int) -> int:
 
 
 class TrainBatches(Dataset[Batch]):
-    """The batches of a run, by step number."""
+    """The batches of a run, by step number; of several processes, the part of one.
 
-    def __init__(self, split: Split, augment: Augment, batch_size: int, seed: int) -> None:
+    Args:
+        split: The training images.
+        augment: What they go through.
+        batch_size: Images in a whole batch.
+        seed: Of order and augmentation.
+        rank: Which of the processes this is.
+        processes: How many there are.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        augment: Augment,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
         self.split = split
         self.augment = augment
         self.batch_size = min(batch_size, len(split))
         self.seed = seed
         self.steps_per_epoch = len(split) // self.batch_size  # the rest takes part next epoch
+        if self.batch_size < processes:
+            raise UsageError(
+                f"{processes} processes can't share a batch of {self.batch_size} images: start "
+                "fewer, or raise batch_size"
+            )
+        self.place = augment.needed(share_of(self.batch_size, rank, processes), self.batch_size)
         self._order: tuple[int, Tensor] | None = None
 
     def __getitem__(self, step: int) -> Batch:
         epoch, position = divmod(step, self.steps_per_epoch)
-        rows = self._order_of(epoch)[position * self.batch_size :][: self.batch_size]
+        rows = self._order_of(epoch)[position * self.batch_size + self.place.rows]
         chosen = self.split.take(rows.to(self.split.rows.device))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.seed, 1, step))
-            return self.augment(chosen.images, chosen.labels)
+            return self.augment(chosen.images, chosen.labels, self.place)
 
     def _order_of(self, epoch: int) -> Tensor:
         if self._order is None or self._order[0] != epoch:
@@ -96,7 +121,8 @@ def train_loader(
         workers, pin_memory = 0, False
     if workers is None:
         heavy = streamed or len(batches.split) * math.prod(pixels.shape[1:]) > 10**7
-        workers = min(8, (os.cpu_count() or 1) - 1) if heavy and pin_memory else 0
+        cores = (os.cpu_count() or 1) // launch().here
+        workers = max(0, min(8, cores - 1)) if heavy and pin_memory else 0
     return _Loader(
         batches,
         batch_size=None,

@@ -231,6 +231,10 @@ class TrainConfig:
         seed: Seed of the initialisation, the order and the augmentation.
         device: auto, cpu, cuda or mps.
         precision: Lightning Fabric's precision, such as 32-true, bf16-mixed or 16-mixed.
+        strategy: Of several processes, which torchrun or SLURM starts: ddp has the whole model in
+            each, fsdp a share of it; auto is ddp.
+        sync_batch_norm: Take batch norms' statistics over all processes, on GPUs; each its own
+            part of the batch otherwise.
         compile: Compile the training step with torch.compile; on a CPU that needs a C++ compiler.
         resident: Keep the training images on the device; default if they take at most a quarter
             of its free memory. On a CPU there is nothing to move.
@@ -259,6 +263,8 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     precision: str = "32-true"
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    sync_batch_norm: bool = False
     compile: bool = False
     resident: bool | None = None
     workers: int | None = None

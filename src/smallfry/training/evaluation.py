@@ -1,5 +1,6 @@
 """What a model says of a split, and how right that is."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -78,6 +79,18 @@ def forward(
         return recurse_until(model, images, exit_threshold)
     step = model.recurse(images)[-1]
     return step.logits, step.halt_logits, None
+
+
+def joined(parts: Sequence[Predictions]) -> Predictions:
+    """What is said of several parts of a split, as one."""
+    halting = [part.halting for part in parts if part.halting is not None]
+    steps = [part.steps for part in parts if part.steps is not None]
+    return Predictions(
+        torch.cat([part.logits for part in parts]),
+        torch.cat([part.labels for part in parts]),
+        torch.cat(halting) if halting else None,
+        torch.cat(steps) if steps else None,
+    )
 
 
 def score(predictions: Predictions) -> dict[str, float]:

@@ -1,37 +1,38 @@
 """The training loop: fit, stop anywhere, go on exactly."""
 
+import copy
 import math
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from smallfry.data import ImageData, Split
+from smallfry.data import ImageData
 from smallfry.errors import Stopped, TrainingError, UsageError
 from smallfry.training.augment import Augment
 from smallfry.training.batches import TrainBatches, derive_seed, resident, train_loader
 from smallfry.training.checkpoint import Checkpoint, save_checkpoint
 from smallfry.training.config import TrainConfig
-from smallfry.training.evaluation import predict, score
+from smallfry.training.evaluation import joined, predict, score
 from smallfry.training.objective import Batch, Objective
 from smallfry.training.optimization import (
+    NATURAL,
     WeightAverage,
     build_optimizer,
     learning_rate,
     peak_learning_rate,
 )
-from smallfry.training.progress import Reporter
+from smallfry.training.processes import Processes, losing_none, start, synchronized
+from smallfry.training.progress import QuietReporter, Reporter
 from smallfry.training.rebuild import not_finite
 from smallfry.training.run import RunFolder
+from smallfry.training.sharding import ShardedAverage, load_optimizer, load_weights, whole
+from smallfry.training.signals import signals
 
 
 class Result(NamedTuple):
@@ -68,6 +69,7 @@ class Trainer:
         folder: Where checkpoints and metrics go.
         manifest: What describes the model in its checkpoints.
         reporter: Who is told how it goes.
+        processes: Those that train together; default this one and those it was started with.
     """
 
     def __init__(
@@ -80,46 +82,84 @@ class Trainer:
         folder: RunFolder,
         manifest: Mapping[str, Any],
         reporter: Reporter,
+        processes: Processes | None = None,
     ) -> None:
         self.data, self.objective, self.config = data, objective, config
-        self.folder, self.manifest, self.reporter = folder, dict(manifest), reporter
+        self.folder, self.manifest = folder, dict(manifest)
         self.normalize = augment.normalize
-        self.fabric = _fabric(config)
+        processes = processes or start(config.device, config.precision, config.strategy)
+        self.processes, self.fabric = processes, processes.fabric
+        self.reporter = reporter if processes.is_first else QuietReporter()
         images = resident(data.train, self.fabric.device, config.resident)
-        self.batches = TrainBatches(images, augment, config.batch_size, config.seed)
+        self.batches = TrainBatches(
+            images, augment, config.batch_size, config.seed, processes.rank, processes.count
+        )
         self.total_steps = config.epochs * self.batches.steps_per_epoch
         self.progress = Progress()
 
-        self.raw_model = self.fabric.to_device(model)
+        if self.is_sharded:
+            self._require_shareable()
+        if config.sync_batch_norm:
+            model = synchronized(model, processes)
+        convert = self.fabric.strategy.precision.convert_module
+        self.raw_model = convert(self.fabric.to_device(model))
         prepared = objective.prepare(self.raw_model)
         if config.compile:
             prepared = _Compiled(prepared)
+        self.plain = copy.deepcopy(self.raw_model).cpu() if self.is_sharded else None
+        self.average: WeightAverage | ShardedAverage | None = None
+        if config.ema.decay and not self.is_sharded:
+            self.average = WeightAverage(self.raw_model, config.ema)
+        self.model = self.fabric.setup_module(prepared)
+        if config.ema.decay and self.is_sharded:
+            self.average = ShardedAverage(self.raw_model, config.ema)
         self.raw_optimizer = build_optimizer(
             config.optimizer,
             self.raw_model,
             prepared,
             objective.likelihood,
-            fused=config.precision != "16-mixed",  # with which Fabric can't clip gradients
+            # with which Fabric can't clip gradients, and shares can't be moved
+            fused=config.precision != "16-mixed" and not self.is_sharded,
         )
         self.peak_rate = peak_learning_rate(config.optimizer, self.raw_model)
-        self.model, self.optimizer = self.fabric.setup(prepared, self.raw_optimizer)
-        self.average = WeightAverage(self.raw_model, config.ema) if config.ema.decay else None
+        self.optimizer: Any = self.fabric.setup_optimizers(self.raw_optimizer)
         self.on_cpu = self.fabric.device.type == "cpu"
         self._pending: list[tuple[int, int, Result]] = []
         self._stamp = 0.0  # when the last step, or what had to be done after it, ended
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a share of the model."""
+        return self.processes.count > 1 and self.config.strategy == "fsdp"
+
     def evaluated(self) -> nn.Module:
-        """The model that counts: the average, if there is one."""
-        return self.raw_model if self.average is None else self.average.module
+        """The model that counts: the average, if there is one; whole, in all processes."""
+        if self.plain is not None:
+            self.plain.load_state_dict(self._weights())
+            return self.plain.to(self.fabric.device)
+        if isinstance(self.average, WeightAverage):
+            module: nn.Module = self.average.module
+            return module
+        return self.raw_model
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The weights that count, whole."""
+        if isinstance(self.average, ShardedAverage):
+            return cast(dict[str, Tensor], whole(self.average.weights))
+        model = self.raw_model if self.average is None else self.average.module
+        return cast(dict[str, Tensor], whole(model.state_dict()))
 
     def fit(self) -> None:
         """Train to the end, or to the end of patience.
 
         Raises:
             Stopped: SIGINT or SIGTERM came; the state is saved.
-            TrainingError: The loss is not a number any more.
+            TrainingError: The loss is not a number any more, or another process has ended.
         """
+        with losing_none(self.processes):
+            self._fit()
+
+    def _fit(self) -> None:
         started = time.monotonic() - self.progress.seconds
         saved = time.monotonic()
         remaining = range(self.progress.step, self.total_steps)
@@ -128,14 +168,16 @@ class Trainer:
         loader = train_loader(
             self.batches, remaining, self.config.workers, pin_memory=not self.on_cpu
         )
-        writer = SummaryWriter(
-            str(self.folder.tensorboard), purge_step=len(self.progress.history) + 1
-        )
-        self.folder.write_metrics(self.progress.history)
+        writer = None
+        if self.processes.is_first:
+            writer = SummaryWriter(
+                str(self.folder.tensorboard), purge_step=len(self.progress.history) + 1
+            )
+        self.processes.once(lambda: self.folder.write_metrics(self.progress.history))
         self.reporter.start(self.total_steps, self.progress.step)
         self._stamp = time.monotonic()
         try:
-            with _signals() as stop:
+            with signals() as stop:
                 for batch in loader:
                     with _compiling():
                         self._step(batch)
@@ -144,15 +186,16 @@ class Trainer:
                     if done:
                         self._end_epoch(writer)
                     finished = self.progress.step == self.total_steps or self._out_of_patience()
-                    due = time.monotonic() - saved >= self.config.checkpoint_seconds
-                    if finished or due or stop.signal_number is not None:
+                    late = time.monotonic() - saved >= self.config.checkpoint_seconds
+                    asked, due = self.processes.largest([stop.signal_number or 0, late])
+                    if finished or due or asked:
                         self.save()
                         saved = time.monotonic()
                     self.progress.seconds = time.monotonic() - started
                     self._stamp = time.monotonic()  # what came since the step was not its time
-                    if stop.signal_number is not None:
+                    if asked:
                         raise Stopped(
-                            stop.signal_number,
+                            asked,
                             f"stopped after step {self.progress.step} of {self.total_steps} and "
                             f"saved; go on with: smallfry train --resume {self.folder.path}",
                         )
@@ -160,30 +203,34 @@ class Trainer:
                         break
         finally:
             self.reporter.close()
-            writer.close()
+            if writer is not None:
+                writer.close()
 
     def save(self) -> None:
         """Write the state into ``last/``."""
         self._settle()
         self._require_finite_weights()
         trainer = {
-            "weights": self.raw_model.state_dict(),
-            "optimizer": self.raw_optimizer.state_dict(),
+            "weights": whole(self.raw_model.state_dict()),
+            "optimizer": whole(self.raw_optimizer.state_dict()),
             "precision": self.fabric.strategy.precision.state_dict(),
             "progress": vars(self.progress),
         }
         manifest = {**self.manifest, "training": self._position()}
-        save_checkpoint(self.folder.last, manifest, self.evaluated.state_dict(), trainer)
+        weights = self._weights()
+        self.processes.once(lambda: save_checkpoint(self.folder.last, manifest, weights, trainer))
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint that ``save`` wrote."""
         trainer = checkpoint.trainer
         if trainer is None:
             raise TrainingError(f"{self.folder.last}: holds weights only, nothing to resume from")
-        self.raw_model.load_state_dict(trainer["weights"])
-        self.raw_optimizer.load_state_dict(trainer["optimizer"])
+        load_weights(self.raw_model, trainer["weights"])
+        load_optimizer(self.raw_optimizer, trainer["optimizer"])
         self.fabric.strategy.precision.load_state_dict(trainer["precision"])
-        if self.average is not None:
+        if isinstance(self.average, ShardedAverage):
+            self.average.load(checkpoint.weights)
+        elif self.average is not None:
             self.average.module.load_state_dict(checkpoint.weights)
         self.progress = Progress(**trainer["progress"])
 
@@ -200,35 +247,39 @@ class Trainer:
         )
         for group in self.raw_optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
-        torch.manual_seed(derive_seed(config.seed, 2, progress.step))  # dropout
+        others = (self.processes.rank,) if self.processes.rank else ()
+        torch.manual_seed(derive_seed(config.seed, 2, progress.step, *others))  # dropout
         self.model.train()
         result = self._fit_batch(batch.to(self.fabric.device))
         progress.step += 1
-        self._pending.append((progress.step, len(batch.labels), result))
+        images = self.batches.batch_size
+        self._pending.append((progress.step, images, result))
         if self.on_cpu or len(self._pending) >= 20:  # reading a result makes a GPU wait
             self._settle()
         loss = progress.sums.get("loss", 0.0) / max(1.0, progress.sums.get("images", 0.0))
         now = time.monotonic()
         took, self._stamp = now - self._stamp, now
         progress.sums["seconds"] = progress.sums.get("seconds", 0.0) + took
-        self.reporter.step(loss, len(batch.labels) / max(1e-9, took))
+        self.reporter.step(loss, images / max(1e-9, took))
 
     def _fit_batch(self, batch: Batch) -> Result:
         parts = batch.split(self.config.accumulate)
         rounds = [self.objective(self.model, part) for part in parts]
+        whole, processes = self.batches.batch_size, self.processes
         losses = []
         while True:
             self.optimizer.zero_grad()
-            loss = torch.zeros((), device=self.fabric.device)
-            correct, halting = loss.clone(), loss.clone()
+            sums = torch.zeros(3, dtype=torch.float64, device=self.fabric.device)
             last = False
-            for part, steps in zip(parts, rounds, strict=True):
-                step = next(steps)
-                share = len(part.labels) / len(batch.labels)
-                self.fabric.backward(step.loss * share)
-                loss += step.loss.detach() * share
-                correct += (step.logits.argmax(dim=1) == part.labels).sum()
-                halting += math.nan if step.halting is None else step.halting.mean() * share
+            for number, (part, steps) in enumerate(zip(parts, rounds, strict=True), start=1):
+                share = len(part.labels) / whole
+                with self.fabric.no_backward_sync(self.model, number < len(parts)):
+                    step = next(steps)
+                    # gradients are averaged over processes, and this is a share of a sum
+                    self.fabric.backward(step.loss * (share * processes.count))
+                sums[0] += step.loss.detach() * share
+                sums[1] += (step.logits.argmax(dim=1) == part.labels).sum()
+                sums[2] += math.nan if step.halting is None else step.halting.mean() * share
                 last = last or step.last
             if self.config.optimizer.clip is not None:
                 self.fabric.clip_gradients(
@@ -241,6 +292,7 @@ class Trainer:
             if self.average is not None:
                 self.average.update(self.raw_model, self.progress.updates)
             self.progress.updates += 1
+            loss, correct, halting = processes.total(sums)
             losses.append(loss)
             if last or halting.item() > self.objective.halt_threshold:
                 return Result(torch.stack(losses).mean(), correct, halting, len(losses))
@@ -265,7 +317,7 @@ class Trainer:
         self._pending.clear()
 
     def _require_finite_weights(self) -> None:
-        if not_finite(self.raw_model) is not None:
+        if self.processes.largest([not_finite(self.raw_model) is not None])[0]:
             raise self._diverged("a weight is not", self.progress.step)
 
     def _diverged(self, what: str, step: int) -> TrainingError:
@@ -279,7 +331,7 @@ class Trainer:
 
     # One epoch
 
-    def _end_epoch(self, writer: SummaryWriter) -> None:
+    def _end_epoch(self, writer: SummaryWriter | None) -> None:
         self._settle()
         self._require_finite_weights()
         progress, sums = self.progress, self.progress.sums
@@ -295,33 +347,58 @@ class Trainer:
             row["train_halting"] = sums["halting"] / sums["images"]
             row["supervision_steps"] = sums["steps"] / sums["batches"]
         split = self.config.select_on
-        with self.fabric.autocast():
-            scores = score(
-                predict(self.evaluated, self._selection(), self.normalize, self.fabric.device)
-            )
+        scores = self._evaluate()
         row |= {f"{split}_{name}": value for name, value in scores.items()}
         row["images_per_second"] = sums["images"] / max(1e-9, sums["seconds"])
         row["seconds"] = progress.seconds
         progress.history.append(row)
         progress.sums = {}
         for name, value in row.items():
-            if name not in ("epoch", "step"):
+            if name not in ("epoch", "step") and writer is not None:
                 writer.add_scalar(name.replace("_", "/", 1), value, epoch)
-        self.folder.write_metrics(progress.history)
+        self.processes.once(lambda: self.folder.write_metrics(progress.history))
         left = progress.seconds / progress.step * (self.total_steps - progress.step)
         self.reporter.epoch(row, self.config.epochs, left)
         reached = (scores["accuracy"], -scores["loss"])
         if reached > tuple(progress.best_score):
             progress.best_epoch, progress.best_score = epoch, reached
             manifest = {**self.manifest, "training": {**self._position(), "scores": scores}}
-            save_checkpoint(self.folder.best, manifest, self.evaluated.state_dict())
+            weights = self._weights()
+            self.processes.once(lambda: save_checkpoint(self.folder.best, manifest, weights))
 
-    def _selection(self) -> Split:
-        return self.data.test if self.config.select_on == "test" else self.data.validation
+    def _evaluate(self) -> dict[str, float]:
+        """Scores on the split that selects, each process working off a part of it."""
+        processes = self.processes
+        split = self.data.test if self.config.select_on == "test" else self.data.validation
+        model = self.evaluated()
+        processes.copy_first(list(model.buffers()))  # of batch norms: each has its own
+        part = processes.share_of(len(split))
+        mine = None
+        if part.start < part.stop:
+            with self.fabric.autocast():
+                some = split.take(torch.arange(part.start, part.stop))
+                mine = predict(model, some, self.normalize, self.fabric.device)
+        found = processes.collect(mine)
+        return processes.once(lambda: score(joined([each for each in found if each is not None])))
 
     def _out_of_patience(self) -> bool:
         since_best = len(self.progress.history) - self.progress.best_epoch
         return self.config.patience is not None and since_best >= self.config.patience
+
+    def _require_shareable(self) -> None:
+        config, count = self.config, self.processes.count
+        if config.optimizer.name in NATURAL:
+            raise UsageError(
+                f"{config.optimizer.name} needs whole layers, of which fsdp leaves each process a "
+                "share: take strategy ddp, or another optimizer"
+            )
+        if self.batches.batch_size % count:
+            raise UsageError(
+                f"strategy fsdp needs a batch_size that {count} processes can share evenly, not "
+                f"{self.batches.batch_size}"
+            )
+        if config.compile:
+            raise UsageError("strategy fsdp trains without compile")
 
     def _position(self) -> dict[str, Any]:
         epoch = self.progress.step / self.batches.steps_per_epoch
@@ -356,40 +433,3 @@ def _compiling() -> Iterator[None]:
         raise UsageError(
             f"torch.compile can't compile the training step ({reason}); train with compile false"
         ) from error
-
-
-class _Stop:
-    """The signal that came, if any."""
-
-    signal_number: int | None = None
-
-
-@contextmanager
-def _signals() -> Iterator[_Stop]:
-    """Note the first SIGINT or SIGTERM; a second one acts at once."""
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may set handlers
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        stop.signal_number = number
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _fabric(config: TrainConfig) -> Fabric:
-    precision: Any = config.precision  # Fabric says which there are if this is none of them
-    try:
-        return Fabric(accelerator=config.device, devices=1, precision=precision)
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise UsageError(f"device {config.device}, precision {precision}: {error}") from error

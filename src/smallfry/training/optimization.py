@@ -165,6 +165,10 @@ class WeightAverage(ModelEmaV3):  # type: ignore[misc]  # timm has no types
 
     def get_decay(self, step: int | None = None) -> float:
         """Share of the average kept at the t-th optimizer step, counted from 0."""
-        if step is None or not self.use_warmup:
-            return float(self.decay)
-        return float(min(self.decay, (1 + step) / (10 + step)))
+        config = EMAConfig(float(self.decay), warmup=self.use_warmup and step is not None)
+        return average_decay(config, step or 0)
+
+
+def average_decay(config: EMAConfig, step: int) -> float:
+    """Share of the average kept at the t-th optimizer step, counted from 0."""
+    return min(config.decay, (1 + step) / (10 + step)) if config.warmup else config.decay

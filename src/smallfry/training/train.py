@@ -31,6 +31,7 @@ from smallfry.training.config import DataConfig, ModelConfig, TrainConfig, read_
 from smallfry.training.evaluation import Predictions, predict, score
 from smallfry.training.loop import Trainer
 from smallfry.training.objective import build_objective
+from smallfry.training.processes import Processes, launch, losing_none, start
 from smallfry.training.progress import Reporter, build_reporter
 from smallfry.training.provenance import provenance
 from smallfry.training.rebuild import OF_THE_FACTORY
@@ -50,23 +51,30 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> dict[str, An
         UsageError: An unknown name or an impossible setting.
         DataError: The data can't be used.
         RunError: The run folder is taken or can't be written.
-        TrainingError: The loss is not a number any more.
+        TrainingError: The loss is not a number any more, or another process has ended.
         Stopped: A signal came; the state is saved, ``resume`` goes on.
     """
     config = _with_full_paths(config)
+    processes = start(config.device, config.precision, config.strategy)
+    with losing_none(processes):
+        return _train(config, reporter, processes)
+
+
+def _train(config: TrainConfig, reporter: Reporter | None, processes: Processes) -> dict[str, Any]:
     data = _load(config)
-    path = config.run or new_run_folder(config.data.name, model_name(config.model, data))
-    trainer = _build(config, data, RunFolder(path), reporter)
+    name = model_name(config.model, data)
+    path = config.run or processes.once(lambda: new_run_folder(config.data.name, name))
+    trainer = _build(config, data, RunFolder(path), reporter, processes)
     folder, model = trainer.folder, trainer.manifest["model"]["name"]
-    with folder.locked():
-        folder.begin(config.to_dict())
+    with processes.held(folder.locked()):
+        processes.once(lambda: folder.begin(config.to_dict()))
         parameters = sum(p.numel() for p in trainer.raw_model.parameters())
         trainer.reporter.say(
             f"training {model} ({parameters:,} parameters) on {data.name} into {folder.path}"
         )
         evidence = provenance(trainer.fabric.device)  # of the code that runs, as it starts
         trainer.fit()
-        return _conclude(trainer, evidence)
+        return processes.once(lambda: _conclude(trainer, evidence))
 
 
 def resume(run: str | Path, reporter: Reporter | None = None) -> dict[str, Any]:
@@ -76,22 +84,24 @@ def resume(run: str | Path, reporter: Reporter | None = None) -> dict[str, Any]:
     """
     folder = RunFolder(Path(run))
     folder.require()
-    with folder.locked():
-        summary = folder.read_summary()
+    config = read_config(folder.config)
+    processes = start(config.device, config.precision, config.strategy)
+    with losing_none(processes), processes.held(folder.locked()):
+        summary = processes.once(folder.read_summary)
         if summary is not None:
             return summary
-        config = read_config(folder.config)
-        if has_checkpoint(folder.last):
+        if processes.once(lambda: has_checkpoint(folder.last)):
             checkpoint = load_checkpoint(folder.last)
-            trainer = _build(_without_weights(config), _load(config), folder, reporter)
+            begun = _without_weights(config)
+            trainer = _build(begun, _load(config), folder, reporter, processes)
             _require_same_data(checkpoint.manifest, trainer.data, folder)
             _restore(trainer, checkpoint)
         else:
-            trainer = _build(config, _load(config), folder, reporter)
+            trainer = _build(config, _load(config), folder, reporter, processes)
         trainer.reporter.say(f"going on with {folder.path} after step {trainer.progress.step}")
         evidence = provenance(trainer.fabric.device)  # of the code that runs, as it starts
         trainer.fit()
-        return _conclude(trainer, evidence)
+        return processes.once(lambda: _conclude(trainer, evidence))
 
 
 def _without_weights(config: TrainConfig) -> TrainConfig:
@@ -260,7 +270,11 @@ def _load(config: TrainConfig) -> ImageData:
 
 
 def _build(
-    config: TrainConfig, data: ImageData, folder: RunFolder, reporter: Reporter | None
+    config: TrainConfig,
+    data: ImageData,
+    folder: RunFolder,
+    reporter: Reporter | None,
+    processes: Processes,
 ) -> Trainer:
     """Everything that can be wrong with a configuration, found before anything is written."""
     torch.manual_seed(config.seed)
@@ -284,13 +298,14 @@ def _build(
     )
     objective = build_objective(config.objective, model)
     reporter = reporter or build_reporter(config.progress)
-    return Trainer(model, data, objective, augment, config, folder, manifest, reporter)
+    return Trainer(model, data, objective, augment, config, folder, manifest, reporter, processes)
 
 
 def _useful_threads(model: nn.Module, data: ImageData) -> int:
     """One for a small model: more gain it little, and stall it wherever cores are shared."""
     sample = torch.zeros(1, data.channels, data.image_size, data.image_size)
-    return 1 if cost(model, sample).macs < SMALL_MODEL else torch.get_num_threads()
+    shared = max(1, torch.get_num_threads() // launch().here)
+    return 1 if cost(model, sample).macs < SMALL_MODEL else shared
 
 
 def _require_same_data(manifest: dict[str, Any], data: ImageData, folder: RunFolder) -> None:

@@ -1,0 +1,79 @@
+"""What two processes do for ``test_processes.py``: several runs, one after the other."""
+
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from test_processes import RUNS, settings
+
+import smallfry  # noqa: F401  registers the models
+from smallfry.errors import SmallfryError, Stopped
+from smallfry.training import batches
+from smallfry.training.loop import Trainer
+from smallfry.training.train import resume, train
+
+folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+torch.set_num_threads(1)
+
+
+def say(name, error):
+    (folder / f"{name}-{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+
+
+def attempt(name, config):
+    try:
+        train(config)
+    except SmallfryError as error:
+        say(name, error)
+
+
+def stopped_by_the_second(config, step):
+    """Only the second process gets the signal."""
+    fit, left = Trainer._step, [step]
+
+    def counting(self, batch):
+        fit(self, batch)
+        left[0] -= 1
+        if left[0] == 0 and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Trainer._step = counting
+    try:
+        train(config)
+    except Stopped as stop:
+        say("stopped", stop)
+    finally:
+        Trainer._step = fit
+
+
+def spoiled_in_the_second(config):
+    """Only the second process sees an image that is not a number."""
+    make = batches.TrainBatches.__getitem__
+
+    def spoiled(self, step):
+        batch = make(self, step)
+        return batch._replace(images=batch.images * float("nan")) if rank and step == 3 else batch
+
+    batches.TrainBatches.__getitem__ = spoiled
+    try:
+        attempt("spoiled", config)
+    finally:
+        batches.TrainBatches.__getitem__ = make
+
+
+for name, changes in RUNS.items():
+    train(settings(folder / "pair" / name, **changes))
+recursive = RUNS["fsdp of a recursive model"]
+stopped_by_the_second(settings(folder / "pair" / "shares", **recursive), 5)
+stopped_by_the_second(settings(folder / "pair" / "stopped"), 5)
+resume(folder / "alone" / "parted")
+spoiled_in_the_second(settings(folder / "pair" / "spoiled", checkpoint_seconds=0.0))
+attempt("small", settings(folder / "pair" / "small", batch_size=1))
+attempt("taken", settings(folder / "pair" / "deep_supervision"))
+attempt("batch_norm", replace(settings(folder / "pair" / "norm"), sync_batch_norm=True))
+shares = {"strategy": "fsdp", "precision": "32-true"}
+attempt("shared_kfac", settings(folder / "pair" / "one", **{**RUNS["kfac"], **shares}))
+attempt("shared_uneven", settings(folder / "pair" / "two", **shares, batch_size=33))
