@@ -1,6 +1,7 @@
 """Runs whose training images stay in their shards."""
 
 import json
+import multiprocessing
 from dataclasses import replace
 
 import pytest
@@ -10,8 +11,8 @@ from shard_files import CLASSES, WRITERS
 
 from smallfry.cli import main
 from smallfry.data.stream import ShardPixels
-from smallfry.errors import DataError, Stopped
-from smallfry.training.config import DataConfig, EMAConfig
+from smallfry.errors import DataError, Stopped, TrainingError
+from smallfry.training.config import DataConfig, EMAConfig, OptimizerConfig
 from smallfry.training.run import load_run
 from smallfry.training.train import load_like, resume, train
 
@@ -89,3 +90,11 @@ def test_a_damaged_image_ends_a_run_with_its_name_though_a_worker_found_it(varia
     with pytest.raises(DataError, match=r"00001.parquet row 77: the image is damaged") as told:
         train(variant(data=data, workers=1))
     assert "Traceback" not in str(told.value)
+    assert not multiprocessing.active_children()
+
+
+def test_an_error_that_is_kept_leaves_no_workers_to_wait_for(variant):
+    diverging = OptimizerConfig("sgd", lr=1e30, clip=None)
+    with pytest.raises(TrainingError) as kept:
+        train(variant(optimizer=diverging, workers=2))
+    assert not multiprocessing.active_children(), kept

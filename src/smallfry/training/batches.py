@@ -9,7 +9,7 @@ for each batch. Of several processes each makes its own part of a batch, and no 
 import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import numpy as np
 import torch
@@ -113,7 +113,7 @@ def resident(split: Split, device: torch.device, wanted: bool | None) -> Split:
 
 def train_loader(
     batches: TrainBatches, steps: range, workers: int | None, pin_memory: bool
-) -> DataLoader[Batch]:
+) -> "TrainLoader":
     """A loader of those steps, prepared ahead by worker processes where that pays."""
     pixels = batches.split.pixels
     streamed = isinstance(pixels, ShardPixels)
@@ -123,7 +123,7 @@ def train_loader(
         heavy = streamed or len(batches.split) * math.prod(pixels.shape[1:]) > 10**7
         cores = (os.cpu_count() or 1) // launch().here
         workers = max(0, min(8, cores - 1)) if heavy and pin_memory else 0
-    return _Loader(
+    return TrainLoader(
         batches,
         batch_size=None,
         sampler=steps,
@@ -133,17 +133,25 @@ def train_loader(
     )
 
 
-class _Loader(DataLoader[Batch]):
-    """A loader that tells of bad data in a worker as if it had been read here."""
+class TrainLoader(DataLoader[Batch]):
+    """A loader that tells of bad data in a worker as if it had been read here.
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+    Closing its iterator ends the workers. They heed no signal, so one that an error's traceback
+    keeps alive would be waited for for ever when Python exits.
+    """
+
+    def __iter__(self) -> Generator[Batch, None, None]:  # type: ignore[override]
+        batches = super().__iter__()
         try:
-            yield from super().__iter__()
+            yield from batches
         except DataError as error:
             if not str(error).startswith("Caught DataError in DataLoader worker"):
                 raise
             told = str(error).strip().splitlines()[-1]  # of the worker's traceback
             raise DataError(told.removeprefix(f"{DataError.__module__}.DataError: ")) from None
+        finally:
+            if self.num_workers:
+                batches._shutdown_workers()  # type: ignore[attr-defined]  # there is no public way
 
 
 def _leave_signals_to_the_parent(_: int) -> None:

@@ -4,7 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -177,8 +177,8 @@ class Trainer:
         self.reporter.start(self.total_steps, self.progress.step)
         self._stamp = time.monotonic()
         try:
-            with signals() as stop:
-                for batch in loader:
+            with signals() as stop, closing(iter(loader)) as batches:
+                for batch in batches:
                     with _compiling():
                         self._step(batch)
                     self.progress.seconds = time.monotonic() - started
