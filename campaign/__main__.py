@@ -50,7 +50,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["SMALLFRY_CACHE"] = str(folder / "cache")
     if given.part == ["soak"]:
-        return soak.main(given.minutes, folder)
+        return soak.main(given.minutes, folder, given.again)
     chosen = [part for part in PARTS if given.part is None or part.name in given.part]
     for part in chosen:
         if given.again:
