@@ -1,5 +1,6 @@
 """The command as a person meets it: exit codes, messages, output."""
 
+import errno
 import json
 import os
 import signal
@@ -305,3 +306,44 @@ def test_in_ci_and_without_a_terminal_the_output_is_plain(tmp_path):
     quiet = command(*arguments, tmp_path / "quiet", env=environment | {"CI": "true"})
     assert "epoch 1/2" not in quiet.stdout
     assert "test accuracy" in quiet.stdout
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "objective: 5",
+        "data: digits.yaml",
+        "config: true",
+        "resume: .nan",
+        "data: {split_seed: 99999999999999999999}",
+        "ema: {decay: 1" + "0" * 400 + "}",
+        "data: {mean: [.nan], std: [1.0]}",
+        "model: {latent_steps: 2147483648}",
+    ],
+)
+def test_settings_that_can_not_be_are_told_in_a_line(tmp_path, text, capsys):
+    (tmp_path / "config.yaml").write_text(text)
+    assert main(["train", "--config", str(tmp_path / "config.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert "an error inside smallfry" not in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_configuration_that_is_no_text_is_told(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_bytes(b"\xf2\x00")
+    assert main(["train", "--config", str(tmp_path / "config.yaml")]) == 2
+    assert "settings can't be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("can't start new thread"), OSError(errno.ENOMEM, "no memory")],
+    ids=lambda error: type(error).__name__,
+)
+def test_full_memory_is_told_with_a_way_out(error, monkeypatch, capsys):
+    def full(*arguments):
+        raise error
+
+    monkeypatch.setattr("smallfry.training.train.train", full)
+    assert main(["train"]) == 1
+    assert "out of memory" in capsys.readouterr().err
