@@ -319,7 +319,23 @@ def test_in_ci_and_without_a_terminal_the_output_is_plain(tmp_path):
         "ema: {decay: 1" + "0" * 400 + "}",
         "data: {mean: [.nan], std: [1.0]}",
         "model: {latent_steps: 2147483648}",
+        "workers: 1000000",
+        "threads: 9223372036854775808",
+        "threads: 2147483647",
+        "augment: {crop_padding: 2147483647}",
+        "batch_size: 1" + "0" * 400,
+        "augment: {randaugment_ops: 2147483647}",
+        "checkpoint_seconds: .nan",
+        "schedule: {warmup_epochs: .nan}",
+        "model: {drop_rate: .nan}",
+        'data: {root: "a\\0b"}',
+        'run: "a\\0b"',
+        'model: {options: {"a\\0b": 1}}',
+        "seed: " + "9" * 5000,
+        "run: " + "[" * 100_000,
+        "model: {options: {x: 0x" + "f" * 5000 + "}}\nepochs: 0",
     ],
+    ids=lambda text: text[:30],
 )
 def test_settings_that_can_not_be_are_told_in_a_line(tmp_path, text, capsys):
     (tmp_path / "config.yaml").write_text(text)
@@ -327,6 +343,41 @@ def test_settings_that_can_not_be_are_told_in_a_line(tmp_path, text, capsys):
     error = capsys.readouterr().err
     assert "an error inside smallfry" not in error
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--data.name", "x" * 5000],
+        ["train", "--data.image_size", "9" * 5000],
+        ["train", "--resume", "9" * 5000],
+        ["train", "--run", "x" * 5000],
+        ["train", "--config", "x" * 5000],
+        ["train", "--data.name", "cifar10", "--data.root", "x" * 5000],
+        ["evaluate", "x" * 5000],
+        ["predict", "x" * 5000, "y"],
+        ["share", "x" * 5000, "--to", "y"],
+    ],
+    ids=lambda words: " ".join(words)[:30],
+)
+def test_names_of_any_length_are_told_in_a_line(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = main(words)
+    error = capsys.readouterr().err
+    assert code in (1, 2)
+    assert "an error inside smallfry" not in error
+    assert len(error) < 1_200
+    assert len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_may_not_be_read_is_told_without_a_report(monkeypatch, capsys):
+    def refuse(*arguments):
+        raise PermissionError(errno.EACCES, "Permission denied", "run/config.yaml")
+
+    monkeypatch.setattr("smallfry.training.train.train", refuse)
+    assert main(["train"]) == 1
+    assert capsys.readouterr().err == "smallfry: 'run/config.yaml': Permission denied\n"
 
 
 def test_a_configuration_that_is_no_text_is_told(tmp_path, capsys):

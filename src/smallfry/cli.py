@@ -25,9 +25,9 @@ from smallfry.arguments import (
     parse,
     verb_parsers,
 )
-from smallfry.errors import SmallfryError, Stopped, UsageError, is_out_of_memory
+from smallfry.errors import SmallfryError, Stopped, UsageError, is_out_of_memory, refusal
 from smallfry.studies.config import STUDIES, RaceConfig, RunsConfig
-from smallfry.terminal import printable
+from smallfry.terminal import printable, shortened
 from smallfry.training.config import TrainConfig
 
 FAILED, MISUSED = 1, 2  # exit codes; a run that a signal stopped gives 128 + its number
@@ -383,6 +383,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     "smaller model; a run that was saved goes on with --resume",
                     FAILED,
                 )
+            if isinstance(error, OSError) and (refused := refusal(error)) is not None:
+                return _complain(refused, FAILED)
             return _complain(
                 f"an error inside smallfry, {type(error).__name__}: {error}; "
                 "--debug shows where, please report it",
@@ -412,7 +414,7 @@ def _log_to_stderr() -> None:
 
 
 def _complain(error: Exception | str, code: int) -> int:
-    print(printable(f"smallfry: {error}"), file=sys.stderr)
+    print(shortened(printable(f"smallfry: {error}")), file=sys.stderr)
     return code
 
 
