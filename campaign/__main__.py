@@ -38,7 +38,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m campaign", description=__doc__)
     names = [part.name for part in PARTS]
     parser.add_argument("--part", choices=[*names, "soak"], action="append", help="default all")
-    parser.add_argument("--count", type=int, help="trials of each part")
+    parser.add_argument("--count", type=int, help="trials of each part; 0 adds none")
     parser.add_argument("--short", action="store_true", help="about two minutes")
     parser.add_argument("--minutes", type=float, default=120.0, help="of the soak")
     parser.add_argument("--folder", type=Path, default=ROOT / ".campaign", help="what is done")
@@ -55,7 +55,8 @@ def main() -> int:
     for part in chosen:
         if given.again:
             (folder / f"{part.name}.json").unlink(missing_ok=True)
-        _show(part, folder, given.count or (part.short if given.short else part.count))
+        usual = part.short if given.short else part.count
+        _show(part, folder, usual if given.count is None else given.count)
     known = {p.name: Record.load(folder / f"{p.name}.json") for p in PARTS}
     records = {name: record for name, record in known.items() if record.done}
     _print(records)

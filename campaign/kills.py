@@ -30,7 +30,7 @@ KINDS = (
     *("SIGKILL at a random moment", "SIGTERM at a random moment", "SIGTERM at a random moment"),
     *("out of memory", "file too large", "disk full", "disk read-only"),
 )
-RESUMPTIONS = 4  # each trial is disturbed once or twice
+HANGS = 124  # in place of an exit code
 
 
 class Whole(NamedTuple):
@@ -144,6 +144,8 @@ def _disturb(kind: str, words: list[str], run: Path, whole: Whole, random) -> En
 
 def _judge(kind: str, ended: Ended, run: Path) -> str | None:
     """What is wrong with how the disturbed run ended, if anything."""
+    if ended.code == HANGS:
+        return "hangs"
     if kind.startswith("SIGKILL"):
         return None if ended.code in (0, -signal.SIGKILL) else f"ended with {ended}"
     if kind == "out of memory" and ended.code < 0:
@@ -194,9 +196,10 @@ def _start(words: list[str], begin: Callable[[], None] = lambda: None) -> Callab
             time.sleep(moment)
             if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 disturb(child)
-        deadline = time.monotonic() + 120
+        deadline, hangs = time.monotonic() + 120, False
         while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline and not hangs:
+                hangs = True
                 os.kill(child, signal.SIGKILL)
             time.sleep(0.005)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -205,7 +208,7 @@ def _start(words: list[str], begin: Callable[[], None] = lambda: None) -> Callab
             told += block
         os.close(reading)
         out, separator, err = told.decode(errors="replace").partition("\0")
-        return Ended(code, Said(code, out, err) if separator else None)
+        return Ended(HANGS if hangs else code, Said(code, out, err) if separator else None)
 
     return wait
 

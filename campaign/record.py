@@ -40,6 +40,12 @@ class Record:
             if len(self.failures) < MOST_FAILURES:
                 self.failures.append({"trial": number, **verdict._asdict()})
 
+    def goes_on(self, now: dict[str, Any]) -> None:
+        """It goes on with this code on this machine; all commits that it ran with are told."""
+        commits = str(self.evidence.get("commit", "")).split(", ") if self.evidence else []
+        told = [*commits, *({now["commit"]} - {*commits})]
+        self.evidence = now | {"commit": ", ".join(map(str, told))}
+
     def save(self, file: Path) -> None:
         """Keep it; the next start goes on from there."""
         part = file.with_suffix(".part")

@@ -1,7 +1,9 @@
 """One part of the campaign, run as far as it is not done yet."""
 
+import fcntl
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from campaign.record import Record, evidence
@@ -11,23 +13,41 @@ KEEP_EVERY = 5.0  # seconds
 
 
 def campaign(part: Part, folder: Path, count: int) -> Iterator[Record]:
-    """One part, as far as it is not done; what it has found so far, again and again."""
+    """One part, as far as it is not done; what it has found so far, again and again.
+
+    Several parts may run at once, each in a process of its own, with the same folder.
+    """
     file = folder / f"{part.name}.json"
-    record = Record.load(file)
-    scratch = folder / part.name
-    scratch.mkdir(parents=True, exist_ok=True)
-    started, before = time.monotonic(), record.seconds
-    if record.done < count:
-        record.evidence = record.evidence or evidence()
+    if Record.load(file).done >= count:
+        yield Record.load(file)
+        return
+    with only_here(folder / f"{part.name}.lock"):
+        record = Record.load(file)
+        scratch = folder / part.name
+        scratch.mkdir(parents=True, exist_ok=True)
+        started, before = time.monotonic(), record.seconds
+        record.goes_on(evidence())
         state = part.prepare(scratch)
         kept = time.monotonic()
-        numbers = range(record.done, count)
-        for number, verdict in run_trials(part, state, numbers):
-            record.add(number, verdict)
-            record.seconds = before + time.monotonic() - started
-            if time.monotonic() - kept > KEEP_EVERY:
-                record.save(file)
-                kept = time.monotonic()
-            yield record
-        record.save(file)
+        try:
+            for number, verdict in run_trials(part, state, range(record.done, count)):
+                record.add(number, verdict)
+                record.seconds = before + time.monotonic() - started
+                if time.monotonic() - kept > KEEP_EVERY:
+                    record.save(file)
+                    kept = time.monotonic()
+                yield record
+        finally:  # also when it is interrupted
+            record.save(file)
     yield record
+
+
+@contextmanager
+def only_here(file: Path) -> Iterator[None]:
+    """Two processes that did the same part would overwrite each other's record."""
+    with open(file, "w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"another process runs the part {file.stem} already") from None
+        yield

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from campaign.record import Record, write_page
+from campaign.running import campaign
 from campaign.soak import Sample, judged
 from campaign.trials import Part, Verdict, run_trials
 
@@ -102,6 +103,37 @@ def test_a_record_is_kept_and_written_into_the_page(tmp_path):
     write_page([part_of(None)], {"test": again}, page)
     assert "| test | 2 | 1 |" in page.read_text()
     assert "of yesterday" not in page.read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the campaign forks, and reads /proc")
+def test_a_part_that_is_stopped_goes_on_where_it_was(tmp_path):
+    tried = []
+    part = part_of(lambda state, number: tried.append(number) or Verdict("a", "b"), alone=True)
+    stopped = campaign(part, tmp_path, 3)
+    next(stopped)
+    stopped.close()
+    assert Record.load(tmp_path / "test.json").done == 1
+    assert [record.done for record in campaign(part, tmp_path, 3)][-1] == 3
+    assert tried == [0, 1, 2]
+    assert [record.done for record in campaign(part, tmp_path, 0)] == [3]
+
+
+def test_a_part_is_run_by_one_process_at_a_time_and_others_beside_it(tmp_path):
+    part = part_of(lambda state, number: Verdict("a", "b"), alone=True)
+    begun = campaign(part, tmp_path, 3)
+    next(begun)
+    with pytest.raises(SystemExit, match="another process runs the part test"):
+        list(campaign(part, tmp_path, 3))
+    beside = list(campaign(part._replace(name="beside"), tmp_path, 3))
+    assert beside[-1].done == 3
+    begun.close()
+
+
+def test_a_record_names_all_commits_that_it_was_made_with():
+    record = Record()
+    for commit in ("one", "one", "two", "one"):
+        record.goes_on({"commit": commit, "device": "here"})
+    assert record.evidence == {"commit": "one, two", "device": "here"}
 
 
 def test_growth_after_the_warm_up_is_seen_and_growth_in_it_is_not():

@@ -1,5 +1,6 @@
 """The command as a person meets it: exit codes, messages, output."""
 
+import errno
 import json
 import os
 import signal
@@ -305,3 +306,95 @@ def test_in_ci_and_without_a_terminal_the_output_is_plain(tmp_path):
     quiet = command(*arguments, tmp_path / "quiet", env=environment | {"CI": "true"})
     assert "epoch 1/2" not in quiet.stdout
     assert "test accuracy" in quiet.stdout
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "objective: 5",
+        "data: digits.yaml",
+        "config: true",
+        "resume: .nan",
+        "data: {split_seed: 99999999999999999999}",
+        "ema: {decay: 1" + "0" * 400 + "}",
+        "data: {mean: [.nan], std: [1.0]}",
+        "model: {latent_steps: 2147483648}",
+        "workers: 1000000",
+        "threads: 9223372036854775808",
+        "threads: 2147483647",
+        "augment: {crop_padding: 2147483647}",
+        "batch_size: 1" + "0" * 400,
+        "augment: {randaugment_ops: 2147483647}",
+        "checkpoint_seconds: .nan",
+        "schedule: {warmup_epochs: .nan}",
+        "model: {drop_rate: .nan}",
+        'data: {root: "a\\0b"}',
+        'run: "a\\0b"',
+        'model: {options: {"a\\0b": 1}}',
+        "seed: " + "9" * 5000,
+        "run: " + "[" * 100_000,
+        "model: {options: {x: 0x" + "f" * 5000 + "}}\nepochs: 0",
+    ],
+    ids=lambda text: text[:30],
+)
+def test_settings_that_can_not_be_are_told_in_a_line(tmp_path, text, capsys):
+    (tmp_path / "config.yaml").write_text(text)
+    assert main(["train", "--config", str(tmp_path / "config.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert "an error inside smallfry" not in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--data.name", "x" * 5000],
+        ["train", "--data.image_size", "9" * 5000],
+        ["train", "--resume", "9" * 5000],
+        ["train", "--run", "x" * 5000],
+        ["train", "--config", "x" * 5000],
+        ["train", "--data.name", "cifar10", "--data.root", "x" * 5000],
+        ["evaluate", "x" * 5000],
+        ["predict", "x" * 5000, "y"],
+        ["share", "x" * 5000, "--to", "y"],
+    ],
+    ids=lambda words: " ".join(words)[:30],
+)
+def test_names_of_any_length_are_told_in_a_line(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = main(words)
+    error = capsys.readouterr().err
+    assert code in (1, 2)
+    assert "an error inside smallfry" not in error
+    assert len(error) < 1_200
+    assert len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_may_not_be_read_is_told_without_a_report(monkeypatch, capsys):
+    def refuse(*arguments):
+        raise PermissionError(errno.EACCES, "Permission denied", "run/config.yaml")
+
+    monkeypatch.setattr("smallfry.training.train.train", refuse)
+    assert main(["train"]) == 1
+    assert capsys.readouterr().err == "smallfry: 'run/config.yaml': Permission denied\n"
+
+
+def test_a_configuration_that_is_no_text_is_told(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_bytes(b"\xf2\x00")
+    assert main(["train", "--config", str(tmp_path / "config.yaml")]) == 2
+    assert "settings can't be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("can't start new thread"), OSError(errno.ENOMEM, "no memory")],
+    ids=lambda error: type(error).__name__,
+)
+def test_full_memory_is_told_with_a_way_out(error, monkeypatch, capsys):
+    def full(*arguments):
+        raise error
+
+    monkeypatch.setattr("smallfry.training.train.train", full)
+    assert main(["train"]) == 1
+    assert "out of memory" in capsys.readouterr().err

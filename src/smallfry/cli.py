@@ -26,9 +26,9 @@ from smallfry.arguments import (
     verb_parsers,
     without_option,
 )
-from smallfry.errors import SmallfryError, Stopped, UsageError, is_out_of_memory
+from smallfry.errors import SmallfryError, Stopped, UsageError, is_out_of_memory, refusal
 from smallfry.studies.config import STUDIES, RaceConfig, RunsConfig
-from smallfry.terminal import printable
+from smallfry.terminal import printable, shortened
 from smallfry.training.config import TrainConfig
 
 LIGHTNING = ("lightning.fabric.utilities.distributed", "lightning.pytorch.utilities.rank_zero")
@@ -387,6 +387,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     "smaller model; a run that was saved goes on with --resume",
                     FAILED,
                 )
+            if isinstance(error, OSError) and (refused := refusal(error)) is not None:
+                return _complain(refused, FAILED)
             return _complain(
                 f"an error inside smallfry, {type(error).__name__}: {error}; "
                 "--debug shows where, please report it",
@@ -429,7 +431,7 @@ def _log_to_stderr() -> None:
 
 def _complain(error: Exception | str, code: int) -> int:
     who = f"smallfry (process {_rank()})" if _rank() else "smallfry"
-    print(printable(f"{who}: {error}"), file=sys.stderr)
+    print(shortened(printable(f"{who}: {error}")), file=sys.stderr)
     return code
 
 

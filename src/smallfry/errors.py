@@ -62,6 +62,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in told)
 
 
+def refusal(error: OSError) -> str | None:
+    """What the system has against a file, in words; None if that is no fault of its name or place.
+
+    Other errors of the system are not expected where they come from.
+    """
+    reasons = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES, errno.EPERM)
+    if error.errno not in (*reasons, errno.EROFS) or error.filename is None:
+        return None
+    return f"'{error.filename}': {error.strerror}"
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """A hint for an unknown name: ``; did you mean 'digits'?``, or the names there are."""
     known = sorted(names)

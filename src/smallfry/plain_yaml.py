@@ -27,7 +27,7 @@ def load_yaml(text: str) -> Any:
     try:
         _measure(text)
         value = jsonargparse.get_loader("yaml")(text)
-        _refuse_classes(value)
+        _refuse_in(value)
     except (ValueError, TypeError, OverflowError, AttributeError, RecursionError) as error:
         # what PyYAML makes of numbers and dates that can't be
         raise yaml.YAMLError(f"a value can't be read ({error})") from error
@@ -61,16 +61,22 @@ def _measure(text: str) -> None:
             raise yaml.YAMLError(f"it is nested more than {DEEPEST} levels deep")
 
 
-def _refuse_classes(value: Any) -> None:
-    """jsonargparse would import, and could call, what ``class_path`` names."""
+def _refuse_in(value: Any) -> None:
+    """Refuse NUL, which no path may hold; and classes.
+
+    jsonargparse would import, and could call, what ``class_path`` names.
+    """
+    if isinstance(value, str) and "\0" in value:
+        raise yaml.YAMLError("a text has the character NUL in it, which no setting may have")
     if isinstance(value, dict):
         if "class_path" in value:
             raise yaml.YAMLError("'class_path' names a class, and a configuration may name none")
-        for inner in value.values():
-            _refuse_classes(inner)
+        for key, inner in value.items():
+            _refuse_in(key)
+            _refuse_in(inner)
     elif isinstance(value, list | tuple):
         for inner in value:
-            _refuse_classes(inner)
+            _refuse_in(inner)
 
 
 jsonargparse.set_loader(YAML_MODE, load_yaml, exceptions=(yaml.YAMLError,))

@@ -3,6 +3,7 @@
 import unicodedata
 
 KEPT = "\n\t"
+LONGEST = 1000  # characters of a message
 
 
 def printable(text: str) -> str:
@@ -18,3 +19,11 @@ def printable(text: str) -> str:
         else character.encode("unicode_escape", "surrogatepass").decode()
         for character in text
     )
+
+
+def shortened(text: str) -> str:
+    """The text without its middle, if it is longer than a message may be."""
+    if len(text) <= LONGEST:
+        return text
+    begin, end = LONGEST * 2 // 3, LONGEST // 4
+    return f"{text[:begin]} […] {text[-end:]}"

@@ -482,6 +482,7 @@ def test_a_missing_root_is_named(tmp_path):
         ({"channels": 2}, "data.channels is 1"),
         ({"test": 1.5}, "data.test is a share"),
         ({"image_size": 0}, "data.image_size must be at least 1"),
+        ({"image_size": 10**400}, "data.image_size is at most 4096"),
     ],
 )
 def test_impossible_requests_are_refused(arguments, message):

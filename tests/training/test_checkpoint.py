@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+from contextlib import suppress
 
 import pytest
 import torch
@@ -100,4 +101,36 @@ def test_another_format_says_which_version_wrote_it(tmp_path):
     manifest = json.loads(file.read_text()) | {"format": 99, "smallfry": "7.0"}
     file.write_text(json.dumps(manifest))
     with pytest.raises(RunError, match=r"written by smallfry 7.0 in format 99"):
+        load_checkpoint(tmp_path / "last")
+
+
+def test_no_changed_byte_of_the_manifest_is_taken_for_another_value(tmp_path):
+    for value in (1.0, 2.0):
+        save(tmp_path / "last", value)
+    file, whole = tmp_path / "last" / "manifest.json", load_checkpoint(tmp_path / "last").manifest
+    content = file.read_bytes()
+    for place in range(len(content)):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with suppress(ValueError):
+            if json.loads(file.read_bytes()) == whole:  # a space outside of all values
+                continue
+        with pytest.raises(RunError, match=r"the one before it is in last\.previous"):
+            load_checkpoint(tmp_path / "last")
+
+
+def test_a_checkpoint_of_format_1_which_had_no_digest_is_read(tmp_path):
+    save(tmp_path / "last")
+    file = tmp_path / "last" / "manifest.json"
+    manifest = json.loads(file.read_text()) | {"format": 1}
+    del manifest["digest"]
+    file.write_text(json.dumps(manifest))
+    assert load_checkpoint(tmp_path / "last").manifest["format"] == 1
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model.safetensors", "trainer.pt"])
+def test_a_pipe_in_place_of_a_file_is_told_at_once(tmp_path, name):
+    save(tmp_path / "last", trainer={"step": 1})
+    (tmp_path / "last" / name).unlink()
+    os.mkfifo(tmp_path / "last" / name)
+    with pytest.raises(RunError, match=rf"{name}.*(not a regular file|Invalid argument)"):
         load_checkpoint(tmp_path / "last")

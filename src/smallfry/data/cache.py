@@ -4,7 +4,6 @@ import logging
 import os
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smallfry.data.sources import EncodedSplit
+from smallfry.data.threads import in_threads
 from smallfry.errors import DataError
 from smallfry.images import decode, refit
 
@@ -106,5 +106,4 @@ def _decode_into(
             return Unreadable(i, str(error))
         return None
 
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        return [fault for fault in pool.map(one, range(len(images))) if fault]
+    return [fault for fault in in_threads(one, 0, len(images)) if fault]

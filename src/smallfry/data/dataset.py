@@ -19,7 +19,7 @@ from smallfry.data.shards import WINDOW
 from smallfry.data.sources import TEST, TRAIN, VALIDATION, EncodedSplit, Source, digest, stamp
 from smallfry.data.stream import ShardPixels, readable_rows
 from smallfry.errors import DataError, SmallfryWarning, UsageError
-from smallfry.images import header
+from smallfry.images import LARGEST_SIDE, header
 
 log = logging.getLogger(__name__)
 
@@ -317,6 +317,8 @@ def _check_options(
             raise UsageError(f"data.{option} is a share from 0 to below 1, got {share}")
     if channels not in (None, 1, 3):
         raise UsageError(f"data.channels is 1 (grey) or 3 (RGB), got {channels}")
+    if image_size is not None and image_size > LARGEST_SIDE:
+        raise UsageError(f"data.image_size is at most {LARGEST_SIDE}, got {image_size}")
     for option, number in {"image_size": image_size, "limit": limit, "window": window}.items():
         if number is not None and number < 1:
             raise UsageError(f"data.{option} must be at least 1, got {number}")

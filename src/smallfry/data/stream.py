@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from torch.utils.data import get_worker_info
 from smallfry.data.cache import cache_folder
 from smallfry.data.shards import WINDOW_BYTES, ShardReader, Shards
 from smallfry.data.sources import digest, stamp
+from smallfry.data.threads import in_threads
 from smallfry.errors import DataError, SmallfryWarning
 from smallfry.images import decode
 
@@ -64,8 +64,7 @@ class ShardPixels:
 
         heavy = sum(map(len, encoded)) > WORTH_THREADS
         if heavy and get_worker_info() is None:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(pool.map(one, range(len(wanted))))
+            in_threads(one, 0, len(wanted))
         else:
             for i in range(len(wanted)):
                 one(i)
@@ -97,10 +96,9 @@ class ShardPixels:
             pass
         log.info("looking for unreadable images among %d, once", len(self.shards))
         found: dict[int, str] = {}
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for start, stop in zip(self.shards.starts, self.shards.starts[1:], strict=False):
-                reasons = pool.map(self._fault, range(int(start), int(stop)))
-                found |= {int(start) + i: why for i, why in enumerate(reasons) if why is not None}
+        for start, stop in zip(self.shards.starts, self.shards.starts[1:], strict=False):
+            reasons = in_threads(self._fault, int(start), int(stop))
+            found |= {int(start) + i: why for i, why in enumerate(reasons) if why is not None}
         part = file.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps(found))
         os.replace(part, file)

@@ -5,6 +5,7 @@ stream of images, in an order that is shuffled once, so that an early exit meets
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -36,6 +37,7 @@ from smallfry.deploy.pretrained import load_trained
 from smallfry.errors import SmallfryError, UsageError, nearest
 from smallfry.memory import Memory, measure_memory
 from smallfry.training.augment import Normalize
+from smallfry.training.config import MOST_WORKERS
 from smallfry.training.evaluation import score_probabilities
 from smallfry.training.provenance import provenance
 from smallfry.training.run import TrainedModel, require_classes
@@ -73,8 +75,10 @@ class BenchmarkConfig:
             raise UsageError(f"batch sizes must be at least 1, got {list(self.batch_sizes)}")
         if self.threads < 1:
             raise UsageError(f"threads must be at least 1, got {self.threads}")
-        if not self.seconds > 0:
-            raise UsageError(f"seconds must be more than 0, got {self.seconds}")
+        if self.threads > MOST_WORKERS:
+            raise UsageError(f"threads must be at most {MOST_WORKERS}, got {self.threads}")
+        if not 0 < self.seconds < math.inf:
+            raise UsageError(f"seconds must be more than 0 and finite, got {self.seconds}")
         for form in self.forms:
             if form not in FORMS:
                 raise UsageError(f"unknown form '{form}'{nearest(form, FORMS)}")

@@ -32,6 +32,7 @@ from smallfry.studies.problems import PROBLEMS, Examples, load_examples
 from smallfry.studies.progress import RaceProgress
 from smallfry.studies.reported import REPORTED
 from smallfry.studies.trial import Job, Place, fisher_errors, run_trial
+from smallfry.training.config import MOST_WORKERS
 from smallfry.training.provenance import provenance
 
 AUTOENCODER = (
@@ -285,8 +286,11 @@ def _check(study: str, config: RaceConfig) -> tuple[str, ...]:
     least = {"seeds": 1, "tuning_trials": 0, "fisher_seconds": 0, "threads": 1, "processes": 1}
     for name, low in least.items():
         given = getattr(config, name)
-        if given is not None and given < low:
+        if given is not None and not given >= low:  # nor NaN
             raise UsageError(f"{name} must be at least {low}, got {given}")
+    for name in ("threads", "processes"):
+        if (getattr(config, name) or 1) > MOST_WORKERS:
+            raise UsageError(f"{name} must be at most {MOST_WORKERS}, got {getattr(config, name)}")
     try:
         torch.empty(1, device=config.device)
     except (RuntimeError, AssertionError) as error:

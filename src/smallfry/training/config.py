@@ -12,6 +12,10 @@ from smallfry.plain_yaml import MOST_CONFIG, YAML_MODE, load_yaml
 from smallfry.reading import read_bytes
 
 MOST_SEED = 2**63  # above which PyTorch takes none
+MOST_NUMBER = 2**31  # of other whole numbers; PyTorch counts much with 32 bits
+MOST_WORKERS = 1024  # processes, or threads; more end a process without a word
+MOST_PADDING = 4096  # pixels, as of an image's side
+MOST_OPERATIONS = 100  # of RandAugment on one image
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class DataConfig:
     window: int = 16_384
 
     def __post_init__(self) -> None:
+        _check_numbers(self, "data.")
         _check((self.mean is None) == (self.std is None), "data.mean and data.std go together")
         _check(all(s > 0 for s in self.std or ()), "data.std must be positive")
         _check(0 <= self.split_seed < MOST_SEED, "data.split_seed is 0 to below 2**63")
@@ -81,6 +86,9 @@ class ModelConfig:
     drop_rate: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
     checkpoint_gradients: bool = False
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "model.")
 
     def arguments(self) -> dict[str, Any]:
         """What the model is created with, besides classes and image size."""
@@ -115,8 +123,11 @@ class AugmentConfig:
     cutmix: float = 1.0
 
     def __post_init__(self) -> None:
-        _check((self.crop_padding or 0) >= 0, "augment.crop_padding can't be negative")
-        _check(self.randaugment_ops >= 0, "augment.randaugment_ops can't be negative")
+        _check_numbers(self, "augment.")
+        padding = f"augment.crop_padding is 0 to {MOST_PADDING}"
+        _check(0 <= (self.crop_padding or 0) <= MOST_PADDING, padding)
+        operations = f"augment.randaugment_ops is 0 to {MOST_OPERATIONS}"
+        _check(0 <= self.randaugment_ops <= MOST_OPERATIONS, operations)
         _check(0 <= self.randaugment_magnitude <= 30, "augment.randaugment_magnitude is 0 to 30")
         _check(min(self.mixup, self.cutmix) >= 0, "augment.mixup and cutmix can't be negative")
 
@@ -139,6 +150,7 @@ class ObjectiveConfig:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
+        _check_numbers(self, "objective.")
         _check(self.supervision_steps >= 1, "objective.supervision_steps must be at least 1")
         _check(0 <= self.label_smoothing < 1, "objective.label_smoothing is 0 to below 1")
 
@@ -169,6 +181,7 @@ class OptimizerConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        _check_numbers(self, "optimizer.")
         _check(self.lr is None or self.lr > 0, "optimizer.lr must be positive")
         _check(self.weight_decay >= 0, "optimizer.weight_decay can't be negative")
         _check(self.clip is None or self.clip > 0, "optimizer.clip must be positive, or null")
@@ -189,6 +202,7 @@ class ScheduleConfig:
     per: Literal["step", "epoch"] = "step"
 
     def __post_init__(self) -> None:
+        _check_numbers(self, "schedule.")
         _check(self.warmup_epochs >= 0, "schedule.warmup_epochs can't be negative")
         _check(self.min_lr >= 0, "schedule.min_lr can't be negative")
 
@@ -207,6 +221,7 @@ class EMAConfig:
     warmup: bool = True
 
     def __post_init__(self) -> None:
+        _check_numbers(self, "ema.")
         _check(0 <= self.decay < 1, "ema.decay is 0 to below 1")
 
 
@@ -275,12 +290,14 @@ class TrainConfig:
     progress: Literal["auto", "rich", "plain", "quiet"] = "auto"
 
     def __post_init__(self) -> None:
+        _check_numbers(self, "")
         for name in ("epochs", "batch_size", "accumulate"):
             _check(getattr(self, name) >= 1, f"{name} must be at least 1")
         _check(self.accumulate <= self.batch_size, "accumulate can't exceed batch_size")
         _check(self.patience is None or self.patience >= 1, "patience must be at least 1, or null")
-        _check(self.workers is None or self.workers >= 0, "workers can't be negative")
-        _check(self.threads is None or self.threads >= 1, "threads must be at least 1")
+        _check(0 <= (self.workers or 0) <= MOST_WORKERS, f"workers is 0 to {MOST_WORKERS}")
+        threads = 1 if self.threads is None else self.threads
+        _check(1 <= threads <= MOST_WORKERS, f"threads is 1 to {MOST_WORKERS}")
         _check(0 <= self.seed < MOST_SEED, "seed is 0 to below 2**63")
 
     def to_dict(self) -> dict[str, Any]:
@@ -321,3 +338,14 @@ def read_config(file: Path) -> TrainConfig:
 def _check(holds: bool, message: str) -> None:
     if not holds:
         raise UsageError(message)
+
+
+def _check_numbers(config: Any, group: str) -> None:
+    """Refuse what no setting can be, before a library is given it."""
+    for entry in fields(config):
+        name, value = f"{group}{entry.name}", getattr(config, entry.name)
+        for number in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(number, float):
+                _check(not math.isnan(number), f"{name} is not a number (NaN)")
+            elif isinstance(number, int) and not name.endswith("seed"):
+                _check(abs(number) < MOST_NUMBER, f"{name} must be below 2**31")
