@@ -31,6 +31,7 @@ KINDS = (
     *("out of memory", "file too large", "disk full", "disk read-only"),
 )
 HANGS = 124  # in place of an exit code
+LONGEST, NAP = 120.0, 0.005  # seconds, of a run and between two looks at it
 
 
 class Whole(NamedTuple):
@@ -196,12 +197,13 @@ def _start(words: list[str], begin: Callable[[], None] = lambda: None) -> Callab
             time.sleep(moment)
             if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 disturb(child)
-        deadline, hangs = time.monotonic() + 120, False
+        naps, hangs = 0, False  # counted: time in which this process was stopped is not waiting
         while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            if time.monotonic() > deadline and not hangs:
+            if naps * NAP > LONGEST and not hangs:
                 hangs = True
                 os.kill(child, signal.SIGKILL)
-            time.sleep(0.005)
+            time.sleep(NAP)
+            naps += 1
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         told = b""
         while block := os.read(reading, 2**16):
