@@ -17,7 +17,7 @@ from rich.table import Table
 
 import smallfry  # noqa: F401  registers the models
 from campaign import damage, fuzz_config, fuzz_folders, fuzz_images, kills, poison, soak
-from campaign.record import Record, write_page, write_results
+from campaign.record import Record, tables, write_page, write_results
 from campaign.running import campaign
 from campaign.trials import Part
 
@@ -61,9 +61,12 @@ def main() -> int:
     records = {name: record for name, record in known.items() if record.done}
     _print(records)
     if given.commit:
-        write_results(PARTS, records, ROOT / "results" / "campaign.json")
-        write_page(PARTS, records, ROOT / "docs" / "reliability.md")
-    return 1 if any(records[part.name].failed for part in chosen) else 0
+        soaked, page = soak.load(folder), ROOT / "docs" / "reliability.md"
+        write_results(PARTS, records, soaked, ROOT / "results" / "campaign.json")
+        write_page(page, "figures", tables(PARTS, records))
+        if soaked:
+            write_page(page, "soak", soak.as_markdown(soaked))
+    return 1 if any(known[part.name].failed for part in chosen) else 0
 
 
 def _show(part: Part, folder: Path, count: int) -> None:

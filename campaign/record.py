@@ -78,25 +78,29 @@ def evidence() -> dict[str, Any]:
     return told
 
 
-def write_results(parts: Sequence[Part], records: Mapping[str, Record], file: Path) -> None:
-    """The figures as JSON."""
+def write_results(
+    parts: Sequence[Part], records: Mapping[str, Record], soaked: Mapping[str, Any], file: Path
+) -> None:
+    """The figures as JSON; of the soak, if there was one, too."""
     said = {
         part.name: {"promise": part.promise, **records[part.name].told()}
         for part in parts
         if part.name in records
     }
-    file.write_text(json.dumps({"measured": said}, indent=1) + "\n")
+    told = {"measured": said, **({"soak": dict(soaked)} if soaked else {})}
+    file.write_text(json.dumps(told, indent=1) + "\n")
 
 
-def write_page(parts: Sequence[Part], records: Mapping[str, Record], file: Path) -> None:
-    """Put the tables into the page, between its marks."""
+def write_page(file: Path, subject: str, table: str) -> None:
+    """Put a table into the page, between its marks."""
     text = file.read_text()
-    begin, end = "<!-- figures -->", "<!-- end of figures -->"
+    begin, end = f"<!-- {subject} -->", f"<!-- end of {subject} -->"
     head, tail = text[: text.index(begin) + len(begin)], text[text.index(end) :]
-    file.write_text(f"{head}\n{_tables(parts, records)}\n{tail}")
+    file.write_text(f"{head}\n{table}\n{tail}")
 
 
-def _tables(parts: Sequence[Part], records: Mapping[str, Record]) -> str:
+def tables(parts: Sequence[Part], records: Mapping[str, Record]) -> str:
+    """What each part found, in Markdown."""
     lines = ["| part | trials | failed | minutes |", "|---|---:|---:|---:|"]
     known = [(part, records[part.name]) for part in parts if part.name in records]
     for part, record in known:

@@ -85,7 +85,7 @@ def judged(samples: list[Sample]) -> dict[str, Any]:
 def main(minutes: float, folder: Path, again: bool = False) -> int:
     """Every optimizer in turn; the table, and 1 if one grew. What was measured is kept."""
     each, file = 60 * minutes / len(OPTIMIZERS), folder / RESULTS
-    before = json.loads(file.read_text()) if file.exists() and not again else {}
+    before = {} if again else load(folder)
     measured = before["measured"] if before.get("minutes") == minutes else {}
     for name in OPTIMIZERS:
         if name in measured:
@@ -98,6 +98,29 @@ def main(minutes: float, folder: Path, again: bool = False) -> int:
         os.replace(part, file)
     _print(measured)
     return 0 if all(found["flat"] and found["code"] == 143 for found in measured.values()) else 1
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """What a soak in that folder has measured; nothing if there was none."""
+    file = folder / RESULTS
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return found
+
+
+def as_markdown(result: Mapping[str, Any]) -> str:
+    """What a soak has measured, as a table."""
+    lines = ["| optimizer | epochs | MiB | growth, MiB | in minutes | open files | flat |"]
+    lines.append("|---|---:|---:|---:|---:|---:|---|")
+    for name, found in result["measured"].items():
+        cells = [name, f"{found['epochs']:,}"]
+        if "why" in found:
+            lines.append(f"| {' | '.join(cells)} | | | | | **{found['why']}** |")
+            continue
+        cells += [f"{found['megabytes']:.0f}", f"{round(found['growth_megabytes'], 1) + 0.0:+.1f}"]
+        cells += [f"{found['over_seconds'] / 60:.1f}", str(found["files"])]
+        cells.append("yes" if found["flat"] else "**no**")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _print(measured: Mapping[str, Mapping[str, Any]]) -> None:

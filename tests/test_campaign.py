@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from campaign.record import Record, write_page
+from campaign.record import Record, tables, write_page
 from campaign.running import campaign
-from campaign.soak import Sample, judged
+from campaign.soak import Sample, as_markdown, judged
 from campaign.trials import Part, Verdict, run_trials
 
 ROOT = Path(__file__).parent.parent
@@ -100,9 +100,21 @@ def test_a_record_is_kept_and_written_into_the_page(tmp_path):
     assert (again.done, again.failed, again.counts) == (2, 1, record.counts)
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- figures -->\nof yesterday\n<!-- end of figures -->\nb\n")
-    write_page([part_of(None)], {"test": again}, page)
+    write_page(page, "figures", tables([part_of(None)], {"test": again}))
     assert "| test | 2 | 1 |" in page.read_text()
     assert "of yesterday" not in page.read_text()
+
+
+def test_a_soak_is_a_table_that_says_what_was_not_flat(tmp_path):
+    flat = judged([Sample(i, 600.0, 9) for i in range(20)])
+    grown = judged([Sample(i, 600.0 + i, 9) for i in range(20)])
+    none = judged([])
+    measured = {"a": flat, "b": grown, "c": none}
+    told = {"measured": {name: {"epochs": 1200, **found} for name, found in measured.items()}}
+    rows = as_markdown(told).splitlines()[2:]
+    assert rows[0] == "| a | 1,200 | 600 | +0.0 | 0.2 | 9 | yes |"
+    assert rows[1].endswith("| **no** |")
+    assert rows[2].endswith("| **too few samples** |")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the campaign forks, and reads /proc")
