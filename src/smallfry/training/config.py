@@ -3,7 +3,8 @@
 import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args, get_type_hints
 
 from jsonargparse import ArgumentParser
 
@@ -57,7 +58,7 @@ class DataConfig:
     window: int = 16_384
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "data.")
+        _check_values(self, "data.")
         _check((self.mean is None) == (self.std is None), "data.mean and data.std go together")
         _check(all(s > 0 for s in self.std or ()), "data.std must be positive")
         _check(0 <= self.split_seed < MOST_SEED, "data.split_seed is 0 to below 2**63")
@@ -88,7 +89,7 @@ class ModelConfig:
     checkpoint_gradients: bool = False
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "model.")
+        _check_values(self, "model.")
 
     def arguments(self) -> dict[str, Any]:
         """What the model is created with, besides classes and image size."""
@@ -123,7 +124,7 @@ class AugmentConfig:
     cutmix: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "augment.")
+        _check_values(self, "augment.")
         padding = f"augment.crop_padding is 0 to {MOST_PADDING}"
         _check(0 <= (self.crop_padding or 0) <= MOST_PADDING, padding)
         operations = f"augment.randaugment_ops is 0 to {MOST_OPERATIONS}"
@@ -150,7 +151,7 @@ class ObjectiveConfig:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "objective.")
+        _check_values(self, "objective.")
         _check(self.supervision_steps >= 1, "objective.supervision_steps must be at least 1")
         _check(0 <= self.label_smoothing < 1, "objective.label_smoothing is 0 to below 1")
 
@@ -181,7 +182,7 @@ class OptimizerConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "optimizer.")
+        _check_values(self, "optimizer.")
         _check(self.lr is None or self.lr > 0, "optimizer.lr must be positive")
         _check(self.weight_decay >= 0, "optimizer.weight_decay can't be negative")
         _check(self.clip is None or self.clip > 0, "optimizer.clip must be positive, or null")
@@ -202,7 +203,7 @@ class ScheduleConfig:
     per: Literal["step", "epoch"] = "step"
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "schedule.")
+        _check_values(self, "schedule.")
         _check(self.warmup_epochs >= 0, "schedule.warmup_epochs can't be negative")
         _check(self.min_lr >= 0, "schedule.min_lr can't be negative")
 
@@ -221,7 +222,7 @@ class EMAConfig:
     warmup: bool = True
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "ema.")
+        _check_values(self, "ema.")
         _check(0 <= self.decay < 1, "ema.decay is 0 to below 1")
 
 
@@ -290,7 +291,7 @@ class TrainConfig:
     progress: Literal["auto", "rich", "plain", "quiet"] = "auto"
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "")
+        _check_values(self, "")
         for name in ("epochs", "batch_size", "accumulate"):
             _check(getattr(self, name) >= 1, f"{name} must be at least 1")
         _check(self.accumulate <= self.batch_size, "accumulate can't exceed batch_size")
@@ -340,10 +341,14 @@ def _check(holds: bool, message: str) -> None:
         raise UsageError(message)
 
 
-def _check_numbers(config: Any, group: str) -> None:
+def _check_values(config: Any, group: str) -> None:
     """Refuse what no setting can be, before a library is given it."""
+    kinds = get_type_hints(type(config))
     for entry in fields(config):
         name, value = f"{group}{entry.name}", getattr(config, entry.name)
+        _check(
+            value is not None or NoneType in get_args(kinds[entry.name]), f"{name} can't be null"
+        )
         for number in value if isinstance(value, list | tuple) else (value,):
             if isinstance(number, float):
                 _check(not math.isnan(number), f"{name} is not a number (NaN)")
