@@ -167,6 +167,23 @@ def test_a_wrong_loss_scale_in_one_process_stops_both(folder):
     assert said[1].startswith("the loss is 8 times the mean")
 
 
+def test_gradients_that_nobody_averaged_stop_both(folder):
+    said = [(folder / f"apart-{rank}.txt").read_text() for rank in range(2)]
+    assert any("the processes' gradients are not averaged" in each for each in said)
+
+
+def test_targets_are_drawn_apart_where_drawing_for_all_takes_too_much(monkeypatch):
+    monkeypatch.setattr("smallfry.curvature.observer.MOST_DRAWN", 0)
+    found = []
+    for rank in (0, 1, 1):
+        model, optimizer = build("kfac")
+        optimizer.observer.process = rank, 2
+        learn(model, optimizer, slice(None), 1)
+        found.append(optimizer.curvature["head.weight"]["g"])
+    assert not torch.equal(found[0], found[1])
+    assert torch.equal(found[1], found[2])
+
+
 def test_the_distribution_names_each_layer_once():
     _, optimizer = build("kfac")
     (share,) = optimizer.distribution().shares

@@ -19,6 +19,7 @@ from smallfry.curvature.likelihoods import Likelihood
 from smallfry.curvature.taps import Call, Observation, Passes, Taps, backward_pass
 from smallfry.errors import UsageError
 
+MOST_DRAWN = 2**26  # numbers that are drawn for other processes' samples too
 FISHERS = ("mc", "exact", "empirical", "none")
 
 
@@ -229,13 +230,19 @@ class Observer:
         """Gradients for sampled targets: those that one process would draw for the whole batch.
 
         Each process draws for as many samples as all have, and keeps its own: apart from each
-        other, the same however many share the batch, and without a message.
+        other, the same however many share the batch, and without a message. Where shares are
+        uneven, or batches come in parts, samples get other draws than in one process; so they do
+        where drawing for all would take too much memory.
         """
         sample = self.likelihood.sample_gradients
         rank, count = self.process
         if count == 1:
             return sample(outputs, self.generator)
         mine = len(outputs[0])
+        if count * sum(z.numel() for z in outputs) > MOST_DRAWN:
+            seed = torch.randint(2**62, (), generator=self.generator, device=self.generator.device)
+            own = torch.Generator(self.generator.device).manual_seed(int(seed) + rank)
+            return sample(outputs, own)
         rows = (torch.arange(mine * count, device=outputs[0].device) - mine * rank) % mine
         drawn = sample(tuple(z[rows] for z in outputs), self.generator)
         return tuple(g[mine * rank : mine * (rank + 1)] for g in drawn)

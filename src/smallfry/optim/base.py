@@ -43,7 +43,7 @@ from smallfry.optim.inspect import (
     distribution,
     summarize,
 )
-from smallfry.optim.refresh import finite, refresh, refresh_blocks, warn, wide
+from smallfry.optim.refresh import anywhere, finite, refresh, refresh_blocks, warn, wide
 from smallfry.optim.state import load_state, save_state
 from smallfry.optim.together import refresh_together
 
@@ -363,11 +363,11 @@ class NaturalGradient(torch.optim.Optimizer):
     def _loss_factor(self, observations: Sequence[Observation]) -> float:
         if not isinstance(self.loss_scale, str):
             return float(self.loss_scale)
-        if observations:
-            if self.loss_scale == "sum":
-                self._factor = self._batch_size(observations) / self.exchange.count
-            else:
-                self._factor = self.likelihood.mean_factor(observations[0].outputs)
+        if self.loss_scale == "sum":
+            samples = self._batch_size(observations)
+            self._factor = samples / self.exchange.count if samples else self._factor
+        elif observations:
+            self._factor = self.likelihood.mean_factor(observations[0].outputs)
         return self._factor
 
     _factor = 1.0
@@ -427,7 +427,7 @@ class NaturalGradient(torch.optim.Optimizer):
         return directions
 
     def _move(self, grads: dict[str, Tensor], observations: Sequence[Observation]) -> None:
-        modelled = self.step_length == "quadratic" and bool(observations)
+        modelled = self.step_length == "quadratic" and not anywhere(self, not observations)
         groups = {p: g for g in self.param_groups if "momentum" in g for p in g["params"]}
         parameters = {self.names[p]: p for p in groups}
         if not modelled and self.step_length == "lr":
@@ -443,7 +443,8 @@ class NaturalGradient(torch.optim.Optimizer):
             size = self._divergence(directions, grads, rates)
             self.clip = 1.0 if size <= self.kl_clip else (self.kl_clip / size) ** 0.5
         final = {name: step.mul_(rates[name] * self.clip) for name, step in steps.items()}
-        if self.adaptive_damping and any(seen.calls for seen in observations):
+        tapped = any(seen.calls for seen in observations)
+        if self.adaptive_damping and not anywhere(self, not tapped):
             quadratic.adapt_damping(self, observations, final, parameters)
         for name, step in final.items():
             parameter, group = parameters[name], groups[parameters[name]]

@@ -31,22 +31,8 @@ def check_layers(
         UsageError: A weight is used where its module is not called, with the layer's name.
     """
     ratios = []
-    together = exchange.count > 1
-    averaged = " the processes' gradients are not averaged," if together else ""
-    for block in blocks:
-        present = {name: grads[name] for name in block.parameters if name in grads}
-        if len(present) < len(block.parameters):
-            continue
-        actual = block.to_matrix(present)
-        found, terms = torch.zeros_like(actual), 0.0
-        for seen in observations:
-            part = seen.training_matrix(block, actual.dtype)
-            if part is not None:
-                found += part[0]
-                terms += part[1]
-        if together:  # processes have averaged their gradients
-            found = exchange.sum(found) / exchange.count
-            terms = exchange.sums([terms], found.device)[0] / exchange.count
+    averaged = " the processes' gradients are not averaged," if exchange.count > 1 else ""
+    for block, actual, found, terms in _both_gradients(blocks, observations, grads, exchange):
         size = torch.linalg.vector_norm(actual)
         rounding = 1e3 * torch.finfo(actual.dtype).eps * terms
         if float(size) <= rounding and float(torch.linalg.vector_norm(found)) <= rounding:
@@ -64,6 +50,36 @@ def check_layers(
             )
         ratios.append(scale)
     return sorted(ratios)[len(ratios) // 2] if ratios else 1.0
+
+
+def _both_gradients(
+    blocks: Sequence[Block],
+    observations: Sequence[Observation],
+    grads: Mapping[str, Tensor],
+    exchange: Exchange,
+) -> list[tuple[Block, Tensor, Tensor, float]]:
+    """Of each block ``.grad``, what was seen in the backward pass, and the size of its terms.
+
+    All messages are sent before any process judges, as one that raised would leave the others in
+    the middle of them.
+    """
+    device = next(iter(blocks[0].parameters.values())).device
+    lacking = [float(any(name not in grads for name in block.parameters)) for block in blocks]
+    lacking = exchange.sums(lacking, device)
+    covered = [block for block, lacks in zip(blocks, lacking, strict=True) if not lacks]
+    actual = [
+        block.to_matrix({name: grads[name] for name in block.parameters}) for block in covered
+    ]
+    found, terms = [torch.zeros_like(matrix) for matrix in actual], [0.0] * len(covered)
+    for number, block in enumerate(covered):
+        for seen in observations:
+            part = seen.training_matrix(block, actual[number].dtype)
+            if part is not None:
+                found[number] += part[0]
+                terms[number] += part[1]
+    mean = [exchange.sum(matrix) / exchange.count for matrix in found]  # as gradients are
+    means = [term / exchange.count for term in exchange.sums(terms, device)]
+    return list(zip(covered, actual, mean, means, strict=True))
 
 
 def check_loss(

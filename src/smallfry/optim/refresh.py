@@ -38,10 +38,11 @@ def refresh(
     """
     statistics = optimizer.overdue or optimizer._due(optimizer.statistics_every)
     inverse = optimizer.overdue_inverse or optimizer._due(optimizer.inverse_every)
-    for layer in (name for seen in observations for name in seen.foreign):
+    foreign = [name for seen in observations for name in seen.foreign]
+    if anywhere(optimizer, bool(foreign)) if statistics else foreign:
         raise UsageError(
-            f"layer '{layer}' has another weight than when the optimizer was built; build the "
-            "optimizer after the model has its final layers"
+            f"layer '{(foreign or ['of another process'])[0]}' has another weight than when the "
+            "optimizer was built; build the optimizer after the model has its final layers"
         )
     tapped = [seen for seen in observations if seen.calls]
     if statistics and anywhere(optimizer, not tapped):

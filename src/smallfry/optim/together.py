@@ -39,7 +39,7 @@ def refresh_together(
     counts = [float(sum(part.samples for part in rows[b.name])) for b in blocks]
     totals = exchange.sums(counts, optimizer.device)
     samples = {b.name: n for b, n in zip(blocks, totals, strict=True) if n}
-    failed = _update(optimizer, rows, samples, kept)
+    unfolded, stuck = _update(optimizer, rows, samples, kept), list[str]()
     _share_lambdas(optimizer)
     for block in blocks:
         state, began = optimizer.curvature[block.name], time.perf_counter()
@@ -49,13 +49,14 @@ def refresh_together(
             invert(optimizer, block, state)
             if optimizer.counters["failed_refreshes"] > failures:
                 optimizer.counters["failed_refreshes"] = failures
-                failed.append(block.name)
+                stuck.append(block.name)
         optimizer.milliseconds[block.name] = 1e3 * (time.perf_counter() - began)
-    broken = _share_states(optimizer, before, failed)
+    unfolded, stuck = _share_states(optimizer, before, unfolded, stuck)
     if method.settles:
-        _settle(optimizer, rows, samples, kept, broken)
+        settling = {name: count for name, count in samples.items() if name not in unfolded}
+        _settle(optimizer, rows, settling, kept)
     _share_lambdas(optimizer)
-    optimizer.counters["failed_refreshes"] += len(broken)
+    optimizer.counters["failed_refreshes"] += len(unfolded) + len(stuck)
     optimizer.counters["statistics"] += bool(samples)
     optimizer.counters["inverses"] += inverse
 
@@ -150,12 +151,12 @@ def _share_lambdas(optimizer: "NaturalGradient") -> None:
 
 
 def _share_states(
-    optimizer: "NaturalGradient", before: Versions, failed: Sequence[str]
-) -> set[str]:
+    optimizer: "NaturalGradient", before: Versions, *failed: list[str]
+) -> tuple[list[str], ...]:
     """Every process gets what the owners have changed.
 
     Returns:
-        Blocks that failed in their owners.
+        Each list of blocks that failed in their owners, of all processes.
     """
     exchange, owners = optimizer.exchange, optimizer.owners
     mine: dict[str, dict[str, Any]] = {}
@@ -174,7 +175,7 @@ def _share_states(
             "plain": plain,
             "tensors": {key: (tuple(t.shape), t.dtype) for key, t in changed.items()},
         }
-    said = exchange.tell((mine, list(failed)))
+    said = exchange.tell((mine, failed))
     told = {name: facts for theirs, _ in said for name, facts in theirs.items()}
     for name, facts in told.items():
         if owners[name] != exchange.rank:
@@ -188,7 +189,8 @@ def _share_states(
             optimizer.curvature[name] |= tensors
     for name, facts in told.items():
         optimizer.curvature[name] |= facts["plain"]
-    return {name for _, theirs in said for name in theirs}
+    together = zip(*(theirs for _, theirs in said), strict=True)
+    return tuple([name for names in lists for name in names] for lists in together)
 
 
 def _settle(
@@ -196,11 +198,10 @@ def _settle(
     rows: dict[str, list[Rows]],
     samples: dict[str, float],
     kept: dict[str, float],
-    broken: set[str],
 ) -> None:
     method, moments = optimizer.approximation, dict[str, Tensor]()
     for block in optimizer.blocks:
-        if block.name in samples and block.name not in broken:
+        if block.name in samples:
             state = optimizer.curvature[block.name]
             found = method.moments(block, state, rows[block.name], samples[block.name])
             if found is not None:
