@@ -79,18 +79,21 @@ class Exchange:
         self, messages: Mapping[str, Message], owners: Mapping[str, int]
     ) -> dict[str, Message]:
         """What each block's owner has, in all; elsewhere ``messages`` tell the shapes only."""
-        waiting = []
+        waiting, found = [], dict[str, Message]()
         for owner, names in _by_owner(messages, owners).items():
-            for flat, parts in _flat(messages, names):
+            mine = owner == self.rank
+            if mine:
+                found |= {name: messages[name] for name in names}
+            for flat, parts in _flat(messages, names, filled=mine):
                 self._count("spread by owners", flat)
                 work: Any = dist.broadcast(
                     flat, self._global(owner), group=self.group, async_op=True
                 )
-                waiting.append((work, flat, parts))
-        found: dict[str, Message] = {}
-        for work, flat, parts in waiting:
+                waiting.append((work, mine, flat, parts))
+        for work, mine, flat, parts in waiting:
             work.wait()
-            _unflatten(flat, parts, found)
+            if not mine:
+                _unflatten(flat, parts, found)
         return found
 
     def rows_to_owners(
@@ -166,19 +169,23 @@ def _by_owner(names: Mapping[str, Any], owners: Mapping[str, int]) -> dict[int, 
 Parts = list[tuple[str, str, torch.Size]]
 
 
-def _flat(messages: Mapping[str, Message], names: Sequence[str]) -> list[tuple[Tensor, Parts]]:
-    """All tensors of some blocks as one, for each precision."""
+def _flat(
+    messages: Mapping[str, Message], names: Sequence[str], filled: bool = True
+) -> list[tuple[Tensor, Parts]]:
+    """All tensors of some blocks as one, for each precision; or room for as much."""
     kinds: dict[torch.dtype, list[tuple[str, str, Tensor]]] = {}
     for name in names:
         for key, tensor in messages[name].items():
             kinds.setdefault(tensor.dtype, []).append((name, key, tensor))
-    return [
-        (
-            torch.cat([tensor.flatten() for _, _, tensor in kinds[kind]]),
-            [(name, key, tensor.shape) for name, key, tensor in kinds[kind]],
-        )
-        for kind in sorted(kinds, key=str)
-    ]
+    found = []
+    for kind in sorted(kinds, key=str):
+        tensors = [tensor for _, _, tensor in kinds[kind]]
+        if filled:
+            flat = torch.cat([tensor.flatten() for tensor in tensors])
+        else:
+            flat = tensors[0].new_empty(sum(tensor.numel() for tensor in tensors))
+        found.append((flat, [(name, key, tensor.shape) for name, key, tensor in kinds[kind]]))
+    return found
 
 
 def _unflatten(flat: Tensor, parts: Parts, into: dict[str, Message]) -> None:
