@@ -401,7 +401,7 @@ def settings_of(quick: bool) -> dict[str, Any]:
                 "FACES auto-encoder": 1024,
                 "recursive transformer": 16,
             },
-            "rounds": 5,
+            "rounds": 4,
         },
     }
 

@@ -101,11 +101,10 @@ class Plan(NamedTuple):
         return math.ceil(self.total / max(1, self.largest))
 
 
-def plan(subject: Subject, rank: int | None, card: Card = Card()) -> Plan:
+def plan(subject: Subject, rank: int | None, card: Card) -> Plan:
     model = timm.create_model(subject.name, num_classes=1000 if subject.size > 32 else 10)
-    macs = smallfry.cost(model.to("meta"), torch.zeros(1, 3, *[subject.size] * 2, device="meta"))
-    model = timm.create_model(subject.name, num_classes=1000 if subject.size > 32 else 10)
-    optimizer = KFAC(model, factor_rank=rank, exclude=())
+    macs = smallfry.cost(model, torch.zeros(1, 3, subject.size, subject.size))
+    optimizer = KFAC(model, factor_rank=rank)
     rows = []
     for count in COUNTS:
         machine = card.machine(count)
@@ -154,7 +153,7 @@ def print_plan() -> None:
     )
     for subject in SUBJECTS:
         for rank in (None, 64):
-            print(f"\n{table(plan(subject, rank))}")
+            print(f"\n{table(plan(subject, rank, card))}")
 
 
 def table(found: Plan) -> str:
@@ -180,8 +179,8 @@ def table(found: Plan) -> str:
     share = found.largest / max(1, found.total)
     lines += [
         "",
-        f"Costliest block: {found.layer}, {share:.0%} of all inversions: beyond {found.useful} GPUs "
-        "they take no less.",
+        f"Costliest block: {found.layer}, {share:.0%} of all inversions; beyond {found.useful} "
+        "GPUs they take no less.",
     ]
     return "\n".join(lines)
 
