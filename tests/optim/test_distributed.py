@@ -137,7 +137,7 @@ def test_process_group_false_leaves_each_process_its_own_model(folder):
 
 def test_the_model_of_cost_foretells_the_bytes_that_are_sent(folder):
     for rank in range(2):
-        for case in ("kfac", "kfac, rank"):
+        for case in ("kfac", "kfac, rank", "ekfac"):
             facts = load(folder, f"bytes {case}-{rank}.pt")
             foretold = facts["foretold"].values()
             assert facts["wire"]["reduce"] == sum(t[0] for t in foretold)
