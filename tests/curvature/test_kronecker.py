@@ -205,6 +205,27 @@ def test_eigh_that_fails_in_float32_is_tried_in_float64(monkeypatch):
     torch.testing.assert_close((vectors * values[:, None]) @ vectors.transpose(1, 2), factor)
 
 
+def test_eigh_that_gives_up_in_float32_is_first_tried_there_with_eigenvalues_raised(monkeypatch):
+    real, tried = torch.linalg.eigh, []
+
+    def failing(matrix):
+        tried.append(matrix.dtype)
+        if len(tried) == 1:
+            raise torch.linalg.LinAlgError
+        return real(matrix)
+
+    monkeypatch.setattr(kr.torch.linalg, "eigh", failing)
+    root = torch.randn(2, 40, 3)
+    factor = root @ root.transpose(1, 2) * 1e4
+    values, vectors = kr.eigendecompose(factor)
+    assert tried == [torch.float32] * 2
+    largest = float(values.max())
+    again = (vectors * values[:, None]) @ vectors.transpose(1, 2)
+    torch.testing.assert_close(again, factor, rtol=0, atol=1e-5 * largest)
+    assert values[:, :37].max() < 1e-5 * largest
+    assert (values >= 0).all()
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_factor_that_is_not_finite_is_refused(bad):
     factor = torch.full((1, 2, 2), bad)

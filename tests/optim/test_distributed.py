@@ -137,7 +137,7 @@ def test_process_group_false_leaves_each_process_its_own_model(folder):
 
 def test_the_model_of_cost_foretells_the_bytes_that_are_sent(folder):
     for rank in range(2):
-        for case in ("kfac", "kfac, rank"):
+        for case in ("kfac", "kfac, rank", "ekfac"):
             facts = load(folder, f"bytes {case}-{rank}.pt")
             foretold = facts["foretold"].values()
             assert facts["wire"]["reduce"] == sum(t[0] for t in foretold)
@@ -229,7 +229,8 @@ def test_time_on_paper_adds_up():
     alone = refresh_time(costs, 1, machine)
     assert alone == (2.0, 7.0, 0.0, 0)
     two = refresh_time(costs, 2, machine, messages=3)
-    assert two == (1.0, 4.0, 1050 / 1000 + 3.0, 1050)
-    assert two.seconds == pytest.approx(9.05)
+    # 100 + 500 over each link whole, of 2 · 50 + 400 the half that is another's
+    assert two == (1.0, 4.0, 850 / 1000 + 3.0, 850)
+    assert two.seconds == pytest.approx(8.85)
     assert gradient_time(1000, 2, machine) == pytest.approx(4.0 + 1.0)
     assert gradient_time(1000, 1, machine) == 0.0

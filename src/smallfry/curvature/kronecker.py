@@ -62,7 +62,8 @@ def eigendecompose(factor: Tensor) -> Eigen:
     """Eigenvalues and eigenvectors of a symmetric positive semi-definite factor.
 
     LAPACK's float32 routine may fail or give NaN on a rank-deficient, badly scaled matrix: it is
-    scaled to unit trace first, and float64 is tried where that was not enough.
+    scaled to a mean eigenvalue of 1 first. Where that was not enough, all eigenvalues are raised by
+    that mean, which rounds them no more than the largest one does, and float64 is tried last.
 
     Raises:
         NotFiniteError: The factor is not finite.
@@ -71,13 +72,15 @@ def eigendecompose(factor: Tensor) -> Eigen:
         raise NotFiniteError("a Kronecker factor is not finite")
     scale = _mean_diagonal(factor).clamp_min(torch.finfo(factor.dtype).tiny)[:, None, None]
     matrix = factor / scale
-    for precision in (factor.dtype, torch.float64):
+    for precision, shift in ((factor.dtype, 0.0), (factor.dtype, 1.0), (torch.float64, 0.0)):
+        tried = matrix.to(precision, copy=True)
+        tried.diagonal(dim1=1, dim2=2).add_(shift)
         try:
-            values, vectors = torch.linalg.eigh(matrix.to(precision))
+            values, vectors = torch.linalg.eigh(tried)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
         if bool(values.isfinite().all()) and bool(vectors.isfinite().all()):
-            values = values.clamp_min(0) * scale[:, 0].to(precision)
+            values = (values - shift).clamp_min(0) * scale[:, 0].to(precision)
             return Eigen(values.to(factor), vectors.to(factor))
     raise NotFiniteError("a Kronecker factor can't be decomposed, even in float64")
 

@@ -33,7 +33,7 @@ class Traffic(NamedTuple):
 
     summed: int  # sums over samples, to the owner
     spread: int  # from the owner to all
-    rows: int  # samples themselves, to the owner, from all processes but it
+    rows: int  # samples of all processes, to the owner, which has its own share already
     everywhere: int  # sums that all need
 
 
@@ -119,9 +119,9 @@ def refresh_time(
     shared = sum(cost.shared for cost in costs.values()) / processes
     if processes == 1:
         return Refresh(shared / machine.macs, longest / machine.solver_macs, 0.0, 0)
-    sent = sum(c.traffic.summed + c.traffic.spread + c.traffic.rows for c in costs.values())
-    both_ways = 2 * sum(c.traffic.everywhere for c in costs.values())
-    link = sent + both_ways * (processes - 1) // processes
+    sent = sum(c.traffic.summed + c.traffic.spread for c in costs.values())
+    others = sum(2 * c.traffic.everywhere + c.traffic.rows for c in costs.values())
+    link = sent + others * (processes - 1) // processes
     sending = link / machine.bandwidth + machine.latency * messages * processes
     return Refresh(shared / machine.macs, longest / machine.solver_macs, sending, link)
 

@@ -176,7 +176,7 @@ class DiagonalInBasis(Approximation):
         return words, groups * (kept + moments), groups * work
 
     def summed(self, block: Block) -> Summed | None:
-        """What the product sums, and the second moments."""
+        """What the product sums, and the second moments; their owner carries those over first."""
         product = self.product.summed(block)
         if product is None:
             return None
@@ -188,11 +188,17 @@ class DiagonalInBasis(Approximation):
         ]
         moments = groups * entries[0] * entries[1]
         turned = groups * (inputs * entries[0] + outputs * entries[1]) + moments
-        return product._replace(everywhere=moments, macs=product.macs + turned)
+        spread, macs = product.spread + moments, product.macs + turned
+        return product._replace(spread=spread, everywhere=moments, macs=macs)
 
     def burden(self, block: Block) -> int:
-        """Multiply-adds of whole bases, or those of the product's few vectors."""
-        return self.cost(block, {})[2] + self.product.burden(block)
+        """Multiply-adds of whole bases and of carrying s over to them, or of few vectors."""
+        groups, outputs, inputs = block.shape
+        turning = 0
+        for side, size, other in zip(SIDES, (inputs, outputs), (outputs, inputs), strict=True):
+            whole = self.product.rank_of(block, side) is None
+            turning += size**2 * (size + other) if whole else 0
+        return self.cost(block, {})[2] + groups * turning + self.product.burden(block)
 
     def factors(self, state: State) -> tuple[Tensor, Tensor]:
         """Those whose eigenvectors are the basis."""

@@ -17,6 +17,7 @@ from smallfry.curvature import Rows
 from smallfry.errors import UsageError
 
 Message = dict[str, Tensor]
+Parts = list[tuple[str, str, torch.Size]]
 
 
 class Exchange:
@@ -36,6 +37,7 @@ class Exchange:
         self.rank = 0 if alone else dist.get_rank(self.group)
         self.count = 1 if alone else dist.get_world_size(self.group)
         self.bytes: dict[str, int] = {}  # by kind of message, since the last ``forget``
+        self._rooms: dict[tuple[str, int, torch.dtype], Tensor] = {}
 
     def forget(self) -> None:
         """Begin to count bytes anew."""
@@ -64,7 +66,7 @@ class Exchange:
         """Of each block the sum over processes, in its owner; nothing in the others."""
         waiting = []
         for owner, names in _by_owner(messages, owners).items():
-            for flat, parts in _flat(messages, names):
+            for flat, parts in self._flat("sums", owner, messages, names):
                 self._count("summed for owners", flat)
                 work: Any = dist.reduce(flat, self._global(owner), group=self.group, async_op=True)
                 waiting.append((work, owner, flat, parts))
@@ -79,18 +81,21 @@ class Exchange:
         self, messages: Mapping[str, Message], owners: Mapping[str, int]
     ) -> dict[str, Message]:
         """What each block's owner has, in all; elsewhere ``messages`` tell the shapes only."""
-        waiting = []
+        waiting, found = [], dict[str, Message]()
         for owner, names in _by_owner(messages, owners).items():
-            for flat, parts in _flat(messages, names):
+            mine = owner == self.rank
+            if mine:
+                found |= {name: messages[name] for name in names}
+            for flat, parts in self._flat("states", owner, messages, names, filled=mine):
                 self._count("spread by owners", flat)
                 work: Any = dist.broadcast(
                     flat, self._global(owner), group=self.group, async_op=True
                 )
-                waiting.append((work, flat, parts))
-        found: dict[str, Message] = {}
-        for work, flat, parts in waiting:
+                waiting.append((work, mine, flat, parts))
+        for work, mine, flat, parts in waiting:
             work.wait()
-            _unflatten(flat, parts, found)
+            if not mine:
+                _unflatten(flat, parts, found)
         return found
 
     def rows_to_owners(
@@ -149,6 +154,38 @@ class Exchange:
         dist.all_gather_object(said, mine, group=self.group)
         return said
 
+    def _flat(
+        self,
+        kind: str,
+        owner: int,
+        messages: Mapping[str, Message],
+        names: Sequence[str],
+        filled: bool = True,
+    ) -> list[tuple[Tensor, Parts]]:
+        """All tensors of some blocks as one, for each precision; or room for as much."""
+        found = []
+        for told in _by_precision(messages, names).values():
+            tensors = [tensor for _, _, tensor in told]
+            flat = self._room(kind, owner, tensors[0], sum(tensor.numel() for tensor in tensors))
+            if filled:
+                torch.cat([tensor.flatten() for tensor in tensors], out=flat)
+            found.append((flat, [(name, key, tensor.shape) for name, key, tensor in told]))
+        return found
+
+    def _room(self, kind: str, owner: int, like: Tensor, numbers: int) -> Tensor:
+        """Room for a message, on a CPU the same each time.
+
+        There malloc gives large blocks back, and to get new ones page by page takes longer than to
+        fill them.
+        """
+        place = kind, owner, like.dtype
+        room = self._rooms.get(place)
+        if room is None or room.numel() < numbers:
+            room = like.new_empty(numbers)
+            if like.device.type == "cpu":
+                self._rooms[place] = room
+        return room[:numbers]
+
     def _global(self, rank: int) -> int:
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
@@ -163,22 +200,14 @@ def _by_owner(names: Mapping[str, Any], owners: Mapping[str, int]) -> dict[int, 
     return dict(sorted(found.items()))
 
 
-Parts = list[tuple[str, str, torch.Size]]
-
-
-def _flat(messages: Mapping[str, Message], names: Sequence[str]) -> list[tuple[Tensor, Parts]]:
-    """All tensors of some blocks as one, for each precision."""
+def _by_precision(
+    messages: Mapping[str, Message], names: Sequence[str]
+) -> dict[torch.dtype, list[tuple[str, str, Tensor]]]:
     kinds: dict[torch.dtype, list[tuple[str, str, Tensor]]] = {}
     for name in names:
         for key, tensor in messages[name].items():
             kinds.setdefault(tensor.dtype, []).append((name, key, tensor))
-    return [
-        (
-            torch.cat([tensor.flatten() for _, _, tensor in kinds[kind]]),
-            [(name, key, tensor.shape) for name, key, tensor in kinds[kind]],
-        )
-        for kind in sorted(kinds, key=str)
-    ]
+    return dict(sorted(kinds.items(), key=lambda item: str(item[0])))
 
 
 def _unflatten(flat: Tensor, parts: Parts, into: dict[str, Message]) -> None:
