@@ -92,4 +92,5 @@ try:
     optimizer.step()
 except UsageError as error:
     (folder / f"apart-{rank}.txt").write_text(str(error))
+dist.barrier()  # one that ends early takes connections with it
 dist.destroy_process_group()

@@ -140,10 +140,12 @@ def test_the_model_of_cost_foretells_the_bytes_that_are_sent(folder):
         for case in ("kfac", "kfac, rank", "ekfac"):
             facts = load(folder, f"bytes {case}-{rank}.pt")
             foretold = facts["foretold"].values()
-            assert facts["wire"]["reduce"] == sum(t[0] for t in foretold)
+            assert facts["wire"].get("reduce", 0) == sum(t[0] for t in foretold)
             assert facts["wire"]["broadcast"] == sum(t[1] for t in foretold)
+            small = 8 * 20 * len(facts["owners"])  # traces, numbers of samples and the like
+            assert 0 <= facts["wire"]["all_reduce"] - sum(t[3] for t in foretold) <= small
             assert "isend" not in facts["wire"]
-            assert facts["counted"]["summed for owners"] == facts["wire"]["reduce"]
+            assert facts["counted"].get("summed for owners", 0) == facts["wire"].get("reduce", 0)
             assert facts["counted"]["spread by owners"] == facts["wire"]["broadcast"]
         facts = load(folder, f"bytes kpsvd-{rank}.pt")
         foreign = [t for name, t in facts["foretold"].items() if facts["owners"][name] != rank]

@@ -29,9 +29,13 @@ class Summed(NamedTuple):
 
 
 class Sum(NamedTuple):
-    """Asks for sums over all processes: the owner of the block gets them, the others None."""
+    """Asks for sums over all processes: the owner of the block gets them, the others None.
+
+    Sums that become part of the state as they are, under their names, can go to all.
+    """
 
     parts: State  # this process's
+    everywhere: bool = False
 
 
 class Spread(NamedTuple):

@@ -188,8 +188,11 @@ class DiagonalInBasis(Approximation):
         ]
         moments = groups * entries[0] * entries[1]
         turned = groups * (inputs * entries[0] + outputs * entries[1]) + moments
-        spread, macs = product.spread + moments, product.macs + turned
-        return product._replace(spread=spread, everywhere=moments, macs=macs)
+        return product._replace(
+            spread=product.spread + moments,
+            everywhere=product.everywhere + moments,
+            macs=product.macs + turned,
+        )
 
     def burden(self, block: Block) -> int:
         """Multiply-adds of whole bases and of carrying s over to them, or of few vectors."""

@@ -60,10 +60,21 @@ class Exchange:
 
     # Large things, for and from owners
 
+    def sums_for_all(self, messages: Mapping[str, Message]) -> dict[str, Message]:
+        """Of each block the sum over processes, in all; ``messages`` are the room for it."""
+        waiting = []
+        for flat, parts in self._flat("for all", 0, messages, list(messages)):
+            self._count("summed for all", flat)
+            waiting.append((dist.all_reduce(flat, group=self.group, async_op=True), flat, parts))
+        for work, flat, parts in waiting:
+            work.wait()
+            _unflatten(flat, parts, messages)
+        return dict(messages)
+
     def sums_to_owners(
         self, messages: Mapping[str, Message], owners: Mapping[str, int]
     ) -> dict[str, Message]:
-        """Of each block the sum over processes, in its owner; nothing in the others."""
+        """Of each block the sum over processes, in its owner, where ``messages`` are the room."""
         waiting = []
         for owner, names in _by_owner(messages, owners).items():
             for flat, parts in self._flat("sums", owner, messages, names):
@@ -74,18 +85,17 @@ class Exchange:
         for work, owner, flat, parts in waiting:
             work.wait()
             if owner == self.rank:
-                _unflatten(flat, parts, found)
+                _unflatten(flat, parts, messages)
+                found |= {name: messages[name] for name, _, _ in parts}
         return found
 
     def from_owners(
         self, messages: Mapping[str, Message], owners: Mapping[str, int]
     ) -> dict[str, Message]:
-        """What each block's owner has, in all; elsewhere ``messages`` tell the shapes only."""
-        waiting, found = [], dict[str, Message]()
+        """What each block's owner has, in all; elsewhere ``messages`` are the room for it."""
+        waiting = []
         for owner, names in _by_owner(messages, owners).items():
             mine = owner == self.rank
-            if mine:
-                found |= {name: messages[name] for name in names}
             for flat, parts in self._flat("states", owner, messages, names, filled=mine):
                 self._count("spread by owners", flat)
                 work: Any = dist.broadcast(
@@ -95,8 +105,8 @@ class Exchange:
         for work, mine, flat, parts in waiting:
             work.wait()
             if not mine:
-                _unflatten(flat, parts, found)
-        return found
+                _unflatten(flat, parts, messages)
+        return dict(messages)
 
     def rows_to_owners(
         self, mine: Mapping[str, Sequence[Rows]], owners: Mapping[str, int], like: Tensor
@@ -210,9 +220,9 @@ def _by_precision(
     return dict(sorted(kinds.items(), key=lambda item: str(item[0])))
 
 
-def _unflatten(flat: Tensor, parts: Parts, into: dict[str, Message]) -> None:
+def _unflatten(flat: Tensor, parts: Parts, into: Mapping[str, Message]) -> None:
     start = 0
     for name, key, shape in parts:
         stop = start + shape.numel()
-        into.setdefault(name, {})[key] = flat[start:stop].view(shape).clone()
+        into[name][key].copy_(flat[start:stop].view(shape))
         start = stop

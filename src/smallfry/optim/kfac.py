@@ -139,7 +139,7 @@ class KroneckerProduct(Approximation):
             first[side] = means[side].directions(taken[side], generator)
             parts[f"first_{side}"] = gram_times(taken[side], first[side])
             parts[f"trace_{side}"] = (taken[side] ** 2).sum((1, 2))
-        totals = yield Sum(parts)
+        totals = yield Sum(parts, everywhere=not means)
         fresh: State = {}
         if means:
 
@@ -217,16 +217,21 @@ class KroneckerProduct(Approximation):
     def summed(self, block: Block) -> Summed | None:
         """Factors, or their products with a few directions, and what those take."""
         groups, outputs, inputs = block.shape
-        numbers = spread = macs = 0
+        numbers = spread = everywhere = macs = 0
+        ranked = any(self.rank_of(block, side) is not None for side in SIDES)
         for side, size in zip(SIDES, (inputs, outputs), strict=True):
             rank = self.rank_of(block, side)
             if rank is None:
-                numbers, macs = numbers + size * (size + 1) // 2, macs + size**2
+                triangle, macs = size * (size + 1) // 2, macs + size**2
+                numbers, everywhere = (
+                    numbers + triangle * ranked,
+                    everywhere + triangle * (not ranked),
+                )
                 continue
             directions = size * min(rank + OVERSAMPLING, size)
             numbers, spread = numbers + 2 * directions + 1, spread + directions
             macs += 4 * directions
-        return Summed(groups * numbers, groups * spread, 0, groups * macs)
+        return Summed(*(groups * each for each in (numbers, spread, everywhere, macs)))
 
     def burden(self, block: Block) -> int:
         """Multiply-adds of inversions, and of the bases of factors that have a rank."""

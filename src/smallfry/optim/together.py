@@ -39,7 +39,11 @@ def refresh_together(
     counts = [float(sum(part.samples for part in rows[b.name])) for b in blocks]
     totals = exchange.sums(counts, optimizer.device)
     samples = {b.name: n for b, n in zip(blocks, totals, strict=True) if n}
-    unfolded, stuck = _update(optimizer, rows, samples, kept), list[str]()
+    shared: set[tuple[str, str]] = set()
+    unfolded, stuck = _update(optimizer, rows, samples, kept, shared), list[str]()
+    now = _versions(optimizer)
+    for name, key in shared:  # all have these
+        before[name][key] = now[name][key]
     _share_lambdas(optimizer)
     for block in blocks:
         state, began = optimizer.curvature[block.name], time.perf_counter()
@@ -66,8 +70,9 @@ def _update(
     rows: dict[str, list[Rows]],
     samples: dict[str, float],
     kept: dict[str, float],
+    shared: set[tuple[str, str]],
 ) -> list[str]:
-    """Fold the batch into the states of the owners.
+    """Fold the batch into the states of the owners, and what is ``shared`` into all.
 
     Returns:
         Blocks of this process whose statistics were not finite.
@@ -103,6 +108,12 @@ def _update(
         )
         asked[name] = next(running[name])
     while asked:
+        shared |= {
+            (name, key)
+            for name, one in asked.items()
+            if isinstance(one, Sum) and one.everywhere
+            for key in one.parts
+        }
         asked = _answer(optimizer, running, asked, numbers, failed)
     return failed
 
@@ -116,15 +127,19 @@ def _answer(
 ) -> dict[str, Any]:
     """Give all blocks what they ask for, and take their next questions."""
     exchange, owners = optimizer.exchange, optimizer.owners
-    sums = {name: one.parts for name, one in asked.items() if isinstance(one, Sum)}
+    sums = {name: one for name, one in asked.items() if isinstance(one, Sum)}
+    for_all = {name: one.parts for name, one in sums.items() if one.everywhere}
+    for_owners = {name: one.parts for name, one in sums.items() if not one.everywhere}
     spread = {name: one for name, one in asked.items() if not isinstance(one, Sum)}
     made: dict[str, State] = {}
     for name, one in spread.items():
         mine = owners[name] == exchange.rank
         made[name] = one.make() if mine else {k: torch.empty_like(t) for k, t in one.like.items()}
     answers: dict[str, Any] = {}
-    if sums:
-        answers |= exchange.sums_to_owners(sums, owners)
+    if for_all:
+        answers |= exchange.sums_for_all(for_all)
+    if for_owners:
+        answers |= exchange.sums_to_owners(for_owners, owners)
     if made:
         answers |= exchange.from_owners(made, owners)
     following = {}
@@ -180,7 +195,7 @@ def _share_states(
     for name, facts in told.items():
         if owners[name] != exchange.rank:
             messages[name] = {
-                key: torch.empty(shape, dtype=dtype, device=optimizer.device)
+                key: _room(optimizer.curvature[name].get(key), shape, dtype, optimizer.device)
                 for key, (shape, dtype) in facts["tensors"].items()
             }
     ordered = {block.name: messages[block.name] for block in optimizer.blocks}
@@ -191,6 +206,15 @@ def _share_states(
         optimizer.curvature[name] |= facts["plain"]
     together = zip(*(theirs for _, theirs in said), strict=True)
     return tuple([name for names in lists for name in names] for lists in together)
+
+
+def _room(
+    old: Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """What a new tensor can be put into: the old one, where it fits."""
+    if old is not None and tuple(old.shape) == tuple(shape) and old.dtype == dtype:
+        return old
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def _settle(
