@@ -1,5 +1,6 @@
 """From a folder or the hub to labelled, still encoded images."""
 
+import errno
 import hashlib
 import logging
 import re
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from smallfry.errors import DataError, UsageError, nearest
+from smallfry.errors import AccessError, DataError, UsageError, nearest
 from smallfry.images import Encoded
 from smallfry.inputs import images_below, is_image
 
@@ -337,8 +338,10 @@ def stamp(file: Path) -> str:
     """What changes whenever the content of the file may have changed."""
     try:
         found = file.stat()
-    except OSError:  # a broken link; reading it will say so
-        return f"{file}\0missing"
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):  # it is there all the same
+            raise AccessError(f"{file}: can't be read now ({error}); try again") from error
+        return f"{file}\0missing"  # a broken link; reading it will say so
     times = f"{found.st_mtime_ns}\0{found.st_ctime_ns}"
     return f"{file.resolve()}\0{found.st_ino}\0{found.st_size}\0{times}"
 
