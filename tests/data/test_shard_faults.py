@@ -67,6 +67,25 @@ def test_empty_row_groups_shift_no_label(layout, tmp_path):
     assert train.labels.tolist() == [i % 3 for i in range(count)]
 
 
+def test_a_table_that_begins_with_an_empty_row_group_can_be_decoded_at_once(tmp_path):
+    write_groups(tmp_path, [[0, 3], [3, 3]])
+    data = load_data(str(tmp_path), stream=False, test=0.0, validation=0.0)
+    assert numbers(data.train.images) == list(range(9))
+    assert data.train.labels.tolist() == [0, 1, 2] * 3
+
+
+def test_a_column_whose_name_is_no_text_is_damage(tmp_path):
+    write_groups(tmp_path, [[6], [6]])
+    file = tmp_path / "train-00001.parquet"
+    content = file.read_bytes()
+    assert b"label" in content
+    file.write_bytes(content.replace(b"label", b"labe\xef"))
+    with pytest.raises(DataError, match=r"00001\.parquet: not a whole parquet file"):
+        load(tmp_path)
+    with pytest.warns(SmallfryWarning, match="1 damaged shards"):
+        assert numbers(load(tmp_path, skip_unreadable=True).train.images) == list(range(6))
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     st.lists(st.lists(st.integers(0, 4), max_size=5), min_size=1, max_size=5),

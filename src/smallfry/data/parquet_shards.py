@@ -19,6 +19,7 @@ from smallfry.errors import DataError
 
 MOST_BLOCK = 2**30  # bytes of the images of one row group
 LABELS_AT_ONCE = 65_536
+FAULTS = (pa.ArrowException, OSError, ValueError)  # names that are no text are a ValueError
 SAMPLED = 64  # places of a shard whose bytes are looked at, to notice other images
 SAMPLED_BYTES = 64  # of each
 
@@ -49,7 +50,7 @@ def count_rows(files: Sequence[Path]) -> int:
         try:
             with reached(file):
                 total += pq.read_metadata(file).num_rows
-        except (pa.ArrowException, OSError):
+        except FAULTS:
             continue  # scanning will say so
     return total
 
@@ -78,7 +79,7 @@ def scan(file: Path, image: str, label: str) -> Scanned:
                 raise pa.ArrowInvalid("its row groups have another number of labels than of rows")
             mark = _mark(file, shard, image)
         return Scanned(names, codes, blocks, mark, NO_SPANS, [])
-    except (pa.ArrowException, OSError) as error:
+    except FAULTS as error:
         return unreadable_shard(_damaged(file, error))
 
 
@@ -93,7 +94,7 @@ def read_group(file: Path, group: int, image: str) -> pa.ChunkedArray:
         with reached(file), pq.ParquetFile(file) as shard:
             table = shard.read_row_group(group, columns=[f"{image}.bytes"], use_threads=False)
         return pc.struct_field(table.column(0), [0])
-    except (pa.ArrowException, OSError) as error:
+    except FAULTS as error:
         raise DataError(f"{file}: row group {group} is damaged ({_first_line(error)})") from error
 
 

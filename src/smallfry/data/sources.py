@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+ROWS_AT_ONCE = 1000  # of a table
+
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 SPLIT_NAMES = {
     "train": TRAIN,
@@ -155,7 +157,9 @@ def _read_parquet(
     try:
         for split, files in shards.items():  # one by one, as each may have class names of its own
             given = {split: list(map(str, files))}
-            tables[split] = datasets.load_dataset("parquet", data_files=given)[split]
+            # its default is the rows of the first row group, which may be none
+            loaded = datasets.load_dataset("parquet", data_files=given, batch_size=ROWS_AT_ONCE)
+            tables[split] = loaded[split]
     except Exception as error:
         raise DataError(
             f"{folder}: its parquet files can't be read ({error.__cause__ or error})"
