@@ -16,7 +16,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import smallfry  # noqa: F401  registers the models
-from campaign import damage, fuzz_config, fuzz_folders, fuzz_images, kills, poison, soak
+from campaign import (
+    damage,
+    fuzz_config,
+    fuzz_folders,
+    fuzz_images,
+    fuzz_shards,
+    kills,
+    poison,
+    soak,
+)
 from campaign.record import Record, tables, write_page, write_results
 from campaign.running import campaign
 from campaign.trials import Part
@@ -29,6 +38,7 @@ PARTS: tuple[Part, ...] = (
     fuzz_config.TRAINED,
     fuzz_images.PART,
     fuzz_folders.PART,
+    fuzz_shards.PART,
 )
 ROOT = Path(__file__).parent.parent
 

@@ -25,6 +25,7 @@ COUNTS = {
     "trained": 2,
     "images": 150,
     "folders": 60,
+    "shards": 100,
 }
 
 

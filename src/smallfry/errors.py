@@ -17,6 +17,10 @@ class DataError(SmallfryError):
     """Images or labels that are missing, unreadable or don't fit."""
 
 
+class AccessError(DataError):
+    """A file that can't be read now, which says nothing of what is in it."""
+
+
 class RunError(SmallfryError):
     """A run folder that can't be used: incomplete, damaged, foreign or taken."""
 

@@ -63,9 +63,10 @@ def written(place, layout):
 
 def indexed(layout, files=(), weight=100):
     sizes = [size for groups in layout for size in groups]
+    heads = [0, *torch.tensor([len(groups) for groups in layout]).cumsum(0).tolist()]
     first = [0, *torch.tensor([sum(groups) for groups in layout]).cumsum(0).tolist()]
     starts = [0, *torch.tensor(sizes).cumsum(0).tolist()]
-    array = [torch.tensor(x, dtype=torch.int64).numpy() for x in (first, starts)]
+    array = [torch.tensor(x, dtype=torch.int64).numpy() for x in (first, heads, starts)]
     weights = torch.tensor(sizes).mul(weight).numpy()
     return Shards(tuple(files), "image", *array, weights, torch.empty(0, 2).long().numpy(), "")
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from smallfry.data.sources import EncodedSplit
 from smallfry.data.threads import in_threads
-from smallfry.errors import DataError
+from smallfry.errors import AccessError, DataError
 from smallfry.images import decode, refit
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,10 @@ def decoded(
 
     An unreadable image is left black. Arrays are kept for the next time, unless one was
     unreadable or the split has no fingerprint.
+
+    Raises:
+        AccessError: A shard can't be read now.
+        DataError: The arrays can't be kept.
     """
     shape = (len(split.labels), channels, size, size)
     if not split.fingerprint:
@@ -101,6 +105,8 @@ def _decode_into(
                 images[i] = refit(encoded, size, channels)
             else:
                 images[i] = decode(encoded, split.locate(i), size, channels)
+        except AccessError:  # another time it may be readable
+            raise
         except DataError as error:
             images[i] = 0
             return Unreadable(i, str(error))

@@ -18,7 +18,7 @@ from smallfry.data.named import NOTHING_TO_TELL_APART, find_source
 from smallfry.data.shards import WINDOW
 from smallfry.data.sources import TEST, TRAIN, VALIDATION, EncodedSplit, Source, digest, stamp
 from smallfry.data.stream import ShardPixels, readable_rows
-from smallfry.errors import DataError, SmallfryWarning, UsageError
+from smallfry.errors import AccessError, DataError, SmallfryWarning, UsageError
 from smallfry.images import LARGEST_SIDE, header
 
 log = logging.getLogger(__name__)
@@ -282,9 +282,8 @@ def _hold_out(
         log.info("holding out %d images for %s, not %.0f %%", MOST_HELD_OUT, what, 100 * share)
     kept, held = hold_out(split, min(share, most), seed)
     rows, shards = held.rows.numpy(), pixels.shards
-    name = digest(
-        shards.column, *map(stamp, shards.files), hashlib.sha256(rows.tobytes()).hexdigest()
-    )
+    which = hashlib.sha256(rows.tobytes()).hexdigest()
+    name = digest(shards.column, shards.mark, which, *map(stamp, shards.files))
     encoded = EncodedSplit(
         held.labels.numpy(),
         lambda i: pixels.reader.read_one(int(rows[i])),
@@ -344,6 +343,8 @@ def _geometry(split: EncodedSplit, size: int | None, channels: int | None) -> tu
                 is_grey = depth == 1
             else:
                 width, height, is_grey = header(encoded, split.locate(i))
+        except AccessError:
+            raise
         except DataError:
             continue  # decoding will say so
         sizes.add((width, height))

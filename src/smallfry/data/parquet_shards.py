@@ -13,12 +13,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from smallfry.data.scanned import NO_SPANS, Block, Label, Scanned, unreadable_shard
+from smallfry.data.scanned import NO_SPANS, Block, Label, Scanned, reached, unreadable_shard
 from smallfry.data.sources import digest
 from smallfry.errors import DataError
 
 MOST_BLOCK = 2**30  # bytes of the images of one row group
 LABELS_AT_ONCE = 65_536
+FAULTS = (pa.ArrowException, OSError, ValueError)  # names that are no text are a ValueError
+SAMPLED = 64  # places of a shard whose bytes are looked at, to notice other images
+SAMPLED_BYTES = 64  # of each
 
 
 def features(file: Path) -> Mapping[str, Any]:
@@ -30,18 +33,24 @@ def features(file: Path) -> Mapping[str, Any]:
     from datasets import Features
 
     try:
-        return dict(Features.from_arrow_schema(pq.read_schema(file)))
+        with reached(file):
+            return dict(Features.from_arrow_schema(pq.read_schema(file)))
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(_damaged(file, error)) from error
 
 
 def count_rows(files: Sequence[Path]) -> int:
-    """Rows of all files that are whole, by what their footers say."""
+    """Rows of all files that are whole, by what their footers say.
+
+    Raises:
+        AccessError: A file can't be read now.
+    """
     total = 0
     for file in files:
         try:
-            total += pq.read_metadata(file).num_rows
-        except (pa.ArrowException, OSError):
+            with reached(file):
+                total += pq.read_metadata(file).num_rows
+        except FAULTS:
             continue  # scanning will say so
     return total
 
@@ -55,20 +64,22 @@ def scan(file: Path, image: str, label: str) -> Scanned:
         label: The column with the labels.
 
     Raises:
+        AccessError: The shard can't be read now.
         DataError: The shard has other columns, a sample without a label, or too large row groups.
     """
     try:
-        with pq.ParquetFile(file) as shard:
+        with reached(file), pq.ParquetFile(file) as shard:
             columns = features(file)
             lacking = [name for name in (image, label) if name not in columns]
             if lacking:
                 raise DataError(f"{file}: has no column '{lacking[0]}', as the first shard has")
             names, codes = _labels(file, shard, label, columns[label])
             blocks = [_block(file, shard, i, image) for i in range(shard.num_row_groups)]
-        if sum(block.samples for block in blocks) != len(codes):
-            raise pa.ArrowInvalid("its row groups have another number of labels than of rows")
-        return Scanned(names, codes, blocks, digest(_footer(file).hex()), NO_SPANS, [])
-    except (pa.ArrowException, OSError) as error:
+            if sum(block.samples for block in blocks) != len(codes):
+                raise pa.ArrowInvalid("its row groups have another number of labels than of rows")
+            mark = _mark(file, shard, image)
+        return Scanned(names, codes, blocks, mark, NO_SPANS, [])
+    except FAULTS as error:
         return unreadable_shard(_damaged(file, error))
 
 
@@ -76,13 +87,14 @@ def read_group(file: Path, group: int, image: str) -> pa.ChunkedArray:
     """The encoded images of a row group, as bytes or null.
 
     Raises:
+        AccessError: The shard can't be read now.
         DataError: The row group is damaged.
     """
     try:
-        with pq.ParquetFile(file) as shard:
+        with reached(file), pq.ParquetFile(file) as shard:
             table = shard.read_row_group(group, columns=[f"{image}.bytes"], use_threads=False)
         return pc.struct_field(table.column(0), [0])
-    except (pa.ArrowException, OSError) as error:
+    except FAULTS as error:
         raise DataError(f"{file}: row group {group} is damaged ({_first_line(error)})") from error
 
 
@@ -129,8 +141,7 @@ def _label(value: Any, declared: list[str] | None) -> Label | None:
 
 def _block(file: Path, shard: pq.ParquetFile, group: int, image: str) -> Block:
     found = shard.metadata.row_group(group)
-    columns = [found.column(i) for i in range(found.num_columns)]
-    size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == f"{image}.bytes")
+    size = sum(c.total_uncompressed_size for c in _image_columns(found, image))
     if size > MOST_BLOCK:
         raise DataError(
             f"{file}: its row group {group} holds {size / 1e9:.1f} GB of images, and a row group "
@@ -140,13 +151,33 @@ def _block(file: Path, shard: pq.ParquetFile, group: int, image: str) -> Block:
     return Block(found.num_rows, size)
 
 
-def _footer(file: Path) -> bytes:
-    """The end of the file, which says what is where in it."""
+def _image_columns(group: pq.RowGroupMetaData, image: str) -> list[pq.ColumnChunkMetaData]:
+    columns = [group.column(i) for i in range(group.num_columns)]
+    return [column for column in columns if column.path_in_schema == f"{image}.bytes"]
+
+
+def _mark(file: Path, shard: pq.ParquetFile, image: str) -> str:
+    """A hash of the footer, which says what is where, and of bytes all over the images."""
+    groups = [shard.metadata.row_group(i) for i in range(shard.num_row_groups)]
+    chunks = [column for group in groups for column in _image_columns(group, image)]
+    sizes = np.array([chunk.total_compressed_size for chunk in chunks], np.int64)
+    sizes = sizes.clip(0, file.stat().st_size)  # whatever the footer says
+    ends = sizes.cumsum()
+    parts = []
     with open(file, "rb") as stream:
         stream.seek(-8, 2)
         size = int.from_bytes(stream.read(4), "little")
         stream.seek(-(8 + size), 2)
-        return stream.read(size)
+        parts.append(stream.read(size).hex())
+        places = np.linspace(0, max(0, sizes.sum() - SAMPLED_BYTES), SAMPLED).astype(np.int64)
+        for place in np.unique(places[places < sizes.sum()]).tolist():
+            number = int(np.searchsorted(ends, place, side="right"))
+            chunk = chunks[number]
+            # some writers give 0 for a dictionary that there is not
+            start = chunk.dictionary_page_offset or chunk.data_page_offset
+            stream.seek(start + place - int(ends[number] - sizes[number]))
+            parts.append(stream.read(SAMPLED_BYTES).hex())
+    return digest(*parts)
 
 
 def _damaged(file: Path, error: Exception) -> str:

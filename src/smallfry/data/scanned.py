@@ -1,11 +1,18 @@
 """What one pass over a shard finds: where its samples are, and their labels, but no image."""
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from smallfry.errors import AccessError, is_out_of_memory
+
 MOST_BYTES = 100_000_000  # of one encoded image
+OF_THE_CONTENT = (None, errno.EINVAL, errno.EOVERFLOW)  # no number, or a place that no file has
 
 Label = int | str
 
@@ -35,3 +42,28 @@ NO_SPANS = np.empty((0, 2), np.int64)
 def unreadable_shard(reason: str) -> Scanned:
     """A shard of which nothing can be read."""
     return Scanned([], np.empty(0, np.int32), [], "", NO_SPANS, [], reason)
+
+
+def is_of_the_system(error: BaseException) -> bool:
+    """Whether a disk that fails, too many open files or full memory is why, and not the content."""
+    if is_out_of_memory(error):
+        return True
+    return isinstance(error, OSError) and error.errno not in OF_THE_CONTENT
+
+
+@contextmanager
+def reached(file: Path) -> Iterator[None]:
+    """Tell errors of the system from damage, which would be kept; of that, errors pass as they are.
+
+    Raises:
+        AccessError: The system can't read the file now.
+    """
+    try:
+        yield
+    except (OSError, MemoryError) as error:
+        if not is_of_the_system(error):
+            raise
+        raise AccessError(
+            f"{file}: can't be read now ({str(error) or 'no memory is left'}); that may pass: try "
+            "again, and take the file away if it stays so"
+        ) from error

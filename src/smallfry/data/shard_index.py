@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from smallfry.data import parquet_shards, tar_shards
 from smallfry.data.cache import cache_folder
-from smallfry.data.scanned import Label, Scanned
+from smallfry.data.scanned import Label, Scanned, reached
 from smallfry.data.shards import ShardReader, Shards
 from smallfry.data.sources import (
     SPLIT_NAMES,
@@ -39,7 +39,7 @@ from smallfry.errors import DataError, SmallfryWarning
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the index; changes whenever it does
+FORMAT = 2  # of the index; changes whenever it does
 CLASSES = "classes.txt"  # one class name per line, in the order of the labels' numbers
 COMPRESSED = ("*.tar.gz", "*.tgz", "*.tar.bz2", "*.tar.xz", "*.tar.zst")
 
@@ -112,7 +112,8 @@ def read_shards(
     for split, index in indices.items():
         shards = _shards(found.files[split], column, index)
         labels = _class_indices(index, shards, classes, by_number=names is None)
-        splits[split] = _encoded(shards, labels, digest(column, *map(stamp, found.files[split])))
+        stamps = map(stamp, found.files[split])
+        splits[split] = _encoded(shards, labels, digest(column, shards.mark, *stamps))
     return Source(str(folder), tuple(map(str, classes)), splits)
 
 
@@ -145,6 +146,7 @@ class _Index(NamedTuple):
     names: list[Label]
     codes: NDArray[np.int32]
     samples: NDArray[np.int64]  # (shards,)
+    blocks: NDArray[np.int64]  # (shards,)
     block_samples: NDArray[np.int64]  # (blocks,)
     block_bytes: NDArray[np.int64]  # (blocks,)
     spans: NDArray[np.int64]
@@ -153,11 +155,16 @@ class _Index(NamedTuple):
     damage: list[str]
 
 
-ARRAYS = ("codes", "samples", "block_samples", "block_bytes", "spans")
+ARRAYS = ("codes", "samples", "blocks", "block_samples", "block_bytes", "spans")
 
 
 def _index(files: Sequence[Path], kind: str, column: str, label: str | None) -> _Index:
-    """The index of a split, made once and kept in the cache folder."""
+    """The index of a split, made once and kept in the cache folder.
+
+    Raises:
+        AccessError: A shard can't be read now; then no index is kept.
+        DataError: A shard is not as it should be, or the index can't be kept.
+    """
     key = digest("index", str(FORMAT), kind, column, str(label), *map(stamp, files))
     folder = cache_folder() / f"index-{key}"
     try:
@@ -183,7 +190,7 @@ def _index(files: Sequence[Path], kind: str, column: str, label: str | None) -> 
 def _join(files: Sequence[Path], scans: Iterator[Scanned]) -> _Index:
     names: dict[Label, int] = {}
     codes, spans = [np.empty(0, np.int32)], [np.empty((0, 2), np.int64)]
-    samples, blocks, marks = [], [], []
+    samples, counts, blocks, marks = [], [], [], []
     left_out: list[str] = []
     damage: list[str] = []
     for file, scan in zip(files, scans, strict=True):
@@ -191,8 +198,10 @@ def _join(files: Sequence[Path], scans: Iterator[Scanned]) -> _Index:
         codes.append(ours[scan.codes] if len(ours) else scan.codes)
         spans.append(scan.spans)
         samples.append(len(scan.codes))
+        counts.append(len(scan.blocks))
         blocks += scan.blocks
-        marks.append(f"{file.name}\0{file.stat().st_size}\0{scan.mark}")
+        with reached(file):
+            marks.append(f"{file.name}\0{file.stat().st_size}\0{scan.mark}")
         left_out += scan.left_out
         damage += [scan.damage] if scan.damage else []
     sizes = np.array(blocks, np.int64).reshape(-1, 2)
@@ -200,6 +209,7 @@ def _join(files: Sequence[Path], scans: Iterator[Scanned]) -> _Index:
         list(names),
         np.concatenate(codes),
         np.array(samples, np.int64),
+        np.array(counts, np.int64),
         sizes[:, 0],
         sizes[:, 1],
         np.concatenate(spans),
@@ -256,6 +266,7 @@ def _shards(files: Sequence[Path], column: str, index: _Index) -> Shards:
         tuple(files),
         column,
         edges(index.samples),
+        edges(index.blocks),
         edges(index.block_samples),
         np.array(index.block_bytes),
         index.spans,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smallfry.data import parquet_shards, tar_shards
-from smallfry.data.scanned import MOST_BYTES
+from smallfry.data.scanned import MOST_BYTES, reached
 from smallfry.errors import DataError
 
 WINDOW = 16_384  # samples
@@ -29,6 +29,8 @@ class Shards:
         files: The shards.
         column: The column with the images; "" for tar files.
         first: (shards + 1,), the row that a shard begins with.
+        first_block: (shards + 1,), the block that a shard begins with; the rows would not say, for
+            there are blocks without a sample.
         starts: (blocks + 1,), the row that a block begins with.
         weights: (blocks,), bytes of the images of a block.
         spans: (samples, 2), offset and size of each image in its tar file.
@@ -38,6 +40,7 @@ class Shards:
     files: tuple[Path, ...]
     column: str
     first: NDArray[np.int64]
+    first_block: NDArray[np.int64]
     starts: NDArray[np.int64]
     weights: NDArray[np.int64]
     spans: NDArray[np.int64]
@@ -47,7 +50,7 @@ class Shards:
         return int(self.starts[-1])
 
     def blocks_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The blocks that samples are in."""
+        """The blocks that samples are in; of several that begin with a row, the one that has it."""
         return np.searchsorted(self.starts, rows, side="right") - 1
 
     def shard_of(self, row: int) -> int:
@@ -110,6 +113,7 @@ class ShardReader:
         """The bytes of images, in the order of the rows.
 
         Raises:
+            AccessError: A shard can't be read now.
             DataError: An image is missing or too large, or the shard around it is damaged.
         """
         return self._read_parquet(rows) if self.shards.column else self._read_tar(rows)
@@ -153,7 +157,7 @@ class ShardReader:
         shards = self.shards
         start, stop = (int(row) for row in shards.starts[block : block + 2])
         shard = shards.shard_of(start)
-        group = block - int(np.searchsorted(shards.starts, shards.first[shard]))
+        group = block - int(shards.first_block[shard])
         cells = parquet_shards.read_group(shards.files[shard], group, shards.column)
         if len(cells) != stop - start:
             raise DataError(
@@ -167,7 +171,7 @@ class ShardReader:
         at = np.searchsorted(shards.first, rows, side="right") - 1
         found: list[bytes] = [b""] * len(rows)
         for shard in np.unique(at).tolist():
-            with _open(shards.files[shard]) as file:
+            with reached(shards.files[shard]), io.FileIO(shards.files[shard]) as file:
                 for i in np.flatnonzero(at == shard).tolist():
                     offset, size = (int(number) for number in shards.spans[rows[i]])
                     try:
@@ -183,10 +187,3 @@ class _Held(NamedTuple):
     cells: Any  # a pyarrow array of bytes
     samples: int
     bytes: int
-
-
-def _open(file: Path) -> io.FileIO:
-    try:
-        return io.FileIO(file)
-    except OSError as error:
-        raise DataError(f"{file}: can't be read ({error})") from error

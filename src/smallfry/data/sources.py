@@ -1,5 +1,6 @@
 """From a folder or the hub to labelled, still encoded images."""
 
+import errno
 import hashlib
 import logging
 import re
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from smallfry.errors import DataError, UsageError, nearest
+from smallfry.errors import AccessError, DataError, UsageError, nearest
 from smallfry.images import Encoded
 from smallfry.inputs import images_below, is_image
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from smallfry.data.shards import Shards
 
 log = logging.getLogger(__name__)
+
+ROWS_AT_ONCE = 1000  # of a table
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 SPLIT_NAMES = {
@@ -154,7 +157,9 @@ def _read_parquet(
     try:
         for split, files in shards.items():  # one by one, as each may have class names of its own
             given = {split: list(map(str, files))}
-            tables[split] = datasets.load_dataset("parquet", data_files=given)[split]
+            # its default is the rows of the first row group, which may be none
+            loaded = datasets.load_dataset("parquet", data_files=given, batch_size=ROWS_AT_ONCE)
+            tables[split] = loaded[split]
     except Exception as error:
         raise DataError(
             f"{folder}: its parquet files can't be read ({error.__cause__ or error})"
@@ -337,8 +342,10 @@ def stamp(file: Path) -> str:
     """What changes whenever the content of the file may have changed."""
     try:
         found = file.stat()
-    except OSError:  # a broken link; reading it will say so
-        return f"{file}\0missing"
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):  # it is there all the same
+            raise AccessError(f"{file}: can't be read now ({error}); try again") from error
+        return f"{file}\0missing"  # a broken link; reading it will say so
     times = f"{found.st_mtime_ns}\0{found.st_ctime_ns}"
     return f"{file.resolve()}\0{found.st_ino}\0{found.st_size}\0{times}"
 

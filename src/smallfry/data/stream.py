@@ -12,11 +12,13 @@ buffer when it is resumed, and its order depends on the number of workers.
 
 import json
 import logging
-import os
+import tempfile
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import get_worker_info
@@ -25,7 +27,7 @@ from smallfry.data.cache import cache_folder
 from smallfry.data.shards import WINDOW_BYTES, ShardReader, Shards
 from smallfry.data.sources import digest, stamp
 from smallfry.data.threads import in_threads
-from smallfry.errors import DataError, SmallfryWarning
+from smallfry.errors import AccessError, DataError, SmallfryWarning, is_out_of_memory
 from smallfry.images import decode
 
 log = logging.getLogger(__name__)
@@ -86,27 +88,43 @@ class ShardPixels:
         return positions[place.argsort(stable=True)]
 
     def unreadable(self) -> dict[int, str]:
-        """The rows that can't be read, and why; every image is decoded once, and that is kept."""
+        """The rows that can't be read, and why; every image is decoded once, and that is kept.
+
+        Raises:
+            AccessError: A shard can't be read now, or memory is full; nothing is kept of that.
+            DataError: What was found can't be kept.
+        """
         _, channels, size, _ = self.shape
-        key = digest("unreadable", str(size), str(channels), *map(stamp, self.shards.files))
+        stamps = map(stamp, self.shards.files)
+        key = digest("unreadable", str(size), str(channels), self.shards.mark, *stamps)
         file = cache_folder() / f"{key}.json"
         try:
-            return {int(row): str(reason) for row, reason in json.loads(file.read_text()).items()}
-        except (OSError, ValueError, AttributeError):
-            pass
-        log.info("looking for unreadable images among %d, once", len(self.shards))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(file.with_suffix(".lock")):  # one of several processes looks
+                found = _load_faults(file)
+                if found is None:
+                    log.info("looking for unreadable images among %d, once", len(self.shards))
+                    found = self._faults()
+                    _keep_faults(found, file)
+                return found
+        except OSError as error:
+            raise DataError(
+                f"{file.parent}: which images are unreadable can't be kept there ({error}); free "
+                "space, or name another folder in the environment variable SMALLFRY_CACHE"
+            ) from error
+
+    def _faults(self) -> dict[int, str]:
         found: dict[int, str] = {}
         for start, stop in zip(self.shards.starts, self.shards.starts[1:], strict=False):
             reasons = in_threads(self._fault, int(start), int(stop))
             found |= {int(start) + i: why for i, why in enumerate(reasons) if why is not None}
-        part = file.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(found))
-        os.replace(part, file)
         return found
 
     def _fault(self, row: int) -> str | None:
         try:
             self._decode(self.reader.read_one(row), row)
+        except AccessError:
+            raise
         except DataError as error:
             return str(error)
         return None
@@ -116,7 +134,10 @@ class ShardPixels:
         try:
             return decode(encoded, "", size, channels)
         except DataError as error:  # where it is takes a look into the file
-            raise DataError(f"{self.shards.locate(row)}{error}") from error
+            told = f"{self.shards.locate(row)}{error}"
+            if error.__cause__ is not None and is_out_of_memory(error.__cause__):
+                raise AccessError(f"{told}; free memory, or take the image away") from error
+            raise DataError(told) from error
 
 
 def readable_rows(pixels: ShardPixels, skip_unreadable: bool) -> Tensor:
@@ -133,6 +154,20 @@ def readable_rows(pixels: ShardPixels, skip_unreadable: bool) -> Tensor:
         keep[torch.tensor(list(faults))] = False
         rows = rows[keep]
     return rows
+
+
+def _load_faults(file: Path) -> dict[int, str] | None:
+    try:
+        return {int(row): str(reason) for row, reason in json.loads(file.read_text()).items()}
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _keep_faults(found: dict[int, str], file: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=file.parent, suffix=".part") as place:
+        part = Path(place) / file.name
+        part.write_text(json.dumps(found))
+        part.replace(file)
 
 
 def windows_of(shards: Shards, blocks: NDArray[np.int64], window: int) -> NDArray[np.int64]:

@@ -18,14 +18,25 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from smallfry.data.scanned import MOST_BYTES, Block, Label, Scanned, unreadable_shard
+from smallfry.data.scanned import (
+    MOST_BYTES,
+    Block,
+    Label,
+    Scanned,
+    is_of_the_system,
+    reached,
+    unreadable_shard,
+)
 from smallfry.errors import DataError
 from smallfry.inputs import is_image
 
 MOST_HEADER = 2**20  # bytes of a header with its extensions, and of a label
 MOST_TOLD = 100  # members of a shard of which it is told why they were left out
 SAMPLES_A_BLOCK = 256
+SAMPLED = 64  # images of a shard whose bytes are looked at, to notice others in their place
+SAMPLED_BYTES = 64  # at the beginning of each, and at its end
 LABEL_KEYS = ("label", "cls", "class")  # of KEY.json
 
 
@@ -38,10 +49,11 @@ def scan(file: Path, key: str | None = None) -> Scanned:
             ``label``, ``cls`` and ``class`` that there is.
 
     Raises:
+        AccessError: The shard can't be read now.
         DataError: An image without a label, or with two, or two images under one key.
     """
     try:
-        with _Headers(file) as stream, tarfile.TarFile(fileobj=stream) as archive:
+        with reached(file), _Headers(file) as stream, tarfile.TarFile(fileobj=stream) as archive:
             return _Scan(file, stream, key).work_through(archive)
     except (tarfile.TarError, OSError) as error:
         return unreadable_shard(f"{file}: not a tar file, or damaged ({error}); copy it again")
@@ -53,12 +65,16 @@ def read_span(file: io.FileIO, offset: int, size: int) -> bytes:
     Raises:
         DataError: More of them than are safe, or fewer than there should be.
     """
+    if size < 0 or offset < 0:
+        raise DataError("an image of a length below zero; write the file again")
     if size > MOST_BYTES:
         raise DataError(
             f"an image of {size / 1e6:,.0f} MB; at most {MOST_BYTES / 1e6:.0f} are read"
         )
     file.seek(offset)
-    found = file.read(size)
+    found = b""
+    while len(found) < size and (more := file.read(size - len(found))):  # which may give less
+        found += more
     if len(found) < size:
         raise DataError(f"cut off, {len(found)} bytes of {size}; copy the file again")
     return found
@@ -92,9 +108,10 @@ class _Scan:
         self.known: dict[Label, int] = {}
         self.codes: list[int] = []
         self.spans: list[tuple[int, int]] = []
+        self.times: list[float] = []
         self.left_out: list[str] = []
         self.open: str | None = None  # the key of the sample whose members come now
-        self.image: tuple[int, int] | None = None
+        self.image: tarfile.TarInfo | None = None
         self.labels: dict[str, bytes] = {}  # what is in KEY.cls and KEY.json
 
     def work_through(self, archive: tarfile.TarFile) -> Scanned:
@@ -103,20 +120,42 @@ class _Scan:
             while (member := archive.next()) is not None:
                 if member.offset <= before:  # a length below zero would go in circles
                     raise tarfile.ReadError("a header that points backwards")
+                if member.size < 0:
+                    raise tarfile.ReadError("a member of a length below zero")
                 before = member.offset
                 archive.members.clear()  # type: ignore[attr-defined]  # else they all stay
                 self._take(member)
             self._require_end(archive)
             self._close()
+            damage = self._behind_the_end()
         except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+            if is_of_the_system(error):
+                raise
             damage = (
                 f"{self.file}: damaged after its sample {len(self.codes) - 1} ({error}); "
                 "copy or write it again"
             )
         spans = np.array(self.spans, np.int64).reshape(-1, 2)
-        mark = hashlib.sha256(spans.tobytes()).hexdigest()[:32]
         codes = np.array(self.codes, np.int32)
-        return Scanned(list(self.known), codes, _blocks(spans), mark, spans, self.left_out, damage)
+        return Scanned(
+            list(self.known),
+            codes,
+            _blocks(spans),
+            self._mark(spans),
+            spans,
+            self.left_out,
+            damage,
+        )
+
+    def _mark(self, spans: NDArray[np.int64]) -> str:
+        """A hash of where the images are, their times, and some of their bytes."""
+        found = hashlib.sha256(spans.tobytes() + np.array(self.times, np.float64).tobytes())
+        chosen = np.linspace(0, len(spans) - 1, min(SAMPLED, len(spans))).astype(int)
+        for offset, size in spans[chosen].tolist():
+            for start in (offset, offset + max(0, size - SAMPLED_BYTES)):
+                self.stream.seek(start)
+                found.update(self.stream.read(min(size, SAMPLED_BYTES)))
+        return found.hexdigest()[:32]
 
     def _take(self, member: tarfile.TarInfo) -> None:
         path = PurePosixPath(member.name)
@@ -144,14 +183,15 @@ class _Scan:
                 raise DataError(
                     f"{self.file}: there are two images under the key {key!r}; one is expected"
                 )
-            self.image = (member.offset_data, member.size)
+            self.image = member
 
     def _close(self) -> None:
         """The sample is complete: its key does not come again."""
         if self.image is not None:
             label = self._label()
             self.codes.append(self.known.setdefault(label, len(self.known)))
-            self.spans.append(self.image)
+            self.spans.append((self.image.offset_data, self.image.size))
+            self.times.append(float(self.image.mtime))
         elif self.labels:
             self._leave_out(f"{self.file}: {self.open!r} has a label and no image")
         self.open, self.image, self.labels = None, None, {}
@@ -174,6 +214,20 @@ class _Scan:
         self.stream.seek(archive.offset)
         if self.stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("the mark that ends a tar file is missing")
+
+    def _behind_the_end(self) -> str:
+        """What is wrong with what comes after the end's mark; zeros, which fill a record, are not.
+
+        tarfile never looks at it.
+        """
+        while block := self.stream.read(MOST_HEADER):
+            if block.count(0) < len(block):
+                return (
+                    f"{self.file}: more follows where its {len(self.codes)} samples end, as when "
+                    "tar files are joined with cat; keep each as a file of its own, or join them "
+                    "with tar --concatenate"
+                )
+        return ""
 
 
 def _of_text(content: bytes, where: str) -> Label:

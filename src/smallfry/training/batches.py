@@ -145,10 +145,11 @@ class TrainLoader(DataLoader[Batch]):
         try:
             yield from batches
         except DataError as error:
-            if not str(error).startswith("Caught DataError in DataLoader worker"):
+            kind = type(error)
+            if not str(error).startswith(f"Caught {kind.__name__} in DataLoader worker"):
                 raise
             told = str(error).strip().splitlines()[-1]  # of the worker's traceback
-            raise DataError(told.removeprefix(f"{DataError.__module__}.DataError: ")) from None
+            raise kind(told.removeprefix(f"{kind.__module__}.{kind.__name__}: ")) from None
         finally:
             if self.num_workers:
                 batches._shutdown_workers()  # type: ignore[attr-defined]  # there is no public way
