@@ -22,6 +22,7 @@ signal.signal(signal.SIGTERM, save)
 (pathlib.Path(sys.argv[1]) / os.environ["RANK"]).touch()
 time.sleep(30); sys.exit(9)
 """
+ENDS = SAVES.replace("sys.exit(128 + number)", "sys.exit(0)")
 # the second one ends in some way, the first waits for it
 FAILS = """
 import os, signal, sys, time
@@ -72,6 +73,11 @@ def test_a_second_signal_acts_at_once(run, tmp_path, capfd):
     assert code == 128 + signal.SIGTERM
     assert took < 10
     assert capfd.readouterr().err == ""
+
+
+def test_a_stop_that_comes_as_a_run_ends_is_none(run, tmp_path):
+    stop_when_ready(tmp_path, 1)
+    assert run(ENDS, tmp_path, 0)[0] == 0
 
 
 def test_when_one_fails_the_other_is_ended(run):

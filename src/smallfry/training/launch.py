@@ -66,11 +66,11 @@ def run_in_processes(arguments: Sequence[str], processes: int) -> int:
                 worker.kill()
                 worker.wait()
             del store
-    if signals:
-        return 128 + signals[0]
     if failed is None:
-        return 0
+        return 0  # a stop that came too late is none
     rank, code = failed
+    if code < 0 and signals:
+        return 128 + signals[0]
     if code < 0:
         raise TrainingError(
             f"process {rank} of {processes} was killed by signal {-code}, and the others were "
