@@ -33,6 +33,7 @@ def run_pair(script: str, *arguments: object, timeout: float = 150.0) -> list[st
         subprocess.Popen(
             command,
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -279,16 +279,6 @@ def expand_shorthand(arguments: Sequence[str]) -> list[str]:
     return expanded
 
 
-def without_option(arguments: Sequence[str], option: str) -> list[str]:
-    """The arguments without an option that takes one value."""
-    kept, skip = list[str](), False
-    for argument in arguments:
-        if not skip and argument != option and not argument.startswith(f"{option}="):
-            kept.append(argument)
-        skip = argument == option
-    return kept
-
-
 def explain(message: str, arguments: Sequence[str], parser: ArgumentParser) -> str:
     """A parser's message on one line, with the nearest right name for a wrong one."""
     message = " ".join(message.split())

@@ -24,12 +24,12 @@ from smallfry.arguments import (
     expand_shorthand,
     parse,
     verb_parsers,
-    without_option,
 )
 from smallfry.errors import SmallfryError, Stopped, UsageError, is_out_of_memory, refusal
 from smallfry.studies.config import STUDIES, RaceConfig, RunsConfig
 from smallfry.terminal import printable, shortened
 from smallfry.training.config import TrainConfig
+from smallfry.training.started import is_launched, launch, rank
 
 LIGHTNING = ("lightning.fabric.utilities.distributed", "lightning.pytorch.utilities.rank_zero")
 FAILED, MISUSED = 1, 2  # exit codes; a run that a signal stopped gives 128 + its number
@@ -48,7 +48,7 @@ def train(config: TrainConfig, resume: str | None = None) -> int:
         raise UsageError("--resume goes on with the run's own configuration: leave the rest away")
     else:
         summary = training.resume(resume)
-    if _rank() == 0:
+    if rank() == 0:
         _print_summary(summary)
     return 0
 
@@ -294,6 +294,10 @@ def study(name: str, config: RaceConfig | RunsConfig, folder: Path | None = None
 def _dispatch(parsed: Namespace, parser: ArgumentParser, short: bool) -> int:
     verb = parsed.subcommand
     given = parsed[verb]
+    if verb != "train" and (count := launch().processes) > 1:
+        if rank() > 0:
+            return MISUSED  # the first one says it
+        raise UsageError(f"only train works in several processes, and {count} do {verb}: start one")
     if verb == "train":
         return train(build_config(verb_parsers(parser)[verb], given, TrainConfig), given.resume)
     if verb == "evaluate":
@@ -370,7 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except SmallfryError as error:
             return _complain(error, FAILED)
         except Stopped as stop:
-            if _rank() == 0:
+            if rank() == 0:
                 _complain(str(stop), 0)
             return 128 + stop.signal_number
         except KeyboardInterrupt:
@@ -401,16 +405,11 @@ def _run(arguments: Sequence[str]) -> int:
     parser = build_parser(short)
     parsed = parse(parser, arguments)
     processes = parsed[parsed.subcommand].get("processes")
-    if processes is not None:
+    if processes is not None and not is_launched():
         from smallfry.training.launch import run_in_processes
 
-        return run_in_processes(without_option(arguments, "--processes"), processes)
+        return run_in_processes(arguments, processes)
     return _dispatch(parsed, parser, short)
-
-
-def _rank() -> int:
-    """Which of several processes this is, as torchrun or SLURM says."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
 def _log_to_stderr() -> None:
@@ -430,13 +429,13 @@ def _log_to_stderr() -> None:
 
 
 def _complain(error: Exception | str, code: int) -> int:
-    who = f"smallfry (process {_rank()})" if _rank() else "smallfry"
+    who = f"smallfry (process {rank()})" if rank() else "smallfry"
     print(shortened(printable(f"{who}: {error}")), file=sys.stderr)
     return code
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
-    if _rank() == 0:
+    if rank() == 0:
         print(printable(f"smallfry: warning: {message}"), file=sys.stderr)
 
 

@@ -169,6 +169,20 @@ def test_a_mistake_is_everyones_error_and_leaves_nothing(folder, name, part):
         assert (folder / f"{name}-{rank}.txt").read_text().startswith(part)
 
 
+@pytest.mark.parametrize(
+    ("name", "failing", "own", "told"),
+    [
+        ("score", 0, "OSError: the disk is full", "the first process failed: OSError: the disk"),
+        ("__getitem__", 1, "DataError: photo.png: damaged", "process 1 failed: DataError: photo"),
+        ("_load", 1, "DataError: photo.png: gone", "process 1 failed: DataError: photo"),
+    ],
+)
+def test_an_error_of_one_process_is_told_to_the_other(folder, name, failing, own, told):
+    said = [(folder / f"{name}-{rank}.txt").read_text() for rank in range(2)]
+    assert said[failing].startswith(own)
+    assert said[1 - failing].startswith(f"TrainingError: {told}")
+
+
 @pytest.mark.parametrize(("count", "processes"), [(8, 2), (9, 4), (3, 3), (2, 3)])
 def test_shares_are_even_and_cover_everything_once(count, processes):
     shares = [range(count)[share_of(count, rank, processes)] for rank in range(processes)]

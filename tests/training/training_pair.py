@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +11,20 @@ import torch
 from test_processes import RUNS, settings
 
 import smallfry  # noqa: F401  registers the models
-from smallfry.errors import SmallfryError, Stopped
-from smallfry.training import batches
+from smallfry.errors import DataError, SmallfryError, Stopped
+from smallfry.training import batches, loop
+from smallfry.training import train as training
 from smallfry.training.loop import Trainer
 from smallfry.training.train import resume, train
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+    del os.environ[name]
+# as two tasks of srun see it, without --ntasks-per-node
+for name in ("SLURM_PROCID", "SLURM_LOCALID"):
+    os.environ[name] = str(rank)
+for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE"):
+    os.environ[name] = "2"
 torch.set_num_threads(1)
 
 
@@ -64,6 +73,25 @@ def spoiled_in_the_second(config):
         batches.TrainBatches.__getitem__ = make
 
 
+def failing_in(place, name, failing, error):
+    """A function fails in one process only; what both say of it, within seconds."""
+    right, began = getattr(place, name), time.monotonic()
+
+    def wrong(*arguments):
+        if rank == failing:
+            raise error
+        return right(*arguments)
+
+    setattr(place, name, wrong)
+    try:
+        train(settings(folder / "pair" / f"{name}-fails", epochs=1))
+    except (SmallfryError, OSError) as caught:
+        say(name, caught)
+        assert time.monotonic() - began < 30
+    finally:
+        setattr(place, name, right)
+
+
 for name, changes in RUNS.items():
     train(settings(folder / "pair" / name, **changes))
 recursive = RUNS["fsdp of a recursive model"]
@@ -71,6 +99,9 @@ stopped_by_the_second(settings(folder / "pair" / "shares", **recursive), 5)
 stopped_by_the_second(settings(folder / "pair" / "stopped"), 5)
 resume(folder / "alone" / "parted")
 spoiled_in_the_second(settings(folder / "pair" / "spoiled", checkpoint_seconds=0.0))
+failing_in(loop, "score", 0, OSError("the disk is full"))
+failing_in(batches.TrainBatches, "__getitem__", 1, DataError("photo.png: damaged"))
+failing_in(training, "_load", 1, DataError("photo.png: gone"))
 attempt("small", settings(folder / "pair" / "small", batch_size=1))
 attempt("taken", settings(folder / "pair" / "deep_supervision"))
 attempt("batch_norm", replace(settings(folder / "pair" / "norm"), sync_batch_norm=True))

@@ -35,6 +35,11 @@ class Exchange:
         self.group = group if group not in (None, False) else None
         alone = group is False or not ready
         self.rank = 0 if alone else dist.get_rank(self.group)
+        if self.rank < 0:
+            raise UsageError(
+                "process_group= must be a group that this process is a member of; create the "
+                "optimizer in the members alone"
+            )
         self.count = 1 if alone else dist.get_world_size(self.group)
         self.bytes: dict[str, int] = {}  # by kind of message, since the last ``forget``
         self._rooms: dict[tuple[str, int, torch.dtype], Tensor] = {}

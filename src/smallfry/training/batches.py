@@ -21,7 +21,8 @@ from smallfry.data.stream import ShardPixels
 from smallfry.errors import DataError, UsageError
 from smallfry.training.augment import Augment
 from smallfry.training.objective import Batch
-from smallfry.training.processes import launch, share_of
+from smallfry.training.processes import share_of
+from smallfry.training.started import launch
 
 RESIDENT_SHARE = 0.25  # of the device's free memory that training images may take
 CHARACTERS = frozenset({"digits", "mnist"})

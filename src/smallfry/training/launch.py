@@ -1,22 +1,37 @@
-"""Starts a command in several processes on this machine, through torchrun's own machinery.
+"""Starts a command in several processes on this machine, watches them, and passes signals on.
 
-When one of them dies, the others are ended within seconds; a signal goes to all of them.
+torchrun's machinery could do it too, but it has one limit of time for a stop and for an accident:
+what is stopped may need minutes to save, and what has lost a process must not be waited for. It
+also listens on all of the machine's addresses; here all talk stays on the loopback.
 """
 
-import logging
 import os
+import signal
+import socket
+import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import TypeAlias
 
-from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from smallfry.errors import TrainingError, UsageError
+from smallfry.training.started import LAUNCHER, launch
+
+LAST_WORDS = 30.0  # seconds for the others to end by themselves after one has failed
+LOOPBACK = "127.0.0.1"
+
+Worker: TypeAlias = "subprocess.Popen[bytes]"
 
 
 def run_in_processes(arguments: Sequence[str], processes: int) -> int:
     """Run ``smallfry`` with these arguments in so many processes; the exit code.
+
+    A first SIGINT or SIGTERM stops them, however long they take to save; a second acts at once.
+    When one fails, the others are ended.
 
     Raises:
         UsageError: Not a number of processes, or one of several was started this way.
@@ -24,31 +39,104 @@ def run_in_processes(arguments: Sequence[str], processes: int) -> int:
     """
     if processes < 1:
         raise UsageError(f"--processes must be at least 1, got {processes}")
-    if "RANK" in os.environ:
+    if launch().processes > 1:
         raise UsageError(
-            "torchrun has started several processes already: leave --processes out there"
+            "torchrun or SLURM has started several processes already: leave --processes out there"
         )
-    settings = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id="smallfry",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.2,
-    )
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    signals: list[int] = []
+    workers: list[Worker] = []
+    with _noting(signals), socket.create_server((LOOPBACK, 0)) as listener:
+        port = listener.getsockname()[1]
+        store = TCPStore(
+            *(LOOPBACK, port, None, True),
+            wait_for_workers=False,
+            master_listen_fd=os.dup(listener.fileno()),  # which the store closes
+        )
+        try:
+            for rank in range(processes):
+                surroundings = _environment(rank, processes, port)
+                # a session of its own, or a terminal's Ctrl-C would come twice
+                worker = subprocess.Popen(
+                    command(arguments), env=surroundings, start_new_session=True
+                )
+                workers.append(worker)
+            failed = _watch(workers, signals)
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.wait()
+            del store
+    if failed is None:
+        return 0  # a stop that came too late is none
+    rank, code = failed
+    if code < 0 and signals:
+        return 128 + signals[0]
+    if code < 0:
+        raise TrainingError(
+            f"process {rank} of {processes} was killed by signal {-code}, and the others were "
+            "ended; if the run had saved a checkpoint, go on with --resume"
+        )
+    return code
+
+
+def command(arguments: Sequence[str]) -> list[str]:
+    """What each process runs: nothing is imported from the folder that it is started in."""
+    return [sys.executable, "-P", "-m", "smallfry.cli", *arguments]
+
+
+def _environment(rank: int, count: int, port: int) -> dict[str, str]:
+    ours = {
+        LAUNCHER: str(os.getpid()),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": LOOPBACK,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # which is here already: none of them serves it
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+    loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    for library in ("GLOO", "NCCL"):
+        if loopback and f"{library}_SOCKET_IFNAME" not in os.environ:
+            ours[f"{library}_SOCKET_IFNAME"] = loopback[0]
+    return {**os.environ, **ours}
+
+
+def _watch(workers: Sequence[Worker], signals: Sequence[int]) -> tuple[int, int] | None:
+    """Wait for all to end, passing signals on; the first that failed, and its code."""
+    passed, failed, deadline = 0, None, None
+    while running := [worker for worker in workers if worker.poll() is None]:
+        if passed < len(signals):
+            for worker in running:
+                worker.send_signal(signals[passed])
+            passed += 1
+        failed = failed or _first_failure(workers)
+        if deadline is None and (failed is not None or passed > 1):
+            deadline = time.monotonic() + LAST_WORDS
+        if deadline is not None and time.monotonic() > deadline:
+            for worker in running:
+                worker.kill()
+        time.sleep(0.1)
+    return failed or _first_failure(workers)
+
+
+def _first_failure(workers: Sequence[Worker]) -> tuple[int, int] | None:
+    """Of several in one look, one that was killed is the cause."""
+    codes = [(rank, worker.returncode) for rank, worker in enumerate(workers) if worker.returncode]
+    return min(codes, key=lambda each: each[1] > 0, default=None)
+
+
+@contextmanager
+def _noting(signals: list[int]) -> Iterator[None]:
+    """Note SIGINT and SIGTERM instead of ending by them."""
+
+    def note(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+
+    before = {each: signal.signal(each, note) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
-        elastic_launch(settings, sys.executable)("-m", "smallfry.cli", *arguments)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            raise TrainingError(
-                f"process {rank} of {processes} was killed by signal {-failure.exitcode}, and the "
-                "others were ended; the last checkpoint is kept: go on with --resume"
-            ) from None
-        return int(failure.exitcode)
-    except SignalException as stop:
-        return 128 + int(stop.sigval)
-    return 0
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

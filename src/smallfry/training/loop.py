@@ -2,6 +2,7 @@
 
 import copy
 import math
+import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -33,6 +34,7 @@ from smallfry.training.rebuild import not_finite
 from smallfry.training.run import RunFolder
 from smallfry.training.sharding import ShardedAverage, load_optimizer, load_weights, whole
 from smallfry.training.signals import signals
+from smallfry.training.started import launcher_has_ended
 
 
 class Result(NamedTuple):
@@ -89,6 +91,7 @@ class Trainer:
         self.normalize = augment.normalize
         processes = processes or start(config.device, config.precision, config.strategy)
         self.processes, self.fabric = processes, processes.fabric
+        processes.last = folder.last
         self.reporter = reporter if processes.is_first else QuietReporter()
         images = resident(data.train, self.fabric.device, config.resident)
         self.batches = TrainBatches(
@@ -168,12 +171,15 @@ class Trainer:
         loader = train_loader(
             self.batches, remaining, self.config.workers, pin_memory=not self.on_cpu
         )
-        writer = None
-        if self.processes.is_first:
-            writer = SummaryWriter(
-                str(self.folder.tensorboard), purge_step=len(self.progress.history) + 1
-            )
-        self.processes.once(lambda: self.folder.write_metrics(self.progress.history))
+        writer: SummaryWriter | None = None
+
+        def begin() -> None:
+            nonlocal writer
+            rows = self.progress.history
+            writer = SummaryWriter(str(self.folder.tensorboard), purge_step=len(rows) + 1)
+            self.folder.write_metrics(rows)
+
+        self.processes.once(begin)
         self.reporter.start(self.total_steps, self.progress.step)
         self._stamp = time.monotonic()
         try:
@@ -187,7 +193,8 @@ class Trainer:
                         self._end_epoch(writer)
                     finished = self.progress.step == self.total_steps or self._out_of_patience()
                     late = time.monotonic() - saved >= self.config.checkpoint_seconds
-                    asked, due = self.processes.largest([stop.signal_number or 0, late])
+                    told = stop.signal_number or (signal.SIGTERM if launcher_has_ended() else 0)
+                    asked, due = self.processes.largest([told, late])
                     if finished or due or asked:
                         self.save()
                         saved = time.monotonic()
@@ -353,10 +360,14 @@ class Trainer:
         row["seconds"] = progress.seconds
         progress.history.append(row)
         progress.sums = {}
-        for name, value in row.items():
-            if name not in ("epoch", "step") and writer is not None:
-                writer.add_scalar(name.replace("_", "/", 1), value, epoch)
-        self.processes.once(lambda: self.folder.write_metrics(progress.history))
+
+        def write() -> None:
+            for name, value in row.items():
+                if name not in ("epoch", "step") and writer is not None:
+                    writer.add_scalar(name.replace("_", "/", 1), value, epoch)
+            self.folder.write_metrics(progress.history)
+
+        self.processes.once(write)
         left = progress.seconds / progress.step * (self.total_steps - progress.step)
         self.reporter.epoch(row, self.config.epochs, left)
         reached = (scores["accuracy"], -scores["loss"])

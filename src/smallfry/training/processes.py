@@ -7,47 +7,28 @@ due, is decided together, so that all processes take the same steps. Small messa
 of their own on the CPU and never wait for a GPU.
 """
 
-import os
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.strategies.ddp import DDPStrategy
 from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from smallfry.errors import SmallfryError, TrainingError, UsageError
+from smallfry.errors import SmallfryError, Stopped, TrainingError, UsageError
+from smallfry.training.cluster import Cluster, join, let_go, tell_why, why
+from smallfry.training.started import launch
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # a process may test a model while the others wait
-
-
-class Launch(NamedTuple):
-    """Who started this process, and how many there are."""
-
-    by: Literal["torchrun", "slurm", ""]
-    here: int  # processes on this machine
-    nodes: int
-
-
-def launch() -> Launch:
-    """What the environment says of how this process was started."""
-    given = os.environ
-    if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= given.keys():
-        count = int(given["WORLD_SIZE"])
-        here = int(given.get("LOCAL_WORLD_SIZE", count))
-        return Launch("torchrun", here, max(1, count // here))
-    if "SLURM_STEP_NUM_TASKS" in given:  # of srun, and not of a batch script that starts one
-        nodes = int(given.get("SLURM_STEP_NUM_NODES", 1))
-        return Launch("slurm", max(1, int(given["SLURM_STEP_NUM_TASKS"]) // nodes), nodes)
-    return Launch("", 1, 1)
 
 
 class Processes:
@@ -55,11 +36,15 @@ class Processes:
 
     Args:
         fabric: Lightning's Fabric, which has launched already.
+        joined: Whether the group of all was made for this run, and ends with it.
     """
 
-    def __init__(self, fabric: Fabric) -> None:
+    def __init__(self, fabric: Fabric, joined: bool = False) -> None:
         self.fabric = fabric
         self.rank, self.count = fabric.global_rank, fabric.world_size
+        self.last: Path | None = None  # the checkpoint to go on with, if it exists
+        self._joined = joined
+        self._agreed = False  # that there is an error, which all raise
         self._control: Any = None
         if self.count > 1:
             self._control = dist.new_group(backend="gloo", timeout=PATIENCE)
@@ -74,15 +59,36 @@ class Processes:
         if self.count == 1:
             return act()
         outcome: list[Any] = [None, None]
+        error: BaseException | None = None
         if self.is_first:
             try:
                 outcome[0] = act()
-            except SmallfryError as error:
-                outcome[1] = error
+            except BaseException as caught:  # whatever it is, the others wait for word of it
+                error = caught
+                outcome[1] = caught if isinstance(caught, SmallfryError) else _told(0, caught)
         dist.broadcast_object_list(outcome, src=0, group=self._control)
         if outcome[1] is not None:
-            raise outcome[1]
+            self._agreed = True
+            raise error or outcome[1]
         return cast(T, outcome[0])
+
+    def together(self, act: Callable[[], T]) -> T:
+        """Do something in every process, without talk among them; if one fails, all do."""
+        if self.count == 1:
+            return act()
+        result, error = None, None
+        try:
+            result = act()
+        except BaseException as caught:
+            error = caught
+        said: list[Any] = [None] * self.count
+        mine = None if error is None else _told(self.rank, error)
+        dist.all_gather_object(said, mine, group=self._control)
+        failed = next((each for each in said if each is not None), None)
+        if failed is not None:
+            self._agreed = True
+            raise error or failed
+        return cast(T, result)
 
     @contextmanager
     def held(self, lock: AbstractContextManager[Any]) -> Iterator[None]:
@@ -127,6 +133,26 @@ class Processes:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
+    def leave(self, error: BaseException | None = None) -> None:
+        """Close the connections; when only this process has failed, the others hear why."""
+        if self.count == 1 or not dist.is_initialized():
+            return
+        if error is not None and not (self._agreed or isinstance(error, Stopped)):
+            tell_why(self.rank, error)
+            let_go(error)
+            # NCCL would wait for what is under way
+            self._joined = self._joined and self.fabric.device.type == "cpu"
+        control, self._control = self._control, None
+        dist.destroy_process_group(None if self._joined else control)
+        del control
+        gc.collect()
+
+
+def _told(rank: int, error: BaseException) -> TrainingError:
+    """An error of one process, for the others."""
+    who = "the first process" if rank == 0 else f"process {rank}"
+    return TrainingError(f"{who} failed: {type(error).__name__}: {error}")
+
 
 def share_of(count: int, rank: int, processes: int) -> slice:
     """The part of ``range(count)`` that belongs to one process; parts differ by one at most."""
@@ -145,22 +171,27 @@ def start(device: str, precision: Any, strategy: str) -> Processes:
             a share.
 
     Raises:
-        UsageError: Fabric can't have that device, precision or strategy.
+        UsageError: Fabric can't have that device, precision or strategy, or the environment is not
+            clear on the processes.
+        TrainingError: The others did not come.
     """
-    by, here, nodes = launch()
+    started = launch()
     settings: dict[str, Any] = {"accelerator": device, "devices": 1, "precision": precision}
-    if here * nodes > 1:
-        slurm = by == "slurm"
-        environment = SLURMEnvironment(auto_requeue=False) if slurm else TorchElasticEnvironment()
-        settings |= {"devices": here, "num_nodes": nodes, "plugins": [environment]}
-        settings["strategy"] = _shares(here * nodes) if strategy == "fsdp" else _copies()
+    settings["plugins"] = [LightningEnvironment()]  # or it looks for SLURM by itself
+    joined = False
+    if started.processes > 1:
+        settings |= {"devices": started.here, "num_nodes": started.nodes}
+        settings["plugins"] = [Cluster(started)]
+        settings["strategy"] = _shares(started.processes) if strategy == "fsdp" else _copies()
     try:
         fabric = Fabric(**settings)
+        if started.processes > 1:
+            joined = join(started, fabric.strategy.root_device)
         fabric.launch()
     except (ValueError, RuntimeError, ImportError) as error:
-        where = f"device {device}, precision {precision}, {here * nodes} processes"
+        where = f"device {device}, precision {precision}, {started.processes} processes"
         raise UsageError(f"{where}: {error}") from error
-    return Processes(fabric)
+    return Processes(fabric, joined)
 
 
 def _copies() -> DDPStrategy:
@@ -172,6 +203,18 @@ def _shares(count: int) -> ModelParallelStrategy:
     from smallfry.training.sharding import shard
 
     return ModelParallelStrategy(shard, data_parallel_size=count, tensor_parallel_size=1)
+
+
+@contextmanager
+def leaving(processes: Processes) -> Iterator[None]:
+    """Train, and part from the others whatever happens; as ``losing_none`` raises."""
+    try:
+        with losing_none(processes):
+            yield
+    except BaseException as error:
+        processes.leave(error)
+        raise
+    processes.leave()
 
 
 @contextmanager
@@ -189,10 +232,11 @@ def losing_none(processes: Processes) -> Iterator[None]:
         )
         if processes.count == 1 or not lost:
             raise
-        raise TrainingError(
-            "another process of this run has ended, so this one can't go on; the last checkpoint "
-            "is kept: go on with --resume, in any number of processes"
-        ) from error
+        reason = why() or "another process of this run has ended"
+        kept = "nothing was saved yet"
+        if processes.last is not None and processes.last.exists():
+            kept = "the last checkpoint is kept: go on with --resume, in any number of processes"
+        raise TrainingError(f"{reason}, so this one can't go on; {kept}") from error
 
 
 def synchronized(model: nn.Module, processes: Processes) -> nn.Module:

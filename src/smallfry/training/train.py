@@ -31,12 +31,13 @@ from smallfry.training.config import DataConfig, ModelConfig, TrainConfig, read_
 from smallfry.training.evaluation import Predictions, predict, score
 from smallfry.training.loop import Trainer
 from smallfry.training.objective import build_objective
-from smallfry.training.processes import Processes, launch, losing_none, start
+from smallfry.training.processes import Processes, leaving, start
 from smallfry.training.progress import Reporter, build_reporter
 from smallfry.training.provenance import provenance
 from smallfry.training.rebuild import OF_THE_FACTORY
 from smallfry.training.references import fit_references
 from smallfry.training.run import RunFolder, TrainedModel, load_run, new_run_folder
+from smallfry.training.started import launch
 
 SMALL_MODEL = 10_000_000  # multiply-accumulates an image
 
@@ -56,12 +57,12 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> dict[str, An
     """
     config = _with_full_paths(config)
     processes = start(config.device, config.precision, config.strategy)
-    with losing_none(processes):
+    with leaving(processes):
         return _train(config, reporter, processes)
 
 
 def _train(config: TrainConfig, reporter: Reporter | None, processes: Processes) -> dict[str, Any]:
-    data = _load(config)
+    data = processes.together(lambda: _load(config))
     name = model_name(config.model, data)
     path = config.run or processes.once(lambda: new_run_folder(config.data.name, name))
     trainer = _build(config, data, RunFolder(path), reporter, processes)
@@ -86,18 +87,27 @@ def resume(run: str | Path, reporter: Reporter | None = None) -> dict[str, Any]:
     folder.require()
     config = read_config(folder.config)
     processes = start(config.device, config.precision, config.strategy)
-    with losing_none(processes), processes.held(folder.locked()):
+    with leaving(processes):
+        return _resume(config, folder, reporter, processes)
+
+
+def _resume(
+    config: TrainConfig, folder: RunFolder, reporter: Reporter | None, processes: Processes
+) -> dict[str, Any]:
+    processes.last = folder.last
+    with processes.held(folder.locked()):
         summary = processes.once(folder.read_summary)
         if summary is not None:
             return summary
         if processes.once(lambda: has_checkpoint(folder.last)):
-            checkpoint = load_checkpoint(folder.last)
-            begun = _without_weights(config)
-            trainer = _build(begun, _load(config), folder, reporter, processes)
+            checkpoint = processes.together(lambda: load_checkpoint(folder.last))
+            data = processes.together(lambda: _load(config))
+            trainer = _build(_without_weights(config), data, folder, reporter, processes)
             _require_same_data(checkpoint.manifest, trainer.data, folder)
             _restore(trainer, checkpoint)
         else:
-            trainer = _build(config, _load(config), folder, reporter, processes)
+            data = processes.together(lambda: _load(config))
+            trainer = _build(config, data, folder, reporter, processes)
         trainer.reporter.say(f"going on with {folder.path} after step {trainer.progress.step}")
         evidence = provenance(trainer.fabric.device)  # of the code that runs, as it starts
         trainer.fit()
@@ -278,7 +288,7 @@ def _build(
 ) -> Trainer:
     """Everything that can be wrong with a configuration, found before anything is written."""
     torch.manual_seed(config.seed)
-    model, spec = create_model(config.model, data)
+    model, spec = processes.together(lambda: create_model(config.model, data))
     torch.set_num_threads(config.threads or _useful_threads(model, data))
     mean, std = config.data.mean or data.mean, config.data.std or data.std
     manifest = {
