@@ -7,16 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from grey_pictures import draw_nothing
 from test_processes import RUNS, settings
 
 import smallfry  # noqa: F401  registers the models
 from smallfry.errors import SmallfryError, Stopped
 from smallfry.training import batches
+from smallfry.training import train as training
 from smallfry.training.loop import Trainer
 from smallfry.training.train import resume, train
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 torch.set_num_threads(1)
+training.draw_run = draw_nothing
 
 
 def say(name, error):
