@@ -83,6 +83,7 @@ def test_a_run_can_be_repeated_from_its_own_configuration(run, tmp_path):
     assert (again / same).read_bytes() == (run / same).read_bytes()
 
 
+@pytest.mark.usefixtures("pictures_drawn")
 def test_a_folder_of_photographs_is_enough(tmp_path, capsys):
     for name in ("cat", "dog"):
         pictures(tmp_path / "photos" / name, 10, "RGB")
