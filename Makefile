@@ -16,7 +16,7 @@ demo: $(INSTALLED)
 	$(BIN)/smallfry train $(ARGS)
 
 test: lint
-	$(BIN)/pytest --numprocesses auto --maxprocesses 2 $(ARGS)
+	$(BIN)/pytest --numprocesses auto --maxprocesses 2 --dist worksteal $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

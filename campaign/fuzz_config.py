@@ -282,7 +282,7 @@ PART = Part(
     prepare,
     trial,
     count=100_000,
-    short=200,
+    short=60,
     seconds=30,
 )
 
@@ -326,6 +326,6 @@ TRAINED = Part(
     prepare_training,
     train_with,
     count=300,
-    short=6,
+    short=2,
     seconds=120,
 )

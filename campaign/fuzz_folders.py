@@ -254,6 +254,6 @@ PART = Part(
     prepare,
     trial,
     count=10_000,
-    short=200,
+    short=60,
     seconds=60,
 )

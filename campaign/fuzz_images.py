@@ -242,7 +242,7 @@ PART = Part(
     prepare,
     trial,
     count=100_000,
-    short=300,
+    short=100,
     seconds=30,
     memory=6 * 2**30,
 )

@@ -202,6 +202,6 @@ PART = Part(
     prepare,
     trial,
     count=504,
-    short=14,
+    short=7,
     seconds=120,
 )

@@ -1,22 +1,48 @@
+import functools
+import os
 import warnings
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of processes that tests start
 
 import pytest
 import torch
+from grey_pictures import draw_nothing
 
 import smallfry  # noqa: F401  registers the models
+from smallfry import cli
 from smallfry.errors import SmallfryWarning
+from smallfry.training import train as training
+
+DRAW_RUN = training.draw_run
+cli.build_parser = functools.cache(cli.build_parser)  # which takes a quarter of a second
 
 
 @pytest.fixture(autouse=True)
 def _private_cache(tmp_path_factory, monkeypatch):
     """Decoded images go to a folder of the test session, never to the user's cache."""
-    monkeypatch.setenv("SMALLFRY_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    monkeypatch.setenv("SMALLFRY_CACHE", str(shared / "cache"))
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_pictures():
+    """Runs of this process have no pictures, but where a test asks for them."""
+    training.draw_run = draw_nothing
+    yield
+    training.draw_run = DRAW_RUN
+
+
+@pytest.fixture
+def pictures_drawn(monkeypatch):
+    """Let runs draw their pictures."""
+    monkeypatch.setattr(training, "draw_run", DRAW_RUN)
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 from markdown_it import MarkdownIt
 
-from smallfry.arguments import build_parser, expand_shorthand
-from smallfry.cli import main
+from smallfry import cli
+from smallfry.arguments import expand_shorthand
 from smallfry.training.config import read_config
 
 ROOT = Path(__file__).parents[2]
@@ -122,7 +122,7 @@ def check(command: list[str]) -> None:
     if program == "smallfry":
         arguments = expand_shorthand(arguments)
         with suppress(SystemExit):  # of --help and --print_config, once they have printed
-            build_parser("--short" in arguments).parse_args(arguments)
+            cli.build_parser("--short" in arguments).parse_args(arguments)
     elif program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         asked = {argument for argument in arguments if "=" not in argument}  # not ARGS=…
@@ -139,4 +139,4 @@ def run(command: list[str], options: list[str]) -> None:
     """Run a command of smallfry, with further options, in this process."""
     program, *arguments = command
     assert program == "smallfry", f"only smallfry is run here, not '{shlex.join(command)}'"
-    assert main([*arguments, *options]) == 0, shlex.join(command)
+    assert cli.main([*arguments, *options]) == 0, shlex.join(command)

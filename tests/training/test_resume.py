@@ -142,6 +142,7 @@ def test_micro_batches_change_memory_not_the_step(variant, tmp_path):
         torch.testing.assert_close(weight, three[name], atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.usefixtures("pictures_drawn")
 def test_half_precision_resumes_exactly_too(variant, tmp_path):
     half = {"precision": "bf16-true"}
     train(variant(run=tmp_path / "whole", **half))
@@ -163,7 +164,9 @@ def test_half_precision_resumes_exactly_too(variant, tmp_path):
     ],
     ids=lambda settings: next(iter(settings)),
 )
-def test_every_kind_of_run_resumes_exactly(variant, tmp_path, settings):
+def test_every_kind_of_run_resumes_exactly(variant, tmp_path, settings, request):
+    if settings.get("model", ModelConfig()).options == CHANCE:
+        request.getfixturevalue("pictures_drawn")  # of a trace over random depths too
     settings = {"objective": ObjectiveConfig(), **settings}
     train(variant(run=tmp_path / "whole", **settings))
     with pytest.raises(Stopped):

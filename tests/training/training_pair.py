@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from grey_pictures import draw_nothing
 from test_processes import RUNS, settings
 
 import smallfry  # noqa: F401  registers the models
@@ -26,6 +27,7 @@ for name in ("SLURM_PROCID", "SLURM_LOCALID"):
 for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE"):
     os.environ[name] = "2"
 torch.set_num_threads(1)
+training.draw_run = draw_nothing
 
 
 def say(name, error):
