@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
@@ -137,6 +138,28 @@ def test_wrong_images_and_wishes_are_told(runtime, whole):
         runtime.predict([], budget=0.5)
     with pytest.raises(UsageError, match="--form anytime"):
         Runtime(whole).predict([], budget=2)
+
+
+@pytest.mark.parametrize(
+    ("form", "change"),
+    [
+        ("anytime", "classes"),
+        ("anytime", "image_size"),
+        ("whole", "classes"),
+        ("whole", "image_size"),
+        ("whole", "recursion_steps"),
+    ],
+)
+def test_a_graph_that_is_not_what_the_manifest_says_is_told(request, form, change):
+    runtime = Runtime(request.getfixturevalue(form), threads=1)
+    if change == "classes":
+        runtime.classes = runtime.classes * 2
+    else:
+        more = getattr(runtime.manifest, change) + 1
+        runtime.manifest = replace(runtime.manifest, **{change: more})
+    size = runtime.manifest.image_size
+    with pytest.raises(ExportError, match="does not do what the export's manifest says"):
+        runtime.predict(np.zeros((3, runtime.manifest.channels, size, size), np.uint8))
 
 
 def damaged(export, tmp_path, **changes):

@@ -223,8 +223,29 @@ class Runtime:
         return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
     def _call(self, graph: str, **inputs: Floats) -> list[Floats]:
-        outputs: list[Floats] = self._graphs[graph].run(None, inputs)
+        try:
+            outputs: list[Floats] = self._graphs[graph].run(None, inputs)
+        except MemoryError:
+            raise
+        except Exception as error:  # ONNX Runtime raises its own kinds, without a common parent
+            reason = " ".join(str(error).split())[:200]
+            raise self._unlike_manifest(graph, reason) from error
+        classes, steps = len(self.classes), self.manifest.recursion_steps
+        whole = [(classes,)] if steps is None else [(steps, classes), (steps,)]
+        expected = {"model": whole, "read_out": [(classes,), ()]}.get(graph, [])
+        count = len(next(iter(inputs.values())))
+        found = [np.shape(output) for output in outputs]
+        if any(shape[:1] != (count,) for shape in found) or (
+            expected and [shape[1:] for shape in found] != expected
+        ):
+            raise self._unlike_manifest(graph, f"of {count} images its results are {found}")
         return outputs
+
+    def _unlike_manifest(self, graph: str, reason: str) -> ExportError:
+        return ExportError(
+            f"the graph '{graph}' does not do what the export's manifest says ({reason}); export "
+            "the run again"
+        )
 
     def _no_pixels(self) -> NDArray[np.uint8]:
         size = self.manifest.image_size
