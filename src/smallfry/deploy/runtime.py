@@ -55,7 +55,7 @@ class Runtime:
         self.manifest = Manifest.read(folder)
         self.classes = self.manifest.classes
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # errors are raised, and told once
         options.intra_op_num_threads = threads or _cores()
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # weights are in the graph; of a graph from bytes ONNX Runtime looks for others in "."
