@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from campaign import fuzz_shards
 from campaign.__main__ import PARTS
 from campaign.record import Record, tables, write_page
 from campaign.running import campaign
@@ -120,6 +121,11 @@ def test_a_soak_is_a_table_that_says_what_was_not_flat(tmp_path):
     assert rows[0] == "| a | 1,200 | 600 | +0.0 | 0.2 | 9 | yes |"
     assert rows[1].endswith("| **no** |")
     assert rows[2].endswith("| **too few samples** |")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+def test_a_footer_that_pyarrow_aborts_on_does_not_end_the_process(tmp_path):
+    assert fuzz_shards.PART.trial(fuzz_shards.PART.prepare(tmp_path), 2140).failure is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the campaign forks, and reads /proc")
