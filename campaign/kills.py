@@ -134,7 +134,8 @@ def _disturb(kind: str, words: list[str], run: Path, whole: Whole, random) -> En
         return _start(words, lambda: _limit(resource.RLIMIT_FSIZE, size))()
     disk = run.parent
     if kind == "disk full":
-        _mount("-o", f"remount,size={random.randrange(8, 700)}k", str(disk))
+        used = shutil.disk_usage(disk).used // 1024  # below which it can't be made
+        _mount("-o", f"remount,size={used + random.randrange(8, 700)}k", str(disk))
         ended = _start(words)()
         _mount("-o", "remount,size=64m", str(disk))
         return ended

@@ -1,9 +1,11 @@
 """The same for many images, in threads that can't leave the process waiting."""
 
 import os
-from collections.abc import Callable
-from threading import Thread
-from typing import TypeVar, cast
+import sys
+from _thread import LockType, allocate_lock, start_new_thread
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 Result = TypeVar("Result")
 _MISSING = object()
@@ -12,8 +14,8 @@ _MISSING = object()
 def in_threads(do: Callable[[int], Result], start: int, stop: int) -> list[Result]:
     """``do`` of every number from ``start`` to below ``stop``, on all cores, in their order.
 
-    ``ThreadPoolExecutor`` loses a thread that finds no memory between two pieces of work: it prints
-    a traceback, and once all are lost it waits for ever.
+    This thread works too, and no other is waited for before it has begun: without memory one may
+    die at birth, for which ``Thread.start`` and ``ThreadPoolExecutor`` would wait for ever.
 
     Raises:
         MemoryError: A thread ended before its work was done.
@@ -21,6 +23,7 @@ def in_threads(do: Callable[[int], Result], start: int, stop: int) -> list[Resul
     """
     results: list[object] = [_MISSING] * (stop - start)
     errors: list[BaseException] = []
+    begun: list[LockType] = []
     left = iter(range(start, stop))  # threads may share it, as taking one number is one step
     ended = False
 
@@ -33,20 +36,47 @@ def in_threads(do: Callable[[int], Result], start: int, stop: int) -> list[Resul
         except BaseException as error:
             errors.append(error)
 
-    threads: list[Thread] = []
-    try:
-        for _ in range(min(os.cpu_count() or 1, stop - start)):
-            thread = Thread(target=work)
-            thread.start()
-            threads.append(thread)
-        for thread in threads:
-            thread.join()
-    finally:  # also when a signal ends the wait, or no thread can be started
-        ended = True
-        for thread in threads:
-            thread.join()
+    def help_out(done: LockType) -> None:
+        try:
+            begun.append(done)
+            work()
+        finally:
+            done.release()
+
+    with _deaths_at_birth_unsaid():
+        try:
+            for _ in range(min(os.cpu_count() or 1, stop - start) - 1):
+                done = allocate_lock()
+                done.acquire()
+                try:
+                    start_new_thread(help_out, (done,))
+                except (RuntimeError, MemoryError):
+                    break  # there is no room for more: fewer will do
+            work()
+        except BaseException:  # a signal
+            ended = True
+            raise
+        finally:
+            for each in begun:  # who begins later finds nothing left to do
+                each.acquire()
     if errors:
         raise errors[0]
     if any(result is _MISSING for result in results):
         raise MemoryError("a thread ended before its work was done")
     return cast(list[Result], results)
+
+
+@contextmanager
+def _deaths_at_birth_unsaid() -> Iterator[None]:
+    """Without the traceback of a thread that found no memory to begin with."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if unraisable.exc_type is not MemoryError:
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
