@@ -18,6 +18,7 @@ from smallfry.training.provenance import provenance
 
 LIBRARIES = ("pillow", "safetensors", "jsonargparse", "PyYAML", "onnxruntime")
 MOST_FAILURES = 50  # that are written out
+MOST_KINDS = 30  # that a table on the page has
 
 
 @dataclass
@@ -109,6 +110,11 @@ def tables(parts: Sequence[Part], records: Mapping[str, Record]) -> str:
     for part, record in known:
         lines += ["", f"**{part.name}**: {part.promise}.", "", "| what | came of it | trials |"]
         lines.append("|---|---|---:|")
-        for (kind, said), count in sorted(record.counts.items()):
+        counts = record.counts
+        if len(counts) > MOST_KINDS:  # results/campaign.json has them all
+            counts = Counter[tuple[str, str]]()
+            for (_, said), count in record.counts.items():
+                counts["all kinds", said] += count
+        for (kind, said), count in sorted(counts.items()):
             lines.append(f"| {kind or '–'} | {said} | {count:,} |")
     return "\n".join(lines)
