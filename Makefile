@@ -1,5 +1,6 @@
 # make demo     trains a ViTRM on handwritten digits, and draws what it learned
 # make test     style, types and tests, with the documentation's code and a strict build of it
+# make proofs   the longer tests, marked slow: batteries of optimizers, attacks, old versions
 # make docs     builds the documentation into site/; make docs-serve shows it while you write
 # make bench    how fast the training loop is
 # make campaign  kills runs, damages files and feeds in hostile ones: about an hour
@@ -10,13 +11,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint docs docs-serve bench campaign recipes clean
+.PHONY: demo test proofs lint docs docs-serve bench campaign recipes clean
 
 demo: $(INSTALLED)
 	$(BIN)/smallfry train $(ARGS)
 
 test: lint
-	$(BIN)/pytest --numprocesses auto --maxprocesses 2 --dist worksteal $(ARGS)
+	$(BIN)/pytest --numprocesses auto --maxprocesses 2 --dist worksteal -m "not slow" $(ARGS)
+
+proofs: $(INSTALLED)
+	$(BIN)/pytest --numprocesses auto --maxprocesses 2 --dist worksteal -m slow $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -108,7 +108,7 @@ class Approximation(ABC):
 
         Args:
             block: The block.
-            state: Its state; changed in the owner only.
+            state: Its state; changed in the owner, and in all by sums that go to all.
             rows: What it saw in this process, perhaps nothing.
             samples: That it saw in all processes.
             keep: Share of the old statistics.
