@@ -74,12 +74,23 @@ def test_json_that_is_nested_too_deeply_is_told(tmp_path):
         ("a: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
         ("a: {b: [{class_path: subprocess.Popen}]}", "names a class"),
         ("a: 2001-99-99T99:99:99Z\nb: " + "9" * 5000, "can't be read"),
+        ("model:\n  x: 1\nepochs: 2\nmodel:\n  y: 2", "'model' stands twice, in lines 1 and 4"),
+        ("a: [{b: 1, b: 2}]", "'b' stands twice, in lines 1 and 1"),
     ],
-    ids=["bomb", "recursion", "depth", "length", "tag", "class", "number"],
+    ids=["bomb", "recursion", "depth", "length", "tag", "class", "number", "twice", "inside"],
 )
 def test_yaml_that_is_no_configuration_is_refused(text, message):
     with pytest.raises(yaml.YAMLError, match=message):
         load_yaml(text)
+
+
+def test_yaml_may_use_a_key_again_in_another_mapping():
+    assert load_yaml("a: {b: 1}\nc: {b: 1}\n1: x\n'1': y") == {
+        "a": {"b": 1},
+        "c": {"b": 1},
+        1: "x",
+        "1": "y",
+    }
 
 
 def test_yaml_with_aliases_is_read():

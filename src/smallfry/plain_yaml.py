@@ -13,6 +13,7 @@ MOST_CONFIG = 2**20  # bytes of a configuration
 MOST_VALUES = 100_000  # in a configuration, each alias counted as all that it stands for
 DEEPEST = 50  # levels of a configuration
 YAML_MODE = "bounded_yaml"  # jsonargparse's name for what ``load_yaml`` reads
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def load_yaml(text: str) -> Any:
@@ -20,12 +21,14 @@ def load_yaml(text: str) -> Any:
 
     Raises:
         yaml.YAMLError: Not YAML; with tags of Python's objects; longer, deeper or, with its
-            aliases written out, of more values than any configuration; or naming a class.
+            aliases written out, of more values than any configuration; with a key given twice in
+            one mapping; or naming a class.
     """
     if len(text) > MOST_CONFIG:
         raise yaml.YAMLError(f"longer than {MOST_CONFIG:,} characters")
     try:
         _measure(text)
+        _refuse_duplicate_keys(yaml.compose(text, Loader=_LOADER))
         value = jsonargparse.get_loader("yaml")(text)
         _refuse_in(value)
     except (ValueError, TypeError, OverflowError, AttributeError, RecursionError) as error:
@@ -39,7 +42,7 @@ def _measure(text: str) -> None:
     sizes: dict[str, int] = {}  # of what anchors name
     open_nodes: list[tuple[str | None, int]] = []  # anchor and the values counted before it
     values = 0
-    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    for event in yaml.parse(text, Loader=_LOADER):
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:  # unknown, or inside itself
                 raise yaml.YAMLError(f"the alias '{event.anchor}' stands for nothing yet")
@@ -59,6 +62,27 @@ def _measure(text: str) -> None:
             raise yaml.YAMLError(f"it stands for more than {MOST_VALUES:,} values")
         if len(open_nodes) > DEEPEST:
             raise yaml.YAMLError(f"it is nested more than {DEEPEST} levels deep")
+
+
+def _refuse_duplicate_keys(node: yaml.Node | None) -> None:
+    """Refuse a key that stands twice in a mapping, where PyYAML would drop the first value."""
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[tuple[str, str], int] = {}
+        for key, value in node.value:
+            children.append(value)
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if name in lines:
+                raise yaml.YAMLError(
+                    f"'{key.value}' stands twice, in lines {lines[name]} and {line}: join the two"
+                )
+            lines[name] = line
+    elif isinstance(node, yaml.SequenceNode):
+        children = list(node.value)
+    for child in children:
+        _refuse_duplicate_keys(child)
 
 
 def _refuse_in(value: Any) -> None:
