@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from smallfry.errors import UsageError
-from smallfry.exits import Trace, most_accurate, most_thrifty, operating_points, worthwhile
+from smallfry.exits import (
+    Trace,
+    most_accurate,
+    most_thrifty,
+    operating_points,
+    require_threshold,
+    worthwhile,
+)
 
 # three steps, four images: one is sure and right at once, one late, one is right only at first
 TRACED = Trace(
@@ -30,6 +37,21 @@ def test_the_chosen_point_keeps_accuracy_or_cost():
     assert most_thrifty(points, drop=0.0).steps == 1.0
     with pytest.raises(UsageError, match="one recursion step at least"):
         most_accurate(points, steps=0.5)
+
+
+@pytest.mark.parametrize("wrong", [-0.1, float("nan"), 5.0, float("inf")])
+def test_a_drop_is_a_share_of_accuracy(wrong):
+    with pytest.raises(UsageError, match="a share of accuracy, from 0 to 1"):
+        most_thrifty(operating_points(TRACED), wrong)
+
+
+@pytest.mark.parametrize("wrong", [-0.1, float("nan"), float("-inf")])
+def test_budgets_and_thresholds_that_are_none_are_refused(wrong):
+    with pytest.raises(UsageError, match="one recursion step at least"):
+        most_accurate(operating_points(TRACED), wrong)
+    with pytest.raises(UsageError, match="a halting probability"):
+        require_threshold(wrong)
+    assert require_threshold(1.5) == 1.5
 
 
 def test_worthwhile_points_are_beaten_by_none_in_both_accuracy_and_steps():

@@ -41,7 +41,13 @@ def operating_points(traced: Trace) -> list[Point]:
 
 
 def most_thrifty(points: Sequence[Point], drop: float) -> Point:
-    """The fewest steps whose accuracy is within ``drop`` of that of all steps."""
+    """The fewest steps whose accuracy is within ``drop`` of that of all steps.
+
+    Raises:
+        UsageError: ``drop`` is no share of accuracy.
+    """
+    if not 0 <= drop <= 1:
+        raise UsageError(f"exit_drop is a share of accuracy, from 0 to 1 such as 0.003, not {drop}")
     enough = points[-1].accuracy - drop
     return min((p for p in points if p.accuracy >= enough - 1e-9), key=lambda p: p.steps)
 
@@ -50,12 +56,25 @@ def most_accurate(points: Sequence[Point], steps: float) -> Point:
     """The best accuracy for at most so many steps on average.
 
     Raises:
-        UsageError: Fewer than one step.
+        UsageError: Fewer than one step, or not a number.
     """
     cheap = [p for p in points if p.steps <= steps + 1e-9]
     if not cheap:
         raise UsageError(f"an image takes one recursion step at least, not {steps}")
     return max(cheap, key=lambda p: (p.accuracy, -p.steps))
+
+
+def require_threshold(threshold: float) -> float:
+    """Return a halting probability to leave at, if it is one.
+
+    Raises:
+        UsageError: It is negative or not a number.
+    """
+    if not threshold >= 0:
+        raise UsageError(
+            f"exit_threshold is a halting probability, 0 to 1 (above 1: all steps), not {threshold}"
+        )
+    return threshold
 
 
 def worthwhile(points: Sequence[Point]) -> list[Point]:

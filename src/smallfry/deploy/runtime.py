@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from smallfry.answers import Answer, Outputs, answers
 from smallfry.deploy.manifest import GRAPHS, Manifest, read_file
 from smallfry.errors import DataError, ExportError, UsageError
-from smallfry.exits import NEVER, Trace, most_accurate, most_thrifty
+from smallfry.exits import NEVER, Trace, most_accurate, most_thrifty, require_threshold
 from smallfry.images import Encoded, decode
 from smallfry.inputs import Found
 
@@ -164,7 +164,7 @@ class Runtime:
                 "model with --form anytime"
             )
         if threshold is not None:
-            return threshold
+            return require_threshold(threshold)
         exits = self.manifest.exits
         if not exits:
             raise UsageError(

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from smallfry.exits import require_threshold
 from smallfry.models.vitrm import State, ViTRM
 
 __all__ = ["Exit", "recurse_until"]
@@ -29,7 +30,11 @@ def recurse_until(model: ViTRM, images: Tensor, threshold: float, most: int | No
         images: (batch, channels, height, width), normalised.
         threshold: Halting probability; 0 gives all images one step, above 1 all steps.
         most: Recursion steps after which every image leaves; default ``recursion_steps``.
+
+    Raises:
+        UsageError: The threshold is negative or not a number.
     """
+    require_threshold(threshold)
     most = model.recursion_steps if most is None else most
     x, left = model.embed(images), torch.arange(len(images), device=images.device)
     step = model.step(x, model.initial_state(len(images)))
