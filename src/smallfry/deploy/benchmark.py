@@ -167,7 +167,7 @@ def measure(
         left_out,
         next((found.words for found in images if found is not None), None),
         config,
-        evidence | {"command": without_paths(str(evidence["command"]))},
+        evidence | {"command": without_paths(str(evidence["command"]), keep_relative=True)},
     )
 
 

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Mapping
-from pathlib import Path, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
@@ -80,17 +80,21 @@ def facts_of_model(trained: TrainedModel) -> dict[str, Any]:
     return _plain(facts)
 
 
-def without_paths(command: str) -> str:
-    """A command line with the folders before every file's name left away.
+def without_paths(command: str, keep_relative: bool = False) -> str:
+    """Return a command line without the folders before every file's name.
 
     ``train --data /home/ann/cats --model.options={weights: a/b}`` becomes
     ``train --data cats --model.options={weights: b}``.
+
+    Args:
+        command: As a shell takes it.
+        keep_relative: Keep paths below the working folder, so that the command can be pasted.
     """
     try:
         words = shlex.split(command)
     except ValueError:  # an open quotation mark: not a command that was run
         return ""
-    return shlex.join(_short_word(word) for word in words)
+    return shlex.join(_short_word(word, keep_relative) for word in words)
 
 
 def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,15 +102,18 @@ def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
     return dict(strict({name: facts[name] for name in TOLD if name in facts}))
 
 
-def _short_word(word: str) -> str:
+def _short_word(word: str, keep_relative: bool) -> str:
     if word.startswith("-") and "=" in word:
         option, _, value = word.partition("=")
-        return f"{option}={_short_value(value)}"
-    return _short_value(word)
+        return f"{option}={_short_value(value, keep_relative)}"
+    return _short_value(word, keep_relative)
 
 
-def _short_value(value: str) -> str:
+def _short_value(value: str, keep_relative: bool = False) -> str:
     if "/" not in value and "\\" not in value:
+        return value
+    path = PurePosixPath(value)
+    if keep_relative and not path.is_absolute() and not {"..", "~"} & {*path.parts, value[0]}:
         return value
     if value.lstrip()[:1] in ("{", "["):
         try:

@@ -251,7 +251,7 @@ def _scatter(
         x, y = _at(figures, batch)
         colour = colours[figures.model]
         look = {"color": colour} if is_scored else {"facecolor": "white", "edgecolor": colour}
-        axes.scatter(x, y, s=_area(figures, largest), zorder=3, alpha=0.85, **look)
+        axes.scatter(x, y, s=_area(figures, largest), zorder=3, alpha=0.85, clip_on=False, **look)
     if not is_scored:
         axes.set_yticks([])
         axes.set_ylim(-1, 1)
@@ -259,7 +259,7 @@ def _scatter(
         return
     values = [y for _, y in (_at(figures, batch) for figures in part)]
     room = max(PADDING, 0.35 * (max(values) - min(values)))
-    axes.set_ylim(min(values) - room, min(max(values) + room, 100 + 0.2 * room))
+    axes.set_ylim(min(values) - room, min(max(values) + room, 100))
     axes.set_ylabel("test accuracy, %")
 
 

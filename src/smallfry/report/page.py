@@ -28,6 +28,9 @@ tbody tr:hover { background: #f9fafb; } tr.chosen { background: #fef9c3; }
   border-top: 3px solid; }
 details { margin: 1rem 0; } summary { cursor: pointer; }
 nav a { margin-right: 1.2rem; }
+@media (max-width: 48rem) { body { margin: 0.8rem auto; padding: 0 0.8rem; }
+  .picture { overflow-x: auto; } .picture img { max-width: none; width: 48rem; }
+  td.text { min-width: 12rem; } }
 """
 
 
@@ -37,16 +40,17 @@ def page_of(title: str, body: Sequence[str]) -> str:
     head = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
     )
     return head + "\n".join(body) + "\n</body>\n</html>\n"
 
 
 def image(file: Path, says: str) -> str:
-    """A PNG inside the page, with what it says in words."""
+    """A PNG inside the page, with a description; on a narrow screen it is scrolled, not shrunk."""
     data = base64.b64encode(file.read_bytes()).decode()
-    return f'<img alt="{escape(says)}" src="data:image/png;base64,{data}">'
+    picture = f'<img alt="{escape(says)}" src="data:image/png;base64,{data}">'
+    return f'<div class="picture">{picture}</div>'
 
 
 def words(value: Any) -> str:
