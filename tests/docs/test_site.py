@@ -1,6 +1,7 @@
 """The documentation's site builds strictly, and needs nothing from the net."""
 
 import re
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -47,6 +48,28 @@ def test_no_page_loads_anything_from_elsewhere(site):
     for page in site.rglob("*.html"):
         found = loaded.search(page.read_text())
         assert found is None, f"{page}: {found and found[0]}"
+
+
+def test_pages_that_are_opened_as_files_can_be_searched(site):
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    browsers = map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))
+    found = next(filter(None, browsers), None)
+    if found is None:
+        pytest.skip("no Chromium is installed")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=found, args=flags)
+        page = browser.new_page()
+        asked = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((site / "api" / "models.html").as_uri())
+        page.click("input[name=query]")
+        page.keyboard.type("Kronecker")
+        page.wait_for_selector(".md-search-result__link", state="attached")
+        links = page.locator(".md-search-result__link").evaluate_all("all => all.map(a => a.href)")
+        browser.close()
+    assert any("natural_gradient.html" in link for link in links)
+    assert all(url.startswith(("file:", "about:", "data:")) for url in asked)
 
 
 def test_the_api_shows_docstrings_with_their_arguments(site):
