@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from smallfry.arguments import build_parser, expand_home, given_settings
 from smallfry.cli import main
 from smallfry.training.config import TrainConfig
 
@@ -129,6 +131,53 @@ def test_sigterm_saves_and_resume_ends_the_run(tmp_path):
     (folder / "config.yaml").write_text(text.replace("epochs: 400", "epochs: 2"))
     assert main(["train", "--resume", str(folder)]) == 0
     assert (folder / "summary.json").exists()
+
+
+def test_an_ended_run_is_lengthened_even_to_the_default_number_of_epochs(run, tmp_path, capsys):
+    longer = tmp_path / "run"
+    shutil.copytree(run, longer)
+    assert main(["train", "--resume", str(longer), "--epochs", "2", "--progress=plain"]) == 0
+    assert "changed settings: epochs 1 → 2" in capsys.readouterr().out
+    assert yaml.safe_load((longer / "config.yaml").read_text())["epochs"] == 2
+    assert json.loads((longer / "summary.json").read_text())["measured"]["epochs"] == 2
+    given = given_settings(build_parser(), ["train", "--resume", "x", "--epochs", "50"])
+    assert given == {"epochs": 50}  # although it is the default
+
+
+def test_what_is_printed_to_be_pasted_is_quoted(run, tmp_path, capsys):
+    spaced = tmp_path / "my run"
+    shutil.copytree(run, spaced)
+    (spaced / "summary.json").unlink()
+    assert main(["train", "--resume", str(spaced)]) == 0
+    assert f"smallfry predict '{spaced}' IMAGE" in capsys.readouterr().out.replace("\n", "")
+    assert main(["train", *FAST, "--run", str(spaced)]) == 1
+    assert f"--resume '{spaced}'" in capsys.readouterr().err
+    assert main(["share", str(spaced), "--to", str(tmp_path / "my model")]) == 0
+    assert f"smallfry predict '{tmp_path}/my model' IMAGE" in capsys.readouterr().out
+    assert main(["export", str(spaced), "--to", str(tmp_path / "my export")]) == 0
+    assert f"smallfry predict '{tmp_path}/my export' IMAGE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_without_the_letters_gets_escapes(run, encoding, monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, TextIOWrapper(BytesIO(), encoding))
+    assert main(["train", "--resume", str(run)]) == 0
+    assert main(["predict", str(run), "caf\u00e9\u65e5.png"]) == 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    assert b"IMAGE\\u2026" in sys.stdout.buffer.getvalue()
+    assert b"\\u65e5.png" in sys.stderr.buffer.getvalue()
+
+
+def test_the_home_folder_may_stand_after_an_equals_sign(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["share", str(run), "--to=~/model"]) == 0
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+    assert expand_home(["~", "~/x", "a~/x", "--to=~/y", "~nobody-here/x", "--x=a~"]) == [
+        *(str(tmp_path), f"{tmp_path}/x", "a~/x", f"--to={tmp_path}/y"),
+        *("~nobody-here/x", "--x=a~"),
+    ]
 
 
 def test_a_second_run_in_one_folder_fails(run, capsys):
@@ -278,7 +327,8 @@ def test_models_lists_what_they_cost(capsys):
         (["train", "--data", "faces"], 2, "faces gives nothing to tell apart"),
         (["train", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["train", "--resume", "nowhere"], 1, "nowhere: there is no such run folder"),
-        (["train", "--resume", "x", "--epochs", "3"], 2, "leave the rest away"),
+        (["train", "--resume", "x", "--batch_size", "3"], 2, "batch_size can't change any more"),
+        (["train", "--resume", "x", "--optimizer.lr", "1"], 2, "optimizer.lr can't change"),
         (["evaluate", "nowhere"], 1, "nowhere: there is no such run folder"),
         (["predict", "nowhere", "x.png"], 1, "nowhere: there is no such run folder"),
         (["predict", "nowhere"], 2, "inputs"),

@@ -12,6 +12,7 @@ from smallfry.errors import SmallfryError, UsageError, nearest
 from smallfry.plain_yaml import YAML_MODE
 from smallfry.studies.config import STUDIES
 from smallfry.training.config import TrainConfig
+from smallfry.training.continuation import dotted
 from smallfry.version import __version__
 
 Config = TypeVar("Config")
@@ -57,7 +58,7 @@ def build_parser(short: bool = False) -> ArgumentParser:
         "--resume",
         type=str | None,
         metavar="RUN",
-        help="Go on with a run, exactly where it stopped.",
+        help="Resume a run exactly where it stopped; --epochs N lengthens it.",
     )
     train_verb.add_argument(
         "--processes",
@@ -246,6 +247,14 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
         raise _unreadable(error) from error
 
 
+def given_settings(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the settings of ``train`` that a command line has, by dotted name, no defaults."""
+    given = parser.parse_args(list(arguments), defaults=False)["train"].as_dict()
+    for name in ("resume", "debug", "processes", "config"):
+        given.pop(name, None)
+    return dotted(given)
+
+
 def build_config(parser: ArgumentParser, given: Namespace, kind: type[Config]) -> Config:
     """The configuration that a verb was given.
 
@@ -277,6 +286,19 @@ def expand_shorthand(arguments: Sequence[str]) -> list[str]:
         match = named.fullmatch(argument)
         expanded.append(f"--{match[1]}.name{match[2] or ''}" if match else argument)
     return expanded
+
+
+def expand_home(arguments: Sequence[str]) -> list[str]:
+    """Replace ``~`` at the start of a path by the home folder, as in ``--to=~/exports``.
+
+    Shells do so at the start of a word only.
+    """
+    named = re.compile(r"(--[\w.]+=)?(~(?:/.*)?)", re.DOTALL)
+    matches = [named.fullmatch(argument) for argument in arguments]
+    return [
+        f"{match[1] or ''}{Path(match[2]).expanduser()}" if match else argument
+        for match, argument in zip(matches, arguments, strict=True)
+    ]
 
 
 def explain(message: str, arguments: Sequence[str], parser: ArgumentParser) -> str:

@@ -3,11 +3,10 @@
 import json
 import logging
 import os
-import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,13 +20,15 @@ from smallfry.arguments import (
     OtherData,
     build_config,
     build_parser,
+    expand_home,
     expand_shorthand,
+    given_settings,
     parse,
     verb_parsers,
 )
 from smallfry.errors import SmallfryError, Stopped, UsageError, is_out_of_memory, refusal
 from smallfry.studies.config import STUDIES, RaceConfig, RunsConfig
-from smallfry.terminal import printable, shortened
+from smallfry.terminal import command, escape_unencodable, printable, shortened
 from smallfry.training.config import TrainConfig
 from smallfry.training.started import is_launched, launch, rank
 
@@ -38,16 +39,19 @@ FAILED, MISUSED = 1, 2  # exit codes; a run that a signal stopped gives 128 + it
 # The verbs
 
 
-def train(config: TrainConfig, resume: str | None = None) -> int:
-    """Train a model; without options, a ViTRM on handwritten digits."""
+def train(
+    config: TrainConfig, resume: str | None = None, changes: Mapping[str, Any] | None = None
+) -> int:
+    """Train a model; without options, a ViTRM on handwritten digits.
+
+    ``changes`` are settings of the resumed run that are given new values, by dotted name.
+    """
     from smallfry.training import train as training
 
-    if resume is None:
-        summary = training.train(config)
-    elif config != TrainConfig():
-        raise UsageError("--resume goes on with the run's own configuration: leave the rest away")
+    if resume is not None:
+        summary = training.resume(resume, changes=changes)
     else:
-        summary = training.resume(resume)
+        summary = training.train(config)
     if rank() == 0:
         _print_summary(summary)
     return 0
@@ -76,8 +80,8 @@ def export(
         from smallfry.deploy.quantization_report import print_report
 
         print_report(folder)
-    print(f"export: {folder} ({size / 1e6:,.2f} MB)")
-    print(f"use it: smallfry predict {folder} IMAGE…")
+    print(printable(f"export: {folder} ({size / 1e6:,.2f} MB)"))
+    print(f"use it: {command('smallfry', 'predict', folder)} IMAGE…")
     return 0
 
 
@@ -103,7 +107,7 @@ def benchmark(
         print(json.dumps(strict(deployment.summary_of(found))))
         return 0
     deployment.print_tables(found)
-    print(f"report: {report}")
+    print(printable(f"report: {report}"))
     return 0
 
 
@@ -236,7 +240,8 @@ def share(
     if as_json:
         print(json.dumps({"shared": where, "timm": timm_name}))
         return 0
-    print(f"shared:  {where}\nuse it:  smallfry predict {shlex.quote(name)} IMAGE…")
+    print(printable(f"shared:  {where}"))
+    print(f"use it:  {command('smallfry', 'predict', name)} IMAGE…")
     print(f"or:      timm.create_model({timm_name!r}, pretrained=True)")
     if license is None:
         print("licence: not stated, so others may not use it; --license apache-2.0 states one")
@@ -287,11 +292,13 @@ def study(name: str, config: RaceConfig | RunsConfig, folder: Path | None = None
 
         data = Path(config.data.name).name
         report = run_study(name, config, folder or Path("studies") / f"{name}-{data}")
-    print(f"report: {report}")
+    print(printable(f"report: {report}"))
     return 0
 
 
-def _dispatch(parsed: Namespace, parser: ArgumentParser, short: bool) -> int:
+def _dispatch(
+    parsed: Namespace, parser: ArgumentParser, short: bool, changes: Mapping[str, Any]
+) -> int:
     verb = parsed.subcommand
     given = parsed[verb]
     if verb != "train" and (count := launch().processes) > 1:
@@ -299,7 +306,8 @@ def _dispatch(parsed: Namespace, parser: ArgumentParser, short: bool) -> int:
             return MISUSED  # the first one says it
         raise UsageError(f"only train works in several processes, and {count} do {verb}: start one")
     if verb == "train":
-        return train(build_config(verb_parsers(parser)[verb], given, TrainConfig), given.resume)
+        config = build_config(verb_parsers(parser)[verb], given, TrainConfig)
+        return train(config, given.resume, changes)
     if verb == "evaluate":
         other = OtherData(given.data.name, given.data.root)
         return evaluate(
@@ -360,7 +368,9 @@ def _dispatch_study(given: Namespace, parser: ArgumentParser, short: bool) -> in
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, 1 for a failure, 2 for wrong usage."""
-    arguments = expand_shorthand(sys.argv[1:] if arguments is None else arguments)
+    arguments = expand_home(sys.argv[1:] if arguments is None else arguments)
+    arguments = expand_shorthand(arguments)
+    escape_unencodable()
     _log_to_stderr()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")  # smallfry says itself what is wrong
@@ -409,7 +419,8 @@ def _run(arguments: Sequence[str]) -> int:
         from smallfry.training.launch import run_in_processes
 
         return run_in_processes(arguments, processes)
-    return _dispatch(parsed, parser, short)
+    changes = given_settings(parser, arguments) if parsed[parsed.subcommand].get("resume") else {}
+    return _dispatch(parsed, parser, short, changes)
 
 
 def _log_to_stderr() -> None:
@@ -464,7 +475,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
         soft_wrap=True,
     )
     console.print(f"pictures: {run}/pictures", soft_wrap=True)
-    console.print(f"use it:   smallfry predict {run} IMAGE…", soft_wrap=True)
+    use = escape(command("smallfry", "predict", summary["run"]))
+    console.print(f"use it:   {use} IMAGE…", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What a terminal may be shown of names that others gave."""
 
+import shlex
+import sys
 import unicodedata
 
 KEPT = "\n\t"
@@ -27,3 +29,22 @@ def shortened(text: str) -> str:
         return text
     begin, end = LONGEST * 2 // 3, LONGEST // 4
     return f"{text[:begin]} […] {text[-end:]}"
+
+
+def escape_unencodable() -> None:
+    """Let standard output and error write characters outside their encoding as escapes.
+
+    A Latin-1 terminal, or a pipe under LC_ALL=C, has no "…"; by default, printing one raises
+    UnicodeEncodeError.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def command(*words: object) -> str:
+    """Return a command line that can be pasted into a shell, each word quoted where needed.
+
+    Control characters are spelled out: such a word does not name the same file any more.
+    """
+    return printable(shlex.join(map(str, words)))

@@ -28,9 +28,12 @@ class Unreadable(NamedTuple):
 
 
 def cache_folder() -> Path:
-    """``$SMALLFRY_CACHE``, by default ``smallfry`` in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("SMALLFRY_CACHE") or Path(home) / "smallfry")
+    """``$SMALLFRY_CACHE``, by default ``smallfry`` in the user's cache folder.
+
+    ``~`` is the user's home folder: Dockerfiles and .env files pass it on as it is.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("SMALLFRY_CACHE") or Path(home) / "smallfry").expanduser()
 
 
 def decoded(

@@ -21,6 +21,7 @@ from smallfry.studies.grid_progress import GridProgress
 from smallfry.studies.recipes import Planned
 from smallfry.training.checkpoint import write_file
 from smallfry.training.config import TrainConfig, read_config
+from smallfry.training.continuation import dotted
 from smallfry.training.progress import Reporter
 from smallfry.training.run import RunFolder
 from smallfry.training.train import resume, train
@@ -154,10 +155,7 @@ def _claim(study: str, planned: Sequence[Planned], folder: Path) -> None:
 
 def _told(config: TrainConfig) -> dict[str, Any]:
     """A run's settings with dotted names, but not where its data and its folder are."""
-    told: dict[str, Any] = {}
-    for key, value in config.to_dict().items():
-        fields = value.items() if isinstance(value, dict) else [("", value)]
-        told |= {f"{key}.{inner}".rstrip("."): found for inner, found in fields}
+    told = dotted(config.to_dict())
     for place in ("run", "progress", "data.root"):
         told.pop(place, None)
     return told

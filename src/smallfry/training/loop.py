@@ -15,10 +15,12 @@ from torch.utils.tensorboard.writer import SummaryWriter
 
 from smallfry.data import ImageData
 from smallfry.errors import Stopped, TrainingError, UsageError
+from smallfry.terminal import command
 from smallfry.training.augment import Augment
 from smallfry.training.batches import TrainBatches, derive_seed, resident, train_loader
 from smallfry.training.checkpoint import Checkpoint, save_checkpoint
 from smallfry.training.config import TrainConfig
+from smallfry.training.continuation import changes_since, dotted, require_whole_epochs
 from smallfry.training.evaluation import joined, predict, score
 from smallfry.training.objective import Batch, Objective
 from smallfry.training.optimization import (
@@ -201,10 +203,11 @@ class Trainer:
                     self.progress.seconds = time.monotonic() - started
                     self._stamp = time.monotonic()  # what came since the step was not its time
                     if asked:
+                        again = command("smallfry", "train", "--resume", self.folder.path)
                         raise Stopped(
                             asked,
                             f"stopped after step {self.progress.step} of {self.total_steps} and "
-                            f"saved; go on with: smallfry train --resume {self.folder.path}",
+                            f"saved; go on with: {again}",
                         )
                     if finished:
                         break
@@ -222,6 +225,7 @@ class Trainer:
             "optimizer": whole(self.raw_optimizer.state_dict()),
             "precision": self.fabric.strategy.precision.state_dict(),
             "progress": vars(self.progress),
+            "settings": dotted(self.config.to_dict()),
         }
         manifest = {**self.manifest, "training": self._position()}
         weights = self._weights()
@@ -232,6 +236,15 @@ class Trainer:
         trainer = checkpoint.trainer
         if trainer is None:
             raise TrainingError(f"{self.folder.last}: holds weights only, nothing to resume from")
+        saved = trainer.get("settings")  # not in checkpoints of earlier versions
+        changed = [] if saved is None else changes_since(saved, self.config)
+        position = trainer["progress"]
+        require_whole_epochs(
+            position["step"],
+            len(position["history"]),
+            self.batches.steps_per_epoch,
+            str(self.folder.last),
+        )
         load_weights(self.raw_model, trainer["weights"])
         load_optimizer(self.raw_optimizer, trainer["optimizer"])
         self.fabric.strategy.precision.load_state_dict(trainer["precision"])
@@ -240,6 +253,8 @@ class Trainer:
         elif self.average is not None:
             self.average.module.load_state_dict(checkpoint.weights)
         self.progress = Progress(**trainer["progress"])
+        if changed:
+            self.reporter.say(f"changed settings: {', '.join(map(str, changed))}")
 
     # One batch
 

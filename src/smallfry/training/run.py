@@ -24,6 +24,7 @@ from torch import nn
 from smallfry.errors import DataError, RunError
 from smallfry.images import LARGEST_SIDE
 from smallfry.reading import read_bytes, read_json
+from smallfry.terminal import command
 from smallfry.training.augment import Normalize
 from smallfry.training.checkpoint import load_checkpoint, write_file
 from smallfry.training.rebuild import OF_THE_FACTORY, fill, rebuild
@@ -63,8 +64,16 @@ class RunFolder:
         if self.config.exists():
             raise RunError(
                 f"{self.path}: there is a run in this folder already; go on with it "
-                f"(--resume {self.path}) or name another folder (--run DIR)"
+                f"({command('--resume', self.path)}) or name another folder (--run DIR)"
             )
+        write_file(self.config, yaml.safe_dump(dict(config), sort_keys=False))
+
+    def reopen(self, config: Mapping[str, Any]) -> None:
+        """Continue a run with other settings; one that had ended has not any more.
+
+        The summary goes first: without it, a run that is killed here ends as before.
+        """
+        self.summary.unlink(missing_ok=True)
         write_file(self.config, yaml.safe_dump(dict(config), sort_keys=False))
 
     def require(self) -> None:

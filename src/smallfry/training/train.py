@@ -28,6 +28,7 @@ from smallfry.training.augment import Augment
 from smallfry.training.batches import flips_by_default
 from smallfry.training.checkpoint import Checkpoint, has_checkpoint, load_checkpoint
 from smallfry.training.config import DataConfig, ModelConfig, TrainConfig, read_config
+from smallfry.training.continuation import require_changeable, with_changes
 from smallfry.training.evaluation import Predictions, predict, score
 from smallfry.training.loop import Trainer
 from smallfry.training.objective import build_objective
@@ -55,13 +56,16 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> dict[str, An
         TrainingError: The loss is not a number any more, or another process has ended.
         Stopped: A signal came; the state is saved, ``resume`` goes on.
     """
-    config = _with_full_paths(config)
+    asked = config.schedule.warmup_epochs
+    config = _with_fitting_warmup(_with_full_paths(config))
     processes = start(config.device, config.precision, config.strategy)
     with leaving(processes):
-        return _train(config, reporter, processes)
+        return _train(config, asked, reporter, processes)
 
 
-def _train(config: TrainConfig, reporter: Reporter | None, processes: Processes) -> dict[str, Any]:
+def _train(
+    config: TrainConfig, asked_warmup: float, reporter: Reporter | None, processes: Processes
+) -> dict[str, Any]:
     data = processes.together(lambda: _load(config))
     name = model_name(config.model, data)
     path = config.run or processes.once(lambda: new_run_folder(config.data.name, name))
@@ -73,31 +77,56 @@ def _train(config: TrainConfig, reporter: Reporter | None, processes: Processes)
         trainer.reporter.say(
             f"training {model} ({parameters:,} parameters) on {data.name} into {folder.path}"
         )
+        warmup = config.schedule.warmup_epochs
+        if warmup != asked_warmup:
+            trainer.reporter.say(
+                f"warm-up shortened from {asked_warmup:g} to {warmup:g} epochs, as the run has "
+                f"{config.epochs}"
+            )
         evidence = provenance(trainer.fabric.device)  # of the code that runs, as it starts
         trainer.fit()
         return processes.once(lambda: _conclude(trainer, evidence))
 
 
-def resume(run: str | Path, reporter: Reporter | None = None) -> dict[str, Any]:
-    """Go on with a run that was stopped, exactly as if it had not been.
+def resume(
+    run: str | Path, reporter: Reporter | None = None, changes: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Continue a run that was stopped, exactly as if it had not been.
 
-    A run that has ended gives its summary. Raises as ``train``.
+    A run that has ended gives its summary, unless ``changes`` has more epochs or another patience.
+
+    Args:
+        run: The run folder.
+        reporter: Receiver of progress; default that of the run's configuration.
+        changes: New values of settings by dotted name, such as {"epochs": 100}; those of
+            ``continuation.CHANGEABLE``. They are written into ``config.yaml``.
+
+    Raises:
+        UsageError: A setting that can't change any more; otherwise as ``train``.
     """
+    changes = changes or {}
+    require_changeable(changes)
     folder = RunFolder(Path(run))
     folder.require()
-    config = read_config(folder.config)
+    recorded = read_config(folder.config)
+    config = _with_full_paths(with_changes(recorded, changes))
     processes = start(config.device, config.precision, config.strategy)
     with leaving(processes):
-        return _resume(config, folder, reporter, processes)
+        return _resume(config, recorded, folder, reporter, processes)
 
 
 def _resume(
-    config: TrainConfig, folder: RunFolder, reporter: Reporter | None, processes: Processes
+    config: TrainConfig,
+    recorded: TrainConfig,
+    folder: RunFolder,
+    reporter: Reporter | None,
+    processes: Processes,
 ) -> dict[str, Any]:
     processes.last = folder.last
+    longer = (config.epochs, config.patience) != (recorded.epochs, recorded.patience)
     with processes.held(folder.locked()):
         summary = processes.once(folder.read_summary)
-        if summary is not None:
+        if summary is not None and not longer:
             return summary
         if processes.once(lambda: has_checkpoint(folder.last)):
             checkpoint = processes.together(lambda: load_checkpoint(folder.last))
@@ -108,7 +137,9 @@ def _resume(
         else:
             data = processes.together(lambda: _load(config))
             trainer = _build(config, data, folder, reporter, processes)
-        trainer.reporter.say(f"going on with {folder.path} after step {trainer.progress.step}")
+        if config != recorded:
+            processes.once(lambda: folder.reopen(config.to_dict()))
+        trainer.reporter.say(f"resuming {folder.path} after step {trainer.progress.step}")
         evidence = provenance(trainer.fabric.device)  # of the code that runs, as it starts
         trainer.fit()
         return processes.once(lambda: _conclude(trainer, evidence))
@@ -138,7 +169,18 @@ def _with_full_paths(config: TrainConfig) -> TrainConfig:
     is_folder = wanted.name not in NAMED and folder.is_dir()
     name = str(folder.resolve()) if is_folder else wanted.name
     root = None if wanted.root is None else wanted.root.expanduser().resolve()
-    return replace(config, data=replace(wanted, name=name, root=root))
+    run = None if config.run is None else config.run.expanduser()
+    return replace(config, data=replace(wanted, name=name, root=root), run=run)
+
+
+def _with_fitting_warmup(config: TrainConfig) -> TrainConfig:
+    """Shorten a warm-up of more than half of the run to a tenth of it.
+
+    The learning rate of a short run would hardly come to its peak, or never.
+    """
+    if 2 * config.schedule.warmup_epochs <= config.epochs:
+        return config
+    return replace(config, schedule=replace(config.schedule, warmup_epochs=config.epochs / 10))
 
 
 def create_model(config: ModelConfig, data: ImageData) -> tuple[nn.Module, dict[str, Any]]:

@@ -1,0 +1,113 @@
+"""Changes of a run's settings between its last checkpoint and its continuation.
+
+A batch is a function of seed and step, so the settings that decide which images a step takes are
+fixed once a run has begun. The others may be changed, in ``config.yaml`` or beside ``--resume``.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from smallfry.errors import RunError, UsageError
+from smallfry.training.config import TrainConfig
+
+CHANGEABLE = (
+    *("epochs", "patience", "device", "workers", "threads", "resident", "checkpoint_seconds"),
+    *("progress", "data.name", "data.root"),
+)
+UNREPORTED = ("run", "progress", "checkpoint_seconds", "data.name", "data.root")
+
+
+class Change(NamedTuple):
+    """A setting that is another one than at the last checkpoint."""
+
+    name: str  # dotted, such as "optimizer.lr"
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.before} → {self.now}"
+
+
+def dotted(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Flatten nested settings to dotted names, one level deep."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        inner = value.items() if isinstance(value, dict) else [("", value)]
+        flat |= {f"{key}.{name}".rstrip("."): found for name, found in inner}
+    return flat
+
+
+def require_changeable(names: Iterable[str]) -> None:
+    """Make sure that settings may be given beside ``--resume``.
+
+    Raises:
+        UsageError: One can't be changed any more.
+    """
+    for name in names:
+        if name not in CHANGEABLE:
+            raise UsageError(
+                f"--resume uses the run's own settings, and {name} can't change any more: leave it "
+                f"out (may be given: {', '.join(CHANGEABLE)}), or start a new run"
+            )
+
+
+def with_changes(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
+    """Return a configuration with other values, which are given by dotted name."""
+    for name, value in changes.items():
+        group, _, inner = name.rpartition(".")
+        if group:
+            value = replace(getattr(config, group), **{inner: value})
+        config = replace(config, **{group or name: value})
+    return config
+
+
+def changes_since(before: Mapping[str, Any], config: TrainConfig) -> list[Change]:
+    """Return what has changed since a checkpoint was saved.
+
+    Args:
+        before: The settings of then, by dotted name.
+        config: The settings of now.
+
+    Raises:
+        RunError: One decides which images a step takes: epochs would repeat or be left out.
+    """
+    now = dotted(config.to_dict())
+    names = [name for name in (*before, *now) if name not in UNREPORTED]
+    changed = [
+        Change(name, before.get(name), now.get(name))
+        for name in dict.fromkeys(names)
+        if before.get(name) != now.get(name)
+    ]
+    fixed = next((c for c in changed if _decides_batches(c.name)), None)
+    if fixed is not None:
+        raise RunError(
+            f"config.yaml has {fixed.name} {fixed.now}, and the run was trained with "
+            f"{fixed.before} so far: images would repeat or be left out; write {fixed.before} "
+            "again, or start a new run"
+        )
+    return changed
+
+
+def require_whole_epochs(step: int, epochs: int, steps_per_epoch: int, where: str) -> None:
+    """Make sure that a saved position fits the number of steps that an epoch has now.
+
+    Args:
+        step: Steps done.
+        epochs: Epochs that have ended.
+        steps_per_epoch: By the settings of now.
+        where: For the error.
+
+    Raises:
+        RunError: It does not.
+    """
+    if step // steps_per_epoch != epochs:
+        raise RunError(
+            f"{where}: {epochs} epochs had ended after step {step}, and with this config.yaml "
+            f"they would be {step // steps_per_epoch}: batch_size or data are not those of the "
+            "run; restore the file that it was begun with, or start a new run"
+        )
+
+
+def _decides_batches(name: str) -> bool:
+    return name in ("batch_size", "seed") or name.startswith("data.")

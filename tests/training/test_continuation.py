@@ -1,0 +1,129 @@
+"""Settings of a run that change between its last checkpoint and its continuation."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from run_helpers import StopAt, assert_same_run, metrics
+
+from smallfry.errors import RunError, Stopped, UsageError
+from smallfry.training.checkpoint import load_checkpoint
+from smallfry.training.config import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from smallfry.training.continuation import (
+    changes_since,
+    dotted,
+    require_changeable,
+    with_changes,
+)
+from smallfry.training.train import resume, train
+
+
+def edit(run, **settings):
+    file = run / "config.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | settings))
+
+
+def test_a_run_that_has_ended_is_lengthened(variant, tmp_path):
+    run = tmp_path / "run"
+    short = train(variant(run=run, epochs=2))
+    before = metrics(run)
+    longer = resume(run, changes={"epochs": 3})
+    assert (short["measured"]["epochs"], longer["measured"]["epochs"]) == (2, 3)
+    assert metrics(run)[:2] == before
+    assert json.loads((run / "summary.json").read_text())["measured"]["epochs"] == 3
+    assert resume(run) == json.loads((run / "summary.json").read_text())  # it has ended again
+
+
+def test_a_lengthened_run_that_is_stopped_goes_on_exactly(variant, tmp_path):
+    for name in ("whole", "parted"):
+        train(variant(run=tmp_path / name, epochs=2))
+    resume(tmp_path / "whole", changes={"epochs": 4})
+    with pytest.raises(Stopped):
+        resume(tmp_path / "parted", StopAt(3), {"epochs": 4})
+    resume(tmp_path / "parted")
+    assert_same_run(tmp_path / "whole", tmp_path / "parted")
+
+
+def test_a_run_that_lost_patience_goes_on_with_more(variant, tmp_path):
+    run = tmp_path / "run"
+    frozen = {"optimizer": OptimizerConfig("sgd", lr=1e-12, weight_decay=0.0), "epochs": 4}
+    ended = train(variant(run=run, patience=1, **frozen))
+    assert ended["measured"]["epochs"] < 4
+    assert resume(run, changes={"patience": 9})["measured"]["epochs"] == 4
+
+
+@pytest.mark.parametrize("edited", [{"batch_size": 16}, {"seed": 5}])
+def test_an_edit_that_would_repeat_images_is_refused(variant, tmp_path, edited):
+    run = tmp_path / "run"
+    with pytest.raises(Stopped):
+        train(variant(run=run), StopAt(5))
+    edit(run, **edited)
+    name, value = next(iter(edited.items()))
+    with pytest.raises(RunError, match=rf"has {name} {value}, and the run was trained with"):
+        resume(run)
+
+
+def test_other_edits_are_reported(variant, tmp_path, capsys):
+    run = tmp_path / "run"
+    with pytest.raises(Stopped):
+        train(variant(run=run), StopAt(5))
+    edit(run, progress="plain", schedule={"warmup_epochs": 0.5, "min_lr": 0.0})
+    resume(run)
+    assert "changed settings: schedule.warmup_epochs" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes_and_has_its_position_checked(variant, tmp_path):
+    train(variant(run=tmp_path / "whole"))
+    with pytest.raises(Stopped):
+        train(variant(run=tmp_path / "parted"), StopAt(8))
+    last = tmp_path / "parted" / "last"
+    _forget_settings(last)
+    edit(tmp_path / "parted", batch_size=7)
+    with pytest.raises(RunError, match="batch_size or data are not those of the run"):
+        resume(tmp_path / "parted")
+    edit(tmp_path / "parted", batch_size=variant().batch_size)
+    resume(tmp_path / "parted")
+    assert_same_run(tmp_path / "whole", tmp_path / "parted")
+
+
+def _forget_settings(folder):
+    from smallfry.training.checkpoint import save_checkpoint
+
+    manifest, weights, trainer = load_checkpoint(folder)
+    del trainer["settings"]
+    kept = {k: v for k, v in manifest.items() if k not in ("format", "smallfry", "files", "digest")}
+    save_checkpoint(folder, kept, weights, trainer)
+
+
+def test_settings_are_saved_as_plain_data(variant, tmp_path):
+    train(variant(run=tmp_path / "run", epochs=1))
+    settings = torch.load(tmp_path / "run" / "last" / "trainer.pt", weights_only=True)["settings"]
+    assert settings["optimizer.name"] == "adamw"
+    assert json.loads(json.dumps(settings)) == settings
+
+
+def test_only_what_decides_no_batch_can_be_changed():
+    require_changeable(["epochs", "data.root", "workers"])
+    for name in ("batch_size", "seed", "data.limit", "optimizer.lr", "nonsense"):
+        with pytest.raises(UsageError, match=f"{name} can't change any more"):
+            require_changeable([name])
+    config = with_changes(TrainConfig(), {"epochs": 7, "data.name": "mnist"})
+    assert config == TrainConfig(DataConfig("mnist"), epochs=7)
+    saved = dotted(TrainConfig().to_dict())
+    assert changes_since(saved, TrainConfig(workers=2, progress="quiet")) == [
+        ("workers", None, 2),
+    ]
+    with pytest.raises(RunError, match=r"has data.limit 5, and .* with None so far"):
+        changes_since(saved, TrainConfig(DataConfig(limit=5)))
+
+
+@pytest.mark.parametrize(("asked", "epochs", "kept"), [(5.0, 2, 0.2), (1.0, 2, 1.0), (2, 3, 0.3)])
+def test_a_warm_up_of_most_of_the_run_is_shortened(variant, tmp_path, capsys, asked, epochs, kept):
+    run = tmp_path / "run"
+    schedule = ScheduleConfig(warmup_epochs=asked)
+    train(variant(run=run, epochs=epochs, schedule=schedule, progress="plain"))
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    assert settings["schedule"]["warmup_epochs"] == kept
+    line = f"warm-up shortened from {asked:g} to {kept:g} epochs"
+    assert (line in capsys.readouterr().out) == (asked != kept)
