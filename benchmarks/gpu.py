@@ -42,9 +42,9 @@ class Part(NamedTuple):
 PARTS = {
     "smoke": Part("gpu_smoke.py", 30, 150),
     "speed": Part("gpu_parts.py", 30, 150),
-    "accuracy": Part("gpu_parts.py", 90, 450, grace=30),
+    "accuracy": Part("gpu_parts.py", 90, 450, grace=15),
     "optimizers": Part("gpu_parts.py", 20, 75, reserved=60),
-    "rivals": Part("gpu_parts.py", 90, 600, grace=30),
+    "rivals": Part("gpu_parts.py", 90, 600, grace=15),
     "tests": Part("gpu_parts.py", 30, 200),
 }
 FIRST = ["smoke", "speed", "accuracy", "optimizers", "rivals"]
@@ -81,6 +81,7 @@ def run(part: str, seconds: float, arguments: argparse.Namespace) -> dict[str, A
     command += [f"--file={file}", f"--scratch={arguments.scratch}", f"--device={arguments.device}"]
     command += [f"--root={arguments.root}"] if arguments.root is not None else []
     command += ["--rehearse"] if arguments.rehearse else []
+    command += ["--eager"] if arguments.eager else []
     command += [f"--model={arguments.model}"] if arguments.model is not None else []
     began = time.monotonic()
     with open(arguments.out / "log.txt", "a") as log:
@@ -162,6 +163,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--model", help="of rivals, such as resnet18_cifar")
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/smallfry-gpu"))
+    parser.add_argument("--eager", action="store_true", help="compile nothing")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, at tiny sizes")
     arguments = parser.parse_args()
     if arguments.rehearse:

@@ -43,6 +43,7 @@ class Settings(NamedTuple):
     device: str
     root: Path | None
     rehearse: bool
+    eager: bool
     model: str | None
     check: str | None
 
@@ -62,6 +63,7 @@ def read_settings() -> Settings:
     parser.add_argument("--device", required=True)
     parser.add_argument("--root", type=Path)
     parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--eager", action="store_true")
     parser.add_argument("--model")
     parser.add_argument("--check")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
@@ -134,7 +136,7 @@ def recipe(settings: Settings, name: str, **changes: Any) -> TrainConfig:
     config = replace(
         config,
         device=settings.device,
-        compile=True,
+        compile=not settings.eager,
         references=False,
         progress="plain",
         data=cifar(settings, config.data),

@@ -44,7 +44,7 @@ DATASHEET = 989e12  # operations a second of an H100 in bfloat16, without sparsi
 PAPER_ACCURACY = 0.931  # reported, best test epoch of 1,000
 STRONG = AugmentConfig(crop_padding=4, flip=True, randaugment_ops=1, mixup=0.2, cutmix=1.0)
 RECIPES_BATCH = 128  # that the rates of recipes/short are for
-OVERHEAD = 50.0  # seconds of a run beside its epochs
+OVERHEAD = 55.0  # seconds beside the epochs: start, compilation, test, pictures, grace
 MOST_FILE = 15 * 2**20  # bytes of what is handed back in one file
 
 
@@ -220,10 +220,13 @@ def kernels(settings: Settings, data: ImageData) -> dict[str, Any]:
 
 
 def _device_time(event: Any) -> float:
-    """Microseconds of kernels alone: what calls them would count them twice."""
+    """Microseconds of kernels alone: what calls or marks them would count them twice."""
     from torch.autograd import DeviceType
 
-    return float(event.self_device_time_total) if event.device_type == DeviceType.CUDA else 0.0
+    marks = ("Optimizer.", "##", "Torch-Compiled", "ProfilerStep")
+    marked = getattr(event, "is_user_annotation", False) or event.key.startswith(marks)
+    is_kernel = event.device_type == DeviceType.CUDA and not marked
+    return float(event.self_device_time_total) if is_kernel else 0.0
 
 
 # Accuracy
@@ -250,8 +253,7 @@ def _train_for(settings: Settings, record: Record, form: TrainConfig, epoch: flo
     """Choose the epochs, train, test."""
     data = replace(form.data, validation=0.05)  # more to train on
     epoch *= (1 - data.validation) / (1 - form.data.validation)
-    # beside the start, compilation, the test and pictures, and a twentieth for what drifts
-    seconds = 0.95 * (settings.left - OVERHEAD)
+    seconds = 0.95 * (settings.left - OVERHEAD)  # a twentieth for what drifts
     epochs = 2 if settings.rehearse else max(2, math.floor(seconds / epoch))
     assert form.optimizer.lr is not None
     lr = form.optimizer.lr * math.sqrt(form.batch_size / RECIPES_BATCH)
@@ -416,7 +418,8 @@ PARTS = {each.__name__: each for each in (speed, accuracy, optimizers, rivals, t
 
 def main() -> int:
     settings = read_settings()
-    signal.signal(signal.SIGTERM, _end)
+    # training stops and saves by a handler of its own; what follows it may use the grace
+    signal.signal(signal.SIGTERM, lambda *_: None)
     record = Record(settings)
     record["device"] = _device(settings)
     try:
@@ -425,11 +428,6 @@ def main() -> int:
         record["error"] = f"{traceback.format_exc()}\n{error!r}"
         raise
     return int(record.failed)
-
-
-def _end(number: int, _: Any) -> None:
-    """Outside training, where a run is stopped by it, the signal ends the part."""
-    os._exit(128 + number)
 
 
 def _device(settings: Settings) -> dict[str, Any]:

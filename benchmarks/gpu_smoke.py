@@ -383,6 +383,7 @@ def _start(settings: Settings, name: str, folder: Path) -> "subprocess.Popen[byt
     command += [f"--root={settings.root}"] if settings.root is not None else []
     command += ["--rehearse"] if settings.rehearse else []
     threads = {"OMP_NUM_THREADS": "1" if settings.rehearse else "4"}
+    threads["TORCHINDUCTOR_COMPILE_THREADS"] = "8"  # of each of four that compile
     fixed = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if "resumption" in name else {}
     return subprocess.Popen(command, env=os.environ | threads | fixed)
 
