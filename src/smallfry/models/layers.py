@@ -32,8 +32,8 @@ def end_to_end(
         for tensors in zip(*parts, strict=True)
     )
     sizes = [part.rows.shape[1] for part in parts]
-    start, stop, _ = keep.indices(len(parts))
-    return rows, qkv, slice(sum(sizes[:start]), sum(sizes[:stop]))
+    kept = list(range(len(parts)))[keep]  # not every torch.compile knows slice.indices
+    return rows, qkv, slice(sum(sizes[: kept[0]]), sum(sizes[: kept[-1] + 1]))
 
 
 class Layer(nn.Module):

@@ -115,15 +115,21 @@ class Normalize:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images (..., channels, height, width)."""
-        scale, shift = self.scale.to(images.device), self.shift.to(images.device)
+        scale, shift = beside(images, self.scale), beside(images, self.shift)
         return images.to(torch.float32).mul_(scale).add_(shift)
+
+
+def beside(images: Tensor, drawn: Tensor) -> Tensor:
+    """A few numbers of the CPU, where the images are; a GPU is not waited for."""
+    # CUDA takes pageable memory in before it returns, so the numbers may be freed
+    return drawn.to(images.device, non_blocking=images.is_cuda)
 
 
 def random_crop(images: Tensor, padding: int, place: Place | None = None) -> Tensor:
     """Images of the same size, cut out of the black-bordered ones anywhere."""
     count, _, height, width = images.shape
     place = place or whole(images)
-    top, left = place.own(torch.randint(2 * padding + 1, (2, place.total))).to(images.device)
+    top, left = beside(images, place.own(torch.randint(2 * padding + 1, (2, place.total))))
     windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
     return windows[torch.arange(count, device=images.device), :, top, left]
 
@@ -131,7 +137,7 @@ def random_crop(images: Tensor, padding: int, place: Place | None = None) -> Ten
 def random_flip(images: Tensor, place: Place | None = None) -> Tensor:
     """Images, half of them mirrored."""
     place = place or whole(images)
-    mirrored = (place.own(torch.rand(place.total)) < 0.5).to(images.device)
+    mirrored = beside(images, place.own(torch.rand(place.total)) < 0.5)
     return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
 
 
@@ -143,11 +149,11 @@ def apply_one_of(
     choice = place.own(torch.randint(len(operations), (place.total,)))
     order = choice.argsort(stable=True)
     counts = torch.bincount(choice, minlength=len(operations)).tolist()
-    groups = torch.split(images[order.to(images.device)], counts)
+    groups = torch.split(images[beside(images, order)], counts)
     done = [
         operation(group) for operation, group in zip(operations, groups, strict=True) if len(group)
     ]
-    return torch.cat(done)[order.argsort().to(images.device)]
+    return torch.cat(done)[beside(images, order.argsort())]
 
 
 def rand_augment_operations(magnitude: int, size: int) -> list[Operation]:

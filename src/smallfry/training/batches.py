@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from smallfry.data import ImageData, Split
 from smallfry.data.stream import ShardPixels
 from smallfry.errors import DataError, UsageError
-from smallfry.training.augment import Augment
+from smallfry.training.augment import Augment, beside
 from smallfry.training.objective import Batch
 from smallfry.training.processes import share_of
 from smallfry.training.started import launch
@@ -70,7 +70,7 @@ class TrainBatches(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         epoch, position = divmod(step, self.steps_per_epoch)
         rows = self._order_of(epoch)[position * self.batch_size + self.place.rows]
-        chosen = self.split.take(rows.to(self.split.rows.device))
+        chosen = self.split.take(beside(self.split.rows, rows))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.seed, 1, step))
             return self.augment(chosen.images, chosen.labels, self.place)

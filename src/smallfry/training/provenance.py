@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from smallfry.version import __version__
+
 LIBRARIES = ("torch", "torchvision", "timm", "lightning", "datasets", "scikit-learn")
 
 
@@ -19,7 +21,7 @@ def provenance(device: torch.device) -> dict[str, object]:
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": _commit(),
         "device": _device_name(device),
-        "versions": {"smallfry": version("smallfry"), "python": platform.python_version()}
+        "versions": {"smallfry": __version__, "python": platform.python_version()}
         | {name: version(name) for name in LIBRARIES},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

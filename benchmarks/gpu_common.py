@@ -1,0 +1,214 @@
+"""What the parts of benchmarks/gpu.py share: their settings, their record, the data."""
+
+import argparse
+import functools
+import gc
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from gpu import write
+
+from smallfry.data import ImageData, Split
+from smallfry.training import train as training
+from smallfry.training.checkpoint import load_checkpoint
+from smallfry.training.config import DataConfig, ModelConfig, TrainConfig, read_config
+from smallfry.training.loop import Trainer
+from smallfry.training.processes import start
+from smallfry.training.progress import QuietReporter, Reporter
+from smallfry.training.run import RunFolder
+
+HERE = Path(__file__).parents[1]
+RECIPES = HERE / "recipes" / "short"
+TINY = {"embed_dim": 32, "num_heads": 2, "mlp_hidden_dim": 32, "depth": 1, "latent_steps": 1}
+LONGEST = 6000  # characters of an error
+
+
+class Settings(NamedTuple):
+    """What a part was told."""
+
+    part: str
+    until: float  # by time.time()
+    file: Path
+    scratch: Path
+    device: str
+    root: Path | None
+    rehearse: bool
+    eager: bool
+    model: str | None
+    check: str | None
+
+    @property
+    def left(self) -> float:
+        """Seconds until the part has to be over."""
+        return self.until - time.time()
+
+
+def read_settings() -> Settings:
+    """The settings on the command line of a part; a rehearsal compiles without Inductor."""
+    parser = argparse.ArgumentParser(description="A part of benchmarks/gpu.py, which starts it.")
+    parser.add_argument("part")
+    parser.add_argument("--until", type=float, required=True)
+    parser.add_argument("--file", type=Path, required=True)
+    parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--root", type=Path)
+    parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--model")
+    parser.add_argument("--check")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    settings = Settings(**vars(parser.parse_args()))
+    if settings.rehearse:
+        torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    return settings
+
+
+class Record:
+    """The figures of a part, rewritten after each."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.file = settings.file
+        self.found: dict[str, Any] = {}
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.found[name] = value
+        write(self.file, self.found)
+
+    def attempt(self, name: str, do: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+        """What it gives, with the seconds it took; an error is recorded, and None."""
+        began = time.monotonic()
+        found: dict[str, Any] | None = None
+        try:
+            found = do()
+            self[name] = found | {"took": round(time.monotonic() - began, 2)}
+        except Exception:
+            told = traceback.format_exc()
+            print(told, file=sys.stderr, flush=True)
+            self[name] = {"error": told[-LONGEST:], "took": round(time.monotonic() - began, 2)}
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return found
+
+    @property
+    def failed(self) -> bool:
+        """Whether an attempt raised."""
+        return any(isinstance(v, dict) and "error" in v for v in self.found.values())
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def fit(
+    config: TrainConfig,
+    data: ImageData,
+    reporter: Reporter | None = None,
+    checkpoint: Path | None = None,
+) -> Trainer:
+    """The product's loop, from the beginning or a checkpoint; without the test that ends a run."""
+    assert config.run is not None
+    config.run.mkdir(parents=True, exist_ok=True)
+    processes = start(config.device, config.precision, config.strategy)
+    folder = RunFolder(config.run)
+    trainer = training._build(config, data, folder, reporter or QuietReporter(), processes)
+    if checkpoint is not None:
+        training._restore(trainer, load_checkpoint(checkpoint))
+    trainer.fit()
+    return trainer
+
+
+def recipe(settings: Settings, name: str, **changes: Any) -> TrainConfig:
+    """A recipe of recipes/short on the device, with the images where they are here."""
+    config = read_config(RECIPES / f"{name}.yaml")
+    config = replace(
+        config,
+        device=settings.device,
+        compile=not settings.eager,
+        references=False,
+        progress="plain",
+        data=cifar(settings, config.data),
+    )
+    config = replace(config, **changes)
+    return smaller(config) if settings.rehearse else config
+
+
+def smaller(config: TrainConfig) -> TrainConfig:
+    """The same at the size of a rehearsal."""
+    name = config.model.name
+    model = replace(config.model, options=TINY) if name.startswith("vitrm") else config.model
+    if name.startswith("cct"):
+        model = ModelConfig("cct_2_3x2_32")
+    return replace(
+        config,
+        model=model,
+        data=replace(config.data, limit=200),
+        batch_size=min(config.batch_size // 8, 64),
+        precision="32-true",
+        workers=None if config.resident is None else 1,
+    )
+
+
+def cifar(settings: Settings, wanted: DataConfig) -> DataConfig:
+    """Where CIFAR-10 can be read: its parquet files, or folders of the images in them."""
+    folders = settings.scratch / "folders"
+    if folders.is_dir():
+        return replace(wanted, name=str(folders), root=None)
+    return replace(wanted, root=settings.root)
+
+
+def readable(settings: Settings) -> dict[str, Any]:
+    """Decode CIFAR-10, once; should its tables be unreadable here, write them as folders."""
+    began = time.monotonic()
+    found: dict[str, Any] = {}
+    try:
+        data = training.load_config_data(cifar(settings, DataConfig("cifar10")))
+    except Exception:
+        found["instead of parquet"] = traceback.format_exc()[-LONGEST:]
+        assert settings.root is not None
+        as_folders(settings.root, settings.scratch / "folders")
+        data = training.load_config_data(cifar(settings, DataConfig("cifar10")))
+    counts = f"{len(data.train)} + {len(data.validation)} to train, {len(data.test)} to test"
+    return found | {"brief": f"{counts}, decoded in {time.monotonic() - began:.1f} s"}
+
+
+def as_folders(root: Path, folder: Path) -> None:
+    """Write the images of parquet files into one folder per class, encoded as they are."""
+    import pyarrow.parquet
+
+    part = folder.with_name(f"{folder.name}.part")
+    for file in sorted(root.glob("*.parquet")):
+        table = pyarrow.parquet.read_table(file)
+        columns = {"img", "image"} & set(table.column_names)
+        images, labels = table.column(columns.pop()), table.column("label")
+        for row, (image, label) in enumerate(zip(images, labels, strict=True)):
+            place = part / file.name.partition("-")[0] / str(label)
+            place.mkdir(parents=True, exist_ok=True)
+            encoded = image["bytes"].as_py()
+            kind = "webp" if encoded[:4] == b"RIFF" else "png"
+            (place / f"{file.stem}-{row}.{kind}").write_bytes(encoded)
+    os.replace(part, folder)
+
+
+def noise(settings: Settings, count: int = 20_480) -> ImageData:
+    """Random images in the place of CIFAR-10: only times count."""
+    count = 256 if settings.rehearse else count
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(10, (count,), generator=generator)
+    rows = torch.arange(count)
+    few = Split(pixels, rows[:64], labels[:64])
+    names = tuple(map(str, range(10)))
+    return ImageData("noise", "noise", names, 32, 3, Split(pixels, rows, labels), few, few)

@@ -1,0 +1,18 @@
+from importlib import metadata
+
+import torch
+
+from smallfry import __version__
+from smallfry.training import provenance
+
+
+def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch):
+    def installed(name):
+        if name == "smallfry":
+            raise metadata.PackageNotFoundError(name)
+        return metadata.version(name)
+
+    monkeypatch.setattr(provenance, "version", installed)
+    found = provenance.provenance(torch.device("cpu"))
+    assert found["versions"]["smallfry"] == __version__
+    assert found["versions"]["torch"] == metadata.version("torch")
