@@ -5,6 +5,7 @@ import signal
 import socket
 import sys
 import tempfile
+from pathlib import Path
 
 import httpx
 import pytest
@@ -35,7 +36,7 @@ def test_a_signal_stops_it_and_nothing_stays(model, monkeypatch, capsys, tmp_pat
     before = signal.getsignal(number)
     assert main(["demo", model, "--host", "0.0.0.0", "--port", "0", "--open"]) == 0
     [(address, status, folders)] = opened
-    assert (status, folders) == (200, 0)  # nothing is written
+    assert (status, folders) == (200, 1)
     said = capsys.readouterr().out
     assert address in said
     assert "everyone who reaches this machine" in said
@@ -88,10 +89,15 @@ def test_without_gradio_it_says_how_to_get_it(model, monkeypatch):
 
 def test_the_environment_is_as_it_was(model, monkeypatch):
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "0")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "elsewhere")
     monkeypatch.delenv("GRADIO_ANALYTICS_ENABLED", raising=False)
     with serving([model]):
+        folder = Path(os.environ["GRADIO_TEMP_DIR"])
+        assert folder.stat().st_mode & 0o077 == 0
         assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
         assert os.environ["HF_HUB_DISABLE_TELEMETRY"] in ("1", "True")  # Gradio sets it too
+    assert not folder.exists()
+    assert os.environ["GRADIO_TEMP_DIR"] == "elsewhere"
     assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "0"
     assert "GRADIO_ANALYTICS_ENABLED" not in os.environ
 

@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import socket
+import tempfile
 import threading
 import time
 import webbrowser
@@ -61,7 +62,7 @@ def serving(
 ) -> Iterator[str]:
     """The page's address, for as long as it is served; see ``serve``."""
     models = [(str(run), load_trained(run, checkpoint)) for run in runs]
-    with _listening(host, port) as listener, _without_telemetry():
+    with _listening(host, port) as listener, _private_folder():
         try:
             from smallfry.demo.application import build_application
         except ModuleNotFoundError as error:
@@ -154,18 +155,24 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
 
 
 @contextmanager
-def _without_telemetry() -> Iterator[None]:
-    wanted = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+def _private_folder() -> Iterator[None]:
+    """A folder for what Gradio may write, gone with the server; Gradio's telemetry is off."""
+    with tempfile.TemporaryDirectory(prefix="smallfry-demo-") as folder:
+        wanted = {
+            "GRADIO_TEMP_DIR": folder,
+            "GRADIO_ANALYTICS_ENABLED": "False",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+        before = {name: os.environ.get(name) for name in wanted}
+        os.environ.update(wanted)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
 
 
 def _address(listener: socket.socket) -> str:
