@@ -9,7 +9,7 @@ import json
 import os
 import sys
 
-import smallfry.demo.application  # noqa: F401  the record is of what comes after all imports
+import smallfry.demo.serve  # noqa: F401  the record is of what comes after most imports
 from smallfry.cli import main
 
 RECORD = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -18,16 +18,19 @@ PATIENCE = 60  # seconds that a test waits for what comes much sooner
 
 
 @contextlib.contextmanager
-def server(monkeypatch, answer=b"ok", finished=None, **bounds):
+def server(monkeypatch, finished=None, **bounds):
     """The address of a server whose bounds are other ones."""
     for name, value in bounds.items():
         monkeypatch.setattr(BoundedConnection, name, value)
 
     async def application(scope, receive, send):
         try:
+            while (await receive()).get("more_body"):
+                pass
             await send({"type": "http.response.start", "status": 200, "headers": []})
-            for begin in range(0, len(answer), 2**16):
-                piece = answer[begin : begin + 2**16]
+            length = LONG if scope["path"] == "/long" else 2
+            for begin in range(0, length, 2**16):
+                piece = b"ok" * ((min(length - begin, 2**16)) // 2)
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
         finally:
@@ -43,10 +46,12 @@ def connect(address):
 
 
 def is_cut_off(connection):
-    """Wait for the end of a connection on which nothing is answered."""
+    """Wait for the end of a connection on which no whole answer comes."""
+    received = 0
     with contextlib.suppress(ConnectionResetError):
-        return connection.recv(1) == b""
-    return True
+        while chunk := connection.recv(2**20):
+            received += len(chunk)
+    return received < LONG
 
 
 def answered(connection):
@@ -85,22 +90,30 @@ def test_a_connection_that_was_kept_alive_has_the_same_deadline(monkeypatch):
 
 def test_an_answer_that_is_not_read_is_given_up(monkeypatch):
     finished = threading.Event()
-    opened = server(monkeypatch, b"x" * LONG, finished, request_seconds=0.3)
+    opened = server(monkeypatch, finished, request_seconds=0.3)
     with opened as address, connect(address) as connection:
-        connection.sendall(REQUEST)
+        connection.sendall(REQUEST.replace(b"/ ", b"/long "))
         assert finished.wait(PATIENCE)
-        received = 0
-        with contextlib.suppress(ConnectionResetError):
-            while chunk := connection.recv(2**20):
-                received += len(chunk)
-        assert received < LONG
+        assert is_cut_off(connection)
 
 
-def test_idle_connections_keep_nobody_out(monkeypatch):
+@pytest.mark.parametrize(
+    "begun",
+    [
+        b"",
+        b"GET / HT",
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nx",
+        b"GET /long HTTP/1.1\r\nHost: x\r\n\r\n",
+    ],
+)
+def test_clients_who_neither_send_nor_read_keep_nobody_out(monkeypatch, begun):
     with server(monkeypatch, most_connections=5) as address:
-        idle = [connect(address) for _ in range(30)]
+        late = []
+        for _ in range(30):
+            late.append(connect(address))
+            late[-1].sendall(begun)
         with connect(address) as connection:
             assert answered(connection)
-        assert all(is_cut_off(one) for one in idle[:20])
-        for one in idle:
+        assert all(is_cut_off(one) for one in late[:20])
+        for one in late:
             one.close()

@@ -13,8 +13,8 @@ class BoundedConnection(H11Protocol):
     """A connection of uvicorn's that is cut off when its request or its reader takes too long.
 
     uvicorn by itself waits for ever for a first request, for the rest of a begun one and for a
-    client to read an answer. A connection too many cuts off the one that has gone longest without
-    a request, so that idle ones can't keep others out.
+    client to read an answer. A connection too many cuts off the oldest of those whose client is to
+    send or read something, so that clients who don't can't keep others out.
     """
 
     head_seconds = HEAD_SECONDS
@@ -24,13 +24,13 @@ class BoundedConnection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request."""
         super().connection_made(transport)
-        self._idle_since: float | None = self.loop.time()  # None while a request is answered
+        self._since = self.loop.time()  # the last answer, or the beginning
         self._arriving = True  # a request's head
         self._deadline = self.loop.call_later(self.head_seconds, self.cut_off)
         if len(self.connections) > self.most_connections:
-            others = (other for other in self.connections if isinstance(other, BoundedConnection))
-            idle = {other: other._idle_since for other in others if other._idle_since is not None}
-            min(idle, key=lambda other: idle[other]).cut_off()
+            others = [other for other in self.connections if isinstance(other, BoundedConnection)]
+            late = [other for other in others if other._waits_for_client()]
+            min(late, key=lambda other: other._since).cut_off()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the deadline."""
@@ -39,7 +39,7 @@ class BoundedConnection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Take bytes; the first ones of a request give the rest of its head a deadline."""
-        if self._idle_since is not None and not self._arriving:
+        if self._is_between_requests() and not self._arriving:
             self._arriving = True
             self._allow(self.head_seconds)
         super().data_received(data)
@@ -49,12 +49,12 @@ class BoundedConnection(H11Protocol):
         before = self.cycle
         super().handle_events()
         if self.cycle is not before:
-            self._idle_since, self._arriving = None, False
+            self._arriving = False
             self._allow(self.request_seconds)
 
     def on_response_complete(self) -> None:
         """Wait for the next request, and for the client to read the answer."""
-        self._idle_since = self.loop.time()
+        self._since = self.loop.time()
         self._allow(self.request_seconds)
         super().on_response_complete()
 
@@ -62,6 +62,12 @@ class BoundedConnection(H11Protocol):
         """End the connection at once, whatever is still to be sent."""
         self.connections.discard(self)
         self.transport.abort()
+
+    def _is_between_requests(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _waits_for_client(self) -> bool:
+        return self._is_between_requests() or self.cycle.more_body or self.flow.write_paused
 
     def _allow(self, seconds: float) -> None:
         self._deadline.cancel()
