@@ -147,6 +147,18 @@ def test_an_answer_keeps_nobody_from_the_page(run, slow):
         assert asking.answer()[0] == 200
 
 
+def test_an_error_inside_is_printed_where_the_server_runs(run, monkeypatch, capsys):
+    def fail(models, image, name):
+        raise ValueError("a fault of ours")
+
+    monkeypatch.setattr(answers, "answer", fail)
+    with serving([str(run)]) as address:
+        status, said = Asking(address).answer()
+        assert (status, "please report it" in said) == (500, True)
+        assert "a fault" not in said
+    assert "ValueError: a fault of ours" in capsys.readouterr().err
+
+
 # The page
 
 

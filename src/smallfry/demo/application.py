@@ -1,9 +1,12 @@
 """The demo as an ASGI application: Gradio's page and the routes that answer, behind the guard."""
 
+import traceback
 from collections.abc import Collection, Sequence
 
 import gradio as gr
 from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
 
 from smallfry.demo.answers import MOST_BYTES, Answering, Shown
 from smallfry.demo.examples import Example
@@ -30,7 +33,7 @@ def build_application(
     shown = [Shown(*model) for model in models]
     routes = Answering(shown, examples).routes()
     app = gr.mount_gradio_app(
-        FastAPI(openapi_url=None, routes=routes),
+        FastAPI(openapi_url=None, routes=routes, exception_handlers={Exception: _report}),
         build_page(shown, examples),
         path="/",
         app_kwargs={"openapi_url": None},
@@ -47,3 +50,8 @@ def build_application(
     )
     uploads = {f"/examples/{number}": 0 for number in range(len(examples))}
     return Guard(app, {*OWN_PAGES, *page_files()}, {"/look": MOST_BYTES} | uploads, hosts)
+
+
+async def _report(request: Request, error: Exception) -> PlainTextResponse:
+    traceback.print_exception(error)
+    return PlainTextResponse("an error inside smallfry; please report it", 500)

@@ -103,7 +103,7 @@ def _running(app: Any, listener: socket.socket) -> Iterator[None]:
         lifespan="off",  # Gradio would start a queue, for functions that there are none of
         proxy_headers=False,
         server_header=False,
-        log_level="error",
+        log_level="critical",
         timeout_graceful_shutdown=STOP_SECONDS,
     )
     server = uvicorn.Server(config)
