@@ -5,6 +5,7 @@ are registered when timm is imported, before or after smallfry, and nothing here
 before it is asked for: a device that only runs exports (``smallfry.deploy.Runtime``) does without.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from smallfry.costing import Cost, cost
 
 __all__ = ["Cost", "__version__", "cost", "models", "optim"]
+
+# ONNX Runtime's own builds report to their makers, from its import on, unless told before.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {"Cost": "smallfry.costing", "cost": "smallfry.costing"}
 

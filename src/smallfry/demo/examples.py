@@ -1,6 +1,7 @@
 """A few images to try, out of what a run was trained on, where that is at hand."""
 
-from pathlib import Path
+from io import BytesIO
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -14,13 +15,19 @@ WANTED = 8
 EMBEDDED = ("digits",)  # needs neither the net nor a folder that may be gone or huge
 
 
-def write_examples(trained: TrainedModel, run: str, folder: Path) -> list[Path]:
-    """Write the test images that a model is least sure of as PNGs; none if they are not at hand.
+class Example(NamedTuple):
+    """An image to try."""
+
+    name: str
+    png: bytes
+
+
+def find_examples(trained: TrainedModel, run: str) -> list[Example]:
+    """The test images that a model is least sure of; none if they are not at hand.
 
     Args:
         trained: The model.
         run: Its run folder, which says what its test images are.
-        folder: Is made.
     """
     if trained.manifest.get("data", {}).get("name") not in EMBEDDED:
         return []
@@ -29,11 +36,11 @@ def write_examples(trained: TrainedModel, run: str, folder: Path) -> list[Path]:
     except SmallfryError:  # such as a checkpoint without its run folder
         return []
     logits, labels = predict(trained.model, split, trained.normalize)[:2]
-    folder.mkdir(parents=True)
-    files = []
+    examples = []
     for i in interesting(logits, labels, WANTED).tolist():
-        file = folder / f"a {trained.classes[int(labels[i])]}, no. {i}.png"
         pixels = split.pixels[split.rows[i]].numpy()
-        Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(file)
-        files.append(file)
-    return files
+        image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+        file = BytesIO()
+        image.save(file, "png")
+        examples.append(Example(f"a {trained.classes[int(labels[i])]}, no. {i}", file.getvalue()))
+    return examples

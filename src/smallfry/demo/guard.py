@@ -1,6 +1,15 @@
-"""What stands between the net and the page: bounded requests, and no way out."""
+"""ASGI middleware between the net and the page: a list of what can be asked, and its bounds."""
 
-from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
+import asyncio
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Mapping,
+    MutableMapping,
+)
+from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -9,82 +18,204 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
+BODY_SECONDS = 30.0  # for a request's body to arrive in
+MOST_HELD = 64 * 2**20  # bytes of all bodies and unread answers together
+PIECE_BYTES = 2**16  # of an answer
+UPLOAD_TYPE = b"application/octet-stream"  # one that other sites can't send without being asked
+
+# Headers that the page needs to see. Gradio believes those of proxies, and answers ranges.
+PASSED = frozenset({b"host", b"accept-encoding", b"if-none-match", b"if-modified-since"})
+
 # Gradio's page makes functions of strings and styles of its own; what matters is 'self': a browser
 # refuses to ask any other host for anything.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
-    "worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'; "
+    "worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'none'; "
     "frame-ancestors 'none'"
 )
 HEADERS = {
     b"content-security-policy": POLICY.encode(),
-    b"x-content-type-options": b"nosniff",
+    b"cross-origin-opener-policy": b"same-origin",
+    b"cross-origin-resource-policy": b"same-origin",
     b"referrer-policy": b"no-referrer",
+    b"x-content-type-options": b"nosniff",
 }
 
 
+class _Refused(Exception):
+    """A status, and a text for people."""
+
+
 class Guard:
-    """ASGI middleware: refuses large requests, and forbids the page to ask other hosts.
+    """ASGI middleware: only listed requests of the page's own site pass, whole and in bounds.
 
     Args:
-        app: What is guarded.
-        most_bytes: Of a request's body.
+        app: The application behind it.
+        pages: Paths that can be got. Their queries and all headers but a few are left out.
+        uploads: Paths that can be posted to, with the most bytes of a body.
         hosts: Names that the page is asked for by; default any. On loopback this keeps out other
             sites, which may give a name of theirs this machine's address (DNS rebinding).
+        seconds: For a body to arrive in.
+        most_held: Bytes of all bodies and unread answers together; while there are more, no body
+            is taken.
     """
 
-    def __init__(self, app: App, most_bytes: int, hosts: Collection[str] | None = None) -> None:
+    def __init__(
+        self,
+        app: App,
+        pages: Collection[str],
+        uploads: Mapping[str, int],
+        hosts: Collection[str] | None = None,
+        seconds: float = BODY_SECONDS,
+        most_held: int = MOST_HELD,
+    ) -> None:
         self.app = app
-        self.most_bytes = most_bytes
+        self.pages = pages
+        self.uploads = uploads
         self.hosts = hosts
+        self.seconds = seconds
+        self.most_held = most_held
+        self.held = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        """Serve one connection."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers = dict(scope["headers"])
-        if self.hosts is not None and _host(headers) not in self.hosts:
-            await _refuse(send, 421, "this page is served to its own machine only")
-            return
-        declared = headers.get(b"content-length", b"0")
-        if not declared.isdigit() or int(declared) > self.most_bytes:
-            await _refuse(send, 413, f"at most {self.most_bytes:,} bytes are taken")
-            return
-        received, refused = 0, False
+        """Serve one request."""
+        try:
+            self._check(scope)
+            async with self._body(scope, receive) as body:
+                await self.app(self._passed(scope), _replay(body, receive), self._paced(send))
+        except _Refused as refused:
+            await _refuse(send, *refused.args)
+        except ConnectionError:  # gone before it was understood
+            pass
 
-        async def counted() -> Message:
-            nonlocal received, refused
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received <= self.most_bytes:
-                return message
-            if not refused:  # a body that did not say how long it is
-                refused = True
-                await _refuse(send, 413, f"at most {self.most_bytes:,} bytes are taken")
-            return {"type": "http.disconnect"}
+    def _check(self, scope: MutableMapping[str, Any]) -> None:
+        headers = scope["headers"]
+        if self.hosts is not None and _host(_value(headers, b"host")) not in self.hosts:
+            raise _Refused(421, "this page is served to its own machine only")
+        method, path = scope["method"], scope["path"]
+        link = method == "GET" and path == "/" and _value(headers, b"sec-fetch-dest") == b"document"
+        if not _same_site(headers) and not link:
+            raise _Refused(403, "other sites can't use this page")
+        if method == "GET" and path in self.pages:
+            return
+        if path not in self.uploads:
+            raise _Refused(404, "not a part of this page")
+        if method != "POST":
+            raise _Refused(405, "this can only be posted to")
+        if _value(headers, b"content-type") != UPLOAD_TYPE:
+            raise _Refused(415, f"a body is {UPLOAD_TYPE.decode()}")
 
-        async def headed(message: Message) -> None:
-            if refused:
-                return
+    @asynccontextmanager
+    async def _body(
+        self, scope: MutableMapping[str, Any], receive: Receive
+    ) -> AsyncIterator[bytes]:
+        """The whole body of a request, which counts as held until it is answered."""
+        most = self.uploads.get(scope["path"], 0)
+        declared = _value(scope["headers"], b"content-length") or b"0"
+        if not declared.isdigit() or int(declared) > most:
+            raise _Refused(413, f"at most {most:,} bytes are taken")
+        chunks, length = [], 0
+        try:
+            async with _deadline(self.seconds):
+                async for chunk in _chunks(receive):
+                    length += len(chunk)
+                    self.held += len(chunk)
+                    if length > most:  # of a body that declared no length
+                        raise _Refused(413, f"at most {most:,} bytes are taken")
+                    if self.held > self.most_held:
+                        raise _Refused(503, "too many images are being sent; try it again")
+                    chunks.append(chunk)
+            body = b"".join(chunks)
+            chunks.clear()
+            yield body
+        finally:
+            self.held -= length
+
+    def _paced(self, send: Send) -> Send:
+        """Add headers to an answer, and send it in pieces, each after the client took the last.
+
+        What a client does not read would lie in memory otherwise. It counts as held.
+        """
+
+        async def paced(message: Message) -> None:
             if message["type"] == "http.response.start":
                 names = {name.lower() for name, _ in message.get("headers", [])}
                 added = [(name, value) for name, value in HEADERS.items() if name not in names]
-                message["headers"] = [*message.get("headers", []), *added]
-            await send(message)
+                await send({**message, "headers": [*message.get("headers", []), *added]})
+                return
+            body, more = message.get("body", b""), message.get("more_body", False)
+            self.held += len(body)
+            try:
+                for begin in range(0, len(body), PIECE_BYTES):
+                    piece = body[begin : begin + PIECE_BYTES]
+                    await send({"type": message["type"], "body": piece, "more_body": True})
+            finally:
+                self.held -= len(body)
+            if not more:
+                await send({"type": message["type"], "body": b"", "more_body": False})
 
-        await self.app(scope, counted, headed)
+        return paced
+
+    def _passed(self, scope: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        """What the application sees of a request."""
+        headers = [(name, value) for name, value in scope["headers"] if name in PASSED]
+        query = b"" if scope["method"] == "GET" else scope["query_string"]
+        return {**scope, "headers": headers, "query_string": query}
 
 
-def _host(headers: Mapping[bytes, bytes]) -> str | None:
+@asynccontextmanager
+async def _deadline(seconds: float) -> AsyncIterator[None]:
     try:
-        return urlsplit("//" + headers.get(b"host", b"").decode()).hostname
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise _Refused(408, f"the body did not arrive within {seconds:g} s") from None
+
+
+async def _chunks(receive: Receive) -> AsyncIterator[bytes]:
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] != "http.request":
+            raise ConnectionError
+        yield message.get("body", b"")
+        more = message.get("more_body", False)
+
+
+def _value(headers: Collection[tuple[bytes, bytes]], name: bytes) -> bytes:
+    """All values of a header, joined as HTTP does."""
+    return b", ".join(value for key, value in headers if key == name)
+
+
+def _host(host: bytes) -> str | None:
+    try:
+        return urlsplit(f"//{host.decode()}").hostname
     except ValueError:
         return None
 
 
+def _same_site(headers: Collection[tuple[bytes, bytes]]) -> bool:
+    """False for a request that a browser sends for another site, or for another port."""
+    if _value(headers, b"sec-fetch-site") not in (b"", b"same-origin", b"none"):
+        return False
+    if not (origin := _value(headers, b"origin")):
+        return True
+    _, _, host = origin.partition(b"://")
+    return host.lower() == _value(headers, b"host").lower()
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """The body as one message, and then what comes after it."""
+    waiting = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replayed() -> Message:
+        return waiting.pop() if waiting else await receive()
+
+    return replayed
+
+
 async def _refuse(send: Send, status: int, text: str) -> None:
-    headers = [(b"content-type", b"text/plain"), (b"connection", b"close")]
+    headers = [(b"content-type", b"text/plain"), (b"connection", b"close"), *HEADERS.items()]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": text.encode()})

@@ -1,51 +1,55 @@
-"""The page of the demo, in Gradio: an image in, one panel for each model."""
+"""The page of the demo, in Gradio: an image in, one panel for each model.
 
-import time
-from collections.abc import Iterator, Sequence
-from functools import partial
+Gradio draws the page and nothing else: no event has a function on the server, so that none can be
+called. What happens is in ``page.js``, which sends images to the routes of ``answers.py``.
+"""
+
+import base64
+from collections.abc import Collection, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gradio as gr
 
-from smallfry.demo.thinking import Thought, moments_of, think
-from smallfry.demo.view import STYLE, show_error, show_moment
-from smallfry.errors import SmallfryError
-from smallfry.images import MOST_PIXELS, decode
+from smallfry.demo.answers import MOST_BYTES, Shown
+from smallfry.demo.examples import Example
+from smallfry.demo.thinking import moments_of
+from smallfry.demo.view import STYLE
+from smallfry.images import MOST_PIXELS
 from smallfry.models import ViTRM
-from smallfry.training.run import TrainedModel
 
-MOST_BYTES = 20 * 2**20  # of an uploaded file
-KEPT_SECONDS = 3600  # thoughts and uploads of a page that nobody uses
-FRAME_SECONDS = 0.5  # of "Watch it think"
-MOST_FRAMES = 40  # longer thoughts are shown in leaps
+FRONT = Path(gr.__file__).parent / "templates" / "frontend"
+SERVED = ("assets", "static")  # folders there, of files that the page loads
 
 STYLES = f"""{STYLE}
 .gradio-container {{ max-width: 1240px !important; margin: 0 auto !important; }}
 .gradio-container:not(:has(#sf-panel-1)) {{ max-width: 860px !important; }}
 .gradio-container .column, .gradio-container .gap {{ gap: .7rem; }}
 .gradio-container h1 {{ margin: .3rem 0; font-size: 1.5rem; }}
-#sf-examples .row {{ display: grid; gap: .4rem;
-  grid-template-columns: repeat(4, minmax(0, 1fr)); }}
-#sf-examples button {{ flex-direction: column; gap: .3rem; padding: .4rem .1rem;
-  min-width: 0; font-size: .72rem; white-space: normal; }}
-#sf-examples button img {{ width: 48px; height: 48px; margin: 0; image-rendering: pixelated; }}
+.gradio-container :focus-visible, .sf-drop:has(:focus-visible) {{
+  outline: 3px solid var(--sf-focus) !important; outline-offset: 2px; }}
+:root {{ --sf-focus: #1d4ed8; }}
+.dark {{ --sf-focus: #93c5fd; }}
+.sf-drop {{ display: grid; place-items: center; min-height: 170px; padding: 1rem;
+  border: 2px dashed var(--border-color-primary); border-radius: 8px; text-align: center;
+  cursor: pointer; background: var(--background-fill-secondary); }}
+.sf-drop:hover {{ border-color: var(--sf-focus); }}
+.sf-drop input {{ position: absolute; width: 1px; height: 1px; opacity: 0; }}
+.sf-examples {{ display: grid; gap: .4rem; grid-template-columns: repeat(4, minmax(0, 1fr)); }}
+.sf-examples button {{ display: grid; place-content: start center; place-items: center;
+  gap: .3rem; margin: 0 !important; padding: .4rem .1rem; font-size: .72rem; font-weight: 400;
+  border: 1px solid var(--border-color-primary); border-radius: 8px;
+  background: var(--background-fill-secondary); }}
+.sf-examples button:hover {{ border-color: var(--sf-focus); }}
+.sf-examples img {{ width: 48px; height: 48px; margin: 0; image-rendering: pixelated; }}
 .sf-panel {{ min-width: min(100%, 320px) !important; }}
 """
+SCRIPT = f"<script>{(Path(__file__).parent / 'page.js').read_text('utf-8')}</script>"
 
-# Gradio's file input takes dropped and picked files; this lets it take pasted ones.
-PASTE = """<script>
-document.addEventListener("paste", (event) => {
-  const file = [...event.clipboardData.files].find((f) => f.type.startsWith("image/"));
-  const input = document.querySelector("#sf-image input[type=file]");
-  if (!file || !input) return;
-  const held = new DataTransfer();
-  held.items.add(file);
-  input.files = held.files;
-  input.dispatchEvent(new Event("change", { bubbles: true }));
-});
-</script>"""
+DROP = """<label class="sf-drop"><span><strong>Image: drop, pick or paste one</strong></span>
+<input type="file" accept="image/*"></label>"""
+LISTEN = f"smallfry.listen(element, {MOST_BYTES}, () => trigger('submit'));"
 
 ABOUT = f"""
 <div class="sf">
@@ -63,88 +67,89 @@ page.</p>
 """
 
 
-class Shown(NamedTuple):
-    """A model of the page."""
-
-    origin: str  # where it came from, such as its run folder
-    trained: TrainedModel
-
-
-class _Panel(NamedTuple):
-    thought: gr.State
-    slider: gr.Slider
-    view: gr.HTML
-
-
-def build_page(models: Sequence[Shown], examples: Sequence[Path] = ()) -> gr.Blocks:
+def build_page(models: Sequence[Shown], examples: Sequence[Example] = ()) -> gr.Blocks:
     """The page for one model, or for several side by side.
 
     Args:
         models: What thinks about each image.
-        examples: Image files to try; they must lie where Gradio may read.
+        examples: Images to try.
     """
-    hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    names = " and ".join(_name(shown) for shown in models)
+    headings = name_models(models)
+    recursive = any(isinstance(shown.trained.model, ViTRM) for shown in models)
     with gr.Blocks(
-        title=f"smallfry demo: {names}",
-        analytics_enabled=False,
-        delete_cache=(KEPT_SECONDS, KEPT_SECONDS),
+        title=f"smallfry demo: {' and '.join(headings)}", analytics_enabled=False
     ) as page:
         gr.HTML('<div class="sf"><h1>smallfry: watch a small network think</h1></div>')
         with gr.Row(equal_height=False):
-            image = gr.File(label="Image: drop, pick or paste one", height=170, elem_id="sf-image")
+            image = gr.HTML(DROP, js_on_load=LISTEN, elem_id="sf-image")
             with gr.Column(visible=bool(examples), elem_id="sf-examples"):
-                gr.HTML('<div class="sf"><p>Or one of these:</p></div>')
-                with gr.Row():
-                    buttons = [
-                        gr.Button(file.stem, icon=file, size="sm", min_width=0) for file in examples
-                    ]
+                gr.HTML(_examples(examples))
         status = gr.HTML(elem_id="sf-status")
-        recursive = any(isinstance(shown.trained.model, ViTRM) for shown in models)
         play = gr.Button("▶ Watch it think", elem_id="sf-play", visible=recursive)
         with gr.Row(equal_height=False):
-            panels = [_panel(number, models) for number in range(len(models))]
+            panels = [
+                _panel(*panel) for panel in zip(range(len(models)), models, headings, strict=True)
+            ]
         with gr.Accordion("What is shown here", open=False):
             gr.HTML(ABOUT)
 
-        thoughts, sliders, views = (list(parts) for parts in zip(*panels, strict=True))
-        outputs = [image, status, *thoughts, *sliders, *views]
-        image.upload(partial(_look_at_upload, models), [image], outputs, **hidden)
-        for button, file in zip(buttons, examples, strict=True):
-            button.click(partial(_look, models, file), None, outputs, **hidden)
-        for panel, shown in zip(panels, models, strict=True):
-            panel.slider.change(
-                partial(_show, shown.trained.classes),
-                [panel.thought, panel.slider],
-                [panel.view],
-                trigger_mode="always_last",
-                concurrency_limit=None,
-                **hidden,
+        sliders, views = (list(parts) for parts in zip(*panels, strict=True))
+        outputs = [status, *sliders, *views]
+        in_browser: dict[str, Any] = {"fn": None, "api_visibility": "private"}
+        image.submit(
+            inputs=sliders,
+            outputs=outputs,
+            js="smallfry.look",
+            trigger_mode="multiple",
+            **in_browser,
+        )
+        for number, (slider, view) in enumerate(panels):
+            slider.change(
+                inputs=slider,
+                outputs=view,
+                js=f"(moment) => smallfry.view({number}, moment)",
+                trigger_mode="multiple",
+                **in_browser,
             )
-        play.click(_walk, thoughts, sliders, concurrency_limit=4, **hidden)
+        play.click(js="smallfry.play", **in_browser)
     return page
 
 
-def _panel(number: int, models: Sequence[Shown]) -> _Panel:
-    shown = models[number]
-    which = f"model {number + 1}, " if len(models) > 1 else ""
+def page_files() -> Collection[str]:
+    """The paths of all files of Gradio's own that a page may load."""
+    files = (file for folder in SERVED for file in (FRONT / folder).rglob("*") if file.is_file())
+    return {f"/{file.relative_to(FRONT).as_posix()}" for file in files}
+
+
+def name_models(models: Sequence[Shown]) -> list[str]:
+    """A heading for each model: its name, and where it came from if others have that name."""
+    names = [str(shown.trained.manifest["model"]["name"]) for shown in models]
+    if len(set(names)) == len(names):
+        return names
+    names = [f"{name} of {shown.origin}" for name, shown in zip(names, models, strict=True)]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{number}. {name}" for number, name in enumerate(names, 1)]
+
+
+def _panel(number: int, shown: Shown, heading: str) -> tuple[gr.Slider, gr.HTML]:
     last = moments_of(shown.trained.model) - 1
     with gr.Column(elem_classes="sf-panel", elem_id=f"sf-panel-{number}"):
-        gr.HTML(_heading(shown))
+        gr.HTML(_heading(shown, heading))
         slider = gr.Slider(
             0,
             max(last, 1),
             value=max(last, 1),
             step=1,
-            label=f"Latent steps of {which}{_name(shown)}",
+            label=f"Latent steps of {heading}",
             visible=last > 0,
             elem_id=f"sf-slider-{number}",
         )
         view = gr.HTML(elem_id=f"sf-view-{number}")
-    return _Panel(gr.State(time_to_live=KEPT_SECONDS), slider, view)
+    return slider, view
 
 
-def _heading(shown: Shown) -> str:
+def _heading(shown: Shown, heading: str) -> str:
     model, size = shown.trained.model, shown.trained.image_size
     parameters = sum(parameter.numel() for parameter in model.parameters())
     facts = (
@@ -155,61 +160,16 @@ def _heading(shown: Shown) -> str:
         facts += f", {steps} recursion {'step' if steps == 1 else 'steps'}"
         facts += f" of {model.latent_steps} latent steps"
     return (
-        f'<div class="sf"><h2>{escape(_name(shown))}</h2>'
+        f'<div class="sf"><h2>{escape(heading)}</h2>'
         f'<p class="sf-quiet">{facts}; from {escape(shown.origin)}</p></div>'
     )
 
 
-def _name(shown: Shown) -> str:
-    return str(shown.trained.manifest["model"]["name"])
-
-
-# What happens
-
-
-def _look_at_upload(models: Sequence[Shown], path: str) -> list[Any]:
-    file = Path(path)
-    try:
-        return _look(models, file)
-    finally:
-        file.unlink(missing_ok=True)  # nobody's photos are kept
-
-
-def _look(models: Sequence[Shown], file: Path) -> list[Any]:
-    """What all models think about an image file, or why that can't be.
-
-    Returns:
-        New values of the file input, which is emptied for the next image, of the status, and of
-        every model's thought, slider and view.
-    """
-    thoughts: list[Thought] = []
-    try:
-        for _, trained in models:
-            pixels = decode(file, file.name, trained.image_size, trained.channels)
-            thoughts.append(think(trained, pixels))
-    except SmallfryError as error:
-        nothing = [None] * len(models)
-        return [None, show_error(str(error)), *nothing, *([gr.skip()] * len(models)), *nothing]
-    ends = [thought.answer for thought in thoughts]
-    views = [
-        show_moment(thought, end, shown.trained.classes)
-        for thought, end, shown in zip(thoughts, ends, models, strict=True)
-    ]
-    status = f'<div class="sf"><p role="status">{escape(file.name)}</p></div>'
-    return [None, status, *thoughts, *ends, *views]
-
-
-def _show(classes: Sequence[str], thought: Thought | None, moment: float) -> str:
-    if thought is None:
-        return ""
-    return show_moment(thought, min(max(int(moment), 0), len(thought.moments) - 1), classes)
-
-
-def _walk(*thoughts: Thought | None) -> Iterator[Any]:
-    """Slider values, from the first moment to the model's answer."""
-    ends = [0 if thought is None else thought.answer for thought in thoughts]
-    stride = 1 + max(ends) // MOST_FRAMES
-    for moment in range(0, max(ends) + stride, stride):
-        values = [gr.skip() if end == 0 else min(moment, end) for end in ends]
-        yield values if len(values) > 1 else values[0]
-        time.sleep(FRAME_SECONDS)
+def _examples(examples: Sequence[Example]) -> str:
+    buttons = "".join(
+        f'<button type="button" data-example="{number}">'
+        f'<img src="data:image/png;base64,{base64.b64encode(example.png).decode()}" alt="">'
+        f"{escape(example.name)}</button>"
+        for number, example in enumerate(examples)
+    )
+    return f'<div class="sf"><p>Or one of these:</p><div class="sf-examples">{buttons}</div></div>'

@@ -1,4 +1,4 @@
-"""Serving the page: host, port, a folder for uploads that goes with the server, a clean stop."""
+"""Serving the page: host, port, a clean stop."""
 
 import errno
 import os
@@ -11,16 +11,13 @@ import webbrowser
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ipaddress import ip_address
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from smallfry.demo.examples import write_examples
-from smallfry.demo.guard import Guard
+from smallfry.demo.examples import find_examples
 from smallfry.deploy.pretrained import load_trained
 from smallfry.errors import DemoError
 
-SLACK_BYTES = 2**16  # around an upload, in its request
 STOP_SECONDS = 1  # an open page holds a connection; it is not waited for
 
 
@@ -65,18 +62,18 @@ def serving(
 ) -> Iterator[str]:
     """The page's address, for as long as it is served; see ``serve``."""
     models = [(str(run), load_trained(run, checkpoint)) for run in runs]
-    with _listening(host, port) as listener, _private_folder() as folder:
+    with _listening(host, port) as listener, _private_folder():
         try:
-            from smallfry.demo.page import Shown, build_page
+            from smallfry.demo.application import build_application
         except ModuleNotFoundError as error:
             if (error.name or "smallfry").startswith("smallfry"):
                 raise
             raise DemoError(
                 f"the demo needs {error.name}, which is not installed: pip install 'smallfry[demo]'"
             ) from error
-        examples = write_examples(models[0][1], runs[0], folder / "examples")
-        page = build_page([Shown(*model) for model in models], examples)
-        with _running(_application(page, host), listener):
+        hosts = {"localhost", "127.0.0.1", "::1", host} if _is_loopback(host) else None
+        examples = find_examples(models[0][1], runs[0])
+        with _running(build_application(models, examples, hosts), listener):
             yield _address(listener)
 
 
@@ -93,40 +90,22 @@ def _handling_signals(handler: Callable[[int, FrameType | None], None]) -> Itera
 # The server
 
 
-def _application(page: Any, host: str) -> Any:
-    """The page as an ASGI application that asks nothing of the net."""
-    import gradio as gr
-    from fastapi import FastAPI
-
-    from smallfry.demo.page import MOST_BYTES, PASTE, STYLES
-
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    app = gr.mount_gradio_app(
-        FastAPI(openapi_url=None),
-        page,
-        path="/",
-        app_kwargs={"openapi_url": None},
-        max_file_size=MOST_BYTES,
-        theme=gr.themes.Default(**fonts),
-        css=STYLES,
-        head=PASTE,
-        footer_links=[],
-        run_history=False,
-        show_error=False,
-        ssr_mode=False,
-        enable_monitoring=False,
-        pwa=False,
-        mcp_server=False,
-    )
-    hosts = {"localhost", "127.0.0.1", "::1", host} if _is_loopback(host) else None
-    return Guard(app, MOST_BYTES + SLACK_BYTES, hosts)
-
-
 @contextmanager
 def _running(app: Any, listener: socket.socket) -> Iterator[None]:
     import uvicorn
 
-    config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=STOP_SECONDS)
+    from smallfry.demo.connections import BoundedConnection
+
+    config = uvicorn.Config(
+        app,
+        http=BoundedConnection,
+        ws="none",
+        lifespan="off",  # Gradio would start a queue, for functions that there are none of
+        proxy_headers=False,
+        server_header=False,
+        log_level="critical",
+        timeout_graceful_shutdown=STOP_SECONDS,
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(
         target=server.run, args=([listener],), name="smallfry-demo", daemon=True
@@ -176,8 +155,8 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
 
 
 @contextmanager
-def _private_folder() -> Iterator[Path]:
-    """A folder for what Gradio writes, gone with the server; Gradio's telemetry is off."""
+def _private_folder() -> Iterator[None]:
+    """A folder for what Gradio may write, gone with the server; Gradio's telemetry is off."""
     with tempfile.TemporaryDirectory(prefix="smallfry-demo-") as folder:
         wanted = {
             "GRADIO_TEMP_DIR": folder,
@@ -187,7 +166,7 @@ def _private_folder() -> Iterator[Path]:
         before = {name: os.environ.get(name) for name in wanted}
         os.environ.update(wanted)
         try:
-            yield Path(folder)
+            yield
         finally:
             for name, value in before.items():
                 if value is None:

@@ -14,6 +14,7 @@ from smallfry.demo.thinking import Gaze, Moment, Thought
 SHOWN = 5  # classes; each has a colour in STYLE
 ATTENTION = (234, 88, 12)  # its colour; the strongest patch is covered by STRONGEST of 255
 STRONGEST = 210
+PICTURE = "#picture"  # stands for the picture where many views share it
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 190, 58, 8, 16, 26  # of the curve
 
 STYLE = """
@@ -59,14 +60,24 @@ STYLE = """
 """
 
 
-def show_moment(thought: Thought, moment: int, classes: Sequence[str]) -> str:
-    """A moment of a thought: the image, what was looked at, probabilities, their curve, time."""
+def show_moment(
+    thought: Thought, moment: int, classes: Sequence[str], picture: str | None = None
+) -> str:
+    """A moment of a thought: the image, what was looked at, probabilities, their curve, time.
+
+    Args:
+        thought: All moments.
+        moment: Which one.
+        classes: Their names.
+        picture: The URL of the image; default ``picture_url``, which has all of it.
+    """
     now = thought.moments[moment]
+    picture = picture or picture_url(thought)
     shown = classes_to_show(thought)
     parts = [
         f'<p class="sf-now">{_where(thought, moment)}</p>',
         '<div class="sf-top">',
-        f'<div class="sf-pictures">{_pictures(thought, now)}</div>',
+        f'<div class="sf-pictures">{_pictures(thought, now, picture)}</div>',
         f'<div class="sf-answer">{_table(now, shown, classes)}</div>',
         "</div>",
     ]
@@ -74,6 +85,16 @@ def show_moment(thought: Thought, moment: int, classes: Sequence[str]) -> str:
         parts.append(_curve(thought, moment, shown, classes))
     parts.append(f'<p class="sf-quiet">{_latency(thought, now)}</p>')
     return f'<div class="sf">{"".join(parts)}</div>'
+
+
+def picture_url(thought: Thought) -> str:
+    """The image as the model sees it, as a URL of data."""
+    return _png(_picture(thought.pixels))
+
+
+def show_status(name: str) -> str:
+    """The name of an image that was answered."""
+    return f'<div class="sf"><p role="status">{escape(name)}</p></div>'
 
 
 def show_error(message: str) -> str:
@@ -108,10 +129,10 @@ def _where(thought: Thought, moment: int) -> str:
 # Pictures
 
 
-def _pictures(thought: Thought, now: Moment) -> str:
+def _pictures(thought: Thought, now: Moment, picture: str) -> str:
     size = thought.pixels.shape[1]
     kind = ' class="sf-pixels"' if size <= 64 else ""
-    image = f'<img{kind} src="{_png(_picture(thought.pixels))}" alt='
+    image = f'<img{kind} src="{picture}" alt='
     seen = (
         f'<figure><div class="sf-stack">{image}"The image as the model sees it"></div>'
         f"<figcaption>What it sees: {size} × {size} pixels</figcaption></figure>"

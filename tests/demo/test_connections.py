@@ -1,0 +1,119 @@
+"""Connections that end, whatever a client does not send or read."""
+
+import contextlib
+import socket
+import threading
+import time
+
+import pytest
+
+pytest.importorskip("gradio", reason="the demo's extra is not installed")
+
+from smallfry.demo.connections import BoundedConnection
+from smallfry.demo.serve import _listening, _running
+
+REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+LONG = 64 * 2**20  # more than the buffers of two sockets hold
+PATIENCE = 60  # seconds that a test waits for what comes much sooner
+
+
+@contextlib.contextmanager
+def server(monkeypatch, finished=None, **bounds):
+    """The address of a server whose bounds are other ones."""
+    for name, value in bounds.items():
+        monkeypatch.setattr(BoundedConnection, name, value)
+
+    async def application(scope, receive, send):
+        try:
+            while (await receive()).get("more_body"):
+                pass
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            length = LONG if scope["path"] == "/long" else 2
+            for begin in range(0, length, 2**16):
+                piece = b"ok" * ((min(length - begin, 2**16)) // 2)
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            if finished is not None:
+                finished.set()
+
+    with _listening("127.0.0.1", 0) as listener, _running(application, listener):
+        yield listener.getsockname()
+
+
+def connect(address):
+    return socket.create_connection(address, timeout=PATIENCE)
+
+
+def is_cut_off(connection):
+    """Wait for the end of a connection on which no whole answer comes."""
+    received = 0
+    with contextlib.suppress(ConnectionResetError):
+        while chunk := connection.recv(2**20):
+            received += len(chunk)
+    return received < LONG
+
+
+def answered(connection):
+    connection.sendall(REQUEST)
+    answer = b""
+    while not answer.endswith(b"0\r\n\r\n"):
+        answer += connection.recv(4096)
+    return answer.startswith(b"HTTP/1.1 200 OK") and b"ok" in answer
+
+
+@pytest.mark.parametrize("begun", [b"", b"G", b"GET / HTTP/1.1\r\nHost: x\r\nX-A: a"])
+def test_a_request_that_is_not_finished_is_given_up(monkeypatch, begun):
+    with server(monkeypatch, head_seconds=0.2) as address, connect(address) as connection:
+        connection.sendall(begun)
+        assert is_cut_off(connection)
+
+
+def test_a_request_that_comes_byte_by_byte_is_given_up_all_the_same(monkeypatch):
+    with server(monkeypatch, head_seconds=0.3) as address, connect(address) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nX: ")
+        end = time.monotonic() + PATIENCE
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() < end:
+                connection.sendall(b"x")
+                time.sleep(0.02)
+        assert time.monotonic() < end
+
+
+def test_a_connection_that_was_kept_alive_has_the_same_deadline(monkeypatch):
+    with server(monkeypatch, head_seconds=0.3) as address, connect(address) as connection:
+        assert answered(connection)
+        assert answered(connection)
+        connection.sendall(b"GET / HT")
+        assert is_cut_off(connection)
+
+
+def test_an_answer_that_is_not_read_is_given_up(monkeypatch):
+    finished = threading.Event()
+    opened = server(monkeypatch, finished, request_seconds=0.3)
+    with opened as address, connect(address) as connection:
+        connection.sendall(REQUEST.replace(b"/ ", b"/long "))
+        assert finished.wait(PATIENCE)
+        assert is_cut_off(connection)
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        b"",
+        b"GET / HT",
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nx",
+        b"GET /long HTTP/1.1\r\nHost: x\r\n\r\n",
+    ],
+)
+def test_clients_who_neither_send_nor_read_keep_nobody_out(monkeypatch, begun):
+    with server(monkeypatch, most_connections=5) as address:
+        late = []
+        for _ in range(30):
+            late.append(connect(address))
+            late[-1].sendall(begun)
+        with connect(address) as connection:
+            assert answered(connection)
+        assert all(is_cut_off(one) for one in late[:20])
+        for one in late:
+            one.close()
