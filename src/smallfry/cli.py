@@ -95,15 +95,15 @@ def benchmark(
 
     config = BenchmarkConfig(**settings)
     folder = folder or Path("exports") / f"benchmark-{Path(models[0]).resolve().name}"
-    deployment.require_free(folder)
     data = data or OtherData()
-    found = measure(models, config, data.name, data.root)
-    report = deployment.write_report(found, folder)
+    with deployment.new_report(folder) as new:
+        found = measure(models, config, data.name, data.root)
+        deployment.write_report(found, new)
     if as_json:
         print(json.dumps(strict(deployment.summary_of(found))))
         return 0
     deployment.print_tables(found)
-    print(f"report: {report}")
+    print(f"report: {folder / deployment.PAGE}")
     return 0
 
 

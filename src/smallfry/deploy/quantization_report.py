@@ -22,7 +22,7 @@ from rich.table import Table
 from smallfry.data import ImageData
 from smallfry.deploy.facts import without_paths
 from smallfry.deploy.latency import take_turns
-from smallfry.deploy.manifest import GRAPHS, Manifest
+from smallfry.deploy.manifest import GRAPHS, QUANTIZATION, RANGES, Manifest
 from smallfry.deploy.quantize import CallRange, measured_ranges
 from smallfry.deploy.runtime import Runtime
 from smallfry.report.page import strict
@@ -31,7 +31,7 @@ from smallfry.report.table import NONE, number
 from smallfry.training.evaluation import score_probabilities
 from smallfry.training.provenance import provenance
 
-REPORT, PICTURE = "quantization.json", "quantization.png"
+REPORT, PICTURE = QUANTIZATION, RANGES
 WEIGHT = re.compile(r"(?:^|\.)blocks\.(\d+)\.(\w+\.\w+)\.weight")
 THREADS = 1
 SECONDS = 0.5  # of timed answers for each precision

@@ -15,7 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from smallfry.answers import Answer, Outputs, answers
-from smallfry.deploy.manifest import GRAPHS, Manifest, read_file
+from smallfry.deploy.manifest import read_export
 from smallfry.errors import DataError, ExportError, UsageError
 from smallfry.exits import NEVER, Trace, most_accurate, most_thrifty
 from smallfry.images import Encoded, decode
@@ -52,7 +52,8 @@ class Runtime:
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ) -> None:
         folder = Path(export)
-        self.manifest = Manifest.read(folder)
+        self.manifest, contents = read_export(folder)
+        self.file_bytes = sum(map(len, contents.values()))  # of the graphs
         self.classes = self.manifest.classes
         options = ort.SessionOptions()
         options.log_severity_level = 4  # errors are raised, and told once
@@ -61,10 +62,8 @@ class Runtime:
         # weights are in the graph; of a graph from bytes ONNX Runtime looks for others in "."
         options.add_session_config_entry(NO_OTHER_FILES, os.devnull)
         self._graphs = {
-            name.removesuffix(".onnx"): _session(
-                read_file(folder, name, self.manifest), folder / name, options, providers
-            )
-            for name in GRAPHS[self.manifest.form]
+            name.removesuffix(".onnx"): _session(content, folder / name, options, providers)
+            for name, content in contents.items()
         }
         scale = [1 / (255 * std) for std in self.manifest.std]
         shift = [-m / s for m, s in zip(self.manifest.mean, self.manifest.std, strict=True)]
