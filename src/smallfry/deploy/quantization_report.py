@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 
 from smallfry.data import ImageData
@@ -28,6 +27,7 @@ from smallfry.deploy.runtime import Runtime
 from smallfry.report.page import strict
 from smallfry.report.quantization import draw_ranges
 from smallfry.report.table import NONE, number
+from smallfry.terminal import CleanConsole
 from smallfry.training.evaluation import score_probabilities
 from smallfry.training.provenance import provenance
 
@@ -168,7 +168,7 @@ def print_report(export: Path) -> None:
     for name in ("accuracy", "macro_f1"):
         table.add_row(name.replace("_", " "), *(percent(of, name) for of in (before, after)))
     table.add_row("answers as in float32", "", percent(report, "agreement"))
-    console = Console(highlight=False)
+    console = CleanConsole(highlight=False)
     console.print(table)
     measured = report.get("measured_on", "no test images were at hand")
     console.print(f"{measured}; one image, {THREADS} thread, median", soft_wrap=True)

@@ -23,6 +23,7 @@ from smallfry.report.figure import COLOURS, GREY, new_figure, plain, save, style
 from smallfry.report.labels import draw_labels
 from smallfry.report.page import image, page_of, strict, words
 from smallfry.report.table import NONE, number, table
+from smallfry.terminal import CleanConsole
 from smallfry.writing import obstacle, replacing
 
 SUMMARY, PAGE, PICTURE = "summary.json", "report.html", "latency.png"
@@ -83,9 +84,9 @@ def summary_of(found: Benchmark) -> dict[str, Any]:
 
 def print_tables(found: Benchmark, console: Console | None = None) -> None:
     """Print the figures: what the models are, then how long they take."""
-    console = console or Console(highlight=False)
+    console = console or CleanConsole(highlight=False)
     if console.width < WIDTH:
-        console = Console(highlight=False, width=WIDTH, file=console.file)
+        console = CleanConsole(highlight=False, width=WIDTH, file=console.file)
     head, rows = cells(found)
     for columns in (WHAT, range(TIMES, len(head))):
         shown = Table(box=None, pad_edge=False)
