@@ -119,6 +119,8 @@ def write_file(file: Path, text: str) -> None:
     """
     try:
         write_whole(file, text.encode())
+    except FileNotFoundError as error:
+        raise RunError(f"{file}: could not be written, as its folder was removed") from error
     except OSError as error:
         raise RunError(f"{file}: could not be written ({error})") from error
 
