@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import stat
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ T = TypeVar("T")
 MOST_TEXT = 64 * 2**20  # bytes of a manifest, a table or a configuration
 MOST_WEIGHTS = 64 * 2**30  # bytes of a file of weights or of an optimizer's state
 DIGEST = "digest"  # of a manifest, in it
-ATTEMPTS = 50  # to read what is replaced meanwhile
+ATTEMPTS, PAUSE = 50, 0.001  # to read what is replaced meanwhile; seconds between them
 
 
 @contextmanager
@@ -104,28 +105,36 @@ def settled(read: Callable[[], T], *manifests: Path) -> T:
 
     Args:
         read: Reads them; its error counts if the manifests are what they were before it.
-        manifests: Files that differ whenever the others do.
+        manifests: Files that are replaced whenever the others are.
 
     Raises:
         SmallfryError: As ``read``; of the same kind, if they are replaced again and again.
     """
     failure: SmallfryError | None = None
+    is_settled = False
     for _ in range(ATTEMPTS):
-        before = [_content(file) for file in manifests]
+        before = [_version(file) for file in manifests]
         try:
             return read()
         except SmallfryError as error:
-            if [_content(file) for file in manifests] == before:
-                raise
-            failure = error
+            failure, is_settled = error, [_version(file) for file in manifests] == before
+        if is_settled and before[0] is not None:
+            raise failure
+        if is_settled:  # it may be between two renames
+            time.sleep(PAUSE)
     assert failure is not None
+    if is_settled:
+        raise failure
     folder = manifests[0].parent
     raise type(failure)(f"{folder}: is replaced again and again while it is read; try later")
 
 
-def _content(file: Path) -> bytes | None:
+def _version(file: Path) -> tuple[int, int, bytes] | None:
+    """The content of a file, and which file that is: another may have the same content."""
     try:
-        return read_bytes(file)
+        with opened(file, MOST_TEXT) as stream:
+            found = os.fstat(stream.fileno())
+            return found.st_ino, found.st_mtime_ns, stream.read()
     except OSError:
         return None
 

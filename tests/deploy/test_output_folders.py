@@ -7,20 +7,22 @@ import json
 import os
 import subprocess
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
+from threading import Event, Thread
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 from dying import moments
 
-from smallfry import cli
+from smallfry import cli, writing
 from smallfry.deploy import export as exports
 from smallfry.deploy import pretrained
-from smallfry.deploy.manifest import FILES, Manifest
+from smallfry.deploy.manifest import FILES, GRAPHS, Manifest, read_export
 from smallfry.errors import ExportError, SmallfryError
 from smallfry.report import deployment
-from smallfry.writing import _prefix, interrupted, recover
+from smallfry.writing import _prefix, interrupted, recover, replacing
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="it forks")
 SUFFIXES = (".old", ".new", ".tmp", ".part", ".previous", "~")
@@ -221,3 +223,61 @@ def test_a_reader_hears_of_a_replacement_that_was_killed(tmp_path):
     assert interrupted(tmp_path / "x")
     with pytest.raises(ExportError, match="no such export folder; a process that replaced it was"):
         Manifest.read(tmp_path / "x")
+
+
+def made(folder, form, text):
+    """An export of graphs that say which one it is."""
+    contents = {name: f"{text} {name}".encode() for name in GRAPHS[form]}
+    manifest = Manifest(
+        form=form,
+        precision="float32",
+        model={"name": text},
+        classes=("a", "b"),
+        image_size=8,
+        channels=1,
+        mean=(0.5,),
+        std=(0.5,),
+        recursion_steps=2,
+        files={name: sha256(content).hexdigest() for name, content in contents.items()},
+    )
+    with replacing(folder) as new:
+        for name, content in {**contents, "manifest.json": manifest.to_json().encode()}.items():
+            (new / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_an_export_is_read_whole_while_others_take_its_place(tmp_path, monkeypatch, exchanges):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    if not exchanges:
+        monkeypatch.setattr(writing, "_renameat2", lambda: None)
+    stop, forms = Event(), ("whole", "anytime")
+    made(tmp_path / "x", "whole", "0")
+
+    def write():
+        number = 0
+        while not stop.is_set():
+            number += 1
+            made(tmp_path / "x", forms[number % 2], str(number))
+
+    writer = Thread(target=write)
+    writer.start()
+    try:
+        seen = set()
+        while len(seen) < 30:
+            manifest, contents = read_export(tmp_path / "x")
+            name = manifest.model["name"]
+            assert contents == {n: f"{name} {n}".encode() for n in GRAPHS[manifest.form]}
+            seen.add(name)
+    finally:
+        stop.set()
+        writer.join()
+
+
+def test_a_damaged_export_is_told_as_before(tmp_path):
+    made(tmp_path / "x", "anytime", "0")
+    (tmp_path / "x" / "step.onnx").write_bytes(b"")
+    with pytest.raises(ExportError, match=r"step\.onnx: truncated or damaged"):
+        read_export(tmp_path / "x")
+    (tmp_path / "x" / "step.onnx").unlink()
+    with pytest.raises(ExportError, match=r"step\.onnx: can't be read \(No such file"):
+        read_export(tmp_path / "x")
