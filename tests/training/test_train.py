@@ -60,7 +60,7 @@ def test_a_run_leaves_its_configuration_metrics_checkpoints_summary_and_pictures
     }
     for picture in (run / "pictures").iterdir():
         assert np.asarray(Image.open(picture)).std() > 5, picture
-    assert not list(run.glob("*.part")) + list(run.glob("*.new"))
+    assert not list(run.rglob(".smallfry-*"))
 
 
 def test_tensorboard_holds_the_numbers_of_the_csv(config):

@@ -10,6 +10,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from smallfry.errors import RunError, Stopped
+from smallfry.writing import entries, sweep
+
+STUDY, TRIALS = "study.json", "trials.jsonl"
+MARKS = (STUDY, TRIALS)  # one of which is in the folder of a study that has begun
 
 
 @contextmanager
@@ -17,12 +21,17 @@ def locked(folder: Path) -> Iterator[None]:
     """Keep other processes from writing; a killed process lets go of it.
 
     Raises:
-        RunError: Another process writes, or the folder can't be made.
+        RunError: Another process writes, or the folder can't be made or holds something else.
     """
     try:
+        found = [name for name in entries(folder) if not name.startswith(".")]
+        if found and not {*MARKS} & {*found}:
+            raise RunError(f"{folder}: holds {found[0]}, and is no study; take another --folder")
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock")
         lock.acquire(timeout=0)
+        for place in (folder, folder / "pictures"):
+            sweep(place)
     except Timeout:
         raise RunError(f"{folder}: another process runs this study") from None
     except OSError as error:
@@ -31,6 +40,19 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def reporting(folder: Path) -> Iterator[None]:
+    """Say of a report that can't be written what it is.
+
+    Raises:
+        RunError: The disk is full, or the like.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{folder}: the report could not be written ({error})") from error
 
 
 class _Signalled(BaseException):

@@ -16,17 +16,15 @@ import yaml
 
 from smallfry.errors import Stopped, TrainingError, UsageError
 from smallfry.report.runs import OUT_OF_MEMORY, Outcome
-from smallfry.studies.folder import stoppable
+from smallfry.studies.folder import STUDY, stoppable
 from smallfry.studies.grid_progress import GridProgress
 from smallfry.studies.recipes import Planned
 from smallfry.training.checkpoint import write_file
 from smallfry.training.config import TrainConfig, read_config
 from smallfry.training.continuation import dotted
 from smallfry.training.progress import Reporter
-from smallfry.training.run import RunFolder
+from smallfry.training.run import FAILURE, RunFolder
 from smallfry.training.train import resume, train
-
-FAILURE = "failure.json"
 
 
 def run_grid(study: str, planned: Sequence[Planned], folder: Path) -> list[Outcome]:
@@ -131,7 +129,7 @@ def _in_words(error: Exception) -> str:
 
 def _claim(study: str, planned: Sequence[Planned], folder: Path) -> None:
     """Write down what the study's runs are told; refuse to mix it with something else."""
-    file = folder / "study.json"
+    file = folder / STUDY
     known: dict[str, Any] = {"study": study, "runs": {}}
     if file.exists():
         try:

@@ -6,11 +6,10 @@ from statistics import fmean
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-
 from smallfry.report.runs import Outcome
 from smallfry.studies.progress import study_bar
 from smallfry.studies.recipes import Planned
+from smallfry.terminal import CleanConsole
 from smallfry.training.progress import QuietReporter, clock
 
 SECONDS_A_LINE = 60.0  # outside of a terminal, where no bar moves
@@ -32,7 +31,7 @@ class GridProgress:
             self._learn(outcome)
         self.beside: list[float] = []  # seconds of a run that are not training
         self.said = self.began = time.monotonic()
-        self.console = Console(highlight=False)
+        self.console = CleanConsole(highlight=False)
         self.bar = study_bar(self.console, "runs")
 
     def __enter__(self) -> "GridProgress":

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from smallfry.studies.contestants import CONTESTANTS
 from smallfry.studies.trial import Job
+from smallfry.terminal import CleanConsole
 from smallfry.training.progress import clock
 
 OVERHEAD = 1.3  # what evaluation and starting add to training
@@ -39,7 +40,7 @@ class RaceProgress:
         self.total, self.seconds, self.processes = total, seconds, processes
         self.finished, self.spent = 0, 0.0
         self.began = time.monotonic()
-        self.console = Console(highlight=False)
+        self.console = CleanConsole(highlight=False)
         self.bar = study_bar(self.console, "trials")
 
     def __enter__(self) -> "RaceProgress":

@@ -26,7 +26,7 @@ from smallfry.errors import SmallfryWarning, TrainingError, UsageError, nearest
 from smallfry.report.race_page import write_report
 from smallfry.studies.config import RaceConfig
 from smallfry.studies.contestants import CONTESTANTS, propose
-from smallfry.studies.folder import locked, stoppable
+from smallfry.studies.folder import locked, reporting, stoppable
 from smallfry.studies.log import TrialLog
 from smallfry.studies.problems import PROBLEMS, Examples, load_examples
 from smallfry.studies.progress import RaceProgress
@@ -112,7 +112,8 @@ def run_race(study: str, config: RaceConfig, folder: Path) -> Path:
             second = [job for job in _second_jobs(config, chosen, records) if job.key not in known]
             records += _run(study, second, place, processes, log, progress, watching)
     title = f"Race: {PROBLEMS[config.problem].title}"
-    return write_report(records, folder, title, REPORTED.get(config.problem))
+    with reporting(folder):
+        return write_report(records, folder, title, REPORTED.get(config.problem))
 
 
 # What is to be run

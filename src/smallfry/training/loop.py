@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.tensorboard.writer import SummaryWriter
 
 from smallfry.data import ImageData
 from smallfry.errors import Stopped, TrainingError, UsageError
@@ -22,6 +21,7 @@ from smallfry.training.checkpoint import Checkpoint, save_checkpoint
 from smallfry.training.config import TrainConfig
 from smallfry.training.continuation import changes_since, dotted, require_whole_epochs
 from smallfry.training.evaluation import joined, predict, score
+from smallfry.training.events import EventWriter
 from smallfry.training.objective import Batch, Objective
 from smallfry.training.optimization import (
     NATURAL,
@@ -173,12 +173,12 @@ class Trainer:
         loader = train_loader(
             self.batches, remaining, self.config.workers, pin_memory=not self.on_cpu
         )
-        writer: SummaryWriter | None = None
+        writer: EventWriter | None = None
 
         def begin() -> None:
             nonlocal writer
             rows = self.progress.history
-            writer = SummaryWriter(str(self.folder.tensorboard), purge_step=len(rows) + 1)
+            writer = EventWriter(self.folder.tensorboard, len(rows) + 1)
             self.folder.write_metrics(rows)
 
         self.processes.once(begin)
@@ -353,7 +353,7 @@ class Trainer:
 
     # One epoch
 
-    def _end_epoch(self, writer: SummaryWriter | None) -> None:
+    def _end_epoch(self, writer: EventWriter | None) -> None:
         self._settle()
         self._require_finite_weights()
         progress, sums = self.progress, self.progress.sums

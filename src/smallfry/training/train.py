@@ -1,7 +1,8 @@
 """A whole training run: from a configuration to a folder with a model, its numbers and pictures."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,12 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> dict[str, An
 def _train(
     config: TrainConfig, asked_warmup: float, reporter: Reporter | None, processes: Processes
 ) -> dict[str, Any]:
+    if config.run is not None:  # before the data is read
+        processes.once(RunFolder(config.run).require_free)
     data = processes.together(lambda: _load(config))
     name = model_name(config.model, data)
-    path = config.run or processes.once(lambda: new_run_folder(config.data.name, name))
-    trainer = _build(config, data, RunFolder(path), reporter, processes)
+    with _folder(config, name, processes) as path:
+        trainer = _build(config, data, RunFolder(path), reporter, processes)
     folder, model = trainer.folder, trainer.manifest["model"]["name"]
     with processes.held(folder.locked()):
         processes.once(lambda: folder.begin(config.to_dict()))
@@ -86,6 +89,19 @@ def _train(
         evidence = provenance(trainer.fabric.device)  # of the code that runs, as it starts
         trainer.fit()
         return processes.once(lambda: _conclude(trainer, evidence))
+
+
+@contextmanager
+def _folder(config: TrainConfig, model: str, processes: Processes) -> Iterator[Path]:
+    """The folder of a new run; if it was made here, it is removed where the run can't begin."""
+    path = config.run or processes.once(lambda: new_run_folder(config.data.name, model))
+    try:
+        yield path
+    except BaseException:
+        if config.run is None and processes.is_first:
+            with suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def resume(
