@@ -236,15 +236,15 @@ def test_two_processes_can_not_write_one_study(tmp_path: Path) -> None:
 
 def test_a_signal_stops_a_race_soon_and_what_ended_stays(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "smallfry.cli", "study", "autoencoder"]
-    command += ["--contestants", "[adamw]", "--seconds", "60", "--seeds", "1"]
+    command += ["--contestants", "[adamw]", "--seconds", "10000", "--seeds", "1"]
     command += ["--tuning_trials", "2", "--tuning_seconds", "0.1", "--fisher_seconds", "0"]
     command += ["--processes", "2", "--folder", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    file, deadline = tmp_path / "trials.jsonl", time.monotonic() + 120
-    while time.monotonic() < deadline and not (file.exists() and file.stat().st_size):
+    file = tmp_path / "trials.jsonl"
+    while process.poll() is None and not (file.exists() and file.stat().st_size):
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM
     assert "the same command goes on" in errors
     assert len(file.read_text().splitlines()) >= 1

@@ -42,7 +42,7 @@ def run_grid(study: str, planned: Sequence[Planned], folder: Path) -> list[Outco
     """
     _claim(study, planned, folder)
     ended = {p.name: o for p in planned if (o := read_outcome(p, folder)) is not None}
-    note = f"stopped; what ended is in {folder}, the same command goes on"
+    note = f"what ended is in {folder}, the same command goes on"
     threads = torch.get_num_threads()
     with GridProgress(planned, ended) as progress, stoppable(note):
         for plan in planned:
@@ -52,7 +52,7 @@ def run_grid(study: str, planned: Sequence[Planned], folder: Path) -> list[Outco
             try:
                 _run(plan, folder, progress.begin(plan))
             except Stopped as stop:
-                raise Stopped(stop.signal_number, note) from None
+                raise Stopped(stop.signal_number, f"stopped; {note}") from None
             outcome = read_outcome(plan, folder)
             assert outcome is not None
             ended[plan.name] = outcome

@@ -122,6 +122,14 @@ def has_checkpoint(folder: Path) -> bool:
     return folder.exists() or _sibling(folder, "previous").exists()
 
 
+def saved_step(folder: Path) -> int | None:
+    """The step that a checkpoint was written after; None if there is none."""
+    for each in (folder, _sibling(folder, "previous")):
+        if (each / MANIFEST).exists():
+            return int(read_manifest(each)["training"]["step"])
+    return None
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint folder, if it is one that this version reads."""
     file = folder / MANIFEST

@@ -25,7 +25,7 @@ from smallfry.errors import DataError, RunError
 from smallfry.images import LARGEST_SIDE
 from smallfry.reading import read_bytes, read_json
 from smallfry.training.augment import Normalize
-from smallfry.training.checkpoint import load_checkpoint, write_file
+from smallfry.training.checkpoint import load_checkpoint, saved_step, write_file
 from smallfry.training.rebuild import OF_THE_FACTORY, fill, rebuild
 
 
@@ -73,6 +73,12 @@ class RunFolder:
             raise RunError(f"{self.path}: there is no such run folder")
         if not self.config.is_file():
             raise RunError(f"{self.path}: not a run folder, config.yaml is missing")
+
+    def kept(self) -> str:
+        """The sentence on what is saved of a run that ends now."""
+        step = saved_step(self.last)
+        saved = "no step is saved yet" if step is None else f"what is saved ends with step {step}"
+        return f"{saved}; go on with: smallfry train --resume {self.path}"
 
     def write_metrics(self, history: Sequence[Mapping[str, float]]) -> None:
         """Rewrite ``metrics.csv``; columns are those of the rows, in order of appearance."""

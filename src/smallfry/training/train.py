@@ -24,6 +24,7 @@ from smallfry.models import ViTRM
 from smallfry.report.classification import confusion_matrix, mistakes, surest_mistakes
 from smallfry.report.curves import learning_curves
 from smallfry.report.recursion import interesting, recursion_trace
+from smallfry.signals import keeping
 from smallfry.training.augment import Augment
 from smallfry.training.batches import flips_by_default
 from smallfry.training.checkpoint import Checkpoint, has_checkpoint, load_checkpoint
@@ -67,7 +68,7 @@ def _train(config: TrainConfig, reporter: Reporter | None, processes: Processes)
     path = config.run or processes.once(lambda: new_run_folder(config.data.name, name))
     trainer = _build(config, data, RunFolder(path), reporter, processes)
     folder, model = trainer.folder, trainer.manifest["model"]["name"]
-    with processes.held(folder.locked()):
+    with processes.held(folder.locked()), keeping(folder.kept):
         processes.once(lambda: folder.begin(config.to_dict()))
         parameters = sum(p.numel() for p in trainer.raw_model.parameters())
         trainer.reporter.say(
@@ -95,7 +96,7 @@ def _resume(
     config: TrainConfig, folder: RunFolder, reporter: Reporter | None, processes: Processes
 ) -> dict[str, Any]:
     processes.last = folder.last
-    with processes.held(folder.locked()):
+    with processes.held(folder.locked()), keeping(folder.kept):
         summary = processes.once(folder.read_summary)
         if summary is not None:
             return summary
