@@ -122,11 +122,16 @@ def has_checkpoint(folder: Path) -> bool:
     return folder.exists() or _sibling(folder, "previous").exists()
 
 
-def saved_step(folder: Path) -> int | None:
-    """The step that a checkpoint was written after; None if there is none."""
+def saved_position(folder: Path) -> dict[str, Any] | None:
+    """Epoch and step of a checkpoint, or of the one before it; None if there is neither.
+
+    Raises:
+        RunError: It is damaged, or of another format.
+    """
     for each in (folder, _sibling(folder, "previous")):
         if (each / MANIFEST).exists():
-            return int(read_manifest(each)["training"]["step"])
+            position: dict[str, Any] = read_manifest(each)["training"]
+            return position
     return None
 
 

@@ -18,7 +18,7 @@ from smallfry.errors import Stopped, TrainingError, UsageError
 from smallfry.signals import noting
 from smallfry.training.augment import Augment
 from smallfry.training.batches import TrainBatches, derive_seed, resident
-from smallfry.training.checkpoint import Checkpoint, save_checkpoint
+from smallfry.training.checkpoint import Checkpoint, has_checkpoint, save_checkpoint
 from smallfry.training.config import TrainConfig
 from smallfry.training.evaluation import joined, predict, score
 from smallfry.training.loader import TrainLoader
@@ -196,6 +196,8 @@ class Trainer:
                         self._end_epoch(writer)
                     finished = self.progress.step == self.total_steps or self._out_of_patience()
                     late = time.monotonic() - saved >= self.config.checkpoint_seconds
+                    # what has a best epoch can go on
+                    late = late or (done and not has_checkpoint(self.folder.last))
                     told = stop.signal_number or (signal.SIGTERM if launcher_has_ended() else 0)
                     asked, due = self.processes.largest([told, late])
                     if (finished or due or asked) and self.progress.step:

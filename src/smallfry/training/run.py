@@ -25,7 +25,7 @@ from smallfry.errors import DataError, RunError
 from smallfry.images import LARGEST_SIDE
 from smallfry.reading import read_bytes, read_json
 from smallfry.training.augment import Normalize
-from smallfry.training.checkpoint import load_checkpoint, saved_step, write_file
+from smallfry.training.checkpoint import load_checkpoint, saved_position, write_file
 from smallfry.training.rebuild import OF_THE_FACTORY, fill, rebuild
 
 
@@ -76,8 +76,9 @@ class RunFolder:
 
     def kept(self) -> str:
         """The sentence on what is saved of a run that ends now."""
-        step = saved_step(self.last)
-        saved = "no step is saved yet" if step is None else f"what is saved ends with step {step}"
+        saved, position = "no step is saved yet", saved_position(self.last)
+        if position is not None:
+            saved = f"what is saved ends with step {position['step']}"
         return f"{saved}; go on with: smallfry train --resume {self.path}"
 
     def write_metrics(self, history: Sequence[Mapping[str, float]]) -> None:
