@@ -230,6 +230,8 @@ class EMAConfig:
 class TrainConfig:
     """A training run.
 
+    Groups of settings may be given as mappings, and those with a name by it: ``data="digits"``.
+
     Args:
         data: The data set.
         model: The model.
@@ -254,7 +256,8 @@ class TrainConfig:
         compile: Compile the training step with torch.compile; on a CPU that needs a C++ compiler.
         resident: Keep the training images on the device; default if they take at most a quarter
             of its free memory. On a CPU there is nothing to move.
-        workers: Processes that prepare batches; default as many as help.
+        workers: Processes that prepare batches; default as many as help. Fewer are started where
+            shared memory is short.
         threads: CPU threads of PyTorch; default its own choice, but one for models below
             10 MMAC an image, which hardly gain from more.
         checkpoint_seconds: Save at the first step after so many seconds.
