@@ -163,6 +163,14 @@ def test_a_stop_travels_to_another_process():
     assert (stop.signal_number, str(stop)) == (15, "saved")
 
 
+def test_what_stops_the_first_process_is_no_error_of_the_others():
+    from smallfry.training.processes import _told
+
+    stop = _told(0, Signalled(TERM))
+    assert isinstance(stop, Stopped)
+    assert (stop.signal_number, str(stop)) == (TERM, "stopped by SIGTERM")
+
+
 # At once, in processes of their own
 
 WAITS = """

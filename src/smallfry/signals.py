@@ -213,7 +213,7 @@ def second_ends(say: Callable[[str], object]) -> Iterator[None]:
     Args:
         say: Shows a message.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or os.name != "posix":
         yield
         return
     reader, writer = os.pipe()

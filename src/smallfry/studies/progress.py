@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -63,7 +64,8 @@ class Heartbeat:
         while not self._over.is_set():
             self._spoken.clear()
             if not self._spoken.wait(SECONDS_A_LINE) and not self._over.is_set():
-                self.console.print(self.text(), markup=False, soft_wrap=True)
+                with suppress(OSError):  # whoever reads the log has gone
+                    self.console.print(self.text(), markup=False, soft_wrap=True)
 
 
 class RaceProgress:

@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -79,7 +80,8 @@ class RunFolder:
         saved, position = "no step is saved yet", saved_position(self.last)
         if position is not None:
             saved = f"what is saved ends with step {position['step']}"
-        return f"{saved}; go on with: smallfry train --resume {self.path}"
+        again = f"smallfry train --resume {shlex.quote(str(self.path))}"
+        return f"{saved}; go on with: {again}"
 
     def write_metrics(self, history: Sequence[Mapping[str, float]]) -> None:
         """Rewrite ``metrics.csv``; columns are those of the rows, in order of appearance."""
