@@ -26,6 +26,7 @@ from smallfry.arguments import (
     verb_parsers,
 )
 from smallfry.errors import SmallfryError, Stopped, UsageError, is_out_of_memory, refusal
+from smallfry.signals import Signalled, raising, second_ends
 from smallfry.studies.config import STUDIES, RaceConfig, RunsConfig
 from smallfry.terminal import (
     CleanConsole,
@@ -390,9 +391,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _complain(error, MISUSED)
         except SmallfryError as error:
             return _complain(error, FAILED)
-        except Stopped as stop:
-            if rank() == 0:
-                _complain(str(stop), 0)
+        except (Stopped, Signalled) as stop:
+            _speak_for_all(str(stop))
             return 128 + stop.signal_number
         except KeyboardInterrupt:
             say("smallfry: interrupted", sys.stderr)
@@ -427,7 +427,8 @@ def _run(arguments: Sequence[str]) -> int:
 
         return run_in_processes(arguments, processes)
     changes = given_settings(parser, arguments) if parsed[parsed.subcommand].get("resume") else {}
-    return _dispatch(parsed, parser, short, changes)
+    with second_ends(_speak_for_all), raising():
+        return _dispatch(parsed, parser, short, changes)
 
 
 def _log_to_stderr() -> None:
@@ -450,6 +451,11 @@ def _complain(error: Exception | str, code: int) -> int:
     who = f"smallfry (process {rank()})" if rank() else "smallfry"
     say(shortened(printable(f"{who}: {error}")), sys.stderr)
     return code
+
+
+def _speak_for_all(message: str) -> None:
+    if rank() == 0:
+        _complain(message, 0)
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:

@@ -1,15 +1,13 @@
 """What every study's folder needs: one writer at a time, and an end that loses nothing."""
 
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from smallfry.errors import RunError, Stopped
+from smallfry.signals import Signalled, keeping, raising
 from smallfry.writing import entries, sweep
 
 STUDY, TRIALS = "study.json", "trials.jsonl"
@@ -55,25 +53,11 @@ def reporting(folder: Path) -> Iterator[None]:
         raise RunError(f"{folder}: the report could not be written ({error})") from error
 
 
-class _Signalled(BaseException):
-    """A signal came; no ``except Exception`` on the way may take it for an error."""
-
-
 @contextmanager
 def stoppable(message: str) -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into ``Stopped`` with this message."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        raise _Signalled(number)
-
-    before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+    """Turn a signal that asks for an end into ``Stopped`` with this message."""
     try:
-        yield
-    except _Signalled as signalled:
-        raise Stopped(signalled.args[0], message) from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        with keeping(lambda: message), raising():
+            yield
+    except Signalled as signalled:
+        raise Stopped(signalled.signal_number, f"stopped; {message}") from None

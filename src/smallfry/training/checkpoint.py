@@ -101,6 +101,19 @@ def has_checkpoint(folder: Path) -> bool:
     return folder.exists() or _previous(folder).exists()
 
 
+def saved_position(folder: Path) -> dict[str, Any] | None:
+    """Epoch and step of a checkpoint, or of the one before it; None if there is neither.
+
+    Raises:
+        RunError: It is damaged, or of another format.
+    """
+    for each in (folder, _previous(folder)):
+        if (each / MANIFEST).exists():
+            position: dict[str, Any] = read_manifest(each)["training"]
+            return position
+    return None
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint folder, if it is one that this version reads.
 

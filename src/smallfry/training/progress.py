@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Literal, Protocol
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -106,10 +107,15 @@ class RichReporter(QuietReporter):
 
 
 def build_reporter(mode: Mode) -> Reporter:
-    """The reporter of a mode; auto takes quiet under CI, rich in a terminal, else plain."""
+    """The reporter of a mode; auto takes quiet under CI, rich in a terminal, else plain.
+
+    A notebook shows a bar through ipywidgets only; without it, rich is plain.
+    """
     if mode == "auto":
         seen: Mode = "rich" if CleanConsole().is_terminal else "plain"
         mode = "quiet" if os.environ.get("CI") else seen
+    if mode == "rich" and CleanConsole().is_jupyter and find_spec("ipywidgets") is None:
+        mode = "plain"
     return {"rich": RichReporter, "plain": PlainReporter, "quiet": QuietReporter}[mode]()
 
 

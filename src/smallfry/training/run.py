@@ -26,7 +26,7 @@ from smallfry.images import LARGEST_SIDE
 from smallfry.reading import read_bytes, read_json
 from smallfry.terminal import command
 from smallfry.training.augment import Normalize
-from smallfry.training.checkpoint import load_checkpoint, write_file
+from smallfry.training.checkpoint import load_checkpoint, saved_position, write_file
 from smallfry.training.rebuild import OF_THE_FACTORY, fill, rebuild
 from smallfry.writing import entries, sweep
 
@@ -105,6 +105,14 @@ class RunFolder:
             raise RunError(f"{self.path}: there is no such run folder")
         if not self.config.is_file():
             raise RunError(f"{self.path}: not a run folder, config.yaml is missing")
+
+    def kept(self) -> str:
+        """The sentence on what is saved of a run that ends now."""
+        saved, position = "no step is saved yet", saved_position(self.last)
+        if position is not None:
+            saved = f"what is saved ends with step {position['step']}"
+        again = command("smallfry", "train", "--resume", self.path)
+        return f"{saved}; go on with: {again}"
 
     def write_metrics(self, history: Sequence[Mapping[str, float]]) -> None:
         """Rewrite ``metrics.csv``; columns are those of the rows, in order of appearance."""

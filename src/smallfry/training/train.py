@@ -25,6 +25,7 @@ from smallfry.models import ViTRM
 from smallfry.report.classification import confusion_matrix, mistakes, surest_mistakes
 from smallfry.report.curves import learning_curves
 from smallfry.report.recursion import interesting, recursion_trace
+from smallfry.signals import keeping
 from smallfry.training.augment import Augment
 from smallfry.training.batches import flips_by_default
 from smallfry.training.checkpoint import Checkpoint, has_checkpoint, load_checkpoint
@@ -74,7 +75,7 @@ def _train(
     with _folder(config, name, processes) as path:
         trainer = _build(config, data, RunFolder(path), reporter, processes)
     folder, model = trainer.folder, trainer.manifest["model"]["name"]
-    with processes.held(folder.locked()):
+    with processes.held(folder.locked()), keeping(folder.kept):
         processes.once(lambda: folder.begin(config.to_dict()))
         parameters = sum(p.numel() for p in trainer.raw_model.parameters())
         trainer.reporter.say(
@@ -140,7 +141,7 @@ def _resume(
 ) -> dict[str, Any]:
     processes.last = folder.last
     longer = (config.epochs, config.patience) != (recorded.epochs, recorded.patience)
-    with processes.held(folder.locked()):
+    with processes.held(folder.locked()), keeping(folder.kept):
         summary = processes.once(folder.read_summary)
         if summary is not None and not longer:
             return summary
