@@ -140,11 +140,12 @@ def _claim(study: str, planned: Sequence[Planned], folder: Path) -> None:
             raise UsageError(f"{file}: not a study's ({error!r}); take another --folder") from None
     if known["study"] != study:
         raise UsageError(f"{folder} holds the study {known['study']}; take another --folder")
+    default = _told(TrainConfig())  # of settings that a study of an earlier version did not have
     for plan in planned:
         told = _told(plan.config)
         before = known["runs"].setdefault(plan.name, told)
         for key in sorted({*before, *told}, key=lambda key: ("." in key, key)):
-            if before.get(key) != told.get(key):
+            if before.get(key, default.get(key)) != told.get(key):
                 raise UsageError(
                     f"the runs in {folder} were told {key} {before.get(key)}, not "
                     f"{told.get(key)}: give the same settings, or another --folder"

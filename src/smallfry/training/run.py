@@ -23,6 +23,7 @@ from torch import nn
 
 from smallfry.errors import DataError, RunError
 from smallfry.images import LARGEST_SIDE
+from smallfry.names import text_of
 from smallfry.reading import read_bytes, read_json
 from smallfry.training.augment import Normalize
 from smallfry.training.checkpoint import load_checkpoint, write_file
@@ -216,7 +217,7 @@ def require_classes(trained: TrainedModel, classes: Sequence[str], origin: str) 
 def new_run_folder(data: str, model: str) -> Path:
     """A fresh folder under ``runs/``, named after data, model and time."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    base = Path("runs") / f"{Path(data).name or 'data'}-{model}-{stamp}"
+    base = Path("runs") / f"{text_of(Path(data).name) or 'data'}-{model}-{stamp}"
     path, number = base, 2
     while path.exists():
         path, number = base.with_name(f"{base.name}-{number}"), number + 1
