@@ -110,7 +110,8 @@ def _named_data(
     label = None if before is None else before.label
     other = DataConfig(name, root, validation=0.0, test=0.0, label=label)
     data = load_config_data(_sized(other, trained), min_classes=1)
-    _warn_of_training_images(data, before, split)
+    if split == "test":
+        _warn_of_training_images(data, before)
     return data
 
 
@@ -148,9 +149,9 @@ def _is_same_place(name: str, other: str) -> bool:
     return one.exists() and two.exists() and one.samefile(two)
 
 
-def _warn_of_training_images(data: ImageData, before: DataConfig | None, split: str) -> None:
-    """Warn if other data holds images that the run was trained on, as far as those are at hand."""
-    chosen = data.train if split == "test" and data.test_count == 0 else getattr(data, split)
+def _warn_of_training_images(data: ImageData, before: DataConfig | None) -> None:
+    """Warn if other data to test on holds images of the training, as far as those are at hand."""
+    chosen = data.test if data.test_count else data.train
     if before is None or not (before.name in NO_ROOT or path_of(before.name).is_dir()):
         return
     try:

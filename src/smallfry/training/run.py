@@ -47,6 +47,13 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Keep other processes from training in this folder; a killed process lets go of it."""
         try:
+            str(self.path).encode()
+        except UnicodeEncodeError:
+            raise RunError(
+                f"{self.path}: a folder whose name is not UTF-8 holds no run, as TensorBoard can't "
+                "write into it; name another folder (--run DIR)"
+            ) from None
+        try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path / ".lock")
             lock.acquire(timeout=0)

@@ -30,7 +30,7 @@ from smallfry.training.batches import flips_by_default
 from smallfry.training.checkpoint import Checkpoint, has_checkpoint, load_checkpoint
 from smallfry.training.config import ModelConfig, TrainConfig, read_config
 from smallfry.training.evaluation import Predictions, predict, score
-from smallfry.training.evaluation_data import load_config_data
+from smallfry.training.evaluation_data import load_config_data, require_place
 from smallfry.training.loop import Trainer
 from smallfry.training.objective import build_objective
 from smallfry.training.processes import Processes, leaving, start
@@ -102,6 +102,8 @@ def _resume(
         summary = processes.once(folder.read_summary)
         if summary is not None:
             return summary
+        moved = f"if it was moved: --resume {folder.path} --data FOLDER"
+        processes.together(lambda: require_place(config.data, moved))
         if processes.once(lambda: has_checkpoint(folder.last)):
             checkpoint = processes.together(lambda: load_checkpoint(folder.last))
             data = processes.together(lambda: _load(config))
