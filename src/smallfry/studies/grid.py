@@ -145,9 +145,10 @@ def _claim(study: str, planned: Sequence[Planned], folder: Path) -> None:
         told = _told(plan.config)
         before = known["runs"].setdefault(plan.name, told)
         for key in sorted({*before, *told}, key=lambda key: ("." in key, key)):
-            if before.get(key, default.get(key)) != told.get(key):
+            was = before.get(key, default.get(key))
+            if was != told.get(key):
                 raise UsageError(
-                    f"the runs in {folder} were told {key} {before.get(key)}, not "
+                    f"the runs in {folder} were told {key} {was}, not "
                     f"{told.get(key)}: give the same settings, or another --folder"
                 )
     write_file(file, json.dumps(known, indent=1) + "\n")
