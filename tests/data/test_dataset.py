@@ -224,6 +224,11 @@ def test_an_empty_folder_and_a_single_class_are_refused(tmp_path):
         load_data(str(tmp_path))
 
 
+def test_a_folder_around_the_right_one_names_that(photos):
+    with pytest.raises(DataError, match=r"one class, 'photos'; .* did you mean .*/photos\?"):
+        load_data(str(photos.parent))
+
+
 def test_one_class_is_enough_where_labels_do_not_matter(tmp_path):
     write_images(tmp_path / "only", 10)
     data = load_data(str(tmp_path), min_classes=1)

@@ -247,11 +247,25 @@ def test_a_test_folder_without_classes_is_told_and_not_taken(tmp_path):
         assert count(tmp_path) == 12
 
 
-def test_splits_without_class_folders_are_no_classes(tmp_path):
-    for split in ("train", "test"):
-        write(tmp_path / split)
-    with pytest.raises(DataError, match="test: its images are in no class folders"):
+@pytest.mark.parametrize(
+    ("names", "inner"),
+    [
+        (("train", "test"), "."),
+        (("train", "test1"), "."),
+        (("train_images", "test_images"), "."),
+        (("train2017", "Val2017"), "cat"),
+    ],
+)
+def test_splits_without_class_folders_or_of_other_names_are_no_classes(tmp_path, names, inner):
+    for split in names:
+        write(tmp_path / split / inner)
+    with pytest.raises(DataError, match=rf"are .*{names[0]}.* splits\? then call them train"):
         load_data(str(tmp_path))
+
+
+def test_a_class_may_begin_like_a_split_beside_others(photos):
+    write(photos / "test tubes")
+    assert load_data(str(photos)).classes == ("cat", "dog", "test tubes")
 
 
 def test_a_test_folder_may_lack_a_class_or_have_one_more(tmp_path):

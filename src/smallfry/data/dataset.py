@@ -21,6 +21,7 @@ from smallfry.data.duplicates import (
     image_hashes,
     kept_without_duplicates,
 )
+from smallfry.data.folders import folders_in
 from smallfry.data.labels import relabelled, some_of, with_known_labels
 from smallfry.data.named import NOTHING_TO_TELL_APART, find_source
 from smallfry.data.shards import WINDOW
@@ -282,7 +283,9 @@ def load_data(
     count = len(source.classes)
     if count < min_classes:
         found = f"is one class, '{source.classes[0]}'" if count == 1 else f"are {count} classes"
-        raise DataError(f"{source.origin}: there {found}; at least {min_classes} are needed")
+        inner = Path(source.origin, *source.spelled[:1])
+        hint = f"; did you mean {inner}?" if len(folders_in(inner)) >= min_classes else ""
+        raise DataError(f"{source.origin}: there {found}; at least {min_classes} are needed{hint}")
     encoded = source.splits[TRAIN]
     size, channels = _geometry(encoded, image_size, channels)
     streamed = encoded.shards is not None and len(encoded.labels) > above

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -108,11 +109,11 @@ def _find_splits(folder: Path) -> dict[str, Path]:
     parted = [path for path in named if folders_in(path)]
     others = [path for path in inside if path not in parted and _has_images(path)]
     if not parted:
-        if others and not [path for path in others if path not in named]:
+        if others and all(_begins_like_a_split(path.name) for path in others):
+            names = ", ".join(text_of(path.name) for path in others[:5])
             raise DataError(
-                f"{others[0]}: its images are in no class folders; is this a split? then expected "
-                f"one folder per class in it, such as {others[0] / 'cat'}; if it is a class, give "
-                "it another name"
+                f"{folder}: are {names} splits? then call them train, val and test, with one "
+                "folder per class in each; if they are classes, give one of them another name"
             )
         return {TRAIN: folder}
     splits: dict[str, Path] = {}
@@ -142,6 +143,11 @@ def _tell_neighbours(folder: Path, splits: dict[str, Path], others: Sequence[Pat
         SmallfryWarning,
         stacklevel=4,
     )
+
+
+def _begins_like_a_split(name: str) -> bool:
+    """Whether a name is one such as ``train2017`` or ``test_images``."""
+    return re.split(r"[^a-z]", name.lower())[0] in SPLIT_NAMES
 
 
 def _has_images(folder: Path) -> bool:
