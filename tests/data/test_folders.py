@@ -159,9 +159,10 @@ def test_an_image_without_an_ending_is_counted_too(photos):
 def test_other_files_are_counted_where_one_looks_for_it(photos, caplog):
     for name in ("a.xml", "b.xml", "c.zip"):
         (photos / "cat" / name).write_text("")
+    (photos / "labels.csv").write_text("")
     with caplog.at_level("INFO", "smallfry"):
         assert count(photos) == 12
-    assert "left out as no images: 2 .xml, 1 .zip" in caplog.text
+    assert "left out as no images: 2 .xml, 1 .zip, 1 .csv" in caplog.text
 
 
 def test_a_class_of_archives_or_unread_pictures_alone_says_what_is_there(photos):

@@ -216,6 +216,27 @@ def test_shards_of_one_split_under_two_names_are_refused(tmp_path, one, other):
         load_data(str(tmp_path))
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_folder_of_parts_is_a_table_as_spark_writes_it(tmp_path, stream):
+    for split, number in {"train": 30, "test": 3}.items():
+        write_parquet_shards(tmp_path / f"{split}.parquet", [number], split="part")
+        (tmp_path / f"{split}.parquet" / "_SUCCESS").touch()
+    data = load_data(str(tmp_path), stream=stream)
+    assert (len(data.train) + len(data.validation), len(data.test)) == (30, 3)
+
+
+def test_a_label_that_is_not_a_number_is_missing(tmp_path):
+    write_table(tmp_path, "train", image=encoded(20), label=[0.0, 1.0] * 9 + [0.0, float("nan")])
+    with pytest.raises(DataError, match="train row 19: label -1 is missing"):
+        load_data(str(tmp_path))
+
+
+def test_labels_of_several_classes_are_refused(tmp_path):
+    write_table(tmp_path, "train", image=encoded(4), label=[[0], [1], [0, 1], []])
+    with pytest.raises(DataError, match="the labels in 'label' are lists"):
+        load_data(str(tmp_path))
+
+
 def test_hidden_copies_of_shards_are_not_meant(tmp_path):
     write_parquet_shards(tmp_path, [30])
     (tmp_path / "._train-00000-of-00001.parquet").write_bytes(b"a mac was here")

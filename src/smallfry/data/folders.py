@@ -5,7 +5,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,7 +85,8 @@ def read_class_folders(folder: Path) -> Source:
             f"{empty[0].path}: the class is empty{f', but for {there}' if there else ''}; put "
             "images of a format that Pillow reads into it, or remove the folder"
         )
-    _report_left_out(folder, [each for split in found.values() for each in split.values()])
+    loose = [file for place in {folder, *places.values()} for file in _files_in(place)]
+    _report_left_out(folder, [each for split in found.values() for each in split.values()], loose)
     origin = train.parent if len(places) > 1 or train.name in SPLIT_NAMES else train
     splits = {split: _encoded(parts, classes) for split, parts in found.items()}
     spelled = tuple(each.path.name for each in found[TRAIN].values())
@@ -211,10 +212,13 @@ def _warn_of_broken_links(folder: Path) -> None:
             )
 
 
-def _report_left_out(folder: Path, classes: Iterable[ClassFolder]) -> None:
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if not is_hidden(p.name) and p.is_file())
+
+
+def _report_left_out(folder: Path, classes: Sequence[ClassFolder], loose: Sequence[Path]) -> None:
     """Count the files and folders that are left out; warn if there are pictures among them."""
-    classes = list(classes)
-    others = [file for each in classes for file in each.others]
+    others = [*loose, *(file for each in classes for file in each.others)]
     unread = unread_pictures(others)
     if unread:
         warnings.warn(

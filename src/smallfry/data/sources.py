@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import logging
+import math
 import os
 import re
 from collections import Counter
@@ -167,11 +168,12 @@ def shard_files(folder: Path, ending: str = "parquet") -> dict[str, list[Path]]:
     files = sorted(
         file for place in places for file in place.glob(f"*.{ending}") if not is_hidden(file.name)
     )
+    files = [part for file in files for part in _parts(file, ending)]
     shards: dict[str, list[Path]] = {}
     words_of: dict[str, set[str]] = {}  # by split
     unnamed = []
     for file in files:
-        words = [file.parent.name] if file.parent != folder else []
+        words = re.split(r"[-_.]", file.parent.name) if file.parent != folder else []
         words += re.split(r"[-_.]", file.stem)
         named = {word: SPLIT_NAMES[word.lower()] for word in words if word.lower() in SPLIT_NAMES}
         if len(set(named.values())) == 1:
@@ -188,6 +190,13 @@ def shard_files(folder: Path, ending: str = "parquet") -> dict[str, list[Path]]:
             "in their names, and this one does not say one of them"
         )
     return {TRAIN: unnamed} if unnamed else shards
+
+
+def _parts(file: Path, ending: str) -> list[Path]:
+    """The file itself, or the files in a folder of such a name, as Spark writes a table."""
+    if not file.is_dir():
+        return [file]
+    return sorted(part for part in file.glob(f"*.{ending}") if not is_hidden(part.name))
 
 
 def read_parquet(
@@ -348,6 +357,9 @@ def class_indices(
 
 
 def _key(value: Any) -> Any:
+    """A label as it is compared; not a number is none."""
+    if isinstance(value, float) and math.isnan(value):
+        return None
     return text_of(value) if isinstance(value, str) else value
 
 
@@ -358,6 +370,11 @@ def _label_values(table: Any, label_column: str) -> list[Any]:
     kind = table.features[label_column]
     values: list[Any] = table[label_column][:]
     if not isinstance(kind, ClassLabel):
+        if any(isinstance(value, list | dict) for value in values):
+            raise DataError(
+                f"the labels in '{label_column}' are lists or groups, and expected is one class "
+                "for each image; name another column: --data.label COLUMN"
+            )
         return values
     count = len(kind.names)
     return [kind.names[v] if v is not None and 0 <= v < count else None for v in values]
