@@ -108,7 +108,7 @@ def test_a_run_goes_on_where_its_data_is_now(variant, tmp_path):
     for label in "ab":
         (folder / label).mkdir(parents=True)
         for number in range(8):
-            level = 20 * number + 60 * (label == "b")
+            level = 20 * number + 67 * (label == "b")
             Image.new("L", (8, 8), level).save(folder / label / f"{number}.png")
     data = DataConfig(str(folder), image_size=8, validation=0.25, test=0.25)
     train(variant(run=tmp_path / "whole", data=data))
