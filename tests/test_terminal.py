@@ -126,7 +126,7 @@ def test_progress_of_training_and_studies_shows_names_as_text(capsys):
     from smallfry.training.progress import PlainReporter, RichReporter
 
     with GridProgress([], {}) as progress:
-        progress._say(NASTY)
+        progress.heart.say(NASTY)
     assert harmless(capsys.readouterr().out, OF_RICH)
     for reporter in (PlainReporter(), RichReporter()):
         reporter.say(NASTY)
