@@ -177,7 +177,7 @@ PART = Part(
     prepare,
     trial,
     count=300,
-    short=6,
+    short=3,
     seconds=300,
     alone=True,
 )
