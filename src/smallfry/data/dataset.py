@@ -13,13 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from smallfry.data.bit_depth import common_depth, sampled_depth, warn_of_unlike_images
 from smallfry.data.cache import decoded
 from smallfry.data.named import NOTHING_TO_TELL_APART, find_source
 from smallfry.data.shards import WINDOW
 from smallfry.data.sources import TEST, TRAIN, VALIDATION, EncodedSplit, Source, digest, stamp
 from smallfry.data.stream import ShardPixels, readable_rows
 from smallfry.errors import AccessError, DataError, SmallfryWarning, UsageError
-from smallfry.images import LARGEST_SIDE, header
+from smallfry.images import FULL_DEPTH, LARGEST_SIDE, header
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,8 @@ class ImageData:
         channels: 1 for grey images, 3 for RGB.
         train: The training split.
         validation: The validation split; empty if none was wanted.
+        bit_depth: Bits of the values in images of more than 8 bits a channel, the scale that they
+            were brought to 8 bits from; None if no training image has more.
     """
 
     name: str
@@ -88,6 +91,7 @@ class ImageData:
     validation: Split
     _held_out: Split | EncodedSplit = field(repr=False)
     _skip_unreadable: bool = False
+    bit_depth: int | None = None
 
     @property
     def test_count(self) -> int:
@@ -99,8 +103,10 @@ class ImageData:
         """The test split; decoded when it is first asked for, so that nothing else touches it."""
         if isinstance(self._held_out, Split):
             return self._held_out
-        return _decode(
-            self._held_out, self.image_size, self.channels, len(self.classes), self._skip_unreadable
+        return _decode_held_out(
+            self._held_out,
+            *(self.image_size, self.channels, len(self.classes), self._skip_unreadable),
+            self.bit_depth,
         )
 
     @cached_property
@@ -156,6 +162,7 @@ def load_data(
     min_classes: int = 2,
     stream: bool | None = None,
     window: int = WINDOW,
+    bit_depth: int | None = None,
 ) -> ImageData:
     """Load a data set.
 
@@ -181,13 +188,16 @@ def load_data(
             held out from streamed training images.
         window: Streamed images are shuffled among so many, in blocks from all over the shards;
             a process holds as many encoded images.
+        bit_depth: Bits of the values in images of more than 8 bits a channel, such as 12, whose
+            values 0 to 4,095 become 0 to 255; default the smallest of 8, 10, 12, 14 and 16 that
+            has the values of all images, or of 4,096 streamed ones, with a warning below 16.
 
     Raises:
         UsageError: An unknown name, an impossible option, or classes wanted of ``curves`` or
             ``faces``, which have none to learn.
         DataError: A source that can't be reached or used.
     """
-    _check_options(image_size, channels, validation, test, limit, window)
+    _check_options(image_size, channels, validation, test, limit, window, bit_depth)
     if min_classes > 1 and name in NOTHING_TO_TELL_APART:
         raise UsageError(
             f"{name} gives nothing to tell apart: {NOTHING_TO_TELL_APART[name]}; it is there for "
@@ -206,14 +216,22 @@ def load_data(
     size, channels = _geometry(source.splits[TRAIN], image_size, channels)
     streamed = source.splits[TRAIN].shards is not None and len(source.splits[TRAIN].labels) > above
     if streamed:
-        train = _stream(source.splits[TRAIN], size, channels, window, skip_unreadable)
+        if bit_depth is None:
+            bit_depth = sampled_depth(source.splits[TRAIN])
+        train = _stream(source.splits[TRAIN], size, channels, window, skip_unreadable, bit_depth)
     elif stream:
         raise UsageError(
             f"data.stream reads folders with parquet or tar files, and {source.origin} is none; "
             "leave it out"
         )
     else:
-        train = _decode(source.splits[TRAIN], size, channels, count, skip_unreadable)
+        wanted = (source.splits[TRAIN], size, channels, count, skip_unreadable)
+        train, depth = _decode(*wanted, bit_depth)
+        if bit_depth is None and depth is not None:
+            others = [encoded for kind, encoded in source.splits.items() if kind != TRAIN]
+            bit_depth = common_depth(depth, others, size, channels)
+            if bit_depth > depth:
+                train, _ = _decode(*wanted, bit_depth)
     if min_classes > 1:
         _warn_of_missing_classes(source, train)
 
@@ -223,14 +241,19 @@ def load_data(
     else:
         train, held_out = _hold_out(train, test, split_seed, "test")
     if VALIDATION in source.splits:
-        held = _decode(source.splits[VALIDATION], size, channels, count, skip_unreadable)
+        encoded = source.splits[VALIDATION]
+        held = _decode_held_out(encoded, size, channels, count, skip_unreadable, bit_depth)
     else:
         train, part = _hold_out(train, validation, split_seed + 1, "validation")
-        held = part if isinstance(part, Split) else _decode(part, size, channels, count, False)
+        if isinstance(part, Split):
+            held = part
+        else:
+            held = _decode_held_out(part, size, channels, count, False, bit_depth)
     if limit is not None and limit < len(train):
         train = take_some(train, limit, split_seed + 2)
     return ImageData(
-        name, source.origin, source.classes, size, channels, train, held, held_out, skip_unreadable
+        *(name, source.origin, source.classes, size, channels, train, held, held_out),
+        *(skip_unreadable, bit_depth),
     )
 
 
@@ -294,11 +317,16 @@ def _hold_out(
 
 
 def _stream(
-    split: EncodedSplit, size: int, channels: int, window: int, skip_unreadable: bool
+    split: EncodedSplit,
+    size: int,
+    channels: int,
+    window: int,
+    skip_unreadable: bool,
+    bit_depth: int | None,
 ) -> Split:
     """A split whose images stay in their shards."""
     assert split.shards is not None
-    pixels = ShardPixels(split.shards, size, channels, window)
+    pixels = ShardPixels(split.shards, size, channels, window, bit_depth)
     rows = readable_rows(pixels, skip_unreadable)
     return Split(pixels, rows, torch.from_numpy(split.labels)[rows])
 
@@ -310,12 +338,15 @@ def _check_options(
     test: float,
     limit: int | None,
     window: int,
+    bit_depth: int | None,
 ) -> None:
     for option, share in {"validation": validation, "test": test}.items():
         if not 0 <= share < 1:
             raise UsageError(f"data.{option} is a share from 0 to below 1, got {share}")
     if channels not in (None, 1, 3):
         raise UsageError(f"data.channels is 1 (grey) or 3 (RGB), got {channels}")
+    if bit_depth is not None and not 1 <= bit_depth <= FULL_DEPTH:
+        raise UsageError(f"data.bit_depth is 1 to {FULL_DEPTH}, got {bit_depth}")
     if image_size is not None and image_size > LARGEST_SIDE:
         raise UsageError(f"data.image_size is at most {LARGEST_SIDE}, got {image_size}")
     for option, number in {"image_size": image_size, "limit": limit, "window": window}.items():
@@ -354,9 +385,31 @@ def _geometry(split: EncodedSplit, size: int | None, channels: int | None) -> tu
     return size or native, channels or (1 if grey else 3)
 
 
-def _decode(
-    split: EncodedSplit, size: int, channels: int, classes: int, skip_unreadable: bool
+def _decode_held_out(
+    split: EncodedSplit,
+    size: int,
+    channels: int,
+    classes: int,
+    skip_unreadable: bool,
+    bit_depth: int | None,
 ) -> Split:
+    """A split on the scale of the training images."""
+    depth = bit_depth or FULL_DEPTH
+    held, found = _decode(split, size, channels, classes, skip_unreadable, depth)
+    if bit_depth is None and found is not None:
+        warn_of_unlike_images(split.locate(0))
+    return held
+
+
+def _decode(
+    split: EncodedSplit,
+    size: int,
+    channels: int,
+    classes: int,
+    skip_unreadable: bool,
+    bit_depth: int | None,
+) -> tuple[Split, int | None]:
+    """A split, and the bit depth of those of its images that have more than 8 bits a channel."""
     outside = np.flatnonzero((split.labels < 0) | (split.labels >= classes))
     if len(outside):
         first = int(outside[0])
@@ -364,7 +417,7 @@ def _decode(
             f"{split.locate(first)}: label {split.labels[first]} is missing or outside "
             f"0 to {classes - 1} ({len(outside)} such images)"
         )
-    images, unreadable = decoded(split, size, channels)
+    images, unreadable, found = decoded(split, size, channels, bit_depth)
     if unreadable and not skip_unreadable:
         more = f" and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
         raise DataError(
@@ -378,7 +431,7 @@ def _decode(
             stacklevel=3,
         )
     rows = np.setdiff1d(np.arange(len(images)), [fault.position for fault in unreadable])
-    return _as_split(images, rows.astype(np.int64), split.labels)
+    return _as_split(images, rows.astype(np.int64), split.labels), found
 
 
 def _as_split(

@@ -290,6 +290,7 @@ def _manifest(
         channels=trained.channels,
         mean=tuple(sample["mean"]),
         std=tuple(sample["std"]),
+        bit_depth=trained.bit_depth,
         recursion_steps=_steps(trained.model) if isinstance(trained.model, ViTRM) else None,
         training=dict(facts),
         license=license,

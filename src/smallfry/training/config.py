@@ -40,6 +40,8 @@ class DataConfig:
         stream: Read training images from parquet or tar shards when they are needed, instead of
             decoding all of them into the cache folder; default if that could take over 16 GiB.
         window: Streamed images are shuffled among so many; a process holds as many of them.
+        bit_depth: Bits of the values in images of more than 8 bits a channel, such as 12; default
+            what the values of all images need, with a warning where that is a guess.
     """
 
     name: str = "digits"
@@ -56,6 +58,7 @@ class DataConfig:
     std: list[float] | None = None
     stream: bool | None = None
     window: int = 16_384
+    bit_depth: int | None = None
 
     def __post_init__(self) -> None:
         _check_values(self, "data.")

@@ -229,6 +229,8 @@ def load_like(
     else:
         wanted = DataConfig(name, root, validation=0.0, test=0.0, label=before.label)
     wanted = replace(wanted, image_size=trained.image_size, channels=trained.channels)
+    if trained.bit_depth is not None:
+        wanted = replace(wanted, bit_depth=trained.bit_depth)
     data = (name and _its_own_data(trained, wanted)) or load_config_data(wanted)
     if name is None and data.fingerprint != trained.manifest["data"]["fingerprint"]:
         warnings.warn(
@@ -299,6 +301,7 @@ def _build(
             "channels": data.channels,
             "mean": list(mean),
             "std": list(std),
+            "bit_depth": data.bit_depth,
         },
         # the name alone: manifests are published, and the paths of this machine are nobody's
         "data": {"name": Path(data.name).name, "fingerprint": data.fingerprint},
