@@ -39,10 +39,10 @@ def sampled_depth(split: EncodedSplit) -> int | None:
     rows = np.arange(len(split.labels))
 
     def peak(row: int) -> int:
-        encoded = split.read(row)
-        if isinstance(encoded, np.ndarray):
-            return -1
         try:
+            encoded = split.read(row)
+            if isinstance(encoded, np.ndarray):
+                return -1
             return peak_of(encoded, split.locate(row))
         except AccessError:
             raise

@@ -60,19 +60,19 @@ class ShardPixels:
             DataError: An image can't be read; the message says where it is.
         """
         wanted = rows.reshape(-1).numpy()
-        encoded = self.reader.read(wanted)
         pixels = np.empty((len(wanted), *self.shape[1:]), np.uint8)
+        for part in self.reader.read_in_parts(wanted):
 
-        def one(i: int) -> None:
-            row = int(wanted[i])
-            pixels[i] = self._decode(encoded[i], row)
+            def one(number: int, part: list[tuple[int, bytes]] = part) -> None:
+                i, encoded = part[number]
+                pixels[i] = self._decode(encoded, int(wanted[i]))
 
-        heavy = sum(map(len, encoded)) > WORTH_THREADS
-        if heavy and get_worker_info() is None:
-            in_threads(one, 0, len(wanted))
-        else:
-            for i in range(len(wanted)):
-                one(i)
+            heavy = sum(len(encoded) for _, encoded in part) > WORTH_THREADS
+            if heavy and get_worker_info() is None:
+                in_threads(one, 0, len(part))
+            else:
+                for number in range(len(part)):
+                    one(number)
         return torch.from_numpy(pixels).reshape(*rows.shape, *self.shape[1:])
 
     def order(self, rows: Tensor, generator: torch.Generator) -> Tensor:
