@@ -1,6 +1,7 @@
 # make demo     trains a ViTRM on handwritten digits, and draws what it learned
 # make test     style, types and tests, with the documentation's code and a strict build of it
 # make proofs   the longer tests, marked slow: batteries of optimizers, attacks, old versions
+# make oldest   tests with the oldest versions of libraries that pyproject.toml allows, in .oldest
 # make docs     builds the documentation into site/; make docs-serve shows it while you write
 # make bench    how fast the training loop is
 # make campaign  kills runs, damages files and feeds in hostile ones: about an hour
@@ -11,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test proofs lint docs docs-serve bench campaign recipes clean
+.PHONY: demo test proofs oldest lint docs docs-serve bench campaign recipes clean
 
 demo: $(INSTALLED)
 	$(BIN)/smallfry train $(ARGS)
@@ -21,6 +22,15 @@ test: lint
 
 proofs: $(INSTALLED)
 	$(BIN)/pytest --numprocesses auto --maxprocesses 2 --dist worksteal -m slow $(ARGS)
+
+oldest: .oldest/installed
+	.oldest/bin/python -m pytest -m "not slow" $(or $(ARGS),tests/test_images.py tests/test_exits.py tests/data tests/deploy tests/training/test_checkpoint.py tests/training/test_resume.py)
+
+.oldest/installed: pyproject.toml tests/oldest.py
+	$(PYTHON) -m venv .oldest
+	$(PYTHON) tests/oldest.py > .oldest/constraints.txt
+	.oldest/bin/python -m pip install --quiet --disable-pip-version-check --constraint .oldest/constraints.txt --editable . pytest pytest-xdist hypothesis scipy markdown-it-py
+	@touch $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -50,4 +60,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf .venv site .mypy_cache .pytest_cache .ruff_cache .hypothesis .campaign
+	rm -rf .venv .oldest site .mypy_cache .pytest_cache .ruff_cache .hypothesis .campaign

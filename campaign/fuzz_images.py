@@ -45,7 +45,7 @@ def trial(folder: Path, number: int) -> Verdict:
         if "\n" in str(error):
             return Verdict(kind, TOLD, f"the message has several lines: {error!r}"[:300])
     try:
-        pixels = decode(encoded, "x", size, channels)
+        pixels = decode(encoded, "x", size, channels, 16)
     except DataError as error:
         whole = kind in MUST_BE_READ
         return Verdict(kind, TOLD, f"a right file is refused: {error}" if whole else None)
@@ -208,6 +208,45 @@ def packed_pixels(random: Random) -> tuple[str, bytes]:
     return kind, start + _chunk(b"IDAT", data) + _chunk(b"IEND", b"")
 
 
+def packed_tile(random: Random) -> tuple[str, bytes]:
+    """A TIFF of 16 by 16 pixels in one tile that unpacks to hundreds of megabytes."""
+    side, bits = random.choice(((20_000, 8), (20_000, 16), (30_000, 16)))
+    data = _zeros(side * side * bits // 8)
+    tags = [(256, 16), (257, 16), (258, bits), (259, 8), (262, 1), (277, 1)]
+    tags += [(322, side), (323, side), (324, 8), (325, len(data))]
+    body = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    head = struct.pack("<4sI", b"II*\0", 8 + len(data))
+    return "packed tile", head + data + struct.pack("<H", len(tags)) + body + bytes(4)
+
+
+def packed_icon(random: Random) -> tuple[str, bytes]:
+    """An icon of 16 by 16 pixels whose picture has 100 to 170 megapixels."""
+    side = random.choice((10_000, 13_000))
+    head = struct.pack(">IIBBBBB", side, side, 8, 6, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", head)
+    inner = start + _chunk(b"IDAT", _zeros(side * (4 * side + 1))) + _chunk(b"IEND", b"")
+    entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inner), 22)
+    return "packed icon", b"\0\0\1\0\1\0" + entry + inner
+
+
+def packed_colour(random: Random) -> tuple[str, bytes]:
+    """A picture with transparency, a palette or 16 bits, of 32 megapixels in some kilobytes."""
+    side = 5_700
+    depth, colour, width = random.choice(((8, 6, 4), (8, 3, 1), (16, 0, 2), (16, 2, 6)))
+    palette = _chunk(b"PLTE", bytes(range(6))) + _chunk(b"tRNS", b"\0") if colour == 3 else b""
+    head = struct.pack(">IIBBBBB", side, side, depth, colour, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", head) + palette
+    pixels = _chunk(b"IDAT", _zeros(side * (width * side + 1)))
+    return "as many pixels as are read", start + pixels + _chunk(b"IEND", b"")
+
+
+def _zeros(count: int) -> bytes:
+    """So many zeros, packed piece by piece."""
+    packer = zlib.compressobj(1)
+    parts = [packer.compress(bytes(2**20)) for _ in range(count // 2**20)]
+    return b"".join([*parts, packer.compress(bytes(count % 2**20)), packer.flush()])
+
+
 def many_frames(random: Random) -> tuple[str, bytes]:
     """An animation of hundreds of frames."""
     frames = [Image.new("P", (16, 16), i % 256) for i in range(300)]
@@ -228,13 +267,16 @@ def any_bytes(random: Random) -> tuple[str, bytes]:
 
 
 CRAFTED: tuple[Callable[[Random], tuple[str, bytes]], ...] = (
+    *(packed_tile, packed_icon, packed_colour) * 2,  # first, so that the short form has some
     *(absurd_png, absurd_gif, absurd_bmp, absurd_tiff),
     *(any_bytes, many_frames) * 2,
     *(absurd_png, absurd_gif, absurd_bmp, absurd_tiff, any_bytes) * 60,
     *(packed_text, packed_pixels),  # which take a second each
 )
 MUST_BE_READ = ("whole file", "animation", "as many pixels as are read")
-MUST_BE_REFUSED = ("no image", "too many pixels", "file of another format")
+MUST_BE_REFUSED = (
+    *("no image", "too many pixels", "file of another format", "packed tile", "packed icon"),
+)
 
 PART = Part(
     "images",

@@ -3,13 +3,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from smallfry.errors import UsageError
+from smallfry.errors import SmallfryWarning, UsageError
 from smallfry.exits import (
     Trace,
     most_accurate,
     most_thrifty,
     operating_points,
     require_threshold,
+    warn_of_few,
     worthwhile,
 )
 
@@ -63,3 +64,13 @@ def test_worthwhile_points_are_beaten_by_none_in_both_accuracy_and_steps():
     for before, after in pairwise(kept[:-1]):
         assert before.steps < after.steps
         assert before.accuracy < after.accuracy
+
+
+@pytest.mark.parametrize("images", [1, 4, 99])
+def test_thresholds_of_few_images_are_told(images):
+    with pytest.warns(SmallfryWarning, match=f"measured on {images} validation images only"):
+        warn_of_few(images)
+
+
+def test_thresholds_of_enough_images_are_not_told():
+    warn_of_few(100)  # a warning is a failure

@@ -1,3 +1,4 @@
+import struct
 from contextlib import suppress
 from io import BytesIO
 
@@ -5,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from smallfry.errors import DataError
-from smallfry.images import decode, header, refit
+from smallfry.errors import DataError, SmallfryWarning
+from smallfry.images import bit_depth_of, decode, header, peak_of, refit
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
@@ -122,9 +123,76 @@ def test_a_decompression_bomb_is_refused(monkeypatch):
         decode(encoded(Image.new("L", (64, 64))), "x", 8, 1)
 
 
-def test_small_values_in_wide_pixels_are_not_lost():
-    image = Image.fromarray(ramp(np.int32, 255))
-    assert decode(encoded(image, "TIFF"), "x", 8, 1).max() == 255
+@pytest.mark.parametrize("bits", [1, 8, 10, 12, 14, 16])
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_wide_pixels_are_scaled_by_the_bit_depth_alone(bits, dtype):
+    most = 2**bits - 1
+    values = ramp(dtype, most)
+    found = decode(encoded(Image.fromarray(values), "TIFF"), "x", 8, 1, bits)[0]
+    assert np.array_equal(found, values.astype(np.int64) * 255 // most)
+    darker = encoded(Image.fromarray(values // 2), "TIFF")  # not by each picture's own maximum
+    assert np.array_equal(
+        decode(darker, "x", 8, 1, bits)[0], values.astype(np.int64) // 2 * 255 // most
+    )
+
+
+def test_a_value_beyond_the_bit_depth_is_refused_and_not_clipped():
+    image = encoded(Image.fromarray(ramp(np.uint16, 4096)))
+    with pytest.raises(DataError, match=r"x: holds the value 4,096, and 4,095 .* of 12 bits"):
+        decode(image, "x", 8, 1, 12)
+    assert decode(image, "x", 8, 1, 14).max() == 4096 * 255 // 16383
+
+
+def test_values_of_255_and_256_differ_little_whatever_the_bit_depth():
+    for bits in (12, 16):
+        dark = [
+            decode(encoded(Image.fromarray(ramp(np.uint16, top))), "x", 8, 1, bits)[0, -1, -1]
+            for top in (255, 256)
+        ]
+        assert int(dark[1]) - int(dark[0]) in (0, 1)
+
+
+def test_an_unknown_bit_depth_is_told_where_a_picture_does_not_show_it():
+    with pytest.warns(SmallfryWarning, match="taken for 0 to 65,535"):
+        found = decode(encoded(Image.fromarray(ramp(np.uint16, 4095))), "x", 8, 1)
+    assert found.max() == 4095 // 257
+    decode(encoded(Image.fromarray(ramp(np.uint16, 40_000))), "x", 8, 1)  # a warning is a failure
+
+
+def wide_colour(top: int) -> bytes:
+    """A TIFF of 16-bit RGB, which Pillow reads and does not write."""
+    pixels = np.linspace(0, top, 8 * 8 * 3).astype("<u2").tobytes()
+    tags = [(256, 8), (257, 8), (258, 16), (259, 1), (262, 2), (273, 8), (277, 3), (278, 8)]
+    entries = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags)
+    entries = entries.replace(struct.pack("<HHII", 258, 3, 1, 16), b"")
+    where = 8 + len(pixels)
+    bits = struct.pack("<HHII", 258, 3, 3, where)
+    first, rest = entries[:24], entries[24:]
+    body = pixels + struct.pack("<3H", 16, 16, 16) + struct.pack("<H", 9)
+    size = struct.pack("<HHII", 279, 4, 1, len(pixels))
+    return b"II*\0" + struct.pack("<I", where + 6) + body + first + bits + rest + size + bytes(4)
+
+
+def test_colour_of_16_bits_is_read_by_its_upper_half_and_no_smaller_depth_is_pretended():
+    full = wide_colour(65535)
+    assert peak_of(full, "x") == 65535
+    assert decode(full, "x", 8, 3).max() == 255
+    dark = wide_colour(4095)
+    assert peak_of(dark, "x") == 15 * 257
+    with pytest.warns(SmallfryWarning, match="taken for 0 to 65,535"):
+        decode(dark, "x", 8, 3)
+    with pytest.raises(DataError, match=r"x: colour of 16 bits .*, not of 12"):
+        decode(dark, "x", 8, 3, 12)
+
+
+def test_the_peak_is_that_of_wide_images_only():
+    assert peak_of(encoded(Image.fromarray(ramp(np.uint8, 200))), "x") == -1
+    assert peak_of(encoded(Image.fromarray(ramp(np.uint16, 200))), "x") == 200
+    assert [bit_depth_of(peak) for peak in (0, 255, 256, 1024, 4095, 4096, 65535)] == [
+        *(8, 8, 10, 12, 12, 14, 16)
+    ]
+    with pytest.raises(DataError, match="x: not an image"):
+        peak_of(b"none", "x")
 
 
 def test_damage_of_any_kind_is_told_by_header_and_decoder_alike():
@@ -151,5 +219,5 @@ def test_an_image_of_100_megapixels_is_refused_before_its_pixels_are_read() -> N
     stream = BytesIO()
     Image.new("1", (10_000, 10_000)).save(stream, "PNG")
     for read in (lambda b: decode(b, "big.png", 32, 3), lambda b: header(b, "big.png")):
-        with pytest.raises(DataError, match="10000 × 10000 pixels are too many"):
+        with pytest.raises(DataError, match="100,000,000 pixels are too many"):
             read(stream.getvalue())

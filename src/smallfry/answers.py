@@ -59,6 +59,7 @@ def answers(
     image_size: int,
     channels: int,
     top_k: int = 3,
+    bit_depth: int | None = None,
 ) -> Iterator[Answer]:
     """Answers in the order of the images.
 
@@ -71,6 +72,7 @@ def answers(
         image_size: Side that the images are brought to, in pixels.
         channels: 1 (grey) or 3 (RGB).
         top_k: Classes to name for each image, at most all.
+        bit_depth: Of images of more than 8 bits a channel; see ``smallfry.images.decode``.
     """
     images = iter(found)
     while chunk := list(islice(images, BATCH)):
@@ -80,7 +82,7 @@ def answers(
             try:
                 if encoded is None:
                     raise DataError(error or name)
-                pixels.append(decode(encoded, name, image_size, channels))
+                pixels.append(decode(encoded, name, image_size, channels, bit_depth))
                 errors.append(None)
             except DataError as problem:
                 errors.append(str(problem))

@@ -5,16 +5,18 @@ accuracy and saves in steps is measured on images that were not trained on, for 
 that makes a difference, and the threshold is chosen there.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from smallfry.errors import UsageError
+from smallfry.errors import SmallfryWarning, UsageError
 
 NEVER = 1.01  # a threshold that no probability passes
 THRESHOLDS = 200  # looked at, at equal shares of all halting probabilities
+FEW = 100  # images, of fewer of which an accuracy has steps of over a percent
 
 
 class Trace(NamedTuple):
@@ -30,6 +32,17 @@ class Point(NamedTuple):
     threshold: float
     accuracy: float
     steps: float  # recursion steps an image, on average
+
+
+def warn_of_few(images: int) -> None:
+    """Warn if thresholds are measured on so few images that little can be promised of others."""
+    if images < FEW:
+        warnings.warn(
+            f"thresholds of early exit are measured on {images} validation images only: what they "
+            f"cost on others is hardly known; hold out {FEW} or more (data.validation)",
+            SmallfryWarning,
+            stacklevel=3,
+        )
 
 
 def operating_points(traced: Trace) -> list[Point]:

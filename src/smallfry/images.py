@@ -1,19 +1,26 @@
-"""One image: from bytes or a file to pixels of a wanted size and number of channels."""
+"""One image: from bytes or a file to pixels of a wanted size and number of channels.
 
+Memory is bounded: of one image by ``most_pixels``, checked before its pixels are decoded, and of
+all threads together by ``DECODED_AT_ONCE``.
+"""
+
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from smallfry.errors import DataError
+from smallfry.decoding import IMAGE_MIB, decoding, most_pixels, pixels_in_icon, pixels_in_tile
+from smallfry.decoding import MOST_PIXELS as MOST_PIXELS
+from smallfry.errors import DataError, SmallfryError, SmallfryWarning
 from smallfry.reading import opened
 
-Encoded = bytes | Path
+Encoded = bytes | Path | Image.Image
 
 # Those that people keep pictures in. Pillow opens others too: EPS starts Ghostscript, a program of
 # its own, and rare ones have been read by few.
@@ -26,10 +33,19 @@ READ = tuple(kind for kind in FORMATS if kind in Image.OPEN)  # as this Pillow w
 IMAGE_EXTENSIONS = frozenset(
     extension for extension, kind in Image.registered_extensions().items() if kind in (*READ, "MPO")
 )
-MOST_PIXELS = 89_478_485  # a quarter of a GiB of RGB, where Pillow begins to warn
 MOST_BYTES = 256 * 2**20  # of a file
 LARGEST_SIDE = 4096  # that images are brought to for a model
 GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "F"})
+BIT_DEPTHS = (8, 10, 12, 14, 16)  # of cameras and scanners
+FULL_DEPTH = 16
+STRIP = 2**20  # pixels that are laid over white at a time
+
+
+class Pixels(NamedTuple):
+    """An image as a model takes it."""
+
+    values: NDArray[np.uint8]  # (channels, size, size)
+    peak: int  # largest value of an image of more than 8 bits a channel; -1 of any other
 
 
 def header(encoded: Encoded, where: str) -> tuple[int, int, bool]:
@@ -41,24 +57,94 @@ def header(encoded: Encoded, where: str) -> tuple[int, int, bool]:
             raise _damaged(where, error) from error
 
 
-def decode(encoded: Encoded, where: str, size: int, channels: int) -> NDArray[np.uint8]:
+def decode(
+    encoded: Encoded, where: str, size: int, channels: int, bit_depth: int | None = None
+) -> NDArray[np.uint8]:
     """Pixels (channels, size, size) of an image of one of ``FORMATS``.
 
-    An EXIF rotation is applied, if it can be read, transparency laid over white, 16-bit values are
-    scaled to 8, the first frame of an animation is taken, and a picture that is not square is
-    cropped at its centre.
+    An EXIF rotation is applied, if it can be read, transparency laid over white, the first frame
+    of an animation is taken, and a picture that is not square is cropped at its centre.
+
+    Args:
+        encoded: A file, its bytes, or an image of Pillow, which stays as it is.
+        where: Its name in messages.
+        size: Side that it is brought to, in pixels.
+        channels: 1 (grey) or 3 (RGB).
+        bit_depth: Bits of the values in images of more than 8 bits a channel, which are scaled
+            from 0 to 2^bits - 1 down to 8 bits; default all 16, with a warning where the image
+            does not look like it.
 
     Raises:
-        DataError: Not an image, or a damaged one; ``where`` names it.
+        DataError: Not an image, a damaged or too large one, or one of values beyond the bits.
+        UsageError: ``SMALLFRY_IMAGE_MIB`` is no whole number.
     """
-    with _open(encoded, where) as image:
+    values, peak = decode_with_peak(encoded, where, size, channels, bit_depth or FULL_DEPTH)
+    if bit_depth is None and -1 < peak < 2 ** (FULL_DEPTH - 1):
+        warnings.warn(
+            "the bit depth of 16-bit images is not known: their values are taken for 0 to 65,535, "
+            "and some have none above 32,767, which come out dark; save them with 8 bits, or train "
+            "on such images, with --data.bit_depth",
+            SmallfryWarning,
+            stacklevel=2,
+        )
+    return values
+
+
+def decode_with_peak(
+    encoded: Encoded, where: str, size: int, channels: int, bit_depth: int
+) -> Pixels:
+    """As ``decode``, with the image's largest value, from which a data set's bit depth follows."""
+    with _open(encoded, where) as image, decoding(image.width * image.height):
         try:
+            is_wide = _is_wide(image)
             image.load()
-            return _fit(_eight_bit(_upright(image), where), size, channels)
+            _turn_upright(image)
+            peak = _peak(image, where) if is_wide else -1
+            if peak >= 0 and bit_depth < FULL_DEPTH and not image.mode.startswith("I"):
+                raise DataError(
+                    f"{where}: colour of 16 bits a channel is read by its upper 8, not of "
+                    f"{bit_depth} bits, the bit depth of its data set; save it with 8 bits"
+                )
+            if peak >= 2**bit_depth:
+                raise DataError(
+                    f"{where}: holds the value {peak:,}, and {2**bit_depth - 1:,} is the largest "
+                    f"of {bit_depth} bits, the bit depth of its data set; scale it as the others, "
+                    "or train with a larger --data.bit_depth"
+                )
+            return Pixels(_fit(_eight_bit(image, where, bit_depth), size, channels), peak)
         except DataError:
             raise
         except Exception as error:
             raise _damaged(where, error) from error
+
+
+def peak_of(encoded: Encoded, where: str) -> int:
+    """The largest value of an image of more than 8 bits a channel; -1, undecoded, of any other.
+
+    Raises:
+        DataError: As ``decode``.
+    """
+    with _open(encoded, where) as image:
+        try:
+            if not _is_wide(image):
+                return -1
+            with decoding(image.width * image.height):
+                image.load()
+                return _peak(image, where)
+        except DataError:
+            raise
+        except Exception as error:
+            raise _damaged(where, error) from error
+
+
+def bit_depth_of(peak: int) -> int:
+    """The smallest usual bit depth that has a value."""
+    return next(depth for depth in BIT_DEPTHS if peak < 2**depth)
+
+
+def is_bit_depth(value: object) -> bool:
+    """Whether a manifest's value is a bit depth, or None for one that is not known."""
+    return value is None or (type(value) is int and 1 <= value <= FULL_DEPTH)
 
 
 def refit(pixels: NDArray[np.uint8], size: int, channels: int) -> NDArray[np.uint8]:
@@ -68,7 +154,9 @@ def refit(pixels: NDArray[np.uint8], size: int, channels: int) -> NDArray[np.uin
 
 
 def _fit(image: Image.Image, size: int, channels: int) -> NDArray[np.uint8]:
-    image = image.convert("L" if channels == 1 else "RGB")
+    mode = "L" if channels == 1 else "RGB"
+    if image.mode != mode:  # or it would be copied
+        image = image.convert(mode)
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     array = np.asarray(image, dtype=np.uint8)
@@ -78,7 +166,10 @@ def _fit(image: Image.Image, size: int, channels: int) -> NDArray[np.uint8]:
 @contextmanager
 def _open(encoded: Encoded, where: str) -> Iterator[Image.Image]:
     try:
-        if isinstance(encoded, Path):
+        if isinstance(encoded, Image.Image):
+            _require_bounded(encoded.width * encoded.height, where)
+            yield _copy_of(encoded, where)
+        elif isinstance(encoded, Path):
             with opened(encoded, MOST_BYTES) as stream, _image_in(stream, where) as image:
                 yield image
         else:
@@ -91,7 +182,15 @@ def _open(encoded: Encoded, where: str) -> Iterator[Image.Image]:
         raise DataError(f"{where}: can't be read ({reason})") from error
 
 
+def _copy_of(image: Image.Image, where: str) -> Image.Image:
+    try:
+        return image.copy()  # which loads it
+    except Exception as error:
+        raise _damaged(where, error) from error
+
+
 def _image_in(stream: BinaryIO, where: str) -> Image.Image:
+    _require_bounded(pixels_in_icon(stream), where)
     try:
         image = Image.open(stream, formats=READ)
     except UnidentifiedImageError:
@@ -100,21 +199,29 @@ def _image_in(stream: BinaryIO, where: str) -> Image.Image:
         raise DataError(f"{where}: too large to be decoded safely ({error})") from None
     except Exception as error:  # a stranger's bytes raise almost anything, struct.error too
         raise _damaged(where, error) from error
-    if image.width * image.height > MOST_PIXELS:
+    try:
+        _require_bounded(image.width * image.height, where)
+        _require_bounded(pixels_in_tile(image), where)
+    except Exception as error:
         image.close()
-        raise DataError(
-            f"{where}: {image.width} × {image.height} pixels are too many to be decoded safely; "
-            f"at most {MOST_PIXELS:,} are read: make it smaller"
-        )
+        raise error if isinstance(error, SmallfryError) else _damaged(where, error) from error
     return image
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """The image as its EXIF data says it was taken, if these can be read."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # damaged in any way, which is no reason to lose the picture
-        return image
+def _require_bounded(pixels: int, where: str) -> None:
+    """Refuse an image that would take too much memory, by its header."""
+    most = most_pixels()
+    if pixels > most:
+        raise DataError(
+            f"{where}: {pixels:,} pixels are too many to be decoded safely; at most {most:,} are "
+            f"read: make it smaller, or allow more memory with the environment variable {IMAGE_MIB}"
+        )
+
+
+def _turn_upright(image: Image.Image) -> None:
+    """Turn an image as its EXIF data says it was taken, if these can be read."""
+    with suppress(Exception):  # damaged in any way, which is no reason to lose the picture
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 def _damaged(where: str, error: Exception) -> DataError:
@@ -123,23 +230,52 @@ def _damaged(where: str, error: Exception) -> DataError:
 
 def _is_grey(image: Image.Image) -> bool:
     if image.mode == "P":
-        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
-        channels = np.asarray(image)[..., :3]
-        return bool((channels == channels[..., :1]).all())
+        with decoding(image.width * image.height):
+            used = np.flatnonzero(image.histogram())
+        colours = np.array(image.getpalette("RGB")).reshape(-1, 3)
+        colours = colours[used[used < len(colours)]]
+        return bool((colours == colours[:, :1]).all())
     return image.mode in GREY_MODES or image.mode.startswith("I;16")
 
 
-def _eight_bit(image: Image.Image, where: str) -> Image.Image:
-    """The image over white, in a mode with 8 bits a channel."""
-    if image.mode.startswith("I"):  # Pillow's own conversion would clip these at 255
+def _is_wide(image: Image.Image) -> bool:
+    """Whether the channels of an image that is not loaded yet have more than 8 bits."""
+    if image.mode.startswith("I"):
+        return True
+    tiles = getattr(image, "tile", [])
+    arguments = tiles[0][3] if tiles else ()
+    raw_mode = arguments if isinstance(arguments, str) else next(iter(arguments or ()), "")
+    return ";16" in str(raw_mode)
+
+
+def _peak(image: Image.Image, where: str) -> int:
+    """The largest value on the scale of 16 bits; of colour, Pillow keeps the upper 8 of them."""
+    if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise DataError(f"{where}: 32-bit values outside 0 to 65535; save it with 8 or 16 bits")
-        return Image.fromarray((values // (257 if values.max() > 255 else 1)).astype(np.uint8))
+        return int(values.max())
+    bands = image.getextrema()
+    most = max(high for _, high in bands) if isinstance(bands[0], tuple) else bands[1]
+    return int(most) * 257
+
+
+def _eight_bit(image: Image.Image, where: str, bit_depth: int) -> Image.Image:
+    """The image over white, in a mode with 8 bits a channel."""
+    if image.mode.startswith("I"):  # Pillow's own conversion would clip these at 255
+        scaled = np.arange(2**bit_depth, dtype=np.uint32) * 255 // (2**bit_depth - 1)
+        return Image.fromarray(scaled.astype(np.uint8)[np.asarray(image)])
     if image.mode == "F":
         raise DataError(f"{where}: floating-point pixels; save it with 8 or 16 bits a channel")
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, layer).convert("RGB")
-    return image
+    return _over_white(image) if image.has_transparency_data else image
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """The image in RGB over white, made strip by strip, as each step of it is a copy."""
+    whole = Image.new("RGB", image.size)
+    rows = max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(image.height, top + rows))).convert("RGBA")
+        white = Image.new("RGBA", strip.size, (255, 255, 255, 255))
+        whole.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return whole

@@ -100,7 +100,7 @@ def test_load_data_holds_out_a_share_of_the_only_class(monkeypatch):
     assert (data.image_size, data.channels, data.classes) == (28, 1, ("curve",))
     few = load_data("curves", validation=0.2, min_classes=1, limit=7)
     assert len(few.train) == 7
-    kept, unreadable = decoded(read_curves().splits[TRAIN], 28, 1)
+    kept, unreadable, _ = decoded(read_curves().splits[TRAIN], 28, 1)
     assert not unreadable
     assert np.array_equal(data.train.images.numpy(), kept[data.train.rows])
 

@@ -1,16 +1,23 @@
+import warnings
+
 import numpy as np
 import onnx
 import pytest
 import torch
 from onnxruntime import InferenceSession
+from PIL import Image
 
+from smallfry.cli import main
 from smallfry.deploy import Runtime
+from smallfry.deploy.export import export
 from smallfry.deploy.graphs import exported_program, to_onnx, whole_graph
 from smallfry.deploy.quantize import call_ranges, quantize
-from smallfry.errors import ExportError
+from smallfry.errors import ExportError, SmallfryWarning
 from smallfry.models import ViTRM
+from smallfry.training.config import DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.run import load_run
+from smallfry.training.train import train
 
 
 def test_int8_says_what_float32_says(run, whole, int8):
@@ -71,3 +78,46 @@ def test_static_ranges_need_images(whole):
     graphs = {"model": (whole / "model.onnx").read_bytes()}
     with pytest.raises(ExportError, match="needs images"):
         quantize(graphs, "int8", np.empty((0, 1, 8, 8), np.float32))
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """A run on 8 training and 4 validation images, in folders."""
+    folder = tmp_path_factory.mktemp("few")
+    random = np.random.default_rng(0)
+    for split, count in {"train": 4, "validation": 2, "test": 2}.items():
+        for label, top in {"dark": 100, "light": 255}.items():
+            (folder / "x" / split / label).mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(top // 2, top, (8, 8), np.uint8)
+                Image.fromarray(pixels).save(folder / "x" / split / label / f"{i}.png")
+    tiny = {"embed_dim": 16, "num_heads": 2, "mlp_hidden_dim": 16, "depth": 1, "latent_steps": 1}
+    train(
+        TrainConfig(
+            data=DataConfig(str(folder / "x")),
+            model=ModelConfig(options=tiny, recursion_steps=2),
+            objective=ObjectiveConfig(supervision_steps=2),
+            epochs=1,
+            references=False,
+            run=folder / "run",
+            progress="quiet",
+        )
+    )
+    return folder / "run"
+
+
+def test_ranges_and_thresholds_of_few_images_are_told(few, tmp_path, capsys):
+    with pytest.warns(SmallfryWarning) as caught:
+        export(few, tmp_path / "a", "anytime", "int8")
+    told = " ".join(str(warning.message) for warning in caught)
+    assert "the ranges of int8 are measured on 8 images only" in told
+    assert "thresholds of early exit are measured on 4 validation images only" in told
+    with pytest.warns(SmallfryWarning) as caught:
+        export(few, tmp_path / "b", "whole", "int8")
+    assert "early exit" not in " ".join(str(warning.message) for warning in caught)
+    export(few, tmp_path / "c", "whole", "int8_dynamic")  # a warning is a failure
+    export(few, tmp_path / "d", "whole")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["evaluate", str(few), "--exit_drop", "0.1"]) == 0
+    assert "measured on 4 validation images only" in capsys.readouterr().err

@@ -1,12 +1,17 @@
+import copy
+import hashlib
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -15,12 +20,15 @@ from PIL import Image
 
 from smallfry.cli import main
 from smallfry.deploy import Runtime
+from smallfry.deploy.export import export
 from smallfry.errors import DataError, ExportError, UsageError
 from smallfry.models.early_exit import recurse_until
 from smallfry.reading import sealed
 from smallfry.training.augment import Normalize
+from smallfry.training.config import DataConfig, ModelConfig, TrainConfig
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.run import load_run
+from smallfry.training.train import train
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +46,7 @@ def a_picture(mode="RGB", size=(20, 14)) -> bytes:
     random = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
     image = Image.fromarray(random).convert(mode if mode != "I;16" else "L")
     if mode == "I;16":
-        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+        image = Image.fromarray(40_000 + np.asarray(image).astype(np.uint16) * 100)
     image.save(stream, "TIFF")
     return stream.getvalue()
 
@@ -123,8 +131,112 @@ def test_an_image_of_any_mode_and_size_is_answered(runtime, mode):
         np.testing.assert_allclose(shares.sum(), 1, rtol=1e-5)
 
 
-def test_no_images_give_no_answers(runtime):
-    assert runtime.predict([]).probabilities.shape == (0, 10)
+@pytest.mark.parametrize("form", ["anytime", "whole", "int8", "plain"])
+@pytest.mark.parametrize("nothing", [[], (), np.zeros((0, 1, 8, 8), np.uint8)], ids=str)
+def test_no_images_give_no_answers(form, nothing, request):
+    said = Runtime(request.getfixturevalue(form), threads=1).predict(nothing)
+    assert said.probabilities.shape == (0, 10)
+    if form == "plain":
+        assert said.halting is said.steps is None
+    else:
+        assert said.halting.shape == said.steps.shape == (0,)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """An export of a model that does not recur."""
+    folder = tmp_path_factory.mktemp("plain")
+    train(
+        TrainConfig(
+            data=DataConfig(limit=100),
+            model=ModelConfig("resnet10t"),
+            epochs=1,
+            references=False,
+            run=folder / "run",
+            progress="quiet",
+        )
+    )
+    return export(folder / "run", folder / "export")
+
+
+def test_images_are_paths_text_bytes_or_pillows_own(runtime, tmp_path):
+    file = tmp_path / "x.tif"
+    file.write_bytes(a_picture())
+    with Image.open(file) as opened:
+        said = runtime.predict([file, str(file), file.read_bytes(), opened]).probabilities
+        assert opened.size == (20, 14)  # it stays as it is
+    assert (said == said[0]).all()
+    wide = Image.fromarray(np.full((8, 8), 40_000, np.uint16))
+    assert runtime.predict([wide]).probabilities.shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    "one",
+    [b"x", "x.png", Path("x.png"), Image.new("L", (8, 8))],
+    ids=["bytes", "text", "path", "image"],
+)
+def test_a_single_image_is_no_list(runtime, one):
+    with pytest.raises(DataError, match="put it into a list"):
+        runtime.predict(one)
+
+
+def test_what_is_no_image_is_named_by_its_place_or_path(runtime, tmp_path):
+    with pytest.raises(DataError, match=r"nothing\.png: can't be read"):
+        runtime.predict([str(tmp_path / "nothing.png")])
+    with pytest.raises(DataError, match=r"image 1: expected a path, .* got ndarray; .* one array"):
+        runtime.predict([a_picture(), np.zeros((1, 8, 8), np.uint8)])
+    with pytest.raises(DataError, match=r"image 0: expected a path, .* got NoneType"):
+        runtime.predict([None])
+    closed = Image.open(BytesIO(a_picture()))
+    closed.close()
+    with pytest.raises(DataError, match="image 0: the image is damaged"):
+        runtime.predict([closed])
+    with pytest.raises(DataError, match="image 0: 100,000,000 pixels are too many"):
+        runtime.predict([Image.new("1", (10_000, 10_000))])
+
+
+@pytest.mark.parametrize("form", ["anytime", "whole"])
+def test_a_copy_in_another_process_answers_the_same(form, request, pixels, monkeypatch, tmp_path):
+    folder = request.getfixturevalue(form)
+    monkeypatch.chdir(folder.parent)
+    runtime = Runtime(folder.name, threads=1)
+    content = pickle.dumps(runtime)
+    assert len(content) < 1000  # the folder, not the graphs
+    monkeypatch.chdir(tmp_path)
+    for copied in (pickle.loads(content), copy.deepcopy(runtime)):
+        again, before = copied.predict(pixels[:5]), runtime.predict(pixels[:5])
+        assert again.probabilities.tobytes() == before.probabilities.tobytes()
+    code = "import pickle, sys; r = pickle.loads(sys.stdin.buffer.read()); print(r.classes)"
+    done = subprocess.run([sys.executable, "-c", code], input=content, capture_output=True)
+    assert done.stdout.decode().strip() == str(runtime.classes), done.stderr
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("form", ["anytime", "whole", "plain"])
+def test_scores_that_are_no_numbers_are_no_answer(form, value, request, tmp_path, capsys):
+    folder = request.getfixturevalue(form)
+    copied = tmp_path / "spoilt"
+    shutil.copytree(folder, copied)
+    name = "read_out.onnx" if form == "anytime" else "model.onnx"
+    graph = onnx.load(copied / name)
+    for tensor in graph.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and tensor.name.endswith(
+            ("head.weight", "fc.weight")
+        ):
+            wrong = np.full(tuple(tensor.dims), value, np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(wrong, tensor.name))
+    (copied / name).write_bytes(graph.SerializeToString())
+    content = json.loads((copied / "manifest.json").read_text())
+    content["files"][name] = hashlib.sha256((copied / name).read_bytes()).hexdigest()
+    (copied / "manifest.json").write_text(json.dumps(sealed(content)))
+    runtime = Runtime(copied, threads=1)
+    shape = (3, runtime.manifest.channels, *[runtime.manifest.image_size] * 2)
+    for options in ({}, {"threshold": 0.5}) if form == "anytime" else ({},):
+        with pytest.raises(ExportError, match="answer is not a number"):
+            runtime.predict(np.ones(shape, np.uint8), **options)
+    (tmp_path / "x.tif").write_bytes(a_picture())
+    assert main(["predict", str(copied), str(tmp_path / "x.tif")]) == 1
+    assert "answer is not a number" in capsys.readouterr().err
 
 
 def test_wrong_images_and_wishes_are_told(runtime, whole):
@@ -178,6 +290,18 @@ def test_an_export_of_another_version_is_refused(anytime, tmp_path, capsys):
     assert "smallfry 9.9 in format 9" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("form", [1, 2])
+def test_an_export_of_an_earlier_format_is_read(anytime, tmp_path, pixels, form):
+    copied = damaged(anytime, tmp_path, format=form)
+    content = json.loads((copied / "manifest.json").read_text())
+    del content["bit_depth"], content["digest"]
+    (copied / "manifest.json").write_text(json.dumps(content if form == 1 else sealed(content)))
+    old = Runtime(copied, threads=1)
+    assert old.manifest.bit_depth is None
+    new = Runtime(anytime, threads=1).predict(pixels[:3]).probabilities
+    assert old.predict(pixels[:3]).probabilities.tobytes() == new.tobytes()
+
+
 @pytest.mark.parametrize("name", ["embed.onnx", "step.onnx", "read_out.onnx"])
 def test_a_truncated_file_is_refused(anytime, tmp_path, name):
     copy = damaged(anytime, tmp_path)
@@ -205,6 +329,10 @@ def test_a_truncated_file_is_refused(anytime, tmp_path, name):
         {"std": [0.0]},
         {"std": [float("nan")]},
         {"std": ["a"]},
+        {"bit_depth": 0},
+        {"bit_depth": 17},
+        {"bit_depth": "12"},
+        {"bit_depth": True},
         {"recursion_steps": None},
         {"recursion_steps": -1},
         {"exits": [{"threshold": 1}]},

@@ -85,3 +85,15 @@ def test_the_trace_is_drawn(tmp_path, model):
     file = tmp_path / "trace.png"
     recursion_trace(model, images.float() / 255, images, labels, "abcde", file)
     drawn(file)
+
+
+def test_of_many_classes_the_trace_has_a_bounded_number_of_lines(tmp_path, monkeypatch):
+    from smallfry.report import recursion
+
+    figures = []
+    monkeypatch.setattr(recursion, "save", lambda figure, file: figures.append(figure))
+    model = ViTRM(8, 4, 3, 500, embed_dim=16, num_heads=2, mlp_hidden_dim=8).eval()
+    pixels = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    names = [f"n{i}" for i in range(500)]
+    recursion_trace(model, pixels.float(), pixels, torch.zeros(1).long(), names, tmp_path / "x.png")
+    assert len(figures[0].axes[1].lines) <= recursion.MOST_LINES + 2

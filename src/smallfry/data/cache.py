@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from smallfry.data.sources import EncodedSplit
 from smallfry.data.threads import in_threads
 from smallfry.errors import AccessError, DataError
-from smallfry.images import decode, refit
+from smallfry.images import BIT_DEPTHS, FULL_DEPTH, bit_depth_of, decode_with_peak, refit
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # changes whenever decoding does, so that no old array is taken for a new one
+FORMAT = 2  # changes whenever decoding does, so that no old array is taken for a new one
 BLOCK = 2**24  # bytes that are hashed at once
 HASH_LENGTH = 64  # hexadecimal digits
 
@@ -33,6 +33,14 @@ class Unreadable(NamedTuple):
     reason: str
 
 
+class Decoded(NamedTuple):
+    """The images of a split."""
+
+    images: NDArray[np.uint8]  # (images, channels, size, size), an unreadable one black
+    unreadable: list[Unreadable]
+    bit_depth: int | None  # of those of more than 8 bits a channel; None if there are none
+
+
 def cache_folder() -> Path:
     """``$SMALLFRY_CACHE``, by default ``smallfry`` in the user's cache folder.
 
@@ -42,13 +50,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SMALLFRY_CACHE") or Path(home) / "smallfry").expanduser()
 
 
-def decoded(
-    split: EncodedSplit, size: int, channels: int
-) -> tuple[NDArray[np.uint8], list[Unreadable]]:
-    """Pixels (images, channels, size, size) of a split, and the images that can't be read.
+def decoded(split: EncodedSplit, size: int, channels: int, bit_depth: int | None = None) -> Decoded:
+    """The images of a split as pixels, kept for the next time.
 
-    An unreadable image is left black. Arrays are kept for the next time, unless one was
-    unreadable or the split has no fingerprint.
+    They are not kept if one was unreadable or the split has no fingerprint.
+
+    Args:
+        split: The split.
+        size: Side that images are brought to, in pixels.
+        channels: 1 (grey) or 3 (RGB).
+        bit_depth: Of images of more than 8 bits a channel; default the smallest usual one that
+            has the values of all.
 
     Raises:
         AccessError: A shard can't be read now.
@@ -57,37 +69,49 @@ def decoded(
     shape = (len(split.labels), channels, size, size)
     if not split.fingerprint:
         images = np.empty(shape, dtype=np.uint8)
-        return images, _decode_into(images, split, size, channels)
-    file = cache_folder() / f"{split.fingerprint}-{size}x{channels}-v{FORMAT}.npy"
-    kept = _load(file, shape)
-    if kept is not None:
-        return kept, []
+        return Decoded(images, *_decode_into(images, split, size, channels, bit_depth))
+    name = f"{split.fingerprint}-{size}x{channels}-v{FORMAT}"
+    for found, ending in _endings(bit_depth):
+        kept = _load(cache_folder() / f"{name}{ending}.npy", shape)
+        if kept is not None:
+            return Decoded(kept, [], found)
     part: Path | None = None
+    folder = cache_folder()
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=file.parent, suffix=".part")
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=folder, suffix=".part")
         os.close(descriptor)
-        part = Path(name)
+        part = Path(temporary)
         images = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
         _claim_space(part)
-        log.info("decoding %d images into %s", shape[0], file)
-        unreadable = _decode_into(images, split, size, channels)
+        log.info("decoding %d images into %s", shape[0], folder)
+        unreadable, found = _decode_into(images, split, size, channels, bit_depth)
         if unreadable:
-            return np.array(images), unreadable
+            return Decoded(np.array(images), unreadable, found)
         images.flush()
         with open(part, "ab") as stream:
             stream.write(content_hash(images).encode())
+        ending = next(end for depth, end in _endings(bit_depth) if depth == found)
+        file = folder / f"{name}{ending}.npy"
         os.replace(part, file)
         kept = _map(file, shape)
     except OSError as error:
         raise DataError(
-            f"{file.parent}: decoded images can't be kept there ({error}); free space, or name "
+            f"{folder}: decoded images can't be kept there ({error}); free space, or name "
             "another folder in the environment variable SMALLFRY_CACHE"
         ) from error
     finally:
         if part is not None:
             part.unlink(missing_ok=True)
-    return images if kept is None else kept, []
+    return Decoded(images if kept is None else kept, [], found)
+
+
+def _endings(bit_depth: int | None) -> list[tuple[int | None, str]]:
+    """Bit depths that kept images may have, and how the names of their files end."""
+    if bit_depth is None:
+        return [(None, ""), *((depth, f"-found{depth}bit") for depth in BIT_DEPTHS)]
+    same = [(bit_depth, f"-found{bit_depth}bit")]  # where it was not given, and the same was found
+    return [(None, ""), (bit_depth, f"-{bit_depth}bit"), *same]
 
 
 def _claim_space(file: Path) -> None:
@@ -135,15 +159,25 @@ def _map(file: Path, shape: Sequence[int]) -> NDArray[np.uint8] | None:
 
 
 def _decode_into(
-    images: NDArray[np.uint8], split: EncodedSplit, size: int, channels: int
-) -> list[Unreadable]:
+    images: NDArray[np.uint8],
+    split: EncodedSplit,
+    size: int,
+    channels: int,
+    bit_depth: int | None,
+) -> tuple[list[Unreadable], int | None]:
+    """Fill the array; what could not be read, and the bit depth if there is a wide image."""
+    peaks = np.full(len(images), -1)
+    depth = bit_depth or FULL_DEPTH
+
     def one(i: int) -> Unreadable | None:
         try:
             encoded = split.read(i)
             if isinstance(encoded, np.ndarray):
                 images[i] = refit(encoded, size, channels)
             else:
-                images[i] = decode(encoded, split.locate(i), size, channels)
+                images[i], peaks[i] = decode_with_peak(
+                    encoded, split.locate(i), size, channels, depth
+                )
         except AccessError:  # another time it may be readable
             raise
         except DataError as error:
@@ -151,4 +185,13 @@ def _decode_into(
             return Unreadable(i, str(error))
         return None
 
-    return [fault for fault in in_threads(one, 0, len(images)) if fault]
+    unreadable = [fault for fault in in_threads(one, 0, len(images)) if fault]
+    wide = np.flatnonzero(peaks >= 0)
+    if len(wide) == 0:
+        return unreadable, None
+    if bit_depth is None:
+        depth = bit_depth_of(int(peaks.max()))
+    if depth != (bit_depth or FULL_DEPTH):
+        again = in_threads(lambda number: one(int(wide[number])), 0, len(wide))
+        unreadable += [fault for fault in again if fault]
+    return unreadable, depth

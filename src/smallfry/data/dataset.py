@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from smallfry.data.bit_depth import common_depth, sampled_depth, warn_of_unlike_images
 from smallfry.data.cache import decoded
 from smallfry.data.duplicates import (
     Hashed,
@@ -38,7 +39,7 @@ from smallfry.data.sources import (
 from smallfry.data.splits import Split, hold_out, take_some
 from smallfry.data.stream import ShardPixels, readable_rows
 from smallfry.errors import AccessError, DataError, SmallfryWarning, UsageError
-from smallfry.images import LARGEST_SIDE, header
+from smallfry.images import FULL_DEPTH, LARGEST_SIDE, header
 from smallfry.names import text_of
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,8 @@ class ImageData:
         channels: 1 for grey images, 3 for RGB.
         train: The training split.
         validation: The validation split; empty if none was wanted.
+        bit_depth: Bits of the values in images of more than 8 bits a channel, the scale that they
+            were brought to 8 bits from; None if no training image has more.
     """
 
     name: str
@@ -76,6 +79,7 @@ class ImageData:
     _skip_unreadable: bool = False
     _spelled: tuple[str, ...] = field(default=(), repr=False)  # classes as the source has them
     _locate: Mapping[str, Callable[[int], str]] = field(default_factory=dict, repr=False)
+    bit_depth: int | None = None
 
     @property
     def test_count(self) -> int:
@@ -87,8 +91,10 @@ class ImageData:
         """The test split; decoded when it is first asked for, so that nothing else touches it."""
         if isinstance(self._held_out, Split):
             return self._held_out
-        return _decode(
-            self._held_out, self.image_size, self.channels, len(self.classes), self._skip_unreadable
+        return _decode_held_out(
+            self._held_out,
+            *(self.image_size, self.channels, len(self.classes), self._skip_unreadable),
+            self.bit_depth,
         )
 
     @cached_property
@@ -234,6 +240,7 @@ def load_data(
     stream: bool | None = None,
     window: int = WINDOW,
     remove_duplicates: bool = False,
+    bit_depth: int | None = None,
 ) -> ImageData:
     """Load a data set.
 
@@ -262,13 +269,16 @@ def load_data(
             a process holds as many encoded images.
         remove_duplicates: Leave out training images that have several labels, or that are
             validation or test images too, and validation images that are test images too.
+        bit_depth: Bits of the values in images of more than 8 bits a channel, such as 12, whose
+            values 0 to 4,095 become 0 to 255; default the smallest of 8, 10, 12, 14 and 16 that
+            has the values of all images, or of 4,096 streamed ones, with a warning below 16.
 
     Raises:
         UsageError: An unknown name, an impossible option, or classes wanted of ``curves`` or
             ``faces``, which have none to learn.
         DataError: A source that can't be reached or used.
     """
-    _check_options(image_size, channels, validation, test, limit, window)
+    _check_options(image_size, channels, validation, test, limit, window, bit_depth)
     if min_classes > 1 and name in NOTHING_TO_TELL_APART:
         raise UsageError(
             f"{name} gives nothing to tell apart: {NOTHING_TO_TELL_APART[name]}; it is there for "
@@ -301,13 +311,18 @@ def load_data(
         )
     partly = not streamed and limit is not None and not skip_unreadable
     if streamed:
-        train = _stream(encoded, size, channels, window, skip_unreadable)
+        if bit_depth is None:
+            bit_depth = sampled_depth(encoded)
+        train = _stream(encoded, size, channels, window, skip_unreadable, bit_depth)
     elif partly:  # which images are used follows from the labels
         _require_labels(encoded, count)
         everything = torch.arange(len(encoded.labels))
         train = Split(torch.empty(0), everything, torch.from_numpy(encoded.labels))
     else:
-        train = _decode(encoded, size, channels, count, skip_unreadable)
+        others = [other for kind, other in source.splits.items() if kind != TRAIN]
+        train, bit_depth = _decode_training(
+            encoded, others, size, channels, count, skip_unreadable, bit_depth
+        )
     if min_classes > 1:
         _warn_of_missing_classes(source, train)
 
@@ -329,13 +344,16 @@ def load_data(
             for part in (held, held_out)
         )
         encoded = encoded.take(train.rows.numpy())
-        train = _decode(encoded, size, channels, count, skip_unreadable)
+        others = [part for part in (held, held_out) if isinstance(part, EncodedSplit)]
+        train, bit_depth = _decode_training(
+            encoded, others, size, channels, count, skip_unreadable, bit_depth
+        )
     locate = {
         split: part.locate if isinstance(part, EncodedSplit) else encoded.locate
         for split, part in {TRAIN: encoded, VALIDATION: held, TEST: held_out}.items()
     }
     if isinstance(held, EncodedSplit):
-        held = _decode(held, size, channels, count, skip_unreadable)
+        held = _decode_held_out(held, size, channels, count, skip_unreadable, bit_depth)
     data = ImageData(
         name,
         source.origin,
@@ -348,6 +366,7 @@ def load_data(
         skip_unreadable,
         source.spelled,
         locate,
+        bit_depth,
     )
     return data.without_duplicates() if remove_duplicates else data
 
@@ -376,11 +395,16 @@ def _hold_out(
 
 
 def _stream(
-    split: EncodedSplit, size: int, channels: int, window: int, skip_unreadable: bool
+    split: EncodedSplit,
+    size: int,
+    channels: int,
+    window: int,
+    skip_unreadable: bool,
+    bit_depth: int | None,
 ) -> Split:
     """A split whose images stay in their shards."""
     assert split.shards is not None
-    pixels = ShardPixels(split.shards, size, channels, window)
+    pixels = ShardPixels(split.shards, size, channels, window, bit_depth)
     rows = readable_rows(pixels, skip_unreadable)
     return Split(pixels, rows, torch.from_numpy(split.labels)[rows])
 
@@ -392,12 +416,15 @@ def _check_options(
     test: float,
     limit: int | None,
     window: int,
+    bit_depth: int | None,
 ) -> None:
     for option, share in {"validation": validation, "test": test}.items():
         if not 0 <= share < 1:
             raise UsageError(f"data.{option} is a share from 0 to below 1, got {share}")
     if channels not in (None, 1, 3):
         raise UsageError(f"data.channels is 1 (grey) or 3 (RGB), got {channels}")
+    if bit_depth is not None and not 1 <= bit_depth <= FULL_DEPTH:
+        raise UsageError(f"data.bit_depth is 1 to {FULL_DEPTH}, got {bit_depth}")
     if image_size is not None and image_size > LARGEST_SIDE:
         raise UsageError(f"data.image_size is at most {LARGEST_SIDE}, got {image_size}")
     for option, number in {"image_size": image_size, "limit": limit, "window": window}.items():
@@ -436,11 +463,52 @@ def _geometry(split: EncodedSplit, size: int | None, channels: int | None) -> tu
     return size or native, channels or (1 if grey else 3)
 
 
-def _decode(
-    split: EncodedSplit, size: int, channels: int, classes: int, skip_unreadable: bool
+def _decode_held_out(
+    split: EncodedSplit,
+    size: int,
+    channels: int,
+    classes: int,
+    skip_unreadable: bool,
+    bit_depth: int | None,
 ) -> Split:
+    """A split on the scale of the training images."""
+    depth = bit_depth or FULL_DEPTH
+    held, found = _decode(split, size, channels, classes, skip_unreadable, depth)
+    if bit_depth is None and found is not None:
+        warn_of_unlike_images(split.locate(0))
+    return held
+
+
+def _decode_training(
+    split: EncodedSplit,
+    others: Sequence[EncodedSplit],
+    size: int,
+    channels: int,
+    classes: int,
+    skip_unreadable: bool,
+    bit_depth: int | None,
+) -> tuple[Split, int | None]:
+    """The training images, and the bit depth that they and the other splits need."""
+    wanted = (split, size, channels, classes, skip_unreadable)
+    train, depth = _decode(*wanted, bit_depth)
+    if bit_depth is None and depth is not None:
+        bit_depth = common_depth(depth, others, size, channels)
+        if bit_depth > depth:
+            train, _ = _decode(*wanted, bit_depth)
+    return train, bit_depth
+
+
+def _decode(
+    split: EncodedSplit,
+    size: int,
+    channels: int,
+    classes: int,
+    skip_unreadable: bool,
+    bit_depth: int | None,
+) -> tuple[Split, int | None]:
+    """A split, and the bit depth of those of its images that have more than 8 bits a channel."""
     _require_labels(split, classes)
-    images, unreadable = decoded(split, size, channels)
+    images, unreadable, found = decoded(split, size, channels, bit_depth)
     if unreadable and not skip_unreadable:
         more = f" and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
         raise DataError(
@@ -454,7 +522,7 @@ def _decode(
             stacklevel=3,
         )
     rows = np.setdiff1d(np.arange(len(images)), [fault.position for fault in unreadable])
-    return _as_split(images, rows.astype(np.int64), split.labels)
+    return _as_split(images, rows.astype(np.int64), split.labels), found
 
 
 def _require_labels(split: EncodedSplit, classes: int) -> None:

@@ -130,7 +130,7 @@ def _read(folder: Path, label: str | None) -> tuple[str, NDArray[np.uint8], NDAr
     """Where the photographs are, their pixels (images, 64, 64), and who is on them."""
     source = read_folder(folder, label, "label")
     split = replace(source.splits[TRAIN], fingerprint="")  # so few need no cache
-    pixels, unreadable = decoded(split, PHOTOGRAPH, 1)
+    pixels, unreadable, _ = decoded(split, PHOTOGRAPH, 1)
     if unreadable:
         raise DataError(unreadable[0].reason)
     return source.origin, pixels[:, 0], split.labels

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from smallfry.data.parquet_bounds import open_bounded
 from smallfry.data.scanned import NO_SPANS, Block, Label, Scanned, reached, unreadable_shard
 from smallfry.data.sources import digest
 from smallfry.errors import DataError
@@ -69,13 +70,13 @@ def scan(file: Path, image: str, label: str, withheld: bool = False) -> Scanned:
         DataError: The shard has other columns, a sample without a label, or too large row groups.
     """
     try:
-        with reached(file), pq.ParquetFile(file) as shard:
+        with reached(file), open_bounded(file, [image, label]) as shard:
             columns = features(file)
             lacking = [name for name in (image, label) if name not in columns]
             if lacking:
                 raise DataError(f"{file}: has no column '{lacking[0]}', as the first shard has")
-            names, codes = _labels(file, shard, label, columns[label], withheld)
             blocks = [_block(file, shard, i) for i in range(shard.num_row_groups)]
+            names, codes = _labels(file, shard, label, columns[label], withheld)
             if sum(block.samples for block in blocks) != len(codes):
                 raise pa.ArrowInvalid("its row groups have another number of labels than of rows")
             mark = _mark(file)
@@ -85,14 +86,14 @@ def scan(file: Path, image: str, label: str, withheld: bool = False) -> Scanned:
 
 
 def read_group(file: Path, group: int, image: str) -> pa.ChunkedArray:
-    """The encoded images of a row group, as bytes or null.
+    """The encoded images of a row group, as bytes or null, equal ones stored once.
 
     Raises:
         AccessError: The shard can't be read now.
         DataError: The row group is damaged.
     """
     try:
-        with reached(file), pq.ParquetFile(file) as shard:
+        with reached(file), open_bounded(file, [image]) as shard:
             inside = pa.types.is_struct(shard.schema_arrow.field(image).type)
             column = f"{image}.bytes" if inside else image
             table = shard.read_row_group(group, columns=[column], use_threads=False)

@@ -3,6 +3,7 @@
 import io
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,17 +111,33 @@ class ShardReader:
         return self.read(np.array([row], np.int64))[0]
 
     def read(self, rows: NDArray[np.int64]) -> list[bytes]:
-        """The bytes of images, in the order of the rows.
+        """The bytes of images, in the order of the rows; raises as ``read_in_parts``."""
+        found: list[bytes] = [b""] * len(rows)
+        for part in self.read_in_parts(rows):
+            for i, encoded in part:
+                found[i] = encoded
+        return found
+
+    def read_in_parts(self, rows: NDArray[np.int64]) -> Iterator[list[tuple[int, bytes]]]:
+        """The bytes of images with their places in ``rows``, at most 256 MiB, or one, at a time.
 
         Raises:
             AccessError: A shard can't be read now.
             DataError: An image is missing or too large, or the shard around it is damaged.
         """
-        return self._read_parquet(rows) if self.shards.column else self._read_tar(rows)
+        part: list[tuple[int, bytes]] = []
+        held = 0
+        for i, encoded in self._read_parquet(rows) if self.shards.column else self._read_tar(rows):
+            if part and held + len(encoded) > WINDOW_BYTES:
+                yield part
+                part, held = [], 0
+            part.append((i, encoded))
+            held += len(encoded)
+        if part:
+            yield part
 
-    def _read_parquet(self, rows: NDArray[np.int64]) -> list[bytes]:
+    def _read_parquet(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, bytes]]:
         blocks = self.shards.blocks_of(rows)
-        found: list[bytes] = [b""] * len(rows)
         for block in dict.fromkeys(blocks.tolist()):  # in the order in which they are needed
             cells = self._block(block)
             for i in np.flatnonzero(blocks == block).tolist():
@@ -136,8 +153,7 @@ class ShardReader:
                         f"{self.shards.locate(row)}: an image of {len(cell) / 1e6:,.0f} MB; at "
                         f"most {MOST_BYTES / 1e6:.0f} are read"
                     )
-                found[i] = cell
-        return found
+                yield i, cell
 
     def _block(self, block: int) -> Any:
         with self._lock:
@@ -166,19 +182,18 @@ class ShardReader:
             )
         return _Held(cells, stop - start, int(shards.weights[block]))
 
-    def _read_tar(self, rows: NDArray[np.int64]) -> list[bytes]:
+    def _read_tar(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, bytes]]:
         shards = self.shards
         at = np.searchsorted(shards.first, rows, side="right") - 1
-        found: list[bytes] = [b""] * len(rows)
         for shard in np.unique(at).tolist():
             with reached(shards.files[shard]), io.FileIO(shards.files[shard]) as file:
                 for i in np.flatnonzero(at == shard).tolist():
                     offset, size = (int(number) for number in shards.spans[rows[i]])
                     try:
-                        found[i] = tar_shards.read_span(file, offset, size)
+                        encoded = tar_shards.read_span(file, offset, size)
                     except DataError as error:
                         raise DataError(f"{shards.locate(int(rows[i]))}: {error}") from None
-        return found
+                    yield i, encoded
 
 
 class _Held(NamedTuple):

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ROWS_AT_ONCE = 1000  # of a table
 IMAGE_COLUMNS = frozenset({"image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp"})
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
@@ -205,12 +204,17 @@ def read_parquet(
     """The tables in parquet files, by split; raises as ``read_hub``."""
     import datasets
 
+    from smallfry.data.parquet_bounds import rows_at_once
+
+    columns = _columns(folder, next(iter(shards.values()))[0], label, default_label)
+    rows = {split: rows_at_once(files, columns or []) for split, files in shards.items()}
     tables = {}
     try:
         for split, files in shards.items():  # one by one, as each may have class names of its own
             given = {split: list(map(str, files))}
-            # its default is the rows of the first row group, which may be none
-            loaded = datasets.load_dataset("parquet", data_files=given, batch_size=ROWS_AT_ONCE)
+            loaded = datasets.load_dataset(
+                "parquet", data_files=given, batch_size=rows[split], columns=columns
+            )
             tables[split] = loaded[split]
     except Exception as error:
         raise DataError(
@@ -218,6 +222,22 @@ def read_parquet(
         ) from error
     fingerprints = {split: digest(*map(stamp, files)) for split, files in shards.items()}
     return _read_tables(str(folder), tables, fingerprints, label, default_label, folder)
+
+
+def _columns(
+    folder: Path, file: Path, label: str | None, default_label: str | None
+) -> list[str] | None:
+    """The columns with images and labels, so that no other is decoded; None of a damaged file."""
+    from smallfry.data.parquet_shards import features
+
+    try:
+        found = features(file)
+    except AccessError:
+        raise
+    except DataError:
+        return None  # reading it will say so
+    image = find_image_column(str(folder), found)
+    return [image, find_label_column(str(folder), found, image, label, default_label)]
 
 
 def _read_tables(

@@ -44,10 +44,13 @@ class ShardPixels:
         size: Side of the images in pixels.
         channels: 1 for grey images, 3 for RGB.
         window: Samples that are shuffled among each other, and that may be in memory at once.
+        bit_depth: Of images of more than 8 bits a channel; None if it is not known.
     """
 
-    def __init__(self, shards: Shards, size: int, channels: int, window: int) -> None:
-        self.shards, self.window = shards, window
+    def __init__(
+        self, shards: Shards, size: int, channels: int, window: int, bit_depth: int | None = None
+    ) -> None:
+        self.shards, self.window, self.bit_depth = shards, window, bit_depth
         self.shape = (len(shards), channels, size, size)
         self.reader = ShardReader(shards, window)
 
@@ -58,19 +61,19 @@ class ShardPixels:
             DataError: An image can't be read; the message says where it is.
         """
         wanted = rows.reshape(-1).numpy()
-        encoded = self.reader.read(wanted)
         pixels = np.empty((len(wanted), *self.shape[1:]), np.uint8)
+        for part in self.reader.read_in_parts(wanted):
 
-        def one(i: int) -> None:
-            row = int(wanted[i])
-            pixels[i] = self._decode(encoded[i], row)
+            def one(number: int, part: list[tuple[int, bytes]] = part) -> None:
+                i, encoded = part[number]
+                pixels[i] = self._decode(encoded, int(wanted[i]))
 
-        heavy = sum(map(len, encoded)) > WORTH_THREADS
-        if heavy and get_worker_info() is None:
-            in_threads(one, 0, len(wanted))
-        else:
-            for i in range(len(wanted)):
-                one(i)
+            heavy = sum(len(encoded) for _, encoded in part) > WORTH_THREADS
+            if heavy and get_worker_info() is None:
+                in_threads(one, 0, len(part))
+            else:
+                for number in range(len(part)):
+                    one(number)
         return torch.from_numpy(pixels).reshape(*rows.shape, *self.shape[1:])
 
     def order(self, rows: Tensor, generator: torch.Generator) -> Tensor:
@@ -97,7 +100,8 @@ class ShardPixels:
         """
         _, channels, size, _ = self.shape
         stamps = map(stamp, self.shards.files)
-        key = digest("unreadable", str(size), str(channels), self.shards.mark, *stamps)
+        depth = [] if self.bit_depth is None else [f"{self.bit_depth} bits"]
+        key = digest("unreadable", str(size), str(channels), *depth, self.shards.mark, *stamps)
         file = cache_folder() / f"{key}.json"
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +137,7 @@ class ShardPixels:
     def _decode(self, encoded: bytes, row: int) -> NDArray[np.uint8]:
         _, channels, size, _ = self.shape
         try:
-            return decode(encoded, "", size, channels)
+            return decode(encoded, "", size, channels, self.bit_depth)
         except DataError as error:  # where it is takes a look into the file
             told = f"{self.shards.locate(row)}{error}"
             if error.__cause__ is not None and is_out_of_memory(error.__cause__):

@@ -192,6 +192,7 @@ def _subject(given: str, checkpoint: str) -> Subject:
         manifest.channels,
         Normalize(manifest.mean, manifest.std),
         {"data": {"name": "", "fingerprint": "", **manifest.training.get("data", {})}},
+        manifest.bit_depth,
     )
     return Subject(given, path.resolve().name, True, stand_in)
 

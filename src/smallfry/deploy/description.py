@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from smallfry.deploy.facts import LATER_SPLITS, SPLITS, UNKNOWN
 from smallfry.errors import RunError, SmallfryWarning, UsageError
-from smallfry.images import LARGEST_SIDE
+from smallfry.images import LARGEST_SIDE, is_bit_depth
 from smallfry.reading import read_json, read_large
 from smallfry.training.augment import Normalize
 from smallfry.training.checkpoint import WEIGHTS
@@ -134,18 +134,25 @@ def described(
         if not isinstance(told.get(name, {}), Mapping):
             raise TypeError(f"smallfry.{name} is no object")
     version, number = told.pop("version", None), told.pop("format", None)
+    bit_depth = told.pop("bit_depth", None)
+    if not is_bit_depth(bit_depth):
+        raise ValueError(f"smallfry.bit_depth is {bit_depth!r}")
     manifest = {
         **told,
         "format": number,
         "smallfry": version,
         "model": {"name": config["architecture"], "arguments": arguments},
         "classes": list(labels),
-        "input": {"size": height, "channels": channels, "mean": list(mean), "std": list(std)},
+        "input": {
+            **{"size": height, "channels": channels, "mean": list(mean), "std": list(std)},
+            "bit_depth": bit_depth,
+        },
         "data": _data(told.get("data", {})),
     }
     if wanted.get("license"):
         manifest["license"] = str(wanted["license"])
-    return TrainedModel(model, labels, height, channels, Normalize(mean, std), manifest)
+    normalize = Normalize(mean, std)
+    return TrainedModel(model, labels, height, channels, normalize, manifest, bit_depth)
 
 
 def _data(told: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from smallfry.deploy.quantization_report import write_report
 from smallfry.deploy.quantize import quantize
 from smallfry.deploy.runtime import Runtime
 from smallfry.errors import ExportError, SmallfryError, SmallfryWarning, UsageError
-from smallfry.exits import operating_points, worthwhile
+from smallfry.exits import operating_points, warn_of_few, worthwhile
 from smallfry.models import ViTRM
 from smallfry.training.evaluation import forward
 from smallfry.training.evaluation_data import load_like
@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 TOLERANCE = 1e-4  # between PyTorch's and ONNX Runtime's probabilities
 TRACED_BATCH = 2  # any size but 1, which tracers take for a broadcast
 CALIBRATION_IMAGES = 256
+FEW_FOR_RANGES = 32  # images, with fewer of which a static range is hardly known
 
 
 def export(
@@ -150,7 +151,16 @@ def assemble(
         files[PROGRAM] = _saved(exported_program(whole_graph(trained.model, _images(trained))))
     if precision != "float32":
         log.info("quantizing")
-        graphs = quantize(graphs, precision, calibration_images(traced), _steps(trained.model))
+        images = calibration_images(traced)
+        if precision == "int8" and 0 < len(images) < FEW_FOR_RANGES:
+            warnings.warn(
+                f"the ranges of int8 are measured on {len(images)} images only, and others may go "
+                f"beyond them: calibrate with {FEW_FOR_RANGES} or more (--data), or take "
+                "int8_dynamic, which needs none",
+                SmallfryWarning,
+                stacklevel=3,
+            )
+        graphs = quantize(graphs, precision, images, _steps(trained.model))
     files |= {f"{name}.onnx": content for name, content in graphs.items()}
     manifest = _manifest(trained, traced.facts, traced.form, precision, license, files)
     folder.mkdir(parents=True, exist_ok=True)
@@ -171,6 +181,7 @@ def calibrate(traced: Traced, folder: Path) -> None:
     if len(validation) == 0:
         return
     log.info("calibrating early exit")
+    warn_of_few(len(validation))
     followed = Runtime(folder).trace(validation.images.numpy(), validation.labels.numpy())
     manifest = replace(
         Manifest.read(folder),
@@ -287,6 +298,7 @@ def _manifest(
         channels=trained.channels,
         mean=tuple(sample["mean"]),
         std=tuple(sample["std"]),
+        bit_depth=trained.bit_depth,
         recursion_steps=_steps(trained.model) if isinstance(trained.model, ViTRM) else None,
         training=dict(facts),
         license=license,

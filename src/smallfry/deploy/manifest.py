@@ -13,12 +13,13 @@ from typing import Any
 
 from smallfry.errors import ExportError
 from smallfry.exits import Point
+from smallfry.images import is_bit_depth
 from smallfry.reading import is_whole, opened, read_json, sealed, settled
 from smallfry.version import __version__
 from smallfry.writing import interrupted, obstacle
 
-FORMAT = 2  # 1 had no digest of the manifest
-READ = (1, FORMAT)
+FORMAT = 3  # 2 had no bit depth, and 1 no digest of the manifest
+READ = (1, 2, FORMAT)
 MANIFEST = "manifest.json"
 GRAPHS = {
     "whole": ("model.onnx",),
@@ -45,6 +46,7 @@ class Manifest:
         channels: 1 (grey) or 3 (RGB).
         mean: Per channel, on the scale 0 to 1.
         std: Standard deviation per channel.
+        bit_depth: Of training images of more than 8 bits a channel; None if there were none.
         recursion_steps: Of a recursive model, else None.
         exits: Where images may leave the recursion, from the most thrifty on.
         calibrated_on: What the exits were measured on.
@@ -62,6 +64,7 @@ class Manifest:
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    bit_depth: int | None = None
     recursion_steps: int | None = None
     exits: tuple[Point, ...] = ()
     calibrated_on: str | None = None
@@ -169,6 +172,7 @@ def _checked(content: Any, file: Path) -> Manifest:
             f"{file}: damaged, its digest is not that of its content; export the run again"
         )
     try:
+        content = {"bit_depth": None, **content}
         values = {entry.name: content[entry.name] for entry in fields(Manifest)}
         values |= {name: tuple(values[name]) for name in ("classes", "mean", "std")}
         values["exits"] = tuple(Point(**point) for point in values["exits"])
@@ -197,6 +201,7 @@ def _problem(manifest: Manifest) -> str | None:
         or len(manifest.std) != manifest.channels
         or not all(map(_is_number, statistics))
         or min(manifest.std) <= 0,
+        "bit_depth": not is_bit_depth(manifest.bit_depth),
         "recursion_steps": steps is not None and not _is_count(steps, MOST_STEPS),
         "exits": not all(map(_is_number, exits)) or (bool(exits) and manifest.form != "anytime"),
         "model": not _is_mapping(manifest.model) or not isinstance(manifest.model["name"], str),

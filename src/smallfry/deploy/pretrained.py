@@ -243,7 +243,9 @@ def _write_model(
         raise RunError(f"timm can't describe this {spec['name']} ({error})") from error
     config = read_config(folder / CONFIG)
     digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-    head = {"format": FORMAT, "version": __version__, "weights": {"sha256": digest}}
+    head: dict[str, Any] = {"format": FORMAT, "version": __version__, "weights": {"sha256": digest}}
+    if trained.bit_depth is not None:
+        head["bit_depth"] = trained.bit_depth
     config["smallfry"] = {**head, **facts}
     written = config.get("model_args", {})
     if "img_size" in written:  # where timm tells two sides, not every model takes them

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
+from PIL import Image
 
 from smallfry.answers import NOT_FINITE, Answer, Outputs, answers
 from smallfry.deploy.manifest import read_export
@@ -23,6 +24,7 @@ from smallfry.inputs import Found
 
 NO_OTHER_FILES = "session.model_external_initializers_file_folder_path"
 Floats = NDArray[np.float32]
+Readable = Encoded | str | os.PathLike[str]
 
 
 class Predictions(NamedTuple):
@@ -35,6 +37,8 @@ class Predictions(NamedTuple):
 
 class Runtime:
     """An export, ready to answer.
+
+    A copy, as for another process, reads the export's folder again.
 
     Args:
         export: The folder that ``smallfry export`` wrote.
@@ -52,6 +56,7 @@ class Runtime:
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ) -> None:
         folder = Path(export)
+        self._arguments = (folder.absolute(), threads, tuple(providers))
         self.manifest, contents = read_export(folder)
         self.file_bytes = sum(map(len, contents.values()))  # of the graphs
         self.classes = self.manifest.classes
@@ -70,9 +75,12 @@ class Runtime:
         self._scale = np.array(scale, np.float32).reshape(-1, 1, 1)
         self._shift = np.array(shift, np.float32).reshape(-1, 1, 1)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Runtime, self._arguments
+
     def predict(
         self,
-        images: Sequence[Encoded] | NDArray[np.uint8],
+        images: Sequence[Readable] | NDArray[np.uint8],
         budget: float | None = None,
         drop: float | None = None,
         threshold: float | None = None,
@@ -81,7 +89,8 @@ class Runtime:
         """Class probabilities of images.
 
         Args:
-            images: Files or their bytes; or pixels (images, channels, size, size).
+            images: Files by their paths, their bytes, or images of Pillow; or pixels (images,
+                channels, size, size). There may be none.
             budget: Recursion steps that an image may take on average, as on the images that the
                 export was calibrated on.
             drop: Share of accuracy that may be lost to early exit, such as 0.003, as on those.
@@ -94,15 +103,7 @@ class Runtime:
             UsageError: Early exit from a graph that has none, or a budget below one step.
         """
         leave = self.exit_threshold(budget, drop, threshold)
-        if isinstance(images, np.ndarray):
-            pixels = images
-        else:
-            size, channels = self.manifest.image_size, self.manifest.channels
-            named = [
-                (f"image {i}" if isinstance(e, bytes) else str(e), e) for i, e in enumerate(images)
-            ]
-            decoded = [decode(encoded, name, size, channels) for name, encoded in named]
-            pixels = np.stack(decoded) if decoded else self._no_pixels()
+        pixels = images if isinstance(images, np.ndarray) else self._decoded(images)
         expected = self._no_pixels().shape[1:]
         if pixels.dtype != np.uint8 or pixels.shape[1:] != expected:
             raise DataError(
@@ -121,7 +122,7 @@ class Runtime:
         """Answers in the order of the images; an image that can't be read gives an ``error``."""
         size, channels = self.manifest.image_size, self.manifest.channels
         run = partial(self._outputs, self.exit_threshold(threshold=threshold))
-        return answers(run, found, self.classes, size, channels, top_k)
+        return answers(run, found, self.classes, size, channels, top_k, self.manifest.bit_depth)
 
     def preprocess(self, pixels: NDArray[np.uint8]) -> Floats:
         """What the graphs take, of pixels (images, channels, size, size)."""
@@ -179,11 +180,36 @@ class Runtime:
         assert drop is not None
         return most_thrifty(exits, drop).threshold
 
+    def _decoded(self, images: Sequence[Readable]) -> NDArray[np.uint8]:
+        """Pixels of images that are encoded, or Pillow's."""
+        if isinstance(images, str | bytes | os.PathLike | Image.Image):
+            raise DataError("expected a list of images, got one: put it into a list")
+        manifest = self.manifest
+        pixels = []
+        for number, image in enumerate(images):
+            name = f"image {number}"
+            if isinstance(image, str | os.PathLike):
+                image = Path(image)
+                name = str(image)
+            elif not isinstance(image, bytes | Image.Image):
+                raise DataError(
+                    f"{name}: expected a path, bytes or an image of Pillow, got "
+                    f"{type(image).__name__}; pixels are given as one array for all images"
+                )
+            size, channels = manifest.image_size, manifest.channels
+            pixels.append(decode(image, name, size, channels, manifest.bit_depth))
+        return np.stack(pixels) if pixels else self._no_pixels()
+
     def _outputs(self, threshold: float | None, pixels: NDArray[np.uint8]) -> Outputs:
         predictions = self._run(self.preprocess(pixels), threshold, len(pixels))
         return Outputs(*predictions[:2], predictions.steps if threshold is not None else None)
 
     def _run(self, images: Floats, threshold: float | None, batch_size: int) -> Predictions:
+        if len(images) == 0:
+            recurs = self.manifest.recursion_steps is not None
+            shares = np.empty((0, len(self.classes)), np.float32)
+            steps = np.empty(0, np.int64)
+            return Predictions(shares, shares[:, 0] if recurs else None, steps if recurs else None)
         if self.manifest.form == "anytime":
             return self._recur(images, NEVER if threshold is None else threshold, batch_size)
         parts = [

@@ -3,16 +3,21 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
+from smallfry.confusion import count_confusions
 from smallfry.report.figure import new_figure, plain, save, show_image, style
 
 MOST_LABELLED = 40  # classes whose names still fit beside a matrix
+MOST_DRAWN = 100  # classes whose whole matrix is drawn
+WORST = 30  # classes that are drawn of more
 
 
 def confusion_matrix(logits: Tensor, labels: Tensor, classes: Sequence[str], file: Path) -> None:
     """Draw how often each class is taken for each, with counts where there is room.
+
+    Of more than 100 classes, the 30 with the most mistakes are drawn.
 
     Args:
         logits: (images, classes).
@@ -20,9 +25,15 @@ def confusion_matrix(logits: Tensor, labels: Tensor, classes: Sequence[str], fil
         classes: Class names.
         file: The PNG to write.
     """
-    classes = plain(classes)
-    count = len(classes)
-    matrix = multiclass_confusion_matrix(logits, labels, count)
+    found = count_confusions(logits.argmax(dim=1), labels, len(classes))
+    if len(classes) <= MOST_DRAWN:
+        chosen = torch.arange(len(classes))
+        matrix, columns = found.dense(chosen)[:, :-1], []
+    else:
+        chosen = found.worst(WORST)
+        matrix, columns = found.dense(chosen), ["all others"]
+    names = plain([classes[i] for i in chosen.tolist()])
+    count = len(names)
     share = matrix / matrix.sum(dim=1, keepdim=True).clamp(min=1)
     side = min(14.0, max(5.0, 0.42 * count + 2.0))
     with style():
@@ -30,13 +41,17 @@ def confusion_matrix(logits: Tensor, labels: Tensor, classes: Sequence[str], fil
         axes = figure.subplots()
         axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
         axes.grid(False)
-        right = matrix.trace().item() / max(1, len(labels))
-        axes.set_title(f"{right:.2%} of {len(labels):,} test images are right")
+        right = 1 - found.mistakes.sum().item() / max(1, len(labels))
+        title = f"{right:.2%} of {len(labels):,} test images are right"
+        if columns:
+            title += f"\nthe {count} of {len(classes):,} classes with the most mistakes"
+        axes.set_title(title)
         axes.set_xlabel("predicted")
         axes.set_ylabel("true")
         if count <= MOST_LABELLED:
-            axes.set_xticks(range(count), classes, rotation=0 if _short(classes) else 90)
-            axes.set_yticks(range(count), classes)
+            columns = [*names, *columns]
+            axes.set_xticks(range(len(columns)), columns, rotation=0 if _short(columns) else 90)
+            axes.set_yticks(range(count), names)
         if count <= 20:
             for row, column in matrix.nonzero().tolist():
                 shade = "white" if share[row, column] > 0.5 else "black"

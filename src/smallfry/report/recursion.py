@@ -10,6 +10,8 @@ from torch import Tensor
 from smallfry.models import RecursionStep, ViTRM
 from smallfry.report.figure import COLOURS, GREY, new_figure, plain, save, show_image, style
 
+MOST_LINES = 100  # classes of an image
+
 
 class Trace(NamedTuple):
     """What a model would answer after 0, 1, 2, … latent steps."""
@@ -85,8 +87,9 @@ def recursion_trace(
             show_image(grid[i][0], images[i])
             grid[i][0].set_ylabel(f"is {classes[int(labels[i])]}")
             axes = grid[i][1]
-            shown = probabilities[:, i].max(axis=0).argsort()[::-1][:3].tolist()
-            for c in set(range(len(classes))) - set(shown):
+            likeliest = probabilities[:, i].max(axis=0).argsort()[::-1][:MOST_LINES].tolist()
+            shown = likeliest[:3]
+            for c in likeliest[3:]:
                 axes.plot(times, probabilities[:, i, c], color="#d1d5db", linewidth=0.8)
             for colour, c in zip(COLOURS, shown, strict=False):
                 axes.plot(times, probabilities[:, i, c], color=colour, label=classes[c], marker=".")

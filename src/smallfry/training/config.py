@@ -43,6 +43,8 @@ class DataConfig:
         window: Streamed images are shuffled among so many; a process holds as many of them.
         remove_duplicates: Leave out training images that have several labels or are in another
             split too.
+        bit_depth: Bits of the values in images of more than 8 bits a channel, such as 12; default
+            what the values of all images need, with a warning where that is a guess.
     """
 
     name: str = "digits"
@@ -60,6 +62,7 @@ class DataConfig:
     stream: bool | None = None
     window: int = 16_384
     remove_duplicates: bool = False
+    bit_depth: int | None = None
 
     def __post_init__(self) -> None:
         _check_values(self, "data.")

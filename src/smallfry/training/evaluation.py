@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
     multiclass_calibration_error,
-    multiclass_f1_score,
 )
 
 from smallfry.answers import NOT_FINITE
+from smallfry.confusion import macro_f1
 from smallfry.data import Split
 from smallfry.errors import RunError, UsageError
 from smallfry.models import ViTRM
@@ -113,7 +113,7 @@ def score(predictions: Predictions) -> dict[str, float]:
     scores = {
         "loss": F.cross_entropy(logits, labels).item(),
         "accuracy": multiclass_accuracy(logits, labels, classes, average="micro").item(),
-        "macro_f1": multiclass_f1_score(logits, labels, classes, average="macro").item(),
+        "macro_f1": macro_f1(logits.argmax(dim=1), labels, classes),
         "calibration_error": multiclass_calibration_error(probabilities, labels, classes).item(),
     }
     if halting is not None:

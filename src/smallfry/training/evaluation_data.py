@@ -139,6 +139,9 @@ def _its_own_data(
 
 
 def _sized(wanted: DataConfig, trained: TrainedModel) -> DataConfig:
+    """A configuration whose images are brought to what the model takes."""
+    if trained.bit_depth is not None:
+        wanted = replace(wanted, bit_depth=trained.bit_depth)
     return replace(wanted, image_size=trained.image_size, channels=trained.channels)
 
 

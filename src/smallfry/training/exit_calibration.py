@@ -7,7 +7,7 @@ from torch import nn
 
 from smallfry.data import Split
 from smallfry.errors import UsageError
-from smallfry.exits import Trace
+from smallfry.exits import Trace, warn_of_few
 from smallfry.models import ViTRM
 from smallfry.training.augment import Normalize
 
@@ -26,6 +26,7 @@ def trace(model: nn.Module, split: Split, normalize: Normalize, batch_size: int 
         )
     if len(split) == 0:
         raise UsageError("early exit needs validation images to calibrate its threshold on")
+    warn_of_few(len(split))
     device: Any = model.y_init.device
     right, halting = [], []
     for rows, labels in zip(

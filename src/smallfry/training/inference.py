@@ -33,4 +33,5 @@ def classify(
             None if steps is None else steps.numpy(),
         )
 
-    return answers(run, found, trained.classes, trained.image_size, trained.channels, top_k)
+    size, channels = trained.image_size, trained.channels
+    return answers(run, found, trained.classes, size, channels, top_k, trained.bit_depth)

@@ -26,13 +26,19 @@ class Batch(NamedTuple):
 
     def split(self, parts: int) -> list["Batch"]:
         """Micro-batches of this batch, none of them empty."""
-        size = -(-len(self.labels) // parts)
-        chunks = [torch.split(tensor, size) for tensor in self]
+        sizes = micro_batch_sizes(len(self.labels), parts)
+        chunks = [torch.split(tensor, sizes) for tensor in self]
         return [Batch(*chunk) for chunk in zip(*chunks, strict=True)]
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on another device."""
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+def micro_batch_sizes(images: int, parts: int) -> list[int]:
+    """How many images each micro-batch has: equally many, and the last what is left."""
+    size = -(-images // parts)
+    return [min(size, images - start) for start in range(0, images, size)]
 
 
 class Step(NamedTuple):

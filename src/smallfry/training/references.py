@@ -8,14 +8,17 @@ from torch import Tensor
 from smallfry.data import ImageData, Split
 
 MOST_VALUES = 2_000_000  # training pixels in all; beyond that a kernel machine takes minutes
+MOST_CLASSES = 200  # of which a support vector machine tells each pair apart
 
 
 def fit_references(data: ImageData) -> list[dict[str, Any]]:
     """Test accuracy of classical classifiers fitted on the training images of a data set.
 
     scikit-learn's default settings, pixels scaled to 0 to 1; nothing is tuned. An empty list if
-    the images are too many or too large.
+    the images are too many or too large, or the classes too many.
     """
+    if len(data.classes) > MOST_CLASSES:
+        return []
     if len(data.train) * data.channels * data.image_size**2 > MOST_VALUES:
         return []
     from sklearn.linear_model import LogisticRegression

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from smallfry.errors import DataError, RunError
-from smallfry.images import LARGEST_SIDE
+from smallfry.images import FULL_DEPTH, LARGEST_SIDE, is_bit_depth
 from smallfry.names import text_of
 from smallfry.reading import read_bytes, read_json
 from smallfry.terminal import command
@@ -171,6 +171,7 @@ class TrainedModel(NamedTuple):
     channels: int  # 1 for grey images, 3 for RGB
     normalize: Normalize  # uint8 images to what the model takes
     manifest: dict[str, Any]  # of the checkpoint
+    bit_depth: int | None = None  # of training images of more than 8 bits a channel, if any
 
 
 def load_run(run: str | Path, checkpoint: str = "best") -> TrainedModel:
@@ -208,7 +209,8 @@ def load_run(run: str | Path, checkpoint: str = "best") -> TrainedModel:
             f"({(str(error) or repr(error)).splitlines()[0]})"
         ) from error
     return TrainedModel(
-        model, tuple(classes), sample["size"], sample["channels"], normalize, manifest
+        *(model, tuple(classes), sample["size"], sample["channels"], normalize, manifest),
+        sample.get("bit_depth"),
     )
 
 
@@ -223,6 +225,8 @@ def _require_input(sample: Mapping[str, Any], classes: Any) -> None:
             raise ValueError(f"{name} needs {channels} numbers")
     if min(sample["std"]) <= 0:
         raise ValueError("std must be positive")
+    if not is_bit_depth(sample.get("bit_depth")):
+        raise ValueError(f"bit_depth is 1 to {FULL_DEPTH}, or null")
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise TypeError("classes are no list of names")
 

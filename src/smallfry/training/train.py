@@ -29,6 +29,7 @@ from smallfry.report.recursion import interesting, recursion_trace
 from smallfry.signals import keeping
 from smallfry.terminal import command
 from smallfry.training.augment import Augment
+from smallfry.training.batch_norm import require_enough_images
 from smallfry.training.batches import flips_by_default
 from smallfry.training.checkpoint import Checkpoint, has_checkpoint, load_checkpoint
 from smallfry.training.config import ModelConfig, TrainConfig, read_config
@@ -298,6 +299,14 @@ def _build(
     """Everything that can be wrong with a configuration, found before anything is written."""
     torch.manual_seed(config.seed)
     model, spec = processes.together(lambda: create_model(config.model, data))
+    require_enough_images(
+        model,
+        torch.zeros(1, data.channels, data.image_size, data.image_size),
+        min(config.batch_size, len(data.train)),
+        config.accumulate,
+        processes.count,
+        config.sync_batch_norm,
+    )
     torch.set_num_threads(config.threads or _useful_threads(model, data))
     mean, std = config.data.mean or data.mean, config.data.std or data.std
     manifest = {
@@ -308,6 +317,7 @@ def _build(
             "channels": data.channels,
             "mean": list(mean),
             "std": list(std),
+            "bit_depth": data.bit_depth,
         },
         # the name alone: manifests are published, and the paths of this machine are nobody's
         "data": {"name": text_of(path_of(data.name).name), "fingerprint": data.fingerprint},

@@ -1,0 +1,65 @@
+"""How often each class is taken for each, without the pairs that never occur.
+
+Of 10,000 classes there are 100 million pairs, and never more of them than there are images.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Confusions(NamedTuple):
+    """A sparse confusion matrix."""
+
+    true: Tensor  # (pairs,), int64 class indices
+    predicted: Tensor  # (pairs,), int64 class indices
+    counts: Tensor  # (pairs,), int64, how many images
+    classes: int
+
+    @property
+    def mistakes(self) -> Tensor:
+        """(classes,), how many images of each class are taken for another."""
+        wrong = self.true != self.predicted
+        found = torch.zeros(self.classes, dtype=torch.int64)
+        return found.index_add_(0, self.true[wrong], self.counts[wrong])
+
+    def worst(self, most: int) -> Tensor:
+        """(at most ``most``,), the classes with the most mistakes, the worst first."""
+        return self.mistakes.argsort(descending=True, stable=True)[:most]
+
+    def dense(self, chosen: Tensor) -> Tensor:
+        """(chosen, chosen + 1), counts of those classes; the last column is of all others."""
+        place = torch.full((self.classes,), len(chosen))
+        place[chosen] = torch.arange(len(chosen))
+        rows, columns = place[self.true], place[self.predicted]
+        matrix = torch.zeros(len(chosen) + 1, len(chosen) + 1, dtype=torch.int64)
+        return matrix.index_put_((rows, columns), self.counts, accumulate=True)[:-1]
+
+
+def count_confusions(predicted: Tensor, labels: Tensor, classes: int) -> Confusions:
+    """Count which classes are taken for which.
+
+    Args:
+        predicted: (images,), int64 class indices.
+        labels: (images,), int64 class indices.
+        classes: How many classes there are.
+    """
+    pairs, counts = torch.unique(labels * classes + predicted, return_counts=True)
+    return Confusions(pairs // classes, pairs % classes, counts, classes)
+
+
+def macro_f1(predicted: Tensor, labels: Tensor, classes: int) -> float:
+    """The mean F1 score of all classes that occur, equal to torchmetrics' to the bit.
+
+    Args:
+        predicted: (images,), int64 class indices.
+        labels: (images,), int64 class indices.
+        classes: How many classes there are.
+    """
+    right = torch.bincount(labels[predicted == labels], minlength=classes)
+    said = torch.bincount(predicted, minlength=classes) + torch.bincount(labels, minlength=classes)
+    occurs = (said > 0).float()
+    scores = torch.where(said > 0, 2.0 * right / said.float(), 0.0)
+    total = occurs.sum()
+    return (occurs * scores / total).sum().item() if total > 0 else 0.0

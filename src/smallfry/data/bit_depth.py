@@ -1,0 +1,79 @@
+"""The bit depth of a data set whose images have more than 8 bits a channel.
+
+Cameras of 10, 12 or 14 bits write files of 16. What is black and white in them is a property of the
+data set, not of a picture, and files don't record it.
+"""
+
+import warnings
+from collections.abc import Iterable
+
+import numpy as np
+
+from smallfry.data.cache import decoded
+from smallfry.data.sources import EncodedSplit
+from smallfry.errors import AccessError, DataError, SmallfryWarning
+from smallfry.images import FULL_DEPTH, bit_depth_of, peak_of
+
+SAMPLED = 256  # streamed images that are looked at to see whether any has more than 8 bits
+MEASURED = 4096  # streamed images whose values are looked at if one has
+
+
+def common_depth(found: int, others: Iterable[EncodedSplit], size: int, channels: int) -> int:
+    """The bit depth of all splits, with a warning if it is a guess.
+
+    Args:
+        found: That of the training images.
+        others: The other splits.
+        size: Side that images are brought to, in pixels.
+        channels: 1 (grey) or 3 (RGB).
+    """
+    depths = [decoded(split, size, channels).bit_depth for split in others]
+    depth = max(found, *(each for each in depths if each is not None), 0)
+    _warn_of_a_guess(depth, "all values")
+    return depth
+
+
+def sampled_depth(split: EncodedSplit) -> int | None:
+    """The bit depth of streamed images, by some of them; None if none has more than 8 bits."""
+    assert split.shards is not None
+    rows = np.arange(len(split.labels))
+
+    def peak(row: int) -> int:
+        try:
+            encoded = split.read(row)
+            if isinstance(encoded, np.ndarray):
+                return -1
+            return peak_of(encoded, split.locate(row))
+        except AccessError:
+            raise
+        except DataError:
+            return -1  # told when its turn comes
+
+    peaks: list[int] = []
+    for count in (SAMPLED, MEASURED):
+        peaks = list(map(peak, split.shards.spread(rows, count).tolist()))
+        if max(peaks, default=-1) < 0:
+            return None
+    depth = bit_depth_of(max(peaks))
+    _warn_of_a_guess(depth, f"the values of {len(peaks):,} images")
+    return depth
+
+
+def warn_of_unlike_images(where: str) -> None:
+    """Warn of a split with images of more than 8 bits where no training image has more."""
+    warnings.warn(
+        f"{where}: has images of 16 bits a channel, and the training images have none: their "
+        "values are taken for 0 to 65,535; --data.bit_depth says otherwise",
+        SmallfryWarning,
+        stacklevel=3,
+    )
+
+
+def _warn_of_a_guess(depth: int, of: str) -> None:
+    if depth < FULL_DEPTH:
+        warnings.warn(
+            f"{of} in images of 16 bits a channel are below {2**depth:,}, so they are taken for "
+            f"{depth} bits, white being {2**depth - 1:,}; if that is wrong, give --data.bit_depth",
+            SmallfryWarning,
+            stacklevel=3,
+        )
