@@ -64,10 +64,10 @@ def test_an_array_of_an_earlier_version_has_no_hash_and_is_made_again(kept, phot
 def test_a_whole_array_is_not_decoded_again(kept, photos, monkeypatch):
     load_data(str(photos))
 
-    def decode(*_):
+    def decode(*_, **__):
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(cache, "decode", decode)
+    monkeypatch.setattr(cache, "decode_with_peak", decode)
     assert len(load_data(str(photos)).train) == 10
 
 
