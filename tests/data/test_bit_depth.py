@@ -92,10 +92,9 @@ def test_an_image_beyond_the_given_depth_is_named(kind, tmp_path):
     WRITERS[kind](tmp_path / "x")
     with pytest.raises(DataError, match=r"(png|row 10|sample 10).*holds the value 4,000.* 10 bits"):
         _ = load_data(str(tmp_path / "x"), bit_depth=10, validation=0.0, test=0.0).train.images
+    wanted = {"skip_unreadable": True, "validation": 0.0, "test": 0.0, "min_classes": 1}
     with pytest.warns(SmallfryWarning, match="10 unreadable images left out"):
-        data = load_data(
-            str(tmp_path / "x"), bit_depth=10, skip_unreadable=True, validation=0.0, test=0.0
-        )
+        data = load_data(str(tmp_path / "x"), bit_depth=10, **wanted)
     assert len(data.train) == 10
 
 
