@@ -49,7 +49,8 @@ def answer(models: Sequence[Shown], image: bytes, name: str) -> dict[str, Any]:
 
 
 def _panel(trained: TrainedModel, image: bytes, name: str) -> dict[str, Any]:
-    thought = think(trained, decode(image, name, trained.image_size, trained.channels))
+    pixels = decode(image, name, trained.image_size, trained.channels, trained.bit_depth)
+    thought = think(trained, pixels)
     views = [
         show_moment(thought, moment, trained.classes, PICTURE)
         for moment in range(len(thought.moments))
