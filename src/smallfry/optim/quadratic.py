@@ -75,8 +75,11 @@ def best_step(
         name: sum((float(c) * b[name] for c, b in zip(lengths, bases, strict=True)), start=0 * v)
         for name, v in directions.items()
     }
-    if optimizer.kl_clip is not None and size > optimizer.kl_clip:
-        optimizer.clip = (optimizer.kl_clip / size) ** 0.5
+    if optimizer.kl_clip is not None:
+        optimizer.targets = targets_of(optimizer, observations)
+        optimizer.clip = min(
+            1.0, (optimizer.kl_clip * optimizer.targets / max(size, 1e-300)) ** 0.5
+        )
     return result
 
 
@@ -134,6 +137,18 @@ def reduction_ratio(
     if foretold < 0:
         return real / foretold
     return -math.inf if real > 0 else None
+
+
+def targets_of(optimizer: "NaturalGradient", observations: Sequence[Observation]) -> float:
+    """Targets to a sample, over the whole batch: ``kl_clip`` allows κ for each."""
+    count = optimizer.exchange.count
+    samples = optimizer._batch_size(observations)
+    unit = samples / count / optimizer._loss_factor(observations)
+    found = 0.0
+    for seen in observations:
+        scaled = tuple(None if g is None else g * unit for g in seen.output_gradients)
+        found += optimizer.likelihood.targets(seen.outputs, scaled) * seen.samples
+    return optimizer.exchange.sums([found], optimizer.device)[0] / samples
 
 
 def damping_of(optimizer: "NaturalGradient", name: str) -> float:
