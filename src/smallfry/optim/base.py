@@ -4,16 +4,17 @@ One step, for every covered block with gradient g (of the mean negative log-like
 
     m ← μ m + g                          momentum, on the gradient
     v ← (F̂ + λ I)⁻¹ m                    F̂ and its inverse as last refreshed
-    ν ← min(1, √(κ / Σ lr² ⟨v, m⟩))      ⟨v, m⟩ ≥ vᵀF̂v: twice the divergence of the real step
+    ν ← min(1, √(κ n / r Σ lr² ⟨v, m⟩))  ⟨v, m⟩ ≥ vᵀF̂v: twice the divergence that F̂ foretells
     θ ← (1 − lr · decay) θ − lr ν v
 
-With momentum in front of the inverse, the bound on the divergence holds for the step that is made,
-and costs one inner product. When statistics are due (``statistics_every``), the observer takes
-them during the caller's own forward; running averages count refreshes, and the first refresh
-replaces rather than averages. Every ``inverse_every`` steps the inverse is made anew. On the first
-``burn_in`` steps both are refreshed each time. λ is ``damping`` times the mean eigenvalue of F̂, so
-that it means the same whatever the batch size and the reduction of the loss. What can't be covered
-is trained by an AdamW inside.
+With momentum in front of the inverse, the bound on the divergence is that of the step that is made,
+and costs one inner product; r, the measured divergence over the modelled, makes it hold for each of
+the n targets of a sample (``optim/bound.py``). When statistics are due (``statistics_every``), the
+observer takes them during the caller's own forward; running averages count refreshes, and the first
+refresh replaces rather than averages. Every ``inverse_every`` steps the inverse is made anew. On
+the first ``burn_in`` steps both are refreshed each time. λ is ``damping`` times the mean eigenvalue
+of F̂, so that it means the same whatever the batch size and the reduction of the loss. What can't
+be covered is trained by an AdamW inside.
 
 A method says how one block is approximated: ``optim/approximation.py``.
 """
@@ -70,8 +71,8 @@ class NaturalGradient(torch.optim.Optimizer):
             the loss of the batch changes; costs two more forward passes there.
         momentum: μ.
         weight_decay: Decoupled weight decay.
-        kl_clip: κ, the largest divergence of a step, by the quadratic model and if all groups have
-            one ``lr``; None does not clip.
+        kl_clip: κ, twice the divergence of a step for each target of a sample (a class, a pixel, a
+            token), as measured on batches that the curvature has not seen; None does not clip.
         step_length: "lr", or "quadratic" for the minimum of the exact quadratic model over the
             natural gradient and (with momentum) the last step, times ``lr``; costs two forward-mode
             passes a step.
