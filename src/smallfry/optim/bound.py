@@ -88,7 +88,7 @@ def divergence(
     total, samples = 0.0, optimizer._batch_size(observations)
     for seen in observations:
         with _autocast(seen):
-            after = quadratic.run(optimizer, seen, parameters, step)
+            after = quadratic.run(optimizer, seen, parameters, step, kernels=())
         before, after = (_precise(z) for z in (seen.outputs, after))
         total += float(optimizer.likelihood.divergence(before, after).double().sum())
     return optimizer.exchange.sums([total], optimizer.device)[0] / samples

@@ -8,6 +8,7 @@ reduction ratio their section 6.5. L is in units of the mean negative log-likeli
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -187,13 +188,22 @@ def run(
     seen: Observation,
     parameters: Mapping[str, nn.Parameter],
     step: Mapping[str, Tensor],
+    kernels: Sequence[SDPBackend] = (SDPBackend.MATH,),
 ) -> Outputs:
-    """The outputs of an observed forward pass with moved parameters."""
+    """The outputs of an observed forward pass with moved parameters.
+
+    Args:
+        optimizer: The optimizer.
+        seen: The forward pass.
+        parameters: Parameters by name.
+        step: What is added to them.
+        kernels: Attention's, such as ``push_forward`` has; none given takes what is fastest.
+    """
     function, chosen, moves = _as_function(optimizer, seen, parameters, step)
     moved = {name: chosen[name] + moves[name] for name in chosen}
 
     def again() -> Outputs:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(list(kernels)) if kernels else nullcontext():
             return function(moved)
 
     outputs: Outputs = optimizer.observer.rerun(seen, again)
