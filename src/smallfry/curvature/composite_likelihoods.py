@@ -1,12 +1,12 @@
 """Likelihoods of several parts of an output, or of any ``torch.distributions`` density."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, kl_divergence
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from smallfry.curvature.likelihoods import (
@@ -74,6 +74,14 @@ class Joint(Likelihood):
         pairs = zip(self._each(before), self._each(after), strict=True)
         return torch.stack([part.divergence(z, new) for (part, z), (_, new) in pairs]).sum(0)
 
+    def targets(self, outputs: Outputs, gradients: Sequence[Tensor | None]) -> float:
+        """The sum of the parts'."""
+        total, start = 0.0, 0
+        for part, z in self._each(outputs):
+            total += part.targets(z, gradients[start : start + len(z)])
+            start += len(z)
+        return total
+
     def loss_factor(self, outputs: Outputs, gradients: Outputs) -> Scale | None:
         """The part whose factor is farthest from 1."""
         pairs = zip(self._each(outputs), self._each(gradients), strict=True)
@@ -110,16 +118,8 @@ class FromDistribution(Likelihood):
     def sample_gradients(self, outputs: Outputs, generator: torch.Generator) -> Outputs:
         """−∇ log p of one sample, drawn under a seed from the generator."""
         free = [z.detach().requires_grad_() for z in outputs]
-        given = iter(free)
-        pairs = zip(self._leaves, self._chosen, strict=True)
-        leaves = [next(given) if chosen else leaf for leaf, chosen in pairs]
         with torch.enable_grad():
-            distribution = self.function(tree_unflatten(leaves, self._structure))
-            if not isinstance(distribution, Distribution):
-                raise UsageError(
-                    f"the likelihood function returned {type(distribution).__name__}, expected "
-                    "a torch.distributions.Distribution"
-                )
+            distribution = self._distribution(free)
             seed = int(
                 torch.randint(2**62, (1,), generator=generator, device=generator.device).item()
             )
@@ -132,6 +132,34 @@ class FromDistribution(Likelihood):
         return tuple(
             torch.zeros_like(z) if g is None else g for g, z in zip(found, free, strict=True)
         )
+
+    def divergence(self, before: Outputs, after: Outputs) -> Tensor:
+        """What ``torch.distributions.kl_divergence`` knows of it."""
+        old, new = self._distribution(before), self._distribution(after)
+        try:
+            found = kl_divergence(old, new)
+        except NotImplementedError:
+            raise UsageError(
+                f"torch.distributions has no kl_divergence of {type(old).__name__}: it can be "
+                "given one with register_kl"
+            ) from None
+        return found.reshape(len(before[0]), -1).sum(1)
+
+    def targets(self, outputs: Outputs, gradients: Sequence[Tensor | None]) -> float:
+        """Events to a sample."""
+        return math.prod(self._distribution(outputs).batch_shape) / len(outputs[0])
+
+    def _distribution(self, outputs: Sequence[Tensor]) -> Distribution:
+        given = iter(outputs)
+        pairs = zip(self._leaves, self._chosen, strict=True)
+        leaves = [next(given) if chosen else leaf for leaf, chosen in pairs]
+        distribution = self.function(tree_unflatten(leaves, self._structure))
+        if not isinstance(distribution, Distribution):
+            raise UsageError(
+                f"the likelihood function returned {type(distribution).__name__}, expected "
+                "a torch.distributions.Distribution"
+            )
+        return distribution
 
 
 NAMED: dict[str, Callable[[], Likelihood]] = {

@@ -16,7 +16,7 @@ with g the gradient of the actual loss: how much a step gained is known without 
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +62,15 @@ class Likelihood(ABC):
     def divergence(self, before: Outputs, after: Outputs) -> Tensor:
         """KL(before ‖ after) of each sample, (samples,)."""
         raise self._unable("adaptive damping")
+
+    def targets(self, outputs: Outputs, gradients: Sequence[Tensor | None]) -> float:
+        """The number of targets to a sample, each of which a step may diverge by as much.
+
+        Args:
+            outputs: Of the model.
+            gradients: Of each sample's own negative log-likelihood, there.
+        """
+        return 1.0
 
     def loss_factor(self, outputs: Outputs, gradients: Outputs) -> Scale | None:
         """What gradients at the outputs, times samples, tell of the loss; None for nothing."""
@@ -152,6 +161,10 @@ class Categorical(_Family):
         likely = p > 0.01 / p.shape[-1]
         return _factor(g[likely].to(p), p[likely], balanced)
 
+    def targets(self, outputs: Outputs, gradients: Sequence[Tensor | None]) -> float:
+        """Positions."""
+        return outputs[0][0].numel() / outputs[0].shape[self.dim]
+
     def mean_factor(self, outputs: Outputs) -> float:
         """1 / positions."""
         return outputs[0].shape[self.dim] / outputs[0][0].numel()
@@ -222,6 +235,10 @@ class Bernoulli(_Family):
         likely = expected > 0.01
         return _factor(g[likely].abs().to(p), expected[likely], True)
 
+    def targets(self, outputs: Outputs, gradients: Sequence[Tensor | None]) -> float:
+        """Outputs."""
+        return float(outputs[0][0].numel())
+
     def mean_factor(self, outputs: Outputs) -> float:
         """1 / outputs."""
         return 1.0 / outputs[0][0].numel()
@@ -260,6 +277,18 @@ class Gaussian(_Family):
     def divergence(self, before: Outputs, after: Outputs) -> Tensor:
         """½ (f' − f)² / variance."""
         return _by_sample((after[0] - before[0]) ** 2).sum(1) / (2 * self.variance)
+
+    def targets(self, outputs: Outputs, gradients: Sequence[Tensor | None]) -> float:
+        """Outputs; times the mean squared error over the variance, if that is above 1.
+
+        Targets that are farther from the outputs than the variance says have another scale than
+        was stated. So a step is as long relative to them in whatever unit they are given.
+        """
+        count = float(outputs[0][0].numel())
+        if gradients[0] is None or not bool(gradients[0].isfinite().all()):
+            return count
+        error = float((gradients[0].double() ** 2).mean()) * self.variance
+        return count * max(1.0, error)
 
     def mean_factor(self, outputs: Outputs) -> float:
         """2 / outputs: ``F.mse_loss`` has no ½."""

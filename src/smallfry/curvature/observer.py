@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from smallfry.curvature.likelihoods import Likelihood
-from smallfry.curvature.taps import Call, Observation, Passes, Taps, backward_pass
+from smallfry.curvature.taps import (
+    Call,
+    Observation,
+    Passes,
+    Taps,
+    backward_pass,
+    versions_of,
+)
 from smallfry.errors import UsageError
 
 MOST_DRAWN = 2**26  # numbers that are drawn for other processes' samples too
@@ -143,7 +150,9 @@ class Observer:
         self._current = Observation(0, [])
         if self.keep_arguments:
             self._current.arguments, self._current.keywords = arguments, keywords
+            self._current.versions = versions_of(arguments, keywords)
             self._current.random_state = _random_state(module)
+            self._current.autocast = _autocast(self._parameters[0].device.type)
         if wanted == "taps":
             # compiled code, here or around us, would not know of the taps
             self._eager = True
@@ -300,6 +309,12 @@ def _note(
             owner.touch(seen)
 
     return note
+
+
+def _autocast(device: str) -> tuple[str, torch.dtype] | None:
+    if not torch.is_autocast_enabled(device):
+        return None
+    return device, torch.get_autocast_dtype(device)
 
 
 def _random_state(module: nn.Module) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from smallfry.curvature.coverage import Block
@@ -59,6 +60,12 @@ class Passes(dict[int, Tensor]):
         return sum(found[1:], start=found[0]) if found else None
 
 
+def versions_of(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[int, ...]:
+    """How often each tensor in a call's arguments has been overwritten."""
+    leaves = tree_leaves((arguments, keywords))
+    return tuple(t._version for t in leaves if isinstance(t, Tensor) and not t.is_inference())
+
+
 def backward_pass() -> int:
     """A number for the backward pass that is under way."""
     number: int = torch._C._current_graph_task_id()
@@ -98,11 +105,18 @@ class Observation:
     arguments: tuple[Any, ...] = ()
     keywords: dict[str, Any] = field(default_factory=dict)
     random_state: dict[str, Tensor] = field(default_factory=dict)
+    autocast: tuple[str, torch.dtype] | None = None  # device and precision, where it was on
+    versions: tuple[int, ...] = ()  # of the arguments, before the forward pass
 
     @property
     def output_gradients(self) -> list[Tensor | None]:
         """Of the training loss, at the outputs."""
         return [noted.total(self.training) for noted in self.passes]
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the arguments that were kept are what they were before the forward pass."""
+        return versions_of(self.arguments, self.keywords) == self.versions
 
     def training_gradient(self, call: Call) -> Tensor | None:
         """Of the training loss, at a call's output; None where none came."""

@@ -4,16 +4,17 @@ One step, for every covered block with gradient g (of the mean negative log-like
 
     m ← μ m + g                          momentum, on the gradient
     v ← (F̂ + λ I)⁻¹ m                    F̂ and its inverse as last refreshed
-    ν ← min(1, √(κ / Σ lr² ⟨v, m⟩))      ⟨v, m⟩ ≥ vᵀF̂v: twice the divergence of the real step
+    ν ← min(1, √(κ n / r Σ lr² ⟨v, m⟩))  ⟨v, m⟩ ≥ vᵀF̂v: twice the divergence that F̂ foretells
     θ ← (1 − lr · decay) θ − lr ν v
 
-With momentum in front of the inverse, the bound on the divergence holds for the step that is made,
-and costs one inner product. When statistics are due (``statistics_every``), the observer takes
-them during the caller's own forward; running averages count refreshes, and the first refresh
-replaces rather than averages. Every ``inverse_every`` steps the inverse is made anew. On the first
-``burn_in`` steps both are refreshed each time. λ is ``damping`` times the mean eigenvalue of F̂, so
-that it means the same whatever the batch size and the reduction of the loss. What can't be covered
-is trained by an AdamW inside.
+With momentum in front of the inverse, the bound on the divergence is that of the step that is made,
+and costs one inner product; r, the measured divergence over the modelled, makes it hold for each of
+the n targets of a sample (``optim/bound.py``). When statistics are due (``statistics_every``), the
+observer takes them during the caller's own forward; running averages count refreshes, and the first
+refresh replaces rather than averages. Every ``inverse_every`` steps the inverse is made anew. On
+the first ``burn_in`` steps both are refreshed each time. λ is ``damping`` times the mean eigenvalue
+of F̂, so that it means the same whatever the batch size and the reduction of the loss. What can't
+be covered is trained by an AdamW inside.
 
 A method says how one block is approximated: ``optim/approximation.py``.
 """
@@ -31,6 +32,7 @@ from smallfry.curvature.observer import Observer
 from smallfry.errors import UsageError
 from smallfry.optim import quadratic
 from smallfry.optim.approximation import Approximation, State
+from smallfry.optim.bound import clip_step
 from smallfry.optim.checks import check_settings
 from smallfry.optim.distribution import Cost, cost_of, owners_of
 from smallfry.optim.exchange import Exchange
@@ -69,8 +71,8 @@ class NaturalGradient(torch.optim.Optimizer):
             the loss of the batch changes; costs two more forward passes there.
         momentum: μ.
         weight_decay: Decoupled weight decay.
-        kl_clip: κ, the largest divergence of a step, by the quadratic model and if all groups have
-            one ``lr``; None does not clip.
+        kl_clip: κ, twice the divergence of a step for each target of a sample (a class, a pixel, a
+            token), as measured on batches that the curvature has not seen; None does not clip.
         step_length: "lr", or "quadratic" for the minimum of the exact quadratic model over the
             natural gradient and (with momentum) the last step, times ``lr``; costs two forward-mode
             passes a step.
@@ -193,10 +195,13 @@ class NaturalGradient(torch.optim.Optimizer):
             "skipped_steps": 0,  # a gradient was not finite
             "failed_refreshes": 0,  # statistics or inverses were not finite: the old ones stayed
             "missed_refreshes": 0,  # no forward pass was seen when one was due
+            "measurements": 0,  # of a step's divergence
         }
         self.overdue = self.overdue_inverse = self.checked = False
         self.lambdas: dict[str, float] = {}
         self.clip = 1.0
+        self.divergence_ratio = self.targets = 1.0
+        self.measuring, self.measurable, self.measured_size = True, True, 0.0
         self.reduction_ratio: float | None = None
         self.milliseconds: dict[str, float] = {}
         self._latest: dict[str, list[Rows]] = {}
@@ -221,7 +226,6 @@ class NaturalGradient(torch.optim.Optimizer):
             self._wanted,
         )
         self.observer.process = self.exchange.rank, self.exchange.count
-        self.observer.keep_arguments = adaptive_damping or step_length == "quadratic"
         if grad_scaler is not None:
             self.observer.grad_scale = grad_scaler.get_scale
 
@@ -272,6 +276,7 @@ class NaturalGradient(torch.optim.Optimizer):
             return
         factor = self._loss_factor(observations)
         covered = {name: raw[name] for b in self.blocks for name in b.parameters if name in raw}
+        refreshed = self.counters["statistics"]
         refresh(self, observations, covered, factor)
         if not self.counters["statistics"]:
             self.counters["skipped_steps"] += 1
@@ -284,6 +289,8 @@ class NaturalGradient(torch.optim.Optimizer):
         if factor != 1.0:
             covered = {name: grad / factor for name, grad in covered.items()}
         self._move(covered, observations)
+        if self.counters["statistics"] > refreshed:
+            self.measuring = True  # the next batch is one that F̂ has not seen
         if self.adamw is not None:
             self.adamw.step()
 
@@ -353,12 +360,14 @@ class NaturalGradient(torch.optim.Optimizer):
         return self.counters["steps"] < self.burn_in or self.counters["steps"] % every == 0
 
     def _wanted(self) -> str:
+        quadratic = self.step_length == "quadratic"
+        measured = self.measurable and self.kl_clip is not None
+        self.observer.keep_arguments = self.adaptive_damping or quadratic or measured
         if self.overdue or self._due(self.statistics_every):
             self.observer.watch_backward = not self.checked
             self._draw(0, self.observer.seen)
             return "taps"
-        always = self.step_length == "quadratic" or self.loss_scale == "sum"
-        return "outputs" if always else ""
+        return "outputs" if measured or quadratic or self.loss_scale == "sum" else ""
 
     def _loss_factor(self, observations: Sequence[Observation]) -> float:
         if not isinstance(self.loss_scale, str):
@@ -439,10 +448,12 @@ class NaturalGradient(torch.optim.Optimizer):
         else:
             steps = {name: -v for name, v in directions.items()}
         rates = {name: groups[parameters[name]]["lr"] for name in steps}
-        if self.kl_clip is not None and not modelled:
+        final = {name: step.mul_(rates[name]) for name, step in steps.items()}
+        if not modelled:
             size = self._divergence(directions, grads, rates)
-            self.clip = 1.0 if size <= self.kl_clip else (self.kl_clip / size) ** 0.5
-        final = {name: step.mul_(rates[name] * self.clip) for name, step in steps.items()}
+            self.clip = clip_step(self, observations, final, size, parameters)
+        for step in final.values():
+            step.mul_(self.clip)
         tapped = any(seen.calls for seen in observations)
         if self.adaptive_damping and not anywhere(self, not tapped):
             quadratic.adapt_damping(self, observations, final, parameters)

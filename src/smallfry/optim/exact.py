@@ -23,6 +23,12 @@ from smallfry.optim.refresh import refresh_blocks, warn
 class ExactNG(NaturalGradient):
     """Natural gradient with the exact Fisher of the last batches.
 
+    Warning:
+        A batch has no more directions than samples, and along all others a step is gradient over λ:
+        with batches of a few samples, or of few beside the classes, this is slower than AdamW.
+        Its steps don't diverge more than promised all the same. Take 64 samples or more, or
+        a larger ``window``.
+
     Args:
         model: The model.
         lr: Learning rate of the covered parameters.

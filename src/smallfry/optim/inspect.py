@@ -25,6 +25,7 @@ class Summary(NamedTuple):
 
     method: str
     rows: tuple[SummaryRow, ...]
+    bound: str = ""  # what keeps a step's divergence in bounds
 
     @property
     def memory(self) -> int:
@@ -43,7 +44,7 @@ class Summary(NamedTuple):
             )
             for row in self.rows
         ]
-        return _table(head, lines)
+        return f"{_table(head, lines)}\n{self.bound}".rstrip()
 
 
 class BlockDiagnosis(NamedTuple):
@@ -69,6 +70,8 @@ class Diagnosis(NamedTuple):
     reduction_ratio: float | None
     energy: float | None  # changed by the last step's coarse level, in two-level methods
     counters: dict[str, int]
+    divergence_ratio: float = 1.0  # of a step: measured over modelled, running average
+    targets: float = 1.0  # of a sample, each of which may diverge by κ/2
 
     def __str__(self) -> str:
         head = ("layer", "A", "G", "λ", "λ / largest", "Fisher error", "cosine", "ms")
@@ -87,7 +90,8 @@ class Diagnosis(NamedTuple):
         ]
         counted = ", ".join(f"{k} {v}" for k, v in self.counters.items())
         energy = "" if self.energy is None else f"coarse energy {self.energy:.3g}; "
-        return f"{_table(head, lines)}\nclip {self.clip:.3g}; {energy}{counted}"
+        standing = f"clip {self.clip:.3g}; divergence {self.divergence_ratio:.3g} × modelled"
+        return f"{_table(head, lines)}\n{standing}; {energy}{counted}"
 
 
 class Share(NamedTuple):
@@ -142,7 +146,19 @@ def summarize(optimizer: "NaturalGradient") -> Summary:
         rows.append(SummaryRow(name, p.numel(), "AdamW", memory, 0, reason))
     for name, p in optimizer.frozen.items():
         rows.append(SummaryRow(name, p.numel(), "none", 0, 0, "frozen: requires no gradient"))
-    return Summary(type(optimizer).__name__, tuple(rows))
+    return Summary(type(optimizer).__name__, tuple(rows), _bound(optimizer))
+
+
+def _bound(optimizer: "NaturalGradient") -> str:
+    if optimizer.kl_clip is None:
+        return "divergence of a step: without bound"
+    allowed = f"divergence of a step: at most {optimizer.kl_clip / 2:g} for each target"
+    if optimizer.step_length == "quadratic":
+        return f"{allowed}, by the exact quadratic model of each batch"
+    if not optimizer.measurable:
+        return f"{allowed}, by the model alone"
+    ratio, count = optimizer.divergence_ratio, optimizer.counters["measurements"]
+    return f"{allowed}; measured {ratio:.3g} × the modelled, in {count} measurements"
 
 
 @torch.no_grad()
@@ -178,6 +194,8 @@ def diagnose(optimizer: "NaturalGradient") -> Diagnosis:
         optimizer.reduction_ratio,
         getattr(optimizer, "energy", None),
         dict(optimizer.counters),
+        optimizer.divergence_ratio,
+        optimizer.targets,
     )
 
 

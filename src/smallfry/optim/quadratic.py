@@ -8,6 +8,7 @@ reduction ratio their section 6.5. L is in units of the mean negative log-likeli
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,8 +76,11 @@ def best_step(
         name: sum((float(c) * b[name] for c, b in zip(lengths, bases, strict=True)), start=0 * v)
         for name, v in directions.items()
     }
-    if optimizer.kl_clip is not None and size > optimizer.kl_clip:
-        optimizer.clip = (optimizer.kl_clip / size) ** 0.5
+    if optimizer.kl_clip is not None:
+        optimizer.targets = targets_of(optimizer, observations)
+        optimizer.clip = min(
+            1.0, (optimizer.kl_clip * optimizer.targets / max(size, 1e-300)) ** 0.5
+        )
     return result
 
 
@@ -136,6 +140,18 @@ def reduction_ratio(
     return -math.inf if real > 0 else None
 
 
+def targets_of(optimizer: "NaturalGradient", observations: Sequence[Observation]) -> float:
+    """Targets to a sample, over the whole batch: ``kl_clip`` allows κ for each."""
+    count = optimizer.exchange.count
+    samples = optimizer._batch_size(observations)
+    unit = samples / count / optimizer._loss_factor(observations)
+    found = 0.0
+    for seen in observations:
+        scaled = tuple(None if g is None else g * unit for g in seen.output_gradients)
+        found += optimizer.likelihood.targets(seen.outputs, scaled) * seen.samples
+    return optimizer.exchange.sums([found], optimizer.device)[0] / samples
+
+
 def damping_of(optimizer: "NaturalGradient", name: str) -> float:
     """λ of the block that a parameter belongs to."""
     for block in optimizer.blocks:
@@ -172,13 +188,22 @@ def run(
     seen: Observation,
     parameters: Mapping[str, nn.Parameter],
     step: Mapping[str, Tensor],
+    kernels: Sequence[SDPBackend] = (SDPBackend.MATH,),
 ) -> Outputs:
-    """The outputs of an observed forward pass with moved parameters."""
+    """The outputs of an observed forward pass with moved parameters.
+
+    Args:
+        optimizer: The optimizer.
+        seen: The forward pass.
+        parameters: Parameters by name.
+        step: What is added to them.
+        kernels: Attention's, such as ``push_forward`` has; none given takes what is fastest.
+    """
     function, chosen, moves = _as_function(optimizer, seen, parameters, step)
     moved = {name: chosen[name] + moves[name] for name in chosen}
 
     def again() -> Outputs:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(list(kernels)) if kernels else nullcontext():
             return function(moved)
 
     outputs: Outputs = optimizer.observer.rerun(seen, again)

@@ -10,6 +10,8 @@ from smallfry.report.figure import COLOURS, GREY, new_figure, save, style
 def curvature_overview(diagnosis: Diagnosis, file: Path) -> None:
     """Draw eigenvalue ranges, damping, Fisher error, cosine and refresh time of every layer.
 
+    The title tells how a step's measured divergence stands to the modelled.
+
     Args:
         diagnosis: What ``optimizer.diagnostics()`` gave.
         file: The PNG to write.
@@ -33,6 +35,10 @@ def curvature_overview(diagnosis: Diagnosis, file: Path) -> None:
         _bars(spent, [b.milliseconds for b in blocks], "refresh, ms", GREY)
         spectra.set_yticks(list(places), names)
         spectra.invert_yaxis()
+        figure.suptitle(
+            f"a step's divergence is {diagnosis.divergence_ratio:.3g} × the modelled; "
+            f"the last step was clipped to {diagnosis.clip:.3g} of its length"
+        )
         save(figure, file)
 
 

@@ -1,0 +1,151 @@
+"""The bound on a step's divergence: what the model of it says, corrected by measurement.
+
+⟨v, m⟩ bounds the divergence that F̂ foretells. F̂ is of earlier batches, one block apart from the
+other, and too small along the directions of samples that it has not seen: the real divergence is
+often ten to a thousand times as large. So it is measured, on the first step and on each behind a
+refresh, whose batch F̂ has not seen: the model runs once more on the same batch with the moved
+parameters, and
+
+    r = 2 KL(before ‖ after) / (lr² ν² ⟨v, m⟩)
+
+is averaged. All steps are then clipped by ν = min(1, √(κ n / (r̄ lr² ⟨v, m⟩))), n targets to a
+sample: the mean divergence of steps is κ/2 for each target. A step that is measured also keeps to
+its own r. ``r̄`` is at least 1: a step is never longer than without measurement.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from smallfry.curvature import Observation
+from smallfry.errors import UsageError
+from smallfry.optim import quadratic
+from smallfry.optim.refresh import anywhere, warn
+
+if TYPE_CHECKING:
+    from smallfry.optim.base import NaturalGradient
+
+KEPT = 0.8  # of the old ratios, at most
+GROWTH = 2.0  # of ⟨v, m⟩ since the last measurement, at which the next one is due
+TRIES = 8  # each shortens a step tenfold at most, until its divergence is nearly quadratic
+
+
+def clip_step(
+    optimizer: "NaturalGradient",
+    observations: Sequence[Observation],
+    step: Mapping[str, Tensor],
+    modelled: float,
+    parameters: Mapping[str, nn.Parameter],
+) -> float:
+    """ν of a step, measured if that is due.
+
+    Args:
+        optimizer: The optimizer; what was measured becomes part of its state.
+        observations: Of the current batch, with the arguments of the forward pass.
+        step: What is added to the parameters if ν is 1.
+        modelled: Twice its divergence by ⟨v, m⟩.
+        parameters: Parameters by name.
+    """
+    kappa = optimizer.kl_clip
+    if kappa is None or not modelled > 0:
+        return 1.0
+    due = optimizer.measuring or modelled > GROWTH * optimizer.measured_size
+    due = due and optimizer.measurable
+    if not due or anywhere(optimizer, not _kept(observations)):
+        return _clip(kappa * optimizer.targets, optimizer.divergence_ratio * modelled)
+    optimizer.measuring, optimizer.measured_size = False, modelled
+    optimizer.targets = quadratic.targets_of(optimizer, observations)
+    allowed, ratio = kappa * optimizer.targets, optimizer.divergence_ratio
+    clip = _clip(allowed, ratio * modelled)
+    try:
+        found = _measure(optimizer, observations, step, parameters, modelled, clip)
+    except UsageError as error:
+        optimizer.measurable = False
+        warn(f"steps are bounded by the model of their divergence alone: {error}")
+        return clip
+    if found is None:
+        return clip
+    if not math.isfinite(found):
+        return 0.0  # however short a step is, it breaks the model
+    count = optimizer.counters["measurements"] + 1
+    kept = min(1 - 1 / count, KEPT)
+    optimizer.counters["measurements"] = count
+    optimizer.divergence_ratio = kept * ratio + (1 - kept) * max(found, 1.0)
+    return _clip(allowed, max(found, optimizer.divergence_ratio) * modelled)
+
+
+def divergence(
+    optimizer: "NaturalGradient",
+    observations: Sequence[Observation],
+    step: Mapping[str, Tensor],
+    parameters: Mapping[str, nn.Parameter],
+) -> float:
+    """KL(before ‖ after) of a step, mean over the samples of the whole batch."""
+    total, samples = 0.0, optimizer._batch_size(observations)
+    for seen in observations:
+        with _autocast(seen):
+            after = quadratic.run(optimizer, seen, parameters, step, kernels=())
+        before, after = (_precise(z) for z in (seen.outputs, after))
+        total += float(optimizer.likelihood.divergence(before, after).double().sum())
+    return optimizer.exchange.sums([total], optimizer.device)[0] / samples
+
+
+def _measure(
+    optimizer: "NaturalGradient",
+    observations: Sequence[Observation],
+    step: Mapping[str, Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    modelled: float,
+    clip: float,
+) -> float | None:
+    """Twice the measured divergence over the modelled; None if a step is too short to measure."""
+    assert optimizer.kl_clip is not None
+    promised = optimizer.kl_clip * optimizer.targets / 2
+    if anywhere(optimizer, not all(seen.unchanged for seen in observations)):
+        raise UsageError(
+            "the model overwrites its arguments, or they were overwritten before step(); expected "
+            "them as they were, to run it again on the same batch"
+        )
+    if not optimizer.counters["measurements"]:
+        idle = {name: torch.zeros_like(part) for name, part in step.items()}
+        if divergence(optimizer, observations, idle, parameters) > promised / 10:
+            raise UsageError(
+                "the model gives other outputs when it runs again on the same batch; expected "
+                "all its randomness to come from torch's generators, and no state to be carried "
+                "over from call to call"
+            )
+    found = math.inf
+    for _ in range(TRIES):
+        shortened = {name: part * clip for name, part in step.items()}
+        found = divergence(optimizer, observations, shortened, parameters)
+        if found <= 4 * promised:
+            break
+        # far out a divergence may grow faster than a square, or slower: look again nearer by
+        clip *= max((promised / found) ** 0.5, 0.1) if math.isfinite(found) else 0.1
+    if clip == 1.0 and found < promised / 100:
+        return None
+    return 2 * found / (clip**2 * modelled)
+
+
+def _kept(observations: Sequence[Observation]) -> bool:
+    return bool(observations) and all(seen.arguments or seen.keywords for seen in observations)
+
+
+def _clip(allowed: float, size: float) -> float:
+    return 1.0 if size <= allowed else (allowed / size) ** 0.5
+
+
+def _precise(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(z if z.dtype == torch.float64 else z.float() for z in outputs)
+
+
+def _autocast(seen: Observation) -> AbstractContextManager[object]:
+    """The precision that the caller's forward pass ran in."""
+    if seen.autocast is None:
+        return nullcontext()
+    device, dtype = seen.autocast
+    return torch.autocast(device, dtype)
