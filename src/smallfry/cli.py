@@ -126,8 +126,8 @@ def evaluate(
     from smallfry.training import exit_calibration
     from smallfry.training.evaluation import predict as run_model
     from smallfry.training.evaluation import score
+    from smallfry.training.evaluation_data import load_like
     from smallfry.training.run import require_classes
-    from smallfry.training.train import load_like
 
     trained = load_trained(run, checkpoint)
     loaded, chosen, taken = load_like(trained, run, data.name, data.root, split)

@@ -2,13 +2,50 @@
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from smallfry.images import IMAGE_EXTENSIONS, Encoded
+from PIL import Image
+
+from smallfry.artifacts import is_artifact
+from smallfry.errors import DataError
+from smallfry.images import IMAGE_EXTENSIONS, MOST_BYTES, Encoded
+from smallfry.names import text_of
+from smallfry.reading import opened
 
 STDIN = "<standard input>"
+SYSTEM = (
+    frozenset(  # folders and files of systems and their tools, besides those with a leading dot
+        {
+            *(
+                "@eadir",
+                "#recycle",
+                "#snapshot",
+                "@recycle",
+                "@recently-snapshot",
+                "@tmp",
+                "@__thumb",
+            ),
+            *("$recycle.bin", "recycler", "system volume information", "found.000", "lost+found"),
+            *("__macosx", "network trash folder", "temporary items", "thevolumesettingsfolder"),
+            *("__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
+        }
+    )
+)
+UNREAD = (  # of pictures, but none that are read
+    frozenset(
+        {
+            *(".heic", ".heif", ".hif", ".jxl", ".jxr", ".hdp", ".svg", ".svgz", ".xcf", ".exr"),
+            *(".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef"),
+            *(".srw", ".raw", ".dcm", ".nii", ".avif", ".webp", ".jp2", ".qoi"),
+            *Image.registered_extensions(),
+        }
+    )
+    - IMAGE_EXTENSIONS
+    - {".pdf", ".ps", ".h5", ".hdf", ".mpg", ".mpeg", ".im"}  # more often something else
+)
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*")
 
 
 class Found(NamedTuple):
@@ -31,22 +68,81 @@ def find_images(inputs: Sequence[str], stdin: BinaryIO) -> Iterator[Found]:
             yield from _from_path(given)
 
 
-def images_below(folder: Path) -> list[Path]:
-    """All images in a folder and its folders; hidden ones are not meant.
+class Listing(NamedTuple):
+    """The files in a folder and its folders, in the order of their names."""
 
-    Links are followed, as large sets are often made of them, but into no folder twice: links that
-    lead back would have no end.
+    images: list[Path]
+    others: list[Path]  # files that are no images by their names, without those of the system
+    skipped: list[Path]  # folders that hold no pictures to take: a system's, and smallfry's own
+
+
+def list_folder(folder: Path) -> Listing:
+    """List the images in a folder and its folders, without hidden ones.
+
+    Links are followed, as large sets are often made of them, but into no folder twice and to none
+    around this one: links that lead back would have no end.
+
+    Raises:
+        DataError: A folder can't be opened.
     """
-    found, seen = [], set()
-    for place, folders, files in os.walk(folder, followlinks=True):
+    found = Listing([], [], [])
+    seen = set(map(str, Path(os.path.realpath(folder)).parents))
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
         real = os.path.realpath(place)
-        if real in seen:
+        below = Path(place) != folder
+        if real in seen or (below and is_artifact([*folders, *files])):
+            if real not in seen:
+                found.skipped.append(Path(place))
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(place, name) for name in sorted(files) if is_image(name)]
+        found.skipped.extend(Path(place, name) for name in folders if is_of_the_system(name))
+        folders[:] = in_order(name for name in folders if not is_hidden(name))
+        for name in in_order(name for name in files if not is_hidden(name)):
+            (found.images if is_image(name) else found.others).append(Path(place, name))
     return found
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names sorted alike on every system, however it spells their accents."""
+    return sorted(names, key=lambda name: (text_of(name), name))
+
+
+def images_below(folder: Path) -> list[Path]:
+    """All images in a folder and its folders; raises as ``list_folder``."""
+    return list_folder(folder).images
+
+
+def unread_pictures(files: Iterable[Path]) -> list[Path]:
+    """Those files that are pictures by their ending, or by their first bytes if they have none."""
+    return [file for file in files if _is_unread_picture(file)]
+
+
+def _is_unread_picture(file: Path) -> bool:
+    if file.suffix:
+        return file.suffix.lower() in UNREAD
+    try:
+        with opened(file, MOST_BYTES) as stream:
+            return stream.read(8).startswith(SIGNATURES)
+    except OSError:
+        return False
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(
+        f"{error.filename}: this folder can't be opened ({error.strerror}); permit that, or take "
+        "the folder away"
+    ) from error
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, or is of the system or one of its tools."""
+    return name.startswith(".") or is_of_the_system(name)
+
+
+def is_of_the_system(name: str) -> bool:
+    """Whether a name is one that systems and their tools give, such as ``@eaDir``."""
+    return name.lower() in SYSTEM
 
 
 def is_image(name: str) -> bool:
@@ -59,9 +155,16 @@ def _from_path(given: str) -> Iterator[Found]:
     if path.is_file():
         yield Found(given, path)
     elif path.is_dir():
-        files = images_below(path)
-        yield from (Found(str(file), file) for file in files)
-        if not files:
+        try:
+            images, others, _ = list_folder(path)
+        except DataError as error:
+            yield Found(given, None, str(error))
+            return
+        unread = unread_pictures(others)
+        yield from (Found(str(file), file) for file in images)
+        for file in unread:
+            yield Found(str(file), None, f"{file}: of a format that is not read; convert it")
+        if not images and not unread:
             yield Found(given, None, f"{given}: there are no images in this folder")
     else:
         matches = sorted(glob.glob(given, recursive=True)) if glob.has_magic(given) else []

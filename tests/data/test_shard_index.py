@@ -90,7 +90,7 @@ def test_a_class_that_only_the_test_split_has_is_refused(tmp_path):
     with tarfile.open(tmp_path / "s" / "test-000000.tar", "w") as archive:
         add(archive, "a.png", picture(1))
         add(archive, "a.cls", b"7")
-    with pytest.raises(DataError, match=r"test-000000.tar sample 0 .*label 7 is not among the 3"):
+    with pytest.raises(DataError, match=r"test-000000.tar sample 0 .*class '7' is not among the"):
         load(tmp_path / "s")
 
 

@@ -12,8 +12,8 @@ from smallfry.deploy import Manifest, Runtime
 from smallfry.deploy.export import export
 from smallfry.deploy.graphs import anytime_graphs, exported_program, to_onnx, whole_graph
 from smallfry.errors import ExportError, SmallfryWarning, UsageError
+from smallfry.training.evaluation_data import load_like
 from smallfry.training.run import load_run
-from smallfry.training.train import load_like
 
 
 def pytorch_says(run, images):

@@ -18,8 +18,8 @@ from smallfry.deploy.quantization_report import (
 )
 from smallfry.deploy.quantize import CallRange, call_ranges, measured_ranges
 from smallfry.report.quantization import draw_ranges
+from smallfry.training.evaluation_data import load_like
 from smallfry.training.run import load_run
-from smallfry.training.train import load_like
 
 
 @pytest.fixture(scope="module")

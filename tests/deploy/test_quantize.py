@@ -9,8 +9,8 @@ from smallfry.deploy.graphs import exported_program, to_onnx, whole_graph
 from smallfry.deploy.quantize import call_ranges, quantize
 from smallfry.errors import ExportError
 from smallfry.models import ViTRM
+from smallfry.training.evaluation_data import load_like
 from smallfry.training.run import load_run
-from smallfry.training.train import load_like
 
 
 def test_int8_says_what_float32_says(run, whole, int8):

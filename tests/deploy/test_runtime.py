@@ -19,8 +19,8 @@ from smallfry.errors import DataError, ExportError, UsageError
 from smallfry.models.early_exit import recurse_until
 from smallfry.reading import sealed
 from smallfry.training.augment import Normalize
+from smallfry.training.evaluation_data import load_like
 from smallfry.training.run import load_run
-from smallfry.training.train import load_like
 
 
 @pytest.fixture(scope="module")

@@ -175,6 +175,19 @@ def test_a_folder_says_nothing_of_where_data_and_runs_are(whole: Path) -> None:
     assert str(whole) not in (whole / "study.json").read_text()
 
 
+def test_a_study_of_an_earlier_version_has_the_defaults_of_later_settings(
+    whole: Path, tmp_path: Path
+) -> None:
+    told = json.loads((whole / "study.json").read_text())
+    del told["runs"]["s0"]["data.remove_duplicates"]
+    before = json.dumps(told)
+    (tmp_path / "study.json").write_text(before)
+    grid._claim("toy", planned(0), tmp_path)
+    data = replace(CONFIG.data, remove_duplicates=True)
+    with pytest.raises(UsageError, match=r"told data\.remove_duplicates False, not True"):
+        grid._claim("toy", planned(0, data=data), tmp_path)
+
+
 def test_an_interrupted_run_follows_its_data_to_another_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

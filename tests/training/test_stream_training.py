@@ -13,8 +13,9 @@ from smallfry.cli import main
 from smallfry.data.stream import ShardPixels
 from smallfry.errors import DataError, Stopped, TrainingError
 from smallfry.training.config import DataConfig, EMAConfig, OptimizerConfig
+from smallfry.training.evaluation_data import load_like
 from smallfry.training.run import load_run
-from smallfry.training.train import load_like, resume, train
+from smallfry.training.train import resume, train
 
 
 @pytest.fixture

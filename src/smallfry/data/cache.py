@@ -1,11 +1,15 @@
-"""Decode every image once: pixels as a memory-mapped array in the user's cache folder."""
+"""Decode every image once: pixels as a memory-mapped array in the user's cache folder.
 
+After the array a file holds a hash of it, which is checked whenever the file is used again.
+"""
+
+import hashlib
 import logging
 import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +22,8 @@ from smallfry.images import decode, refit
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # changes whenever decoding does, so that no old array is taken for a new one
+BLOCK = 2**24  # bytes that are hashed at once
+HASH_LENGTH = 64  # hexadecimal digits
 
 
 class Unreadable(NamedTuple):
@@ -69,8 +75,10 @@ def decoded(
         if unreadable:
             return np.array(images), unreadable
         images.flush()
+        with open(part, "ab") as stream:
+            stream.write(content_hash(images).encode())
         os.replace(part, file)
-        kept = _load(file, shape)
+        kept = _map(file, shape)
     except OSError as error:
         raise DataError(
             f"{file.parent}: decoded images can't be kept there ({error}); free space, or name "
@@ -89,11 +97,39 @@ def _claim_space(file: Path) -> None:
             os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
 
 
+def content_hash(array: NDArray[Any]) -> str:
+    """A hash of an array's type, shape and values, made in blocks on all cores."""
+    values = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+    def of_block(i: int) -> bytes:
+        return hashlib.sha256(values[i * BLOCK : (i + 1) * BLOCK].data).digest()
+
+    blocks = in_threads(of_block, 0, -(-values.size // BLOCK))
+    head = f"{array.dtype.str}{array.shape}".encode()
+    return hashlib.sha256(head + b"".join(blocks)).hexdigest()
+
+
 def _load(file: Path, shape: Sequence[int]) -> NDArray[np.uint8] | None:
+    """The kept array; None if there is none, or if it is not as it was written."""
+    images = _map(file, shape)
+    if images is None:
+        return None
+    with open(file, "rb") as stream:
+        stream.seek(-HASH_LENGTH, os.SEEK_END)
+        written = stream.read()
+    if content_hash(images).encode() == written:
+        return images
+    log.warning("%s: not as it was written (its hash differs); decoding the images again", file)
+    return None
+
+
+def _map(file: Path, shape: Sequence[int]) -> NDArray[np.uint8] | None:
     try:
         # copy-on-write, so that torch may wrap it and nobody can change the file
         images = np.load(file, mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        if file.stat().st_size != images.offset + images.nbytes + HASH_LENGTH:
+            return None  # cut off, or of an earlier version, without a hash
+    except (OSError, ValueError, EOFError, AttributeError):
         return None
     return images if images.shape == tuple(shape) and images.dtype == np.uint8 else None
 

@@ -4,7 +4,8 @@ import hashlib
 import logging
 import math
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,12 +15,31 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smallfry.data.cache import decoded
+from smallfry.data.duplicates import (
+    Hashed,
+    describe_duplicates,
+    image_hashes,
+    kept_without_duplicates,
+)
+from smallfry.data.folders import folders_in
+from smallfry.data.labels import relabelled, some_of, with_known_labels
 from smallfry.data.named import NOTHING_TO_TELL_APART, find_source
 from smallfry.data.shards import WINDOW
-from smallfry.data.sources import TEST, TRAIN, VALIDATION, EncodedSplit, Source, digest, stamp
+from smallfry.data.sources import (
+    LACKING,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    EncodedSplit,
+    Source,
+    digest,
+    stamp,
+)
+from smallfry.data.splits import Split, hold_out, take_some
 from smallfry.data.stream import ShardPixels, readable_rows
 from smallfry.errors import AccessError, DataError, SmallfryWarning, UsageError
 from smallfry.images import LARGEST_SIDE, header
+from smallfry.names import text_of
 
 log = logging.getLogger(__name__)
 
@@ -29,40 +49,6 @@ SAMPLED = 256  # images looked at to find the native size and the number of chan
 LARGEST_DECODED = 2**34  # bytes of decoded training images that are put into the cache folder
 MOST_HELD_OUT = 50_000  # images taken from streamed ones to validate or to test
 MEASURED = 4096  # streamed images whose mean and deviation stand for all
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images with labels.
-
-    Args:
-        pixels: (any, channels, size, size), uint8; may be memory-mapped and hold other images too,
-            or still be in shards, and read from there when they are indexed.
-        rows: (images,), int64: where in ``pixels`` the images of this split are.
-        labels: (images,), int64 class indices.
-    """
-
-    pixels: Tensor | ShardPixels
-    rows: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def images(self) -> Tensor:
-        """All images, (images, channels, size, size), uint8, as a copy."""
-        return self.pixels[self.rows]
-
-    def take(self, positions: Tensor) -> "Split":
-        """Those images of this split, in that order."""
-        return Split(self.pixels, self.rows[positions], self.labels[positions])
-
-    def shuffled(self, generator: torch.Generator) -> Tensor:
-        """(images,), all positions in a random order; within windows if the images are streamed."""
-        if isinstance(self.pixels, ShardPixels):
-            return self.pixels.order(self.rows, generator)
-        return torch.randperm(len(self), generator=generator)
 
 
 @dataclass(frozen=True)
@@ -88,6 +74,8 @@ class ImageData:
     validation: Split
     _held_out: Split | EncodedSplit = field(repr=False)
     _skip_unreadable: bool = False
+    _spelled: tuple[str, ...] = field(default=(), repr=False)  # classes as the source has them
+    _locate: Mapping[str, Callable[[int], str]] = field(default_factory=dict, repr=False)
 
     @property
     def test_count(self) -> int:
@@ -129,8 +117,97 @@ class ImageData:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the training and validation images, labels and class names, for provenance."""
-        digest = hashlib.sha256("\0".join(self.classes).encode())
+        """Hash of the training and validation images, labels and class names, for provenance.
+
+        Two data sets of one fingerprint are the same, wherever they are and whatever their names.
+        """
+        return self._fingerprint(self.classes)
+
+    def matches(self, fingerprint: str) -> bool:
+        """Whether this is the data of a fingerprint.
+
+        Earlier versions took the class names as the source spells them.
+        """
+        if fingerprint == self.fingerprint:
+            return True
+        other = self._spelled not in ((), self.classes)
+        return other and fingerprint == self._fingerprint(self._spelled)
+
+    def duplicates(self) -> list[str]:
+        """Sentences on identical images in several splits or under several labels.
+
+        Streamed images are not compared.
+        """
+        if isinstance(self.train.pixels, ShardPixels):
+            return []
+        return describe_duplicates(self.origin, self._hashed(), self.classes)
+
+    def without_duplicates(self) -> "ImageData":
+        """The data without training images that have several labels or are in other splits.
+
+        Validation images that are test images too are left out as well.
+        """
+        train, validation, test = self._hashed()
+        kept = kept_without_duplicates(train, (validation, test), unambiguous=True)
+        chosen = kept_without_duplicates(validation, (test,), unambiguous=False)
+        log.info(
+            "%s: identical images left out: %d of training, %d of validation",
+            self.origin,
+            len(self.train) - len(kept),
+            len(self.validation) - len(chosen),
+        )
+        return replace(
+            self,
+            train=self.train.take(torch.from_numpy(kept)),
+            validation=self.validation.take(torch.from_numpy(chosen)),
+            _held_out=self.test,
+        )
+
+    def relabelled(self, classes: Sequence[str]) -> "ImageData":
+        """The data with the labels that its class names have among other classes.
+
+        Images of classes that are not among them are left out with a warning. If no class is, the
+        data stays as it is.
+        """
+        places = {text_of(name): label for label, name in enumerate(classes)}
+        table = np.array([places.get(name, LACKING) for name in self.classes], np.int64)
+        if tuple(classes) == self.classes or (table == LACKING).all():
+            return self
+        foreign = [name for name, at in zip(self.classes, table, strict=True) if at == LACKING]
+        if foreign:
+            warnings.warn(
+                f"{self.origin}: left out images of {some_of(foreign)}, no class of the model",
+                SmallfryWarning,
+                stacklevel=3,
+            )
+        held_out = self._held_out
+        if isinstance(held_out, EncodedSplit):
+            held_out = relabelled(held_out, table)
+        else:
+            held_out = held_out.relabelled(table)
+        return replace(
+            self,
+            classes=tuple(classes),
+            train=self.train.relabelled(table),
+            validation=self.validation.relabelled(table),
+            _held_out=held_out,
+        )
+
+    def _hashed(self) -> tuple[Hashed, Hashed, Hashed]:
+        def of(name: str, split: Split) -> Hashed:
+            assert isinstance(split.pixels, Tensor)
+            hashes = image_hashes(split.pixels, split.rows)
+            return Hashed(
+                name,
+                hashes,
+                split.labels.numpy(),
+                lambda i: self._locate[name](int(split.rows[i])),
+            )
+
+        return of(TRAIN, self.train), of(VALIDATION, self.validation), of(TEST, self.test)
+
+    def _fingerprint(self, classes: Sequence[str]) -> str:
+        digest = hashlib.sha256("\0".join(classes).encode(errors="surrogateescape"))
         for split in (self.train, self.validation):
             digest.update(split.labels.numpy().tobytes())
             if isinstance(split.pixels, ShardPixels):  # too many to be looked at
@@ -156,6 +233,7 @@ def load_data(
     min_classes: int = 2,
     stream: bool | None = None,
     window: int = WINDOW,
+    remove_duplicates: bool = False,
 ) -> ImageData:
     """Load a data set.
 
@@ -170,7 +248,8 @@ def load_data(
         validation: Share of the training images held out if the source has no validation split.
         test: Share of the training images held out if the source has no test split.
         split_seed: Seed of both held-out shares, which are stratified by class.
-        limit: Use only so many training images, stratified by class.
+        limit: Use only so many training images, stratified by class; no others are decoded, but
+            with ``skip_unreadable``, as unreadable ones are not counted.
         label: Name of the label column, where a table has several.
         skip_unreadable: Leave unreadable images out with a warning instead of stopping.
         min_classes: How many classes there must be; 1 where the labels don't matter, as with an
@@ -181,6 +260,8 @@ def load_data(
             held out from streamed training images.
         window: Streamed images are shuffled among so many, in blocks from all over the shards;
             a process holds as many encoded images.
+        remove_duplicates: Leave out training images that have several labels, or that are
+            validation or test images too, and validation images that are test images too.
 
     Raises:
         UsageError: An unknown name, an impossible option, or classes wanted of ``curves`` or
@@ -198,76 +279,77 @@ def load_data(
     else:
         above = 0 if stream else math.inf
     place = None if root is None else Path(root)
-    source = find_source(name, place, label, above, skip_unreadable)
+    source = with_known_labels(find_source(name, place, label, above, skip_unreadable))
     count = len(source.classes)
     if count < min_classes:
         found = f"is one class, '{source.classes[0]}'" if count == 1 else f"are {count} classes"
-        raise DataError(f"{source.origin}: there {found}; at least {min_classes} are needed")
-    size, channels = _geometry(source.splits[TRAIN], image_size, channels)
-    streamed = source.splits[TRAIN].shards is not None and len(source.splits[TRAIN].labels) > above
-    if streamed:
-        train = _stream(source.splits[TRAIN], size, channels, window, skip_unreadable)
-    elif stream:
+        inner = Path(source.origin, *source.spelled[:1])
+        hint = f"; did you mean {inner}?" if len(folders_in(inner)) >= min_classes else ""
+        raise DataError(f"{source.origin}: there {found}; at least {min_classes} are needed{hint}")
+    encoded = source.splits[TRAIN]
+    size, channels = _geometry(encoded, image_size, channels)
+    streamed = encoded.shards is not None and len(encoded.labels) > above
+    if stream and not streamed:
         raise UsageError(
             f"data.stream reads folders with parquet or tar files, and {source.origin} is none; "
             "leave it out"
         )
+    if streamed and remove_duplicates:
+        raise UsageError(
+            "data.remove_duplicates compares decoded images, and data.stream decodes none before "
+            "the training; leave one of them out"
+        )
+    partly = not streamed and limit is not None and not skip_unreadable
+    if streamed:
+        train = _stream(encoded, size, channels, window, skip_unreadable)
+    elif partly:  # which images are used follows from the labels
+        _require_labels(encoded, count)
+        everything = torch.arange(len(encoded.labels))
+        train = Split(torch.empty(0), everything, torch.from_numpy(encoded.labels))
     else:
-        train = _decode(source.splits[TRAIN], size, channels, count, skip_unreadable)
+        train = _decode(encoded, size, channels, count, skip_unreadable)
     if min_classes > 1:
         _warn_of_missing_classes(source, train)
 
     held_out: Split | EncodedSplit
+    held: Split | EncodedSplit
     if TEST in source.splits:
         held_out = source.splits[TEST]
     else:
         train, held_out = _hold_out(train, test, split_seed, "test")
     if VALIDATION in source.splits:
-        held = _decode(source.splits[VALIDATION], size, channels, count, skip_unreadable)
+        held = source.splits[VALIDATION]
     else:
-        train, part = _hold_out(train, validation, split_seed + 1, "validation")
-        held = part if isinstance(part, Split) else _decode(part, size, channels, count, False)
+        train, held = _hold_out(train, validation, split_seed + 1, "validation")
     if limit is not None and limit < len(train):
         train = take_some(train, limit, split_seed + 2)
-    return ImageData(
-        name, source.origin, source.classes, size, channels, train, held, held_out, skip_unreadable
+    if partly:
+        held, held_out = (
+            encoded.take(part.rows.numpy()) if isinstance(part, Split) else part
+            for part in (held, held_out)
+        )
+        encoded = encoded.take(train.rows.numpy())
+        train = _decode(encoded, size, channels, count, skip_unreadable)
+    locate = {
+        split: part.locate if isinstance(part, EncodedSplit) else encoded.locate
+        for split, part in {TRAIN: encoded, VALIDATION: held, TEST: held_out}.items()
+    }
+    if isinstance(held, EncodedSplit):
+        held = _decode(held, size, channels, count, skip_unreadable)
+    data = ImageData(
+        name,
+        source.origin,
+        source.classes,
+        size,
+        channels,
+        train,
+        held,
+        held_out,
+        skip_unreadable,
+        source.spelled,
+        locate,
     )
-
-
-def hold_out(split: Split, share: float, seed: int) -> tuple[Split, Split]:
-    """Part a split in two, the second with about ``share`` of every class.
-
-    A class keeps at least one image in the first part, and gives at least one to the second
-    if it has two.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    kept, held = [], []
-    for members in _by_class(split):
-        members = members[torch.randperm(len(members), generator=generator)]
-        wanted = max(1, round(share * len(members))) if share else 0
-        count = min(wanted, max(0, len(members) - 1))
-        held.append(members[:count])
-        kept.append(members[count:])
-    nothing = torch.empty(0, dtype=torch.int64)
-    first, second = (torch.cat([nothing, *part]).sort().values for part in (kept, held))
-    return split.take(first), split.take(second)
-
-
-def take_some(split: Split, count: int, seed: int) -> Split:
-    """So many images of a split, every class in proportion and, while it lasts, at least one."""
-    generator = torch.Generator().manual_seed(seed)
-    place = torch.empty(len(split), dtype=torch.float64)
-    for members in filter(len, _by_class(split)):
-        members = members[torch.randperm(len(members), generator=generator)]
-        place[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
-        place[members[0]] = -1.0
-    return split.take(place.argsort(stable=True)[:count].sort().values)
-
-
-def _by_class(split: Split) -> tuple[Tensor, ...]:
-    """The positions of the images of each class, ascending."""
-    order = split.labels.argsort(stable=True)
-    return torch.split(order, torch.bincount(split.labels).tolist())
+    return data.without_duplicates() if remove_duplicates else data
 
 
 def _hold_out(
@@ -357,13 +439,7 @@ def _geometry(split: EncodedSplit, size: int | None, channels: int | None) -> tu
 def _decode(
     split: EncodedSplit, size: int, channels: int, classes: int, skip_unreadable: bool
 ) -> Split:
-    outside = np.flatnonzero((split.labels < 0) | (split.labels >= classes))
-    if len(outside):
-        first = int(outside[0])
-        raise DataError(
-            f"{split.locate(first)}: label {split.labels[first]} is missing or outside "
-            f"0 to {classes - 1} ({len(outside)} such images)"
-        )
+    _require_labels(split, classes)
     images, unreadable = decoded(split, size, channels)
     if unreadable and not skip_unreadable:
         more = f" and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
@@ -379,6 +455,16 @@ def _decode(
         )
     rows = np.setdiff1d(np.arange(len(images)), [fault.position for fault in unreadable])
     return _as_split(images, rows.astype(np.int64), split.labels)
+
+
+def _require_labels(split: EncodedSplit, classes: int) -> None:
+    outside = np.flatnonzero((split.labels < 0) | (split.labels >= classes))
+    if len(outside):
+        first = int(outside[0])
+        raise DataError(
+            f"{split.locate(first)}: label {split.labels[first]} is missing or outside "
+            f"0 to {classes - 1} ({len(outside)} such images)"
+        )
 
 
 def _as_split(

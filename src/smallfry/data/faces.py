@@ -19,6 +19,7 @@ from PIL import Image
 
 from smallfry.data.cache import decoded
 from smallfry.data.draws import uniform
+from smallfry.data.folders import read_folder
 from smallfry.data.sources import (
     TEST,
     TRAIN,
@@ -26,7 +27,6 @@ from smallfry.data.sources import (
     EncodedSplit,
     Source,
     digest,
-    read_folder,
 )
 from smallfry.errors import DataError
 

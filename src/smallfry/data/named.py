@@ -1,6 +1,7 @@
 """The data sets that have a name, and the way from a name or a folder to its source."""
 
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,10 +9,12 @@ import numpy as np
 
 from smallfry.data.curves import read_curves
 from smallfry.data.faces import read_faces
+from smallfry.data.folders import read_folder
 from smallfry.data.parquet_shards import count_rows
 from smallfry.data.shard_index import find_shards, read_shards
-from smallfry.data.sources import TRAIN, EncodedSplit, Hub, Source, read_folder, read_hub
-from smallfry.errors import DataError, UsageError, nearest
+from smallfry.data.sources import TRAIN, EncodedSplit, Hub, Source, read_hub
+from smallfry.errors import DataError, SmallfryWarning, UsageError, nearest
+from smallfry.names import path_of
 
 HUB: Mapping[str, Hub] = {
     "cifar10": Hub("uoft-cs/cifar10"),
@@ -53,6 +56,12 @@ def find_source(
     """
     if name not in NAMED:
         return _read(_find_folder(name, root), label, None, stream_above, skip_unreadable)
+    if Path(name).is_dir() and root is None:
+        warnings.warn(
+            f"'{name}' is taken for the data set of that name; the folder here is './{name}'",
+            SmallfryWarning,
+            stacklevel=3,
+        )
     if root is not None and name in NO_ROOT:
         raise UsageError(f"{name} {NO_ROOT[name]} and takes no data.root")
     if root is not None:
@@ -88,7 +97,7 @@ def read_digits() -> Source:
 
 
 def _find_folder(name: str, root: Path | None) -> Path:
-    folder = Path(name).expanduser()
+    folder = path_of(name)
     if root is not None:
         raise UsageError(
             f"data.root goes with a named data set, not with the folder '{name}'"

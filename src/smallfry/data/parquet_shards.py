@@ -55,13 +55,14 @@ def count_rows(files: Sequence[Path]) -> int:
     return total
 
 
-def scan(file: Path, image: str, label: str) -> Scanned:
+def scan(file: Path, image: str, label: str, withheld: bool = False) -> Scanned:
     """The labels and row groups of a shard, without its images.
 
     Args:
         file: The shard.
         image: The column with the images.
         label: The column with the labels.
+        withheld: Take null and −1 for the label −1, as splits have them whose labels are withheld.
 
     Raises:
         AccessError: The shard can't be read now.
@@ -73,7 +74,7 @@ def scan(file: Path, image: str, label: str) -> Scanned:
             lacking = [name for name in (image, label) if name not in columns]
             if lacking:
                 raise DataError(f"{file}: has no column '{lacking[0]}', as the first shard has")
-            names, codes = _labels(file, shard, label, columns[label])
+            names, codes = _labels(file, shard, label, columns[label], withheld)
             blocks = [_block(file, shard, i) for i in range(shard.num_row_groups)]
             if sum(block.samples for block in blocks) != len(codes):
                 raise pa.ArrowInvalid("its row groups have another number of labels than of rows")
@@ -92,14 +93,16 @@ def read_group(file: Path, group: int, image: str) -> pa.ChunkedArray:
     """
     try:
         with reached(file), pq.ParquetFile(file) as shard:
-            table = shard.read_row_group(group, columns=[f"{image}.bytes"], use_threads=False)
-        return pc.struct_field(table.column(0), [0])
+            inside = pa.types.is_struct(shard.schema_arrow.field(image).type)
+            column = f"{image}.bytes" if inside else image
+            table = shard.read_row_group(group, columns=[column], use_threads=False)
+        return pc.struct_field(table.column(0), [0]) if inside else table.column(0)
     except FAULTS as error:
         raise DataError(f"{file}: row group {group} is damaged ({_first_line(error)})") from error
 
 
 def _labels(
-    file: Path, shard: pq.ParquetFile, column: str, kind: Any
+    file: Path, shard: pq.ParquetFile, column: str, kind: Any, withheld: bool
 ) -> tuple[list[Label], NDArray[np.int32]]:
     declared: list[str] | None = getattr(kind, "names", None)
     known: dict[Label, int] = {}
@@ -109,11 +112,15 @@ def _labels(
         values = batch.column(0)
         if not isinstance(values, pa.DictionaryArray):
             values = values.dictionary_encode()
-        translated = [_label(value, declared) for value in values.dictionary.to_pylist()]
+        listed = values.dictionary.to_pylist()
+        translated = [_label(value, declared) for value in listed]
+        missing = known.setdefault(-1, len(known)) if withheld and values.null_count else -1
+        if withheld:
+            translated = [-1 if raw == -1 else v for raw, v in zip(listed, translated, strict=True)]
         codes = [-1 if v is None else known.setdefault(v, len(known)) for v in translated]
         # nulls, and values that are no label, are -1
         indices = values.indices.fill_null(len(codes)).to_numpy(zero_copy_only=False)
-        part = np.array([*codes, -1], np.int32)[indices]
+        part = np.array([*codes, missing], np.int32)[indices]
         wrong = np.flatnonzero(part < 0)
         if len(wrong):
             row = int(wrong[0])

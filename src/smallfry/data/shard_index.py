@@ -20,15 +20,18 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from smallfry.data import parquet_shards, tar_shards
-from smallfry.data.cache import cache_folder
+from smallfry.data.cache import cache_folder, content_hash
+from smallfry.data.folders import folders_in
 from smallfry.data.scanned import Label, Scanned, reached
 from smallfry.data.shards import ShardReader, Shards
 from smallfry.data.sources import (
+    LACKING,
     SPLIT_NAMES,
     TRAIN,
+    UNLABELLED,
     EncodedSplit,
     Source,
-    class_names,
+    class_texts,
     digest,
     find_image_column,
     find_label_column,
@@ -36,10 +39,12 @@ from smallfry.data.sources import (
     stamp,
 )
 from smallfry.errors import DataError, SmallfryWarning
+from smallfry.names import text_of
+from smallfry.reading import DIGEST, is_whole, sealed
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # of the index; changes whenever it does
+FORMAT = 3  # of the index; changes whenever it does
 CLASSES = "classes.txt"  # one class name per line, in the order of the labels' numbers
 COMPRESSED = ("*.tar.gz", "*.tgz", "*.tar.bz2", "*.tar.xz", "*.tar.zst")
 
@@ -61,11 +66,13 @@ def find_shards(folder: Path) -> Found | None:
     if files:
         return Found("parquet", files)
     files = shard_files(folder, "tar")
-    inner = [name for name in class_names(folder) if name.lower() not in {*SPLIT_NAMES, "data"}]
-    if files and not (inner and _have_no_split(files, folder)):  # a tar file beside class folders
+    inside = {path.name.lower() for path in folders_in(folder)}
+    if files and not (
+        inside - {*SPLIT_NAMES, "data"} and _have_no_split(files, folder)
+    ):  # a tar file beside class folders
         return Found("tar", files)
     packed = sorted(file for ending in COMPRESSED for file in folder.glob(ending))
-    if packed and not class_names(folder):
+    if packed and not inside:
         raise DataError(
             f"{packed[0]}: a compressed tar file can't be read in pieces, and images are "
             "compressed already; unpack it to a .tar, such as with gunzip"
@@ -102,7 +109,8 @@ def read_shards(
         label = find_label_column(str(folder), columns, column, label, default_label)
         names = getattr(columns[label], "names", None)
     indices = {
-        split: _index(files, found.kind, column, label) for split, files in found.files.items()
+        split: _index(files, found.kind, column, label, split != TRAIN)
+        for split, files in found.files.items()
     }
     for index in indices.values():
         _tell_damage(index, skip_unreadable)
@@ -111,10 +119,16 @@ def read_shards(
     splits = {}
     for split, index in indices.items():
         shards = _shards(found.files[split], column, index)
-        labels = _class_indices(index, shards, classes, by_number=names is None)
+        labels, strangers = _class_indices(index, classes, by_number=names is None)
+        if split == TRAIN:
+            _require_known(index, labels, shards, len(classes))
         stamps = map(stamp, found.files[split])
-        splits[split] = _encoded(shards, labels, digest(column, shards.mark, *stamps))
-    return Source(str(folder), tuple(map(str, classes)), splits)
+        mark = digest(column, shards.mark, *stamps)
+        splits[split] = EncodedSplit(
+            labels, ShardReader(shards).read_one, shards.locate, mark, shards, strangers
+        )
+    spelled = tuple(map(str, classes))
+    return Source(str(folder), class_texts(str(folder), classes), splits, spelled)
 
 
 def _have_no_split(files: dict[str, list[Path]], folder: Path) -> bool:
@@ -130,11 +144,6 @@ def _first_whole(files: Sequence[Path], skip_unreadable: bool) -> Path:
             if not skip_unreadable:
                 raise
     raise DataError(f"{files[0]}: none of the {len(files)} shards is a whole parquet file")
-
-
-def _encoded(shards: Shards, labels: NDArray[np.int64], fingerprint: str) -> EncodedSplit:
-    reader = ShardReader(shards)
-    return EncodedSplit(labels, reader.read_one, shards.locate, fingerprint, shards)
 
 
 # The index
@@ -158,14 +167,17 @@ class _Index(NamedTuple):
 ARRAYS = ("codes", "samples", "blocks", "block_samples", "block_bytes", "spans")
 
 
-def _index(files: Sequence[Path], kind: str, column: str, label: str | None) -> _Index:
-    """The index of a split, made once and kept in the cache folder.
+def _index(
+    files: Sequence[Path], kind: str, column: str, label: str | None, withheld: bool
+) -> _Index:
+    """The index of a split, made once and kept in the cache folder; labels may be ``withheld``.
 
     Raises:
         AccessError: A shard can't be read now; then no index is kept.
         DataError: A shard is not as it should be, or the index can't be kept.
     """
-    key = digest("index", str(FORMAT), kind, column, str(label), *map(stamp, files))
+    kinds = (kind, column, str(label), str(withheld))
+    key = digest("index", str(FORMAT), *kinds, *map(stamp, files))
     folder = cache_folder() / f"index-{key}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +187,8 @@ def _index(files: Sequence[Path], kind: str, column: str, label: str | None) -> 
                 return kept
             log.info("reading the labels of %d shards once, for %s", len(files), folder)
             if kind == "parquet":
-                made = _join(files, (parquet_shards.scan(f, column, str(label)) for f in files))
+                scans = (parquet_shards.scan(f, column, str(label), withheld) for f in files)
+                made = _join(files, scans)
             else:
                 made = _join(files, (tar_shards.scan(f, label) for f in files))
             _keep_index(made, folder)
@@ -223,9 +236,11 @@ def _keep_index(index: _Index, folder: Path) -> None:
     part = Path(tempfile.mkdtemp(dir=folder.parent, suffix=".part"))
     try:
         told = index._asdict()
-        for name in ARRAYS:
-            np.save(part / f"{name}.npy", told.pop(name), allow_pickle=False)
-        (part / "index.json").write_text(json.dumps(told))
+        arrays = {name: told.pop(name) for name in ARRAYS}
+        for name, array in arrays.items():
+            np.save(part / f"{name}.npy", array, allow_pickle=False)
+        told["hashes"] = {name: content_hash(array) for name, array in arrays.items()}
+        (part / "index.json").write_text(json.dumps(sealed(told)))
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         os.rename(part, folder)
     finally:
@@ -235,10 +250,16 @@ def _keep_index(index: _Index, folder: Path) -> None:
 def _load_index(folder: Path) -> _Index | None:
     try:
         told = json.loads((folder / "index.json").read_text())
-        for name in ARRAYS:  # mapped, so that they take no memory until they are looked at
+        if not is_whole(told):
+            return None
+        del told[DIGEST]
+        hashes = told.pop("hashes")
+        for name in ARRAYS:  # mapped, so that they need not stay in memory
             told[name] = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            if content_hash(told[name]) != hashes[name]:
+                return None
         return _Index(**told)
-    except (OSError, ValueError, TypeError, EOFError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError):
         return None
 
 
@@ -303,22 +324,34 @@ def _names_that_occur(folder: Path, index: _Index) -> list[Any]:
             f"{folder}: some labels are numbers and some are text, such as '{text}'; expected one "
             "kind"
         )
-    return sorted(index.names)
+    return sorted({_key(name) for name in index.names})
 
 
 def _class_indices(
-    index: _Index, shards: Shards, classes: Sequence[Any], by_number: bool
-) -> NDArray[np.int64]:
-    """(samples,) class indices; a number is the place of its class if the classes are text."""
-    places = {name: i for i, name in enumerate(classes)}
+    index: _Index, classes: Sequence[Any], by_number: bool
+) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """(samples,) class indices, and the labels that are not among the classes.
+
+    A number is the place of its class if the classes are text.
+    """
+    places: dict[Any, int] = dict.fromkeys((-1, "-1"), UNLABELLED)
     if by_number and classes and isinstance(classes[0], str):
         places |= {i: i for i in range(len(classes))}
-    table = np.array([places.get(name, -1) for name in index.names], np.int64)
-    unknown = np.flatnonzero(table < 0)
+    places |= {_key(name): i for i, name in enumerate(classes)}
+    table = np.array([places.get(_key(name), LACKING) for name in index.names], np.int64)
+    strangers = tuple(str(index.names[i]) for i in np.flatnonzero(table == LACKING))
+    return table[index.codes] if len(table) else np.empty(0, np.int64), strangers
+
+
+def _require_known(index: _Index, labels: NDArray[np.int64], shards: Shards, classes: int) -> None:
+    unknown = np.flatnonzero(labels < 0)
     if len(unknown):
-        row = int(np.flatnonzero(index.codes == unknown[0])[0])
+        row = int(unknown[0])
         raise DataError(
-            f"{shards.locate(row)}: label {index.names[unknown[0]]!r} is not among the "
-            f"{len(classes)} classes of the training split"
+            f"{shards.locate(row)}: label {index.names[index.codes[row]]!r} is not among the "
+            f"{classes} classes of the training split"
         )
-    return table[index.codes] if len(table) else np.empty(0, np.int64)
+
+
+def _key(name: Label) -> Label:
+    return text_of(name) if isinstance(name, str) else name

@@ -3,7 +3,10 @@
 import errno
 import hashlib
 import logging
+import math
+import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +18,8 @@ from numpy.typing import NDArray
 
 from smallfry.errors import AccessError, DataError, UsageError, nearest
 from smallfry.images import Encoded
-from smallfry.inputs import images_below, is_image
+from smallfry.inputs import in_order, is_hidden
+from smallfry.names import text_of
 
 if TYPE_CHECKING:
     from smallfry.data.shards import Shards
@@ -23,8 +27,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 1000  # of a table
+IMAGE_COLUMNS = frozenset({"image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp"})
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
+UNLABELLED, LACKING = -1, -2  # labels of images without one, and of classes that training lacks
 SPLIT_NAMES = {
     "train": TRAIN,
     "training": TRAIN,
@@ -54,6 +60,7 @@ class EncodedSplit:
         locate: Where the i-th image is, for messages.
         fingerprint: Changes when the content does; "" where the images need no cache.
         shards: Where the images are, if they can be read from there shard by shard.
+        strangers: Classes that training lacks; their images are labelled ``LACKING``.
     """
 
     labels: NDArray[np.int64]
@@ -61,6 +68,17 @@ class EncodedSplit:
     locate: Callable[[int], str]
     fingerprint: str = ""
     shards: "Shards | None" = None
+    strangers: tuple[str, ...] = ()
+
+    def take(self, rows: NDArray[np.int64]) -> "EncodedSplit":
+        """Those images, in that order, each to be read on its own."""
+        which = hashlib.sha256(rows.tobytes()).hexdigest()
+        return EncodedSplit(
+            self.labels[rows],
+            lambda i: self.read(int(rows[i])),
+            lambda i: self.locate(int(rows[i])),
+            digest(self.fingerprint, which) if self.fingerprint else "",
+        )
 
 
 class Source(NamedTuple):
@@ -69,23 +87,36 @@ class Source(NamedTuple):
     origin: str
     classes: tuple[str, ...]
     splits: dict[str, EncodedSplit]
+    spelled: tuple[str, ...] = ()  # the classes as the source spells them, if that is otherwise
 
 
-def read_folder(folder: Path, label: str | None = None, default_label: str | None = None) -> Source:
-    """Parquet shards, or one folder per class, in the folder or in one folder per split."""
-    shards = shard_files(folder)
-    if shards:
-        return _read_parquet(folder, shards, label, default_label)
-    if label is not None:
-        raise UsageError(f"data.label names a column of a table, and {folder} has class folders")
-    inner = {
-        SPLIT_NAMES[child.name.lower()]: child
-        for child in sorted(folder.iterdir())
-        if child.name.lower() in SPLIT_NAMES and class_names(child)
-    }
-    if inner and TRAIN not in inner:
-        raise DataError(f"{folder}: there is a {min(inner)} folder, but no train folder beside it")
-    return _read_class_folders(inner or {TRAIN: folder})
+def class_texts(origin: str, names: Sequence[Any]) -> tuple[str, ...]:
+    """Class names as text, each another.
+
+    Raises:
+        DataError: Two that differ in how they spell their accents alone.
+    """
+    texts = tuple(text_of(str(name)) for name in names)
+    twice = [name for name, count in Counter(texts).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"{origin}: two classes are '{twice[0]}', spelled in composed and in decomposed "
+            "Unicode; make them one"
+        )
+    return texts
+
+
+def require_one_name(origin: str, split: str, names: Sequence[str]) -> None:
+    """Refuse two names for one split, such as ``val`` and ``validation``.
+
+    Raises:
+        DataError: The names differ.
+    """
+    if len(set(names)) > 1:
+        raise DataError(
+            f"{origin}: {' and '.join(sorted(set(names)))} are both the {split} split; make them "
+            "one, or move one away"
+        )
 
 
 def read_hub(name: str, hub: Hub, label: str | None = None) -> Source:
@@ -105,7 +136,11 @@ def read_hub(name: str, hub: Hub, label: str | None = None) -> Source:
                 f"({type(error).__name__}); connect this machine, or name a folder that holds "
                 f"its parquet shards: --data.root DIR"
             ) from error
-    splits = {SPLIT_NAMES[split]: data for split, data in loaded.items() if split in SPLIT_NAMES}
+    known = [split for split in loaded if split in SPLIT_NAMES]
+    for split in known:
+        same = [other for other in known if SPLIT_NAMES[other] == SPLIT_NAMES[split]]
+        require_one_name(f"hub: {hub.repository}", SPLIT_NAMES[split], same)
+    splits = {SPLIT_NAMES[split]: loaded[split] for split in known}
     fingerprints = {split: str(table._fingerprint) for split, table in splits.items()}
     return _read_tables(f"hub: {hub.repository}", splits, fingerprints, label, hub.label)
 
@@ -128,18 +163,27 @@ def _offline() -> Iterator[None]:
 
 def shard_files(folder: Path, ending: str = "parquet") -> dict[str, list[Path]]:
     """Files such as ``train-00000-of-00004.parquet`` or ``train/0000.parquet``, by split."""
-    patterns = ("", "data/", *(f"{name}/" for name in SPLIT_NAMES))
-    files = sorted(file for place in patterns for file in folder.glob(f"{place}*.{ending}"))
+    inner = [name for name in os.listdir(folder) if name.lower() in {"data", *SPLIT_NAMES}]
+    places = [folder, *(folder / name for name in in_order(inner))]
+    files = sorted(
+        file for place in places for file in place.glob(f"*.{ending}") if not is_hidden(file.name)
+    )
+    files = [part for file in files for part in _parts(file, ending)]
     shards: dict[str, list[Path]] = {}
+    words_of: dict[str, set[str]] = {}  # by split
     unnamed = []
     for file in files:
-        words = [file.parent.name] if file.parent != folder else []
+        words = re.split(r"[-_.]", file.parent.name) if file.parent != folder else []
         words += re.split(r"[-_.]", file.stem)
-        named = {SPLIT_NAMES[word.lower()] for word in words if word.lower() in SPLIT_NAMES}
-        if len(named) == 1:
-            shards.setdefault(named.pop(), []).append(file)
+        named = {word: SPLIT_NAMES[word.lower()] for word in words if word.lower() in SPLIT_NAMES}
+        if len(set(named.values())) == 1:
+            word, split = next(iter(named.items()))
+            shards.setdefault(split, []).append(file)
+            words_of.setdefault(split, set()).add(word)
         else:
             unnamed.append(file)
+    for split, said in words_of.items():
+        require_one_name(str(folder), split, sorted(said))
     if unnamed and shards:
         raise DataError(
             f"{unnamed[0]}: which split is this? other files here say train, validation or test "
@@ -148,9 +192,17 @@ def shard_files(folder: Path, ending: str = "parquet") -> dict[str, list[Path]]:
     return {TRAIN: unnamed} if unnamed else shards
 
 
-def _read_parquet(
+def _parts(file: Path, ending: str) -> list[Path]:
+    """The file itself, or the files in a folder of such a name, as Spark writes a table."""
+    if not file.is_dir():
+        return [file]
+    return sorted(part for part in file.glob(f"*.{ending}") if not is_hidden(part.name))
+
+
+def read_parquet(
     folder: Path, shards: dict[str, list[Path]], label: str | None, default_label: str | None
 ) -> Source:
+    """The tables in parquet files, by split; raises as ``read_hub``."""
     import datasets
 
     tables = {}
@@ -183,24 +235,42 @@ def _read_tables(
     image = find_image_column(origin, features)
     chosen = find_label_column(origin, features, image, label, default_label)
     declared = getattr(features[chosen], "names", None)
-    classes = declared or sorted(set(_label_values(tables[TRAIN], chosen)) - {None})
+    classes = declared or sorted(set(map(_key, _label_values(tables[TRAIN], chosen))) - {None})
     splits = {
         split: _table_split(
             f"{origin}, {split}", table, image, chosen, classes, fingerprints[split], folder
         )
         for split, table in tables.items()
     }
-    return Source(origin, tuple(map(str, classes)), splits)
+    return Source(origin, class_texts(origin, classes), splits, tuple(map(str, classes)))
 
 
 def find_image_column(origin: str, features: Mapping[str, Any]) -> str:
-    """The column of a table that holds images."""
+    """The column of a table that holds images: as ``datasets`` writes them, or as bytes."""
     from datasets import Image as ImageFeature
 
     for name, kind in features.items():
         if isinstance(kind, ImageFeature) or (isinstance(kind, dict) and "bytes" in kind):
             return name
-    raise DataError(f"{origin}: no column holds images; there are {', '.join(features)}")
+    binary = [name for name, kind in features.items() if is_bytes(kind)]
+    named = [name for name in binary if name.lower() in IMAGE_COLUMNS]
+    if len(named or binary) == 1:
+        return (named or binary)[0]
+    if binary:
+        raise DataError(
+            f"{origin}: which column holds the images? there are bytes in {', '.join(binary)}; "
+            "call the right one 'image', or take the others out"
+        )
+    there = ", ".join(f"{name} ({getattr(kind, 'dtype', '…')})" for name, kind in features.items())
+    raise DataError(
+        f"{origin}: no column holds images, as encoded bytes or as {{bytes, path}}; there are "
+        f"{there}"
+    )
+
+
+def is_bytes(kind: Any) -> bool:
+    """Whether a column's feature is of raw bytes, as pandas and pyarrow write them."""
+    return getattr(kind, "dtype", None) in ("binary", "large_binary")
 
 
 def find_label_column(
@@ -243,20 +313,16 @@ def _table_split(
     def locate(row: int) -> str:
         return f"{where} row {row}"
 
-    index = {name: i for i, name in enumerate(classes)}
-    labels = _label_values(table, label_column)
-    unknown = next((r for r, v in enumerate(labels) if v is not None and v not in index), None)
-    if unknown is not None:
-        raise DataError(
-            f"{locate(unknown)}: label {labels[unknown]!r} is not among the training classes"
-        )
-    array = np.array([-1 if v is None else index[v] for v in labels], dtype=np.int64)
+    values = list(map(_key, _label_values(table, label_column)))
+    labels, strangers = class_indices(values, list(map(_key, classes)))
     encoded = table
     if isinstance(table.features[image_column], ImageFeature):
         encoded = table.cast_column(image_column, ImageFeature(decode=False))
 
     def read(row: int) -> Encoded:
         cell = encoded[row][image_column]
+        if isinstance(cell, bytes):
+            return cell
         if cell is None or (cell["bytes"] is None and cell["path"] is None):
             raise DataError(f"{locate(row)}: a label without an image")
         if cell["bytes"] is not None:
@@ -270,8 +336,31 @@ def _table_split(
         return folder / file
 
     # images in files of their own may change under a table that does not
-    inside = encoded.data.column(image_column).combine_chunks().field("bytes").null_count == 0
-    return EncodedSplit(array, read, locate, digest(fingerprint, image_column) if inside else "")
+    cells = encoded.data.column(image_column).combine_chunks()
+    inside = is_bytes(table.features[image_column]) or cells.field("bytes").null_count == 0
+    mark = digest(fingerprint, image_column) if inside else ""
+    return EncodedSplit(labels, read, locate, mark, strangers=strangers)
+
+
+def class_indices(
+    values: Sequence[Any], classes: Sequence[Any]
+) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Labels (samples,) of class names or numbers, and the names that are not among the classes.
+
+    None is ``UNLABELLED``, and so is −1, which stands for no label where labels are withheld.
+    """
+    index: dict[Any, int] = {-1: UNLABELLED, None: UNLABELLED}
+    index |= {name: i for i, name in enumerate(classes)}
+    strangers = sorted({str(value) for value in values if value not in index})
+    labels = np.array([index.get(value, LACKING) for value in values], dtype=np.int64)
+    return labels, tuple(strangers)
+
+
+def _key(value: Any) -> Any:
+    """A label as it is compared; not a number is none."""
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return text_of(value) if isinstance(value, str) else value
 
 
 def _label_values(table: Any, label_column: str) -> list[Any]:
@@ -281,61 +370,14 @@ def _label_values(table: Any, label_column: str) -> list[Any]:
     kind = table.features[label_column]
     values: list[Any] = table[label_column][:]
     if not isinstance(kind, ClassLabel):
+        if any(isinstance(value, list | dict) for value in values):
+            raise DataError(
+                f"the labels in '{label_column}' are lists or groups, and expected is one class "
+                "for each image; name another column: --data.label COLUMN"
+            )
         return values
     count = len(kind.names)
     return [kind.names[v] if v is not None and 0 <= v < count else None for v in values]
-
-
-# One folder per class
-
-
-def _read_class_folders(splits: dict[str, Path]) -> Source:
-    train = splits[TRAIN]
-    for folder in splits.values():
-        _refuse_loose_images(folder)
-    classes = class_names(train)
-    if not classes:
-        raise DataError(
-            f"{train}: expected one folder per class with images in it, or parquet files, and "
-            "found neither"
-        )
-    encoded = {}
-    for split, folder in splits.items():
-        strangers = sorted(set(class_names(folder)) - set(classes))
-        if strangers:
-            raise DataError(f"{folder}: class '{strangers[0]}' is not among the training classes")
-        files = [images_below(folder / name) for name in classes]
-        empty = [name for name, found in zip(classes, files, strict=True) if not found]
-        if empty and split == TRAIN:
-            raise DataError(
-                f"{folder / empty[0]}: the class is empty; put images of a format that Pillow "
-                "reads into it, or remove the folder"
-            )
-        labels = np.repeat(np.arange(len(classes)), [len(found) for found in files])
-        encoded[split] = _file_split([file for found in files for file in found], labels)
-    origin = train.parent if len(splits) > 1 or train.name in SPLIT_NAMES else train
-    return Source(str(origin), tuple(classes), encoded)
-
-
-def class_names(folder: Path) -> list[str]:
-    """The names of the folders in a folder."""
-    if not folder.is_dir():
-        return []
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _refuse_loose_images(folder: Path) -> None:
-    loose = sorted(p for p in folder.iterdir() if is_image(p.name) and not p.is_dir())
-    if loose:
-        raise DataError(
-            f"{loose[0]}: an image without a label; expected one folder per class, "
-            f"such as {folder / 'cat' / loose[0].name}"
-        )
-
-
-def _file_split(files: list[Path], labels: NDArray[np.int64]) -> EncodedSplit:
-    fingerprint = digest(*map(stamp, files))
-    return EncodedSplit(labels, lambda i: files[i], lambda i: str(files[i]), fingerprint)
 
 
 def stamp(file: Path) -> str:
@@ -352,4 +394,5 @@ def stamp(file: Path) -> str:
 
 def digest(*parts: str) -> str:
     """A fingerprint of what the parts say, as the name of a kept array."""
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+    # a path may be no UTF-8
+    return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()[:32]

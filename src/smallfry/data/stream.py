@@ -29,6 +29,7 @@ from smallfry.data.sources import digest, stamp
 from smallfry.data.threads import in_threads
 from smallfry.errors import AccessError, DataError, SmallfryWarning, is_out_of_memory
 from smallfry.images import decode
+from smallfry.reading import is_whole, sealed
 
 log = logging.getLogger(__name__)
 
@@ -158,15 +159,18 @@ def readable_rows(pixels: ShardPixels, skip_unreadable: bool) -> Tensor:
 
 def _load_faults(file: Path) -> dict[int, str] | None:
     try:
-        return {int(row): str(reason) for row, reason in json.loads(file.read_text()).items()}
-    except (OSError, ValueError, AttributeError):
+        told = json.loads(file.read_text())
+        if not is_whole(told):
+            return None
+        return {int(row): str(reason) for row, reason in told["faults"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def _keep_faults(found: dict[int, str], file: Path) -> None:
     with tempfile.TemporaryDirectory(dir=file.parent, suffix=".part") as place:
         part = Path(place) / file.name
-        part.write_text(json.dumps(found))
+        part.write_text(json.dumps(sealed({"faults": found})))
         part.replace(file)
 
 

@@ -236,7 +236,7 @@ def _of_text(content: bytes, where: str) -> Label:
     except UnicodeDecodeError:
         text = ""
     if not text:
-        raise DataError(f"{where}: expected a number or a name")
+        raise DataError(f"{where}: expected a number or a name, in UTF-8")
     return int(text) if re.fullmatch(r"0|[1-9]\d{0,17}", text, re.ASCII) else text
 
 

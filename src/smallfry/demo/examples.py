@@ -8,8 +8,8 @@ from PIL import Image
 from smallfry.errors import SmallfryError
 from smallfry.report.recursion import interesting
 from smallfry.training.evaluation import predict
+from smallfry.training.evaluation_data import load_like
 from smallfry.training.run import TrainedModel
-from smallfry.training.train import load_like
 
 WANTED = 8
 EMBEDDED = ("digits",)  # needs neither the net nor a folder that may be gone or huge

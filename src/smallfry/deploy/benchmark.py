@@ -39,9 +39,9 @@ from smallfry.memory import Memory, measure_memory
 from smallfry.training.augment import Normalize
 from smallfry.training.config import MOST_WORKERS
 from smallfry.training.evaluation import score_probabilities
+from smallfry.training.evaluation_data import load_like
 from smallfry.training.provenance import provenance
 from smallfry.training.run import TrainedModel, require_classes
-from smallfry.training.train import load_like
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from smallfry.deploy.facts import SPLITS, UNKNOWN
+from smallfry.deploy.facts import LATER_SPLITS, SPLITS, UNKNOWN
 from smallfry.errors import RunError, SmallfryWarning, UsageError
 from smallfry.images import LARGEST_SIDE
 from smallfry.reading import read_json, read_large
@@ -153,9 +153,7 @@ def _data(told: Mapping[str, Any]) -> dict[str, Any]:
     data = {"name": UNKNOWN, "fingerprint": UNKNOWN, **told}
     splits = data.pop("splits", None)
     if isinstance(splits, dict):
-        splits = splits | {
-            "stream": splits.get("stream")
-        }  # of models shared before there was a choice
+        splits = splits | {k: v for k, v in LATER_SPLITS.items() if k not in splits}
     known = isinstance(splits, dict) and splits.keys() == SPLITS.keys()
     if known and all(isinstance(splits[name], kind) for name, kind in SPLITS.items()):
         data["splits"] = splits

@@ -38,8 +38,8 @@ from smallfry.errors import ExportError, SmallfryError, SmallfryWarning, UsageEr
 from smallfry.exits import operating_points, worthwhile
 from smallfry.models import ViTRM
 from smallfry.training.evaluation import forward
+from smallfry.training.evaluation_data import load_like
 from smallfry.training.run import TrainedModel
-from smallfry.training.train import load_like
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,9 @@ SPLITS: Mapping[str, Any] = {  # what DataConfig says of the splits, and of what
     "label": str | None,
     "skip_unreadable": bool,
     "stream": bool | None,
+    "remove_duplicates": bool,
 }
+LATER_SPLITS: Mapping[str, Any] = {"stream": None, "remove_duplicates": False}  # their defaults
 UNKNOWN = "unknown"  # name and fingerprint of the data of a model that does not tell them
 OF_THE_BEST = ("test", "best_epoch", "references")  # figures of no other weights
 TOLD = ("checkpoint", "base_model", "data", "training", "measured", "provenance")

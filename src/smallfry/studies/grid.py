@@ -141,13 +141,15 @@ def _claim(study: str, planned: Sequence[Planned], folder: Path) -> None:
             raise UsageError(f"{file}: not a study's ({error!r}); take another --folder") from None
     if known["study"] != study:
         raise UsageError(f"{folder} holds the study {known['study']}; take another --folder")
+    default = _told(TrainConfig())  # of settings that a study of an earlier version did not have
     for plan in planned:
         told = _told(plan.config)
         before = known["runs"].setdefault(plan.name, told)
         for key in sorted({*before, *told}, key=lambda key: ("." in key, key)):
-            if before.get(key) != told.get(key):
+            was = before.get(key, default.get(key))
+            if was != told.get(key):
                 raise UsageError(
-                    f"the runs in {folder} were told {key} {before.get(key)}, not "
+                    f"the runs in {folder} were told {key} {was}, not "
                     f"{told.get(key)}: give the same settings, or another --folder"
                 )
     write_file(file, json.dumps(known, indent=1) + "\n")

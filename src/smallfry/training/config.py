@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from jsonargparse import ArgumentParser
 
 from smallfry.errors import RunError, UsageError
+from smallfry.names import URI, path_of, storable
 from smallfry.plain_yaml import MOST_CONFIG, YAML_MODE, load_yaml
 from smallfry.reading import read_bytes
 
@@ -40,6 +41,8 @@ class DataConfig:
         stream: Read training images from parquet or tar shards when they are needed, instead of
             decoding all of them into the cache folder; default if that could take over 16 GiB.
         window: Streamed images are shuffled among so many; a process holds as many of them.
+        remove_duplicates: Leave out training images that have several labels or are in another
+            split too.
     """
 
     name: str = "digits"
@@ -56,6 +59,7 @@ class DataConfig:
     std: list[float] | None = None
     stream: bool | None = None
     window: int = 16_384
+    remove_duplicates: bool = False
 
     def __post_init__(self) -> None:
         _check_values(self, "data.")
@@ -309,7 +313,7 @@ class TrainConfig:
                 return {key: plain(inner) for key, inner in value.items()}
             if isinstance(value, list | tuple):
                 return [plain(inner) for inner in value]
-            return str(value) if isinstance(value, Path) else value
+            return storable(str(value)) if isinstance(value, Path | str) else value
 
         return {key: plain(value) for key, value in asdict(self).items()}
 
@@ -330,10 +334,19 @@ def read_config(file: Path) -> TrainConfig:
         for group in {*groups} & {*content}:
             if not isinstance(content[group], dict):  # or jsonargparse takes it for a file's name
                 raise ValueError(f"{group}: expected settings by their names")
-        return TrainConfig(**vars(parser.instantiate(parser.parse_object(content))))
+        return TrainConfig(**vars(parser.instantiate(parser.parse_object(_with_paths(content)))))
     except Exception as error:  # jsonargparse raises almost anything, given a stranger's file
         reason = " ".join(str(error).split())
         raise RunError(f"{file}: not a configuration of this version ({reason})") from error
+
+
+def _with_paths(content: Any) -> Any:
+    """Settings with the paths that ``storable`` had to spell otherwise."""
+    if isinstance(content, dict):
+        return {key: _with_paths(value) for key, value in content.items()}
+    if isinstance(content, str) and content.startswith(URI):
+        return str(path_of(content))
+    return content
 
 
 def _check(holds: bool, message: str) -> None:

@@ -23,6 +23,7 @@ from torch import nn
 
 from smallfry.errors import DataError, RunError
 from smallfry.images import LARGEST_SIDE
+from smallfry.names import text_of
 from smallfry.reading import read_bytes, read_json
 from smallfry.terminal import command
 from smallfry.training.augment import Normalize
@@ -46,6 +47,13 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes from training in this folder; a killed process lets go of it."""
+        try:
+            str(self.path).encode()
+        except UnicodeEncodeError:
+            raise RunError(
+                f"{self.path}: a folder whose name is not UTF-8 holds no run, as TensorBoard can't "
+                "write into it; name another folder (--run DIR)"
+            ) from None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path / ".lock")
@@ -225,7 +233,7 @@ def require_classes(trained: TrainedModel, classes: Sequence[str], origin: str) 
 def new_run_folder(data: str, model: str) -> Path:
     """A fresh folder under ``runs/``, named after data, model and time."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    base = Path("runs") / f"{Path(data).name or 'data'}-{model}-{stamp}"
+    base = Path("runs") / f"{text_of(Path(data).name) or 'data'}-{model}-{stamp}"
     path, number = base, 2
     while path.exists():
         path, number = base.with_name(f"{base.name}-{number}"), number + 1

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from smallfry.costing import cost
-from smallfry.data import NAMED, ImageData, Split, load_data
+from smallfry.data import NAMED, ImageData, Split
 from smallfry.errors import (
     DataError,
     RunError,
@@ -21,15 +21,17 @@ from smallfry.errors import (
     nearest,
 )
 from smallfry.models import ViTRM
+from smallfry.names import path_of, text_of
 from smallfry.report.classification import confusion_matrix, mistakes, surest_mistakes
 from smallfry.report.curves import learning_curves
 from smallfry.report.recursion import interesting, recursion_trace
 from smallfry.training.augment import Augment
 from smallfry.training.batches import flips_by_default
 from smallfry.training.checkpoint import Checkpoint, has_checkpoint, load_checkpoint
-from smallfry.training.config import DataConfig, ModelConfig, TrainConfig, read_config
+from smallfry.training.config import ModelConfig, TrainConfig, read_config
 from smallfry.training.continuation import require_changeable, with_changes
 from smallfry.training.evaluation import Predictions, predict, score
+from smallfry.training.evaluation_data import load_config_data, require_place
 from smallfry.training.loop import Trainer
 from smallfry.training.objective import build_objective
 from smallfry.training.processes import Processes, leaving, start
@@ -67,6 +69,7 @@ def _train(
     config: TrainConfig, asked_warmup: float, reporter: Reporter | None, processes: Processes
 ) -> dict[str, Any]:
     data = processes.together(lambda: _load(config))
+    processes.once(lambda: _warn_of_duplicates(data))
     name = model_name(config.model, data)
     path = config.run or processes.once(lambda: new_run_folder(config.data.name, name))
     trainer = _build(config, data, RunFolder(path), reporter, processes)
@@ -128,6 +131,8 @@ def _resume(
         summary = processes.once(folder.read_summary)
         if summary is not None and not longer:
             return summary
+        moved = f"if it was moved: --resume {folder.path} --data FOLDER"
+        processes.together(lambda: require_place(config.data, moved))
         if processes.once(lambda: has_checkpoint(folder.last)):
             checkpoint = processes.together(lambda: load_checkpoint(folder.last))
             data = processes.together(lambda: _load(config))
@@ -165,7 +170,7 @@ def _restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
 def _with_full_paths(config: TrainConfig) -> TrainConfig:
     """So that the run can be resumed and evaluated from any folder."""
     wanted = config.data
-    folder = Path(wanted.name).expanduser()
+    folder = path_of(wanted.name)
     is_folder = wanted.name not in NAMED and folder.is_dir()
     name = str(folder.resolve()) if is_folder else wanted.name
     root = None if wanted.root is None else wanted.root.expanduser().resolve()
@@ -240,69 +245,6 @@ def model_name(config: ModelConfig, data: ImageData) -> str:
     return "vitrm_micro_patch4_8" if data.image_size <= 16 else "vitrm_tiny_patch4_32"
 
 
-def load_like(
-    trained: TrainedModel,
-    run: str | Path,
-    name: str | None = None,
-    root: Path | None = None,
-    split: str = "test",
-) -> tuple[ImageData, Split, str]:
-    """A data set with the images brought to what a trained model takes, and one split of it.
-
-    Returns:
-        The data set, the split, and its name, which is "all" where the data has no test split.
-
-    Args:
-        trained: The model.
-        run: Its run folder, whose data is taken if ``name`` is None.
-        name: Another data set or folder; its test split is taken, or all images if it has none.
-            Of a shared model, the data that it was trained on is split as it was then.
-        root: Folder of a named data set.
-        split: train, validation or test.
-    """
-    folder = RunFolder(Path(run))
-    before = read_config(folder.config).data if folder.config.is_file() else DataConfig()
-    if name in (before.name, str(Path(before.name).resolve())) and folder.config.is_file():
-        name = None  # the run's own data, whose splits are known
-    if name is None:
-        wanted = before if root is None else replace(before, root=root)
-        if not folder.config.is_file():
-            raise UsageError(f"{run}: does not say where its data is; give --data")
-    else:
-        wanted = DataConfig(name, root, validation=0.0, test=0.0, label=before.label)
-    wanted = replace(wanted, image_size=trained.image_size, channels=trained.channels)
-    data = (name and _its_own_data(trained, wanted)) or load_config_data(wanted)
-    if name is None and data.fingerprint != trained.manifest["data"]["fingerprint"]:
-        warnings.warn(
-            f"{data.origin}: has changed since the training; its {split} split may hold images "
-            "that the model was trained on",
-            SmallfryWarning,
-            stacklevel=2,
-        )
-    if split == "test" and data.test_count == 0:
-        return data, data.train, "all"
-    chosen: Split = getattr(data, split)
-    if len(chosen) == 0:
-        raise DataError(f"{data.origin}: its {split} split is empty")
-    return data, chosen, split
-
-
-def _its_own_data(trained: TrainedModel, wanted: DataConfig) -> ImageData | None:
-    """The data that a shared model was trained on, with its splits; None if this is other data."""
-    known = trained.manifest["data"]
-    if "splits" not in known or Path(wanted.name).name != known["name"]:
-        return None
-    data = load_config_data(replace(wanted, **known["splits"]))
-    return data if data.fingerprint == known["fingerprint"] else None
-
-
-def load_config_data(wanted: DataConfig) -> ImageData:
-    """The data set that a configuration describes."""
-    given = {field.name: getattr(wanted, field.name) for field in fields(wanted)}
-    name, root, _, _ = (given.pop(key) for key in ("name", "root", "mean", "std"))
-    return load_data(name, root, **given)
-
-
 def _load(config: TrainConfig) -> ImageData:
     wanted = config.data
     data = load_config_data(wanted)
@@ -315,10 +257,16 @@ def _load(config: TrainConfig) -> ImageData:
         )
     if data.test_count == 0:
         raise DataError(f"{data.origin}: there are no test images; raise data.test above 0")
+    _ = data.test  # decoded now, as a broken image is better found before the training than after
     for option, values in {"mean": wanted.mean, "std": wanted.std}.items():
         if values is not None and len(values) != data.channels:
             raise UsageError(f"data.{option} needs {data.channels} values, got {len(values)}")
     return data
+
+
+def _warn_of_duplicates(data: ImageData) -> None:
+    for sentence in data.duplicates():
+        warnings.warn(sentence, SmallfryWarning, stacklevel=4)
 
 
 def _build(
@@ -343,7 +291,7 @@ def _build(
             "std": list(std),
         },
         # the name alone: manifests are published, and the paths of this machine are nobody's
-        "data": {"name": Path(data.name).name, "fingerprint": data.fingerprint},
+        "data": {"name": text_of(path_of(data.name).name), "fingerprint": data.fingerprint},
     }
     augment = Augment(
         config.augment, data.image_size, len(data.classes), mean, std, flips_by_default(data)
@@ -362,7 +310,8 @@ def _useful_threads(model: nn.Module, data: ImageData) -> int:
 
 def _require_same_data(manifest: dict[str, Any], data: ImageData, folder: RunFolder) -> None:
     trained_on = manifest["data"]["fingerprint"]
-    if manifest["classes"] != list(data.classes) or trained_on != data.fingerprint:
+    classes = list(map(text_of, manifest["classes"]))
+    if classes != list(data.classes) or not data.matches(trained_on):
         raise DataError(
             f"{folder.path}: was trained on other data than {data.origin} gives now (fingerprint "
             f"{trained_on}, now {data.fingerprint}); bring that data back, or start a new run"

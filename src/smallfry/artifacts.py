@@ -1,0 +1,22 @@
+"""Folders that smallfry writes, known by their files wherever they lie and whatever their name."""
+
+from collections.abc import Collection
+
+RUN = "config.yaml"
+OF_A_RUN = frozenset({".lock", "last", "best", "metrics.csv"})
+PAIRS = (
+    frozenset({"manifest.json", "model.safetensors"}),  # a checkpoint
+    frozenset({"config.json", "model.safetensors"}),  # a shared model
+    frozenset({"report.html", "summary.json"}),  # a benchmark
+    frozenset({"study.json"}),
+)
+
+
+def is_artifact(names: Collection[str]) -> bool:
+    """Whether a folder with these entries is a run, a checkpoint, an export or a report."""
+    found = frozenset(names)
+    if RUN in found and found & OF_A_RUN:
+        return True
+    if any(pair <= found for pair in PAIRS):
+        return True
+    return "manifest.json" in found and any(name.endswith(".onnx") for name in found)

@@ -1,0 +1,38 @@
+"""Names of files and classes as text that every system spells the same."""
+
+import os
+import unicodedata
+from pathlib import Path
+from urllib.parse import unquote_to_bytes
+
+URI = "file://"
+
+
+def text_of(name: str) -> str:
+    """Composed Unicode (NFC) of a file's name, valid in JSON, pictures and reports.
+
+    A name whose bytes are not UTF-8, as archives of older systems have them, is read as Latin-1.
+    """
+    if name.isascii():
+        return name
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # Python keeps such bytes as lone surrogates
+        name = os.fsencode(name).decode("latin-1")
+    return unicodedata.normalize("NFC", name)
+
+
+def path_of(name: str) -> Path:
+    """The path that a user or a configuration names, with ``~`` or as ``file:///…``."""
+    if name.startswith(URI):
+        return Path(os.fsdecode(unquote_to_bytes(name.removeprefix(URI))))
+    return Path(name).expanduser()
+
+
+def storable(path: str) -> str:
+    """A path as YAML can hold it: as it is, or as ``file:///…`` if its bytes are not UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return Path(path).absolute().as_uri()
+    return path

@@ -1,0 +1,173 @@
+"""The data that a trained model is evaluated on: its own, known by fingerprint, or other data."""
+
+import warnings
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from smallfry.data import NAMED, ImageData, Split, load_data
+from smallfry.data.duplicates import image_hashes
+from smallfry.data.named import NO_ROOT
+from smallfry.errors import AccessError, DataError, SmallfryError, SmallfryWarning, UsageError
+from smallfry.names import path_of
+from smallfry.training.config import DataConfig, read_config
+from smallfry.training.run import RunFolder, TrainedModel
+
+
+def load_like(
+    trained: TrainedModel,
+    run: str | Path,
+    name: str | None = None,
+    root: Path | None = None,
+    split: str = "test",
+) -> tuple[ImageData, Split, str]:
+    """Load a data set as a trained model takes it, and one split of it.
+
+    Images are brought to the model's size, labels to the order of its classes.
+
+    Returns:
+        The data set, the split, and its name, which is "all" where the data has no test split.
+
+    Args:
+        trained: The model.
+        run: Its run folder, whose data is taken if ``name`` is None.
+        name: A data set or folder. If it is the data that the model was trained on, wherever that
+            is now, it is split as it was then. Of other data the test split is taken, or all images
+            if it has none.
+        root: Folder of a named data set.
+        split: train, validation or test.
+
+    Raises:
+        UsageError: No data is named, neither here nor by the run.
+        DataError: The data can't be used, or the split is empty.
+    """
+    file = RunFolder(Path(run)).config
+    before = _sized(read_config(file).data, trained) if file.is_file() else None
+    if name is None:
+        data = _data_of_the_run(trained, run, before, root, split)
+    else:
+        data = _named_data(trained, before, name, root, split)
+    data = data.relabelled(trained.classes)
+    if split == "test" and data.test_count == 0:
+        return data, data.train, "all"
+    chosen: Split = getattr(data, split)
+    if len(chosen) == 0:
+        raise DataError(f"{data.origin}: its {split} split is empty")
+    return data, chosen, split
+
+
+def load_config_data(wanted: DataConfig, min_classes: int = 2) -> ImageData:
+    """Load the data set that a configuration describes."""
+    given = {field.name: getattr(wanted, field.name) for field in fields(wanted)}
+    name, root, _, _ = (given.pop(key) for key in ("name", "root", "mean", "std"))
+    return load_data(name, root, min_classes=min_classes, **given)
+
+
+def require_place(wanted: DataConfig, remedy: str) -> None:
+    """Make sure that a run's data folder is where it was.
+
+    Raises:
+        DataError: It is not; ``remedy`` says what to do.
+    """
+    folder = path_of(wanted.name)
+    if wanted.name not in NAMED and folder.is_absolute() and not folder.is_dir():
+        raise DataError(f"{folder}: the data of the run is not there any more; {remedy}")
+
+
+def _data_of_the_run(
+    trained: TrainedModel,
+    run: str | Path,
+    before: DataConfig | None,
+    root: Path | None,
+    split: str,
+) -> ImageData:
+    if before is None:
+        raise UsageError(f"{run}: does not say where its data is; give --data")
+    require_place(before, "if it was moved, name its new place: --data FOLDER")
+    data = load_config_data(before if root is None else replace(before, root=root))
+    if not data.matches(trained.manifest["data"]["fingerprint"]):
+        warnings.warn(
+            f"{data.origin}: has changed since the training; its {split} split may hold images "
+            "that the model was trained on",
+            SmallfryWarning,
+            stacklevel=3,
+        )
+    return data
+
+
+def _named_data(
+    trained: TrainedModel, before: DataConfig | None, name: str, root: Path | None, split: str
+) -> ImageData:
+    if before is not None and root is None and name == before.name:
+        root = before.root
+    own = _its_own_data(trained, before, name, root)
+    if own is not None:
+        return own
+    if before is not None and _is_same_place(name, before.name):
+        return _data_of_the_run(trained, "", before, root, split)
+    label = None if before is None else before.label
+    other = DataConfig(name, root, validation=0.0, test=0.0, label=label)
+    data = load_config_data(_sized(other, trained), min_classes=1)
+    if split == "test":
+        _warn_of_training_images(data, before)
+    return data
+
+
+def _its_own_data(
+    trained: TrainedModel, before: DataConfig | None, name: str, root: Path | None
+) -> ImageData | None:
+    """The data that a model was trained on, with its splits; None if this is other data."""
+    known = trained.manifest["data"]
+    if before is None and "splits" not in known:
+        return None
+    wanted = replace(before or DataConfig(**known["splits"]), name=name, root=root)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            data = load_config_data(_sized(wanted, trained))
+        except AccessError:
+            raise
+        except SmallfryError:  # settings of the run that are none for this data
+            return None
+    if not data.matches(known["fingerprint"]):
+        return None
+    for each in caught:
+        warnings.warn(each.message, stacklevel=4)
+    return data
+
+
+def _sized(wanted: DataConfig, trained: TrainedModel) -> DataConfig:
+    return replace(wanted, image_size=trained.image_size, channels=trained.channels)
+
+
+def _is_same_place(name: str, other: str) -> bool:
+    if name in NAMED or other in NAMED:
+        return name == other
+    one, two = path_of(name), path_of(other)
+    return one.exists() and two.exists() and one.samefile(two)
+
+
+def _warn_of_training_images(data: ImageData, before: DataConfig | None) -> None:
+    """Warn if other data to test on holds images of the training, as far as those are at hand."""
+    chosen = data.test if data.test_count else data.train
+    if before is None or not (before.name in NO_ROOT or path_of(before.name).is_dir()):
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trained_on = load_config_data(before).train
+    except SmallfryError:
+        return
+    if not isinstance(trained_on.pixels, Tensor) or not isinstance(chosen.pixels, Tensor):
+        return
+    hashes = image_hashes(chosen.pixels, chosen.rows)
+    known = np.isin(hashes, image_hashes(trained_on.pixels, trained_on.rows))
+    if known.any():
+        warnings.warn(
+            f"{data.origin}: {known.sum():,} of its {len(known):,} images are among those that "
+            "the model was trained on, so the scores flatter",
+            SmallfryWarning,
+            stacklevel=4,
+        )
