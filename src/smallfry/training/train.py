@@ -25,6 +25,7 @@ from smallfry.names import path_of, text_of
 from smallfry.report.classification import confusion_matrix, mistakes, surest_mistakes
 from smallfry.report.curves import learning_curves
 from smallfry.report.recursion import interesting, recursion_trace
+from smallfry.terminal import command
 from smallfry.training.augment import Augment
 from smallfry.training.batches import flips_by_default
 from smallfry.training.checkpoint import Checkpoint, has_checkpoint, load_checkpoint
@@ -131,7 +132,8 @@ def _resume(
         summary = processes.once(folder.read_summary)
         if summary is not None and not longer:
             return summary
-        moved = f"if it was moved: --resume {folder.path} --data FOLDER"
+        again = command("smallfry", "train", "--resume", folder.path, "--data")
+        moved = f"if it was moved: {again} FOLDER"
         processes.together(lambda: require_place(config.data, moved))
         if processes.once(lambda: has_checkpoint(folder.last)):
             checkpoint = processes.together(lambda: load_checkpoint(folder.last))
