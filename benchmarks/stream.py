@@ -30,8 +30,9 @@ from PIL import Image
 from smallfry.data import load_data
 from smallfry.report.figure import COLOURS, new_figure, save, style
 from smallfry.training.augment import Augment
-from smallfry.training.batches import TrainBatches, train_loader
+from smallfry.training.batches import TrainBatches
 from smallfry.training.config import AugmentConfig
+from smallfry.training.loader import TrainLoader
 from smallfry.training.provenance import provenance
 
 SHARD, GROUP, CLASSES, SIZE, BATCH = 10_000, 1_000, 10, 32, 256
@@ -84,7 +85,7 @@ def stream_through(folder: Path, cache: Path, workers: int, answer: Any) -> None
     made = TrainBatches(data.train, augment, BATCH, 0)
     every = max(1, made.steps_per_epoch // SAMPLES)
     seen, rows, began = 0, [], time.monotonic()
-    for step, batch in enumerate(train_loader(made, range(made.steps_per_epoch), workers, False)):
+    for step, batch in enumerate(TrainLoader(made, range(made.steps_per_epoch), workers, False)):
         seen += len(batch.labels)
         if step % every == 0:
             processes = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]

@@ -23,7 +23,9 @@ from campaign import (
     fuzz_images,
     fuzz_shards,
     kills,
+    outputs,
     poison,
+    readers,
     soak,
 )
 from campaign.record import Record, tables, write_page, write_results
@@ -32,6 +34,8 @@ from campaign.trials import Part
 
 PARTS: tuple[Part, ...] = (
     kills.PART,
+    outputs.PART,
+    readers.PART,
     damage.PART,
     poison.PART,
     fuzz_config.PART,

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import sklearn.datasets
 
 from campaign.command import Said, command
+from campaign.neighbours import harm, plant
 from campaign.runs import difference, of_optimizer, without_pictures, write_config
 from campaign.trials import Part, Verdict, generator, silence
 
@@ -67,9 +68,9 @@ def prepare(folder: Path) -> Prepared:
             shutil.rmtree(run, ignore_errors=True)
             write_config(folder / f"{name}.yaml", run, optimizer=of_optimizer(name))
             started = time.monotonic()
-            ended = _start(
+            ended = start(
                 ["train", "--config", str(folder / f"{name}.yaml")],
-                lambda run=run, file=counted: _count_changes(run, file),
+                lambda run=run, file=counted: count_changes(run, file),
             )()
             if ended.code != 0:
                 raise RuntimeError(f"the undisturbed run failed: {ended}")
@@ -97,6 +98,7 @@ def trial(prepared: Prepared, number: int) -> Verdict:
             _mount("-t", "tmpfs", "-o", "size=64m", "tmpfs", str(base))
         try:
             run, file = base / "run", Path(place) / "config.yaml"
+            before = plant(run)
             write_config(file, run, optimizer=of_optimizer(name))
             words = ["train", "--config", str(file)]
             said = []
@@ -108,10 +110,10 @@ def trial(prepared: Prepared, number: int) -> Verdict:
                     return Verdict(kind, said[-1], failure)
                 if (run / "config.yaml").exists():
                     words = ["train", "--resume", str(run)]
-            ended = _start(words)()
+            ended = start(words)()
             if ended.code != 0:
                 return Verdict(kind, said[-1], f"does not go on: {ended}"[:400])
-            found = difference(whole.run, run)
+            found = difference(whole.run, run) or harm(run, before)
             return Verdict(kind, said[-1], found and f"not the undisturbed run: {found}")
         finally:
             if mounted:
@@ -122,24 +124,24 @@ def _disturb(kind: str, words: list[str], run: Path, whole: Whole, random) -> En
     moment = random.uniform(0.02, 1.1) * whole.seconds
     if kind.startswith("SIGKILL before"):
         at = random.randrange(whole.changes)
-        return _start(words, lambda: _die_before_change(run, at))()
+        return start(words, lambda: die_before_change(run, at))()
     if kind.startswith("SIG"):
         number = signal.SIGKILL if kind.startswith("SIGKILL") else signal.SIGTERM
-        return _start(words)(moment, lambda child: os.kill(child, number))
+        return start(words)(moment, lambda child: os.kill(child, number))
     if kind == "out of memory":
         spare = random.randrange(0, 24 * 2**20)
-        return _start(words, lambda: _limit(resource.RLIMIT_AS, _address_space() + spare))()
+        return start(words, lambda: _limit(resource.RLIMIT_AS, _address_space() + spare))()
     if kind == "file too large":
         size = random.randrange(1, 120_000)
-        return _start(words, lambda: _limit(resource.RLIMIT_FSIZE, size))()
+        return start(words, lambda: _limit(resource.RLIMIT_FSIZE, size))()
     disk = run.parent
     if kind == "disk full":
         used = shutil.disk_usage(disk).used // 1024  # below which it can't be made
         _mount("-o", f"remount,size={used + random.randrange(8, 700)}k", str(disk))
-        ended = _start(words)()
+        ended = start(words)()
         _mount("-o", "remount,size=64m", str(disk))
         return ended
-    ended = _start(words)(moment, lambda child: _remount_read_only(disk))
+    ended = start(words)(moment, lambda child: _remount_read_only(disk))
     _mount("-o", "remount,rw", str(disk))
     return ended
 
@@ -171,7 +173,7 @@ def _in_words(ended: Ended) -> str:
 # Processes
 
 
-def _start(words: list[str], begin: Callable[[], None] = lambda: None) -> Callable[..., Ended]:
+def start(words: list[str], begin: Callable[[], None] = lambda: None) -> Callable[..., Ended]:
     """Run the command in a fork; calling the result waits, and may disturb it at a moment."""
     reading, writing = os.pipe()
     child = os.fork()
@@ -216,12 +218,15 @@ def _start(words: list[str], begin: Callable[[], None] = lambda: None) -> Callab
     return wait
 
 
-def _count_changes(run: Path, file: Path) -> None:
+def count_changes(run: Path, file: Path) -> None:
+    """Write a byte into a file before each change below a folder, or beside it by its name."""
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     _before_changes(run, lambda number: os.write(descriptor, b"."))
 
 
-def _die_before_change(run: Path, at: int) -> None:
+def die_before_change(run: Path, at: int) -> None:
+    """Die before the change of that number below a folder."""
+
     def die(number: int) -> None:
         if number == at:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import yaml
 
+from campaign.neighbours import MARK
 from smallfry.training import train as training
 from smallfry.training.checkpoint import Checkpoint, load_checkpoint
 from smallfry.training.config import (
@@ -61,7 +62,7 @@ def difference(one: Path, other: Path) -> str | None:
         found = _differs(load_checkpoint(one / name), load_checkpoint(other / name))
         if found:
             return f"{name}: {found}"
-    left = [entry for entry in os.listdir(other) if entry.endswith((".new", ".part"))]
+    left = [entry for entry in os.listdir(other) if entry.startswith(MARK)]
     return f"{left[0]} is left" if left else None
 
 

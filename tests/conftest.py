@@ -1,5 +1,6 @@
 import functools
 import os
+import signal
 import warnings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of processes that tests start
@@ -14,6 +15,7 @@ from smallfry.errors import SmallfryWarning
 from smallfry.training import train as training
 
 DRAW_RUN = training.draw_run
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever started the tests, such as nohup
 cli.build_parser = functools.cache(cli.build_parser)  # which takes a quarter of a second
 
 

@@ -38,7 +38,7 @@ def run(tmp_path_factory):
 
 def command(*arguments, **options):
     call = [sys.executable, "-m", "smallfry.cli", *map(str, arguments)]
-    return subprocess.run(call, capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(call, capture_output=True, text=True, **options)
 
 
 def shown(capsys, *arguments):
@@ -123,7 +123,7 @@ def test_sigterm_saves_and_resume_ends_the_run(tmp_path):
         if line.startswith("epoch"):
             break
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM
     assert f"go on with: smallfry train --resume {folder}" in errors
     assert "Traceback" not in errors

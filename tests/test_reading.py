@@ -8,8 +8,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from smallfry import reading
+from smallfry.errors import ExportError, SmallfryError
 from smallfry.plain_yaml import load_yaml
-from smallfry.reading import is_whole, read_bytes, read_json, read_large, sealed
+from smallfry.reading import is_whole, read_bytes, read_json, read_large, sealed, settled
 from smallfry.terminal import printable
 
 JSON = st.recursive(
@@ -100,3 +102,76 @@ def test_yaml_with_aliases_is_read():
 def test_control_characters_are_spelled_out_and_letters_are_not():
     assert printable("a\x1b[31m\u202eb\nc é 漢") == "a\\x1b[31m\\u202eb\nc é 漢"
     assert printable("\ud800") == "\\ud800"
+
+
+# Files that another process replaces
+
+
+def test_what_is_replaced_while_it_is_read_is_read_again(tmp_path):
+    file, reads = tmp_path / "manifest", []
+    file.write_text("0")
+
+    def read():
+        reads.append(file.read_text())
+        if len(reads) < 4:
+            file.write_text(str(len(reads)))
+            raise SmallfryError("damaged")
+        return reads[-1]
+
+    assert settled(read, file) == "3"
+    assert reads == ["0", "1", "2", "3"]
+
+
+def test_a_replacement_that_is_equal_is_one_too(tmp_path):
+    file, reads = tmp_path / "manifest", []
+    file.write_text("0")
+
+    def read():
+        reads.append(0)
+        if len(reads) < 3:
+            (tmp_path / "new").write_text("0")
+            (tmp_path / "new").replace(file)
+            raise SmallfryError("damaged")
+        return len(reads)
+
+    assert settled(read, file) == 3
+
+
+def test_what_is_damaged_and_stays_is_told_at_once(tmp_path):
+    file, reads = tmp_path / "manifest", []
+    file.write_text("0")
+
+    def read():
+        reads.append(0)
+        raise ExportError("damaged")
+
+    with pytest.raises(ExportError, match=r"^damaged$"):
+        settled(read, file)
+    assert len(reads) == 1
+
+
+def test_what_is_absent_is_looked_for_again_as_it_may_be_between_two_renames(tmp_path, monkeypatch):
+    reads = []
+
+    def read():
+        reads.append(0)
+        if len(reads) < 5:
+            raise ExportError("there is none")
+        return 1
+
+    assert settled(read, tmp_path / "manifest") == 1
+    monkeypatch.setattr(reading, "ATTEMPTS", 3)
+    reads.clear()
+    with pytest.raises(ExportError, match=r"^there is none$"):
+        settled(read, tmp_path / "manifest")
+
+
+def test_what_is_replaced_again_and_again_is_an_error_of_its_own_kind(tmp_path):
+    file, numbers = tmp_path / "manifest", iter(range(10**6))
+
+    def read():
+        file.write_text(str(next(numbers)))
+        raise ExportError("damaged")
+
+    with pytest.raises(ExportError, match="is replaced again and again while it is read"):
+        settled(read, file)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from math import isfinite
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,10 @@ from smallfry.images import decode
 from smallfry.inputs import Found
 
 BATCH = 64
+NOT_FINITE = (
+    "the model's answer is not a number: its weights or what it computes are too large, or it is "
+    "damaged; take another checkpoint, or export the run again"
+)
 
 
 class Answer(NamedTuple):
@@ -22,6 +27,11 @@ class Answer(NamedTuple):
     halting: float | None = None  # probability of being right, by a recursive model itself
     steps: int | None = None  # recursion steps taken, with early exit
     error: str | None = None
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all of it are numbers."""
+        return all(isfinite(value) for value in (self.halting or 0.0, *dict(self.top).values()))
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -50,7 +60,9 @@ def answers(
     channels: int,
     top_k: int = 3,
 ) -> Iterator[Answer]:
-    """Answers in the order of the images; an image that can't be read gives an ``error``.
+    """Answers in the order of the images.
+
+    An image that can't be read gives an ``error``, as does one of which the model says no number.
 
     Args:
         run: From pixels (images, channels, size, size) to outputs.
@@ -74,10 +86,10 @@ def answers(
                 errors.append(str(problem))
         rows = _rows(run(np.stack(pixels)), classes, top_k) if pixels else iter(())
         for image, failure in zip(chunk, errors, strict=True):
-            if failure is None:
-                yield Answer(image.name, *next(rows))
-            else:
-                yield Answer(image.name, [], error=failure)
+            answer = Answer(image.name, []) if failure else Answer(image.name, *next(rows))
+            if failure is None and not answer.is_finite:
+                failure = f"{image.name}: {NOT_FINITE}"
+            yield answer if failure is None else Answer(image.name, [], error=failure)
 
 
 def _rows(

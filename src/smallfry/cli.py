@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -27,8 +26,17 @@ from smallfry.arguments import (
     verb_parsers,
 )
 from smallfry.errors import SmallfryError, Stopped, UsageError, is_out_of_memory, refusal
+from smallfry.signals import Signalled, raising, second_ends
 from smallfry.studies.config import STUDIES, RaceConfig, RunsConfig
-from smallfry.terminal import command, escape_unencodable, printable, shortened
+from smallfry.terminal import (
+    CleanConsole,
+    CleanFormatter,
+    command,
+    escape_unencodable,
+    printable,
+    say,
+    shortened,
+)
 from smallfry.training.config import TrainConfig
 from smallfry.training.started import is_launched, launch, rank
 
@@ -80,8 +88,8 @@ def export(
         from smallfry.deploy.quantization_report import print_report
 
         print_report(folder)
-    print(printable(f"export: {folder} ({size / 1e6:,.2f} MB)"))
-    print(f"use it: {command('smallfry', 'predict', folder)} IMAGE…")
+    say(f"export: {folder} ({size / 1e6:,.2f} MB)")
+    say(f"use it: {command('smallfry', 'predict', folder)} IMAGE…")
     return 0
 
 
@@ -99,15 +107,15 @@ def benchmark(
 
     config = BenchmarkConfig(**settings)
     folder = folder or Path("exports") / f"benchmark-{Path(models[0]).resolve().name}"
-    deployment.require_free(folder)
     data = data or OtherData()
-    found = measure(models, config, data.name, data.root)
-    report = deployment.write_report(found, folder)
+    with deployment.new_report(folder) as new:
+        found = measure(models, config, data.name, data.root)
+        deployment.write_report(found, new)
     if as_json:
-        print(json.dumps(strict(deployment.summary_of(found))))
+        say(json.dumps(strict(deployment.summary_of(found))))
         return 0
     deployment.print_tables(found)
-    print(printable(f"report: {report}"))
+    say(f"report: {folder / deployment.PAGE}")
     return 0
 
 
@@ -125,7 +133,7 @@ def evaluate(
     from smallfry.deploy.pretrained import load_trained
     from smallfry.training import exit_calibration
     from smallfry.training.evaluation import predict as run_model
-    from smallfry.training.evaluation import score
+    from smallfry.training.evaluation import require_finite, score
     from smallfry.training.evaluation_data import load_like
     from smallfry.training.run import require_classes
 
@@ -141,12 +149,13 @@ def evaluate(
             threshold = exits.most_accurate(points, cast(float, exit_steps)).threshold
         else:
             threshold = exits.most_thrifty(points, exit_drop).threshold
-    scores = score(run_model(trained.model, chosen, trained.normalize, exit_threshold=threshold))
+    said = run_model(trained.model, chosen, trained.normalize, exit_threshold=threshold)
+    scores = score(require_finite(said))
     result = {"data": loaded.name, "split": taken, "images": len(chosen), **scores}
     if threshold is not None:
         result["exit_threshold"] = threshold
     if as_json:
-        print(json.dumps(result))
+        say(json.dumps(result))
         return 0
     table = Table("", "", show_header=False, box=None)
     for name, value in result.items():
@@ -154,7 +163,7 @@ def evaluate(
         shown = value if isinstance(value, str | int) else f"{value:.4f}"
         cell = f"{value:.2%}" if percent else escape(printable(str(shown)))
         table.add_row(name.replace("_", " "), cell)
-    Console().print(table)
+    CleanConsole().print(table)
     return 0
 
 
@@ -196,10 +205,10 @@ def predict(
             _complain(answer.error, FAILED)
             failed = True
         elif as_json:
-            print(json.dumps(answer.to_dict()), flush=True)
+            say(json.dumps(answer.to_dict()))
         else:
             guesses = "  ".join(f"{name} {share:.1%}" for name, share in answer.top)
-            print(printable(f"{answer.name}: {guesses}"), flush=True)
+            say(f"{answer.name}: {guesses}")
     return FAILED if failed else 0
 
 
@@ -238,13 +247,12 @@ def share(
         name = where = str(save_pretrained(run, cast(Path, to), **what))
     timm_name = name if hub else f"local-dir:{where}"
     if as_json:
-        print(json.dumps({"shared": where, "timm": timm_name}))
+        say(json.dumps({"shared": where, "timm": timm_name}))
         return 0
-    print(printable(f"shared:  {where}"))
-    print(f"use it:  {command('smallfry', 'predict', name)} IMAGE…")
-    print(f"or:      timm.create_model({timm_name!r}, pretrained=True)")
+    say(f"shared:  {where}\nuse it:  {command('smallfry', 'predict', name)} IMAGE…")
+    say(f"or:      timm.create_model({timm_name!r}, pretrained=True)")
     if license is None:
-        print("licence: not stated, so others may not use it; --license apache-2.0 states one")
+        say("licence: not stated, so others may not use it; --license apache-2.0 states one")
     return 0
 
 
@@ -268,7 +276,7 @@ def models(pattern: str = "*", as_json: bool = False) -> int:
         with torch.device("meta"):  # the largest have no need to be filled with numbers
             spent = cost(timm.create_model(name), torch.zeros(1, *shape))
         if as_json:
-            print(json.dumps({"model": name, "input": list(shape), **spent._asdict()}))
+            say(json.dumps({"model": name, "input": list(shape), **spent._asdict()}))
         table.add_row(
             name,
             f"{spent.parameters:,}",
@@ -277,7 +285,7 @@ def models(pattern: str = "*", as_json: bool = False) -> int:
             "×".join(map(str, shape)),
         )
     if not as_json:
-        Console().print(table)
+        CleanConsole().print(table)
     return 0
 
 
@@ -292,7 +300,7 @@ def study(name: str, config: RaceConfig | RunsConfig, folder: Path | None = None
 
         data = Path(config.data.name).name
         report = run_study(name, config, folder or Path("studies") / f"{name}-{data}")
-    print(printable(f"report: {report}"))
+    say(f"report: {report}")
     return 0
 
 
@@ -383,12 +391,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _complain(error, MISUSED)
         except SmallfryError as error:
             return _complain(error, FAILED)
-        except Stopped as stop:
-            if rank() == 0:
-                _complain(str(stop), 0)
+        except (Stopped, Signalled) as stop:
+            _speak_for_all(str(stop))
             return 128 + stop.signal_number
         except KeyboardInterrupt:
-            print("smallfry: interrupted", file=sys.stderr)
+            say("smallfry: interrupted", sys.stderr)
             return 128 + signal.SIGINT
         except BrokenPipeError:  # whoever read the output has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -420,14 +427,15 @@ def _run(arguments: Sequence[str]) -> int:
 
         return run_in_processes(arguments, processes)
     changes = given_settings(parser, arguments) if parsed[parsed.subcommand].get("resume") else {}
-    return _dispatch(parsed, parser, short, changes)
+    with second_ends(_speak_for_all), raising():
+        return _dispatch(parsed, parser, short, changes)
 
 
 def _log_to_stderr() -> None:
     ours = logging.getLogger("smallfry")
     if not ours.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("smallfry: %(message)s"))
+        handler.setFormatter(CleanFormatter("smallfry: %(message)s"))
         ours.addHandler(handler)
         ours.setLevel(logging.INFO)
         ours.propagate = False
@@ -441,18 +449,23 @@ def _log_to_stderr() -> None:
 
 def _complain(error: Exception | str, code: int) -> int:
     who = f"smallfry (process {rank()})" if rank() else "smallfry"
-    print(shortened(printable(f"{who}: {error}")), file=sys.stderr)
+    say(shortened(printable(f"{who}: {error}")), sys.stderr)
     return code
+
+
+def _speak_for_all(message: str) -> None:
+    if rank() == 0:
+        _complain(message, 0)
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
     if rank() == 0:
-        print(printable(f"smallfry: warning: {message}"), file=sys.stderr)
+        say(f"smallfry: warning: {message}", sys.stderr)
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
     """The result of a run, with its reference points."""
-    measured, console = summary["measured"], Console(highlight=False)
+    measured, console = summary["measured"], CleanConsole(highlight=False)
     table = Table("", "test accuracy", "macro F1", "parameters", "MMAC", box=None)
     table.add_row(
         escape(printable(summary["model"]["name"])),

@@ -45,8 +45,11 @@ class Stopped(Exception):
     """A signal asked for an end; what was done is saved."""
 
     def __init__(self, signal_number: int, message: str) -> None:
-        super().__init__(message)
-        self.signal_number = signal_number
+        super().__init__(signal_number, message)  # as pickle makes it again
+        self.signal_number, self.message = signal_number, message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class SmallfryWarning(UserWarning):

@@ -9,15 +9,20 @@ import hashlib
 import json
 import os
 import stat
+import time
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
+from smallfry.errors import SmallfryError
+
+T = TypeVar("T")
 MOST_TEXT = 64 * 2**20  # bytes of a manifest, a table or a configuration
 MOST_WEIGHTS = 64 * 2**30  # bytes of a file of weights or of an optimizer's state
 DIGEST = "digest"  # of a manifest, in it
+ATTEMPTS, PAUSE = 50, 0.001  # to read what is replaced meanwhile; seconds between them
 
 
 @contextmanager
@@ -51,16 +56,25 @@ def read_large(file: Path) -> bytes:
     """All of a file of weights (safetensors) or of an optimizer's state (a zip).
 
     Raises:
-        OSError: As ``opened``, or a large file whose form is neither, as a sparse one's.
+        OSError: As ``opened`` and ``read_stream``.
     """
     with opened(file, MOST_WEIGHTS) as stream:
-        length = os.fstat(stream.fileno()).st_size
-        if length > MOST_TEXT:  # a shorter one is soon read, and then judged
-            head = int.from_bytes(stream.read(8), "little")  # of safetensors, in bytes
-            if not 0 < head <= MOST_TEXT and not zipfile.is_zipfile(stream):
-                raise OSError(errno.EINVAL, "damaged, neither safetensors nor a zip", str(file))
-            stream.seek(0)
-        return stream.read()
+        return read_stream(stream, file)
+
+
+def read_stream(stream: BinaryIO, file: Path) -> bytes:
+    """The same of a file that is open already.
+
+    Raises:
+        OSError: A large file whose form is neither, as a sparse one's, or one that can't be read.
+    """
+    length = os.fstat(stream.fileno()).st_size
+    if length > MOST_TEXT:  # a shorter one is soon read, and then judged
+        head = int.from_bytes(stream.read(8), "little")  # of safetensors, in bytes
+        if not 0 < head <= MOST_TEXT and not zipfile.is_zipfile(stream):
+            raise OSError(errno.EINVAL, "damaged, neither safetensors nor a zip", str(file))
+        stream.seek(0)
+    return stream.read()
 
 
 def read_json(file: Path) -> Any:
@@ -71,11 +85,58 @@ def read_json(file: Path) -> Any:
         OSError: As ``opened``.
         ValueError: Not JSON, not UTF-8, or nested too deeply.
     """
-    data = read_bytes(file)
+    return parse_json(read_bytes(file))
+
+
+def parse_json(data: bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: Not JSON, not UTF-8, or nested too deeply.
+    """
     try:
         return json.loads(data)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def settled(read: Callable[[], T], *manifests: Path) -> T:
+    """Read files that belong together, and again if another process replaced them meanwhile.
+
+    Args:
+        read: Reads them; its error counts if the manifests are what they were before it.
+        manifests: Files that are replaced whenever the others are.
+
+    Raises:
+        SmallfryError: As ``read``; of the same kind, if they are replaced again and again.
+    """
+    failure: SmallfryError | None = None
+    is_settled = False
+    for _ in range(ATTEMPTS):
+        before = [_version(file) for file in manifests]
+        try:
+            return read()
+        except SmallfryError as error:
+            failure, is_settled = error, [_version(file) for file in manifests] == before
+        if is_settled and before[0] is not None:
+            raise failure
+        if is_settled:  # it may be between two renames
+            time.sleep(PAUSE)
+    assert failure is not None
+    if is_settled:
+        raise failure
+    folder = manifests[0].parent
+    raise type(failure)(f"{folder}: is replaced again and again while it is read; try later")
+
+
+def _version(file: Path) -> tuple[int, int, bytes] | None:
+    """The content of a file, and which file that is: another may have the same content."""
+    try:
+        with opened(file, MOST_TEXT) as stream:
+            found = os.fstat(stream.fileno())
+            return found.st_ino, found.st_mtime_ns, stream.read()
+    except OSError:
+        return None
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:

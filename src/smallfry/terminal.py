@@ -1,11 +1,41 @@
-"""What a terminal may be shown of names that others gave."""
+"""What a terminal may be shown of names that others gave; all that is printed goes through here."""
 
+import logging
 import shlex
 import sys
 import unicodedata
+from collections.abc import Iterable
+from typing import TextIO
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 
 KEPT = "\n\t"
 LONGEST = 1000  # characters of a message
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print a line at once, by default on the standard output; see ``printable``."""
+    print(printable(text), file=stream or sys.stdout, flush=True)
+
+
+class CleanConsole(Console):
+    """A console of rich's that shows all text as ``printable``, in tables and bars too."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """The pieces of what is printed; colours and movements of the cursor are rich's own."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
+class CleanFormatter(logging.Formatter):
+    """A log's lines as ``printable``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        return printable(super().format(record))
 
 
 def printable(text: str) -> str:

@@ -20,8 +20,9 @@ from smallfry.data import load_data, parquet_shards, stream, tar_shards
 from smallfry.data.stream import ShardPixels
 from smallfry.errors import AccessError, DataError, SmallfryWarning
 from smallfry.training.augment import Augment
-from smallfry.training.batches import TrainBatches, train_loader
+from smallfry.training.batches import TrainBatches
 from smallfry.training.config import AugmentConfig
+from smallfry.training.loader import TrainLoader
 
 TABLE = pa.schema([("image", pa.struct([("bytes", pa.binary())])), ("label", pa.int64())])
 
@@ -234,7 +235,7 @@ def test_a_disk_that_fails_is_told_by_workers_in_one_line(tmp_path):
     augment = Augment(plain, 8, len(data.classes), (0.0,), (1 / 255,), flip=False)
     batches = TrainBatches(data.train, augment, 4, seed=0)
     with pytest.raises(AccessError, match=r"000000\.tar: can't be read now") as told:
-        list(train_loader(batches, range(2), 1, pin_memory=False))
+        list(TrainLoader(batches, range(2), 1, pin_memory=False))
     assert len(str(told.value).splitlines()) == 1
     assert str(told.value).startswith(str(tmp_path))
 

@@ -19,8 +19,9 @@ from smallfry.data.shards import ShardReader, Shards
 from smallfry.data.stream import ShardPixels, windows_of
 from smallfry.errors import DataError, UsageError
 from smallfry.training.augment import Augment
-from smallfry.training.batches import TrainBatches, resident, train_loader
+from smallfry.training.batches import TrainBatches, resident
 from smallfry.training.config import AugmentConfig
+from smallfry.training.loader import TrainLoader
 
 NOTHING = AugmentConfig(crop_padding=0, flip=False, mixup=0.0, cutmix=0.0)
 
@@ -231,7 +232,7 @@ def test_an_epoch_shows_every_image_once_and_each_batch_is_a_function_of_seed_an
 def test_worker_processes_change_nothing_and_a_run_can_begin_anywhere(folder):
     made = batches(load(folder, window=40))
     plain = [made[step].images for step in range(3, 12)]
-    parallel = train_loader(made, range(3, 12), workers=2, pin_memory=False)
+    parallel = TrainLoader(made, range(3, 12), workers=2, pin_memory=False)
     for mine, theirs in zip(plain, parallel, strict=True):
         assert torch.equal(mine, theirs.images)
 
@@ -325,7 +326,7 @@ def test_an_unreadable_image_is_named_by_workers_too_in_one_line(tmp_path):
     data = load(tmp_path / "s", test=0.0, validation=0.0)
     for workers in (0, 1):
         with pytest.raises(DataError, match=r"00001\.parquet row 7: the image is damaged") as told:
-            list(train_loader(batches(data), range(2), workers, pin_memory=False))
+            list(TrainLoader(batches(data), range(2), workers, pin_memory=False))
         assert len(str(told.value).splitlines()) == 1
 
 

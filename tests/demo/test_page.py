@@ -64,11 +64,11 @@ FOCUS = """() => {
     Math.max(...widths)];
 }"""
 FETCHED = """(address) => Promise.all([
-  fetch(address),
-  fetch(`${address}look`, { method: "POST", body: "x" }),
-  fetch(`${address}look`, { method: "POST", body: "x", headers: {
-    "content-type": "application/octet-stream" } }),
-].map((asked) => asked.then((response) => response.text()).catch(() => null)))"""
+  [""], ["look", "text/plain"], ["look", "application/octet-stream"],
+  ["look", "application/octet-stream", "no-cors"],
+].map(([path, type, mode = "cors"]) => fetch(address + path, type
+  ? { method: "POST", body: "x", mode, headers: { "content-type": type } } : {})
+  .then((response) => response.text()).catch(() => null)))"""
 
 
 @pytest.fixture(scope="module")
@@ -404,10 +404,15 @@ def test_a_server_that_is_gone_is_a_message(runs, browser, digit):
     page.close()
 
 
-def test_another_site_gets_nothing_out_of_a_browser(address, browser):
+def test_another_site_can_not_even_send_an_image(address, browser, monkeypatch):
+    answered = []
+    monkeypatch.setattr("smallfry.demo.answers.answer", lambda *given: answered.append(given))
     page = browser.new_page()
     page.goto("data:text/html,<p>a page of another site")
-    assert page.evaluate(FETCHED, address) == [None] * 3
+    said = page.evaluate(FETCHED, address)
+    assert len(said) == 4
+    assert not any(said)  # nothing that could be read
+    assert answered == []
     page.close()
 
 

@@ -15,7 +15,7 @@ from smallfry.deploy.latency import Latency
 from smallfry.errors import RunError
 from smallfry.memory import Memory
 from smallfry.report import deployment
-from smallfry.report.deployment import print_tables, summary_of, write_report
+from smallfry.report.deployment import PAGE, new_report, print_tables, summary_of
 from smallfry.report.labels import Box, place_labels
 
 NASTY = "<b>$x$[red]</b>"
@@ -43,6 +43,12 @@ def found():
         BenchmarkConfig(batch_sizes=(1, 4)),
         {"command": "smallfry benchmark <run>", "commit": None, "versions": {"torch": "2"}},
     )
+
+
+def write_report(found, folder):
+    with new_report(folder) as new:
+        deployment.write_report(found, new)
+    return folder / PAGE
 
 
 def test_the_report_is_whole_and_shows_names_as_text(found, tmp_path):

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from smallfry.errors import RunError, Stopped, UsageError
-from smallfry.studies import grid
+from smallfry.studies import grid, progress
 from smallfry.studies.folder import locked, stoppable
 from smallfry.studies.grid import run_grid
-from smallfry.studies.grid_progress import RunReporter
+from smallfry.studies.grid_progress import GridProgress, RunReporter
 from smallfry.studies.recipes import Planned
+from smallfry.training.checkpoint import saved_position
 from smallfry.training.config import (
     DataConfig,
     ModelConfig,
@@ -89,7 +90,7 @@ def test_what_has_ended_is_not_made_again_and_more_can_be_asked_for(
     assert "3 runs, 2 have ended; 2 epochs to go" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_stopped_study_goes_on_where_it_was(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
@@ -109,6 +110,80 @@ def test_a_stopped_study_goes_on_where_it_was(
     run_grid("toy", planned(0, 1), tmp_path)
     for name in ("s0", "s1"):
         assert metrics(tmp_path, name) == metrics(whole, name)
+
+
+def test_a_restarted_study_counts_the_epochs_that_are_still_to_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    epoch = RunReporter.epoch
+
+    def stop(self: RunReporter, *told: Any) -> None:
+        epoch(self, *told)
+        if told[0]["epoch"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    plans = planned(0, 1, epochs=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunReporter, "epoch", stop)
+        with pytest.raises(Stopped):
+            run_grid("toy", plans, tmp_path)
+    assert "2 runs, 0 have ended; 10 epochs to go\ns0, epoch 0/5\n" in capsys.readouterr().out
+    assert GridProgress(plans, {}, {"s0": 3.0})._left([({"seed": 0}, 10.0)]) == 70.0
+    run_grid("toy", plans, tmp_path)
+    said = capsys.readouterr().out
+    assert "2 runs, 0 have ended; 7 epochs to go\ns0, epoch 3/5\n" in said
+    assert "\ns1, epoch 0/5\n" in said
+
+
+def test_a_run_that_is_killed_goes_on_where_it_had_its_best_epoch(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even before ``checkpoint_seconds`` have passed for the first time."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(self: RunReporter, loss: float, *_: Any) -> None:
+        if (tmp_path / "runs" / "s0" / "best").exists():
+            raise Killed  # which saves nothing
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunReporter, "step", kill)
+        with pytest.raises(Killed):
+            run_grid("toy", planned(0), tmp_path)
+    position = saved_position(tmp_path / "runs" / "s0" / "last")
+    assert position is not None
+    assert position["epoch"] == 1
+    run_grid("toy", planned(0), tmp_path)
+    assert metrics(tmp_path, "s0") == metrics(whole, "s0")
+
+
+def test_a_log_shows_a_study_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Outside of a terminal a line comes now and then, though no epoch ends."""
+    monkeypatch.setattr(progress, "SECONDS_A_LINE", 0.01)
+    lines: list[str] = []
+
+    def wait(self: RunReporter, *_: Any) -> None:
+        self._done += 1
+        while self._done == 2 and "step 2 of" not in "".join(lines):
+            lines.append(capsys.readouterr().out)
+
+    monkeypatch.setattr(RunReporter, "step", wait)
+    run_grid("toy", planned(0, epochs=1), tmp_path)
+    assert "s0, epoch 0/1; step 2 of 3\n" in "".join(lines)
+
+
+def test_in_a_terminal_a_bar_moves_instead(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS_A_LINE", 0.0)
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    with GridProgress(planned(0), {}) as shown:
+        shown.begin(shown.waiting[0])
+        assert not shown.heart._thread.is_alive()
+    assert "epoch 0/2" not in capsys.readouterr().out
 
 
 def test_a_run_that_diverges_is_noted_and_the_others_are_made(

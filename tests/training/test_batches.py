@@ -9,9 +9,9 @@ from smallfry.training.batches import (
     derive_seed,
     flips_by_default,
     resident,
-    train_loader,
 )
 from smallfry.training.config import AugmentConfig
+from smallfry.training.loader import TrainLoader
 
 EVERYTHING = AugmentConfig(crop_padding=1, flip=True, randaugment_ops=2, mixup=0.2, cutmix=1.0)
 
@@ -46,8 +46,8 @@ def test_making_a_batch_leaves_the_random_state_alone(digits):
 
 def test_worker_processes_change_nothing_and_a_run_can_begin_anywhere(digits):
     made = batches(digits)
-    plain = list(train_loader(made, range(2, 6), workers=0, pin_memory=False))
-    parallel = list(train_loader(made, range(2, 6), workers=2, pin_memory=False))
+    plain = list(TrainLoader(made, range(2, 6), workers=0, pin_memory=False))
+    parallel = list(TrainLoader(made, range(2, 6), workers=2, pin_memory=False))
     assert len(plain) == 4
     for step, here, there in zip(range(2, 6), plain, parallel, strict=True):
         assert torch.equal(here.images, made[step].images)
@@ -94,7 +94,7 @@ def test_characters_are_not_mirrored_by_default(digits):
 def test_images_that_live_on_a_device_give_batches_there(digits):
     there = resident(digits.train, torch.device("meta"), wanted=True)
     augment = Augment(EVERYTHING, 8, 10, digits.mean, digits.std, flip=False)
-    (batch,) = train_loader(TrainBatches(there, augment, 32, 0), range(1), None, pin_memory=True)
+    (batch,) = TrainLoader(TrainBatches(there, augment, 32, 0), range(1), None, pin_memory=True)
     assert {tensor.device.type for tensor in batch} == {"meta"}
     assert batch.images.shape == (32, 1, 8, 8)
 

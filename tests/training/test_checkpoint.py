@@ -1,11 +1,14 @@
 import errno
 import json
+import multiprocessing
 import os
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
 
+from smallfry import writing
 from smallfry.errors import RunError
 from smallfry.training import checkpoint as module
 from smallfry.training.checkpoint import load_checkpoint, save_checkpoint
@@ -33,25 +36,40 @@ def test_the_checkpoint_before_stays_beside_it(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "last.previous"]
 
 
-@pytest.mark.parametrize("fail_at", range(6))
-def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch, fail_at):
-    save(tmp_path / "last", 1.0, trainer={"step": 1})
-    calls = iter(range(100))
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch, exchanges):
+    if not exchanges:
+        monkeypatch.setattr(writing, "_renameat2", lambda: None)
+    fails, failures = True, 0
+    while fails:
+        save(tmp_path / "last", 1.0, trainer={"step": 1})
+        left, fails = failures, False
 
-    def failing(real):
-        def call(*arguments, **options):
-            if next(calls) == fail_at:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return real(*arguments, **options)
+        def failing(real):
+            def call(*arguments, **options):
+                nonlocal left, fails
+                left -= 1
+                if left == -1:
+                    fails = True
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                return real(*arguments, **options)
 
-        return call
+            return call
 
-    monkeypatch.setattr(module.os, "fsync", failing(os.fsync))
-    monkeypatch.setattr(module, "_write", failing(module._write))
-    with pytest.raises(RunError, match=r"could not be saved.*No space left.*untouched"):
-        save(tmp_path / "last", 2.0, trainer={"step": 2})
-    assert load_checkpoint(tmp_path / "last").manifest["value"] == 1.0
-    assert not (tmp_path / "last.new").exists()
+        with monkeypatch.context() as patch:
+            for where, name in ((os, "fsync"), (os, "rename"), (Path, "write_bytes")):
+                patch.setattr(where, name, failing(getattr(where, name)))
+            said = ""
+            try:
+                save(tmp_path / "last", 2.0, trainer={"step": 2})
+            except RunError as error:
+                said = str(error)
+        assert ("could not be saved" in said and "No space left" in said) == fails
+        loaded = load_checkpoint(tmp_path / "last")
+        assert loaded.manifest["value"] in ((1.0, 2.0) if fails else (2.0,))
+        assert {entry.name for entry in tmp_path.iterdir()} <= {"last", "last.previous"}
+        failures += 1
+    assert failures > 8
 
 
 def test_a_crash_between_the_two_renames_costs_nothing(tmp_path):
@@ -134,3 +152,127 @@ def test_a_pipe_in_place_of_a_file_is_told_at_once(tmp_path, name):
     os.mkfifo(tmp_path / "last" / name)
     with pytest.raises(RunError, match=rf"{name}.*(not a regular file|Invalid argument)"):
         load_checkpoint(tmp_path / "last")
+
+
+# Reading while it is written
+
+
+def save_again_and_again(folder, stop):
+    value = 1.0
+    while not stop.is_set():
+        save_checkpoint(folder, {"value": value}, {"a": torch.full((5000,), value)}, {"v": value})
+        value += 1
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_checkpoint_is_read_while_another_process_saves_the_next_ones(
+    tmp_path, monkeypatch, exchanges
+):
+    if not exchanges:
+        monkeypatch.setattr(writing, "_renameat2", lambda: None)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # so that it saves more often
+    context = multiprocessing.get_context("fork")
+    stop = context.Event()
+    save(tmp_path / "last", 0.0, trainer={"v": 0.0})
+    writer = context.Process(target=save_again_and_again, args=(tmp_path / "last", stop))
+    writer.start()
+    try:
+        values = []
+        while len(values) < 500 or len(set(values)) < 50:
+            manifest, weights, trainer = load_checkpoint(tmp_path / "last")
+            values.append(manifest["value"])
+            assert trainer == {"v": manifest["value"]}
+            if manifest["value"]:
+                assert set(weights["a"].tolist()) == {manifest["value"]}
+            assert writer.is_alive()
+    finally:
+        stop.set()
+        writer.join()
+    assert values == sorted(values)
+
+
+def saved_while_it_is_read(monkeypatch, folder, before, times):
+    """Save the next checkpoint as often when a file of that name is about to be opened."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # which takes time
+    real, left = module.opened, times
+
+    def opened(file, most):
+        nonlocal left
+        if file.name == before and left:
+            left -= 1
+            save(folder, 10.0 + times - left, {"step": left})
+        return real(file, most)
+
+    monkeypatch.setattr(module, "opened", opened)
+
+
+@pytest.mark.parametrize("before", ["manifest.json", "model.safetensors", "trainer.pt"])
+@pytest.mark.parametrize("times", [1, 7])
+def test_what_is_replaced_between_two_files_is_read_again(tmp_path, monkeypatch, before, times):
+    save(tmp_path / "last", 1.0, {"step": 1})
+    saved_while_it_is_read(monkeypatch, tmp_path / "last", before, times)
+    manifest, weights, _ = load_checkpoint(tmp_path / "last")
+    assert manifest["value"] > 1.0
+    assert weights["a"][0] == manifest["value"]
+
+
+def test_what_is_replaced_again_and_again_is_no_reason_to_delete_anything(tmp_path, monkeypatch):
+    save(tmp_path / "last", 1.0, {"step": 1})
+    saved_while_it_is_read(monkeypatch, tmp_path / "last", "model.safetensors", 10**9)
+    with pytest.raises(RunError, match=r"last: is replaced again and again .* try later$"):
+        load_checkpoint(tmp_path / "last")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model.safetensors", "trainer.pt"])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.EMFILE, errno.ESTALE])
+def test_what_can_not_be_read_now_is_not_called_damaged(tmp_path, monkeypatch, name, number):
+    for value in (1.0, 2.0):
+        save(tmp_path / "last", value, {"step": 1})
+    real = module.opened
+
+    def opened(file, most):
+        if file.name == name:
+            raise OSError(number, os.strerror(number), str(file))
+        return real(file, most)
+
+    monkeypatch.setattr(module, "opened", opened)
+    with pytest.raises(RunError, match=rf"{name}: can't be read") as caught:
+        load_checkpoint(tmp_path / "last")
+    assert "last.previous" in str(caught.value)
+    for word in ("damaged", "delete", "move"):
+        assert word not in str(caught.value)
+
+
+def test_a_checkpoint_of_a_newer_version_and_full_memory_are_no_damage(tmp_path, monkeypatch):
+    for value in (1.0, 2.0):
+        save(tmp_path / "last", value)
+
+    def full(data):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.safetensors.torch, "load", full)
+        with pytest.raises(RunError, match=r"can't be loaded \(MemoryError\)") as caught:
+            load_checkpoint(tmp_path / "last")
+    assert "move" not in str(caught.value)
+    file = tmp_path / "last" / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
+    with pytest.raises(RunError, match="in format 99") as caught:
+        load_checkpoint(tmp_path / "last")
+    assert "move" not in str(caught.value)
+
+
+def test_a_damaged_checkpoint_can_be_moved_away_to_go_on_from_the_one_before(tmp_path):
+    for value in (1.0, 2.0):
+        save(tmp_path / "last", value)
+    (tmp_path / "last" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(RunError, match=rf"move {tmp_path / 'last'} away to go on from there"):
+        load_checkpoint(tmp_path / "last")
+    (tmp_path / "last").rename(tmp_path / "moved")
+    assert load_checkpoint(tmp_path / "last").manifest["value"] == 1.0
+
+
+def test_a_checkpoint_is_saved_into_no_run_that_was_removed(tmp_path):
+    with pytest.raises(RunError, match="run: the folder was removed while the run was training"):
+        save(tmp_path / "run" / "last")
+    assert not (tmp_path / "run").exists()

@@ -5,11 +5,18 @@ import json
 import pytest
 import torch
 import yaml
+from PIL import Image
 from run_helpers import StopAt, assert_same_run, metrics
 
-from smallfry.errors import RunError, Stopped, UsageError
+from smallfry.errors import DataError, RunError, Stopped, UsageError
 from smallfry.training.checkpoint import load_checkpoint
-from smallfry.training.config import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from smallfry.training.config import (
+    DataConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+    read_config,
+)
 from smallfry.training.continuation import (
     changes_since,
     dotted,
@@ -94,6 +101,25 @@ def _forget_settings(folder):
     del trainer["settings"]
     kept = {k: v for k, v in manifest.items() if k not in ("format", "smallfry", "files", "digest")}
     save_checkpoint(folder, kept, weights, trainer)
+
+
+def test_a_run_goes_on_where_its_data_is_now(variant, tmp_path):
+    folder, moved = tmp_path / "photos", tmp_path / "moved"
+    for label in "ab":
+        (folder / label).mkdir(parents=True)
+        for number in range(8):
+            level = 20 * number + 67 * (label == "b")
+            Image.new("L", (8, 8), level).save(folder / label / f"{number}.png")
+    data = DataConfig(str(folder), image_size=8, validation=0.25, test=0.25)
+    train(variant(run=tmp_path / "whole", data=data))
+    with pytest.raises(Stopped):
+        train(variant(run=tmp_path / "parted", data=data), StopAt(2))
+    folder.rename(moved)
+    with pytest.raises(DataError, match=r"is not there any more; if it was moved: .*--data FOLDER"):
+        resume(tmp_path / "parted")
+    resume(tmp_path / "parted", changes={"data.name": str(moved)})
+    assert_same_run(tmp_path / "whole", tmp_path / "parted")
+    assert read_config(tmp_path / "parted" / "config.yaml").data.name == str(moved)
 
 
 def test_settings_are_saved_as_plain_data(variant, tmp_path):

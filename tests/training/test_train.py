@@ -1,7 +1,7 @@
 """Whole runs: what they leave, what settings change, and how they fail."""
 
 import json
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from smallfry.errors import (
 )
 from smallfry.models.vitrm import Layer
 from smallfry.reading import sealed
+from smallfry.training import progress
 from smallfry.training.checkpoint import load_checkpoint
 from smallfry.training.config import (
     AugmentConfig,
@@ -34,7 +35,12 @@ from smallfry.training.config import (
     read_config,
 )
 from smallfry.training.loop import Trainer
-from smallfry.training.progress import QuietReporter
+from smallfry.training.progress import (
+    PlainReporter,
+    QuietReporter,
+    RichReporter,
+    build_reporter,
+)
 from smallfry.training.run import load_run, require_classes
 from smallfry.training.train import resume, train
 
@@ -60,7 +66,7 @@ def test_a_run_leaves_its_configuration_metrics_checkpoints_summary_and_pictures
     }
     for picture in (run / "pictures").iterdir():
         assert np.asarray(Image.open(picture)).std() > 5, picture
-    assert not list(run.glob("*.part")) + list(run.glob("*.new"))
+    assert not list(run.rglob(".smallfry-*"))
 
 
 def test_tensorboard_holds_the_numbers_of_the_csv(config):
@@ -250,13 +256,34 @@ def test_no_test_images_are_told_before_the_training(variant):
 
 
 def test_throughput_is_that_of_training_alone(variant, monkeypatch):
+    """By a clock on which a batch takes a second, and an evaluation a thousand."""
     from smallfry.training import loop
 
-    predict = loop.predict
-    monkeypatch.setattr(loop, "predict", lambda *given: time.sleep(0.6) or predict(*given))
+    now, fit, predict = [0.0], loop.Trainer._fit_batch, loop.predict
+
+    def passing(seconds, call):
+        def work(*given):
+            now[0] += seconds
+            return call(*given)
+
+        return work
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(loop.Trainer, "_fit_batch", passing(1.0, fit))
+    monkeypatch.setattr(loop, "predict", passing(1000.0, predict))
     train(variant(epochs=3))
-    speeds = [float(row["images_per_second"]) for row in all_metrics(variant().run)]
-    assert speeds[2] > 192 / 0.6
+    assert [row["images_per_second"] for row in all_metrics(variant().run)] == ["32.0"] * 3
+
+
+@pytest.mark.parametrize(
+    ("jupyter", "widgets", "kind"),
+    [(True, None, PlainReporter), (True, "there", RichReporter), (False, None, RichReporter)],
+)
+def test_a_notebook_without_widgets_has_lines_and_no_warnings(monkeypatch, jupyter, widgets, kind):
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: jupyter)
+    monkeypatch.setattr(progress, "find_spec", lambda name: widgets)
+    assert type(build_reporter("rich")) is kind
+    assert type(build_reporter("plain")) is PlainReporter
 
 
 def test_two_runs_in_one_folder_are_refused(config):

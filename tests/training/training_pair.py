@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,7 +40,7 @@ def attempt(name, config):
         say(name, error)
 
 
-def stopped_by_the_second(config, step):
+def stopped_by_the_second(config, step, number=signal.SIGTERM):
     """Only the second process gets the signal."""
     fit, left = Trainer._step, [step]
 
@@ -49,7 +48,7 @@ def stopped_by_the_second(config, step):
         fit(self, batch)
         left[0] -= 1
         if left[0] == 0 and rank == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     Trainer._step = counting
     try:
@@ -76,8 +75,8 @@ def spoiled_in_the_second(config):
 
 
 def failing_in(place, name, failing, error):
-    """A function fails in one process only; what both say of it, within seconds."""
-    right, began = getattr(place, name), time.monotonic()
+    """A function fails in one process only; what both say of it."""
+    right = getattr(place, name)
 
     def wrong(*arguments):
         if rank == failing:
@@ -89,7 +88,6 @@ def failing_in(place, name, failing, error):
         train(settings(folder / "pair" / f"{name}-fails", epochs=1))
     except (SmallfryError, OSError) as caught:
         say(name, caught)
-        assert time.monotonic() - began < 30
     finally:
         setattr(place, name, right)
 
@@ -98,7 +96,7 @@ for name, changes in RUNS.items():
     train(settings(folder / "pair" / name, **changes))
 recursive = RUNS["fsdp of a recursive model"]
 stopped_by_the_second(settings(folder / "pair" / "shares", **recursive), 5)
-stopped_by_the_second(settings(folder / "pair" / "stopped"), 5)
+stopped_by_the_second(settings(folder / "pair" / "stopped"), 5, signal.SIGUSR1)
 resume(folder / "alone" / "parted")
 spoiled_in_the_second(settings(folder / "pair" / "spoiled", checkpoint_seconds=0.0))
 failing_in(loop, "score", 0, OSError("the disk is full"))

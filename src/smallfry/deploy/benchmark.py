@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from smallfry.answers import NOT_FINITE
 from smallfry.deploy.contestants import (
     FORMS,
     PEER_PRECISIONS,
@@ -34,7 +35,7 @@ from smallfry.deploy.facts import without_paths
 from smallfry.deploy.latency import Latency, take_turns
 from smallfry.deploy.manifest import Manifest, is_export
 from smallfry.deploy.pretrained import load_trained
-from smallfry.errors import SmallfryError, UsageError, nearest
+from smallfry.errors import RunError, SmallfryError, UsageError, nearest
 from smallfry.memory import Memory, measure_memory
 from smallfry.training.augment import Normalize
 from smallfry.training.config import MOST_WORKERS
@@ -361,6 +362,8 @@ def _answered(who: Contestant, pixels: Pixels) -> tuple[NDArray[Any], NDArray[An
         who.answer(_batch(pixels, start, EVALUATED)) for start in range(0, len(pixels), EVALUATED)
     ]
     probabilities = np.concatenate([part.probabilities for part in said])[: len(pixels)]
+    if not np.isfinite(probabilities).all():
+        raise RunError(f"{who.model}, {who.form}: {NOT_FINITE}")
     steps = [part.steps for part in said if part.steps is not None]
     return probabilities, np.concatenate(steps)[: len(pixels)] if steps else None
 

@@ -149,8 +149,8 @@ def of_run(
 
 def of_export(export: Path, threads: int, name: str | None = None) -> Iterator[Contestant]:
     """An export, and its early exit if it has been calibrated."""
-    manifest = Manifest.read(export)
     runtime = Runtime(export, threads)
+    manifest = runtime.manifest
     form = PRECISIONS[manifest.precision]
     if manifest.form == "anytime":
         form += ", in parts"
@@ -159,7 +159,7 @@ def of_export(export: Path, threads: int, name: str | None = None) -> Iterator[C
         form=form,
         answer=partial(_ask_runtime, runtime, None),
         parameters=int(manifest.model.get("parameters", 0)),
-        file_bytes=sum((export / file).stat().st_size for file in GRAPHS[manifest.form]),
+        file_bytes=runtime.file_bytes,
         weights=manifest.source.get("weights"),
         is_reference=manifest.precision == "float32",
         alone=("export", export),

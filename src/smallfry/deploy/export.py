@@ -13,7 +13,6 @@ what recurs.
 import hashlib
 import io
 import logging
-import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 
 from smallfry.data import ImageData
 from smallfry.deploy.graphs import Graph, anytime_graphs, exported_program, to_onnx, whole_graph
-from smallfry.deploy.manifest import MANIFEST, PRECISIONS, Manifest, is_export
+from smallfry.deploy.manifest import MANIFEST, PRECISIONS, PROGRAM, Manifest, require_free
 from smallfry.deploy.pretrained import gather
 from smallfry.deploy.quantization_report import write_report
 from smallfry.deploy.quantize import quantize
@@ -40,6 +39,7 @@ from smallfry.models import ViTRM
 from smallfry.training.evaluation import forward
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.run import TrainedModel
+from smallfry.writing import replacing
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def export(
 
     Args:
         run: A run folder, a checkpoint in it, a shared folder, or ``hf_hub:USER/NAME``.
-        folder: Where the export goes.
+        folder: Where the export goes. What it replaces stays whole until the new one is.
         form: ``whole``, ``anytime``, or None: anytime for a model of several recursion steps.
         precision: ``float32``, ``int8`` (static ranges) or ``int8_dynamic``.
         checkpoint: ``best`` or ``last``.
@@ -76,27 +76,24 @@ def export(
         The folder.
 
     Raises:
-        ExportError: A model that can't be exported, or graphs that differ from it.
+        ExportError: A model that can't be exported, graphs that differ from it, or a folder that
+            holds something else or can't be written.
         UsageError: A form or precision that is not there, or not for this model.
         RunError: The run can't be read.
     """
     folder = Path(folder)
     if precision not in PRECISIONS:
         raise UsageError(f"precision is one of {', '.join(PRECISIONS)}, not '{precision}'")
-    if folder.exists() and not is_export(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise ExportError(f"{folder}: is there already and no export; name another folder")
-    traced = trace(run, form, checkpoint, data, data_root, needs_images=precision == "int8")
-    new = _beside(folder, "new")
+    needed = precision == "int8"
     try:
-        assemble(traced, new, precision, license, torch_program)
-        calibrate(traced, new)
-        if precision != "float32":
-            _report(traced, new, precision)
-        _move(new, folder)
+        with replacing(folder, lambda: require_free(folder)) as new:
+            traced = trace(run, form, checkpoint, data, data_root, needs_images=needed)
+            assemble(traced, new, precision, license, torch_program)
+            calibrate(traced, new)
+            if precision != "float32":
+                _report(traced, new, precision)
     except OSError as error:
         raise ExportError(f"{folder}: the export could not be written ({error})") from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
     return folder
 
 
@@ -150,7 +147,7 @@ def assemble(
     files: dict[str, bytes] = {}
     if torch_program:
         log.info("tracing model.pt2")
-        files["model.pt2"] = _saved(exported_program(whole_graph(trained.model, _images(trained))))
+        files[PROGRAM] = _saved(exported_program(whole_graph(trained.model, _images(trained))))
     if precision != "float32":
         log.info("quantizing")
         graphs = quantize(graphs, precision, calibration_images(traced), _steps(trained.model))
@@ -319,17 +316,3 @@ def _saved(program: torch.export.ExportedProgram) -> bytes:
     stream = io.BytesIO()
     torch.export.save(program, stream)
     return stream.getvalue()
-
-
-def _move(new: Path, folder: Path) -> None:
-    """Put the new export where the old one is, which stays whole until then."""
-    old = _beside(folder, "old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _beside(folder: Path, suffix: str) -> Path:
-    return folder.with_name(f"{folder.name}.{suffix}")

@@ -6,14 +6,16 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from smallfry.errors import ExportError
 from smallfry.exits import Point
-from smallfry.reading import is_whole, read_bytes, read_json, sealed
+from smallfry.reading import is_whole, opened, read_json, sealed, settled
 from smallfry.version import __version__
+from smallfry.writing import interrupted, obstacle
 
 FORMAT = 2  # 1 had no digest of the manifest
 READ = (1, FORMAT)
@@ -22,6 +24,9 @@ GRAPHS = {
     "whole": ("model.onnx",),
     "anytime": ("embed.onnx", "step.onnx", "read_out.onnx"),
 }
+PROGRAM = "model.pt2"
+QUANTIZATION, RANGES = "quantization.json", "quantization.png"
+FILES = {MANIFEST, PROGRAM, QUANTIZATION, RANGES, *GRAPHS["whole"], *GRAPHS["anytime"]}
 PRECISIONS = ("float32", "int8", "int8_dynamic")
 MOST_STEPS = 10_000
 MOST_GRAPH = 2**31  # bytes of a graph, which is the most that ONNX's own format can hold
@@ -80,11 +85,13 @@ class Manifest:
         """
         file = folder / MANIFEST
         if not folder.is_dir():
-            raise ExportError(f"{folder}: there is no such export folder")
+            raise ExportError(f"{folder}: there is no such export folder{_hint(folder)}")
         try:
             content = read_json(file)
         except FileNotFoundError:
-            raise ExportError(f"{folder}: not an export, {MANIFEST} is missing") from None
+            raise ExportError(
+                f"{folder}: not an export, {MANIFEST} is missing{_hint(folder)}"
+            ) from None
         except (OSError, ValueError) as error:
             raise ExportError(f"{file}: damaged ({error}); export the run again") from error
         return _checked(content, file)
@@ -99,25 +106,53 @@ def is_export(folder: Path) -> bool:
     return isinstance(content, dict) and "form" in content
 
 
-def read_file(folder: Path, name: str, manifest: Manifest) -> bytes:
-    """The content of one of an export's files.
+def require_free(folder: Path) -> None:
+    """Make sure that an export may be written here: nothing, or an export and nothing else.
 
     Raises:
-        ExportError: Missing, or not the file that the manifest was written for.
+        ExportError: There is something else.
     """
-    try:
-        content = read_bytes(folder / name, MOST_GRAPH)
-    except (OSError, MemoryError) as error:
-        reason = getattr(error, "strerror", None) or "out of memory"
-        raise ExportError(
-            f"{folder / name}: can't be read ({reason}); export the run again"
-        ) from error
-    if hashlib.sha256(content).hexdigest() != manifest.files.get(name):
-        raise ExportError(
-            f"{folder / name}: truncated or damaged, its hash is not the manifest's; "
-            "export the run again"
-        )
-    return content
+    reason = obstacle(folder, "export", FILES, is_export)
+    if reason is not None:
+        raise ExportError(f"{folder}: {reason}; name another folder")
+
+
+def read_export(folder: Path) -> tuple[Manifest, dict[str, bytes]]:
+    """The manifest of an export, and its graphs by the names of their files.
+
+    Another export may take its place meanwhile.
+
+    Raises:
+        ExportError: As ``Manifest.read``; or a graph is missing, or not the one that the manifest
+            was written for.
+    """
+    return settled(lambda: _read_export(folder), folder / MANIFEST)
+
+
+def _read_export(folder: Path) -> tuple[Manifest, dict[str, bytes]]:
+    manifest = Manifest.read(folder)
+    with ExitStack() as stack:
+        names = GRAPHS[manifest.form]
+        try:  # all are opened before one is read: later, another export may be in their place
+            streams = [stack.enter_context(opened(folder / name, MOST_GRAPH)) for name in names]
+            contents = [stream.read() for stream in streams]
+        except (OSError, MemoryError) as error:
+            reason = getattr(error, "strerror", None) or "out of memory"
+            file = getattr(error, "filename", None) or folder
+            raise ExportError(f"{file}: can't be read ({reason}); export the run again") from error
+    for name, content in zip(names, contents, strict=True):
+        if hashlib.sha256(content).hexdigest() != manifest.files.get(name):
+            raise ExportError(
+                f"{folder / name}: truncated or damaged, its hash is not the manifest's; "
+                "export the run again"
+            )
+    return manifest, dict(zip(names, contents, strict=True))
+
+
+def _hint(folder: Path) -> str:
+    if not interrupted(folder):
+        return ""
+    return "; a process that replaced it was killed: export the run into it again"
 
 
 def _checked(content: Any, file: Path) -> Manifest:

@@ -17,7 +17,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory, mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ from smallfry.training.checkpoint import MANIFEST, WEIGHTS, write_file
 from smallfry.training.rebuild import OF_THE_FACTORY, fill
 from smallfry.training.run import RunFolder, TrainedModel, load_run
 from smallfry.version import __version__
+from smallfry.writing import obstacle, replacing
 
 CARD, PICTURE = "README.md", "confusion_matrix.png"
 HUB, LOCAL = ("hf_hub", "hf-hub"), "local-dir"  # how timm's names say where a model is
@@ -71,29 +72,19 @@ def save_pretrained(
     """
     if repository is not None:
         check_name(repository)
-    trained, facts, picture = gather(run, checkpoint)
-    license = _checked_license(license) or trained.manifest.get("license")
+    license = _checked_license(license)
     place = Path(folder).expanduser()
-    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
-        raise RunError(f"{place}: there is something in this place already; name another folder")
-    new: Path | None = None
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(mkdtemp(prefix=f".{place.name}.", dir=place.parent))
-        new.chmod(0o755)
-        config = _write_model(new, trained, facts, license)
-        if picture is not None:
-            shutil.copyfile(picture, new / PICTURE)
-        name = f"{HUB[0]}:{repository}" if repository else f"{LOCAL}:{place.resolve().name}"
-        write_file(new / CARD, _card(config, name, picture is not None))
-        if place.exists():
-            place.rmdir()
-        new.rename(place)
+        with replacing(place, lambda: _require_free(place)) as new:
+            trained, facts, picture = gather(run, checkpoint)
+            license = license or trained.manifest.get("license")
+            config = _write_model(new, trained, facts, license)
+            if picture is not None:
+                shutil.copyfile(picture, new / PICTURE)
+            name = f"{HUB[0]}:{repository}" if repository else f"{LOCAL}:{place.resolve().name}"
+            write_file(new / CARD, _card(config, name, picture is not None))
     except (OSError, SafetensorError) as error:
         raise RunError(f"{place}: could not be written ({error})") from error
-    finally:
-        if new is not None:
-            shutil.rmtree(new, ignore_errors=True)
     return place
 
 
@@ -194,6 +185,11 @@ def is_shared(folder: Path) -> bool:
 
 
 # Writing
+
+
+def _require_free(place: Path) -> None:
+    if obstacle(place) is not None:
+        raise RunError(f"{place}: there is something in this place already; name another folder")
 
 
 def gather(

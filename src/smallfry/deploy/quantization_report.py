@@ -16,22 +16,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 
 from smallfry.data import ImageData
 from smallfry.deploy.facts import without_paths
 from smallfry.deploy.latency import take_turns
-from smallfry.deploy.manifest import GRAPHS, Manifest
+from smallfry.deploy.manifest import GRAPHS, QUANTIZATION, RANGES, Manifest
 from smallfry.deploy.quantize import CallRange, measured_ranges
 from smallfry.deploy.runtime import Runtime
 from smallfry.report.page import strict
 from smallfry.report.quantization import draw_ranges
 from smallfry.report.table import NONE, number
+from smallfry.terminal import CleanConsole
 from smallfry.training.evaluation import score_probabilities
 from smallfry.training.provenance import provenance
 
-REPORT, PICTURE = "quantization.json", "quantization.png"
+REPORT, PICTURE = QUANTIZATION, RANGES
 WEIGHT = re.compile(r"(?:^|\.)blocks\.(\d+)\.(\w+\.\w+)\.weight")
 THREADS = 1
 SECONDS = 0.5  # of timed answers for each precision
@@ -168,7 +168,7 @@ def print_report(export: Path) -> None:
     for name in ("accuracy", "macro_f1"):
         table.add_row(name.replace("_", " "), *(percent(of, name) for of in (before, after)))
     table.add_row("answers as in float32", "", percent(report, "agreement"))
-    console = Console(highlight=False)
+    console = CleanConsole(highlight=False)
     console.print(table)
     measured = report.get("measured_on", "no test images were at hand")
     console.print(f"{measured}; one image, {THREADS} thread, median", soft_wrap=True)

@@ -14,8 +14,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from smallfry.answers import Answer, Outputs, answers
-from smallfry.deploy.manifest import GRAPHS, Manifest, read_file
+from smallfry.answers import NOT_FINITE, Answer, Outputs, answers
+from smallfry.deploy.manifest import read_export
 from smallfry.errors import DataError, ExportError, UsageError
 from smallfry.exits import NEVER, Trace, most_accurate, most_thrifty, require_threshold
 from smallfry.images import Encoded, decode
@@ -52,7 +52,8 @@ class Runtime:
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ) -> None:
         folder = Path(export)
-        self.manifest = Manifest.read(folder)
+        self.manifest, contents = read_export(folder)
+        self.file_bytes = sum(map(len, contents.values()))  # of the graphs
         self.classes = self.manifest.classes
         options = ort.SessionOptions()
         options.log_severity_level = 4  # errors are raised, and told once
@@ -61,10 +62,8 @@ class Runtime:
         # weights are in the graph; of a graph from bytes ONNX Runtime looks for others in "."
         options.add_session_config_entry(NO_OTHER_FILES, os.devnull)
         self._graphs = {
-            name.removesuffix(".onnx"): _session(
-                read_file(folder, name, self.manifest), folder / name, options, providers
-            )
-            for name in GRAPHS[self.manifest.form]
+            name.removesuffix(".onnx"): _session(content, folder / name, options, providers)
+            for name, content in contents.items()
         }
         scale = [1 / (255 * std) for std in self.manifest.std]
         shift = [-m / s for m, s in zip(self.manifest.mean, self.manifest.std, strict=True)]
@@ -91,6 +90,7 @@ class Runtime:
 
         Raises:
             DataError: An image that can't be read, or pixels of another shape.
+            ExportError: The graphs are not what the manifest says, or an answer is not a number.
             UsageError: Early exit from a graph that has none, or a budget below one step.
         """
         leave = self.exit_threshold(budget, drop, threshold)
@@ -111,7 +111,9 @@ class Runtime:
             )
         if batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, got {batch_size}")
-        return self._run(self.preprocess(pixels), leave, batch_size)
+        predictions = self._run(self.preprocess(pixels), leave, batch_size)
+        _require_finite(predictions.probabilities, predictions.halting)
+        return predictions
 
     def classify(
         self, found: Iterable[Found], top_k: int = 3, threshold: float | None = None
@@ -139,6 +141,7 @@ class Runtime:
             for _ in range(most):
                 states[1:] = self._batched("step", states, 64)
                 said.append(self._call("read_out", y=states[1]))
+            _require_finite(*(output for outputs in said for output in outputs))
             right.append(np.stack([logits.argmax(1) == labels[batch] for logits, _ in said]))
             halting.append(np.stack([probability for _, probability in said]))
         return Trace(np.concatenate(right, axis=1), np.concatenate(halting, axis=1))
@@ -250,6 +253,11 @@ class Runtime:
     def _no_pixels(self) -> NDArray[np.uint8]:
         size = self.manifest.image_size
         return np.empty((0, self.manifest.channels, size, size), np.uint8)
+
+
+def _require_finite(*outputs: Floats | None) -> None:
+    if not all(output is None or np.isfinite(output).all() for output in outputs):
+        raise ExportError(NOT_FINITE)
 
 
 def softmax(logits: Floats) -> Floats:

@@ -6,8 +6,8 @@ latency.png    accuracy against latency
 """
 
 import json
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from smallfry.report.figure import COLOURS, GREY, new_figure, plain, save, style
 from smallfry.report.labels import draw_labels
 from smallfry.report.page import image, page_of, strict, words
 from smallfry.report.table import NONE, number, table
+from smallfry.terminal import CleanConsole
+from smallfry.writing import obstacle, replacing
 
 SUMMARY, PAGE, PICTURE = "summary.json", "report.html", "latency.png"
 KIND = "benchmark of deployed models"
@@ -40,44 +42,31 @@ def require_free(folder: Path) -> None:
     Raises:
         RunError: There is something else.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    try:
-        is_ours = json.loads((folder / SUMMARY).read_text())["kind"] == KIND
-    except (OSError, ValueError, KeyError, TypeError):
-        is_ours = False
-    if not is_ours:
-        raise RunError(f"{folder}: is there already and no benchmark; name another: --folder DIR")
+    reason = obstacle(folder, "benchmark", (SUMMARY, PAGE, PICTURE), _is_benchmark)
+    if reason is not None:
+        raise RunError(f"{folder}: {reason}; name another: --folder DIR")
 
 
-def write_report(found: Benchmark, folder: Path) -> Path:
-    """Write the report's folder, whole or not at all; an older one is replaced.
-
-    Returns:
-        The page.
+@contextmanager
+def new_report(folder: Path) -> Iterator[Path]:
+    """A folder to write a report into, which takes the place of an older one when all is done.
 
     Raises:
         RunError: The folder holds something else, or can't be written.
     """
-    require_free(folder)
-    new, old = (folder.with_name(f"{folder.name}.{suffix}") for suffix in ("new", "old"))
     try:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        draw(found, new / PICTURE)
-        text = json.dumps(strict(summary_of(found)), indent=1, allow_nan=False)
-        (new / SUMMARY).write_text(text + "\n")
-        (new / PAGE).write_text(page(found, new / PICTURE), errors="replace")
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        with replacing(folder, lambda: require_free(folder)) as new:
+            yield new
     except OSError as error:
         raise RunError(f"{folder}: the report could not be written ({error})") from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    return folder / PAGE
+
+
+def write_report(found: Benchmark, folder: Path) -> None:
+    """Write the files of a report into a folder."""
+    draw(found, folder / PICTURE)
+    text = json.dumps(strict(summary_of(found)), indent=1, allow_nan=False)
+    (folder / SUMMARY).write_text(text + "\n")
+    (folder / PAGE).write_text(page(found, folder / PICTURE), errors="replace")
 
 
 def summary_of(found: Benchmark) -> dict[str, Any]:
@@ -95,9 +84,9 @@ def summary_of(found: Benchmark) -> dict[str, Any]:
 
 def print_tables(found: Benchmark, console: Console | None = None) -> None:
     """Print the figures: what the models are, then how long they take."""
-    console = console or Console(highlight=False)
+    console = console or CleanConsole(highlight=False)
     if console.width < WIDTH:
-        console = Console(highlight=False, width=WIDTH, file=console.file)
+        console = CleanConsole(highlight=False, width=WIDTH, file=console.file)
     head, rows = cells(found)
     for columns in (WHAT, range(TIMES, len(head))):
         shown = Table(box=None, pad_edge=False)
@@ -237,6 +226,13 @@ def draw(found: Benchmark, file: Path) -> None:
         for axes, part in zip(grid, rows, strict=True):
             _label(axes, part, first, largest)
         save(figure, file)
+
+
+def _is_benchmark(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / SUMMARY).read_text())["kind"] == KIND)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _scatter(

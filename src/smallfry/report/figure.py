@@ -1,6 +1,6 @@
 """What all pictures share: one look, and files that are written whole."""
 
-import os
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,8 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from smallfry.writing import write_whole
 
 COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#dc2626")
 GREY = "#6b7280"
@@ -31,13 +33,10 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, file: Path) -> None:
-    """Write the figure as a PNG, whole or not at all."""
-    part = file.with_suffix(".part")
-    try:
-        figure.savefig(part, format="png", dpi=130, facecolor="white")
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+    """Write the figure as a PNG, whole or not at all; raises as ``write_whole``."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=130, facecolor="white")
+    write_whole(file, drawn.getvalue())
 
 
 def show_image(axes: Any, pixels: Tensor) -> None:

@@ -2,11 +2,12 @@
 
 import base64
 import math
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from smallfry.writing import write_whole
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 76rem; margin: 2rem auto;
@@ -74,10 +75,5 @@ def strict(value: Any) -> Any:
 
 
 def write(file: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    part = file.with_name(f"{file.name}.part")
-    try:
-        part.write_bytes(text.encode(errors="replace"))
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+    """Write a text file whole or not at all; raises as ``write_whole``."""
+    write_whole(file, text.encode(errors="replace"))

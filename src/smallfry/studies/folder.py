@@ -1,15 +1,17 @@
 """What every study's folder needs: one writer at a time, and an end that loses nothing."""
 
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from smallfry.errors import RunError, Stopped
+from smallfry.signals import Signalled, keeping, raising
+from smallfry.writing import entries, sweep
+
+STUDY, TRIALS = "study.json", "trials.jsonl"
+MARKS = (STUDY, TRIALS)  # one of which is in the folder of a study that has begun
 
 
 @contextmanager
@@ -17,12 +19,17 @@ def locked(folder: Path) -> Iterator[None]:
     """Keep other processes from writing; a killed process lets go of it.
 
     Raises:
-        RunError: Another process writes, or the folder can't be made.
+        RunError: Another process writes, or the folder can't be made or holds something else.
     """
     try:
+        found = [name for name in entries(folder) if not name.startswith(".")]
+        if found and not {*MARKS} & {*found}:
+            raise RunError(f"{folder}: holds {found[0]}, and is no study; take another --folder")
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock")
         lock.acquire(timeout=0)
+        for place in (folder, folder / "pictures"):
+            sweep(place)
     except Timeout:
         raise RunError(f"{folder}: another process runs this study") from None
     except OSError as error:
@@ -33,25 +40,24 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-class _Signalled(BaseException):
-    """A signal came; no ``except Exception`` on the way may take it for an error."""
+@contextmanager
+def reporting(folder: Path) -> Iterator[None]:
+    """Say of a report that can't be written what it is.
+
+    Raises:
+        RunError: The disk is full, or the like.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{folder}: the report could not be written ({error})") from error
 
 
 @contextmanager
 def stoppable(message: str) -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into ``Stopped`` with this message."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        raise _Signalled(number)
-
-    before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+    """Turn a signal that asks for an end into ``Stopped`` with this message."""
     try:
-        yield
-    except _Signalled as signalled:
-        raise Stopped(signalled.args[0], message) from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        with keeping(lambda: message), raising():
+            yield
+    except Signalled as signalled:
+        raise Stopped(signalled.signal_number, f"stopped; {message}") from None

@@ -16,17 +16,15 @@ import yaml
 
 from smallfry.errors import Stopped, TrainingError, UsageError
 from smallfry.report.runs import OUT_OF_MEMORY, Outcome
-from smallfry.studies.folder import stoppable
+from smallfry.studies.folder import STUDY, stoppable
 from smallfry.studies.grid_progress import GridProgress
 from smallfry.studies.recipes import Planned
-from smallfry.training.checkpoint import write_file
+from smallfry.training.checkpoint import saved_position, write_file
 from smallfry.training.config import TrainConfig, read_config
 from smallfry.training.continuation import dotted
 from smallfry.training.progress import Reporter
-from smallfry.training.run import RunFolder
+from smallfry.training.run import FAILURE, RunFolder
 from smallfry.training.train import resume, train
-
-FAILURE = "failure.json"
 
 
 def run_grid(study: str, planned: Sequence[Planned], folder: Path) -> list[Outcome]:
@@ -43,9 +41,11 @@ def run_grid(study: str, planned: Sequence[Planned], folder: Path) -> list[Outco
     """
     _claim(study, planned, folder)
     ended = {p.name: o for p in planned if (o := read_outcome(p, folder)) is not None}
-    note = f"stopped; what ended is in {folder}, the same command goes on"
+    note = f"what ended is in {folder}, the same command goes on"
     threads = torch.get_num_threads()
-    with GridProgress(planned, ended) as progress, stoppable(note):
+    positions = {p.name: saved_position(RunFolder(run_path(folder, p.name)).last) for p in planned}
+    done = {name: position["epoch"] for name, position in positions.items() if position}
+    with GridProgress(planned, ended, done) as progress, stoppable(note):
         for plan in planned:
             if plan.name in ended:
                 continue
@@ -53,7 +53,7 @@ def run_grid(study: str, planned: Sequence[Planned], folder: Path) -> list[Outco
             try:
                 _run(plan, folder, progress.begin(plan))
             except Stopped as stop:
-                raise Stopped(stop.signal_number, note) from None
+                raise Stopped(stop.signal_number, f"stopped; {note}") from None
             outcome = read_outcome(plan, folder)
             assert outcome is not None
             ended[plan.name] = outcome
@@ -131,7 +131,7 @@ def _in_words(error: Exception) -> str:
 
 def _claim(study: str, planned: Sequence[Planned], folder: Path) -> None:
     """Write down what the study's runs are told; refuse to mix it with something else."""
-    file = folder / "study.json"
+    file = folder / STUDY
     known: dict[str, Any] = {"study": study, "runs": {}}
     if file.exists():
         try:

@@ -1,19 +1,17 @@
 """What a person sees of a study of training runs: which run, how far, and the time left."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-
 from smallfry.report.runs import Outcome
-from smallfry.studies.progress import study_bar
+from smallfry.studies.progress import Heartbeat, study_bar
 from smallfry.studies.recipes import Planned
+from smallfry.terminal import CleanConsole
 from smallfry.training.progress import QuietReporter, clock
-
-SECONDS_A_LINE = 60.0  # outside of a terminal, where no bar moves
 
 
 class GridProgress:
@@ -22,27 +20,38 @@ class GridProgress:
     Args:
         planned: All runs of the study.
         ended: Those that have ended already.
+        done: Epochs of those that were interrupted, by name.
     """
 
-    def __init__(self, planned: Sequence[Planned], ended: Mapping[str, Outcome]) -> None:
+    def __init__(
+        self,
+        planned: Sequence[Planned],
+        ended: Mapping[str, Outcome],
+        done: Mapping[str, float] | None = None,
+    ) -> None:
         self.total = len(planned)
+        self.done = done or {}
         self.waiting = [plan for plan in planned if plan.name not in ended]
         self.pace: list[tuple[Mapping[str, Any], float]] = []  # facts, seconds an epoch
         for outcome in ended.values():
             self._learn(outcome)
         self.beside: list[float] = []  # seconds of a run that are not training
-        self.said = self.began = time.monotonic()
-        self.console = Console(highlight=False)
+        self.began = time.monotonic()
+        self.console = CleanConsole(highlight=False)
         self.bar = study_bar(self.console, "runs")
+        self.standing = "loading"
+        self.running: RunReporter | None = None
+        self.heart = Heartbeat(self.console, self._standing)
 
     def __enter__(self) -> "GridProgress":
         """Say how many runs there will be, before the first starts."""
-        epochs = sum(plan.config.epochs for plan in self.waiting)
+        epochs = math.ceil(sum(map(self._epochs, self.waiting)))
         done = self.total - len(self.waiting)
         text = f"{self.total} runs, {done} have ended; {epochs:,} epochs to go"
-        self._say(text if self.waiting else f"all {self.total} runs have ended")
+        self.heart.say(text if self.waiting else f"all {self.total} runs have ended")
         self.task = self.bar.add_task("training", total=self.total, completed=done, left="?")
         self.bar.start()
+        self.heart.start()
         return self
 
     def __exit__(
@@ -52,13 +61,19 @@ class GridProgress:
         trace: TracebackType | None,
     ) -> None:
         """Take the bar away."""
+        self.heart.stop()
         self.bar.stop()
 
     def begin(self, plan: Planned) -> "RunReporter":
         """A run starts; what it tells goes to the reporter that is returned."""
         self.waiting.remove(plan)
         self.began = time.monotonic()
-        return RunReporter(self, plan)
+        done = round(self.done.get(plan.name, 0))
+        self.standing = f"{plan.name}, epoch {done}/{plan.config.epochs}"
+        if not self.console.is_terminal:
+            self.heart.say(self.standing)
+        self.running = RunReporter(self, plan)
+        return self.running
 
     def during(self, plan: Planned, epoch: int, seconds: float, left: float) -> None:
         """A run has done so many epochs."""
@@ -66,8 +81,7 @@ class GridProgress:
         text = f"{plan.name}, epoch {epoch}/{plan.config.epochs}"
         remaining = clock(left + self._left([*self.pace, (plan.facts, rate)]))
         self.bar.update(self.task, description=text, left=remaining)
-        if not self.console.is_terminal and time.monotonic() - self.said > SECONDS_A_LINE:
-            self._say(f"{text}; {remaining} left")
+        self.standing = f"{text}; {remaining} left"
 
     def end(self, outcome: Outcome) -> None:
         """A run has ended."""
@@ -80,7 +94,7 @@ class GridProgress:
         if outcome.failure is not None:
             result = f"failed: {outcome.failure}"
         head = f"{number:>{len(str(self.total))}}/{self.total}  {outcome.name}"
-        self._say(f"{head}: {result}; {left} left")
+        self.heart.say(f"{head}: {result}; {left} left")
         self.bar.update(self.task, advance=1, left=left)
 
     def _left(self, pace: Sequence[tuple[Mapping[str, Any], float]]) -> float:
@@ -93,17 +107,21 @@ class GridProgress:
 
         beside = fmean(self.beside) * len(self.waiting) if self.beside else 0.0
         return beside + sum(
-            plan.config.epochs * max(pace, key=lambda known: alike(plan.facts, known[0]))[1]
+            self._epochs(plan) * max(pace, key=lambda known: alike(plan.facts, known[0]))[1]
             for plan in self.waiting
         )
+
+    def _standing(self) -> str:
+        run = self.running
+        return self.standing if run is None else f"{self.standing}; {run.steps}"
+
+    def _epochs(self, plan: Planned) -> float:
+        """Those that are still to come."""
+        return plan.config.epochs - self.done.get(plan.name, 0.0)
 
     def _learn(self, outcome: Outcome) -> None:
         if outcome.minutes is not None:
             self.pace.append((outcome.facts, 60 * outcome.minutes / outcome.measured("epochs")))
-
-    def _say(self, text: str) -> None:
-        self.said = time.monotonic()
-        self.console.print(text, markup=False, soft_wrap=True)
 
 
 class RunReporter(QuietReporter):
@@ -111,6 +129,20 @@ class RunReporter(QuietReporter):
 
     def __init__(self, progress: GridProgress, plan: Planned) -> None:
         self.progress, self.plan = progress, plan
+        self._total = self._done = 0
+
+    @property
+    def steps(self) -> str:
+        """How far the run is."""
+        return f"step {self._done:,} of {self._total:,}" if self._total else "loading"
+
+    def start(self, total: int, done: int) -> None:
+        """Note the steps."""
+        self._total, self._done = total, done
+
+    def step(self, loss: float, images_per_second: float) -> None:
+        """Note one more."""
+        self._done += 1
 
     def epoch(self, row: Mapping[str, float], epochs: int, seconds_left: float) -> None:
         """Move the bar's text."""

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from smallfry.errors import RunError
+from smallfry.studies.folder import TRIALS
+from smallfry.writing import sync
 
 
 class TrialLog:
@@ -18,7 +20,7 @@ class TrialLog:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.file = folder / "trials.jsonl"
+        self.file = folder / TRIALS
 
     def read(self) -> list[dict[str, Any]]:
         """All trials, in the order in which they ended.
@@ -61,6 +63,8 @@ class TrialLog:
                     stream.write(line.encode())
                     stream.flush()
                     os.fsync(stream.fileno())
+                    if size == 0:  # the file is new
+                        sync(self.folder)
                 except OSError:
                     os.truncate(self.file, whole)
                     raise

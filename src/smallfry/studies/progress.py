@@ -1,6 +1,9 @@
 """What a person sees of a study that runs for hours: a line for each trial, and the time left."""
 
+import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -9,8 +12,10 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from smallfry.studies.contestants import CONTESTANTS
 from smallfry.studies.trial import Job
+from smallfry.terminal import CleanConsole
 from smallfry.training.progress import clock
 
+SECONDS_A_LINE = 30.0  # outside of a terminal, where no bar moves
 OVERHEAD = 1.3  # what evaluation and starting add to training
 
 
@@ -26,6 +31,44 @@ def study_bar(console: Console, things: str) -> Progress:
     )
 
 
+class Heartbeat:
+    """A line now and then where no bar moves, so that a log shows a study at work.
+
+    Args:
+        console: Where to.
+        text: What there is to say.
+    """
+
+    def __init__(self, console: Console, text: Callable[[], str]) -> None:
+        self.console, self.text = console, text
+        self._spoken, self._over = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def start(self) -> None:
+        """Begin, outside of a terminal."""
+        if not self.console.is_terminal:
+            self._thread.start()
+
+    def say(self, text: str) -> None:
+        """Print a line; the next one of its own accord comes a while after it."""
+        self.console.print(text, markup=False, soft_wrap=True)
+        self._spoken.set()
+
+    def stop(self) -> None:
+        """End."""
+        self._over.set()
+        self._spoken.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._over.is_set():
+            self._spoken.clear()
+            if not self._spoken.wait(SECONDS_A_LINE) and not self._over.is_set():
+                with suppress(OSError):  # whoever reads the log has gone
+                    self.console.print(self.text(), markup=False, soft_wrap=True)
+
+
 class RaceProgress:
     """Trials done, and the time left.
 
@@ -39,19 +82,21 @@ class RaceProgress:
         self.total, self.seconds, self.processes = total, seconds, processes
         self.finished, self.spent = 0, 0.0
         self.began = time.monotonic()
-        self.console = Console(highlight=False)
+        self.console = CleanConsole(highlight=False)
         self.bar = study_bar(self.console, "trials")
+        self.heart = Heartbeat(self.console, self._standing)
 
     def __enter__(self) -> "RaceProgress":
         """Say how long it will take, before it starts."""
         if self.total:
-            self._say(
+            self.heart.say(
                 f"{self.total} trials, {self.processes} at a time: about {clock(self._left())}"
             )
         else:
-            self._say("all trials are done; writing the report")
+            self.heart.say("all trials are done; writing the report")
         self.task = self.bar.add_task("racing", total=self.total, left=clock(self._left()))
         self.bar.start()
+        self.heart.start()
         return self
 
     def __exit__(
@@ -61,6 +106,7 @@ class RaceProgress:
         trace: TracebackType | None,
     ) -> None:
         """Take the bar away."""
+        self.heart.stop()
         self.bar.stop()
 
     def done(self, job: Job, measured: dict[str, Any]) -> None:
@@ -69,7 +115,7 @@ class RaceProgress:
         self.spent += job.seconds
         self.bar.update(self.task, advance=1, left=clock(self._left()))
         number = f"{self.finished:>{len(str(self.total))}}/{self.total}"
-        self._say(f"{number}  {_describe(job, measured)}; {clock(self._left())} left")
+        self.heart.say(f"{number}  {_describe(job, measured)}; {clock(self._left())} left")
 
     def _left(self) -> float:
         """By plan at first, then by how long what is done has taken."""
@@ -78,8 +124,8 @@ class RaceProgress:
         pace = (time.monotonic() - self.began) / max(self.spent, 1e-9)
         return pace * max(0.0, self.seconds - self.spent)
 
-    def _say(self, text: str) -> None:
-        self.console.print(text, markup=False, soft_wrap=True)
+    def _standing(self) -> str:
+        return f"{self.finished}/{self.total} trials; {clock(self._left())} left"
 
 
 def _describe(job: Job, measured: dict[str, Any]) -> str:

@@ -24,9 +24,10 @@ import torch
 
 from smallfry.errors import SmallfryWarning, TrainingError, UsageError, nearest
 from smallfry.report.race_page import write_report
+from smallfry.signals import leave_to_parent
 from smallfry.studies.config import RaceConfig
 from smallfry.studies.contestants import CONTESTANTS, propose
-from smallfry.studies.folder import locked, stoppable
+from smallfry.studies.folder import locked, reporting, stoppable
 from smallfry.studies.log import TrialLog
 from smallfry.studies.problems import PROBLEMS, Examples, load_examples
 from smallfry.studies.progress import RaceProgress
@@ -106,13 +107,14 @@ def run_race(study: str, config: RaceConfig, folder: Path) -> Path:
         expected = sum(job.seconds for job in first) + max(0, later) * config.seconds
         with (
             RaceProgress(len(first) + max(0, later), expected, processes) as progress,
-            stoppable(f"stopped; finished trials are in {folder}, the same command goes on"),
+            stoppable(f"finished trials are in {folder}, the same command goes on"),
         ):
             records += _run(study, first, place, processes, log, progress, watching)
             second = [job for job in _second_jobs(config, chosen, records) if job.key not in known]
             records += _run(study, second, place, processes, log, progress, watching)
     title = f"Race: {PROBLEMS[config.problem].title}"
-    return write_report(records, folder, title, REPORTED.get(config.problem))
+    with reporting(folder):
+        return write_report(records, folder, title, REPORTED.get(config.problem))
 
 
 # What is to be run
@@ -242,8 +244,8 @@ def _outcomes(
 
 
 def _begin(threads: int) -> None:
-    """In a new process: Ctrl-C is for the parent, which ends its children."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In a new process: what a terminal sends to all is for the parent, which ends its children."""
+    leave_to_parent(but=(signal.SIGTERM,))
     torch.set_num_threads(threads)
 
 

@@ -12,7 +12,7 @@ from smallfry.report.runs import Outcome
 from smallfry.report.runs_page import Section, save_page, write_page
 from smallfry.studies import batch_size, optimizer, pareto, recursion
 from smallfry.studies.config import RunsConfig
-from smallfry.studies.folder import locked
+from smallfry.studies.folder import locked, reporting
 from smallfry.studies.grid import read_outcomes, run_grid
 from smallfry.studies.recipes import Planned
 
@@ -68,11 +68,12 @@ def run_study(name: str, config: RunsConfig, folder: Path) -> Path:
 def _report(
     study: Study, config: RunsConfig, outcomes: list[Outcome], planned: int, folder: Path
 ) -> Path:
-    (folder / "pictures").mkdir(exist_ok=True)
-    sections = study.sections(config, outcomes, folder)
-    title = f"{study.title}: {Path(config.data.name).name}"
-    page, summary = write_page(title, study.about, sections, outcomes, planned)
-    return save_page(folder, page, summary)
+    with reporting(folder):
+        (folder / "pictures").mkdir(exist_ok=True)
+        sections = study.sections(config, outcomes, folder)
+        title = f"{study.title}: {Path(config.data.name).name}"
+        page, summary = write_page(title, study.about, sections, outcomes, planned)
+        return save_page(folder, page, summary)
 
 
 def _each_once(config: RunsConfig) -> RunsConfig:

@@ -6,23 +6,17 @@ run was stopped, or how many processes train on it. The random state of the augm
 for each batch. Of several processes each makes its own part of a batch, and no more.
 """
 
-import math
-import os
-import signal
-from collections.abc import Generator
-
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from smallfry.data import ImageData, Split
 from smallfry.data.stream import ShardPixels
-from smallfry.errors import DataError, UsageError
+from smallfry.errors import UsageError
 from smallfry.training.augment import Augment, beside
 from smallfry.training.objective import Batch
 from smallfry.training.processes import share_of
-from smallfry.training.started import launch
 
 RESIDENT_SHARE = 0.25  # of the device's free memory that training images may take
 CHARACTERS = frozenset({"digits", "mnist"})
@@ -110,56 +104,6 @@ def resident(split: Split, device: torch.device, wanted: bool | None) -> Split:
             return split
     labels = split.labels.to(device)
     return Split(split.images.to(device), torch.arange(len(split), device=device), labels)
-
-
-def train_loader(
-    batches: TrainBatches, steps: range, workers: int | None, pin_memory: bool
-) -> "TrainLoader":
-    """A loader of those steps, prepared ahead by worker processes where that pays."""
-    pixels = batches.split.pixels
-    streamed = isinstance(pixels, ShardPixels)
-    if isinstance(pixels, Tensor) and pixels.device.type != "cpu":
-        workers, pin_memory = 0, False
-    if workers is None:
-        heavy = streamed or len(batches.split) * math.prod(pixels.shape[1:]) > 10**7
-        cores = (os.cpu_count() or 1) // launch().here
-        workers = max(0, min(8, cores - 1)) if heavy and pin_memory else 0
-    return TrainLoader(
-        batches,
-        batch_size=None,
-        sampler=steps,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_the_parent if workers else None,
-    )
-
-
-class TrainLoader(DataLoader[Batch]):
-    """A loader that tells of bad data in a worker as if it had been read here.
-
-    Closing its iterator ends the workers. They heed no signal, so one that an error's traceback
-    keeps alive would be waited for for ever when Python exits.
-    """
-
-    def __iter__(self) -> Generator[Batch, None, None]:  # type: ignore[override]
-        batches = super().__iter__()
-        try:
-            yield from batches
-        except DataError as error:
-            kind = type(error)
-            if not str(error).startswith(f"Caught {kind.__name__} in DataLoader worker"):
-                raise
-            told = str(error).strip().splitlines()[-1]  # of the worker's traceback
-            raise kind(told.removeprefix(f"{kind.__module__}.{kind.__name__}: ")) from None
-        finally:
-            if self.num_workers:
-                batches._shutdown_workers()  # type: ignore[attr-defined]  # there is no public way
-
-
-def _leave_signals_to_the_parent(_: int) -> None:
-    """Ctrl-C reaches the workers too; the batches they prepare are still wanted to save well."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def flips_by_default(data: ImageData) -> bool:

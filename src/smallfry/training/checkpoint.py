@@ -3,29 +3,42 @@
 ``model.safetensors`` holds the weights to use (the average, if there is one), ``manifest.json``
 what they are, ``trainer.pt`` what the loop needs to go on. A checkpoint is written beside its
 place and renamed into it, and the one before it stays as ``<name>.previous``; every file's hash is
-in the manifest, and the manifest's own too, so a damaged one is never loaded.
+in the manifest, and the manifest's own too, so a damaged one is never loaded. It may be read while
+the next one is saved.
 """
 
+import errno
 import hashlib
 import io
 import json
-import os
-import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from smallfry.errors import RunError
-from smallfry.reading import is_whole, read_json, read_large, sealed
+from smallfry.errors import RunError, is_out_of_memory
+from smallfry.reading import (
+    MOST_TEXT,
+    MOST_WEIGHTS,
+    is_whole,
+    opened,
+    parse_json,
+    read_stream,
+    sealed,
+    settled,
+)
 from smallfry.version import __version__
+from smallfry.writing import replacing, write_whole
 
 FORMAT = 2  # 1 had no digest of the manifest
 READ = (1, FORMAT)
 WEIGHTS, TRAINER, MANIFEST = "model.safetensors", "trainer.pt", "manifest.json"
+# what the system says of a file that is missing, too large, or no file
+LASTING = (errno.ENOENT, errno.EINVAL, errno.EFBIG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR)
 
 
 class Checkpoint(NamedTuple):
@@ -47,28 +60,24 @@ def save_checkpoint(
     Raises:
         RunError: It could not be written; the old checkpoint is untouched.
     """
-    new, previous = _sibling(folder, "new"), _sibling(folder, "previous")
+    contents = {WEIGHTS: safetensors.torch.save({k: v.contiguous() for k, v in weights.items()})}
+    if trainer is not None:
+        buffer = io.BytesIO()
+        torch.save(dict(trainer), buffer)
+        contents[TRAINER] = buffer.getvalue()
+
+    def check() -> None:
+        if not folder.parent.is_dir():
+            raise RunError(f"{folder.parent}: the folder was removed while the run was training")
+
+    files = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    head = {"format": FORMAT, "smallfry": __version__, **manifest, "files": files}
+    contents[MANIFEST] = json.dumps(sealed(head), indent=2).encode()
     try:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        contents = {
-            WEIGHTS: safetensors.torch.save({k: v.contiguous() for k, v in weights.items()})
-        }
-        if trainer is not None:
-            buffer = io.BytesIO()
-            torch.save(dict(trainer), buffer)
-            contents[TRAINER] = buffer.getvalue()
-        files = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
-        head = {"format": FORMAT, "smallfry": __version__, **manifest, "files": files}
-        contents[MANIFEST] = json.dumps(sealed(head), indent=2).encode()
-        for name, data in contents.items():
-            _write(new / name, data)
-        if folder.exists():
-            shutil.rmtree(previous, ignore_errors=True)
-            folder.rename(previous)
-        new.rename(folder)
+        with replacing(folder, check, _previous(folder)) as new:
+            for name, data in contents.items():
+                (new / name).write_bytes(data)
     except OSError as error:
-        shutil.rmtree(new, ignore_errors=True)
         raise RunError(
             f"{folder}: the checkpoint could not be saved ({error}); the one before it is "
             "untouched: free space, then go on with --resume"
@@ -78,30 +87,88 @@ def save_checkpoint(
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint, or the one before it if a crash left only that.
 
+    A run may save the next one meanwhile.
+
     Raises:
         RunError: Missing, incomplete, damaged, or of another format.
     """
-    previous = _sibling(folder, "previous")
+    manifests = (folder / MANIFEST, _previous(folder) / MANIFEST)
+    return settled(lambda: _load(folder), *manifests)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether there is a checkpoint, or the one before it."""
+    return folder.exists() or _previous(folder).exists()
+
+
+def saved_position(folder: Path) -> dict[str, Any] | None:
+    """Epoch and step of a checkpoint, or of the one before it; None if there is neither.
+
+    Raises:
+        RunError: It is damaged, or of another format.
+    """
+    for each in (folder, _previous(folder)):
+        if (each / MANIFEST).exists():
+            position: dict[str, Any] = read_manifest(each)["training"]
+            return position
+    return None
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint folder, if it is one that this version reads.
+
+    Raises:
+        RunError: Missing, damaged, or of another format.
+    """
+    with ExitStack() as stack:
+        return _manifest(folder, _opened(folder / MANIFEST, MOST_TEXT, stack))
+
+
+def write_file(file: Path, text: str) -> None:
+    """Write a text file whole or not at all.
+
+    Raises:
+        RunError: It could not be written; what was there is untouched.
+    """
+    try:
+        write_whole(file, text.encode())
+    except FileNotFoundError as error:
+        raise RunError(f"{file}: could not be written, as its folder was removed") from error
+    except OSError as error:
+        raise RunError(f"{file}: could not be written ({error})") from error
+
+
+class _Damaged(RunError):
+    """A checkpoint of which it is sure that it never can be read."""
+
+
+def _load(folder: Path) -> Checkpoint:
+    previous = _previous(folder)
     if not folder.exists() and previous.exists():
         folder = previous
     if not folder.is_dir():
         raise RunError(f"{folder}: there is no checkpoint; the run stopped before its first one")
-    hint = "take another checkpoint"
-    if folder != previous and (previous / MANIFEST).exists():
-        hint = f"the one before it is in {previous.name}: delete {folder} to go on from there"
     try:
-        manifest = read_manifest(folder)
+        return _read(folder)
     except RunError as error:
+        hint = "take another checkpoint"
+        if folder != previous and (previous / MANIFEST).exists():
+            hint = f"the one before it is in {previous.name}"
+            if isinstance(error, _Damaged):
+                hint += f": move {folder} away to go on from there"
         raise RunError(f"{error}; {hint}") from error
-    contents = {}
-    for name, digest in manifest["files"].items():
-        try:
-            contents[name] = read_large(folder / name)
-        except (OSError, MemoryError) as error:
-            reason = getattr(error, "strerror", None) or "out of memory"
-            raise RunError(f"{folder / name}: can't be read ({reason}); {hint}") from error
-        if hashlib.sha256(contents[name]).hexdigest() != digest:
-            raise RunError(f"{folder / name}: damaged, its hash is not the manifest's; {hint}")
+
+
+def _read(folder: Path) -> Checkpoint:
+    """All files of a checkpoint, opened before one is read: another may take its place then."""
+    names = {MANIFEST: MOST_TEXT, WEIGHTS: MOST_WEIGHTS, TRAINER: MOST_WEIGHTS}
+    with ExitStack() as stack:
+        streams = {name: _opened(folder / name, most, stack) for name, most in names.items()}
+        manifest = _manifest(folder, streams[MANIFEST])
+        contents = {
+            name: _checked(folder / name, streams[name], digest)
+            for name, digest in manifest["files"].items()
+        }
     name = WEIGHTS
     try:
         weights = safetensors.torch.load(contents[WEIGHTS])
@@ -113,56 +180,62 @@ def load_checkpoint(folder: Path) -> Checkpoint:
                 raise ValueError("it holds no state of a training run")
     except Exception as error:  # a stranger's bytes, with the right hash, raise almost anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise RunError(f"{folder / name}: can't be loaded ({reason}); {hint}") from error
+        kind = RunError if is_out_of_memory(error) else _Damaged
+        raise kind(f"{folder / name}: can't be loaded ({reason})") from error
     return Checkpoint(manifest, weights, trainer)
 
 
-def has_checkpoint(folder: Path) -> bool:
-    """Whether there is a checkpoint, or the one before it."""
-    return folder.exists() or _sibling(folder, "previous").exists()
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint folder, if it is one that this version reads."""
-    file = folder / MANIFEST
+def _opened(file: Path, most: int, stack: ExitStack) -> BinaryIO | OSError:
+    """A file to read from, or why there is none."""
     try:
-        manifest = read_json(file)
-    except FileNotFoundError:
-        raise RunError(f"{folder}: incomplete, {MANIFEST} is missing") from None
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file}: damaged ({error})") from error
+        return stack.enter_context(opened(file, most))
+    except OSError as error:
+        return error
+
+
+def _checked(file: Path, stream: BinaryIO | OSError, digest: str) -> bytes:
+    """The content of a file, if it has the hash that the manifest says."""
+    try:
+        if isinstance(stream, OSError):
+            raise stream
+        content = read_stream(stream, file)
+    except (OSError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or "out of memory"
+        kind = _Damaged if getattr(error, "errno", None) in LASTING else RunError
+        raise kind(f"{file}: can't be read ({reason})") from error
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise _Damaged(f"{file}: damaged, its hash is not the manifest's")
+    return content
+
+
+def _manifest(folder: Path, stream: BinaryIO | OSError) -> dict[str, Any]:
+    file = folder / MANIFEST
+    if isinstance(stream, FileNotFoundError):
+        raise _Damaged(f"{folder}: incomplete, {MANIFEST} is missing")
+    try:
+        if isinstance(stream, OSError):
+            raise stream
+        manifest = parse_json(stream.read())
+    except OSError as error:
+        if error.errno not in LASTING:
+            raise RunError(f"{file}: can't be read ({error.strerror})") from error
+        raise _Damaged(f"{file}: damaged ({error})") from error
+    except ValueError as error:
+        raise _Damaged(f"{file}: damaged ({error})") from error
     if not isinstance(manifest, dict) or "format" not in manifest or "files" not in manifest:
-        raise RunError(f"{file}: not the manifest of a smallfry checkpoint")
+        raise _Damaged(f"{file}: not the manifest of a smallfry checkpoint")
     if manifest["format"] not in READ:
         raise RunError(
             f"{folder}: written by smallfry {manifest.get('smallfry', '?')} in format "
             f"{manifest['format']}; this is smallfry {__version__}, which reads format {FORMAT}"
         )
     if not is_whole(manifest):
-        raise RunError(f"{file}: damaged, its digest is not that of its content")
+        raise _Damaged(f"{file}: damaged, its digest is not that of its content")
     files = manifest["files"]
     if not isinstance(files, dict) or not {WEIGHTS} <= {*files} <= {WEIGHTS, TRAINER}:
-        raise RunError(f"{file}: damaged, it lists other files than those of a checkpoint")
+        raise _Damaged(f"{file}: damaged, it lists other files than those of a checkpoint")
     return manifest
 
 
-def write_file(file: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    part = file.with_name(f"{file.name}.part")
-    try:
-        _write(part, text.encode())
-        os.replace(part, file)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise RunError(f"{file}: could not be written ({error})") from error
-
-
-def _write(file: Path, data: bytes) -> None:
-    with open(file, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sibling(folder: Path, suffix: str) -> Path:
-    return folder.with_name(f"{folder.name}.{suffix}")
+def _previous(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.previous")

@@ -3,8 +3,7 @@
 import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
@@ -12,6 +11,7 @@ from smallfry.errors import RunError, UsageError
 from smallfry.names import URI, path_of, storable
 from smallfry.plain_yaml import MOST_CONFIG, YAML_MODE, load_yaml
 from smallfry.reading import read_bytes
+from smallfry.training.settings import settle
 
 MOST_SEED = 2**63  # above which PyTorch takes none
 MOST_NUMBER = 2**31  # of other whole numbers; PyTorch counts much with 32 bits
@@ -234,6 +234,8 @@ class EMAConfig:
 class TrainConfig:
     """A training run.
 
+    Groups of settings may be given as mappings, and those with a name by it: ``data="digits"``.
+
     Args:
         data: The data set.
         model: The model.
@@ -258,7 +260,8 @@ class TrainConfig:
         compile: Compile the training step with torch.compile; on a CPU that needs a C++ compiler.
         resident: Keep the training images on the device; default if they take at most a quarter
             of its free memory. On a CPU there is nothing to move.
-        workers: Processes that prepare batches; default as many as help.
+        workers: Processes that prepare batches; default as many as help. Fewer are started where
+            shared memory is short.
         threads: CPU threads of PyTorch; default its own choice, but one for models below
             10 MMAC an image, which hardly gain from more.
         checkpoint_seconds: Save at the first step after so many seconds.
@@ -356,12 +359,9 @@ def _check(holds: bool, message: str) -> None:
 
 def _check_values(config: Any, group: str) -> None:
     """Refuse what no setting can be, before a library is given it."""
-    kinds = get_type_hints(type(config))
+    settle(config, group)
     for entry in fields(config):
         name, value = f"{group}{entry.name}", getattr(config, entry.name)
-        _check(
-            value is not None or NoneType in get_args(kinds[entry.name]), f"{name} can't be null"
-        )
         for number in value if isinstance(value, list | tuple) else (value,):
             if isinstance(number, float):
                 _check(not math.isnan(number), f"{name} is not a number (NaN)")

@@ -13,8 +13,9 @@ from torchmetrics.functional.classification import (
     multiclass_f1_score,
 )
 
+from smallfry.answers import NOT_FINITE
 from smallfry.data import Split
-from smallfry.errors import UsageError
+from smallfry.errors import RunError, UsageError
 from smallfry.models import ViTRM
 from smallfry.models.early_exit import recurse_until
 from smallfry.training.augment import Normalize
@@ -91,6 +92,17 @@ def joined(parts: Sequence[Predictions]) -> Predictions:
         torch.cat(halting) if halting else None,
         torch.cat(steps) if steps else None,
     )
+
+
+def require_finite(predictions: Predictions) -> Predictions:
+    """The same predictions.
+
+    Raises:
+        RunError: A logit is not a number, so that no score means anything.
+    """
+    if not all(p is None or bool(p.isfinite().all()) for p in (predictions[0], predictions[2])):
+        raise RunError(NOT_FINITE)
+    return predictions
 
 
 def score(predictions: Predictions) -> dict[str, float]:

@@ -5,23 +5,24 @@ what is stopped may need minutes to save, and what has lost a process must not b
 also listens on all of the machine's addresses; here all talk stays on the loopback.
 """
 
+import math
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Sequence
 from typing import TypeAlias
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from smallfry.errors import TrainingError, UsageError
+from smallfry.errors import Stopped, TrainingError, UsageError
+from smallfry.signals import Requests, handling, name_of
 from smallfry.training.started import LAUNCHER, launch
 
 LAST_WORDS = 30.0  # seconds for the others to end by themselves after one has failed
+AT_ONCE = 3.0  # seconds to end in after a second signal
+MORE_ECHO = 0.5  # seconds, so that what insists here insists in all processes
 LOOPBACK = "127.0.0.1"
 
 Worker: TypeAlias = "subprocess.Popen[bytes]"
@@ -30,12 +31,14 @@ Worker: TypeAlias = "subprocess.Popen[bytes]"
 def run_in_processes(arguments: Sequence[str], processes: int) -> int:
     """Run ``smallfry`` with these arguments in so many processes; the exit code.
 
-    A first SIGINT or SIGTERM stops them, however long they take to save; a second acts at once.
+    A first signal stops them, however long they take to save; a second Ctrl-C or SIGTERM ends them
+    at once.
     When one fails, the others are ended.
 
     Raises:
         UsageError: Not a number of processes, or one of several was started this way.
         TrainingError: A process was killed.
+        Stopped: Those of a signal were.
     """
     if processes < 1:
         raise UsageError(f"--processes must be at least 1, got {processes}")
@@ -45,7 +48,10 @@ def run_in_processes(arguments: Sequence[str], processes: int) -> int:
         )
     signals: list[int] = []
     workers: list[Worker] = []
-    with _noting(signals), socket.create_server((LOOPBACK, 0)) as listener:
+    with (
+        handling(lambda number, _: signals.append(number)),
+        socket.create_server((LOOPBACK, 0)) as listener,
+    ):
         port = listener.getsockname()[1]
         store = TCPStore(
             *(LOOPBACK, port, None, True),
@@ -70,7 +76,8 @@ def run_in_processes(arguments: Sequence[str], processes: int) -> int:
         return 0  # a stop that came too late is none
     rank, code = failed
     if code < 0 and signals:
-        return 128 + signals[0]
+        stopped = f"stopped by {name_of(signals[0])}"
+        raise Stopped(signals[0], f"{stopped}; if the run had saved, go on with --resume")
     if code < 0:
         raise TrainingError(
             f"process {rank} of {processes} was killed by signal {-code}, and the others were "
@@ -105,16 +112,19 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
 
 def _watch(workers: Sequence[Worker], signals: Sequence[int]) -> tuple[int, int] | None:
     """Wait for all to end, passing signals on; the first that failed, and its code."""
-    passed, failed, deadline = 0, None, None
+    passed, failed, deadline, requests = 0, None, math.inf, Requests(MORE_ECHO)
     while running := [worker for worker in workers if worker.poll() is None]:
+        now = time.monotonic()
         if passed < len(signals):
             for worker in running:
                 worker.send_signal(signals[passed])
+            if requests.insist(signals[passed]):
+                deadline = min(deadline, now + AT_ONCE)
             passed += 1
         failed = failed or _first_failure(workers)
-        if deadline is None and (failed is not None or passed > 1):
-            deadline = time.monotonic() + LAST_WORDS
-        if deadline is not None and time.monotonic() > deadline:
+        if failed is not None:
+            deadline = min(deadline, now + LAST_WORDS)
+        if now > deadline:
             for worker in running:
                 worker.kill()
         time.sleep(0.1)
@@ -125,18 +135,3 @@ def _first_failure(workers: Sequence[Worker]) -> tuple[int, int] | None:
     """Of several in one look, one that was killed is the cause."""
     codes = [(rank, worker.returncode) for rank, worker in enumerate(workers) if worker.returncode]
     return min(codes, key=lambda each: each[1] > 0, default=None)
-
-
-@contextmanager
-def _noting(signals: list[int]) -> Iterator[None]:
-    """Note SIGINT and SIGTERM instead of ending by them."""
-
-    def note(number: int, frame: FrameType | None) -> None:
-        signals.append(number)
-
-    before = {each: signal.signal(each, note) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)

@@ -11,17 +11,19 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.tensorboard.writer import SummaryWriter
 
 from smallfry.data import ImageData
 from smallfry.errors import Stopped, TrainingError, UsageError
+from smallfry.signals import noting
 from smallfry.terminal import command
 from smallfry.training.augment import Augment
-from smallfry.training.batches import TrainBatches, derive_seed, resident, train_loader
-from smallfry.training.checkpoint import Checkpoint, save_checkpoint
+from smallfry.training.batches import TrainBatches, derive_seed, resident
+from smallfry.training.checkpoint import Checkpoint, has_checkpoint, save_checkpoint
 from smallfry.training.config import TrainConfig
 from smallfry.training.continuation import changes_since, dotted, require_whole_epochs
 from smallfry.training.evaluation import joined, predict, score
+from smallfry.training.events import EventWriter
+from smallfry.training.loader import TrainLoader
 from smallfry.training.objective import Batch, Objective
 from smallfry.training.optimization import (
     NATURAL,
@@ -35,7 +37,6 @@ from smallfry.training.progress import QuietReporter, Reporter
 from smallfry.training.rebuild import not_finite
 from smallfry.training.run import RunFolder
 from smallfry.training.sharding import ShardedAverage, load_optimizer, load_weights, whole
-from smallfry.training.signals import signals
 from smallfry.training.started import launcher_has_ended
 
 
@@ -158,7 +159,7 @@ class Trainer:
         """Train to the end, or to the end of patience.
 
         Raises:
-            Stopped: SIGINT or SIGTERM came; the state is saved.
+            Stopped: A signal asked for an end; the state is saved.
             TrainingError: The loss is not a number any more, or another process has ended.
         """
         with losing_none(self.processes):
@@ -170,44 +171,49 @@ class Trainer:
         remaining = range(self.progress.step, self.total_steps)
         if self._out_of_patience():
             remaining = range(0)
-        loader = train_loader(
+        loader = TrainLoader(
             self.batches, remaining, self.config.workers, pin_memory=not self.on_cpu
         )
-        writer: SummaryWriter | None = None
+        writer: EventWriter | None = None
 
         def begin() -> None:
             nonlocal writer
             rows = self.progress.history
-            writer = SummaryWriter(str(self.folder.tensorboard), purge_step=len(rows) + 1)
+            writer = EventWriter(self.folder.tensorboard, len(rows) + 1)
             self.folder.write_metrics(rows)
 
         self.processes.once(begin)
         self.reporter.start(self.total_steps, self.progress.step)
         self._stamp = time.monotonic()
         try:
-            with signals() as stop, closing(iter(loader)) as batches:
-                for batch in batches:
-                    with _compiling():
-                        self._step(batch)
+            with noting() as stop, closing(iter(loader)) as batches:
+                alone = self.processes.count == 1  # or the others would wait for this one's step
+                for batch in stop.cutting_short(batches) if alone else batches:
+                    if batch is not None:
+                        with _compiling():
+                            self._step(batch)
                     self.progress.seconds = time.monotonic() - started
                     done = self.progress.step % self.batches.steps_per_epoch == 0
-                    if done:
+                    if done and batch is not None:
                         self._end_epoch(writer)
                     finished = self.progress.step == self.total_steps or self._out_of_patience()
                     late = time.monotonic() - saved >= self.config.checkpoint_seconds
+                    # what has a best epoch can go on
+                    late = late or (done and not has_checkpoint(self.folder.last))
                     told = stop.signal_number or (signal.SIGTERM if launcher_has_ended() else 0)
                     asked, due = self.processes.largest([told, late])
-                    if finished or due or asked:
+                    if (finished or due or asked) and self.progress.step:
                         self.save()
                         saved = time.monotonic()
                     self.progress.seconds = time.monotonic() - started
                     self._stamp = time.monotonic()  # what came since the step was not its time
                     if asked:
+                        saved_too = " and saved" if self.progress.step else ""
                         again = command("smallfry", "train", "--resume", self.folder.path)
                         raise Stopped(
                             asked,
-                            f"stopped after step {self.progress.step} of {self.total_steps} and "
-                            f"saved; go on with: {again}",
+                            f"stopped after step {self.progress.step} of {self.total_steps}"
+                            f"{saved_too}; go on with: {again}",
                         )
                     if finished:
                         break
@@ -353,7 +359,7 @@ class Trainer:
 
     # One epoch
 
-    def _end_epoch(self, writer: SummaryWriter | None) -> None:
+    def _end_epoch(self, writer: EventWriter | None) -> None:
         self._settle()
         self._require_finite_weights()
         progress, sums = self.progress, self.progress.sums

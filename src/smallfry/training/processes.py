@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from smallfry.errors import SmallfryError, Stopped, TrainingError, UsageError
+from smallfry.signals import Signalled
 from smallfry.training.cluster import Cluster, join, let_go, tell_why, why
 from smallfry.training.started import launch
 
@@ -148,8 +149,10 @@ class Processes:
         gc.collect()
 
 
-def _told(rank: int, error: BaseException) -> TrainingError:
+def _told(rank: int, error: BaseException) -> TrainingError | Stopped:
     """An error of one process, for the others."""
+    if isinstance(error, Signalled):
+        return Stopped(error.signal_number, str(error))
     who = "the first process" if rank == 0 else f"process {rank}"
     return TrainingError(f"{who} failed: {type(error).__name__}: {error}")
 

@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Literal, Protocol
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from smallfry.terminal import printable
+from smallfry.terminal import CleanConsole, say
 
 Mode = Literal["auto", "rich", "plain", "quiet"]
 
@@ -59,14 +59,14 @@ class PlainReporter(QuietReporter):
 
     def say(self, message: str) -> None:
         """One line."""
-        print(printable(message), flush=True)
+        say(message)
 
 
 class RichReporter(QuietReporter):
     """A live bar in a terminal, and a line for every tenth of the epochs."""
 
     def __init__(self) -> None:
-        self.console = Console(highlight=False)
+        self.console = CleanConsole(highlight=False)
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -99,7 +99,7 @@ class RichReporter(QuietReporter):
 
     def say(self, message: str) -> None:
         """A line above the bar."""
-        self.console.print(printable(message), markup=False)
+        self.console.print(message, markup=False)
 
     def close(self) -> None:
         """Take the bar away."""
@@ -107,10 +107,15 @@ class RichReporter(QuietReporter):
 
 
 def build_reporter(mode: Mode) -> Reporter:
-    """The reporter of a mode; auto takes quiet under CI, rich in a terminal, else plain."""
+    """The reporter of a mode; auto takes quiet under CI, rich in a terminal, else plain.
+
+    A notebook shows a bar through ipywidgets only; without it, rich is plain.
+    """
     if mode == "auto":
-        seen: Mode = "rich" if Console().is_terminal else "plain"
+        seen: Mode = "rich" if CleanConsole().is_terminal else "plain"
         mode = "quiet" if os.environ.get("CI") else seen
+    if mode == "rich" and CleanConsole().is_jupyter and find_spec("ipywidgets") is None:
+        mode = "plain"
     return {"rich": RichReporter, "plain": PlainReporter, "quiet": QuietReporter}[mode]()
 
 

@@ -12,7 +12,7 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +27,12 @@ from smallfry.names import text_of
 from smallfry.reading import read_bytes, read_json
 from smallfry.terminal import command
 from smallfry.training.augment import Normalize
-from smallfry.training.checkpoint import load_checkpoint, write_file
+from smallfry.training.checkpoint import load_checkpoint, saved_position, write_file
 from smallfry.training.rebuild import OF_THE_FACTORY, fill, rebuild
+from smallfry.writing import entries, sweep
+
+LOCK = ".lock"
+FAILURE = "failure.json"  # of a study's run that could not begin
 
 
 class RunFolder:
@@ -56,24 +60,43 @@ class RunFolder:
             ) from None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / ".lock")
+            lock = FileLock(self.path / LOCK)
             lock.acquire(timeout=0)
         except Timeout:
             raise RunError(f"{self.path}: another process is training in this folder") from None
         except OSError as error:
             raise RunError(f"{self.path}: can't be used as a run folder ({error})") from error
         try:
+            for folder in (self.path, self.pictures):
+                sweep(folder)
             yield
         finally:
             lock.release()
 
-    def begin(self, config: Mapping[str, Any]) -> None:
-        """Start a new run here."""
+    def require_free(self) -> None:
+        """Make sure that a new run may be written here: there is nothing that it would overwrite.
+
+        Raises:
+            RunError: There is a run, or something else.
+        """
         if self.config.exists():
             raise RunError(
                 f"{self.path}: there is a run in this folder already; go on with it "
                 f"({command('--resume', self.path)}) or name another folder (--run DIR)"
             )
+        try:
+            # of hidden files the run writes its lock alone
+            found = [n for n in entries(self.path) if not n.startswith(".") and n != FAILURE]
+        except OSError as error:
+            raise RunError(f"{self.path}: can't be used as a run folder ({error})") from error
+        if found:
+            raise RunError(
+                f"{self.path}: holds {found[0]}, and is no run folder; name another (--run DIR)"
+            )
+
+    def begin(self, config: Mapping[str, Any]) -> None:
+        """Start a new run here; raises as ``require_free``."""
+        self.require_free()
         write_file(self.config, yaml.safe_dump(dict(config), sort_keys=False))
 
     def reopen(self, config: Mapping[str, Any]) -> None:
@@ -90,6 +113,14 @@ class RunFolder:
             raise RunError(f"{self.path}: there is no such run folder")
         if not self.config.is_file():
             raise RunError(f"{self.path}: not a run folder, config.yaml is missing")
+
+    def kept(self) -> str:
+        """The sentence on what is saved of a run that ends now."""
+        saved, position = "no step is saved yet", saved_position(self.last)
+        if position is not None:
+            saved = f"what is saved ends with step {position['step']}"
+        again = command("smallfry", "train", "--resume", self.path)
+        return f"{saved}; go on with: {again}"
 
     def write_metrics(self, history: Sequence[Mapping[str, float]]) -> None:
         """Rewrite ``metrics.csv``; columns are those of the rows, in order of appearance."""
@@ -231,10 +262,20 @@ def require_classes(trained: TrainedModel, classes: Sequence[str], origin: str) 
 
 
 def new_run_folder(data: str, model: str) -> Path:
-    """A fresh folder under ``runs/``, named after data, model and time."""
+    """Make a folder under ``runs/``, named after data, model and time; nobody else has it.
+
+    Raises:
+        RunError: It can't be made.
+    """
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     base = Path("runs") / f"{text_of(Path(data).name) or 'data'}-{model}-{stamp}"
     path, number = base, 2
-    while path.exists():
-        path, number = base.with_name(f"{base.name}-{number}"), number + 1
-    return path
+    try:
+        base.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            with suppress(FileExistsError):  # of a run that began in the same second
+                path.mkdir()
+                return path
+            path, number = base.with_name(f"{base.name}-{number}"), number + 1
+    except OSError as error:
+        raise RunError(f"{path}: can't be used as a run folder ({error})") from error

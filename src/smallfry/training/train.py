@@ -1,7 +1,8 @@
 """A whole training run: from a configuration to a folder with a model, its numbers and pictures."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from smallfry.names import path_of, text_of
 from smallfry.report.classification import confusion_matrix, mistakes, surest_mistakes
 from smallfry.report.curves import learning_curves
 from smallfry.report.recursion import interesting, recursion_trace
+from smallfry.signals import keeping
 from smallfry.terminal import command
 from smallfry.training.augment import Augment
 from smallfry.training.batches import flips_by_default
@@ -69,13 +71,15 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> dict[str, An
 def _train(
     config: TrainConfig, asked_warmup: float, reporter: Reporter | None, processes: Processes
 ) -> dict[str, Any]:
+    if config.run is not None:  # before the data is read
+        processes.once(RunFolder(config.run).require_free)
     data = processes.together(lambda: _load(config))
     processes.once(lambda: _warn_of_duplicates(data))
     name = model_name(config.model, data)
-    path = config.run or processes.once(lambda: new_run_folder(config.data.name, name))
-    trainer = _build(config, data, RunFolder(path), reporter, processes)
+    with _folder(config, name, processes) as path:
+        trainer = _build(config, data, RunFolder(path), reporter, processes)
     folder, model = trainer.folder, trainer.manifest["model"]["name"]
-    with processes.held(folder.locked()):
+    with processes.held(folder.locked()), keeping(folder.kept):
         processes.once(lambda: folder.begin(config.to_dict()))
         parameters = sum(p.numel() for p in trainer.raw_model.parameters())
         trainer.reporter.say(
@@ -90,6 +94,19 @@ def _train(
         evidence = provenance(trainer.fabric.device)  # of the code that runs, as it starts
         trainer.fit()
         return processes.once(lambda: _conclude(trainer, evidence))
+
+
+@contextmanager
+def _folder(config: TrainConfig, model: str, processes: Processes) -> Iterator[Path]:
+    """The folder of a new run; if it was made here, it is removed where the run can't begin."""
+    path = config.run or processes.once(lambda: new_run_folder(config.data.name, model))
+    try:
+        yield path
+    except BaseException:
+        if config.run is None and processes.is_first:
+            with suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def resume(
@@ -128,12 +145,12 @@ def _resume(
 ) -> dict[str, Any]:
     processes.last = folder.last
     longer = (config.epochs, config.patience) != (recorded.epochs, recorded.patience)
-    with processes.held(folder.locked()):
+    with processes.held(folder.locked()), keeping(folder.kept):
         summary = processes.once(folder.read_summary)
         if summary is not None and not longer:
             return summary
-        again = command("smallfry", "train", "--resume", folder.path, "--data")
-        moved = f"if it was moved: {again} FOLDER"
+        again = command("smallfry", "train", "--resume", folder.path)
+        moved = f"if it was moved: {again} --data FOLDER"
         processes.together(lambda: require_place(config.data, moved))
         if processes.once(lambda: has_checkpoint(folder.last)):
             checkpoint = processes.together(lambda: load_checkpoint(folder.last))

@@ -1,0 +1,91 @@
+"""Values of a configuration's fields: what is natural in Python is taken, all else refused."""
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+from smallfry.errors import UsageError
+
+NUMPY = (np.number, np.bool_)
+PLAIN = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+
+
+def settle(config: Any, group: str) -> None:
+    """Give the fields of a frozen dataclass values of their types, as its ``__post_init__`` does.
+
+    A string is taken for a path, and for a group of settings that has a name, such as
+    ``data="digits"``; a mapping is taken for any group.
+
+    Args:
+        config: The dataclass.
+        group: What precedes a field's name in messages, such as "data.".
+
+    Raises:
+        UsageError: A value of another type.
+    """
+    kinds = get_type_hints(type(config))
+    for entry in fields(config):
+        name, value = f"{group}{entry.name}", getattr(config, entry.name)
+        object.__setattr__(config, entry.name, _fitting(value, kinds[entry.name], name))
+
+
+def _fitting(value: Any, kind: Any, name: str) -> Any:
+    """The value as one of a type."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        if value is None:
+            return None
+        kind = next(each for each in inner if each is not NoneType)
+        return _fitting(value, kind, name)
+    if value is None:
+        raise UsageError(f"{name} can't be null")
+    if is_dataclass(kind):
+        return _group(value, kind, name)
+    if origin is Literal:
+        _require(value in inner, name, f"one of {', '.join(map(str, inner))}", value)
+    elif kind is Path:
+        _require(isinstance(value, str | Path), name, "a path", value)
+        return Path(value)
+    elif origin is dict:
+        _require(isinstance(value, Mapping), name, "settings by their names", value)
+        return dict(value)
+    elif origin in (list, tuple):
+        return _several(value, origin, inner, name)
+    elif kind in PLAIN:
+        if isinstance(value, NUMPY):
+            value = value.item()
+        right = isinstance(value, int | float if kind is float else kind)
+        right = right and (kind is bool or not isinstance(value, bool))
+        _require(right, name, PLAIN[kind], value)
+    return value
+
+
+def _group(value: Any, kind: Any, name: str) -> Any:
+    if isinstance(value, kind):
+        return value
+    known = [entry.name for entry in fields(kind)]
+    if isinstance(value, str | Path) and "name" in known:
+        return kind(name=str(value))
+    wanted = kind.__name__ + (", a name or a mapping" if "name" in known else " or a mapping")
+    _require(isinstance(value, Mapping), name, wanted, value)
+    unknown = [key for key in value if key not in known]
+    if unknown:
+        raise UsageError(f"{name} has no setting '{unknown[0]}'; there are {', '.join(known)}")
+    return kind(**value)
+
+
+def _several(value: Any, origin: Any, inner: tuple[Any, ...], name: str) -> Any:
+    wanted = f"{len(inner)} values" if origin is tuple else "a list"
+    right = isinstance(value, list | tuple) and (origin is list or len(value) == len(inner))
+    _require(right, name, wanted, value)
+    kinds = inner if origin is tuple else inner * len(value)
+    return origin(_fitting(one, kind, name) for one, kind in zip(value, kinds, strict=True))
+
+
+def _require(right: bool, name: str, wanted: str, value: Any) -> None:
+    if not right:
+        raise UsageError(f"{name} must be {wanted}, not {value!r}")

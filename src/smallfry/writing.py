@@ -1,0 +1,367 @@
+"""Files and folders that are written whole or not at all, whenever the process ends.
+
+New content is written beside its place, under a name that begins with ``.smallfry-`` and ends at
+random, and is brought to the disk before it is renamed. A folder takes the place of another by an
+exchange of names where the system has one (Linux), else by two renames.
+
+The new content of a folder stands in a *stage*::
+
+    .smallfry-NAME-…/lock    held while the process lives
+                     new/    what is being written; after it took its place, what it replaced
+                     old/    what is being replaced
+                     moved/  the same, inside a folder that can't be renamed
+
+so the next process that writes to the same place sees what a killed one left, and undoes it.
+"""
+
+import ctypes
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+from filelock import FileLock, Timeout
+
+MARK = ".smallfry-"  # begins the name of whatever is being written
+LOCK, NEW, OLD, MOVED, OLDER = "lock", "new", "old", "moved", "older"
+LAST = "manifest.json"  # of a folder, which is not whole before it is there
+OF_VOLUMES = "lost+found"  # what a new disk holds
+EXCHANGE = 2  # RENAME_EXCHANGE of Linux
+UNMOVABLE = (errno.EBUSY, errno.EXDEV)  # a mounted folder, and one of an image's lower layer
+UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # of systems that can't sync a folder
+
+
+def write_whole(file: Path, data: bytes) -> None:
+    """Write a file whole or not at all; a link is followed.
+
+    Raises:
+        OSError: It could not be written; what was there is untouched.
+    """
+    file = resolved(file)
+    part = file.parent / f"{_prefix(file)}{secrets.token_hex(4)}"
+    try:
+        with open(part, "xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, file)
+    except OSError:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+    sync(file.parent)
+
+
+@contextmanager
+def replacing(
+    folder: Path, check: Callable[[], None] = lambda: None, previous: Path | None = None
+) -> Iterator[Path]:
+    """A new folder to write into, which takes the place of ``folder`` when the block has ended.
+
+    A link is followed. A folder that can't be renamed keeps its place and gets the new entries:
+    one that is mounted, that the process works in, or whose parent is not writable.
+
+    Args:
+        folder: The place; its parents are made.
+        check: Raises if something else stands in the place; before the work, and again after it.
+        previous: Where the replaced folder goes, in place of another; default nowhere.
+
+    Raises:
+        OSError: It can't be written there, which is found before the block begins if it can be; the
+            folder is as it was.
+    """
+    folder = resolved(folder)
+    recover(folder)
+    check()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    inside = previous is None and folder.is_dir() and not _is_movable(folder)
+    with _stage(folder, inside) as stage:
+        new = stage / NEW
+        new.mkdir()
+        yield new
+        sync_tree(new)
+        check()
+        if inside:
+            _move_in(stage, folder)
+        else:
+            _take_place(stage, folder, previous)
+
+
+def recover(folder: Path) -> None:
+    """Undo what a killed process left of replacing a folder; what a living one does is left alone.
+
+    Raises:
+        OSError: What stood in the place can't be put back.
+    """
+    folder = resolved(folder)
+    for stage in _stages(folder):
+        with _claimed(stage) as is_ours:
+            if is_ours:
+                _undo(stage, folder)
+                shutil.rmtree(stage, ignore_errors=True)
+
+
+def interrupted(folder: Path) -> bool:
+    """Whether a process was killed, or is at work, between two steps of replacing the folder."""
+    folder = resolved(folder)
+    return any(
+        (stage / name).exists()
+        for stage in _stages(folder)
+        for name in (OLD, MOVED)
+        if stage.parent == folder or not folder.exists()
+    )
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left in a folder that the caller has locked."""
+    for entry in folder.glob(f"{MARK}*"):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def obstacle(
+    folder: Path,
+    kind: str = "",
+    names: Collection[str] = (),
+    is_one: Callable[[Path], bool] = lambda folder: False,
+) -> str | None:
+    """What is lost if a folder is replaced; None if nothing is there, or one of its kind alone.
+
+    Args:
+        folder: The place.
+        kind: What may be replaced, in a word.
+        names: Of the files that it can have.
+        is_one: Whether a folder is of that kind.
+    """
+    if not folder.is_dir():
+        return "is there already and no folder" if os.path.lexists(folder) else None
+    found = entries(folder)
+    if found and not is_one(folder):
+        return f"is there already and no {kind or 'empty folder'}"
+    for name in found:
+        if name not in names:
+            return f"holds {name} too, which is no part of such a {kind} and would be lost"
+    return None
+
+
+def entries(folder: Path) -> list[str]:
+    """Names in a folder, without what is being written and what a new disk holds; none if absent.
+
+    Raises:
+        OSError: It is no folder, or can't be read.
+    """
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    return sorted(n for n in names if not n.startswith(MARK) and n != OF_VOLUMES)
+
+
+def resolved(path: Path) -> Path:
+    """The place itself, which a link may lead to."""
+    return Path(os.path.realpath(path))
+
+
+def sync_tree(folder: Path) -> None:
+    """Bring a folder to the disk, with all that is in it."""
+    for place, _, names in os.walk(folder):
+        for path in (*(Path(place) / name for name in names), Path(place)):
+            if not path.is_symlink():
+                sync(path)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk.
+
+    Raises:
+        OSError: The disk has failed.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # a folder, on Windows
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSYNCED:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+# Stages
+
+
+def _prefix(path: Path) -> str:
+    """The beginning of a name for what takes the place of a path; no other path has the same."""
+    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
+    return f"{MARK}{path.name[:40]}-{digest}-"
+
+
+def _stages(folder: Path) -> list[Path]:
+    """What is beside a folder, or in it, to take its place."""
+    prefix, found = _prefix(folder), []
+    for place in (folder.parent, folder):
+        with suppress(OSError):
+            names = [name for name in os.listdir(place) if name.startswith(prefix)]
+            found += [place / name for name in names if (place / name).is_dir()]
+    return found
+
+
+@contextmanager
+def _stage(folder: Path, inside: bool) -> Iterator[Path]:
+    """A stage of our own; whatever happens, it is gone in the end, and the folder is whole."""
+    place = folder if inside else folder.parent
+    while True:
+        stage = Path(mkdtemp(prefix=_prefix(folder), dir=place))
+        lock = _lock(stage)
+        if lock is not None:
+            break
+    try:
+        yield stage
+    finally:
+        try:
+            _undo(stage, folder)
+        finally:
+            lock.release()
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextmanager
+def _claimed(stage: Path) -> Iterator[bool]:
+    """Whether the process that made the stage has ended; then nobody else takes it meanwhile."""
+    lock = _lock(stage)
+    try:
+        yield lock is not None and lock.is_locked
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _lock(stage: Path) -> FileLock | None:
+    """The lock of a stage; None if another process has it. Not held where there are no locks."""
+    lock = FileLock(stage / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except (Timeout, FileNotFoundError):
+        return None
+    except (OSError, NotImplementedError):  # a network's file system
+        return lock
+    if not stage.exists():
+        lock.release()
+        return None
+    return lock
+
+
+def _undo(stage: Path, folder: Path) -> None:
+    """Make a folder whole again that was left between two steps; the stage can be removed then."""
+    old = stage / OLD
+    if stage.parent != folder:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+    elif old.exists():
+        _move(old, folder)
+    elif (stage / MOVED).exists():
+        _move(stage / NEW, folder)
+
+
+# Taking a place
+
+
+def _is_movable(folder: Path) -> bool:
+    here = Path.cwd()
+    return not (
+        os.path.ismount(folder)
+        or here == folder
+        or folder in here.parents
+        or not os.access(folder.parent, os.W_OK)
+        or (folder / OF_VOLUMES).exists()
+    )
+
+
+def _take_place(stage: Path, folder: Path, previous: Path | None) -> None:
+    new, old = stage / NEW, stage / OLD
+    if not folder.exists():
+        new.rename(folder)
+    else:
+        with suppress(OSError):  # of a file system without permissions
+            shutil.copymode(folder, new)
+        try:
+            if previous is None:
+                _exchange(new, folder, old)
+            else:
+                _keep(stage, folder, previous)
+        except OSError as error:
+            if error.errno not in UNMOVABLE or previous is not None:
+                raise
+            with _stage(folder, inside=True) as other:
+                shutil.copytree(new, other / NEW)
+                sync_tree(other / NEW)
+                _move_in(other, folder)
+            return
+    sync(folder.parent)
+
+
+def _exchange(new: Path, folder: Path, old: Path) -> None:
+    """Let two folders change places; by the way of ``old`` where that takes two renames."""
+    if not _swap(new, folder):
+        folder.rename(old)
+        new.rename(folder)
+        old.rename(new)
+
+
+def _keep(stage: Path, folder: Path, previous: Path) -> None:
+    """Put the new folder in its place, and what was there in that of the one before it."""
+    new = stage / NEW
+    if _swap(new, folder):
+        if not (previous.exists() and _swap(new, previous)):
+            new.rename(previous)
+        return
+    if previous.exists():
+        previous.rename(stage / OLDER)
+    folder.rename(previous)
+    new.rename(folder)
+
+
+def _move_in(stage: Path, folder: Path) -> None:
+    """Give a folder the new entries in place of its own; a reader sees it without the last one."""
+    new, old = stage / NEW, stage / OLD
+    old.mkdir()
+    for name in sorted(entries(folder), key=lambda name: name != LAST):
+        (folder / name).rename(old / name)
+    sync(folder)
+    old.rename(stage / MOVED)  # from here on, a killed process has what is new taken in
+    _move(new, folder)
+    sync(folder)
+
+
+def _move(source: Path, folder: Path) -> None:
+    for name in sorted(os.listdir(source), key=lambda name: name == LAST):
+        (source / name).rename(folder / name)
+
+
+def _swap(one: Path, other: Path) -> bool:
+    """Let two paths change places at one moment; False where the system can't."""
+    renameat2 = _renameat2()
+    if renameat2 is None:
+        return False
+    sys.audit("os.rename", str(one), str(other), -1, -1)  # as os.rename does
+    here = ctypes.c_int(-100)  # AT_FDCWD
+    names = os.fsencode(one), os.fsencode(other)
+    return bool(renameat2(here, names[0], here, names[1], ctypes.c_uint(EXCHANGE)) == 0)
+
+
+@cache
+def _renameat2() -> Callable[..., int] | None:
+    if sys.platform != "linux":
+        return None
+    return getattr(ctypes.CDLL(None), "renameat2", None)

@@ -1,0 +1,133 @@
+"""No name that others gave commands the terminal, whatever prints it."""
+
+import ast
+import io
+import logging
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import smallfry
+from smallfry import cli
+from smallfry.terminal import CleanConsole, CleanFormatter, say
+
+SOURCES = Path(smallfry.__file__).parent
+NASTY = "a\x1b]0;owned\x07\u202e[red]b"
+SHOWN = r"a\x1b]0;owned\x07\u202e[red]b"
+OF_RICH = r"a\x1b]0;owned"  # which leaves a bell out, and cuts a cell that has become longer
+PRINTS = {"terminal.py"}  # what cleans all that is printed
+PROTOCOLS = {"memory.py"}  # prints numbers as JSON, for the process that started it
+WITHOUT_NAMES = {"demo/serve.py"}  # prints its own address
+
+
+def calls(file):
+    """Names of what a source file calls."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func)
+
+
+def test_everything_is_printed_through_what_cleans_it():
+    found = {
+        str(file.relative_to(SOURCES))
+        for file in SOURCES.rglob("*.py")
+        if {"print", "Console", "sys.stdout.write", "sys.stderr.write"} & {*calls(file)}
+    }
+    assert found <= PRINTS | PROTOCOLS | WITHOUT_NAMES
+
+
+def harmless(text, shown=SHOWN):
+    assert not {"\x1b", "\x07", "\u202e"} & {*text}
+    assert shown in text
+    return True
+
+
+def test_a_line_is_cleaned(capsys):
+    say(NASTY)
+    assert capsys.readouterr().out == f"{SHOWN}\n"
+
+
+@pytest.mark.parametrize("kind", [str, Text, "table", "title"])
+def test_a_console_cleans_text_tables_and_their_titles(kind):
+    stream = io.StringIO()
+    console = CleanConsole(file=stream, width=200, highlight=False)
+    shown = NASTY if kind is str else Text(NASTY)
+    if kind in ("table", "title"):
+        shown = Table(title=Text(NASTY) if kind == "title" else None)
+        shown.add_column(Text(NASTY))
+        shown.add_row(Text(NASTY))
+    console.print(shown, markup=False)
+    assert harmless(stream.getvalue(), OF_RICH)
+
+
+def test_colours_and_moving_bars_are_as_richs_own():
+    streams = io.StringIO(), io.StringIO()
+    for kind, stream in zip((Console, CleanConsole), streams, strict=True):
+        console = kind(file=stream, force_terminal=True, width=80, color_system="standard")
+        console.print("[red]one[/red]", Text("two\nthree\tfour", style="bold"))
+        console.clear()
+    assert streams[0].getvalue() == streams[1].getvalue()
+    assert "\x1b[31m" in streams[1].getvalue()
+
+
+def test_a_log_line_is_cleaned():
+    record = logging.LogRecord("smallfry", logging.INFO, "", 0, "into %s", (NASTY,), None)
+    assert harmless(CleanFormatter("smallfry: %(message)s").format(record))
+    cli._log_to_stderr()
+    for handler in logging.getLogger("smallfry").handlers:
+        assert isinstance(handler.formatter, CleanFormatter)
+
+
+def test_verbs_that_write_show_names_as_text(monkeypatch, tmp_path, capsys):
+    from smallfry.deploy import export, pretrained
+    from smallfry.report import deployment
+    from smallfry.studies import study
+    from smallfry.studies.config import ParetoConfig
+
+    folder = tmp_path / NASTY
+    monkeypatch.setattr(export, "export", lambda *_: folder)
+    monkeypatch.setattr(pretrained, "save_pretrained", lambda *_, **__: folder)
+    monkeypatch.setattr(study, "run_study", lambda *_: folder / "report.html")
+    for verb in (
+        lambda: cli.export("run", folder),
+        lambda: cli.share("run", folder),
+        lambda: cli.study("pareto", ParetoConfig()),
+    ):
+        assert verb() == 0
+        assert harmless(capsys.readouterr().out)
+    monkeypatch.setattr("smallfry.deploy.benchmark.measure", lambda *_: None)
+    monkeypatch.setattr(deployment, "write_report", lambda *_: None)
+    monkeypatch.setattr(deployment, "print_tables", lambda *_: None)
+    assert cli.benchmark(["run"], folder) == 0
+    assert harmless(capsys.readouterr().out)
+
+
+def test_errors_of_verbs_that_write_show_names_as_text(tmp_path, capsys):
+    folder = tmp_path / NASTY
+    folder.mkdir()
+    (folder / NASTY).write_text("of mine")
+    for words in (
+        ["export", "run", "--to", str(folder)],
+        ["share", "run", "--to", str(folder)],
+        ["benchmark", "run", "--folder", str(folder)],
+        ["study", "pareto", "--folder", str(folder)],
+        ["train", "--run", str(folder)],
+    ):
+        assert cli.main(words) == 1
+        assert harmless(capsys.readouterr().err)
+    assert [entry.name for entry in folder.iterdir()] == [NASTY]
+
+
+def test_progress_of_training_and_studies_shows_names_as_text(capsys):
+    from smallfry.studies.grid_progress import GridProgress
+    from smallfry.training.progress import PlainReporter, RichReporter
+
+    with GridProgress([], {}) as progress:
+        progress.heart.say(NASTY)
+    assert harmless(capsys.readouterr().out, OF_RICH)
+    for reporter in (PlainReporter(), RichReporter()):
+        reporter.say(NASTY)
+        assert harmless(capsys.readouterr().out, OF_RICH)
