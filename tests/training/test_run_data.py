@@ -17,6 +17,7 @@ from smallfry.deploy.pretrained import load_trained, save_pretrained
 from smallfry.errors import DataError, RunError, SmallfryWarning, Stopped, UsageError
 from smallfry.reading import DIGEST, sealed
 from smallfry.training.config import DataConfig, ObjectiveConfig, read_config
+from smallfry.training.continuation import changes_since, dotted
 from smallfry.training.evaluation import predict, score
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.run import load_run, new_run_folder, require_classes
@@ -240,26 +241,56 @@ def test_identical_images_in_two_splits_are_told_and_left_out_on_request(on, tmp
 # Resuming
 
 
-def moved(run: Path, place: Path) -> None:
-    config = read_config(run / "config.yaml")
-    config = replace(config, data=replace(config.data, name=str(place)))
-    (run / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_run_goes_on_exactly_with_its_data_in_another_place_only(
+    on, photos, tmp_path, monkeypatch, by_hand
+):
+    def resume_with(name: str) -> None:
+        if not by_hand:
+            resume(tmp_path / "run", changes={"data.name": name})
+            return
+        config = read_config(tmp_path / "run" / "config.yaml")
+        config = replace(config, data=replace(config.data, name=str(tmp_path / name)))
+        (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+        resume(tmp_path / "run")
 
-
-def test_a_run_goes_on_exactly_with_its_data_in_another_place_only(on, photos, tmp_path):
     train(replace(on(photos), run=tmp_path / "whole"))
     with pytest.raises(Stopped):
         train(on(photos), StopAt(3))
     photos.rename(tmp_path / "moved")
-    with pytest.raises(DataError, match=r"not there any more; if it was moved: --resume .*--data"):
+    with pytest.raises(
+        DataError, match=r"not there any more; if it was moved: .*--resume .*--data FOLDER"
+    ):
         resume(tmp_path / "run")
     write(tmp_path / "others", first=50)
-    moved(tmp_path / "run", tmp_path / "others")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="was trained on other data"):
-        resume(tmp_path / "run")
-    moved(tmp_path / "run", tmp_path / "moved")
-    resume(tmp_path / "run")
+        resume_with("others")
+    resume_with("moved")
     assert_same_run(tmp_path / "whole", tmp_path / "run")
+    monkeypatch.chdir("/")
+    assert read_config(tmp_path / "run" / "config.yaml").data.name == str(tmp_path / "moved")
+    assert evaluated(tmp_path / "run")[:2] == ("test", 8)
+
+
+def test_settings_that_came_after_a_checkpoint_had_their_defaults(config):
+    saved = dotted(config.to_dict())
+    del saved["data.remove_duplicates"]
+    assert changes_since(saved, config) == []
+    data = replace(config.data, remove_duplicates=True)
+    with pytest.raises(RunError, match=r"data\.remove_duplicates True, and .* with False so far"):
+        changes_since(saved, replace(config, data=data))
+
+
+def test_the_place_of_the_data_is_not_written_down_before_it_is_found_to_be_right(
+    on, photos, tmp_path
+):
+    with pytest.raises(Stopped):
+        train(on(photos), StopAt(3))
+    write(tmp_path / "others", first=50)
+    with pytest.raises(DataError, match="was trained on other data"):
+        resume(tmp_path / "run", changes={"data.name": str(tmp_path / "others")})
+    assert read_config(tmp_path / "run" / "config.yaml").data.name == str(photos)
 
 
 @pytest.mark.parametrize("step", [2, 5])

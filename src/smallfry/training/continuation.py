@@ -73,12 +73,13 @@ def changes_since(before: Mapping[str, Any], config: TrainConfig) -> list[Change
         RunError: One decides which images a step takes: epochs would repeat or be left out.
     """
     now = dotted(config.to_dict())
+    default = dotted(TrainConfig().to_dict())  # of settings that came after the checkpoint
     names = [name for name in (*before, *now) if name not in UNREPORTED]
-    changed = [
-        Change(name, before.get(name), now.get(name))
+    changes = [
+        Change(name, before.get(name, default.get(name)), now.get(name))
         for name in dict.fromkeys(names)
-        if before.get(name) != now.get(name)
     ]
+    changed = [change for change in changes if change.before != change.now]
     fixed = next((c for c in changed if _decides_batches(c.name)), None)
     if fixed is not None:
         raise RunError(
