@@ -1,7 +1,8 @@
 """Likelihoods of several parts of an output, or of any ``torch.distributions`` density."""
 
+import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from smallfry.curvature.likelihoods import (
     Outputs,
     Scale,
 )
+from smallfry.curvature.row_weights import RowWeights
 from smallfry.errors import UsageError, nearest
 
 
@@ -37,6 +39,12 @@ class Joint(Likelihood):
         found = [part.select(_part(output, key)) for key, part in self.parts.items()]
         self._counts = [len(tensors) for tensors in found]
         return tuple(z for tensors in found for z in tensors)
+
+    def of_last(self) -> "Joint":
+        """One of the parts' own."""
+        own = Joint({key: part.of_last() for key, part in self.parts.items()})
+        own._counts = self._counts
+        return own
 
     def _each(self, outputs: Outputs) -> Iterator[tuple[Likelihood, Outputs]]:
         start = 0
@@ -69,10 +77,37 @@ class Joint(Likelihood):
         found = (part.hessian_product(z, u) for (part, z), (_, u) in pairs)
         return tuple(product for products in found for product in products)
 
-    def divergence(self, before: Outputs, after: Outputs) -> Tensor:
+    def divergence(
+        self, before: Outputs, after: Outputs, weights: Sequence[Tensor | None] | None = None
+    ) -> Tensor:
         """The sum of the parts'."""
-        pairs = zip(self._each(before), self._each(after), strict=True)
-        return torch.stack([part.divergence(z, new) for (part, z), (_, new) in pairs]).sum(0)
+        rest = iter([None] * len(before) if weights is None else weights)
+        found = [
+            part.divergence(z, new, [next(rest) for _ in z])
+            for (part, z), (_, new) in zip(self._each(before), self._each(after), strict=True)
+        ]
+        return torch.stack(found).sum(0)
+
+    def row_weights(self, outputs: Outputs, index: int, gradient: Tensor) -> RowWeights | None:
+        """As the output's own part reads them."""
+        _, part, z, own = self._part_of(outputs, index)
+        return part.row_weights(z, own, gradient)
+
+    def given_weights(self, outputs: Outputs, index: int, given: Any) -> RowWeights:
+        """Those of the output's own part; a mapping has the parts' names."""
+        key, part, z, own = self._part_of(outputs, index)
+        if not isinstance(given, Mapping) or key not in given:
+            raise ValueError(f"expected a mapping with weights of every part, also of '{key}'")
+        return part.given_weights(z, own, given[key])
+
+    def _part_of(self, outputs: Outputs, index: int) -> tuple[Any, Likelihood, Outputs, int]:
+        """The part that an output belongs to, with its name, its outputs, and which it is."""
+        start = 0
+        for key, (part, z) in zip(self.parts, self._each(outputs), strict=True):
+            if index < start + len(z):
+                return key, part, z, index - start
+            start += len(z)
+        raise IndexError(index)
 
     def loss_factor(self, outputs: Outputs, gradients: Outputs) -> Scale | None:
         """The part whose factor is farthest from 1."""
@@ -106,6 +141,10 @@ class FromDistribution(Likelihood):
         self._leaves = [None if c else leaf for c, leaf in zip(chosen, leaves, strict=True)]
         self._chosen = chosen
         return tuple(leaf for c, leaf in zip(chosen, leaves, strict=True) if c)
+
+    def of_last(self) -> "FromDistribution":
+        """With the last output's structure, and what in it is no floating tensor."""
+        return copy.copy(self)
 
     def sample_gradients(self, outputs: Outputs, generator: torch.Generator) -> Outputs:
         """−∇ log p of one sample, drawn under a seed from the generator."""

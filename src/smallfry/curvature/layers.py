@@ -60,11 +60,6 @@ def matrix_to_weight(module: nn.Module, matrix: Tensor) -> Tensor:
     return matrix.reshape(shape)
 
 
-def uses_of(module: nn.Module, outputs: torch.Size, samples: int) -> int:
-    """How often each sample uses the weight in a call with such an output."""
-    return outputs.numel() // (samples * outputs_of(module))
-
-
 def canonical_inputs(
     module: nn.Module,
     inputs: Tensor,

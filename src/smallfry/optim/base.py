@@ -219,6 +219,7 @@ class NaturalGradient(torch.optim.Optimizer):
             draws,
             self.generator,
             self._wanted,
+            self._begin_draw,
         )
         self.observer.process = self.exchange.rank, self.exchange.count
         self.observer.keep_arguments = adaptive_damping or step_length == "quadratic"
@@ -286,6 +287,18 @@ class NaturalGradient(torch.optim.Optimizer):
         self._move(covered, observations)
         if self.adamw is not None:
             self.adamw.step()
+
+    def weigh(self, weights: Any) -> None:
+        """State the weights of the rows of the loss, before its ``backward()``.
+
+        Needed only where the gradient can't show them: soft targets and numbers. The loss is
+        Σ weight · nll over rows, with what it divides by in the weights (``w / w.sum()``).
+
+        Args:
+            weights: (samples,), or for each row of the output: (samples, positions) of classes,
+                else the output's own shape. For a likelihood of parts, a mapping.
+        """
+        self.observer.given_weights = weights
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients; a backward pass that was not stepped on is forgotten with them."""
@@ -355,10 +368,12 @@ class NaturalGradient(torch.optim.Optimizer):
     def _wanted(self) -> str:
         if self.overdue or self._due(self.statistics_every):
             self.observer.watch_backward = not self.checked
-            self._draw(0, self.observer.seen)
             return "taps"
         always = self.step_length == "quadratic" or self.loss_scale == "sum"
         return "outputs" if always else ""
+
+    def _begin_draw(self, number: int) -> None:
+        self._draw(0, number)
 
     def _loss_factor(self, observations: Sequence[Observation]) -> float:
         if not isinstance(self.loss_scale, str):
@@ -374,7 +389,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _batch_size(self, observations: Sequence[Observation]) -> float:
         """Samples in the batch of all processes."""
-        return self.exchange.sums([sum(seen.samples for seen in observations)], self.device)[0]
+        return self.exchange.sums([sum(seen.size for seen in observations)], self.device)[0]
 
     def _draw(self, *purpose: int) -> None:
         """Let the generator begin the random numbers of a purpose in this step.

@@ -131,6 +131,15 @@ def check_loss(
         return
     if taken_off:
         return
+    if not found.even:
+        raise UsageError(
+            "the rows of the loss have unequal weights, which the gradient does not give away: "
+            "for class or sample weights and certain targets give "
+            "likelihood=Categorical(hard=True) or Bernoulli(hard=True); for soft targets call "
+            "weigh(weights) before each backward(). Else the likelihood does not fit the loss, or "
+            f"the loss is more than {found.factor:.4g} times the mean over samples of the negative "
+            f"log-likelihood, not {stated:.4g}: see loss_scale="
+        )
     hint = _reduction_hint(found.factor, samples)
     raise UsageError(
         f"the loss is {found.factor:.4g} times the mean over samples of the negative "

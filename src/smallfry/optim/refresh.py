@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from smallfry.curvature import Block, Observation, Rows
-from smallfry.curvature.kronecker import NotFiniteError
+from smallfry.curvature.kronecker import NotFiniteError, reduced
 from smallfry.errors import SmallfryWarning, UsageError
 from smallfry.optim.approximation import State
 from smallfry.optim.checks import check_layers, check_loss
+from smallfry.optim.weighing import Weighing, weigh_rows
 
 if TYPE_CHECKING:
     from smallfry.optim.base import NaturalGradient
@@ -51,7 +52,10 @@ def refresh(
     if not statistics and not inverse:
         return
     if statistics:
-        _check(optimizer, tapped, grads, factor)
+        weighed = weigh_rows(optimizer, tapped, factor)
+        _check(optimizer, tapped, grads, factor, weighed)
+        for seen in tapped:
+            seen.put_together()
     if statistics and optimizer.observer.fisher == "empirical":
         # processes average their gradients: a mean share of the samples is what one stands for
         mean_share = optimizer._batch_size(tapped) / optimizer.exchange.count
@@ -73,6 +77,7 @@ def _check(
     tapped: Sequence[Observation],
     grads: Mapping[str, Tensor],
     factor: float,
+    weighed: Mapping[int, Weighing],
 ) -> None:
     late = next((name for name, p in optimizer.frozen.items() if p.grad is not None), None)
     if late is not None:
@@ -87,7 +92,11 @@ def _check(
     samples = optimizer._batch_size(tapped) / exchange.count
     try:
         rescaled = check_layers(optimizer.blocks, tapped, grads, exchange)
-        check_loss(optimizer.likelihood, tapped, factor, rescaled, samples)
+        if not any(rows.weighted and rows.certain for rows in weighed.values()):
+            counted = [r.counted(optimizer.loss_scale) / r.samples for r in weighed.values()]
+            check_loss(
+                optimizer.likelihood, tapped, factor, rescaled, samples * min(counted, default=1.0)
+            )
     except UsageError as error:
         wrong = error
     if wrong is not None and optimizer.check == "warn":
@@ -116,6 +125,7 @@ def refresh_blocks(
     for number, block in enumerate(optimizer.blocks):
         state, began = optimizer.curvature[block.name], time.perf_counter()
         rows = rows_seen(optimizer, number, tapped)
+        rows = balanced(rows, sum(r.samples for r in rows), sum(r.mass for r in rows))
         if rows:
             share = keep if state else 0.0
             try:
@@ -202,9 +212,35 @@ def rows_seen(
     optimizer._draw(1, number)
     for seen in observations:
         called = any(call.block is block for call in seen.calls)
+        stray = seen.anonymous(block)
+        if stray is not None and not optimizer.approximation.sums_over_uses(block):
+            raise UsageError(_ANONYMOUS.format(layer=stray, samples=seen.samples))
         if called or optimizer.approximation.counts_absence:
-            found.append(rows_of(block, seen, partial(_drawn, optimizer, block, seen)))
+            rows = rows_of(block, seen, partial(_drawn, optimizer, block, seen))
+            if rows.weights is not None and optimizer.approximation.sharing_of(block) == "reduce":
+                rows = reduced(rows)
+            found.append(rows)
     optimizer._draw(2, number)
+    return found
+
+
+def balanced(rows: Sequence[Rows], samples: float, mass: float) -> list[Rows]:
+    """Rows whose weights are 1 on average over all micro-batches and processes.
+
+    Args:
+        rows: One for each micro-batch.
+        samples: In all of them, of all processes.
+        mass: Their ``Rows.mass``.
+    """
+    if mass == samples:
+        return list(rows)
+    scale = samples / max(mass, 1e-30)
+    found = []
+    for part in rows:
+        weights = part.weights
+        if weights is None:
+            weights = part.inputs.new_ones(part.samples, part.uses)
+        found.append(part._replace(weights=weights * scale))
     return found
 
 
@@ -240,6 +276,15 @@ def _drawn(
     kept = max(1, optimizer.max_rows // samples)
     device = optimizer.generator.device
     return torch.randperm(uses, generator=optimizer.generator, device=device)[:kept].sort().values
+
+
+_ANONYMOUS = (
+    "layer '{layer}' was called on rows that are no multiple of the {samples} samples that the "
+    "network saw, so that they belong to none by their place, as those of a mixture of experts; "
+    "this method needs to know. Give sharing='expand', for all layers or as a mapping "
+    "{{'{layer}': 'expand'}}, which does not (KFAC's default); or exclude=['{layer}']; or bring "
+    "the samples into the first dimension"
+)
 
 
 def _complain_unseen(optimizer: "NaturalGradient") -> None:
