@@ -109,6 +109,16 @@ class Joint(Likelihood):
             start += len(z)
         raise IndexError(index)
 
+    def mean_factor(self, outputs: Outputs) -> float:
+        """That of all parts, where it is one."""
+        found = [part.mean_factor(z) for part, z in self._each(outputs)]
+        if max(found) > (1 + 1e-9) * min(found):
+            raise UsageError(
+                "loss_scale='mean' is another number for each part of this output "
+                f"({', '.join(f'{number:.4g}' for number in found)}): give one number"
+            )
+        return found[0]
+
     def loss_factor(self, outputs: Outputs, gradients: Outputs) -> Scale | None:
         """The part whose factor is farthest from 1."""
         pairs = zip(self._each(outputs), self._each(gradients), strict=True)

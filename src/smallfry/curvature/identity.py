@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smallfry.curvature.layers import is_linear
+
 
 def belongs(module: nn.Module, shape: Sequence[int], samples: int) -> bool:
     """Whether a layer's input of this shape has the samples in a place of their own."""
-    if not isinstance(module, nn.Linear):
+    if not is_linear(module):
         spatial = 1 if isinstance(module, nn.Conv1d) else 2
         return (shape[0] if len(shape) == spatial + 2 else 1) % samples == 0
     lead = shape[:-1] or (1,)
@@ -57,7 +59,7 @@ def padded(module: nn.Module, tensor: Tensor, samples: int) -> Tensor:
         tensor: (…, features) of a linear layer, else (batch, channels, …).
         samples: How many there are.
     """
-    if isinstance(module, nn.Linear):
+    if is_linear(module):
         tensor = tensor.reshape(-1, tensor.shape[-1])
     elif tensor.ndim == (2 if isinstance(module, nn.Conv1d) else 3):
         tensor = tensor.unsqueeze(0)
@@ -67,7 +69,7 @@ def padded(module: nn.Module, tensor: Tensor, samples: int) -> Tensor:
 
 def real_rows(module: nn.Module, shape: torch.Size, samples: int, like: Tensor) -> Tensor:
     """1 for the rows of an output that are none of those zeros, (samples, uses)."""
-    if isinstance(module, nn.Linear):
+    if is_linear(module):
         count, positions = shape[:-1].numel(), 1
     else:
         spatial = 1 if isinstance(module, nn.Conv1d) else 2

@@ -78,12 +78,28 @@ class Observer:
         self._eager = False
         self._paused = False
         self._busy = False
-        self._parameters = [next(iter(b.parameters.values())) for b in taps.blocks]
         self._grad_handles: list[Any] = []
         self._handles = [
             root.register_forward_pre_hook(_Hook(self._before), with_kwargs=True),
             root.register_forward_hook(_Hook(self._behind), with_kwargs=True, always_call=True),
         ]
+
+    def watch(self, taps: Taps) -> None:
+        """Tap other layers from now on."""
+        self.taps.close()
+        self.taps = taps
+        self.drop()
+        while self._grad_handles:
+            self._grad_handles.pop().remove()
+
+    @property
+    def _parameters(self) -> list[nn.Parameter]:
+        """One of each block that gets gradients: a layer may have been frozen since."""
+        firsts = (
+            next((p for p in block.parameters.values() if p.requires_grad), None)
+            for block in self.taps.blocks
+        )
+        return [p for p in firsts if p is not None]
 
     def take(self) -> list[Observation]:
         """The observations that count, and forget them."""

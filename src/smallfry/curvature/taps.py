@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from smallfry.curvature.attention import spelled_out
 from smallfry.curvature.coverage import Block
 from smallfry.curvature.identity import belongs, padded, real_rows
 from smallfry.curvature.layers import (
@@ -344,6 +345,7 @@ class Taps:
     def __init__(self, blocks: Iterable[Block]) -> None:
         self.blocks = tuple(blocks)
         self._handles: list[RemovableHandle] = []
+        self._hosts = dict(host for block in self.blocks for host in block.hosts)
         self._calls: list[Call] = []
         self.foreign: list[str] = []  # layers that were called with another weight
 
@@ -360,6 +362,8 @@ class Taps:
         """
         self.close()
         self.foreign = []
+        for attention, projection in self._hosts.items():
+            attention.forward = spelled_out(attention, projection)  # type: ignore[method-assign]
         for block in self.blocks:
             for layer, module in block.layers.items():
                 hook = _tap(self._calls, self.foreign, block, layer, watch_backward)
@@ -371,6 +375,8 @@ class Taps:
         """Stop noting; the calls since ``open``."""
         for handle in self._handles:
             handle.remove()
+        for attention in self._hosts if self._handles else ():
+            del attention.forward
         calls = list(self._calls)
         self._handles, self._calls = [], []
         return calls

@@ -18,6 +18,7 @@ is trained by an AdamW inside.
 A method says how one block is approximated: ``optim/approximation.py``.
 """
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
@@ -31,7 +32,7 @@ from smallfry.curvature.observer import Observer
 from smallfry.errors import UsageError
 from smallfry.optim import quadratic
 from smallfry.optim.approximation import Approximation, State
-from smallfry.optim.checks import check_settings
+from smallfry.optim.checks import check_coverage, check_settings, require_model
 from smallfry.optim.distribution import Cost, cost_of, owners_of
 from smallfry.optim.exchange import Exchange
 from smallfry.optim.groups import build_adamw, natural_groups, split_groups
@@ -43,9 +44,18 @@ from smallfry.optim.inspect import (
     distribution,
     summarize,
 )
-from smallfry.optim.refresh import anywhere, finite, refresh, refresh_blocks, warn, wide
+from smallfry.optim.refresh import (
+    anywhere,
+    finite,
+    nothing_to_do,
+    refresh,
+    refresh_blocks,
+    warn,
+    wide,
+)
 from smallfry.optim.state import load_state, save_state
 from smallfry.optim.together import refresh_together
+from smallfry.optim.unfreezing import unfreeze
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -136,6 +146,7 @@ class NaturalGradient(torch.optim.Optimizer):
         seed: int = 0,
         process_group: Any = None,
     ) -> None:
+        require_model(self, model)
         inverse_every = statistics_every if inverse_every is None else inverse_every
         check_settings(
             lr=lr,
@@ -156,17 +167,14 @@ class NaturalGradient(torch.optim.Optimizer):
         if isinstance(model, DistributedDataParallel):
             model = model.module
         bare: nn.Module = getattr(model, "_orig_mod", model)
+        self.exclude, self.fallback_lr = tuple(exclude), fallback_lr
         groups = natural_groups(bare, params, lr, momentum, weight_decay, fallback_lr)
         trained = [p for group in groups for p in group["params"]]
-        coverage = cover(bare, trained, exclude)
-        if not coverage.blocks:
-            raise UsageError(
-                f"{type(bare).__name__} has no layer that {type(self).__name__} can cover (Linear, "
-                "Conv1d, Conv2d, ConvTranspose2d with a trained weight or bias): take AdamW"
-            )
+        coverage = cover(bare, trained, self.exclude)
+        check_coverage(self, bare, coverage)
         self.blocks, self.uncovered = coverage.blocks, coverage.uncovered
         approximation.check(self.blocks)
-        self.approximation = approximation
+        self.approximation, self.model = approximation, weakref.ref(bare)
         self.names = {p: name for name, p in bare.named_parameters() if p in set(trained)}
         self.frozen = {n: p for n, p in bare.named_parameters() if not p.requires_grad}
         if params is not None:
@@ -237,6 +245,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     # The optimizer
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Refresh the curvature if that is due, and move the parameters.
@@ -256,6 +265,8 @@ class NaturalGradient(torch.optim.Optimizer):
             with torch.enable_grad():
                 result = closure()
         observations = self.observer.take()
+        if nothing_to_do(self, observations):
+            return result
         try:
             self._step(observations)
         finally:
@@ -268,6 +279,8 @@ class NaturalGradient(torch.optim.Optimizer):
         raw = {self.names[p]: p.grad for p in self.names if p.grad is not None}
         if not finite(raw.values()):
             self.counters["skipped_steps"] += 1
+            if self.counters["skipped_steps"] == 1:
+                warn("the gradients are not finite: such steps are skipped, and counted")
             self.overdue = self.overdue or self._due(self.statistics_every)
             self.overdue_inverse = self.overdue_inverse or self._due(self.inverse_every)
             return
@@ -306,24 +319,18 @@ class NaturalGradient(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused after construction: curvature belongs to the layers known then."""
-        if hasattr(self, "blocks") and hasattr(self, "observer"):
-            raise UsageError(
-                "parameters can't be added to a natural-gradient optimizer; build a new one, "
-                "with groups in params="
-            )
-        super().add_param_group(param_group)
+        """Train further parameters of the model, such as layers that were frozen."""
+        if hasattr(self, "observer"):
+            unfreeze(self, param_group)
+        else:
+            super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """All that resuming bit for bit needs, by parameter name; plain data and tensors."""
         return save_state(self)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a state.
-
-        Raises:
-            UsageError: It belongs to another method or model.
-        """
+        """Go on from a state; a UsageError if it belongs to another method or model."""
         load_state(self, state_dict)
 
     def summary(self) -> Summary:

@@ -72,6 +72,19 @@ def refresh(
         optimizer.overdue_inverse = False
 
 
+def nothing_to_do(optimizer: "NaturalGradient", observations: Sequence[Observation]) -> bool:
+    """Whether a refresh is due, nothing was seen, and all gradients are zero.
+
+    So it is for an empty batch, and where ``torch.distributed.checkpoint`` steps only to make an
+    optimizer's state.
+    """
+    due = optimizer.overdue or optimizer._due(optimizer.statistics_every)
+    if not due or anywhere(optimizer, bool(observations)):
+        return False
+    grads = [p.grad for p in optimizer.names if p.grad is not None]
+    return not anywhere(optimizer, not grads or any(bool(g.any()) for g in grads))
+
+
 def _check(
     optimizer: "NaturalGradient",
     tapped: Sequence[Observation],
