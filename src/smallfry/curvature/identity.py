@@ -76,3 +76,45 @@ def real_rows(module: nn.Module, shape: torch.Size, samples: int, like: Tensor) 
         count, positions = (shape[0] if len(shape) == spatial + 2 else 1), shape[-spatial:].numel()
     ones = F.pad(like.new_ones(count), [0, -count % samples])
     return ones.reshape(samples, -1).repeat_interleave(positions, 1)
+
+
+def is_ambiguous(module: nn.Module, shape: Sequence[int], samples: int) -> bool:
+    """Whether the samples may be in the first dimension of an input, or in the second."""
+    return is_linear(module) and len(shape) > 2 and shape[0] == shape[1] == samples
+
+
+def others_share(gradients: Tensor, sample: int) -> float | None:
+    """How much of a gradient that one sample's output sends back comes to the rows of another.
+
+    Args:
+        gradients: In canonical form, (groups, samples, uses, outputs).
+        sample: Which one.
+
+    Returns:
+        The most that comes to one of the others over what comes to its own rows, by squares; None
+        where nothing comes back.
+    """
+    mass = gradients.double().square().sum((0, 2, 3))
+    own = float(mass[sample])
+    others = torch.cat([mass[:sample], mass[sample + 1 :]])
+    most = float(others.max()) if len(others) else 0.0
+    if own == most == 0:
+        return None
+    return most / own if own > 0 else float("inf")
+
+
+def most_allowed(model: nn.Module, samples: int) -> float:
+    """The most ``others_share`` of rows that are where they are expected.
+
+    Nothing comes to the rows of others, but through the statistics of a batch norm, by which each
+    of n samples has about 1/n² of what a sample has itself; of few that tells nothing.
+    """
+    if mixes_samples(model):
+        return 0.3 if samples >= 16 else float("inf")
+    return 0.05
+
+
+def mixes_samples(model: nn.Module) -> bool:
+    """Whether a batch norm takes statistics of the batch."""
+    norm = torch.nn.modules.batchnorm._BatchNorm
+    return any(isinstance(module, norm) and module.training for module in model.modules())

@@ -8,6 +8,7 @@ outputs and into ``.grad``: a forward for logging, or the gradient of an adversa
 not. Evaluation mode and ``no_grad`` are left alone.
 """
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,13 +18,21 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from smallfry.curvature.identity import samples_of
+from smallfry.curvature.identity import (
+    is_ambiguous,
+    mixes_samples,
+    most_allowed,
+    others_share,
+    samples_of,
+)
+from smallfry.curvature.layers import is_linear
 from smallfry.curvature.likelihoods import Likelihood
 from smallfry.curvature.row_weights import RowWeights
 from smallfry.curvature.taps import Call, Observation, Passes, Taps, backward_pass
 from smallfry.errors import UsageError
 
 MOST_DRAWN = 2**26  # numbers that are drawn for other processes' samples too
+_thread = threading.local()
 FISHERS = ("mc", "exact", "empirical", "none")
 
 
@@ -64,6 +73,8 @@ class Observer:
         self._wanted, self._begin_draw = weakref.WeakMethod(wanted), weakref.WeakMethod(begin_draw)
         self.process = (0, 1)  # which of the processes that share a batch this is, and of how many
         self.watch_backward = False  # note the training gradients at the taps too
+        self.needs_identity = False  # of rows: which sample they belong to
+        self.probing = False  # make sure of it
         self.keep_arguments = False  # what a second pass over the same batch needs
         self.grad_scale: Callable[[], float] = lambda: 1.0
         self.pending: list[Observation] = []  # that count, not yet taken
@@ -200,6 +211,8 @@ class Observer:
         called = [(call.block.layers[call.layer], call.inputs.shape) for call in calls]
         given = [*arguments, *keywords.values()]
         seen.calls, seen.size, seen.samples = calls, size, samples_of(called, size, given)
+        for call in calls:
+            self._place(seen, call)
         seen.outputs = tuple(z.detach() for z in outputs)
         seen.likelihood = self.likelihood.of_last()
         seen.passes = tuple(Passes() for _ in outputs)
@@ -250,11 +263,11 @@ class Observer:
         with torch.no_grad():
             seen.weights[root.which] = self._weights(seen, root.which, gradient)
             if root.sampled and seen.weights[root.which] is not None:
-                self._busy = True
+                self._busy = _thread.busy = True
                 try:
                     self._take_gradients(seen, root)
                 finally:
-                    self._busy = False
+                    self._busy = _thread.busy = False
                 for call in seen.calls:
                     call.passes.forget_after(number)  # hooks on outputs saw these passes too
 
@@ -269,8 +282,8 @@ class Observer:
 
     @property
     def busy(self) -> bool:
-        """Whether the backward pass under way is the observer's own."""
-        return self._busy
+        """Whether the backward pass under way is an observer's own, of this one or another."""
+        return self._busy or getattr(_thread, "busy", False)
 
     def _count(self, seen: Observation, number: int) -> None:
         if not seen.training:
@@ -308,19 +321,79 @@ class Observer:
                     for number, part in zip(root.edges, below, strict=True):
                         found[number] = part
             draws.append(found)
+        if self.needs_identity and self._unsure(seen):
+            self._probe(seen, root, place)
         seen.parts[root.which] = draws
+
+    def _signed(self, seen: Observation, column: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """A column with a random sign for each sample, which leaves its own moments as they are.
+
+        Where a batch norm brings the gradients of several samples to one row, columns of one sign
+        would add up; so do they on average not.
+        """
+        device = self.generator.device
+        bits = torch.randint(2, (seen.samples,), generator=self.generator, device=device)
+        signs = (2 * bits - 1).repeat_interleave(seen.size // seen.samples)
+        return tuple(
+            g * signs.to(g).reshape(-1, *[1] * (g.ndim - 1)) if len(g) == len(signs) else g
+            for g in column
+        )
+
+    def _place(self, seen: Observation, call: Call) -> None:
+        """Find the samples of a call in its first dimension or its second."""
+        module, shape, known = call.block.layers[call.layer], call.inputs.shape, self.taps.second
+        if is_ambiguous(module, shape, seen.samples):
+            call.second = known.get(call.layer, False)
+        elif is_linear(module) and len(shape) > 2:
+            known[call.layer] = shape[0] != seen.samples and shape[1] == seen.samples
+
+    def _unsure(self, seen: Observation) -> bool:
+        return self.probing or any(
+            call.layer not in self.taps.second
+            and is_ambiguous(call.block.layers[call.layer], call.inputs.shape, seen.samples)
+            for call in seen.calls
+        )
+
+    def _probe(self, seen: Observation, root: "Root", place: GradientEdge) -> None:
+        """Send a gradient back from one sample's output, and see to which rows it comes."""
+        z = seen.outputs[root.which]
+        if seen.samples < 2 or len(z) != seen.size or not root.edges:
+            return
+        sample, most = seen.samples - 1, most_allowed(self.root, seen.samples)
+        generator = torch.Generator().manual_seed(0)
+        g = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
+        g[: sample * (seen.size // seen.samples)] = 0
+        edges = list(root.edges.values())
+        back = torch.autograd.grad([place], edges, [g], retain_graph=True, allow_unused=True)
+        for number, found in zip(root.edges, back, strict=True):
+            call = seen.calls[number]
+            if found is None or not found.numel():
+                continue
+            module = call.block.layers[call.layer]
+            shares = [others_share(seen.canonical(call, found), sample)]
+            if is_ambiguous(module, call.inputs.shape, seen.samples):
+                call.second = not call.second
+                shares.append(others_share(seen.canonical(call, found), sample))
+                call.second ^= _or_more(shares[0]) <= _or_more(shares[1])
+                if shares != [None, None]:
+                    self.taps.second[call.layer] = call.second
+            if shares[0] is not None:
+                call.astray = min(map(_or_more, shares)) > most
 
     def _columns(self, seen: Observation) -> Iterator[tuple[Tensor, ...]]:
         assert seen.likelihood is not None
-        if self.fisher == "exact":
-            apart = seen.size // seen.samples  # rows of one sample
-            for column in seen.likelihood.columns(seen.outputs):
-                for first in range(apart):
-                    yield column if apart == 1 else tuple(_only(g, first, apart) for g in column)
-            return
         begin = self._begin_draw()
         if begin is not None:
             begin(seen.number)
+        if self.fisher == "exact":
+            apart = seen.size // seen.samples  # rows of one sample
+            columns = seen.likelihood.columns(seen.outputs)
+            if mixes_samples(self.root):
+                columns = (self._signed(seen, column) for column in columns)
+            for column in columns:
+                for first in range(apart):
+                    yield column if apart == 1 else tuple(_only(g, first, apart) for g in column)
+            return
         for _ in range(self.draws):
             weight = self.draws**-0.5
             yield tuple(g * weight for g in self._sampled(seen))
@@ -420,6 +493,10 @@ def _upstream(
         elif place.node._sequence_nr() < own.node._sequence_nr():
             edges[number] = place
     return sampled, tuple(here), edges
+
+
+def _or_more(share: float | None) -> float:
+    return float("inf") if share is None else share
 
 
 def _only(tensor: Tensor, first: int, every: int) -> Tensor:

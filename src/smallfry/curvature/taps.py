@@ -97,6 +97,8 @@ class Call:
     shape: torch.Size  # of the output
     edge: GradientEdge | None  # until the Fisher's gradients are taken: it keeps the graph alive
     passes: "Passes" = field(default_factory=lambda: Passes())
+    second: bool = False  # the samples are in the second dimension, where they may be in the first
+    astray: bool = False  # rows were found not to be where their samples are expected
 
 
 @dataclass(eq=False)
@@ -248,6 +250,14 @@ class Observation:
                     return True
         return False
 
+    def astray(self, block: Block) -> str | None:
+        """A layer of a block whose rows were found to belong to other samples than by place."""
+        return next((c.layer for c in self.calls if c.block is block and c.astray), None)
+
+    def canonical(self, call: Call, gradient: Tensor) -> Tensor:
+        """A gradient at a call's output as (groups, samples, uses, outputs)."""
+        return self._gradients(call, gradient, gradient.dtype)
+
     def _belongs(self, call: Call) -> bool:
         return belongs(call.block.layers[call.layer], call.inputs.shape, self.samples)
 
@@ -299,6 +309,8 @@ class Observation:
         inputs, output = call.inputs, call.inputs.new_empty(()).expand(call.shape)
         if not self._belongs(call):
             inputs, output = (padded(module, t, self.samples) for t in (inputs, output))
+        elif call.second:
+            inputs, output = inputs.transpose(0, 1), output.transpose(0, 1)
         rows = canonical_inputs(module, inputs, output, self.samples, kept).to(dtype)
         if not block.has_weight:
             return ones_column(rows[..., :0], columns, chosen)
@@ -315,6 +327,8 @@ class Observation:
         module = call.block.layers[call.layer]
         if not self._belongs(call):
             gradient = padded(module, gradient, self.samples)
+        elif call.second:
+            gradient = gradient.transpose(0, 1)
         return canonical_gradients(module, gradient, self.samples).to(dtype)
 
 
@@ -347,6 +361,7 @@ class Taps:
         self._handles: list[RemovableHandle] = []
         self._hosts = dict(host for block in self.blocks for host in block.hosts)
         self._calls: list[Call] = []
+        self.second: dict[str, bool] = {}  # where a layer's samples were, if that was clear
         self.foreign: list[str] = []  # layers that were called with another weight
 
     @property

@@ -230,6 +230,7 @@ class NaturalGradient(torch.optim.Optimizer):
             self._begin_draw,
         )
         self.observer.process = self.exchange.rank, self.exchange.count
+        self.observer.needs_identity = any(not approximation.sums_over_uses(b) for b in self.blocks)
         self.observer.keep_arguments = adaptive_damping or step_length == "quadratic"
         if grad_scaler is not None:
             self.observer.grad_scale = grad_scaler.get_scale
@@ -375,6 +376,7 @@ class NaturalGradient(torch.optim.Optimizer):
     def _wanted(self) -> str:
         if self.overdue or self._due(self.statistics_every):
             self.observer.watch_backward = not self.checked
+            self.observer.probing = not self.checked and self.check != "off"
             return "taps"
         always = self.step_length == "quadratic" or self.loss_scale == "sum"
         return "outputs" if always else ""

@@ -226,8 +226,14 @@ def rows_seen(
     for seen in observations:
         called = any(call.block is block for call in seen.calls)
         stray = seen.anonymous(block)
-        if stray is not None and not optimizer.approximation.sums_over_uses(block):
-            raise UsageError(_ANONYMOUS.format(layer=stray, samples=seen.samples))
+        if not optimizer.approximation.sums_over_uses(block):
+            if stray is not None:
+                raise UsageError(_ANONYMOUS.format(layer=stray, samples=seen.samples))
+            astray = seen.astray(block) if optimizer.check != "off" else None
+            if astray is not None and optimizer.check == "error":
+                raise UsageError(_ASTRAY.format(layer=astray))
+            if astray is not None:
+                warn(_ASTRAY.format(layer=astray))
         if called or optimizer.approximation.counts_absence:
             rows = rows_of(block, seen, partial(_drawn, optimizer, block, seen))
             if rows.weights is not None and optimizer.approximation.sharing_of(block) == "reduce":
@@ -291,6 +297,13 @@ def _drawn(
     return torch.randperm(uses, generator=optimizer.generator, device=device)[:kept].sort().values
 
 
+_ASTRAY = (
+    "layer '{layer}': the rows that it was called on belong to other samples than their place says:"
+    " one sample's output sends its gradient to rows of others, as with windows or tokens folded "
+    "position first, routed rows, or layers that mix samples. Fold them sample by sample; or give "
+    "sharing='expand', for all layers or as {{'{layer}': 'expand'}}, where the method has it "
+    "(KFAC's default), or exclude=['{layer}']"
+)
 _ANONYMOUS = (
     "layer '{layer}' was called on rows that are no multiple of the {samples} samples that the "
     "network saw, so that they belong to none by their place, as those of a mixture of experts; "
