@@ -83,35 +83,27 @@ def is_ambiguous(module: nn.Module, shape: Sequence[int], samples: int) -> bool:
     return is_linear(module) and len(shape) > 2 and shape[0] == shape[1] == samples
 
 
-def others_share(gradients: Tensor, sample: int) -> float | None:
-    """How much of a gradient that one sample's output sends back comes to the rows of another.
+def own_share(gradients: Tensor, sample: int) -> float | None:
+    """How much of a gradient that one sample's output sends back comes to its own rows.
 
     Args:
         gradients: In canonical form, (groups, samples, uses, outputs).
         sample: Which one.
 
     Returns:
-        The most that comes to one of the others over what comes to its own rows, by squares; None
-        where nothing comes back.
+        By squares; None where nothing comes back.
     """
     mass = gradients.double().square().sum((0, 2, 3))
-    own = float(mass[sample])
-    others = torch.cat([mass[:sample], mass[sample + 1 :]])
-    most = float(others.max()) if len(others) else 0.0
-    if own == most == 0:
+    whole = float(mass.sum())
+    return float(mass[sample]) / whole if whole > 0 else None
+
+
+def position_first(tensor: Tensor, samples: int) -> Tensor | None:
+    """A tensor sample by sample, if the positions folded into its first dimension come first."""
+    if len(tensor) <= samples or len(tensor) % samples:
         return None
-    return most / own if own > 0 else float("inf")
-
-
-def most_allowed(model: nn.Module, samples: int) -> float:
-    """The most ``others_share`` of rows that are where they are expected.
-
-    Nothing comes to the rows of others, but through the statistics of a batch norm, by which each
-    of n samples has about 1/n² of what a sample has itself; of few that tells nothing.
-    """
-    if mixes_samples(model):
-        return 0.3 if samples >= 16 else float("inf")
-    return 0.05
+    split = tensor.reshape(-1, samples, *tensor.shape[1:])
+    return split.transpose(0, 1).flatten(0, 1)
 
 
 def mixes_samples(model: nn.Module) -> bool:

@@ -21,8 +21,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from smallfry.curvature.identity import (
     is_ambiguous,
     mixes_samples,
-    most_allowed,
-    others_share,
+    own_share,
+    position_first,
     samples_of,
 )
 from smallfry.curvature.layers import is_linear
@@ -359,7 +359,7 @@ class Observer:
         z = seen.outputs[root.which]
         if seen.samples < 2 or len(z) != seen.size or not root.edges:
             return
-        sample, most = seen.samples - 1, most_allowed(self.root, seen.samples)
+        sample, mixed = seen.samples - 1, mixes_samples(self.root)
         generator = torch.Generator().manual_seed(0)
         g = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
         g[: sample * (seen.size // seen.samples)] = 0
@@ -367,18 +367,23 @@ class Observer:
         back = torch.autograd.grad([place], edges, [g], retain_graph=True, allow_unused=True)
         for number, found in zip(root.edges, back, strict=True):
             call = seen.calls[number]
-            if found is None or not found.numel():
+            own = None if found is None else own_share(seen.canonical(call, found), sample)
+            if found is None or own is None:
                 continue
             module = call.block.layers[call.layer]
-            shares = [others_share(seen.canonical(call, found), sample)]
             if is_ambiguous(module, call.inputs.shape, seen.samples):
                 call.second = not call.second
-                shares.append(others_share(seen.canonical(call, found), sample))
-                call.second ^= _or_more(shares[0]) <= _or_more(shares[1])
-                if shares != [None, None]:
-                    self.taps.second[call.layer] = call.second
-            if shares[0] is not None:
-                call.astray = min(map(_or_more, shares)) > most
+                other = own_share(seen.canonical(call, found), sample) or 0.0
+                call.second ^= own >= other
+                self.taps.second[call.layer] = call.second
+                own = max(own, other)
+            call.astray = own < 0.95
+            if mixed:  # a batch norm sends gradients to the rows of others too: not to one order
+                turned = position_first(found, seen.samples)
+                other = 0.0 if turned is None else (
+                    own_share(seen.canonical(call, turned), sample) or 0.0
+                )  # fmt: skip
+                call.astray = other > max(0.5, 1.3 * own)
 
     def _columns(self, seen: Observation) -> Iterator[tuple[Tensor, ...]]:
         assert seen.likelihood is not None
@@ -493,10 +498,6 @@ def _upstream(
         elif place.node._sequence_nr() < own.node._sequence_nr():
             edges[number] = place
     return sampled, tuple(here), edges
-
-
-def _or_more(share: float | None) -> float:
-    return float("inf") if share is None else share
 
 
 def _only(tensor: Tensor, first: int, every: int) -> Tensor:

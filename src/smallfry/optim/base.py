@@ -343,18 +343,11 @@ class NaturalGradient(torch.optim.Optimizer):
         return distribution(self)
 
     def costs(self, rows: int) -> dict[str, Cost]:
-        """What a refresh of each block costs, for ``optim/distribution.py`` to plan with.
-
-        Args:
-            rows: Uses of all samples that statistics are taken from, in the whole batch.
-        """
+        """What a refresh of each block costs, for so many ``rows``: uses by the whole batch."""
         return {b.name: cost_of(b, self.approximation, rows) for b in self.blocks}
 
     def diagnostics(self) -> Diagnosis:
-        """How the approximation stands, layer by layer.
-
-        Cosines need the gradients of the last step, Fisher errors ``monitor()``.
-        """
+        """How the approximation stands; Fisher errors need ``monitor()``, cosines gradients."""
         return diagnose(self)
 
     def close(self) -> None:
