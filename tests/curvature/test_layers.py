@@ -9,7 +9,6 @@ from torch import nn
 
 from smallfry.curvature import Categorical, Taps, cover
 from smallfry.curvature.taps import Observation
-from smallfry.errors import UsageError
 
 D = torch.float64
 
@@ -169,7 +168,7 @@ def test_a_sequence_may_come_first():
     torch.testing.assert_close(dense_of(coverage.blocks[0], rows), expected)
 
 
-def test_rows_that_belong_to_no_sample_are_refused():
+def test_rows_that_belong_to_no_sample_are_dealt_out_with_zeros_behind():
     class Ragged(nn.Module):
         def __init__(self):
             super().__init__()
@@ -180,8 +179,14 @@ def test_rows_that_belong_to_no_sample_are_refused():
 
     coverage = cover(model := Ragged())
     seen = observe(model, coverage, torch.randn(4, 2, 3), Categorical())
-    with pytest.raises(UsageError, match=r"5 rows while the network saw 4 samples.*exclude"):
-        seen.rows(coverage.blocks[0], torch.float32)
+    block = coverage.blocks[0]
+    rows = seen.rows(block, torch.float32)
+    assert seen.anonymous(block) == "layer"
+    assert rows.inputs.shape == (1, 4, 2, 4)
+    assert rows.weights.tolist() == [[1, 1], [1, 1], [1, 0], [0, 0]]
+    flat = rows.inputs.flatten(0, 2)
+    torch.testing.assert_close(flat[:5, :3], seen.calls[0].inputs)
+    assert not flat[5:, :3].any()
 
 
 @pytest.mark.parametrize("case", CONV | LINEAR)

@@ -353,6 +353,7 @@ def test_the_coarse_level_acts_on_the_batch_that_its_statistics_are_of():
 
 
 @pytest.mark.parametrize("kind", [TwoLevel, ExactNG, KPSVD])
+@pytest.mark.filterwarnings("ignore:only .* of the trained weights")
 def test_a_step_without_gradients_of_covered_layers_is_fine(kind):
     net = nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 2))
     optimizer = kind(net, lr=0.1, burn_in=0, statistics_every=10)

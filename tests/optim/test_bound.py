@@ -279,3 +279,36 @@ def test_divergences_of_distributions():
     before = unknown.select(torch.randn(4, 2))
     with pytest.raises(UsageError, match="register_kl"):
         unknown.divergence(before, before)
+
+
+class Tokens(nn.Module):
+    """Logits of each token, (samples × tokens, classes)."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3)).to(D)
+
+    def forward(self, x):
+        return self.layers(x).flatten(0, -2)
+
+
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+def test_padding_is_no_part_of_the_bound(kind):
+    random = torch.Generator().manual_seed(1)
+    x = torch.randn(6, 4, 3, dtype=D, generator=random)
+    y = torch.randint(3, (6, 4), generator=random)
+    padded = y.clone()
+    padded[:, 2:] = -100
+    found = []
+    for inputs, targets in ((x, padded), (x[:, :2], y[:, :2])):
+        model = Tokens()
+        optimizer = kind(model, lr=1.0, kl_clip=1e-4, fisher="exact", burn_in=0)
+        step(model, optimizer, inputs, targets.flatten())
+        found.append((optimizer.targets, optimizer.clip, optimizer.divergence_ratio))
+        with torch.no_grad():
+            before, after = Tokens()(x[:, :2]), model(x[:, :2])
+        assert divergence(before, after) == pytest.approx(1e-4 / 2, rel=0.3)
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    assert found[0][0] == 1.0
+    assert found[0][1] < 1.0

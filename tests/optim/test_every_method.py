@@ -10,7 +10,7 @@ from mixed_net import Net
 from torch import nn
 from torch.nn import functional as F
 
-from smallfry.errors import UsageError
+from smallfry.errors import SmallfryWarning, UsageError
 from smallfry.optim import EKFAC, KFAC, SNGD, ExactNG, TwoLevel
 
 D = torch.float64
@@ -358,7 +358,8 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(method, problem, b
     before, state = weights(model), state_tensors(optimizer)
     x, y = problem[0][:8].clone(), problem[1][:8]
     x[0, 0] = bad
-    step(model, optimizer, x, y)
+    with pytest.warns(SmallfryWarning, match="not finite"):
+        step(model, optimizer, x, y)
     assert optimizer.counters["skipped_steps"] == 1
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]), name

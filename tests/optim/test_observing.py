@@ -165,6 +165,18 @@ def test_two_optimizers_of_one_model_leave_the_compiler_as_it_was():
     assert second.observer.pending
 
 
+def test_two_optimizers_of_one_model_draw_apart():
+    ends = []
+    for others in (0, 2):
+        model = net()
+        optimizer = KFAC(model, lr=0.1, statistics_every=1, fisher="exact")
+        watching = [KFAC(model, lr=0.1, statistics_every=1) for _ in range(others)]
+        ends.append(train(model, optimizer))
+        assert all(one.observer.pending for one in watching)
+    for one, other in zip(*ends, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_an_optimizer_is_not_copied_with_its_model():
     model = net()
     with pytest.raises(UsageError, match="can't be copied"):

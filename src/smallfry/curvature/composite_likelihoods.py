@@ -1,5 +1,6 @@
 """Likelihoods of several parts of an output, or of any ``torch.distributions`` density."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from smallfry.curvature.likelihoods import (
     Outputs,
     Scale,
 )
+from smallfry.curvature.row_weights import RowWeights
 from smallfry.errors import UsageError, nearest
 
 
@@ -37,6 +39,12 @@ class Joint(Likelihood):
         found = [part.select(_part(output, key)) for key, part in self.parts.items()]
         self._counts = [len(tensors) for tensors in found]
         return tuple(z for tensors in found for z in tensors)
+
+    def of_last(self) -> "Joint":
+        """One of the parts' own."""
+        own = Joint({key: part.of_last() for key, part in self.parts.items()})
+        own._counts = self._counts
+        return own
 
     def _each(self, outputs: Outputs) -> Iterator[tuple[Likelihood, Outputs]]:
         start = 0
@@ -69,10 +77,47 @@ class Joint(Likelihood):
         found = (part.hessian_product(z, u) for (part, z), (_, u) in pairs)
         return tuple(product for products in found for product in products)
 
-    def divergence(self, before: Outputs, after: Outputs) -> Tensor:
+    def divergence(
+        self, before: Outputs, after: Outputs, weights: Sequence[Tensor | None] | None = None
+    ) -> Tensor:
         """The sum of the parts'."""
-        pairs = zip(self._each(before), self._each(after), strict=True)
-        return torch.stack([part.divergence(z, new) for (part, z), (_, new) in pairs]).sum(0)
+        rest = iter([None] * len(before) if weights is None else weights)
+        found = [
+            part.divergence(z, new, [next(rest) for _ in z])
+            for (part, z), (_, new) in zip(self._each(before), self._each(after), strict=True)
+        ]
+        return torch.stack(found).sum(0)
+
+    def row_weights(self, outputs: Outputs, index: int, gradient: Tensor) -> RowWeights | None:
+        """As the output's own part reads them."""
+        _, part, z, own = self._part_of(outputs, index)
+        return part.row_weights(z, own, gradient)
+
+    def given_weights(self, outputs: Outputs, index: int, given: Any) -> RowWeights:
+        """Those of the output's own part; a mapping has the parts' names."""
+        key, part, z, own = self._part_of(outputs, index)
+        if not isinstance(given, Mapping) or key not in given:
+            raise ValueError(f"expected a mapping with weights of every part, also of '{key}'")
+        return part.given_weights(z, own, given[key])
+
+    def _part_of(self, outputs: Outputs, index: int) -> tuple[Any, Likelihood, Outputs, int]:
+        """The part that an output belongs to, with its name, its outputs, and which it is."""
+        start = 0
+        for key, (part, z) in zip(self.parts, self._each(outputs), strict=True):
+            if index < start + len(z):
+                return key, part, z, index - start
+            start += len(z)
+        raise IndexError(index)
+
+    def mean_factor(self, outputs: Outputs) -> float:
+        """That of all parts, where it is one."""
+        found = [part.mean_factor(z) for part, z in self._each(outputs)]
+        if max(found) > (1 + 1e-9) * min(found):
+            raise UsageError(
+                "loss_scale='mean' is another number for each part of this output "
+                f"({', '.join(f'{number:.4g}' for number in found)}): give one number"
+            )
+        return found[0]
 
     def targets(self, outputs: Outputs, gradients: Sequence[Tensor | None]) -> float:
         """The sum of the parts'."""
@@ -115,6 +160,10 @@ class FromDistribution(Likelihood):
         self._chosen = chosen
         return tuple(leaf for c, leaf in zip(chosen, leaves, strict=True) if c)
 
+    def of_last(self) -> "FromDistribution":
+        """With the last output's structure, and what in it is no floating tensor."""
+        return copy.copy(self)
+
     def sample_gradients(self, outputs: Outputs, generator: torch.Generator) -> Outputs:
         """−∇ log p of one sample, drawn under a seed from the generator."""
         free = [z.detach().requires_grad_() for z in outputs]
@@ -133,8 +182,10 @@ class FromDistribution(Likelihood):
             torch.zeros_like(z) if g is None else g for g, z in zip(found, free, strict=True)
         )
 
-    def divergence(self, before: Outputs, after: Outputs) -> Tensor:
-        """What ``torch.distributions.kl_divergence`` knows of it."""
+    def divergence(
+        self, before: Outputs, after: Outputs, weights: Sequence[Tensor | None] | None = None
+    ) -> Tensor:
+        """``torch.distributions.kl_divergence``, where it is implemented; it has no weights."""
         old, new = self._distribution(before), self._distribution(after)
         try:
             found = kl_divergence(old, new)

@@ -1,13 +1,14 @@
 """Which parameters form which block of the curvature, and which can't, with the reason."""
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from smallfry.curvature.attention import InProjection, can_spell_out
 from smallfry.curvature.layers import (
     COVERED,
     groups_of,
@@ -15,6 +16,7 @@ from smallfry.curvature.layers import (
     outputs_of,
     weight_to_matrix,
 )
+from smallfry.curvature.products import is_transposed, same_product
 from smallfry.errors import UsageError, nearest
 
 
@@ -29,6 +31,7 @@ class Block:
         biases: The trained biases, each one column.
         parameters: Its trained parameters by name: the weight, unless frozen, then the biases.
         shape: (groups, outputs, inputs) of the matrix.
+        hosts: Attentions whose layers are among them, each with its input projection.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Block:
     biases: tuple[nn.Parameter, ...]
     parameters: dict[str, nn.Parameter]
     shape: tuple[int, int, int]
+    hosts: tuple[tuple[nn.MultiheadAttention, InProjection], ...] = ()
 
     @property
     def has_weight(self) -> bool:
@@ -88,6 +92,7 @@ class Coverage(NamedTuple):
 
     blocks: tuple[Block, ...]
     uncovered: dict[str, str]
+    left: dict[str, nn.Parameter]  # the uncovered themselves
 
 
 def cover(
@@ -98,7 +103,8 @@ def cover(
     """Divide the trained parameters of a model into blocks and the uncovered.
 
     Covered are Linear, Conv1d, Conv2d and ConvTranspose2d whose ``forward`` is PyTorch's own,
-    and subclasses that promise the same with an attribute ``acts_as``.
+    subclasses that compute the same or promise to with an attribute ``acts_as``, transformers'
+    Conv1D, and both projections of PyTorch's MultiheadAttention.
 
     Args:
         model: The model.
@@ -115,8 +121,20 @@ def cover(
     excluded = _excluded(model, exclude)
     reasons: dict[nn.Parameter, str] = {}
     users: dict[nn.Parameter, dict[str, nn.Module]] = {}
+    hosts: dict[nn.Module, tuple[nn.MultiheadAttention, InProjection]] = {}
     for path, module in model.named_modules():
         reason = _why_not(model, path, module, excluded)
+        if isinstance(module, nn.MultiheadAttention) and reason is None:
+            inner = InProjection(module)
+            hosts[inner] = hosts[module.out_proj] = (module, inner)
+            users.setdefault(module.in_proj_weight, {})[f"{path}.in_proj".lstrip(".")] = inner
+            others = {"bias_k", "bias_v"} & module._parameters.keys()
+            reasons |= {
+                p: "a key or value that attention adds"
+                for p in map(module._parameters.get, others)
+                if p is not None
+            }
+            continue
         for kind, parameter in module._parameters.items():
             if parameter is None:
                 continue
@@ -126,18 +144,19 @@ def cover(
                 users.setdefault(parameter, {})[path] = module
     for bias in _shared_biases(users):
         reasons.setdefault(bias, "its bias is shared by layers with different weights")
-    blocks, taken = [], set[nn.Parameter]()
+    blocks, taken = list[Block](), set[nn.Parameter]()
     for weight, layers in users.items():
         block = _block(weight, layers, names, chosen - taken, reasons)
         if block is not None:
-            blocks.append(block)
+            inside = dict.fromkeys(hosts[m] for m in layers.values() if m in hosts)
+            blocks.append(replace(block, hosts=tuple(inside)))
             taken.update(block.parameters.values())
     uncovered = {
         name: reasons.get(p, "its layer's weight is used elsewhere, or it belongs to two layers")
         for p, name in names.items()
         if p in chosen and p not in taken
     }
-    return Coverage(tuple(blocks), uncovered)
+    return Coverage(tuple(blocks), uncovered, {n: p for p, n in names.items() if n in uncovered})
 
 
 def _shared_biases(users: dict[nn.Parameter, dict[str, nn.Module]]) -> set[nn.Parameter]:
@@ -173,7 +192,7 @@ def _block(
 
 
 def _kind(module: nn.Module) -> tuple[type, int]:
-    base = next(kind for kind in COVERED if isinstance(module, kind))
+    base = next((kind for kind in COVERED if isinstance(module, kind)), type(module))
     return base, groups_of(module)
 
 
@@ -196,14 +215,24 @@ def _why_not(model: nn.Module, path: str, module: nn.Module, excluded: set[str])
     name = type(module).__name__
     if path in excluded:
         return "excluded"
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters(False)):
+        raise UsageError(
+            f"layer '{path}' ({name}) is lazy and has no shape yet: call the model once before "
+            "the optimizer is built"
+        )
+    if can_spell_out(module):
+        return None
+    if is_transposed(module):
+        return None if same_product(module, nn.Linear) else f"{name} has a forward of its own"
     covered = next((kind for kind in COVERED if isinstance(module, kind)), None)
     if covered is None:
         return f"{name} is not covered"
     acts_as = getattr(module, "acts_as", None)  # what a faster forward of the same map declares
     parent = model.get_submodule(path.rpartition(".")[0]) if path else None
-    if isinstance(parent, nn.MultiheadAttention):
+    if isinstance(parent, nn.MultiheadAttention) and not can_spell_out(parent):
         return "MultiheadAttention multiplies with its weights without calling its layers"
-    if type(module).forward is not covered.forward and acts_as is not covered:
+    own = type(module).forward is not covered.forward or "forward" in module.__dict__
+    if own and acts_as is not covered and not same_product(module, covered):
         return f"{name} has a forward of its own"
     if module._parameters.get("weight") is None:
         return f"the weight of this {name} is computed from other parameters"

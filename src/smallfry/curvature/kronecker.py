@@ -38,9 +38,10 @@ class NotFiniteError(ArithmeticError):
 
 
 def input_factor(rows: Rows) -> Tensor:
-    """A = mean of a aᵀ over samples and uses."""
+    """A = mean of a aᵀ over samples and uses, by their weights."""
     flat = rows.inputs.flatten(1, 2)  # (groups, samples · uses, inputs)
-    return flat.transpose(1, 2) @ flat / flat.shape[1]
+    weighted = flat if rows.weights is None else flat * rows.weights.reshape(-1, 1)
+    return flat.transpose(1, 2) @ weighted / flat.shape[1]
 
 
 def output_factor(rows: Rows) -> Tensor:
@@ -55,7 +56,13 @@ def reduced(rows: Rows) -> Rows:
     KFAC-reduce of Eschenhagen et al. 2023 (arXiv 2311.00636): exact where uses are averaged right
     behind a linear layer.
     """
-    return Rows(rows.inputs.mean(2, keepdim=True), rows.gradients.sum(3, keepdim=True))
+    gradients, weights = rows.gradients.sum(3, keepdim=True), rows.weights
+    if weights is None:
+        return Rows(rows.inputs.mean(2, keepdim=True), gradients)
+    total = weights.sum(1, keepdim=True)  # uses that are left out have no part in the mean
+    shares = weights / total.clamp_min(torch.finfo(weights.dtype).tiny)
+    inputs = (rows.inputs * shares[None, :, :, None]).sum(2, keepdim=True)
+    return Rows(inputs, gradients, total / (weights > 0).sum(1, keepdim=True).clamp_min(1))
 
 
 def eigendecompose(factor: Tensor) -> Eigen:

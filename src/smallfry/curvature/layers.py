@@ -23,25 +23,35 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smallfry.curvature.products import is_transposed
 from smallfry.errors import UsageError
 
 COVERED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a covered layer multiplies the last dimension, and is no convolution."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
 def groups_of(module: nn.Module) -> int:
     """Groups of a covered layer; 1 for linear layers."""
-    return 1 if isinstance(module, nn.Linear) else int(cast(Any, module).groups)
+    return 1 if is_linear(module) else int(cast(Any, module).groups)
 
 
 def outputs_of(module: nn.Module) -> int:
     """Output features or channels of a covered layer."""
     layer = cast(Any, module)
+    if is_transposed(module):
+        return int(layer.weight.shape[1])
     return int(layer.out_features if isinstance(module, nn.Linear) else layer.out_channels)
 
 
 def weight_to_matrix(module: nn.Module, weight: Tensor) -> Tensor:
     """A weight, or its gradient, as (groups, outputs, inputs)."""
     groups = groups_of(module)
+    if is_transposed(module):
+        return weight.T.unsqueeze(0)
     if isinstance(module, nn.ConvTranspose2d):
         inputs, outputs, height, width = weight.shape
         split = weight.reshape(groups, inputs // groups, outputs, height, width)
@@ -53,16 +63,13 @@ def weight_to_matrix(module: nn.Module, weight: Tensor) -> Tensor:
 def matrix_to_weight(module: nn.Module, matrix: Tensor) -> Tensor:
     """What ``weight_to_matrix`` did, undone."""
     shape = cast(Any, module).weight.shape
+    if is_transposed(module):
+        return matrix[0].T
     if isinstance(module, nn.ConvTranspose2d):
         groups, outputs, _ = matrix.shape
         split = matrix.reshape(groups, outputs, -1, *shape[2:])
         return split.transpose(1, 2).flip(-2, -1).reshape(shape)
     return matrix.reshape(shape)
-
-
-def uses_of(module: nn.Module, outputs: torch.Size, samples: int) -> int:
-    """How often each sample uses the weight in a call with such an output."""
-    return outputs.numel() // (samples * outputs_of(module))
 
 
 def canonical_inputs(
@@ -87,7 +94,7 @@ def canonical_inputs(
     Raises:
         UsageError: No dimension of the inputs can be the samples.
     """
-    if isinstance(module, nn.Linear):
+    if is_linear(module):
         rows = _by_sample(inputs, samples, "Linear").unsqueeze(0)
         return rows if kept is None else rows.index_select(2, kept)
     batched = inputs.ndim == (3 if isinstance(module, nn.Conv1d) else 4)
@@ -116,7 +123,7 @@ def canonical_gradients(module: nn.Module, gradients: Tensor, samples: int) -> T
     Raises:
         UsageError: No dimension of the gradients can be the samples.
     """
-    if isinstance(module, nn.Linear):
+    if is_linear(module):
         return _by_sample(gradients, samples, "Linear").unsqueeze(0)
     spatial = 1 if isinstance(module, nn.Conv1d) else 2
     if gradients.ndim == spatial + 1:

@@ -23,6 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from smallfry.curvature.row_weights import (
+    EQUAL,
+    RowWeights,
+    certain_rows,
+    given_weights,
+    read_weights,
+)
 from smallfry.errors import UsageError
 
 Outputs = tuple[Tensor, ...]
@@ -34,6 +41,7 @@ class Scale(NamedTuple):
     factor: float  # the loss is at least so many times the mean negative log-likelihood
     hard: bool  # targets are mostly certain, so that ``factor`` is exact
     fits: bool  # whether any targets explain the gradients
+    even: bool = True  # all certain targets have one factor
 
 
 class Likelihood(ABC):
@@ -47,6 +55,10 @@ class Likelihood(ABC):
     def sample_gradients(self, outputs: Outputs, generator: torch.Generator) -> Outputs:
         """−∇ log p of one sampled target, at the outputs."""
 
+    def of_last(self) -> "Likelihood":
+        """The likelihood of the outputs that were selected last, whatever is selected next."""
+        return self
+
     def is_density(self, outputs: Outputs) -> bool:
         """Whether targets can be drawn: outputs that are not finite describe no density."""
         return all(bool(z.isfinite().all()) for z in outputs)
@@ -55,12 +67,41 @@ class Likelihood(ABC):
         """Columns whose outer products sum to the Hessian of −log p, sample by sample."""
         raise self._unable("fisher='exact'")
 
+    def row_weights(self, outputs: Outputs, index: int, gradient: Tensor) -> RowWeights | None:
+        """What the training gradient at one output says of the weights of its rows.
+
+        Args:
+            outputs: All outputs.
+            index: Of the one.
+            gradient: Of the training loss there.
+
+        Returns:
+            None if no row counts in the loss.
+        """
+        return RowWeights(None, None)
+
+    def given_weights(self, outputs: Outputs, index: int, given: Any) -> RowWeights:
+        """Weights of the rows of one output, as the user states them.
+
+        Raises:
+            ValueError: They don't fit the output.
+        """
+        return given_weights(given, outputs[index], None)
+
     def hessian_product(self, outputs: Outputs, tangents: Outputs) -> Outputs:
         """The Hessian of −log p times tangents."""
         raise self._unable("the quadratic model")
 
-    def divergence(self, before: Outputs, after: Outputs) -> Tensor:
-        """KL(before ‖ after) of each sample, (samples,)."""
+    def divergence(
+        self, before: Outputs, after: Outputs, weights: Sequence[Tensor | None] | None = None
+    ) -> Tensor:
+        """KL(before ‖ after) of each sample, (samples,).
+
+        Args:
+            before: Outputs.
+            after: Other outputs.
+            weights: Of rows, broadcastable to each output; None for ones.
+        """
         raise self._unable("adaptive damping")
 
     def targets(self, outputs: Outputs, gradients: Sequence[Tensor | None]) -> float:
@@ -104,13 +145,56 @@ class _Family(Likelihood):
 class Categorical(_Family):
     """One class of several: ``F.cross_entropy`` of logits.
 
+    Rows that the loss leaves out (``ignore_index``, padding masks) have no gradient and no part in
+    the Fisher. Class and sample weights are read off the gradient where targets are certain.
+
     Args:
-        dim: Dimension of the classes; -1 is (samples, …, classes), and 1 what
-            ``F.cross_entropy`` takes for (samples, classes, positions).
+        dim: Dimension of the classes: -1 is (samples, …, classes), 1 what ``F.cross_entropy``
+            takes for (samples, classes, positions). None finds out which of the two it is: there
+            the loss's gradient adds up to zero.
+        hard: Whether targets are certain classes, so that a row's gradient gives its weight; False
+            for label smoothing and mixed targets, whose rows weigh the same. None finds out, for
+            three classes or more; of two, rows of different weight are taken for soft targets.
     """
 
-    def __init__(self, dim: int = -1) -> None:
-        self.dim = dim
+    def __init__(self, dim: int | None = None, hard: bool | None = None) -> None:
+        self._dim, self.hard = dim, hard
+        self._found = -1
+
+    @property
+    def dim(self) -> int:
+        """Dimension of the classes."""
+        return self._found if self._dim is None else self._dim
+
+    def _find(self, gradient: Tensor) -> None:
+        """The dimension of the classes: ∇ adds up to zero along it."""
+        if self._dim is None and gradient.ndim > 2 and bool(gradient.any()):
+            sums = {d: float(gradient.sum(d).abs().sum()) for d in (-1, 1)}
+            self._found = -1 if sums[-1] <= sums[1] else 1
+
+    def row_weights(self, outputs: Outputs, index: int, gradient: Tensor) -> RowWeights | None:
+        """From rows without a gradient, and from the ratio of gradient and probability."""
+        self._find(gradient)
+        p, g = self._probabilities(outputs), gradient.movedim(self.dim, -1)
+        counts = (g != 0).any(-1)
+        rho, fits, telling = certain_rows(p, g, 2e-3 + 8 * torch.finfo(gradient.dtype).eps)
+        certain = self.hard
+        if certain is None:
+            told = telling & counts
+            known = rho[counts & ~told]
+            certain = bool(fits[told].all()) and (
+                bool(told.any())
+                or (
+                    known.numel() > 0
+                    and bool(((known - known.mean()).abs() <= EQUAL * known.mean()).all())
+                )
+            )
+        found = read_weights(rho, counts, certain)
+        return _unsqueezed(found, self.dim)
+
+    def given_weights(self, outputs: Outputs, index: int, given: Any) -> RowWeights:
+        """One for each row, whatever its class."""
+        return given_weights(given, outputs[index], self.dim)
 
     def _probabilities(self, outputs: Outputs) -> Tensor:
         """(samples, …, classes)."""
@@ -149,13 +233,17 @@ class Categorical(_Family):
         p, u = self._probabilities(outputs), tangents[0].movedim(self.dim, -1)
         return self._back(p * (u - (p * u).sum(-1, keepdim=True)), tangents[0])
 
-    def divergence(self, before: Outputs, after: Outputs) -> Tensor:
+    def divergence(
+        self, before: Outputs, after: Outputs, weights: Sequence[Tensor | None] | None = None
+    ) -> Tensor:
         """Σ p log(p / p')."""
         old, new = (z[0].movedim(self.dim, -1).log_softmax(-1) for z in (before, after))
-        return _by_sample(old.exp() * (old - new).nan_to_num(0.0)).sum(1)
+        terms = (old.exp() * (old - new).nan_to_num(0.0)).movedim(-1, self.dim)
+        return _by_sample(_weighted(terms, weights)).sum(1)
 
     def loss_factor(self, outputs: Outputs, gradients: Outputs) -> Scale | None:
         """From classes whose target is 0, where the gradient is the factor times p."""
+        self._find(gradients[0])
         p, g = self._probabilities(outputs), gradients[0].movedim(self.dim, -1)
         balanced = bool((g.sum(-1).abs() <= 0.02 * g.abs().sum(-1) + 1e-30).all())
         likely = p > 0.01 / p.shape[-1]
@@ -176,12 +264,25 @@ class Bernoulli(_Family):
     Args:
         inputs: "logits" (``binary_cross_entropy_with_logits``), or "probabilities" for a model
             with the sigmoid inside (``binary_cross_entropy``).
+        hard: Whether targets are 0 or 1, so that the gradient at an output gives its weight
+            (``weight``, ``pos_weight``). False takes all outputs with a gradient for alike.
     """
 
-    def __init__(self, inputs: str = "logits") -> None:
+    def __init__(self, inputs: str = "logits", hard: bool = False) -> None:
         if inputs not in ("logits", "probabilities"):
             raise UsageError(f"Bernoulli takes 'logits' or 'probabilities', not '{inputs}'")
-        self.inputs = inputs
+        self.inputs, self.hard = inputs, hard
+
+    def row_weights(self, outputs: Outputs, index: int, gradient: Tensor) -> RowWeights | None:
+        """From outputs without a gradient; and from the ratio of gradient and probability."""
+        p, g = self._probabilities(outputs), gradient.to(_precise(gradient))
+        if self.inputs == "probabilities":
+            g = g * p * (1 - p)
+        tiny = torch.finfo(p.dtype).tiny
+        rho = g.abs() / torch.where(g > 0, p, 1 - p).clamp_min(tiny)
+        # a certain output that meets its target has no gradient either, and no curvature
+        certain = (p * (1 - p) < torch.finfo(p.dtype).eps) & (not self.hard)
+        return read_weights(rho, (gradient != 0) | certain, self.hard)
 
     def _probabilities(self, outputs: Outputs) -> Tensor:
         z = outputs[0].to(_precise(outputs[0]))
@@ -218,13 +319,15 @@ class Bernoulli(_Family):
         root = self._to_output((p * (1 - p)).sqrt(), p)
         return ((root**2 * tangents[0]).to(tangents[0]),)
 
-    def divergence(self, before: Outputs, after: Outputs) -> Tensor:
+    def divergence(
+        self, before: Outputs, after: Outputs, weights: Sequence[Tensor | None] | None = None
+    ) -> Tensor:
         """p log(p / p') + (1 − p) log((1 − p) / (1 − p'))."""
         old, new = (self._probabilities(z) for z in (before, after))
         tiny = torch.finfo(old.dtype).tiny
         yes = old * (old.clamp_min(tiny) / new.clamp_min(tiny)).log()
         no = (1 - old) * ((1 - old).clamp_min(tiny) / (1 - new).clamp_min(tiny)).log()
-        return _by_sample(yes + no).sum(1)
+        return _by_sample(_weighted(yes + no, weights)).sum(1)
 
     def loss_factor(self, outputs: Outputs, gradients: Outputs) -> Scale | None:
         """From targets that are certain, where the gradient is the factor times p or 1 − p."""
@@ -251,12 +354,20 @@ class Gaussian(_Family):
 
     Args:
         variance: Of the targets around the outputs.
+        masked: Whether outputs without a gradient are those that the loss leaves out. Else they
+            may be those that meet their targets exactly.
     """
 
-    def __init__(self, variance: float = 1.0) -> None:
+    def __init__(self, variance: float = 1.0, masked: bool = False) -> None:
         if not variance > 0:
             raise UsageError(f"the variance of a gaussian likelihood is positive, not {variance}")
-        self.variance = variance
+        self.variance, self.masked = variance, masked
+
+    def row_weights(self, outputs: Outputs, index: int, gradient: Tensor) -> RowWeights | None:
+        """From outputs without a gradient."""
+        if not self.masked:
+            return RowWeights(None, None)
+        return read_weights(gradient, gradient != 0, False)
 
     def sample_gradients(self, outputs: Outputs, generator: torch.Generator) -> Outputs:
         """Standard normal noise over the standard deviation."""
@@ -274,9 +385,12 @@ class Gaussian(_Family):
         """u / variance."""
         return (tangents[0] / self.variance,)
 
-    def divergence(self, before: Outputs, after: Outputs) -> Tensor:
+    def divergence(
+        self, before: Outputs, after: Outputs, weights: Sequence[Tensor | None] | None = None
+    ) -> Tensor:
         """½ (f' − f)² / variance."""
-        return _by_sample((after[0] - before[0]) ** 2).sum(1) / (2 * self.variance)
+        squares = _weighted((after[0] - before[0]) ** 2, weights)
+        return _by_sample(squares).sum(1) / (2 * self.variance)
 
     def targets(self, outputs: Outputs, gradients: Sequence[Tensor | None]) -> float:
         """Outputs; times the mean squared error over the variance, if that is above 1.
@@ -305,7 +419,7 @@ def _factor(g: Tensor, expected: Tensor, fits: bool) -> Scale | None:
         return None
     factor = float(ratio.max())
     certain = (ratio > 0.98 * factor).double().mean()
-    return Scale(factor, bool(certain > 0.4), fits)
+    return Scale(factor, bool(certain > 0.4), fits, bool(certain > 0.98))
 
 
 def _one_by_one(root: Tensor) -> Iterator[Outputs]:
@@ -314,6 +428,17 @@ def _one_by_one(root: Tensor) -> Iterator[Outputs]:
         column = torch.zeros_like(flat)
         column[:, index] = flat[:, index]
         yield (column.reshape(root.shape),)
+
+
+def _weighted(terms: Tensor, weights: Sequence[Tensor | None] | None) -> Tensor:
+    one = None if weights is None else weights[0]
+    return terms if one is None else terms * one
+
+
+def _unsqueezed(found: RowWeights | None, dim: int) -> RowWeights | None:
+    if found is None or found.values is None:
+        return found
+    return found._replace(values=found.values.unsqueeze(dim))
 
 
 def _by_sample(tensor: Tensor) -> Tensor:

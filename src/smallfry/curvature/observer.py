@@ -1,21 +1,33 @@
 """Watches a model's own forward and backward passes, and takes the Fisher's gradients from them.
 
 A hook before and one behind the model's forward do nothing unless an observation is due. When it
-is, taps are open during the forward, and the Fisher's gradients are asked for right behind it on
-the graph that the caller's own backward will use. An observation counts once a backward pass goes
-through its outputs and into ``.grad``: a forward for logging, or the gradient of an adversarial
-image, does not. Evaluation mode and ``no_grad`` are left alone.
+is, taps are open during the forward. When the caller's own backward pass arrives at the outputs,
+its gradient there shows which rows the loss counts, and the Fisher's gradients are taken on the
+same graph, before that pass goes on. An observation counts once a backward pass goes through its
+outputs and into ``.grad``: a forward for logging, or the gradient of an adversarial image, does
+not. Evaluation mode and ``no_grad`` are left alone.
 """
 
+import threading
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from smallfry.curvature.identity import (
+    is_ambiguous,
+    mixes_samples,
+    own_share,
+    position_first,
+    samples_of,
+)
+from smallfry.curvature.layers import is_linear
 from smallfry.curvature.likelihoods import Likelihood
+from smallfry.curvature.row_weights import RowWeights
 from smallfry.curvature.taps import (
     Call,
     Observation,
@@ -27,6 +39,7 @@ from smallfry.curvature.taps import (
 from smallfry.errors import UsageError
 
 MOST_DRAWN = 2**26  # numbers that are drawn for other processes' samples too
+_thread = threading.local()
 FISHERS = ("mc", "exact", "empirical", "none")
 
 
@@ -43,6 +56,8 @@ class Observer:
         generator: Where they are drawn from.
         wanted: Asked at each forward pass: "taps", "outputs" or "" for nothing; a method, held
             weakly: an owner that is gone wants nothing.
+        begin_draw: Called with the number of an observation in its step before targets are drawn,
+            to set the generator; held weakly.
     """
 
     def __init__(
@@ -54,6 +69,7 @@ class Observer:
         draws: int,
         generator: torch.Generator,
         wanted: Callable[[], str],
+        begin_draw: Callable[[int], None],
     ) -> None:
         if fisher not in FISHERS:
             raise UsageError(f"fisher is one of {', '.join(FISHERS)}, not '{fisher}'")
@@ -61,32 +77,56 @@ class Observer:
             raise UsageError(f"draws is at least 1, not {draws}")
         self.root, self.taps, self.likelihood = root, taps, likelihood
         self.fisher, self.draws, self.generator = fisher, draws, generator
-        self._wanted = weakref.WeakMethod(wanted)
+        self._wanted, self._begin_draw = weakref.WeakMethod(wanted), weakref.WeakMethod(begin_draw)
         self.process = (0, 1)  # which of the processes that share a batch this is, and of how many
         self.watch_backward = False  # note the training gradients at the taps too
+        self.needs_identity = False  # of rows: which sample they belong to
+        self.probing = False  # make sure of it
         self.keep_arguments = False  # what a second pass over the same batch needs
         self.grad_scale: Callable[[], float] = lambda: 1.0
         self.pending: list[Observation] = []  # that count, not yet taken
-        self.seen = 0  # observations since they were last taken, whether they count or not
+        self.given_weights: Any = None  # of the rows of the outputs, as the user stated them
+        self.rescaled = False  # ``.grad`` is no more what the last backward pass left
         self._touched: dict[int, list[Observation]] = {}  # by backward pass
         self._accumulated: set[int] = set()  # backward passes that reached ``.grad``
         self._receiver: Tensor | None = None  # a parameter that they reached,
-        self._received: Tensor | None = None  # and its ``.grad`` then
+        self._received: Tensor | None = None  # its ``.grad`` then,
+        self._received_norm: Tensor | None = None  # and the norm of that
         self._current: Observation | None = None
         self._eager = False
         self._paused = False
-        self._parameters = [next(iter(b.parameters.values())) for b in taps.blocks]
+        self._busy = False
         self._grad_handles: list[Any] = []
         self._handles = [
             root.register_forward_pre_hook(_Hook(self._before), with_kwargs=True),
-            root.register_forward_hook(_Hook(self._behind), always_call=True),
+            root.register_forward_hook(_Hook(self._behind), with_kwargs=True, always_call=True),
         ]
+
+    def watch(self, taps: Taps) -> None:
+        """Tap other layers from now on."""
+        self.taps.close()
+        self.taps = taps
+        self.drop()
+        while self._grad_handles:
+            self._grad_handles.pop().remove()
+
+    @property
+    def _parameters(self) -> list[nn.Parameter]:
+        """One of each block that gets gradients: a layer may have been frozen since."""
+        firsts = (
+            next((p for p in block.parameters.values() if p.requires_grad), None)
+            for block in self.taps.blocks
+        )
+        return [p for p in firsts if p is not None]
 
     def take(self) -> list[Observation]:
         """The observations that count, and forget them."""
-        taken, self.pending, self.seen = self.pending, [], 0
+        taken, self.pending, self.given_weights = self.pending, [], None
         self._touched, self._accumulated = {}, set()
-        self._receiver = self._received = None
+        if self._received is not None and self._received_norm is not None:
+            now, then = float(self._received.norm()), float(self._received_norm)
+            self.rescaled = abs(now - then) > 1e-3 * then
+        self._receiver = self._received = self._received_norm = None
         return taken
 
     def drop(self) -> None:
@@ -113,7 +153,8 @@ class Observer:
             precise = [
                 None if g is None else g if g.dtype == torch.float64 else g.float() for g in found
             ]
-            seen.draws = [[None if g is None else g * unit for g in precise]]
+            own = unit * seen.grouping**0.5
+            seen.draws = [[None if g is None else g * own for g in precise]]
 
     def rerun(self, seen: Observation, function: Callable[[], Any]) -> Any:
         """Call a function that runs the model again, unobserved, with that pass's randomness."""
@@ -146,7 +187,6 @@ class Observer:
             return
         if self.pending and all(p.grad is None for p in self._parameters):
             self.drop()  # gradients cleared by another than this optimizer
-        self.seen += 1
         self._current = Observation(0, [])
         if self.keep_arguments:
             self._current.arguments, self._current.keywords = arguments, keywords
@@ -159,7 +199,13 @@ class Observer:
             _Eager.begin()
             self.taps.open(self.watch_backward or self.fisher == "empirical")
 
-    def _behind(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+    def _behind(
+        self,
+        module: nn.Module,
+        arguments: tuple[Any, ...],
+        keywords: dict[str, Any],
+        output: Any = None,
+    ) -> None:
         seen, tapped = self._current, self.taps.is_open
         calls = self._finish()
         if seen is None or output is None:
@@ -168,18 +214,27 @@ class Observer:
         live = [z for z in outputs if z.requires_grad]
         if not live or any(is_functorch_wrapped_tensor(z) for z in live):
             return  # nothing to train, or inside a transform of torch.func
-        seen.calls, seen.samples = calls, outputs[0].shape[0] if outputs[0].ndim else 1
+        size = outputs[0].shape[0] if outputs[0].ndim else 1
+        if size == 0:
+            return
+        called = [(call.block.layers[call.layer], call.inputs.shape) for call in calls]
+        given = [*arguments, *keywords.values()]
+        seen.calls, seen.size, seen.samples = calls, size, samples_of(called, size, given)
+        for call in calls:
+            self._place(seen, call)
         seen.outputs = tuple(z.detach() for z in outputs)
+        seen.likelihood = self.likelihood.of_last()
         seen.passes = tuple(Passes() for _ in outputs)
         seen.foreign = self.taps.foreign
-        if tapped and not seen.foreign and self.fisher in ("mc", "exact"):
-            self._take_gradients(seen, outputs)
+        sampled = tapped and not seen.foreign and self.fisher in ("mc", "exact")
+        for index, z in enumerate(outputs):
+            if z.requires_grad:
+                own = get_gradient_edge(z)
+                places = {n: call.edge for n, call in enumerate(calls) if call.edge is not None}
+                root = Root(index, own.output_nr, z._version, *_upstream(own, places, sampled))
+                z.register_hook(_arrival(weakref.ref(self), seen, root))  # type: ignore[no-untyped-call]
         for call in calls:
             call.edge = None  # it would keep the graph alive, and the graph this observation
-            call.passes.clear()  # the hooks on outputs saw the Fisher's gradients too
-        for z, noted in zip(outputs, seen.passes, strict=True):
-            if z.requires_grad:
-                z.register_hook(_note(weakref.ref(self), seen, noted))  # type: ignore[no-untyped-call]
         if not self._grad_handles:
             for p in self._parameters:
                 handle = p.register_post_accumulate_grad_hook(_Hook(self._reached))  # type: ignore[no-untyped-call]
@@ -191,17 +246,53 @@ class Observer:
             self.pending = []  # what they added up to was cleared by another than the optimizer
         if self._receiver is None or self._receiver is parameter:
             self._receiver, self._received = parameter, parameter.grad
+            self._received_norm = None if parameter.grad is None else parameter.grad.norm()
         self._accumulated.add(number)
         for seen in self._touched.pop(number, ()):
             self._count(seen, number)
 
-    def touch(self, seen: Observation) -> None:
-        """A backward pass went through an observation's outputs."""
+    def arrive(self, seen: Observation, root: "Root", gradient: Tensor) -> None:
+        """A backward pass has come to an output: it shows what counts, and targets are drawn."""
         number = backward_pass()
+        gradient = gradient.detach() / self.grad_scale()
+        seen.passes[root.which].note(gradient)
+        if seen.number < 0:
+            seen.number = len(self.pending) + len(self._touched.get(number, ()))
         if number in self._accumulated:
             self._count(seen, number)
-        else:
-            self._touched.setdefault(number, []).append(seen)
+        elif seen not in self._touched.setdefault(number, []):
+            self._touched[number].append(seen)
+        if root.which in seen.weights or not bool(gradient.isfinite().all()):
+            return
+        if seen.outputs[root.which]._version != root.version:
+            raise UsageError(
+                "the model's output was overwritten in place after the forward pass, so its "
+                "curvature can't be taken: make that operation not in-place"
+            )
+        with torch.no_grad():
+            seen.weights[root.which] = self._weights(seen, root.which, gradient)
+            if root.sampled and seen.weights[root.which] is not None:
+                self._busy = _thread.busy = True
+                try:
+                    self._take_gradients(seen, root)
+                finally:
+                    self._busy = _thread.busy = False
+                for call in seen.calls:
+                    call.passes.forget_after(number)  # hooks on outputs saw these passes too
+
+    def _weights(self, seen: Observation, index: int, gradient: Tensor) -> RowWeights | None:
+        assert seen.likelihood is not None
+        if self.given_weights is None:
+            return seen.likelihood.row_weights(seen.outputs, index, gradient)
+        try:
+            return seen.likelihood.given_weights(seen.outputs, index, self.given_weights)
+        except ValueError as error:
+            raise UsageError(f"weigh(): {error}") from None
+
+    @property
+    def busy(self) -> bool:
+        """Whether the backward pass under way is an observer's own, of this one or another."""
+        return self._busy or getattr(_thread, "busy", False)
 
     def _count(self, seen: Observation, number: int) -> None:
         if not seen.training:
@@ -214,28 +305,114 @@ class Observer:
         self._current, self._eager = None, False
         return self.taps.close()
 
-    def _take_gradients(self, seen: Observation, outputs: tuple[Tensor, ...]) -> None:
-        edges = [call.edge for call in seen.calls if call.edge is not None]
-        if not edges or not self.likelihood.is_density(seen.outputs):
+    def _take_gradients(self, seen: Observation, root: "Root") -> None:
+        """The Fisher's gradients at all calls, of the rows of one output."""
+        if seen.likelihood is None or not seen.likelihood.is_density(seen.outputs):
             return  # nothing can be sampled from such a density: no draws, no statistics
-        with torch.autocast(outputs[0].device.type, enabled=False), torch.no_grad():
-            if self.fisher == "exact":
-                columns, weight = self.likelihood.columns(seen.outputs), 1.0
-            else:
-                columns = (self._sampled(seen.outputs) for _ in range(self.draws))
-                weight = self.draws**-0.5
-            for column in columns:
-                live = [(z, g) for z, g in zip(outputs, column, strict=True) if z.requires_grad]
-                draw = torch.autograd.grad(
-                    [z for z, _ in live],
-                    edges,
-                    [g.to(z.dtype) * weight for z, g in live],
-                    retain_graph=True,
-                    allow_unused=True,
-                )
-                seen.draws.append(draw)
+        weights = seen.weights[root.which]
+        node: Any = torch._C._current_autograd_node()
+        place = GradientEdge(node, root.output)
+        draws: list[list[Tensor | None]] = []
+        for column in self._columns(seen):
+            g = column[root.which]
+            if weights is not None and weights.values is not None:
+                g = g * weights.values.to(g).sqrt()
+            found: list[Tensor | None] = [None] * len(seen.calls)
+            if self.fisher == "mc" or bool(g.any()):
+                g = g.to(root.dtype_of(seen))
+                for number in root.here:
+                    found[number] = g
+                if root.edges:
+                    below = torch.autograd.grad(
+                        [place], list(root.edges.values()), [g], retain_graph=True,
+                        allow_unused=True,
+                    )  # fmt: skip
+                    for number, part in zip(root.edges, below, strict=True):
+                        found[number] = part
+            draws.append(found)
+        if self.needs_identity and self._unsure(seen):
+            self._probe(seen, root, place)
+        seen.parts[root.which] = draws
 
-    def _sampled(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _signed(self, seen: Observation, column: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """A column with a random sign for each sample, which leaves its own moments as they are.
+
+        Where a batch norm brings the gradients of several samples to one row, columns of one sign
+        would add up; so do they on average not.
+        """
+        device = self.generator.device
+        bits = torch.randint(2, (seen.samples,), generator=self.generator, device=device)
+        signs = (2 * bits - 1).repeat_interleave(seen.size // seen.samples)
+        return tuple(
+            g * signs.to(g).reshape(-1, *[1] * (g.ndim - 1)) if len(g) == len(signs) else g
+            for g in column
+        )
+
+    def _place(self, seen: Observation, call: Call) -> None:
+        """Find the samples of a call in its first dimension or its second."""
+        module, shape, known = call.block.layers[call.layer], call.inputs.shape, self.taps.second
+        if is_ambiguous(module, shape, seen.samples):
+            call.second = known.get(call.layer, False)
+        elif is_linear(module) and len(shape) > 2:
+            known[call.layer] = shape[0] != seen.samples and shape[1] == seen.samples
+
+    def _unsure(self, seen: Observation) -> bool:
+        return self.probing or any(
+            call.layer not in self.taps.second
+            and is_ambiguous(call.block.layers[call.layer], call.inputs.shape, seen.samples)
+            for call in seen.calls
+        )
+
+    def _probe(self, seen: Observation, root: "Root", place: GradientEdge) -> None:
+        """Send a gradient back from one sample's output, and see to which rows it comes."""
+        z = seen.outputs[root.which]
+        if seen.samples < 2 or len(z) != seen.size or not root.edges:
+            return
+        sample, mixed = seen.samples - 1, mixes_samples(self.root)
+        generator = torch.Generator().manual_seed(0)
+        g = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
+        g[: sample * (seen.size // seen.samples)] = 0
+        edges = list(root.edges.values())
+        back = torch.autograd.grad([place], edges, [g], retain_graph=True, allow_unused=True)
+        for number, found in zip(root.edges, back, strict=True):
+            call = seen.calls[number]
+            own = None if found is None else own_share(seen.canonical(call, found), sample)
+            if found is None or own is None:
+                continue
+            module = call.block.layers[call.layer]
+            if is_ambiguous(module, call.inputs.shape, seen.samples):
+                call.second = not call.second
+                other = own_share(seen.canonical(call, found), sample) or 0.0
+                call.second ^= own >= other
+                self.taps.second[call.layer] = call.second
+                own = max(own, other)
+            call.astray = own < 0.95
+            if mixed:  # a batch norm sends gradients to the rows of others too: not to one order
+                turned = position_first(found, seen.samples)
+                other = 0.0 if turned is None else (
+                    own_share(seen.canonical(call, turned), sample) or 0.0
+                )  # fmt: skip
+                call.astray = other > max(0.5, 1.3 * own)
+
+    def _columns(self, seen: Observation) -> Iterator[tuple[Tensor, ...]]:
+        assert seen.likelihood is not None
+        begin = self._begin_draw()
+        if begin is not None:
+            begin(seen.number)
+        if self.fisher == "exact":
+            apart = seen.size // seen.samples  # rows of one sample
+            columns = seen.likelihood.columns(seen.outputs)
+            if mixes_samples(self.root):
+                columns = (self._signed(seen, column) for column in columns)
+            for column in columns:
+                for first in range(apart):
+                    yield column if apart == 1 else tuple(_only(g, first, apart) for g in column)
+            return
+        for _ in range(self.draws):
+            weight = self.draws**-0.5
+            yield tuple(g * weight for g in self._sampled(seen))
+
+    def _sampled(self, seen: Observation) -> tuple[Tensor, ...]:
         """Gradients for sampled targets: those that one process would draw for the whole batch.
 
         Each process draws for as many samples as all have, and keeps its own: apart from each
@@ -243,7 +420,8 @@ class Observer:
         uneven, or batches come in parts, samples get other draws than in one process; so they do
         where drawing for all would take too much memory.
         """
-        sample = self.likelihood.sample_gradients
+        assert seen.likelihood is not None
+        sample, outputs = seen.likelihood.sample_gradients, seen.outputs
         rank, count = self.process
         if count == 1:
             return sample(outputs, self.generator)
@@ -299,16 +477,54 @@ class _Hook:
         return _Hook, ()
 
 
-def _note(
-    observer: "weakref.ref[Observer]", seen: Observation, noted: Passes
-) -> Callable[[Tensor], None]:
-    def note(gradient: Tensor) -> None:
-        owner = observer()
-        if owner is not None:
-            noted.note(gradient / owner.grad_scale())
-            owner.touch(seen)
+class Root(NamedTuple):
+    """One output of the model, as a place where gradients arrive."""
 
-    return note
+    which: int
+    output: int  # of its node in the graph
+    version: int
+    sampled: bool  # whether targets are drawn when one does
+    here: tuple[int, ...]  # calls whose output it is
+    edges: dict[int, GradientEdge]  # the places of other calls that may lie behind it
+
+    def dtype_of(self, seen: Observation) -> torch.dtype:
+        """Precision of the output."""
+        return seen.outputs[self.which].dtype
+
+
+def _upstream(
+    own: GradientEdge, places: Mapping[int, GradientEdge], sampled: bool
+) -> tuple[bool, tuple[int, ...], dict[int, GradientEdge]]:
+    """Which calls a gradient at an output can come to.
+
+    A node that was made later lies behind no hook of this one, and must not be held by it: the
+    graph would keep itself alive.
+    """
+    here, edges = list[int](), dict[int, GradientEdge]()
+    for number, place in places.items() if sampled else ():
+        if place.node is own.node and place.output_nr == own.output_nr:
+            here.append(number)
+        elif place.node._sequence_nr() < own.node._sequence_nr():
+            edges[number] = place
+    return sampled, tuple(here), edges
+
+
+def _only(tensor: Tensor, first: int, every: int) -> Tensor:
+    """Some rows of a tensor, and zeros."""
+    found = torch.zeros_like(tensor)
+    found[first::every] = tensor[first::every]
+    return found
+
+
+def _arrival(
+    observer: "weakref.ref[Observer]", seen: Observation, root: Root
+) -> Callable[[Tensor], None]:
+    def arrive(gradient: Tensor) -> None:
+        owner = observer()
+        if owner is not None and not owner.busy:
+            owner.arrive(seen, root, gradient)
+
+    return arrive
 
 
 def _autocast(device: str) -> tuple[str, torch.dtype] | None:

@@ -91,7 +91,7 @@ class SharedMap(NamedTuple):
     def _own(self, matrices: Tensor, forward: bool) -> Tensor:
         """share Z_F[V] or share Z_Fᵀ[U]."""
         groups, count, _ = matrices.shape
-        a, g = self.rows
+        a, g = self.rows.inputs, self.rows.gradients
         samples = self.rows.samples
         if self.gradients is not None:
             outputs, inputs = g.shape[4], a.shape[3]

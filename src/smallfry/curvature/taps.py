@@ -16,8 +16,17 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from smallfry.curvature.attention import spelled_out
 from smallfry.curvature.coverage import Block
-from smallfry.curvature.layers import canonical_gradients, canonical_inputs, ones_column, uses_of
+from smallfry.curvature.identity import belongs, padded, real_rows
+from smallfry.curvature.layers import (
+    canonical_gradients,
+    canonical_inputs,
+    ones_column,
+    outputs_of,
+)
+from smallfry.curvature.likelihoods import Likelihood
+from smallfry.curvature.row_weights import RowWeights
 from smallfry.errors import UsageError
 
 
@@ -30,6 +39,7 @@ class Rows(NamedTuple):
 
     inputs: Tensor  # (groups, samples, uses, inputs)
     gradients: Tensor  # (groups, draws, samples, uses, outputs)
+    weights: Tensor | None = None  # (samples, uses), in means over inputs alone; None for ones
 
     @property
     def samples(self) -> int:
@@ -43,7 +53,13 @@ class Rows(NamedTuple):
 
     def double(self) -> "Rows":
         """In float64."""
-        return Rows(self.inputs.double(), self.gradients.double())
+        weights = None if self.weights is None else self.weights.double()
+        return Rows(self.inputs.double(), self.gradients.double(), weights)
+
+    @property
+    def mass(self) -> float:
+        """Samples, by the weights of their uses."""
+        return self.samples if self.weights is None else float(self.weights.sum()) / self.uses
 
 
 class Passes(dict[int, Tensor]):
@@ -53,6 +69,11 @@ class Passes(dict[int, Tensor]):
         """Keep a gradient of the backward pass that is under way."""
         key, gradient = backward_pass(), gradient.detach()
         self[key] = self[key] + gradient if key in self else gradient
+
+    def forget_after(self, number: int) -> None:
+        """Drop what later backward passes brought."""
+        for key in [key for key in self if key > number]:
+            del self[key]
 
     def total(self, chosen: Collection[int]) -> Tensor | None:
         """The sum over some passes, as ``.grad`` adds them up; None where none came."""
@@ -83,6 +104,8 @@ class Call:
     shape: torch.Size  # of the output
     edge: GradientEdge | None  # until the Fisher's gradients are taken: it keeps the graph alive
     passes: "Passes" = field(default_factory=lambda: Passes())
+    second: bool = False  # the samples are in the second dimension, where they may be in the first
+    astray: bool = False  # rows were found not to be where their samples are expected
 
 
 @dataclass(eq=False)
@@ -93,11 +116,20 @@ class Observation:
         samples: Samples that the network saw.
         calls: In the order they were made.
         draws: For each draw, a gradient per call; None where none arrives.
+        size: Rows in the first dimension of the outputs: the samples, unless the model has put
+            these together with tokens.
     """
 
     samples: int
     calls: list[Call]
     draws: list[Sequence[Tensor | None]] = field(default_factory=list)
+    size: int = 0
+    likelihood: Likelihood | None = None  # of its outputs
+    parts: dict[int, list[list[Tensor | None]]] = field(default_factory=dict)  # draws by output
+    weights: dict[int, RowWeights | None] = field(default_factory=dict)  # by output
+    shares: dict[int, float] = field(default_factory=dict)  # that weights are to be multiplied by
+    grouping: float = 1.0  # samples over size
+    number: int = -1  # among the observations of a step, once gradients came to it
     foreign: list[str] = field(default_factory=list)  # layers that had another weight
     outputs: tuple[Tensor, ...] = ()  # what the likelihood is a function of, detached
     passes: tuple[Passes, ...] = ()  # gradients at the outputs
@@ -122,9 +154,56 @@ class Observation:
         """Of the training loss, at a call's output; None where none came."""
         return call.passes.total(self.training)
 
+    def put_together(self) -> None:
+        """Add the draws of all outputs up, each by its share."""
+        if not self.parts:
+            return
+        scales = {i: (self.shares.get(i, 1.0) * self.grouping) ** 0.5 for i in self.parts}
+        draws = [[_scaled(g, scales[i]) for g in draw] for i, part in self.parts.items()
+                 for draw in part]  # fmt: skip
+        count = max((len(part) for part in self.parts.values()), default=0)
+        self.draws = [
+            [_added(own) for own in zip(*draws[first::count], strict=True)]
+            for first in range(count)
+        ]
+
+    @property
+    def row_shares(self) -> list[Tensor | None]:
+        """Weights of the rows in the batch's Fisher, for each output; None for ones."""
+        found: list[Tensor | None] = []
+        for index, z in enumerate(self.outputs):
+            one, share = self.weights.get(index), self.shares.get(index, 1.0) * self.grouping
+            if one is None or one.values is None:
+                found.append(None if share == 1 else z.new_full((1,) * z.ndim, share))
+            else:
+                found.append(one.values * share)
+        return found
+
+    def hessian_product(self, tangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The Hessian of −log p times tangents, with the weights of rows."""
+        assert self.likelihood is not None
+        product = self.likelihood.hessian_product(self.outputs, tangents)
+        pairs = zip(product, self.row_shares, strict=True)
+        return tuple(u if w is None else u * w.to(u) for u, w in pairs)
+
+    @property
+    def sample_weights(self) -> Tensor | None:
+        """Mean weight of each sample, over its rows that count and over outputs; None for ones."""
+        found = []
+        for index, one in self.weights.items():
+            rows = None if one is None else one.of_samples(len(self.outputs[index]))
+            if one is not None and rows is not None:
+                found.append(rows * (1.0 if one.unit is None else one.unit))
+        if not found:
+            return None
+        mean = torch.stack(found).mean(0)
+        rows = mean.reshape(self.samples, -1)
+        return rows.sum(1) / (rows > 0).sum(1).clamp_min(1)
+
     def clear(self) -> None:
         """Let go of all tensors, whoever still holds this observation."""
         self.calls, self.draws, self.outputs, self.passes = [], [], (), ()
+        self.parts, self.weights = {}, {}
         self.arguments, self.keywords, self.random_state = (), {}, {}
 
     def rows(
@@ -139,16 +218,17 @@ class Observation:
                 gradients kept are scaled by √(all / kept), so that sums over uses of g gᵀ keep
                 their expectation.
         """
-        mine = [index for index, call in enumerate(self.calls) if call.block is block]
+        mine = [
+            index
+            for index, call in enumerate(self.calls)
+            if call.block is block and call.inputs.numel()
+        ]
         if not mine:
             return None
-        counts = [
-            uses_of(call.block.layers[call.layer], call.shape, self.samples)
-            for call in (self.calls[index] for index in mine)
-        ]
+        counts = [self._uses(self.calls[index]) for index in mine]
         total = sum(counts)
         kept = None if uses is None else uses(total)
-        inputs, gradients, start = [], [], 0
+        inputs, gradients, weights, start = [], [], [], 0
         for index, count in zip(mine, counts, strict=True):
             call = self.calls[index]
             some = None
@@ -164,9 +244,61 @@ class Observation:
                 gradients.append(torch.stack(per_draw, dim=1))
             else:
                 gradients.append(inputs[-1].new_zeros(*_no_draws(inputs[-1], block)))
+            weights.append(self._row_weights(call, inputs[-1], gradients[-1], some))
         a = inputs[0] if len(mine) == 1 else torch.cat(inputs, dim=2)
         g = gradients[0] if len(mine) == 1 else torch.cat(gradients, dim=3)
-        return Rows(a, g)
+        return Rows(a, g, _joined_weights(weights, inputs))
+
+    def anonymous(self, block: Block) -> str | None:
+        """A layer of a block that was called on rows that belong to no sample by their place."""
+        return next(
+            (c.layer for c in self.calls if c.block is block and not self._belongs(c)), None
+        )
+
+    def _leaves_out(self) -> bool:
+        """Whether the loss counts some rows of a sample and others not."""
+        for one in self.weights.values():
+            if one is not None and one.values is not None:
+                rows = one.values.reshape(self.samples, -1) > 0
+                if bool((rows.any(1) & ~rows.all(1)).any()):
+                    return True
+        return False
+
+    def astray(self, block: Block) -> str | None:
+        """A layer of a block whose rows were found to belong to other samples than by place."""
+        return next((c.layer for c in self.calls if c.block is block and c.astray), None)
+
+    def canonical(self, call: Call, gradient: Tensor) -> Tensor:
+        """A gradient at a call's output as (groups, samples, uses, outputs)."""
+        return self._gradients(call, gradient, gradient.dtype)
+
+    def _belongs(self, call: Call) -> bool:
+        return belongs(call.block.layers[call.layer], call.inputs.shape, self.samples)
+
+    def _uses(self, call: Call) -> int:
+        """How often each sample uses the weight in a call."""
+        rows = call.shape.numel() // outputs_of(call.block.layers[call.layer])
+        if self._belongs(call):
+            return rows // self.samples
+        real = real_rows(call.block.layers[call.layer], call.shape, self.samples, call.inputs)
+        return real.shape[1]
+
+    def _row_weights(
+        self, call: Call, inputs: Tensor, gradients: Tensor, kept: Tensor | None
+    ) -> Tensor | None:
+        """Weights of rows in means over inputs: of rows left out, 0."""
+        weights, own = self.sample_weights, self._belongs(call)
+        if weights is None and own:
+            return None
+        if weights is None or not own:
+            module = call.block.layers[call.layer]
+            found = real_rows(module, call.shape, self.samples, inputs)
+            found = found if kept is None else found.index_select(1, kept)
+        else:
+            found = weights.to(inputs)[:, None].expand(inputs.shape[1:3])
+        if gradients.shape[1] and self._leaves_out():
+            found = found * (gradients != 0).any(4).any(1).any(0)
+        return found
 
     def training_matrix(self, block: Block, dtype: torch.dtype) -> tuple[Tensor, float] | None:
         """The gradient of the training loss that the taps account for; None before backward.
@@ -177,7 +309,7 @@ class Observation:
         total, terms = None, 0.0
         for call in self.calls:
             gradient = self.training_gradient(call) if call.block is block else None
-            if gradient is not None:
+            if gradient is not None and gradient.numel():
                 a = self._inputs(call, dtype, None)
                 g = self._gradients(call, gradient, dtype)
                 matrix = torch.einsum("hnto,hnti->hoi", g, a)
@@ -188,8 +320,12 @@ class Observation:
     def _inputs(self, call: Call, dtype: torch.dtype, kept: Tensor | None) -> Tensor:
         module, block = call.block.layers[call.layer], call.block
         chosen, columns = block.bias_column(module), len(block.biases)
-        output = call.inputs.new_empty(()).expand(call.shape)
-        rows = canonical_inputs(module, call.inputs, output, self.samples, kept).to(dtype)
+        inputs, output = call.inputs, call.inputs.new_empty(()).expand(call.shape)
+        if not self._belongs(call):
+            inputs, output = (padded(module, t, self.samples) for t in (inputs, output))
+        elif call.second:
+            inputs, output = inputs.transpose(0, 1), output.transpose(0, 1)
+        rows = canonical_inputs(module, inputs, output, self.samples, kept).to(dtype)
         if not block.has_weight:
             return ones_column(rows[..., :0], columns, chosen)
         if call.inputs._version != call.version:
@@ -203,7 +339,27 @@ class Observation:
         if gradient is None:
             gradient = call.inputs.new_zeros(call.shape)
         module = call.block.layers[call.layer]
+        if not self._belongs(call):
+            gradient = padded(module, gradient, self.samples)
+        elif call.second:
+            gradient = gradient.transpose(0, 1)
         return canonical_gradients(module, gradient, self.samples).to(dtype)
+
+
+def _scaled(tensor: Tensor | None, scale: float) -> Tensor | None:
+    return tensor if tensor is None or scale == 1 else tensor * scale
+
+
+def _added(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    there = [t for t in tensors if t is not None]
+    return sum(there[1:], start=there[0]) if there else None
+
+
+def _joined_weights(found: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> Tensor | None:
+    if all(one is None for one in found):
+        return None
+    pairs = zip(found, inputs, strict=True)
+    return torch.cat([a.new_ones(a.shape[1:3]) if w is None else w for w, a in pairs], 1)
 
 
 def _no_draws(inputs: Tensor, block: Block) -> tuple[int, ...]:
@@ -217,7 +373,9 @@ class Taps:
     def __init__(self, blocks: Iterable[Block]) -> None:
         self.blocks = tuple(blocks)
         self._handles: list[RemovableHandle] = []
+        self._hosts = dict(host for block in self.blocks for host in block.hosts)
         self._calls: list[Call] = []
+        self.second: dict[str, bool] = {}  # where a layer's samples were, if that was clear
         self.foreign: list[str] = []  # layers that were called with another weight
 
     @property
@@ -233,6 +391,8 @@ class Taps:
         """
         self.close()
         self.foreign = []
+        for attention, projection in self._hosts.items():
+            attention.forward = spelled_out(attention, projection)  # type: ignore[method-assign]
         for block in self.blocks:
             for layer, module in block.layers.items():
                 hook = _tap(self._calls, self.foreign, block, layer, watch_backward)
@@ -244,6 +404,8 @@ class Taps:
         """Stop noting; the calls since ``open``."""
         for handle in self._handles:
             handle.remove()
+        for attention in self._hosts if self._handles else ():
+            del attention.forward
         calls = list(self._calls)
         self._handles, self._calls = [], []
         return calls

@@ -19,6 +19,7 @@ be covered is trained by an AdamW inside.
 A method says how one block is approximated: ``optim/approximation.py``.
 """
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
@@ -33,7 +34,7 @@ from smallfry.errors import UsageError
 from smallfry.optim import quadratic
 from smallfry.optim.approximation import Approximation, State
 from smallfry.optim.bound import clip_step
-from smallfry.optim.checks import check_settings
+from smallfry.optim.checks import check_coverage, check_settings, require_model
 from smallfry.optim.distribution import Cost, cost_of, owners_of
 from smallfry.optim.exchange import Exchange
 from smallfry.optim.groups import build_adamw, natural_groups, split_groups
@@ -45,9 +46,18 @@ from smallfry.optim.inspect import (
     distribution,
     summarize,
 )
-from smallfry.optim.refresh import anywhere, finite, refresh, refresh_blocks, warn, wide
+from smallfry.optim.refresh import (
+    anywhere,
+    finite,
+    nothing_to_do,
+    refresh,
+    refresh_blocks,
+    warn,
+    wide,
+)
 from smallfry.optim.state import load_state, save_state
 from smallfry.optim.together import refresh_together
+from smallfry.optim.unfreezing import unfreeze
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -138,6 +148,7 @@ class NaturalGradient(torch.optim.Optimizer):
         seed: int = 0,
         process_group: Any = None,
     ) -> None:
+        require_model(self, model)
         inverse_every = statistics_every if inverse_every is None else inverse_every
         check_settings(
             lr=lr,
@@ -158,17 +169,14 @@ class NaturalGradient(torch.optim.Optimizer):
         if isinstance(model, DistributedDataParallel):
             model = model.module
         bare: nn.Module = getattr(model, "_orig_mod", model)
+        self.exclude, self.fallback_lr = tuple(exclude), fallback_lr
         groups = natural_groups(bare, params, lr, momentum, weight_decay, fallback_lr)
         trained = [p for group in groups for p in group["params"]]
-        coverage = cover(bare, trained, exclude)
-        if not coverage.blocks:
-            raise UsageError(
-                f"{type(bare).__name__} has no layer that {type(self).__name__} can cover (Linear, "
-                "Conv1d, Conv2d, ConvTranspose2d with a trained weight or bias): take AdamW"
-            )
+        coverage = cover(bare, trained, self.exclude)
+        check_coverage(self, bare, coverage)
         self.blocks, self.uncovered = coverage.blocks, coverage.uncovered
         approximation.check(self.blocks)
-        self.approximation = approximation
+        self.approximation, self.model = approximation, weakref.ref(bare)
         self.names = {p: name for name, p in bare.named_parameters() if p in set(trained)}
         self.frozen = {n: p for n, p in bare.named_parameters() if not p.requires_grad}
         if params is not None:
@@ -224,8 +232,10 @@ class NaturalGradient(torch.optim.Optimizer):
             draws,
             self.generator,
             self._wanted,
+            self._begin_draw,
         )
         self.observer.process = self.exchange.rank, self.exchange.count
+        self.observer.needs_identity = any(not approximation.sums_over_uses(b) for b in self.blocks)
         if grad_scaler is not None:
             self.observer.grad_scale = grad_scaler.get_scale
 
@@ -240,6 +250,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     # The optimizer
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Refresh the curvature if that is due, and move the parameters.
@@ -259,6 +270,8 @@ class NaturalGradient(torch.optim.Optimizer):
             with torch.enable_grad():
                 result = closure()
         observations = self.observer.take()
+        if nothing_to_do(self, observations):
+            return result
         try:
             self._step(observations)
         finally:
@@ -271,6 +284,8 @@ class NaturalGradient(torch.optim.Optimizer):
         raw = {self.names[p]: p.grad for p in self.names if p.grad is not None}
         if not finite(raw.values()):
             self.counters["skipped_steps"] += 1
+            if self.counters["skipped_steps"] == 1:
+                warn("the gradients are not finite: such steps are skipped, and counted")
             self.overdue = self.overdue or self._due(self.statistics_every)
             self.overdue_inverse = self.overdue_inverse or self._due(self.inverse_every)
             return
@@ -294,30 +309,36 @@ class NaturalGradient(torch.optim.Optimizer):
         if self.adamw is not None:
             self.adamw.step()
 
+    def weigh(self, weights: Any) -> None:
+        """State the weights of the rows of the loss, before its ``backward()``.
+
+        Needed only where the gradient can't show them: soft targets and numbers. The loss is
+        Σ weight · nll over rows, with what it divides by in the weights (``w / w.sum()``).
+
+        Args:
+            weights: (samples,), or for each row of the output: (samples, positions) of classes,
+                else the output's own shape. For a likelihood of parts, a mapping.
+        """
+        self.observer.given_weights = weights
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients; a backward pass that was not stepped on is forgotten with them."""
         self.observer.drop()
         super().zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused after construction: curvature belongs to the layers known then."""
-        if hasattr(self, "blocks") and hasattr(self, "observer"):
-            raise UsageError(
-                "parameters can't be added to a natural-gradient optimizer; build a new one, "
-                "with groups in params="
-            )
-        super().add_param_group(param_group)
+        """Train further parameters of the model, such as layers that were frozen."""
+        if hasattr(self, "observer"):
+            unfreeze(self, param_group)
+        else:
+            super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """All that resuming bit for bit needs, by parameter name; plain data and tensors."""
         return save_state(self)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a state.
-
-        Raises:
-            UsageError: It belongs to another method or model.
-        """
+        """Go on from a state; a UsageError if it belongs to another method or model."""
         load_state(self, state_dict)
 
     def summary(self) -> Summary:
@@ -329,18 +350,11 @@ class NaturalGradient(torch.optim.Optimizer):
         return distribution(self)
 
     def costs(self, rows: int) -> dict[str, Cost]:
-        """What a refresh of each block costs, for ``optim/distribution.py`` to plan with.
-
-        Args:
-            rows: Uses of all samples that statistics are taken from, in the whole batch.
-        """
+        """What a refresh of each block costs, for so many ``rows``: uses by the whole batch."""
         return {b.name: cost_of(b, self.approximation, rows) for b in self.blocks}
 
     def diagnostics(self) -> Diagnosis:
-        """How the approximation stands, layer by layer.
-
-        Cosines need the gradients of the last step, Fisher errors ``monitor()``.
-        """
+        """How the approximation stands; Fisher errors need ``monitor()``, cosines gradients."""
         return diagnose(self)
 
     def close(self) -> None:
@@ -365,9 +379,12 @@ class NaturalGradient(torch.optim.Optimizer):
         self.observer.keep_arguments = self.adaptive_damping or quadratic or measured
         if self.overdue or self._due(self.statistics_every):
             self.observer.watch_backward = not self.checked
-            self._draw(0, self.observer.seen)
+            self.observer.probing = not self.checked and self.check != "off"
             return "taps"
         return "outputs" if measured or quadratic or self.loss_scale == "sum" else ""
+
+    def _begin_draw(self, number: int) -> None:
+        self._draw(0, number)
 
     def _loss_factor(self, observations: Sequence[Observation]) -> float:
         if not isinstance(self.loss_scale, str):
@@ -383,7 +400,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _batch_size(self, observations: Sequence[Observation]) -> float:
         """Samples in the batch of all processes."""
-        return self.exchange.sums([sum(seen.samples for seen in observations)], self.device)[0]
+        return self.exchange.sums([sum(seen.size for seen in observations)], self.device)[0]
 
     def _draw(self, *purpose: int) -> None:
         """Let the generator begin the random numbers of a purpose in this step.

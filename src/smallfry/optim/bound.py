@@ -25,6 +25,7 @@ from smallfry.curvature import Observation
 from smallfry.errors import UsageError
 from smallfry.optim import quadratic
 from smallfry.optim.refresh import anywhere, warn
+from smallfry.optim.weighing import weigh_rows
 
 if TYPE_CHECKING:
     from smallfry.optim.base import NaturalGradient
@@ -58,6 +59,7 @@ def clip_step(
     if not due or anywhere(optimizer, not _kept(observations)):
         return _clip(kappa * optimizer.targets, optimizer.divergence_ratio * modelled)
     optimizer.measuring, optimizer.measured_size = False, modelled
+    weigh_rows(optimizer, observations, optimizer._loss_factor(observations))
     optimizer.targets = quadratic.targets_of(optimizer, observations)
     allowed, ratio = kappa * optimizer.targets, optimizer.divergence_ratio
     clip = _clip(allowed, ratio * modelled)
@@ -84,13 +86,17 @@ def divergence(
     step: Mapping[str, Tensor],
     parameters: Mapping[str, nn.Parameter],
 ) -> float:
-    """KL(before ‖ after) of a step, mean over the samples of the whole batch."""
+    """KL(before ‖ after) of a step, mean over the samples of the whole batch.
+
+    Rows count by their weights in the loss, so that padding does not.
+    """
     total, samples = 0.0, optimizer._batch_size(observations)
     for seen in observations:
         with _autocast(seen):
             after = quadratic.run(optimizer, seen, parameters, step, kernels=())
         before, after = (_precise(z) for z in (seen.outputs, after))
-        total += float(optimizer.likelihood.divergence(before, after).double().sum())
+        found = optimizer.likelihood.divergence(before, after, seen.row_shares)
+        total += float(found.double().sum())
     return optimizer.exchange.sums([total], optimizer.device)[0] / samples
 
 

@@ -1,16 +1,18 @@
 """Run-time checks of what a user told the optimizer against what the backward pass brought."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from smallfry.curvature import Block, Likelihood, Observation
+from smallfry.curvature import Block, Coverage, Likelihood, Observation
 from smallfry.errors import SmallfryWarning, UsageError
 from smallfry.optim.exchange import Exchange
 
 TOLERANCE = 0.05
+MOST = 0.8  # of the weights
 
 
 def check_layers(
@@ -39,6 +41,11 @@ def check_layers(
             continue  # such as a bias in front of a batch norm: terms that cancel
         scale = float((actual * found).sum() / (found**2).sum().clamp_min(1e-300))
         rest = float(torch.linalg.vector_norm(actual - scale * found))
+        most = actual.abs().max()
+        clipped = float(torch.linalg.vector_norm(actual - found.clamp(-most, most)))
+        if clipped <= TOLERANCE * float(size):
+            ratios.append(scale if rest <= TOLERANCE * float(size) else 1.0)
+            continue  # perhaps by clip_grad_value_
         if not rest <= TOLERANCE * float(size):
             raise UsageError(
                 f"layer '{next(iter(block.layers))}': its parameters have gradients that its "
@@ -131,6 +138,15 @@ def check_loss(
         return
     if taken_off:
         return
+    if not found.even:
+        raise UsageError(
+            "the rows of the loss have unequal weights, which the gradient does not give away: "
+            "for class or sample weights and certain targets give "
+            "likelihood=Categorical(hard=True) or Bernoulli(hard=True); for soft targets call "
+            "weigh(weights) before each backward(). Else the likelihood does not fit the loss, or "
+            f"the loss is more than {found.factor:.4g} times the mean over samples of the negative "
+            f"log-likelihood, not {stated:.4g}: see loss_scale="
+        )
     hint = _reduction_hint(found.factor, samples)
     raise UsageError(
         f"the loss is {found.factor:.4g} times the mean over samples of the negative "
@@ -149,13 +165,62 @@ def _reduction_hint(factor: float, samples: float) -> str:
 
 
 def _suspect(likely: float) -> None:
-    import warnings
-
     warnings.warn(
         f"the gradients at the model's output are those of a loss about {likely:.2g} times the "
         "stated scale, or of targets near the predictions; check loss_scale",
         SmallfryWarning,
         stacklevel=4,
+    )
+
+
+def require_model(optimizer: object, model: object) -> None:
+    """Make sure that an optimizer got a model, and one whose gradients it can take.
+
+    Raises:
+        UsageError: It is something else, or has an embedding with sparse gradients.
+    """
+    name = type(optimizer).__name__
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"{name} watches the model and needs it: pass the model, not "
+            f"{type(model).__name__} of its parameters: {name}(model, lr=…), or {name}(model, "
+            "params=groups, lr=…) for groups or some of its parameters"
+        )
+    for path, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if getattr(module, "sparse", False) and weight is not None and weight.requires_grad:
+            raise UsageError(
+                f"layer '{path}' has sparse gradients, which AdamW inside can't take: build it "
+                "with sparse=False, or freeze it here and train it by torch.optim.SparseAdam"
+            )
+
+
+def check_coverage(optimizer: object, model: nn.Module, coverage: Coverage) -> None:
+    """Warn where less than four fifths of the trained weights are in covered layers.
+
+    Layers that the user excludes are not counted.
+
+    Raises:
+        UsageError: No layer is covered.
+    """
+    if not coverage.blocks:
+        raise UsageError(
+            f"{type(model).__name__} has no layer that {type(optimizer).__name__} can cover "
+            "(Linear, Conv1d, Conv2d, ConvTranspose2d with a trained weight or bias): take AdamW"
+        )
+    left = {n: p for n, p in coverage.left.items() if coverage.uncovered[n] != "excluded"}
+    sizes = {name: p.numel() for name, p in left.items()}
+    covered = sum(block.size for block in coverage.blocks)
+    whole = covered + sum(sizes.values())
+    if covered >= MOST * whole:
+        return
+    largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
+    named = ", ".join(f"'{n}' ({sizes[n]:,}: {coverage.uncovered[n]})" for n in largest)
+    warnings.warn(
+        f"only {covered / whole:.0%} of the trained weights have layers that are covered; AdamW "
+        f"inside trains the rest with fallback_lr, the largest {named}",
+        SmallfryWarning,
+        stacklevel=5,
     )
 
 

@@ -70,7 +70,7 @@ class CorrectedProduct(NearestSum):
         generator: torch.Generator,
     ) -> None:
         """Correct what the averaged factors miss of the averaged Fisher, then average them."""
-        seen = as_used(rows, self.sharing_of(block))
+        seen = as_used(rows, self.sharing_of(block))._replace(weights=None)
         a, g = input_factor(seen), output_factor(seen)
         if keep:
             both = self.terms(state)

@@ -132,7 +132,12 @@ class Exchange:
                 if self.rank not in (sender, owner):
                     continue
                 if self.rank == sender:
-                    flat = [t.flatten() for name in names for rows in mine[name] for t in rows]
+                    flat = [
+                        t.flatten()
+                        for name in names
+                        for rows in mine[name]
+                        for t in (rows.inputs, rows.gradients)
+                    ]
                     if owner == sender or not flat:
                         continue
                     kept.append(torch.cat(flat).to(like.dtype))

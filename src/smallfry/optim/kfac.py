@@ -288,7 +288,9 @@ def folded(rows: Sequence[Rows], reduce: bool, samples: float) -> list[Rows]:
     for part in rows:
         one = reduced(part) if reduce and part.uses > 1 else part
         share = (part.samples / samples) ** 0.5
-        seen.append(one if share == 1 else Rows(one.inputs * share, one.gradients * share))
+        if share != 1:
+            one = one._replace(inputs=one.inputs * share, gradients=one.gradients * share)
+        seen.append(one)
     return seen
 
 
@@ -334,7 +336,12 @@ def _rows(block: Block, rows: Sequence[Rows], side: str) -> Tensor:
     if not rows:
         return _nothing(block, side)[:, :0]
     if side == "a":
-        flat = [r.inputs.flatten(1, 2) / (r.samples * r.uses) ** 0.5 for r in rows]
+        flat = [
+            (r.inputs if r.weights is None else r.inputs * r.weights.sqrt()[..., None])
+            .flatten(1, 2)
+            .div((r.samples * r.uses) ** 0.5)
+            for r in rows
+        ]
     else:
         flat = [r.gradients.flatten(1, 3) / r.samples**0.5 for r in rows]
     return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)

@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from smallfry.curvature import Observation
+from smallfry.optim.weighing import weigh_rows
 
 if TYPE_CHECKING:
     from smallfry.optim.base import NaturalGradient
@@ -52,10 +53,11 @@ def best_step(
     count = len(bases)
     curved = torch.zeros(count, count, dtype=torch.float64)
     samples = optimizer._batch_size(observations)
+    weigh_rows(optimizer, observations, optimizer._loss_factor(observations))
     for seen in observations:
         pushed = [push_forward(optimizer, seen, basis, parameters)[1] for basis in bases]
         for i in range(count):
-            bent = optimizer.likelihood.hessian_product(seen.outputs, pushed[i])
+            bent = seen.hessian_product(pushed[i])
             for j in range(count):
                 curved[i, j] += _dot(bent, pushed[j]) / samples
     curved = optimizer.exchange.sum(curved.to(optimizer.device)).cpu()
@@ -128,9 +130,9 @@ def reduction_ratio(
         ]
         linear += _dot(gradients, tangents) / factor
         moved = [new - old for new, old in zip(after, before, strict=True)]
-        divergence = optimizer.likelihood.divergence(before, after)
+        divergence = optimizer.likelihood.divergence(before, after, seen.row_shares)
         real += _dot(gradients, moved) / factor + float(divergence.double().sum()) / samples
-        curved += _dot(optimizer.likelihood.hessian_product(before, tangents), tangents) / samples
+        curved += _dot(seen.hessian_product(tangents), tangents) / samples
     terms = [linear, real, curved]
     linear, real, curved = optimizer.exchange.sums(terms, optimizer.device)
     ridge = sum(damping_of(optimizer, n) * float((d**2).sum()) for n, d in step.items())

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from smallfry.curvature import Block, Observation, Rows
-from smallfry.curvature.kronecker import NotFiniteError
+from smallfry.curvature.kronecker import NotFiniteError, reduced
 from smallfry.errors import SmallfryWarning, UsageError
 from smallfry.optim.approximation import State
 from smallfry.optim.checks import check_layers, check_loss
+from smallfry.optim.weighing import Weighing, weigh_rows
 
 if TYPE_CHECKING:
     from smallfry.optim.base import NaturalGradient
@@ -51,7 +52,10 @@ def refresh(
     if not statistics and not inverse:
         return
     if statistics:
-        _check(optimizer, tapped, grads, factor)
+        weighed = weigh_rows(optimizer, tapped, factor)
+        _check(optimizer, tapped, grads, factor, weighed)
+        for seen in tapped:
+            seen.put_together()
     if statistics and optimizer.observer.fisher == "empirical":
         # processes average their gradients: a mean share of the samples is what one stands for
         mean_share = optimizer._batch_size(tapped) / optimizer.exchange.count
@@ -68,11 +72,25 @@ def refresh(
         optimizer.overdue_inverse = False
 
 
+def nothing_to_do(optimizer: "NaturalGradient", observations: Sequence[Observation]) -> bool:
+    """Whether a refresh is due, nothing was seen, and all gradients are zero.
+
+    So it is for an empty batch, and where ``torch.distributed.checkpoint`` steps only to make an
+    optimizer's state.
+    """
+    due = optimizer.overdue or optimizer._due(optimizer.statistics_every)
+    if not due or anywhere(optimizer, bool(observations)):
+        return False
+    grads = [p.grad for p in optimizer.names if p.grad is not None]
+    return not anywhere(optimizer, not grads or any(bool(g.any()) for g in grads))
+
+
 def _check(
     optimizer: "NaturalGradient",
     tapped: Sequence[Observation],
     grads: Mapping[str, Tensor],
     factor: float,
+    weighed: Mapping[int, Weighing],
 ) -> None:
     late = next((name for name, p in optimizer.frozen.items() if p.grad is not None), None)
     if late is not None:
@@ -87,7 +105,11 @@ def _check(
     samples = optimizer._batch_size(tapped) / exchange.count
     try:
         rescaled = check_layers(optimizer.blocks, tapped, grads, exchange)
-        check_loss(optimizer.likelihood, tapped, factor, rescaled, samples)
+        if not any(rows.weighted and rows.certain for rows in weighed.values()):
+            counted = [r.counted(optimizer.loss_scale) / r.samples for r in weighed.values()]
+            check_loss(
+                optimizer.likelihood, tapped, factor, rescaled, samples * min(counted, default=1.0)
+            )
     except UsageError as error:
         wrong = error
     if wrong is not None and optimizer.check == "warn":
@@ -116,6 +138,7 @@ def refresh_blocks(
     for number, block in enumerate(optimizer.blocks):
         state, began = optimizer.curvature[block.name], time.perf_counter()
         rows = rows_seen(optimizer, number, tapped)
+        rows = balanced(rows, sum(r.samples for r in rows), sum(r.mass for r in rows))
         if rows:
             share = keep if state else 0.0
             try:
@@ -202,9 +225,41 @@ def rows_seen(
     optimizer._draw(1, number)
     for seen in observations:
         called = any(call.block is block for call in seen.calls)
+        stray = seen.anonymous(block)
+        if not optimizer.approximation.sums_over_uses(block):
+            if stray is not None:
+                raise UsageError(_ANONYMOUS.format(layer=stray, samples=seen.samples))
+            astray = seen.astray(block) if optimizer.check != "off" else None
+            if astray is not None and optimizer.check == "error":
+                raise UsageError(_ASTRAY.format(layer=astray))
+            if astray is not None:
+                warn(_ASTRAY.format(layer=astray))
         if called or optimizer.approximation.counts_absence:
-            found.append(rows_of(block, seen, partial(_drawn, optimizer, block, seen)))
+            rows = rows_of(block, seen, partial(_drawn, optimizer, block, seen))
+            if rows.weights is not None and optimizer.approximation.sharing_of(block) == "reduce":
+                rows = reduced(rows)
+            found.append(rows)
     optimizer._draw(2, number)
+    return found
+
+
+def balanced(rows: Sequence[Rows], samples: float, mass: float) -> list[Rows]:
+    """Rows whose weights are 1 on average over all micro-batches and processes.
+
+    Args:
+        rows: One for each micro-batch.
+        samples: In all of them, of all processes.
+        mass: Their ``Rows.mass``.
+    """
+    if mass == samples:
+        return list(rows)
+    scale = samples / max(mass, 1e-30)
+    found = []
+    for part in rows:
+        weights = part.weights
+        if weights is None:
+            weights = part.inputs.new_ones(part.samples, part.uses)
+        found.append(part._replace(weights=weights * scale))
     return found
 
 
@@ -240,6 +295,22 @@ def _drawn(
     kept = max(1, optimizer.max_rows // samples)
     device = optimizer.generator.device
     return torch.randperm(uses, generator=optimizer.generator, device=device)[:kept].sort().values
+
+
+_ASTRAY = (
+    "layer '{layer}': the rows that it was called on belong to other samples than their place says:"
+    " one sample's output sends its gradient to rows of others, as with windows or tokens folded "
+    "position first, routed rows, or layers that mix samples. Fold them sample by sample; or give "
+    "sharing='expand', for all layers or as {{'{layer}': 'expand'}}, where the method has it "
+    "(KFAC's default), or exclude=['{layer}']"
+)
+_ANONYMOUS = (
+    "layer '{layer}' was called on rows that are no multiple of the {samples} samples that the "
+    "network saw, so that they belong to none by their place, as those of a mixture of experts; "
+    "this method needs to know. Give sharing='expand', for all layers or as a mapping "
+    "{{'{layer}': 'expand'}}, which does not (KFAC's default); or exclude=['{layer}']; or bring "
+    "the samples into the first dimension"
+)
 
 
 def _complain_unseen(optimizer: "NaturalGradient") -> None:

@@ -122,7 +122,9 @@ class InputMetric(Approximation):
         count = total.new_zeros(())
         for part in rows:
             x = part.inputs.flatten(1, 2)  # (groups, rows, inputs)
-            count = count + x.shape[1]
+            if part.weights is not None:
+                x = x * part.weights.sqrt().reshape(-1, 1)
+            count = count + part.mass * part.uses
             if block.name not in self._hidden:
                 total = total + pack(x.transpose(1, 2) @ x)
                 continue

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from smallfry.optim.base import NaturalGradient
 
 FORMAT = 2
+OWN = "natural_gradient"  # in the first group, all that is not a parameter's or a group's
 FLAGS = (
     "overdue",
     "overdue_inverse",
@@ -40,21 +41,22 @@ def save_state(optimizer: "NaturalGradient") -> dict[str, Any]:
     if optimizer.adamw is not None:
         inner = optimizer.adamw.state
         per_parameter |= {names[p]: dict(state) for p, state in inner.items() if state}
-    return {
+    groups = [
+        {**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups
+    ]
+    own = {
         "format": FORMAT,
         "method": type(optimizer).__name__,
         "settings": optimizer._settings(),
-        "state": per_parameter,
-        "param_groups": [
-            {**group, "params": [names[p] for p in group["params"]]}
-            for group in optimizer.param_groups
-        ],
         "curvature": {name: dict(state) for name, state in optimizer.curvature.items()},
         "lambdas": dict(optimizer.lambdas),
         "counters": dict(optimizer.counters),
         "flags": {name: getattr(optimizer, name) for name in FLAGS},
         "generator": optimizer.generator.get_state(),
     }
+    # torch.distributed.checkpoint keeps nothing but states of parameters and groups
+    groups[0][OWN] = own
+    return {**own, "state": per_parameter, "param_groups": groups}
 
 
 def load_state(optimizer: "NaturalGradient", given: Mapping[str, Any]) -> None:
@@ -63,6 +65,7 @@ def load_state(optimizer: "NaturalGradient", given: Mapping[str, Any]) -> None:
     Raises:
         UsageError: It belongs to another method or model.
     """
+    given = _as_saved(optimizer, given)
     _require_fit(optimizer, given)
     by_name = {name: p for p, name in optimizer.names.items()}
     for own, group in zip(optimizer.param_groups, given["param_groups"], strict=True):
@@ -91,6 +94,29 @@ def load_state(optimizer: "NaturalGradient", given: Mapping[str, Any]) -> None:
         setattr(optimizer, name, given["flags"].get(name, getattr(optimizer, name)))
     optimizer.generator.set_state(given["generator"].cpu())
     optimizer.observer.drop()
+
+
+def _as_saved(optimizer: "NaturalGradient", given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state as ``save_state`` gave it, from one that torch.distributed.checkpoint has had.
+
+    It numbers parameters through all groups, and keeps what is in the groups.
+    """
+    groups = given.get("param_groups", [])
+    own = next((group[OWN] for group in groups if OWN in group), None)
+    if own is None:
+        return given
+    numbered = [optimizer.names[p] for group in optimizer.param_groups for p in group["params"]]
+
+    def name(key: Any) -> Any:
+        return numbered[key] if isinstance(key, int) and key < len(numbered) else key
+
+    plain = [{k: v for k, v in group.items() if k != OWN} for group in groups]
+    return {
+        **own,
+        **{key: value for key, value in given.items() if key not in ("state", "param_groups")},
+        "state": {name(key): state for key, state in given.get("state", {}).items()},
+        "param_groups": [{**g, "params": [name(p) for p in g["params"]]} for g in plain],
+    }
 
 
 def _require_fit(optimizer: "NaturalGradient", given: Mapping[str, Any]) -> None:

@@ -16,7 +16,16 @@ from torch import Tensor
 from smallfry.curvature import Observation, Rows
 from smallfry.curvature.kronecker import NotFiniteError
 from smallfry.optim.approximation import State, Sum, Updating
-from smallfry.optim.refresh import invert, rows_seen, set_lambdas, share_kept, traces, warn, wide
+from smallfry.optim.refresh import (
+    balanced,
+    invert,
+    rows_seen,
+    set_lambdas,
+    share_kept,
+    traces,
+    warn,
+    wide,
+)
 
 if TYPE_CHECKING:
     from smallfry.optim.base import NaturalGradient
@@ -37,8 +46,11 @@ def refresh_together(
     if optimizer._monitoring and tapped:
         optimizer._latest = {name: seen for name, seen in rows.items() if seen}
     counts = [float(sum(part.samples for part in rows[b.name])) for b in blocks]
-    totals = exchange.sums(counts, optimizer.device)
-    samples = {b.name: n for b, n in zip(blocks, totals, strict=True) if n}
+    masses = [float(sum(part.mass for part in rows[b.name])) for b in blocks]
+    totals = exchange.sums(counts + masses, optimizer.device)
+    samples = {b.name: n for b, n in zip(blocks, totals[: len(blocks)], strict=True) if n}
+    for b, mass in zip(blocks, totals[len(blocks) :], strict=True):
+        rows[b.name] = balanced(rows[b.name], samples.get(b.name, 0.0), mass)
     shared: set[tuple[str, str]] = set()
     unfolded, stuck = _update(optimizer, rows, samples, kept, shared), list[str]()
     now = _versions(optimizer)

@@ -1,0 +1,66 @@
+"""PyTorch's multi-head attention as layers that are called one by one.
+
+``nn.MultiheadAttention`` multiplies with its weights inside one function. While curvature is taken,
+its forward is spelled out: queries, keys and values are projected by a linear layer that shares its
+weight, what lies between is PyTorch's own function with identities for weights, and ``out_proj`` is
+called. Products with an identity are exact.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class InProjection(nn.Linear):
+    """The packed input projection of an attention, with its own parameters.
+
+    Args:
+        attention: Whose they are; it has one weight for queries, keys and values.
+    """
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = attention.embed_dim, 3 * attention.embed_dim
+        self.register_parameter("weight", attention.in_proj_weight)
+        self.register_parameter("bias", attention.in_proj_bias)
+
+
+def can_spell_out(module: nn.Module) -> bool:
+    """Whether a module is PyTorch's own attention, with one packed weight."""
+    return (
+        isinstance(module, nn.MultiheadAttention)
+        and type(module).forward is nn.MultiheadAttention.forward
+        and "forward" not in module.__dict__
+        and module._parameters.get("in_proj_weight") is not None
+        and "weight" in module.out_proj._parameters
+    )
+
+
+def spelled_out(attention: nn.MultiheadAttention, projection: InProjection) -> Callable[..., Any]:
+    """A forward of an attention that calls its projections as layers."""
+
+    def forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **settings: Any) -> Any:
+        size, found = attention.embed_dim, dict[int, Tensor]()
+        parts = []
+        for number, x in enumerate((query, key, value)):
+            if id(x) not in found:
+                found[id(x)] = projection(x)
+            parts.append(found[id(x)][..., number * size : (number + 1) * size])
+        own = vars(attention) | {
+            **dict.fromkeys(("bias_k", "bias_v"), None),
+            **attention._parameters,
+            **dict.fromkeys(("in_proj_weight", "in_proj_bias"), None),
+        }
+        same = torch.eye(size, dtype=parts[0].dtype, device=parts[0].device)
+        names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        own |= dict.fromkeys(names, same) | {"_qkv_same_embed_dim": False}
+        own["out_proj"] = SimpleNamespace(weight=same, bias=None)
+        inner: Any = SimpleNamespace(**own)
+        run: Any = nn.MultiheadAttention.forward
+        output, weights = run(inner, *parts, *rest, **settings)
+        return attention.out_proj(output), weights
+
+    return forward

@@ -1,0 +1,112 @@
+"""Which rows of a layer's input belong to which sample.
+
+Samples are expected in the first dimension of what a layer is called with, as they are or in whole
+multiples, or in the second behind a sequence. Rows that are routed, as to the experts of a mixture,
+belong to no sample by their place; they are padded with rows of zeros that count nowhere.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smallfry.curvature.layers import is_linear
+
+
+def belongs(module: nn.Module, shape: Sequence[int], samples: int) -> bool:
+    """Whether a layer's input of this shape has the samples in a place of their own."""
+    if not is_linear(module):
+        spatial = 1 if isinstance(module, nn.Conv1d) else 2
+        return (shape[0] if len(shape) == spatial + 2 else 1) % samples == 0
+    lead = shape[:-1] or (1,)
+    return lead[0] % samples == 0 or (len(lead) > 1 and lead[1] == samples)
+
+
+def samples_of(
+    layers: Sequence[tuple[nn.Module, Sequence[int]]], size: int, arguments: Iterable[Any]
+) -> int:
+    """How many samples a network saw.
+
+    That is the first dimension of its output; where layers don't have it, but have that of the
+    network's input, and this divides the former, samples and tokens have been put together.
+
+    Args:
+        layers: The modules called, and the shapes of their inputs.
+        size: Of the first dimension of the network's output.
+        arguments: What the network was called with.
+    """
+
+    def fitting(samples: int) -> int:
+        return sum(belongs(module, shape, samples) for module, shape in layers)
+
+    best, most = size, fitting(size)
+    if most == len(layers):
+        return size
+    for argument in arguments:
+        for samples in argument.shape[:2] if isinstance(argument, Tensor) else ():
+            if 0 < samples < size and size % samples == 0 and fitting(samples) > most:
+                best, most = int(samples), fitting(samples)
+    return best
+
+
+def padded(module: nn.Module, tensor: Tensor, samples: int) -> Tensor:
+    """A layer's input or output as rows that can be dealt out to the samples, with zeros behind.
+
+    Args:
+        module: The layer.
+        tensor: (…, features) of a linear layer, else (batch, channels, …).
+        samples: How many there are.
+    """
+    if is_linear(module):
+        tensor = tensor.reshape(-1, tensor.shape[-1])
+    elif tensor.ndim == (2 if isinstance(module, nn.Conv1d) else 3):
+        tensor = tensor.unsqueeze(0)
+    short = -len(tensor) % samples
+    return F.pad(tensor, [0, 0] * (tensor.ndim - 1) + [0, short])
+
+
+def real_rows(module: nn.Module, shape: torch.Size, samples: int, like: Tensor) -> Tensor:
+    """1 for the rows of an output that are none of those zeros, (samples, uses)."""
+    if is_linear(module):
+        count, positions = shape[:-1].numel(), 1
+    else:
+        spatial = 1 if isinstance(module, nn.Conv1d) else 2
+        count, positions = (shape[0] if len(shape) == spatial + 2 else 1), shape[-spatial:].numel()
+    ones = F.pad(like.new_ones(count), [0, -count % samples])
+    return ones.reshape(samples, -1).repeat_interleave(positions, 1)
+
+
+def is_ambiguous(module: nn.Module, shape: Sequence[int], samples: int) -> bool:
+    """Whether the samples may be in the first dimension of an input, or in the second."""
+    return is_linear(module) and len(shape) > 2 and shape[0] == shape[1] == samples
+
+
+def own_share(gradients: Tensor, sample: int) -> float | None:
+    """How much of a gradient that one sample's output sends back comes to its own rows.
+
+    Args:
+        gradients: In canonical form, (groups, samples, uses, outputs).
+        sample: Which one.
+
+    Returns:
+        By squares; None where nothing comes back.
+    """
+    mass = gradients.double().square().sum((0, 2, 3))
+    whole = float(mass.sum())
+    return float(mass[sample]) / whole if whole > 0 else None
+
+
+def position_first(tensor: Tensor, samples: int) -> Tensor | None:
+    """A tensor sample by sample, if the positions folded into its first dimension come first."""
+    if len(tensor) <= samples or len(tensor) % samples:
+        return None
+    split = tensor.reshape(-1, samples, *tensor.shape[1:])
+    return split.transpose(0, 1).flatten(0, 1)
+
+
+def mixes_samples(model: nn.Module) -> bool:
+    """Whether a batch norm takes statistics of the batch."""
+    norm = torch.nn.modules.batchnorm._BatchNorm
+    return any(isinstance(module, norm) and module.training for module in model.modules())

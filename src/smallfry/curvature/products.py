@@ -1,0 +1,78 @@
+"""Layers of other packages that compute one of PyTorch's products, recognised by what they do."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module is x W + b with W (inputs, outputs), as the ``Conv1D`` of transformers."""
+    if type(module).__name__ != "Conv1D" or isinstance(module, nn.Conv1d):
+        return False
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    return (
+        weight is not None
+        and weight.ndim == 2
+        and (bias is None or bias.shape == weight.shape[1:])
+        and not any(module.children())
+    )
+
+
+def same_product(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a subclass with a forward of its own computes what its parent does.
+
+    It is tried on a few numbers. A module with buffers, children or further parameters may compute
+    something else later, and does not count.
+
+    Args:
+        module: The module.
+        kind: Its parent, or the class of the parent where ``is_transposed``.
+    """
+    names = {name for name, p in module._parameters.items() if p is not None}
+    if not names <= {"weight", "bias"} or module._buffers or module._modules or _hooked(module):
+        return False
+    weight: Any = module._parameters.get("weight")
+    if not isinstance(weight, nn.Parameter) or isinstance(
+        weight, nn.parameter.UninitializedParameter
+    ):
+        return False
+    parent: Any = kind.forward
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            for x in _examples(module, weight):
+                expected = _transposed(module, x) if is_transposed(module) else parent(module, x)
+                found = module.forward(x)
+                if not isinstance(found, Tensor) or found.shape != expected.shape:
+                    return False
+                scale = expected.abs().max().clamp_min(1e-30)
+                if not bool((found - expected).abs().max() <= 1e-3 * scale):
+                    return False
+    except Exception:  # whatever a foreign forward does with numbers that it does not expect
+        return False
+    return True
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _examples(module: nn.Module, weight: Tensor) -> list[Tensor]:
+    """Inputs of two sizes, as padding may depend on them."""
+    layer: Any = module
+    generator = torch.Generator().manual_seed(0)
+    shapes: list[tuple[int, ...]]
+    if isinstance(module, nn.Linear) or is_transposed(module):
+        inputs = weight.shape[0] if is_transposed(module) else weight.shape[1]
+        shapes = [(3, inputs), (1, 2, inputs)]
+    else:
+        reach = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        shapes = [(1, layer.in_channels, *(r + more for r in reach)) for more in (2, 3)]
+    drawn = [torch.randn(shape, generator=generator) for shape in shapes]
+    return [x.to(weight.device, weight.dtype) for x in drawn]
+
+
+def _transposed(module: nn.Module, x: Tensor) -> Tensor:
+    layer: Any = module
+    product: Tensor = x @ layer.weight
+    return product if layer._parameters.get("bias") is None else product + layer.bias

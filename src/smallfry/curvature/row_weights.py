@@ -1,0 +1,106 @@
+"""Weights of the rows of a loss, read off the gradient that it brings to the model's outputs.
+
+A loss Σ_i ρ_i nll(z_i, y_i) over rows i (samples, tokens, pixels) brings g_i = ρ_i (p_i − t_i) to
+the logits. A row that the loss leaves out (``ignore_index``, a padding mask, a slice) has g_i = 0.
+Where a target is certain, every class but the target's has g_ik = ρ_i p_ik, which gives ρ_i: class
+weights, sample weights and the normaliser of the mean need not be stated. Soft targets (label
+smoothing, mixing) hide ρ_i; their rows weigh the same, unless weights are given.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+EQUAL = 1e-3  # relative difference of weights that rounding explains
+
+
+class RowWeights(NamedTuple):
+    """Weights of the rows of one output."""
+
+    values: Tensor | None  # broadcastable to the output, 1 on average where not 0; None for ones
+    unit: float | None  # ρ of a row with value 1; None where targets may be soft
+    given: bool = False  # stated by the user, not read
+
+    def of_samples(self, count: int) -> Tensor | None:
+        """Mean weight of the rows of each sample that count, (samples,); None for ones."""
+        if self.values is None:
+            return None
+        rows = self.values.reshape(count, -1).double()
+        return rows.sum(1) / (rows > 0).sum(1).clamp_min(1)
+
+
+def read_weights(rho: Tensor, counts: Tensor, certain: bool) -> RowWeights | None:
+    """Row weights from what each row's gradient gives.
+
+    Args:
+        rho: ρ of each row, any number where unknown.
+        counts: Rows with a gradient, of the same shape.
+        certain: All targets are, so that ρ is known.
+
+    Returns:
+        None if no row counts.
+    """
+    everywhere = bool(counts.all())
+    if not certain:
+        return RowWeights(None if everywhere else counts.to(rho), None)
+    known = rho[counts]
+    if known.numel() == 0:
+        return None
+    unit = float(known.double().mean())
+    tolerance = max(EQUAL, 4 * torch.finfo(rho.dtype).eps)
+    if bool(((known - unit).abs() <= tolerance * unit).all()):
+        return RowWeights(None if everywhere else counts.to(rho), unit)
+    return RowWeights(torch.where(counts, rho / unit, 0.0), unit)
+
+
+def given_weights(weights: Tensor, output: Tensor, classes: int | None) -> RowWeights:
+    """Row weights as stated.
+
+    Args:
+        weights: ρ of each row: (samples,), or the output's shape (without its classes).
+        output: The output that they belong to.
+        classes: Dimension of the classes, of which all have one weight; None for no such.
+
+    Raises:
+        ValueError: The shape is none of these, or a weight is negative or not finite.
+    """
+    shape = list(output.shape)
+    if classes is not None:
+        shape[classes] = 1
+    weights = weights.detach().to(output.device, torch.float64)
+    whole = [n for d, n in enumerate(shape) if classes is None or d != classes % output.ndim]
+    if list(weights.shape) == whole:
+        values = weights.reshape(shape)
+    elif weights.shape == output.shape[:1]:
+        values = weights.reshape(-1, *[1] * (output.ndim - 1)).expand(shape)
+    else:
+        raise ValueError(
+            f"weights of shape {tuple(weights.shape)} for an output of shape {tuple(output.shape)}"
+            f": expected {tuple(whole)}, or ({shape[0]},) for samples"
+        )
+    if not bool((weights.isfinite() & (weights >= 0)).all()) or not bool((weights > 0).any()):
+        raise ValueError("weights are finite, not negative, and not all zero")
+    unit = float(values[values > 0].mean())
+    return RowWeights((values / unit).to(output.dtype), unit, given=True)
+
+
+def certain_rows(p: Tensor, g: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+    """ρ of each row of a categorical likelihood, and the rows whose target is evidently certain.
+
+    Args:
+        p: Probabilities, (…, classes).
+        g: Gradient at the logits, (…, classes).
+        tolerance: Relative, of rounding.
+
+    Returns:
+        ρ, rows with a certain target, rows that could tell a soft one; each (…).
+    """
+    up, g = g > 0, g.to(p)
+    mass = (p * up).sum(-1)
+    rho = (g * up).sum(-1) / mass.clamp_min(torch.finfo(p.dtype).tiny)
+    off = ((g - rho[..., None] * p) * up).abs().sum(-1)
+    fits = (off <= tolerance * rho * mass) & ((g < 0).sum(-1) == 1)
+    # with two classes, or one left of them, any ratio is that of a certain target
+    telling = ((p * up).amax(-1) < 0.999 * mass) & (mass > 1e-4)
+    return rho, fits, telling
