@@ -416,22 +416,24 @@ def test_a_model_in_bfloat16_is_trained(kind):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-def test_the_first_steps_are_not_walked_on_one_batch_alone():
-    def last_loss(burn_in):
+def test_the_first_steps_are_safe_even_on_the_curvature_of_one_batch_alone():
+    def rise(burn_in):
         torch.manual_seed(0)
         x = torch.randn(600, 40) @ torch.randn(40, 40)
         y = x[:, :4].argmax(1)
         model = nn.Sequential(nn.Linear(40, 60), nn.ReLU(), nn.Linear(60, 4))
         optimizer = KFAC(model, lr=0.1, damping=0.01, burn_in=burn_in, statistics_every=10)
-        worst = 0.0
+        first = worst = 0.0
         for i in range(10):
             part = slice(20 * i, 20 * i + 20)
             loss = F.cross_entropy(model(x[part]), y[part])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            first = first or float(loss.detach())
             worst = max(worst, float(loss.detach()))
         assert optimizer.counters["statistics"] == max(1, burn_in)
-        return worst
+        return worst / first
 
-    assert last_loss(10) < 0.7 * last_loss(0)
+    assert rise(10) < 1.5
+    assert rise(0) < 1.5
