@@ -92,7 +92,6 @@ class Coverage(NamedTuple):
 
     blocks: tuple[Block, ...]
     uncovered: dict[str, str]
-    left: dict[str, nn.Parameter]  # the uncovered themselves
 
 
 def cover(
@@ -156,7 +155,7 @@ def cover(
         for p, name in names.items()
         if p in chosen and p not in taken
     }
-    return Coverage(tuple(blocks), uncovered, {n: p for p, n in names.items() if n in uncovered})
+    return Coverage(tuple(blocks), uncovered)
 
 
 def _shared_biases(users: dict[nn.Parameter, dict[str, nn.Module]]) -> set[nn.Parameter]:

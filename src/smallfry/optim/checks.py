@@ -208,8 +208,8 @@ def check_coverage(optimizer: object, model: nn.Module, coverage: Coverage) -> N
             f"{type(model).__name__} has no layer that {type(optimizer).__name__} can cover "
             "(Linear, Conv1d, Conv2d, ConvTranspose2d with a trained weight or bias): take AdamW"
         )
-    left = {n: p for n, p in coverage.left.items() if coverage.uncovered[n] != "excluded"}
-    sizes = {name: p.numel() for name, p in left.items()}
+    left = {name for name, reason in coverage.uncovered.items() if reason != "excluded"}
+    sizes = {name: p.numel() for name, p in model.named_parameters() if name in left}
     covered = sum(block.size for block in coverage.blocks)
     whole = covered + sum(sizes.values())
     if covered >= MOST * whole:
