@@ -169,7 +169,7 @@ def digits(settings: Settings, *options: str) -> Outcome:
     accuracy, seconds = summary["test"]["accuracy"], summary["training_seconds"]
     from smallfry.deploy.pretrained import load_trained
     from smallfry.training.evaluation import predict, score
-    from smallfry.training.train import load_like
+    from smallfry.training.evaluation_data import load_like
 
     trained = load_trained(str(run))
     _, split, _ = load_like(trained, str(run))

@@ -9,7 +9,7 @@ from dense_fisher import dense_fisher, dense_of, observe
 from torch import nn
 from torch.nn import functional as F
 
-from smallfry.curvature import Categorical, cover
+from smallfry.curvature import Categorical, Taps, cover
 from smallfry.errors import SmallfryWarning, UsageError
 from smallfry.optim import EKFAC, KFAC, ExactNG
 
@@ -132,6 +132,20 @@ def test_a_transformer_encoder_is_covered_but_for_its_norms():
         assert all(not torch.equal(p, q) for p, q in zip(head.parameters(), before, strict=True))
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_dropout_behind_attention_draws_the_same_with_taps_and_without(batch_first):
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.5, batch_first=batch_first).to(D)
+    x, taps = torch.randn(5, 3, 8, dtype=D), Taps(cover(model).blocks)
+    found = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        found.append(model(x).detach())
+        taps.open()
+    taps.close()
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
@@ -196,7 +210,7 @@ def test_gpt_2_from_its_configuration_is_covered_and_learns():
         block.name for block in optimizer.blocks
     }
     tokens, losses = torch.arange(48).view(6, 8) % 11, []
-    for _ in range(15):
+    for _ in range(60):
         loss = model(input_ids=tokens, labels=tokens).loss  # the last position has no label
         optimizer.zero_grad()
         loss.backward()

@@ -81,13 +81,13 @@ def test_limit_keeps_a_class_of_one_image(photos, quiet_warnings):
 def test_limit_decodes_only_the_images_that_are_used(photos, monkeypatch):
     whole = load_data(str(photos))
     decoded = []
-    decode = cache.decode
+    decode = cache.decode_with_peak
 
     def watched(encoded, *rest):
         decoded.append(encoded)
         return decode(encoded, *rest)
 
-    monkeypatch.setattr(cache, "decode", watched)
+    monkeypatch.setattr(cache, "decode_with_peak", watched)
     data = load_data(str(photos), limit=6, image_size=9)
     assert len(set(decoded)) == len(decoded) == 6 + len(data.validation)
     assert len(data.test) == len(whole.test) == 6

@@ -107,7 +107,7 @@ def test_lists_and_too_many_rows_are_refused(tmp_path, monkeypatch):
     file = tmp_path / "train-0.parquet"
     cells = pa.array([[picture(i)] for i in range(9)], pa.list_(pa.binary()))
     pq.write_table(pa.table({"image": cells, "label": list(range(9))}), file)
-    with pytest.raises(DataError, match=r"its column image.* holds lists"):
+    with pytest.raises(DataError, match="its column 'image' holds lists"):
         open_bounded(file, ["image"])
     open_bounded(file, ["label"]).close()
     monkeypatch.setattr(parquet_bounds, "MOST_ROWS", 8)

@@ -233,7 +233,9 @@ def test_a_label_that_is_not_a_number_is_missing(tmp_path):
 
 def test_labels_of_several_classes_are_refused(tmp_path):
     write_table(tmp_path, "train", image=encoded(4), label=[[0], [1], [0, 1], []])
-    with pytest.raises(DataError, match="the labels in 'label' are lists"):
+    with pytest.raises(
+        DataError, match="its column 'label' holds lists; expected one image, or one class"
+    ):
         load_data(str(tmp_path))
 
 

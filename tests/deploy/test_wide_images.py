@@ -17,8 +17,9 @@ from smallfry.images import decode
 from smallfry.inputs import Found
 from smallfry.reading import sealed
 from smallfry.training.config import DataConfig, ModelConfig, TrainConfig
+from smallfry.training.evaluation_data import load_like
 from smallfry.training.inference import classify
-from smallfry.training.train import load_like, train
+from smallfry.training.train import train
 
 TINY = {"embed_dim": 16, "num_heads": 2, "mlp_hidden_dim": 16, "depth": 1, "latent_steps": 1}
 

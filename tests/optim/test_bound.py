@@ -120,7 +120,13 @@ def test_a_step_far_beyond_the_quadratic_is_shortened_until_it_is_not():
 def test_dropout_and_batch_norm_see_the_step_alone():
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3)
+        nn.Linear(3, 8),
+        nn.BatchNorm1d(8),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(8, 8),
+        nn.ReLU(),
+        nn.Linear(8, 3),
     ).to(D)
     optimizer = KFAC(model, lr=0.1)
     torch.manual_seed(1)

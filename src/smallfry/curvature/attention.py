@@ -61,6 +61,10 @@ def spelled_out(attention: nn.MultiheadAttention, projection: InProjection) -> C
         inner: Any = SimpleNamespace(**own)
         run: Any = nn.MultiheadAttention.forward
         output, weights = run(inner, *parts, *rest, **settings)
-        return attention.out_proj(output), weights
+        projected = attention.out_proj(output)
+        if attention.batch_first and projected.ndim == 3:
+            # in memory as PyTorch's own, for a dropout behind it draws in that order
+            projected = projected.transpose(0, 1).contiguous().transpose(0, 1)
+        return projected, weights
 
     return forward

@@ -172,7 +172,7 @@ class Observation:
         """Weights of the rows in the batch's Fisher, for each output; None for ones."""
         found: list[Tensor | None] = []
         for index, z in enumerate(self.outputs):
-            one, share = self.weights.get(index), self.shares.get(index, 1.0) * self.grouping
+            one, share = self.weights.get(index), self.shares.get(index, 1.0)
             if one is None or one.values is None:
                 found.append(None if share == 1 else z.new_full((1,) * z.ndim, share))
             else:

@@ -95,7 +95,7 @@ def read_class_folders(folder: Path) -> Source:
 
 def folders_in(folder: Path) -> list[Path]:
     """The folders in a folder that may be a class or a split, in the order of their names."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # also False of a name that no file can have
         return []
     names = [entry.name for entry in folder.iterdir() if not is_hidden(entry.name)]
     above = {folder.resolve(), *folder.resolve().parents}  # to which links may lead back

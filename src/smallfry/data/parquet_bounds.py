@@ -49,9 +49,12 @@ def open_bounded(file: Path, columns: Iterable[str]) -> pq.ParquetFile:
     leaves = [leaf for leaf in leaves if leaf.path.partition(".")[0] in wanted]
     if rows > MOST_ROWS:
         raise DataError(f"{file}: has {rows:,} rows; at most {MOST_ROWS:,} are read: split it")
-    lists = [leaf.path for leaf in leaves if leaf.max_repetition_level]
+    lists = [leaf.path.partition(".")[0] for leaf in leaves if leaf.max_repetition_level]
     if lists:
-        raise DataError(f"{file}: its column {lists[0]} holds lists; expected one image in a cell")
+        raise DataError(
+            f"{file}: its column '{lists[0]}' holds lists; expected one image, or one class, in a "
+            "cell"
+        )
     texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
     return pq.ParquetFile(file, read_dictionary=texts)
 

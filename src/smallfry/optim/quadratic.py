@@ -150,7 +150,7 @@ def targets_of(optimizer: "NaturalGradient", observations: Sequence[Observation]
     found = 0.0
     for seen in observations:
         scaled = tuple(None if g is None else g * unit for g in seen.output_gradients)
-        found += optimizer.likelihood.targets(seen.outputs, scaled) * seen.samples
+        found += optimizer.likelihood.targets(seen.outputs, scaled) * seen.size
     return optimizer.exchange.sums([found], optimizer.device)[0] / samples
 
 
