@@ -56,10 +56,20 @@ CONV = {
     ),
     "transposed, groups": (nn.ConvTranspose2d(4, 6, 3, 2, groups=2, bias=False), (4, 3, 2)),
 }
+
+
+class Viewed(nn.Linear):
+    """A product whose result is a view, as PyTorch 2.11's own is on more than two dimensions."""
+
+    def forward(self, x):
+        return super().forward(x).view(*x.shape[:-1], self.out_features)
+
+
 LINEAR = {
     "vectors": (nn.Linear(3, 4), (3,)),
     "tokens": (nn.Linear(3, 4, bias=False), (5, 3)),
     "two token dimensions": (nn.Linear(3, 4), (2, 3, 3)),
+    "a view": (Viewed(3, 4), (5, 3)),
 }
 
 

@@ -413,15 +413,19 @@ class Taps:
 
 def _tap(
     calls: list[Call], foreign: list[str], block: Block, layer: str, watch_backward: bool
-) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Tensor | None]:
     def note(
         module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any
-    ) -> None:
+    ) -> Tensor | None:
         if module._parameters.get("weight") is not block.weight:
             foreign.append(layer)
-            return
+            return None
         if not output.requires_grad:  # under no_grad: nothing comes back from here
-            return
+            return None
+        is_view = output._is_view()  # as of PyTorch 2.11's Linear on more than two dimensions
+        if is_view:
+            # what overwrites a view in place sends gradients past it, to what it is a view of
+            output = torch.ops.aten._unsafe_view(output, output.shape)
         inputs = (arguments[0] if arguments else keywords["input"]).detach()
         edge = get_gradient_edge(output)
         call = Call(block, layer, inputs, inputs._version, output.shape, edge)
@@ -429,5 +433,6 @@ def _tap(
             # a hook on the tensor before anything overwrites it gets the gradient of this value
             output.register_hook(call.passes.note)
         calls.append(call)
+        return output if is_view else None
 
     return note
