@@ -1,6 +1,8 @@
 """A step's divergence is what was promised: measured on batches that the curvature has not seen."""
 
 import copy
+import math
+import random
 
 import pytest
 import torch
@@ -318,3 +320,141 @@ def test_padding_is_no_part_of_the_bound(kind):
     assert found[0] == pytest.approx(found[1], rel=1e-6)
     assert found[0][0] == 1.0
     assert found[0][1] < 1.0
+
+
+class Layerdrop(nn.Module):
+    """A layer that is left out by Python's own random numbers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(3, 5).to(D), nn.Linear(5, 3).to(D)
+
+    def forward(self, x):
+        h = self.first(x).tanh()
+        return self.second(h if random.random() < 0.5 else 3 * h)
+
+
+def test_a_model_that_draws_elsewhere_is_found_whenever_it_does():
+    random.seed(0)
+    model = Layerdrop()
+    optimizer = KFAC(model, lr=0.1)
+
+    def train():
+        for seed in range(30):
+            step(model, optimizer, *batch(16, seed))
+
+    with pytest.warns(SmallfryWarning, match="gives other outputs when it runs again"):
+        train()
+    assert optimizer.divergence_ratio < 1e3
+    assert not optimizer.measurable
+    other = KFAC(Layerdrop(), lr=0.1)
+    other.load_state_dict(optimizer.state_dict())
+    assert not other.measurable
+
+
+class Forces(nn.Module):
+    """A gradient is taken inside the forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = network()
+
+    def forward(self, x):
+        x = x.requires_grad_()
+        (force,) = torch.autograd.grad(self.body(x).square().sum(), x, create_graph=True)
+        return force
+
+
+def test_a_model_that_can_not_run_again_is_trained_all_the_same():
+    model = Forces()
+    optimizer = KFAC(model, lr=0.1, likelihood="gaussian", check="off")
+
+    def train(seed):
+        optimizer.zero_grad()
+        model(batch(8, seed)[0]).square().sum().backward()
+        optimizer.step()
+
+    with pytest.warns(SmallfryWarning, match="can't run again on the same batch"):
+        train(0)
+    train(1)
+
+
+class Rewriting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = network()
+
+    def forward(self, inputs):
+        inputs["x"] = self.layers(inputs["x"])
+        return inputs["x"]
+
+
+def test_a_model_may_put_other_things_into_its_containers():
+    model = Rewriting()
+    optimizer = KFAC(model, lr=0.1)
+    x, y = batch(8)
+    F.cross_entropy(model({"x": x}), y).backward()
+    optimizer.step()
+    assert optimizer.counters["measurements"] == 1
+
+
+class Cliff(nn.Module):
+    """Outputs are no numbers once a weight is farther than a little from where it began."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = network()[2]
+        self.start = self.layer.weight.detach().clone()
+
+    def forward(self, x):
+        far = (self.layer.weight - self.start).abs().max() > 1e-3
+        return self.layer(x) * torch.where(far, math.nan, 1.0)
+
+
+def test_no_step_goes_where_outputs_are_no_numbers():
+    model = Cliff()
+    optimizer = KFAC(model, lr=1.0)
+    x = torch.randn(8, 5, dtype=D)
+    for _ in range(3):
+        step(model, optimizer, x, torch.arange(8) % 3)
+        assert model(x).isfinite().all()
+    nothing = torch.full((2, 3), math.nan)
+    assert Categorical().divergence((torch.zeros(2, 3),), (nothing,)).isnan().all()
+    certain = torch.tensor([[0.0, -math.inf, -math.inf]])
+    assert Categorical().divergence((certain,), (torch.zeros(1, 3),)).item() == pytest.approx(
+        math.log(3)
+    )
+
+
+def test_a_pass_through_frozen_layers_is_no_concern():
+    model = network()
+    optimizer = KFAC(model, lr=0.1)
+    step(model, optimizer, *batch())
+    model.requires_grad_(False)
+    x = batch(8)[0].requires_grad_()
+    model(x).square().sum().backward()
+    assert x.grad is not None
+
+
+def test_a_head_without_a_loss_is_no_part_of_the_divergence():
+    class Heads(nn.Module):
+        def __init__(self, both):
+            super().__init__()
+            self.body, self.both = network(), both
+            torch.manual_seed(1)
+            self.other = nn.Linear(3, 4).to(D)
+
+        def forward(self, x):
+            z = self.body(x)
+            return {"a": z, "b": 100 * self.other(z)} if self.both else {"a": z}
+
+    found = []
+    for both in (True, False):
+        model, parts = Heads(both), dict.fromkeys("ab" if both else "a", "categorical")
+        optimizer = KFAC(model, lr=1.0, likelihood=parts, fisher="exact", exclude=["other"])
+        x, y = batch(16)
+        F.cross_entropy(model(x)["a"], y).backward()
+        optimizer.step()
+        found.append(optimizer.divergence_ratio)
+    assert found[0] == pytest.approx(found[1], rel=0.5)

@@ -238,7 +238,7 @@ class Categorical(_Family):
     ) -> Tensor:
         """Σ p log(p / p')."""
         old, new = (z[0].movedim(self.dim, -1).log_softmax(-1) for z in (before, after))
-        terms = (old.exp() * (old - new).nan_to_num(0.0)).movedim(-1, self.dim)
+        terms = torch.where(old.isneginf(), 0.0, old.exp() * (old - new)).movedim(-1, self.dim)
         return _by_sample(_weighted(terms, weights)).sum(1)
 
     def loss_factor(self, outputs: Outputs, gradients: Outputs) -> Scale | None:

@@ -8,6 +8,7 @@ outputs and into ``.grad``: a forward for logging, or the gradient of an adversa
 not. Evaluation mode and ``no_grad`` are left alone.
 """
 
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_map
 
 from smallfry.curvature.identity import (
     is_ambiguous,
@@ -86,7 +88,7 @@ class Observer:
         self.grad_scale: Callable[[], float] = lambda: 1.0
         self.pending: list[Observation] = []  # that count, not yet taken
         self.given_weights: Any = None  # of the rows of the outputs, as the user stated them
-        self.rescaled = False  # ``.grad`` is no more what the last backward pass left
+        self.rescaled = False  # the last backward pass was that of a GradScaler's loss
         self._touched: dict[int, list[Observation]] = {}  # by backward pass
         self._accumulated: set[int] = set()  # backward passes that reached ``.grad``
         self._receiver: Tensor | None = None  # a parameter that they reached,
@@ -124,8 +126,7 @@ class Observer:
         taken, self.pending, self.given_weights = self.pending, [], None
         self._touched, self._accumulated = {}, set()
         if self._received is not None and self._received_norm is not None:
-            now, then = float(self._received.norm()), float(self._received_norm)
-            self.rescaled = abs(now - then) > 1e-3 * then
+            self.rescaled = _was_unscaled(float(self._received_norm), float(self._received.norm()))
         self._receiver = self._received = self._received_norm = None
         return taken
 
@@ -185,14 +186,19 @@ class Observer:
             while self._grad_handles:
                 self._grad_handles.pop().remove()
             return
-        if self.pending and all(p.grad is None for p in self._parameters):
+        parameters = self._parameters
+        if not parameters:
+            return  # nothing that a backward pass could bring a gradient to
+        if self.pending and all(p.grad is None for p in parameters):
             self.drop()  # gradients cleared by another than this optimizer
         self._current = Observation(0, [])
         if self.keep_arguments:
-            self._current.arguments, self._current.keywords = arguments, keywords
+            self._current.arguments, self._current.keywords = tree_map(
+                lambda leaf: leaf, (arguments, keywords)
+            )
             self._current.versions = versions_of(arguments, keywords)
             self._current.random_state = _random_state(module)
-            self._current.autocast = _autocast(self._parameters[0].device.type)
+            self._current.autocast = _autocast(parameters[0].device.type)
         if wanted == "taps":
             # compiled code, here or around us, would not know of the taps
             self._eager = True
@@ -262,8 +268,12 @@ class Observer:
             self._count(seen, number)
         elif seen not in self._touched.setdefault(number, []):
             self._touched[number].append(seen)
-        if root.which in seen.weights or not bool(gradient.isfinite().all()):
+        if not bool(gradient.isfinite().all()):
             return
+        if root.which in seen.weights:  # an earlier pass showed part of the loss, or none of it
+            whole = seen.passes[root.which].total(seen.training | {number})
+            assert whole is not None
+            gradient = whole
         if seen.outputs[root.which]._version != root.version:
             raise UsageError(
                 "the model's output was overwritten in place after the forward pass, so its "
@@ -271,7 +281,7 @@ class Observer:
             )
         with torch.no_grad():
             seen.weights[root.which] = self._weights(seen, root.which, gradient)
-            if root.sampled and seen.weights[root.which] is not None:
+            if root.sampled:
                 self._busy = _thread.busy = True
                 try:
                     self._take_gradients(seen, root)
@@ -315,7 +325,9 @@ class Observer:
         draws: list[list[Tensor | None]] = []
         for column in self._columns(seen):
             g = column[root.which]
-            if weights is not None and weights.values is not None:
+            if weights is None:
+                g = torch.zeros_like(g)
+            elif weights.values is not None:
                 g = g * weights.values.to(g).sqrt()
             found: list[Tensor | None] = [None] * len(seen.calls)
             if self.fisher == "mc" or bool(g.any()):
@@ -507,6 +519,17 @@ def _upstream(
         elif place.node._sequence_nr() < own.node._sequence_nr():
             edges[number] = place
     return sampled, tuple(here), edges
+
+
+def _was_unscaled(then: float, now: float) -> bool:
+    """Whether a gradient was divided by a GradScaler's power of two, and perhaps clipped too.
+
+    Averaging over processes and clipping alone change it by other factors, and by less.
+    """
+    if not 0 < now < then / 1.5:
+        return False
+    power = math.log2(then / now)
+    return abs(power - round(power)) < 1e-3 or power > 6
 
 
 def _only(tensor: Tensor, first: int, every: int) -> Tensor:

@@ -41,6 +41,8 @@ def read_weights(rho: Tensor, counts: Tensor, certain: bool) -> RowWeights | Non
     Returns:
         None if no row counts.
     """
+    if not bool(counts.any()):
+        return None
     everywhere = bool(counts.all())
     if not certain:
         return RowWeights(None if everywhere else counts.to(rho), None)

@@ -173,7 +173,9 @@ class Observation:
         found: list[Tensor | None] = []
         for index, z in enumerate(self.outputs):
             one, share = self.weights.get(index), self.shares.get(index, 1.0)
-            if one is None or one.values is None:
+            if one is None and self.weights:
+                found.append(z.new_zeros((1,) * z.ndim))  # the loss counts no row
+            elif one is None or one.values is None:
                 found.append(None if share == 1 else z.new_full((1,) * z.ndim, share))
             else:
                 found.append(one.values * share)

@@ -88,15 +88,27 @@ def divergence(
 ) -> float:
     """KL(before ‖ after) of a step, mean over the samples of the whole batch.
 
-    Rows count by their weights in the loss, so that padding does not.
+    Rows count by their weights in the loss, so that padding does not. The model runs twice, as
+    compiled code, which the caller's pass may have been, draws another dropout.
+
+    Raises:
+        UsageError: The model, or the likelihood, can't be had again; in all processes alike.
     """
-    total, samples = 0.0, optimizer._batch_size(observations)
+    total, samples, failed = 0.0, optimizer._batch_size(observations), ""
+    idle = {name: torch.zeros_like(part) for name, part in step.items()}
     for seen in observations:
-        with _autocast(seen):
-            after = quadratic.run(optimizer, seen, parameters, step, kernels=())
-        before, after = (_precise(z) for z in (seen.outputs, after))
-        found = optimizer.likelihood.divergence(before, after, seen.row_shares)
-        total += float(found.double().sum())
+        try:  # whatever a foreign forward does when it is called again
+            with _autocast(seen):
+                before, after = (
+                    _precise(quadratic.run(optimizer, seen, parameters, one, kernels=()))
+                    for one in (idle, step)
+                )
+            found = optimizer.likelihood.divergence(before, after, seen.row_shares)
+            total += float(found.double().sum())
+        except Exception as error:
+            failed = f"{type(error).__name__}: {error}"
+    if anywhere(optimizer, bool(failed)):
+        raise UsageError(f"the model can't run again on the same batch ({failed})")
     return optimizer.exchange.sums([total], optimizer.device)[0] / samples
 
 
@@ -116,25 +128,34 @@ def _measure(
             "the model overwrites its arguments, or they were overwritten before step(); expected "
             "them as they were, to run it again on the same batch"
         )
-    if not optimizer.counters["measurements"]:
-        idle = {name: torch.zeros_like(part) for name, part in step.items()}
-        if divergence(optimizer, observations, idle, parameters) > promised / 10:
-            raise UsageError(
-                "the model gives other outputs when it runs again on the same batch; expected "
-                "all its randomness to come from torch's generators, and no state to be carried "
-                "over from call to call"
-            )
-    found = math.inf
-    for _ in range(TRIES):
+    found, asked = math.inf, clip
+    for attempt in range(TRIES):
         shortened = {name: part * clip for name, part in step.items()}
         found = divergence(optimizer, observations, shortened, parameters)
+        doubtful = not optimizer.counters["measurements"] or not found <= promised
+        if attempt == 0 and doubtful:  # where a step seems too long, is it the step?
+            idle = {name: torch.zeros_like(part) for name, part in step.items()}
+            _require_repeatable(divergence(optimizer, observations, idle, parameters), promised)
         if found <= 4 * promised:
             break
         # far out a divergence may grow faster than a square, or slower: look again nearer by
         clip *= max((promised / found) ** 0.5, 0.1) if math.isfinite(found) else 0.1
     if clip == 1.0 and found < promised / 100:
         return None
-    return 2 * found / (clip**2 * modelled)
+    ratio = 2 * found / (clip**2 * modelled)
+    if clip < asked:  # longer ones were tried, and were too long
+        ratio = max(ratio, 2 * promised / (clip**2 * modelled))
+    return ratio
+
+
+def _require_repeatable(found: float, promised: float) -> None:
+    """Make sure that a model hardly diverges from itself where its parameters don't move."""
+    if not found <= promised / 10:
+        raise UsageError(
+            "the model gives other outputs when it runs again on the same batch; expected all its "
+            "randomness to come from torch's generators, and no state to be carried over from "
+            "call to call"
+        )
 
 
 def _kept(observations: Sequence[Observation]) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
 
 from smallfry.curvature import Observation
 from smallfry.optim.weighing import weigh_rows
@@ -149,8 +150,10 @@ def targets_of(optimizer: "NaturalGradient", observations: Sequence[Observation]
     unit = samples / count / optimizer._loss_factor(observations)
     found = 0.0
     for seen in observations:
-        scaled = tuple(None if g is None else g * unit for g in seen.output_gradients)
-        found += optimizer.likelihood.targets(seen.outputs, scaled) * seen.size
+        # of a loss that a GradScaler has multiplied, nobody can tell how large they are
+        hidden = optimizer.observer.rescaled and optimizer.grad_scaler is None
+        scaled = tuple(None if g is None or hidden else g * unit for g in seen.output_gradients)
+        found += (seen.likelihood or optimizer.likelihood).targets(seen.outputs, scaled) * seen.size
     return optimizer.exchange.sums([found], optimizer.device)[0] / samples
 
 
@@ -227,7 +230,9 @@ def _as_function(
     tangents = {paths[parameters[name]]: d for name, d in direction.items()}
 
     def function(values: dict[str, Tensor]) -> Outputs:
-        output = functional_call(root, {**buffers, **values}, seen.arguments, seen.keywords)
+        # containers of its own, as a model may put other things into them
+        given, named = tree_map(lambda leaf: leaf, (seen.arguments, seen.keywords))
+        output = functional_call(root, {**buffers, **values}, given, named)
         return optimizer.likelihood.select(output)
 
     return function, chosen, tangents

@@ -22,6 +22,7 @@ FLAGS = (
     "divergence_ratio",
     "targets",
     "measuring",
+    "measurable",
     "measured_size",
     "_factor",
     "damping",
