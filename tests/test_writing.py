@@ -465,3 +465,26 @@ def test_a_system_that_can_not_sync_a_folder_is_no_failure_and_a_bad_disk_is(tmp
     monkeypatch.setattr(os, "fsync", fails(errno.EIO))
     with pytest.raises(OSError, match="Input/output"):
         writing.sync(tmp_path)
+
+
+def test_a_file_takes_the_place_of_a_link_not_of_what_that_leads_to(tmp_path):
+    victim, link = tmp_path / "victim", tmp_path / "link"
+    victim.write_text("mine")
+    link.symlink_to(victim)
+    write_whole(link, b"new")
+    assert victim.read_text() == "mine"
+    assert (link.read_text(), link.is_symlink()) == ("new", False)
+
+
+def test_sweeping_leaves_what_lives_and_what_can_be_put_back(tmp_path):
+    with replacing(tmp_path / "export") as new:
+        sweep(tmp_path)
+        assert new.is_dir()
+        (new / "file").write_text("whole")
+    assert (tmp_path / "export" / "file").read_text() == "whole"
+    killed = tmp_path / f"{writing.MARK}export-0000"
+    (killed / writing.OLD).mkdir(parents=True)
+    (tmp_path / f"{writing.MARK}export-1111").mkdir()
+    sweep(tmp_path)
+    left = [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(writing.MARK)]
+    assert left == [killed.name]

@@ -245,7 +245,7 @@ def _is_wide(image: Image.Image) -> bool:
     tiles = getattr(image, "tile", [])
     arguments = tiles[0][3] if tiles else ()
     raw_mode = arguments if isinstance(arguments, str) else next(iter(arguments or ()), "")
-    return ";16" in str(raw_mode)
+    return ";16" in str(raw_mode) and raw_mode != "BGR;16"  # 5, 6 and 5 bits
 
 
 def _peak(image: Image.Image, where: str) -> int:

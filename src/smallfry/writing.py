@@ -39,12 +39,11 @@ UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # of systems that can't s
 
 
 def write_whole(file: Path, data: bytes) -> None:
-    """Write a file whole or not at all; a link is followed.
+    """Write a file whole or not at all; it takes the place of a link, not of what that leads to.
 
     Raises:
         OSError: It could not be written; what was there is untouched.
     """
-    file = resolved(file)
     part = file.parent / f"{_prefix(file)}{secrets.token_hex(4)}"
     try:
         with open(part, "xb") as stream:
@@ -123,7 +122,9 @@ def sweep(folder: Path) -> None:
     """Remove what killed processes left in a folder that the caller has locked."""
     for entry in folder.glob(f"{MARK}*"):
         if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry, ignore_errors=True)
+            with _claimed(entry) as is_ours:
+                if is_ours and not (entry / OLD).exists():  # which ``recover`` puts back
+                    shutil.rmtree(entry, ignore_errors=True)
         else:
             entry.unlink(missing_ok=True)
 

@@ -1,6 +1,9 @@
 """Settings of a run that change between its last checkpoint and its continuation."""
 
 import json
+import logging
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from PIL import Image
 from run_helpers import StopAt, assert_same_run, metrics
 
 from smallfry.errors import DataError, RunError, Stopped, UsageError
+from smallfry.training import train as training
 from smallfry.training.checkpoint import load_checkpoint
 from smallfry.training.config import (
     DataConfig,
@@ -122,6 +126,12 @@ def test_a_run_goes_on_where_its_data_is_now(variant, tmp_path):
     assert read_config(tmp_path / "parted" / "config.yaml").data.name == str(moved)
 
 
+def test_the_bit_depth_that_was_found_may_be_written_down():
+    saved = dotted(TrainConfig().to_dict())
+    (change,) = changes_since(saved, TrainConfig(DataConfig(bit_depth=12)))
+    assert str(change) == "data.bit_depth null → 12"
+
+
 def test_settings_are_saved_as_plain_data(variant, tmp_path):
     train(variant(run=tmp_path / "run", epochs=1))
     settings = torch.load(tmp_path / "run" / "last" / "trainer.pt", weights_only=True)["settings"]
@@ -136,20 +146,63 @@ def test_only_what_decides_no_batch_can_be_changed():
             require_changeable([name])
     config = with_changes(TrainConfig(), {"epochs": 7, "data.name": "mnist"})
     assert config == TrainConfig(DataConfig("mnist"), epochs=7)
+    rooted = TrainConfig(DataConfig("mnist", Path("here")))
+    assert with_changes(rooted, {"data.name": "there"}).data == DataConfig("there")
+    assert with_changes(rooted, {"data.root": Path("there")}).data.root == Path("there")
     saved = dotted(TrainConfig().to_dict())
     assert changes_since(saved, TrainConfig(workers=2, progress="quiet")) == [
         ("workers", None, 2),
     ]
-    with pytest.raises(RunError, match=r"has data.limit 5, and .* with None so far"):
+    with pytest.raises(
+        RunError, match=r"has data.limit 5, and .* with null so far: .* write null again"
+    ):
         changes_since(saved, TrainConfig(DataConfig(limit=5)))
 
 
 @pytest.mark.parametrize(("asked", "epochs", "kept"), [(5.0, 2, 0.2), (1.0, 2, 1.0), (2, 3, 0.3)])
-def test_a_warm_up_of_most_of_the_run_is_shortened(variant, tmp_path, capsys, asked, epochs, kept):
+def test_a_warm_up_of_most_of_the_run_is_shortened(variant, tmp_path, caplog, asked, epochs, kept):
     run = tmp_path / "run"
-    schedule = ScheduleConfig(warmup_epochs=asked)
-    train(variant(run=run, epochs=epochs, schedule=schedule, progress="plain"))
+    logging.getLogger("smallfry").propagate = True
+    caplog.set_level(logging.INFO, "smallfry")
+    train(variant(run=run, epochs=epochs, schedule=ScheduleConfig(warmup_epochs=asked)))
     settings = yaml.safe_load((run / "config.yaml").read_text())
     assert settings["schedule"]["warmup_epochs"] == kept
     line = f"warm-up shortened from {asked:g} to {kept:g} epochs"
-    assert (line in capsys.readouterr().out) == (asked != kept)
+    assert (line in caplog.text) == (asked != kept)
+
+
+def test_an_ended_run_goes_on_if_its_configuration_has_more_epochs(variant, tmp_path):
+    run = tmp_path / "run"
+    train(variant(run=run, epochs=1))
+    edit(run, epochs=2)
+    assert resume(run)["measured"]["epochs"] == 2
+    with pytest.raises(UsageError, match="has done 2 epochs: expected as many at least, not 1"):
+        resume(run, changes={"epochs": 1})
+    assert read_config(run / "config.yaml").epochs == 2
+
+
+def test_digits_stay_unmirrored_wherever_they_are_moved(variant, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with pytest.raises(Stopped):
+        train(variant(run=run), StopAt(2))
+    recorded = read_config(run / "config.yaml")
+    assert (recorded.data.name, recorded.augment.flip) == ("digits", None)
+    load = training.load_config_data
+    monkeypatch.setattr(training, "load_config_data", lambda wanted: load(recorded.data))
+    (tmp_path / "elsewhere").mkdir()
+    resume(run, changes={"data.name": str(tmp_path / "elsewhere")})
+    assert read_config(run / "config.yaml").augment.flip is False
+
+
+@pytest.mark.parametrize("name", ["best", "last", "pictures", "tensorboard"])
+def test_no_link_in_a_run_folder_is_followed(variant, tmp_path, name):
+    run, foreign = tmp_path / "run", tmp_path / "foreign"
+    with pytest.raises(Stopped):
+        train(variant(run=run), StopAt(8))
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("mine")
+    shutil.rmtree(run / name, ignore_errors=True)
+    (run / name).symlink_to(foreign)
+    with pytest.raises(RunError, match="a link; what it leads to is no part of the run"):
+        resume(run)
+    assert (foreign / "thesis.txt").read_text() == "mine"

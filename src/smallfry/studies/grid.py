@@ -14,14 +14,14 @@ from typing import Any
 import torch
 import yaml
 
-from smallfry.errors import Stopped, TrainingError, UsageError
+from smallfry.errors import RunError, Stopped, TrainingError, UsageError
 from smallfry.report.runs import OUT_OF_MEMORY, Outcome
 from smallfry.studies.folder import STUDY, stoppable
 from smallfry.studies.grid_progress import GridProgress
 from smallfry.studies.recipes import Planned
 from smallfry.training.checkpoint import saved_position, write_file
 from smallfry.training.config import TrainConfig, read_config
-from smallfry.training.continuation import dotted
+from smallfry.training.continuation import dotted, with_fitting_warmup
 from smallfry.training.progress import Reporter
 from smallfry.training.run import FAILURE, RunFolder
 from smallfry.training.train import resume, train
@@ -43,8 +43,7 @@ def run_grid(study: str, planned: Sequence[Planned], folder: Path) -> list[Outco
     ended = {p.name: o for p in planned if (o := read_outcome(p, folder)) is not None}
     note = f"what ended is in {folder}, the same command goes on"
     threads = torch.get_num_threads()
-    positions = {p.name: saved_position(RunFolder(run_path(folder, p.name)).last) for p in planned}
-    done = {name: position["epoch"] for name, position in positions.items() if position}
+    done = {p.name: _epochs_done(p, folder) for p in planned if p.name not in ended}
     with GridProgress(planned, ended, done) as progress, stoppable(note):
         for plan in planned:
             if plan.name in ended:
@@ -60,6 +59,15 @@ def run_grid(study: str, planned: Sequence[Planned], folder: Path) -> list[Outco
             progress.end(outcome)
     torch.set_num_threads(threads)
     return [ended[plan.name] for plan in planned]
+
+
+def _epochs_done(plan: Planned, folder: Path) -> float:
+    """Epochs that a run has saved; 0 if that can't be read, of which its resumption complains."""
+    try:
+        position = saved_position(RunFolder(run_path(folder, plan.name)).last)
+    except RunError:
+        return 0.0
+    return float(position["epoch"]) if position else 0.0
 
 
 def read_outcomes(planned: Sequence[Planned], folder: Path) -> list[Outcome]:
@@ -157,7 +165,7 @@ def _claim(study: str, planned: Sequence[Planned], folder: Path) -> None:
 
 def _told(config: TrainConfig) -> dict[str, Any]:
     """A run's settings with dotted names, but not where its data and its folder are."""
-    told = dotted(config.to_dict())
+    told = dotted(with_fitting_warmup(config).to_dict())
     for place in ("run", "progress", "data.root"):
         told.pop(place, None)
     return told

@@ -1,4 +1,4 @@
-"""Changes of a run's settings between its last checkpoint and its continuation.
+"""Settings of a run that follow from others, and those that change before it is continued.
 
 A batch is a function of seed and step, so the settings that decide which images a step takes are
 fixed once a run has begun. The others may be changed, in ``config.yaml`` or beside ``--resume``.
@@ -26,7 +26,7 @@ class Change(NamedTuple):
     now: Any
 
     def __str__(self) -> str:
-        return f"{self.name} {self.before} → {self.now}"
+        return f"{self.name} {_as_yaml(self.before)} → {_as_yaml(self.now)}"
 
 
 def dotted(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,13 +53,28 @@ def require_changeable(names: Iterable[str]) -> None:
 
 
 def with_changes(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
-    """Return a configuration with other values, which are given by dotted name."""
+    """Return a configuration with other values, which are given by dotted name.
+
+    Data of another name has no ``data.root``, unless that is given too.
+    """
+    if "data.name" in changes:
+        changes = {"data.root": None, **changes}
     for name, value in changes.items():
         group, _, inner = name.rpartition(".")
         if group:
             value = replace(getattr(config, group), **{inner: value})
         config = replace(config, **{group or name: value})
     return config
+
+
+def with_fitting_warmup(config: TrainConfig) -> TrainConfig:
+    """Shorten a warm-up of more than half of the run to a tenth of it.
+
+    The learning rate of a short run would hardly come to its peak, or never.
+    """
+    if 2 * config.schedule.warmup_epochs <= config.epochs:
+        return config
+    return replace(config, schedule=replace(config.schedule, warmup_epochs=config.epochs / 10))
 
 
 def changes_since(before: Mapping[str, Any], config: TrainConfig) -> list[Change]:
@@ -83,9 +98,9 @@ def changes_since(before: Mapping[str, Any], config: TrainConfig) -> list[Change
     fixed = next((c for c in changed if _decides_batches(c.name)), None)
     if fixed is not None:
         raise RunError(
-            f"config.yaml has {fixed.name} {fixed.now}, and the run was trained with "
-            f"{fixed.before} so far: images would repeat or be left out; write {fixed.before} "
-            "again, or start a new run"
+            f"config.yaml has {fixed.name} {_as_yaml(fixed.now)}, and the run was trained with "
+            f"{_as_yaml(fixed.before)} so far: images would repeat or be left out; write "
+            f"{_as_yaml(fixed.before)} again, or start a new run"
         )
     return changed
 
@@ -111,4 +126,9 @@ def require_whole_epochs(step: int, epochs: int, steps_per_epoch: int, where: st
 
 
 def _decides_batches(name: str) -> bool:
-    return name in ("batch_size", "seed") or name.startswith("data.")
+    known = ("data.bit_depth",)  # which the fingerprint of the pixels covers
+    return name in ("batch_size", "seed") or (name.startswith("data.") and name not in known)
+
+
+def _as_yaml(value: Any) -> Any:
+    return "null" if value is None else value

@@ -117,9 +117,11 @@ class TrainLoader:
                 raise
             raise _WorkerLost(_reason(code)) from error
         finally:
+            ours = {*multiprocessing.active_children()} - {*others}
             if batches is not None:
+                ours = {*batches._workers}
                 batches._shutdown_workers()
-            for worker in {*multiprocessing.active_children()} - {*others}:  # which heed no SIGTERM
+            for worker in ours:  # which heed no SIGTERM
                 worker.kill()
                 worker.join()
 

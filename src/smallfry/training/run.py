@@ -67,6 +67,9 @@ class RunFolder:
         except OSError as error:
             raise RunError(f"{self.path}: can't be used as a run folder ({error})") from error
         try:
+            for each in (self.last, self.best, self.pictures, self.tensorboard):
+                if each.is_symlink():
+                    raise RunError(f"{each}: a link; what it leads to is no part of the run")
             for folder in (self.path, self.pictures):
                 sweep(folder)
             yield

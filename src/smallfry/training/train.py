@@ -1,5 +1,6 @@
 """A whole training run: from a configuration to a folder with a model, its numbers and pictures."""
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -30,10 +31,14 @@ from smallfry.signals import keeping
 from smallfry.terminal import command
 from smallfry.training.augment import Augment
 from smallfry.training.batch_norm import require_enough_images
-from smallfry.training.batches import flips_by_default
+from smallfry.training.batches import CHARACTERS, flips_by_default
 from smallfry.training.checkpoint import Checkpoint, has_checkpoint, load_checkpoint
 from smallfry.training.config import ModelConfig, TrainConfig, read_config
-from smallfry.training.continuation import require_changeable, with_changes
+from smallfry.training.continuation import (
+    require_changeable,
+    with_changes,
+    with_fitting_warmup,
+)
 from smallfry.training.evaluation import Predictions, predict, score
 from smallfry.training.evaluation_data import load_config_data, require_place
 from smallfry.training.loop import Trainer
@@ -45,6 +50,8 @@ from smallfry.training.rebuild import OF_THE_FACTORY
 from smallfry.training.references import fit_references
 from smallfry.training.run import RunFolder, TrainedModel, load_run, new_run_folder
 from smallfry.training.started import launch
+
+log = logging.getLogger(__name__)
 
 SMALL_MODEL = 10_000_000  # multiply-accumulates an image
 
@@ -63,7 +70,7 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> dict[str, An
         Stopped: A signal came; the state is saved, ``resume`` goes on.
     """
     asked = config.schedule.warmup_epochs
-    config = _with_fitting_warmup(_with_full_paths(config))
+    config = with_fitting_warmup(_with_full_paths(config))
     processes = start(config.device, config.precision, config.strategy)
     with leaving(processes):
         return _train(config, asked, reporter, processes)
@@ -87,10 +94,10 @@ def _train(
             f"training {model} ({parameters:,} parameters) on {data.name} into {folder.path}"
         )
         warmup = config.schedule.warmup_epochs
-        if warmup != asked_warmup:
-            trainer.reporter.say(
-                f"warm-up shortened from {asked_warmup:g} to {warmup:g} epochs, as the run has "
-                f"{config.epochs}"
+        if warmup != asked_warmup and processes.is_first:
+            log.info(
+                "warm-up shortened from %g to %g epochs, as the run has %d",
+                *(asked_warmup, warmup, config.epochs),
             )
         evidence = provenance(trainer.fabric.device)  # of the code that runs, as it starts
         trainer.fit()
@@ -145,10 +152,12 @@ def _resume(
     processes: Processes,
 ) -> dict[str, Any]:
     processes.last = folder.last
-    longer = (config.epochs, config.patience) != (recorded.epochs, recorded.patience)
+    if config.data.name != recorded.data.name and config.augment.flip is None:
+        flip = recorded.data.name not in CHARACTERS  # as so far, whatever the place is called
+        config = replace(config, augment=replace(config.augment, flip=flip))
     with processes.held(folder.locked()), keeping(folder.kept):
         summary = processes.once(folder.read_summary)
-        if summary is not None and not longer:
+        if summary is not None and not _is_longer(config, recorded, summary):
             return summary
         again = command("smallfry", "train", "--resume", folder.path)
         moved = f"if it was moved: {again} --data FOLDER"
@@ -156,7 +165,7 @@ def _resume(
         if processes.once(lambda: has_checkpoint(folder.last)):
             checkpoint = processes.together(lambda: load_checkpoint(folder.last))
             data = processes.together(lambda: _load(config))
-            trainer = _build(_without_weights(config), data, folder, reporter, processes)
+            trainer = _build(config, data, folder, reporter, processes, with_weights=False)
             _require_same_data(checkpoint.manifest, trainer.data, folder)
             _restore(trainer, checkpoint)
         else:
@@ -170,10 +179,25 @@ def _resume(
         return processes.once(lambda: _conclude(trainer, evidence))
 
 
-def _without_weights(config: TrainConfig) -> TrainConfig:
+def _is_longer(config: TrainConfig, recorded: TrainConfig, summary: Mapping[str, Any]) -> bool:
+    """Whether a run that has ended is to go on, by its configuration of now.
+
+    Raises:
+        UsageError: It has done more epochs than that.
+    """
+    done = summary["measured"]["epochs"]
+    if config.epochs < done:
+        raise UsageError(
+            f"the run has done {done} epochs: epochs can't be {config.epochs} any more"
+        )
+    lost_patience = recorded.patience is not None and config.patience == recorded.patience
+    return config.epochs > done and not (lost_patience and config.epochs == recorded.epochs)
+
+
+def _without_weights(config: ModelConfig) -> ModelConfig:
     """A checkpoint holds all weights, so none are fetched to begin with."""
-    kept = {k: v for k, v in config.model.options.items() if not k.startswith("pretrained")}
-    return replace(config, model=replace(config.model, options=kept))
+    kept = {k: v for k, v in config.options.items() if not k.startswith("pretrained")}
+    return replace(config, options=kept)
 
 
 def _restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
@@ -196,16 +220,6 @@ def _with_full_paths(config: TrainConfig) -> TrainConfig:
     root = None if wanted.root is None else wanted.root.expanduser().resolve()
     run = None if config.run is None else config.run.expanduser()
     return replace(config, data=replace(wanted, name=name, root=root), run=run)
-
-
-def _with_fitting_warmup(config: TrainConfig) -> TrainConfig:
-    """Shorten a warm-up of more than half of the run to a tenth of it.
-
-    The learning rate of a short run would hardly come to its peak, or never.
-    """
-    if 2 * config.schedule.warmup_epochs <= config.epochs:
-        return config
-    return replace(config, schedule=replace(config.schedule, warmup_epochs=config.epochs / 10))
 
 
 def create_model(config: ModelConfig, data: ImageData) -> tuple[nn.Module, dict[str, Any]]:
@@ -295,10 +309,12 @@ def _build(
     folder: RunFolder,
     reporter: Reporter | None,
     processes: Processes,
+    with_weights: bool = True,
 ) -> Trainer:
     """Everything that can be wrong with a configuration, found before anything is written."""
     torch.manual_seed(config.seed)
-    model, spec = processes.together(lambda: create_model(config.model, data))
+    wanted = config.model if with_weights else _without_weights(config.model)
+    model, spec = processes.together(lambda: create_model(wanted, data))
     require_enough_images(
         model,
         torch.zeros(1, data.channels, data.image_size, data.image_size),
