@@ -188,7 +188,7 @@ def _is_longer(config: TrainConfig, recorded: TrainConfig, summary: Mapping[str,
     done = summary["measured"]["epochs"]
     if config.epochs < done:
         raise UsageError(
-            f"the run has done {done} epochs: epochs can't be {config.epochs} any more"
+            f"the run has done {done} epochs: expected as many at least, not {config.epochs}"
         )
     lost_patience = recorded.patience is not None and config.patience == recorded.patience
     return config.epochs > done and not (lost_patience and config.epochs == recorded.epochs)
