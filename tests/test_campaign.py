@@ -36,6 +36,7 @@ def short(tmp_path_factory):
     return done, folder / "short"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the campaign forks, and reads /proc")
 @pytest.mark.parametrize("name", COUNTS)
 def test_nothing_fails_in_a_short_campaign(name, short):
@@ -46,6 +47,7 @@ def test_nothing_fails_in_a_short_campaign(name, short):
     assert record["done"] == COUNTS[name]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the campaign forks, and reads /proc")
 def test_a_short_campaign_in_which_nothing_fails_exits_with_0(short):
     done, _ = short

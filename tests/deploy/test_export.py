@@ -96,6 +96,7 @@ def test_a_model_that_depends_on_the_batch_size_is_refused():
         exported_program(whole_graph(Odd(), torch.rand(2, 1, 4, 4)))
 
 
+@pytest.mark.slow
 def test_the_torch_program_gives_the_same(run, tmp_path, images):
     folder = export(run, tmp_path / "export", form="whole", torch_program=True)
     program = torch.export.load(folder / "model.pt2").module()

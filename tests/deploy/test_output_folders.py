@@ -211,6 +211,7 @@ def test_what_can_not_be_written_is_told_before_the_work(verb, tmp_path, monkeyp
     assert (tmp_path / "file").read_text() == "of mine"
 
 
+@pytest.mark.slow
 def test_all_files_of_an_export_are_known(run, tmp_path):
     exports.export(run, tmp_path / "x", "anytime", "int8", torch_program=True)
     exports.export(run, tmp_path / "x", "whole", "int8")  # which replaces it

@@ -106,6 +106,7 @@ def few(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_ranges_and_thresholds_of_few_images_are_told(few, tmp_path, capsys):
     with pytest.warns(SmallfryWarning) as caught:
         export(few, tmp_path / "a", "anytime", "int8")

@@ -190,7 +190,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, study, monke
     def full(*_):
         raise OSError("no space")
 
-    monkeypatch.setattr("smallfry.report.page.os.replace", full)
+    monkeypatch.setattr("smallfry.writing.os.replace", full)
     with pytest.raises(OSError, match="no space"):
         write_report([], tmp_path, "New")
     assert file.read_bytes() == old

@@ -225,6 +225,7 @@ def test_log_drops_half_a_line_and_keeps_no_infinity(tmp_path: Path) -> None:
     assert log.read()[1]["seed"] == 0.123457
 
 
+@pytest.mark.slow
 def test_trials_run_in_processes_of_their_own(tmp_path: Path) -> None:
     alone = replace(TINY, fisher_seconds=0, tuning_trials=0, seeds=1)
     run_race("autoencoder", replace(alone, processes=2), tmp_path)
@@ -253,6 +254,7 @@ def test_two_processes_can_not_write_one_study(tmp_path: Path) -> None:
         run_race("autoencoder", TINY, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_signal_stops_a_race_soon_and_what_ended_stays(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "smallfry.cli", "study", "autoencoder"]
     command += ["--contestants", "[adamw]", "--seconds", "10000", "--seeds", "1"]

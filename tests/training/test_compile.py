@@ -38,6 +38,7 @@ print("graphs", counter.frame_count)
 """
 
 
+@pytest.mark.slow
 def test_batch_sizes_and_supervision_depths_need_no_more_than_two_graphs():
     # in a process of its own: what other tests compiled and traced would count too
     done = subprocess.run([sys.executable, "-c", COUNTED], capture_output=True, text=True)

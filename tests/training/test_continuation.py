@@ -161,9 +161,11 @@ def test_only_what_decides_no_batch_can_be_changed():
 
 
 @pytest.mark.parametrize(("asked", "epochs", "kept"), [(5.0, 2, 0.2), (1.0, 2, 1.0), (2, 3, 0.3)])
-def test_a_warm_up_of_most_of_the_run_is_shortened(variant, tmp_path, caplog, asked, epochs, kept):
+def test_a_warm_up_of_most_of_the_run_is_shortened(
+    variant, tmp_path, caplog, monkeypatch, asked, epochs, kept
+):
     run = tmp_path / "run"
-    logging.getLogger("smallfry").propagate = True
+    monkeypatch.setattr(logging.getLogger("smallfry"), "propagate", True)
     caplog.set_level(logging.INFO, "smallfry")
     train(variant(run=run, epochs=epochs, schedule=ScheduleConfig(warmup_epochs=asked)))
     settings = yaml.safe_load((run / "config.yaml").read_text())

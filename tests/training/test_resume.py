@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from smallfry.errors import Stopped
 from smallfry.training.batches import TrainBatches
 from smallfry.training.config import EMAConfig, ModelConfig, ObjectiveConfig
+from smallfry.training.continuation import with_fitting_warmup
 from smallfry.training.progress import QuietReporter
 from smallfry.training.train import resume, train
 
@@ -45,6 +46,7 @@ def test_a_run_stopped_by_a_signal_and_resumed_equals_an_undisturbed_one(
     assert_same_run(tmp_path / "whole", tmp_path / "parted")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("step", [0, 3])
 def test_a_signal_ends_a_wait_for_a_batch_that_never_comes(variant, tmp_path, step, workers):
@@ -152,7 +154,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(variant, tmp_path):
 def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again(variant, tmp_path):
     train(variant(run=tmp_path / "whole"))
     (tmp_path / "new").mkdir()
-    configuration = variant(run=tmp_path / "new").to_dict()
+    configuration = with_fitting_warmup(variant(run=tmp_path / "new")).to_dict()
     (tmp_path / "new" / "config.yaml").write_text(yaml.safe_dump(configuration))
     resume(tmp_path / "new")
     assert_same_run(tmp_path / "whole", tmp_path / "new")
@@ -173,7 +175,7 @@ def test_micro_batches_change_memory_not_the_step(variant, tmp_path):
         train(variant(run=tmp_path / str(parts), accumulate=parts, **same))
     one, three = (load_file(tmp_path / n / "best" / "model.safetensors") for n in ("1", "3"))
     for name, weight in one.items():
-        torch.testing.assert_close(weight, three[name], atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(weight, three[name], atol=1e-8, rtol=1e-8)
 
 
 @pytest.mark.usefixtures("pictures_drawn")

@@ -34,6 +34,7 @@ from smallfry.training.config import (
     TrainConfig,
     read_config,
 )
+from smallfry.training.continuation import with_fitting_warmup
 from smallfry.training.loop import Trainer
 from smallfry.training.progress import (
     PlainReporter,
@@ -51,7 +52,7 @@ from smallfry.training.train import resume, train
 def test_a_run_leaves_its_configuration_metrics_checkpoints_summary_and_pictures(config):
     summary = train(config)
     run = config.run
-    assert read_config(run / "config.yaml") == config
+    assert read_config(run / "config.yaml") == with_fitting_warmup(config)
     rows = metrics(run)
     assert [int(row["epoch"]) for row in rows] == [1, 2]
     assert {"train_loss", "validation_accuracy", "validation_macro_f1", "learning_rate"} <= set(

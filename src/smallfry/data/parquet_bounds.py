@@ -104,7 +104,7 @@ def _largest_cell(file: Path, shard: pq.ParquetFile, columns: Sequence[str]) -> 
         for batch in shard.iter_batches(rows, [group], list(columns), use_threads=False):
             sizes = [decoded_size(column) for column in batch.columns]
             total += sum(size.total for size in sizes)
-            largest = max(largest, *(size.largest for size in sizes))
+            largest = max([largest, *(size.largest for size in sizes)])
             if largest > MOST_BYTES:
                 raise DataError(
                     f"{file}: rows {done:,} to {done + len(batch) - 1:,} hold a cell of "

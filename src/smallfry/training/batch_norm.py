@@ -33,7 +33,12 @@ def require_enough_images(
         UsageError: With what to change.
     """
     shares = [share_of(batch_size, rank, processes) for rank in range(processes)]
-    sizes = [n for s in shares for n in micro_batch_sizes(s.stop - s.start, accumulate)]
+    sizes = [
+        n
+        for s in shares
+        if s.stop > s.start
+        for n in micro_batch_sizes(s.stop - s.start, accumulate)
+    ]
     if 1 not in sizes or (is_synchronized and processes > 1):
         return
     name = _norm_of_one_value(model, sample)
