@@ -126,6 +126,9 @@ def test_images_of_tables_can_be_written_as_folders_of_classes(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    "SMALLFRY_REHEARSE" not in os.environ, reason="takes long; SMALLFRY_REHEARSE=1 asks for it"
+)
 def test_every_part_runs_in_a_rehearsal(tmp_path: Path) -> None:
     root = tmp_path / "cifar"
     write_images(root)
