@@ -1,7 +1,7 @@
 """What one GPU can show in the first minutes: parts in order, within a budget of seconds.
 
     python benchmarks/gpu.py --root DIR --out results/gpu --budget 540
-    python benchmarks/gpu.py --rehearse --root DIR --out /tmp/out   # on a CPU, tiny, every part
+    python benchmarks/gpu.py --rehearse --root DIR --out OUT   # on a CPU, tiny, every part
 
     smoke       optimizers, models, training and exact resumption on CUDA, held against the CPU
     speed       images a second of the training loop, and its share of the GPU's peak
@@ -22,6 +22,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -162,7 +163,9 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=FIRST)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--model", help="of rivals, such as resnet18_cifar")
-    parser.add_argument("--scratch", type=Path, default=Path("/tmp/smallfry-gpu"))
+    parser.add_argument(
+        "--scratch", type=Path, default=Path(tempfile.gettempdir()) / "smallfry-gpu"
+    )
     parser.add_argument("--eager", action="store_true", help="compile nothing")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, at tiny sizes")
     arguments = parser.parse_args()

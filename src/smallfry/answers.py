@@ -30,7 +30,7 @@ class Answer(NamedTuple):
 
     @property
     def is_finite(self) -> bool:
-        """Whether all of it are numbers."""
+        """Check that all of it is finite."""
         return all(isfinite(value) for value in (self.halting or 0.0, *dict(self.top).values()))
 
     def to_dict(self) -> dict[str, Any]:

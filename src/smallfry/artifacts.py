@@ -13,7 +13,7 @@ PAIRS = (
 
 
 def is_artifact(names: Collection[str]) -> bool:
-    """Whether a folder with these entries is a run, a checkpoint, an export or a report."""
+    """Check that a folder with these entries is a run, a checkpoint, an export or a report."""
     found = frozenset(names)
     if RUN in found and found & OF_A_RUN:
         return True

@@ -1,4 +1,4 @@
-"""How often each class is taken for each, without the pairs that never occur.
+"""Sparse confusion counts: the pairs of classes that occur.
 
 Of 10,000 classes there are 100 million pairs, and never more of them than there are images.
 """

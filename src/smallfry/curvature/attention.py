@@ -29,7 +29,7 @@ class InProjection(nn.Linear):
 
 
 def can_spell_out(module: nn.Module) -> bool:
-    """Whether a module is PyTorch's own attention, with one packed weight."""
+    """Check that a module is PyTorch's own attention, with one packed weight."""
     return (
         isinstance(module, nn.MultiheadAttention)
         and type(module).forward is nn.MultiheadAttention.forward

@@ -1,4 +1,4 @@
-"""Which rows of a layer's input belong to which sample.
+"""Assignment of the rows of a layer's input to samples.
 
 Samples are expected in the first dimension of what a layer is called with, as they are or in whole
 multiples, or in the second behind a sequence. Rows that are routed, as to the experts of a mixture,
