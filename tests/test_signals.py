@@ -174,21 +174,21 @@ def test_what_stops_the_first_process_is_no_error_of_the_others():
 # At once, in processes of their own
 
 WAITS = """
-import multiprocessing, sys, threading, time
+import multiprocessing, threading, time
 from smallfry import signals
+from smallfry.terminal import say
 signals.ECHO = 0.0
 signals.LAST_WORDS = 0.5
 def kept():
     {kept}
 def note(number, frame):
-    print("noted", flush=True)
+    say("noted")
 if __name__ == "__main__":
     context = multiprocessing.get_context("fork")
     child = context.Process(target=lambda: (signals.leave_to_parent(), time.sleep(1000)))
-    say = lambda message: print(message, flush=True)
     with signals.second_ends(say), signals.handling(note), signals.keeping(kept):
         child.start()
-        print(child.pid, flush=True)
+        say(str(child.pid))
         lock = threading.Lock()
         lock.acquire()
         lock.acquire()  # for ever: a handler's return does not end it

@@ -50,6 +50,17 @@ def test_a_line_is_cleaned(capsys):
     assert capsys.readouterr().out == f"{SHOWN}\n"
 
 
+def test_a_line_and_its_end_are_written_together():
+    class Stream(io.StringIO):
+        def write(self, text):
+            written.extend([text] if text else [])
+            return super().write(text)
+
+    written: list[str] = []
+    say("step 3 is saved", Stream())
+    assert written == ["step 3 is saved\n"]
+
+
 @pytest.mark.parametrize("kind", [str, Text, "table", "title"])
 def test_a_console_cleans_text_tables_and_their_titles(kind):
     stream = io.StringIO()

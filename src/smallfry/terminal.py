@@ -15,8 +15,11 @@ LONGEST = 1000  # characters of a message
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print a line at once, by default on the standard output; see ``printable``."""
-    print(printable(text), file=stream or sys.stdout, flush=True)
+    """Print a line at once, by default on the standard output; see ``printable``.
+
+    Text and line end are one write, so that lines of other threads do not get in between.
+    """
+    print(f"{printable(text)}\n", end="", file=stream or sys.stdout, flush=True)
 
 
 class CleanConsole(Console):
