@@ -24,12 +24,12 @@ proofs: $(INSTALLED)
 	$(BIN)/pytest --numprocesses auto --maxprocesses 2 --dist worksteal -m slow $(ARGS)
 
 oldest: .oldest/installed
-	.oldest/bin/python -m pytest -m "not slow" $(or $(ARGS),tests/test_images.py tests/test_exits.py tests/data tests/deploy tests/training/test_checkpoint.py tests/training/test_resume.py)
+	.oldest/bin/python -m pytest -m "not slow" $(or $(ARGS),tests/runtime tests/data tests/deploy tests/training/test_checkpoint.py tests/training/test_resume.py)
 
-.oldest/installed: pyproject.toml tests/oldest.py
+.oldest/installed: pyproject.toml runtime/pyproject.toml tests/oldest.py
 	$(PYTHON) -m venv .oldest
 	$(PYTHON) tests/oldest.py > .oldest/constraints.txt
-	.oldest/bin/python -m pip install --quiet --disable-pip-version-check --constraint .oldest/constraints.txt --editable . pytest pytest-xdist hypothesis scipy markdown-it-py
+	.oldest/bin/python -m pip install --quiet --disable-pip-version-check --constraint .oldest/constraints.txt --editable ./runtime --editable '.[all]' pytest pytest-xdist hypothesis scipy markdown-it-py
 	@touch $@
 
 lint: $(INSTALLED)
@@ -52,11 +52,11 @@ campaign: $(INSTALLED)
 recipes: $(INSTALLED)
 	$(BIN)/python recipes/generate.py
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml runtime/pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("smallfry needs Python 3.11 or newer, this is %d.%d; name another: make PYTHON=python3.12" % v[:2])'
 	$(PYTHON) -m venv .venv
 	@echo "Installing smallfry and its libraries into .venv (PyTorch is large: some minutes)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ./runtime --editable '.[dev]'
 	@touch $@
 
 clean:

@@ -28,10 +28,10 @@ import smallfry  # noqa: F401  registers the models
 from smallfry.deploy import Manifest, Runtime
 from smallfry.deploy.graphs import exported_program, to_onnx, whole_graph
 from smallfry.deploy.latency import take_turns
-from smallfry.deploy.manifest import MANIFEST
 from smallfry.deploy.quantize import quantize
 from smallfry.training.augment import Normalize
 from smallfry.training.provenance import provenance
+from smallfry_runtime.manifest import MANIFEST
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from plain_vitrm import PlainViTRM

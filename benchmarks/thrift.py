@@ -23,7 +23,6 @@ import torch
 
 from smallfry import cost
 from smallfry.data import load_data
-from smallfry.exits import most_thrifty, operating_points
 from smallfry.report.figure import COLOURS, GREY, new_figure, save, style
 from smallfry.training.config import DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from smallfry.training.evaluation import predict, score
@@ -31,6 +30,7 @@ from smallfry.training.exit_calibration import trace
 from smallfry.training.provenance import provenance
 from smallfry.training.run import load_run
 from smallfry.training.train import train
+from smallfry_runtime.early_exit import most_thrifty, operating_points
 
 STEPS = 4
 

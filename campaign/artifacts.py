@@ -12,10 +12,10 @@ import numpy as np
 from campaign.command import command
 from campaign.runs import same, without_pictures, write_config
 from smallfry.deploy.pretrained import from_pretrained
-from smallfry.deploy.runtime import Runtime
 from smallfry.training.checkpoint import load_checkpoint
 from smallfry.training.config import OptimizerConfig, read_config
 from smallfry.training.run import RunFolder, TrainedModel, load_run
+from smallfry_runtime.runtime import Runtime
 
 
 class Artifacts(NamedTuple):

@@ -24,8 +24,8 @@ from campaign.damage import harm
 from campaign.fuzz_config import wild
 from campaign.trials import RIGHT, TOLD, Part, Verdict, generator
 from smallfry.errors import SmallfryError
-from smallfry.reading import sealed
 from smallfry.training.checkpoint import load_checkpoint
+from smallfry_runtime.files import sealed
 
 HOSTILE_NAMES = (
     *("hf_hub:a/b", "hf-hub:a/b", "local-dir:/etc", "../x", "os.system", "resnet18.a1_in1k"),

@@ -12,7 +12,7 @@ from PIL import Image
 
 from campaign.trials import RIGHT, TOLD, Part, Verdict, generator
 from smallfry.errors import DataError
-from smallfry.images import READ, decode, header
+from smallfry_runtime.images import READ, decode, header
 
 SAVED = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA", "ICO", "JPEG2000", "AVIF")
 SAVED += ("PCX", "SGI", "QOI", "DIB")

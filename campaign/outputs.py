@@ -19,11 +19,11 @@ from campaign import artifacts
 from campaign.kills import HANGS, Ended, count_changes, die_before_change, start
 from campaign.neighbours import harm, plant
 from campaign.trials import Part, Verdict, generator
-from smallfry import writing
 from smallfry.deploy import benchmark
 from smallfry.deploy.pretrained import from_pretrained
-from smallfry.deploy.runtime import Runtime
+from smallfry.io import replace
 from smallfry.report.deployment import PAGE, PICTURE, SUMMARY
+from smallfry_runtime.runtime import Runtime
 
 QUICK = ("--seconds", "0.01", "--batch_sizes", "1")
 WAYS = (
@@ -166,7 +166,7 @@ def _begin(do: Callable[[], object], by_renames: bool = False) -> None:
     """In the process of a command, before it."""
     benchmark.measure_memory = lambda *_: None  # type: ignore[assignment]  # takes a process each
     if by_renames:
-        writing._renameat2 = lambda: None  # type: ignore[assignment]  # as where there is none
+        replace._renameat2 = lambda: None  # type: ignore[assignment]  # as where there is none
     do()
 
 

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 from campaign import artifacts
 from campaign.trials import RIGHT, Part, Verdict, silence
-from smallfry import writing
-from smallfry.deploy.runtime import Runtime
 from smallfry.errors import SmallfryError
+from smallfry.io import replace
 from smallfry.training.checkpoint import load_checkpoint, save_checkpoint
 from smallfry.training.run import load_run
+from smallfry_runtime.runtime import Runtime
 
 READS, MOST_READS = 40, 2000  # at least, and to see it replaced
 REPLACED = 5  # times at least that a reader sees it replaced
@@ -50,7 +50,7 @@ def _load_model(folder: Path) -> int:
 
 def _export(folder: Path, made: artifacts.Artifacts, number: int) -> None:
     form = ("whole", "anytime")[number % 2]
-    with writing.replacing(folder) as new:
+    with replace.replacing(folder) as new:
         shutil.copytree(made.folder / form, new, dirs_exist_ok=True)
 
 
@@ -87,7 +87,7 @@ def trial(made: artifacts.Artifacts, number: int) -> Verdict:
         finally:
             os.kill(writer, signal.SIGKILL)
             os.waitpid(writer, 0)
-        writing.recover(folder)
+        replace.recover(folder)
         subject.read(folder)
     said = RIGHT if replaced >= REPLACED else "was not replaced meanwhile"
     return Verdict(kind, said)
@@ -96,7 +96,7 @@ def trial(made: artifacts.Artifacts, number: int) -> Verdict:
 def _write(subject: Subject, folder: Path, made: artifacts.Artifacts, by_renames: bool) -> None:
     silence()
     if by_renames:
-        writing._renameat2 = lambda: None  # type: ignore[assignment]  # as where there is none
+        replace._renameat2 = lambda: None  # type: ignore[assignment]  # as where there is none
     number = 0
     try:
         while os.getppid() != 1:

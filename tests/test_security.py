@@ -24,9 +24,6 @@ from smallfry.deploy import Runtime
 from smallfry.deploy.export import export
 from smallfry.deploy.pretrained import from_pretrained, save_pretrained
 from smallfry.errors import DataError, ExportError, RunError, UsageError
-from smallfry.images import READ, decode
-from smallfry.inputs import images_below
-from smallfry.reading import sealed
 from smallfry.report.page import image, page_of
 from smallfry.report.runs import Outcome
 from smallfry.report.runs_page import Section, write_page
@@ -35,6 +32,9 @@ from smallfry.training.checkpoint import load_checkpoint
 from smallfry.training.config import read_config
 from smallfry.training.run import load_run
 from smallfry.training.train import resume
+from smallfry_runtime.files import sealed
+from smallfry_runtime.images import READ, decode
+from smallfry_runtime.inputs import images_below
 
 FAST = [
     "--model.options={embed_dim: 16, num_heads: 2, mlp_hidden_dim: 16, depth: 1, latent_steps: 1}",

@@ -2,15 +2,14 @@
 
 Importing it registers its models with timm: ``timm.create_model("vitrm_small_patch4_32")``. They
 are registered when timm is imported, before or after smallfry, and nothing here imports PyTorch
-before it is asked for: a device that only runs exports (``smallfry.deploy.Runtime``) does without.
+before it is used. A device that only runs exports takes ``smallfry_runtime`` instead.
 """
 
-import os
+from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from wrapt import register_post_import_hook
-
+import smallfry_runtime as smallfry_runtime  # turns ONNX Runtime's telemetry off
 from smallfry.version import __version__
 
 if TYPE_CHECKING:
@@ -18,9 +17,6 @@ if TYPE_CHECKING:
     from smallfry.costing import Cost, cost
 
 __all__ = ["Cost", "__version__", "cost", "models", "optim"]
-
-# ONNX Runtime's own builds report to their makers, from its import on, unless told before.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {"Cost": "smallfry.costing", "cost": "smallfry.costing"}
 
@@ -37,4 +33,7 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-register_post_import_hook(lambda timm: import_module("smallfry.models"), "timm")
+with suppress(ImportError):  # the optimizers do without timm and this hook
+    from wrapt import register_post_import_hook
+
+    register_post_import_hook(lambda timm: import_module("smallfry.models"), "timm")

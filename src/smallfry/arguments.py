@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, get_type_hints
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from smallfry.errors import SmallfryError, UsageError, nearest
-from smallfry.plain_yaml import YAML_MODE
+from smallfry.io.safe_yaml import YAML_MODE
 from smallfry.studies.config import STUDIES
 from smallfry.training.config import TrainConfig
 from smallfry.training.continuation import dotted

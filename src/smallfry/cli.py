@@ -26,9 +26,8 @@ from smallfry.arguments import (
     verb_parsers,
 )
 from smallfry.errors import SmallfryError, Stopped, UsageError, is_out_of_memory, refusal
-from smallfry.signals import Signalled, raising, second_ends
-from smallfry.studies.config import STUDIES, RaceConfig, RunsConfig
-from smallfry.terminal import (
+from smallfry.io.signals import Signalled, raising, second_ends
+from smallfry.io.terminal import (
     CleanConsole,
     CleanFormatter,
     command,
@@ -37,6 +36,7 @@ from smallfry.terminal import (
     say,
     shortened,
 )
+from smallfry.studies.config import STUDIES, RaceConfig, RunsConfig
 from smallfry.training.config import TrainConfig
 from smallfry.training.started import is_launched, launch, rank
 
@@ -102,8 +102,8 @@ def benchmark(
 ) -> int:
     """Measure deployed models side by side; settings are those of ``BenchmarkConfig``."""
     from smallfry.deploy.benchmark import BenchmarkConfig, measure
+    from smallfry.io.json import strict
     from smallfry.report import deployment
-    from smallfry.report.page import strict
 
     config = BenchmarkConfig(**settings)
     folder = folder or Path("exports") / f"benchmark-{Path(models[0]).resolve().name}"
@@ -129,13 +129,13 @@ def evaluate(
     as_json: bool = False,
 ) -> int:
     """Evaluate a trained model."""
-    from smallfry import exits
     from smallfry.deploy.pretrained import load_trained
     from smallfry.training import exit_calibration
     from smallfry.training.evaluation import predict as run_model
     from smallfry.training.evaluation import require_finite, score
     from smallfry.training.evaluation_data import load_like
     from smallfry.training.run import require_classes
+    from smallfry_runtime import early_exit
 
     trained = load_trained(run, checkpoint)
     loaded, chosen, taken = load_like(trained, run, data.name, data.root, split)
@@ -144,11 +144,11 @@ def evaluate(
     if exit_drop is not None or exit_steps is not None:
         _, calibration, _ = load_like(trained, run, split="validation")
         traced = exit_calibration.trace(trained.model, calibration, trained.normalize)
-        points = exits.operating_points(traced)
+        points = early_exit.operating_points(traced)
         if exit_drop is None:
-            threshold = exits.most_accurate(points, cast(float, exit_steps)).threshold
+            threshold = early_exit.most_accurate(points, cast(float, exit_steps)).threshold
         else:
-            threshold = exits.most_thrifty(points, exit_drop).threshold
+            threshold = early_exit.most_thrifty(points, exit_drop).threshold
     said = run_model(trained.model, chosen, trained.normalize, exit_threshold=threshold)
     scores = score(require_finite(said))
     result = {"data": loaded.name, "split": taken, "images": len(chosen), **scores}
@@ -176,15 +176,15 @@ def predict(
     as_json: bool = False,
 ) -> int:
     """Classify images, with PyTorch or, from an export, with ONNX Runtime alone."""
-    from smallfry.deploy.manifest import is_export
-    from smallfry.inputs import find_images
+    from smallfry_runtime.inputs import find_images
+    from smallfry_runtime.manifest import is_export
 
     if top_k < 1:
         raise UsageError(f"top_k must be at least 1, got {top_k}")
     leave = leave or EarlyExit()
     found = find_images(inputs, sys.stdin.buffer)
     if is_export(Path(run)):
-        from smallfry.deploy.runtime import Runtime
+        from smallfry_runtime.runtime import Runtime
 
         runtime = Runtime(run)
         threshold = runtime.exit_threshold(leave.exit_steps, leave.exit_drop, leave.exit_threshold)

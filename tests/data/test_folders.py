@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from smallfry.artifacts import is_artifact
 from smallfry.data import load_data
 from smallfry.errors import DataError, SmallfryWarning
-from smallfry.inputs import SYSTEM, find_images, images_below, list_folder, unread_pictures
-from smallfry.names import path_of, storable, text_of
+from smallfry_runtime.artifacts import is_artifact
+from smallfry_runtime.inputs import SYSTEM, find_images, images_below, list_folder, unread_pictures
+from smallfry_runtime.names import path_of, storable, text_of
 
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
 LATIN_1 = os.fsdecode("café".encode("latin-1"))

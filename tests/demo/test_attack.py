@@ -33,8 +33,8 @@ PATIENCE = 120  # seconds that a test waits for what comes much sooner
 OCTETS = {"Content-Type": "application/octet-stream"}
 AS_JSON = {"Content-Type": "application/json"}
 REFUSED = {403, 404, 405, 413, 415, 421}
-SOURCES = str(Path(__file__).parents[2] / "src")
-PYTHONS = (sys.prefix, sys.base_prefix, sysconfig.get_path("stdlib"), SOURCES)
+SOURCES = [str(Path(__file__).parents[2] / folder) for folder in ("src", "runtime/src")]
+PYTHONS = (sys.prefix, sys.base_prefix, sysconfig.get_path("stdlib"), *SOURCES)
 FUNCTIONS = range(8)  # numbers of functions; the page has fewer
 
 

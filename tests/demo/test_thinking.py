@@ -10,10 +10,10 @@ from PIL import Image
 
 from smallfry.demo.thinking import moments_of, think
 from smallfry.demo.view import classes_to_show, show_error, show_moment
-from smallfry.images import decode
-from smallfry.inputs import Found
 from smallfry.training.inference import classify
 from smallfry.training.run import load_run
+from smallfry_runtime.images import decode
+from smallfry_runtime.inputs import Found
 
 NASTY = ("<script>alert(1)</script>", 'a"b', "c & d", "$e$", "f", "g", "h")
 

@@ -8,11 +8,11 @@ import torch
 from smallfry.cli import main
 from smallfry.deploy import Manifest, Runtime, benchmark, contestants
 from smallfry.deploy.benchmark import BenchmarkConfig, measure
+from smallfry.deploy.memory import Memory
 from smallfry.errors import ExportError, RunError, UsageError
-from smallfry.memory import Memory
-from smallfry.reading import sealed
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.run import load_run
+from smallfry_runtime.files import sealed
 
 QUICK = {"seconds": 0.02, "batch_sizes": (1, 3)}
 

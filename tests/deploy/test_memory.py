@@ -7,8 +7,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from smallfry import memory
-from smallfry.memory import CLEAR, measure_memory
+from smallfry.deploy import memory
+from smallfry.deploy.memory import CLEAR, measure_memory
 
 needs_linux = pytest.mark.skipif(not os.access(CLEAR, os.W_OK), reason="/proc is Linux's")
 MIB = 2**20

@@ -11,12 +11,12 @@ import safetensors.torch
 from onnx import numpy_helper
 from PIL import Image
 
-from smallfry.answers import NOT_FINITE, Outputs, answers
 from smallfry.cli import main
 from smallfry.deploy import Runtime, benchmark
 from smallfry.errors import ExportError
-from smallfry.inputs import Found
-from smallfry.reading import sealed
+from smallfry_runtime.files import sealed
+from smallfry_runtime.inputs import Found
+from smallfry_runtime.predictions import NOT_FINITE, Outputs, answers
 
 
 def resealed(folder, names):

@@ -16,13 +16,15 @@ from typing import NamedTuple
 import pytest
 from dying import moments
 
-from smallfry import cli, writing
+from smallfry import cli
 from smallfry.deploy import export as exports
 from smallfry.deploy import pretrained
-from smallfry.deploy.manifest import FILES, GRAPHS, Manifest, read_export
 from smallfry.errors import ExportError, SmallfryError
+from smallfry.io import replace
+from smallfry.io.replace import _prefix, recover, replacing
 from smallfry.report import deployment
-from smallfry.writing import _prefix, interrupted, recover, replacing
+from smallfry_runtime.manifest import FILES, GRAPHS, Manifest, read_export
+from smallfry_runtime.stages import interrupted
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="it forks")
 SUFFIXES = (".old", ".new", ".tmp", ".part", ".previous", "~")
@@ -250,7 +252,7 @@ def made(folder, form, text):
 def test_an_export_is_read_whole_while_others_take_its_place(tmp_path, monkeypatch, exchanges):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     if not exchanges:
-        monkeypatch.setattr(writing, "_renameat2", lambda: None)
+        monkeypatch.setattr(replace, "_renameat2", lambda: None)
     stop, forms = Event(), ("whole", "anytime")
     made(tmp_path / "x", "whole", "0")
 

@@ -23,11 +23,11 @@ from PIL import Image
 from smallfry.cli import main
 from smallfry.deploy.pretrained import from_pretrained, load_trained, push_to_hub, save_pretrained
 from smallfry.errors import HubError, RunError, SmallfryError, SmallfryWarning, UsageError
-from smallfry.inputs import Found
-from smallfry.reading import sealed
 from smallfry.training.augment import Normalize
 from smallfry.training.inference import classify
 from smallfry.training.run import TrainedModel, load_run
+from smallfry_runtime.files import sealed
+from smallfry_runtime.inputs import Found
 
 FAST = [
     "--model.options={embed_dim: 16, num_heads: 2, mlp_hidden_dim: 16, depth: 1, latent_steps: 1}",

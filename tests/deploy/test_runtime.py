@@ -23,12 +23,12 @@ from smallfry.deploy import Runtime
 from smallfry.deploy.export import export
 from smallfry.errors import DataError, ExportError, UsageError
 from smallfry.models.early_exit import recurse_until
-from smallfry.reading import sealed
 from smallfry.training.augment import Normalize
 from smallfry.training.config import DataConfig, ModelConfig, TrainConfig
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.run import load_run
 from smallfry.training.train import train
+from smallfry_runtime.files import sealed
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,16 @@ from PIL import Image
 from smallfry.cli import main
 from smallfry.deploy import Runtime
 from smallfry.deploy.export import export
-from smallfry.deploy.manifest import Manifest
 from smallfry.deploy.pretrained import from_pretrained, load_trained, save_pretrained
 from smallfry.errors import DataError, RunError, SmallfryWarning
-from smallfry.images import decode
-from smallfry.inputs import Found
-from smallfry.reading import sealed
 from smallfry.training.config import DataConfig, ModelConfig, TrainConfig
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.inference import classify
 from smallfry.training.train import train
+from smallfry_runtime.files import sealed
+from smallfry_runtime.images import decode
+from smallfry_runtime.inputs import Found
+from smallfry_runtime.manifest import Manifest
 
 TINY = {"embed_dim": 16, "num_heads": 2, "mlp_hidden_dim": 16, "depth": 1, "latent_steps": 1}
 

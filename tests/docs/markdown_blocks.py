@@ -21,6 +21,7 @@ from markdown_it import MarkdownIt
 from smallfry import cli
 from smallfry.arguments import expand_shorthand
 from smallfry.training.config import read_config
+from smallfry_runtime.__main__ import main as run_export
 
 ROOT = Path(__file__).parents[2]
 SHELL = ("", "sh", "console")
@@ -138,5 +139,6 @@ def check(command: list[str]) -> None:
 def run(command: list[str], options: list[str]) -> None:
     """Run a command of smallfry, with further options, in this process."""
     program, *arguments = command
-    assert program == "smallfry", f"only smallfry is run here, not '{shlex.join(command)}'"
-    assert cli.main([*arguments, *options]) == 0, shlex.join(command)
+    main = {"smallfry": cli.main, "smallfry-runtime": run_export}.get(program)
+    assert main is not None, f"only smallfry is run here, not '{shlex.join(command)}'"
+    assert main([*arguments, *options]) == 0, shlex.join(command)

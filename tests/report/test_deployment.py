@@ -12,8 +12,8 @@ from rich.console import Console
 from smallfry.deploy.benchmark import Benchmark, BenchmarkConfig, Figures
 from smallfry.deploy.contestants import LeftOut
 from smallfry.deploy.latency import Latency
+from smallfry.deploy.memory import Memory
 from smallfry.errors import RunError
-from smallfry.memory import Memory
 from smallfry.report import deployment
 from smallfry.report.deployment import PAGE, new_report, print_tables, summary_of
 from smallfry.report.labels import Box, place_labels

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from smallfry.io.json import strict
 from smallfry.report.axes import log_ticks
-from smallfry.report.page import strict
 from smallfry.report.race_page import write_report
 from smallfry.report.race_pictures import looks, some, written
 from smallfry.report.race_tables import settings, spread
@@ -190,7 +190,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, study, monke
     def full(*_):
         raise OSError("no space")
 
-    monkeypatch.setattr("smallfry.writing.os.replace", full)
+    monkeypatch.setattr("smallfry.io.replace.os.replace", full)
     with pytest.raises(OSError, match="no space"):
         write_report([], tmp_path, "New")
     assert file.read_bytes() == old

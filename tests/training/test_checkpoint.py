@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from smallfry import writing
 from smallfry.errors import RunError
+from smallfry.io import replace
 from smallfry.training import checkpoint as module
 from smallfry.training.checkpoint import load_checkpoint, save_checkpoint
 
@@ -39,7 +39,7 @@ def test_the_checkpoint_before_stays_beside_it(tmp_path):
 @pytest.mark.parametrize("exchanges", [True, False])
 def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch, exchanges):
     if not exchanges:
-        monkeypatch.setattr(writing, "_renameat2", lambda: None)
+        monkeypatch.setattr(replace, "_renameat2", lambda: None)
     fails, failures = True, 0
     while fails:
         save(tmp_path / "last", 1.0, trainer={"step": 1})
@@ -169,7 +169,7 @@ def test_a_checkpoint_is_read_while_another_process_saves_the_next_ones(
     tmp_path, monkeypatch, exchanges
 ):
     if not exchanges:
-        monkeypatch.setattr(writing, "_renameat2", lambda: None)
+        monkeypatch.setattr(replace, "_renameat2", lambda: None)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # so that it saves more often
     context = multiprocessing.get_context("fork")
     stop = context.Event()

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from smallfry import signals
 from smallfry.errors import Stopped, TrainingError
+from smallfry.io import signals
 from smallfry.training import launch
 
 # is ready, saves until it is let go on, and ends as a stopped run does

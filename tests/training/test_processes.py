@@ -267,7 +267,7 @@ def test_a_second_signal_ends_processes_that_wait_for_each_other_and_tells_what_
     file.write_text(yaml.safe_dump({**endless.to_dict(), "patience": None}))
     code = """
 import os, sys
-from smallfry import signals
+from smallfry.io import signals
 from smallfry.training import launch
 signals.ECHO, launch.MORE_ECHO, launch.AT_ONCE = 0.0, 0.0, 10_000.0
 insist = signals.Requests.insist

@@ -15,13 +15,13 @@ from run_helpers import StopAt, assert_same_run
 
 from smallfry.deploy.pretrained import load_trained, save_pretrained
 from smallfry.errors import DataError, RunError, SmallfryWarning, Stopped, UsageError
-from smallfry.reading import DIGEST, sealed
 from smallfry.training.config import DataConfig, ObjectiveConfig, read_config
 from smallfry.training.continuation import changes_since, dotted
 from smallfry.training.evaluation import predict, score
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.run import load_run, new_run_folder, require_classes
 from smallfry.training.train import resume, train
+from smallfry_runtime.files import DIGEST, sealed
 
 CAFE = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]
 LATIN_1 = os.fsdecode("thé".encode("latin-1"))

@@ -20,7 +20,6 @@ from smallfry.errors import (
     UsageError,
 )
 from smallfry.models.vitrm import Layer
-from smallfry.reading import sealed
 from smallfry.training import progress
 from smallfry.training.checkpoint import load_checkpoint
 from smallfry.training.config import (
@@ -44,6 +43,7 @@ from smallfry.training.progress import (
 )
 from smallfry.training.run import load_run, require_classes
 from smallfry.training.train import resume, train
+from smallfry_runtime.files import sealed
 
 # What a run leaves
 

@@ -7,7 +7,7 @@ plain product's work. Batches are leading dimensions.
 import torch
 from torch import Tensor
 
-from smallfry.onednn import multiplies, multiply
+from smallfry.kernels.onednn import multiplies, multiply
 
 _BLOCK = 160  # features; matrices below twice that are multiplied at once
 

@@ -12,7 +12,7 @@ import numpy as np
 from smallfry.data.cache import decoded
 from smallfry.data.sources import EncodedSplit
 from smallfry.errors import AccessError, DataError, SmallfryWarning
-from smallfry.images import FULL_DEPTH, bit_depth_of, peak_of
+from smallfry_runtime.images import FULL_DEPTH, bit_depth_of, peak_of
 
 SAMPLED = 256  # streamed images that are looked at to see whether any has more than 8 bits
 MEASURED = 4096  # streamed images whose values are looked at if one has

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from smallfry.data.sources import EncodedSplit
 from smallfry.data.threads import in_threads
 from smallfry.errors import AccessError, DataError
-from smallfry.images import BIT_DEPTHS, FULL_DEPTH, bit_depth_of, decode_with_peak, refit
+from smallfry_runtime.images import BIT_DEPTHS, FULL_DEPTH, bit_depth_of, decode_with_peak, refit
 
 log = logging.getLogger(__name__)
 

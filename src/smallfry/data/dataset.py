@@ -39,8 +39,8 @@ from smallfry.data.sources import (
 from smallfry.data.splits import Split, hold_out, take_some
 from smallfry.data.stream import ShardPixels, readable_rows
 from smallfry.errors import AccessError, DataError, SmallfryWarning, UsageError
-from smallfry.images import FULL_DEPTH, LARGEST_SIDE, header
-from smallfry.names import text_of
+from smallfry_runtime.images import FULL_DEPTH, LARGEST_SIDE, header
+from smallfry_runtime.names import text_of
 
 log = logging.getLogger(__name__)
 

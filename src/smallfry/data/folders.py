@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from smallfry.artifacts import is_artifact
 from smallfry.data.sources import (
     LACKING,
     SPLIT_NAMES,
@@ -25,14 +24,15 @@ from smallfry.data.sources import (
     stamp,
 )
 from smallfry.errors import DataError, SmallfryWarning, UsageError
-from smallfry.inputs import (
+from smallfry_runtime.artifacts import is_artifact
+from smallfry_runtime.inputs import (
     in_order,
     is_hidden,
     is_image,
     list_folder,
     unread_pictures,
 )
-from smallfry.names import text_of
+from smallfry_runtime.names import text_of
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from smallfry.data.parquet_shards import count_rows
 from smallfry.data.shard_index import find_shards, read_shards
 from smallfry.data.sources import TRAIN, EncodedSplit, Hub, Source, read_hub
 from smallfry.errors import DataError, SmallfryWarning, UsageError, nearest
-from smallfry.names import path_of
+from smallfry_runtime.names import path_of
 
 HUB: Mapping[str, Hub] = {
     "cifar10": Hub("uoft-cs/cifar10"),

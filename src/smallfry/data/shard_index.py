@@ -39,8 +39,8 @@ from smallfry.data.sources import (
     stamp,
 )
 from smallfry.errors import DataError, SmallfryWarning
-from smallfry.names import text_of
-from smallfry.reading import DIGEST, is_whole, sealed
+from smallfry_runtime.files import DIGEST, is_whole, sealed
+from smallfry_runtime.names import text_of
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smallfry.errors import AccessError, DataError, UsageError, nearest
-from smallfry.images import Encoded
-from smallfry.inputs import in_order, is_hidden
-from smallfry.names import text_of
+from smallfry_runtime.images import Encoded
+from smallfry_runtime.inputs import in_order, is_hidden
+from smallfry_runtime.names import text_of
 
 if TYPE_CHECKING:
     from smallfry.data.shards import Shards

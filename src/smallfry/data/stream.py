@@ -28,8 +28,8 @@ from smallfry.data.shards import WINDOW_BYTES, ShardReader, Shards
 from smallfry.data.sources import digest, stamp
 from smallfry.data.threads import in_threads
 from smallfry.errors import AccessError, DataError, SmallfryWarning, is_out_of_memory
-from smallfry.images import decode
-from smallfry.reading import is_whole, sealed
+from smallfry_runtime.files import is_whole, sealed
+from smallfry_runtime.images import decode
 
 log = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from smallfry.data.scanned import (
     unreadable_shard,
 )
 from smallfry.errors import DataError
-from smallfry.inputs import is_image
+from smallfry_runtime.inputs import is_image
 
 MOST_HEADER = 2**20  # bytes of a header with its extensions, and of a label
 MOST_TOLD = 100  # members of a shard of which it is told why they were left out

@@ -12,8 +12,8 @@ from smallfry.demo.examples import Example
 from smallfry.demo.thinking import think
 from smallfry.demo.view import PICTURE, picture_url, show_error, show_moment, show_status
 from smallfry.errors import SmallfryError
-from smallfry.images import decode
 from smallfry.training.run import TrainedModel
+from smallfry_runtime.images import decode
 
 MOST_BYTES = 20 * 2**20  # of an uploaded image
 MOST_WAITING = 8  # images, the one that is answered included

@@ -16,8 +16,8 @@ from smallfry.demo.answers import MOST_BYTES, Shown
 from smallfry.demo.examples import Example
 from smallfry.demo.thinking import moments_of
 from smallfry.demo.view import STYLE
-from smallfry.images import MOST_PIXELS
 from smallfry.models import ViTRM
+from smallfry_runtime.images import MOST_PIXELS
 
 FRONT = Path(gr.__file__).parent / "templates" / "frontend"
 SERVED = ("assets", "static")  # folders there, of files that the page loads

@@ -3,7 +3,7 @@
 ``Runtime`` and ``Manifest`` need ONNX Runtime, NumPy and Pillow, and never import PyTorch.
 """
 
-from smallfry.deploy.manifest import Manifest
-from smallfry.deploy.runtime import Predictions, Runtime
+from smallfry_runtime.manifest import Manifest
+from smallfry_runtime.runtime import Predictions, Runtime
 
 __all__ = ["Manifest", "Predictions", "Runtime"]

@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from smallfry.answers import NOT_FINITE
 from smallfry.deploy.contestants import (
     FORMS,
     PEER_PRECISIONS,
@@ -33,16 +32,17 @@ from smallfry.deploy.contestants import (
 )
 from smallfry.deploy.facts import without_paths
 from smallfry.deploy.latency import Latency, take_turns
-from smallfry.deploy.manifest import Manifest, is_export
+from smallfry.deploy.memory import Memory, measure_memory
 from smallfry.deploy.pretrained import load_trained
 from smallfry.errors import RunError, SmallfryError, UsageError, nearest
-from smallfry.memory import Memory, measure_memory
 from smallfry.training.augment import Normalize
 from smallfry.training.config import MOST_WORKERS
 from smallfry.training.evaluation import score_probabilities
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.provenance import provenance
 from smallfry.training.run import TrainedModel, require_classes
+from smallfry_runtime.manifest import Manifest, is_export
+from smallfry_runtime.predictions import NOT_FINITE
 
 log = logging.getLogger(__name__)
 

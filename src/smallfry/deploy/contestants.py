@@ -29,15 +29,15 @@ from smallfry.deploy.export import (
     weights_digest,
 )
 from smallfry.deploy.graphs import exported_program, to_onnx, whole_graph
-from smallfry.deploy.manifest import GRAPHS, MANIFEST, Manifest
+from smallfry.deploy.memory import MODEL, WEIGHTS
 from smallfry.deploy.pretrained import gather
 from smallfry.deploy.quantize import quantize
-from smallfry.deploy.runtime import Runtime
 from smallfry.errors import ExportError, SmallfryError
-from smallfry.exits import most_thrifty
-from smallfry.memory import MODEL, WEIGHTS
 from smallfry.models import ViTRM
 from smallfry.training.run import TrainedModel
+from smallfry_runtime.early_exit import most_thrifty
+from smallfry_runtime.manifest import GRAPHS, MANIFEST, Manifest
+from smallfry_runtime.runtime import Runtime
 
 log = logging.getLogger(__name__)
 

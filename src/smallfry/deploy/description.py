@@ -19,17 +19,17 @@ from torch import Tensor, nn
 
 from smallfry.deploy.facts import LATER_SPLITS, SPLITS, UNKNOWN
 from smallfry.errors import RunError, SmallfryWarning, UsageError
-from smallfry.images import LARGEST_SIDE, is_bit_depth
-from smallfry.reading import read_json, read_large
 from smallfry.training.augment import Normalize
 from smallfry.training.checkpoint import WEIGHTS
 from smallfry.training.rebuild import OF_THE_FACTORY, rebuild
 from smallfry.training.run import TrainedModel
 from smallfry.version import __version__
+from smallfry_runtime.files import read_json, read_large
+from smallfry_runtime.images import LARGEST_SIDE, is_bit_depth
 
 FORMAT = 1
 CONFIG = "config.json"
-INTERPOLATION, CROP = "bilinear", 1.0  # what smallfry.images does
+INTERPOLATION, CROP = "bilinear", 1.0  # what smallfry_runtime.images does
 
 OF_THE_SOURCE = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"}
 

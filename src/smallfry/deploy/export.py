@@ -28,18 +28,18 @@ from torch import Tensor, nn
 
 from smallfry.data import ImageData
 from smallfry.deploy.graphs import Graph, anytime_graphs, exported_program, to_onnx, whole_graph
-from smallfry.deploy.manifest import MANIFEST, PRECISIONS, PROGRAM, Manifest, require_free
 from smallfry.deploy.pretrained import gather
 from smallfry.deploy.quantization_report import write_report
 from smallfry.deploy.quantize import quantize
-from smallfry.deploy.runtime import Runtime
 from smallfry.errors import ExportError, SmallfryError, SmallfryWarning, UsageError
-from smallfry.exits import operating_points, warn_of_few, worthwhile
+from smallfry.io.replace import replacing
 from smallfry.models import ViTRM
 from smallfry.training.evaluation import forward
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.run import TrainedModel
-from smallfry.writing import replacing
+from smallfry_runtime.early_exit import operating_points, warn_of_few, worthwhile
+from smallfry_runtime.manifest import MANIFEST, PRECISIONS, PROGRAM, Manifest, require_free
+from smallfry_runtime.runtime import Runtime
 
 log = logging.getLogger(__name__)
 

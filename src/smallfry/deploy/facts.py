@@ -10,7 +10,7 @@ import yaml
 
 from smallfry.costing import cost
 from smallfry.data.named import HUB
-from smallfry.report.page import strict
+from smallfry.io.json import strict
 from smallfry.training.config import DataConfig, read_config
 from smallfry.training.run import RunFolder, TrainedModel
 

@@ -35,14 +35,15 @@ from smallfry.deploy.description import (
 )
 from smallfry.deploy.facts import facts_of_model, facts_of_run
 from smallfry.deploy.hub import NAME, check_name, download, upload
-from smallfry.deploy.manifest import is_export
 from smallfry.deploy.model_card import model_card
 from smallfry.errors import RunError, UsageError
+from smallfry.io.replace import replacing
 from smallfry.training.checkpoint import MANIFEST, WEIGHTS, write_file
 from smallfry.training.rebuild import OF_THE_FACTORY, fill
 from smallfry.training.run import RunFolder, TrainedModel, load_run
 from smallfry.version import __version__
-from smallfry.writing import obstacle, replacing
+from smallfry_runtime.manifest import is_export
+from smallfry_runtime.stages import obstacle
 
 CARD, PICTURE = "README.md", "confusion_matrix.png"
 HUB, LOCAL = ("hf_hub", "hf-hub"), "local-dir"  # how timm's names say where a model is

@@ -21,15 +21,15 @@ from rich.table import Table
 from smallfry.data import ImageData
 from smallfry.deploy.facts import without_paths
 from smallfry.deploy.latency import take_turns
-from smallfry.deploy.manifest import GRAPHS, QUANTIZATION, RANGES, Manifest
 from smallfry.deploy.quantize import CallRange, measured_ranges
-from smallfry.deploy.runtime import Runtime
-from smallfry.report.page import strict
+from smallfry.io.json import strict
+from smallfry.io.terminal import CleanConsole
 from smallfry.report.quantization import draw_ranges
 from smallfry.report.table import NONE, number
-from smallfry.terminal import CleanConsole
 from smallfry.training.evaluation import score_probabilities
 from smallfry.training.provenance import provenance
+from smallfry_runtime.manifest import GRAPHS, QUANTIZATION, RANGES, Manifest
+from smallfry_runtime.runtime import Runtime
 
 REPORT, PICTURE = QUANTIZATION, RANGES
 WEIGHT = re.compile(r"(?:^|\.)blocks\.(\d+)\.(\w+\.\w+)\.weight")

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from smallfry.exits import require_threshold
 from smallfry.models.vitrm import State, ViTRM
+from smallfry_runtime.early_exit import require_threshold
 
 __all__ = ["Exit", "recurse_until"]
 

@@ -5,7 +5,7 @@ from typing import Any, cast
 from torch import Tensor, autograd, nn
 from torch.nn import functional as F
 
-from smallfry.onednn import multiplies, multiply
+from smallfry.kernels.onednn import multiplies, multiply
 
 __all__ = ["Linear"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from smallfry.confusion import count_confusions
+from smallfry.report.confusion import count_confusions
 from smallfry.report.figure import new_figure, plain, save, show_image, style
 
 MOST_LABELLED = 40  # classes whose names still fit beside a matrix

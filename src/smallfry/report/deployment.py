@@ -18,13 +18,15 @@ from rich.text import Text
 
 from smallfry.deploy.benchmark import Benchmark, Figures
 from smallfry.errors import RunError
+from smallfry.io.json import strict
+from smallfry.io.replace import replacing
+from smallfry.io.terminal import CleanConsole
 from smallfry.report.axes import log_axis
 from smallfry.report.figure import COLOURS, GREY, new_figure, plain, save, style
 from smallfry.report.labels import draw_labels
-from smallfry.report.page import image, page_of, strict, words
+from smallfry.report.page import image, page_of, words
 from smallfry.report.table import NONE, number, table
-from smallfry.terminal import CleanConsole
-from smallfry.writing import obstacle, replacing
+from smallfry_runtime.stages import obstacle
 
 SUMMARY, PAGE, PICTURE = "summary.json", "report.html", "latency.png"
 KIND = "benchmark of deployed models"

@@ -1,13 +1,12 @@
-"""What pages of studies share: self-contained HTML, and a summary that is strict JSON."""
+"""Self-contained HTML pages."""
 
 import base64
-import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from smallfry.writing import write_whole
+from smallfry.io.replace import write_whole
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 76rem; margin: 2rem auto;
@@ -59,19 +58,6 @@ def words(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {item}" for key, item in value.items())
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def strict(value: Any) -> Any:
-    """The value as JSON has it: named tuples are objects, what isn't finite is null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): strict(item) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return strict(value._asdict())
-    if isinstance(value, list | tuple):
-        return [strict(item) for item in value]
-    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def write(file: Path, text: str) -> None:

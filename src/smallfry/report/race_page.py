@@ -11,7 +11,8 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from smallfry.report.page import image, page_of, strict, words, write
+from smallfry.io.json import strict
+from smallfry.report.page import image, page_of, words, write
 from smallfry.report.race_pictures import (
     MOST_LAYERS,
     Look,

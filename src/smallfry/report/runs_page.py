@@ -7,7 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from smallfry.report.page import page_of, strict, words, write
+from smallfry.io.json import strict
+from smallfry.report.page import page_of, words, write
 from smallfry.report.runs import Outcome, protocol, runs_table
 from smallfry.report.table import Html, table
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from smallfry.errors import RunError, Stopped
-from smallfry.signals import Signalled, keeping, raising
-from smallfry.writing import entries, sweep
+from smallfry.io.replace import sweep
+from smallfry.io.signals import Signalled, keeping, raising
+from smallfry_runtime.stages import entries
 
 STUDY, TRIALS = "study.json", "trials.jsonl"
 MARKS = (STUDY, TRIALS)  # one of which is in the folder of a study that has begun

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from smallfry.errors import RunError
+from smallfry.io.replace import sync
 from smallfry.studies.folder import TRIALS
-from smallfry.writing import sync
 
 
 class TrialLog:

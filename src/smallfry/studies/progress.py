@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from smallfry.io.terminal import CleanConsole
 from smallfry.studies.contestants import CONTESTANTS
 from smallfry.studies.trial import Job
-from smallfry.terminal import CleanConsole
 from smallfry.training.progress import clock
 
 SECONDS_A_LINE = 30.0  # outside of a terminal, where no bar moves

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from smallfry.errors import SmallfryWarning, TrainingError, UsageError, nearest
+from smallfry.io.signals import leave_to_parent
 from smallfry.report.race_page import write_report
-from smallfry.signals import leave_to_parent
 from smallfry.studies.config import RaceConfig
 from smallfry.studies.contestants import CONTESTANTS, propose
 from smallfry.studies.folder import locked, reporting, stoppable

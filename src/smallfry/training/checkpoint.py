@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from smallfry.errors import RunError, is_out_of_memory
-from smallfry.reading import (
+from smallfry.io.replace import replacing, write_whole
+from smallfry.version import __version__
+from smallfry_runtime.files import (
     MOST_TEXT,
     MOST_WEIGHTS,
     is_whole,
@@ -31,8 +33,6 @@ from smallfry.reading import (
     sealed,
     settled,
 )
-from smallfry.version import __version__
-from smallfry.writing import replacing, write_whole
 
 FORMAT = 2  # 1 had no digest of the manifest
 READ = (1, FORMAT)

@@ -8,10 +8,10 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser
 
 from smallfry.errors import RunError, UsageError
-from smallfry.names import URI, path_of, storable
-from smallfry.plain_yaml import MOST_CONFIG, YAML_MODE, load_yaml
-from smallfry.reading import read_bytes
+from smallfry.io.safe_yaml import MOST_CONFIG, YAML_MODE, load_yaml
 from smallfry.training.settings import settle
+from smallfry_runtime.files import read_bytes
+from smallfry_runtime.names import URI, path_of, storable
 
 MOST_SEED = 2**63  # above which PyTorch takes none
 MOST_NUMBER = 2**31  # of other whole numbers; PyTorch counts much with 32 bits

@@ -12,13 +12,13 @@ from torchmetrics.functional.classification import (
     multiclass_calibration_error,
 )
 
-from smallfry.answers import NOT_FINITE
-from smallfry.confusion import macro_f1
 from smallfry.data import Split
 from smallfry.errors import RunError, UsageError
 from smallfry.models import ViTRM
 from smallfry.models.early_exit import recurse_until
+from smallfry.report.confusion import macro_f1
 from smallfry.training.augment import Normalize
+from smallfry_runtime.predictions import NOT_FINITE
 
 
 class Predictions(NamedTuple):

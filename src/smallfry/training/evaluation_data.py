@@ -11,9 +11,9 @@ from smallfry.data import NAMED, ImageData, Split, load_data
 from smallfry.data.duplicates import image_hashes
 from smallfry.data.named import NO_ROOT
 from smallfry.errors import AccessError, DataError, SmallfryError, SmallfryWarning, UsageError
-from smallfry.names import path_of
 from smallfry.training.config import DataConfig, read_config
 from smallfry.training.run import RunFolder, TrainedModel
+from smallfry_runtime.names import path_of
 
 
 def load_like(

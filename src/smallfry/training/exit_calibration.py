@@ -7,9 +7,9 @@ from torch import nn
 
 from smallfry.data import Split
 from smallfry.errors import UsageError
-from smallfry.exits import Trace, warn_of_few
 from smallfry.models import ViTRM
 from smallfry.training.augment import Normalize
+from smallfry_runtime.early_exit import Trace, warn_of_few
 
 
 @torch.inference_mode()

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from smallfry.answers import Answer, Outputs, answers
-from smallfry.inputs import Found
 from smallfry.training.evaluation import forward
 from smallfry.training.run import TrainedModel
+from smallfry_runtime.inputs import Found
+from smallfry_runtime.predictions import Answer, Outputs, answers
 
 
 def classify(

@@ -17,7 +17,7 @@ from typing import TypeAlias
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from smallfry.errors import Stopped, TrainingError, UsageError
-from smallfry.signals import Requests, handling, name_of
+from smallfry.io.signals import Requests, handling, name_of
 from smallfry.training.started import LAUNCHER, launch
 
 LAST_WORDS = 30.0  # seconds for the others to end by themselves after one has failed

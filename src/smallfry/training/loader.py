@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from smallfry.data.stream import ShardPixels
 from smallfry.errors import DataError, SmallfryWarning
-from smallfry.signals import leave_to_parent
+from smallfry.io.signals import leave_to_parent
 from smallfry.training.batches import TrainBatches
 from smallfry.training.objective import Batch
 from smallfry.training.started import launch

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from smallfry.data import ImageData
 from smallfry.errors import Stopped, TrainingError, UsageError
-from smallfry.signals import noting
-from smallfry.terminal import command
+from smallfry.io.signals import noting
+from smallfry.io.terminal import command
 from smallfry.training.augment import Augment
 from smallfry.training.batches import TrainBatches, derive_seed, resident
 from smallfry.training.checkpoint import Checkpoint, has_checkpoint, save_checkpoint

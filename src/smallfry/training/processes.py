@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from smallfry.errors import SmallfryError, Stopped, TrainingError, UsageError
-from smallfry.signals import Signalled
+from smallfry.io.signals import Signalled
 from smallfry.training.cluster import Cluster, join, let_go, tell_why, why
 from smallfry.training.started import launch
 

@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from smallfry.terminal import CleanConsole, say
+from smallfry.io.terminal import CleanConsole, say
 
 Mode = Literal["auto", "rich", "plain", "quiet"]
 

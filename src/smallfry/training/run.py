@@ -22,14 +22,15 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from smallfry.errors import DataError, RunError
-from smallfry.images import FULL_DEPTH, LARGEST_SIDE, is_bit_depth
-from smallfry.names import text_of
-from smallfry.reading import read_bytes, read_json
-from smallfry.terminal import command
+from smallfry.io.replace import sweep
+from smallfry.io.terminal import command
 from smallfry.training.augment import Normalize
 from smallfry.training.checkpoint import load_checkpoint, saved_position, write_file
 from smallfry.training.rebuild import OF_THE_FACTORY, fill, rebuild
-from smallfry.writing import entries, sweep
+from smallfry_runtime.files import read_bytes, read_json
+from smallfry_runtime.images import FULL_DEPTH, LARGEST_SIDE, is_bit_depth
+from smallfry_runtime.names import text_of
+from smallfry_runtime.stages import entries
 
 LOCK = ".lock"
 FAILURE = "failure.json"  # of a study's run that could not begin

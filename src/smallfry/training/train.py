@@ -22,13 +22,12 @@ from smallfry.errors import (
     is_out_of_memory,
     nearest,
 )
+from smallfry.io.signals import keeping
+from smallfry.io.terminal import command
 from smallfry.models import ViTRM
-from smallfry.names import path_of, text_of
 from smallfry.report.classification import confusion_matrix, mistakes, surest_mistakes
 from smallfry.report.curves import learning_curves
 from smallfry.report.recursion import interesting, recursion_trace
-from smallfry.signals import keeping
-from smallfry.terminal import command
 from smallfry.training.augment import Augment
 from smallfry.training.batch_norm import require_enough_images
 from smallfry.training.batches import CHARACTERS, flips_by_default
@@ -50,6 +49,7 @@ from smallfry.training.rebuild import OF_THE_FACTORY
 from smallfry.training.references import fit_references
 from smallfry.training.run import RunFolder, TrainedModel, load_run, new_run_folder
 from smallfry.training.started import launch
+from smallfry_runtime.names import path_of, text_of
 
 log = logging.getLogger(__name__)
 

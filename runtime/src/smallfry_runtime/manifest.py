@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from smallfry.errors import ExportError
-from smallfry.exits import Point
-from smallfry.images import is_bit_depth
-from smallfry.reading import is_whole, opened, read_json, sealed, settled
-from smallfry.version import __version__
-from smallfry.writing import interrupted, obstacle
+from smallfry_runtime.early_exit import Point
+from smallfry_runtime.errors import ExportError
+from smallfry_runtime.files import is_whole, opened, read_json, sealed, settled
+from smallfry_runtime.images import is_bit_depth
+from smallfry_runtime.stages import interrupted, obstacle
+from smallfry_runtime.version import __version__
 
 FORMAT = 3  # 2 had no bit depth, and 1 no digest of the manifest
 READ = (1, 2, FORMAT)

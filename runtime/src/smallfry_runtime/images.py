@@ -15,10 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from smallfry.decoding import IMAGE_MIB, decoding, most_pixels, pixels_in_icon, pixels_in_tile
-from smallfry.decoding import MOST_PIXELS as MOST_PIXELS
-from smallfry.errors import DataError, SmallfryError, SmallfryWarning
-from smallfry.reading import opened
+from smallfry_runtime.decoding import (
+    IMAGE_MIB,
+    decoding,
+    most_pixels,
+    pixels_in_icon,
+    pixels_in_tile,
+)
+from smallfry_runtime.decoding import MOST_PIXELS as MOST_PIXELS
+from smallfry_runtime.errors import DataError, SmallfryError, SmallfryWarning
+from smallfry_runtime.files import opened
 
 Encoded = bytes | Path | Image.Image
 

@@ -11,15 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 import smallfry
+import smallfry_runtime
 from smallfry import cli
-from smallfry.terminal import CleanConsole, CleanFormatter, say
+from smallfry.io.terminal import CleanConsole, CleanFormatter, say
 
-SOURCES = Path(smallfry.__file__).parent
+SOURCES = [Path(package.__file__).parent for package in (smallfry, smallfry_runtime)]
 NASTY = "a\x1b]0;owned\x07\u202e[red]b"
 SHOWN = r"a\x1b]0;owned\x07\u202e[red]b"
 OF_RICH = r"a\x1b]0;owned"  # which leaves a bell out, and cuts a cell that has become longer
-PRINTS = {"terminal.py"}  # what cleans all that is printed
-PROTOCOLS = {"memory.py"}  # prints numbers as JSON, for the process that started it
+PRINTS = {"io/terminal.py"}  # what cleans all that is printed
+PROTOCOLS = {"deploy/memory.py", "__main__.py"}  # print JSON, in which no character is raw
 WITHOUT_NAMES = {"demo/serve.py"}  # prints its own address
 
 
@@ -32,8 +33,9 @@ def calls(file):
 
 def test_everything_is_printed_through_what_cleans_it():
     found = {
-        str(file.relative_to(SOURCES))
-        for file in SOURCES.rglob("*.py")
+        str(file.relative_to(folder))
+        for folder in SOURCES
+        for file in folder.rglob("*.py")
         if {"print", "Console", "sys.stdout.write", "sys.stderr.write"} & {*calls(file)}
     }
     assert found <= PRINTS | PROTOCOLS | WITHOUT_NAMES

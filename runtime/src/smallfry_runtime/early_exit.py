@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from smallfry.errors import SmallfryWarning, UsageError
+from smallfry_runtime.errors import SmallfryWarning, UsageError
 
 NEVER = 1.01  # a threshold that no probability passes
 THRESHOLDS = 200  # looked at, at equal shares of all halting probabilities

@@ -8,11 +8,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smallfry import reading
 from smallfry.errors import ExportError, SmallfryError
-from smallfry.plain_yaml import load_yaml
-from smallfry.reading import is_whole, read_bytes, read_json, read_large, sealed, settled
-from smallfry.terminal import printable
+from smallfry.io.safe_yaml import load_yaml
+from smallfry.io.terminal import printable
+from smallfry_runtime import files
+from smallfry_runtime.files import is_whole, read_bytes, read_json, read_large, sealed, settled
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -160,7 +160,7 @@ def test_what_is_absent_is_looked_for_again_as_it_may_be_between_two_renames(tmp
         return 1
 
     assert settled(read, tmp_path / "manifest") == 1
-    monkeypatch.setattr(reading, "ATTEMPTS", 3)
+    monkeypatch.setattr(files, "ATTEMPTS", 3)
     reads.clear()
     with pytest.raises(ExportError, match=r"^there is none$"):
         settled(read, tmp_path / "manifest")

@@ -15,12 +15,12 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from PIL import Image
 
-from smallfry.answers import NOT_FINITE, Answer, Outputs, answers
-from smallfry.deploy.manifest import read_export
-from smallfry.errors import DataError, ExportError, UsageError
-from smallfry.exits import NEVER, Trace, most_accurate, most_thrifty, require_threshold
-from smallfry.images import Encoded, decode
-from smallfry.inputs import Found
+from smallfry_runtime.early_exit import NEVER, Trace, most_accurate, most_thrifty, require_threshold
+from smallfry_runtime.errors import DataError, ExportError, UsageError
+from smallfry_runtime.images import Encoded, decode
+from smallfry_runtime.inputs import Found
+from smallfry_runtime.manifest import read_export
+from smallfry_runtime.predictions import NOT_FINITE, Answer, Outputs, answers
 
 NO_OTHER_FILES = "session.model_external_initializers_file_folder_path"
 Floats = NDArray[np.float32]

@@ -13,9 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from smallfry.decoding import MOST_PIXELS, Budget, most_pixels, pixels_in_icon, pixels_in_tile
 from smallfry.errors import DataError, UsageError
-from smallfry.images import decode, header
+from smallfry_runtime.decoding import (
+    MOST_PIXELS,
+    Budget,
+    most_pixels,
+    pixels_in_icon,
+    pixels_in_tile,
+)
+from smallfry_runtime.images import decode, header
 
 MIB = 2**20
 
@@ -65,7 +71,7 @@ BOMBS = {  # for a bound of 16 MiB; the campaign has some a hundred times as lar
 MEASURE = """
 import sys
 from pathlib import Path
-from smallfry.images import decode, header, peak_of
+from smallfry_runtime.images import decode, header, peak_of
 from smallfry.errors import DataError
 def peak():
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))

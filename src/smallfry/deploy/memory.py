@@ -1,6 +1,7 @@
-"""How much memory a model takes to answer, in a process that does nothing else.
+r"""How much memory a model takes to answer, in a process that does nothing else.
 
-    python -m smallfry.memory '{"kind": "export", "folder": "…", "batch_sizes": [1], "threads": 1}'
+    python -m smallfry.deploy.memory \
+        '{"kind": "export", "folder": "…", "batch_sizes": [1], "threads": 1}'
 
 prints bytes as JSON: what the libraries take before a model is there, and the peak up to each batch
 size. They are the resident set as Linux counts it for this process alone. (``ru_maxrss``, the usual
@@ -52,7 +53,7 @@ def measure_memory(
         return None
     wanted = {"kind": kind, "folder": str(folder), "threads": threads}
     request = json.dumps(wanted | {"batch_sizes": sorted(batch_sizes)})
-    command = [sys.executable, "-m", "smallfry.memory", request]
+    command = [sys.executable, "-m", "smallfry.deploy.memory", request]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=LONGEST)
         told = json.loads(done.stdout.splitlines()[-1])
@@ -82,8 +83,8 @@ def _with_onnx_runtime(
     folder: Path, threads: int
 ) -> tuple[Callable[[], Answer], tuple[int, int, int]]:
     """What loads the model, once the libraries are there, and the shape of an image."""
-    from smallfry.deploy.manifest import Manifest
-    from smallfry.deploy.runtime import Runtime
+    from smallfry_runtime.manifest import Manifest
+    from smallfry_runtime.runtime import Runtime
 
     manifest = Manifest.read(folder)
     side = manifest.image_size

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from smallfry.errors import SmallfryWarning, UsageError
-from smallfry.exits import (
+from smallfry_runtime.early_exit import (
     Trace,
     most_accurate,
     most_thrifty,

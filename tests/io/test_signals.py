@@ -9,9 +9,9 @@ import threading
 
 import pytest
 
-from smallfry import signals
 from smallfry.errors import Stopped
-from smallfry.signals import (
+from smallfry.io import signals
+from smallfry.io.signals import (
     ASKING,
     Requests,
     Signalled,
@@ -175,8 +175,8 @@ def test_what_stops_the_first_process_is_no_error_of_the_others():
 
 WAITS = """
 import multiprocessing, threading, time
-from smallfry import signals
-from smallfry.terminal import say
+from smallfry.io import signals
+from smallfry.io.terminal import say
 signals.ECHO = 0.0
 signals.LAST_WORDS = 0.5
 def kept():
@@ -240,7 +240,7 @@ def test_nothing_that_is_said_keeps_it_from_ending(kept):
 
 def test_who_works_for_another_leaves_signals_to_it():
     code = (
-        "import signal, os; from smallfry.signals import *\n"
+        "import signal, os; from smallfry.io.signals import *\n"
         "leave_to_parent(but=(signal.SIGTERM,))\n"
         "[os.kill(os.getpid(), n) for n in ASKING if n != signal.SIGTERM]\n"
         "os.kill(os.getpid(), signal.SIGTERM)"

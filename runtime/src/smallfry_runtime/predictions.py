@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from smallfry.errors import DataError
-from smallfry.images import decode
-from smallfry.inputs import Found
+from smallfry_runtime.errors import DataError
+from smallfry_runtime.images import decode
+from smallfry_runtime.inputs import Found
 
 BATCH = 64
 NOT_FINITE = (
@@ -72,7 +72,7 @@ def answers(
         image_size: Side that the images are brought to, in pixels.
         channels: 1 (grey) or 3 (RGB).
         top_k: Classes to name for each image, at most all.
-        bit_depth: Of images of more than 8 bits a channel; see ``smallfry.images.decode``.
+        bit_depth: Of images of more than 8 bits a channel; see ``smallfry_runtime.images.decode``.
     """
     images = iter(found)
     while chunk := list(islice(images, BATCH)):

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from smallfry.errors import SmallfryError
+from smallfry_runtime.errors import SmallfryError
 
 T = TypeVar("T")
 MOST_TEXT = 64 * 2**20  # bytes of a manifest, a table or a configuration

@@ -8,11 +8,11 @@ from typing import BinaryIO, NamedTuple
 
 from PIL import Image
 
-from smallfry.artifacts import is_artifact
-from smallfry.errors import DataError
-from smallfry.images import IMAGE_EXTENSIONS, MOST_BYTES, Encoded
-from smallfry.names import text_of
-from smallfry.reading import opened
+from smallfry_runtime.artifacts import is_artifact
+from smallfry_runtime.errors import DataError
+from smallfry_runtime.files import opened
+from smallfry_runtime.images import IMAGE_EXTENSIONS, MOST_BYTES, Encoded
+from smallfry_runtime.names import text_of
 
 STDIN = "<standard input>"
 SYSTEM = (

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from dying import moments
 
-from smallfry import writing
-from smallfry.writing import interrupted, obstacle, recover, replacing, sweep, write_whole
+from smallfry.io import replace as module
+from smallfry.io.replace import recover, replacing, sweep, write_whole
+from smallfry_runtime.stages import interrupted, obstacle
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="it forks")
 NEIGHBOURS = ("x.old", "x.new", "x.tmp", "x.part", "x.previous", ".x", ".smallfry-mine", "readme")
@@ -29,7 +30,7 @@ def _unsynced(monkeypatch):
 def way(request, monkeypatch):
     """With the system's exchange of names, and without."""
     if request.param == "renames":
-        monkeypatch.setattr(writing, "_renameat2", lambda: None)
+        monkeypatch.setattr(module, "_renameat2", lambda: None)
     return request.param
 
 
@@ -102,7 +103,7 @@ def test_a_process_that_dies_at_any_change_leaves_the_old_or_the_new_and_no_rest
 
 
 def test_a_process_that_dies_never_leaves_no_folder_where_names_can_be_exchanged(tmp_path):
-    if writing._renameat2() is None:
+    if module._renameat2() is None:
         pytest.skip("of Linux")
     place = tmp_path / "place"
     for _ in moments(lambda: replace(place / "x", "new"), lambda: begin(place, "old")):
@@ -159,7 +160,7 @@ def test_what_fails_leaves_the_folder_as_it_was(tmp_path):
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EXDEV, errno.EBUSY])
 def test_a_rename_that_fails_leaves_the_old_folder_or_the_new(tmp_path, monkeypatch, number):
-    monkeypatch.setattr(writing, "_swap", lambda *_: False)
+    monkeypatch.setattr(module, "_swap", lambda *_: False)
     real, change, failed = os.rename, 0, True
     while failed:
         shutil.rmtree(tmp_path / "x", ignore_errors=True)
@@ -219,7 +220,7 @@ def test_two_processes_write_to_one_place_and_neither_takes_the_others_files(tmp
 
 
 def test_a_reader_sees_one_folder_or_the_other_while_it_is_replaced(tmp_path):
-    if writing._renameat2() is None:
+    if module._renameat2() is None:
         pytest.skip("of Linux")
     replace(tmp_path / "x", "0")
     stop = threading.Event()
@@ -416,7 +417,7 @@ def test_a_file_that_can_not_be_written_leaves_the_old_one(tmp_path, monkeypatch
 @pytest.fixture
 def synced(monkeypatch):
     """What was brought to the disk, and the renames between, in their order."""
-    told, rename, exchange = [], os.replace, writing._swap
+    told, rename, exchange = [], os.replace, module._swap
 
     def note(descriptor):
         told.append(os.path.realpath(f"/proc/self/fd/{descriptor}"))
@@ -431,7 +432,7 @@ def synced(monkeypatch):
 
     monkeypatch.setattr(os, "fsync", note)
     monkeypatch.setattr(os, "replace", renamed)
-    monkeypatch.setattr(writing, "_swap", swapped)
+    monkeypatch.setattr(module, "_swap", swapped)
     return told
 
 
@@ -461,10 +462,10 @@ def test_a_system_that_can_not_sync_a_folder_is_no_failure_and_a_bad_disk_is(tmp
         return call
 
     monkeypatch.setattr(os, "fsync", fails(errno.EINVAL))
-    writing.sync(tmp_path)
+    module.sync(tmp_path)
     monkeypatch.setattr(os, "fsync", fails(errno.EIO))
     with pytest.raises(OSError, match="Input/output"):
-        writing.sync(tmp_path)
+        module.sync(tmp_path)
 
 
 def test_a_file_takes_the_place_of_a_link_not_of_what_that_leads_to(tmp_path):
@@ -482,9 +483,9 @@ def test_sweeping_leaves_what_lives_and_what_can_be_put_back(tmp_path):
         assert new.is_dir()
         (new / "file").write_text("whole")
     assert (tmp_path / "export" / "file").read_text() == "whole"
-    killed = tmp_path / f"{writing.MARK}export-0000"
-    (killed / writing.OLD).mkdir(parents=True)
-    (tmp_path / f"{writing.MARK}export-1111").mkdir()
+    killed = tmp_path / f"{module.MARK}export-0000"
+    (killed / module.OLD).mkdir(parents=True)
+    (tmp_path / f"{module.MARK}export-1111").mkdir()
     sweep(tmp_path)
-    left = [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(writing.MARK)]
+    left = [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(module.MARK)]
     assert left == [killed.name]

@@ -12,8 +12,8 @@ from torchmetrics.functional.classification import (
     multiclass_f1_score,
 )
 
-from smallfry.confusion import count_confusions, macro_f1
 from smallfry.report.classification import confusion_matrix
+from smallfry.report.confusion import count_confusions, macro_f1
 
 pairs = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=60)
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from smallfry.errors import DataError, SmallfryWarning
-from smallfry.images import bit_depth_of, decode, header, peak_of, refit
+from smallfry_runtime.images import bit_depth_of, decode, header, peak_of, refit
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:

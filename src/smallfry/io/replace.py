@@ -16,12 +16,11 @@ so the next process that writes to the same place sees what a killed one left, a
 
 import ctypes
 import errno
-import hashlib
 import os
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -29,10 +28,19 @@ from tempfile import mkdtemp
 
 from filelock import FileLock, Timeout
 
-MARK = ".smallfry-"  # begins the name of whatever is being written
-LOCK, NEW, OLD, MOVED, OLDER = "lock", "new", "old", "moved", "older"
+from smallfry_runtime.stages import (
+    MARK,
+    MOVED,
+    OF_VOLUMES,
+    OLD,
+    entries,
+    prefix_of,
+    resolved,
+    stages_of,
+)
+
+LOCK, NEW, OLDER = "lock", "new", "older"
 LAST = "manifest.json"  # of a folder, which is not whole before it is there
-OF_VOLUMES = "lost+found"  # what a new disk holds
 EXCHANGE = 2  # RENAME_EXCHANGE of Linux
 UNMOVABLE = (errno.EBUSY, errno.EXDEV)  # a mounted folder, and one of an image's lower layer
 UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # of systems that can't sync a folder
@@ -44,7 +52,7 @@ def write_whole(file: Path, data: bytes) -> None:
     Raises:
         OSError: It could not be written; what was there is untouched.
     """
-    part = file.parent / f"{_prefix(file)}{secrets.token_hex(4)}"
+    part = file.parent / f"{prefix_of(file)}{secrets.token_hex(4)}"
     try:
         with open(part, "xb") as stream:
             stream.write(data)
@@ -100,22 +108,11 @@ def recover(folder: Path) -> None:
         OSError: What stood in the place can't be put back.
     """
     folder = resolved(folder)
-    for stage in _stages(folder):
+    for stage in stages_of(folder):
         with _claimed(stage) as is_ours:
             if is_ours:
                 _undo(stage, folder)
                 shutil.rmtree(stage, ignore_errors=True)
-
-
-def interrupted(folder: Path) -> bool:
-    """Whether a process was killed, or is at work, between two steps of replacing the folder."""
-    folder = resolved(folder)
-    return any(
-        (stage / name).exists()
-        for stage in _stages(folder)
-        for name in (OLD, MOVED)
-        if stage.parent == folder or not folder.exists()
-    )
 
 
 def sweep(folder: Path) -> None:
@@ -127,49 +124,6 @@ def sweep(folder: Path) -> None:
                     shutil.rmtree(entry, ignore_errors=True)
         else:
             entry.unlink(missing_ok=True)
-
-
-def obstacle(
-    folder: Path,
-    kind: str = "",
-    names: Collection[str] = (),
-    is_one: Callable[[Path], bool] = lambda folder: False,
-) -> str | None:
-    """What is lost if a folder is replaced; None if nothing is there, or one of its kind alone.
-
-    Args:
-        folder: The place.
-        kind: What may be replaced, in a word.
-        names: Of the files that it can have.
-        is_one: Whether a folder is of that kind.
-    """
-    if not folder.is_dir():
-        return "is there already and no folder" if os.path.lexists(folder) else None
-    found = entries(folder)
-    if found and not is_one(folder):
-        return f"is there already and no {kind or 'empty folder'}"
-    for name in found:
-        if name not in names:
-            return f"holds {name} too, which is no part of such a {kind} and would be lost"
-    return None
-
-
-def entries(folder: Path) -> list[str]:
-    """Names in a folder, without what is being written and what a new disk holds; none if absent.
-
-    Raises:
-        OSError: It is no folder, or can't be read.
-    """
-    try:
-        names = os.listdir(folder)
-    except FileNotFoundError:
-        return []
-    return sorted(n for n in names if not n.startswith(MARK) and n != OF_VOLUMES)
-
-
-def resolved(path: Path) -> Path:
-    """The place itself, which a link may lead to."""
-    return Path(os.path.realpath(path))
 
 
 def sync_tree(folder: Path) -> None:
@@ -202,28 +156,12 @@ def sync(path: Path) -> None:
 # Stages
 
 
-def _prefix(path: Path) -> str:
-    """The beginning of a name for what takes the place of a path; no other path has the same."""
-    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
-    return f"{MARK}{path.name[:40]}-{digest}-"
-
-
-def _stages(folder: Path) -> list[Path]:
-    """What is beside a folder, or in it, to take its place."""
-    prefix, found = _prefix(folder), []
-    for place in (folder.parent, folder):
-        with suppress(OSError):
-            names = [name for name in os.listdir(place) if name.startswith(prefix)]
-            found += [place / name for name in names if (place / name).is_dir()]
-    return found
-
-
 @contextmanager
 def _stage(folder: Path, inside: bool) -> Iterator[Path]:
     """A stage of our own; whatever happens, it is gone in the end, and the folder is whole."""
     place = folder if inside else folder.parent
     while True:
-        stage = Path(mkdtemp(prefix=_prefix(folder), dir=place))
+        stage = Path(mkdtemp(prefix=prefix_of(folder), dir=place))
         lock = _lock(stage)
         if lock is not None:
             break

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from smallfry.errors import UsageError
+from smallfry_runtime.errors import UsageError
 
 IMAGE_MIB = "SMALLFRY_IMAGE_MIB"
 PIXEL_BYTES = 4

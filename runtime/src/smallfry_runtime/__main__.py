@@ -1,0 +1,52 @@
+"""Command ``smallfry-runtime``: classify images with an export, one JSON object a line."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from smallfry_runtime.errors import SmallfryError, UsageError
+from smallfry_runtime.inputs import find_images
+from smallfry_runtime.runtime import Runtime
+from smallfry_runtime.version import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code is 0, 1 for a failure, 2 for wrong usage."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.top_k < 1:
+            raise UsageError(f"top_k must be at least 1, got {options.top_k}")
+        runtime = Runtime(options.export, options.threads)
+        threshold = runtime.exit_threshold(
+            options.exit_steps, options.exit_drop, options.exit_threshold
+        )
+        images = find_images(options.inputs, sys.stdin.buffer)
+        failed = False
+        for answer in runtime.classify(images, options.top_k, threshold):
+            failed |= answer.error is not None
+            content = answer.to_dict() if answer.error is None else {"error": answer.error}
+            print(json.dumps(content), flush=True)
+    except SmallfryError as error:
+        print(f"smallfry-runtime: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    return int(failed)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="smallfry-runtime", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("export", type=Path, help="The folder that smallfry export wrote.")
+    parser.add_argument("inputs", nargs="+", help="Image files, folders, globs, or - for stdin.")
+    parser.add_argument("--threads", type=int, help="CPU threads; default all cores.")
+    parser.add_argument("--top_k", type=int, default=3, help="Classes to name per image.")
+    early = parser.add_mutually_exclusive_group()
+    early.add_argument("--exit_drop", type=float, help="Early exit at this loss of accuracy.")
+    early.add_argument("--exit_steps", type=float, help="Early exit at this average of steps.")
+    early.add_argument("--exit_threshold", type=float, help="Early exit at this probability.")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""Names of files and folders that are being replaced, and what a killed process left of them.
+
+``smallfry.io.replace`` writes them; a reader looks here, and changes nothing.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from pathlib import Path
+
+MARK = ".smallfry-"  # begins the name of whatever is being written
+OLD, MOVED = "old", "moved"  # what is being replaced, in a folder beside it or inside it
+OF_VOLUMES = "lost+found"  # an entry of a new disk
+
+
+def interrupted(folder: Path) -> bool:
+    """Whether a process was killed, or is at work, between two steps of replacing the folder."""
+    folder = resolved(folder)
+    return any(
+        (stage / name).exists()
+        for stage in stages_of(folder)
+        for name in (OLD, MOVED)
+        if stage.parent == folder or not folder.exists()
+    )
+
+
+def obstacle(
+    folder: Path,
+    kind: str = "",
+    names: Collection[str] = (),
+    is_one: Callable[[Path], bool] = lambda folder: False,
+) -> str | None:
+    """What is lost if a folder is replaced; None if nothing is there, or one of its kind alone.
+
+    Args:
+        folder: The place.
+        kind: What may be replaced, in a word.
+        names: Of the files that it can have.
+        is_one: Whether a folder is of that kind.
+    """
+    if not folder.is_dir():
+        return "is there already and no folder" if os.path.lexists(folder) else None
+    found = entries(folder)
+    if found and not is_one(folder):
+        return f"is there already and no {kind or 'empty folder'}"
+    for name in found:
+        if name not in names:
+            return f"holds {name} too, which is no part of such a {kind} and would be lost"
+    return None
+
+
+def entries(folder: Path) -> list[str]:
+    """Names in a folder, without what is being written and what a new disk holds; none if absent.
+
+    Raises:
+        OSError: It is no folder, or can't be read.
+    """
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    return sorted(n for n in names if not n.startswith(MARK) and n != OF_VOLUMES)
+
+
+def resolved(path: Path) -> Path:
+    """The place itself, which a link may lead to."""
+    return Path(os.path.realpath(path))
+
+
+def prefix_of(path: Path) -> str:
+    """The beginning of a name for what takes the place of a path; no other path has the same."""
+    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
+    return f"{MARK}{path.name[:40]}-{digest}-"
+
+
+def stages_of(folder: Path) -> list[Path]:
+    """What is beside a folder, or in it, to take its place."""
+    prefix, found = prefix_of(folder), []
+    for place in (folder.parent, folder):
+        with suppress(OSError):
+            names = [name for name in os.listdir(place) if name.startswith(prefix)]
+            found += [place / name for name in names if (place / name).is_dir()]
+    return found

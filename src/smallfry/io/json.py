@@ -1,0 +1,18 @@
+"""Strict JSON of results."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def strict(value: Any) -> Any:
+    """The value as JSON has it: named tuples are objects, what isn't finite is null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): strict(item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return strict(value._asdict())
+    if isinstance(value, list | tuple):
+        return [strict(item) for item in value]
+    return value if value is None or isinstance(value, str | int) else str(value)
