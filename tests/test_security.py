@@ -235,7 +235,7 @@ def test_a_description_of_more_than_the_weights_is_not_followed(run, arguments, 
 )
 def test_what_a_manifest_says_of_images_is_judged(run, change):
     reseal(run / "best", lambda manifest: manifest["input"].update(change))
-    with pytest.raises(RunError, match="weights don't fit the model"):
+    with pytest.raises(RunError, match="manifest is damaged"):
         load_run(run)
 
 

@@ -260,10 +260,8 @@ def _compiled(trained: TrainedModel, batch_sizes: tuple[int, ...]) -> Callable[.
 def _save(trained: TrainedModel, folder: Path) -> int:
     """Write what PyTorch needs to load the model; gives the bytes of its weights."""
     folder.mkdir(parents=True)
-    spec = trained.manifest["model"]
-    arguments = {**spec["arguments"], "pretrained": False}
     shape = [trained.channels, trained.image_size, trained.image_size]
-    content = {"name": spec["name"], "arguments": arguments, "shape": shape}
+    content = {**trained.spec.to_dict(), "shape": shape}
     (folder / MODEL).write_text(json.dumps(content))
     weights = {name: weight.contiguous() for name, weight in trained.model.state_dict().items()}
     save_file(weights, folder / WEIGHTS)

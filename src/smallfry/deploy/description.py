@@ -8,7 +8,7 @@ not smallfry, is read as far as its description goes.
 import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ from smallfry.deploy.facts import LATER_SPLITS, SPLITS, UNKNOWN
 from smallfry.errors import RunError, SmallfryWarning, UsageError
 from smallfry.training.augment import Normalize
 from smallfry.training.checkpoint import WEIGHTS
-from smallfry.training.rebuild import OF_THE_FACTORY, rebuild
 from smallfry.training.run import TrainedModel
+from smallfry.transforms.build import build
+from smallfry.transforms.spec import OF_THE_FACTORY, ModelSpec
 from smallfry.version import __version__
 from smallfry_runtime.files import read_json, read_large
 from smallfry_runtime.images import LARGEST_SIDE, is_bit_depth
 
-FORMAT = 1
+PLAIN_FORMAT, FORMAT = 1, 2  # without and with transforms, which older versions do not read
 CONFIG = "config.json"
 INTERPOLATION, CROP = "bilinear", 1.0  # what smallfry_runtime.images does
 
@@ -99,18 +100,19 @@ def described(
     weights: Mapping[str, Tensor],
     where: str,
 ) -> TrainedModel:
-    """The model that ``config.json`` describes, in evaluation mode, without its weights yet.
+    """The model that ``config.json`` describes, with its weights, in evaluation mode.
 
     Args:
         config: Its content.
         facts: Of it, what smallfry wrote; None in a model of timm.
         classes: Names of the classes, in place of its own.
-        weights: What the folder holds, which bounds how large the model can be.
+        weights: Those of the folder, which bound how large the model can be.
         where: What errors name.
 
     Raises:
         UsageError: No names of classes, or not as many as there are classes.
-        RunError: A model that can't be built, or that smallfry can't feed.
+        RunError: A model that can't be built, that its weights don't fit, or that smallfry can't
+            feed.
         Exception: Of another kind where an entry is missing or of another type.
     """
     wanted = dict(config.get("pretrained_cfg", config))
@@ -128,8 +130,15 @@ def described(
         raise RunError(f"{where}: its mean {mean} and std {std} don't fit {channels} channels")
     if facts is None:
         _warn_of_another_view(wanted, where)
-    model = _build(config["architecture"], wanted, arguments, len(labels), weights, where)
     told = dict(facts or {})
+    model, spec = _build(
+        {
+            "name": config["architecture"],
+            "arguments": arguments,
+            "transforms": told.pop("transforms", []),
+        },
+        *(wanted, len(labels), weights, where),
+    )
     for name in ("data", "training", "measured", "provenance"):
         if not isinstance(told.get(name, {}), Mapping):
             raise TypeError(f"smallfry.{name} is no object")
@@ -141,7 +150,7 @@ def described(
         **told,
         "format": number,
         "smallfry": version,
-        "model": {"name": config["architecture"], "arguments": arguments},
+        "model": spec.to_dict(),
         "classes": list(labels),
         "input": {
             **{"size": height, "channels": channels, "mean": list(mean), "std": list(std)},
@@ -202,20 +211,21 @@ def _warn_of_another_view(wanted: Mapping[str, Any], where: str) -> None:
 
 
 def _build(
-    architecture: str,
+    content: Mapping[str, Any],
     wanted: Mapping[str, Any],
-    arguments: Mapping[str, Any],
     classes: int,
     weights: Mapping[str, Tensor],
     where: str,
-) -> nn.Module:
-    """A model of timm's registry in evaluation mode; nothing is fetched and no weights are read."""
-    foreign = OF_THE_FACTORY & set(arguments)
+) -> tuple[nn.Module, ModelSpec]:
+    """A model of timm's registry in evaluation mode, and its spec; nothing is fetched."""
+    spec = ModelSpec.from_dict(content, where)
+    foreign = OF_THE_FACTORY & set(spec.arguments)
     if foreign:
         raise RunError(f"{where}: model_args in {CONFIG} may not hold {', '.join(sorted(foreign))}")
     known = {field.name for field in fields(PretrainedCfg)} - OF_THE_SOURCE
     cfg = {key: value for key, value in wanted.items() if key in known} | {"num_classes": classes}
-    model = rebuild(architecture, arguments, weights, where, pretrained_cfg=cfg)
+    model = build(spec, weights, where=where, pretrained_cfg=cfg)
     if getattr(model, "num_classes", classes) != classes:
         raise RunError(f"{where}: its model_args and its {classes} classes contradict each other")
-    return model
+    # the number of classes came from pretrained_cfg, which is not in the spec
+    return model, replace(spec, arguments={**spec.arguments, "num_classes": classes})

@@ -21,7 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-MODEL, WEIGHTS = "model.json", "model.safetensors"  # of kind "pytorch": name, arguments and shape
+MODEL, WEIGHTS = (
+    "model.json",
+    "model.safetensors",
+)  # a spec with the shape of an image
 ANSWERS = 3  # of each batch size
 LONGEST = 600  # seconds
 
@@ -97,19 +100,17 @@ def _with_onnx_runtime(
 
 
 def _with_pytorch(folder: Path, threads: int) -> tuple[Callable[[], Answer], tuple[int, int, int]]:
-    import timm
     import torch
     from safetensors.torch import load_file
 
-    import smallfry.models  # noqa: F401  registers them
+    from smallfry.transforms import ModelSpec, build
 
     torch.set_num_threads(threads)
-    spec = json.loads((folder / MODEL).read_text())
+    content = json.loads((folder / MODEL).read_text())
+    spec = ModelSpec.from_dict(content)
 
     def load() -> Answer:
-        model = timm.create_model(spec["name"], **spec["arguments"])
-        model.load_state_dict(load_file(folder / WEIGHTS))
-        model.eval()
+        model = build(spec, load_file(folder / WEIGHTS))
 
         @torch.inference_mode()
         def answer(pixels: NDArray[np.uint8]) -> object:
@@ -117,7 +118,7 @@ def _with_pytorch(folder: Path, threads: int) -> tuple[Callable[[], Answer], tup
 
         return answer
 
-    return load, tuple(spec["shape"])
+    return load, tuple(content["shape"])
 
 
 def _resident(name: str) -> int:

@@ -29,6 +29,7 @@ from smallfry.deploy.description import (
     CROP,
     FORMAT,
     INTERPOLATION,
+    PLAIN_FORMAT,
     described,
     read_config,
     read_weights,
@@ -39,7 +40,6 @@ from smallfry.deploy.model_card import model_card
 from smallfry.errors import RunError, UsageError
 from smallfry.io.replace import replacing
 from smallfry.training.checkpoint import MANIFEST, WEIGHTS, write_file
-from smallfry.training.rebuild import OF_THE_FACTORY, fill
 from smallfry.training.run import RunFolder, TrainedModel, load_run
 from smallfry.version import __version__
 from smallfry_runtime.manifest import is_export
@@ -150,13 +150,6 @@ def from_pretrained(
         trained = described(config, facts, classes, weights, str(name))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise RunError(f"{folder / CONFIG}: damaged or incomplete ({error!r})") from error
-    try:
-        fill(trained.model, weights, str(folder))
-    except RuntimeError as error:
-        raise RunError(
-            f"{folder}: its weights don't fit the model that {CONFIG} describes "
-            f"({' '.join(str(error).split())[:200]})"
-        ) from error
     return trained
 
 
@@ -217,12 +210,12 @@ def _write_model(
     folder: Path, trained: TrainedModel, facts: Mapping[str, Any], license: str | None
 ) -> dict[str, Any]:
     """Write weights and ``config.json`` as timm does, and what smallfry knows; gives the latter."""
-    spec, taken = trained.manifest["model"], trained.manifest["input"]
+    spec, taken = trained.spec, trained.manifest["input"]
     model: Any = copy.deepcopy(trained.model).to(memory_format=torch.contiguous_format)
     kept = ("fixed_input_size", "first_conv", "classifier")  # the rest is of timm's own weights
     model.pretrained_cfg = {
         **{key: model.pretrained_cfg.get(key) for key in kept},
-        "architecture": spec["name"].partition(".")[0],
+        "architecture": spec.architecture.partition(".")[0],
         "num_classes": len(trained.classes),
         "input_size": (trained.channels, trained.image_size, trained.image_size),
         "mean": tuple(taken["mean"]),
@@ -232,19 +225,22 @@ def _write_model(
         "crop_mode": "center",
         **({"license": license} if license else {}),
     }
-    arguments = {
-        key: value
-        for key, value in spec["arguments"].items()
-        if key not in OF_THE_FACTORY and value is not None
-    }
+    arguments = {key: value for key, value in spec.arguments.items() if value is not None}
     labels = {"label_names": list(trained.classes)}
     try:
         save_for_hf(model, folder, labels, arguments, safe_serialization=True)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise RunError(f"timm can't describe this {spec['name']} ({error})") from error
+        raise RunError(f"timm can't describe this {spec.architecture} ({error})") from error
     config = read_config(folder / CONFIG)
     digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-    head: dict[str, Any] = {"format": FORMAT, "version": __version__, "weights": {"sha256": digest}}
+    transforms = spec.to_dict().get("transforms", [])
+    head: dict[str, Any] = {
+        "format": FORMAT if transforms else PLAIN_FORMAT,
+        "version": __version__,
+        "weights": {"sha256": digest},
+    }
+    if transforms:
+        head["transforms"] = transforms
     if trained.bit_depth is not None:
         head["bit_depth"] = trained.bit_depth
     config["smallfry"] = {**head, **facts}

@@ -34,8 +34,8 @@ from smallfry_runtime.files import (
     settled,
 )
 
-FORMAT = 2  # 1 had no digest of the manifest
-READ = (1, FORMAT)
+FORMAT = 3  # 2 had no transforms of the model, 1 no digest of the manifest
+READ = (1, 2, FORMAT)
 WEIGHTS, TRAINER, MANIFEST = "model.safetensors", "trainer.pt", "manifest.json"
 # what the system says of a file that is missing, too large, or no file
 LASTING = (errno.ENOENT, errno.EINVAL, errno.EFBIG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR)

@@ -34,10 +34,10 @@ from smallfry.training.optimization import (
 )
 from smallfry.training.processes import Processes, losing_none, start, synchronized
 from smallfry.training.progress import QuietReporter, Reporter
-from smallfry.training.rebuild import not_finite
 from smallfry.training.run import RunFolder
 from smallfry.training.sharding import ShardedAverage, load_optimizer, load_weights, whole
 from smallfry.training.started import launcher_has_ended
+from smallfry.transforms.build import not_finite
 
 
 class Result(NamedTuple):

@@ -26,7 +26,8 @@ from smallfry.io.replace import sweep
 from smallfry.io.terminal import command
 from smallfry.training.augment import Normalize
 from smallfry.training.checkpoint import load_checkpoint, saved_position, write_file
-from smallfry.training.rebuild import OF_THE_FACTORY, fill, rebuild
+from smallfry.transforms.build import build
+from smallfry.transforms.spec import ModelSpec
 from smallfry_runtime.files import read_bytes, read_json
 from smallfry_runtime.images import FULL_DEPTH, LARGEST_SIDE, is_bit_depth
 from smallfry_runtime.names import text_of
@@ -177,6 +178,11 @@ class TrainedModel(NamedTuple):
     manifest: dict[str, Any]  # of the checkpoint
     bit_depth: int | None = None  # of training images of more than 8 bits a channel, if any
 
+    @property
+    def spec(self) -> ModelSpec:
+        """Identity of the model, without where its weights once came from."""
+        return ModelSpec.from_dict(self.manifest["model"]).portable()
+
 
 def load_run(run: str | Path, checkpoint: str = "best") -> TrainedModel:
     """The model of a run, in evaluation mode on the CPU.
@@ -196,21 +202,19 @@ def load_run(run: str | Path, checkpoint: str = "best") -> TrainedModel:
         folder = path / checkpoint
     manifest, weights, _ = load_checkpoint(folder)
     try:
-        spec, sample, classes = manifest["model"], manifest["input"], manifest["classes"]
+        sample, classes = manifest["input"], manifest["classes"]
         _require_input(sample, classes)
         # the weights are here already, wherever the training took them from
-        kept = {key: v for key, v in spec["arguments"].items() if key not in OF_THE_FACTORY}
-        model = rebuild(spec["name"], kept, weights, str(folder))
-        fill(model, weights, str(folder))
+        spec = ModelSpec.from_dict(manifest["model"], str(folder)).portable()
+        model = build(spec, weights, where=str(folder))
         if getattr(model, "num_classes", len(classes)) != len(classes):
             raise ValueError(f"there are {len(classes)} names of classes")
         normalize = Normalize(sample["mean"], sample["std"])
     except KeyError as error:
         raise RunError(f"{folder}: its manifest lacks {error}") from error
-    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise RunError(
-            f"{folder}: its weights don't fit the model that its manifest names "
-            f"({(str(error) or repr(error)).splitlines()[0]})"
+            f"{folder}: its manifest is damaged ({(str(error) or repr(error)).splitlines()[0]})"
         ) from error
     return TrainedModel(
         *(model, tuple(classes), sample["size"], sample["channels"], normalize, manifest),

@@ -45,10 +45,10 @@ from smallfry.training.objective import build_objective
 from smallfry.training.processes import Processes, leaving, start
 from smallfry.training.progress import Reporter, build_reporter
 from smallfry.training.provenance import provenance
-from smallfry.training.rebuild import OF_THE_FACTORY
 from smallfry.training.references import fit_references
 from smallfry.training.run import RunFolder, TrainedModel, load_run, new_run_folder
 from smallfry.training.started import launch
+from smallfry.transforms.spec import OF_THE_FACTORY, ModelSpec
 from smallfry_runtime.names import path_of, text_of
 
 log = logging.getLogger(__name__)
@@ -222,8 +222,8 @@ def _with_full_paths(config: TrainConfig) -> TrainConfig:
     return replace(config, data=replace(wanted, name=name, root=root), run=run)
 
 
-def create_model(config: ModelConfig, data: ImageData) -> tuple[nn.Module, dict[str, Any]]:
-    """The model that a configuration names, for this data, and what ``timm`` creates it with."""
+def create_model(config: ModelConfig, data: ImageData) -> tuple[nn.Module, ModelSpec]:
+    """The model that a configuration names, for this data, and its spec."""
     name = model_name(config, data)
     if not timm.is_model(name):
         raise UsageError(f"unknown model '{name}'{nearest(name, timm.list_models())}")
@@ -254,7 +254,7 @@ def create_model(config: ModelConfig, data: ImageData) -> tuple[nn.Module, dict[
                 f"{config.name} can't recompute blocks: leave out model.checkpoint_gradients, or "
                 "take a smaller batch_size and accumulate"
             ) from None
-    return model, {"name": name, "arguments": arguments}
+    return model, ModelSpec(name, arguments)
 
 
 def _require_safe_options(options: Mapping[str, Any]) -> None:
@@ -326,7 +326,7 @@ def _build(
     torch.set_num_threads(config.threads or _useful_threads(model, data))
     mean, std = config.data.mean or data.mean, config.data.std or data.std
     manifest = {
-        "model": spec,
+        "model": spec.to_dict(),
         "classes": list(data.classes),
         "input": {
             "size": data.image_size,

@@ -1,4 +1,4 @@
-"""A model made again as a file describes it, which may come from anyone.
+"""The one maker of models from files, which may come from anyone.
 
 Only architectures of timm's registry are made, with plain values as arguments; nothing is fetched,
 no other file is read, and a description of more weights than come with it is not followed.
@@ -7,7 +7,7 @@ no other file is read, and a description of more weights than come with it is no
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 from torch import Tensor, nn
@@ -18,64 +18,70 @@ from torch.nn.modules.module import (
 )
 
 from smallfry.errors import RunError, nearest
+from smallfry.transforms.spec import ModelSpec
 from smallfry.version import __version__
 
-# arguments of timm's factory that say where weights come from, or how layers are compiled
-OF_THE_FACTORY = frozenset(
-    {
-        *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args"),
-        *("cache_dir", "checkpoint_path", "scriptable", "exportable", "no_jit", "device", "dtype"),
-    }
-)
 LARGEST = 1_000_000  # number in a model's arguments
 MOST_MODULES = 100_000
 SLACK = 4  # constructors make some layers more than once, and have buffers that are not saved
 SPARE = 2**24  # numbers
+MOST_SAVED = 50  # times that transforms make a model smaller
+MOST_BEFORE = 2**29  # numbers before transforms, of a model that is small after them
 
 
-def rebuild(
-    name: str,
-    arguments: Mapping[str, Any],
-    weights: Mapping[str, Tensor],
-    where: str,
+def build(
+    spec: ModelSpec,
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    where: str = "model",
     **factory: Any,
 ) -> nn.Module:
-    """The model, in evaluation mode, without the weights yet.
+    """Make a model, in evaluation mode on the CPU.
 
     Args:
-        name: Of timm's registry.
-        arguments: What it is created with.
-        weights: What comes with it, which bounds how large it can be.
+        spec: Its identity.
+        weights: Its weights, which also bound how large it can be; None leaves those of its
+            initialisation, and the bound, away.
         where: What errors name.
-        factory: What else timm's factory is told, by us.
+        factory: Arguments of timm's factory that are not the spec's.
 
     Raises:
-        RunError: An unknown name, arguments that can't be meant, or a model that does not fit
-            its weights.
+        RunError: An unknown architecture, arguments or transforms that it does not have, weights
+            that don't fit or are not finite.
+
+    Example:
+        >>> from smallfry.transforms import ModelSpec, build
+        >>> type(build(ModelSpec("resnet18", {"num_classes": 10}))).__name__
+        'ResNet'
     """
-    if not isinstance(name, str) or not timm.is_model(name) or ":" in name:
+    name = spec.architecture
+    if not timm.is_model(name) or ":" in name:
         raise RunError(
             f"{where}: neither smallfry {__version__} nor timm {timm.__version__} has an "
-            f"architecture '{name}'{nearest(str(name), timm.list_models())}"
+            f"architecture '{name}'{nearest(name, timm.list_models())}"
         )
-    _require_plain(arguments, where)
+    _require_plain(spec.arguments, where)
     try:
-        with _bounded(sum(weight.numel() for weight in weights.values())):
-            model: nn.Module = timm.create_model(name, **factory, **arguments)
+        with _bounded(_most(spec, weights)):
+            model: nn.Module = timm.create_model(name, **factory, **spec.arguments)
+            for transform in spec.transforms:
+                transform.apply(model)
     except Exception as error:  # of any of timm's models, given any arguments
         reason = (str(error) or repr(error)).splitlines()[0]
         raise RunError(f"{where}: the model can't be built as it is described: {reason}") from error
+    if weights is not None:
+        _fill(model, weights, where)
     return model.eval()
 
 
-def fill(model: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
-    """Give a model its weights.
-
-    Raises:
-        RuntimeError: They don't fit it.
-        RunError: One is not a finite number, so that every answer would be none.
-    """
-    model.load_state_dict(weights)
+def _fill(model: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise RunError(
+            f"{where}: its weights don't fit the model that it describes "
+            f"({' '.join(str(error).split())[:200]})"
+        ) from error
     name = not_finite(model)
     if name is not None:
         raise RunError(f"{where}: the weight '{name}' is not finite; take another checkpoint")
@@ -103,10 +109,27 @@ def _require_plain(value: Any, where: str, depth: int = 0) -> None:
         raise RunError(f"{where}: {str(value)[:20]} is too large for an argument of a model")
 
 
+class _Bound(NamedTuple):
+    weights: int  # numbers that come with the model
+    most: int  # numbers that it may have while it is made
+
+
+def _most(spec: ModelSpec, weights: Mapping[str, Tensor] | None) -> _Bound | None:
+    if weights is None:
+        return None
+    numbers = sum(weight.numel() for weight in weights.values())
+    # before it is cut or factorised, a model is larger
+    slack = SLACK * (MOST_SAVED if spec.transforms else 1)
+    return _Bound(numbers, min(slack * numbers, max(SLACK * numbers, MOST_BEFORE)) + SPARE)
+
+
 @contextmanager
-def _bounded(numbers: int) -> Iterator[None]:
+def _bounded(bound: _Bound | None) -> Iterator[None]:
     """Stop a model that this thread makes once it is larger than its weights."""
-    most = SLACK * numbers + SPARE
+    if bound is None:
+        yield
+        return
+    numbers, most = bound
     thread, count, modules = threading.get_ident(), 0, 0
 
     def grow(module: nn.Module, name: str, tensor: Tensor | None) -> None:

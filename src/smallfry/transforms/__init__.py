@@ -1,0 +1,7 @@
+"""Identity of models: specs, and the transforms that turn one spec into another."""
+
+from smallfry.transforms.build import build
+from smallfry.transforms.registry import kinds, register
+from smallfry.transforms.spec import ModelSpec, Plain, Stage, Transform
+
+__all__ = ["ModelSpec", "Plain", "Stage", "Transform", "build", "kinds", "register"]

@@ -1,0 +1,68 @@
+"""Registry of transforms: modules of this package, and of plugins by the entry point.
+
+A third party's package names a module under ``smallfry.plugins`` in its entry points; importing
+that module registers what it brings.
+"""
+
+import pkgutil
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+from smallfry.errors import RunError, UsageError, nearest
+
+PLUGINS = "smallfry.plugins"
+T = TypeVar("T", bound=type)
+
+_kinds: dict[str, Any] = {}
+
+
+def register(kind: T) -> T:
+    """Register a class of transforms by its ``kind``; a decorator.
+
+    Raises:
+        UsageError: Another class has the name already.
+    """
+    name = kind.kind  # type: ignore[attr-defined]
+    other = _kinds.setdefault(name, kind)
+    if other is not kind and other.__qualname__ != kind.__qualname__:
+        raise UsageError(f"two transforms are called '{name}': {other!r} and {kind!r}")
+    _kinds[name] = kind
+    return kind
+
+
+def kinds() -> dict[str, Any]:
+    """All registered transforms by their kinds."""
+    scan("smallfry.transforms")
+    load_plugins()
+    return dict(_kinds)
+
+
+def find(name: str, where: str) -> Any:
+    """The transform of a kind.
+
+    Raises:
+        RunError: There is none; it may belong to a package that is not installed.
+    """
+    known = _kinds if name in _kinds else kinds()
+    if name not in known:
+        raise RunError(
+            f"{where}: has the transform '{name}', which this smallfry does not have"
+            f"{nearest(name, known)}; install the version or package that brings it"
+        )
+    return known[name]
+
+
+@cache
+def scan(package: str) -> None:
+    """Import the modules of a package, so that they register what they bring."""
+    for module in pkgutil.iter_modules(import_module(package).__path__):
+        import_module(f"{package}.{module.name}")
+
+
+@cache
+def load_plugins() -> None:
+    """Import the modules that installed packages name as plugins."""
+    for point in entry_points(group=PLUGINS):
+        point.load()
