@@ -1,8 +1,10 @@
-"""Strict JSON of results."""
+"""Plain data, and strict JSON of results."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+Plain: TypeAlias = "bool | int | float | str | Sequence[Plain] | Mapping[str, Plain] | None"
 
 
 def strict(value: Any) -> Any:

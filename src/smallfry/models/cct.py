@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smallfry.errors import UsageError
+from smallfry.transforms.declared import mlp_group
+from smallfry.transforms.groups import ChannelGroup
 
 TOKENIZER_CHANNELS = 64  # between two convolutions
 
@@ -164,6 +166,10 @@ class Layer(nn.Module):
         hidden = self.drop(F.gelu(self.fc1(tokens)))
         out: Tensor = tokens + self.drop_path(self.drop(self.fc2(hidden)))
         return out
+
+    def channel_groups(self) -> list[ChannelGroup]:
+        """Its hidden units; those of its attention are known by themselves."""
+        return [mlp_group("fc1", "fc2", self, None)]
 
 
 def _initialize(module: nn.Module) -> None:

@@ -5,6 +5,7 @@ grid, row by row; a part of one token lies nowhere.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import isqrt
 from typing import cast
 
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from smallfry.errors import UsageError
 from smallfry.models.layers import EVERY, Layer, SwiGLU
+from smallfry.transforms.groups import ChannelGroup, Slice
 
 __all__ = ["ConvSwiGLU", "GridLayer", "Rotary", "conv_tokenizer"]
 
@@ -61,6 +63,12 @@ class ConvSwiGLU(SwiGLU):
         parts = gate.split(list(sizes or (rows.shape[1],)), dim=1)
         gate = torch.cat([self._look_around(part) for part in parts], dim=1)
         return cast(Tensor, self.fc2(value * F.silu(gate)))
+
+    def channel_groups(self) -> list[ChannelGroup]:
+        """Its hidden units, each with its convolution of the gate."""
+        (group,) = super().channel_groups()
+        kernels = Slice("depthwise.weight", 0, torch.arange(group.channels)[:, None])
+        return [replace(group, cut=(*group.cut, kernels))]
 
     def _look_around(self, part: Tensor) -> Tensor:
         batch, count, features = part.shape

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smallfry.models.linear import Linear
+from smallfry.transforms.declared import attention_group, gated_group
+from smallfry.transforms.groups import ChannelGroup
 
 __all__ = ["EVERY", "Attention", "Layer", "SwiGLU", "Tokens", "end_to_end"]
 
@@ -86,6 +88,10 @@ class Attention(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v, dropout_p=drop)
         return cast(Tensor, self.proj(attended.transpose(1, 2).flatten(2)))
 
+    def channel_groups(self) -> list[ChannelGroup]:
+        """Its heads."""
+        return [attention_group("qkv", "proj", self, self.heads, {"heads": 1})]
+
     def _split(self, qkv: Tensor) -> Tensor:
         """Queries, keys and values, (3, batch, heads, tokens, dim / heads)."""
         batch, count, width = qkv.shape
@@ -106,3 +112,7 @@ class SwiGLU(nn.Module):
         """Rows (batch, tokens, dim) to rows."""
         value, gate = self.fc1(rows).chunk(2, dim=-1)
         return cast(Tensor, self.fc2(value * F.silu(gate)))
+
+    def channel_groups(self) -> list[ChannelGroup]:
+        """Its hidden units."""
+        return [gated_group("fc1", "fc2", self, gate_is_last=True)]

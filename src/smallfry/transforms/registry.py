@@ -1,18 +1,10 @@
-"""Registry of transforms: modules of this package, and of plugins by the entry point.
+"""Registry of transforms, by the names that files have for them."""
 
-A third party's package names a module under ``smallfry.plugins`` in its entry points; importing
-that module registers what it brings.
-"""
-
-import pkgutil
-from functools import cache
-from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from smallfry.errors import RunError, UsageError, nearest
+from smallfry.io.plugins import load_plugins, scan
 
-PLUGINS = "smallfry.plugins"
 T = TypeVar("T", bound=type)
 
 _kinds: dict[str, Any] = {}
@@ -52,17 +44,3 @@ def find(name: str, where: str) -> Any:
             f"{nearest(name, known)}; install the version or package that brings it"
         )
     return known[name]
-
-
-@cache
-def scan(package: str) -> None:
-    """Import the modules of a package, so that they register what they bring."""
-    for module in pkgutil.iter_modules(import_module(package).__path__):
-        import_module(f"{package}.{module.name}")
-
-
-@cache
-def load_plugins() -> None:
-    """Import the modules that installed packages name as plugins."""
-    for point in entry_points(group=PLUGINS):
-        point.load()

@@ -3,16 +3,14 @@
 A spec and the weights are a model. A spec is plain data, so that a file can hold it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from enum import IntEnum
-from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import nn
 
 from smallfry.errors import RunError, UsageError
-
-Plain: TypeAlias = "bool | int | float | str | Sequence[Plain] | Mapping[str, Plain] | None"
+from smallfry.order import Stage
 
 # arguments of timm's factory that name a source of weights, or how layers are compiled
 OF_THE_FACTORY = frozenset(
@@ -21,17 +19,6 @@ OF_THE_FACTORY = frozenset(
         *("cache_dir", "checkpoint_path", "scriptable", "exportable", "no_jit", "device", "dtype"),
     }
 )
-
-
-class Stage(IntEnum):
-    """Order of transforms: none comes after one of a later stage."""
-
-    ARCHITECTURE = 1
-    WIDTH = 2
-    FACTOR = 3
-    SPARSE = 4
-    ADAPTER = 5
-    BITS = 6
 
 
 @runtime_checkable

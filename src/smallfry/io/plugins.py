@@ -1,0 +1,26 @@
+"""Registration by import: the modules of a package, and those of installed plugins.
+
+A third party's package names a module under ``smallfry.plugins`` in its entry points; importing
+that module registers what it brings.
+"""
+
+import pkgutil
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+
+PLUGINS = "smallfry.plugins"
+
+
+@cache
+def scan(package: str) -> None:
+    """Import the modules of a package, so that they register what they bring."""
+    for module in pkgutil.iter_modules(import_module(package).__path__):
+        import_module(f"{package}.{module.name}")
+
+
+@cache
+def load_plugins() -> None:
+    """Import the modules that installed packages name as plugins."""
+    for point in entry_points(group=PLUGINS):
+        point.load()

@@ -1,0 +1,91 @@
+"""Layers that stand for an ``nn.Linear`` or ``nn.Conv2d``, found by their names in files."""
+
+from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
+
+from torch import Tensor, nn
+
+from smallfry.errors import UsageError, nearest
+from smallfry.io.json import Plain
+from smallfry.io.plugins import load_plugins, scan
+from smallfry.order import Stage
+
+DENSE = (nn.Linear, nn.Conv2d)
+T = TypeVar("T", bound=type)
+
+_layers: dict[str, Any] = {}
+
+
+@runtime_checkable
+class LinearMap(Protocol):
+    """Layer in place of a dense one.
+
+    Attributes:
+        name: Name in files.
+        stage: Place of the replacement in the order of transforms.
+    """
+
+    name: ClassVar[str]
+    stage: ClassVar[Stage]
+
+    @classmethod
+    def like(cls, layer: nn.Module, **settings: Plain) -> Self:
+        """Make the structure for a dense layer; its weights are loaded afterwards.
+
+        Raises:
+            ValueError: Settings or a layer that it can't stand for.
+        """
+
+    @classmethod
+    def from_dense(cls, layer: nn.Module, **settings: Plain) -> Self:
+        """Make the nearest such layer to a dense one; raises as ``like``."""
+
+    def dense(self) -> nn.Module:
+        """The same map as an ``nn.Linear`` or ``nn.Conv2d``."""
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """The product with a batch."""
+
+
+def register_layer(layer: T) -> T:
+    """Register a layer by its ``name``; a decorator.
+
+    Raises:
+        UsageError: Another layer has the name.
+    """
+    name = layer.name  # type: ignore[attr-defined]
+    other = _layers.setdefault(name, layer)
+    if other is not layer and other.__qualname__ != layer.__qualname__:
+        raise UsageError(f"two layers are called '{name}': {other!r} and {layer!r}")
+    _layers[name] = layer
+    return layer
+
+
+def layers() -> dict[str, Any]:
+    """All registered layers by their names."""
+    scan("smallfry.layers")
+    load_plugins()
+    return dict(_layers)
+
+
+def find_layer(name: Any) -> Any:
+    """The layer of a name.
+
+    Raises:
+        UsageError: There is none; a plugin that brings it may not be installed.
+    """
+    known = _layers if name in _layers else layers()
+    if name not in known:
+        raise UsageError(f"there is no layer '{name}'{nearest(str(name), known)}")
+    return known[name]
+
+
+def require_dense(layer: nn.Module) -> None:
+    """Check that a layer is one that others can stand for.
+
+    Raises:
+        ValueError: No linear layer or ungrouped convolution.
+    """
+    if not isinstance(layer, DENSE):
+        raise ValueError(f"expected nn.Linear or nn.Conv2d, got {type(layer).__name__}")
+    if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
+        raise ValueError("a convolution with groups or other padding than zeros has no such form")

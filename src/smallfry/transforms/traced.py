@@ -1,0 +1,189 @@
+"""Channel groups of convolutions and linear layers, by Torch-Pruning's dependency graph.
+
+The graph is not to be trusted with a module that is called more than once, and on some models it
+never returns: such modules are left out, it has a limit of time, and every group is verified by
+the caller. Torch-Pruning (MIT) is optional: ``pip install 'smallfry[compress]'``.
+"""
+
+import copy
+import ctypes
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from smallfry.errors import SmallfryWarning
+from smallfry.transforms.groups import ChannelGroup, Slice
+
+SECONDS = 20.0
+LAYERS = (nn.Conv2d, nn.Linear)
+T = TypeVar("T")
+
+
+def traced_groups(
+    model: nn.Module, example: Tensor, skip: Collection[str] = (), seconds: float = SECONDS
+) -> list[ChannelGroup]:
+    """Find groups of channels; not verified.
+
+    Args:
+        model: Left as it is.
+        example: A batch of inputs.
+        skip: Names of layers whose channels are known already.
+        seconds: Limit of time; a graph that takes longer is given up, with a warning.
+    """
+    layers = [name for name, m in model.named_modules() if isinstance(m, LAYERS)]
+    calls = _calls(model, example)
+    if not any(calls[name] == 1 and name not in skip for name in layers):
+        return []
+    if any(count > 1 for name, count in calls.items() if name in layers):
+        return []  # the graph follows one call of each module
+    try:
+        import torch_pruning
+    except ImportError:
+        if any(isinstance(m, nn.Conv2d) for m in model.modules()):
+            warnings.warn(
+                "channels of convolutions are found by Torch-Pruning, which is not installed: "
+                "pip install 'smallfry[compress]'",
+                SmallfryWarning,
+                stacklevel=3,
+            )
+        return []
+    traced = copy.deepcopy(model).eval()
+    try:
+        return _within(seconds, lambda: _groups(torch_pruning, traced, example, skip))
+    except TimeoutError:
+        reason = f"took longer than {seconds:g} s"
+    except Exception as error:  # of a graph that does not fit it
+        reason = (str(error) or type(error).__name__).splitlines()[0][:100]
+    warnings.warn(
+        f"Torch-Pruning found no groups of {type(model).__name__} ({reason}): only blocks that are "
+        "known can be cut",
+        SmallfryWarning,
+        stacklevel=3,
+    )
+    return []
+
+
+def _groups(
+    library: Any, model: nn.Module, example: Tensor, skip: Collection[str]
+) -> list[ChannelGroup]:
+    names = {id(module): name for name, module in model.named_modules()}
+    ignored = [model.get_submodule(name) for name in skip]
+    classifier = getattr(model, "get_classifier", lambda: None)()
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph = library.DependencyGraph().build_dependency(model, example)
+        if isinstance(classifier, nn.Module):
+            ignored.append(classifier)
+        every = list(graph.get_all_groups(ignored, list(LAYERS)))
+    found = [_group(graph, each, names) for each in every]
+    return [group for group in found if group is not None]
+
+
+def _group(graph: Any, items: Any, names: dict[int, str]) -> ChannelGroup | None:
+    """A group in our terms; None if its channels are not all alike."""
+    root = items[0]
+    channels = len(root.idxs)
+    zeroed: list[Slice] = []
+    others: list[Slice] = []
+    for item in items:
+        module = item.dep.target.module
+        name = names.get(id(module))
+        if name is None:  # an operation without weights
+            continue
+        entries = _entries(item.idxs, item.root_idxs, channels)
+        if entries is None or not _is_known(module):
+            return None
+        is_out = graph.is_out_channel_pruning_fn(item.dep.handler)
+        if is_out:
+            zeroed += [
+                Slice(f"{name}.{p}", 0, entries)
+                for p in module._parameters
+                if module._parameters[p] is not None
+            ]
+            others += [
+                Slice(f"{name}.{b}", 0, entries)
+                for b, buffer in module._buffers.items()
+                if buffer is not None and buffer.ndim
+            ]
+        else:
+            others.append(Slice(f"{name}.weight", 1, entries))
+    if not zeroed:
+        return None
+    name = names[id(root.dep.target.module)]
+    return ChannelGroup(name, channels, _merged(zeroed), _merged([*zeroed, *others]))
+
+
+def _is_known(module: nn.Module) -> bool:
+    """A layer whose shape follows from its weight: grouped convolutions are depthwise or none."""
+    if isinstance(module, nn.Conv2d):
+        return module.groups in (1, module.out_channels)
+    return isinstance(module, nn.Linear | nn.modules.batchnorm._NormBase)
+
+
+def _entries(positions: Any, roots: Any, channels: int) -> Tensor | None:
+    """Positions by channel, (channels, positions per channel); None if channels differ in size."""
+    rows: list[list[int]] = [[] for _ in range(channels)]
+    for position, root in zip(positions, roots, strict=True):
+        if not 0 <= int(root) < channels:
+            return None
+        rows[int(root)].append(int(position))
+    sizes = {len(row) for row in rows}
+    return torch.tensor(rows) if len(sizes) == 1 and sizes != {0} else None
+
+
+def _merged(slices: list[Slice]) -> tuple[Slice, ...]:
+    """Each slice once: the graph reaches a layer on several ways."""
+    seen: dict[tuple[str, int, bytes], Slice] = {}
+    for each in slices:
+        seen.setdefault((each.tensor, each.dim, each.entries.numpy().tobytes()), each)
+    return tuple(seen.values())
+
+
+@torch.no_grad()
+def _calls(model: nn.Module, example: Tensor) -> Counter[str]:
+    """How often one forward pass calls each module."""
+    calls: Counter[str] = Counter()
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
+        for name, module in model.named_modules()
+    ]
+    was_training = model.training
+    try:
+        model.eval()(example)
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _within(seconds: float, work: Callable[[], T]) -> T:
+    """The result of Python code, which is ended by an exception in its thread if it takes longer.
+
+    Raises:
+        TimeoutError: It took longer.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    while thread.is_alive():
+        raised = ctypes.py_object(TimeoutError)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), raised)
+        thread.join(0.1)
+    if errors:
+        raise errors[0]
+    return results[0]

@@ -1,0 +1,208 @@
+"""Channel groups: cutting a channel equals setting it to zero."""
+
+import copy
+import warnings
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from smallfry import cost
+from smallfry.errors import SmallfryWarning, UsageError
+from smallfry.transforms import ModelSpec, build, traced
+from smallfry.transforms.declared import mlp_group
+from smallfry.transforms.groups import cut, find_groups, mask
+
+pytest.importorskip("torch_pruning", reason="groups of convolutions are found by Torch-Pruning")
+
+MODELS = {
+    "vitrm_micro_patch4_8": ({"num_classes": 10}, (1, 8, 8)),
+    "vitrm_plus_micro_8": ({"num_classes": 10}, (1, 8, 8)),
+    "cct_2_3x2_32": ({"num_classes": 10}, (3, 32, 32)),
+    "resnet18_cifar": ({"num_classes": 10}, (3, 32, 32)),
+    "mobilenetv3_small_050": ({"num_classes": 10}, (3, 32, 32)),
+    "vit_tiny_patch16_224": ({"num_classes": 10, "img_size": 32, "depth": 2}, (3, 32, 32)),
+}
+
+
+def perturbed(model):
+    """No weight or statistic at its first value, as zeros and ones hide faults."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                noise = 0.1 * torch.randn_like(tensor)
+                tensor.add_(noise.abs() if "running_var" in name else noise)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def found(request):
+    """A model with its spec, an example in float64, and its groups."""
+    arguments, shape = MODELS[request.param]
+    spec = ModelSpec(request.param, arguments)
+    model = perturbed(build(spec))
+    torch.manual_seed(0)
+    example = torch.randn(2, *shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SmallfryWarning)
+        groups = find_groups(model, example)
+    return spec, model, example, groups
+
+
+def some(group):
+    """Channels to keep: about two of three, the first one cut."""
+    return torch.tensor([c for c in range(group.channels) if c % 3])
+
+
+def gone(group):
+    return torch.tensor([c for c in range(group.channels) if c % 3 == 0])
+
+
+def test_all_groups_cut_together_equal_all_masked(found):
+    spec, model, example, groups = found
+    assert groups
+    model, example = copy.deepcopy(model).double(), example.double()
+    small = copy.deepcopy(model)
+    keep = {group.name: some(group) for group in groups}
+    for group in groups:
+        mask(model, group, gone(group))
+    transform = cut(small, groups, keep)
+    expected, given = model(example), small(example)
+    torch.testing.assert_close(given, expected, atol=1e-10, rtol=1e-10)
+    assert cost(small, example).parameters < cost(model, example).parameters
+    rebuilt = build(spec.then(transform), small.state_dict()).double()
+    assert torch.equal(rebuilt(example), given)
+
+
+def test_both_equal_in_training_mode_too(found):
+    _, model, example, groups = found
+    model = copy.deepcopy(model).double().train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for module in model.modules():
+        if type(module).__name__ == "Attention" and hasattr(module, "drop"):
+            module.drop = 0.0
+    small = copy.deepcopy(model)
+    for group in groups:
+        mask(model, group, gone(group))
+    cut(small, groups, {group.name: some(group) for group in groups})
+    torch.manual_seed(0)
+    expected = model(example.double())
+    torch.manual_seed(0)
+    given = small(example.double())
+    for one, other in zip(_tensors(given), _tensors(expected), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
+    sizes = {name: len(b) for name, b in small.named_buffers() if name.endswith("running_mean")}
+    assert all(size > 0 for size in sizes.values())
+
+
+def _tensors(outputs):
+    return [outputs] if isinstance(outputs, torch.Tensor) else [t for t in outputs if t is not None]
+
+
+def test_most_of_a_convolutional_net_can_be_cut(found):
+    spec, model, _, groups = found
+    if spec.architecture in ("resnet18_cifar", "mobilenetv3_small_050"):
+        names = {each.tensor for group in groups for each in group.cut}
+        weights = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+        assert all(f"{name}.weight" in names for name in weights)
+
+
+def test_heads_and_hidden_units_of_a_shared_block_are_found_once_each(found):
+    spec, _, _, groups = found
+    if spec.architecture == "vitrm_micro_patch4_8":
+        sizes = [(group.name, group.channels) for group in groups]
+        blocks = [f"blocks.{i}" for i in range(3)]
+        heads = [(f"{b}.attn.qkv", 4) for b in blocks]
+        units = [(f"{b}.mlp.fc1", 96) for b in blocks]
+        assert sorted(sizes) == sorted(heads + units)
+
+
+def mlp(activation):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), activation, nn.Linear(8, 3)).double()
+
+
+def test_units_behind_an_activation_that_is_not_zero_at_zero_are_marked():
+    model, example = mlp(nn.Sigmoid()), torch.randn(4, 5).double()
+    group = mlp_group("0", "2", model, model[1])
+    assert not group.zero_invariant
+    small = copy.deepcopy(model)
+    cut(small, [group], {group.name: some(group)})
+    mask(model, group, gone(group))
+    assert (model(example) - small(example)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "activation", [nn.ReLU(), nn.GELU(), nn.SiLU(), nn.Tanh(), nn.Hardswish(), nn.ELU()]
+)
+def test_units_behind_other_activations_are_cut_without_a_difference(activation):
+    model, example = mlp(activation), torch.randn(4, 5).double()
+    group = mlp_group("0", "2", model, activation)
+    small = copy.deepcopy(model)
+    cut(small, [group], {group.name: some(group)})
+    mask(model, group, gone(group))
+    torch.testing.assert_close(small(example), model(example), atol=1e-12, rtol=0)
+    assert sum(p.numel() for p in small.parameters()) == 5 * 5 + 5 + 5 * 3 + 3
+
+
+class Lying(nn.Module):
+    """A block that declares a group which is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.norm, self.fc2 = nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 4)
+
+    def forward(self, rows):
+        return self.fc2(self.norm(self.fc1(rows)))
+
+    def channel_groups(self):
+        return [mlp_group("fc1", "fc2", self, None)]
+
+
+def test_a_group_that_does_not_hold_is_left_out_with_its_reason():
+    with pytest.warns(SmallfryWarning, match="left whole.*fc1"):
+        assert find_groups(Lying(), torch.randn(2, 4)) == ()
+
+
+def test_a_graph_that_never_ends_is_given_up(monkeypatch):
+    def endless(*_):
+        while True:
+            pass
+
+    monkeypatch.setattr(traced, "_groups", endless)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    with pytest.warns(SmallfryWarning, match="longer than 0.1 s"):
+        assert traced.traced_groups(model, torch.zeros(1, 1, 8, 8), seconds=0.1) == []
+
+
+def test_a_model_whose_layers_are_called_again_is_not_traced(monkeypatch):
+    layer = nn.Linear(4, 4)
+    monkeypatch.setattr(traced, "_groups", lambda *_: pytest.fail("it was"))
+    assert traced.traced_groups(nn.Sequential(layer, layer), torch.zeros(2, 4)) == []
+
+
+def test_wrong_names_and_empty_groups_are_refused():
+    model = mlp(nn.ReLU())
+    group = mlp_group("0", "2", model, model[1])
+    with pytest.raises(UsageError, match="no group of channels 'x'"):
+        cut(model, [group], {"x": torch.tensor([0])})
+    with pytest.raises(UsageError, match="no channel left"):
+        cut(model, [group], {"0": torch.tensor([], dtype=torch.int64)})
+
+
+def test_the_head_and_the_features_of_a_cut_timm_model_still_fit(found):
+    spec, model, example, groups = found
+    if spec.architecture in ("resnet18_cifar", "vit_tiny_patch16_224", "cct_2_3x2_32"):
+        small = copy.deepcopy(model)
+        cut(small, groups, {group.name: some(group) for group in groups})
+        small.reset_classifier(7)
+        assert small(example).shape == (2, 7)
+
+
+def test_groups_need_no_classifier():
+    model = timm.create_model("resnet10t", num_classes=0)
+    assert find_groups(model, torch.zeros(2, 3, 32, 32))
