@@ -50,7 +50,7 @@ FEW_FOR_RANGES = 32  # images, with fewer of which a static range is hardly know
 
 
 def export(
-    run: str | Path,
+    run: str | Path | TrainedModel,
     folder: str | Path,
     form: str | None = None,
     precision: str = "float32",
@@ -63,7 +63,7 @@ def export(
     """Export a run's model; an export that is there already is replaced.
 
     Args:
-        run: A run folder, a checkpoint in it, a shared folder, or ``hf_hub:USER/NAME``.
+        run: A run folder, a checkpoint in it, a shared folder, ``hf_hub:USER/NAME``, or a model.
         folder: Where the export goes. What it replaces stays whole until the new one is.
         form: ``whole``, ``anytime``, or None: anytime for a model of several recursion steps.
         precision: ``float32``, ``int8`` (static ranges) or ``int8_dynamic``.
@@ -114,7 +114,7 @@ class Traced(NamedTuple):
 
 
 def trace(
-    run: str | Path,
+    run: str | Path | TrainedModel,
     form: str | None = None,
     checkpoint: str = "best",
     data: str | None = None,
@@ -240,9 +240,15 @@ def _steps(model: nn.Module) -> int:
 
 
 def _data(
-    trained: TrainedModel, run: str | Path, data: str | None, root: Path | None, needed: bool
+    trained: TrainedModel,
+    run: str | Path | TrainedModel,
+    data: str | None,
+    root: Path | None,
+    needed: bool,
 ) -> ImageData | None:
     """The images of the run, or others; None if they can't be had and can be done without."""
+    if isinstance(run, TrainedModel):
+        run = trained.origin or "this model"
     try:
         loaded, *_ = load_like(trained, run, data, root, split="train")
     except SmallfryError as error:

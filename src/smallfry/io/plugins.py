@@ -14,9 +14,9 @@ PLUGINS = "smallfry.plugins"
 
 @cache
 def scan(package: str) -> None:
-    """Import the modules of a package, so that they register what they bring."""
-    for module in pkgutil.iter_modules(import_module(package).__path__):
-        import_module(f"{package}.{module.name}")
+    """Import the modules of a package and its packages, so that they register what they bring."""
+    for module in pkgutil.walk_packages(import_module(package).__path__, f"{package}."):
+        import_module(module.name)
 
 
 @cache

@@ -14,6 +14,8 @@ from smallfry.io.json import Plain
 from smallfry.layers.linear_map import register_layer, require_dense
 from smallfry.order import Stage
 
+_CONVOLUTION: Any = nn.Conv2d  # whose arguments are copied from another
+
 
 @register_layer
 class LowRank(nn.Module):
@@ -57,7 +59,7 @@ class LowRank(nn.Module):
         if isinstance(layer, nn.Conv2d):
             shape: Any = (layer.stride, layer.padding, layer.dilation)
             outer: Any = (layer.in_channels, rank, layer.kernel_size)
-            reduce: nn.Module = nn.Conv2d(*outer, *shape, **kind, bias=False)
+            reduce: nn.Module = _CONVOLUTION(*outer, *shape, bias=False, **kind)
             expand: nn.Module = nn.Conv2d(rank, layer.out_channels, 1, bias=has_bias, **kind)
         else:
             reduce = nn.Linear(cast(int, layer.in_features), rank, bias=False, **kind)

@@ -45,7 +45,7 @@ def predict(
     """
     was_training = model.training
     model.eval()
-    dtype = next(model.parameters()).dtype
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     logits, halting, steps = [], [], []
     for rows in torch.split(split.rows, batch_size):
         images = normalize(split.pixels[rows]).to(device or torch.device("cpu"), dtype)

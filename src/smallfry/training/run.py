@@ -21,11 +21,16 @@ import yaml
 from filelock import FileLock, Timeout
 from torch import nn
 
-from smallfry.errors import DataError, RunError
+from smallfry.errors import DataError, RunError, UsageError
 from smallfry.io.replace import sweep
 from smallfry.io.terminal import command
 from smallfry.training.augment import Normalize
-from smallfry.training.checkpoint import load_checkpoint, saved_position, write_file
+from smallfry.training.checkpoint import (
+    load_checkpoint,
+    save_checkpoint,
+    saved_position,
+    write_file,
+)
 from smallfry.transforms.build import build
 from smallfry.transforms.spec import ModelSpec
 from smallfry_runtime.files import read_bytes, read_json
@@ -33,7 +38,7 @@ from smallfry_runtime.images import FULL_DEPTH, LARGEST_SIDE, is_bit_depth
 from smallfry_runtime.names import text_of
 from smallfry_runtime.stages import entries
 
-LOCK = ".lock"
+LOCK, RUN_CONFIG = ".lock", "config.yaml"
 FAILURE = "failure.json"  # of a study's run that could not begin
 
 
@@ -42,7 +47,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = path / "config.yaml"
+        self.config = path / RUN_CONFIG
         self.metrics = path / "metrics.csv"
         self.tensorboard = path / "tensorboard"
         self.last = path / "last"
@@ -177,11 +182,47 @@ class TrainedModel(NamedTuple):
     normalize: Normalize  # uint8 images to what the model takes
     manifest: dict[str, Any]  # of the checkpoint
     bit_depth: int | None = None  # of training images of more than 8 bits a channel, if any
+    origin: Path | None = None  # the run folder that it was loaded from, or compressed of
 
     @property
     def spec(self) -> ModelSpec:
         """Identity of the model, without where its weights once came from."""
         return ModelSpec.from_dict(self.manifest["model"]).portable()
+
+    def compressed(
+        self, model: nn.Module, spec: ModelSpec, methods: Sequence[Mapping[str, Any]]
+    ) -> "TrainedModel":
+        """The same classes and images with a model that methods made of this one.
+
+        Figures of the test split stay behind: they are of other weights.
+        """
+        kept = {k: v for k, v in self.manifest.items() if k not in ("files", "measured", "digest")}
+        done = [*self.manifest.get("methods", []), *map(dict, methods)]
+        manifest = {**kept, "model": spec.to_dict(), "methods": done}
+        return self._replace(model=model, manifest=manifest)
+
+    def save(self, run: str | Path) -> Path:
+        """Write a run folder, which every command takes.
+
+        Args:
+            run: A new or empty folder.
+
+        Raises:
+            RunError: The folder is taken or can't be written.
+            UsageError: The model came from no run, so that its data is not known.
+        """
+        if self.origin is None or not RunFolder(self.origin).config.is_file():
+            raise UsageError(
+                "this model was loaded from no run folder: deploy.pretrained.save_pretrained "
+                "writes it as a shared folder"
+            )
+        folder = RunFolder(Path(run).expanduser())
+        folder.require_free()
+        with folder.locked():
+            write_file(folder.config, RunFolder(self.origin).config.read_text())
+            head = {k: v for k, v in self.manifest.items() if k not in ("format", "smallfry")}
+            save_checkpoint(folder.best, head, self.model.state_dict())
+        return folder.path
 
 
 def load_run(run: str | Path, checkpoint: str = "best") -> TrainedModel:
@@ -219,6 +260,7 @@ def load_run(run: str | Path, checkpoint: str = "best") -> TrainedModel:
     return TrainedModel(
         *(model, tuple(classes), sample["size"], sample["channels"], normalize, manifest),
         sample.get("bit_depth"),
+        path if (path / RUN_CONFIG).is_file() else path.parent,
     )
 
 

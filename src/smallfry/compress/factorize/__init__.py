@@ -1,0 +1,1 @@
+"""Methods that replace dense layers by products of smaller ones."""

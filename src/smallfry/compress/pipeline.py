@@ -1,0 +1,197 @@
+"""Compression of a model, by one method after another.
+
+``apply`` is for methods that act once; ``Session`` goes into a training loop of one's own.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from smallfry.data import ImageData
+from smallfry.errors import UsageError
+from smallfry.training.method import MethodSettings, Running, Setting, to_dict
+from smallfry.training.run import TrainedModel
+from smallfry.transforms.spec import ModelSpec
+
+UNKNOWN = ModelSpec("unknown")
+EXAMPLES = 2  # images that groups of channels are verified on
+CALIBRATION_IMAGES, BATCH = 256, 64
+
+
+def apply(
+    trained: TrainedModel,
+    methods: Sequence[MethodSettings],
+    data: ImageData | None = None,
+    seed: int = 0,
+) -> TrainedModel:
+    """Compress a trained model, without training.
+
+    Args:
+        trained: As ``smallfry.load`` gives it; left as it is.
+        methods: Settings, in the order of their stages.
+        data: To calibrate with, as ``smallfry.data.load_data`` gives it; random pixels without it.
+        seed: Of what is random.
+
+    Returns:
+        The compressed model, whose ``save`` writes a run folder.
+
+    Raises:
+        UsageError: A method that needs training, or methods in the wrong order.
+
+    Example:
+        >>> import smallfry  # doctest: +SKIP
+        >>> from smallfry import compress  # doctest: +SKIP
+        >>> trained = smallfry.load("runs/a")  # doctest: +SKIP
+        >>> small = compress.apply(trained, [compress.Magnitude(sparsity=0.5)])  # doctest: +SKIP
+        >>> small.save("runs/b")  # doctest: +SKIP
+    """
+    batches = [trained.normalize(pixels) for pixels in _pixels(trained, data)]
+    model, spec = apply_to_model(
+        trained.model,
+        methods,
+        spec=trained.spec,
+        example=batches[0][:EXAMPLES],
+        batches=batches if data is not None else (),
+        seed=seed,
+    )
+    return trained.compressed(model, spec, [to_dict(each) for each in methods])
+
+
+def apply_to_model(
+    model: nn.Module,
+    methods: Sequence[MethodSettings],
+    *,
+    spec: ModelSpec = UNKNOWN,
+    example: Tensor | None = None,
+    batches: Iterable[Tensor] = (),
+    seed: int = 0,
+) -> tuple[nn.Module, ModelSpec]:
+    """Compress a copy of any model, without training.
+
+    Args:
+        model: Left as it is.
+        methods: Settings, in the order of their stages.
+        spec: Its identity, for the spec of the result.
+        example: A batch of inputs; needed by methods that cut channels or calibrate.
+        batches: More inputs to calibrate with.
+        seed: Of what is random.
+
+    Returns:
+        The compressed model in evaluation mode, and its spec.
+
+    Raises:
+        UsageError: A method that needs training, or methods in the wrong order.
+    """
+    training = [each.name for each in methods if each.trains]
+    if training:
+        raise UsageError(
+            f"'{training[0]}' acts while a model trains: take compress.Session in a loop of your "
+            "own, or methods in the configuration of a run"
+        )
+    small = deepcopy(model).eval()
+    inputs = torch.empty(0) if example is None else example
+    running = Running(methods, small, Setting(spec, inputs, batches, 0, seed))
+    return small, running.finish()
+
+
+def _pixels(trained: TrainedModel, data: ImageData | None) -> list[Tensor]:
+    """Batches of pixels: training images spread over the split, or noise."""
+    shape = (trained.channels, trained.image_size, trained.image_size)
+    if data is None:
+        noise = np.random.default_rng(0).integers(0, 256, (EXAMPLES, *shape), np.uint8)
+        return [torch.from_numpy(noise)]
+    count = min(CALIBRATION_IMAGES, len(data.train))
+    positions = torch.linspace(0, len(data.train) - 1, count).long()
+    return [data.train.take(part).images for part in positions.split(BATCH)]
+
+
+class Session:
+    """Methods in a training loop of one's own, with any optimizer.
+
+    Args:
+        model: The model that is trained; changed in place.
+        methods: Settings.
+        example: A batch of inputs.
+        steps: Optimizer steps there will be.
+        spec: Identity of the model, for the spec of the result.
+        batches: Inputs to calibrate with.
+        seed: Of what is random.
+
+    Example:
+        >>> import timm, torch, smallfry
+        >>> from smallfry import compress
+        >>> model = timm.create_model("vitrm_micro_patch4_8")
+        >>> images, labels = torch.randn(8, 1, 8, 8), torch.arange(8)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> session = compress.Session(model, [compress.RoundWeights(bits=8)], images, steps=1)
+        >>> session.attach(optimizer)
+        >>> loss = torch.nn.functional.cross_entropy(model(images), labels) + session.penalty()
+        >>> loss.backward()
+        >>> _ = optimizer.step()
+        >>> [each.kind for each in session.finish().transforms]
+        ['replace']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        methods: Sequence[MethodSettings],
+        example: Tensor,
+        steps: int,
+        *,
+        spec: ModelSpec = UNKNOWN,
+        batches: Iterable[Tensor] = (),
+        seed: int = 0,
+    ) -> None:
+        if steps < 1:
+            raise UsageError(f"steps must be at least 1, got {steps}")
+        self._running = Running(methods, model, Setting(spec, example, batches, steps, seed))
+        self._hooks: list[Any] = []
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Act before and after every step of an optimizer, until ``finish``."""
+        running = self._running
+        self._hooks += [
+            optimizer.register_step_pre_hook(lambda opt, *_: running.before_step(opt)),
+            optimizer.register_step_post_hook(lambda opt, *_: running.after_step(opt)),
+        ]
+
+    def penalty(self) -> Tensor | float:
+        """The methods' terms of the loss; 0.0 if none has one."""
+        penalty = self._running.penalty()
+        return 0.0 if penalty is None else penalty
+
+    def finish(self) -> ModelSpec:
+        """Make the model the compressed one and return its spec; optimizers are let go of."""
+        self.detach()
+        return self._running.finish()
+
+    def detach(self) -> None:
+        """Let go of the optimizers."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """State for a checkpoint."""
+        return self._running.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint of the same methods."""
+        self._running.load_state_dict(state)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.detach()

@@ -1,0 +1,1 @@
+"""Methods that give numbers fewer bits."""

@@ -1,0 +1,214 @@
+"""Methods: something done to a model while it trains, or once, that ends in a transform.
+
+A method's settings are a frozen dataclass, registered by name: at once the Python argument, the
+entry in YAML and that in the manifest. ``start`` of the settings gives the method itself, which has
+state. Methods run over any optimizer, through torch's hooks around a step.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from smallfry.errors import UsageError, nearest
+from smallfry.io.plugins import load_plugins, scan
+from smallfry.transforms.spec import ModelSpec, Transform
+
+PACKAGE = "smallfry.compress"
+T = TypeVar("T", bound=type)
+
+_methods: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Circumstances in which a method begins.
+
+    Args:
+        spec: Identity of the model.
+        example: A batch of inputs in the model's own dtype and device.
+        batches: Batches of training inputs to calibrate with, which can be read again; empty where
+            there is no data.
+        steps: Optimizer steps there will be; 0 for a method that acts once.
+        seed: Of what is random.
+    """
+
+    spec: ModelSpec
+    example: Tensor
+    batches: Iterable[Tensor] = ()
+    steps: int = 0
+    seed: int = 0
+
+
+class Method:
+    """Method at work; this one does nothing, and others override what they need."""
+
+    def begin(self, model: nn.Module, setting: Setting) -> None:
+        """Prepare: calibrate, find groups, replace layers."""
+
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        """A term of the loss; None for none."""
+        return None
+
+    def before_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Act on gradients before step number ``step``, from 0."""
+
+    def after_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Act on weights after a step: project, mask, regrow."""
+
+    def finish(self, model: nn.Module) -> Transform | None:
+        """Rewrite the model in place and return the transform that its spec gets, if any."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """State for a checkpoint: tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state; ``begin`` comes before it."""
+
+
+@runtime_checkable
+class MethodSettings(Protocol):
+    """Settings of a method: a frozen dataclass of plain values.
+
+    Attributes:
+        name: Name in configurations and manifests.
+        trains: Whether it needs optimizer steps.
+    """
+
+    name: ClassVar[str]
+    trains: ClassVar[bool]
+
+    def start(self) -> Method:
+        """Make the method with these settings."""
+
+
+def register_method(kind: T) -> T:
+    """Register settings of a method by their ``name``; a decorator.
+
+    Raises:
+        UsageError: No frozen dataclass, or another method has the name.
+    """
+    parameters = getattr(kind, "__dataclass_params__", None)
+    if not is_dataclass(kind) or parameters is None or not parameters.frozen:
+        raise UsageError(f"{kind.__name__} must be a frozen dataclass")
+    name = kind.name  # type: ignore[attr-defined]
+    other = _methods.setdefault(name, kind)
+    if other is not kind and other.__qualname__ != kind.__qualname__:
+        raise UsageError(f"two methods are called '{name}': {other!r} and {kind!r}")
+    _methods[name] = kind
+    return kind
+
+
+def methods() -> dict[str, Any]:
+    """Settings of all methods by their names."""
+    scan(PACKAGE)
+    load_plugins()
+    return dict(_methods)
+
+
+def to_dict(settings: MethodSettings) -> dict[str, dict[str, Any]]:
+    """Settings as an entry of a configuration: ``{"low_rank": {"keep": 0.5}}``."""
+    each: Any = settings
+    return {settings.name: {f.name: getattr(each, f.name) for f in fields(each)}}
+
+
+def from_dict(content: Any) -> MethodSettings:
+    """Settings in an entry of a configuration: a name, or a name with values.
+
+    Raises:
+        UsageError: An unknown method, or settings that it does not have.
+    """
+    if isinstance(content, str):
+        content = {content: {}}
+    if not isinstance(content, Mapping) or len(content) != 1:
+        raise UsageError(f"a method is NAME or NAME: {{SETTING: VALUE}}, not {content!r}")
+    ((name, values),) = content.items()
+    known = methods()
+    if name not in known:
+        raise UsageError(f"there is no method '{name}'{nearest(str(name), known)}")
+    values = {} if values is None else values
+    names = [field.name for field in fields(known[name])]
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{name}: expected settings by their names, got {values!r}")
+    for key in values:
+        if key not in names:
+            raise UsageError(f"{name} has no setting '{key}'{nearest(str(key), names)}")
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    try:
+        settings: MethodSettings = known[name](**values)
+    except TypeError as error:
+        raise UsageError(f"{name}: {error}") from error
+    return settings
+
+
+class Running:
+    """Methods at work on one model, in their order.
+
+    Args:
+        settings: Of the methods.
+        model: Changed in place.
+        setting: Circumstances; its spec is that of the model.
+    """
+
+    def __init__(
+        self, settings: Sequence[MethodSettings], model: nn.Module, setting: Setting
+    ) -> None:
+        self.model, self.spec, self.step = model, setting.spec, 0
+        self.settings = tuple(settings)
+        self._setting = setting
+        self._started = [each.start() for each in settings]
+        self._late = [not each.trains for each in settings]
+        for method, late in zip(self._started, self._late, strict=True):
+            if not late:
+                method.begin(model, setting)
+
+    def penalty(self) -> Tensor | None:
+        """The sum of their terms of the loss; None if none has one."""
+        terms = [term for m in self._training() if (term := m.penalty(self.model)) is not None]
+        return torch.stack(terms).sum() if terms else None
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Act before the optimizer's next step."""
+        for method in self._training():
+            method.before_step(optimizer, self.step)
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Act after it, and count it."""
+        for method in self._training():
+            method.after_step(optimizer, self.step)
+        self.step += 1
+
+    def finish(self) -> ModelSpec:
+        """Rewrite the model by each method in turn and return its new spec.
+
+        Raises:
+            UsageError: The transforms are in no order that a model can have.
+        """
+        for method, late in zip(self._started, self._late, strict=True):
+            if late:  # of the model as the ones before it leave it
+                method.begin(self.model, replace(self._setting, spec=self.spec))
+            transform = method.finish(self.model)
+            if transform is not None:
+                self.spec = self.spec.then(transform)
+        return self.spec
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step and states, for a checkpoint."""
+        return {"step": self.step, "methods": [m.state_dict() for m in self._training()]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            ValueError: It is of other methods.
+        """
+        self.step = int(state["step"])
+        for method, each in zip(self._training(), state["methods"], strict=True):
+            method.load_state_dict(each)
+
+    def _training(self) -> list[Method]:
+        return [m for m, late in zip(self._started, self._late, strict=True) if not late]
