@@ -102,8 +102,8 @@ def test_a_compressed_run_is_a_run(run, tmp_path):
 
 
 def test_methods_in_the_wrong_order_are_refused(run):
+    methods = [compress.RoundWeights(include=("head",)), compress.LowRank(smallest=1)]
     with pytest.raises(UsageError, match=r"comes before .*: the order is"):
-        methods = [compress.RoundWeights(include=("head",)), compress.LowRank(smallest=1)]
         compress.apply(load_run(run), methods)
 
 

@@ -107,7 +107,7 @@ def _pixels(trained: TrainedModel, data: ImageData | None) -> list[Tensor]:
         return [torch.from_numpy(noise)]
     count = min(CALIBRATION_IMAGES, len(data.train))
     positions = torch.linspace(0, len(data.train) - 1, count).long()
-    return [data.train.take(part).images for part in positions.split(BATCH)]
+    return [data.train.take(part).images for part in torch.split(positions, BATCH)]
 
 
 class Session:
