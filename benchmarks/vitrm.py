@@ -5,7 +5,8 @@
 Random 32×32 images, the paper's model, a training step (forward, loss, backward, AdamW) and
 inference. "plain" is the method as the paper writes it down: nn.MultiheadAttention, the whole
 block every time, dropout 0.1; tests/models/test_vitrm_plain.py proves smallfry equal to it.
-"savings alone" is smallfry with the products of matrices that PyTorch chooses itself. All
+"savings alone" is smallfry with the products of matrices that PyTorch chooses itself, as smallfry
+does on Intel's processors unless SMALLFRY_ONEDNN=1 is set. All
 contestants take turns in rounds, so that a machine that slows down slows all; ratios are medians
 over rounds of plain's time in the same round. "of peak" is relative to the fastest product of two
 2048×2048 matrices that PyTorch makes in that precision, by whatever library. Exit code 1: a wanted

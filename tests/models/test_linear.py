@@ -1,21 +1,62 @@
+import itertools
+
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.autograd import forward_ad
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.testing import assert_close
 
 from smallfry import cost
+from smallfry.curvature.symmetric import symmetric_product
+from smallfry.errors import UsageError
+from smallfry.kernels import onednn
+from smallfry.models import ViTRM
 from smallfry.models.linear import Linear
 
 LEADS = [(), (5,), (2, 7), (2, 1, 3)]
+
+
+@pytest.fixture(autouse=True)
+def products(monkeypatch):
+    """Products of oneDNN, on every processor, each of them noted."""
+    made, multiply = [], onednn._MULTIPLY
+
+    def noted(*operands):
+        made.append(operands)
+        return multiply(*operands)
+
+    monkeypatch.setattr(onednn, "_PREFERRED", True)
+    monkeypatch.setattr(onednn, "_MULTIPLY", noted)
+    return made
 
 
 def both(bias=True):
     ours, theirs = Linear(6, 4, bias=bias), nn.Linear(6, 4, bias=bias)
     ours.load_state_dict(theirs.state_dict())
     return ours, theirs
+
+
+def test_intel_keeps_mkl_and_a_variable_decides_otherwise():
+    intel, amd = "vendor_id\t: GenuineIntel", "vendor_id\t: AuthenticAMD"
+    assert [onednn.prefers_onednn(None, text) for text in (intel, amd)] == [False, True]
+    assert onednn.prefers_onednn("", amd)
+    assert onednn.prefers_onednn("1", intel)
+    assert not onednn.prefers_onednn("0", amd)
+    with pytest.raises(UsageError, match="SMALLFRY_ONEDNN is 0 or 1, not 'yes'"):
+        onednn.prefers_onednn("yes", amd)
+
+
+def test_without_preference_values_are_those_of_torch_to_the_bit(products, monkeypatch):
+    monkeypatch.setattr(onednn, "_PREFERRED", False)
+    ours, theirs = both()
+    rows = torch.randn(5, 6)
+    assert torch.equal(ours(rows), theirs(rows))
+    assert products == []
 
 
 @settings(max_examples=20, deadline=None)
@@ -72,3 +113,91 @@ def test_an_export_holds_an_ordinary_linear_layer(strict):
     ours, _ = both()
     program = torch.export.export(ours.eval(), (torch.zeros(5, 6),), strict=strict)
     assert {str(node.target) for node in program.graph.nodes} >= {"aten.linear.default"}
+
+
+class Wrapper(torch.Tensor):
+    """A tensor that knows its values only through the operators that it is given, as torchao's."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, operator, types, operands, settings=None):
+        if "mkldnn" in str(operator):
+            raise NotImplementedError(operator)
+
+        def plain(value):
+            return value.inner if isinstance(value, cls) else value
+
+        result = operator(*map(plain, operands), **(settings or {}))
+        return cls(result) if operator is torch.ops.aten.detach.default else result
+
+
+@pytest.mark.parametrize("wrapped", [("weight",), ("bias",), ("weight", "bias")])
+def test_subclasses_of_tensors_make_their_own_products(wrapped, products):
+    ours, theirs = both()
+    rows = torch.randn(5, 6)
+    wanted = theirs(rows)
+    for name in wrapped:
+        given = getattr(ours, name).detach()
+        setattr(ours, name, nn.Parameter(Wrapper(given), requires_grad=False))
+    assert torch.equal(ours(rows), wanted)
+    plain, _ = both()
+    assert_close(plain(Wrapper(rows)), nn.functional.linear(rows, plain.weight, plain.bias))
+    assert products == []
+    plain(rows)
+    assert len(products) == 1
+
+
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_distributed_tensors_train_as_plain_ones_do(mesh, products):
+    ours, theirs = both()
+    rows = torch.randn(5, 6)
+    theirs(rows).square().sum().backward()
+    for name, value in list(ours.named_parameters()):
+        setattr(ours, name, nn.Parameter(distribute_tensor(value.detach(), mesh, [Shard(0)])))
+    out = ours(distribute_tensor(rows, mesh, [Replicate()]))
+    assert isinstance(out, DTensor)
+    out.square().sum().backward()
+    for mine, other in itertools.zip_longest(ours.parameters(), theirs.parameters()):
+        assert_close(mine.grad.full_tensor(), other.grad)
+    assert products == []
+
+
+def test_a_sharded_vitrm_takes_a_step(mesh):
+    from torch.distributed.fsdp import fully_shard
+
+    sizes = {"embed_dim": 16, "num_heads": 2, "mlp_hidden_dim": 8, "depth": 1, "drop_rate": 0.0}
+    whole = ViTRM(8, 4, 1, **sizes)
+    shared = ViTRM(8, 4, 1, **sizes)
+    shared.load_state_dict(whole.state_dict())
+    fully_shard(shared, mesh=mesh)
+    images = torch.randn(3, 1, 8, 8)
+    for model in (whole, shared):
+        model(images).square().sum().backward()
+    for mine, other in zip(shared.parameters(), whole.parameters(), strict=True):
+        if other.grad is not None:
+            assert_close(mine.grad.full_tensor(), other.grad)
+
+
+def test_curvature_takes_the_products_of_subclasses_as_they_are(products):
+    rows = torch.randn(1, 7, 5)
+    wanted = symmetric_product(rows, rows)
+    assert len(products) == 1
+
+    class Named(torch.Tensor):
+        pass
+
+    named = rows.as_subclass(Named)
+    assert_close(symmetric_product(named, named).as_subclass(torch.Tensor), wanted)
+    assert len(products) == 1

@@ -16,7 +16,7 @@ from smallfry.demo.answers import MOST_BYTES, Shown
 from smallfry.demo.examples import Example
 from smallfry.demo.thinking import moments_of
 from smallfry.demo.view import STYLE
-from smallfry.models import ViTRM
+from smallfry.models import LatentRecursive, Recursive
 from smallfry_runtime.images import MOST_PIXELS
 
 FRONT = Path(gr.__file__).parent / "templates" / "frontend"
@@ -75,7 +75,7 @@ def build_page(models: Sequence[Shown], examples: Sequence[Example] = ()) -> gr.
         examples: Images to try.
     """
     headings = name_models(models)
-    recursive = any(isinstance(shown.trained.model, ViTRM) for shown in models)
+    recursive = any(isinstance(shown.trained.model, Recursive) for shown in models)
     with gr.Blocks(
         title=f"smallfry demo: {' and '.join(headings)}", analytics_enabled=False
     ) as page:
@@ -133,7 +133,9 @@ def name_models(models: Sequence[Shown]) -> list[str]:
 
 
 def _panel(number: int, shown: Shown, heading: str) -> tuple[gr.Slider, gr.HTML]:
-    last = moments_of(shown.trained.model) - 1
+    model = shown.trained.model
+    last = moments_of(model) - 1
+    kind = "Latent" if isinstance(model, LatentRecursive) else "Recursion"
     with gr.Column(elem_classes="sf-panel", elem_id=f"sf-panel-{number}"):
         gr.HTML(_heading(shown, heading))
         slider = gr.Slider(
@@ -141,7 +143,7 @@ def _panel(number: int, shown: Shown, heading: str) -> tuple[gr.Slider, gr.HTML]
             max(last, 1),
             value=max(last, 1),
             step=1,
-            label=f"Latent steps of {heading}",
+            label=f"{kind} steps of {heading}",
             visible=last > 0,
             elem_id=f"sf-slider-{number}",
         )
@@ -155,9 +157,10 @@ def _heading(shown: Shown, heading: str) -> str:
     facts = (
         f"{parameters:,} parameters, {len(shown.trained.classes)} classes, {size} × {size} pixels"
     )
-    if isinstance(model, ViTRM):
+    if isinstance(model, Recursive):
         steps = model.recursion_steps
         facts += f", {steps} recursion {'step' if steps == 1 else 'steps'}"
+    if isinstance(model, LatentRecursive):
         facts += f" of {model.latent_steps} latent steps"
     return (
         f'<div class="sf"><h2>{escape(heading)}</h2>'

@@ -9,11 +9,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from smallfry.models import RecursionStep, ViTRM
+from smallfry.models import LatentRecursive, RecursionStep, Recursive
 from smallfry.models.attention import (
     Attended,
+    attention_layers,
     attention_on_image,
     watch_attention,
     why_no_rollout,
@@ -57,7 +58,7 @@ class Thought(NamedTuple):
     pixels: NDArray[np.uint8]  # as the model sees them, (channels, size, size)
     moments: tuple[Moment, ...]  # of a model that does not recur, one
     answer: int  # which moment is the model's answer; what follows it never saw training
-    latent_steps: int  # in a recursion step; 0 if it does not recur
+    latent_steps: int  # in a recursion step; 0 if there are none, as where it does not recur
     no_gaze: str  # why there is no attention to show; "" if there is
     timing: Timing
 
@@ -67,7 +68,7 @@ def think(trained: TrainedModel, pixels: NDArray[np.uint8], runs: int = 5) -> Th
     """Follow a model's thinking on one image.
 
     A recursive model is followed through ``steps_to_follow`` recursion steps, asked for its answer
-    after every latent step.
+    after every latent step, or after every recursion step if it has no latent steps.
 
     Args:
         trained: The model.
@@ -77,7 +78,7 @@ def think(trained: TrainedModel, pixels: NDArray[np.uint8], runs: int = 5) -> Th
     model = trained.model
     images = trained.normalize(torch.from_numpy(pixels[None].copy()))
     no_gaze = why_no_rollout(model)
-    if not isinstance(model, ViTRM):
+    if not isinstance(model, Recursive):
         logits = forward(model, images)[0]
         times = _timed(_clock_whole(model, images) for _ in range(runs))
         moment = Moment(0, 0, _shares(logits), None, None, median(times[0]))
@@ -85,9 +86,9 @@ def think(trained: TrainedModel, pixels: NDArray[np.uint8], runs: int = 5) -> Th
     steps = steps_to_follow(model)
     followed = list(_follow(model, images, steps, look=not no_gaze))
     times = _timed(_clock_steps(model, images, steps) for _ in range(runs))
-    moments = []
+    latent_steps, moments = _latent_steps(model), []
     for i, (step, gaze) in enumerate(followed):
-        recursion, thought = _place(i, model.latent_steps)
+        recursion, thought = _place(i, latent_steps)
         moments.append(
             Moment(
                 recursion,
@@ -98,30 +99,42 @@ def think(trained: TrainedModel, pixels: NDArray[np.uint8], runs: int = 5) -> Th
                 median(times[recursion - 1]) if recursion else None,
             )
         )
-    answer = model.recursion_steps * model.latent_steps
-    return Thought(pixels, tuple(moments), answer, model.latent_steps, no_gaze, _timing(times))
+    answer = model.recursion_steps * latent_steps if latent_steps else model.recursion_steps - 1
+    return Thought(pixels, tuple(moments), answer, latent_steps, no_gaze, _timing(times))
 
 
 def moments_of(model: torch.nn.Module) -> int:
     """How many moments ``think`` gives of a model."""
-    return 1 + steps_to_follow(model) * model.latent_steps if isinstance(model, ViTRM) else 1
+    if not isinstance(model, Recursive):
+        return 1
+    latent_steps = _latent_steps(model)
+    return 1 + steps_to_follow(model) * latent_steps if latent_steps else steps_to_follow(model)
+
+
+def _latent_steps(model: Recursive) -> int:
+    """Latent steps in a recursion step; 0 of a model without them."""
+    return model.latent_steps if isinstance(model, LatentRecursive) else 0
 
 
 def _follow(
-    model: ViTRM, images: Tensor, steps: int, look: bool
+    model: Recursive, images: Tensor, steps: int, look: bool
 ) -> Iterator[tuple[RecursionStep, Gaze | None]]:
     """Every answer with what was looked at for it."""
-    layers = len(model.blocks)
+    if not look:
+        yield from ((step, None) for step in answers(model, images, steps))
+        return
+    assert isinstance(model, nn.Module)
+    latent_steps, layers = _latent_steps(model), attention_layers(model)
     thoughts: list[list[Attended]] = []
     with watch_attention(model) as seen:
         for i, step in enumerate(answers(model, images, steps)):
             thought, answer = seen[:-layers], seen[-layers:]
             seen.clear()
-            if _place(i, model.latent_steps)[1] == 1:
+            if _place(i, latent_steps)[1] == 1:
                 thoughts.clear()
             thoughts += [thought] if thought else []
             gaze = None
-            if look and thoughts:
+            if thoughts:
                 patches = model.embed(images).shape[1]
                 gaze = _gaze(attention_on_image(thoughts, answer, patches)[0])
             yield step, gaze
@@ -129,6 +142,8 @@ def _follow(
 
 def _place(moment: int, latent_steps: int) -> tuple[int, int]:
     """The recursion step of a moment, and the latent steps taken in it; (0, 0) before the first."""
+    if not latent_steps:
+        return moment + 1, 0
     done, thought = divmod(moment - 1, latent_steps)
     return (done + 1, thought + 1) if moment else (0, 0)
 
@@ -146,7 +161,7 @@ def _shares(logits: Tensor) -> tuple[float, ...]:
 # Time
 
 
-def _clock_steps(model: ViTRM, images: Tensor, steps: int) -> list[float]:
+def _clock_steps(model: Recursive, images: Tensor, steps: int) -> list[float]:
     """Milliseconds from the pixels to the answer of each recursion step, as early exit computes."""
     begin, times = perf_counter(), []
     x, state = model.embed(images), model.initial_state(len(images))

@@ -104,7 +104,7 @@ def show_error(message: str) -> str:
 
 def classes_to_show(thought: Thought) -> list[int]:
     """The classes that come up most once the image is seen, as the answer orders them."""
-    seen = thought.moments[1:] or thought.moments
+    seen = thought.moments[bool(thought.latent_steps) :]
     peaks = np.array([moment.probabilities for moment in seen]).max(axis=0)
     shown = np.argsort(-peaks, kind="stable")[:SHOWN].tolist()
     answer = thought.moments[thought.answer].probabilities
@@ -118,9 +118,9 @@ def _where(thought: Thought, moment: int) -> str:
     if not now.recursion:
         where = "Before the first look at the image"
     else:
-        where = (
-            f"Recursion step {now.recursion}, latent step {now.thought} of {thought.latent_steps}"
-        )
+        where = f"Recursion step {now.recursion}"
+        if thought.latent_steps:
+            where += f", latent step {now.thought} of {thought.latent_steps}"
     if moment == thought.answer:
         return f"<strong>{where}: the model’s answer</strong>"
     return f"{where} (beyond its training)" if moment > thought.answer else where
@@ -222,12 +222,24 @@ def _latency(thought: Thought, now: Moment) -> str:
 # The curve
 
 
+def _recursions(thought: Thought) -> list[tuple[float, float, str]]:
+    """Each recursion step: the moments of its mark and of its name, and the name."""
+    last, latent = len(thought.moments) - 1, thought.latent_steps
+    if not latent:  # a moment is a recursion step
+        return [(i, i, f"{i + 1}{'*' * (i > thought.answer)}") for i in range(last + 1)]
+    word = "recursion " if last <= 4 * latent else ""
+    return [
+        (start, start + latent / 2, f"{word}{start // latent + 1}{'*' * (start >= thought.answer)}")
+        for start in range(0, last, latent)
+    ]
+
+
 def _curve(thought: Thought, moment: int, shown: list[int], classes: Sequence[str]) -> str:
     """Class probabilities and halting over all moments, with a line where we are."""
     moments, bottom = thought.moments, HEIGHT - BOTTOM
     last = len(moments) - 1
 
-    def x(i: int) -> float:
+    def x(i: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * i / last
 
     def y(share: float) -> float:
@@ -247,16 +259,11 @@ def _curve(thought: Thought, moment: int, shown: list[int], classes: Sequence[st
         f'<text x="{LEFT - 6}" y="{y(s) + 4:.1f}" text-anchor="end">{s:.0%}</text>'
         for s in (0, 0.5, 1)
     ]
-    word = "recursion " if last <= 4 * thought.latent_steps else ""
-    for start in range(0, last, thought.latent_steps):
-        number = start // thought.latent_steps + 1
-        middle = x(start) + (x(thought.latent_steps) - LEFT) / 2
-        beyond = "*" if start >= thought.answer else ""
+    for start, middle, name in _recursions(thought):
         marks.append(
             f'<line x1="{x(start):.1f}" x2="{x(start):.1f}" y1="{TOP}" y2="{bottom}" '
             f'stroke="{quiet}"/>'
-            f'<text x="{middle:.1f}" y="{HEIGHT - 8}" text-anchor="middle">'
-            f"{word}{number}{beyond}</text>"
+            f'<text x="{x(middle):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{name}</text>'
         )
     marks.append(
         f'<line x1="{x(moment):.1f}" x2="{x(moment):.1f}" y1="{TOP - 6}" y2="{bottom}" '
@@ -270,8 +277,9 @@ def _curve(thought: Thought, moment: int, shown: list[int], classes: Sequence[st
     if len(halting) == len(moments):
         lines.append(line(halting, "--halt", ' stroke-dasharray="5 4"'))
     best = max(range(len(classes)), key=lambda c: moments[-1].probabilities[c])
+    kind = "latent" if thought.latent_steps else "recursion"
     says = (
-        f"Probabilities of {', '.join(classes[c] for c in shown)}, and halting, after each latent "
+        f"Probabilities of {', '.join(classes[c] for c in shown)}, and halting, after each {kind} "
         f"step; in the end {classes[best]} with {moments[-1].probabilities[best]:.1%}"
     )
     note = ""

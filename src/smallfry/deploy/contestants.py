@@ -33,7 +33,7 @@ from smallfry.deploy.memory import MODEL, WEIGHTS
 from smallfry.deploy.pretrained import gather
 from smallfry.deploy.quantize import quantize
 from smallfry.errors import ExportError, SmallfryError
-from smallfry.models import ViTRM
+from smallfry.models import Recursive
 from smallfry.training.run import TrainedModel
 from smallfry_runtime.early_exit import most_thrifty
 from smallfry_runtime.manifest import GRAPHS, MANIFEST, Manifest
@@ -138,7 +138,7 @@ def of_run(
             yield from _exported(name, whole, at, precision, threads)
     if "exit" not in forms:
         return
-    if not isinstance(trained.model, ViTRM) or trained.model.recursion_steps < 2:
+    if not isinstance(trained.model, Recursive) or trained.model.recursion_steps < 2:
         yield LeftOut(name, "early exit", "the model takes one recursion step, or none")
         return
     anytime = trace(run, "anytime", checkpoint, *data)

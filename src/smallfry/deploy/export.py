@@ -33,7 +33,7 @@ from smallfry.deploy.quantization_report import write_report
 from smallfry.deploy.quantize import quantize
 from smallfry.errors import ExportError, SmallfryError, SmallfryWarning, UsageError
 from smallfry.io.replace import replacing
-from smallfry.models import ViTRM
+from smallfry.models import Recursive
 from smallfry.training.evaluation import forward
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.run import TrainedModel
@@ -222,7 +222,7 @@ def _report(traced: Traced, folder: Path, precision: str) -> None:
 
 
 def _form(model: nn.Module, form: str | None) -> str:
-    recursive = isinstance(model, ViTRM)
+    recursive = isinstance(model, Recursive)
     if form is None:
         return "anytime" if recursive and _steps(model) > 1 else "whole"
     if form not in ("whole", "anytime"):
@@ -236,7 +236,7 @@ def _form(model: nn.Module, form: str | None) -> str:
 
 
 def _steps(model: nn.Module) -> int:
-    return model.recursion_steps if isinstance(model, ViTRM) else 1
+    return model.recursion_steps if isinstance(model, Recursive) else 1
 
 
 def _data(
@@ -273,7 +273,7 @@ def _data(
 def _graphs(trained: TrainedModel, form: str) -> list[Graph]:
     images = _images(trained)
     if form == "anytime":
-        assert isinstance(trained.model, ViTRM)
+        assert isinstance(trained.model, Recursive)
         return anytime_graphs(trained.model, images)
     return [whole_graph(trained.model, images)]
 
@@ -305,7 +305,7 @@ def _manifest(
         mean=tuple(sample["mean"]),
         std=tuple(sample["std"]),
         bit_depth=trained.bit_depth,
-        recursion_steps=_steps(trained.model) if isinstance(trained.model, ViTRM) else None,
+        recursion_steps=_steps(trained.model) if isinstance(trained.model, Recursive) else None,
         training=dict(facts),
         license=license,
         source={"weights": weights_digest(trained.model)},

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from smallfry.errors import ExportError
-from smallfry.models import State, ViTRM
+from smallfry.models import LatentRecursive, RecursionStep, Recursive
+from smallfry.models.contract import replace_tensors, tensors
 
 __all__ = ["OPSET", "Graph", "anytime_graphs", "exported_program", "to_onnx", "whole_graph"]
 
@@ -32,7 +33,8 @@ class Graph(NamedTuple):
 
     name: str
     module: nn.Module
-    arguments: dict[str, Tensor]
+    arguments: dict[str, Tensor | tuple[Tensor, ...]]
+    inputs: tuple[str, ...]  # names of the arguments' tensors
     outputs: tuple[str, ...]
 
 
@@ -51,7 +53,7 @@ class Plain(nn.Module):
 class Whole(nn.Module):
     """Images to the logits (batch, steps, classes) and halting (batch, steps) of every step."""
 
-    def __init__(self, model: ViTRM) -> None:
+    def __init__(self, model: Recursive) -> None:
         super().__init__()
         self.model = model
 
@@ -63,60 +65,120 @@ class Whole(nn.Module):
 
 
 class Embed(nn.Module):
-    """Images to their tokens x and the state that the recursion starts from."""
+    """Images to what every step reads, and to the tensors of the state that they start from."""
 
-    def __init__(self, model: ViTRM) -> None:
+    def __init__(self, model: Recursive) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (batch, patches, dim), y (batch, 1, dim), z (batch, latents, dim)."""
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """x, and the state: of ViTRM, y (batch, 1, dim) and z (batch, latents, dim)."""
         state = self.model.initial_state(images.shape[0])
-        return self.model.embed(images), state.y, state.z
+        return self.model.embed(images), *tensors(state)
 
 
 class Step(nn.Module):
-    """One recursion step."""
+    """One recursion step.
 
-    def __init__(self, model: ViTRM) -> None:
+    Args:
+        model: The model.
+        state: Any state of it, for its kind.
+    """
+
+    def __init__(self, model: Recursive, state: Any) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.state = model, state
 
-    def forward(self, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The next y and z."""
-        state = self.model.step(x, State(y, z)).state
-        return state.y, state.z
+    def forward(
+        self, x: Tensor, y: Tensor, z: Tensor | None = None, others: tuple[Tensor, ...] = ()
+    ) -> tuple[Tensor, ...]:
+        """The tensors of the next state; of this one y is the first, and z the second if any."""
+        before = replace_tensors(self.state, [y, *([] if z is None else [z]), *others])
+        return tuple(tensors(self.model.step(x, before).state))
 
 
 class ReadOut(nn.Module):
-    """What the heads read off y."""
+    """The heads' outputs of the first tensor of a state.
 
-    def __init__(self, model: ViTRM) -> None:
+    Args:
+        model: The model.
+        state: Any state of it, for its kind.
+    """
+
+    def __init__(self, model: LatentRecursive, state: Any) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.state = model, state
 
     def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (batch, classes) and the halting probability (batch,)."""
-        step = self.model.read_out(State(y, y))
+        others = tensors(self.state)[1:]
+        step = self.model.read_out(replace_tensors(self.state, [y, *(y for _ in others)]))
         return step.logits, step.halt_logits.sigmoid()
+
+
+class WithAnswer(nn.Module):
+    """A recursive model whose answer is a part of its state, its first tensor.
+
+    So a model that gives its answer only as it takes a step has a state to read it off.
+    """
+
+    def __init__(self, model: Recursive, classes: int) -> None:
+        super().__init__()
+        self.model, self.classes = model, classes
+
+    def embed(self, images: Tensor) -> Tensor:
+        """The model's own."""
+        return self.model.embed(images)
+
+    def initial_state(self, batch_size: int) -> tuple[Tensor, Any]:
+        """No answer yet, and the model's state."""
+        state = self.model.initial_state(batch_size)
+        return tensors(state)[0].new_zeros(batch_size, self.classes + 1), state
+
+    def step(self, x: Tensor, state: tuple[Tensor, Any]) -> RecursionStep:
+        """The model's step, whose logits and halting logit join the state."""
+        step = self.model.step(x, state[1])
+        answer = torch.cat([step.logits, step.halt_logits[:, None]], dim=1)
+        return step._replace(state=(answer, step.state))
+
+
+class ReadAnswer(nn.Module):
+    """The answer in a state of ``WithAnswer``."""
+
+    def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (batch, classes) and the halting probability (batch,)."""
+        return y[:, :-1], y[:, -1].sigmoid()
 
 
 def whole_graph(model: nn.Module, images: Tensor) -> Graph:
     """The whole model as one graph; a recursive one with what it says after every step."""
-    if isinstance(model, ViTRM):
-        return Graph("model", Whole(model), {"images": images}, ("logits", "halting"))
-    return Graph("model", Plain(model), {"images": images}, ("logits",))
+    given: dict[str, Any] = {"images": images}
+    if isinstance(model, Recursive):
+        return Graph("model", Whole(model), given, (*given,), ("logits", "halting"))
+    return Graph("model", Plain(model), given, (*given,), ("logits",))
 
 
-def anytime_graphs(model: ViTRM, images: Tensor) -> list[Graph]:
+def anytime_graphs(model: Recursive, images: Tensor) -> list[Graph]:
     """The model in three graphs, for whoever decides after each step whether to go on."""
     with torch.inference_mode():
-        x, state = model.embed(images), model.initial_state(len(images))
-    x, y, z = (tensor.detach().clone() for tensor in (x, *state))
+        x = model.embed(images)
+        if isinstance(model, LatentRecursive):
+            state = model.initial_state(len(images))
+            read_out: nn.Module = ReadOut(model, state)
+        else:
+            logits = model.step(x, model.initial_state(len(images))).logits
+            model = cast(Recursive, WithAnswer(model, logits.shape[1]))
+            state, read_out = model.initial_state(len(images)), ReadAnswer()
+    x, *parts = (tensor.detach().clone() for tensor in (x, *tensors(state)))
+    names = ("y", "z", *(f"z{number}" for number in range(2, len(parts))))[: len(parts)]
+    following = tuple(f"next_{name}" for name in names)
+    given: dict[str, Any] = {"x": x} | dict(zip(names[:2], parts, strict=False))
+    if parts[2:]:
+        given["others"] = (*parts[2:],)
     return [
-        Graph("embed", Embed(model), {"images": images}, ("x", "y", "z")),
-        Graph("step", Step(model), {"x": x, "y": y, "z": z}, ("next_y", "next_z")),
-        Graph("read_out", ReadOut(model), {"y": y}, ("logits", "halting")),
+        Graph("embed", Embed(model), {"images": images}, ("images",), ("x", *names)),
+        Graph("step", Step(model, state), given, ("x", *names), following),
+        Graph("read_out", read_out, {"y": parts[0]}, ("y",), ("logits", "halting")),
     ]
 
 
@@ -127,7 +189,10 @@ def exported_program(graph: Graph) -> torch.export.ExportedProgram:
         ExportError: A module that can't be traced, or only for one size of batch.
     """
     batch = torch.export.Dim("batch", min=1)
-    shapes = {name: {0: batch} for name in graph.arguments}
+    shapes = {
+        name: {0: batch} if isinstance(given, Tensor) else tuple({0: batch} for _ in given)
+        for name, given in graph.arguments.items()
+    }
     try:
         with _quiet():
             return torch.export.export(
@@ -151,7 +216,7 @@ def to_onnx(graph: Graph, program: torch.export.ExportedProgram) -> onnx.ModelPr
             translated = torch.onnx.export(
                 program,
                 dynamo=True,
-                input_names=list(graph.arguments),
+                input_names=list(graph.inputs),
                 output_names=list(graph.outputs),
                 opset_version=OPSET,
                 verbose=False,

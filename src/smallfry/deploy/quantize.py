@@ -109,11 +109,14 @@ def measured_ranges(
         recursion_steps: How often ``step`` is applied.
 
     Returns:
-        For each graph a list for each time that it is applied, in order of execution.
+        For each graph with products a list for each time that it is applied, in order of
+        execution.
     """
     found = {}
     for name, batches in _inputs(graphs, images, recursion_steps).items():
         model, weights = _with_ranges(graphs[name])
+        if not weights:  # a graph that multiplies nothing
+            continue
         run = ort.InferenceSession(model).run
         said = np.array([run(None, batch) for batch in batches])
         times = recursion_steps if name in ("step", "read_out") else 1
@@ -174,14 +177,16 @@ def _inputs(
     seen: dict[str, list[dict[str, Floats]]] = {first: batches}
     if first == "model":
         return seen
-    run = {name: ort.InferenceSession(graph).run for name, graph in graphs.items()}
+    sessions = {name: ort.InferenceSession(graph) for name, graph in graphs.items()}
+    run = {name: session.run for name, session in sessions.items()}
+    names = [entry.name for entry in sessions["step"].get_inputs()]
     seen |= {"step": [], "read_out": []}
     for batch in batches:
-        x, y, z = run["embed"](None, batch)
+        x, *state = run["embed"](None, batch)
         for _ in range(recursion_steps):
-            seen["step"].append({"x": x, "y": y, "z": z})
-            y, z = run["step"](None, seen["step"][-1])
-            seen["read_out"].append({"y": y})
+            seen["step"].append(dict(zip(names, (x, *state), strict=True)))
+            state = run["step"](None, seen["step"][-1])
+            seen["read_out"].append({"y": state[0]})
     return seen
 
 

@@ -15,11 +15,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from smallfry.models.contract import LatentRecursive
 from smallfry.models.layers import EVERY, Attention
-from smallfry.models.vitrm import ViTRM
-from smallfry.models.vitrm_plus import ViTRMPlus
 
-__all__ = ["Attended", "attention_on_image", "rollout", "watch_attention", "why_no_rollout"]
+__all__ = [
+    "Attended",
+    "attention_layers",
+    "attention_on_image",
+    "rollout",
+    "watch_attention",
+    "why_no_rollout",
+]
 
 
 class Attended(NamedTuple):
@@ -28,6 +34,11 @@ class Attended(NamedTuple):
     weights: Tensor  # (batch, kept, context + tokens), averaged over heads; each row sums to 1
     kept: slice  # which of the tokens were given
     context: int  # further rows that were attended to, in front of the tokens
+
+
+def attention_layers(model: nn.Module) -> int:
+    """Number of a model's attention layers: calls of ``watch_attention`` in one latent step."""
+    return sum(isinstance(module, Attention) for module in model.modules())
 
 
 @contextmanager
@@ -57,18 +68,13 @@ def watch_attention(model: nn.Module) -> Iterator[list[Attended]]:
 def why_no_rollout(model: nn.Module) -> str:
     """Why attention rollout says nothing about a model; "" where it does.
 
-    It needs a recursive model whose tokens meet in attention and nowhere else.
+    It needs a recursive model whose tokens meet in attention and nowhere else; such a model has
+    ``why_no_rollout``, its own reason.
     """
-    if not isinstance(model, ViTRM):
+    why: str | None = getattr(model, "why_no_rollout", None)
+    if why is None or not isinstance(model, LatentRecursive):
         return "it has no prediction token that looks again and again"
-    if isinstance(model, ViTRMPlus):
-        if model.injection == "add":
-            return "it adds the image to its memory, so no attention tells them apart"
-        if any("depthwise" in name for name, _ in model.named_modules()):
-            return "its tokens also meet in convolutions, which attention does not show"
-        if model.pool != "y":
-            return "its answer is an average of the memory, not what one token attends to"
-    return ""
+    return why
 
 
 def rollout(layers: Sequence[Attended]) -> Tensor:

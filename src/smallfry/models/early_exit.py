@@ -1,11 +1,12 @@
 """Early exit: an image leaves the recursion once the model holds its answer for right."""
 
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from smallfry.models.vitrm import State, ViTRM
+from smallfry.models.contract import Recursive, map_tensors
 from smallfry_runtime.early_exit import require_threshold
 
 __all__ = ["Exit", "recurse_until"]
@@ -20,7 +21,9 @@ class Exit(NamedTuple):
 
 
 @torch.no_grad()
-def recurse_until(model: ViTRM, images: Tensor, threshold: float, most: int | None = None) -> Exit:
+def recurse_until(
+    model: Recursive, images: Tensor, threshold: float, most: int | None = None
+) -> Exit:
     """Recur on each image until its halting probability passes a threshold.
 
     Images that have finished leave the batch, so that nothing more is computed for them.
@@ -45,7 +48,7 @@ def recurse_until(model: ViTRM, images: Tensor, threshold: float, most: int | No
         left = left[going]
         if len(left) == 0:
             break
-        step = model.step(x[left], State(*(tensor[going] for tensor in step.state)))
+        step = model.step(x[left], map_tensors(itemgetter(going), step.state))
         logits[left], halt_logits[left] = step.logits, step.halt_logits
         steps[left] = number
     return Exit(logits, halt_logits, steps)

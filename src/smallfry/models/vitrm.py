@@ -25,9 +25,10 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from smallfry.models.contract import RecursionStep
 from smallfry.models.layers import EVERY, Layer, Tokens, end_to_end
 
-__all__ = ["RecursionStep", "State", "ViTRM"]
+__all__ = ["State", "ViTRM"]
 
 FIRST, LAST = slice(0, 1), slice(-1, None)
 
@@ -50,14 +51,6 @@ class Sight(NamedTuple):
 
     rows: list[Tokens]  # x in joint attention, else empty
     context: list[Tensor | None]  # for each layer its projection of x in cross-attention, else None
-
-
-class RecursionStep(NamedTuple):
-    """A state and what the heads read off it."""
-
-    state: State  # y and z behind the step
-    logits: Tensor  # (batch, num_classes)
-    halt_logits: Tensor  # (batch,); their sigmoid is the probability that the answer is right
 
 
 class ViTRM(nn.Module):
@@ -135,6 +128,7 @@ class ViTRM(nn.Module):
         self.recursion_steps = recursion_steps
         self.cross_attention = cross_attention
         self.grad_checkpointing = False
+        self.why_no_rollout = ""  # see attention.py
         attn_drop_rate = drop_rate if attn_drop_rate is None else attn_drop_rate
 
         self.patch_embed: nn.Module = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)

@@ -107,6 +107,7 @@ class ViTRMPlus(ViTRM):
 
         self.injection, self.pool = injection, pool
         self.drop_path, self.random_depth = drop_path, random_depth
+        self.why_no_rollout = _why_no_rollout(injection, depthwise, pool)
         if tokenizer == "conv":
             self.patch_embed = conv_tokenizer(channels, dim, patch_size)
         if positions == "rotary":
@@ -172,6 +173,16 @@ class ViTRMPlus(ViTRM):
 def _draw(most: int) -> int:
     """1 to ``most``, from torch's random state on the CPU, so that resumed runs draw the same."""
     return int(torch.randint(1, most + 1, ()))
+
+
+def _why_no_rollout(injection: str, depthwise: bool, pool: str) -> str:
+    if injection == "add":
+        return "it adds the image to its memory, so no attention tells them apart"
+    if depthwise:
+        return "its tokens also meet in convolutions, which attention does not show"
+    if pool != "y":
+        return "its answer is an average of the memory, not what one token attends to"
+    return ""
 
 
 def _norm(kind: str, dim: int) -> nn.Module:

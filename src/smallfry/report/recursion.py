@@ -7,26 +7,35 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from smallfry.models import RecursionStep, ViTRM
+from smallfry.models import LatentRecursive, RecursionStep, Recursive
 from smallfry.report.figure import COLOURS, GREY, new_figure, plain, save, show_image, style
 
 MOST_LINES = 100  # classes of an image
 
 
 class Trace(NamedTuple):
-    """What a model would answer after 0, 1, 2, … latent steps."""
+    """The answers of a model as it recurs, in the order of ``answers``."""
 
-    probabilities: Tensor  # (1 + latent steps, images, classes)
-    halting: Tensor  # (1 + latent steps, images)
+    probabilities: Tensor  # (answers, images, classes)
+    halting: Tensor  # (answers, images)
 
 
-def steps_to_follow(model: ViTRM) -> int:
+def steps_to_follow(model: Recursive) -> int:
     """Recursion steps worth showing: those of its training, and a second one if that was one."""
     return max(2, model.recursion_steps)
 
 
-def answers(model: ViTRM, images: Tensor, steps: int) -> Iterator[RecursionStep]:
-    """What a model would answer after 0, 1, 2, … latent steps; see ``trace_recursion``."""
+def answers(model: Recursive, images: Tensor, steps: int) -> Iterator[RecursionStep]:
+    """Answers of a model after 0, 1, 2, … latent steps; without those, after each recursion step.
+
+    Args:
+        model: In evaluation mode.
+        images: Normalised, (images, channels, size, size).
+        steps: Recursion steps to follow.
+    """
+    if not isinstance(model, LatentRecursive):
+        yield from model.recurse(images, steps)
+        return
     x = model.embed(images)
     state = model.initial_state(len(images))
     yield model.read_out(model.answer(state))
@@ -39,14 +48,8 @@ def answers(model: ViTRM, images: Tensor, steps: int) -> Iterator[RecursionStep]
 
 
 @torch.inference_mode()
-def trace_recursion(model: ViTRM, images: Tensor, steps: int) -> Trace:
-    """Ask a model for its answer after every latent step.
-
-    Args:
-        model: In evaluation mode.
-        images: Normalised, (images, channels, size, size).
-        steps: Recursion steps to follow.
-    """
+def trace_recursion(model: Recursive, images: Tensor, steps: int) -> Trace:
+    """Collect ``answers`` of a model, with the same arguments."""
     asked = list(answers(model, images, steps))
     return Trace(
         torch.stack([step.logits.softmax(dim=1) for step in asked]),
@@ -55,7 +58,7 @@ def trace_recursion(model: ViTRM, images: Tensor, steps: int) -> Trace:
 
 
 def recursion_trace(
-    model: ViTRM,
+    model: Recursive,
     inputs: Tensor,
     images: Tensor,
     labels: Tensor,
@@ -77,11 +80,14 @@ def recursion_trace(
     steps = steps_to_follow(model)
     trace = trace_recursion(model, inputs, steps)
     probabilities, halting = trace.probabilities.numpy(), trace.halting.numpy()
-    times = range(len(probabilities))
+    is_latent = isinstance(model, LatentRecursive)
+    a_step = model.latent_steps if isinstance(model, LatentRecursive) else 1
+    kind = "latent step" if is_latent else "recursion step"
+    times = range(len(probabilities)) if is_latent else range(1, 1 + len(probabilities))
     count = len(inputs)
     with style():
         figure = new_figure(10, 1.75 * count + 0.6)
-        figure.suptitle("what the model would answer after each latent step")
+        figure.suptitle(f"what the model would answer after each {kind}")
         grid = figure.subplots(count, 2, squeeze=False, width_ratios=[1, 6])
         for i in range(count):
             show_image(grid[i][0], images[i])
@@ -95,13 +101,13 @@ def recursion_trace(
                 axes.plot(times, probabilities[:, i, c], color=colour, label=classes[c], marker=".")
             axes.plot(times, halting[:, i], color="black", linestyle="--", label="halting")
             if trained < steps:
-                axes.axvline(trained * model.latent_steps, color=GREY, linewidth=0.8)
+                axes.axvline(trained * a_step, color=GREY, linewidth=0.8)
             axes.set_ylim(-0.03, 1.03)
-            axes.set_xlim(0, len(times) - 1)
+            axes.set_xlim(times[0], times[-1])
             axes.set_xticks(list(times))
             axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
             axes.tick_params(labelbottom=i == count - 1)
-        note = "latent steps"
+        note = f"{kind}s"
         if trained < steps:
             note += f" (grey line: where the model stops; it recurs {trained} × in use)"
         grid[-1][1].set_xlabel(note)

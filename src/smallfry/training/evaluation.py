@@ -14,7 +14,7 @@ from torchmetrics.functional.classification import (
 
 from smallfry.data import Split
 from smallfry.errors import RunError, UsageError
-from smallfry.models import ViTRM
+from smallfry.models import Recursive
 from smallfry.models.early_exit import recurse_until
 from smallfry.report.confusion import macro_f1
 from smallfry.training.augment import Normalize
@@ -72,7 +72,7 @@ def forward(
     Raises:
         UsageError: Early exit from a model that does not recur.
     """
-    if not isinstance(model, ViTRM):
+    if not isinstance(model, Recursive):
         if exit_threshold is not None:
             raise UsageError(f"{type(model).__name__} does not recur: it has no early exit")
         return model(images), None, None

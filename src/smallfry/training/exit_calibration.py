@@ -1,13 +1,11 @@
 """What a model would say after each recursion step, for the calibration of early exit."""
 
-from typing import Any
-
 import torch
 from torch import nn
 
 from smallfry.data import Split
 from smallfry.errors import UsageError
-from smallfry.models import ViTRM
+from smallfry.models import Recursive
 from smallfry.training.augment import Normalize
 from smallfry_runtime.early_exit import Trace, warn_of_few
 
@@ -19,7 +17,7 @@ def trace(model: nn.Module, split: Split, normalize: Normalize, batch_size: int 
     Raises:
         UsageError: A model that takes one step, or none.
     """
-    if not isinstance(model, ViTRM) or model.recursion_steps < 2:
+    if not isinstance(model, Recursive) or model.recursion_steps < 2:
         raise UsageError(
             "early exit needs a model with several recursion steps; train one with "
             "--objective.supervision_steps 4 --model.recursion_steps 4"
@@ -27,12 +25,12 @@ def trace(model: nn.Module, split: Split, normalize: Normalize, batch_size: int 
     if len(split) == 0:
         raise UsageError("early exit needs validation images to calibrate its threshold on")
     warn_of_few(len(split))
-    device: Any = model.y_init.device
+    weight = next(model.parameters())
     right, halting = [], []
     for rows, labels in zip(
         torch.split(split.rows, batch_size), torch.split(split.labels, batch_size), strict=True
     ):
-        steps = model.eval().recurse(normalize(split.pixels[rows]).to(device, model.y_init.dtype))
+        steps = model.eval().recurse(normalize(split.pixels[rows]).to(weight.device, weight.dtype))
         right.append(torch.stack([s.logits.argmax(1).cpu() == labels for s in steps]))
         halting.append(torch.stack([s.halt_logits.float().sigmoid().cpu() for s in steps]))
     return Trace(torch.cat(right, dim=1).numpy(), torch.cat(halting, dim=1).numpy())

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smallfry.errors import UsageError
+from smallfry.models import Recursive
+from smallfry.models.contract import map_tensors
 from smallfry.training.config import ObjectiveConfig
 
 
@@ -116,7 +118,7 @@ class DeepSupervision:
         return {"logits": "categorical", "halt_logits": "bernoulli"}
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """One recursion step of a model that has ``advance(images, state)``, as ViTRM."""
+        """One recursion step of a recursive model."""
         return _Advance(model)
 
     def __call__(self, prepared: nn.Module, batch: Batch) -> Iterator[Step]:
@@ -135,7 +137,7 @@ class DeepSupervision:
                 step.halt_logits.detach().sigmoid(),
                 last=number == self.supervision_steps,
             )
-            state = step.state.detach()
+            state = map_tensors(Tensor.detach, step.state)
 
 
 class _Advance(nn.Module):
@@ -152,7 +154,7 @@ class _Advance(nn.Module):
 
 def build_objective(config: ObjectiveConfig, model: nn.Module) -> Objective:
     """The objective that a configuration names, for this model."""
-    recursive = hasattr(model, "advance")
+    recursive = isinstance(model, Recursive)
     name = config.name
     if name == "auto":
         name = "deep_supervision" if recursive else "cross_entropy"

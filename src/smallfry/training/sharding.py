@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from smallfry.models import Recursive
 from smallfry.training.config import EMAConfig
 from smallfry.training.optimization import average_decay
 
@@ -23,7 +24,7 @@ def shard(prepared: nn.Module, mesh: Any) -> nn.Module:
     A recursive model calls parts of its blocks as well as blocks, and is one unit.
     """
     over = mesh["data_parallel"]
-    recursive = any(hasattr(module, "advance") for module in prepared.modules())
+    recursive = any(isinstance(module, Recursive) for module in prepared.modules())
     for module in () if recursive else list(_blocks(prepared)):
         fully_shard(module, mesh=over)
     fully_shard(prepared, mesh=over)

@@ -24,7 +24,7 @@ from smallfry.errors import (
 )
 from smallfry.io.signals import keeping
 from smallfry.io.terminal import command
-from smallfry.models import ViTRM
+from smallfry.models import Recursive
 from smallfry.report.classification import confusion_matrix, mistakes, surest_mistakes
 from smallfry.report.curves import learning_curves
 from smallfry.report.recursion import interesting, recursion_trace
@@ -426,7 +426,7 @@ def draw_run(
     mistakes(
         split.take(wrong).images, logits[wrong], labels[wrong], classes, pictures / "mistakes.png"
     )
-    if isinstance(trained.model, ViTRM):
+    if isinstance(trained.model, Recursive):
         shown = split.take(interesting(logits, labels))
         recursion_trace(
             trained.model.cpu(),
