@@ -26,9 +26,9 @@ from smallfry.arguments import (
     verb_parsers,
 )
 from smallfry.errors import SmallfryError, Stopped, UsageError, is_out_of_memory, refusal
+from smallfry.io.console import CleanConsole
 from smallfry.io.signals import Signalled, raising, second_ends
 from smallfry.io.terminal import (
-    CleanConsole,
     CleanFormatter,
     command,
     escape_unencodable,

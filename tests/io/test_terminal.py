@@ -13,7 +13,8 @@ from rich.text import Text
 import smallfry
 import smallfry_runtime
 from smallfry import cli
-from smallfry.io.terminal import CleanConsole, CleanFormatter, say
+from smallfry.io.console import CleanConsole
+from smallfry.io.terminal import CleanFormatter, say
 
 SOURCES = [Path(package.__file__).parent for package in (smallfry, smallfry_runtime)]
 NASTY = "a\x1b]0;owned\x07\u202e[red]b"
