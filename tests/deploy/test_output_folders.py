@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 from dying import moments
 
-from smallfry import cli
+from smallfry.cli import benchmark
 from smallfry.deploy import export as exports
 from smallfry.deploy import pretrained
 from smallfry.errors import ExportError, SmallfryError
@@ -67,7 +67,9 @@ def verb(request, monkeypatch):
     monkeypatch.setattr("smallfry.deploy.benchmark.measure", lambda *_: None)
     monkeypatch.setattr(deployment, "write_report", lambda _, new: pretend(new, names, content))
     monkeypatch.setattr(deployment, "print_tables", lambda *_: None)
-    return Verb(lambda folder: cli.benchmark(["run"], folder), names)
+    return Verb(
+        lambda folder: benchmark.run(benchmark.Options(models=("run",), folder=folder)), names
+    )
 
 
 def neighbours(place):
