@@ -58,24 +58,18 @@ def read(arguments: Sequence[str]) -> Command:
         UsageError: A word or setting that is unknown or invalid.
         SystemExit: It asked for help, the version or the configuration, which is printed.
     """
-    summaries = dict.fromkeys(verb_names(), "")
-    name, rest = _subcommand(arguments, "verb", summaries, ())
-    verb = load_verb(name)
-    chosen, table = _choices(verb.module.Options)
-    words, presets = [name], frozenset[str]()
-    if chosen:
-        purposes = {each: choice.purpose for each, choice in table.items()}
-        name, rest = _subcommand(rest, chosen, purposes, (verb.name,))
-        words.append(name)
-        presets = frozenset(preset for preset in table[name].presets if f"--{preset}" in rest)
-    form = _form(tuple(words), presets)
+    words, rest = _words(arguments)
+    verb = load_verb(words[0])
+    choice = _choices(verb.module.Options)[1][words[1]] if len(words) > 1 else None
+    presets = frozenset(each for each in (choice.presets if choice else ()) if f"--{each}" in rest)
+    form = _form(words, presets)
     rest = expand_shorthand(rest, form.types)
     parsed = _parsed(form, rest, " ".join(words))
-    for preset in table[name].presets if chosen else ():
+    for preset in choice.presets if choice else ():
         if parsed[preset] and preset not in presets:
             raise UsageError(f"a file can't set {preset}; give it on the command line: --{preset}")
     marked = {entry.metadata.get(ROLE): entry for entry in fields(form.kind)}
-    special: dict[str | None, Any] = {"choice": name}
+    special: dict[str | None, Any] = {"choice": words[-1]}
     if "given" in marked and parsed[marked["given"].metadata["beside"]] is not None:
         special["given"] = _given(form, rest)
     options = _instance(form, form.kind, parsed, special)
@@ -112,6 +106,17 @@ def expand_shorthand(arguments: Sequence[str], options: Iterable[str]) -> list[s
 
 
 # Verbs and subcommands
+
+
+def _words(arguments: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
+    """The verb, with its subcommand if it has some, and what follows."""
+    name, rest = _subcommand(arguments, "verb", dict.fromkeys(verb_names(), ""), ())
+    kind, choices = _choices(load_verb(name).module.Options)
+    if not choices:
+        return (name,), rest
+    purposes = {each: choice.purpose for each, choice in choices.items()}
+    chosen, rest = _subcommand(rest, kind, purposes, (name,))
+    return (name, chosen), rest
 
 
 def _subcommand(
