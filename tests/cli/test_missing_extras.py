@@ -1,5 +1,6 @@
 """A missing package is reported in one line, with the command that installs it."""
 
+import ast
 import subprocess
 import sys
 import tomllib
@@ -12,7 +13,6 @@ from smallfry.cli._extras import install_for
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-HARD = ("torch", "timm", "numpy", "safetensors", "wrapt", "smallfry-runtime", "onnxruntime", "PIL")
 BLOCKED = """
 import sys
 from importlib import metadata
@@ -75,7 +75,9 @@ def test_debug_shows_where_a_package_is_missing():
         ("lightning", "'smallfry[train]'"),
         ("sklearn", "'smallfry[train]'"),
         ("onnxscript", "'smallfry[export]'"),
+        ("onnx_ir", "'smallfry[export]'"),
         ("gradio", "'smallfry[demo]'"),
+        ("uvicorn", "'smallfry[demo]'"),
         ("pytorch_optimizer", "'smallfry[peers]'"),
         ("safetensors", "safetensors"),
         ("wonderful", None),
@@ -83,6 +85,21 @@ def test_debug_shows_where_a_package_is_missing():
 )
 def test_the_smallest_extra_with_a_package_is_named(module, install):
     assert install_for(module, requirements()) == install
+
+
+def test_every_package_that_smallfry_imports_is_one_that_can_be_named():
+    modules = set()
+    for file in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                modules.add((node.module or "").partition(".")[0])
+    foreign = modules - sys.stdlib_module_names - {"smallfry", "smallfry_runtime"}
+    assert foreign > {"torch", "lightning", "onnx"}
+    device = tomllib.loads((ROOT / "runtime" / "pyproject.toml").read_text())["project"]
+    known = [*requirements(), *device["dependencies"]]
+    assert [module for module in sorted(foreign) if install_for(module, known) is None] == []
 
 
 def test_a_verb_without_its_extra_ends_in_one_line(monkeypatch, capsys):

@@ -5,8 +5,12 @@ from collections import defaultdict
 from collections.abc import Iterable
 from importlib import metadata
 
-# packages whose name to pip is not that of their module
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "PyYAML", "PIL": "pillow"}
+# modules that pip knows by another name, or that another package brings
+DISTRIBUTIONS = {
+    **{"sklearn": "scikit-learn", "yaml": "PyYAML", "PIL": "pillow"},
+    "onnx_ir": "onnxscript",
+    **dict.fromkeys(("anyio", "fastapi", "starlette", "uvicorn"), "gradio"),
+}
 
 
 def explain_missing(error: ModuleNotFoundError) -> str | None:
