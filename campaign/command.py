@@ -11,8 +11,6 @@ from jsonargparse import ArgumentParser, Namespace
 
 from smallfry import cli
 
-cli.build_parser = functools.cache(cli.build_parser)  # which takes half a second
-
 
 def _defaults_once(real: Callable[..., Namespace]) -> Callable[..., Namespace]:
     """A third of the time of reading settings goes into working out the same defaults."""

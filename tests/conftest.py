@@ -1,4 +1,3 @@
-import functools
 import os
 import signal
 import warnings
@@ -10,13 +9,11 @@ import torch
 from grey_pictures import draw_nothing
 
 import smallfry  # noqa: F401  registers the models
-from smallfry import cli
 from smallfry.errors import SmallfryWarning
 from smallfry.training import train as training
 
 DRAW_RUN = training.draw_run
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever started the tests, such as nohup
-cli.build_parser = functools.cache(cli.build_parser)  # which takes a quarter of a second
 
 
 @pytest.fixture(autouse=True)

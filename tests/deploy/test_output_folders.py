@@ -16,15 +16,15 @@ from typing import NamedTuple
 import pytest
 from dying import moments
 
-from smallfry import cli
+from smallfry.cli import benchmark
 from smallfry.deploy import export as exports
 from smallfry.deploy import pretrained
 from smallfry.errors import ExportError, SmallfryError
 from smallfry.io import replace
-from smallfry.io.replace import _prefix, recover, replacing
+from smallfry.io.replace import recover, replacing
 from smallfry.report import deployment
 from smallfry_runtime.manifest import FILES, GRAPHS, Manifest, read_export
-from smallfry_runtime.stages import interrupted
+from smallfry_runtime.stages import interrupted, prefix_of
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="it forks")
 SUFFIXES = (".old", ".new", ".tmp", ".part", ".previous", "~")
@@ -67,7 +67,9 @@ def verb(request, monkeypatch):
     monkeypatch.setattr("smallfry.deploy.benchmark.measure", lambda *_: None)
     monkeypatch.setattr(deployment, "write_report", lambda _, new: pretend(new, names, content))
     monkeypatch.setattr(deployment, "print_tables", lambda *_: None)
-    return Verb(lambda folder: cli.benchmark(["run"], folder), names)
+    return Verb(
+        lambda folder: benchmark.run(benchmark.Options(models=("run",), folder=folder)), names
+    )
 
 
 def neighbours(place):
@@ -221,7 +223,7 @@ def test_all_files_of_an_export_are_known(run, tmp_path):
 
 
 def test_a_reader_hears_of_a_replacement_that_was_killed(tmp_path):
-    stage = tmp_path / f"{_prefix(tmp_path / 'x')}1"
+    stage = tmp_path / f"{prefix_of(tmp_path / 'x')}1"
     (stage / "old").mkdir(parents=True)
     assert interrupted(tmp_path / "x")
     with pytest.raises(ExportError, match="no such export folder; a process that replaced it was"):

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from markdown_it import MarkdownIt
 
 from smallfry import cli
-from smallfry.arguments import expand_shorthand
+from smallfry.cli._parser import read
 from smallfry.training.config import read_config
 from smallfry_runtime.__main__ import main as run_export
 
@@ -121,9 +121,8 @@ def check(command: list[str]) -> None:
     """
     program, *arguments = command
     if program == "smallfry":
-        arguments = expand_shorthand(arguments)
         with suppress(SystemExit):  # of --help and --print_config, once they have printed
-            cli.build_parser("--short" in arguments).parse_args(arguments)
+            read(arguments)
     elif program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         asked = {argument for argument in arguments if "=" not in argument}  # not ARGS=…

@@ -12,8 +12,10 @@ from rich.text import Text
 
 import smallfry
 import smallfry_runtime
-from smallfry import cli
-from smallfry.io.terminal import CleanConsole, CleanFormatter, say
+from smallfry.cli import benchmark, export, main, share, study
+from smallfry.cli._messages import log_to_stderr
+from smallfry.io.console import CleanConsole
+from smallfry.io.terminal import CleanFormatter, say
 
 SOURCES = [Path(package.__file__).parent for package in (smallfry, smallfry_runtime)]
 NASTY = "a\x1b]0;owned\x07\u202e[red]b"
@@ -89,33 +91,31 @@ def test_colours_and_moving_bars_are_as_richs_own():
 def test_a_log_line_is_cleaned():
     record = logging.LogRecord("smallfry", logging.INFO, "", 0, "into %s", (NASTY,), None)
     assert harmless(CleanFormatter("smallfry: %(message)s").format(record))
-    cli._log_to_stderr()
+    log_to_stderr()
     ours = [h for h in logging.getLogger("smallfry").handlers if type(h) is logging.StreamHandler]
     for handler in ours:
         assert isinstance(handler.formatter, CleanFormatter)
 
 
 def test_verbs_that_write_show_names_as_text(monkeypatch, tmp_path, capsys):
-    from smallfry.deploy import export, pretrained
+    from smallfry.deploy import pretrained
     from smallfry.report import deployment
-    from smallfry.studies import study
-    from smallfry.studies.config import ParetoConfig
 
     folder = tmp_path / NASTY
-    monkeypatch.setattr(export, "export", lambda *_: folder)
+    monkeypatch.setattr("smallfry.deploy.export.export", lambda *_: folder)
     monkeypatch.setattr(pretrained, "save_pretrained", lambda *_, **__: folder)
-    monkeypatch.setattr(study, "run_study", lambda *_: folder / "report.html")
-    for verb in (
-        lambda: cli.export("run", folder),
-        lambda: cli.share("run", folder),
-        lambda: cli.study("pareto", ParetoConfig()),
+    monkeypatch.setattr("smallfry.studies.study.run_study", lambda *_: folder / "report.html")
+    for verb, options in (
+        (export, export.Options(run="run", to=folder)),
+        (share, share.Options(run="run", to=folder)),
+        (study, study.Options(study="pareto")),
     ):
-        assert verb() == 0
+        assert verb.run(options) == 0
         assert harmless(capsys.readouterr().out)
     monkeypatch.setattr("smallfry.deploy.benchmark.measure", lambda *_: None)
     monkeypatch.setattr(deployment, "write_report", lambda *_: None)
     monkeypatch.setattr(deployment, "print_tables", lambda *_: None)
-    assert cli.benchmark(["run"], folder) == 0
+    assert benchmark.run(benchmark.Options(models=("run",), folder=folder)) == 0
     assert harmless(capsys.readouterr().out)
 
 
@@ -130,7 +130,7 @@ def test_errors_of_verbs_that_write_show_names_as_text(tmp_path, capsys):
         ["study", "pareto", "--folder", str(folder)],
         ["train", "--run", str(folder)],
     ):
-        assert cli.main(words) == 1
+        assert main(words) == 1
         assert harmless(capsys.readouterr().err)
     assert [entry.name for entry in folder.iterdir()] == [NASTY]
 

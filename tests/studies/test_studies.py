@@ -310,17 +310,21 @@ def test_latency_waits_for_whatever_accelerator(kind: str, monkeypatch: Any) -> 
 
 def test_the_short_form_takes_what_it_is_told(tmp_path: Path, monkeypatch: Any) -> None:
     told = []
-    monkeypatch.setattr("smallfry.cli.study", lambda *given: told.append(given) or 0)
+    monkeypatch.setattr("smallfry.cli.study.run", lambda options: told.append(options) or 0)
     short = ["study", "optimizer", "--short", "--folder", str(tmp_path)]
     assert main([*short, "--seeds", "1", "--epochs", "3", "--data.limit", "50"]) == 0
-    (name, config, folder) = told[0]
-    assert (name, folder) == ("optimizer", tmp_path)
+    config = told[0].settings
+    assert (told[0].study, told[0].folder) == ("optimizer", tmp_path)
     assert (config.data.name, config.data.limit, config.epochs) == ("digits", 50, 3)
     assert config.lr_factors == STUDIES["optimizer"].short["lr_factors"]
     assert main(["study", "optimizer", "--data", "cifar100"]) == 0
-    assert told[1][1] == OptimizersConfig(data=DataConfig("cifar100"))
+    assert told[1].settings == OptimizersConfig(data=DataConfig("cifar100"))
     assert main(["study", "autoencoder", "--short", "--seeds", "2"]) == 0
-    assert (told[2][1].seeds, told[2][1].seconds, told[2][1].problem) == (2, 4.0, "curves")
+    assert (told[2].settings.seeds, told[2].settings.seconds, told[2].settings.problem) == (
+        2,
+        4.0,
+        "curves",
+    )
 
 
 def test_a_file_can_not_ask_for_the_short_form(

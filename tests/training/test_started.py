@@ -135,13 +135,12 @@ def test_only_train_works_in_several_processes(environment, capsys):
 
 
 def test_processes_in_a_file_are_for_the_launcher_alone(environment, monkeypatch, tmp_path):
-    from smallfry import cli
     from smallfry.training import launch as launching
 
     file, seen = tmp_path / "config.yaml", []
     file.write_text("processes: 2\n")
     arguments = ["train", "--config", str(file)]
-    monkeypatch.setattr(cli, "train", lambda *_: seen.append("train") or 0)
+    monkeypatch.setattr("smallfry.cli.train.run", lambda _: seen.append("train") or 0)
     monkeypatch.setattr(
         launching, "run_in_processes", lambda given, n: seen.append((list(given), n)) or 0
     )

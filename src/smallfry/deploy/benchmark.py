@@ -5,9 +5,7 @@ stream of images, in an order that is shuffled once, so that an early exit meets
 """
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from smallfry.deploy.benchmark_config import BenchmarkConfig
 from smallfry.deploy.contestants import (
-    FORMS,
     PEER_PRECISIONS,
     Contestant,
     Input,
@@ -34,9 +32,8 @@ from smallfry.deploy.facts import without_paths
 from smallfry.deploy.latency import Latency, take_turns
 from smallfry.deploy.memory import Memory, measure_memory
 from smallfry.deploy.pretrained import load_trained
-from smallfry.errors import RunError, SmallfryError, UsageError, nearest
+from smallfry.errors import RunError, SmallfryError, UsageError
 from smallfry.training.augment import Normalize
-from smallfry.training.config import MOST_WORKERS
 from smallfry.training.evaluation import score_probabilities
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.provenance import provenance
@@ -48,41 +45,6 @@ log = logging.getLogger(__name__)
 
 RANDOM_IMAGES = 64  # where there are no others
 EVALUATED = 64  # images at a time
-
-
-@dataclass(frozen=True)
-class BenchmarkConfig:
-    """What is measured, and how.
-
-    Args:
-        batch_sizes: Images at a time.
-        threads: CPU threads of each contestant.
-        seconds: Of timed answers for each contestant and batch size, at least.
-        forms: Of a run: eager, compiled (PyTorch), float32, int8, int8_dynamic (ONNX Runtime), and
-            exit (early exit).
-        peers: Beside them a ViT, a ResNet and a CCT for the same images, untrained: no accuracy.
-        checkpoint: The weights of a run, best or last.
-    """
-
-    batch_sizes: tuple[int, ...] = (1, 16, 64)
-    threads: int = 1
-    seconds: float = 2.0
-    forms: tuple[str, ...] = FORMS
-    peers: bool = False
-    checkpoint: str = "best"
-
-    def __post_init__(self) -> None:
-        if not self.batch_sizes or min(self.batch_sizes) < 1:
-            raise UsageError(f"batch sizes must be at least 1, got {list(self.batch_sizes)}")
-        if self.threads < 1:
-            raise UsageError(f"threads must be at least 1, got {self.threads}")
-        if self.threads > MOST_WORKERS:
-            raise UsageError(f"threads must be at most {MOST_WORKERS}, got {self.threads}")
-        if not 0 < self.seconds < math.inf:
-            raise UsageError(f"seconds must be more than 0 and finite, got {self.seconds}")
-        for form in self.forms:
-            if form not in FORMS:
-                raise UsageError(f"unknown form '{form}'{nearest(form, FORMS)}")
 
 
 class Figures(NamedTuple):

@@ -41,7 +41,6 @@ from smallfry_runtime.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
-FORMS = ("eager", "compiled", "float32", "int8", "int8_dynamic", "exit")  # of a run
 PEERS = ("paper_vit_small_patch4_32", "resnet18_cifar", "cct_7_3x1_32")
 PRECISIONS = {"float32": "ONNX float32", "int8": "ONNX int8", "int8_dynamic": "ONNX int8 dynamic"}
 DROPS = (0.0, 0.003)  # shares of accuracy that early exit may cost on the calibration images
@@ -106,7 +105,7 @@ def of_run(
         run: As for ``export``.
         checkpoint: ``best`` or ``last``.
         folder: Where exports go, which stays as long as the contestants are used.
-        forms: Of ``FORMS``.
+        forms: Of ``FORMS`` in ``benchmark_config``.
         batch_sizes: That the compiled model is compiled for.
         threads: CPU threads of ONNX Runtime; PyTorch's are those of the process.
         data: Name and folder of other data to calibrate with than the run's.

@@ -22,8 +22,8 @@ from smallfry.data import ImageData
 from smallfry.deploy.facts import without_paths
 from smallfry.deploy.latency import take_turns
 from smallfry.deploy.quantize import CallRange, measured_ranges
+from smallfry.io.console import CleanConsole
 from smallfry.io.json import strict
-from smallfry.io.terminal import CleanConsole
 from smallfry.report.quantization import draw_ranges
 from smallfry.report.table import NONE, number
 from smallfry.training.evaluation import score_probabilities

@@ -4,11 +4,7 @@ import logging
 import shlex
 import sys
 import unicodedata
-from collections.abc import Iterable
 from typing import TextIO
-
-from rich.console import Console, ConsoleOptions, RenderableType
-from rich.segment import Segment
 
 KEPT = "\n\t"
 LONGEST = 1000  # characters of a message
@@ -20,17 +16,6 @@ def say(text: str, stream: TextIO | None = None) -> None:
     Text and line end are one write, so that lines of other threads do not get in between.
     """
     print(f"{printable(text)}\n", end="", file=stream or sys.stdout, flush=True)
-
-
-class CleanConsole(Console):
-    """A console of rich's that shows all text as ``printable``, in tables and bars too."""
-
-    def render(
-        self, renderable: RenderableType, options: ConsoleOptions | None = None
-    ) -> Iterable[Segment]:
-        """The pieces of what is printed; colours and movements of the cursor are rich's own."""
-        for segment in super().render(renderable, options):
-            yield segment if segment.control else segment._replace(text=printable(segment.text))
 
 
 class CleanFormatter(logging.Formatter):

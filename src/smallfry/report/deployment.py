@@ -18,9 +18,9 @@ from rich.text import Text
 
 from smallfry.deploy.benchmark import Benchmark, Figures
 from smallfry.errors import RunError
+from smallfry.io.console import CleanConsole
 from smallfry.io.json import strict
 from smallfry.io.replace import replacing
-from smallfry.io.terminal import CleanConsole
 from smallfry.report.axes import log_axis
 from smallfry.report.figure import COLOURS, GREY, new_figure, plain, save, style
 from smallfry.report.labels import draw_labels

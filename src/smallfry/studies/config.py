@@ -1,4 +1,4 @@
-"""What a study is told."""
+"""Settings of the studies."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,14 +15,14 @@ class RaceConfig:
     Args:
         problem: curves, mnist, faces, deep_linear, deep_linear_plain or convnet.
         root: Folder of the data; not needed for curves.
-        contestants: Who takes part; default all of the study.
-        seconds: Of training in each full run.
-        seeds: Full runs of everyone with the tuned, and with the default settings.
-        tuning_trials: Settings tried for everyone; 0 races the defaults only.
-        tuning_seconds: Of training in each of those.
-        fisher_seconds: Of the measurement of Fisher errors; 0 leaves it out.
+        contestants: Optimizers to race; default all of the study.
+        seconds: Training time of each full run.
+        seeds: Full runs of each contestant with the tuned, and with the default settings.
+        tuning_trials: Settings tried for each contestant; 0 races the defaults only.
+        tuning_seconds: Training time of each trial.
+        fisher_seconds: Time to measure Fisher errors; 0 leaves them out.
         processes: Trials at a time; default as many as there are cores, 1 on a GPU.
-        threads: CPU threads of each.
+        threads: CPU threads of each trial.
         device: Such as cpu or cuda.
     """
 
@@ -41,18 +41,18 @@ class RaceConfig:
 
 @dataclass(frozen=True)
 class RunsConfig:
-    """What all studies of training runs are told.
+    """Settings of all studies of training runs.
 
     Args:
         data: The data set.
-        epochs: Of every run; default the recipe's, on CIFAR the paper's 1000 and 300.
+        epochs: Epochs of every run; default the recipe's, on CIFAR the paper's 1000 and 300.
         seeds: Runs of each kind, with seeds 0, 1, ...
         select_on: The split that chooses the best epoch; test is the paper's protocol, and
             flatters (with data.validation 0 it trains on all training images, as there).
         device: auto, cpu, cuda or mps.
-        precision: Such as 32-true or bf16-mixed.
+        precision: Lightning Fabric's precision, such as 32-true or bf16-mixed.
         compile: Compile the training step.
-        threads: CPU threads; default as smallfry train.
+        threads: CPU threads; default that of smallfry train.
     """
 
     data: DataConfig = field(default_factory=lambda: DataConfig("cifar10"))
@@ -88,10 +88,10 @@ class BatchSizeConfig(RunsConfig):
 
 @dataclass(frozen=True)
 class RecursionConfig(RunsConfig):
-    """How much a ViTRM recurs.
+    """Recursion steps of a ViTRM.
 
     Args:
-        vitrm: The ViTRM that is studied.
+        vitrm: The ViTRM to study.
         latent_steps: Rewritings of the latent memory in a recursion step (n).
         supervision_steps: Recursion steps that a batch is trained on (N_sup).
         recursion_steps: Recursion steps at inference (T). All but the first are tried with one n
@@ -111,8 +111,8 @@ class OptimizersConfig(RunsConfig):
     """A ViTRM under many optimizers.
 
     Args:
-        vitrm: The ViTRM that is studied.
-        optimizers: Who takes part; adamw, muon and the natural-gradient ones.
+        vitrm: The ViTRM to study.
+        optimizers: Optimizers to compare: adamw, muon and the natural-gradient ones.
         lr_factors: Each is tried with these multiples of its usual learning rate; the epoch and
             the rate are chosen on the same split.
         batch_size: Images a step.
@@ -138,13 +138,13 @@ class OptimizersConfig(RunsConfig):
 
 @dataclass(frozen=True)
 class ParetoConfig(RunsConfig):
-    """Accuracy against what it costs.
+    """Accuracy against cost.
 
     Args:
         models: Names of the study's models, or of timm's.
         batch_size: Images a step of training.
-        latency_rounds: Times that each model answers one image, all models in turns.
-        latency_threads: CPU threads meanwhile.
+        latency_rounds: Timed images of each model; the models take turns.
+        latency_threads: CPU threads of the timed models.
     """
 
     models: tuple[str, ...] = (
@@ -179,13 +179,13 @@ RACE_SHORT: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class StudyKind:
-    """A study as the command knows it.
+    """A study.
 
     Args:
-        purpose: What it is.
-        config: What it is told.
-        defaults: Where it differs from the configuration's own defaults.
-        short: The settings of its short form.
+        purpose: Its line in the help.
+        config: Class of its settings.
+        defaults: Settings that differ from the defaults of the class.
+        short: Settings of the short form.
     """
 
     purpose: str

@@ -7,7 +7,7 @@ from statistics import fmean
 from types import TracebackType
 from typing import Any
 
-from smallfry.io.terminal import CleanConsole
+from smallfry.io.console import CleanConsole
 from smallfry.report.runs import Outcome
 from smallfry.studies.progress import Heartbeat, study_bar
 from smallfry.studies.recipes import Planned

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from smallfry.io.terminal import CleanConsole
+from smallfry.io.console import CleanConsole
 from smallfry.studies.contestants import CONTESTANTS
 from smallfry.studies.trial import Job
 from smallfry.training.progress import clock

@@ -1,4 +1,4 @@
-"""Everything that a training run is told, as typed, frozen data; the command and YAML mirror it."""
+"""Configuration of a training run: typed, frozen data that the command and YAML mirror."""
 
 import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -111,7 +111,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """What training images go through; evaluation sees them as they are.
+    """Augmentation of training images; those of evaluation stay as they are.
 
     Args:
         crop_padding: Random crop after padding by so many pixels; default an eighth of the side,
@@ -142,7 +142,7 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What is minimised.
+    """The loss, and the recursion steps that are trained.
 
     Args:
         name: deep_supervision (recursive models), cross_entropy (any), or auto for the first
@@ -165,7 +165,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How weights move.
+    """The optimizer and its settings.
 
     Args:
         name: kfac, ekfac, kpsvd, deflation, lanczos, kfac_corrected, two_level, sngd or exact_ng;
@@ -242,14 +242,14 @@ class TrainConfig:
     Args:
         data: The data set.
         model: The model.
-        augment: What training images go through.
-        objective: What is minimised.
-        optimizer: How weights move.
-        schedule: How the learning rate moves.
+        augment: Augmentation of the training images.
+        objective: The loss.
+        optimizer: The optimizer.
+        schedule: Schedule of the learning rate.
         ema: Averaging of the weights.
         epochs: Passes over the training images.
         batch_size: Images per step.
-        accumulate: Micro-batches that a batch is worked off in; memory falls, the step stays.
+        accumulate: Micro-batches of a batch; memory falls, the step stays the same.
         patience: Stop after so many epochs without a better selection; null never does.
         select_on: The split that chooses the best epoch. test is the paper's protocol, and
             flatters; the summary says which was used.

@@ -47,8 +47,8 @@ def require_changeable(names: Iterable[str]) -> None:
     for name in names:
         if name not in CHANGEABLE:
             raise UsageError(
-                f"--resume uses the run's own settings, and {name} can't change any more: leave it "
-                f"out (may be given: {', '.join(CHANGEABLE)}), or start a new run"
+                f"--resume uses the run's saved configuration, and {name} can't change any more: "
+                f"remove it (can change: {', '.join(CHANGEABLE)}), or start a new run"
             )
 
 

@@ -7,7 +7,8 @@ from typing import Literal, Protocol
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from smallfry.io.terminal import CleanConsole, say
+from smallfry.io.console import CleanConsole
+from smallfry.io.terminal import say
 
 Mode = Literal["auto", "rich", "plain", "quiet"]
 

@@ -16,11 +16,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from smallfry.arguments import build_parser, expand_home, given_settings
 from smallfry.cli import main
+from smallfry.cli._parser import expand_home, read
 from smallfry.training.config import TrainConfig
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = (
     "--model.options={embed_dim: 16, num_heads: 2, mlp_hidden_dim: 16, depth: 1, latent_steps: 1}"
 )
@@ -140,8 +140,8 @@ def test_an_ended_run_is_lengthened_even_to_the_default_number_of_epochs(run, tm
     assert "changed settings: epochs 1 → 2" in capsys.readouterr().out
     assert yaml.safe_load((longer / "config.yaml").read_text())["epochs"] == 2
     assert json.loads((longer / "summary.json").read_text())["measured"]["epochs"] == 2
-    given = given_settings(build_parser(), ["train", "--resume", "x", "--epochs", "50"])
-    assert given == {"epochs": 50}  # although it is the default
+    options = read(["train", "--resume", "x", "--epochs", "50"]).options
+    assert options.given == {"epochs": 50}  # although it is the default
 
 
 def test_what_is_printed_to_be_pasted_is_quoted(run, tmp_path, capsys):
@@ -312,7 +312,7 @@ def test_models_lists_what_they_cost(capsys):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ([], 2, "train, evaluate, export, benchmark, predict"),
+        ([], 2, "benchmark, demo, evaluate, export, models, predict"),
         (["trian"], 2, "did you mean 'train'"),
         (["train", "--epoch", "3"], 2, "train has no option 'epoch'; did you mean 'epochs'"),
         (["train", "--data.nmae=x"], 2, "did you mean 'data.name'"),

@@ -1,0 +1,96 @@
+"""From a command line to an exit code: reads it, runs the verb, and reports how that ended."""
+
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+
+from smallfry.cli._extras import explain_missing
+from smallfry.cli._messages import (
+    FAILED,
+    MISUSED,
+    complain,
+    log_to_stderr,
+    show_warning,
+    speak_for_all,
+)
+from smallfry.cli._parser import Command, expand_home, read
+from smallfry.errors import SmallfryError, Stopped, UsageError, is_out_of_memory, refusal
+from smallfry.io.signals import Signalled, raising, second_ends
+from smallfry.io.terminal import escape_unencodable, say
+from smallfry.training.started import is_launched, launch, rank
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line; the exit code.
+
+    Raises:
+        ModuleNotFoundError: Of a package that no extra of smallfry has.
+    """
+    arguments = expand_home(arguments)
+    escape_unencodable()
+    log_to_stderr()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # smallfry reports what is wrong
+        warnings.showwarning = show_warning  # type: ignore[assignment]
+        if "--debug" in arguments:
+            return _run(arguments)
+        try:
+            return _run(arguments)
+        except BrokenPipeError:  # the reader of the output has closed it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except KeyboardInterrupt as stop:
+            if isinstance(stop, Signalled):
+                return _stopped(stop)
+            say("smallfry: interrupted", sys.stderr)
+            return 128 + signal.SIGINT
+        except Stopped as stop:
+            return _stopped(stop)
+        except Exception as error:
+            return complain(_message(error), MISUSED if isinstance(error, UsageError) else FAILED)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    command = read(arguments)
+    if command.processes is not None and not is_launched():
+        from smallfry.training.launch import run_in_processes
+
+        return run_in_processes(arguments, command.processes)
+    with second_ends(speak_for_all), raising():
+        return _run_here(command)
+
+
+def _run_here(command: Command) -> int:
+    name, _, module = command.verb
+    if not command.parallel and (count := launch().processes) > 1:
+        if rank() > 0:
+            return MISUSED  # the first process reports it
+        raise UsageError(f"{name} works in one process, and {count} were started: start one")
+    code: int = module.run(command.options)
+    return code
+
+
+def _stopped(stop: Stopped | Signalled) -> int:
+    speak_for_all(str(stop))
+    return 128 + stop.signal_number
+
+
+def _message(error: Exception) -> Exception | str:
+    if isinstance(error, SmallfryError):
+        return error
+    if isinstance(error, ModuleNotFoundError) and (missing := explain_missing(error)):
+        return missing
+    if is_out_of_memory(error):
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        return (
+            f"out of memory ({reason}); take a smaller batch_size, accumulate, or a smaller "
+            "model; a saved run continues with --resume"
+        )
+    if isinstance(error, OSError) and (refused := refusal(error)) is not None:
+        return refused
+    return (
+        f"an error inside smallfry, {type(error).__name__}: {error}; "
+        "--debug shows where, please report it"
+    )

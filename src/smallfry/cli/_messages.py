@@ -1,0 +1,51 @@
+"""Exit codes of the command, and its messages on standard error, from one process of several."""
+
+import logging
+import os
+import sys
+from typing import Any
+
+from smallfry.io.terminal import CleanFormatter, printable, say, shortened
+from smallfry.training.started import rank
+
+FAILED, MISUSED = 1, 2  # exit codes; a run that a signal stopped gives 128 + its number
+CHATTY = (
+    *("lightning.fabric.utilities.distributed", "lightning.pytorch.utilities.rank_zero"),
+    *("datasets", "huggingface_hub"),
+)
+
+
+def complain(error: Exception | str, code: int) -> int:
+    """Print an error on one line; the code."""
+    program = f"smallfry (process {rank()})" if rank() else "smallfry"
+    say(shortened(printable(f"{program}: {error}")), sys.stderr)
+    return code
+
+
+def speak_for_all(message: str) -> None:
+    """Print a message in the first process only."""
+    if rank() == 0:
+        complain(message, 0)
+
+
+def show_warning(message: Warning | str, *_: Any) -> None:
+    """Print a warning, as ``warnings.showwarning``."""
+    if rank() == 0:
+        say(f"smallfry: warning: {message}", sys.stderr)
+
+
+def log_to_stderr() -> None:
+    """Print smallfry's log, and of other libraries' errors only."""
+    ours = logging.getLogger("smallfry")
+    if not ours.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(CleanFormatter("smallfry: %(message)s"))
+        ours.addHandler(handler)
+        ours.setLevel(logging.INFO)
+        ours.propagate = False
+    for chatty in CHATTY:
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hints of DDP, once for each process
+    if not sys.stderr.isatty():
+        for library in ("HF_DATASETS", "HF_HUB"):
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")

@@ -1,0 +1,77 @@
+"""Options that several verbs share."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from smallfry.cli._fields import option
+from smallfry.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneRun:
+    """A trained model.
+
+    Args:
+        run: A run folder, a checkpoint folder in one, a shared folder, or hf_hub:USER/NAME.
+        checkpoint: The weights of the best epoch, or of the last step.
+    """
+
+    run: str
+    checkpoint: Literal["best", "last"] = "best"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AsJson:
+    """The form of the output.
+
+    Args:
+        json: Print JSON.
+    """
+
+    json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherData:
+    """Other data than that of the run.
+
+    Args:
+        name: A data set or a folder; its test split is taken, or all of it if it has none.
+        root: Folder of a named data set.
+    """
+
+    name: str | None = None
+    root: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyExit:
+    """Early exit from the recursion; at most one of these.
+
+    Args:
+        exit_drop: Exit as soon as that costs at most this share of accuracy on the validation
+            split, such as 0.003.
+        exit_steps: Exit at this average of recursion steps on the validation split; excludes
+            exit_drop.
+    """
+
+    exit_drop: float | None = option(metavar="SHARE")
+    exit_steps: float | None = option(metavar="MEAN")
+
+    def __post_init__(self) -> None:
+        names = [name for name in vars(self) if name.startswith("exit_")]
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UsageError(f"{given[0]} excludes {given[1]}: give one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Licensed:
+    """The license of what is given away.
+
+    Args:
+        license: License of the weights (SPDX id), such as Apache-2.0; default none.
+    """
+
+    license: str | None = None

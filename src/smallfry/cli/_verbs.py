@@ -1,0 +1,35 @@
+"""The verbs of the command: every module of this package without a leading underscore."""
+
+import pkgutil
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Verb(NamedTuple):
+    """A verb.
+
+    Attributes:
+        name: Such as ``train``.
+        summary: Its line in the help, the first of the module's docstring.
+        module: It has ``Options``, a frozen dataclass, and ``run(options) -> int``.
+    """
+
+    name: str
+    summary: str
+    module: Any
+
+
+def verb_names() -> list[str]:
+    """Return the names of all verbs in alphabetical order; nothing is imported for it."""
+    found = pkgutil.iter_modules([str(Path(__file__).parent)])
+    return sorted(module.name for module in found if not module.name.startswith("_"))
+
+
+@cache
+def load_verb(name: str) -> Verb:
+    """Import a verb's module."""
+    module = import_module(f"{__package__}.{name}")
+    line = (module.__doc__ or name).splitlines()[0].removesuffix(".")
+    return Verb(name, line[0].lower() + line[1:], module)

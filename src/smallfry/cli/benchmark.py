@@ -1,0 +1,46 @@
+"""Measure deployed models side by side."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from smallfry.cli._fields import group_of
+from smallfry.cli._shared import AsJson, OtherData
+from smallfry.deploy.benchmark_config import BenchmarkConfig
+from smallfry.io.terminal import say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(AsJson):
+    """Measure latency, throughput, memory, size and accuracy of runs and exports, side by side.
+
+    Args:
+        models: Runs, shared folders, or exports.
+        folder: Folder of the report; default exports/benchmark-NAME.
+        settings: The measurement.
+        data: Other data than that of the runs.
+    """
+
+    models: tuple[str, ...]
+    folder: Path | None = None
+    settings: BenchmarkConfig = group_of(BenchmarkConfig)
+    data: OtherData = field(default_factory=OtherData)
+
+
+def run(options: Options) -> int:
+    """Measure, write the report, and print its tables."""
+    from smallfry.deploy.benchmark import measure
+    from smallfry.io.json import strict
+    from smallfry.report import deployment
+
+    models, data = options.models, options.data
+    folder = options.folder or Path("exports") / f"benchmark-{Path(models[0]).resolve().name}"
+    with deployment.new_report(folder) as new:
+        result = measure(models, options.settings, data.name, data.root)
+        deployment.write_report(result, new)
+    if options.json:
+        say(json.dumps(strict(deployment.summary_of(result))))
+        return 0
+    deployment.print_tables(result)
+    say(f"report: {folder / deployment.PAGE}")
+    return 0

@@ -1,0 +1,32 @@
+"""Watch a trained model think, in the browser."""
+
+from dataclasses import dataclass
+
+from smallfry.cli._fields import argument
+from smallfry.cli._shared import OneRun
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(OneRun):
+    """Serve a local page: drop an image, and watch the model think.
+
+    Args:
+        run2: A second run, to compare with the first.
+        host: Address to listen on; 0.0.0.0 lets other machines in.
+        port: Port to listen on; 0 picks a free one.
+        open: Open the page in the browser.
+    """
+
+    run2: str | None = argument()
+    host: str = "127.0.0.1"
+    port: int = 7860
+    open: bool = False
+
+
+def run(options: Options) -> int:
+    """Serve the page until a signal stops it."""
+    from smallfry.demo.serve import serve
+
+    runs = [name for name in (options.run, options.run2) if name is not None]
+    serve(runs, options.checkpoint, options.host, options.port, options.open)
+    return 0

@@ -1,0 +1,75 @@
+"""Evaluate a trained model."""
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from rich.markup import escape
+from rich.table import Table
+
+from smallfry.cli._shared import AsJson, EarlyExit, OneRun, OtherData
+from smallfry.io.console import CleanConsole
+from smallfry.io.terminal import printable, say
+
+if TYPE_CHECKING:
+    from smallfry.training.run import TrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(EarlyExit, AsJson, OneRun):
+    """Evaluate a trained model, by default on the test split of its data.
+
+    Args:
+        split: The split.
+        data: Other data than that of the run.
+    """
+
+    split: Literal["train", "validation", "test"] = "test"
+    data: OtherData = field(default_factory=OtherData)
+
+
+def run(options: Options) -> int:
+    """Evaluate, and print the scores."""
+    from smallfry.deploy.pretrained import load_trained
+    from smallfry.training.evaluation import predict, require_finite, score
+    from smallfry.training.evaluation_data import load_like
+    from smallfry.training.run import require_classes
+
+    trained = load_trained(options.run, options.checkpoint)
+    data = options.data
+    loaded, images, split = load_like(trained, options.run, data.name, data.root, options.split)
+    require_classes(trained, loaded.classes, loaded.origin)
+    threshold = _exit_threshold(options, trained)
+    predictions = predict(trained.model, images, trained.normalize, exit_threshold=threshold)
+    scores = score(require_finite(predictions))
+    result = {"data": loaded.name, "split": split, "images": len(images), **scores}
+    if threshold is not None:
+        result["exit_threshold"] = threshold
+    if options.json:
+        say(json.dumps(result))
+        return 0
+    table = Table("", "", show_header=False, box=None)
+    for name, value in result.items():
+        percent = name in ("accuracy", "macro_f1")
+        shown = value if isinstance(value, str | int) else f"{value:.4f}"
+        cell = f"{value:.2%}" if percent else escape(printable(str(shown)))
+        table.add_row(name.replace("_", " "), cell)
+    CleanConsole().print(table)
+    return 0
+
+
+def _exit_threshold(options: Options, trained: "TrainedModel") -> float | None:
+    """The halting probability that keeps to the drop or the steps on the validation split."""
+    if options.exit_drop is None and options.exit_steps is None:
+        return None
+    from smallfry.training import exit_calibration
+    from smallfry.training.evaluation_data import load_like
+    from smallfry_runtime import early_exit
+
+    _, calibration, _ = load_like(trained, options.run, split="validation")
+    traced = exit_calibration.trace(trained.model, calibration, trained.normalize)
+    points = early_exit.operating_points(traced)
+    if options.exit_steps is not None:
+        return early_exit.most_accurate(points, options.exit_steps).threshold
+    assert options.exit_drop is not None
+    return early_exit.most_thrifty(points, options.exit_drop).threshold

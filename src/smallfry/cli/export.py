@@ -1,0 +1,57 @@
+"""Export a trained model for ONNX Runtime."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from smallfry.cli._fields import option
+from smallfry.cli._shared import Licensed, OneRun, OtherData
+from smallfry.io.terminal import command, say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Licensed, OneRun):
+    """Export a trained model for ONNX Runtime, which needs neither PyTorch nor this machine.
+
+    Args:
+        to: Folder of the export; default exports/RUN-PRECISION.
+        form: One graph, or three for early exit from the recursion; default anytime for a model of
+            several recursion steps.
+        precision: int8 takes ranges of activations from training images, int8_dynamic from each
+            image.
+        torch_program: Also write model.pt2 for torch.export.
+        data: Images to calibrate with, other than those of the run.
+    """
+
+    to: Path | None = option(metavar="DIR")
+    form: Literal["whole", "anytime"] | None = None
+    precision: Literal["float32", "int8", "int8_dynamic"] = "float32"
+    torch_program: bool = False
+    data: OtherData = field(default_factory=OtherData)
+
+
+def run(options: Options) -> int:
+    """Export, and print the folder and its size."""
+    from smallfry.deploy.export import export
+
+    precision = options.precision
+    folder = options.to or Path("exports") / f"{Path(options.run).resolve().name}-{precision}"
+    export(
+        options.run,
+        folder,
+        options.form,
+        precision,
+        options.checkpoint,
+        options.torch_program,
+        options.license,
+        options.data.name,
+        options.data.root,
+    )
+    size = sum(file.stat().st_size for file in folder.glob("*.onnx"))
+    if precision != "float32":
+        from smallfry.deploy.quantization_report import print_report
+
+        print_report(folder)
+    say(f"export: {folder} ({size / 1e6:,.2f} MB)")
+    say(f"use it: {command('smallfry', 'predict', folder)} IMAGE…")
+    return 0

@@ -1,0 +1,75 @@
+"""Train a model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from smallfry.cli._fields import given_settings, option, process_count, settings_of
+from smallfry.io.console import CleanConsole
+from smallfry.io.terminal import command, printable
+from smallfry.training.config import TrainConfig
+from smallfry.training.started import rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Train a model; without options, a ViTRM on handwritten digits.
+
+    Args:
+        resume: Resume an interrupted run exactly; --epochs N lengthens it.
+        processes: Train in so many processes on this machine, such as one for each GPU; to train
+            on several machines, start the command with torchrun or SLURM instead.
+        settings: The settings of a new run.
+        given: Settings given beside --resume.
+    """
+
+    resume: str | None = option(metavar="RUN")
+    processes: int | None = process_count()
+    settings: TrainConfig = settings_of(TrainConfig)
+    given: Mapping[str, Any] = given_settings(beside="resume")
+
+
+def run(options: Options) -> int:
+    """Train, and print the result with its reference points."""
+    from smallfry.training import train as training
+    from smallfry.training.continuation import dotted
+
+    if options.resume is not None:
+        summary = training.resume(options.resume, changes=dotted(options.given))
+    else:
+        summary = training.train(options.settings)
+    if rank() == 0:
+        _print_summary(summary)
+    return 0
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    """The result of a run, with its reference points."""
+    measured, console = summary["measured"], CleanConsole(highlight=False)
+    table = Table("", "test accuracy", "macro F1", "parameters", "MMAC", box=None)
+    table.add_row(
+        escape(printable(summary["model"]["name"])),
+        f"{measured['test']['accuracy']:.2%}",
+        f"{measured['test']['macro_f1']:.2%}",
+        f"{measured['parameters']:,}",
+        f"{measured['macs'] / 1e6:,.1f}",
+    )
+    for reference in measured["references"]:
+        table.add_row(
+            escape(printable(reference["name"])), f"{reference['test_accuracy']:.2%}", "", "", ""
+        )
+    console.print(table)
+    split = escape(printable(measured["select_on"]))
+    data, run = summary["data"], escape(printable(summary["run"]))
+    console.print(
+        f"best epoch {measured['best_epoch']} of {measured['epochs']}, selected on {split}; "
+        f"{data['train']:,} images to train, {data['test']:,} to test; "
+        f"{measured['training_seconds']:.0f} s of training",
+        soft_wrap=True,
+    )
+    console.print(f"pictures: {run}/pictures", soft_wrap=True)
+    use = escape(command("smallfry", "predict", summary["run"]))
+    console.print(f"use it:   {use} IMAGE…", soft_wrap=True)

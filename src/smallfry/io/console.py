@@ -1,0 +1,19 @@
+"""Console of rich that shows no control characters of foreign text."""
+
+from collections.abc import Iterable
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+from smallfry.io.terminal import printable
+
+
+class CleanConsole(Console):
+    """A console of rich's that shows all text as ``printable``, in tables and bars too."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """The pieces of what is printed; colours and movements of the cursor are rich's own."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
