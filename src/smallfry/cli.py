@@ -101,21 +101,21 @@ def benchmark(
     **settings: Any,
 ) -> int:
     """Measure deployed models side by side; settings are those of ``BenchmarkConfig``."""
+    from smallfry.deploy import benchmark_page
     from smallfry.deploy.benchmark import BenchmarkConfig, measure
     from smallfry.io.json import strict
-    from smallfry.report import deployment
 
     config = BenchmarkConfig(**settings)
     folder = folder or Path("exports") / f"benchmark-{Path(models[0]).resolve().name}"
     data = data or OtherData()
-    with deployment.new_report(folder) as new:
+    with benchmark_page.new_report(folder) as new:
         found = measure(models, config, data.name, data.root)
-        deployment.write_report(found, new)
+        benchmark_page.write_report(found, new)
     if as_json:
-        say(json.dumps(strict(deployment.summary_of(found))))
+        say(json.dumps(strict(benchmark_page.summary_of(found))))
         return 0
-    deployment.print_tables(found)
-    say(f"report: {folder / deployment.PAGE}")
+    benchmark_page.print_tables(found)
+    say(f"report: {folder / benchmark_page.PAGE}")
     return 0
 
 

@@ -96,8 +96,7 @@ def test_a_log_line_is_cleaned():
 
 
 def test_verbs_that_write_show_names_as_text(monkeypatch, tmp_path, capsys):
-    from smallfry.deploy import export, pretrained
-    from smallfry.report import deployment
+    from smallfry.deploy import benchmark_page, export, pretrained
     from smallfry.studies import study
     from smallfry.studies.config import ParetoConfig
 
@@ -113,8 +112,8 @@ def test_verbs_that_write_show_names_as_text(monkeypatch, tmp_path, capsys):
         assert verb() == 0
         assert harmless(capsys.readouterr().out)
     monkeypatch.setattr("smallfry.deploy.benchmark.measure", lambda *_: None)
-    monkeypatch.setattr(deployment, "write_report", lambda *_: None)
-    monkeypatch.setattr(deployment, "print_tables", lambda *_: None)
+    monkeypatch.setattr(benchmark_page, "write_report", lambda *_: None)
+    monkeypatch.setattr(benchmark_page, "print_tables", lambda *_: None)
     assert cli.benchmark(["run"], folder) == 0
     assert harmless(capsys.readouterr().out)
 
