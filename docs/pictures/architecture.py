@@ -26,7 +26,7 @@ Place = tuple[float, float]
 
 def packages() -> Graph:
     """Imports between the packages of the house."""
-    graph = grimp.build_graph(OWN, RUNTIME)
+    graph = grimp.build_graph(OWN, RUNTIME, cache_dir=None)
     edges: dict[str, set[str]] = {}
     for module in graph.modules:
         edges.setdefault(package_of(module), set()).update(
