@@ -1,5 +1,5 @@
 # make demo     trains a ViTRM on handwritten digits, and draws what it learned
-# make test     style, types and tests, with the documentation's code and a strict build of it
+# make test     style, types, order of imports and tests, with the documentation's code and a strict build of it
 # make proofs   the longer tests, marked slow: batteries of optimizers, attacks, old versions
 # make oldest   tests with the oldest versions of libraries that pyproject.toml allows, in .oldest
 # make docs     builds the documentation into site/; make docs-serve shows it while you write
@@ -36,6 +36,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build $(ARGS)

@@ -135,5 +135,5 @@ PART = Part(
     trial,
     count=10_000,
     short=len(TARGETS) * len(WAYS),
-    seconds=30,
+    seconds=600,
 )

@@ -283,7 +283,7 @@ PART = Part(
     trial,
     count=100_000,
     short=60,
-    seconds=30,
+    seconds=600,
 )
 
 
@@ -327,5 +327,5 @@ TRAINED = Part(
     train_with,
     count=300,
     short=2,
-    seconds=120,
+    seconds=600,
 )

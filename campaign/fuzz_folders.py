@@ -255,5 +255,5 @@ PART = Part(
     trial,
     count=10_000,
     short=60,
-    seconds=60,
+    seconds=600,
 )

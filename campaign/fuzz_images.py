@@ -285,6 +285,6 @@ PART = Part(
     trial,
     count=100_000,
     short=100,
-    seconds=30,
+    seconds=600,
     memory=6 * 2**30,
 )

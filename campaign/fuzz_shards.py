@@ -152,5 +152,5 @@ PART = Part(
     trial,
     count=10_000,
     short=200,
-    seconds=60,
+    seconds=600,
 )

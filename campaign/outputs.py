@@ -20,9 +20,9 @@ from campaign.kills import HANGS, Ended, count_changes, die_before_change, start
 from campaign.neighbours import harm, plant
 from campaign.trials import Part, Verdict, generator
 from smallfry.deploy import benchmark
+from smallfry.deploy.benchmark_page import PAGE, PICTURE, SUMMARY
 from smallfry.deploy.pretrained import from_pretrained
 from smallfry.io import replace
-from smallfry.report.deployment import PAGE, PICTURE, SUMMARY
 from smallfry_runtime.runtime import Runtime
 
 QUICK = ("--seconds", "0.01", "--batch_sizes", "1")

@@ -35,7 +35,7 @@ class Part(NamedTuple):
     trial: Callable[[Any, int], Verdict]  # the trial of that number
     count: int  # of the whole campaign
     short: int  # of the short one
-    seconds: float = 60.0  # that a trial may take
+    seconds: float = 600.0  # after which a trial is taken to hang
     memory: int = 4 * GIB  # that a trial may use, in bytes of address space above the beginning
     resident: int = 2 * GIB  # that it may fill
     alone: bool = False  # a trial has its own processes, and needs none around it

@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of processes that tests st
 import pytest
 import torch
 from grey_pictures import draw_nothing
+from hypothesis import HealthCheck, settings
 
 import smallfry  # noqa: F401  registers the models
 from smallfry.errors import SmallfryWarning
@@ -14,6 +15,10 @@ from smallfry.training import train as training
 
 DRAW_RUN = training.draw_run
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever started the tests, such as nohup
+settings.register_profile(  # a busy machine is no failure
+    "unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(autouse=True)

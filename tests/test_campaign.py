@@ -5,13 +5,15 @@ It runs in a process of its own, as processes that have threads can't be forked 
 
 import json
 import os
+import select
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from campaign import fuzz_shards
+from campaign import fuzz_shards, trials
 from campaign.__main__ import PARTS
 from campaign.record import Record, tables, write_page
 from campaign.running import campaign
@@ -63,7 +65,7 @@ def failures(part):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the campaign forks, and reads /proc")
-def test_a_trial_that_dies_hangs_or_raises_is_a_failure_and_the_others_go_on():
+def test_a_trial_that_dies_hangs_or_raises_is_a_failure_and_the_others_go_on(tmp_path, monkeypatch):
     def trial(state, number):
         if number == 1:
             os.kill(os.getpid(), 9)
@@ -73,10 +75,21 @@ def test_a_trial_that_dies_hangs_or_raises_is_a_failure_and_the_others_go_on():
 
     def hangs(state, number):
         while number == 1:
-            pass
+            (tmp_path / "hangs").touch()
         return Verdict("a", "b")
 
+    def looks(reading, *_):
+        """A clock that goes, for half a second, while the trial hangs."""
+        while not (ready := select.select(reading, [], [], 0.01))[0]:
+            if ticks and (tmp_path / "hangs").exists():
+                ticks.pop()
+                break
+        return ready
+
+    ticks = [trials.TICK] * 3
+    monkeypatch.setattr(trials, "select", SimpleNamespace(select=looks))
     assert failures(part_of(hangs, seconds=0.5)) == [None, "hangs", None]
+    assert ticks == []
     raised = failures(part_of(lambda state, number: Verdict("a", str(1 / (number - 1)))))
     assert raised[0] is None
     assert "ZeroDivisionError" in raised[1]

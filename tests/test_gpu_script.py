@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,16 +40,28 @@ def gpu() -> ModuleType:
     return module
 
 
+class Patient(subprocess.Popen):  # type: ignore[type-arg]
+    """A part whose seconds begin when its figure is written, if it ever is."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        file = next(Path(word[7:]) for word in self.args if word.startswith("--file="))
+        while timeout is not None and self.poll() is None and not file.exists():
+            time.sleep(0.01)
+        return super().wait(timeout)
+
+
 @pytest.fixture
 def call(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # type: ignore[no-untyped-def]
-    """``call({name: program}, seconds)`` runs such parts; the exit code."""
+    """``call({name: program}, {name: seconds})`` runs such parts; the exit code."""
+    patient = SimpleNamespace(Popen=Patient, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(gpu, "subprocess", patient)
 
-    def run(programs: dict[str, str], seconds: float, *more: str) -> int:
+    def run(programs: dict[str, str], most: dict[str, float], *more: str) -> int:
         parts = {}
         for name, program in programs.items():
             script = tmp_path / f"{name}.py"
             script.write_text(program)
-            parts[name] = gpu.Part(str(script), 0.5, seconds, grace=1.0)
+            parts[name] = gpu.Part(str(script), 0.5, most.get(name, 300.0), grace=1.0)
         monkeypatch.setattr(gpu, "PARTS", parts)
         words = ["--out", str(tmp_path / "out"), "--scratch", str(tmp_path), "--parts", *parts]
         monkeypatch.setattr(sys, "argv", ["gpu.py", *words, *more])
@@ -74,7 +86,7 @@ def test_a_part_that_fails_hangs_or_is_deaf_costs_no_figure_and_not_the_next(
     call, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     programs = {"dying": DYING, "hanging": HANGING, "deaf": DEAF, "good": GOOD}
-    assert call(programs, 3.0, "--device", "cpu") == 1
+    assert call(programs, {"hanging": 2.0, "deaf": 2.0}, "--device", "cpu") == 1
     assert "no such device" in found(tmp_path, "dying")["error"]
     for part, ended in {"hanging": "asked to", "deaf": "killed", "good": "by itself"}.items():
         record = found(tmp_path, part)
@@ -86,7 +98,7 @@ def test_a_part_that_fails_hangs_or_is_deaf_costs_no_figure_and_not_the_next(
 
 
 def test_a_part_leaves_no_process_behind(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    assert call({"leaving": LEAVING}, 30.0) == 0
+    assert call({"leaving": LEAVING}, {}) == 0
     pid = int((tmp_path / "out" / "pid").read_text())
     while Path(f"/proc/{pid}").exists():
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -98,7 +110,7 @@ def test_a_part_leaves_no_process_behind(call, tmp_path: Path) -> None:  # type:
 def test_what_does_not_fit_is_left_out(
     call, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:  # type: ignore[no-untyped-def]
-    assert call({"good": GOOD}, 3.0, "--budget", "0.1") == 0
+    assert call({"good": GOOD}, {}, "--budget", "0.1") == 0
     assert not (tmp_path / "out" / "good.json").exists()
     assert "good: left out" in capsys.readouterr().out
 

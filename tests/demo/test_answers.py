@@ -19,7 +19,7 @@ from smallfry.demo.page import build_page, name_models
 from smallfry.demo.serve import serving
 from smallfry.training.run import load_run
 
-PATIENCE = 60  # seconds that a test waits for what comes much sooner
+PATIENCE = 600  # seconds after which a test takes something to hang
 OCTETS = {"content-type": "application/octet-stream"}
 
 

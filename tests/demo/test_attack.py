@@ -29,7 +29,7 @@ from smallfry.demo.guard import MOST_HELD  # noqa: E402
 from smallfry.demo.page import page_files  # noqa: E402
 from smallfry.training.run import load_run  # noqa: E402
 
-PATIENCE = 120  # seconds that a test waits for what comes much sooner
+PATIENCE = 600  # seconds after which a test takes something to hang
 OCTETS = {"Content-Type": "application/octet-stream"}
 AS_JSON = {"Content-Type": "application/json"}
 REFUSED = {403, 404, 405, 413, 415, 421}

@@ -32,6 +32,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+PATIENCE = 600_000  # milliseconds after which a test takes something to hang
 INPUT = "#sf-image input[type=file]"
 NASTY = ("<img src=x onerror=alert(1)>", "${alert(1)} {{value}} {{#each x}}", "b & c")
 DROP = """([name, data]) => {
@@ -120,7 +121,7 @@ def opened(browser, address):
         context = browser.new_context(viewport={"width": width, "height": height}, **options)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(PATIENCE)
         page.on("request", lambda request: asked.append(request.url))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("dialog", lambda dialog: complaints.append(f"dialog: {dialog.message}"))
@@ -362,6 +363,7 @@ def test_the_focus_of_the_keyboard_is_seen_on_every_control(opened, digit, schem
 def test_two_runs_of_one_architecture_have_headings_of_their_own(runs, browser):
     with serving([str(runs[1]), str(runs[1])]) as address:
         page = browser.new_page()
+        page.set_default_timeout(PATIENCE)
         page.goto(address)
         page.locator("#sf-panel-1 h2").wait_for()
         first, second = (page.locator(f"#sf-panel-{panel} h2").inner_text() for panel in (0, 1))
@@ -397,6 +399,7 @@ def test_a_file_that_is_too_long_is_not_sent(opened, tmp_path, digit):
 def test_a_server_that_is_gone_is_a_message(runs, browser, digit):
     with serving([str(runs[1])]) as address:
         page = browser.new_page()
+        page.set_default_timeout(PATIENCE)
         page.goto(address)
         page.wait_for_selector(INPUT, state="attached")
     page.set_input_files(INPUT, digit)
@@ -408,6 +411,7 @@ def test_another_site_can_not_even_send_an_image(address, browser, monkeypatch):
     answered = []
     monkeypatch.setattr("smallfry.demo.answers.answer", lambda *given: answered.append(given))
     page = browser.new_page()
+    page.set_default_timeout(PATIENCE)
     page.goto("data:text/html,<p>a page of another site")
     said = page.evaluate(FETCHED, address)
     assert len(said) == 4
@@ -423,6 +427,7 @@ def test_an_open_page_does_not_keep_the_server(runs, browser, digit):
     before = servers()
     with serving([str(runs[1])]) as address:
         page = browser.new_page()
+        page.set_default_timeout(PATIENCE)
         page.goto(address)
         page.set_input_files(INPUT, digit)
         wait_for_place(page, "the model’s answer")

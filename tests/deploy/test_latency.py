@@ -1,3 +1,4 @@
+import itertools
 import time
 
 import numpy as np
@@ -30,11 +31,20 @@ class Clock:
 
 
 def test_the_faster_one_is_faster():
-    calls = {"slow": lambda: time.sleep(0.004), "fast": lambda: time.sleep(0.001)}
-    found = take_turns(calls, seconds=0.05, rounds=5)
-    assert found["fast"].p50 < found["slow"].p50
-    assert found["slow"].p50 >= 4
+    clock = Clock()
+    calls = {
+        "slow": clock.worker(itertools.repeat(0.004)),
+        "fast": clock.worker(itertools.repeat(0.001)),
+    }
+    found = take_turns(calls, seconds=0.05, rounds=5, clock=clock)
+    assert found["fast"].p50 == pytest.approx(1)
+    assert found["slow"].p50 == pytest.approx(4)
     assert found["fast"].calls > found["slow"].calls
+
+
+def test_by_default_the_clock_is_that_on_the_wall():
+    asleep = take_turns({"one": lambda: time.sleep(0.004)}, seconds=0, rounds=2)["one"]
+    assert asleep.low >= 4  # and above it as much as the machine is busy
 
 
 @given(st.lists(st.floats(0.001, 1.0), min_size=1, max_size=30))

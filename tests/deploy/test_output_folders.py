@@ -17,12 +17,11 @@ import pytest
 from dying import moments
 
 from smallfry.cli import benchmark
+from smallfry.deploy import benchmark_page, pretrained
 from smallfry.deploy import export as exports
-from smallfry.deploy import pretrained
 from smallfry.errors import ExportError, SmallfryError
 from smallfry.io import replace
 from smallfry.io.replace import recover, replacing
-from smallfry.report import deployment
 from smallfry_runtime.manifest import FILES, GRAPHS, Manifest, read_export
 from smallfry_runtime.stages import interrupted, prefix_of
 
@@ -62,11 +61,11 @@ def verb(request, monkeypatch):
         monkeypatch.setattr(pretrained, "_write_model", write)
         monkeypatch.setattr(pretrained, "_card", lambda *_: "2")
         return Verb(lambda folder: pretrained.save_pretrained("run", folder), names, False)
-    names = {deployment.PAGE, deployment.SUMMARY, deployment.PICTURE}
-    content = {deployment.SUMMARY: json.dumps({"kind": deployment.KIND})}
+    names = {benchmark_page.PAGE, benchmark_page.SUMMARY, benchmark_page.PICTURE}
+    content = {benchmark_page.SUMMARY: json.dumps({"kind": benchmark_page.KIND})}
     monkeypatch.setattr("smallfry.deploy.benchmark.measure", lambda *_: None)
-    monkeypatch.setattr(deployment, "write_report", lambda _, new: pretend(new, names, content))
-    monkeypatch.setattr(deployment, "print_tables", lambda *_: None)
+    monkeypatch.setattr(benchmark_page, "write_report", lambda _, new: pretend(new, names, content))
+    monkeypatch.setattr(benchmark_page, "print_tables", lambda *_: None)
     return Verb(
         lambda folder: benchmark.run(benchmark.Options(models=("run",), folder=folder)), names
     )
@@ -157,7 +156,7 @@ def test_files_of_others_in_the_folder_are_not_replaced(verb, tmp_path):
 
 def test_files_that_come_while_the_work_is_done_are_not_replaced(verb, tmp_path, monkeypatch):
     place = tmp_path / "x"
-    module = pretrained if verb.names >= {"config.json"} else deployment
+    module = pretrained if verb.names >= {"config.json"} else benchmark_page
     name = "_write_model" if module is pretrained else "write_report"
     if "model.onnx" in verb.names:
         module, name = exports, "assemble"

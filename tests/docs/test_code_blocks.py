@@ -1,11 +1,14 @@
 """Every code block of the documentation is run, parsed, or excluded with a reason."""
 
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from markdown_blocks import ROOT, UntestedBlockError, blocks_of, check, commands, work_through
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FIRST = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES = [*FIRST, *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 
 
@@ -14,7 +17,8 @@ class Reader:
 
     def __init__(self, page, folder):
         self.blocks, self.folder = blocks_of(page), folder
-        self.namespace, self.read, self.failed = {"__name__": "__page__"}, 0, None
+        self.module, self.read, self.failed = ModuleType("__page__"), 0, None
+        self.namespace = vars(self.module)
 
     def reach(self, block, monkeypatch):
         """Work through the page up to and with that block, as far as that has not been done."""
@@ -23,6 +27,7 @@ class Reader:
             here = self.blocks[self.read]
             runs = here.language in ("python", "yaml") or here.wish == "run"
             monkeypatch.chdir(self.folder if runs else ROOT)  # commands name files of the project
+            monkeypatch.setitem(sys.modules, "__page__", self.module)
             try:
                 work_through(here, self.namespace)
             except BaseException:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+PATIENCE = 1200  # seconds after which something is taken to hang
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     call = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
     call += ["--config-file", str(ROOT / "mkdocs.yml"), "--site-dir", str(folder)]
-    done = subprocess.run(call, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(call, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -60,6 +61,7 @@ def test_pages_that_are_opened_as_files_can_be_searched(site):
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=found, args=flags)
         page = browser.new_page()
+        page.set_default_timeout(1000 * PATIENCE)
         asked = []
         page.on("request", lambda request: asked.append(request.url))
         page.goto((site / "api" / "models.html").as_uri())

@@ -178,7 +178,7 @@ import multiprocessing, threading, time
 from smallfry.io import signals
 from smallfry.io.terminal import say
 signals.ECHO = 0.0
-signals.LAST_WORDS = 0.5
+signals.LAST_WORDS = {last_words}
 def kept():
     {kept}
 def note(number, frame):
@@ -195,8 +195,8 @@ if __name__ == "__main__":
 """
 
 
-def waiting(kept):
-    script = WAITS.format(kept=kept)
+def waiting(kept, last_words):
+    script = WAITS.format(kept=kept, last_words=last_words)
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     return process, int(process.stdout.readline())
 
@@ -212,7 +212,7 @@ def is_running(pid):
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks for a process in /proc")
 @pytest.mark.parametrize("number", [INT, TERM])
 def test_a_second_signal_ends_what_waits_for_ever_and_its_children(number):
-    process, child = waiting("return 'step 3 is saved'")
+    process, child = waiting("return 'step 3 is saved'", last_words=600)
     for _ in range(2):  # a child's copy of the pipe is the same pipe: one word each is all
         process.send_signal(HUP)
         assert process.stdout.readline() == "noted\n"
@@ -228,7 +228,7 @@ def test_a_second_signal_ends_what_waits_for_ever_and_its_children(number):
 
 @pytest.mark.parametrize("kept", ["time.sleep(1000)", "raise OSError('gone')"])
 def test_nothing_that_is_said_keeps_it_from_ending(kept):
-    process, child = waiting(kept)
+    process, child = waiting(kept, last_words=0.5)
     process.send_signal(TERM)
     assert process.stdout.readline() == "noted\n"
     process.send_signal(TERM)

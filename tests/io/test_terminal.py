@@ -98,8 +98,7 @@ def test_a_log_line_is_cleaned():
 
 
 def test_verbs_that_write_show_names_as_text(monkeypatch, tmp_path, capsys):
-    from smallfry.deploy import pretrained
-    from smallfry.report import deployment
+    from smallfry.deploy import benchmark_page, pretrained
 
     folder = tmp_path / NASTY
     monkeypatch.setattr("smallfry.deploy.export.export", lambda *_: folder)
@@ -113,8 +112,8 @@ def test_verbs_that_write_show_names_as_text(monkeypatch, tmp_path, capsys):
         assert verb.run(options) == 0
         assert harmless(capsys.readouterr().out)
     monkeypatch.setattr("smallfry.deploy.benchmark.measure", lambda *_: None)
-    monkeypatch.setattr(deployment, "write_report", lambda *_: None)
-    monkeypatch.setattr(deployment, "print_tables", lambda *_: None)
+    monkeypatch.setattr(benchmark_page, "write_report", lambda *_: None)
+    monkeypatch.setattr(benchmark_page, "print_tables", lambda *_: None)
     assert benchmark.run(benchmark.Options(models=("run",), folder=folder)) == 0
     assert harmless(capsys.readouterr().out)
 

@@ -15,8 +15,8 @@ from smallfry.models.attention import (
     watch_attention,
     why_no_rollout,
 )
+from smallfry.models.trace import answers
 from smallfry.models.vitrm import checkpoint_filter_fn
-from smallfry.report.recursion import answers
 
 SIZES = {"img_size": 8, "patch_size": 2, "embed_dim": 16, "num_heads": 2, "mlp_hidden_dim": 12}
 PATCHES = 16

@@ -19,7 +19,8 @@ from smallfry.deploy.export import export
 from smallfry.errors import Stopped
 from smallfry.models import LatentRecursive, Recursive, State, ViTRM
 from smallfry.models.contract import map_tensors, replace_tensors, tensors
-from smallfry.report.recursion import recursion_trace, trace_recursion
+from smallfry.models.trace import trace_recursion
+from smallfry.report.recursion import recursion_trace
 from smallfry.training.config import (
     AugmentConfig,
     DataConfig,
@@ -184,5 +185,6 @@ def test_its_trace_is_drawn_by_recursion_step(trained, images, tmp_path):
     wanted = torch.stack([step.logits.softmax(1) for step in steps_of(trained, some)])
     assert_close(found.probabilities, wanted)
     file = tmp_path / "trace.png"
-    recursion_trace(trained.model, inputs, some, images.labels[:2], trained.classes, file)
+    about = {"latent_steps": None, "recursion_steps": trained.model.recursion_steps}
+    recursion_trace(found, some, images.labels[:2], trained.classes, file, **about)
     assert file.stat().st_size > 1000

@@ -12,7 +12,7 @@ from smallfry.costing import cost
 from smallfry.errors import UsageError
 from smallfry.models import State, ViTRM, ViTRMPlus
 from smallfry.models.early_exit import recurse_until
-from smallfry.report.recursion import trace_recursion
+from smallfry.models.trace import trace_recursion
 from smallfry.training.config import ObjectiveConfig
 from smallfry.training.objective import Batch, DeepSupervision, build_objective
 

@@ -4,36 +4,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.testing import assert_close
 
-from smallfry.models import ViTRM
 from smallfry.report.classification import confusion_matrix, mistakes, surest_mistakes
 from smallfry.report.curves import learning_curves
-from smallfry.report.recursion import interesting, recursion_trace, trace_recursion
+from smallfry.report.recursion import MOST_LINES, interesting, recursion_trace
 
 
-@pytest.fixture
-def model():
-    return ViTRM(
-        8, 4, 3, 5, embed_dim=16, num_heads=2, mlp_hidden_dim=8, latent_steps=2, recursion_steps=2
-    ).eval()
+def trace(steps, images, classes):
+    """Random probabilities as a trace has them."""
+    return torch.randn(steps, images, classes).softmax(2), torch.rand(steps, images)
 
 
 def drawn(file):
     pixels = np.asarray(Image.open(file).convert("RGB"))
     assert pixels.std() > 5
     return pixels.shape
-
-
-def test_a_trace_agrees_with_recursion_at_the_end_of_every_step(model):
-    images = torch.randn(3, 3, 8, 8)
-    trace = trace_recursion(model, images, steps=3)
-    assert trace.probabilities.shape == (1 + 3 * 2, 3, 5)
-    with torch.no_grad():
-        steps = model.recurse(images, 3)
-    for number, step in enumerate(steps, start=1):
-        assert_close(trace.probabilities[2 * number], step.logits.softmax(1))
-        assert_close(trace.halting[2 * number], step.halt_logits.sigmoid())
 
 
 def test_the_images_traced_are_unsure_ones_with_mistakes_among_them():
@@ -79,21 +64,53 @@ def test_curves_are_drawn_with_and_without_halting(tmp_path):
     assert drawn(tmp_path / "halting.png")[1] > drawn(tmp_path / "plain.png")[1]
 
 
-def test_the_trace_is_drawn(tmp_path, model):
+def test_the_trace_is_drawn(tmp_path):
     images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
-    labels = torch.tensor([0, 4])
-    file = tmp_path / "trace.png"
-    recursion_trace(model, images.float() / 255, images, labels, "abcde", file)
+    labels, file = torch.tensor([0, 4]), tmp_path / "trace.png"
+    recursion_trace(
+        trace(5, 2, 5), images, labels, "abcde", file, latent_steps=2, recursion_steps=2
+    )
     drawn(file)
 
 
-def test_of_many_classes_the_trace_has_a_bounded_number_of_lines(tmp_path, monkeypatch):
+@pytest.fixture
+def figures(monkeypatch):
+    """Figures that would be saved."""
     from smallfry.report import recursion
 
-    figures = []
-    monkeypatch.setattr(recursion, "save", lambda figure, file: figures.append(figure))
-    model = ViTRM(8, 4, 3, 500, embed_dim=16, num_heads=2, mlp_hidden_dim=8).eval()
-    pixels = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
-    names = [f"n{i}" for i in range(500)]
-    recursion_trace(model, pixels.float(), pixels, torch.zeros(1).long(), names, tmp_path / "x.png")
-    assert len(figures[0].axes[1].lines) <= recursion.MOST_LINES + 2
+    kept = []
+    monkeypatch.setattr(recursion, "save", lambda figure, file: kept.append(figure))
+    return kept
+
+
+def test_of_many_classes_the_trace_has_a_bounded_number_of_lines(tmp_path, figures):
+    pixels, names = torch.zeros(1, 3, 8, 8, dtype=torch.uint8), [f"n{i}" for i in range(500)]
+    recursion_trace(
+        trace(7, 1, 500),
+        pixels,
+        torch.zeros(1).long(),
+        names,
+        tmp_path / "x.png",
+        latent_steps=3,
+        recursion_steps=1,
+    )
+    assert len(figures[0].axes[1].lines) <= MOST_LINES + 2
+
+
+@pytest.mark.parametrize(("recursion_steps", "lines"), [(1, [3.0]), (2, [])])
+def test_a_line_marks_where_the_model_stops_within_the_trace(
+    tmp_path, figures, recursion_steps, lines
+):
+    recursion_trace(
+        trace(7, 1, 3),
+        torch.zeros(1, 1, 8, 8, dtype=torch.uint8),
+        torch.zeros(1).long(),
+        "abc",
+        tmp_path / "x.png",
+        latent_steps=3,
+        recursion_steps=recursion_steps,
+    )
+    axes = figures[0].axes[1]
+    vertical = [line.get_xdata()[0] for line in axes.lines if len({*line.get_xdata()}) == 1]
+    assert vertical == lines
+    assert (f"{recursion_steps} × in use" in axes.get_xlabel()) is bool(lines)

@@ -194,7 +194,7 @@ def test_threads_wait_until_their_share_is_free():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(600)
     assert not any(thread.is_alive() for thread in threads)
     assert 0 < most[0] <= 10
 

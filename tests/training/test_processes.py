@@ -284,7 +284,7 @@ sys.exit(main(sys.argv[2:] if "RANK" not in os.environ else sys.argv[1:]))
     launcher = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    watchdog = threading.Timer(240, os.killpg, (launcher.pid, signal.SIGKILL))
+    watchdog = threading.Timer(1200, os.killpg, (launcher.pid, signal.SIGKILL))
     watchdog.start()
     try:
         wait_for(launcher, "epoch")

@@ -83,28 +83,32 @@ def test_ctrl_c_in_a_terminal_reaches_the_workers_too_and_does_no_harm(variant, 
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(variant(run=tmp_path / "parted", workers=2).to_dict()))
     code = (
-        "import sys, time\n"
+        "import sys\n"
         "from smallfry.training import loop\n"
         "settle = loop.Trainer._settle\n"
-        "def slowly(self):\n"
+        "def led(self):\n"
         "    print('step', flush=True)\n"
-        "    time.sleep(0.05)\n"
+        "    sys.stdin.readline()\n"
         "    settle(self)\n"
-        "loop.Trainer._settle = slowly\n"
+        "loop.Trainer._settle = led\n"
         "from smallfry.cli import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, "train", "--config", str(file)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    for _ in range(3):
+    for step in range(3):
         assert process.stdout.readline() == "step\n"
+        if step < 2:
+            process.stdin.write("on\n")
+            process.stdin.flush()
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate()
+    _, errors = process.communicate()  # which also ends the wait for a line
     assert process.returncode == 128 + signal.SIGINT, errors
     assert "Traceback" not in errors
     resume(tmp_path / "parted")
@@ -129,10 +133,14 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(variant, tmp_path):
     slow = {**variant(run=killed, checkpoint_seconds=0.0).to_dict(), "workers": 0}
     file.write_text(yaml.safe_dump(slow))
     code = (
-        "import sys, time\n"
+        "import signal, sys\n"
         "from smallfry.training import loop\n"
-        "settle = loop.Trainer._settle\n"
-        "loop.Trainer._settle = lambda self: (time.sleep(0.05), settle(self))[1]\n"
+        "settle, steps = loop.Trainer._settle, iter(range(6))\n"
+        "def few(self):\n"
+        "    while next(steps, None) is None:\n"
+        "        signal.pause()\n"
+        "    settle(self)\n"
+        "loop.Trainer._settle = few\n"
         "from smallfry.cli import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )

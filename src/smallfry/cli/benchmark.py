@@ -29,18 +29,18 @@ class Options(AsJson):
 
 def run(options: Options) -> int:
     """Measure, write the report, and print its tables."""
+    from smallfry.deploy import benchmark_page
     from smallfry.deploy.benchmark import measure
     from smallfry.io.json import strict
-    from smallfry.report import deployment
 
     models, data = options.models, options.data
     folder = options.folder or Path("exports") / f"benchmark-{Path(models[0]).resolve().name}"
-    with deployment.new_report(folder) as new:
+    with benchmark_page.new_report(folder) as new:
         result = measure(models, options.settings, data.name, data.root)
-        deployment.write_report(result, new)
+        benchmark_page.write_report(result, new)
     if options.json:
-        say(json.dumps(strict(deployment.summary_of(result))))
+        say(json.dumps(strict(benchmark_page.summary_of(result))))
         return 0
-    deployment.print_tables(result)
-    say(f"report: {folder / deployment.PAGE}")
+    benchmark_page.print_tables(result)
+    say(f"report: {folder / benchmark_page.PAGE}")
     return 0

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smallfry.data.draws import uniform
-from smallfry.data.sources import TEST, TRAIN, EncodedSplit, Source, digest
+from smallfry.data.fingerprint import digest
+from smallfry.data.sources import TEST, TRAIN, EncodedSplit, Source
 
 SIZE = 28
 COUNTS = {TRAIN: 20_000, TEST: 10_000}

@@ -22,6 +22,7 @@ from smallfry.data.duplicates import (
     image_hashes,
     kept_without_duplicates,
 )
+from smallfry.data.fingerprint import digest, stamp
 from smallfry.data.folders import folders_in
 from smallfry.data.labels import relabelled, some_of, with_known_labels
 from smallfry.data.named import NOTHING_TO_TELL_APART, find_source
@@ -33,8 +34,6 @@ from smallfry.data.sources import (
     VALIDATION,
     EncodedSplit,
     Source,
-    digest,
-    stamp,
 )
 from smallfry.data.splits import Split, hold_out, take_some
 from smallfry.data.stream import ShardPixels, readable_rows

@@ -19,6 +19,7 @@ from PIL import Image
 
 from smallfry.data.cache import decoded
 from smallfry.data.draws import uniform
+from smallfry.data.fingerprint import digest
 from smallfry.data.folders import read_folder
 from smallfry.data.sources import (
     TEST,
@@ -26,7 +27,6 @@ from smallfry.data.sources import (
     VALIDATION,
     EncodedSplit,
     Source,
-    digest,
 )
 from smallfry.errors import DataError
 

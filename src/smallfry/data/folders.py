@@ -11,17 +11,16 @@ from typing import NamedTuple
 
 import numpy as np
 
+from smallfry.data.fingerprint import digest, stamp
 from smallfry.data.sources import (
     LACKING,
     SPLIT_NAMES,
     TRAIN,
     EncodedSplit,
     Source,
-    digest,
     read_parquet,
     require_one_name,
     shard_files,
-    stamp,
 )
 from smallfry.errors import DataError, SmallfryWarning, UsageError
 from smallfry_runtime.artifacts import is_artifact

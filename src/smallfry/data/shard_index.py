@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from smallfry.data import parquet_shards, tar_shards
 from smallfry.data.cache import cache_folder, content_hash
+from smallfry.data.fingerprint import digest, stamp
 from smallfry.data.folders import folders_in
 from smallfry.data.scanned import Label, Scanned, reached
 from smallfry.data.shards import ShardReader, Shards
@@ -32,11 +33,9 @@ from smallfry.data.sources import (
     EncodedSplit,
     Source,
     class_texts,
-    digest,
     find_image_column,
     find_label_column,
     shard_files,
-    stamp,
 )
 from smallfry.errors import DataError, SmallfryWarning
 from smallfry_runtime.files import DIGEST, is_whole, sealed

@@ -1,6 +1,5 @@
 """From a folder or the hub to labelled, still encoded images."""
 
-import errno
 import hashlib
 import logging
 import math
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from smallfry.data.fingerprint import digest, stamp
 from smallfry.errors import AccessError, DataError, UsageError, nearest
 from smallfry_runtime.images import Encoded
 from smallfry_runtime.inputs import in_order, is_hidden
@@ -398,21 +398,3 @@ def _label_values(table: Any, label_column: str) -> list[Any]:
         return values
     count = len(kind.names)
     return [kind.names[v] if v is not None and 0 <= v < count else None for v in values]
-
-
-def stamp(file: Path) -> str:
-    """What changes whenever the content of the file may have changed."""
-    try:
-        found = file.stat()
-    except OSError as error:
-        if error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):  # it is there all the same
-            raise AccessError(f"{file}: can't be read now ({error}); try again") from error
-        return f"{file}\0missing"  # a broken link; reading it will say so
-    times = f"{found.st_mtime_ns}\0{found.st_ctime_ns}"
-    return f"{file.resolve()}\0{found.st_ino}\0{found.st_size}\0{times}"
-
-
-def digest(*parts: str) -> str:
-    """A fingerprint of what the parts say, as the name of a kept array."""
-    # a path may be no UTF-8
-    return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()[:32]

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from smallfry.data.cache import cache_folder
+from smallfry.data.fingerprint import digest, stamp
 from smallfry.data.shards import WINDOW_BYTES, ShardReader, Shards
-from smallfry.data.sources import digest, stamp
 from smallfry.data.threads import in_threads
 from smallfry.errors import AccessError, DataError, SmallfryWarning, is_out_of_memory
 from smallfry_runtime.files import is_whole, sealed

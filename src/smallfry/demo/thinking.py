@@ -19,7 +19,7 @@ from smallfry.models.attention import (
     watch_attention,
     why_no_rollout,
 )
-from smallfry.report.recursion import answers, steps_to_follow
+from smallfry.models.trace import answers, steps_to_follow
 from smallfry.training.evaluation import forward
 from smallfry.training.run import TrainedModel
 

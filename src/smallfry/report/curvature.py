@@ -1,19 +1,73 @@
-"""How a natural-gradient optimizer stands, layer by layer, as a picture."""
+"""The diagnostics of a natural-gradient optimizer, layer by layer, as a picture."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from smallfry.optim import Diagnosis
 from smallfry.report.figure import COLOURS, GREY, new_figure, save, style
 
+Range = tuple[float, float] | None
 
-def curvature_overview(diagnosis: Diagnosis, file: Path) -> None:
+
+class LayerFigures(Protocol):
+    """The figures of a layer that the picture shows."""
+
+    @property
+    def layer(self) -> str:
+        """The name of the layer."""
+
+    @property
+    def inputs(self) -> Range:
+        """Smallest and largest eigenvalue of A."""
+
+    @property
+    def outputs(self) -> Range:
+        """Smallest and largest eigenvalue of G."""
+
+    @property
+    def samples(self) -> Range:
+        """Smallest and largest eigenvalue of the Gram matrix, for exact natural gradient."""
+
+    @property
+    def damping_ratio(self) -> float:
+        """λ over the largest eigenvalue of the approximated Fisher."""
+
+    @property
+    def fisher_error(self) -> float | None:
+        """‖F − F̂‖ / ‖F‖ on the last refresh's batch."""
+
+    @property
+    def cosine(self) -> float | None:
+        """Cosine between the gradient and its preconditioned version."""
+
+    @property
+    def milliseconds(self) -> float:
+        """Duration of the last refresh."""
+
+
+class OptimizerFigures(Protocol):
+    """The figures of an optimizer that the picture shows: ``smallfry.optim.Diagnosis`` is one."""
+
+    @property
+    def blocks(self) -> Sequence[LayerFigures]:
+        """One entry a layer."""
+
+    @property
+    def clip(self) -> float:
+        """The factor on the last step."""
+
+    @property
+    def divergence_ratio(self) -> float:
+        """A step's divergence, measured over modelled."""
+
+
+def curvature_overview(diagnosis: OptimizerFigures, file: Path) -> None:
     """Draw eigenvalue ranges, damping, Fisher error, cosine and refresh time of every layer.
 
-    The title tells how a step's measured divergence stands to the modelled.
+    The title states a step's measured divergence over the modelled one.
 
     Args:
-        diagnosis: What ``optimizer.diagnostics()`` gave.
+        diagnosis: The result of ``optimizer.diagnostics()``.
         file: The PNG to write.
     """
     blocks = diagnosis.blocks

@@ -1,90 +1,46 @@
 """The recursion trace: how an answer forms, latent step by latent step."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from smallfry.models import LatentRecursive, RecursionStep, Recursive
 from smallfry.report.figure import COLOURS, GREY, new_figure, plain, save, show_image, style
 
 MOST_LINES = 100  # classes of an image
 
 
-class Trace(NamedTuple):
-    """The answers of a model as it recurs, in the order of ``answers``."""
-
-    probabilities: Tensor  # (answers, images, classes)
-    halting: Tensor  # (answers, images)
-
-
-def steps_to_follow(model: Recursive) -> int:
-    """Recursion steps worth showing: those of its training, and a second one if that was one."""
-    return max(2, model.recursion_steps)
-
-
-def answers(model: Recursive, images: Tensor, steps: int) -> Iterator[RecursionStep]:
-    """Answers of a model after 0, 1, 2, … latent steps; without those, after each recursion step.
-
-    Args:
-        model: In evaluation mode.
-        images: Normalised, (images, channels, size, size).
-        steps: Recursion steps to follow.
-    """
-    if not isinstance(model, LatentRecursive):
-        yield from model.recurse(images, steps)
-        return
-    x = model.embed(images)
-    state = model.initial_state(len(images))
-    yield model.read_out(model.answer(state))
-    for _ in range(steps):
-        for _ in range(model.latent_steps):
-            state = model.think(x, state)
-            asked = model.read_out(model.answer(state))
-            yield asked
-        state = asked.state  # the last answer of a recursion step is the one that is kept
-
-
-@torch.inference_mode()
-def trace_recursion(model: Recursive, images: Tensor, steps: int) -> Trace:
-    """Collect ``answers`` of a model, with the same arguments."""
-    asked = list(answers(model, images, steps))
-    return Trace(
-        torch.stack([step.logits.softmax(dim=1) for step in asked]),
-        torch.stack([step.halt_logits.sigmoid() for step in asked]),
-    )
-
-
 def recursion_trace(
-    model: Recursive,
-    inputs: Tensor,
+    trace: tuple[Tensor, Tensor],
     images: Tensor,
     labels: Tensor,
     classes: Sequence[str],
     file: Path,
+    *,
+    latent_steps: int | None,
+    recursion_steps: int,
 ) -> None:
-    """Draw how class probabilities and the halting probability move for a few images.
+    """Draw class probabilities and the halting probability of a few images, step by step.
 
     Args:
-        model: In evaluation mode.
-        inputs: Normalised images, (images, channels, size, size).
-        images: The same as uint8.
+        trace: Class probabilities, (answers, images, classes), and halting probabilities,
+            (answers, images), as ``smallfry.models.trace.trace_recursion`` gives them.
+        images: The pixels, uint8, (images, channels, size, size).
         labels: (images,).
         classes: Class names.
         file: The PNG to write.
+        latent_steps: Latent steps of a recursion step, each with an answer; None for a model that
+            has one after each recursion step only.
+        recursion_steps: Recursion steps after which the model stops in use; a line marks that.
     """
     classes = plain(classes)
-    trained = model.recursion_steps
-    steps = steps_to_follow(model)
-    trace = trace_recursion(model, inputs, steps)
-    probabilities, halting = trace.probabilities.numpy(), trace.halting.numpy()
-    is_latent = isinstance(model, LatentRecursive)
-    a_step = model.latent_steps if isinstance(model, LatentRecursive) else 1
+    probabilities, halting = (part.numpy() for part in trace)
+    is_latent = latent_steps is not None
     kind = "latent step" if is_latent else "recursion step"
-    times = range(len(probabilities)) if is_latent else range(1, 1 + len(probabilities))
-    count = len(inputs)
+    first, count = 0 if is_latent else 1, len(images)
+    times = range(first, first + len(probabilities))
+    stop = recursion_steps * (latent_steps or 1)
     with style():
         figure = new_figure(10, 1.75 * count + 0.6)
         figure.suptitle(f"what the model would answer after each {kind}")
@@ -100,16 +56,16 @@ def recursion_trace(
             for colour, c in zip(COLOURS, shown, strict=False):
                 axes.plot(times, probabilities[:, i, c], color=colour, label=classes[c], marker=".")
             axes.plot(times, halting[:, i], color="black", linestyle="--", label="halting")
-            if trained < steps:
-                axes.axvline(trained * a_step, color=GREY, linewidth=0.8)
+            if stop < times[-1]:
+                axes.axvline(stop, color=GREY, linewidth=0.8)
             axes.set_ylim(-0.03, 1.03)
             axes.set_xlim(times[0], times[-1])
             axes.set_xticks(list(times))
             axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
             axes.tick_params(labelbottom=i == count - 1)
         note = f"{kind}s"
-        if trained < steps:
-            note += f" (grey line: where the model stops; it recurs {trained} × in use)"
+        if stop < times[-1]:
+            note += f" (grey line: where the model stops; it recurs {recursion_steps} × in use)"
         grid[-1][1].set_xlabel(note)
         save(figure, file)
 

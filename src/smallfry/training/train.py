@@ -24,7 +24,8 @@ from smallfry.errors import (
 )
 from smallfry.io.signals import keeping
 from smallfry.io.terminal import command
-from smallfry.models import Recursive
+from smallfry.models import LatentRecursive, Recursive
+from smallfry.models.trace import steps_to_follow, trace_recursion
 from smallfry.report.classification import confusion_matrix, mistakes, surest_mistakes
 from smallfry.report.curves import learning_curves
 from smallfry.report.recursion import interesting, recursion_trace
@@ -427,12 +428,14 @@ def draw_run(
         split.take(wrong).images, logits[wrong], labels[wrong], classes, pictures / "mistakes.png"
     )
     if isinstance(trained.model, Recursive):
-        shown = split.take(interesting(logits, labels))
+        shown, model = split.take(interesting(logits, labels)), trained.model
+        trained.model.cpu()
         recursion_trace(
-            trained.model.cpu(),
-            trained.normalize(shown.images),
+            trace_recursion(model, trained.normalize(shown.images), steps_to_follow(model)),
             shown.images,
             shown.labels,
             classes,
             pictures / "recursion_trace.png",
+            latent_steps=model.latent_steps if isinstance(model, LatentRecursive) else None,
+            recursion_steps=model.recursion_steps,
         )

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
+from smallfry.deploy import benchmark_page
 from smallfry.deploy.benchmark import Benchmark, BenchmarkConfig, Figures
+from smallfry.deploy.benchmark_page import PAGE, new_report, print_tables, summary_of
 from smallfry.deploy.contestants import LeftOut
 from smallfry.deploy.latency import Latency
 from smallfry.deploy.memory import Memory
 from smallfry.errors import RunError
-from smallfry.report import deployment
-from smallfry.report.deployment import PAGE, new_report, print_tables, summary_of
 from smallfry.report.labels import Box, place_labels
 
 NASTY = "<b>$x$[red]</b>"
@@ -47,7 +47,7 @@ def found():
 
 def write_report(found, folder):
     with new_report(folder) as new:
-        deployment.write_report(found, new)
+        benchmark_page.write_report(found, new)
     return folder / PAGE
 
 
@@ -74,7 +74,7 @@ def test_the_summary_has_all_figures(found, tmp_path):
 
 
 def test_the_table_sets_all_against_eager_pytorch(found):
-    head, rows = deployment.cells(found)
+    head, rows = benchmark_page.cells(found)
     shown = [dict(zip(head, row, strict=True)) for row in rows]
     assert [row["× eager"] for row in shown] == ["1.00", "4.00", "–"]
     assert [row["images/s (4)"] for row in shown] == ["500", "2,000", "1,333"]
@@ -109,7 +109,7 @@ def test_a_report_that_fails_leaves_the_old_one(found, tmp_path, monkeypatch):
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(deployment, "page", full)
+    monkeypatch.setattr(benchmark_page, "page", full)
     with pytest.raises(RunError, match="no space left"):
         write_report(found._replace(name="other"), tmp_path / "report")
     assert (tmp_path / "report" / "summary.json").read_bytes() == before
@@ -119,7 +119,7 @@ def test_a_report_that_fails_leaves_the_old_one(found, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kept", [[], [0], [2], [0, 1, 2]])
 def test_whatever_was_measured_is_drawn(found, tmp_path, kept):
     some = found._replace(figures=[found.figures[i] for i in kept])
-    deployment.draw(some, tmp_path / "picture.png")
+    benchmark_page.draw(some, tmp_path / "picture.png")
     assert Image.open(tmp_path / "picture.png").size[0] > 1000
     assert summary_of(some)["measured"] == [found.figures[i]._asdict() for i in kept]
 
