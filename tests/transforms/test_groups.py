@@ -12,7 +12,8 @@ from smallfry import cost
 from smallfry.errors import SmallfryWarning, UsageError
 from smallfry.transforms import ModelSpec, build, traced
 from smallfry.transforms.declared import mlp_group
-from smallfry.transforms.groups import cut, find_groups, mask
+from smallfry.transforms.find import find_groups
+from smallfry.transforms.groups import cut, mask
 
 pytest.importorskip("torch_pruning", reason="groups of convolutions are found by Torch-Pruning")
 

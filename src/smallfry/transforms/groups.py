@@ -2,13 +2,10 @@
 
 A group has a number of interchangeable channels: hidden units of an MLP, heads of attention,
 channels of convolutions that are added. Cutting one removes entries of several tensors. Blocks of
-known kinds declare their groups (``declared``); Torch-Pruning's dependency graph finds those of
-other convolutions and linear layers (``traced``). Every group is verified on an example: the model
-with a channel cut gives the outputs of the model with the channel set to zero.
+known kinds declare their groups (``declared``), and those of other layers are traced (``traced``);
+``find.find_groups`` has both, verified.
 """
 
-import copy
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -16,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from smallfry.errors import SmallfryWarning, UsageError, nearest
+from smallfry.errors import UsageError, nearest
 from smallfry.transforms.resize import (
     Resize,
     apply_counts,
@@ -27,9 +24,6 @@ from smallfry.transforms.resize import (
     set_tensor,
     tensors_of,
 )
-
-TOLERANCE = 1e-4  # between outputs masked and cut, relative to the largest, in float32
-OUTPUTS = "its channels are the outputs"
 
 
 class Slice(NamedTuple):
@@ -73,45 +67,6 @@ class ChannelGroup:
         )
         counts = {f"{prefix}.{name}": count for name, count in self.counts.items()}
         return replace(self, name=f"{prefix}.{self.name}", zeroed=zeroed, cut=cut, counts=counts)
-
-
-def find_groups(model: nn.Module, example: Tensor) -> tuple[ChannelGroup, ...]:
-    """Find and verify a model's channel groups.
-
-    Args:
-        model: Left as it is.
-        example: A batch of inputs, such as two images.
-
-    Returns:
-        The groups that hold; a warning names those that do not.
-
-    Example:
-        >>> import timm, torch, smallfry
-        >>> from smallfry.transforms.groups import find_groups
-        >>> model = timm.create_model("vitrm_micro_patch4_8")
-        >>> [(g.name, g.channels) for g in find_groups(model, torch.zeros(2, 1, 8, 8))][:2]
-        [('blocks.0.attn.qkv', 4), ('blocks.0.mlp.fc1', 96)]
-    """
-    from smallfry.transforms.declared import declared_groups
-    from smallfry.transforms.traced import traced_groups
-
-    found = declared_groups(model)
-    taken = {(each.tensor, each.dim) for group in found for each in group.cut}
-    others = [
-        group
-        for group in traced_groups(model, example, skip={g.name for g in found})
-        if not taken & {(each.tensor, each.dim) for each in group.cut}
-    ]
-    reasons = {group.name: _fault(model, group, example) for group in (*found, *others)}
-    wrong = {name: reason for name, reason in reasons.items() if reason not in (None, OUTPUTS)}
-    if wrong:
-        some = "; ".join(f"{name}: {reason}" for name, reason in [*wrong.items()][:3])
-        warnings.warn(
-            f"{len(wrong)} groups of channels can't be cut and are left whole ({some})",
-            SmallfryWarning,
-            stacklevel=2,
-        )
-    return tuple(group for group in (*found, *others) if reasons[group.name] is None)
 
 
 def mask(model: nn.Module, group: ChannelGroup, channels: Tensor) -> None:
@@ -182,34 +137,3 @@ def _cut_tensors(
     for name in shapes:
         set_tensor(model, name, tensors[name])
     return shapes
-
-
-@torch.no_grad()
-def _fault(model: nn.Module, group: ChannelGroup, example: Tensor) -> str | None:
-    """Why a group does not hold: outputs masked and cut differ; None if they are equal."""
-    if group.channels < 2:
-        return "it has one channel"
-    channels = torch.arange(0, group.channels, 2)  # every other one, so that positions matter
-    keep = torch.arange(1, group.channels, 2)
-    masked, smaller = (copy.deepcopy(model).eval() for _ in range(2))
-    mask(masked, group, channels)
-    try:
-        cut(smaller, [group], {group.name: keep})
-        expected, given = (_flat(each(example)) for each in (masked, smaller))
-    except Exception as error:  # whatever a model of another shape raises
-        return (str(error) or type(error).__name__).splitlines()[0][:100]
-    if not group.zero_invariant:
-        return None if expected.shape == given.shape else OUTPUTS
-    if expected.shape != given.shape:
-        return OUTPUTS
-    distance = float((expected - given).abs().max() / expected.abs().max().clamp(min=1e-6))
-    return None if distance <= TOLERANCE else f"outputs masked and cut differ by {distance:.0e}"
-
-
-def _flat(outputs: object) -> Tensor:
-    if isinstance(outputs, Tensor):
-        return outputs.flatten()
-    if isinstance(outputs, Mapping):
-        outputs = list(outputs.values())
-    assert isinstance(outputs, list | tuple)
-    return torch.cat([_flat(each) for each in outputs if each is not None])

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from smallfry.compress.select import chosen
 from smallfry.errors import UsageError
 from smallfry.training.method import Method, Setting, register_method
-from smallfry.transforms.groups import ChannelGroup, cut, find_groups
+from smallfry.transforms.find import find_groups
+from smallfry.transforms.groups import ChannelGroup, cut
 from smallfry.transforms.resize import tensors_of
 from smallfry.transforms.spec import Transform
 

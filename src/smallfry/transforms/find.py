@@ -1,0 +1,86 @@
+"""The channel groups of a model, each verified on an example.
+
+The model with channels cut must give the outputs of the model with the channels set to zero.
+"""
+
+import copy
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from smallfry.errors import SmallfryWarning
+from smallfry.transforms.declared import declared_groups
+from smallfry.transforms.groups import ChannelGroup, cut, mask
+from smallfry.transforms.traced import traced_groups
+
+TOLERANCE = 1e-4  # between outputs masked and cut, relative to the largest, in float32
+OUTPUTS = "its channels are the outputs"
+
+
+def find_groups(model: nn.Module, example: Tensor) -> tuple[ChannelGroup, ...]:
+    """Find and verify a model's channel groups.
+
+    Args:
+        model: Left as it is.
+        example: A batch of inputs, such as two images.
+
+    Returns:
+        The groups that hold; a warning names those that do not.
+
+    Example:
+        >>> import timm, torch, smallfry
+        >>> from smallfry.transforms.find import find_groups
+        >>> model = timm.create_model("vitrm_micro_patch4_8")
+        >>> [(g.name, g.channels) for g in find_groups(model, torch.zeros(2, 1, 8, 8))][:2]
+        [('blocks.0.attn.qkv', 4), ('blocks.0.mlp.fc1', 96)]
+    """
+    found = declared_groups(model)
+    taken = {(each.tensor, each.dim) for group in found for each in group.cut}
+    others = [
+        group
+        for group in traced_groups(model, example, skip={g.name for g in found})
+        if not taken & {(each.tensor, each.dim) for each in group.cut}
+    ]
+    reasons = {group.name: _fault(model, group, example) for group in (*found, *others)}
+    wrong = {name: reason for name, reason in reasons.items() if reason not in (None, OUTPUTS)}
+    if wrong:
+        some = "; ".join(f"{name}: {reason}" for name, reason in [*wrong.items()][:3])
+        warnings.warn(
+            f"{len(wrong)} groups of channels can't be cut and are left whole ({some})",
+            SmallfryWarning,
+            stacklevel=2,
+        )
+    return tuple(group for group in (*found, *others) if reasons[group.name] is None)
+
+
+@torch.no_grad()
+def _fault(model: nn.Module, group: ChannelGroup, example: Tensor) -> str | None:
+    """Why a group does not hold: outputs masked and cut differ; None if they are equal."""
+    if group.channels < 2:
+        return "it has one channel"
+    channels = torch.arange(0, group.channels, 2)  # every other one, so that positions matter
+    keep = torch.arange(1, group.channels, 2)
+    masked, smaller = (copy.deepcopy(model).eval() for _ in range(2))
+    mask(masked, group, channels)
+    try:
+        cut(smaller, [group], {group.name: keep})
+        expected, given = (_flat(each(example)) for each in (masked, smaller))
+    except Exception as error:  # whatever a model of another shape raises
+        return (str(error) or type(error).__name__).splitlines()[0][:100]
+    if not group.zero_invariant:
+        return None if expected.shape == given.shape else OUTPUTS
+    if expected.shape != given.shape:
+        return OUTPUTS
+    distance = float((expected - given).abs().max() / expected.abs().max().clamp(min=1e-6))
+    return None if distance <= TOLERANCE else f"outputs masked and cut differ by {distance:.0e}"
+
+
+def _flat(outputs: object) -> Tensor:
+    if isinstance(outputs, Tensor):
+        return outputs.flatten()
+    if isinstance(outputs, Mapping):
+        outputs = list(outputs.values())
+    assert isinstance(outputs, list | tuple)
+    return torch.cat([_flat(each) for each in outputs if each is not None])
