@@ -10,6 +10,7 @@ from typing import Any, Literal, get_type_hints
 import pytest
 from jsonargparse import ArgumentError, ArgumentParser
 
+import smallfry.cli
 from smallfry.cli import _parser, _verbs, main
 from smallfry.cli._fields import (
     Choice,
@@ -311,6 +312,22 @@ def test_a_verb_is_one_module_with_options_that_are_explained():
         nested = [hint for hint in get_type_hints(kind).values() if is_dataclass(hint)]
         for each in nested:
             assert set(_parser._docs(each)[1]) >= {entry.name for entry in fields(each)}
+
+
+def test_the_verb_of_the_documentation_is_one_file(monkeypatch, tmp_path, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "api" / "command.md").read_text()
+    (tmp_path / "count.py").write_text(page.split("```python\n")[1].split("```")[0])
+    (tmp_path / "a.jpg").touch()
+    monkeypatch.setattr(smallfry.cli, "__path__", [*smallfry.cli.__path__, str(tmp_path)])
+    monkeypatch.setattr(smallfry.cli, "count", None, raising=False)  # which its import sets
+    monkeypatch.setitem(sys.modules, "smallfry.cli.count", None)
+    del sys.modules["smallfry.cli.count"]
+    assert main(["count", str(tmp_path), "--suffix", ".jpg"]) == 0
+    assert capsys.readouterr().out == "1\n"
+    assert "count images" in shown(capsys, "--help")
+    assert main(["count"]) == 2
+    assert main(["cont", "x"]) == 2
+    assert "did you mean 'count'?" in capsys.readouterr().err
 
 
 def test_the_shorthand_of_a_group_is_its_name():

@@ -3,7 +3,6 @@
 import pkgutil
 from functools import cache
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -23,7 +22,7 @@ class Verb(NamedTuple):
 
 def verb_names() -> list[str]:
     """Return the names of all verbs in alphabetical order; nothing is imported for it."""
-    found = pkgutil.iter_modules([str(Path(__file__).parent)])
+    found = pkgutil.iter_modules(import_module(__package__).__path__)
     return sorted(module.name for module in found if not module.name.startswith("_"))
 
 
