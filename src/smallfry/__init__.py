@@ -13,17 +13,37 @@ import smallfry_runtime as smallfry_runtime  # turns ONNX Runtime's telemetry of
 from smallfry.version import __version__
 
 if TYPE_CHECKING:
-    from smallfry import models, optim
+    from smallfry import compress, models, optim
     from smallfry.costing import Cost, cost
+    from smallfry.deploy.export import export
+    from smallfry.deploy.pretrained import load_trained as load
+    from smallfry.training.train import run as train
 
-__all__ = ["Cost", "__version__", "cost", "models", "optim"]
+__all__ = [
+    "Cost",
+    "__version__",
+    "compress",
+    "cost",
+    "export",
+    "load",
+    "models",
+    "optim",
+    "train",
+]
 
-_HOMES = {"Cost": "smallfry.costing", "cost": "smallfry.costing"}
+_HOMES = {
+    "Cost": "smallfry.costing.Cost",
+    "cost": "smallfry.costing.cost",
+    "export": "smallfry.deploy.export.export",
+    "load": "smallfry.deploy.pretrained.load_trained",
+    "train": "smallfry.training.train.run",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+        module, _, function = _HOMES[name].rpartition(".")
+        return getattr(import_module(module), function)
     if name in __all__:
         return import_module(f"smallfry.{name}")
     raise AttributeError(f"module 'smallfry' has no attribute '{name}'")

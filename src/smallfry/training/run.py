@@ -201,6 +201,16 @@ class TrainedModel(NamedTuple):
         manifest = {**kept, "model": spec.to_dict(), "methods": done}
         return self._replace(model=model, manifest=manifest)
 
+    def require_savable(self, run: str | Path) -> str:
+        """Check that ``save`` can write a run here and return its ``config.yaml``; raises as it."""
+        if self.origin is None or not RunFolder(self.origin).config.is_file():
+            raise UsageError(
+                "this model was loaded from no run folder: deploy.pretrained.save_pretrained "
+                "writes it as a shared folder"
+            )
+        RunFolder(Path(run).expanduser()).require_free()
+        return RunFolder(self.origin).config.read_text()
+
     def save(self, run: str | Path) -> Path:
         """Write a run folder, which every command takes.
 
@@ -211,15 +221,10 @@ class TrainedModel(NamedTuple):
             RunError: The folder is taken or can't be written.
             UsageError: The model came from no run, so that its data is not known.
         """
-        if self.origin is None or not RunFolder(self.origin).config.is_file():
-            raise UsageError(
-                "this model was loaded from no run folder: deploy.pretrained.save_pretrained "
-                "writes it as a shared folder"
-            )
+        config = self.require_savable(run)
         folder = RunFolder(Path(run).expanduser())
-        folder.require_free()
         with folder.locked():
-            write_file(folder.config, RunFolder(self.origin).config.read_text())
+            write_file(folder.config, config)
             head = {k: v for k, v in self.manifest.items() if k not in ("format", "smallfry")}
             save_checkpoint(folder.best, head, self.model.state_dict())
         return folder.path

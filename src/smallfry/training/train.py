@@ -77,6 +77,25 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> dict[str, An
         return _train(config, asked, reporter, processes)
 
 
+def run(config: TrainConfig | None = None, /, **settings: Any) -> dict[str, Any]:
+    """Train by a configuration, or by the settings of one.
+
+    Args:
+        config: As ``TrainConfig``; or None, and ``settings`` are its arguments.
+        settings: Groups of settings can be mappings, such as ``data={"name": "digits"}``.
+
+    Returns:
+        The summary, as ``train``, whose errors it raises.
+
+    Example:
+        >>> import smallfry
+        >>> smallfry.train(epochs=1, model={"name": "vitrm_micro_patch4_8"})  # doctest: +SKIP
+    """
+    if config is not None and settings:
+        raise UsageError("train takes a TrainConfig, or settings by their names, not both")
+    return train(config if config is not None else TrainConfig(**settings))
+
+
 def _train(
     config: TrainConfig, asked_warmup: float, reporter: Reporter | None, processes: Processes
 ) -> dict[str, Any]:

@@ -1,0 +1,56 @@
+"""Compress a trained model."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from smallfry.cli._fields import option, settings_of
+from smallfry.cli._shared import AsJson, OneRun, OtherData
+from smallfry.compress.config import CompressConfig
+from smallfry.io.console import CleanConsole
+from smallfry.io.terminal import command, say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(AsJson, OneRun):
+    """Compress a trained model, such as --methods '[{round_weights: {bits: 8}}]'.
+
+    Args:
+        to: The new run folder; default RUN-small.
+        data: Other data than the run's to calibrate and compare on.
+        settings: The methods.
+    """
+
+    to: Path | None = option(metavar="DIR")
+    data: OtherData = OtherData()
+    settings: CompressConfig = settings_of(CompressConfig)
+
+
+def run(options: Options) -> int:
+    """Write the run folder of the compressed model, and print what was saved and lost."""
+    from smallfry.compress.pipeline import apply
+    from smallfry.compress.report import compare, rows, to_dict
+    from smallfry.deploy.pretrained import load_trained
+    from smallfry.training.checkpoint import write_file
+    from smallfry.training.evaluation_data import load_like
+
+    trained = load_trained(options.run, options.checkpoint)
+    place = options.to or Path(f"{str(options.run).rstrip('/')}-small")
+    trained.require_savable(place)
+    data, *_ = load_like(trained, options.run, options.data.name, options.data.root, "train")
+    small = apply(trained, options.settings.settings, data, options.settings.seed)
+    found = compare(trained, small, data.validation if len(data.validation) else None)
+    folder = small.save(place)
+    summary = to_dict(found, small.manifest["methods"])
+    write_file(folder / "compression.json", json.dumps(summary, indent=2) + "\n")
+    if options.json:
+        say(json.dumps({"run": str(folder), **summary}))
+        return 0
+    table = Table("", "before", "after", "", box=None)
+    for row in rows(found):
+        table.add_row(*row)
+    CleanConsole(highlight=False).print(table)
+    say(f"run:    {folder}\nuse it: {command('smallfry', 'evaluate', folder)}")
+    return 0

@@ -1,0 +1,99 @@
+"""What a compression saved and cost: the compressed model beside its parent."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from smallfry.costing import cost
+from smallfry.data import Split
+from smallfry.training.evaluation import predict, score
+from smallfry.training.run import TrainedModel
+
+
+class Comparison(NamedTuple):
+    """Figures of a parent and of the model compressed from it, in this order."""
+
+    parameters: tuple[int, int]
+    macs: tuple[int, int]  # of all calls for one image
+    file_bytes: tuple[int, int]  # of the weights as safetensors
+    accuracy: tuple[float, float] | None  # on the images compared on
+    agreement: float | None  # share of images with the parent's class
+    divergence: float | None  # mean KL(parent ‖ compressed) of the class probabilities, nats
+    images: int
+
+
+def compare(parent: TrainedModel, small: TrainedModel, split: Split | None) -> Comparison:
+    """Measure a compressed model beside its parent.
+
+    Args:
+        parent: The model before.
+        small: The model after.
+        split: Labelled images, such as the validation split; None for sizes alone.
+    """
+    sample = torch.zeros(1, parent.channels, parent.image_size, parent.image_size)
+    costs = [cost(each.model, sample) for each in (parent, small)]
+    sizes = [_file_bytes(each.model) for each in (parent, small)]
+    accuracy = agreement = divergence = None
+    if split is not None and len(split):
+        said = [predict(each.model, split, each.normalize) for each in (parent, small)]
+        logs = [each.logits.double().log_softmax(dim=1) for each in said]
+        agreement = float((logs[0].argmax(1) == logs[1].argmax(1)).double().mean())
+        divergence = float((logs[0].exp() * (logs[0] - logs[1])).sum(1).mean().clamp(min=0))
+        scores = [score(each)["accuracy"] for each in said]
+        accuracy = (scores[0], scores[1])
+    return Comparison(
+        (costs[0].parameters, costs[1].parameters),
+        (costs[0].macs, costs[1].macs),
+        (sizes[0], sizes[1]),
+        *(accuracy, agreement, divergence),
+        0 if split is None else len(split),
+    )
+
+
+def rows(found: Comparison) -> list[tuple[str, str, str, str]]:
+    """A comparison as rows of a table: figure, before, after, ratio."""
+    lines = [
+        _line("parameters", found.parameters, "{:,.0f}"),
+        _line("multiply-accumulates", found.macs, "{:,.0f}"),
+        _line("weights, bytes", found.file_bytes, "{:,.0f}"),
+    ]
+    if found.accuracy is not None:
+        before, after = found.accuracy
+        points = f"{100 * (after - before):+.2f} points"
+        lines.append(("validation accuracy", f"{before:.2%}", f"{after:.2%}", points))
+        lines.append(("same class as before", "", f"{found.agreement:.2%}", ""))
+        lines.append(("KL from before, nats", "", f"{found.divergence:.2g}", ""))
+    return lines
+
+
+def to_dict(found: Comparison, methods: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """A comparison as JSON has it."""
+    names = ("parameters", "macs", "file_bytes", "accuracy")
+    pairs = {name: getattr(found, name) for name in names}
+    figures: dict[str, Any] = {
+        name: None if pair is None else {"before": pair[0], "after": pair[1]}
+        for name, pair in pairs.items()
+    }
+    divergence = found.divergence
+    finite = divergence is not None and math.isfinite(divergence)
+    return {
+        "methods": methods,
+        **figures,
+        "agreement": found.agreement,
+        "divergence": divergence if finite else None,
+        "validation_images": found.images,
+    }
+
+
+def _line(name: str, pair: tuple[int, int], form: str) -> tuple[str, str, str, str]:
+    before, after = (form.format(each) for each in pair)
+    return name, before, after, f"× {pair[1] / pair[0]:.3f}" if pair[0] else ""
+
+
+def _file_bytes(model: nn.Module) -> int:
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    return len(safetensors.torch.save(weights))
