@@ -6,6 +6,7 @@ is read, it is seen whether an image came with the label of another.
 
 import io
 import os
+import shutil
 import tarfile
 import tempfile
 import warnings
@@ -26,10 +27,20 @@ NAMES = ("../x.png", "/x.png", "", ".", "a/b/../c.png", "x" * 3000 + ".png", "\u
 KINDS = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE)
 LENGTHS = (-1, -5, -512, -(2**40), 2**33, 2**62, 2**80)
 WHOLE = ("whole", "strange members")  # which must be read in full
+TIGHT = "packed tightly"
+VALUES, MIB = (1, 5, 10), 2**20  # in a dictionary of 64 MiB each
 
 
 def prepare(folder: Path) -> Path:
-    """A folder for the shards."""
+    """A folder for the shards, with some whose dictionaries unpack to much more than is stored."""
+    for count in VALUES:
+        file = folder / f"{count}.tight"
+        if not file.exists():
+            values = pa.array([bytes(64 * MIB) + bytes([i]) for i in range(count)])
+            cells = pa.DictionaryArray.from_arrays(pa.array(range(count), pa.int32()), values)
+            image = pa.StructArray.from_arrays([cells], ["bytes"])
+            table = pa.table({"image": image, "label": [i % 3 for i in range(count)]})
+            pq.write_table(table, file, compression="zstd", dictionary_pagesize_limit=2**30)
     return folder
 
 
@@ -45,7 +56,11 @@ def trial(folder: Path, number: int) -> Verdict:
             file = Path(place, f"train-{shard:05}.{form}")
             (_parquet if form == "parquet" else _tar)(file, range(first, first + count), random)
             first += count
-        if random.random() < 0.8:
+        if form == "parquet" and random.random() < 0.02:
+            kind = TIGHT
+            other = Path(place, f"train-{len(counts):05}.parquet")
+            shutil.copy(folder / f"{random.choice(VALUES)}.tight", other)
+        elif random.random() < 0.8:
             kind = _harm(random.choice(sorted(Path(place).iterdir())), form, random)
         skip, stream = random.random() < 0.5, random.random() < 0.7
         read = set(range(first))

@@ -83,6 +83,31 @@ def test_cells_that_decode_to_gigabytes_are_read_in_little_memory_or_refused(way
     assert grown < 400  # decoded they take over 1,000
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+@pytest.mark.parametrize("way", ["whole", "stream"])
+def test_a_dictionary_that_unpacks_to_much_is_refused_before_it_is_read(way, tmp_path):
+    file = tmp_path / "train-0.parquet"
+    write(file, [bytes(64 * MIB) + bytes([i]) for i in range(8)], dictionary_pagesize_limit=2**30)
+    assert file.stat().st_size < 50_000
+    said, grown = measured(tmp_path, way)
+    assert "train-0.parquet: row group 0 unpacks to 0.5 GB, over 100 times what is stored" in said
+    assert grown < 100  # it takes over 2,000
+
+
+def test_row_groups_that_are_packed_too_tightly_are_refused(tmp_path, monkeypatch):
+    file = tmp_path / "train-0.parquet"
+    write(file, [*map(picture, range(9)), *(bytes(200_000) + bytes([i]) for i in range(9))])
+    open_bounded(file, ["image"]).close()
+    monkeypatch.setattr(parquet_bounds, "MOST_UNPACKED", MIB)
+    for way in (False, True):
+        with pytest.raises(DataError, match=r"row group 0 unpacks to 0\.0 GB, over 100 times"):
+            load_data(str(tmp_path), stream=way)
+    open_bounded(file, ["label"]).close()  # of which little is stored
+    monkeypatch.setattr(parquet_bounds, "MOST_EXPANSION", 10_000)
+    open_bounded(file, ["image"]).close()
+
+
 def test_a_cell_of_more_than_100_mb_is_refused_and_its_rows_named(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet_bounds, "MOST_BYTES", 10_000)
     write(tmp_path / "train-0.parquet", [*map(picture, range(20)), bytes(10_001)])

@@ -1,5 +1,6 @@
 """Connections that end, whatever a client does not send or read."""
 
+import asyncio
 import contextlib
 import socket
 import threading
@@ -9,6 +10,7 @@ import pytest
 
 pytest.importorskip("gradio", reason="the demo's extra is not installed")
 
+from smallfry.demo import serve
 from smallfry.demo.connections import BoundedConnection
 from smallfry.demo.serve import _listening, _running
 
@@ -18,8 +20,13 @@ PATIENCE = 600  # seconds after which a test takes something to hang
 
 
 @contextlib.contextmanager
-def server(monkeypatch, finished=None, **bounds):
-    """The address of a server whose bounds are other ones."""
+def server(monkeypatch, finished=None, slowly=None, **bounds):
+    """The address of a server whose bounds are other ones.
+
+    Args:
+        finished: Set when an answer ends.
+        slowly: Two events: a request has come, and it is to be answered.
+    """
     for name, value in bounds.items():
         monkeypatch.setattr(BoundedConnection, name, value)
 
@@ -27,6 +34,9 @@ def server(monkeypatch, finished=None, **bounds):
         try:
             while (await receive()).get("more_body"):
                 pass
+            if slowly is not None:
+                slowly[0].set()
+                await asyncio.to_thread(slowly[1].wait, PATIENCE)
             await send({"type": "http.response.start", "status": 200, "headers": []})
             length = LONG if scope["path"] == "/long" else 2
             for begin in range(0, length, 2**16):
@@ -118,3 +128,35 @@ def test_clients_who_neither_send_nor_read_keep_nobody_out(monkeypatch, begun):
         assert all(is_cut_off(one) for one in late[:20])
         for one in late:
             one.close()
+
+
+def test_an_answer_under_way_is_sent_before_the_server_stops(monkeypatch):
+    asked, answer = threading.Event(), threading.Event()
+    with contextlib.ExitStack() as stack:
+        with server(monkeypatch, slowly=(asked, answer)) as address:
+            connection = stack.enter_context(connect(address))
+            connection.sendall(REQUEST)
+            assert asked.wait(PATIENCE)
+            threading.Timer(1.5, answer.set).start()  # when it stops already
+        received = b""
+        while chunk := connection.recv(4096):
+            received += chunk
+        assert received.startswith(b"HTTP/1.1 200 OK")
+        assert received.endswith(b"ok\r\n0\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [b"", b"GET / HT", b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nx"],
+)
+def test_a_server_that_stops_waits_for_no_request(monkeypatch, begun):
+    monkeypatch.setattr(serve, "STOP_SECONDS", PATIENCE)
+    with contextlib.ExitStack() as stack:
+        with server(monkeypatch) as address:
+            late = [stack.enter_context(connect(address)) for _ in range(3)]
+            for one in late:
+                one.sendall(begun)
+            assert answered(stack.enter_context(connect(address)))
+            stops = time.monotonic()
+        assert time.monotonic() - stops < PATIENCE
+        assert all(is_cut_off(one) for one in late)

@@ -1,4 +1,5 @@
 import struct
+import warnings
 from contextlib import suppress
 from io import BytesIO
 
@@ -117,10 +118,21 @@ def test_a_missing_file_is_named(tmp_path):
         decode(tmp_path / "gone.png", "gone.png", 8, 3)
 
 
-def test_a_decompression_bomb_is_refused(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(DataError, match=r"x: too large"):
-        decode(encoded(Image.new("L", (64, 64))), "x", 8, 1)
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])  # TIFF and ICO ask Pillow once more
+def test_sizes_are_judged_by_the_own_bound_and_pillow_warns_of_none(monkeypatch, format):
+    content = encoded(
+        Image.new("L", (512, 512)), format, **({"sizes": [(256, 256)]} if format == "ICO" else {})
+    )
+    for limit in (200_000, 10):  # of which Pillow warns, and which it refuses
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert decode(content, "x", 8, 1).shape == (1, 8, 8)
+    monkeypatch.setattr("smallfry_runtime.images.most_pixels", lambda: 65_535)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(DataError, match="x: 262,144 pixels are too many"):
+            decode(content, "x", 8, 1)
 
 
 @pytest.mark.parametrize("bits", [1, 8, 10, 12, 14, 16])

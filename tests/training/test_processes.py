@@ -256,7 +256,6 @@ def wait_for(process, words):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=False, reason="one run in ten waits for ever; the cause is not known")
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
 def test_a_second_signal_ends_processes_that_wait_for_each_other_and_tells_what_is_saved(
     tmp_path,
@@ -266,13 +265,14 @@ def test_a_second_signal_ends_processes_that_wait_for_each_other_and_tells_what_
     endless = settings(run, checkpoint_seconds=0.0, epochs=1000, progress="plain")
     file.write_text(yaml.safe_dump({**endless.to_dict(), "patience": None}))
     code = """
-import os, sys
+import os, sys, threading
 from smallfry.io import signals
 from smallfry.training import launch
 signals.ECHO, launch.MORE_ECHO, launch.AT_ONCE = 0.0, 0.0, 10_000.0
 insist = signals.Requests.insist
 def heard(self, number):
-    print("heard", os.environ.get("RANK"), flush=True)
+    if threading.current_thread() is not threading.main_thread():  # which may hear it too, later
+        os.write(1, f"heard {os.environ['RANK']}\\n".encode())  # in one piece, as others write too
     return insist(self, number)
 signals.Requests.insist = heard
 launch.command = lambda given: [sys.executable, "-c", sys.argv[1], *given]

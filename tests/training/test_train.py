@@ -34,6 +34,7 @@ from smallfry.training.config import (
     read_config,
 )
 from smallfry.training.continuation import with_fitting_warmup
+from smallfry.training.evaluation import predict
 from smallfry.training.loop import Trainer
 from smallfry.training.progress import (
     PlainReporter,
@@ -237,6 +238,27 @@ def test_weights_that_are_no_numbers_never_become_the_best(variant, monkeypatch)
     best = load_checkpoint(variant().run / "best")
     assert best.manifest["training"]["epoch"] == 1
     assert all(weight.isfinite().all() for weight in best.weights.values())
+
+
+def test_answers_that_are_no_numbers_become_neither_the_best_nor_a_score(variant, monkeypatch):
+    calls = []
+
+    def spoiled(*given, **options):
+        calls.append(given)
+        said = predict(*given, **options)
+        return said._replace(logits=said.logits / 0) if len(calls) == spoils else said
+
+    for module in ("loop", "train"):
+        monkeypatch.setattr(f"smallfry.training.{module}.predict", spoiled)
+    monkeypatch.setattr("smallfry.training.train.cost", lambda *_: Cost(0, 0, 0, 0))
+    spoils = 2  # the second epoch's
+    with pytest.raises(TrainingError, match=r"\(epoch 2\): an answer to the validation images is"):
+        train(variant())
+    assert load_checkpoint(variant().run / "best").manifest["training"]["epoch"] == 1
+    spoils = len(calls) + 2  # after the last epoch, of the test images
+    with pytest.raises(TrainingError, match=r"best: on the test images, the model's answer is not"):
+        resume(variant().run)
+    assert not (variant().run / "summary.json").exists()
 
 
 @pytest.mark.usefixtures("pictures_drawn")

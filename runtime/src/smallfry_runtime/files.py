@@ -129,12 +129,16 @@ def settled(read: Callable[[], T], *manifests: Path) -> T:
     raise type(failure)(f"{folder}: is replaced again and again while it is read; try later")
 
 
-def _version(file: Path) -> tuple[int, int, bytes] | None:
-    """The content of a file, and which file that is: another may have the same content."""
+def _version(file: Path) -> tuple[int, int, int, bytes] | None:
+    """The content of a file, and which file that is.
+
+    Another may have the same content, a copied time of change and the number of a removed one; the
+    time at which that was set, ``st_ctime``, nobody can choose.
+    """
     try:
         with opened(file, MOST_TEXT) as stream:
             found = os.fstat(stream.fileno())
-            return found.st_ino, found.st_mtime_ns, stream.read()
+            return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, stream.read()
     except OSError:
         return None
 

@@ -4,6 +4,7 @@ Memory is bounded: of one image by ``most_pixels``, checked before its pixels ar
 all threads together by ``DECODED_AT_ONCE``.
 """
 
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from smallfry_runtime.decoding import (
     IMAGE_MIB,
@@ -198,13 +199,11 @@ def _copy_of(image: Image.Image, where: str) -> Image.Image:
 def _image_in(stream: BinaryIO, where: str) -> Image.Image:
     _require_bounded(pixels_in_icon(stream), where)
     try:
-        image = Image.open(stream, formats=READ)
-    except UnidentifiedImageError:
-        raise DataError(f"{where}: not an image, or of a format that is not read") from None
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{where}: too large to be decoded safely ({error})") from None
-    except Exception as error:  # a stranger's bytes raise almost anything, struct.error too
+        image = _by_format(stream)
+    except Exception as error:  # a stranger's bytes raise almost anything
         raise _damaged(where, error) from error
+    if image is None:
+        raise DataError(f"{where}: not an image, or of a format that is not read")
     try:
         _require_bounded(image.width * image.height, where)
         _require_bounded(pixels_in_tile(image), where)
@@ -212,6 +211,22 @@ def _image_in(stream: BinaryIO, where: str) -> Image.Image:
         image.close()
         raise error if isinstance(error, SmallfryError) else _damaged(where, error) from error
     return image
+
+
+def _by_format(stream: BinaryIO) -> Image.Image | None:
+    """Open an image by the first format that takes it, as ``Image.open``; None if none does.
+
+    ``Image.open`` warns of sizes too, which are judged here; to silence it is not safe in threads.
+    """
+    prefix = stream.read(16)
+    for kind in READ:
+        read, accept = Image.OPEN[kind]
+        with suppress(SyntaxError, IndexError, TypeError, struct.error):  # not of this format
+            accepted = accept is None or accept(prefix)
+            if accepted and not isinstance(accepted, str):  # a text says why not
+                stream.seek(0)
+                return read(stream, "")
+    return None
 
 
 def _require_bounded(pixels: int, where: str) -> None:

@@ -2,7 +2,8 @@
 
 A dictionary stores a value once, however many cells have it: 4 kB of a file may stand for
 gigabytes, and its footer does not tell. Read as dictionaries, columns take no more than what is
-stored.
+stored. A page is unpacked whole, and takes several times its size meanwhile: what is packed too
+tightly is refused by the footer.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,7 @@ from smallfry.errors import DataError
 MOST_ROWS = 2**26  # of a file
 MOST_DECODED = 2**30  # bytes that a file may decode to, or
 MOST_EXPANSION = 100  # times its size, whichever is more
+MOST_UNPACKED = 2**28  # bytes of a row group's column, or MOST_EXPANSION times what is stored of it
 AT_ONCE = 2**26  # bytes that are read at a time, if the footer is right
 ROWS_AT_ONCE = 1000
 
@@ -39,13 +41,14 @@ def open_bounded(file: Path, columns: Iterable[str]) -> pq.ParquetFile:
         columns: Names of its columns, of the outermost level.
 
     Raises:
-        DataError: Too many rows, or lists, in these columns.
+        DataError: Too many rows, or in these columns lists, or what unpacks to too much.
         pa.ArrowException, OSError, ValueError: Not a whole parquet file.
     """
     wanted = set(columns)
     with pq.ParquetFile(file) as shard:
         rows, schema = shard.metadata.num_rows, shard.schema
         leaves = [schema.column(i) for i in range(len(schema.names))]
+        _require_loosely_packed(file, shard.metadata, wanted)
     leaves = [leaf for leaf in leaves if leaf.path.partition(".")[0] in wanted]
     if rows > MOST_ROWS:
         raise DataError(f"{file}: has {rows:,} rows; at most {MOST_ROWS:,} are read: split it")
@@ -57,6 +60,22 @@ def open_bounded(file: Path, columns: Iterable[str]) -> pq.ParquetFile:
         )
     texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
     return pq.ParquetFile(file, read_dictionary=texts)
+
+
+def _require_loosely_packed(file: Path, footer: Any, wanted: set[str]) -> None:
+    for group in range(footer.num_row_groups):
+        row_group = footer.row_group(group)
+        for column in map(row_group.column, range(row_group.num_columns)):
+            size, stored = column.total_uncompressed_size, column.total_compressed_size
+            if (
+                column.path_in_schema.partition(".")[0] in wanted
+                and size > MOST_UNPACKED
+                and size > MOST_EXPANSION * stored
+            ):
+                raise DataError(
+                    f"{file}: row group {group} unpacks to {size / 1e9:,.1f} GB, over "
+                    f"{MOST_EXPANSION} times what is stored; write it in smaller row groups"
+                )
 
 
 def decoded_size(column: Any) -> Decoded:

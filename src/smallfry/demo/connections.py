@@ -58,6 +58,13 @@ class BoundedConnection(H11Protocol):
         self._allow(self.request_seconds)
         super().on_response_complete()
 
+    def shutdown(self) -> None:
+        """Let an answer under way end, as the server stops; wait for no request to arrive."""
+        if self._is_between_requests() or not self.cycle.more_body:
+            super().shutdown()
+        else:
+            self.cut_off()
+
     def cut_off(self) -> None:
         """End the connection at once, whatever is still to be sent."""
         self.connections.discard(self)

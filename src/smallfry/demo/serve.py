@@ -18,7 +18,7 @@ from smallfry.demo.examples import find_examples
 from smallfry.deploy.pretrained import load_trained
 from smallfry.errors import DemoError
 
-STOP_SECONDS = 1  # an open page holds a connection; it is not waited for
+STOP_SECONDS = 8  # for answers under way; clients that still have to send are not waited for
 
 
 def serve(
@@ -119,7 +119,7 @@ def _running(app: Any, listener: socket.socket) -> Iterator[None]:
         yield
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(STOP_SECONDS + 2)
 
 
 @contextmanager

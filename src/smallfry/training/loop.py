@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from smallfry.data import ImageData
-from smallfry.errors import Stopped, TrainingError, UsageError
+from smallfry.errors import RunError, Stopped, TrainingError, UsageError
 from smallfry.io.signals import noting
 from smallfry.io.terminal import command
 from smallfry.training.augment import Augment
@@ -21,7 +21,7 @@ from smallfry.training.batches import TrainBatches, derive_seed, resident
 from smallfry.training.checkpoint import Checkpoint, has_checkpoint, save_checkpoint
 from smallfry.training.config import TrainConfig
 from smallfry.training.continuation import changes_since, dotted, require_whole_epochs
-from smallfry.training.evaluation import joined, predict, score
+from smallfry.training.evaluation import joined, predict, require_finite, score
 from smallfry.training.events import EventWriter
 from smallfry.training.loader import TrainLoader
 from smallfry.training.objective import Batch, Objective
@@ -411,7 +411,16 @@ class Trainer:
                 some = split.take(torch.arange(part.start, part.stop))
                 mine = predict(model, some, self.normalize, self.fabric.device)
         found = processes.collect(mine)
-        return processes.once(lambda: score(joined([each for each in found if each is not None])))
+
+        def scored() -> dict[str, float]:
+            predictions = joined([each for each in found if each is not None])
+            try:
+                return score(require_finite(predictions))
+            except RunError:
+                what = f"an answer to the {self.config.select_on} images is not"
+                raise self._diverged(what, self.progress.step) from None
+
+        return processes.once(scored)
 
     def _out_of_patience(self) -> bool:
         since_best = len(self.progress.history) - self.progress.best_epoch

@@ -18,6 +18,7 @@ from smallfry.errors import (
     DataError,
     RunError,
     SmallfryWarning,
+    TrainingError,
     UsageError,
     is_out_of_memory,
     nearest,
@@ -39,7 +40,7 @@ from smallfry.training.continuation import (
     with_changes,
     with_fitting_warmup,
 )
-from smallfry.training.evaluation import Predictions, predict, score
+from smallfry.training.evaluation import Predictions, predict, require_finite, score
 from smallfry.training.evaluation_data import load_config_data, require_place
 from smallfry.training.loop import Trainer
 from smallfry.training.objective import build_objective
@@ -67,7 +68,7 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> dict[str, An
         UsageError: An unknown name or an impossible setting.
         DataError: The data can't be used.
         RunError: The run folder is taken or can't be written.
-        TrainingError: The loss is not a number any more, or another process has ended.
+        TrainingError: The loss or an answer is not a number any more, or another process has ended.
         Stopped: A signal came; the state is saved, ``resume`` goes on.
     """
     asked = config.schedule.warmup_epochs
@@ -389,7 +390,10 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
     folder, device = trainer.folder, trainer.fabric.device
     best = load_run(folder.path, "best")
     model = best.model.to(device)
-    predictions = predict(model, data.test, best.normalize, device)
+    try:
+        predictions = require_finite(predict(model, data.test, best.normalize, device))
+    except RunError as error:
+        raise TrainingError(f"{folder.best}: on the test images, {error}") from None
     sample = torch.zeros(1, data.channels, data.image_size, data.image_size, device=device)
     spent = cost(model, sample)
     summary = {
