@@ -56,8 +56,8 @@ class Observer:
         fisher: "mc", "exact" or "empirical"; "none" takes inputs alone.
         draws: Sampled targets per sample, for "mc".
         generator: Where they are drawn from.
-        wanted: Asked at each forward pass: "taps", "outputs" or "" for nothing; a method, held
-            weakly: an owner that is gone wants nothing.
+        wanted: Asked at each forward pass: "taps", "outputs", "sizes" of these alone, or "" for
+            nothing; a method, held weakly: an owner that is gone wants nothing.
         begin_draw: Called with the number of an observation in its step before targets are drawn,
             to set the generator; held weakly.
     """
@@ -178,6 +178,8 @@ class Observer:
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> None:
         self._finish()
+        if backward_pass() < 0:  # passes that ended without reaching ``.grad`` never will
+            self._touched, self._accumulated = {}, set()
         if self._paused or not module.training or not torch.is_grad_enabled():
             return
         owner = self._wanted()
@@ -191,7 +193,7 @@ class Observer:
             return  # nothing that a backward pass could bring a gradient to
         if self.pending and all(p.grad is None for p in parameters):
             self.drop()  # gradients cleared by another than this optimizer
-        self._current = Observation(0, [])
+        self._current = Observation(0, [], sizes_only=wanted == "sizes")
         if self.keep_arguments:
             self._current.arguments, self._current.keywords = tree_map(
                 lambda leaf: leaf, (arguments, keywords)
@@ -260,14 +262,16 @@ class Observer:
     def arrive(self, seen: Observation, root: "Root", gradient: Tensor) -> None:
         """A backward pass has come to an output: it shows what counts, and targets are drawn."""
         number = backward_pass()
-        gradient = gradient.detach() / self.grad_scale()
-        seen.passes[root.which].note(gradient)
         if seen.number < 0:
             seen.number = len(self.pending) + len(self._touched.get(number, ()))
         if number in self._accumulated:
             self._count(seen, number)
         elif seen not in self._touched.setdefault(number, []):
             self._touched[number].append(seen)
+        if seen.sizes_only:
+            return
+        gradient, seen.scale = gradient.detach(), self.grad_scale()
+        seen.passes[root.which].note(gradient)
         if not bool(gradient.isfinite().all()):
             return
         if root.which in seen.weights:  # an earlier pass showed part of the loss, or none of it
@@ -293,7 +297,10 @@ class Observer:
     def _weights(self, seen: Observation, index: int, gradient: Tensor) -> RowWeights | None:
         assert seen.likelihood is not None
         if self.given_weights is None:
-            return seen.likelihood.row_weights(seen.outputs, index, gradient)
+            found = seen.likelihood.row_weights(seen.outputs, index, gradient)
+            if found is None or found.unit is None:
+                return found
+            return found._replace(unit=found.unit / seen.scale)
         try:
             return seen.likelihood.given_weights(seen.outputs, index, self.given_weights)
         except ValueError as error:

@@ -376,12 +376,15 @@ class NaturalGradient(torch.optim.Optimizer):
     def _wanted(self) -> str:
         quadratic = self.step_length == "quadratic"
         measured = self.measurable and self.kl_clip is not None
-        self.observer.keep_arguments = self.adaptive_damping or quadratic or measured
         if self.overdue or self._due(self.statistics_every):
+            self.observer.keep_arguments = self.adaptive_damping or quadratic or measured
             self.observer.watch_backward = not self.checked
             self.observer.probing = not self.checked and self.check != "off"
             return "taps"
-        return "outputs" if measured or quadratic or self.loss_scale == "sum" else ""
+        self.observer.keep_arguments = quadratic or (measured and self.measuring)
+        if self.observer.keep_arguments:
+            return "outputs"
+        return "sizes" if isinstance(self.loss_scale, str) else ""  # they scale the loss
 
     def _begin_draw(self, number: int) -> None:
         self._draw(0, number)

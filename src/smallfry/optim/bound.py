@@ -57,7 +57,10 @@ def clip_step(
     due = optimizer.measuring or modelled > GROWTH * optimizer.measured_size
     due = due and optimizer.measurable
     if not due or anywhere(optimizer, not _kept(observations)):
-        return _clip(kappa * optimizer.targets, optimizer.divergence_ratio * modelled)
+        optimizer.measuring = due  # on the next step, which is then observed
+        growth = modelled / (GROWTH * optimizer.measured_size) if optimizer.measured_size else 1.0
+        ratio = optimizer.divergence_ratio * max(1.0, growth)
+        return _clip(kappa * optimizer.targets, ratio * modelled)
     optimizer.measuring, optimizer.measured_size = False, modelled
     weigh_rows(optimizer, observations, optimizer._loss_factor(observations))
     optimizer.targets = quadratic.targets_of(optimizer, observations)
@@ -72,6 +75,7 @@ def clip_step(
     if found is None:
         return clip
     if not math.isfinite(found):
+        optimizer.measuring = True
         return 0.0  # however short a step is, it breaks the model
     count = optimizer.counters["measurements"] + 1
     kept = min(1 - 1 / count, KEPT)

@@ -78,12 +78,13 @@ def _both_gradients(
         block.to_matrix({name: grads[name] for name in block.parameters}) for block in covered
     ]
     found, terms = [torch.zeros_like(matrix) for matrix in actual], [0.0] * len(covered)
-    for number, block in enumerate(covered):
-        for seen in observations:
-            part = seen.training_matrix(block, actual[number].dtype)
-            if part is not None:
-                found[number] += part[0]
-                terms[number] += part[1]
+    with exchange.publish_failure(device):
+        for number, block in enumerate(covered):
+            for seen in observations:
+                part = seen.training_matrix(block, actual[number].dtype)
+                if part is not None:
+                    found[number] += part[0]
+                    terms[number] += part[1]
     mean = [exchange.sum(matrix) / exchange.count for matrix in found]  # as gradients are
     means = [term / exchange.count for term in exchange.sums(terms, device)]
     return list(zip(covered, actual, mean, means, strict=True))
@@ -111,9 +112,7 @@ def check_loss(
     factors = []
     for seen in observations:
         pairs = zip(seen.output_gradients, seen.outputs, strict=True)
-        gradients = tuple(
-            (torch.zeros_like(z) if g is None else g.to(z)) * samples for g, z in pairs
-        )
+        gradients = tuple((torch.zeros_like(z) if g is None else g) * samples for g, z in pairs)
         scale = likelihood.loss_factor(seen.outputs, gradients)
         if scale is None:
             continue

@@ -6,7 +6,8 @@ flat tensor for each precision, so that a refresh takes a few large messages and
 small ones. Every process holds the whole state in the end, bit for bit the same.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,6 +63,27 @@ class Exchange:
         if self.count == 1:
             return [float(value) for value in values]
         return self.sum(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
+
+    @contextmanager
+    def publish_failure(self, device: torch.device) -> Iterator[None]:
+        """Raise in all processes what a block of code raises in one, so that none waits for it.
+
+        Args:
+            device: Where messages are sent from; the block itself sends none.
+
+        Raises:
+            UsageError: Another process failed, with its message.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        if self.sums([failure is not None], device)[0]:
+            told = self.tell(None if failure is None else str(failure)) if self.count > 1 else []
+            raise failure or UsageError(
+                f"another process failed: {next(one for one in told if one is not None)}"
+            )
 
     # Large things, for and from owners
 

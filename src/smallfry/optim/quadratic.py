@@ -126,7 +126,7 @@ def reduction_ratio(
         before, tangents = push_forward(optimizer, seen, step, parameters)
         after = run(optimizer, seen, parameters, step)
         gradients = [
-            torch.zeros_like(z) if g is None else g.to(z)
+            torch.zeros_like(z) if g is None else g
             for g, z in zip(seen.output_gradients, before, strict=True)
         ]
         linear += _dot(gradients, tangents) / factor
@@ -144,7 +144,7 @@ def reduction_ratio(
 
 
 def targets_of(optimizer: "NaturalGradient", observations: Sequence[Observation]) -> float:
-    """Targets to a sample, over the whole batch: ``kl_clip`` allows κ for each."""
+    """Targets to a sample, by the weights of their rows, over the whole batch."""
     count = optimizer.exchange.count
     samples = optimizer._batch_size(observations)
     unit = samples / count / optimizer._loss_factor(observations)
@@ -153,8 +153,10 @@ def targets_of(optimizer: "NaturalGradient", observations: Sequence[Observation]
         # of a loss that a GradScaler has multiplied, nobody can tell how large they are
         hidden = optimizer.observer.rescaled and optimizer.grad_scaler is None
         scaled = tuple(None if g is None or hidden else g * unit for g in seen.output_gradients)
-        found += (seen.likelihood or optimizer.likelihood).targets(seen.outputs, scaled) * seen.size
-    return optimizer.exchange.sums([found], optimizer.device)[0] / samples
+        likelihood = seen.likelihood or optimizer.likelihood
+        found += likelihood.targets(seen.outputs, scaled, seen.row_shares) * seen.size
+    # where no row counts, as in a batch of padding, momentum may move by what others had
+    return optimizer.exchange.sums([found], optimizer.device)[0] / samples or optimizer.targets
 
 
 def damping_of(optimizer: "NaturalGradient", name: str) -> float:

@@ -105,7 +105,7 @@ def _check(
     samples = optimizer._batch_size(tapped) / exchange.count
     try:
         rescaled = check_layers(optimizer.blocks, tapped, grads, exchange)
-        if not any(rows.weighted and rows.certain for rows in weighed.values()):
+        if not any(rows.within and rows.certain for rows in weighed.values()):
             counted = [r.counted(optimizer.loss_scale) / r.samples for r in weighed.values()]
             check_loss(
                 optimizer.likelihood, tapped, factor, rescaled, samples * min(counted, default=1.0)

@@ -42,7 +42,8 @@ def refresh_together(
     keep = share_kept(optimizer)
     before = _versions(optimizer)
     kept = {b.name: keep if optimizer.curvature[b.name] else 0.0 for b in blocks}
-    rows = {b.name: rows_seen(optimizer, number, tapped) for number, b in enumerate(blocks)}
+    with exchange.publish_failure(optimizer.device):
+        rows = {b.name: rows_seen(optimizer, number, tapped) for number, b in enumerate(blocks)}
     if optimizer._monitoring and tapped:
         optimizer._latest = {name: seen for name, seen in rows.items() if seen}
     counts = [float(sum(part.samples for part in rows[b.name])) for b in blocks]

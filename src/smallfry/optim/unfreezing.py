@@ -48,6 +48,7 @@ def unfreeze(optimizer: "NaturalGradient", group: dict[str, Any]) -> None:
     optimizer.lambdas = {n: v for n, v in optimizer.lambdas.items() if optimizer.curvature.get(n)}
     optimizer.owners = owners_of(blocks, optimizer.approximation, optimizer.exchange.count)
     optimizer.observer.watch(Taps(blocks))
+    optimizer.observer.needs_identity = not all(map(optimizer.approximation.sums_over_uses, blocks))
     optimizer.overdue = optimizer.overdue_inverse = True
     optimizer.checked = False
     optimizer.param_groups += covered
