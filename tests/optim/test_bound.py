@@ -60,8 +60,8 @@ def test_the_measured_divergence_is_that_of_the_dense_fisher_of_the_new_batch(ki
     optimizer = kind(model, lr=1.0, kl_clip=kappa, damping=1e-3, momentum=0.0, burn_in=0)
     step(model, optimizer, *batch(4))
     sizes = []
-    modelled = optimizer._divergence
-    optimizer._divergence = lambda *given: sizes.append(modelled(*given)) or sizes[-1]
+    modelled = optimizer.preconditioner.divergence
+    optimizer.preconditioner.divergence = lambda *given: sizes.append(modelled(*given)) or sizes[-1]
     x, y = batch(4, seed=1)
     fisher, before, old = dense_fisher(model, x, "categorical"), vector(model), optimizer.clip
     first = optimizer.divergence_ratio

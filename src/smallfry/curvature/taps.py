@@ -6,7 +6,7 @@ place, so an activation that later overwrites the output changes nothing, a laye
 many times gives many pairs, and no second forward pass is needed. Closed taps leave no hooks.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -155,6 +155,12 @@ class Observation:
     def unchanged(self) -> bool:
         """Whether the arguments that were kept are what they were before the forward pass."""
         return versions_of(self.arguments, self.keywords) == self.versions
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The floating inputs of all calls, and the gradients drawn for them."""
+        for tensor in [*(c.inputs for c in self.calls), *(g for draw in self.draws for g in draw)]:
+            if tensor is not None and tensor.is_floating_point():
+                yield tensor
 
     def training_gradient(self, call: Call) -> Tensor | None:
         """Of the training loss, at a call's output; None where none came."""

@@ -8,15 +8,13 @@ number within each micro-batch, and another in the next.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from smallfry.curvature import Observation
 from smallfry.curvature.row_weights import EQUAL, RowWeights
-
-if TYPE_CHECKING:
-    from smallfry.optim.base import NaturalGradient
+from smallfry.optim.collectives import Collectives
 
 
 class Weighing(NamedTuple):
@@ -39,9 +37,15 @@ class Weighing(NamedTuple):
 
 
 def weighings(
-    optimizer: "NaturalGradient", observations: Sequence[Observation]
+    observations: Sequence[Observation], rescaled: bool, collectives: Collectives
 ) -> dict[int, Weighing]:
-    """How the rows of each output weigh; called in all processes alike."""
+    """How the rows of each output weigh; called in all processes alike.
+
+    Args:
+        observations: Of the current batch.
+        rescaled: The gradients may be those of a loss that was scaled by an unknown number.
+        collectives: Messages between processes.
+    """
     count = len(observations[0].outputs) if observations else 0
     found = {}
     for index in range(count):
@@ -50,7 +54,7 @@ def weighings(
             one = seen.weights.get(index, RowWeights(None, None))
             weighted = one is None or one.values is not None or one.given
             soft = one is not None and one.unit is None
-            scaled = optimizer.observer.rescaled and not (one is not None and one.given)
+            scaled = rescaled and not (one is not None and one.given)
             size, rows = _counted(one, seen.size)
             unit = 0.0 if one is None or one.unit is None else one.unit
             moments = size * unit, size * unit**2, rows * unit
@@ -58,8 +62,7 @@ def weighings(
             terms = [total + float(term) for total, term in zip(terms, each, strict=True)]
         dtype = observations[0].outputs[index].dtype
         terms[0] += _weighing(terms, dtype).weighted
-        if optimizer.exchange.count > 1:
-            terms = optimizer.exchange.sums(terms, optimizer.device)
+        terms = collectives.sums(terms)
         found[index] = _weighing(terms, dtype)
     return found
 
@@ -85,24 +88,30 @@ def _weighing(terms: Sequence[float], dtype: torch.dtype) -> Weighing:
 
 
 def weigh_rows(
-    optimizer: "NaturalGradient", observations: Sequence[Observation], factor: float
+    observations: Sequence[Observation],
+    factor: float,
+    loss_scale: float | str,
+    rescaled: bool,
+    collectives: Collectives,
 ) -> dict[int, Weighing]:
     """Give the rows of all micro-batches their weights in the batch's Fisher.
 
     Args:
-        optimizer: The optimizer.
         observations: Of the current batch; called in all processes alike.
         factor: The training loss over the mean negative log-likelihood.
+        loss_scale: The same as it was stated.
+        rescaled: The gradients may be those of a loss that was scaled by an unknown number.
+        collectives: Messages between processes.
     """
-    found = weighings(optimizer, observations)
+    found = weighings(observations, rescaled, collectives)
     for seen in observations:
         for index, rows in found.items():
             one, share = seen.weights.get(index), 1.0
             if rows.weighted and rows.certain and not rows.scaled and one is not None:
                 unit = one.unit or 0.0
-                share = rows.samples * unit / (factor * optimizer.exchange.count)
+                share = rows.samples * unit / (factor * collectives.count)
             elif rows.weighted:
-                share = rows.samples / max(rows.counted(optimizer.loss_scale), 1e-30)
+                share = rows.samples / max(rows.counted(loss_scale), 1e-30)
                 if rows.unit and one is not None:
                     share *= (one.unit or 0.0) / rows.unit
             seen.shares[index] = share
