@@ -189,8 +189,8 @@ class Case:
             model, statistics_every=1, burn_in=0, process_group=group, **told
         )
         self.seconds: list[tuple[float, float]] = []  # of the refresh, of the whole step
-        self._refresh = self.optimizer._refresh_blocks
-        self.optimizer._refresh_blocks = self._timed
+        self._refresh = self.optimizer.preconditioner.refresh
+        self.optimizer.preconditioner.refresh = self._timed
         self.together = together
 
     def _timed(self, *arguments: Any) -> None:
@@ -227,7 +227,7 @@ def measure_refreshes(setting: dict[str, Any], machines: dict[str, Any]) -> dict
                     for case in (alone, pair):
                         if case is not None:
                             case.seconds.clear()
-            sent = told_by_all(pair.optimizer.exchange.bytes)
+            sent = told_by_all(pair.optimizer.collectives.bytes)
             if alone is not None:
                 found[f"{network}, {method}"] = compared(alone, pair, sent, machines, method)
     return found

@@ -93,6 +93,20 @@ try:
     optimizer.step()
 except UsageError as error:
     (folder / f"apart-{rank}.txt").write_text(str(error))
+
+# an input overwritten after its call, in one process and one layer alone
+for check in ("error", "off"):
+    model, optimizer = build("kfac", check=check)
+    wrapped = DistributedDataParallel(model)
+    inputs = x[half].clone()
+    loss = torch.nn.functional.cross_entropy(wrapped(inputs), y[half])
+    loss.backward()
+    if rank:
+        inputs.zero_()
+    try:
+        optimizer.step()
+    except UsageError as error:
+        (folder / f"overwritten {check}-{rank}.txt").write_text(str(error))
 # what still uses the group keeps its threads, and one that meets Python's end aborts the process
 del model, wrapped, optimizer, loss
 gc.collect()

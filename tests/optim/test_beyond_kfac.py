@@ -125,7 +125,7 @@ def test_errors_are_true_and_ordered_as_the_methods_are(model, steps):
                 true = (z - mine).norm() / z.norm()
                 assert error == pytest.approx(float(true), abs=1e-6)
             if name == "kfac":
-                c = best_scale(optimizer._latest[block.name][0], a, g)
+                c = best_scale(optimizer.preconditioner.latest[block.name][0], a, g)
                 best = float((z - c * mine).norm() / z.norm())
                 found.setdefault("scaled", []).append(best)
     slack = 1e-7  # errors are roots of differences
@@ -314,7 +314,7 @@ def test_krylov_and_more_spaces_never_raise_the_energy(model):
 
 def test_the_additive_form_may_raise_the_energy_and_still_descends(model):
     optimizer = stepped(TwoLevel, model, coarse="tko")
-    assert optimizer.form == "additive"
+    assert optimizer.level.form == "additive"
     g = torch.cat([p.grad.flatten() for p in optimizer.model.parameters()])
     assert float(directions(optimizer) @ g) > 0
 

@@ -60,8 +60,8 @@ def test_the_measured_divergence_is_that_of_the_dense_fisher_of_the_new_batch(ki
     optimizer = kind(model, lr=1.0, kl_clip=kappa, damping=1e-3, momentum=0.0, burn_in=0)
     step(model, optimizer, *batch(4))
     sizes = []
-    modelled = optimizer._divergence
-    optimizer._divergence = lambda *given: sizes.append(modelled(*given)) or sizes[-1]
+    modelled = optimizer.preconditioner.divergence
+    optimizer.preconditioner.divergence = lambda *given: sizes.append(modelled(*given)) or sizes[-1]
     x, y = batch(4, seed=1)
     fisher, before, old = dense_fisher(model, x, "categorical"), vector(model), optimizer.clip
     first = optimizer.divergence_ratio
@@ -93,7 +93,7 @@ def test_between_measurements_the_mean_divergence_is_about_what_was_promised():
     assert optimizer.counters["measurements"] < 50
 
 
-def test_a_step_that_would_be_much_longer_is_measured_at_once():
+def test_a_step_that_would_be_much_longer_is_kept_short_and_the_next_one_measured():
     model = network()
     optimizer = KFAC(model, lr=1.0, burn_in=0, statistics_every=100, momentum=0.0, kl_clip=1e-5)
     x, y = batch()
@@ -103,6 +103,8 @@ def test_a_step_that_would_be_much_longer_is_measured_at_once():
     assert count == 2  # the first step, and the one behind its refresh
     with torch.no_grad():
         p = model(x).softmax(1)
+    assert moved(model, optimizer, 3 * x, p.argmin(1)) <= 1e-5 / 2 * 1.05
+    assert optimizer.counters["measurements"] == count
     assert moved(model, optimizer, 3 * x, p.argmin(1)) <= 1e-5 / 2 * 1.05
     assert optimizer.counters["measurements"] == count + 1
 
@@ -402,13 +404,13 @@ def test_a_model_may_put_other_things_into_its_containers():
 class Cliff(nn.Module):
     """Outputs are no numbers once a weight is farther than a little from where it began."""
 
-    def __init__(self):
+    def __init__(self, width=1e-3):
         super().__init__()
         self.layer = network()[2]
-        self.start = self.layer.weight.detach().clone()
+        self.start, self.width = self.layer.weight.detach().clone(), width
 
     def forward(self, x):
-        far = (self.layer.weight - self.start).abs().max() > 1e-3
+        far = (self.layer.weight - self.start).abs().max() > self.width
         return self.layer(x) * torch.where(far, math.nan, 1.0)
 
 
@@ -425,6 +427,21 @@ def test_no_step_goes_where_outputs_are_no_numbers():
     assert Categorical().divergence((certain,), (torch.zeros(1, 3),)).item() == pytest.approx(
         math.log(3)
     )
+
+
+def test_where_no_step_is_short_enough_the_next_one_is_measured_too():
+    model = Cliff(0.0)
+    optimizer = KFAC(model, lr=1.0, burn_in=0, statistics_every=100)
+    x = torch.randn(8, 5, dtype=D)
+    for _ in range(4):
+        step(model, optimizer, x, torch.arange(8) % 3)
+        assert optimizer.clip == 0.0
+        assert optimizer.measuring
+        assert model(x).isfinite().all()
+    model.width = 1e9
+    step(model, optimizer, x, torch.arange(8) % 3)
+    assert optimizer.clip > 0.0
+    assert not optimizer.measuring
 
 
 def test_a_pass_through_frozen_layers_is_no_concern():

@@ -169,6 +169,13 @@ def test_a_wrong_loss_scale_in_one_process_stops_both(folder):
     assert said[1].startswith("the loss is 8 times the mean")
 
 
+@pytest.mark.parametrize("check", ["error", "off"])
+def test_rows_that_one_process_lost_stop_both(folder, check):
+    said = [(folder / f"overwritten {check}-{rank}.txt").read_text() for rank in range(2)]
+    assert "was overwritten after the call" in said[1]
+    assert said[0] == f"another process failed: {said[1]}"
+
+
 def test_gradients_that_nobody_averaged_stop_both(folder):
     said = [(folder / f"apart-{rank}.txt").read_text() for rank in range(2)]
     assert any("the processes' gradients are not averaged" in each for each in said)

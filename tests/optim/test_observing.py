@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from smallfry.curvature import Categorical
 from smallfry.errors import UsageError
 from smallfry.optim import KFAC
 
@@ -78,6 +79,46 @@ def test_passes_of_another_optimizer_do_not_pile_up():
     other = torch.optim.SGD(model.parameters(), 0.1)
     train(model, other, 5)
     assert len(optimizer.observer.pending) <= 1
+
+
+def test_passes_that_never_reach_the_parameters_do_not_pile_up():
+    model = net()
+    optimizer = KFAC(model, statistics_every=1)
+    for seed in range(5):
+        x, y = batch(seed)
+        x.requires_grad_()
+        torch.autograd.grad(F.cross_entropy(model(x), y), x)
+        assert len(optimizer.observer._touched) <= 1
+        train(model, torch.optim.SGD(model.parameters(), 0.1), 1)
+        assert len(optimizer.observer._accumulated) <= 1
+
+
+def test_outputs_are_watched_on_steps_that_measure_or_refresh_alone(monkeypatch):
+    model = net()
+    optimizer = KFAC(model, statistics_every=5, burn_in=0)
+    looked, read = [], Categorical.row_weights
+    monkeypatch.setattr(
+        Categorical,
+        "row_weights",
+        lambda *arguments: looked.append(optimizer.counters["steps"]) or read(*arguments),
+    )
+    train(model, optimizer, 12)
+    assert looked == [0, 1, 5, 6, 10, 11]  # and each refresh is measured on the batch behind it
+    assert optimizer.counters["measurements"] >= 3
+
+
+@pytest.mark.parametrize("loss_scale", ["sum", "mean"])
+def test_the_scale_of_the_loss_is_that_of_each_batch_watched_or_not(loss_scale):
+    model = net()
+    optimizer = KFAC(model, statistics_every=5, burn_in=0, loss_scale=loss_scale, kl_clip=None)
+    for step, size in enumerate((8, 8, 4, 2)):
+        x, y = batch()
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[:size]), y[:size], reduction=loss_scale).backward()
+        (seen,) = optimizer.observer.pending
+        assert (seen.weights == {}) == (step > 0)  # nothing but the size is looked at
+        optimizer.step()
+        assert optimizer._factor == (size if loss_scale == "sum" else 1.0)
 
 
 def test_an_optimizer_that_is_gone_or_closed_watches_no_more():

@@ -236,6 +236,161 @@ def test_rows_left_out_are_as_if_they_were_not_there(kind):
         torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-9)
 
 
+PARTS = [slice(0, 2), slice(2, 5)]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+@pytest.mark.parametrize(("kind", "sharing"), WAYS)
+def test_weights_that_differ_between_micro_batches_alone_are_seen(kind, sharing, scale):
+    """Gradient accumulation: each part of the batch has one weight, and another than the next."""
+    settings = {} if sharing is None else {"sharing": sharing}
+    y, weights = Y[:, 0] % C, torch.tensor([2.0, 2.0, 0.5, 0.5, 0.5], dtype=D)
+    weights = weights / weights.sum()
+
+    def end(parts, scale):
+        torch.manual_seed(1)
+        model = Tokens("first").to(D)
+        optimizer = kind(model, lr=0.0, fisher="exact", damping=0.1, **settings)
+        scaler = torch.amp.GradScaler("cpu", enabled=scale > 1, init_scale=scale)
+        for part in parts:
+            nll = F.cross_entropy(model(X[part]), y[part], reduction="none")
+            scaler.scale((weights[part] * nll).sum()).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        return directions(optimizer, model)
+
+    expected, found = end([slice(0, 5)], scale), end(PARTS, scale)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-9)
+
+
+def test_the_mean_of_uneven_parts_is_the_fisher_of_that_loss():
+    """F.cross_entropy of 2 and of 3 samples, each a mean: the first two count for more."""
+    y = Y[:, 0] % C
+    model, optimizer = Tokens("first").to(D), None
+    optimizer = ExactNG(model, lr=0.0, fisher="exact", scope="block", damping=1.0)
+    for part in PARTS:
+        (F.cross_entropy(model(X[part]), y[part]) / 2).backward()
+    optimizer.step()
+
+    def loss(z):
+        return sum(F.cross_entropy(z[part], y[part]) / 2 for part in PARTS)
+
+    for block in optimizer.blocks:
+        name = next(iter(block.parameters))
+        count = block.parameters[name].numel()
+        expected = gauss_newton(model, loss, name)
+        found = inverted_fisher(optimizer, block)[:count, :count]
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * float(expected.max()))
+
+
+REAL = (Y >= 0).sum().item() / B
+ALL = T * 1.0
+TARGETS = {
+    "a sum": ("tokens", channels(ce(reduction="sum")), {"loss_scale": "sum"}, REAL),
+    "a sum over samples": ("tokens", lambda z: channels(ce(reduction="sum"))(z) / B, {}, REAL),
+    "a mask": (
+        "tokens",
+        lambda z: (channels(ce(reduction="none"))(z) * (Y >= 0)).sum() / B,
+        {},
+        REAL,
+    ),
+    "a mean": ("tokens", channels(ce()), {"loss_scale": "mean"}, ALL),
+    "outputs": (
+        "tokens",
+        lambda z: F.binary_cross_entropy_with_logits(z[KEPT], YES[KEPT], reduction="sum") / B,
+        {"likelihood": "bernoulli"},
+        KEPT.sum().item() / B,
+    ),
+    "numbers": (
+        "tokens",
+        lambda z: F.mse_loss(z[KEPT], z.detach()[KEPT] + 1, reduction="sum") / 2 / B,
+        {"likelihood": Gaussian(masked=True)},
+        KEPT.sum().item() / B,
+    ),
+    "numbers twice as far": (
+        "tokens",
+        lambda z: F.mse_loss(z[KEPT], z.detach()[KEPT] + 2, reduction="sum") / 2 / B,
+        {"likelihood": Gaussian(masked=True)},
+        KEPT.sum().item() / B * 4,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TARGETS)
+def test_padding_is_no_target_whatever_the_loss_divides_by(case):
+    form, loss, settings, expected = TARGETS[case]
+    _, optimizer = prepared(KFAC, form, loss, **settings)
+    optimizer.param_groups[0]["lr"] = 1.0
+    model = optimizer.model()
+    optimizer.zero_grad()
+    loss(model(X)).backward()
+    optimizer.step()
+    assert optimizer.counters["measurements"] == 1
+    assert optimizer.targets == pytest.approx(expected)
+
+
+def test_a_batch_of_padding_leaves_the_bound_as_it_was():
+    model = Tokens().to(D)
+    optimizer = KFAC(model, lr=0.1, loss_scale="sum")
+    for y in (Y, torch.full_like(Y, -100)):
+        optimizer.zero_grad()
+        F.cross_entropy(model(X).transpose(1, 2), y, reduction="sum").backward()
+        optimizer.step()
+    assert optimizer.targets == pytest.approx(REAL)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("log_in", ["half", "float32"])
+@pytest.mark.parametrize("classes", [2, 10, 500])
+def test_weights_are_read_through_the_rounding_of_half_precision(dtype, log_in, classes):
+    """Gradients of ρ p with p down to nothing: many are smaller than the smallest normal number."""
+    random = torch.Generator().manual_seed(0)
+    z = (3 * torch.randn(256, classes, generator=random)).to(dtype).requires_grad_()
+    y = torch.randint(classes, (256,), generator=random)
+    used = z if log_in == "half" else z.float()
+    F.cross_entropy(used, y).backward()
+    found = Categorical().row_weights((z.detach(),), 0, z.grad)
+    assert found.values is None or set(found.values.unique().tolist()) <= {0.0, 1.0}
+    assert found.unit == pytest.approx(1 / 256, rel=0.02)
+    weights = torch.rand(256, generator=random) + 0.5
+    z.grad = None
+    (weights * F.cross_entropy(z.float(), y, reduction="none")).mean().backward()
+    found = Categorical(hard=True).row_weights((z.detach(),), 0, z.grad)
+    p = z.detach().float().softmax(1)
+    clear = (1 - p[torch.arange(256), y] > 0.2) & (classes < 500)
+    rho = found.values[:, 0] * found.unit * 256
+    torch.testing.assert_close(rho[clear], weights[clear], rtol=0.05, atol=0)
+
+
+def test_smoothed_targets_of_half_precision_are_not_taken_for_certain():
+    random = torch.Generator().manual_seed(0)
+    z = torch.randn(64, 10, generator=random).half().requires_grad_()
+    y = torch.randint(10, (64,), generator=random)
+    F.cross_entropy(z.float(), y, label_smoothing=0.2).backward()
+    assert Categorical().row_weights((z.detach(),), 0, z.grad).unit is None
+
+
+def test_a_scaled_loss_of_float16_is_unscaled_where_it_does_not_underflow():
+    """ρ p of 2e-8 is nothing in float16; 65536 times as much is some."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    optimizer = KFAC(model, lr=0.1, grad_scaler=scaler)
+    x, y = torch.randn(64, 4), torch.randint(5, (64,))
+    with torch.autocast("cpu", torch.float16):
+        z = model(x)
+    nll = F.cross_entropy(z.float(), y, reduction="none")
+    weights = torch.where(torch.arange(64) < 32, 1e-7, 2e-7)
+    scaler.scale((weights * nll).sum()).backward()
+    (seen,) = optimizer.observer.pending
+    found = seen.weights[0]
+    assert found.unit == pytest.approx(1.5e-7, rel=0.02)
+    assert (found.values[:32, 0] * found.unit / 1e-7 - 1).abs().max() < 0.05
+    assert seen.output_gradients[0].dtype == torch.float32
+    assert seen.output_gradients[0].abs().max() < 2e-7
+
+
 def test_padding_in_parts_is_padding_in_one():
     ends = []
     for parts in ([slice(0, 5)], [slice(0, 2), slice(2, 5)]):

@@ -8,7 +8,7 @@ import pytest
 
 from smallfry.cli import main
 from smallfry.errors import TrainingError, UsageError
-from smallfry.optim.exchange import Exchange
+from smallfry.optim.collectives import Collectives
 from smallfry.training import cluster, started
 from smallfry.training.processes import start
 from smallfry.training.started import LAUNCHER, Launch, launch, launcher_has_ended, rank
@@ -156,4 +156,4 @@ def test_who_is_no_member_of_a_group_is_refused(monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_rank", lambda group: -1)
     with pytest.raises(UsageError, match="member"):
-        Exchange(object())
+        Collectives(object())

@@ -119,11 +119,18 @@ class Joint(Likelihood):
             )
         return found[0]
 
-    def targets(self, outputs: Outputs, gradients: Sequence[Tensor | None]) -> float:
+    def targets(
+        self,
+        outputs: Outputs,
+        gradients: Sequence[Tensor | None],
+        weights: Sequence[Tensor | None] | None = None,
+    ) -> float:
         """The sum of the parts'."""
         total, start = 0.0, 0
+        weights = [None] * len(outputs) if weights is None else weights
         for part, z in self._each(outputs):
-            total += part.targets(z, gradients[start : start + len(z)])
+            own = slice(start, start + len(z))
+            total += part.targets(z, gradients[own], weights[own])
             start += len(z)
         return total
 
@@ -196,7 +203,12 @@ class FromDistribution(Likelihood):
             ) from None
         return found.reshape(len(before[0]), -1).sum(1)
 
-    def targets(self, outputs: Outputs, gradients: Sequence[Tensor | None]) -> float:
+    def targets(
+        self,
+        outputs: Outputs,
+        gradients: Sequence[Tensor | None],
+        weights: Sequence[Tensor | None] | None = None,
+    ) -> float:
         """Events to a sample."""
         return math.prod(self._distribution(outputs).batch_shape) / len(outputs[0])
 

@@ -24,11 +24,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smallfry.curvature.row_weights import (
-    EQUAL,
     RowWeights,
     certain_rows,
+    common_weight,
     given_weights,
     read_weights,
+    rounding_of,
 )
 from smallfry.errors import UsageError
 
@@ -73,7 +74,8 @@ class Likelihood(ABC):
         Args:
             outputs: All outputs.
             index: Of the one.
-            gradient: Of the training loss there.
+            gradient: Of the training loss there, as the backward pass brought it: its precision is
+                that of the output.
 
         Returns:
             None if no row counts in the loss.
@@ -104,12 +106,18 @@ class Likelihood(ABC):
         """
         raise self._unable("adaptive damping")
 
-    def targets(self, outputs: Outputs, gradients: Sequence[Tensor | None]) -> float:
+    def targets(
+        self,
+        outputs: Outputs,
+        gradients: Sequence[Tensor | None],
+        weights: Sequence[Tensor | None] | None = None,
+    ) -> float:
         """The number of targets to a sample, each of which a step may diverge by as much.
 
         Args:
             outputs: Of the model.
             gradients: Of each sample's own negative log-likelihood, there.
+            weights: Of rows, as in ``divergence``: a target counts by that of its row.
         """
         return 1.0
 
@@ -177,19 +185,14 @@ class Categorical(_Family):
         self._find(gradient)
         p, g = self._probabilities(outputs), gradient.movedim(self.dim, -1)
         counts = (g != 0).any(-1)
-        rho, fits, telling = certain_rows(p, g, 2e-3 + 8 * torch.finfo(gradient.dtype).eps)
+        rows = certain_rows(p, g, outputs[0].dtype)
         certain = self.hard
         if certain is None:
-            told = telling & counts
-            known = rho[counts & ~told]
-            certain = bool(fits[told].all()) and (
-                bool(told.any())
-                or (
-                    known.numel() > 0
-                    and bool(((known - known.mean()).abs() <= EQUAL * known.mean()).all())
-                )
+            told = rows.telling & counts
+            certain = bool(rows.fits[told].all()) and (
+                bool(told.any()) or common_weight(rows.rho[counts], rows.error[counts]) is not None
             )
-        found = read_weights(rho, counts, certain)
+        found = read_weights(rows.rho, counts, certain, rows.error)
         return _unsqueezed(found, self.dim)
 
     def given_weights(self, outputs: Outputs, index: int, given: Any) -> RowWeights:
@@ -249,9 +252,14 @@ class Categorical(_Family):
         likely = p > 0.01 / p.shape[-1]
         return _factor(g[likely].to(p), p[likely], balanced)
 
-    def targets(self, outputs: Outputs, gradients: Sequence[Tensor | None]) -> float:
+    def targets(
+        self,
+        outputs: Outputs,
+        gradients: Sequence[Tensor | None],
+        weights: Sequence[Tensor | None] | None = None,
+    ) -> float:
         """Positions."""
-        return outputs[0][0].numel() / outputs[0].shape[self.dim]
+        return outputs[0][0].numel() / outputs[0].shape[self.dim] * _mean_weight(weights)
 
     def mean_factor(self, outputs: Outputs) -> float:
         """1 / positions."""
@@ -278,11 +286,11 @@ class Bernoulli(_Family):
         p, g = self._probabilities(outputs), gradient.to(_precise(gradient))
         if self.inputs == "probabilities":
             g = g * p * (1 - p)
-        tiny = torch.finfo(p.dtype).tiny
-        rho = g.abs() / torch.where(g > 0, p, 1 - p).clamp_min(tiny)
+        side = torch.where(g > 0, p, 1 - p).clamp_min(torch.finfo(p.dtype).tiny)
+        error = rounding_of(g, outputs[0].dtype) / side
         # a certain output that meets its target has no gradient either, and no curvature
         certain = (p * (1 - p) < torch.finfo(p.dtype).eps) & (not self.hard)
-        return read_weights(rho, (gradient != 0) | certain, self.hard)
+        return read_weights(g.abs() / side, (gradient != 0) | certain, self.hard, error)
 
     def _probabilities(self, outputs: Outputs) -> Tensor:
         z = outputs[0].to(_precise(outputs[0]))
@@ -338,9 +346,14 @@ class Bernoulli(_Family):
         likely = expected > 0.01
         return _factor(g[likely].abs().to(p), expected[likely], True)
 
-    def targets(self, outputs: Outputs, gradients: Sequence[Tensor | None]) -> float:
+    def targets(
+        self,
+        outputs: Outputs,
+        gradients: Sequence[Tensor | None],
+        weights: Sequence[Tensor | None] | None = None,
+    ) -> float:
         """Outputs."""
-        return float(outputs[0][0].numel())
+        return outputs[0][0].numel() * _mean_weight(weights)
 
     def mean_factor(self, outputs: Outputs) -> float:
         """1 / outputs."""
@@ -392,17 +405,25 @@ class Gaussian(_Family):
         squares = _weighted((after[0] - before[0]) ** 2, weights)
         return _by_sample(squares).sum(1) / (2 * self.variance)
 
-    def targets(self, outputs: Outputs, gradients: Sequence[Tensor | None]) -> float:
+    def targets(
+        self,
+        outputs: Outputs,
+        gradients: Sequence[Tensor | None],
+        weights: Sequence[Tensor | None] | None = None,
+    ) -> float:
         """Outputs; times the mean squared error over the variance, if that is above 1.
 
         Targets that are farther from the outputs than the variance says have another scale than
         was stated. So a step is as long relative to them in whatever unit they are given.
         """
-        count = float(outputs[0][0].numel())
+        count = outputs[0][0].numel() * _mean_weight(weights)
         if gradients[0] is None or not bool(gradients[0].isfinite().all()):
             return count
-        error = float((gradients[0].double() ** 2).mean()) * self.variance
-        return count * max(1.0, error)
+        squares, one = gradients[0].double() ** 2, None if weights is None else weights[0]
+        if one is not None:  # which is in the gradients, too
+            share = one.double().expand_as(squares)
+            squares = torch.where(share > 0, squares / share, 0.0) / share.mean().clamp_min(1e-300)
+        return count * max(1.0, float(squares.mean()) * self.variance)
 
     def mean_factor(self, outputs: Outputs) -> float:
         """2 / outputs: ``F.mse_loss`` has no ½."""
@@ -433,6 +454,11 @@ def _one_by_one(root: Tensor) -> Iterator[Outputs]:
 def _weighted(terms: Tensor, weights: Sequence[Tensor | None] | None) -> Tensor:
     one = None if weights is None else weights[0]
     return terms if one is None else terms * one
+
+
+def _mean_weight(weights: Sequence[Tensor | None] | None) -> float:
+    one = None if weights is None else weights[0]
+    return 1.0 if one is None else float(one.double().mean())
 
 
 def _unsqueezed(found: RowWeights | None, dim: int) -> RowWeights | None:

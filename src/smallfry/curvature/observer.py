@@ -11,8 +11,8 @@ not. Evaluation mode and ``no_grad`` are left alone.
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map
 
+from smallfry.curvature.hooks import EagerStance, Root, WeakHook, upstream
 from smallfry.curvature.identity import (
     is_ambiguous,
     mixes_samples,
@@ -56,8 +57,8 @@ class Observer:
         fisher: "mc", "exact" or "empirical"; "none" takes inputs alone.
         draws: Sampled targets per sample, for "mc".
         generator: Where they are drawn from.
-        wanted: Asked at each forward pass: "taps", "outputs" or "" for nothing; a method, held
-            weakly: an owner that is gone wants nothing.
+        wanted: Asked at each forward pass: "taps", "outputs", "sizes" of these alone, or "" for
+            nothing; a method, held weakly: an owner that is gone wants nothing.
         begin_draw: Called with the number of an observation in its step before targets are drawn,
             to set the generator; held weakly.
     """
@@ -100,8 +101,8 @@ class Observer:
         self._busy = False
         self._grad_handles: list[Any] = []
         self._handles = [
-            root.register_forward_pre_hook(_Hook(self._before), with_kwargs=True),
-            root.register_forward_hook(_Hook(self._behind), with_kwargs=True, always_call=True),
+            root.register_forward_pre_hook(WeakHook(self._before), with_kwargs=True),
+            root.register_forward_hook(WeakHook(self._behind), with_kwargs=True, always_call=True),
         ]
 
     def watch(self, taps: Taps) -> None:
@@ -178,6 +179,8 @@ class Observer:
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> None:
         self._finish()
+        if backward_pass() < 0:  # passes that ended without reaching ``.grad`` never will
+            self._touched, self._accumulated = {}, set()
         if self._paused or not module.training or not torch.is_grad_enabled():
             return
         owner = self._wanted()
@@ -191,7 +194,7 @@ class Observer:
             return  # nothing that a backward pass could bring a gradient to
         if self.pending and all(p.grad is None for p in parameters):
             self.drop()  # gradients cleared by another than this optimizer
-        self._current = Observation(0, [])
+        self._current = Observation(0, [], sizes_only=wanted == "sizes")
         if self.keep_arguments:
             self._current.arguments, self._current.keywords = tree_map(
                 lambda leaf: leaf, (arguments, keywords)
@@ -202,7 +205,7 @@ class Observer:
         if wanted == "taps":
             # compiled code, here or around us, would not know of the taps
             self._eager = True
-            _Eager.begin()
+            EagerStance.begin()
             self.taps.open(self.watch_backward or self.fisher == "empirical")
 
     def _behind(
@@ -237,13 +240,13 @@ class Observer:
             if z.requires_grad:
                 own = get_gradient_edge(z)
                 places = {n: call.edge for n, call in enumerate(calls) if call.edge is not None}
-                root = Root(index, own.output_nr, z._version, *_upstream(own, places, sampled))
+                root = Root(index, own.output_nr, z._version, *upstream(own, places, sampled))
                 z.register_hook(_arrival(weakref.ref(self), seen, root))  # type: ignore[no-untyped-call]
         for call in calls:
             call.edge = None  # it would keep the graph alive, and the graph this observation
         if not self._grad_handles:
             for p in self._parameters:
-                handle = p.register_post_accumulate_grad_hook(_Hook(self._reached))  # type: ignore[no-untyped-call]
+                handle = p.register_post_accumulate_grad_hook(WeakHook(self._reached))  # type: ignore[no-untyped-call]
                 self._grad_handles.append(handle)
 
     def _reached(self, parameter: Tensor) -> None:
@@ -257,17 +260,19 @@ class Observer:
         for seen in self._touched.pop(number, ()):
             self._count(seen, number)
 
-    def arrive(self, seen: Observation, root: "Root", gradient: Tensor) -> None:
+    def arrive(self, seen: Observation, root: Root, gradient: Tensor) -> None:
         """A backward pass has come to an output: it shows what counts, and targets are drawn."""
         number = backward_pass()
-        gradient = gradient.detach() / self.grad_scale()
-        seen.passes[root.which].note(gradient)
         if seen.number < 0:
             seen.number = len(self.pending) + len(self._touched.get(number, ()))
         if number in self._accumulated:
             self._count(seen, number)
         elif seen not in self._touched.setdefault(number, []):
             self._touched[number].append(seen)
+        if seen.sizes_only:
+            return
+        gradient, seen.scale = gradient.detach(), self.grad_scale()
+        seen.passes[root.which].note(gradient)
         if not bool(gradient.isfinite().all()):
             return
         if root.which in seen.weights:  # an earlier pass showed part of the loss, or none of it
@@ -293,7 +298,10 @@ class Observer:
     def _weights(self, seen: Observation, index: int, gradient: Tensor) -> RowWeights | None:
         assert seen.likelihood is not None
         if self.given_weights is None:
-            return seen.likelihood.row_weights(seen.outputs, index, gradient)
+            found = seen.likelihood.row_weights(seen.outputs, index, gradient)
+            if found is None or found.unit is None:
+                return found
+            return found._replace(unit=found.unit / seen.scale)
         try:
             return seen.likelihood.given_weights(seen.outputs, index, self.given_weights)
         except ValueError as error:
@@ -311,11 +319,11 @@ class Observer:
 
     def _finish(self) -> list[Call]:
         if self._eager:
-            _Eager.end()
+            EagerStance.end()
         self._current, self._eager = None, False
         return self.taps.close()
 
-    def _take_gradients(self, seen: Observation, root: "Root") -> None:
+    def _take_gradients(self, seen: Observation, root: Root) -> None:
         """The Fisher's gradients at all calls, of the rows of one output."""
         if seen.likelihood is None or not seen.likelihood.is_density(seen.outputs):
             return  # nothing can be sampled from such a density: no draws, no statistics
@@ -375,7 +383,7 @@ class Observer:
             for call in seen.calls
         )
 
-    def _probe(self, seen: Observation, root: "Root", place: GradientEdge) -> None:
+    def _probe(self, seen: Observation, root: Root, place: GradientEdge) -> None:
         """Send a gradient back from one sample's output, and see to which rows it comes."""
         z = seen.outputs[root.which]
         if seen.samples < 2 or len(z) != seen.size or not root.edges:
@@ -445,80 +453,6 @@ class Observer:
         rows = (torch.arange(mine * count, device=outputs[0].device) - mine * rank) % mine
         drawn = sample(tuple(z[rows] for z in outputs), self.generator)
         return tuple(g[mine * rank : mine * (rank + 1)] for g in drawn)
-
-
-class _Eager:
-    """The compiler's stance, for as long as some observer wants eager execution.
-
-    Observers of one model begin and end in the same order, so that each can't restore what it
-    found.
-    """
-
-    depth = 0
-    stance: Any = None
-
-    @classmethod
-    def begin(cls) -> None:
-        if cls.depth == 0:
-            cls.stance = torch.compiler.set_stance("force_eager")
-        cls.depth += 1
-
-    @classmethod
-    def end(cls) -> None:
-        cls.depth -= 1
-        if cls.depth == 0:
-            cls.stance.__exit__(None, None, None)
-
-
-class _Hook:
-    """A weakly held method, so that a copied or pickled model has no part in the optimizer."""
-
-    def __init__(self, method: Callable[..., Any] | None = None) -> None:
-        self.method = None if method is None else weakref.WeakMethod(method)
-
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    def __call__(self, *arguments: Any) -> None:
-        method = None if self.method is None else self.method()
-        if method is not None:
-            method(*arguments)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
-        return _Hook()
-
-    def __reduce__(self) -> tuple[type["_Hook"], tuple[()]]:
-        return _Hook, ()
-
-
-class Root(NamedTuple):
-    """One output of the model, as a place where gradients arrive."""
-
-    which: int
-    output: int  # of its node in the graph
-    version: int
-    sampled: bool  # whether targets are drawn when one does
-    here: tuple[int, ...]  # calls whose output it is
-    edges: dict[int, GradientEdge]  # the places of other calls that may lie behind it
-
-    def dtype_of(self, seen: Observation) -> torch.dtype:
-        """Precision of the output."""
-        return seen.outputs[self.which].dtype
-
-
-def _upstream(
-    own: GradientEdge, places: Mapping[int, GradientEdge], sampled: bool
-) -> tuple[bool, tuple[int, ...], dict[int, GradientEdge]]:
-    """Which calls a gradient at an output can come to.
-
-    A node that was made later lies behind no hook of this one, and must not be held by it: the
-    graph would keep itself alive.
-    """
-    here, edges = list[int](), dict[int, GradientEdge]()
-    for number, place in places.items() if sampled else ():
-        if place.node is own.node and place.output_nr == own.output_nr:
-            here.append(number)
-        elif place.node._sequence_nr() < own.node._sequence_nr():
-            edges[number] = place
-    return sampled, tuple(here), edges
 
 
 def _was_unscaled(then: float, now: float) -> bool:

@@ -30,13 +30,43 @@ class RowWeights(NamedTuple):
         return rows.sum(1) / (rows > 0).sum(1).clamp_min(1)
 
 
-def read_weights(rho: Tensor, counts: Tensor, certain: bool) -> RowWeights | None:
+def common_weight(rho: Tensor, error: Tensor) -> float | None:
+    """The one ρ of all rows; None where they differ by more than rounding.
+
+    Args:
+        rho: ρ of each row.
+        error: What rounding may have put into each; rows with little of it decide.
+    """
+    rho, error = rho.double(), error.double()
+    if rho.numel() == 0:
+        return None
+    trust = (error + EQUAL * rho).square().reciprocal()
+    level = (trust * rho).sum() / trust.sum()
+    even = ((rho - level).abs() <= EQUAL * level + error).all()
+    return float(level) if bool(even) else None
+
+
+def rounding_of(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """Error of each entry of a gradient that was rounded to a precision.
+
+    Args:
+        gradient: Any numbers.
+        dtype: The precision, whose smallest numbers are rounded in whole steps.
+    """
+    info = torch.finfo(dtype)
+    return gradient.abs() * (info.eps / 2) + info.smallest_normal * info.eps / 2
+
+
+def read_weights(
+    rho: Tensor, counts: Tensor, certain: bool, error: Tensor | None = None
+) -> RowWeights | None:
     """Row weights from what each row's gradient gives.
 
     Args:
         rho: ρ of each row, any number where unknown.
         counts: Rows with a gradient, of the same shape.
         certain: All targets are, so that ρ is known.
+        error: What rounding may have put into each ρ; default nothing.
 
     Returns:
         None if no row counts.
@@ -46,13 +76,11 @@ def read_weights(rho: Tensor, counts: Tensor, certain: bool) -> RowWeights | Non
     everywhere = bool(counts.all())
     if not certain:
         return RowWeights(None if everywhere else counts.to(rho), None)
-    known = rho[counts]
-    if known.numel() == 0:
-        return None
-    unit = float(known.double().mean())
-    tolerance = max(EQUAL, 4 * torch.finfo(rho.dtype).eps)
-    if bool(((known - unit).abs() <= tolerance * unit).all()):
-        return RowWeights(None if everywhere else counts.to(rho), unit)
+    error = torch.zeros_like(rho) if error is None else error
+    level = common_weight(rho[counts], error[counts])
+    if level is not None:
+        return RowWeights(None if everywhere else counts.to(rho), level)
+    unit = float(rho[counts].double().mean())
     return RowWeights(torch.where(counts, rho / unit, 0.0), unit)
 
 
@@ -87,22 +115,31 @@ def given_weights(weights: Tensor, output: Tensor, classes: int | None) -> RowWe
     return RowWeights((values / unit).to(output.dtype), unit, given=True)
 
 
-def certain_rows(p: Tensor, g: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+class CertainRows(NamedTuple):
+    """Rows of a categorical likelihood; each tensor is (…)."""
+
+    rho: Tensor
+    error: Tensor  # that rounding may have put into ρ
+    fits: Tensor  # the target is evidently certain
+    telling: Tensor  # a soft one would show
+
+
+def certain_rows(p: Tensor, g: Tensor, dtype: torch.dtype) -> CertainRows:
     """ρ of each row of a categorical likelihood, and the rows whose target is evidently certain.
 
     Args:
         p: Probabilities, (…, classes).
         g: Gradient at the logits, (…, classes).
-        tolerance: Relative, of rounding.
-
-    Returns:
-        ρ, rows with a certain target, rows that could tell a soft one; each (…).
+        dtype: The precision that the gradient had; perhaps log p and p, too, from which it came.
     """
+    tiny = torch.finfo(p.dtype).tiny
     up, g = g > 0, g.to(p)
-    mass = (p * up).sum(-1)
-    rho = (g * up).sum(-1) / mass.clamp_min(torch.finfo(p.dtype).tiny)
+    mass = (p * up).sum(-1).clamp_min(tiny)
+    rho = (g * up).sum(-1) / mass
+    rounding = rounding_of(g * (2 - p.clamp_min(tiny).log()), dtype)
+    error = (rounding * up).sum(-1)
     off = ((g - rho[..., None] * p) * up).abs().sum(-1)
-    fits = (off <= tolerance * rho * mass) & ((g < 0).sum(-1) == 1)
+    fits = (off <= 2e-3 * rho * mass + 2 * error) & ((g < 0).sum(-1) == 1)
     # with two classes, or one left of them, any ratio is that of a certain target
-    telling = ((p * up).amax(-1) < 0.999 * mass) & (mass > 1e-4)
-    return rho, fits, telling
+    telling = ((p * up).amax(-1) < 0.999 * mass) & (mass > max(1e-4, torch.finfo(dtype).eps))
+    return CertainRows(rho, error / mass, fits, telling)

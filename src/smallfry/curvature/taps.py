@@ -6,7 +6,7 @@ place, so an activation that later overwrites the output changes nothing, a laye
 many times gives many pairs, and no second forward pass is needed. Closed taps leave no hooks.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -128,11 +128,14 @@ class Observation:
     parts: dict[int, list[list[Tensor | None]]] = field(default_factory=dict)  # draws by output
     weights: dict[int, RowWeights | None] = field(default_factory=dict)  # by output
     shares: dict[int, float] = field(default_factory=dict)  # that weights are to be multiplied by
+    weighted: dict[int, bool] = field(default_factory=dict)  # rows differ, here or from others
     grouping: float = 1.0  # samples over size
     number: int = -1  # among the observations of a step, once gradients came to it
     foreign: list[str] = field(default_factory=list)  # layers that had another weight
     outputs: tuple[Tensor, ...] = ()  # what the likelihood is a function of, detached
-    passes: tuple[Passes, ...] = ()  # gradients at the outputs
+    passes: tuple[Passes, ...] = ()  # gradients at the outputs, of the scaled loss
+    scale: float = 1.0  # of the loss, by a GradScaler
+    sizes_only: bool = False  # nothing but sizes and shapes is to be noted
     training: set[int] = field(default_factory=set)  # backward passes that ended in ``.grad``
     arguments: tuple[Any, ...] = ()
     keywords: dict[str, Any] = field(default_factory=dict)
@@ -142,13 +145,22 @@ class Observation:
 
     @property
     def output_gradients(self) -> list[Tensor | None]:
-        """Of the training loss, at the outputs."""
-        return [noted.total(self.training) for noted in self.passes]
+        """Of the training loss, at the outputs, in float32 at least."""
+        found = [noted.total(self.training) for noted in self.passes]
+        # only then divided: in float16 it might be nothing
+        precise = [g if g is None or g.dtype == torch.float64 else g.float() for g in found]
+        return [g if g is None or self.scale == 1 else g / self.scale for g in precise]
 
     @property
     def unchanged(self) -> bool:
         """Whether the arguments that were kept are what they were before the forward pass."""
         return versions_of(self.arguments, self.keywords) == self.versions
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The floating inputs of all calls, and the gradients drawn for them."""
+        for tensor in [*(c.inputs for c in self.calls), *(g for draw in self.draws for g in draw)]:
+            if tensor is not None and tensor.is_floating_point():
+                yield tensor
 
     def training_gradient(self, call: Call) -> Tensor | None:
         """Of the training loss, at a call's output; None where none came."""
@@ -193,7 +205,10 @@ class Observation:
         """Mean weight of each sample, over its rows that count and over outputs; None for ones."""
         found = []
         for index, one in self.weights.items():
-            rows = None if one is None else one.of_samples(len(self.outputs[index]))
+            z = self.outputs[index]
+            rows = None if one is None else one.of_samples(len(z))
+            if one is not None and rows is None and self.weighted.get(index):
+                rows = z.new_ones(len(z), dtype=torch.float64)  # other parts may weigh more
             if one is not None and rows is not None:
                 found.append(rows * (1.0 if one.unit is None else one.unit))
         if not found:

@@ -11,6 +11,9 @@ from smallfry.optim.exact import ExactNG
 from smallfry.optim.inspect import BlockDiagnosis, Diagnosis, Summary
 from smallfry.optim.kfac import KFAC, KroneckerProduct
 from smallfry.optim.kpsvd import KPSVD, Deflation, Lanczos, NearestProduct, NearestSum
+from smallfry.optim.methods import METHODS, Method
+from smallfry.optim.preconditioner import Preconditioner
+from smallfry.optim.settings import CurvatureSettings
 from smallfry.optim.sngd import SNGD, InputMetric
 from smallfry.optim.two_level import TwoLevel
 
@@ -18,10 +21,12 @@ __all__ = [
     "EKFAC",
     "KFAC",
     "KPSVD",
+    "METHODS",
     "SNGD",
     "Approximation",
     "BlockDiagnosis",
     "CorrectedProduct",
+    "CurvatureSettings",
     "Deflation",
     "Diagnosis",
     "DiagonalInBasis",
@@ -30,9 +35,11 @@ __all__ = [
     "KFACCorrected",
     "KroneckerProduct",
     "Lanczos",
+    "Method",
     "NaturalGradient",
     "NearestProduct",
     "NearestSum",
+    "Preconditioner",
     "Summary",
     "TwoLevel",
 ]

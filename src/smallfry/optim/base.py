@@ -20,235 +20,140 @@ A method says how one block is approximated: ``optim/approximation.py``.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Unpack
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from smallfry.curvature import Likelihood, Observation, Rows, Taps, as_likelihood, cover
+from smallfry.curvature import Block, Observation, Taps, as_likelihood, cover
 from smallfry.curvature.observer import Observer
 from smallfry.errors import UsageError
 from smallfry.optim import quadratic
-from smallfry.optim.approximation import Approximation, State
+from smallfry.optim.approximation import Approximation
 from smallfry.optim.bound import clip_step
-from smallfry.optim.checks import check_coverage, check_settings, require_model
-from smallfry.optim.distribution import Cost, cost_of, owners_of
-from smallfry.optim.exchange import Exchange
+from smallfry.optim.checks import (
+    check_coverage,
+    check_first_batch,
+    complain_unseen,
+    require_model,
+    warn,
+    warn_of_unfrozen,
+)
+from smallfry.optim.collectives import Collectives
 from smallfry.optim.groups import build_adamw, natural_groups, split_groups
 from smallfry.optim.inspect import (
     Diagnosis,
-    Distribution,
     Summary,
-    diagnose,
-    distribution,
+    diagnose_blocks,
+    left_out_rows,
     summarize,
 )
-from smallfry.optim.refresh import (
-    anywhere,
-    finite,
-    nothing_to_do,
-    refresh,
-    refresh_blocks,
-    warn,
-    wide,
-)
+from smallfry.optim.numerics import finite
+from smallfry.optim.preconditioned import PreconditionedOptimizer
+from smallfry.optim.preconditioner import Preconditioner
+from smallfry.optim.settings import MODEL_KEYWORDS, CurvatureSettings, Settings
 from smallfry.optim.state import load_state, save_state
-from smallfry.optim.together import refresh_together
 from smallfry.optim.unfreezing import unfreeze
+from smallfry.optim.weighing import weigh_rows
 
 
-class NaturalGradient(torch.optim.Optimizer):
-    """What all natural-gradient methods share.
+class NaturalGradient(PreconditionedOptimizer):
+    """Natural-gradient optimizer with a given approximation of the Fisher.
 
     Args:
         model: The model, compiled or not. Its training forward passes are watched.
         lr: Learning rate of the covered parameters.
         approximation: How a block's Fisher is approximated.
-        params: Parameters to train, or groups with their own ``lr``, ``momentum`` and
+        settings: Those of ``CurvatureSettings``, and what belongs to the model:
+            ``params``, the parameters to train, or groups with their own ``lr``, ``momentum`` and
             ``weight_decay``; default all that require a gradient.
-        likelihood: The density that the loss is the negative logarithm of: "categorical",
-            "bernoulli", "bernoulli_probabilities", "gaussian", a Likelihood, a mapping from parts
-            of the output to likelihoods, or a function from the output to a
-            ``torch.distributions`` object.
-        loss_scale: The loss over the mean over samples of the negative log-likelihood, summed
-            over outputs. "mean" is PyTorch's reduction over all entries, "sum" a sum over samples.
-        damping: λ over the mean eigenvalue of the approximated Fisher.
-        damping_per: That mean is over the whole "network", or each "layer" has its own λ.
-        adaptive_damping: Adapt λ by Levenberg and Marquardt's rule on refreshing steps, from how
-            the loss of the batch changes; costs two more forward passes there.
-        momentum: μ.
-        weight_decay: Decoupled weight decay.
-        kl_clip: κ, twice the divergence of a step for each target of a sample (a class, a pixel, a
-            token), as measured on batches that the curvature has not seen; None does not clip.
-        step_length: "lr", or "quadratic" for the minimum of the exact quadratic model over the
-            natural gradient and (with momentum) the last step, times ``lr``; costs two forward-mode
-            passes a step.
-        ema_decay: Largest share of the old statistics kept at a refresh.
-        statistics_every: Steps between refreshes of the statistics.
-        inverse_every: Steps between refreshes of the inverses; default ``statistics_every``.
-        burn_in: First steps on which both are refreshed every time. One batch shows few of the
-            directions that the next ones go; steps along the others would be far too long.
-        fisher: "mc" (sampled targets), "exact" (all columns), "empirical" (the actual targets).
-        draws: Sampled targets per sample.
-        max_rows: Samples times uses that a layer's statistics are taken from, where they are sums
-            over uses (sharing="expand"); more uses are drawn at random. None takes all.
-        exclude: Modules to leave to AdamW, by name or pattern.
-        forward: The module whose call is a training forward pass, where that is not ``model``.
-        fallback_lr: Learning rate of the AdamW inside, for what is not covered.
-        grad_scaler: The GradScaler, needed with fisher="empirical" only.
-        check: What to do if the first gradients are not those of the stated loss and layers:
-            "error", "warn", or "off" for a loss with further terms, such as a weight penalty.
-        seed: Of the sampled targets.
-        process_group: The processes that share each batch and average their gradients, as
+            ``forward``, the module whose call is a training forward pass, where that is not
+            ``model``.
+            ``grad_scaler``, the GradScaler, needed with fisher="empirical" only.
+            ``process_group``, the processes that share each batch and average their gradients, as
             ``DistributedDataParallel`` does: a group of ``torch.distributed``, None for all there
             are, False for this one alone. They refresh the curvature together, and take it of the
-            whole batch; ``optim/together.py`` says how.
+            whole batch (``optim/collective_update.py``).
 
     Raises:
         UsageError: No layer can be covered, or a setting makes no sense.
     """
 
-    shares_batches = True  # whether several processes can refresh the curvature together
-    beside = ""  # what else the summary should tell of each layer
+    shares_batches: ClassVar[bool] = True  # several processes can refresh the curvature together
+    beside: ClassVar[str] = ""  # what else the summary should tell of each layer
 
     def __init__(
         self,
         model: nn.Module,
         lr: float,
         approximation: Approximation,
-        *,
-        params: Iterable[Any] | None = None,
-        likelihood: str
-        | Likelihood
-        | Mapping[str | int, Any]
-        | Callable[[Any], Any] = "categorical",
-        loss_scale: float | Literal["mean", "sum"] = 1.0,
-        damping: float = 0.1,
-        damping_per: Literal["network", "layer"] = "network",
-        adaptive_damping: bool = False,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        kl_clip: float | None = 1e-2,
-        step_length: Literal["lr", "quadratic"] = "lr",
-        ema_decay: float = 0.95,
-        statistics_every: int = 10,
-        inverse_every: int | None = None,
-        burn_in: int = 10,
-        fisher: Literal["mc", "exact", "empirical"] = "mc",
-        draws: int = 1,
-        max_rows: int | None = 2048,
-        exclude: Iterable[str] = (),
-        forward: nn.Module | None = None,
-        fallback_lr: float = 1e-3,
-        grad_scaler: Any = None,
-        check: Literal["error", "warn", "off"] = "error",
-        seed: int = 0,
-        process_group: Any = None,
+        **settings: Unpack[Settings],
     ) -> None:
         require_model(self, model)
-        inverse_every = statistics_every if inverse_every is None else inverse_every
-        check_settings(
-            lr=lr,
-            fallback_lr=fallback_lr,
-            damping=damping,
-            damping_per=damping_per,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            kl_clip=kl_clip,
-            step_length=step_length,
-            ema_decay=ema_decay,
-            periods=(statistics_every, inverse_every),
-            burn_in=burn_in,
-            loss_scale=loss_scale,
-            max_rows=max_rows,
-            check=check,
-        )
+        given = {key: value for key, value in settings.items() if key not in MODEL_KEYWORDS}
+        self.settings = CurvatureSettings(lr=lr, **given)  # type: ignore[arg-type]
+        params, forward = settings.get("params"), settings.get("forward")
+        momentum, decay = self.settings.momentum, self.settings.weight_decay
+        self.fallback_lr, self.exclude = self.settings.fallback_lr, tuple(self.settings.exclude)
         if isinstance(model, DistributedDataParallel):
             model = model.module
         bare: nn.Module = getattr(model, "_orig_mod", model)
-        self.exclude, self.fallback_lr = tuple(exclude), fallback_lr
-        groups = natural_groups(bare, params, lr, momentum, weight_decay, fallback_lr)
+        groups = natural_groups(bare, params, lr, momentum, decay, self.fallback_lr)
         trained = [p for group in groups for p in group["params"]]
         coverage = cover(bare, trained, self.exclude)
         check_coverage(self, bare, coverage)
-        self.blocks, self.uncovered = coverage.blocks, coverage.uncovered
-        approximation.check(self.blocks)
-        self.approximation, self.model = approximation, weakref.ref(bare)
+        self.uncovered, self.model = coverage.uncovered, weakref.ref(bare)
         self.names = {p: name for name, p in bare.named_parameters() if p in set(trained)}
         self.frozen = {n: p for n, p in bare.named_parameters() if not p.requires_grad}
         if params is not None:
             self.frozen = {}
+        collectives = Collectives(settings.get("process_group"), trained[0].device)
+        blocks = coverage.blocks
+        self.preconditioner = self._build_preconditioner(blocks, approximation, collectives)
         covered, rest = split_groups(
             groups, {p for b in self.blocks for p in b.parameters.values()}
         )
-        super().__init__(covered, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__(covered, {"lr": lr, "momentum": momentum, "weight_decay": decay})
         self.adamw = build_adamw(rest)
         if self.adamw is not None:
             self.param_groups += self.adamw.param_groups
 
-        self.damping, self.damping_per = damping, damping_per
-        self.adaptive_damping, self.damping_factor = adaptive_damping, 1.0
-        self.kl_clip, self.step_length, self.ema_decay = kl_clip, step_length, ema_decay
-        self.statistics_every, self.inverse_every = statistics_every, inverse_every
-        self.burn_in, self.check = burn_in, check
-        self.loss_scale, self.max_rows, self.grad_scaler = loss_scale, max_rows, grad_scaler
-        self.curvature: dict[str, State] = {block.name: {} for block in self.blocks}
-        self.counters = {
-            "steps": 0,
-            "statistics": 0,  # refreshes
-            "inverses": 0,
-            "skipped_steps": 0,  # a gradient was not finite
-            "failed_refreshes": 0,  # statistics or inverses were not finite: the old ones stayed
-            "missed_refreshes": 0,  # no forward pass was seen when one was due
-            "measurements": 0,  # of a step's divergence
-        }
         self.overdue = self.overdue_inverse = self.checked = False
-        self.lambdas: dict[str, float] = {}
         self.clip = 1.0
         self.divergence_ratio = self.targets = 1.0
         self.measuring, self.measurable, self.measured_size = True, True, 0.0
         self.reduction_ratio: float | None = None
-        self.milliseconds: dict[str, float] = {}
-        self._latest: dict[str, list[Rows]] = {}
-
-        self.exchange, self.seed = Exchange(process_group), seed
-        self.owners = owners_of(self.blocks, approximation, self.exchange.count)
-        if self.exchange.count > 1 and not self.shares_batches:
+        self.kl_clip, self.loss_scale = self.settings.kl_clip, self.settings.loss_scale
+        self._factor = 1.0
+        if collectives.count > 1 and not self.shares_batches:
             raise UsageError(
                 f"{type(self).__name__} works in one process only: take another method, or give "
                 "process_group=False where each process trains a model of its own"
             )
-        self.device = trained[0].device
-        self.generator = torch.Generator(device=self.device).manual_seed(seed)
-        self.likelihood = as_likelihood(likelihood)
+        self.likelihood = as_likelihood(self.settings.likelihood)
         self.observer = Observer(
             model if forward is None else forward,
             Taps(self.blocks),
             self.likelihood,
-            fisher if approximation.needs_gradients else "none",
-            draws,
+            self.settings.fisher if approximation.needs_gradients else "none",
+            self.settings.draws,
             self.generator,
             self._wanted,
             self._begin_draw,
         )
-        self.observer.process = self.exchange.rank, self.exchange.count
-        self.observer.needs_identity = any(not approximation.sums_over_uses(b) for b in self.blocks)
-        if grad_scaler is not None:
-            self.observer.grad_scale = grad_scaler.get_scale
+        self.observer.process = collectives.rank, collectives.count
+        self.observer.needs_identity = self.preconditioner.needs_identity
+        self.grad_scaler = settings.get("grad_scaler")
+        if self.grad_scaler is not None:
+            self.observer.grad_scale = self.grad_scaler.get_scale
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        raise UsageError(
-            "a natural-gradient optimizer belongs to the model it watches and can't be copied or "
-            "pickled: build a new one for the new model, and load_state_dict()"
-        )
-
-    def __reduce__(self) -> NoReturn:
-        self.__deepcopy__({})
-
-    # The optimizer
+    def _build_preconditioner(
+        self, blocks: Sequence[Block], approximation: Approximation, collectives: Collectives
+    ) -> Preconditioner:
+        """The preconditioner of these blocks; for methods that couple blocks."""
+        return Preconditioner(blocks, approximation, self.settings, collectives)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
@@ -270,7 +175,7 @@ class NaturalGradient(torch.optim.Optimizer):
             with torch.enable_grad():
                 result = closure()
         observations = self.observer.take()
-        if nothing_to_do(self, observations):
+        if self._nothing_to_do(observations):
             return result
         try:
             self._step(observations)
@@ -286,13 +191,12 @@ class NaturalGradient(torch.optim.Optimizer):
             self.counters["skipped_steps"] += 1
             if self.counters["skipped_steps"] == 1:
                 warn("the gradients are not finite: such steps are skipped, and counted")
-            self.overdue = self.overdue or self._due(self.statistics_every)
-            self.overdue_inverse = self.overdue_inverse or self._due(self.inverse_every)
+            self.overdue, self.overdue_inverse = self._due()
             return
         factor = self._loss_factor(observations)
         covered = {name: raw[name] for b in self.blocks for name in b.parameters if name in raw}
         refreshed = self.counters["statistics"]
-        refresh(self, observations, covered, factor)
+        self._refresh(observations, covered, factor)
         if not self.counters["statistics"]:
             self.counters["skipped_steps"] += 1
             if self.counters["skipped_steps"] == 1:
@@ -343,137 +247,203 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def summary(self) -> Summary:
         """What happens to each parameter: approximation, memory, cost of a refresh."""
-        return summarize(self)
+        momentum = any(group.get("momentum", 0) > 0 for group in self.param_groups)
+        rows = summarize(self.preconditioner, momentum, self.beside)
+        parameters = {name: p for p, name in self.names.items()}
+        rows += left_out_rows(parameters, self.uncovered, self.frozen)
+        return Summary(type(self).__name__, tuple(rows), self._bound())
 
-    def distribution(self) -> Distribution:
-        """Which process refreshes which layers, and what the last refresh sent."""
-        return distribution(self)
-
-    def costs(self, rows: int) -> dict[str, Cost]:
-        """What a refresh of each block costs, for so many ``rows``: uses by the whole batch."""
-        return {b.name: cost_of(b, self.approximation, rows) for b in self.blocks}
+    def _bound(self) -> str:
+        """What keeps a step's divergence in bounds, in words."""
+        if self.kl_clip is None:
+            return "divergence of a step: without bound"
+        allowed = f"divergence of a step: at most {self.kl_clip / 2:g} for each target"
+        if self.settings.step_length == "quadratic":
+            return f"{allowed}, by the exact quadratic model of each batch"
+        if not self.measurable:
+            return f"{allowed}, by the model alone"
+        ratio, count = self.divergence_ratio, self.counters["measurements"]
+        return f"{allowed}; measured {ratio:.3g} × the modelled, in {count} measurements"
 
     def diagnostics(self) -> Diagnosis:
         """How the approximation stands; Fisher errors need ``monitor()``, cosines gradients."""
-        return diagnose(self)
+        return Diagnosis(
+            diagnose_blocks(self.preconditioner),
+            self.clip,
+            self.damping_factor,
+            self.reduction_ratio,
+            getattr(self.preconditioner, "energy", None),
+            dict(self.counters),
+            self.divergence_ratio,
+            self.targets,
+        )
 
     def close(self) -> None:
         """Stop watching the model, for good."""
         self.observer.remove()
 
-    def monitor(self, on: bool = True) -> None:
-        """Keep the rows of the last refresh, so that diagnostics can tell the Fisher error."""
-        self._monitoring = on
-        self._latest = {}
-
-    _monitoring = False
-
     # Refreshing
 
-    def _due(self, every: int) -> bool:
-        return self.counters["steps"] < self.burn_in or self.counters["steps"] % every == 0
+    def _due(self) -> tuple[bool, bool]:
+        """Whether statistics and inverses are due."""
+        step, settings = self.counters["steps"], self.settings
+        early = step < settings.burn_in
+        statistics = early or step % settings.statistics_every == 0
+        inverse = early or step % settings.refresh_every == 0
+        return self.overdue or statistics, self.overdue_inverse or inverse
 
     def _wanted(self) -> str:
-        quadratic = self.step_length == "quadratic"
+        quadratic = self.settings.step_length == "quadratic"
         measured = self.measurable and self.kl_clip is not None
-        self.observer.keep_arguments = self.adaptive_damping or quadratic or measured
-        if self.overdue or self._due(self.statistics_every):
+        if self._due()[0]:
+            kept = self.settings.adaptive_damping or quadratic or measured
+            self.observer.keep_arguments = kept
             self.observer.watch_backward = not self.checked
-            self.observer.probing = not self.checked and self.check != "off"
+            self.observer.probing = not self.checked and self.settings.check != "off"
             return "taps"
-        return "outputs" if measured or quadratic or self.loss_scale == "sum" else ""
+        self.observer.keep_arguments = quadratic or (measured and self.measuring)
+        if self.observer.keep_arguments:
+            return "outputs"
+        return "sizes" if isinstance(self.loss_scale, str) else ""  # they scale the loss
 
     def _begin_draw(self, number: int) -> None:
-        self._draw(0, number)
+        self.preconditioner.draw(0, number)
+
+    def _nothing_to_do(self, observations: Sequence[Observation]) -> bool:
+        """Whether a refresh is due, nothing was seen, and all gradients are zero.
+
+        So it is for an empty batch, and where ``torch.distributed.checkpoint`` steps only to make
+        an optimizer's state.
+        """
+        any_process = self.collectives.any_process
+        if not self._due()[0] or any_process(bool(observations)):
+            return False
+        grads = [p.grad for p in self.names if p.grad is not None]
+        return not any_process(not grads or any(bool(g.any()) for g in grads))
+
+    def _refresh(
+        self, observations: Sequence[Observation], grads: Mapping[str, Tensor], factor: float
+    ) -> None:
+        """Refresh what is due.
+
+        Args:
+            observations: Of the current batch.
+            grads: ``.grad`` of the covered parameters, by name.
+            factor: The training loss over the mean negative log-likelihood.
+
+        Raises:
+            UsageError: No forward pass was ever seen, or what was seen is not what was stated.
+        """
+        any_process = self.collectives.any_process
+        statistics, inverse = self._due()
+        foreign = [name for seen in observations for name in seen.foreign]
+        if any_process(bool(foreign)) if statistics else foreign:
+            raise UsageError(
+                f"layer '{(foreign or ['of another process'])[0]}' has another weight than when "
+                "the optimizer was built; build the optimizer after the model has its final layers"
+            )
+        tapped = [seen for seen in observations if seen.calls]
+        if statistics and any_process(not tapped):
+            complain_unseen(self.counters)
+            self.overdue, statistics = True, False
+        if not statistics and not inverse:
+            return
+        if statistics and not self._prepare(tapped, grads, factor):
+            self.counters["failed_refreshes"] += 1
+            self.overdue, self.overdue_inverse = True, inverse
+            return
+        self.preconditioner.refresh(tapped if statistics else [], inverse)
+        self.overdue = self.overdue and not statistics
+        self.overdue_inverse = self.overdue_inverse and not inverse
+
+    def _prepare(
+        self, tapped: Sequence[Observation], grads: Mapping[str, Tensor], factor: float
+    ) -> bool:
+        """Check and weigh what was seen; False where it is not finite."""
+        collectives, observer = self.collectives, self.observer
+        weighed = weigh_rows(tapped, factor, self.loss_scale, observer.rescaled, collectives)
+        warn_of_unfrozen(self.frozen)
+        # processes average their gradients: a mean share of the samples is what one stands for
+        share = self.batch_size(tapped) / collectives.count
+        if not self.checked and self.settings.check != "off":
+            self.checked = True
+            try:
+                check_first_batch(
+                    self.blocks, tapped, grads, collectives, self.likelihood, factor,
+                    weighed.values(), self.loss_scale, share, self.settings.check,
+                )  # fmt: skip
+            except UsageError:
+                self.checked = False
+                raise
+        for seen in tapped:
+            seen.put_together()
+        if observer.fisher == "empirical":
+            observer.use_training_gradients(tapped, share / factor)
+        drawn = not self.approximation.needs_gradients or all(seen.draws for seen in tapped)
+        tame = drawn and finite(t for seen in tapped for t in seen.tensors())
+        return not collectives.any_process(not tame)
 
     def _loss_factor(self, observations: Sequence[Observation]) -> float:
         if not isinstance(self.loss_scale, str):
             return float(self.loss_scale)
         if self.loss_scale == "sum":
-            samples = self._batch_size(observations)
-            self._factor = samples / self.exchange.count if samples else self._factor
+            samples = self.batch_size(observations)
+            self._factor = samples / self.collectives.count if samples else self._factor
         elif observations:
             self._factor = self.likelihood.mean_factor(observations[0].outputs)
         return self._factor
 
-    _factor = 1.0
-
-    def _batch_size(self, observations: Sequence[Observation]) -> float:
+    def batch_size(self, observations: Sequence[Observation]) -> float:
         """Samples in the batch of all processes."""
-        return self.exchange.sums([sum(seen.size for seen in observations)], self.device)[0]
-
-    def _draw(self, *purpose: int) -> None:
-        """Let the generator begin the random numbers of a purpose in this step.
-
-        They don't depend on what was drawn before, so that processes can't fall out of step.
-        """
-        key = (self.seed, self.counters["steps"], *purpose)
-        seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-        self.generator.manual_seed(int(seed >> np.uint64(1)))
-
-    def _refresh_blocks(self, tapped: Sequence[Observation], inverse: bool) -> None:
-        """Statistics, damping and inverses of all blocks; for methods that couple blocks."""
-        if self.exchange.count == 1:
-            refresh_blocks(self, tapped, inverse)
-        else:
-            refresh_together(self, tapped, inverse)
+        return self.collectives.sums([sum(seen.size for seen in observations)])[0]
 
     # Moving
 
-    def _precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """(F̂ + λ I)⁻¹ times the matrices of blocks."""
-        by_name = {block.name: block for block in self.blocks}
-        return {
-            name: self.approximation.apply(
-                by_name[name], self.curvature[name], matrix, self.lambdas[name]
-            )
-            for name, matrix in gradients.items()
-        }
+    def weighed(self, observations: Sequence[Observation]) -> quadratic.Batch:
+        """The current batch, as one that can be run again; called in all processes alike."""
+        factor, rescaled = self._loss_factor(observations), self.observer.rescaled
+        weigh_rows(observations, factor, self.loss_scale, rescaled, self.collectives)
+        parameters = {name: p for p, name in self.names.items()}
+        size = self.batch_size(observations)
+        return quadratic.Batch(
+            observations, self.observer, parameters, size, factor, self.collectives
+        )
+
+    def count_targets(self, batch: quadratic.Batch) -> None:
+        """Set ``targets`` to those of a batch; padding alone, which momentum moves on, has none."""
+        hidden = self.observer.rescaled and self.grad_scaler is None
+        self.targets = quadratic.targets_of(batch, hidden) or self.targets
 
     def _directions(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Preconditioned gradients, or momenta, by parameter name."""
-        matrices, unseen = {}, dict[str, Tensor]()
-        for block in self.blocks:
-            present = [name for name in block.parameters if name in grads]
-            if present and "inverted" not in self.curvature[block.name]:
-                # not called yet when statistics were due: F̂ = 0 until it is
-                unit = max(self.lambdas.values(), default=1.0)
-                unseen |= {name: grads[name] / unit for name in present}
-            elif present:
-                zero = {n: torch.zeros_like(p) for n, p in block.parameters.items()}
-                matrix = block.to_matrix({n: grads.get(n, zero[n]) for n in block.parameters})
-                matrices[block.name] = matrix.to(wide(matrix.dtype))
-        found = self._precondition(matrices)
-        by_name = {block.name: block for block in self.blocks}
-        directions = unseen
-        for name, matrix in found.items():
-            for parameter, tensor in by_name[name].from_matrix(matrix).items():
-                if parameter in grads:
-                    directions[parameter] = tensor.to(grads[parameter].dtype)
-        return directions
+        return self.preconditioner.directions(grads)
 
     def _move(self, grads: dict[str, Tensor], observations: Sequence[Observation]) -> None:
-        modelled = self.step_length == "quadratic" and not anywhere(self, not observations)
+        any_process, settings = self.collectives.any_process, self.settings
+        modelled = settings.step_length == "quadratic" and not any_process(not observations)
         groups = {p: g for g in self.param_groups if "momentum" in g for p in g["params"]}
         parameters = {self.names[p]: p for p in groups}
-        if not modelled and self.step_length == "lr":
+        if not modelled and settings.step_length == "lr":
             grads = {name: self._momentum(parameters[name], g, groups) for name, g in grads.items()}
         directions = self._directions(grads)
         self.clip = 1.0
+        steps = {name: -v for name, v in directions.items()}
         if modelled:
-            steps = quadratic.best_step(self, observations, grads, directions, parameters)
-        else:
-            steps = {name: -v for name, v in directions.items()}
+            steps = self._best_step(observations, grads, steps, parameters)
         rates = {name: groups[parameters[name]]["lr"] for name in steps}
         final = {name: step.mul_(rates[name]) for name, step in steps.items()}
         if not modelled:
-            size = self._divergence(directions, grads, rates)
+            size = self.preconditioner.divergence(directions, grads, rates)
             self.clip = clip_step(self, observations, final, size, parameters)
         for step in final.values():
             step.mul_(self.clip)
         tapped = any(seen.calls for seen in observations)
-        if self.adaptive_damping and not anywhere(self, not tapped):
-            quadratic.adapt_damping(self, observations, final, parameters)
+        if settings.adaptive_damping and not any_process(not tapped):
+            damping = self.preconditioner.damping_of_parameters()
+            ratio = quadratic.reduction_ratio(self.weighed(observations), final, damping)
+            factor, every = self.damping_factor, settings.statistics_every
+            self.damping_factor = quadratic.adapted_damping(factor, ratio, every)
+            self.reduction_ratio = ratio
         for name, step in final.items():
             parameter, group = parameters[name], groups[parameters[name]]
             if group["weight_decay"]:
@@ -482,20 +452,29 @@ class NaturalGradient(torch.optim.Optimizer):
             if modelled and group["momentum"] > 0:
                 self.state[parameter]["last_step"] = step
 
-    def _divergence(
+    def _best_step(
         self,
-        directions: Mapping[str, Tensor],
+        observations: Sequence[Observation],
         grads: Mapping[str, Tensor],
-        rates: Mapping[str, float],
-    ) -> float:
-        """Twice the divergence of a step, or more."""
-        terms = [rates[n] ** 2 * (v * grads[n]).sum() for n, v in directions.items()]
-        return float(torch.stack(terms).sum().clamp_min(0)) if terms else 0.0
-
-    def _settings(self) -> dict[str, Any]:
-        """Plain data that a saved state depends on."""
-        method = type(self.approximation).__name__
-        return {"approximation": method} | self.approximation.settings()
+        steps: dict[str, Tensor],
+        parameters: Mapping[str, nn.Parameter],
+    ) -> dict[str, Tensor]:
+        """The best combination of steps and the last ones; ``clip`` bounds its divergence."""
+        last = {name: self.state[parameters[name]].get("last_step") for name in steps}
+        bases = [steps]
+        if any(step is not None for step in last.values()):
+            bases.append(
+                {n: torch.zeros_like(steps[n]) if d is None else d for n, d in last.items()}
+            )
+        batch = self.weighed(observations)
+        damping = self.preconditioner.damping_of_parameters()
+        best = quadratic.best_step(batch, grads, bases, damping)
+        rate = max(group["lr"] for group in self.param_groups if "momentum" in group)
+        size = rate**2 * best.curvature
+        if self.kl_clip is not None:
+            self.count_targets(batch)
+            self.clip = min(1.0, (self.kl_clip * self.targets / max(size, 1e-300)) ** 0.5)
+        return best.step
 
     def _momentum(self, parameter: Tensor, grad: Tensor, groups: Mapping[Any, Any]) -> Tensor:
         mu = groups[parameter]["momentum"]

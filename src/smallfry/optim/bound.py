@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from smallfry.curvature import Observation
 from smallfry.errors import UsageError
 from smallfry.optim import quadratic
-from smallfry.optim.refresh import anywhere, warn
-from smallfry.optim.weighing import weigh_rows
+from smallfry.optim.checks import warn
 
 if TYPE_CHECKING:
     from smallfry.optim.base import NaturalGradient
@@ -56,11 +55,13 @@ def clip_step(
         return 1.0
     due = optimizer.measuring or modelled > GROWTH * optimizer.measured_size
     due = due and optimizer.measurable
-    if not due or anywhere(optimizer, not _kept(observations)):
-        return _clip(kappa * optimizer.targets, optimizer.divergence_ratio * modelled)
+    if not due or optimizer.collectives.any_process(not _kept(observations)):
+        optimizer.measuring = due  # on the next step, which is then observed
+        growth = modelled / (GROWTH * optimizer.measured_size) if optimizer.measured_size else 1.0
+        ratio = optimizer.divergence_ratio * max(1.0, growth)
+        return _clip(kappa * optimizer.targets, ratio * modelled)
     optimizer.measuring, optimizer.measured_size = False, modelled
-    weigh_rows(optimizer, observations, optimizer._loss_factor(observations))
-    optimizer.targets = quadratic.targets_of(optimizer, observations)
+    optimizer.count_targets(optimizer.weighed(observations))
     allowed, ratio = kappa * optimizer.targets, optimizer.divergence_ratio
     clip = _clip(allowed, ratio * modelled)
     try:
@@ -72,6 +73,7 @@ def clip_step(
     if found is None:
         return clip
     if not math.isfinite(found):
+        optimizer.measuring = True
         return 0.0  # however short a step is, it breaks the model
     count = optimizer.counters["measurements"] + 1
     kept = min(1 - 1 / count, KEPT)
@@ -94,22 +96,22 @@ def divergence(
     Raises:
         UsageError: The model, or the likelihood, can't be had again; in all processes alike.
     """
-    total, samples, failed = 0.0, optimizer._batch_size(observations), ""
+    total, samples, failed = 0.0, optimizer.batch_size(observations), ""
     idle = {name: torch.zeros_like(part) for name, part in step.items()}
     for seen in observations:
         try:  # whatever a foreign forward does when it is called again
             with _autocast(seen):
                 before, after = (
-                    _precise(quadratic.run(optimizer, seen, parameters, one, kernels=()))
+                    _precise(quadratic.run(optimizer.observer, seen, parameters, one, kernels=()))
                     for one in (idle, step)
                 )
             found = optimizer.likelihood.divergence(before, after, seen.row_shares)
             total += float(found.double().sum())
         except Exception as error:
             failed = f"{type(error).__name__}: {error}"
-    if anywhere(optimizer, bool(failed)):
+    if optimizer.collectives.any_process(bool(failed)):
         raise UsageError(f"the model can't run again on the same batch ({failed})")
-    return optimizer.exchange.sums([total], optimizer.device)[0] / samples
+    return optimizer.collectives.sums([total])[0] / samples
 
 
 def _measure(
@@ -123,7 +125,7 @@ def _measure(
     """Twice the measured divergence over the modelled; None if a step is too short to measure."""
     assert optimizer.kl_clip is not None
     promised = optimizer.kl_clip * optimizer.targets / 2
-    if anywhere(optimizer, not all(seen.unchanged for seen in observations)):
+    if optimizer.collectives.any_process(not all(seen.unchanged for seen in observations)):
         raise UsageError(
             "the model overwrites its arguments, or they were overwritten before step(); expected "
             "them as they were, to run it again on the same batch"

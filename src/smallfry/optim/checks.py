@@ -2,24 +2,96 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from smallfry.curvature import Block, Coverage, Likelihood, Observation
 from smallfry.errors import SmallfryWarning, UsageError
-from smallfry.optim.exchange import Exchange
+from smallfry.optim.collectives import Collectives
+from smallfry.optim.weighing import Weighing
 
 TOLERANCE = 0.05
 MOST = 0.8  # of the weights
+
+
+def check_first_batch(
+    blocks: Sequence[Block],
+    tapped: Sequence[Observation],
+    grads: Mapping[str, Tensor],
+    collectives: Collectives,
+    likelihood: Likelihood,
+    factor: float,
+    weighed: Iterable[Weighing],
+    loss_scale: float | str,
+    share: float,
+    check: str,
+) -> None:
+    """Make sure that layers and loss are what was stated; called in all processes alike.
+
+    Args:
+        blocks: The covered blocks.
+        tapped: What was seen of the batch, with the training loss's gradients.
+        grads: ``.grad`` of the covered parameters, by name.
+        collectives: Messages between processes.
+        likelihood: As stated.
+        factor: The training loss over the mean negative log-likelihood, as stated.
+        weighed: How the rows of each output weigh.
+        loss_scale: The factor as it was given.
+        share: Samples of a process, on average.
+        check: "error", or "warn" of what is wrong.
+
+    Raises:
+        UsageError: They are not, here or in another process.
+    """
+    weighed, wrong = list(weighed), None
+    try:
+        rescaled = check_layers(blocks, tapped, grads, collectives)
+        if not any(rows.within and rows.certain for rows in weighed):
+            counted = min((r.counted(loss_scale) / r.samples for r in weighed), default=1.0)
+            check_loss(likelihood, tapped, factor, rescaled, share * counted)
+    except UsageError as error:
+        wrong = error
+    if wrong is not None and check == "warn":
+        warn(str(wrong))
+    if collectives.any_process(wrong is not None) and check == "error":
+        raise wrong or UsageError("in another process the loss is not what the optimizer was told")
+
+
+def warn_of_unfrozen(frozen: dict[str, nn.Parameter]) -> None:
+    """Warn of one frozen parameter that has a gradient, and take it out."""
+    late = next((name for name, p in frozen.items() if p.grad is not None), None)
+    if late is not None:
+        frozen.pop(late)
+        warn(
+            f"parameter '{late}' was frozen when the optimizer was built, and has a gradient "
+            "now: it is not trained; build the optimizer anew after unfreezing"
+        )
+
+
+def complain_unseen(counters: dict[str, int]) -> None:
+    """Count a refresh that is due without a forward pass, and warn of the first.
+
+    Raises:
+        UsageError: There never was one.
+    """
+    if counters["statistics"] == 0:
+        raise UsageError(
+            "no training forward pass was seen, so there is no curvature to step with: call "
+            "the model that the optimizer was given (model.train(), with gradients), or name "
+            "the module that is called with forward=; give the compiled model if it is compiled"
+        )
+    counters["missed_refreshes"] += 1
+    if counters["missed_refreshes"] == 1:
+        warn("a refresh was due, but no training forward pass was seen; it waits for the next")
 
 
 def check_layers(
     blocks: Sequence[Block],
     observations: Sequence[Observation],
     grads: Mapping[str, Tensor],
-    exchange: Exchange,
+    collectives: Collectives,
 ) -> float:
     """Make sure that the taps saw every use of each covered weight.
 
@@ -33,8 +105,8 @@ def check_layers(
         UsageError: A weight is used where its module is not called, with the layer's name.
     """
     ratios = []
-    averaged = " the processes' gradients are not averaged," if exchange.count > 1 else ""
-    for block, actual, found, terms in _both_gradients(blocks, observations, grads, exchange):
+    averaged = " the processes' gradients are not averaged," if collectives.count > 1 else ""
+    for block, actual, found, terms in _both_gradients(blocks, observations, grads, collectives):
         size = torch.linalg.vector_norm(actual)
         rounding = 1e3 * torch.finfo(actual.dtype).eps * terms
         if float(size) <= rounding and float(torch.linalg.vector_norm(found)) <= rounding:
@@ -63,29 +135,29 @@ def _both_gradients(
     blocks: Sequence[Block],
     observations: Sequence[Observation],
     grads: Mapping[str, Tensor],
-    exchange: Exchange,
+    collectives: Collectives,
 ) -> list[tuple[Block, Tensor, Tensor, float]]:
     """Of each block ``.grad``, what was seen in the backward pass, and the size of its terms.
 
     All messages are sent before any process judges, as one that raised would leave the others in
     the middle of them.
     """
-    device = next(iter(blocks[0].parameters.values())).device
     lacking = [float(any(name not in grads for name in block.parameters)) for block in blocks]
-    lacking = exchange.sums(lacking, device)
+    lacking = collectives.sums(lacking)
     covered = [block for block, lacks in zip(blocks, lacking, strict=True) if not lacks]
     actual = [
         block.to_matrix({name: grads[name] for name in block.parameters}) for block in covered
     ]
     found, terms = [torch.zeros_like(matrix) for matrix in actual], [0.0] * len(covered)
-    for number, block in enumerate(covered):
-        for seen in observations:
-            part = seen.training_matrix(block, actual[number].dtype)
-            if part is not None:
-                found[number] += part[0]
-                terms[number] += part[1]
-    mean = [exchange.sum(matrix) / exchange.count for matrix in found]  # as gradients are
-    means = [term / exchange.count for term in exchange.sums(terms, device)]
+    with collectives.publish_failure():
+        for number, block in enumerate(covered):
+            for seen in observations:
+                part = seen.training_matrix(block, actual[number].dtype)
+                if part is not None:
+                    found[number] += part[0]
+                    terms[number] += part[1]
+    mean = [collectives.sum(matrix) / collectives.count for matrix in found]  # as gradients are
+    means = [term / collectives.count for term in collectives.sums(terms)]
     return list(zip(covered, actual, mean, means, strict=True))
 
 
@@ -111,9 +183,7 @@ def check_loss(
     factors = []
     for seen in observations:
         pairs = zip(seen.output_gradients, seen.outputs, strict=True)
-        gradients = tuple(
-            (torch.zeros_like(z) if g is None else g.to(z)) * samples for g, z in pairs
-        )
+        gradients = tuple((torch.zeros_like(z) if g is None else g) * samples for g, z in pairs)
         scale = likelihood.loss_factor(seen.outputs, gradients)
         if scale is None:
             continue
@@ -224,46 +294,6 @@ def check_coverage(optimizer: object, model: nn.Module, coverage: Coverage) -> N
     )
 
 
-def check_settings(
-    *,
-    lr: float,
-    fallback_lr: float,
-    damping: float,
-    damping_per: str,
-    momentum: float,
-    weight_decay: float,
-    kl_clip: float | None,
-    step_length: str,
-    ema_decay: float,
-    periods: tuple[int, int],
-    burn_in: int,
-    loss_scale: float | str,
-    max_rows: int | None,
-    check: str,
-) -> None:
-    """Make sure that the settings of an optimizer make sense.
-
-    Raises:
-        UsageError: One does not.
-    """
-    demands = {
-        f"lr and fallback_lr can't be negative, got {lr} and {fallback_lr}": lr >= 0
-        and fallback_lr >= 0,
-        f"damping must be positive, got {damping}": damping > 0,
-        "damping_per is 'network' or 'layer'": damping_per in ("network", "layer"),
-        f"momentum is 0 to below 1, got {momentum}": 0 <= momentum < 1,
-        f"weight_decay can't be negative, got {weight_decay}": weight_decay >= 0,
-        f"kl_clip must be positive or None, got {kl_clip}": kl_clip is None or kl_clip > 0,
-        "step_length is 'lr' or 'quadratic'": step_length in ("lr", "quadratic"),
-        f"ema_decay is 0 to below 1, got {ema_decay}": 0 <= ema_decay < 1,
-        "periods are at least 1 step": min(periods) >= 1,
-        f"burn_in is 0 or more steps, got {burn_in}": burn_in >= 0,
-        f"loss_scale is a positive number, 'mean' or 'sum', not {loss_scale!r}": loss_scale > 0
-        if not isinstance(loss_scale, str)
-        else loss_scale in ("mean", "sum"),
-        f"max_rows is positive or None, got {max_rows}": max_rows is None or max_rows >= 1,
-        "check is 'error', 'warn' or 'off'": check in ("error", "warn", "off"),
-    }
-    for message, holds in demands.items():
-        if not holds:
-            raise UsageError(message)
+def warn(message: str) -> None:
+    """Warn of something that training survives."""
+    warnings.warn(message, SmallfryWarning, stacklevel=3)

@@ -8,7 +8,7 @@ the best sum of two (``Deflation``).
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal, Unpack
 
 import torch
 from torch import nn
@@ -19,7 +19,8 @@ from smallfry.curvature.kronecker_svd import kfac_correction
 from smallfry.curvature.terms import Terms
 from smallfry.optim.approximation import State
 from smallfry.optim.base import NaturalGradient
-from smallfry.optim.kpsvd import Inverse, NearestSum, Sharing, as_used
+from smallfry.optim.kpsvd import FEW_ROWS, Inverse, NearestSum, Sharing, as_used
+from smallfry.optim.settings import Settings
 
 
 class KFACCorrected(NaturalGradient):
@@ -31,8 +32,7 @@ class KFACCorrected(NaturalGradient):
         sharing: As in ``KPSVD``; "exact" corrects KFAC-expand to a sample's whole gradient.
         inverse: As in ``KPSVD``.
         factor_rank: As in ``KPSVD``.
-        max_rows: As in ``KPSVD``.
-        settings: Those of ``NaturalGradient``.
+        settings: Those of ``NaturalGradient``, with ``max_rows`` as in ``KPSVD``.
     """
 
     def __init__(
@@ -43,11 +43,10 @@ class KFACCorrected(NaturalGradient):
         sharing: Sharing | dict[str, Sharing] = "exact",
         inverse: Inverse = "clamped",
         factor_rank: int | None = 64,
-        max_rows: int | None = 512,
-        **settings: Any,
+        **settings: Unpack[Settings],
     ) -> None:
         product = CorrectedProduct(sharing, inverse, factor_rank)
-        super().__init__(model, lr, product, max_rows=max_rows, **settings)
+        super().__init__(model, lr, product, **(FEW_ROWS | settings))
 
 
 class CorrectedProduct(NearestSum):

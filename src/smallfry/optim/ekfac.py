@@ -12,7 +12,7 @@ Such a basis follows the statistics, as s does; a whole one is made anew with th
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from smallfry.optim.approximation import Approximation, State, Summed, Updating
 from smallfry.optim.base import NaturalGradient
 from smallfry.optim.kfac import SIDES, KroneckerProduct, running
 from smallfry.optim.kpsvd import NearestProduct
+from smallfry.optim.settings import Settings
 
 Sharing = Literal["exact", "expand", "reduce"]
 
@@ -59,7 +60,7 @@ class EKFAC(NaturalGradient):
         sharing: Sharing | dict[str, Sharing] = "exact",
         basis: Literal["kfac", "kpsvd"] = "kfac",
         factor_rank: int | None = 64,
-        **settings: Any,
+        **settings: Unpack[Settings],
     ) -> None:
         super().__init__(model, lr, DiagonalInBasis(sharing, basis, factor_rank), **settings)
 

@@ -6,7 +6,7 @@ kind of sharing. A step costs O(N² (d_a + d_g) + N d_a d_g) a layer and O(N³) 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,10 @@ from smallfry.curvature.fisher import Woodbury, damped_solve, gram, woodbury
 from smallfry.errors import UsageError
 from smallfry.optim.approximation import Approximation, State
 from smallfry.optim.base import NaturalGradient
-from smallfry.optim.refresh import refresh_blocks, warn
+from smallfry.optim.checks import warn
+from smallfry.optim.collectives import Collectives
+from smallfry.optim.preconditioner import Preconditioner
+from smallfry.optim.settings import Settings
 
 
 class ExactNG(NaturalGradient):
@@ -35,10 +38,9 @@ class ExactNG(NaturalGradient):
         scope: "full" for the whole network's Fisher, "block" for its block diagonal.
         window: How many of the last refreshes' batches make the Fisher. Nothing is averaged:
             ``ema_decay`` has no effect.
-        statistics_every: Steps between refreshes; the solve is refreshed with them.
-        damping: λ over the mean eigenvalue. Higher than elsewhere: the Fisher of one batch has no
-            more directions than samples, and along all others a step is gradient / λ.
-        settings: Those of ``NaturalGradient``.
+        settings: Those of ``NaturalGradient``. Statistics are taken on every step, and the solve
+            with them. The default damping, 10, is higher than elsewhere: the Fisher of one batch
+            has no more directions than samples, and along all others a step is gradient / λ.
     """
 
     shares_batches = False  # its samples would have to be in every process
@@ -50,47 +52,53 @@ class ExactNG(NaturalGradient):
         *,
         scope: Literal["full", "block"] = "full",
         window: int = 1,
-        statistics_every: int = 1,
-        damping: float = 10.0,
-        **settings: Any,
+        **settings: Unpack[Settings],
     ) -> None:
-        if settings.get("damping_per") == "layer" and scope == "full":
+        chosen = Settings(statistics_every=1, damping=10.0) | settings
+        if chosen.get("damping_per") == "layer" and scope == "full":
             raise UsageError("scope='full' has one damping for the network: damping_per='network'")
-        if settings.get("inverse_every", statistics_every) not in (None, statistics_every):
+        if chosen.get("inverse_every") not in (None, chosen["statistics_every"]):
             raise UsageError("ExactNG solves with each batch it takes: leave inverse_every out")
-        super().__init__(
-            model,
-            lr,
-            LastSamples(scope, window),
-            statistics_every=statistics_every,
-            damping=damping,
-            **settings,
-        )
+        super().__init__(model, lr, LastSamples(scope, window), **chosen)
         self.scope = scope
 
-    def _refresh_blocks(self, tapped: Sequence[Observation], inverse: bool) -> None:
-        refresh_blocks(self, tapped, inverse)
-        known = [b for b in self.blocks if self.curvature[b.name]]
-        groups = [known] if self.scope == "full" else [[b] for b in known]
-        for together in groups:
-            states = [self.curvature[b.name] for b in together]
-            matrix = sum(state["gram"] for state in states)
-            asked = self.lambdas[together[0].name]
-            factored = woodbury(torch.as_tensor(matrix), rows_in(states[0]).samples, asked)
-            if factored.damping != asked:
-                warn(
-                    f"layer '{next(iter(together[0].layers))}': the Gram matrix is nearly "
-                    f"singular, its damping was raised {factored.damping / asked:g} times"
-                )
-                self.lambdas |= {b.name: factored.damping for b in together}
-            states[0]["factor"] = factored.factor
+    def _build_preconditioner(
+        self, blocks: Sequence[Block], approximation: Approximation, collectives: Collectives
+    ) -> Preconditioner:
+        return SamplePreconditioner(blocks, approximation, self.settings, collectives)
 
-    def _precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if self.scope == "block" or not gradients:
-            return super()._precondition(gradients)
-        first = next(b.name for b in self.blocks if self.curvature[b.name])
-        rows = {name: rows_in(self.curvature[name]).double() for name in gradients}
-        return _solve(rows, gradients, self.curvature[first]["factor"], self.lambdas[first])
+
+class SamplePreconditioner(Preconditioner):
+    """A preconditioner that factors the Gram matrix of the samples, of one block or of all."""
+
+    def refresh(self, observations: Sequence[Observation], inverse: bool) -> None:
+        """Take the batch's samples, and factor N λ I + JᵀJ."""
+        super().refresh(observations, inverse)
+        known = [name for name in self.blocks if self.states[name]]
+        for names in [known] if self._coupled else [[name] for name in known]:
+            matrix = sum(self.states[name]["gram"] for name in names)
+            asked, first = self.lambdas[names[0]], self.states[names[0]]
+            factored = woodbury(torch.as_tensor(matrix), rows_in(first).samples, asked)
+            if factored.damping != asked:
+                layer = next(iter(self.blocks[names[0]].layers))
+                warn(
+                    f"layer '{layer}': the Gram matrix is nearly singular, its damping was raised "
+                    f"{factored.damping / asked:g} times"
+                )
+                self.lambdas |= dict.fromkeys(names, factored.damping)
+            first["factor"] = factored.factor
+
+    def apply(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """(F̂ + λ I)⁻¹ times the matrices of blocks."""
+        if not self._coupled or not gradients:
+            return super().apply(gradients)
+        first = next(name for name in self.blocks if self.states[name])
+        rows = {name: rows_in(self.states[name]).double() for name in gradients}
+        return _solve(rows, gradients, self.states[first]["factor"], self.lambdas[first])
+
+    @property
+    def _coupled(self) -> bool:
+        return isinstance(self.approximation, LastSamples) and self.approximation.scope == "full"
 
 
 class LastSamples(Approximation):

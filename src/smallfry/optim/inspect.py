@@ -1,12 +1,12 @@
 """What an optimizer tells of itself: a summary before training, diagnostics during it."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
-if TYPE_CHECKING:
-    from smallfry.optim.base import NaturalGradient
+from smallfry.curvature import Block
+from smallfry.optim.preconditioner import Preconditioner
 
 
 class SummaryRow(NamedTuple):
@@ -114,64 +114,66 @@ class Distribution(NamedTuple):
         return f"{_table(('process', 'work', 'layers'), lines)}\nlast refresh: {sent}"
 
 
-def distribution(optimizer: "NaturalGradient") -> Distribution:
+def distribution(preconditioner: Preconditioner) -> Distribution:
     """Which process refreshes which layers, and what the last refresh sent."""
-    shares = []
-    for process in range(optimizer.exchange.count):
-        mine = [b for b in optimizer.blocks if optimizer.owners[b.name] == process]
+    method, collectives, shares = preconditioner.approximation, preconditioner.collectives, []
+    for process in range(collectives.count):
+        owners = preconditioner.owners
+        mine = [b for b in preconditioner.blocks.values() if owners[b.name] == process]
         layers = tuple(", ".join(b.layers) for b in mine)
-        work = sum(optimizer.approximation.burden(b) for b in mine)
-        shares.append(Share(process, layers, work))
-    return Distribution(tuple(shares), dict(optimizer.exchange.bytes))
+        shares.append(Share(process, layers, sum(method.burden(b) for b in mine)))
+    return Distribution(tuple(shares), dict(collectives.bytes))
 
 
-def summarize(optimizer: "NaturalGradient") -> Summary:
-    """What happens to each parameter: approximation, memory, cost of a refresh."""
+def summarize(preconditioner: Preconditioner, momentum: bool, beside: str) -> list[SummaryRow]:
+    """What happens to each block: approximation, memory, cost of a refresh.
+
+    Args:
+        preconditioner: Of the blocks.
+        momentum: Whether gradients are averaged, which takes as much memory as the weights.
+        beside: Further words for each block.
+    """
     rows = []
-    momentum = any(group.get("momentum", 0) > 0 for group in optimizer.param_groups)
-    for block in optimizer.blocks:
-        state = optimizer.curvature[block.name]
-        words, numbers, work = optimizer.approximation.cost(block, state)
-        words += optimizer.beside
+    for block in preconditioner.blocks.values():
+        state = preconditioner.states[block.name]
+        words, numbers, work = preconditioner.approximation.cost(block, state)
         width = next(iter(block.parameters.values())).element_size()
         memory = numbers * max(4, width)
         if state:  # what is really held, instead of what is to be expected
             memory = sum(t.nbytes for t in state.values() if isinstance(t, torch.Tensor))
         memory += block.size * width if momentum else 0
-        rows.append(SummaryRow(", ".join(block.layers), block.size, words, memory, work, ""))
-    parameters = {name: p for p, name in optimizer.names.items()}
-    for name, reason in optimizer.uncovered.items():
+        layers = ", ".join(block.layers)
+        rows.append(SummaryRow(layers, block.size, words + beside, memory, work, ""))
+    return rows
+
+
+def left_out_rows(
+    parameters: Mapping[str, torch.Tensor],
+    uncovered: Mapping[str, str],
+    frozen: Mapping[str, torch.Tensor],
+) -> list[SummaryRow]:
+    """Parameters in no block: those that AdamW trains, with the reason, and those nobody does."""
+    rows = []
+    for name, reason in uncovered.items():
         p = parameters[name]
         memory = 2 * p.numel() * p.element_size()
         rows.append(SummaryRow(name, p.numel(), "AdamW", memory, 0, reason))
-    for name, p in optimizer.frozen.items():
+    for name, p in frozen.items():
         rows.append(SummaryRow(name, p.numel(), "none", 0, 0, "frozen: requires no gradient"))
-    return Summary(type(optimizer).__name__, tuple(rows), _bound(optimizer))
-
-
-def _bound(optimizer: "NaturalGradient") -> str:
-    if optimizer.kl_clip is None:
-        return "divergence of a step: without bound"
-    allowed = f"divergence of a step: at most {optimizer.kl_clip / 2:g} for each target"
-    if optimizer.step_length == "quadratic":
-        return f"{allowed}, by the exact quadratic model of each batch"
-    if not optimizer.measurable:
-        return f"{allowed}, by the model alone"
-    ratio, count = optimizer.divergence_ratio, optimizer.counters["measurements"]
-    return f"{allowed}; measured {ratio:.3g} × the modelled, in {count} measurements"
+    return rows
 
 
 @torch.no_grad()
-def diagnose(optimizer: "NaturalGradient") -> Diagnosis:
+def diagnose_blocks(preconditioner: Preconditioner) -> tuple[BlockDiagnosis, ...]:
     """Look at every block that has statistics."""
     found = []
-    for block in optimizer.blocks:
-        state = optimizer.curvature[block.name]
+    for name, block in preconditioner.blocks.items():
+        state = preconditioner.states[name]
         if not state:
             continue
-        rows = optimizer._latest.get(block.name, [])
-        spectra = optimizer.approximation.diagnose(block, state, rows)
-        damping = optimizer.lambdas[block.name]
+        rows = preconditioner.latest.get(name, [])
+        spectra = preconditioner.approximation.diagnose(block, state, rows)
+        damping = preconditioner.lambdas[name]
         tops = [spectra[key][1] for key in ("inputs", "outputs", "samples") if key in spectra]
         largest = float(torch.tensor(tops, dtype=torch.float64).prod())
         found.append(
@@ -183,28 +185,18 @@ def diagnose(optimizer: "NaturalGradient") -> Diagnosis:
                 damping,
                 damping / largest if largest else float("inf"),
                 spectra.get("fisher_error"),
-                _cosine(optimizer, block.name),
-                optimizer.milliseconds.get(block.name, 0.0),
+                _cosine(preconditioner, block),
+                preconditioner.milliseconds.get(name, 0.0),
             )
         )
-    return Diagnosis(
-        tuple(found),
-        optimizer.clip,
-        optimizer.damping_factor,
-        optimizer.reduction_ratio,
-        getattr(optimizer, "energy", None),
-        dict(optimizer.counters),
-        optimizer.divergence_ratio,
-        optimizer.targets,
-    )
+    return tuple(found)
 
 
-def _cosine(optimizer: "NaturalGradient", name: str) -> float | None:
-    block = next(b for b in optimizer.blocks if b.name == name)
+def _cosine(preconditioner: Preconditioner, block: Block) -> float | None:
     grads = {n: p.grad for n, p in block.parameters.items() if p.grad is not None}
     if len(grads) < len(block.parameters):
         return None
-    directions = optimizer._directions(grads)
+    directions = preconditioner.directions(grads)
     g = torch.cat([grads[n].flatten().double() for n in grads])
     v = torch.cat([directions[n].flatten().double() for n in grads])
     norms = torch.linalg.vector_norm(g) * torch.linalg.vector_norm(v)

@@ -10,7 +10,7 @@ Exact for deep linear networks under a Gaussian likelihood, and for a single sam
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,8 @@ from smallfry.optim.approximation import (
     eigenvalue_range,
 )
 from smallfry.optim.base import NaturalGradient
-from smallfry.optim.refresh import wide
+from smallfry.optim.numerics import statistics_dtype
+from smallfry.optim.settings import Settings
 
 Sharing = Literal["expand", "reduce"]
 SIDES = ("a", "g")
@@ -72,7 +73,7 @@ class KFAC(NaturalGradient):
         damping_split: Literal["factored", "tikhonov"] = "factored",
         sharing: Sharing | dict[str, Sharing] = "expand",
         factor_rank: int | None = 64,
-        **settings: Any,
+        **settings: Unpack[Settings],
     ) -> None:
         product = KroneckerProduct(damping_split, sharing, factor_rank)
         super().__init__(model, lr, product, **settings)
@@ -352,4 +353,4 @@ def _nothing(block: Block, side: str) -> Tensor:
     groups, outputs, inputs = block.shape
     size = inputs if side == "a" else outputs
     like = next(iter(block.parameters.values()))
-    return like.new_zeros((), dtype=wide(like.dtype)).expand(groups, size, size)
+    return like.new_zeros((), dtype=statistics_dtype(like.dtype)).expand(groups, size, size)

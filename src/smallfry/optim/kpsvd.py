@@ -13,7 +13,7 @@ they are what a step along them is divided by.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -47,9 +47,20 @@ from smallfry.errors import UsageError
 from smallfry.optim.approximation import Approximation, State, Summed, eigenvalue_range
 from smallfry.optim.base import NaturalGradient
 from smallfry.optim.kfac import SIDES, KroneckerProduct, low_rank
+from smallfry.optim.settings import Settings
 
 Sharing = Literal["exact", "expand", "reduce"]
 Inverse = Literal["clamped", "pcg"]
+FEW_ROWS = Settings(max_rows=512)
+
+
+class ProductSettings(Settings, total=False):
+    """Keywords of ``KPSVD`` for a given number of products."""
+
+    sharing: Sharing | dict[str, Sharing]
+    damping_split: Literal["factored", "tikhonov"]
+    factor_rank: int | None
+    inverse: Inverse
 
 
 class KPSVD(NaturalGradient):
@@ -65,9 +76,8 @@ class KPSVD(NaturalGradient):
         factor_rank: As in ``KFAC``; of each matrix of two products, whole with "pcg".
         inverse: For two products: "clamped", or "pcg" for conjugate gradients with the exact λ,
             which more than two need.
-        max_rows: As in ``NaturalGradient``, but fewer by default: the search for products takes
-            the square of it.
-        settings: Those of ``NaturalGradient``.
+        settings: Those of ``NaturalGradient``. The default ``max_rows`` is 512: the search for
+            products takes the square of it.
     """
 
     solver: Solver = "deflation"
@@ -82,8 +92,7 @@ class KPSVD(NaturalGradient):
         damping_split: Literal["factored", "tikhonov"] = "factored",
         factor_rank: int | None = 64,
         inverse: Inverse = "clamped",
-        max_rows: int | None = 512,
-        **settings: Any,
+        **settings: Unpack[Settings],
     ) -> None:
         approximation: Approximation
         if inverse not in ("clamped", "pcg"):
@@ -98,13 +107,15 @@ class KPSVD(NaturalGradient):
             approximation = NearestProduct(damping_split, sharing, factor_rank)
         else:
             approximation = NearestSum(rank, sharing, self.solver, inverse, factor_rank)
-        super().__init__(model, lr, approximation, max_rows=max_rows, **settings)
+        super().__init__(model, lr, approximation, **(FEW_ROWS | settings))
 
 
 class Deflation(KPSVD):
     """The nearest sum of two products, one after the other; arguments as in ``KPSVD``."""
 
-    def __init__(self, model: nn.Module, lr: float = 1e-2, **settings: Any) -> None:
+    def __init__(
+        self, model: nn.Module, lr: float = 1e-2, **settings: Unpack[ProductSettings]
+    ) -> None:
         super().__init__(model, lr, rank=2, **settings)
 
 

@@ -9,7 +9,7 @@ reduction ratio their section 6.5. L is in units of the mean negative log-likeli
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,97 +19,87 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from smallfry.curvature import Observation
-from smallfry.optim.weighing import weigh_rows
-
-if TYPE_CHECKING:
-    from smallfry.optim.base import NaturalGradient
+from smallfry.curvature.observer import Observer
+from smallfry.optim.collectives import Collectives
 
 Outputs = tuple[Tensor, ...]
 
 
+class Batch(NamedTuple):
+    """The current batch, whose forward passes can be run again; its rows have their weights."""
+
+    observations: Sequence[Observation]  # with the arguments of the forward passes
+    observer: Observer  # of the model
+    parameters: Mapping[str, nn.Parameter]  # by name
+    samples: float  # of all processes
+    factor: float  # the training loss over the mean negative log-likelihood
+    collectives: Collectives
+
+
+class QuadraticStep(NamedTuple):
+    """The minimum of M over some directions."""
+
+    step: dict[str, Tensor]  # by parameter name
+    curvature: float  # of the step: twice its divergence
+
+
 def best_step(
-    optimizer: "NaturalGradient",
-    observations: Sequence[Observation],
+    batch: Batch,
     grads: Mapping[str, Tensor],
-    directions: Mapping[str, Tensor],
-    parameters: Mapping[str, nn.Parameter],
-) -> dict[str, Tensor]:
-    """The combination of −direction and the last step that minimises M.
+    bases: Sequence[Mapping[str, Tensor]],
+    damping: Mapping[str, float],
+) -> QuadraticStep:
+    """The combination of directions that minimises M.
 
     Args:
-        optimizer: The optimizer; its ``clip`` is set by the divergence of the real step.
-        observations: Of the current batch, with the arguments of the forward pass.
+        batch: The current batch.
         grads: Gradients of L by parameter name.
-        directions: Preconditioned gradients by parameter name.
-        parameters: Parameters by name.
+        bases: Directions, each by parameter name.
+        damping: λ by parameter name.
     """
-    bases = [{name: -v for name, v in directions.items()}]
-    last = {
-        name: optimizer.state[parameters[name]]["last_step"]
-        for name in directions
-        if "last_step" in optimizer.state[parameters[name]]
-    }
-    if last:
-        bases.append({n: last.get(n, torch.zeros_like(v)) for n, v in directions.items()})
     count = len(bases)
     curved = torch.zeros(count, count, dtype=torch.float64)
-    samples = optimizer._batch_size(observations)
-    weigh_rows(optimizer, observations, optimizer._loss_factor(observations))
-    for seen in observations:
-        pushed = [push_forward(optimizer, seen, basis, parameters)[1] for basis in bases]
+    for seen in batch.observations:
+        pushed = [push_forward(batch.observer, seen, b, batch.parameters)[1] for b in bases]
         for i in range(count):
             bent = seen.hessian_product(pushed[i])
             for j in range(count):
-                curved[i, j] += _dot(bent, pushed[j]) / samples
-    curved = optimizer.exchange.sum(curved.to(optimizer.device)).cpu()
+                curved[i, j] += _dot(bent, pushed[j]) / batch.samples
+    curved = batch.collectives.sum(curved.to(batch.collectives.device)).cpu()
     ridge = torch.zeros_like(curved)
     slope = torch.zeros(count, dtype=torch.float64)
     for i, basis in enumerate(bases):
         slope[i] = sum(float((grads[name] * d).sum()) for name, d in basis.items())
         for j, other in enumerate(bases):
             ridge[i, j] = sum(
-                damping_of(optimizer, name) * float((d * other[name]).sum())
-                for name, d in basis.items()
+                damping[name] * float((d * other[name]).sum()) for name, d in basis.items()
             )
-    matrix = curved + ridge
-    lengths = -(torch.linalg.pinv(matrix, hermitian=True) @ slope)
-    rate = max(group["lr"] for group in optimizer.param_groups if "momentum" in group)
-    size = float(rate**2 * lengths @ curved @ lengths)
-    result = {
+    lengths = -(torch.linalg.pinv(curved + ridge, hermitian=True) @ slope)
+    step = {
         name: sum((float(c) * b[name] for c, b in zip(lengths, bases, strict=True)), start=0 * v)
-        for name, v in directions.items()
+        for name, v in bases[0].items()
     }
-    if optimizer.kl_clip is not None:
-        optimizer.targets = targets_of(optimizer, observations)
-        optimizer.clip = min(
-            1.0, (optimizer.kl_clip * optimizer.targets / max(size, 1e-300)) ** 0.5
-        )
-    return result
+    return QuadraticStep(step, float(lengths @ curved @ lengths))
 
 
-def adapt_damping(
-    optimizer: "NaturalGradient",
-    observations: Sequence[Observation],
-    step: Mapping[str, Tensor],
-    parameters: Mapping[str, nn.Parameter],
-) -> None:
-    """λ falls where M foretold the change of the loss, else rises (Levenberg and Marquardt)."""
-    ratio = reduction_ratio(optimizer, observations, step, parameters)
-    optimizer.reduction_ratio = ratio
-    if ratio is None:
-        return
-    omega = 0.95**optimizer.statistics_every
-    if ratio > 0.75:
-        optimizer.damping_factor = max(optimizer.damping_factor * omega, 1e-6)
-    elif ratio < 0.25:
-        optimizer.damping_factor = min(optimizer.damping_factor / omega, 1e6)
+def adapted_damping(factor: float, ratio: float | None, steps: int) -> float:
+    """λ falls where M foretold the change of the loss, else rises (Levenberg and Marquardt).
+
+    Args:
+        factor: That damping is multiplied by so far.
+        ratio: The reduction ratio; None leaves the factor as it is.
+        steps: Since it was last adapted.
+    """
+    omega = 0.95**steps
+    if ratio is not None and ratio > 0.75:
+        return max(factor * omega, 1e-6)
+    if ratio is not None and ratio < 0.25:
+        return min(factor / omega, 1e6)
+    return factor
 
 
 def reduction_ratio(
-    optimizer: "NaturalGradient",
-    observations: Sequence[Observation],
-    step: Mapping[str, Tensor],
-    parameters: Mapping[str, nn.Parameter],
+    batch: Batch, step: Mapping[str, Tensor], damping: Mapping[str, float]
 ) -> float | None:
     """How much of the fall of the loss that M foretells really comes.
 
@@ -118,61 +108,54 @@ def reduction_ratio(
     The targets are not needed: the gradient that arrived at the outputs gives the linear part of
     the real change, and the divergence of the likelihood the rest.
     """
-    samples = optimizer._batch_size(observations)
-    # processes average their gradients
-    factor = optimizer._loss_factor(observations) * optimizer.exchange.count
+    factor = batch.factor * batch.collectives.count  # processes average their gradients
     linear = real = curved = 0.0
-    for seen in observations:
-        before, tangents = push_forward(optimizer, seen, step, parameters)
-        after = run(optimizer, seen, parameters, step)
+    for seen in batch.observations:
+        before, tangents = push_forward(batch.observer, seen, step, batch.parameters)
+        after = run(batch.observer, seen, batch.parameters, step)
         gradients = [
-            torch.zeros_like(z) if g is None else g.to(z)
+            torch.zeros_like(z) if g is None else g
             for g, z in zip(seen.output_gradients, before, strict=True)
         ]
         linear += _dot(gradients, tangents) / factor
         moved = [new - old for new, old in zip(after, before, strict=True)]
-        divergence = optimizer.likelihood.divergence(before, after, seen.row_shares)
-        real += _dot(gradients, moved) / factor + float(divergence.double().sum()) / samples
-        curved += _dot(seen.hessian_product(tangents), tangents) / samples
-    terms = [linear, real, curved]
-    linear, real, curved = optimizer.exchange.sums(terms, optimizer.device)
-    ridge = sum(damping_of(optimizer, n) * float((d**2).sum()) for n, d in step.items())
+        likelihood = batch.observer.likelihood
+        divergence = likelihood.divergence(before, after, seen.row_shares)
+        real += _dot(gradients, moved) / factor + float(divergence.double().sum()) / batch.samples
+        curved += _dot(seen.hessian_product(tangents), tangents) / batch.samples
+    linear, real, curved = batch.collectives.sums([linear, real, curved])
+    ridge = sum(damping[n] * float((d**2).sum()) for n, d in step.items())
     foretold = linear + 0.5 * (curved + ridge)
     if foretold < 0:
         return real / foretold
     return -math.inf if real > 0 else None
 
 
-def targets_of(optimizer: "NaturalGradient", observations: Sequence[Observation]) -> float:
-    """Targets to a sample, over the whole batch: ``kl_clip`` allows κ for each."""
-    count = optimizer.exchange.count
-    samples = optimizer._batch_size(observations)
-    unit = samples / count / optimizer._loss_factor(observations)
+def targets_of(batch: Batch, hidden: bool) -> float:
+    """Targets to a sample, by the weights of their rows, over the whole batch.
+
+    Args:
+        batch: The current batch.
+        hidden: A GradScaler has multiplied the loss by an unknown number, so that nobody can tell
+            how large gradients are.
+    """
+    unit = batch.samples / batch.collectives.count / batch.factor
     found = 0.0
-    for seen in observations:
-        # of a loss that a GradScaler has multiplied, nobody can tell how large they are
-        hidden = optimizer.observer.rescaled and optimizer.grad_scaler is None
+    for seen in batch.observations:
         scaled = tuple(None if g is None or hidden else g * unit for g in seen.output_gradients)
-        found += (seen.likelihood or optimizer.likelihood).targets(seen.outputs, scaled) * seen.size
-    return optimizer.exchange.sums([found], optimizer.device)[0] / samples
-
-
-def damping_of(optimizer: "NaturalGradient", name: str) -> float:
-    """λ of the block that a parameter belongs to."""
-    for block in optimizer.blocks:
-        if name in block.parameters:
-            return optimizer.lambdas[block.name]
-    raise KeyError(name)
+        likelihood = seen.likelihood or batch.observer.likelihood
+        found += likelihood.targets(seen.outputs, scaled, seen.row_shares) * seen.size
+    return batch.collectives.sums([found])[0] / batch.samples
 
 
 def push_forward(
-    optimizer: "NaturalGradient",
+    observer: Observer,
     seen: Observation,
     direction: Mapping[str, Tensor],
     parameters: Mapping[str, nn.Parameter],
 ) -> tuple[Outputs, Outputs]:
     """The outputs of an observed forward pass, and J Δ there."""
-    function, chosen, tangents = _as_function(optimizer, seen, parameters, direction)
+    function, chosen, tangents = _as_function(observer, seen, parameters, direction)
 
     def pushed() -> tuple[Outputs, Outputs]:
         # fused attention has no forward-mode derivative
@@ -184,12 +167,12 @@ def push_forward(
         moved = [torch.zeros_like(z) if t is None else t for z, t in found]
         return tuple(z.detach() for z, _ in found), tuple(moved)
 
-    result: tuple[Outputs, Outputs] = optimizer.observer.rerun(seen, pushed)
+    result: tuple[Outputs, Outputs] = observer.rerun(seen, pushed)
     return result
 
 
 def run(
-    optimizer: "NaturalGradient",
+    observer: Observer,
     seen: Observation,
     parameters: Mapping[str, nn.Parameter],
     step: Mapping[str, Tensor],
@@ -198,31 +181,31 @@ def run(
     """The outputs of an observed forward pass with moved parameters.
 
     Args:
-        optimizer: The optimizer.
+        observer: Of the model.
         seen: The forward pass.
         parameters: Parameters by name.
         step: What is added to them.
         kernels: Attention's, such as ``push_forward`` has; none given takes what is fastest.
     """
-    function, chosen, moves = _as_function(optimizer, seen, parameters, step)
+    function, chosen, moves = _as_function(observer, seen, parameters, step)
     moved = {name: chosen[name] + moves[name] for name in chosen}
 
     def again() -> Outputs:
         with sdpa_kernel(list(kernels)) if kernels else nullcontext():
             return function(moved)
 
-    outputs: Outputs = optimizer.observer.rerun(seen, again)
+    outputs: Outputs = observer.rerun(seen, again)
     return outputs
 
 
 def _as_function(
-    optimizer: "NaturalGradient",
+    observer: Observer,
     seen: Observation,
     parameters: Mapping[str, nn.Parameter],
     direction: Mapping[str, Tensor],
 ) -> tuple[Callable[[dict[str, Tensor]], Outputs], dict[str, Tensor], dict[str, Tensor]]:
     """The watched module as a function of some parameters, with their values and a direction."""
-    root: Any = optimizer.observer.root
+    root: Any = observer.root
     root = getattr(root, "_orig_mod", root)
     paths = {p: path for path, p in root.named_parameters()}
     buffers = {path: b.clone() for path, b in root.named_buffers()}
@@ -233,7 +216,7 @@ def _as_function(
         # containers of its own, as a model may put other things into them
         given, named = tree_map(lambda leaf: leaf, (seen.arguments, seen.keywords))
         output = functional_call(root, {**buffers, **values}, given, named)
-        return optimizer.likelihood.select(output)
+        return observer.likelihood.select(output)
 
     return function, chosen, tangents
 

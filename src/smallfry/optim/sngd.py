@@ -13,7 +13,7 @@ knows nothing of the loss: steps are in units of inputs alone.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,8 @@ from smallfry.optim.approximation import (
 )
 from smallfry.optim.base import NaturalGradient
 from smallfry.optim.kfac import running
-from smallfry.optim.refresh import wide
+from smallfry.optim.numerics import statistics_dtype
+from smallfry.optim.settings import Settings
 
 LARGEST = 2**27  # numbers in the metrics of a layer's neurons together
 
@@ -54,7 +55,7 @@ class SNGD(NaturalGradient):
         lr: float = 1e-2,
         *,
         variant: Literal["input", "rfim"] = "input",
-        **settings: Any,
+        **settings: Unpack[Settings],
     ) -> None:
         super().__init__(model, lr, InputMetric(variant), **settings)
 
@@ -117,7 +118,7 @@ class InputMetric(Approximation):
         neurons = block.shape[1] if block.name in self._hidden else 1
         size = block.shape[2]
         total = like.new_zeros(
-            block.shape[0] * neurons, size * (size + 1) // 2, dtype=wide(like.dtype)
+            block.shape[0] * neurons, size * (size + 1) // 2, dtype=statistics_dtype(like.dtype)
         )
         count = total.new_zeros(())
         for part in rows:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from smallfry.errors import UsageError
+from smallfry.optim.preconditioner import copied
 
 if TYPE_CHECKING:
     from smallfry.optim.base import NaturalGradient
@@ -17,7 +18,6 @@ FLAGS = (
     "overdue",
     "overdue_inverse",
     "checked",
-    "damping_factor",
     "clip",
     "divergence_ratio",
     "targets",
@@ -25,9 +25,7 @@ FLAGS = (
     "measurable",
     "measured_size",
     "_factor",
-    "damping",
-    "seed",
-)
+)  # and those of the preconditioner
 
 
 def save_state(optimizer: "NaturalGradient") -> dict[str, Any]:
@@ -45,15 +43,15 @@ def save_state(optimizer: "NaturalGradient") -> dict[str, Any]:
     groups = [
         {**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups
     ]
+    curvature = optimizer.preconditioner.state_dict()
+    flags = {name: getattr(optimizer, name) for name in FLAGS} | curvature["flags"]
+    method = type(optimizer.approximation).__name__
     own = {
+        **curvature,
         "format": FORMAT,
         "method": type(optimizer).__name__,
-        "settings": optimizer._settings(),
-        "curvature": {name: dict(state) for name, state in optimizer.curvature.items()},
-        "lambdas": dict(optimizer.lambdas),
-        "counters": dict(optimizer.counters),
-        "flags": {name: getattr(optimizer, name) for name in FLAGS},
-        "generator": optimizer.generator.get_state(),
+        "settings": {"approximation": method} | optimizer.approximation.settings(),
+        "flags": flags,
     }
     # torch.distributed.checkpoint keeps nothing but states of parameters and groups
     groups[0][OWN] = own
@@ -82,18 +80,12 @@ def load_state(optimizer: "NaturalGradient", given: Mapping[str, Any]) -> None:
         owner: Any = optimizer.adamw if parameter in inner else optimizer
         owner.state[parameter] = {
             # AdamW counts its steps on the CPU
-            key: _copy(value, torch.device("cpu") if key == "step" else parameter.device)
+            key: copied(value, torch.device("cpu") if key == "step" else parameter.device)
             for key, value in state.items()
         }
-    for block in optimizer.blocks:
-        device = next(iter(block.parameters.values())).device
-        saved = given["curvature"][block.name]
-        optimizer.curvature[block.name] = {k: _copy(v, device) for k, v in saved.items()}
-    optimizer.lambdas = dict(given["lambdas"])
-    optimizer.counters = {**optimizer.counters, **given["counters"]}
+    optimizer.preconditioner.load_state_dict(given)
     for name in FLAGS:
         setattr(optimizer, name, given["flags"].get(name, getattr(optimizer, name)))
-    optimizer.generator.set_state(given["generator"].cpu())
     optimizer.observer.drop()
 
 
@@ -129,7 +121,8 @@ def _require_fit(optimizer: "NaturalGradient", given: Mapping[str, Any]) -> None
         )
     if given["method"] != method:
         raise UsageError(f"this is the state of {given['method']}, not of {method}")
-    settings = optimizer._settings()
+    approximation = optimizer.approximation
+    settings = {"approximation": type(approximation).__name__} | approximation.settings()
     for key in sorted(settings.keys() | given["settings"].keys()):
         value = given["settings"].get(key)
         if settings.get(key) != value:
@@ -162,11 +155,3 @@ def _require_fit(optimizer: "NaturalGradient", given: Mapping[str, Any]) -> None
                 f"the state belongs to another model: block '{block.name}' has shape "
                 f"{tuple(saved['shape'])}, expected {block.shape}"
             )
-
-
-def _copy(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to(device, copy=True)
-    if isinstance(value, list):
-        return [_copy(v, device) for v in value]
-    return value

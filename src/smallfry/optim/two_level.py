@@ -13,11 +13,11 @@ that these don't span would be taken for flat, and steps along them would have n
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal, NamedTuple, Unpack
 
 from torch import Tensor, nn
 
-from smallfry.curvature import Observation, Rows
+from smallfry.curvature import Block, Observation, Rows
 from smallfry.curvature.coarse import (
     FineLevel,
     coarse_correction,
@@ -34,11 +34,15 @@ from smallfry.curvature.terms import joined
 from smallfry.errors import UsageError, nearest
 from smallfry.optim.approximation import Approximation
 from smallfry.optim.base import NaturalGradient
+from smallfry.optim.block_rows import rows_of
+from smallfry.optim.collectives import Collectives
 from smallfry.optim.corrected import CorrectedProduct
 from smallfry.optim.ekfac import DiagonalInBasis
 from smallfry.optim.kfac import KroneckerProduct
 from smallfry.optim.kpsvd import NearestProduct, NearestSum
-from smallfry.optim.refresh import finite, rows_of
+from smallfry.optim.numerics import finite
+from smallfry.optim.preconditioner import Preconditioner
+from smallfry.optim.settings import CurvatureSettings, Settings
 
 FINE: dict[str, Callable[[], Approximation]] = {
     "kfac": KroneckerProduct,
@@ -85,7 +89,7 @@ class TwoLevel(NaturalGradient):
         form: Literal["residual", "additive"] = "residual",
         krylov: bool = False,
         coarse_samples: int | None = 64,
-        **settings: Any,
+        **settings: Unpack[Settings],
     ) -> None:
         if isinstance(fine, str) and fine not in FINE:
             raise UsageError(f"unknown fine level '{fine}'{nearest(fine, FINE)}")
@@ -93,50 +97,102 @@ class TwoLevel(NaturalGradient):
             raise UsageError(f"form is 'residual' or 'additive', not '{form}'")
         if coarse_samples is not None and coarse_samples < 1:
             raise UsageError(f"coarse_samples is at least 1, or None, not {coarse_samples}")
-        self.coarse: tuple[str, ...] | Space
+        spaces: tuple[str, ...] | Space
         if callable(coarse):
-            self.coarse = coarse
+            spaces = coarse
         else:
-            self.coarse = (coarse,) if isinstance(coarse, str) else tuple(coarse)
-            for name in self.coarse:
+            spaces = (coarse,) if isinstance(coarse, str) else tuple(coarse)
+            for name in spaces:
                 if name not in SPACES:
                     raise UsageError(f"unknown coarse space '{name}'{nearest(name, SPACES)}")
-            if not self.coarse:
+            if not spaces:
                 raise UsageError("the coarse level needs at least one space")
-            form = "additive" if self.coarse == ("tko",) else form
+            form = "additive" if spaces == ("tko",) else form
         method = FINE[fine]() if isinstance(fine, str) else fine
         if not method.needs_gradients:
             name = type(method).__name__
             raise UsageError(f"{name} takes no gradients, which the coarse level needs")
-        self.form, self.krylov, self.coarse_samples = form, krylov, coarse_samples
+        self.level = CoarseLevel(spaces, form, krylov, coarse_samples)
         super().__init__(model, lr, method, **settings)
-        self.energy: float | None = None
-        self._curved = 0.0  # zᵀ F z of the last step
-        self._samples: dict[str, Rows] = {}  # of the last step's batch, if it took statistics
-        self._stepping = False
 
-    def _refresh_blocks(self, tapped: Sequence[Observation], inverse: bool) -> None:
-        super()._refresh_blocks(tapped, inverse)
-        for block in self.blocks if tapped else ():
-            state = self.curvature[block.name]
-            if not state:
-                continue
-            rows = joined([rows_of(block, seen) for seen in tapped])
-            kept = slice(0, self.coarse_samples)
-            cut = Rows(rows.inputs[:, kept].clone(), rows.gradients[:, :, kept].clone())
-            self._samples[block.name] = cut
+    @property
+    def energy(self) -> float | None:
+        """What the last step's coarse level changed ½ ‖z − F•⁻¹ u‖² by; None where it had none."""
+        return self._two_level.energy
+
+    @property
+    def _two_level(self) -> "TwoLevelPreconditioner":
+        assert isinstance(self.preconditioner, TwoLevelPreconditioner)
+        return self.preconditioner
+
+    def _build_preconditioner(
+        self, blocks: Sequence[Block], approximation: Approximation, collectives: Collectives
+    ) -> Preconditioner:
+        return TwoLevelPreconditioner(blocks, approximation, self.settings, collectives, self.level)
 
     def _step(self, observations: Sequence[Observation]) -> None:
-        self._stepping, self._samples = True, {}
+        self._two_level.begin_step()
         try:
             super()._step(observations)
         finally:
-            self._stepping = False
+            self._two_level.stepping = False
 
-    def _precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        fine = super()._precondition(gradients)
+
+class CoarseLevel(NamedTuple):
+    """Settings of a coarse level, as in ``TwoLevel``."""
+
+    spaces: tuple[str, ...] | Space
+    form: Literal["residual", "additive"]
+    krylov: bool
+    samples: int | None
+
+
+class TwoLevelPreconditioner(Preconditioner):
+    """A preconditioner with a coarse level on the steps that take statistics.
+
+    Args:
+        blocks: As in ``Preconditioner``, as are the following.
+        approximation: The fine level.
+        settings: Damping, averaging, and how many rows are taken.
+        collectives: Of one process alone.
+        level: The coarse level.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        approximation: Approximation,
+        settings: CurvatureSettings,
+        collectives: Collectives,
+        level: CoarseLevel,
+    ) -> None:
+        super().__init__(blocks, approximation, settings, collectives)
+        self.level = level
+        self.energy: float | None = None
+        self.stepping = False
+        self._curved = 0.0  # zᵀ F z of the last step
+        self._samples: dict[str, Rows] = {}  # of the last step's batch, if it took statistics
+
+    def begin_step(self) -> None:
+        """Forget the last batch's samples; what is applied from now on makes a step."""
+        self.stepping, self._samples = True, {}
+
+    def refresh(self, observations: Sequence[Observation], inverse: bool) -> None:
+        """Refresh the fine level, and keep some samples for the coarse one."""
+        super().refresh(observations, inverse)
+        for name, block in self.blocks.items() if observations else ():
+            if not self.states[name]:
+                continue
+            rows = joined([rows_of(block, seen) for seen in observations])
+            kept = slice(0, self.level.samples)
+            cut = Rows(rows.inputs[:, kept].clone(), rows.gradients[:, :, kept].clone())
+            self._samples[name] = cut
+
+    def apply(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The fine level's solution, corrected by the coarse level's."""
+        fine = super().apply(gradients)
         if not fine or not self._samples:
-            if self._stepping:
+            if self.stepping:
                 self.energy, self._curved = None, 0.0
             return fine
         rows = {name: self._samples[name] for name in gradients}
@@ -144,7 +200,7 @@ class TwoLevel(NaturalGradient):
         level = fine_level(rows, gradients, fine, damping)
         result, energy, image = dict(fine), 0.0, level.image
         try:
-            found = coarse_correction(level, self._basis(level), self.form)
+            found = coarse_correction(level, self._basis(level), self.level.form)
             result |= {name: fine[name] + part for name, part in found.vector.items()}
             energy, image = found.energy, level.image + found.image
         except NotFiniteError:
@@ -153,48 +209,47 @@ class TwoLevel(NaturalGradient):
         if not slope > 0 or not finite(result.values()):
             # not a direction of descent: stale curvature can do that
             result, energy, image = fine, 0.0, level.image
-        if self._stepping:
+        if self.stepping:
             self.energy = energy
             samples = next(iter(rows.values())).samples
             self._curved = float(image @ image) / samples
-            if isinstance(self.coarse, tuple) and "previous" in self.coarse:
+            if isinstance(self.level.spaces, tuple) and "previous" in self.level.spaces:
                 for name, part in result.items():
-                    self.curvature[name]["previous"] = part.clone()
+                    self.states[name]["previous"] = part.clone()
         return result
 
-    def _divergence(
+    def divergence(
         self,
         directions: Mapping[str, Tensor],
         grads: Mapping[str, Tensor],
         rates: Mapping[str, float],
     ) -> float:
-        # ⟨z, u⟩ bounds zᵀ F z for z = M⁻¹ u, not for what the coarse level made of it
+        """⟨z, u⟩, or zᵀ F z where that is more.
+
+        The former bounds the latter for z = M⁻¹ u, not for what the coarse level adds.
+        """
         largest = max(rates.values(), default=0.0)
-        return max(super()._divergence(directions, grads, rates), largest**2 * self._curved)
+        return max(super().divergence(directions, grads, rates), largest**2 * self._curved)
 
     def _basis(self, level: FineLevel[str]) -> list[Vector]:
-        if not isinstance(self.coarse, tuple):
-            basis = list(self.coarse(level, self._solve))
+        spaces = self.level.spaces
+        if not isinstance(spaces, tuple):
+            basis = list(spaces(level, self.solve))
         else:
-            basis = [row for name in self.coarse for row in self._space(name, level)]
-        return krylov(basis, self._solve) if self.krylov else basis
+            basis = [row for name in spaces for row in self._space(name, level)]
+        return krylov(basis, self.solve) if self.level.krylov else basis
 
     def _space(self, name: str, level: FineLevel[str]) -> Sequence[Vector]:
         if name in ("nicolaides", "tko"):
             return nicolaides(level.gradient)
         if name == "spectral":
-            factors = {k: self.approximation.factors(self.curvature[k]) for k in level.gradient}
+            factors = {k: self.approximation.factors(self.states[k]) for k in level.gradient}
             return spectral(
                 {k: (eigendecompose(a), eigendecompose(g)) for k, (a, g) in factors.items()}
             )
         if name == "residual":
-            return preconditioned(residual(level), self._solve)
+            return preconditioned(residual(level), self.solve)
         if name == "previous":
-            states = {key: self.curvature[key] for key in level.gradient}
+            states = {key: self.states[key] for key in level.gradient}
             return split({k: s["previous"] for k, s in states.items() if "previous" in s})
         return split(level.solution if name == "z1" else level.gradient)
-
-    def _solve(self, name: str, matrix: Tensor) -> Tensor:
-        block = next(b for b in self.blocks if b.name == name)
-        state, damping = self.curvature[name], self.lambdas[name]
-        return self.approximation.apply(block, state, matrix, damping)

@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING, Any
 
 from smallfry.curvature import Block, Taps, cover
 from smallfry.errors import UsageError
-from smallfry.optim.distribution import owners_of
 from smallfry.optim.groups import build_adamw, natural_groups, split_groups
 
 if TYPE_CHECKING:
@@ -33,21 +32,17 @@ def unfreeze(optimizer: "NaturalGradient", group: dict[str, Any]) -> None:
         raise UsageError(f"parameter '{twice}' is trained by this optimizer already")
     trained = {*optimizer.names, *new}
     coverage = cover(model, trained, optimizer.exclude)
-    optimizer.approximation.check(coverage.blocks)
     known = {_key(block): block for block in optimizer.blocks}
     blocks = tuple(known.get(_key(block), block) for block in coverage.blocks)
     natural = {p for block in blocks for p in block.parameters.values()}
     covered, rest = split_groups(groups, natural)
-    optimizer.blocks, optimizer.uncovered = blocks, coverage.uncovered
+    optimizer.preconditioner.cover(blocks, [b.name for b in blocks if _key(b) in known])
+    optimizer.uncovered = coverage.uncovered
     optimizer.names = {p: name for name, p in model.named_parameters() if p in trained}
     for p in new:
         optimizer.frozen.pop(optimizer.names[p], None)
-    optimizer.curvature = {
-        b.name: optimizer.curvature[b.name] if _key(b) in known else {} for b in blocks
-    }
-    optimizer.lambdas = {n: v for n, v in optimizer.lambdas.items() if optimizer.curvature.get(n)}
-    optimizer.owners = owners_of(blocks, optimizer.approximation, optimizer.exchange.count)
     optimizer.observer.watch(Taps(blocks))
+    optimizer.observer.needs_identity = optimizer.preconditioner.needs_identity
     optimizer.overdue = optimizer.overdue_inverse = True
     optimizer.checked = False
     optimizer.param_groups += covered

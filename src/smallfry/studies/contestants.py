@@ -139,6 +139,13 @@ def _ours(
     return Contestant(label, "ours", _natural(kind, options), defaults, ranges)
 
 
+def _row(method: optim.Method) -> Contestant:
+    """A method at its settings for races."""
+    damping = max(float(NATURAL["damping"]), method.least_damping)
+    ranges = {**NATURAL_RANGES, "damping": (0.1, 100.0)} if method.least_damping else NATURAL_RANGES
+    return _ours(method.label, method.optimizer, {**NATURAL, "damping": damping}, ranges)
+
+
 def _two_level(label: str, coarse: str | tuple[str, ...], krylov: bool = False) -> Contestant:
     return _ours(f"two-level, {label}", optim.TwoLevel, coarse=coarse, krylov=krylov)
 
@@ -155,21 +162,8 @@ CONTESTANTS = {
         {"lr": 0.3, "damping": 10.0, "kl_clip": 0.01},
         {"lr": (0.03, 10.0), "damping": (0.1, 100.0), "kl_clip": (1e-3, 0.3)},
     ),
-    "kfac": _ours("KFAC", optim.KFAC),
-    "ekfac": _ours("EKFAC", optim.EKFAC),
     "ekfac_kpsvd": _ours("EKFAC, KPSVD's basis", partial(optim.EKFAC, basis="kpsvd")),
-    "kpsvd": _ours("KPSVD", optim.KPSVD),
-    "deflation": _ours("Deflation", optim.Deflation),
-    "lanczos": _ours("Lanczos", optim.Lanczos),
-    "kfac_corrected": _ours("KFAC-corrected", optim.KFACCorrected),
-    "two_level": _ours("two-level", optim.TwoLevel),
-    "sngd": _ours("SNGD", optim.SNGD),
-    "exact_ng": _ours(
-        "exact NG",
-        optim.ExactNG,
-        {**NATURAL, "damping": 10.0},
-        {**NATURAL_RANGES, "damping": (0.1, 100.0)},
-    ),
+    **{name: _row(method) for name, method in optim.METHODS.items()},
     "nicolaides": _two_level("Nicolaides", "nicolaides"),
     "krylov_nicolaides": _two_level("Krylov-Nicolaides", "nicolaides", krylov=True),
     "spectral": _two_level("spectral", "spectral"),

@@ -8,6 +8,7 @@ from typing import Any
 import timm
 
 from smallfry.errors import UsageError, nearest
+from smallfry.optim import METHODS
 from smallfry.report.page import image
 from smallfry.report.run_pictures import Panel, Series, draw_panels
 from smallfry.report.runs import Outcome, accuracy_cell, best_of, deviation, mean, strong, where
@@ -29,22 +30,8 @@ ABOUT = (
     "is scaled so that all decay alike per step. Damping and the like are not tuned: an optimizer "
     "that loses here may win with more."
 )
-LABELS = {
-    "adamw": "AdamW",
-    "muon": "Muon",
-    "kfac": "KFAC",
-    "ekfac": "EKFAC",
-    "kpsvd": "KPSVD",
-    "deflation": "Deflation",
-    "lanczos": "Lanczos",
-    "kfac_corrected": "KFAC-corrected",
-    "two_level": "two-level",
-    "sngd": "SNGD",
-    "exact_ng": "exact NG",
-}
-NATURAL_RATE = 0.1
+LABELS = {"adamw": "AdamW", "muon": "Muon"} | {n: m.label for n, m in METHODS.items()}
 DAMPING = 1.0  # see docs/natural_gradient.md, "What was measured"
-EXACT_DAMPING = 10.0  # of a single batch's Fisher, as in the races
 
 
 def plan(config: OptimizersConfig) -> list[Planned]:
@@ -81,15 +68,15 @@ def optimizer_settings(name: str, factor: float, adamw: OptimizerConfig) -> Opti
     if name == "muon":
         options: dict[str, Any] = {"momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
         return replace(adamw, name="nmuon", lr=usual * factor, betas=None, options=options)
-    damping = EXACT_DAMPING if name == "exact_ng" else DAMPING
+    method = METHODS[name]
     return replace(
         adamw,
         name=name,
-        lr=NATURAL_RATE * factor,
-        weight_decay=adamw.weight_decay * usual / NATURAL_RATE,
+        lr=method.lr * factor,
+        weight_decay=adamw.weight_decay * usual / method.lr,
         betas=None,
         clip=None,
-        options={"damping": damping, "fallback_lr": usual * factor},
+        options={"damping": max(DAMPING, method.least_damping), "fallback_lr": usual * factor},
     )
 
 

@@ -17,32 +17,12 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from smallfry.errors import UsageError, nearest
-from smallfry.optim import (
-    EKFAC,
-    KFAC,
-    KPSVD,
-    SNGD,
-    Deflation,
-    ExactNG,
-    KFACCorrected,
-    Lanczos,
-    NaturalGradient,
-    TwoLevel,
-)
+from smallfry.optim import METHODS, NaturalGradient
 from smallfry.training.config import EMAConfig, OptimizerConfig, ScheduleConfig
 
 NATURAL: dict[str, Callable[..., NaturalGradient]] = {
-    "kfac": KFAC,
-    "ekfac": EKFAC,
-    "kpsvd": KPSVD,
-    "deflation": Deflation,
-    "lanczos": Lanczos,
-    "kfac_corrected": KFACCorrected,
-    "two_level": TwoLevel,
-    "sngd": SNGD,
-    "exact_ng": ExactNG,
+    name: method.optimizer for name, method in METHODS.items()
 }
-NATURAL_RATE = 0.1  # its steps are in units of the curvature, whatever the width
 RATE_TIMES_WIDTH = 0.192  # found on digits at width 64; wider layers take smaller steps
 
 
@@ -50,8 +30,8 @@ def peak_learning_rate(config: OptimizerConfig, model: nn.Module) -> float:
     """The learning rate after warm-up: that of the configuration, or one that suits the model."""
     if config.lr is not None:
         return config.lr
-    if config.name in NATURAL:
-        return NATURAL_RATE
+    if config.name in METHODS:
+        return METHODS[config.name].lr
     width: Any = getattr(model, "num_features", 64)
     return RATE_TIMES_WIDTH / float(width)
 

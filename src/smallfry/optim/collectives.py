@@ -1,4 +1,4 @@
-"""What processes that share a batch send each other, with every byte counted.
+"""Collectives for distributed curvature, with byte counts; of one process alone they are nothing.
 
 Each block has an owner, which alone does the work that can't be divided by samples. Sums over
 samples go to the owner, what it makes of them goes to all. Messages for one owner travel as one
@@ -6,7 +6,8 @@ flat tensor for each precision, so that a refresh takes a few large messages and
 small ones. Every process holds the whole state in the end, bit for bit the same.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,15 +21,17 @@ Message = dict[str, Tensor]
 Parts = list[tuple[str, str, torch.Size]]
 
 
-class Exchange:
+class Collectives:
     """A group of processes; without a group, this one alone.
 
     Args:
         group: The processes whose gradients are averaged: a group of ``torch.distributed``, None
             for all there are, False for this one alone.
+        device: Where small messages are sent from.
     """
 
-    def __init__(self, group: Any = None) -> None:
+    def __init__(self, group: Any = None, device: torch.device | None = None) -> None:
+        self.device = torch.device("cpu") if device is None else device
         ready = dist.is_available() and dist.is_initialized()
         if group not in (None, False) and not ready:
             raise UsageError("process_group= needs torch.distributed.init_process_group() first")
@@ -41,10 +44,10 @@ class Exchange:
                 "optimizer in the members alone"
             )
         self.count = 1 if alone else dist.get_world_size(self.group)
-        self.bytes: dict[str, int] = {}  # by kind of message, since the last ``forget``
+        self.bytes: dict[str, int] = {}  # by kind of message, since the last ``reset_bytes``
         self._rooms: dict[tuple[str, int, torch.dtype], Tensor] = {}
 
-    def forget(self) -> None:
+    def reset_bytes(self) -> None:
         """Begin to count bytes anew."""
         self.bytes = {}
 
@@ -57,16 +60,39 @@ class Exchange:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def sums(self, values: Sequence[float], device: torch.device) -> list[float]:
+    def sums(self, values: Sequence[float]) -> list[float]:
         """The sums of some numbers."""
         if self.count == 1:
             return [float(value) for value in values]
-        return self.sum(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
+        return self.sum(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+
+    def any_process(self, holds: bool) -> bool:
+        """Whether something holds in any of the processes."""
+        return self.sums([holds])[0] > 0
+
+    @contextmanager
+    def publish_failure(self) -> Iterator[None]:
+        """Raise in all processes what a block of code raises in one; the block sends no message.
+
+        Raises:
+            UsageError: Another process failed, with its message.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        if self.any_process(failure is not None):
+            messages = self.all_gather_object(None if failure is None else str(failure))
+            first = next(message for message in messages if message is not None)
+            raise failure or UsageError(f"another process failed: {first}")
 
     # Large things, for and from owners
 
     def sums_for_all(self, messages: Mapping[str, Message]) -> dict[str, Message]:
         """Of each block the sum over processes, in all; ``messages`` are the room for it."""
+        if self.count == 1:
+            return dict(messages)
         waiting = []
         for flat, parts in self._flat("for all", 0, messages, list(messages)):
             self._count("summed for all", flat)
@@ -80,6 +106,8 @@ class Exchange:
         self, messages: Mapping[str, Message], owners: Mapping[str, int]
     ) -> dict[str, Message]:
         """Of each block the sum over processes, in its owner, where ``messages`` are the room."""
+        if self.count == 1:
+            return dict(messages)
         waiting = []
         for owner, names in _by_owner(messages, owners).items():
             for flat, parts in self._flat("sums", owner, messages, names):
@@ -98,6 +126,8 @@ class Exchange:
         self, messages: Mapping[str, Message], owners: Mapping[str, int]
     ) -> dict[str, Message]:
         """What each block's owner has, in all; elsewhere ``messages`` are the room for it."""
+        if self.count == 1:
+            return dict(messages)
         waiting = []
         for owner, names in _by_owner(messages, owners).items():
             mine = owner == self.rank
@@ -123,7 +153,9 @@ class Exchange:
             owners: By block.
             like: A tensor with the device and the precision of rows.
         """
-        shapes = self.tell(
+        if self.count == 1:
+            return {name: list(rows) for name, rows in mine.items()}
+        shapes = self.all_gather_object(
             {n: [(tuple(r.inputs.shape), tuple(r.gradients.shape)) for r in mine[n]] for n in mine}
         )
         work, pieces, kept = [], {}, []
@@ -168,11 +200,13 @@ class Exchange:
                     found.setdefault(name, []).append(Rows(*tensors))
         return found
 
-    def tell(self, mine: Any) -> list[Any]:
-        """What all processes say, plain data, in all."""
-        said: list[Any] = [None] * self.count
-        dist.all_gather_object(said, mine, group=self.group)
-        return said
+    def all_gather_object(self, mine: Any) -> list[Any]:
+        """Plain data of all processes, in all."""
+        if self.count == 1:
+            return [mine]
+        gathered: list[Any] = [None] * self.count
+        dist.all_gather_object(gathered, mine, group=self.group)
+        return gathered
 
     def _flat(
         self,

@@ -1,0 +1,160 @@
+"""Settings that all natural-gradient optimizers share."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+from torch import nn
+
+from smallfry.curvature import Likelihood
+from smallfry.errors import UsageError
+
+Likely = str | Likelihood | Mapping[str | int, Any] | Callable[[Any], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvatureSettings:
+    """Settings of the step and of the curvature, checked.
+
+    Args:
+        lr: Learning rate of the covered parameters.
+        likelihood: The density that the loss is the negative logarithm of: "categorical",
+            "bernoulli", "bernoulli_probabilities", "gaussian", a Likelihood, a mapping from parts
+            of the output to likelihoods, or a function from the output to a
+            ``torch.distributions`` object.
+        loss_scale: The loss over the mean over samples of the negative log-likelihood, summed
+            over outputs. "mean" is PyTorch's reduction over all entries, "sum" a sum over samples.
+        damping: λ over the mean eigenvalue of the approximated Fisher.
+        damping_per: That mean is over the whole "network", or each "layer" has its own λ.
+        adaptive_damping: Adapt λ by Levenberg and Marquardt's rule on refreshing steps, from how
+            the loss of the batch changes; costs two more forward passes there.
+        momentum: μ.
+        weight_decay: Decoupled weight decay.
+        kl_clip: κ, twice the divergence of a step for each target of a sample (a class, a pixel, a
+            token), as measured on batches that the curvature has not seen; None does not clip.
+        step_length: "lr", or "quadratic" for the minimum of the exact quadratic model over the
+            natural gradient and (with momentum) the last step, times ``lr``; costs two forward-mode
+            passes a step.
+        ema_decay: Largest share of the old statistics kept at a refresh.
+        statistics_every: Steps between refreshes of the statistics.
+        inverse_every: Steps between refreshes of the inverses; default ``statistics_every``.
+        burn_in: First steps on which both are refreshed every time. One batch shows few of the
+            directions that the next ones go; steps along the others would be far too long.
+        fisher: "mc" (sampled targets), "exact" (all columns), "empirical" (the actual targets).
+        draws: Sampled targets per sample.
+        max_rows: Samples times uses that a layer's statistics are taken from, where they are sums
+            over uses (sharing="expand"); more uses are drawn at random. None takes all.
+        exclude: Modules to leave to AdamW, by name or pattern.
+        fallback_lr: Learning rate of the AdamW inside, for what is not covered.
+        check: What to do if the first gradients are not those of the stated loss and layers:
+            "error", "warn", or "off" for a loss with further terms, such as a weight penalty.
+        seed: Of the sampled targets.
+
+    Raises:
+        UsageError: A setting makes no sense.
+    """
+
+    lr: float
+    likelihood: Likely = "categorical"
+    loss_scale: float | Literal["mean", "sum"] = 1.0
+    damping: float = 0.1
+    damping_per: Literal["network", "layer"] = "network"
+    adaptive_damping: bool = False
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    kl_clip: float | None = 1e-2
+    step_length: Literal["lr", "quadratic"] = "lr"
+    ema_decay: float = 0.95
+    statistics_every: int = 10
+    inverse_every: int | None = None
+    burn_in: int = 10
+    fisher: Literal["mc", "exact", "empirical"] = "mc"
+    draws: int = 1
+    max_rows: int | None = 2048
+    exclude: Iterable[str] = ()
+    fallback_lr: float = 1e-3
+    check: Literal["error", "warn", "off"] = "error"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Make sure that the settings make sense."""
+        scale = self.loss_scale
+        _require(
+            self.lr >= 0 and self.fallback_lr >= 0,
+            f"lr and fallback_lr can't be negative, got {self.lr} and {self.fallback_lr}",
+        )
+        _require(self.damping > 0, f"damping must be positive, got {self.damping}")
+        _require_choice("damping_per", self.damping_per, "network", "layer")
+        _require(0 <= self.momentum < 1, f"momentum is 0 to below 1, got {self.momentum}")
+        _require(self.weight_decay >= 0, f"weight_decay can't be negative, got {self.weight_decay}")
+        _require(
+            self.kl_clip is None or self.kl_clip > 0,
+            f"kl_clip must be positive or None, got {self.kl_clip}",
+        )
+        _require_choice("step_length", self.step_length, "lr", "quadratic")
+        _require(0 <= self.ema_decay < 1, f"ema_decay is 0 to below 1, got {self.ema_decay}")
+        _require(
+            min(self.statistics_every, self.refresh_every) >= 1,
+            f"periods are at least 1 step, got {self.statistics_every} and {self.refresh_every}",
+        )
+        _require(self.burn_in >= 0, f"burn_in is 0 or more steps, got {self.burn_in}")
+        _require(
+            scale in ("mean", "sum") if isinstance(scale, str) else scale > 0,
+            f"loss_scale is a positive number, 'mean' or 'sum', not {scale!r}",
+        )
+        _require(
+            self.max_rows is None or self.max_rows >= 1,
+            f"max_rows is positive or None, got {self.max_rows}",
+        )
+        _require_choice("check", self.check, "error", "warn", "off")
+
+    @property
+    def refresh_every(self) -> int:
+        """Steps between refreshes of the inverses."""
+        return self.statistics_every if self.inverse_every is None else self.inverse_every
+
+
+class Settings(TypedDict, total=False):
+    """Keywords of every natural-gradient optimizer.
+
+    Those of ``CurvatureSettings``, and what belongs to the model at hand: ``params``, ``forward``,
+    ``grad_scaler`` and ``process_group``.
+    """
+
+    params: Iterable[Any] | None
+    likelihood: Likely
+    loss_scale: float | Literal["mean", "sum"]
+    damping: float
+    damping_per: Literal["network", "layer"]
+    adaptive_damping: bool
+    momentum: float
+    weight_decay: float
+    kl_clip: float | None
+    step_length: Literal["lr", "quadratic"]
+    ema_decay: float
+    statistics_every: int
+    inverse_every: int | None
+    burn_in: int
+    fisher: Literal["mc", "exact", "empirical"]
+    draws: int
+    max_rows: int | None
+    exclude: Iterable[str]
+    forward: nn.Module | None
+    fallback_lr: float
+    grad_scaler: Any
+    check: Literal["error", "warn", "off"]
+    seed: int
+    process_group: Any
+
+
+MODEL_KEYWORDS = ("params", "forward", "grad_scaler", "process_group")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise UsageError(message)
+
+
+def _require_choice(name: str, value: str, *choices: str) -> None:
+    listed = ", ".join(f"'{choice}'" for choice in choices[:-1])
+    _require(value in choices, f"{name} is {listed} or '{choices[-1]}', not {value!r}")
