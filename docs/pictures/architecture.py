@@ -32,7 +32,8 @@ def packages() -> Graph:
         edges.setdefault(package_of(module), set()).update(
             package_of(other) for other in graph.find_modules_directly_imported_by(module)
         )
-    return {name: frozenset(edges[name] - {name, OWN}) for name in sorted(edges) if name != OWN}
+    names = sorted(name for name in edges if name not in (OWN, "__main__"))
+    return {name: frozenset(edges[name] - {name, OWN}) for name in names}
 
 
 def package_of(module: str) -> str:
