@@ -269,10 +269,10 @@ def test_the_foretold_and_the_real_change_are_those_of_the_loss():
     loss.backward()
     seen = optimizer.observer.take()
     parameters = dict(model.named_parameters())
-    optimizer.lambdas = {b.name: 0.3 for b in optimizer.blocks}
     step = {n: -0.2 * p.grad for n, p in parameters.items()}
     with torch.no_grad():
-        ratio = quadratic.reduction_ratio(optimizer, seen, step, parameters)
+        damping = dict.fromkeys(parameters, 0.3)
+        ratio = quadratic.reduction_ratio(optimizer.weighed(seen), step, damping)
     flat = torch.cat([s.flatten() for s in step.values()])
     slope = torch.cat([p.grad.flatten() for p in model.parameters()]) @ flat
     fisher = dense_fisher(model, x, "categorical")

@@ -10,7 +10,7 @@ Exact for deep linear networks under a Gaussian likelihood, and for a single sam
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -126,35 +126,33 @@ class KroneckerProduct(Approximation):
     ) -> Updating:
         """``update``: sums of factors, or of their products with a few directions."""
         seen = folded(rows, self.sharing_of(block) == "reduce", samples)
-        parts: State = {}
-        means: dict[str, Average] = {}
-        taken, first = dict[str, Tensor](), dict[str, Tensor]()
-        for side in SIDES:
-            rank = self.rank_of(block, side)
-            if rank is None:
-                factor = input_factor if side == "a" else output_factor
-                parts[side] = pack(sum_over(seen, factor, _nothing(block, side)))
-                continue
-            taken[side] = _rows(block, seen, side)
-            means[side] = Average(low_rank(state, side), keep, rank)
-            first[side] = means[side].directions(taken[side], generator)
-            parts[f"first_{side}"] = gram_times(taken[side], first[side])
-            parts[f"trace_{side}"] = (taken[side] ** 2).sum((1, 2))
-        totals = yield Sum(parts, everywhere=not means)
-        fresh: State = {}
-        if means:
-
-            def make() -> State:
-                return {k: m.basis(first[k], totals[f"first_{k}"]) for k, m in means.items()}
-
-            bases = yield Spread(first, make)
-            more = yield Sum({side: gram_times(taken[side], bases[side]) for side in means})
+        ranks = {side: self.rank_of(block, side) for side in SIDES}
+        few = {
+            side: FewPairs(_rows(block, seen, side), Average(low_rank(state, side), keep, rank))
+            for side, rank in ranks.items()
+            if rank is not None
+        }
+        parts: State = {s: factor_of(block, seen, s) for s in SIDES if s not in few}
+        first = {side: one.average.directions(one.rows, generator) for side, one in few.items()}
+        for side, one in few.items():
+            parts |= one.sums(side, first[side])
+        totals = yield Sum(parts, everywhere=not few)
+        bases, products = State(), State()
+        if few:
+            bases = yield Spread(
+                first,
+                lambda: {
+                    s: m.average.basis(first[s], totals[f"first_{s}"]) for s, m in few.items()
+                },
+            )
+            products = yield Sum({s: gram_times(m.rows, bases[s]) for s, m in few.items()})
         if totals is None:
             return  # another process owns the block
-        for side, mean in means.items():
-            pairs = mean.pairs(bases[side], more[side], totals[f"trace_{side}"])
+        fresh: State = {}
+        for side, one in few.items():
+            pairs = one.average.pairs(bases[side], products[side], totals[f"trace_{side}"])
             fresh |= {f"{name}_{side}": t for name, t in pairs._asdict().items()}
-        for side in (side for side in SIDES if side not in means):
+        for side in (side for side in SIDES if side not in few):
             fresh[side] = running(state, side, totals[side], keep)
         state |= fresh
 
@@ -276,6 +274,24 @@ class KroneckerProduct(Approximation):
         """A or G as last averaged, (groups, size, size)."""
         low = low_rank(state, side)
         return unpack(state[side]) if low is None else low.dense()
+
+
+class FewPairs(NamedTuple):
+    """A factor that is kept as a few eigenpairs, of the rows of one process."""
+
+    rows: Tensor  # (groups, rows, size), whose Gram matrix is the factor
+    average: Average
+
+    def sums(self, side: str, directions: Tensor) -> State:
+        """Sums over rows: the factor times directions, and its trace."""
+        products = gram_times(self.rows, directions)
+        return {f"first_{side}": products, f"trace_{side}": (self.rows**2).sum((1, 2))}
+
+
+def factor_of(block: Block, rows: Sequence[Rows], side: str) -> Tensor:
+    """A = E[a aᵀ] or G = E[g gᵀ] of a block, packed."""
+    factor = input_factor if side == "a" else output_factor
+    return pack(sum_over(rows, factor, _nothing(block, side)))
 
 
 def samples_of(rows: Sequence[Rows]) -> int:
