@@ -91,6 +91,19 @@ def test_layers_unfrozen_one_by_one_are_trained_by_their_curvature(kind):
     step(model, optimizer)
 
 
+def test_samples_are_looked_for_once_a_layer_that_needs_them_is_trained():
+    model = net()
+    model.requires_grad_(False)
+    model[0].requires_grad_(True)
+    optimizer = KPSVD(model, sharing={"0": "expand"})
+    assert not optimizer.observer.needs_identity
+    model[5].requires_grad_(True)
+    optimizer.add_param_group({"params": model[5].parameters()})  # with sharing "exact"
+    assert optimizer.observer.needs_identity
+    step(model, optimizer)
+    assert all(optimizer.curvature[block.name] for block in optimizer.blocks)
+
+
 def test_what_can_not_be_added_is_named():
     model = net()
     model[0].requires_grad_(False)

@@ -30,6 +30,7 @@ from smallfry.curvature.identity import (
 )
 from smallfry.curvature.layers import is_linear
 from smallfry.curvature.likelihoods import Likelihood
+from smallfry.curvature.replay import autocast_of, random_state, restored
 from smallfry.curvature.row_weights import RowWeights
 from smallfry.curvature.taps import (
     Call,
@@ -160,15 +161,9 @@ class Observer:
 
     def rerun(self, seen: Observation, function: Callable[[], Any]) -> Any:
         """Call a function that runs the model again, unobserved, with that pass's randomness."""
-        devices = [torch.device(d) for d in seen.random_state if d != "cpu"]
         self._paused = True
         try:
-            with torch.random.fork_rng(devices=devices):
-                for device, state in seen.random_state.items():
-                    if device == "cpu":
-                        torch.set_rng_state(state)
-                    else:
-                        torch.cuda.set_rng_state(state, device)
+            with restored(seen.random_state):
                 return function()
         finally:
             self._paused = False
@@ -200,8 +195,8 @@ class Observer:
                 lambda leaf: leaf, (arguments, keywords)
             )
             self._current.versions = versions_of(arguments, keywords)
-            self._current.random_state = _random_state(module)
-            self._current.autocast = _autocast(parameters[0].device.type)
+            self._current.random_state = random_state(module)
+            self._current.autocast = autocast_of(parameters[0].device.type)
         if wanted == "taps":
             # compiled code, here or around us, would not know of the taps
             self._eager = True
@@ -482,16 +477,3 @@ def _arrival(
             owner.arrive(seen, root, gradient)
 
     return arrive
-
-
-def _autocast(device: str) -> tuple[str, torch.dtype] | None:
-    if not torch.is_autocast_enabled(device):
-        return None
-    return device, torch.get_autocast_dtype(device)
-
-
-def _random_state(module: nn.Module) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    for device in {p.device for p in module.parameters() if p.is_cuda}:
-        states[str(device)] = torch.cuda.get_rng_state(device)
-    return states
