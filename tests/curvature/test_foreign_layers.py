@@ -153,7 +153,7 @@ def test_dropout_behind_attention_draws_the_same_with_taps_and_without(batch_fir
         (Adapted(4, 3), "Adapted has a forward of its own"),
         (timm.layers.Conv2dSame(2, 3, 3, stride=2), "Conv2dSame has a forward of its own"),
         (nn.MultiheadAttention(4, 2, kdim=3), "MultiheadAttention"),
-        (nn.LSTM(3, 4), "LSTM is not covered"),
+        (nn.LSTMCell(3, 4), "LSTMCell is not covered"),
     ],
 )
 def test_what_is_no_known_product_is_announced(layer, reason):

@@ -3,12 +3,12 @@
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from smallfry.curvature.attention import InProjection, can_spell_out
+from smallfry.curvature.attention import can_spell_out, host_of_attention
 from smallfry.curvature.layers import (
     COVERED,
     groups_of,
@@ -17,6 +17,8 @@ from smallfry.curvature.layers import (
     weight_to_matrix,
 )
 from smallfry.curvature.products import is_transposed, same_product
+from smallfry.curvature.recurrent import host_of_recurrent, is_recurrent
+from smallfry.curvature.spelled import Host
 from smallfry.errors import UsageError, nearest
 
 
@@ -31,7 +33,7 @@ class Block:
         biases: The trained biases, each one column.
         parameters: Its trained parameters by name: the weight, unless frozen, then the biases.
         shape: (groups, outputs, inputs) of the matrix.
-        hosts: Attentions whose layers are among them, each with its input projection.
+        hosts: Modules that call some of these layers only while their forward is spelled out.
     """
 
     name: str
@@ -40,7 +42,7 @@ class Block:
     biases: tuple[nn.Parameter, ...]
     parameters: dict[str, nn.Parameter]
     shape: tuple[int, int, int]
-    hosts: tuple[tuple[nn.MultiheadAttention, InProjection], ...] = ()
+    hosts: tuple[Host, ...] = ()
 
     @property
     def has_weight(self) -> bool:
@@ -103,7 +105,8 @@ def cover(
 
     Covered are Linear, Conv1d, Conv2d and ConvTranspose2d whose ``forward`` is PyTorch's own,
     subclasses that compute the same or promise to with an attribute ``acts_as``, transformers'
-    Conv1D, and both projections of PyTorch's MultiheadAttention.
+    Conv1D, both projections of PyTorch's MultiheadAttention, and all weights of its RNN, LSTM and
+    GRU.
 
     Args:
         model: The model.
@@ -120,19 +123,22 @@ def cover(
     excluded = _excluded(model, exclude)
     reasons: dict[nn.Parameter, str] = {}
     users: dict[nn.Parameter, dict[str, nn.Module]] = {}
-    hosts: dict[nn.Module, tuple[nn.MultiheadAttention, InProjection]] = {}
+    hosts: dict[nn.Module, Host] = {}
     for path, module in model.named_modules():
         reason = _why_not(model, path, module, excluded)
         if isinstance(module, nn.MultiheadAttention) and reason is None:
-            inner = InProjection(module)
-            hosts[inner] = hosts[module.out_proj] = (module, inner)
-            users.setdefault(module.in_proj_weight, {})[f"{path}.in_proj".lstrip(".")] = inner
+            host = host_of_attention(module)
+            hosts[module.out_proj] = host
+            _take_parts(path, host, hosts, users)
             others = {"bias_k", "bias_v"} & module._parameters.keys()
             reasons |= {
                 p: "a key or value that attention adds"
                 for p in map(module._parameters.get, others)
                 if p is not None
             }
+            continue
+        if isinstance(module, nn.RNNBase) and reason is None:
+            _take_parts(path, host_of_recurrent(module), hosts, users)
             continue
         for kind, parameter in module._parameters.items():
             if parameter is None:
@@ -156,6 +162,19 @@ def cover(
         if p in chosen and p not in taken
     }
     return Coverage(tuple(blocks), uncovered)
+
+
+def _take_parts(
+    path: str,
+    host: Host,
+    hosts: dict[nn.Module, Host],
+    users: dict[nn.Parameter, dict[str, nn.Module]],
+) -> None:
+    """Note the layers that a host has while its forward is spelled out."""
+    for name, part in host.parts.items():
+        hosts[part] = host
+        weight = cast(nn.Parameter, part.weight)
+        users.setdefault(weight, {})[f"{path}.{name}".lstrip(".")] = part
 
 
 def _shared_biases(users: dict[nn.Parameter, dict[str, nn.Module]]) -> set[nn.Parameter]:
@@ -219,7 +238,7 @@ def _why_not(model: nn.Module, path: str, module: nn.Module, excluded: set[str])
             f"layer '{path}' ({name}) is lazy and has no shape yet: call the model once before "
             "the optimizer is built"
         )
-    if can_spell_out(module):
+    if can_spell_out(module) or is_recurrent(module):
         return None
     if is_transposed(module):
         return None if same_product(module, nn.Linear) else f"{name} has a forward of its own"

@@ -16,7 +16,6 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from smallfry.curvature.attention import spelled_out
 from smallfry.curvature.coverage import Block
 from smallfry.curvature.identity import belongs, padded, real_rows
 from smallfry.curvature.layers import (
@@ -375,7 +374,7 @@ class Taps:
     def __init__(self, blocks: Iterable[Block]) -> None:
         self.blocks = tuple(blocks)
         self._handles: list[RemovableHandle] = []
-        self._hosts = dict(host for block in self.blocks for host in block.hosts)
+        self._hosts = tuple(dict.fromkeys(h for block in self.blocks for h in block.hosts))
         self._calls: list[Call] = []
         self.second: dict[str, bool] = {}  # where a layer's samples were, if that was clear
         self.foreign: list[str] = []  # layers that were called with another weight
@@ -393,8 +392,8 @@ class Taps:
         """
         self.close()
         self.foreign = []
-        for attention, projection in self._hosts.items():
-            attention.forward = spelled_out(attention, projection)  # type: ignore[method-assign]
+        for host in self._hosts:
+            host.spell_out()
         for block in self.blocks:
             for layer, module in block.layers.items():
                 hook = _tap(self._calls, self.foreign, block, layer, watch_backward)
@@ -406,8 +405,8 @@ class Taps:
         """Stop noting; the calls since ``open``."""
         for handle in self._handles:
             handle.remove()
-        for attention in self._hosts if self._handles else ():
-            del attention.forward
+        for host in self._hosts if self._handles else ():
+            host.restore()
         calls = list(self._calls)
         self._handles, self._calls = [], []
         return calls
