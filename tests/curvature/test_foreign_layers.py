@@ -180,9 +180,11 @@ def test_an_excluded_attention_is_left_alone():
 
 
 def test_little_coverage_is_announced_with_the_largest():
-    embedding = nn.Embedding(100, 8)
-    model = nn.Sequential(embedding, nn.Flatten(), nn.Linear(24, 3))
-    with pytest.warns(SmallfryWarning, match=r"only 9% .*'0.weight' \(800: Embedding is not cov"):
+    embedding = nn.EmbeddingBag(100, 24)
+    model = nn.Sequential(embedding, nn.Flatten(), nn.Linear(24, 9))
+    with pytest.warns(
+        SmallfryWarning, match=r"only 9% .*'0.weight' \(2,400: EmbeddingBag is not c"
+    ):
         KFAC(model)
     embedding.weight.requires_grad_(False)
     with warnings.catch_warnings():

@@ -21,6 +21,8 @@ from smallfry.curvature.recurrent import host_of_recurrent, is_recurrent
 from smallfry.curvature.spelled import Host
 from smallfry.errors import UsageError, nearest
 
+TIED = {nn.Linear, nn.Embedding}
+
 
 @dataclass(frozen=True, eq=False)
 class Block:
@@ -48,6 +50,11 @@ class Block:
     def has_weight(self) -> bool:
         """Whether the weight is trained, and so has columns."""
         return any(p is self.weight for p in self.parameters.values())
+
+    @property
+    def one_hot(self) -> bool:
+        """Whether its inputs are one-hot: an embedding whose weight no other layer has."""
+        return isinstance(self.module, nn.Embedding)
 
     @property
     def size(self) -> int:
@@ -100,18 +107,21 @@ def cover(
     model: nn.Module,
     trained: Collection[nn.Parameter] | None = None,
     exclude: Iterable[str] = (),
+    tied: bool = True,
 ) -> Coverage:
     """Divide the trained parameters of a model into blocks and the uncovered.
 
     Covered are Linear, Conv1d, Conv2d and ConvTranspose2d whose ``forward`` is PyTorch's own,
     subclasses that compute the same or promise to with an attribute ``acts_as``, transformers'
-    Conv1D, both projections of PyTorch's MultiheadAttention, and all weights of its RNN, LSTM and
-    GRU.
+    Conv1D, Embedding, both projections of PyTorch's MultiheadAttention, and all weights of its RNN,
+    LSTM and GRU.
 
     Args:
         model: The model.
         trained: The parameters to train; default those that require a gradient.
         exclude: Modules not to cover, by name or pattern (``"head"``, ``"blocks.*"``).
+        tied: Cover a weight that an embedding has in common with a linear layer; its rows are known
+            for one draw only.
 
     Raises:
         UsageError: ``exclude`` names no module.
@@ -150,7 +160,10 @@ def cover(
     for bias in _shared_biases(users):
         reasons.setdefault(bias, "its bias is shared by layers with different weights")
     blocks, taken = list[Block](), set[nn.Parameter]()
-    for weight, layers in users.items():
+    for weight, found in users.items():
+        layers = _in_order(found, weight in chosen)
+        if not tied and len({isinstance(m, nn.Embedding) for m in layers.values()}) > 1:
+            reasons.setdefault(weight, "an embedding's and a linear layer's at once: see fisher=")
         block = _block(weight, layers, names, chosen - taken, reasons)
         if block is not None:
             inside = dict.fromkeys(hosts[m] for m in layers.values() if m in hosts)
@@ -195,7 +208,8 @@ def _block(
     chosen: set[nn.Parameter],
     reasons: dict[nn.Parameter, str],
 ) -> Block | None:
-    if weight in reasons or len({_kind(module) for module in layers.values()}) > 1:
+    kinds = {_kind(module) for module in layers.values()}
+    if weight in reasons or (len(kinds) > 1 and {kind for kind, _ in kinds} != TIED):
         return None
     own = dict.fromkeys(m._parameters.get("bias") for m in layers.values())
     biases = tuple(b for b in own if b is not None and b in chosen and b not in reasons)
@@ -207,6 +221,19 @@ def _block(
     inputs = weight_to_matrix(first, weight.detach()).shape[2] if weight in chosen else 0
     shape = (groups, outputs_of(first) // groups, inputs + len(biases))
     return Block(next(iter(parameters)), layers, weight, biases, parameters, shape)
+
+
+def _is_adjusted(module: nn.Embedding) -> bool:
+    return module.max_norm is not None or module.scale_grad_by_freq or module.sparse
+
+
+def _in_order(layers: dict[str, nn.Module], trained: bool) -> dict[str, nn.Module]:
+    """Layers of one weight, those first whose form its block has: linear ones, then embeddings.
+
+    An embedding has nothing but its weight.
+    """
+    others = {n: m for n, m in layers.items() if not isinstance(m, nn.Embedding)}
+    return others if others and not trained else {**others, **layers}
 
 
 def _kind(module: nn.Module) -> tuple[type, int]:
@@ -245,6 +272,8 @@ def _why_not(model: nn.Module, path: str, module: nn.Module, excluded: set[str])
     covered = next((kind for kind in COVERED if isinstance(module, kind)), None)
     if covered is None:
         return f"{name} is not covered"
+    if isinstance(module, nn.Embedding) and _is_adjusted(module):
+        return f"{name} with max_norm, scale_grad_by_freq or sparse has other gradients"
     acts_as = getattr(module, "acts_as", None)  # what a faster forward of the same map declares
     parent = model.get_submodule(path.rpartition(".")[0]) if path else None
     if isinstance(parent, nn.MultiheadAttention) and not can_spell_out(parent):

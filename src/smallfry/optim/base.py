@@ -46,6 +46,7 @@ from smallfry.optim.inspect import (
     distribution,
     summarize,
 )
+from smallfry.optim.one_hot import with_embeddings
 from smallfry.optim.refresh import (
     anywhere,
     finite,
@@ -172,9 +173,11 @@ class NaturalGradient(torch.optim.Optimizer):
         self.exclude, self.fallback_lr = tuple(exclude), fallback_lr
         groups = natural_groups(bare, params, lr, momentum, weight_decay, fallback_lr)
         trained = [p for group in groups for p in group["params"]]
-        coverage = cover(bare, trained, self.exclude)
+        self.tied = approximation.needs_gradients and fisher != "exact" and draws == 1
+        coverage = cover(bare, trained, self.exclude, self.tied)
         check_coverage(self, bare, coverage)
         self.blocks, self.uncovered = coverage.blocks, coverage.uncovered
+        approximation = with_embeddings(approximation, self.blocks)
         approximation.check(self.blocks)
         self.approximation, self.model = approximation, weakref.ref(bare)
         self.names = {p: name for name, p in bare.named_parameters() if p in set(trained)}
@@ -494,8 +497,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _settings(self) -> dict[str, Any]:
         """Plain data that a saved state depends on."""
-        method = type(self.approximation).__name__
-        return {"approximation": method} | self.approximation.settings()
+        return {"approximation": self.approximation.name} | self.approximation.settings()
 
     def _momentum(self, parameter: Tensor, grad: Tensor, groups: Mapping[Any, Any]) -> Tensor:
         mu = groups[parameter]["momentum"]

@@ -43,6 +43,7 @@ from smallfry.optim.approximation import (
     eigenvalue_range,
 )
 from smallfry.optim.base import NaturalGradient
+from smallfry.optim.one_hot import OneHotProduct
 from smallfry.optim.refresh import wide
 
 Sharing = Literal["expand", "reduce"]
@@ -102,6 +103,10 @@ class KroneckerProduct(Approximation):
         """Plain data that a saved state depends on."""
         own = {"damping_split": self.damping_split, "factor_rank": self.factor_rank}
         return super().settings() | own
+
+    def for_one_hot(self) -> Approximation:
+        """Frequencies and G."""
+        return OneHotProduct("expand", self.damping_split)
 
     def update(
         self,

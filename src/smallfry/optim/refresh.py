@@ -235,7 +235,9 @@ def rows_seen(
             if astray is not None:
                 warn(_ASTRAY.format(layer=astray))
         if called or optimizer.approximation.counts_absence:
-            rows = rows_of(block, seen, partial(_drawn, optimizer, block, seen))
+            numbered = optimizer.approximation.takes_numbers(block)
+            uses = None if numbered else partial(_drawn, optimizer, block, seen)
+            rows = rows_of(block, seen, uses, numbered)
             if rows.weights is not None and optimizer.approximation.sharing_of(block) == "reduce":
                 rows = reduced(rows)
             found.append(rows)
@@ -264,7 +266,10 @@ def balanced(rows: Sequence[Rows], samples: float, mass: float) -> list[Rows]:
 
 
 def rows_of(
-    block: Block, seen: Observation, uses: Callable[[int], Tensor | None] | None = None
+    block: Block,
+    seen: Observation,
+    uses: Callable[[int], Tensor | None] | None = None,
+    numbered: bool = False,
 ) -> Rows:
     """What a block saw; zeros where it was not called.
 
@@ -272,15 +277,16 @@ def rows_of(
         block: The block.
         seen: One forward pass.
         uses: Which uses to keep, as in ``Observation.rows``.
+        numbered: One-hot inputs by their numbers, as there.
     """
     like = next(iter(block.parameters.values()))
     dtype = wide(like.dtype)
-    rows = seen.rows(block, dtype, uses)
+    rows = seen.rows(block, dtype, uses, numbered)
     if rows is not None:
         return rows
     groups, outputs, inputs = block.shape
     zero = like.new_zeros((), dtype=dtype)
-    a = zero.expand(groups, seen.samples, 1, inputs)
+    a = (zero - 1 if numbered else zero).expand(groups, seen.samples, 1, 1 if numbered else inputs)
     return Rows(a, zero.expand(groups, len(seen.draws), seen.samples, 1, outputs))
 
 
