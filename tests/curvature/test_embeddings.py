@@ -170,6 +170,12 @@ def test_embeddings_with_other_gradients_are_left_out(settings):
     assert "has other gradients" in cover(nn.Embedding(3, 2, **settings)).uncovered["weight"]
 
 
+def test_an_embedding_of_fewer_rows_than_features_is_left_out_unless_it_is_tied():
+    assert "no vocabulary" in cover(nn.Embedding(3, 4)).uncovered["weight"]
+    assert not cover(nn.Embedding(4, 4)).uncovered
+    assert not cover(Text(words=3, width=4, tied=True)).uncovered
+
+
 @pytest.mark.filterwarnings("ignore:only 36%")
 def test_a_tied_weight_is_left_out_where_its_rows_are_not_known():
     model = Text(tied=True)
@@ -314,7 +320,7 @@ def test_the_others_have_the_nearest_product(method):
 @pytest.mark.filterwarnings("ignore:only")
 def test_every_method_trains_a_text_model(method, tied):
     torch.manual_seed(0)
-    text, words = Text(9, 8, "bare", tied, each=True), words_of(16, 4, 9)
+    text, words = Text(9, 5, "bare", tied, each=True), words_of(16, 4, 9)
     model = Sequences(text)
     targets = (words + 1) % 9
     optimizer, losses = method(model, lr=0.1, statistics_every=2), []

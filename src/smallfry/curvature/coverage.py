@@ -114,7 +114,8 @@ def cover(
     Covered are Linear, Conv1d, Conv2d and ConvTranspose2d whose ``forward`` is PyTorch's own,
     subclasses that compute the same or promise to with an attribute ``acts_as``, transformers'
     Conv1D, Embedding, both projections of PyTorch's MultiheadAttention, and all weights of its RNN,
-    LSTM and GRU.
+    LSTM and GRU. Embeddings of fewer rows than features, as of segments, are not: steps that move
+    what all tokens have in common, in front of a norm, wipe out what they have not.
 
     Args:
         model: The model.
@@ -210,6 +211,9 @@ def _block(
 ) -> Block | None:
     kinds = {_kind(module) for module in layers.values()}
     if weight in reasons or (len(kinds) > 1 and {kind for kind, _ in kinds} != TIED):
+        return None
+    if kinds == {(nn.Embedding, 1)} and weight.shape[0] < weight.shape[1]:
+        reasons[weight] = "an Embedding of fewer rows than features is no vocabulary"
         return None
     own = dict.fromkeys(m._parameters.get("bias") for m in layers.values())
     biases = tuple(b for b in own if b is not None and b in chosen and b not in reasons)
