@@ -153,7 +153,7 @@ def test_dropout_behind_attention_draws_the_same_with_taps_and_without(batch_fir
         (Adapted(4, 3), "Adapted has a forward of its own"),
         (timm.layers.Conv2dSame(2, 3, 3, stride=2), "Conv2dSame has a forward of its own"),
         (nn.MultiheadAttention(4, 2, kdim=3), "MultiheadAttention"),
-        (nn.LSTM(3, 4), "LSTM is not covered"),
+        (nn.LSTMCell(3, 4), "LSTMCell is not covered"),
     ],
 )
 def test_what_is_no_known_product_is_announced(layer, reason):
@@ -180,9 +180,11 @@ def test_an_excluded_attention_is_left_alone():
 
 
 def test_little_coverage_is_announced_with_the_largest():
-    embedding = nn.Embedding(100, 8)
-    model = nn.Sequential(embedding, nn.Flatten(), nn.Linear(24, 3))
-    with pytest.warns(SmallfryWarning, match=r"only 9% .*'0.weight' \(800: Embedding is not cov"):
+    embedding = nn.EmbeddingBag(100, 24)
+    model = nn.Sequential(embedding, nn.Flatten(), nn.Linear(24, 9))
+    with pytest.warns(
+        SmallfryWarning, match=r"only 9% .*'0.weight' \(2,400: EmbeddingBag is not c"
+    ):
         KFAC(model)
     embedding.weight.requires_grad_(False)
     with warnings.catch_warnings():

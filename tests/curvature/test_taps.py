@@ -73,6 +73,7 @@ def test_every_trained_parameter_is_in_one_block_or_has_a_reason():
             "attention": nn.MultiheadAttention(4, 2),
             "embedding": nn.Embedding(5, 3),
             "tied": nn.Linear(3, 5, bias=False),
+            "bag": nn.EmbeddingBag(5, 3),
             "norm": nn.LayerNorm(3),
             "plain": nn.Linear(2, 2),
             "frozen": nn.Linear(2, 2),
@@ -82,11 +83,12 @@ def test_every_trained_parameter_is_in_one_block_or_has_a_reason():
     model["frozen"].requires_grad_(False)
     blocks, uncovered = cover(model)
     attention = ["attention.in_proj_weight", "attention.out_proj.weight"]
-    assert [b.name for b in blocks] == [*attention, "plain.weight"]
+    assert [b.name for b in blocks] == [*attention, "embedding.weight", "plain.weight"]
+    assert list(blocks[2].layers) == ["tied", "embedding"]
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert {name for b in blocks for name in b.parameters} | set(uncovered) == trained
     assert "forward of its own" in uncovered["odd.weight"]
-    assert "Embedding" in uncovered["embedding.weight"]
+    assert "EmbeddingBag" in uncovered["bag.weight"]
     assert "computed from other" in uncovered["normed.bias"]
 
 

@@ -13,19 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
-class InProjection(nn.Linear):
-    """The packed input projection of an attention, with its own parameters.
-
-    Args:
-        attention: Whose they are; it has one weight for queries, keys and values.
-    """
-
-    def __init__(self, attention: nn.MultiheadAttention) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = attention.embed_dim, 3 * attention.embed_dim
-        self.register_parameter("weight", attention.in_proj_weight)
-        self.register_parameter("bias", attention.in_proj_bias)
+from smallfry.curvature.spelled import Host, Part
 
 
 def can_spell_out(module: nn.Module) -> bool:
@@ -39,7 +27,13 @@ def can_spell_out(module: nn.Module) -> bool:
     )
 
 
-def spelled_out(attention: nn.MultiheadAttention, projection: InProjection) -> Callable[..., Any]:
+def host_of_attention(attention: nn.MultiheadAttention) -> Host:
+    """An attention with one packed weight, as a host of two projections."""
+    projection = Part(attention.in_proj_weight, attention.in_proj_bias)
+    return Host(attention, {"in_proj": projection}, _spelled_out(attention, projection))
+
+
+def _spelled_out(attention: nn.MultiheadAttention, projection: Part) -> Callable[..., Any]:
     """A forward of an attention that calls its projections as layers."""
 
     def forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **settings: Any) -> Any:

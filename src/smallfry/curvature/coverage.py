@@ -3,12 +3,12 @@
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from smallfry.curvature.attention import InProjection, can_spell_out
+from smallfry.curvature.attention import can_spell_out, host_of_attention
 from smallfry.curvature.layers import (
     COVERED,
     groups_of,
@@ -17,7 +17,11 @@ from smallfry.curvature.layers import (
     weight_to_matrix,
 )
 from smallfry.curvature.products import is_transposed, same_product
+from smallfry.curvature.recurrent import host_of_recurrent, is_recurrent
+from smallfry.curvature.spelled import Host
 from smallfry.errors import UsageError, nearest
+
+TIED = {nn.Linear, nn.Embedding}
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +35,7 @@ class Block:
         biases: The trained biases, each one column.
         parameters: Its trained parameters by name: the weight, unless frozen, then the biases.
         shape: (groups, outputs, inputs) of the matrix.
-        hosts: Attentions whose layers are among them, each with its input projection.
+        hosts: Modules that call some of these layers only while their forward is spelled out.
     """
 
     name: str
@@ -40,12 +44,17 @@ class Block:
     biases: tuple[nn.Parameter, ...]
     parameters: dict[str, nn.Parameter]
     shape: tuple[int, int, int]
-    hosts: tuple[tuple[nn.MultiheadAttention, InProjection], ...] = ()
+    hosts: tuple[Host, ...] = ()
 
     @property
     def has_weight(self) -> bool:
         """Whether the weight is trained, and so has columns."""
         return any(p is self.weight for p in self.parameters.values())
+
+    @property
+    def one_hot(self) -> bool:
+        """Whether its inputs are one-hot: an embedding whose weight no other layer has."""
+        return isinstance(self.module, nn.Embedding)
 
     @property
     def size(self) -> int:
@@ -98,17 +107,22 @@ def cover(
     model: nn.Module,
     trained: Collection[nn.Parameter] | None = None,
     exclude: Iterable[str] = (),
+    tied: bool = True,
 ) -> Coverage:
     """Divide the trained parameters of a model into blocks and the uncovered.
 
     Covered are Linear, Conv1d, Conv2d and ConvTranspose2d whose ``forward`` is PyTorch's own,
     subclasses that compute the same or promise to with an attribute ``acts_as``, transformers'
-    Conv1D, and both projections of PyTorch's MultiheadAttention.
+    Conv1D, Embedding, both projections of PyTorch's MultiheadAttention, and all weights of its RNN,
+    LSTM and GRU. Embeddings of fewer rows than features, as of segments, are not: steps that move
+    what all tokens have in common, in front of a norm, wipe out what they have not.
 
     Args:
         model: The model.
         trained: The parameters to train; default those that require a gradient.
         exclude: Modules not to cover, by name or pattern (``"head"``, ``"blocks.*"``).
+        tied: Cover a weight that an embedding has in common with a linear layer; its rows are known
+            for one draw only.
 
     Raises:
         UsageError: ``exclude`` names no module.
@@ -120,19 +134,22 @@ def cover(
     excluded = _excluded(model, exclude)
     reasons: dict[nn.Parameter, str] = {}
     users: dict[nn.Parameter, dict[str, nn.Module]] = {}
-    hosts: dict[nn.Module, tuple[nn.MultiheadAttention, InProjection]] = {}
+    hosts: dict[nn.Module, Host] = {}
     for path, module in model.named_modules():
         reason = _why_not(model, path, module, excluded)
         if isinstance(module, nn.MultiheadAttention) and reason is None:
-            inner = InProjection(module)
-            hosts[inner] = hosts[module.out_proj] = (module, inner)
-            users.setdefault(module.in_proj_weight, {})[f"{path}.in_proj".lstrip(".")] = inner
+            host = host_of_attention(module)
+            hosts[module.out_proj] = host
+            _take_parts(path, host, hosts, users)
             others = {"bias_k", "bias_v"} & module._parameters.keys()
             reasons |= {
                 p: "a key or value that attention adds"
                 for p in map(module._parameters.get, others)
                 if p is not None
             }
+            continue
+        if isinstance(module, nn.RNNBase) and reason is None:
+            _take_parts(path, host_of_recurrent(module), hosts, users)
             continue
         for kind, parameter in module._parameters.items():
             if parameter is None:
@@ -144,7 +161,10 @@ def cover(
     for bias in _shared_biases(users):
         reasons.setdefault(bias, "its bias is shared by layers with different weights")
     blocks, taken = list[Block](), set[nn.Parameter]()
-    for weight, layers in users.items():
+    for weight, found in users.items():
+        layers = _in_order(found, weight in chosen)
+        if not tied and len({isinstance(m, nn.Embedding) for m in layers.values()}) > 1:
+            reasons.setdefault(weight, "an embedding's and a linear layer's at once: see fisher=")
         block = _block(weight, layers, names, chosen - taken, reasons)
         if block is not None:
             inside = dict.fromkeys(hosts[m] for m in layers.values() if m in hosts)
@@ -156,6 +176,19 @@ def cover(
         if p in chosen and p not in taken
     }
     return Coverage(tuple(blocks), uncovered)
+
+
+def _take_parts(
+    path: str,
+    host: Host,
+    hosts: dict[nn.Module, Host],
+    users: dict[nn.Parameter, dict[str, nn.Module]],
+) -> None:
+    """Note the layers that a host has while its forward is spelled out."""
+    for name, part in host.parts.items():
+        hosts[part] = host
+        weight = cast(nn.Parameter, part.weight)
+        users.setdefault(weight, {})[f"{path}.{name}".lstrip(".")] = part
 
 
 def _shared_biases(users: dict[nn.Parameter, dict[str, nn.Module]]) -> set[nn.Parameter]:
@@ -176,7 +209,11 @@ def _block(
     chosen: set[nn.Parameter],
     reasons: dict[nn.Parameter, str],
 ) -> Block | None:
-    if weight in reasons or len({_kind(module) for module in layers.values()}) > 1:
+    kinds = {_kind(module) for module in layers.values()}
+    if weight in reasons or (len(kinds) > 1 and {kind for kind, _ in kinds} != TIED):
+        return None
+    if kinds == {(nn.Embedding, 1)} and weight.shape[0] < weight.shape[1]:
+        reasons[weight] = "an Embedding of fewer rows than features is no vocabulary"
         return None
     own = dict.fromkeys(m._parameters.get("bias") for m in layers.values())
     biases = tuple(b for b in own if b is not None and b in chosen and b not in reasons)
@@ -188,6 +225,19 @@ def _block(
     inputs = weight_to_matrix(first, weight.detach()).shape[2] if weight in chosen else 0
     shape = (groups, outputs_of(first) // groups, inputs + len(biases))
     return Block(next(iter(parameters)), layers, weight, biases, parameters, shape)
+
+
+def _is_adjusted(module: nn.Embedding) -> bool:
+    return module.max_norm is not None or module.scale_grad_by_freq or module.sparse
+
+
+def _in_order(layers: dict[str, nn.Module], trained: bool) -> dict[str, nn.Module]:
+    """Layers of one weight, those first whose form its block has: linear ones, then embeddings.
+
+    An embedding has nothing but its weight.
+    """
+    others = {n: m for n, m in layers.items() if not isinstance(m, nn.Embedding)}
+    return others if others and not trained else {**others, **layers}
 
 
 def _kind(module: nn.Module) -> tuple[type, int]:
@@ -219,13 +269,15 @@ def _why_not(model: nn.Module, path: str, module: nn.Module, excluded: set[str])
             f"layer '{path}' ({name}) is lazy and has no shape yet: call the model once before "
             "the optimizer is built"
         )
-    if can_spell_out(module):
+    if can_spell_out(module) or is_recurrent(module):
         return None
     if is_transposed(module):
         return None if same_product(module, nn.Linear) else f"{name} has a forward of its own"
     covered = next((kind for kind in COVERED if isinstance(module, kind)), None)
     if covered is None:
         return f"{name} is not covered"
+    if isinstance(module, nn.Embedding) and _is_adjusted(module):
+        return f"{name} with max_norm, scale_grad_by_freq or sparse has other gradients"
     acts_as = getattr(module, "acts_as", None)  # what a faster forward of the same map declares
     parent = model.get_submodule(path.rpartition(".")[0]) if path else None
     if isinstance(parent, nn.MultiheadAttention) and not can_spell_out(parent):

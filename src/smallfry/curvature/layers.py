@@ -26,12 +26,17 @@ from torch.nn import functional as F
 from smallfry.curvature.products import is_transposed
 from smallfry.errors import UsageError
 
-COVERED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
+COVERED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding)
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a covered layer multiplies the last dimension, and is no convolution."""
-    return isinstance(module, nn.Linear) or is_transposed(module)
+    return isinstance(module, nn.Linear | nn.Embedding) or is_transposed(module)
+
+
+def _inputs_first(module: nn.Module) -> bool:
+    """Whether a weight is (inputs, outputs)."""
+    return isinstance(module, nn.Embedding) or is_transposed(module)
 
 
 def groups_of(module: nn.Module) -> int:
@@ -42,7 +47,7 @@ def groups_of(module: nn.Module) -> int:
 def outputs_of(module: nn.Module) -> int:
     """Output features or channels of a covered layer."""
     layer = cast(Any, module)
-    if is_transposed(module):
+    if _inputs_first(module):
         return int(layer.weight.shape[1])
     return int(layer.out_features if isinstance(module, nn.Linear) else layer.out_channels)
 
@@ -50,7 +55,7 @@ def outputs_of(module: nn.Module) -> int:
 def weight_to_matrix(module: nn.Module, weight: Tensor) -> Tensor:
     """A weight, or its gradient, as (groups, outputs, inputs)."""
     groups = groups_of(module)
-    if is_transposed(module):
+    if _inputs_first(module):
         return weight.T.unsqueeze(0)
     if isinstance(module, nn.ConvTranspose2d):
         inputs, outputs, height, width = weight.shape
@@ -63,7 +68,7 @@ def weight_to_matrix(module: nn.Module, weight: Tensor) -> Tensor:
 def matrix_to_weight(module: nn.Module, matrix: Tensor) -> Tensor:
     """What ``weight_to_matrix`` did, undone."""
     shape = cast(Any, module).weight.shape
-    if is_transposed(module):
+    if _inputs_first(module):
         return matrix[0].T
     if isinstance(module, nn.ConvTranspose2d):
         groups, outputs, _ = matrix.shape

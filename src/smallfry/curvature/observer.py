@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 
 from smallfry.curvature.hooks import EagerStance, Root, WeakHook, upstream
 from smallfry.curvature.identity import (
+    belongs,
     is_ambiguous,
     mixes_samples,
     own_share,
@@ -222,6 +223,8 @@ class Observer:
         if size == 0:
             return
         called = [(call.block.layers[call.layer], call.inputs.shape) for call in calls]
+        # an embedding's rows may be those of positions, whatever the samples
+        called = [pair for pair in called if not isinstance(pair[0], nn.Embedding)]
         given = [*arguments, *keywords.values()]
         seen.calls, seen.size, seen.samples = calls, size, samples_of(called, size, given)
         for call in calls:
@@ -325,6 +328,8 @@ class Observer:
         weights = seen.weights[root.which]
         node: Any = torch._C._current_autograd_node()
         place = GradientEdge(node, root.output)
+        if self._unsure(seen):
+            self._probe(seen, root, place)
         draws: list[list[Tensor | None]] = []
         for column in self._columns(seen):
             g = column[root.which]
@@ -345,8 +350,6 @@ class Observer:
                     for number, part in zip(root.edges, below, strict=True):
                         found[number] = part
             draws.append(found)
-        if self.needs_identity and self._unsure(seen):
-            self._probe(seen, root, place)
         seen.parts[root.which] = draws
 
     def _signed(self, seen: Observation, column: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -366,13 +369,28 @@ class Observer:
     def _place(self, seen: Observation, call: Call) -> None:
         """Find the samples of a call in its first dimension or its second."""
         module, shape, known = call.block.layers[call.layer], call.inputs.shape, self.taps.second
+        if isinstance(module, nn.Embedding):
+            call.together = self.taps.together.get(
+                call.layer, not belongs(module, shape, seen.samples)
+            )
         if is_ambiguous(module, shape, seen.samples):
             call.second = known.get(call.layer, False)
         elif is_linear(module) and len(shape) > 2:
             known[call.layer] = shape[0] != seen.samples and shape[1] == seen.samples
 
     def _unsure(self, seen: Observation) -> bool:
-        return self.probing or any(
+        untried = any(
+            isinstance(call.block.layers[call.layer], nn.Embedding)
+            and not call.together
+            and call.layer not in self.taps.together
+            for call in seen.calls
+        )
+        if untried and (self.needs_identity or self.fisher == "exact"):
+            return True
+        return self.needs_identity and (self.probing or self._ambiguous(seen))
+
+    def _ambiguous(self, seen: Observation) -> bool:
+        return any(
             call.layer not in self.taps.second
             and is_ambiguous(call.block.layers[call.layer], call.inputs.shape, seen.samples)
             for call in seen.calls
@@ -408,6 +426,9 @@ class Observer:
                     own_share(seen.canonical(call, turned), sample) or 0.0
                 )  # fmt: skip
                 call.astray = other > max(0.5, 1.3 * own)
+            if isinstance(module, nn.Embedding):  # rows of no sample are rows of all
+                call.together = call.together or own < (0.5 if mixed else 0.95)
+                self.taps.together[call.layer], call.astray = call.together, False
 
     def _columns(self, seen: Observation) -> Iterator[tuple[Tensor, ...]]:
         assert seen.likelihood is not None
@@ -417,7 +438,7 @@ class Observer:
         if self.fisher == "exact":
             apart = seen.size // seen.samples  # rows of one sample
             columns = seen.likelihood.columns(seen.outputs)
-            if mixes_samples(self.root):
+            if mixes_samples(self.root) or any(call.together for call in seen.calls):
                 columns = (self._signed(seen, column) for column in columns)
             for column in columns:
                 for first in range(apart):

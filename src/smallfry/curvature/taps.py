@@ -16,8 +16,15 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from smallfry.curvature.attention import spelled_out
 from smallfry.curvature.coverage import Block
+from smallfry.curvature.embedding_rows import (
+    given_to_first,
+    is_tied,
+    levelled,
+    numbers_of,
+    one_hot,
+    padding_of,
+)
 from smallfry.curvature.identity import belongs, padded, real_rows
 from smallfry.curvature.layers import (
     canonical_gradients,
@@ -106,6 +113,7 @@ class Call:
     passes: "Passes" = field(default_factory=lambda: Passes())
     second: bool = False  # the samples are in the second dimension, where they may be in the first
     astray: bool = False  # rows were found not to be where their samples are expected
+    together: bool = False  # an embedding's rows that all samples use: their gradients come summed
 
 
 @dataclass(eq=False)
@@ -224,7 +232,11 @@ class Observation:
         self.arguments, self.keywords, self.random_state = (), {}, {}
 
     def rows(
-        self, block: Block, dtype: torch.dtype, uses: Callable[[int], Tensor | None] | None = None
+        self,
+        block: Block,
+        dtype: torch.dtype,
+        uses: Callable[[int], Tensor | None] | None = None,
+        numbered: bool = False,
     ) -> Rows | None:
         """What a block saw, in canonical form; None if it was not called.
 
@@ -234,6 +246,7 @@ class Observation:
             uses: Given the number of uses, an index of those to keep, or None for all. The
                 gradients kept are scaled by √(all / kept), so that sums over uses of g gᵀ keep
                 their expectation.
+            numbered: One-hot inputs by their number alone, (1, samples, uses, 1), −1 for zeros.
         """
         mine = [
             index
@@ -252,8 +265,9 @@ class Observation:
             if kept is not None:
                 some = kept[(kept >= start) & (kept < start + count)] - start
                 start += count
-            inputs.append(self._inputs(call, dtype, some))
-            per_draw = [self._gradients(call, draw[index], dtype) for draw in self.draws]
+            drawn = [draw[index] for draw in self.draws]
+            a, per_draw = self._pair(call, drawn, dtype, some, numbered)
+            inputs.append(a)
             if kept is not None and some is not None:
                 scale = (total / len(kept)) ** 0.5
                 per_draw = [g.index_select(2, some) * scale for g in per_draw]
@@ -262,6 +276,9 @@ class Observation:
             else:
                 gradients.append(inputs[-1].new_zeros(*_no_draws(inputs[-1], block)))
             weights.append(self._row_weights(call, inputs[-1], gradients[-1], some))
+        tied = [is_tied(self.calls[index]) for index in mine]
+        if any(tied):
+            inputs, gradients = levelled(tied, inputs, gradients)
         a = inputs[0] if len(mine) == 1 else torch.cat(inputs, dim=2)
         g = gradients[0] if len(mine) == 1 else torch.cat(gradients, dim=3)
         return Rows(a, g, _joined_weights(weights, inputs))
@@ -269,7 +286,12 @@ class Observation:
     def anonymous(self, block: Block) -> str | None:
         """A layer of a block that was called on rows that belong to no sample by their place."""
         return next(
-            (c.layer for c in self.calls if c.block is block and not self._belongs(c)), None
+            (
+                c.layer
+                for c in self.calls
+                if c.block is block and not c.together and not self._belongs(c)
+            ),
+            None,
         )
 
     def _leaves_out(self) -> bool:
@@ -290,11 +312,14 @@ class Observation:
         return self._gradients(call, gradient, gradient.dtype)
 
     def _belongs(self, call: Call) -> bool:
-        return belongs(call.block.layers[call.layer], call.inputs.shape, self.samples)
+        module = call.block.layers[call.layer]
+        return not call.together and belongs(module, call.inputs.shape, self.samples)
 
     def _uses(self, call: Call) -> int:
         """How often each sample uses the weight in a call."""
         rows = call.shape.numel() // outputs_of(call.block.layers[call.layer])
+        if call.together:
+            return rows
         if self._belongs(call):
             return rows // self.samples
         real = real_rows(call.block.layers[call.layer], call.shape, self.samples, call.inputs)
@@ -305,14 +330,25 @@ class Observation:
     ) -> Tensor | None:
         """Weights of rows in means over inputs: of rows left out, 0."""
         weights, own = self.sample_weights, self._belongs(call)
-        if weights is None and own:
+        module = call.block.layers[call.layer]
+        padding = padding_of(module)
+        if weights is None and own and padding is None:
             return None
-        if weights is None or not own:
-            module = call.block.layers[call.layer]
+        if call.together:
+            found = inputs.new_zeros(inputs.shape[1:3])
+            found[:1] = 1
+        elif weights is None and own:
+            found = inputs.new_ones(inputs.shape[1:3])
+        elif weights is None or not own:
             found = real_rows(module, call.shape, self.samples, inputs)
             found = found if kept is None else found.index_select(1, kept)
         else:
             found = weights.to(inputs)[:, None].expand(inputs.shape[1:3])
+        if padding is not None:
+            numbers = numbers_of(module, call.inputs, self.samples, self._place(call), kept)
+            found = found * (numbers[0, :, :, 0] >= 0)
+        if is_tied(call):
+            return found * (inputs != 0).any(3)[0]
         if gradients.shape[1] and self._leaves_out():
             found = found * (gradients != 0).any(4).any(1).any(0)
         return found
@@ -327,17 +363,49 @@ class Observation:
         for call in self.calls:
             gradient = self.training_gradient(call) if call.block is block else None
             if gradient is not None and gradient.numel():
-                a = self._inputs(call, dtype, None)
-                g = self._gradients(call, gradient, dtype)
+                a, (g,) = self._pair(call, [gradient], dtype)
                 matrix = torch.einsum("hnto,hnti->hoi", g, a)
                 total = matrix if total is None else total + matrix
                 terms += float((g.norm(dim=3) * a.norm(dim=3)).sum())
         return None if total is None else (total, terms)
 
-    def _inputs(self, call: Call, dtype: torch.dtype, kept: Tensor | None) -> Tensor:
+    def _pair(
+        self,
+        call: Call,
+        gradients: Sequence[Tensor | None],
+        dtype: torch.dtype,
+        kept: Tensor | None = None,
+        numbered: bool = False,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Inputs of some uses, and gradients of all, one for each draw."""
+        if not is_tied(call):
+            found = [self._gradients(call, gradient, dtype) for gradient in gradients]
+            return self._inputs(call, dtype, kept, numbered), found
+        module = call.block.layers[call.layer]
+        numbers = numbers_of(module, call.inputs, self.samples, self._place(call))[..., 0]
+        deltas = self._gradients(call, gradients[0] if gradients else None, dtype)
+        deltas = deltas if kept is None else deltas.index_select(2, kept)
+        codes = one_hot(numbers, call.block.shape[1], dtype)
+        return ones_column(deltas, len(call.block.biases), None), [codes] * len(gradients)
+
+    def _place(self, call: Call) -> str:
+        if call.together or not self._belongs(call):
+            return "together" if call.together else "none"
+        return "second" if call.second else "first"
+
+    def _inputs(
+        self, call: Call, dtype: torch.dtype, kept: Tensor | None, numbered: bool = False
+    ) -> Tensor:
         module, block = call.block.layers[call.layer], call.block
         chosen, columns = block.bias_column(module), len(block.biases)
         inputs, output = call.inputs, call.inputs.new_empty(()).expand(call.shape)
+        if block.one_hot:
+            if inputs._version != call.version:
+                raise UsageError(_OVERWRITTEN.format(layer=call.layer))
+            numbers = numbers_of(module, inputs, self.samples, self._place(call), kept)
+            return (
+                numbers.to(dtype) if numbered else one_hot(numbers[..., 0], block.shape[2], dtype)
+            )
         if not self._belongs(call):
             inputs, output = (padded(module, t, self.samples) for t in (inputs, output))
         elif call.second:
@@ -346,21 +414,29 @@ class Observation:
         if not block.has_weight:
             return ones_column(rows[..., :0], columns, chosen)
         if call.inputs._version != call.version:
-            raise UsageError(
-                f"the input of layer '{call.layer}' was overwritten after the call, so its "
-                "curvature can't be taken: make that operation not in-place, or exclude the layer"
-            )
+            raise UsageError(_OVERWRITTEN.format(layer=call.layer))
         return ones_column(rows, columns, chosen)
 
     def _gradients(self, call: Call, gradient: Tensor | None, dtype: torch.dtype) -> Tensor:
         if gradient is None:
             gradient = call.inputs.new_zeros(call.shape)
         module = call.block.layers[call.layer]
+        padding = padding_of(module)
+        if padding is not None:
+            gradient = gradient.masked_fill(call.inputs == padding, 0)
+        if call.together:
+            return given_to_first(gradient, self.samples).to(dtype)
         if not self._belongs(call):
             gradient = padded(module, gradient, self.samples)
         elif call.second:
             gradient = gradient.transpose(0, 1)
         return canonical_gradients(module, gradient, self.samples).to(dtype)
+
+
+_OVERWRITTEN = (
+    "the input of layer '{layer}' was overwritten after the call, so its curvature can't be taken: "
+    "make that operation not in-place, or exclude the layer"
+)
 
 
 def _scaled(tensor: Tensor | None, scale: float) -> Tensor | None:
@@ -390,9 +466,10 @@ class Taps:
     def __init__(self, blocks: Iterable[Block]) -> None:
         self.blocks = tuple(blocks)
         self._handles: list[RemovableHandle] = []
-        self._hosts = dict(host for block in self.blocks for host in block.hosts)
+        self._hosts = tuple(dict.fromkeys(h for block in self.blocks for h in block.hosts))
         self._calls: list[Call] = []
         self.second: dict[str, bool] = {}  # where a layer's samples were, if that was clear
+        self.together: dict[str, bool] = {}  # of embeddings that were tried
         self.foreign: list[str] = []  # layers that were called with another weight
 
     @property
@@ -408,8 +485,8 @@ class Taps:
         """
         self.close()
         self.foreign = []
-        for attention, projection in self._hosts.items():
-            attention.forward = spelled_out(attention, projection)  # type: ignore[method-assign]
+        for host in self._hosts:
+            host.spell_out()
         for block in self.blocks:
             for layer, module in block.layers.items():
                 hook = _tap(self._calls, self.foreign, block, layer, watch_backward)
@@ -421,8 +498,8 @@ class Taps:
         """Stop noting; the calls since ``open``."""
         for handle in self._handles:
             handle.remove()
-        for attention in self._hosts if self._handles else ():
-            del attention.forward
+        for host in self._hosts if self._handles else ():
+            host.restore()
         calls = list(self._calls)
         self._handles, self._calls = [], []
         return calls
@@ -444,6 +521,8 @@ def _tap(
             # what overwrites a view in place sends gradients past it, to what it is a view of
             output = torch.ops.aten._unsafe_view(output, output.shape)
         inputs = (arguments[0] if arguments else keywords["input"]).detach()
+        if isinstance(module, nn.Embedding):
+            inputs = inputs.unsqueeze(-1)  # features last, as of all layers
         edge = get_gradient_edge(output)
         call = Call(block, layer, inputs, inputs._version, output.shape, edge)
         if watch_backward:

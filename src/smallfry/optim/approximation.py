@@ -206,6 +206,19 @@ class Approximation(ABC):
             if name and name not in layers:
                 raise UsageError(f"sharing names layer '{name}', which is not covered")
 
+    def for_one_hot(self) -> "Approximation | None":
+        """The form of the method for embeddings; None where it takes one-hot inputs as they are."""
+        return None
+
+    def takes_numbers(self, block: Block) -> bool:
+        """Whether one-hot inputs of a block are wanted by their numbers alone."""
+        return False
+
+    @property
+    def name(self) -> str:
+        """What a saved state calls the method."""
+        return type(self).__name__
+
     def sharing_of(self, block: Block) -> str:
         """How a block's uses are put together."""
         if isinstance(self.sharing, str):

@@ -51,6 +51,7 @@ from smallfry.optim.inspect import (
     summarize,
 )
 from smallfry.optim.numerics import finite
+from smallfry.optim.one_hot import with_embeddings
 from smallfry.optim.preconditioned import PreconditionedOptimizer
 from smallfry.optim.preconditioner import Preconditioner
 from smallfry.optim.settings import MODEL_KEYWORDS, CurvatureSettings, Settings
@@ -102,9 +103,12 @@ class NaturalGradient(PreconditionedOptimizer):
         bare: nn.Module = getattr(model, "_orig_mod", model)
         groups = natural_groups(bare, params, lr, momentum, decay, self.fallback_lr)
         trained = [p for group in groups for p in group["params"]]
-        coverage = cover(bare, trained, self.exclude)
+        fisher, draws = self.settings.fisher, self.settings.draws
+        self.tied = approximation.needs_gradients and fisher != "exact" and draws == 1
+        coverage = cover(bare, trained, self.exclude, self.tied)
         check_coverage(self, bare, coverage)
         self.uncovered, self.model = coverage.uncovered, weakref.ref(bare)
+        approximation = with_embeddings(approximation, coverage.blocks)
         self.names = {p: name for name, p in bare.named_parameters() if p in set(trained)}
         self.frozen = {n: p for n, p in bare.named_parameters() if not p.requires_grad}
         if params is not None:

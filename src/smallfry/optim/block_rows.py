@@ -1,6 +1,7 @@
 """Rows of a block in a batch: which uses are taken, and how their weights are balanced."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 from torch import Tensor
@@ -52,7 +53,9 @@ def rows_of_batch(
         if not method.sums_over_uses(block):
             _require_samples(block, seen, check)
         if method.counts_absence or any(call.block is block for call in seen.calls):
-            rows = rows_of(block, seen, lambda count, seen=seen: uses(seen, count))  # type: ignore[misc]
+            numbered = method.takes_numbers(block)
+            kept = None if numbered else partial(uses, seen)
+            rows = rows_of(block, seen, kept, numbered)
             if rows.weights is not None and method.sharing_of(block) == "reduce":
                 rows = reduced(rows)
             found.append(rows)
@@ -71,7 +74,10 @@ def _require_samples(block: Block, seen: Observation, check: str) -> None:
 
 
 def rows_of(
-    block: Block, seen: Observation, uses: Callable[[int], Tensor | None] | None = None
+    block: Block,
+    seen: Observation,
+    uses: Callable[[int], Tensor | None] | None = None,
+    numbered: bool = False,
 ) -> Rows:
     """What a block saw; zeros where it was not called.
 
@@ -79,15 +85,16 @@ def rows_of(
         block: The block.
         seen: One forward pass.
         uses: Which uses to keep, as in ``Observation.rows``.
+        numbered: One-hot inputs by their numbers, as there.
     """
     like = next(iter(block.parameters.values()))
     dtype = statistics_dtype(like.dtype)
-    rows = seen.rows(block, dtype, uses)
+    rows = seen.rows(block, dtype, uses, numbered)
     if rows is not None:
         return rows
     groups, outputs, inputs = block.shape
     zero = like.new_zeros((), dtype=dtype)
-    a = zero.expand(groups, seen.samples, 1, inputs)
+    a = (zero - 1 if numbered else zero).expand(groups, seen.samples, 1, 1 if numbered else inputs)
     return Rows(a, zero.expand(groups, len(seen.draws), seen.samples, 1, outputs))
 
 

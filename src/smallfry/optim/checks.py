@@ -276,7 +276,8 @@ def check_coverage(optimizer: object, model: nn.Module, coverage: Coverage) -> N
     if not coverage.blocks:
         raise UsageError(
             f"{type(model).__name__} has no layer that {type(optimizer).__name__} can cover "
-            "(Linear, Conv1d, Conv2d, ConvTranspose2d with a trained weight or bias): take AdamW"
+            "(Linear, Embedding, a convolution, attention, RNN, LSTM or GRU with a trained weight "
+            "or bias): take AdamW"
         )
     left = {name for name, reason in coverage.uncovered.items() if reason != "excluded"}
     sizes = {name: p.numel() for name, p in model.named_parameters() if name in left}

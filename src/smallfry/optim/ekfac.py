@@ -31,6 +31,7 @@ from smallfry.optim.approximation import Approximation, State, Summed, Updating
 from smallfry.optim.base import NaturalGradient
 from smallfry.optim.kfac import SIDES, KroneckerProduct, running
 from smallfry.optim.kpsvd import NearestProduct
+from smallfry.optim.one_hot import OneHotDiagonal, OneHotProduct, sharing_of_rows
 from smallfry.optim.settings import Settings
 
 Sharing = Literal["exact", "expand", "reduce"]
@@ -92,6 +93,12 @@ class DiagonalInBasis(Approximation):
         """Plain data that a saved state depends on."""
         own = {"basis": self.basis, "factor_rank": self.product.factor_rank}
         return super().settings() | own
+
+    def for_one_hot(self) -> Approximation:
+        """A value for each row and eigenvector."""
+        product = self.product.for_one_hot()
+        assert isinstance(product, OneHotProduct)
+        return OneHotDiagonal(product, sharing_of_rows(self.sharing))
 
     def update(
         self,

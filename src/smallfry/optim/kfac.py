@@ -44,6 +44,7 @@ from smallfry.optim.approximation import (
 )
 from smallfry.optim.base import NaturalGradient
 from smallfry.optim.numerics import statistics_dtype
+from smallfry.optim.one_hot import OneHotProduct
 from smallfry.optim.settings import Settings
 
 Sharing = Literal["expand", "reduce"]
@@ -103,6 +104,10 @@ class KroneckerProduct(Approximation):
         """Plain data that a saved state depends on."""
         own = {"damping_split": self.damping_split, "factor_rank": self.factor_rank}
         return super().settings() | own
+
+    def for_one_hot(self) -> Approximation:
+        """Frequencies and G."""
+        return OneHotProduct("expand", self.damping_split)
 
     def update(
         self,

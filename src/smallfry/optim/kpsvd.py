@@ -47,6 +47,7 @@ from smallfry.errors import UsageError
 from smallfry.optim.approximation import Approximation, State, Summed, eigenvalue_range
 from smallfry.optim.base import NaturalGradient
 from smallfry.optim.kfac import SIDES, KroneckerProduct, low_rank
+from smallfry.optim.one_hot import OneHotNearest, sharing_of_rows
 from smallfry.optim.settings import Settings
 
 Sharing = Literal["exact", "expand", "reduce"]
@@ -144,6 +145,10 @@ class NearestProduct(KroneckerProduct):
         """Nothing: the nearest product is no function of sums."""
         return None
 
+    def for_one_hot(self) -> Approximation:
+        """The nearest product with a diagonal factor of inputs."""
+        return OneHotNearest(sharing_of_rows(self.sharing), self.damping_split)
+
     def update(
         self,
         block: Block,
@@ -206,6 +211,10 @@ class NearestSum(Approximation):
         """Plain data that a saved state depends on."""
         own = {"rank": self.rank, "inverse": self.inverse, "factor_rank": self.factor_rank}
         return super().settings() | own
+
+    def for_one_hot(self) -> Approximation:
+        """One product: a sum of several has no cheap inverse there."""
+        return OneHotNearest(sharing_of_rows(self.sharing))
 
     def update(
         self,

@@ -33,6 +33,7 @@ from smallfry.optim.approximation import (
 from smallfry.optim.base import NaturalGradient
 from smallfry.optim.kfac import running
 from smallfry.optim.numerics import statistics_dtype
+from smallfry.optim.one_hot import OneHotInputs
 from smallfry.optim.settings import Settings
 
 LARGEST = 2**27  # numbers in the metrics of a layer's neurons together
@@ -73,6 +74,10 @@ class InputMetric(Approximation):
             raise UsageError(f"variant is 'input' or 'rfim', not '{variant}'")
         self.variant = variant
         self._hidden: set[str] = set()
+
+    def for_one_hot(self) -> Approximation:
+        """Frequencies."""
+        return OneHotInputs()
 
     def settings(self) -> dict[str, Any]:
         """Plain data that a saved state depends on."""

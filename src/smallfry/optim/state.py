@@ -45,7 +45,7 @@ def save_state(optimizer: "NaturalGradient") -> dict[str, Any]:
     ]
     curvature = optimizer.preconditioner.state_dict()
     flags = {name: getattr(optimizer, name) for name in FLAGS} | curvature["flags"]
-    method = type(optimizer.approximation).__name__
+    method = optimizer.approximation.name
     own = {
         **curvature,
         "format": FORMAT,

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from smallfry.curvature import Block, Taps, cover
 from smallfry.errors import UsageError
 from smallfry.optim.groups import build_adamw, natural_groups, split_groups
+from smallfry.optim.one_hot import with_embeddings
 
 if TYPE_CHECKING:
     from smallfry.optim.base import NaturalGradient
@@ -31,7 +32,9 @@ def unfreeze(optimizer: "NaturalGradient", group: dict[str, Any]) -> None:
     if twice is not None:
         raise UsageError(f"parameter '{twice}' is trained by this optimizer already")
     trained = {*optimizer.names, *new}
-    coverage = cover(model, trained, optimizer.exclude)
+    coverage = cover(model, trained, optimizer.exclude, optimizer.tied)
+    owner = optimizer.preconditioner
+    owner.approximation = with_embeddings(owner.approximation, coverage.blocks)
     known = {_key(block): block for block in optimizer.blocks}
     blocks = tuple(known.get(_key(block), block) for block in coverage.blocks)
     natural = {p for block in blocks for p in block.parameters.values()}

@@ -1,0 +1,49 @@
+"""Modules that multiply with several weights inside one function, as layers that are called.
+
+While curvature is taken, the forward of such a host is spelled out: it calls a linear layer for
+each of its weights, and what lies between is what PyTorch's own function computes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+class Part(nn.Linear):
+    """A linear layer with parameters of another module.
+
+    Args:
+        weight: (outputs, inputs).
+        bias: (outputs,), or None.
+    """
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.register_parameter("weight", weight)
+        self.register_parameter("bias", bias)
+
+
+@dataclass(frozen=True, eq=False)
+class Host:
+    """A module, its layers, and its forward spelled out.
+
+    Args:
+        module: The module.
+        parts: The layers that it doesn't have as modules of its own, by name.
+        forward: Computes what the module does, and calls all its layers.
+    """
+
+    module: nn.Module
+    parts: dict[str, Part]
+    forward: Callable[..., Any]
+
+    def spell_out(self) -> None:
+        """Let the module call its layers from now on."""
+        self.module.forward = self.forward
+
+    def restore(self) -> None:
+        """Give the module its own forward again."""
+        del self.module.forward
