@@ -22,7 +22,7 @@ import sklearn.datasets
 from campaign.command import Said, command
 from campaign.neighbours import harm, plant
 from campaign.runs import difference, of_optimizer, without_pictures, write_config
-from campaign.trials import Part, Verdict, generator, silence
+from campaign.trials import Part, Verdict, Waiting, generator, silence
 
 CHANGES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.link")
 OPTIMIZERS = ("adamw", "kfac")
@@ -200,13 +200,12 @@ def start(words: list[str], begin: Callable[[], None] = lambda: None) -> Callabl
             time.sleep(moment)
             if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 disturb(child)
-        naps, hangs = 0, False  # counted: time in which this process was stopped is not waiting
+        waiting, hangs = Waiting(child), False
         while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            if naps * NAP > LONGEST and not hangs:
+            if waiting.seconds() > LONGEST and not hangs:
                 hangs = True
                 os.kill(child, signal.SIGKILL)
             time.sleep(NAP)
-            naps += 1
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         told = b""
         while block := os.read(reading, 2**16):

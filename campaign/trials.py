@@ -7,13 +7,14 @@ import random
 import resource
 import select
 import signal
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 GIB = 2**30
-TICK = 0.2  # seconds
+TICK, LONGEST_TICK = 0.2, 2.0  # seconds
 
 RIGHT, TOLD = "right answer", "clear error"  # verdicts that are no failures; others may join
 
@@ -71,10 +72,9 @@ def _in_a_child(part: Part, state: Any, numbers: list[int]) -> Iterator[tuple[in
     failure = "hangs"
     try:
         while done < len(numbers):
-            waited = 0.0  # in small parts: time in which this process was stopped does not count
-            while b"\n" not in unread and waited < part.seconds:
+            waiting = Waiting(child)
+            while b"\n" not in unread and waiting.seconds() < part.seconds:
                 if not select.select([reading], [], [], TICK)[0]:
-                    waited += TICK
                     continue
                 block = os.read(reading, 2**16)
                 if not block:
@@ -127,6 +127,37 @@ def _judged(part: Part, state: Any, number: int) -> Verdict:
     except Exception:
         lines = traceback.format_exc().splitlines()
         return Verdict("", "traceback", " | ".join(line.strip() for line in lines[-5:])[:600])
+
+
+class Waiting:
+    """Time for which a process is waited for, while it runs or sleeps.
+
+    Neither the time in which a busy machine had no CPU for it counts, nor that in which this
+    process was stopped itself.
+
+    Args:
+        process: The id of the process.
+    """
+
+    def __init__(self, process: int) -> None:
+        self._process, self._seconds = process, 0.0
+        self._last, self._delayed = time.monotonic(), _delayed(process)
+
+    def seconds(self) -> float:
+        """Seconds up to now; to be asked for every ``TICK`` or so."""
+        now, delayed = time.monotonic(), _delayed(self._process)
+        passed = min(now - self._last, LONGEST_TICK)
+        self._seconds += max(0.0, passed - (delayed - self._delayed))
+        self._last, self._delayed = now, delayed
+        return self._seconds
+
+
+def _delayed(process: int) -> float:
+    """Seconds in which a process was ready to run and had no CPU; 0 where that is not counted."""
+    try:
+        return int(Path(f"/proc/{process}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
 
 
 def silence() -> None:

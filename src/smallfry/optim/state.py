@@ -122,7 +122,7 @@ def _require_fit(optimizer: "NaturalGradient", given: Mapping[str, Any]) -> None
     if given["method"] != method:
         raise UsageError(f"this is the state of {given['method']}, not of {method}")
     approximation = optimizer.approximation
-    settings = {"approximation": type(approximation).__name__} | approximation.settings()
+    settings = {"approximation": approximation.name} | approximation.settings()
     for key in sorted(settings.keys() | given["settings"].keys()):
         value = given["settings"].get(key)
         if settings.get(key) != value:
