@@ -1,4 +1,4 @@
-"""Collectives for distributed curvature, with byte counts; of one process alone they are nothing.
+"""Collectives for distributed curvature, with byte counts; in one process they send nothing.
 
 Each block has an owner, which alone does the work that can't be divided by samples. Sums over
 samples go to the owner, what it makes of them goes to all. Messages for one owner travel as one
