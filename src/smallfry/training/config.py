@@ -243,6 +243,7 @@ class TrainConfig:
         data: The data set.
         model: The model.
         augment: What training images go through.
+        task: The meaning of the model's outputs, by the name of a registered task.
         objective: What is minimised.
         optimizer: How weights move.
         schedule: How the learning rate moves.
@@ -277,6 +278,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    task: str = "classification"
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
