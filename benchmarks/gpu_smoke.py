@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from smallfry import cli
 from smallfry.data import load_data
 from smallfry.errors import Stopped
+from smallfry.tasks.classification import Classification, ClassTargets
 from smallfry.training.checkpoint import load_checkpoint
 from smallfry.training.config import (
     AugmentConfig,
@@ -142,9 +143,9 @@ def without_chance(model: nn.Module) -> nn.Module:
 def _gradients(model: nn.Module, images: Tensor) -> list[Tensor]:
     labels = torch.arange(len(images), device=images.device)
     targets = F.one_hot(labels, 10).to(images.dtype)
-    batch = Batch(images, labels, targets)
+    batch = Batch(images, ClassTargets(labels, targets))
     if hasattr(model, "advance"):
-        objective = DeepSupervision()
+        objective = DeepSupervision(Classification())
         step = next(iter(objective(objective.prepare(model), batch)))
         loss, output = step.loss, step.logits
     else:

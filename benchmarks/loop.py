@@ -25,10 +25,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from smallfry.data import ImageData, Split
+from smallfry.tasks.classification import Classification
 from smallfry.training.augment import Augment
 from smallfry.training.config import AugmentConfig, OptimizerConfig, TrainConfig
 from smallfry.training.loop import Trainer
-from smallfry.training.objective import CrossEntropy
+from smallfry.training.objective import Supervised
 from smallfry.training.progress import QuietReporter
 from smallfry.training.provenance import provenance
 from smallfry.training.run import RunFolder
@@ -72,7 +73,14 @@ def our_loop(data: ImageData) -> float:
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(Path(folder))
         trainer = Trainer(
-            Constant(), data, CrossEntropy(), augment, config, run, {}, QuietReporter()
+            Constant(),
+            data,
+            Supervised(Classification()),
+            augment,
+            config,
+            run,
+            {},
+            QuietReporter(),
         )
         trainer.fit()
     return trainer.progress.history[0]["images_per_second"]

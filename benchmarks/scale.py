@@ -42,10 +42,11 @@ from smallfry.curvature.kronecker import damped_inverse, eigendecompose
 from smallfry.data import ImageData, Split
 from smallfry.optim import EKFAC, KFAC, KPSVD
 from smallfry.optim.distribution import Machine, refresh_time
+from smallfry.tasks.classification import Classification
 from smallfry.training.augment import Augment
 from smallfry.training.config import AugmentConfig, OptimizerConfig, TrainConfig
 from smallfry.training.loop import Trainer
-from smallfry.training.objective import CrossEntropy
+from smallfry.training.objective import Supervised
 from smallfry.training.processes import Processes, start
 from smallfry.training.progress import QuietReporter
 from smallfry.training.provenance import provenance
@@ -106,7 +107,7 @@ def training_rate(model: str, batch: int, steps: int, processes: Processes) -> f
         Trainer(
             network,
             random_data(batch * (1 + steps)),
-            CrossEntropy(),
+            Supervised(Classification()),
             augment,
             config,
             RunFolder(Path(folder)),

@@ -86,7 +86,7 @@ def stream_through(folder: Path, cache: Path, workers: int, answer: Any) -> None
     every = max(1, made.steps_per_epoch // SAMPLES)
     seen, rows, began = 0, [], time.monotonic()
     for step, batch in enumerate(TrainLoader(made, range(made.steps_per_epoch), workers, False)):
-        seen += len(batch.labels)
+        seen += len(batch.inputs)
         if step % every == 0:
             processes = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
             used = sum(memory(process) for process in processes if process)

@@ -114,8 +114,8 @@ def _not_finite(run: Path) -> str | None:
 def _loss(value: float, at: int) -> None:
     counted = itertools.count(1)
 
-    def build(config: ObjectiveConfig, model: nn.Module) -> Objective:
-        objective = real[0](config, model)
+    def build(config: ObjectiveConfig, model: nn.Module, *task: Any) -> Objective:
+        objective = real[0](config, model, *task)
 
         class Poisoned(type(objective)):  # type: ignore[misc]
             def __call__(self, prepared: nn.Module, batch: Any) -> Any:
@@ -129,8 +129,8 @@ def _loss(value: float, at: int) -> None:
 
 
 def _gradient(value: float, at: int) -> None:
-    def create(config: ModelConfig, data: Any) -> tuple[nn.Module, dict[str, Any]]:
-        model, spec = real[1](config, data)
+    def create(config: ModelConfig, data: Any, *task: Any) -> tuple[nn.Module, dict[str, Any]]:
+        model, spec = real[1](config, data, *task)
         counted = itertools.count(1)
 
         def spoil(gradient: Tensor) -> Tensor:
@@ -143,8 +143,8 @@ def _gradient(value: float, at: int) -> None:
 
 
 def _weight(value: float, at: int) -> None:
-    def create(config: ModelConfig, data: Any) -> tuple[nn.Module, dict[str, Any]]:
-        model, spec = real[1](config, data)
+    def create(config: ModelConfig, data: Any, *task: Any) -> tuple[nn.Module, dict[str, Any]]:
+        model, spec = real[1](config, data, *task)
         counted = itertools.count(1)
 
         def spoil(module: nn.Module, arguments: Any, output: Any) -> None:
@@ -172,8 +172,8 @@ def _statistics(value: float, at: int) -> None:
 
 
 def _batch_norm(value: float, at: int) -> None:
-    def create(config: ModelConfig, data: Any) -> tuple[nn.Module, dict[str, Any]]:
-        model, spec = real[1](config, data)
+    def create(config: ModelConfig, data: Any, *task: Any) -> tuple[nn.Module, dict[str, Any]]:
+        model, spec = real[1](config, data, *task)
         counted = itertools.count(1)
 
         def spoil(module: nn.Module, arguments: Any, output: Any) -> None:

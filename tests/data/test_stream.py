@@ -219,22 +219,22 @@ def test_an_epoch_shows_every_image_once_and_each_batch_is_a_function_of_seed_an
     seen = []
     for step in range(made.steps_per_epoch):
         batch = made[step]
-        assert [n % 3 for n in numbers(batch.images.round())] == batch.labels.tolist()
-        seen += numbers(batch.images.round())
+        assert [n % 3 for n in numbers(batch.inputs.round())] == batch.targets.labels.tolist()
+        seen += numbers(batch.inputs.round())
     assert len(set(seen)) == len(seen) == 112
     assert max(seen) < 120
     for step in (9, 3, 20):  # another history
-        assert torch.equal(made[step].images, again[step].images)
-    assert not torch.equal(made[0].images, made[made.steps_per_epoch].images)
-    assert not torch.equal(made[0].images, batches(load(folder), seed=1)[0].images)
+        assert torch.equal(made[step].inputs, again[step].inputs)
+    assert not torch.equal(made[0].inputs, made[made.steps_per_epoch].inputs)
+    assert not torch.equal(made[0].inputs, batches(load(folder), seed=1)[0].inputs)
 
 
 def test_worker_processes_change_nothing_and_a_run_can_begin_anywhere(folder):
     made = batches(load(folder, window=40))
-    plain = [made[step].images for step in range(3, 12)]
+    plain = [made[step].inputs for step in range(3, 12)]
     parallel = TrainLoader(made, range(3, 12), workers=2, pin_memory=False)
     for mine, theirs in zip(plain, parallel, strict=True):
-        assert torch.equal(mine, theirs.images)
+        assert torch.equal(mine, theirs.inputs)
 
 
 def test_a_rank_that_reads_its_share_of_a_batch_reads_no_other_tar_members(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from smallfry.models.vitrm import ViTRM, checkpoint_filter_fn
+from smallfry.tasks.classification import Classification, ClassTargets
 from smallfry.training.config import EMAConfig, OptimizerConfig
 from smallfry.training.objective import Batch, DeepSupervision
 from smallfry.training.optimization import WeightAverage, build_optimizer
@@ -43,7 +44,7 @@ def golden_batch(golden: dict[str, Tensor], dtype: torch.dtype, mixed: bool) -> 
     if mixed:
         lam = golden["lam"].to(dtype)
         targets = lam * targets + (1 - lam) * eye[golden["labels_b"]]
-    return Batch(golden["images"].to(dtype), golden["labels"], targets)
+    return Batch(golden["images"].to(dtype), ClassTargets(golden["labels"], targets))
 
 
 def named(golden: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -89,7 +90,7 @@ def test_losses_and_gradients_of_supervised_steps_equal_the_authors(golden, prec
     model = golden_model(golden, DTYPE[precision])
     batch = golden_batch(golden, DTYPE[precision], kind == "mixed")
     for number, step in enumerate(
-        steps(DeepSupervision(supervision_steps=2), model, batch), start=1
+        steps(DeepSupervision(Classification(), supervision_steps=2), model, batch), start=1
     ):
         prefix = f"{precision}.{kind}.step{number}"
         model.zero_grad()
@@ -136,7 +137,7 @@ def test_two_adamw_and_ema_steps_equal_the_authors():
     batch = golden_batch(golden, torch.float64, mixed=False)
     for number in (1, 2):  # the same batch twice, each time from the initial state
         optimizer.zero_grad()
-        next(steps(DeepSupervision(), model, batch)).loss.backward()
+        next(steps(DeepSupervision(Classification()), model, batch)).loss.backward()
         optimizer.step()
         average.update(model, number - 1)
         for kind, actual in (("param", model), ("ema", average.module)):

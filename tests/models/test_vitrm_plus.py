@@ -13,6 +13,7 @@ from smallfry.errors import UsageError
 from smallfry.models import State, ViTRM, ViTRMPlus
 from smallfry.models.early_exit import recurse_until
 from smallfry.models.trace import trace_recursion
+from smallfry.tasks.classification import ClassTargets
 from smallfry.training.config import ObjectiveConfig
 from smallfry.training.objective import Batch, DeepSupervision, build_objective
 
@@ -451,7 +452,7 @@ def test_deep_supervision_trains_it_over_two_steps(switch):
     assert isinstance(objective, DeepSupervision)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     labels = torch.arange(8) % 4
-    batch = Batch(torch.randn(8, 1, 8, 8), labels, torch.eye(10)[labels])
+    batch = Batch(torch.randn(8, 1, 8, 8), ClassTargets(labels, torch.eye(10)[labels]))
     losses = []
     for _ in range(15):
         for step in objective(objective.prepare(model), batch):

@@ -97,7 +97,7 @@ def test_the_whole_of_it_has_the_distribution_of_torchvisions_pipeline():
         [v2.RandomCrop(8, padding=2), v2.RandomHorizontalFlip(), v2.RandAugment(2, 9)]
     )
     images = image.expand(2000, -1, -1, -1)
-    ours = augment(images, torch.zeros(2000, dtype=torch.int64)).images
+    ours = augment(images, torch.zeros(2000, dtype=torch.int64)).inputs
     theirs = torch.stack([pipeline(image) for image in images]).float()
     for statistic in (
         lambda x: x.mean((1, 2, 3)),
@@ -118,7 +118,7 @@ def test_mixup_blends_pixels_and_cutmix_pastes_them(alphas, expected):
     images = torch.tensor([0, 200], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 8, 8)
     seen = set()
     for _ in range(20):
-        values = augment(images, torch.tensor([0, 1])).images.unique().tolist()
+        values = augment(images, torch.tensor([0, 1])).inputs.unique().tolist()
         between = any(1 < value < 199 for value in values)
         seen.add("mixup" if between else "cutmix")
     assert seen == (expected or {"mixup", "cutmix"})
@@ -129,7 +129,7 @@ def test_crops_and_flips_only_move_pixels():
     augment = Augment(
         AugmentConfig(crop_padding=1, flip=True, mixup=0.0), 8, 2, (0.0,), (1 / 255,), flip=False
     )
-    moved = augment(images, torch.zeros(200, dtype=torch.int64)).images.round().long()
+    moved = augment(images, torch.zeros(200, dtype=torch.int64)).inputs.round().long()
     centres = {tuple(row) for row in moved[:, 0, 4, 3:5].tolist()}
     assert len(centres) == 18  # 9 shifts, mirrored or not
 

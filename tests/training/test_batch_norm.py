@@ -8,9 +8,9 @@ from torch import nn
 
 from smallfry.cli import main
 from smallfry.errors import UsageError
+from smallfry.tasks.task import Batch, micro_batch_sizes
 from smallfry.training.batch_norm import require_enough_images
 from smallfry.training.config import DataConfig, ModelConfig, TrainConfig
-from smallfry.training.objective import Batch, micro_batch_sizes
 from smallfry.training.train import train
 
 SAMPLE = torch.zeros(1, 1, 8, 8)
@@ -28,10 +28,10 @@ def test_micro_batches_have_all_images_and_none_is_empty(images, parts):
     assert sum(sizes) == images
     assert min(sizes) >= 1
     assert len(sizes) <= parts
-    batch = Batch(torch.arange(images), torch.arange(images), torch.arange(images))
+    batch = Batch(torch.arange(images), {"any": [torch.arange(images)]})
     split = batch.split(parts)
-    assert [len(part.labels) for part in split] == sizes
-    assert torch.equal(torch.cat([part.labels for part in split]), batch.labels)
+    assert [len(part.inputs) for part in split] == sizes
+    assert torch.equal(torch.cat([part.targets["any"][0] for part in split]), batch.inputs)
     assert [len(p) for p in torch.arange(images).split(-(-images // parts))] == sizes  # as ever
 
 

@@ -3,6 +3,7 @@ import torch
 from torch.testing import assert_close
 
 from smallfry.data import Split, load_data
+from smallfry.models.contract import tensors
 from smallfry.training.augment import Augment
 from smallfry.training.batches import (
     TrainBatches,
@@ -30,10 +31,10 @@ def test_a_batch_is_a_function_of_seed_and_step(digits):
     first, second = batches(digits), batches(digits)
     wanted = first[4]
     _ = second[0], second[7], torch.rand(3)  # another history
-    for mine, theirs in zip(wanted, second[4], strict=True):
+    for mine, theirs in zip(tensors(wanted), tensors(second[4]), strict=True):
         assert torch.equal(mine, theirs)
-    assert not torch.equal(wanted.images, batches(digits, seed=1)[4].images)
-    assert not torch.equal(wanted.images, first[5].images)
+    assert not torch.equal(wanted.inputs, batches(digits, seed=1)[4].inputs)
+    assert not torch.equal(wanted.inputs, first[5].inputs)
 
 
 def test_making_a_batch_leaves_the_random_state_alone(digits):
@@ -50,9 +51,9 @@ def test_worker_processes_change_nothing_and_a_run_can_begin_anywhere(digits):
     parallel = list(TrainLoader(made, range(2, 6), workers=2, pin_memory=False))
     assert len(plain) == 4
     for step, here, there in zip(range(2, 6), plain, parallel, strict=True):
-        assert torch.equal(here.images, made[step].images)
-        assert torch.equal(here.images, there.images)
-        assert torch.equal(here.targets, there.targets)
+        assert torch.equal(here.inputs, made[step].inputs)
+        assert torch.equal(here.inputs, there.inputs)
+        assert torch.equal(here.targets.shares, there.targets.shares)
 
 
 def test_an_epoch_visits_every_image_at_most_once_in_a_new_order(digits):
@@ -60,7 +61,7 @@ def test_an_epoch_visits_every_image_at_most_once_in_a_new_order(digits):
     orders = []
     for epoch in range(2):
         steps = range(epoch * made.steps_per_epoch, (epoch + 1) * made.steps_per_epoch)
-        images = torch.cat([made[step].images.flatten(1) for step in steps])
+        images = torch.cat([made[step].inputs.flatten(1) for step in steps])
         assert len(images.unique(dim=0)) == len(digits.train.images.unique(dim=0))
         orders.append(images)
     assert not torch.equal(*orders)
@@ -68,22 +69,22 @@ def test_an_epoch_visits_every_image_at_most_once_in_a_new_order(digits):
 
 def test_without_augmentation_images_are_just_normalised(digits):
     made = batches(digits, AugmentConfig(crop_padding=0, flip=False, mixup=0.0), batch_size=1000)
-    images = made[0].images
+    images = made[0].inputs
     assert images.mean().abs() < 1e-5
     assert images.std(correction=0).item() == pytest.approx(1, abs=1e-5)
-    assert torch.equal(made[0].targets.argmax(1), made[0].labels)
+    assert torch.equal(made[0].targets.shares.argmax(1), made[0].targets.labels)
 
 
 def test_mixing_keeps_targets_a_distribution_and_labels_unmixed(digits):
     made = batches(digits)
     for step in range(12):
         batch = made[step]
-        assert_close(batch.targets.sum(1), torch.ones(32))
-        assert batch.labels.dtype == torch.int64
+        assert_close(batch.targets.shares.sum(1), torch.ones(32))
+        assert batch.targets.labels.dtype == torch.int64
         # what is not the image's own label is its neighbour's, as both mix with a rolled batch
-        own = batch.targets.gather(1, batch.labels[:, None])[:, 0]
-        other = batch.targets.gather(1, batch.labels.roll(1)[:, None])[:, 0]
-        same = batch.labels == batch.labels.roll(1)
+        own = batch.targets.shares.gather(1, batch.targets.labels[:, None])[:, 0]
+        other = batch.targets.shares.gather(1, batch.targets.labels.roll(1)[:, None])[:, 0]
+        same = batch.targets.labels == batch.targets.labels.roll(1)
         assert_close(torch.where(same, own, own + other), torch.ones(32))
 
 
@@ -95,8 +96,8 @@ def test_images_that_live_on_a_device_give_batches_there(digits):
     there = resident(digits.train, torch.device("meta"), wanted=True)
     augment = Augment(EVERYTHING, 8, 10, digits.mean, digits.std, flip=False)
     (batch,) = TrainLoader(TrainBatches(there, augment, 32, 0), range(1), None, pin_memory=True)
-    assert {tensor.device.type for tensor in batch} == {"meta"}
-    assert batch.images.shape == (32, 1, 8, 8)
+    assert {tensor.device.type for tensor in tensors(batch)} == {"meta"}
+    assert batch.inputs.shape == (32, 1, 8, 8)
 
 
 def test_images_stay_where_they_are_on_a_cpu_or_if_that_is_wanted(digits):
@@ -107,9 +108,8 @@ def test_images_stay_where_they_are_on_a_cpu_or_if_that_is_wanted(digits):
 def test_where_images_live_does_not_change_a_batch(digits):
     gathered = Split(digits.train.images, torch.arange(len(digits.train)), digits.train.labels)
     augment = Augment(EVERYTHING, 8, 10, digits.mean, digits.std, flip=False)
-    for mine, theirs in zip(
-        TrainBatches(gathered, augment, 32, 0)[3], batches(digits)[3], strict=True
-    ):
+    found = TrainBatches(gathered, augment, 32, 0)[3]
+    for mine, theirs in zip(tensors(found), tensors(batches(digits)[3]), strict=True):
         assert torch.equal(mine, theirs)
 
 

@@ -22,16 +22,17 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from smallfry.models import ViTRM
+from smallfry.tasks.classification import Classification, ClassTargets
 from smallfry.training.objective import Batch, DeepSupervision
 
 counter = CompileCounter()
 sizes = dict(in_chans=1, embed_dim=16, num_heads=2, mlp_hidden_dim=8, depth=2)
-model, objective = ViTRM(8, 4, **sizes).train(), DeepSupervision(3)
+model, objective = ViTRM(8, 4, **sizes).train(), DeepSupervision(Classification(), 3)
 prepared = objective.prepare(model)
 prepared.compile(backend=counter, dynamic=True, fullgraph=True)  # no graph breaks
 for size in (6, 4, 9, 6):
     labels = torch.arange(size)
-    batch = Batch(torch.randn(size, 1, 8, 8), labels, torch.eye(10)[labels])
+    batch = Batch(torch.randn(size, 1, 8, 8), ClassTargets(labels, torch.eye(10)[labels]))
     for step in objective(prepared, batch):
         step.loss.backward()
 print("graphs", counter.frame_count)

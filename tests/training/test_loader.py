@@ -16,6 +16,7 @@ from torch.utils.data import get_worker_info
 
 from smallfry.data import load_data
 from smallfry.errors import SmallfryWarning
+from smallfry.models.contract import tensors
 from smallfry.training import loader
 from smallfry.training.augment import Augment
 from smallfry.training.batches import TrainBatches
@@ -44,7 +45,7 @@ def batches(kind=TrainBatches, batch_size=8):
 
 def assert_same(found, expected):
     for mine, theirs in zip(found, expected, strict=True):
-        for one, other in zip(mine, theirs, strict=True):
+        for one, other in zip(tensors(mine), tensors(theirs), strict=True):
             assert torch.equal(one, other)
 
 

@@ -9,6 +9,7 @@ from run_helpers import StopAt
 
 from smallfry.errors import Stopped, UsageError
 from smallfry.models import ViTRM
+from smallfry.tasks.classification import Classification, ClassTargets
 from smallfry.training.checkpoint import load_checkpoint
 from smallfry.training.config import DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
 from smallfry.training.objective import Batch, DeepSupervision
@@ -46,7 +47,7 @@ def test_natural_gradient_optimizers_are_known_by_name(name, kind):
 
 
 def test_the_shared_block_and_both_heads_are_covered_by_the_joint_likelihood():
-    objective = DeepSupervision(2)
+    objective = DeepSupervision(Classification(), 2)
     prepared = objective.prepare(MODEL)
     optimizer = build_optimizer(natural(), MODEL, prepared, objective.likelihood)
     layers = {layer for block in optimizer.blocks for layer in block.layers}
@@ -71,14 +72,14 @@ def test_the_shared_block_and_both_heads_are_covered_by_the_joint_likelihood():
 def test_every_method_trains_the_recursive_model(name):
     torch.manual_seed(0)
     model = ViTRM(8, 4, 1, 3, embed_dim=16, num_heads=2, mlp_hidden_dim=8)
-    objective = DeepSupervision(2)
+    objective = DeepSupervision(Classification(), 2)
     prepared = objective.prepare(model)
     optimizer = build_optimizer(natural(name, damping=1.0), model, prepared, objective.likelihood)
     model.train()
     losses = []
     images = torch.rand(64, 1, 8, 8)
     labels = (images.flatten(1) @ torch.randn(64, 3)).argmax(1)
-    batch = Batch(images, labels, torch.nn.functional.one_hot(labels, 3).float())
+    batch = Batch(images, ClassTargets(labels, torch.nn.functional.one_hot(labels, 3).float()))
     for _ in range(12):
         for step in objective(prepared, batch):
             optimizer.zero_grad()
@@ -93,7 +94,7 @@ def test_every_method_trains_the_recursive_model(name):
 def _batch():
     labels = torch.tensor([0, 1, 2, 0])
     targets = torch.nn.functional.one_hot(labels, 3).float()
-    return Batch(torch.randn(4, 1, 8, 8), labels, targets)
+    return Batch(torch.randn(4, 1, 8, 8), ClassTargets(labels, targets))
 
 
 def test_a_run_that_was_stopped_resumes_bit_for_bit(variant, tmp_path):

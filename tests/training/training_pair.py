@@ -65,7 +65,7 @@ def spoiled_in_the_second(config):
 
     def spoiled(self, step):
         batch = make(self, step)
-        return batch._replace(images=batch.images * float("nan")) if rank and step == 3 else batch
+        return batch._replace(inputs=batch.inputs * float("nan")) if rank and step == 3 else batch
 
     batches.TrainBatches.__getitem__ = spoiled
     try:

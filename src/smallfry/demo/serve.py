@@ -17,6 +17,7 @@ from typing import Any
 from smallfry.demo.examples import find_examples
 from smallfry.deploy.pretrained import load_trained
 from smallfry.errors import DemoError
+from smallfry.training.run import require_classifier
 
 STOP_SECONDS = 8  # for answers under way; clients that still have to send are not waited for
 
@@ -62,6 +63,8 @@ def serving(
 ) -> Iterator[str]:
     """The page's address, for as long as it is served; see ``serve``."""
     models = [(str(run), load_trained(run, checkpoint)) for run in runs]
+    for _, trained in models:
+        require_classifier(trained)
     with _listening(host, port) as listener, _private_folder():
         try:
             from smallfry.demo.application import build_application

@@ -40,7 +40,7 @@ from smallfry.deploy.model_card import model_card
 from smallfry.errors import RunError, UsageError
 from smallfry.io.replace import replacing
 from smallfry.training.checkpoint import MANIFEST, WEIGHTS, write_file
-from smallfry.training.run import RunFolder, TrainedModel, load_run
+from smallfry.training.run import RunFolder, TrainedModel, load_run, require_classifier
 from smallfry.version import __version__
 from smallfry_runtime.manifest import is_export
 from smallfry_runtime.stages import obstacle
@@ -190,10 +190,11 @@ def gather(
     run: str | Path | TrainedModel, checkpoint: str
 ) -> tuple[TrainedModel, dict[str, Any], Path | None]:
     """A model, what is known of it, and its picture."""
+    trained = run if isinstance(run, TrainedModel) else load_trained(run, checkpoint)
+    require_classifier(trained)
     if isinstance(run, TrainedModel):
         return run, facts_of_model(run), None
     path, picture = Path(run), None
-    trained = load_trained(run, checkpoint)
     if str(run).partition(":")[0] in (*HUB, LOCAL) or is_shared(path):
         facts, picture = facts_of_model(trained), path / PICTURE
     else:

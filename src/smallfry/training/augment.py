@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
+from smallfry.tasks import Batch
+from smallfry.tasks.classification import ClassTargets
 from smallfry.training.config import AugmentConfig
-from smallfry.training.objective import Batch
 
 SMALLEST_CROPPED = 16  # on an 8×8 image a pixel is an eighth of it, and shifting it hurts
 MAGNITUDES = 31  # of RandAugment, from 0 to 30
@@ -55,6 +56,8 @@ class Augment:
         mean: Mean per channel, on the scale 0 to 1.
         std: Standard deviation per channel.
         flip: Whether ``config.flip`` unset means yes.
+        targets: Targets of labels and class shares, as ``Task.targets``; default those of
+            classification.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Augment:
         mean: Sequence[float],
         std: Sequence[float],
         flip: bool,
+        targets: Callable[[Tensor, Tensor], Any] = ClassTargets,
     ) -> None:
         self.steps: list[Callable[..., Tensor]] = []
         padding = config.crop_padding
@@ -81,7 +85,7 @@ class Augment:
             mixing.append(v2.MixUp(alpha=config.mixup, num_classes=classes))
         if config.cutmix:
             mixing.append(v2.CutMix(alpha=config.cutmix, num_classes=classes))
-        self.classes = classes
+        self.classes, self.targets = classes, targets
         self.mix = v2.RandomChoice(mixing) if mixing else None
         self.normalize = Normalize(mean, std)
 
@@ -100,10 +104,11 @@ class Augment:
             images = step(images, place=place)
         images = self.normalize(images)
         if self.mix is None:
-            return Batch(images, labels, F.one_hot(labels, self.classes).to(images.dtype))
-        mixed, targets = self.mix(images, labels)
+            shares = F.one_hot(labels, self.classes).to(images.dtype)
+            return Batch(images, self.targets(labels, shares))
+        mixed, shares = self.mix(images, labels)
         kept = slice(place.borrowed, None)
-        return Batch(mixed[kept], labels[kept], targets[kept])
+        return Batch(mixed[kept], self.targets(labels[kept], shares[kept]))
 
 
 class Normalize:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from smallfry.errors import UsageError
-from smallfry.training.objective import micro_batch_sizes
+from smallfry.tasks.task import micro_batch_sizes
 from smallfry.training.processes import share_of
 
 

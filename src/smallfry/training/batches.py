@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 from smallfry.data import ImageData, Split
 from smallfry.data.stream import ShardPixels
 from smallfry.errors import UsageError
+from smallfry.tasks import Batch
 from smallfry.training.augment import Augment, beside
-from smallfry.training.objective import Batch
 from smallfry.training.processes import share_of
 
 RESIDENT_SHARE = 0.25  # of the device's free memory that training images may take

@@ -243,6 +243,7 @@ class TrainConfig:
         data: The data set.
         model: The model.
         augment: Augmentation of the training images.
+        task: Meaning of the model's outputs, by the name of a registered task.
         objective: The loss.
         optimizer: The optimizer.
         schedule: Schedule of the learning rate.
@@ -277,6 +278,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    task: str = "classification"
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

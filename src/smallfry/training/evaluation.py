@@ -1,22 +1,17 @@
 """What a model says of a split, and how right that is."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torchmetrics.functional.classification import (
-    multiclass_accuracy,
-    multiclass_calibration_error,
-)
 
 from smallfry.data import Split
 from smallfry.errors import RunError, UsageError
 from smallfry.models import Recursive
 from smallfry.models.early_exit import recurse_until
-from smallfry.report.confusion import macro_f1
+from smallfry.tasks import Task, find_task
 from smallfry.training.augment import Normalize
 from smallfry_runtime.predictions import NOT_FINITE
 
@@ -24,7 +19,7 @@ from smallfry_runtime.predictions import NOT_FINITE
 class Predictions(NamedTuple):
     """What a model says of a split."""
 
-    logits: Tensor  # (images, classes), float32, on the CPU
+    logits: Tensor  # (images, outputs), float32, on the CPU
     labels: Tensor  # (images,), int64
     halting: Tensor | None  # (images,), probability of having finished; recursive models only
     steps: Tensor | None = None  # (images,), recursion steps taken; with early exit only
@@ -105,17 +100,19 @@ def require_finite(predictions: Predictions) -> Predictions:
     return predictions
 
 
-def score(predictions: Predictions) -> dict[str, float]:
-    """Loss, accuracy, macro F1, calibration error; means of halting and of early exit's steps."""
+def task_of(manifest: Mapping[str, Any]) -> Task:
+    """The task that a model's manifest names; classification in manifests without one.
+
+    Raises:
+        UsageError: This version has no such task.
+    """
+    return find_task(manifest.get("task", "classification")).create()
+
+
+def score(predictions: Predictions, task: Task | None = None) -> dict[str, float]:
+    """Scores of a task, by default classification; means of halting and of early exit's steps."""
     logits, labels, halting, steps = predictions
-    classes = logits.shape[1]
-    probabilities = logits.softmax(dim=1)
-    scores = {
-        "loss": F.cross_entropy(logits, labels).item(),
-        "accuracy": multiclass_accuracy(logits, labels, classes, average="micro").item(),
-        "macro_f1": macro_f1(logits.argmax(dim=1), labels, classes),
-        "calibration_error": multiclass_calibration_error(probabilities, labels, classes).item(),
-    }
+    scores = (task or task_of({})).metrics(logits, labels)
     if halting is not None:
         scores["halting"] = halting.mean().item()
     if steps is not None:

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from smallfry.training.evaluation import forward
-from smallfry.training.run import TrainedModel
+from smallfry.training.run import TrainedModel, require_classifier
 from smallfry_runtime.inputs import Found
 from smallfry_runtime.predictions import Answer, Outputs, answers
 
@@ -21,7 +21,12 @@ def classify(
     """Answers in the order of the images; an image that can't be read gives an ``error``.
 
     With ``exit_threshold``, images leave the recursion at that halting probability.
+
+    Raises:
+        UsageError: The model is no classifier.
     """
+
+    require_classifier(trained)
 
     @torch.inference_mode()
     def run(pixels: NDArray[np.uint8]) -> Outputs:

@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader
 from smallfry.data.stream import ShardPixels
 from smallfry.errors import DataError, SmallfryWarning
 from smallfry.io.signals import leave_to_parent
+from smallfry.tasks import Batch
 from smallfry.training.batches import TrainBatches
-from smallfry.training.objective import Batch
 from smallfry.training.started import launch
 
 SHARED_MEMORY = Path("/dev/shm")

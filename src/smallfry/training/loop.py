@@ -16,6 +16,7 @@ from smallfry.data import ImageData
 from smallfry.errors import RunError, Stopped, TrainingError, UsageError
 from smallfry.io.signals import noting
 from smallfry.io.terminal import command
+from smallfry.tasks import Batch
 from smallfry.training.augment import Augment
 from smallfry.training.batches import TrainBatches, derive_seed, resident
 from smallfry.training.checkpoint import Checkpoint, has_checkpoint, save_checkpoint
@@ -24,7 +25,7 @@ from smallfry.training.continuation import changes_since, dotted, require_whole_
 from smallfry.training.evaluation import joined, predict, require_finite, score
 from smallfry.training.events import EventWriter
 from smallfry.training.loader import TrainLoader
-from smallfry.training.objective import Batch, Objective
+from smallfry.training.objective import Objective
 from smallfry.training.optimization import (
     NATURAL,
     WeightAverage,
@@ -44,7 +45,7 @@ class Result(NamedTuple):
     """How one batch went."""
 
     loss: Tensor  # scalar, mean over its optimizer steps
-    correct: Tensor  # scalar, images whose last logits are right
+    correct: Tensor  # scalar, samples whose last outputs are right
     halting: Tensor  # scalar, mean halting probability of the last step; nan where there is none
     steps: int  # optimizer steps taken
 
@@ -58,7 +59,7 @@ class Progress:
     seconds: float = 0.0  # spent training
     history: list[dict[str, float]] = field(default_factory=list)  # rows of metrics.csv
     best_epoch: int = 0
-    best_score: tuple[float, float] = (-math.inf, -math.inf)  # accuracy, then -loss
+    best_score: tuple[float, ...] = (-math.inf,)  # the task's rank of its scores
     sums: dict[str, float] = field(default_factory=dict)  # over the epoch in progress
 
 
@@ -300,13 +301,13 @@ class Trainer:
             sums = torch.zeros(3, dtype=torch.float64, device=self.fabric.device)
             last = False
             for number, (part, steps) in enumerate(zip(parts, rounds, strict=True), start=1):
-                share = len(part.labels) / whole
+                share = len(part.inputs) / whole
                 with self.fabric.no_backward_sync(self.model, number < len(parts)):
                     step = next(steps)
                     # gradients are averaged over processes, and this is a share of a sum
                     self.fabric.backward(step.loss * (share * processes.count))
                 sums[0] += step.loss.detach() * share
-                sums[1] += (step.logits.argmax(dim=1) == part.labels).sum()
+                sums[1] += self.objective.task.right(step.outputs, part.targets).sum()
                 sums[2] += math.nan if step.halting is None else step.halting.mean() * share
                 last = last or step.last
             if self.config.optimizer.clip is not None:
@@ -391,7 +392,7 @@ class Trainer:
         self.processes.once(write)
         left = progress.seconds / progress.step * (self.total_steps - progress.step)
         self.reporter.epoch(row, self.config.epochs, left)
-        reached = (scores["accuracy"], -scores["loss"])
+        reached = self.objective.task.rank(scores)
         if reached > tuple(progress.best_score):
             progress.best_epoch, progress.best_score = epoch, reached
             manifest = {**self.manifest, "training": {**self._position(), "scores": scores}}
@@ -415,7 +416,7 @@ class Trainer:
         def scored() -> dict[str, float]:
             predictions = joined([each for each in found if each is not None])
             try:
-                return score(require_finite(predictions))
+                return score(require_finite(predictions), self.objective.task)
             except RunError:
                 what = f"an answer to the {self.config.select_on} images is not"
                 raise self._diverged(what, self.progress.step) from None

@@ -9,45 +9,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smallfry.errors import UsageError
 from smallfry.models import Recursive
 from smallfry.models.contract import map_tensors
+from smallfry.tasks import Batch, Task, find_task
 from smallfry.training.config import ObjectiveConfig
 
-
-class Batch(NamedTuple):
-    """Normalised images with their labels."""
-
-    images: Tensor  # (batch, channels, size, size)
-    labels: Tensor  # (batch,), int64, before any mixing
-    targets: Tensor  # (batch, classes), the class probabilities to learn
-
-    def split(self, parts: int) -> list["Batch"]:
-        """Micro-batches of this batch, none of them empty."""
-        sizes = micro_batch_sizes(len(self.labels), parts)
-        chunks = [torch.split(tensor, sizes) for tensor in self]
-        return [Batch(*chunk) for chunk in zip(*chunks, strict=True)]
-
-    def to(self, device: torch.device) -> "Batch":
-        """The batch on another device."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
-
-
-def micro_batch_sizes(images: int, parts: int) -> list[int]:
-    """How many images each micro-batch has: equally many, and the last what is left."""
-    size = -(-images // parts)
-    return [min(size, images - start) for start in range(0, images, size)]
+__all__ = ["Batch", "DeepSupervision", "Objective", "Step", "Supervised", "build_objective"]
 
 
 class Step(NamedTuple):
     """What an objective gives for one optimizer step."""
 
     loss: Tensor  # scalar, mean over the batch
-    logits: Tensor  # (batch, classes), detached
+    outputs: Tensor  # (batch, ...), detached
     halting: Tensor | None = None  # (batch,), probability of having finished, detached
     last: bool = True  # the objective has nothing more to do on this batch
 
@@ -57,6 +35,10 @@ class Objective(Protocol):
 
     The batch is left early once the mean of ``Step.halting`` passes ``halt_threshold``.
     """
+
+    @property
+    def task(self) -> Task:
+        """The meaning of the model's outputs."""
 
     @property
     def halt_threshold(self) -> float:
@@ -77,45 +59,49 @@ class Objective(Protocol):
 
 
 @dataclass(frozen=True)
-class CrossEntropy:
-    """Cross-entropy of a classifier's logits: one step per batch."""
+class Supervised:
+    """The loss of a task on a model's outputs: one step per batch."""
 
-    label_smoothing: float = 0.0
+    task: Task
     halt_threshold: float = 1.0
-    likelihood: str = "categorical"
+
+    @property
+    def likelihood(self) -> str:
+        """The task's own."""
+        return self.task.likelihood
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """The model itself: images to logits."""
+        """The model itself: inputs to outputs."""
         return model
 
     def __call__(self, prepared: nn.Module, batch: Batch) -> Iterator[Step]:
         """The single step of a batch."""
-        logits = prepared(batch.images)
-        loss = F.cross_entropy(logits, batch.targets, label_smoothing=self.label_smoothing)
-        yield Step(loss, logits.detach())
+        outputs = prepared(batch.inputs)
+        yield Step(self.task.loss(outputs, batch.targets), outputs.detach())
 
 
 @dataclass(frozen=True)
 class DeepSupervision:
     """Deep supervision of a recursive model (arXiv 2603.19503 and 2510.04871).
 
-    Each recursion step is trained on CE(logits, target) + BCE(halting logit, "the prediction is
-    right"), and hands its detached state to the next. "Right" compares with the unmixed label.
+    Each recursion step is trained on the task's loss + BCE(halting logit, "the prediction is
+    right"), and hands its detached state to the next. The task decides what is right:
+    classification compares with the unmixed label.
 
     Args:
+        task: The meaning of the model's outputs.
         supervision_steps: Recursion steps per batch (N_sup).
         halt_threshold: Leave the batch once the mean halting probability passes this.
-        label_smoothing: Share of the target spread over all classes.
     """
 
+    task: Task
     supervision_steps: int = 1
     halt_threshold: float = 0.5
-    label_smoothing: float = 0.0
 
     @property
     def likelihood(self) -> dict[str, str]:
-        """Both heads: given the output, class and halting are independent, and their losses add."""
-        return {"logits": "categorical", "halt_logits": "bernoulli"}
+        """Both heads: given their outputs they are independent, and their losses add."""
+        return {"logits": self.task.likelihood, "halt_logits": "bernoulli"}
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """One recursion step of a recursive model."""
@@ -125,14 +111,12 @@ class DeepSupervision:
         """The steps of a batch."""
         state = None
         for number in range(1, self.supervision_steps + 1):
-            step = prepared(batch.images, state)
-            classification = F.cross_entropy(
-                step.logits, batch.targets, label_smoothing=self.label_smoothing
-            )
-            right = (step.logits.argmax(dim=1) == batch.labels).to(step.halt_logits)
+            step = prepared(batch.inputs, state)
+            loss = self.task.loss(step.logits, batch.targets)
+            right = self.task.right(step.logits, batch.targets).to(step.halt_logits)
             halting = F.binary_cross_entropy_with_logits(step.halt_logits, right)
             yield Step(
-                classification + halting,
+                loss + halting,
                 step.logits.detach(),
                 step.halt_logits.detach().sigmoid(),
                 last=number == self.supervision_steps,
@@ -152,17 +136,20 @@ class _Advance(nn.Module):
         return model.advance(images, state)
 
 
-def build_objective(config: ObjectiveConfig, model: nn.Module) -> Objective:
-    """The objective that a configuration names, for this model."""
+def build_objective(
+    config: ObjectiveConfig, model: nn.Module, task: str = "classification"
+) -> Objective:
+    """The objective that a configuration names, for this model and a task by its name."""
+    meaning = find_task(task).create(config.label_smoothing)
     recursive = isinstance(model, Recursive)
     name = config.name
     if name == "auto":
         name = "deep_supervision" if recursive else "cross_entropy"
     if name == "cross_entropy":
-        return CrossEntropy(config.label_smoothing)
+        return Supervised(meaning)
     if not recursive:
         raise UsageError(
             f"deep_supervision needs a model that recurs, and {type(model).__name__} does not; "
             "take objective.name cross_entropy"
         )
-    return DeepSupervision(config.supervision_steps, config.halt_threshold, config.label_smoothing)
+    return DeepSupervision(meaning, config.supervision_steps, config.halt_threshold)

@@ -24,6 +24,7 @@ from torch import nn
 from smallfry.errors import DataError, RunError, UsageError
 from smallfry.io.replace import sweep
 from smallfry.io.terminal import command
+from smallfry.tasks import find_task
 from smallfry.training.augment import Normalize
 from smallfry.training.checkpoint import (
     load_checkpoint,
@@ -253,7 +254,8 @@ def load_run(run: str | Path, checkpoint: str = "best") -> TrainedModel:
         # the weights are here already, wherever the training took them from
         spec = ModelSpec.from_dict(manifest["model"], str(folder)).portable()
         model = build(spec, weights, where=str(folder))
-        if getattr(model, "num_classes", len(classes)) != len(classes):
+        outputs = find_task(manifest.get("task", "classification")).create().outputs(len(classes))
+        if getattr(model, "num_classes", outputs) != outputs:
             raise ValueError(f"there are {len(classes)} names of classes")
         normalize = Normalize(sample["mean"], sample["std"])
     except KeyError as error:
@@ -295,8 +297,10 @@ def _require_summary(summary: Any) -> None:
         *(summary["data"][name] for name in ("train", "test")),
     )
     references = measured["references"]
+    is_classifier = summary.get("task", "classification") == "classification"
+    scores = ("accuracy", "macro_f1") if is_classifier else measured["test"]
     numbers = (
-        *(measured["test"][name] for name in ("accuracy", "macro_f1")),
+        *(measured["test"][name] for name in scores),
         *(measured[name] for name in ("macs", "training_seconds")),
         *(reference["test_accuracy"] for reference in references),
     )
@@ -318,6 +322,20 @@ def require_classes(trained: TrainedModel, classes: Sequence[str], origin: str) 
         f"the model knows {len(trained.classes)} classes ({ours}, …), {origin} has "
         f"{len(classes)} ({theirs}, …); evaluate it on data with the classes of its training"
     )
+
+
+def require_classifier(trained: TrainedModel) -> None:
+    """Make sure that a model is a classifier, where nothing else is served yet.
+
+    Raises:
+        UsageError: It was trained for another task.
+    """
+    task = trained.manifest.get("task", "classification")
+    if task != "classification":
+        raise UsageError(
+            f"the model was trained for {task}: only classifiers are exported, shared, benchmarked "
+            "and asked about images; tasks.find_task(NAME).create().decode reads its outputs"
+        )
 
 
 def new_run_folder(data: str, model: str) -> Path:

@@ -27,9 +27,9 @@ from smallfry.io.signals import keeping
 from smallfry.io.terminal import command
 from smallfry.models import LatentRecursive, Recursive
 from smallfry.models.trace import steps_to_follow, trace_recursion
-from smallfry.report.classification import confusion_matrix, mistakes, surest_mistakes
 from smallfry.report.curves import learning_curves
 from smallfry.report.recursion import interesting, recursion_trace
+from smallfry.tasks import Pictured, Task, find_task
 from smallfry.training.augment import Augment
 from smallfry.training.batch_norm import require_enough_images
 from smallfry.training.batches import CHARACTERS, flips_by_default
@@ -40,7 +40,7 @@ from smallfry.training.continuation import (
     with_changes,
     with_fitting_warmup,
 )
-from smallfry.training.evaluation import Predictions, predict, require_finite, score
+from smallfry.training.evaluation import Predictions, predict, require_finite, score, task_of
 from smallfry.training.evaluation_data import load_config_data, require_place
 from smallfry.training.loop import Trainer
 from smallfry.training.objective import build_objective
@@ -243,12 +243,15 @@ def _with_full_paths(config: TrainConfig) -> TrainConfig:
     return replace(config, data=replace(wanted, name=name, root=root), run=run)
 
 
-def create_model(config: ModelConfig, data: ImageData) -> tuple[nn.Module, ModelSpec]:
+def create_model(
+    config: ModelConfig, data: ImageData, task: Task | None = None
+) -> tuple[nn.Module, ModelSpec]:
     """The model that a configuration names, for this data, and its spec."""
     name = model_name(config, data)
     if not timm.is_model(name):
         raise UsageError(f"unknown model '{name}'{nearest(name, timm.list_models())}")
-    arguments = {"num_classes": len(data.classes), "in_chans": data.channels}
+    outputs = (task or task_of({})).outputs(len(data.classes))
+    arguments = {"num_classes": outputs, "in_chans": data.channels}
     decided = sorted({*arguments, "img_size"} & set(config.options))
     if decided:
         raise UsageError(f"model.options: {decided[0]} comes from the data; see data.image_size")
@@ -335,7 +338,8 @@ def _build(
     """Everything that can be wrong with a configuration, found before anything is written."""
     torch.manual_seed(config.seed)
     wanted = config.model if with_weights else _without_weights(config.model)
-    model, spec = processes.together(lambda: create_model(wanted, data))
+    task = find_task(config.task).create(config.objective.label_smoothing)
+    model, spec = processes.together(lambda: create_model(wanted, data, task))
     require_enough_images(
         model,
         torch.zeros(1, data.channels, data.image_size, data.image_size),
@@ -348,6 +352,7 @@ def _build(
     mean, std = config.data.mean or data.mean, config.data.std or data.std
     manifest = {
         "model": spec.to_dict(),
+        "task": config.task,
         "classes": list(data.classes),
         "input": {
             "size": data.image_size,
@@ -360,9 +365,11 @@ def _build(
         "data": {"name": text_of(path_of(data.name).name), "fingerprint": data.fingerprint},
     }
     augment = Augment(
-        config.augment, data.image_size, len(data.classes), mean, std, flips_by_default(data)
+        *(config.augment, data.image_size, len(data.classes), mean, std),
+        flip=flips_by_default(data),
+        targets=task.targets,
     )
-    objective = build_objective(config.objective, model)
+    objective = build_objective(config.objective, model, config.task)
     reporter = reporter or build_reporter(config.progress)
     return Trainer(model, data, objective, augment, config, folder, manifest, reporter, processes)
 
@@ -399,6 +406,7 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
     summary = {
         "run": str(folder.path),
         "model": best.manifest["model"],
+        "task": config.task,
         "data": {
             **best.manifest["data"],
             "classes": len(data.classes),
@@ -407,7 +415,7 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
             "test": len(data.test),
         },
         "measured": {
-            "test": score(predictions),
+            "test": score(predictions, trainer.objective.task),
             "best_epoch": progress.best_epoch,
             "select_on": config.select_on,
             "epochs": len(progress.history),
@@ -417,7 +425,7 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
             "macs": spent.macs,
             "weight_bytes": spent.bytes,
             "activation_bytes": spent.activation_bytes,
-            "references": fit_references(data) if config.references else [],
+            "references": fit_references(data) if _has_references(config) else [],
         },
         "provenance": evidence,
     }
@@ -433,6 +441,11 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
     return summary
 
 
+def _has_references(config: TrainConfig) -> bool:
+    """Decide whether to fit reference classifiers, which are of use to classification alone."""
+    return config.references and config.task == "classification"
+
+
 def draw_run(
     folder: RunFolder,
     history: list[dict[str, float]],
@@ -442,14 +455,12 @@ def draw_run(
 ) -> None:
     """Draw all pictures of a run into its folder."""
     logits, labels, classes = predictions.logits, predictions.labels, trained.classes
-    pictures = folder.pictures
+    pictures, task = folder.pictures, task_of(trained.manifest)
     pictures.mkdir(exist_ok=True)
     learning_curves(history, pictures / "learning_curves.png")
-    confusion_matrix(logits, labels, classes, pictures / "confusion_matrix.png")
-    wrong = surest_mistakes(logits, labels)
-    mistakes(
-        split.take(wrong).images, logits[wrong], labels[wrong], classes, pictures / "mistakes.png"
-    )
+    if not isinstance(task, Pictured):
+        return
+    task.draw(logits, split, classes, pictures)
     if isinstance(trained.model, Recursive):
         shown, model = split.take(interesting(logits, labels)), trained.model
         trained.model.cpu()

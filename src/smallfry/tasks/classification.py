@@ -1,0 +1,93 @@
+"""Classification: logits of classes, cross-entropy, and the usual scores."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_calibration_error,
+)
+
+from smallfry.data import Split
+from smallfry.report.confusion import macro_f1
+from smallfry.tasks import register
+
+__all__ = ["ClassTargets", "Classification"]
+
+
+class ClassTargets(NamedTuple):
+    """Classes of a batch."""
+
+    labels: Tensor  # (batch,), int64, before any mixing
+    shares: Tensor  # (batch, classes), the class probabilities to learn
+
+
+@register
+@dataclass(frozen=True)
+class Classification:
+    """One class of several for each input.
+
+    Args:
+        label_smoothing: Share of the target spread over all classes.
+    """
+
+    name: ClassVar[str] = "classification"
+    likelihood: ClassVar[str] = "categorical"
+    label_smoothing: float = 0.0
+
+    @classmethod
+    def create(cls, label_smoothing: float = 0.0) -> "Classification":
+        """The task with settings of ``ObjectiveConfig``."""
+        return cls(label_smoothing)
+
+    def outputs(self, classes: int) -> int:
+        """A logit a class."""
+        return classes
+
+    def targets(self, labels: Tensor, shares: Tensor) -> ClassTargets:
+        """Labels, for scores, and class probabilities, for the loss."""
+        return ClassTargets(labels, shares)
+
+    def loss(self, outputs: Tensor, targets: ClassTargets) -> Tensor:
+        """The mean cross-entropy."""
+        return F.cross_entropy(outputs, targets.shares, label_smoothing=self.label_smoothing)
+
+    def right(self, outputs: Tensor, targets: ClassTargets) -> Tensor:
+        """Marks of the images whose likeliest class is the unmixed label."""
+        return outputs.argmax(dim=1) == targets.labels
+
+    def metrics(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+        """Loss, accuracy, macro F1 and calibration error."""
+        classes = outputs.shape[1]
+        probabilities = outputs.softmax(dim=1)
+        return {
+            "loss": F.cross_entropy(outputs, labels).item(),
+            "accuracy": multiclass_accuracy(outputs, labels, classes, average="micro").item(),
+            "macro_f1": macro_f1(outputs.argmax(dim=1), labels, classes),
+            "calibration_error": multiclass_calibration_error(
+                probabilities, labels, classes
+            ).item(),
+        }
+
+    def rank(self, scores: Mapping[str, float]) -> tuple[float, ...]:
+        """By accuracy, then by loss."""
+        return scores["accuracy"], -scores["loss"]
+
+    def decode(self, outputs: Tensor) -> list[Any]:
+        """The probability of each class."""
+        probabilities: list[Any] = outputs.softmax(dim=1).tolist()
+        return probabilities
+
+    def draw(self, outputs: Tensor, split: Split, classes: Sequence[str], folder: Path) -> None:
+        """Draw the confusion matrix and the surest mistakes."""
+        from smallfry.report.classification import confusion_matrix, mistakes, surest_mistakes
+
+        labels = split.labels
+        confusion_matrix(outputs, labels, classes, folder / "confusion_matrix.png")
+        wrong = surest_mistakes(outputs, labels)
+        shown = split.take(wrong).images
+        mistakes(shown, outputs[wrong], labels[wrong], classes, folder / "mistakes.png")
