@@ -2,12 +2,15 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
 
+import pytest
 from oldest import lower_bounds
 
 import smallfry_runtime
 from smallfry import version
+from smallfry._moved import MOVED
 
 ROOT = Path(__file__).parent.parent
 
@@ -104,3 +107,11 @@ def test_a_device_needs_onnx_runtime_numpy_and_pillow_alone(tmp_path):
         "except ExportError as error: print(error)"
     )
     assert "there is no such export" in in_a_fresh_python(code)
+
+
+@pytest.mark.parametrize("old", sorted(MOVED))
+def test_a_module_under_its_old_name_is_that_of_today(old):
+    sys.modules.pop(old, None)
+    with pytest.warns(DeprecationWarning, match=f"{MOVED[old]} now"):
+        assert import_module(old) is import_module(MOVED[old])
+    assert import_module(MOVED[old]).__name__ == MOVED[old]

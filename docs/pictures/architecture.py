@@ -32,7 +32,7 @@ def packages() -> Graph:
         edges.setdefault(package_of(module), set()).update(
             package_of(other) for other in graph.find_modules_directly_imported_by(module)
         )
-    names = sorted(name for name in edges if name not in (OWN, "__main__"))
+    names = sorted(name for name in edges if name != OWN and not name.startswith("_"))
     return {name: frozenset(edges[name] - {name, OWN}) for name in names}
 
 

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import smallfry_runtime as smallfry_runtime  # turns ONNX Runtime's telemetry off
+from smallfry._moved import install
 from smallfry.version import __version__
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
+install()
 with suppress(ImportError):  # the optimizers do without timm and this hook
     from wrapt import register_post_import_hook
 

@@ -12,7 +12,7 @@ HOUSE = ROOT / "src" / "smallfry"
 PACKAGES = {
     path.stem
     for path in HOUSE.iterdir()
-    if (path.suffix == ".py" or (path / "__init__.py").is_file()) and not path.stem.startswith("__")
+    if (path.suffix == ".py" or (path / "__init__.py").is_file()) and not path.stem.startswith("_")
 } | {"smallfry_runtime"}
 
 

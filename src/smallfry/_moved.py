@@ -1,0 +1,62 @@
+"""Modules under the names that they had before 0.1 was divided into packages.
+
+An import of an old name gives the module of today with a DeprecationWarning. They go with 0.2.
+"""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+MOVED = {
+    f"smallfry.{old}": new
+    for old, new in {
+        "answers": "smallfry_runtime.predictions",
+        "confusion": "smallfry.report.confusion",
+        "decoding": "smallfry_runtime.decoding",
+        "deploy.manifest": "smallfry_runtime.manifest",
+        "deploy.runtime": "smallfry_runtime.runtime",
+        "exits": "smallfry_runtime.early_exit",
+        "images": "smallfry_runtime.images",
+        "inputs": "smallfry_runtime.inputs",
+        "memory": "smallfry.deploy.memory",
+        "names": "smallfry_runtime.names",
+        "onednn": "smallfry.kernels.onednn",
+        "plain_yaml": "smallfry.io.safe_yaml",
+        "reading": "smallfry_runtime.files",
+        "report.deployment": "smallfry.deploy.benchmark_page",
+        "signals": "smallfry.io.signals",
+        "terminal": "smallfry.io.terminal",
+        "training.rebuild": "smallfry.transforms.build",
+        "writing": "smallfry.io.replace",
+    }.items()
+}
+
+
+class OldNames(MetaPathFinder, Loader):
+    """Finder of the moved modules."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The specification of an old name; None for any other."""
+        return ModuleSpec(name, self) if name in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """Leave that to the import system; ``exec_module`` puts another in its place."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Put the module of today under the old name."""
+        old = module.__name__
+        new = MOVED[old]
+        warnings.warn(f"{old} is {new} now", DeprecationWarning, stacklevel=6)
+        sys.modules[old] = import_module(new)
+
+
+def install() -> None:
+    """Let old names be imported."""
+    if not any(isinstance(finder, OldNames) for finder in sys.meta_path):
+        sys.meta_path.append(OldNames())
