@@ -1,5 +1,6 @@
 """A task is one file: a throw-away regression trains, is scored, resumed and preconditioned."""
 
+import json
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -8,6 +9,7 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from smallfry.cli import main
 from smallfry.data import load_data
 from smallfry.demo.serve import serving
 from smallfry.deploy.export import export
@@ -136,6 +138,21 @@ def test_it_trains_and_is_scored_as_the_task_says(run):
     best = max(rows, key=lambda row: row["validation_explained"])
     assert measured["best_epoch"] == best["epoch"]
     assert 0 < rows[-1]["train_accuracy"] < 1
+
+
+def test_the_command_prints_its_scores_and_compresses_it(run, tmp_path, capsys):
+    wanted = RunFolder(run).read_summary()["measured"]["test"]
+    assert main(["evaluate", str(run), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["explained"] == pytest.approx(wanted["explained"], abs=1e-5)
+    assert main(["train", "--resume", str(run)]) == 0  # which has ended
+    assert f"{wanted['explained']:.4g}" in capsys.readouterr().out
+    methods = ["--methods", "[round_weights]"]
+    assert main(["compress", str(run), "--to", str(tmp_path / "small"), *methods, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] is None
+    assert main(["evaluate", str(tmp_path / "small"), "--json"]) == 0
+    small = json.loads(capsys.readouterr().out)
+    assert small["explained"] == pytest.approx(wanted["explained"], abs=0.05)
 
 
 def test_a_stopped_run_goes_on_to_the_bit(run, config, tmp_path):

@@ -41,7 +41,8 @@ def run(options: Options) -> int:
     trained.require_savable(place)
     data, *_ = load_like(trained, options.run, options.data.name, options.data.root, "train")
     small = apply(trained, options.settings.settings, data, options.settings.seed)
-    found = compare(trained, small, data.validation if len(data.validation) else None)
+    is_classifier = trained.manifest.get("task", "classification") == "classification"
+    found = compare(trained, small, data.validation if is_classifier else None)
     folder = small.save(place)
     summary = to_dict(found, small.manifest["methods"])
     write_file(folder / "compression.json", json.dumps(summary, indent=2) + "\n")

@@ -31,7 +31,7 @@ class Options(EarlyExit, AsJson, OneRun):
 def run(options: Options) -> int:
     """Evaluate, and print the scores."""
     from smallfry.deploy.pretrained import load_trained
-    from smallfry.training.evaluation import predict, require_finite, score
+    from smallfry.training.evaluation import predict, require_finite, score, task_of
     from smallfry.training.evaluation_data import load_like
     from smallfry.training.run import require_classes
 
@@ -41,7 +41,7 @@ def run(options: Options) -> int:
     require_classes(trained, loaded.classes, loaded.origin)
     threshold = _exit_threshold(options, trained)
     predictions = predict(trained.model, images, trained.normalize, exit_threshold=threshold)
-    scores = score(require_finite(predictions))
+    scores = score(require_finite(predictions), task_of(trained.manifest))
     result = {"data": loaded.name, "split": split, "images": len(images), **scores}
     if threshold is not None:
         result["exit_threshold"] = threshold

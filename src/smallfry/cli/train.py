@@ -49,18 +49,20 @@ def run(options: Options) -> int:
 def _print_summary(summary: dict[str, Any]) -> None:
     """The result of a run, with its reference points."""
     measured, console = summary["measured"], CleanConsole(highlight=False)
-    table = Table("", "test accuracy", "macro F1", "parameters", "MMAC", box=None)
+    scores = {name: f"{value:.4g}" for name, value in measured["test"].items()}
+    if "macro_f1" in measured["test"]:
+        shown = {"accuracy": "accuracy", "macro F1": "macro_f1"}
+        scores = {title: f"{measured['test'][name]:.2%}" for title, name in shown.items()}
+    titles = [title.replace("_", " ") for title in scores]
+    table = Table("", f"test {titles[0]}", *titles[1:], "parameters", "MMAC", box=None)
     table.add_row(
         escape(printable(summary["model"]["name"])),
-        f"{measured['test']['accuracy']:.2%}",
-        f"{measured['test']['macro_f1']:.2%}",
+        *scores.values(),
         f"{measured['parameters']:,}",
         f"{measured['macs'] / 1e6:,.1f}",
     )
     for reference in measured["references"]:
-        table.add_row(
-            escape(printable(reference["name"])), f"{reference['test_accuracy']:.2%}", "", "", ""
-        )
+        table.add_row(escape(printable(reference["name"])), f"{reference['test_accuracy']:.2%}")
     console.print(table)
     split = escape(printable(measured["select_on"]))
     data, run = summary["data"], escape(printable(summary["run"]))

@@ -32,7 +32,8 @@ def compare(parent: TrainedModel, small: TrainedModel, split: Split | None) -> C
     Args:
         parent: The model before.
         small: The model after.
-        split: Labelled images, such as the validation split; None for sizes alone.
+        split: Labelled images, such as the validation split; None for sizes alone, as of models
+            that classify nothing.
     """
     sample = torch.zeros(1, parent.channels, parent.image_size, parent.image_size)
     costs = [cost(each.model, sample) for each in (parent, small)]
