@@ -10,7 +10,7 @@ from torch import nn
 from smallfry.curvature import Categorical, cover
 from smallfry.curvature import coarse as co
 from smallfry.curvature import kronecker as kr
-from smallfry.curvature.taps import Rows
+from smallfry.curvature.rows import Rows
 
 D = torch.float64
 SIZES = st.tuples(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from smallfry.curvature import diagonal as dg
 from smallfry.curvature import kronecker as kr
 from smallfry.curvature.low_rank import average
-from smallfry.curvature.taps import Rows
+from smallfry.curvature.rows import Rows
 
 D = torch.float64
 

@@ -15,7 +15,7 @@ from smallfry.curvature.fisher import (
     projections,
     woodbury,
 )
-from smallfry.curvature.taps import Rows
+from smallfry.curvature.rows import Rows
 
 D = torch.float64
 SIZES = st.tuples(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from smallfry.curvature import kronecker as kr
 from smallfry.curvature import kronecker_sum as ks
 from smallfry.curvature.kronecker_svd import nearest_terms
-from smallfry.curvature.taps import Rows
+from smallfry.curvature.rows import Rows
 from smallfry.curvature.terms import Terms
 
 D = torch.float64

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from smallfry.curvature import kronecker as kr
 from smallfry.curvature import shared_map as sm
 from smallfry.curvature.kronecker_svd import kfac_correction, nearest_terms
-from smallfry.curvature.taps import Rows
+from smallfry.curvature.rows import Rows
 from smallfry.curvature.terms import expanded, joined, terms_error
 from smallfry.errors import UsageError
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from smallfry.curvature.fisher import combine, projections
 from smallfry.curvature.kronecker import Eigen, NotFiniteError
-from smallfry.curvature.taps import Rows
+from smallfry.curvature.rows import Rows
 
 K = TypeVar("K", bound=Hashable)
 Preconditioner = Callable[[K, Tensor], Tensor]

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from smallfry.curvature.golub_kahan import Triplets
+from smallfry.curvature.rows import Rows
 from smallfry.curvature.symmetric import quadratic_forms, symmetric_product
-from smallfry.curvature.taps import Rows
 from smallfry.curvature.terms import Products
 
 _EPS = torch.finfo(torch.float64).eps

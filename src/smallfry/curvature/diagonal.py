@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from smallfry.curvature.kronecker import fisher_squared_norm, relative_error
-from smallfry.curvature.taps import Rows
+from smallfry.curvature.rows import Rows
 
 
 def basis_second_moments(rows: Rows, qa: Tensor, qg: Tensor, chunk: int = 64) -> Tensor:

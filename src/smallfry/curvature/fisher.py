@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from smallfry.curvature.taps import Rows
+from smallfry.curvature.rows import Rows
 
 K = TypeVar("K", bound=Hashable)
 

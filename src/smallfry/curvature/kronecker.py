@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from smallfry.curvature.fisher import gram
-from smallfry.curvature.taps import Rows
+from smallfry.curvature.rows import Rows
 
 
 class Eigen(NamedTuple):

@@ -33,9 +33,9 @@ from smallfry.curvature.kronecker import (
     input_factor,
     output_factor,
 )
+from smallfry.curvature.rows import Rows
 from smallfry.curvature.shared_map import SharedMap, shared_map
 from smallfry.curvature.symmetric import random_symmetric
-from smallfry.curvature.taps import Rows
 from smallfry.curvature.terms import Products, Terms
 from smallfry.errors import UsageError
 

@@ -16,8 +16,8 @@ from smallfry.curvature.columns import Columns, bordered, grams
 from smallfry.curvature.kronecker import NotFiniteError
 from smallfry.curvature.kronecker_svd import Solver, column_triplets, in_full_precision
 from smallfry.curvature.low_rank import LowRank, compress, inner, leading_pairs
+from smallfry.curvature.rows import Rows
 from smallfry.curvature.symmetric import quadratic_forms, symmetric_product
-from smallfry.curvature.taps import Rows
 
 Factor = LowRank | Tensor  # a matrix as pairs, or whole: (groups, size, size)
 

@@ -31,16 +31,10 @@ from smallfry.curvature.identity import (
 )
 from smallfry.curvature.layers import is_linear
 from smallfry.curvature.likelihoods import Likelihood
+from smallfry.curvature.passes import Passes, backward_pass, versions_of
 from smallfry.curvature.replay import autocast_of, random_state, restored
 from smallfry.curvature.row_weights import RowWeights
-from smallfry.curvature.taps import (
-    Call,
-    Observation,
-    Passes,
-    Taps,
-    backward_pass,
-    versions_of,
-)
+from smallfry.curvature.taps import Call, Observation, Taps
 from smallfry.errors import UsageError
 
 MOST_DRAWN = 2**26  # numbers that are drawn for other processes' samples too

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from smallfry.curvature.embedding_rows import one_hot
-from smallfry.curvature.taps import Rows
+from smallfry.curvature.rows import Rows
 
 
 class RowSums(NamedTuple):

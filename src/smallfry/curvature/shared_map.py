@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from smallfry.curvature.fisher import gram
+from smallfry.curvature.rows import Rows
 from smallfry.curvature.symmetric import symmetric_product
-from smallfry.curvature.taps import Rows
 from smallfry.curvature.terms import Products
 
 _FORMED = 2**27  # most numbers in all the W_n together

@@ -6,14 +6,13 @@ place, so an activation that later overwrites the output changes nothing, a laye
 many times gives many pairs, and no second forward pass is needed. Closed taps leave no hooks.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from smallfry.curvature.coverage import Block
@@ -33,71 +32,10 @@ from smallfry.curvature.layers import (
     outputs_of,
 )
 from smallfry.curvature.likelihoods import Likelihood
+from smallfry.curvature.passes import Passes, versions_of
 from smallfry.curvature.row_weights import RowWeights
+from smallfry.curvature.rows import Rows
 from smallfry.errors import UsageError
-
-
-class Rows(NamedTuple):
-    """What one block saw of a batch; F = 1/samples Σ vec(W) vec(W)ᵀ over draws and samples.
-
-    A draw is one set of gradients for all samples: a sampled target, or a column of the
-    Hessian's square root. Weights of draws, such as 1/√draws, are in the gradients.
-    """
-
-    inputs: Tensor  # (groups, samples, uses, inputs)
-    gradients: Tensor  # (groups, draws, samples, uses, outputs)
-    weights: Tensor | None = None  # (samples, uses), in means over inputs alone; None for ones
-
-    @property
-    def samples(self) -> int:
-        """Samples in the batch."""
-        return self.inputs.shape[1]
-
-    @property
-    def uses(self) -> int:
-        """Uses of the weight by each sample."""
-        return self.inputs.shape[2]
-
-    def double(self) -> "Rows":
-        """In float64."""
-        weights = None if self.weights is None else self.weights.double()
-        return Rows(self.inputs.double(), self.gradients.double(), weights)
-
-    @property
-    def mass(self) -> float:
-        """Samples, by the weights of their uses."""
-        return self.samples if self.weights is None else float(self.weights.sum()) / self.uses
-
-
-class Passes(dict[int, Tensor]):
-    """Gradients that came to one place, by the backward pass that brought them."""
-
-    def note(self, gradient: Tensor) -> None:
-        """Keep a gradient of the backward pass that is under way."""
-        key, gradient = backward_pass(), gradient.detach()
-        self[key] = self[key] + gradient if key in self else gradient
-
-    def forget_after(self, number: int) -> None:
-        """Drop what later backward passes brought."""
-        for key in [key for key in self if key > number]:
-            del self[key]
-
-    def total(self, chosen: Collection[int]) -> Tensor | None:
-        """The sum over some passes, as ``.grad`` adds them up; None where none came."""
-        found = [gradient for key, gradient in self.items() if key in chosen]
-        return sum(found[1:], start=found[0]) if found else None
-
-
-def versions_of(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[int, ...]:
-    """How often each tensor in a call's arguments has been overwritten."""
-    leaves = tree_leaves((arguments, keywords))
-    return tuple(t._version for t in leaves if isinstance(t, Tensor) and not t.is_inference())
-
-
-def backward_pass() -> int:
-    """A number for the backward pass that is under way."""
-    number: int = torch._C._current_graph_task_id()
-    return number
 
 
 @dataclass(eq=False)

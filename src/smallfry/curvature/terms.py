@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smallfry.curvature.kronecker import fisher_squared_norm, inner_product, relative_error
-from smallfry.curvature.taps import Rows
+from smallfry.curvature.rows import Rows
 
 
 class Products(NamedTuple):

@@ -1,6 +1,7 @@
 """Where samples come from: a name or a folder in, splits with images and labels out."""
 
-from smallfry.data.dataset import ImageData, load_data
+from smallfry.data.dataset import load_data
+from smallfry.data.image_data import ImageData
 from smallfry.data.named import NAMED
 from smallfry.data.splits import Split
 

@@ -4,31 +4,24 @@ import hashlib
 import logging
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from smallfry.data.bit_depth import common_depth, sampled_depth, warn_of_unlike_images
-from smallfry.data.cache import decoded
-from smallfry.data.duplicates import (
-    Hashed,
-    describe_duplicates,
-    image_hashes,
-    kept_without_duplicates,
+from smallfry.data.bit_depth import sampled_depth
+from smallfry.data.decoded import (
+    decode_held_out,
+    decode_training,
+    require_labels,
 )
 from smallfry.data.fingerprint import digest, stamp
 from smallfry.data.folders import folders_in
-from smallfry.data.labels import relabelled, some_of, with_known_labels
+from smallfry.data.image_data import ImageData
+from smallfry.data.labels import with_known_labels
 from smallfry.data.named import NOTHING_TO_TELL_APART, find_source
 from smallfry.data.shards import WINDOW
 from smallfry.data.sources import (
-    LACKING,
     TEST,
     TRAIN,
     VALIDATION,
@@ -39,7 +32,6 @@ from smallfry.data.splits import Split, hold_out, take_some
 from smallfry.data.stream import ShardPixels, readable_rows
 from smallfry.errors import AccessError, DataError, SmallfryWarning, UsageError
 from smallfry_runtime.images import FULL_DEPTH, LARGEST_SIDE, header
-from smallfry_runtime.names import text_of
 
 log = logging.getLogger(__name__)
 
@@ -48,179 +40,6 @@ DEFAULT_SIZE = 32
 SAMPLED = 256  # images looked at to find the native size and the number of channels
 LARGEST_DECODED = 2**34  # bytes of decoded training images that are put into the cache folder
 MOST_HELD_OUT = 50_000  # images taken from streamed ones to validate or to test
-MEASURED = 4096  # streamed images whose mean and deviation stand for all
-
-
-@dataclass(frozen=True)
-class ImageData:
-    """A data set: class names, and train, validation and test splits of one image size.
-
-    Args:
-        name: The name or folder that was asked for.
-        origin: Where it was found.
-        classes: Class names, in the order of the labels.
-        image_size: Side of the images in pixels.
-        channels: 1 for grey images, 3 for RGB.
-        train: The training split.
-        validation: The validation split; empty if none was wanted.
-        bit_depth: Bits of the values in images of more than 8 bits a channel, the scale that they
-            were brought to 8 bits from; None if no training image has more.
-    """
-
-    name: str
-    origin: str
-    classes: tuple[str, ...]
-    image_size: int
-    channels: int
-    train: Split
-    validation: Split
-    _held_out: Split | EncodedSplit = field(repr=False)
-    _skip_unreadable: bool = False
-    _spelled: tuple[str, ...] = field(default=(), repr=False)  # classes as the source has them
-    _locate: Mapping[str, Callable[[int], str]] = field(default_factory=dict, repr=False)
-    bit_depth: int | None = None
-
-    @property
-    def test_count(self) -> int:
-        """How many test images there are, without reading them."""
-        return len(self._held_out.labels)
-
-    @cached_property
-    def test(self) -> Split:
-        """The test split; decoded when it is first asked for, so that nothing else touches it."""
-        if isinstance(self._held_out, Split):
-            return self._held_out
-        return _decode_held_out(
-            self._held_out,
-            *(self.image_size, self.channels, len(self.classes), self._skip_unreadable),
-            self.bit_depth,
-        )
-
-    @cached_property
-    def mean(self) -> tuple[float, ...]:
-        """Mean of the training pixels, or of 4,096 streamed ones, per channel, from 0 to 1."""
-        return self._moments[0]
-
-    @cached_property
-    def std(self) -> tuple[float, ...]:
-        """Standard deviation of the pixels of ``mean`` per channel, on the same scale."""
-        return self._moments[1]
-
-    @cached_property
-    def _moments(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        total = torch.zeros(2, self.channels, dtype=torch.float64)
-        chosen = self.train.rows
-        if isinstance(self.train.pixels, ShardPixels):
-            spread = self.train.pixels.shards.spread(chosen.numpy(), MEASURED)
-            chosen = torch.from_numpy(spread)
-        for rows in torch.split(chosen, 4096):
-            values = self.train.pixels[rows].to(torch.float64) / 255
-            total += torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])
-        mean, square = total / (len(chosen) * self.image_size**2)
-        std = (square - mean**2).clamp(min=0).sqrt().clamp(min=1e-3)  # a constant channel
-        return tuple(mean.tolist()), tuple(std.tolist())
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of the training and validation images, labels and class names, for provenance.
-
-        Two data sets of one fingerprint are the same, wherever they are and whatever their names.
-        """
-        return self._fingerprint(self.classes)
-
-    def matches(self, fingerprint: str) -> bool:
-        """Whether this is the data of a fingerprint.
-
-        Earlier versions took the class names as the source spells them.
-        """
-        if fingerprint == self.fingerprint:
-            return True
-        other = self._spelled not in ((), self.classes)
-        return other and fingerprint == self._fingerprint(self._spelled)
-
-    def duplicates(self) -> list[str]:
-        """Sentences on identical images in several splits or under several labels.
-
-        Streamed images are not compared.
-        """
-        if isinstance(self.train.pixels, ShardPixels):
-            return []
-        return describe_duplicates(self.origin, self._hashed(), self.classes)
-
-    def without_duplicates(self) -> "ImageData":
-        """The data without training images that have several labels or are in other splits.
-
-        Validation images that are test images too are left out as well.
-        """
-        train, validation, test = self._hashed()
-        kept = kept_without_duplicates(train, (validation, test), unambiguous=True)
-        chosen = kept_without_duplicates(validation, (test,), unambiguous=False)
-        log.info(
-            "%s: identical images left out: %d of training, %d of validation",
-            self.origin,
-            len(self.train) - len(kept),
-            len(self.validation) - len(chosen),
-        )
-        return replace(
-            self,
-            train=self.train.take(torch.from_numpy(kept)),
-            validation=self.validation.take(torch.from_numpy(chosen)),
-            _held_out=self.test,
-        )
-
-    def relabelled(self, classes: Sequence[str]) -> "ImageData":
-        """The data with the labels that its class names have among other classes.
-
-        Images of classes that are not among them are left out with a warning. If no class is, the
-        data stays as it is.
-        """
-        places = {text_of(name): label for label, name in enumerate(classes)}
-        table = np.array([places.get(name, LACKING) for name in self.classes], np.int64)
-        if tuple(classes) == self.classes or (table == LACKING).all():
-            return self
-        foreign = [name for name, at in zip(self.classes, table, strict=True) if at == LACKING]
-        if foreign:
-            warnings.warn(
-                f"{self.origin}: left out images of {some_of(foreign)}, no class of the model",
-                SmallfryWarning,
-                stacklevel=3,
-            )
-        held_out = self._held_out
-        if isinstance(held_out, EncodedSplit):
-            held_out = relabelled(held_out, table)
-        else:
-            held_out = held_out.relabelled(table)
-        return replace(
-            self,
-            classes=tuple(classes),
-            train=self.train.relabelled(table),
-            validation=self.validation.relabelled(table),
-            _held_out=held_out,
-        )
-
-    def _hashed(self) -> tuple[Hashed, Hashed, Hashed]:
-        def of(name: str, split: Split) -> Hashed:
-            assert isinstance(split.pixels, Tensor)
-            hashes = image_hashes(split.pixels, split.rows)
-            return Hashed(
-                name,
-                hashes,
-                split.labels.numpy(),
-                lambda i: self._locate[name](int(split.rows[i])),
-            )
-
-        return of(TRAIN, self.train), of(VALIDATION, self.validation), of(TEST, self.test)
-
-    def _fingerprint(self, classes: Sequence[str]) -> str:
-        digest = hashlib.sha256("\0".join(classes).encode(errors="surrogateescape"))
-        for split in (self.train, self.validation):
-            digest.update(split.labels.numpy().tobytes())
-            if isinstance(split.pixels, ShardPixels):  # too many to be looked at
-                digest.update(split.pixels.shards.mark.encode() + split.rows.numpy().tobytes())
-                continue
-            for rows in torch.split(split.rows, 4096):
-                digest.update(split.pixels[rows].numpy().tobytes())
-        return digest.hexdigest()[:16]
 
 
 def load_data(
@@ -314,12 +133,12 @@ def load_data(
             bit_depth = sampled_depth(encoded)
         train = _stream(encoded, size, channels, window, skip_unreadable, bit_depth)
     elif partly:  # which images are used follows from the labels
-        _require_labels(encoded, count)
+        require_labels(encoded, count)
         everything = torch.arange(len(encoded.labels))
         train = Split(torch.empty(0), everything, torch.from_numpy(encoded.labels))
     else:
         others = [other for kind, other in source.splits.items() if kind != TRAIN]
-        train, bit_depth = _decode_training(
+        train, bit_depth = decode_training(
             encoded, others, size, channels, count, skip_unreadable, bit_depth
         )
     if min_classes > 1:
@@ -344,7 +163,7 @@ def load_data(
         )
         encoded = encoded.take(train.rows.numpy())
         others = [part for part in (held, held_out) if isinstance(part, EncodedSplit)]
-        train, bit_depth = _decode_training(
+        train, bit_depth = decode_training(
             encoded, others, size, channels, count, skip_unreadable, bit_depth
         )
     locate = {
@@ -352,7 +171,7 @@ def load_data(
         for split, part in {TRAIN: encoded, VALIDATION: held, TEST: held_out}.items()
     }
     if isinstance(held, EncodedSplit):
-        held = _decode_held_out(held, size, channels, count, skip_unreadable, bit_depth)
+        held = decode_held_out(held, size, channels, count, skip_unreadable, bit_depth)
     data = ImageData(
         name,
         source.origin,
@@ -460,86 +279,6 @@ def _geometry(split: EncodedSplit, size: int | None, channels: int | None) -> tu
     width, height = sizes.pop() if len(sizes) == 1 else (0, 1)
     native = width if width == height and width <= LARGEST_NATIVE_SIZE else DEFAULT_SIZE
     return size or native, channels or (1 if grey else 3)
-
-
-def _decode_held_out(
-    split: EncodedSplit,
-    size: int,
-    channels: int,
-    classes: int,
-    skip_unreadable: bool,
-    bit_depth: int | None,
-) -> Split:
-    """A split on the scale of the training images."""
-    depth = bit_depth or FULL_DEPTH
-    held, found = _decode(split, size, channels, classes, skip_unreadable, depth)
-    if bit_depth is None and found is not None:
-        warn_of_unlike_images(split.locate(0))
-    return held
-
-
-def _decode_training(
-    split: EncodedSplit,
-    others: Sequence[EncodedSplit],
-    size: int,
-    channels: int,
-    classes: int,
-    skip_unreadable: bool,
-    bit_depth: int | None,
-) -> tuple[Split, int | None]:
-    """The training images, and the bit depth that they and the other splits need."""
-    wanted = (split, size, channels, classes, skip_unreadable)
-    train, depth = _decode(*wanted, bit_depth)
-    if bit_depth is None and depth is not None:
-        bit_depth = common_depth(depth, others, size, channels)
-        if bit_depth > depth:
-            train, _ = _decode(*wanted, bit_depth)
-    return train, bit_depth
-
-
-def _decode(
-    split: EncodedSplit,
-    size: int,
-    channels: int,
-    classes: int,
-    skip_unreadable: bool,
-    bit_depth: int | None,
-) -> tuple[Split, int | None]:
-    """A split, and the bit depth of those of its images that have more than 8 bits a channel."""
-    _require_labels(split, classes)
-    images, unreadable, found = decoded(split, size, channels, bit_depth)
-    if unreadable and not skip_unreadable:
-        more = f" and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
-        raise DataError(
-            f"{unreadable[0].reason}{more}; mend or remove it, or leave such images out: "
-            "--data.skip_unreadable true"
-        )
-    if unreadable:
-        warnings.warn(
-            f"{len(unreadable)} unreadable images left out, the first: {unreadable[0].reason}",
-            SmallfryWarning,
-            stacklevel=3,
-        )
-    rows = np.setdiff1d(np.arange(len(images)), [fault.position for fault in unreadable])
-    return _as_split(images, rows.astype(np.int64), split.labels), found
-
-
-def _require_labels(split: EncodedSplit, classes: int) -> None:
-    outside = np.flatnonzero((split.labels < 0) | (split.labels >= classes))
-    if len(outside):
-        first = int(outside[0])
-        raise DataError(
-            f"{split.locate(first)}: label {split.labels[first]} is missing or outside "
-            f"0 to {classes - 1} ({len(outside)} such images)"
-        )
-
-
-def _as_split(
-    images: NDArray[np.uint8], rows: NDArray[np.int64], labels: NDArray[np.int64]
-) -> Split:
-    return Split(
-        torch.from_numpy(images), torch.from_numpy(rows), torch.from_numpy(labels[rows].copy())
-    )
 
 
 def _warn_of_missing_classes(source: Source, train: Split) -> None:

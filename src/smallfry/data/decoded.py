@@ -1,0 +1,99 @@
+"""Splits decoded to pixels of one size."""
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from smallfry.data.bit_depth import common_depth, warn_of_unlike_images
+from smallfry.data.cache import decoded
+from smallfry.data.sources import (
+    EncodedSplit,
+)
+from smallfry.data.splits import Split
+from smallfry.errors import DataError, SmallfryWarning
+from smallfry_runtime.images import FULL_DEPTH
+
+
+def decode_held_out(
+    split: EncodedSplit,
+    size: int,
+    channels: int,
+    classes: int,
+    skip_unreadable: bool,
+    bit_depth: int | None,
+) -> Split:
+    """A split on the scale of the training images."""
+    depth = bit_depth or FULL_DEPTH
+    held, found = decode_split(split, size, channels, classes, skip_unreadable, depth)
+    if bit_depth is None and found is not None:
+        warn_of_unlike_images(split.locate(0))
+    return held
+
+
+def decode_training(
+    split: EncodedSplit,
+    others: Sequence[EncodedSplit],
+    size: int,
+    channels: int,
+    classes: int,
+    skip_unreadable: bool,
+    bit_depth: int | None,
+) -> tuple[Split, int | None]:
+    """The training images, and the bit depth that they and the other splits need."""
+    wanted = (split, size, channels, classes, skip_unreadable)
+    train, depth = decode_split(*wanted, bit_depth)
+    if bit_depth is None and depth is not None:
+        bit_depth = common_depth(depth, others, size, channels)
+        if bit_depth > depth:
+            train, _ = decode_split(*wanted, bit_depth)
+    return train, bit_depth
+
+
+def decode_split(
+    split: EncodedSplit,
+    size: int,
+    channels: int,
+    classes: int,
+    skip_unreadable: bool,
+    bit_depth: int | None,
+) -> tuple[Split, int | None]:
+    """A split, and the bit depth of those of its images that have more than 8 bits a channel."""
+    require_labels(split, classes)
+    images, unreadable, found = decoded(split, size, channels, bit_depth)
+    if unreadable and not skip_unreadable:
+        more = f" and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
+        raise DataError(
+            f"{unreadable[0].reason}{more}; mend or remove it, or leave such images out: "
+            "--data.skip_unreadable true"
+        )
+    if unreadable:
+        warnings.warn(
+            f"{len(unreadable)} unreadable images left out, the first: {unreadable[0].reason}",
+            SmallfryWarning,
+            stacklevel=3,
+        )
+    rows = np.setdiff1d(np.arange(len(images)), [fault.position for fault in unreadable])
+    return as_split(images, rows.astype(np.int64), split.labels), found
+
+
+def require_labels(split: EncodedSplit, classes: int) -> None:
+    """Check that the labels are those of classes; raises a DataError that names an image."""
+    outside = np.flatnonzero((split.labels < 0) | (split.labels >= classes))
+    if len(outside):
+        first = int(outside[0])
+        raise DataError(
+            f"{split.locate(first)}: label {split.labels[first]} is missing or outside "
+            f"0 to {classes - 1} ({len(outside)} such images)"
+        )
+
+
+def as_split(
+    images: NDArray[np.uint8], rows: NDArray[np.int64], labels: NDArray[np.int64]
+) -> Split:
+    """A split of decoded images."""
+    return Split(
+        torch.from_numpy(images), torch.from_numpy(rows), torch.from_numpy(labels[rows].copy())
+    )
