@@ -114,8 +114,8 @@ def cover(
     Covered are Linear, Conv1d, Conv2d and ConvTranspose2d whose ``forward`` is PyTorch's own,
     subclasses that compute the same or promise to with an attribute ``acts_as``, transformers'
     Conv1D, Embedding, both projections of PyTorch's MultiheadAttention, and all weights of its RNN,
-    LSTM and GRU. Embeddings of fewer rows than features, as of segments, are not: steps that move
-    what all tokens have in common, in front of a norm, wipe out what they have not.
+    LSTM and GRU. Embeddings of fewer rows than features, as of segments, are not: covered, they
+    made a small BERT train far worse (docs/natural_gradient.md, "Limits").
 
     Args:
         model: The model.
