@@ -238,7 +238,7 @@ def compared(
     alone: Case, pair: Case, sent: dict[str, int], machines: dict[str, Any], method: str
 ) -> dict[str, Any]:
     optimizer = alone.optimizer
-    rows = max(len(alone.part[0]), min(optimizer.max_rows, uses_of(alone)))
+    rows = max(len(alone.part[0]), min(optimizer.settings.max_rows, uses_of(alone)))
     costs = optimizer.costs(rows)
     result: dict[str, Any] = {"rows": rows, "refresh": {}, "step with refresh": {}}
     ones, twos = alone.seconds, pair.seconds

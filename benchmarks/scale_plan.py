@@ -109,7 +109,7 @@ def plan(subject: Subject, rank: int | None, card: Card) -> Plan:
     for count in COUNTS:
         machine = card.machine(count)
         # uses are drawn at random beyond max_rows, but no sample is left out
-        costs = optimizer.costs(max(optimizer.max_rows or 0, subject.batch * count))
+        costs = optimizer.costs(max(optimizer.settings.max_rows or 0, subject.batch * count))
         refresh = refresh_time(costs, count, machine)
         forward = subject.batch * macs.macs / card.training
         rows.append(

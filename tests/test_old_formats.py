@@ -51,6 +51,7 @@ def test_an_export_gives_the_probabilities_it_gave(old, expected, pixels, name):
     np.testing.assert_allclose(found, expected[name], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_is_continued_and_exported(old, pixels, tmp_path):
     summary = resume(old / "run", changes={"epochs": 2})
     assert summary["measured"]["epochs"] == 2

@@ -166,6 +166,7 @@ def test_an_operator_of_somebodys_own_is_refused(trained, tmp_path):
         Runtime(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["/etc/passwd", "../../../../etc/passwd", "secret"])
 def test_a_graph_has_no_weights_in_files_outside_of_it(trained, tmp_path, monkeypatch, place):
     folder = export(trained, tmp_path / "export", form="whole")

@@ -18,6 +18,7 @@ def run(tmp_path, monkeypatch):
     return str(shutil.copytree(RUN, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_a_compressed_run_is_evaluated_exported_and_compressed_again(run, capsys):
     methods = "[{low_rank: {keep: 0.9, smallest: 64, include: ['*.mlp.*']}}]"
     assert main(["compress", run, "--methods", methods, "--to", "small"]) == 0

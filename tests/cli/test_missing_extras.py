@@ -122,6 +122,7 @@ def test_a_package_that_smallfry_does_not_name_is_an_error_inside(monkeypatch, c
     assert "an error inside smallfry, ModuleNotFoundError" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_help_imports_nothing_heavy():
     heavy = "torch timm lightning torchvision datasets sklearn matplotlib onnxruntime gradio"
     code = (

@@ -114,6 +114,7 @@ def test_every_recipe_is_a_valid_configuration(recipe, capsys):
     assert "optimizer:" in shown(capsys, "train", "--config", str(recipe), "--print_config")
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_resume_ends_the_run(tmp_path):
     folder = tmp_path / "r"
     arguments = ["train", TINY, "--epochs=400", "--data.limit=200", "--progress=plain"]
@@ -295,6 +296,7 @@ def test_prediction_sees_what_evaluation_sees(run, tmp_path, capsys):
 # models
 
 
+@pytest.mark.slow
 def test_models_lists_what_they_cost(capsys):
     assert main(["models", "vitrm_*", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -312,7 +314,7 @@ def test_models_lists_what_they_cost(capsys):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ([], 2, "benchmark, demo, evaluate, export, models, predict"),
+        ([], 2, "benchmark, compress, demo, evaluate, export, models, predict"),
         (["trian"], 2, "did you mean 'train'"),
         (["train", "--epoch", "3"], 2, "train has no option 'epoch'; did you mean 'epochs'"),
         (["train", "--data.nmae=x"], 2, "did you mean 'data.name'"),
@@ -361,6 +363,7 @@ def test_debug_shows_the_traceback(capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_without_a_terminal_the_output_is_plain(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "CI"}
     plain = command(*NOT_QUIET, tmp_path / "plain", env=environment)

@@ -53,6 +53,7 @@ def trained_like(name):
     return TrainedModel(build(spec), tuple("abcd"), size, channels, normalize, manifest)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::smallfry.errors.SmallfryWarning")
 @pytest.mark.parametrize("name", MODELS)
 def test_pruned_factorised_quantised_and_exported(name, tmp_path):
@@ -82,6 +83,7 @@ def run(tmp_path):
     return shutil.copytree(RUN, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_compressed_run_is_a_run(run, tmp_path):
     trained = load_run(run)
     data, test, _ = load_like(trained, run)

@@ -213,6 +213,7 @@ def gradio_routes(run):
     return sorted(set(walk(guard.app.routes)))
 
 
+@pytest.mark.slow
 def test_a_function_can_be_called_neither_by_its_number_nor_by_name(untouched, secrets, run):
     for path, function in itertools.product(hostile_paths(secrets, run), FUNCTIONS):
         body = joined(path, function)

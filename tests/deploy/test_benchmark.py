@@ -42,6 +42,7 @@ def of_the_run(run):
         return measure([str(run)], BenchmarkConfig(forms=forms, **QUICK))
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_in_all_its_forms(run, of_the_run):
     found = by_form(of_the_run)
     assert list(found)[:3] == ["PyTorch eager", "PyTorch compiled", "ONNX float32"]

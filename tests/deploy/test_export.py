@@ -66,6 +66,7 @@ def test_a_weight_is_stored_once_however_often_it_is_applied(whole):
     assert sum(len(tensor.raw_data) for tensor in graph.initializer) < 4 * parameters + 2000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["vitrm_plus_micro_8", "cct_2_3x2_32", "resnet10t", "paper_resnet18_32"]
 )
@@ -165,7 +166,7 @@ def test_the_command_exports_and_predicts(run, tmp_path, capsys):
     answer = json.loads(capsys.readouterr().out)
     assert answer["steps"] in (1, 2, 3)
     assert main(["predict", str(run), picture, "--exit_drop", "0.01"]) == 2
-    assert "only an export knows" in capsys.readouterr().err
+    assert "only an export has the thresholds" in capsys.readouterr().err
 
 
 def test_parts_have_the_batch_as_their_only_free_axis():

@@ -13,7 +13,7 @@ from rich.text import Text
 import smallfry
 import smallfry_runtime
 from smallfry.cli import benchmark, export, main, share, study
-from smallfry.cli._messages import log_to_stderr
+from smallfry.cli._messages import StderrHandler, log_to_stderr
 from smallfry.io.console import CleanConsole
 from smallfry.io.terminal import CleanFormatter, say
 
@@ -92,9 +92,20 @@ def test_a_log_line_is_cleaned():
     record = logging.LogRecord("smallfry", logging.INFO, "", 0, "into %s", (NASTY,), None)
     assert harmless(CleanFormatter("smallfry: %(message)s").format(record))
     log_to_stderr()
-    ours = [h for h in logging.getLogger("smallfry").handlers if type(h) is logging.StreamHandler]
+    ours = [h for h in logging.getLogger("smallfry").handlers if isinstance(h, StderrHandler)]
+    assert ours
     for handler in ours:
         assert isinstance(handler.formatter, CleanFormatter)
+
+
+def test_a_log_goes_to_the_standard_error_of_the_moment(monkeypatch):
+    log_to_stderr()
+    for _ in range(2):  # as two tests have two
+        stream = io.StringIO()
+        monkeypatch.setattr("sys.stderr", stream)
+        logging.getLogger("smallfry.test").info("begun")
+        assert stream.getvalue() == "smallfry: begun\n"
+        stream.close()
 
 
 def test_verbs_that_write_show_names_as_text(monkeypatch, tmp_path, capsys):

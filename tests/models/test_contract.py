@@ -136,6 +136,7 @@ def test_images_leave_with_the_first_step_that_passes(trained, images):
     assert_close(found.logits, logits[wanted, torch.arange(len(wanted))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 @pytest.mark.parametrize("form", ["anytime", "whole"])
 def test_exports_give_its_answers(run, trained, images, tmp_path, form, precision):

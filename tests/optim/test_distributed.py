@@ -89,6 +89,7 @@ def alike(found, expected, rtol=1e-6):
         torch.testing.assert_close(found[name], weight, rtol=rtol, atol=1e-8, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_take_the_steps_of_one_with_the_whole_batch(folder, case):
     model, optimizer = build(case)

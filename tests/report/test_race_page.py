@@ -99,6 +99,7 @@ def drawn(folder):
     return names
 
 
+@pytest.mark.slow
 def test_a_study_becomes_a_page_with_its_pictures_and_strict_numbers(tmp_path, study):
     file = write_report(study, tmp_path, "A race", {"KFAC": {"epochs": 20}, "HF": {"loss": 0.011}})
     assert file == tmp_path / "report.html"
@@ -177,6 +178,7 @@ def test_runs_of_all_kinds_are_drawn(tmp_path, losses):
     assert len(list((tmp_path / "pictures").iterdir())) == 3
 
 
+@pytest.mark.slow
 def test_problems_whose_names_read_the_same_have_their_own_pictures(tmp_path):
     records = [record("kfac", "tuned", [1.0, 0.5], problem=name) for name in ("a b", "a/b")]
     write_report(records, tmp_path, "Two")

@@ -32,6 +32,7 @@ def test_every_problem_can_be_raced_on(
     assert ("energy" in measured) == (contestant == "two_level")
 
 
+@pytest.mark.slow
 def test_curves_are_split_as_in_the_paper() -> None:
     training, held_out = load_examples(PROBLEMS["curves"], None, torch.device("cpu"))
     assert (len(training.pixels), len(held_out.pixels)) == (16_000, 4_000)

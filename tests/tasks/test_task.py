@@ -119,6 +119,7 @@ def run(config, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_it_trains_and_is_scored_as_the_task_says(run):
     folder = RunFolder(run)
     summary, trained, data = folder.read_summary(), load_run(run), load_data("digits", limit=LIMIT)
@@ -155,6 +156,7 @@ def test_the_command_prints_its_scores_and_compresses_it(run, tmp_path, capsys):
     assert small["explained"] == pytest.approx(wanted["explained"], abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_bit(run, config, tmp_path):
     with pytest.raises(Stopped):
         train(replace(config, run=tmp_path / "parted"), Stop())
@@ -167,6 +169,7 @@ def test_a_stopped_run_goes_on_to_the_bit(run, config, tmp_path):
             assert torch.equal(weight, weights[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["deep_supervision", "cross_entropy"])
 def test_natural_gradient_takes_its_likelihood(config, tmp_path, monkeypatch, name):
     given = []

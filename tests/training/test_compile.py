@@ -46,6 +46,7 @@ def test_batch_sizes_and_supervision_depths_need_no_more_than_two_graphs():
     assert "graphs 2" in done.stdout, done.stderr  # from the initial state, and from a given one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "kfac"])
 def test_a_compiled_run_learns_what_an_eager_one_does(variant, monkeypatch, optimizer):
     quickly = partial(torch.compile, backend="aot_eager")  # Inductor takes half a minute

@@ -121,6 +121,7 @@ def test_one_that_was_killed_is_said_to_be(run):
         run(FAILS, "killed")
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_from_the_folder_it_is_started_in(tmp_path):
     for name in ("jsonargparse", "yaml", "rich"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from here')")

@@ -122,7 +122,7 @@ def test_without_such_a_place_nothing_is_known(monkeypatch, tmp_path):
 def test_the_size_of_a_batch_is_known_before_there_is_one():
     for size in (8, 7):
         made = batches(batch_size=size)
-        assert loader._bytes_of(made) == sum(tensor.nbytes for tensor in made[0])
+        assert loader._bytes_of(made) == sum(t.nbytes for t in (made[0].inputs, *made[0].targets))
 
 
 SMALL_MEMORY = """
@@ -141,6 +141,7 @@ for check in (lambda workers, size: workers, checked):
 """
 
 
+@pytest.mark.slow
 def test_a_container_with_little_shared_memory_trains():
     mount = "mount -t tmpfs -o size=160k tmpfs /dev/shm"
     if subprocess.run(["unshare", "-m", "bash", "-c", mount], capture_output=True).returncode:

@@ -68,6 +68,7 @@ def test_the_shared_block_and_both_heads_are_covered_by_the_joint_likelihood():
     assert float(optimizer.curvature["halt_head.weight"]["g"].abs().max()) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NATURAL)
 def test_every_method_trains_the_recursive_model(name):
     torch.manual_seed(0)

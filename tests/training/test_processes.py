@@ -114,6 +114,7 @@ def assert_same(one, other, precise=True):
             assert float(first[key]) == pytest.approx(float(second[key]), **near), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_with_half_batches_give_the_weights_of_one(folder, name):
     assert_same(folder / "alone" / name, folder / "pair" / name, not name.startswith("fsdp"))

@@ -196,6 +196,7 @@ def test_half_precision_resumes_exactly_too(variant, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "parted")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

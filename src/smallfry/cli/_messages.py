@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 from smallfry.io.terminal import CleanFormatter, printable, say, shortened
 from smallfry.training.started import rank
@@ -34,11 +34,20 @@ def show_warning(message: Warning | str, *_: Any) -> None:
         say(f"smallfry: warning: {message}", sys.stderr)
 
 
+class StderrHandler(logging.StreamHandler[TextIO]):
+    """Handler that writes to the standard error of the moment, which callers may replace."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def log_to_stderr() -> None:
     """Print smallfry's log, and of other libraries' errors only."""
     ours = logging.getLogger("smallfry")
     if not ours.handlers:
-        handler = logging.StreamHandler()
+        handler = StderrHandler()
         handler.setFormatter(CleanFormatter("smallfry: %(message)s"))
         ours.addHandler(handler)
         ours.setLevel(logging.INFO)

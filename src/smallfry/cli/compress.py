@@ -3,14 +3,33 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from smallfry.cli._fields import option, settings_of
 from smallfry.cli._shared import AsJson, OneRun, OtherData
-from smallfry.compress.config import CompressConfig
+from smallfry.errors import UsageError
 from smallfry.io.console import CleanConsole
 from smallfry.io.terminal import command, say
+
+
+@dataclass(frozen=True)
+class CompressConfig:
+    """Settings of a compression.
+
+    Args:
+        methods: In the order of their stages, each a name or NAME: {SETTING: VALUE}, such as
+            [{magnitude: {sparsity: 0.5}}, {round_weights: {bits: 8}}].
+        seed: Seed of what is random.
+    """
+
+    methods: list[Any]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.methods:
+            raise UsageError("methods: name at least one, such as [round_weights]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +54,14 @@ def run(options: Options) -> int:
     from smallfry.deploy.pretrained import load_trained
     from smallfry.training.checkpoint import write_file
     from smallfry.training.evaluation_data import load_like
+    from smallfry.training.method import from_dict
 
+    methods = [from_dict(each) for each in options.settings.methods]
     trained = load_trained(options.run, options.checkpoint)
     place = options.to or Path(f"{str(options.run).rstrip('/')}-small")
     trained.require_savable(place)
     data, *_ = load_like(trained, options.run, options.data.name, options.data.root, "train")
-    small = apply(trained, options.settings.settings, data, options.settings.seed)
+    small = apply(trained, methods, data, options.settings.seed)
     is_classifier = trained.manifest.get("task", "classification") == "classification"
     found = compare(trained, small, data.validation if is_classifier else None)
     folder = small.save(place)
