@@ -368,7 +368,7 @@ def test_two_runs_of_one_architecture_have_headings_of_their_own(runs, browser):
         page.locator("#sf-panel-1 h2").wait_for()
         first, second = (page.locator(f"#sf-panel-{panel} h2").inner_text() for panel in (0, 1))
         assert first != second
-        page.get_by_role("slider", name=second, exact=True).wait_for(state="attached")
+        page.get_by_role("slider", name=second).wait_for(state="attached")
         page.close()
 
 
