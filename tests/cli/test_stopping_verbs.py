@@ -31,6 +31,8 @@ VERBS = {
 }
 LONG = ("export int8", "benchmark")
 
+pytestmark = pytest.mark.slow
+
 
 class SignalOnWriting:
     """Sends this process a signal as it opens its nth file for writing, or moves its nth one."""

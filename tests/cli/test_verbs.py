@@ -355,6 +355,7 @@ def test_wrong_keys_in_a_file_are_named(tmp_path, capsys):
     assert main(["train", "--config", str(file)]) == 2
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback(capsys):
     debugged = command("train", "--resume", "nowhere", "--debug")
     assert debugged.returncode == 1

@@ -20,7 +20,10 @@ from demo_runs import TINY
 from PIL import Image
 
 gradio = pytest.importorskip("gradio", reason="the demo's extra is not installed")
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="its record is of Linux")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="its record is of Linux"),
+]
 
 from smallfry.cli import main  # noqa: E402
 from smallfry.demo.answers import MOST_BYTES  # noqa: E402

@@ -14,6 +14,8 @@ from smallfry.training.evaluation_data import load_like
 from smallfry.training.run import load_run
 from smallfry_runtime.files import sealed
 
+pytestmark = pytest.mark.slow
+
 QUICK = {"seconds": 0.02, "batch_sizes": (1, 3)}
 
 

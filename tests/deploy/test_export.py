@@ -124,6 +124,7 @@ def test_the_manifest_tells_what_a_user_needs(run, anytime):
     assert str(run.parent) not in (anytime / "manifest.json").read_text()
 
 
+@pytest.mark.slow
 def test_an_export_replaces_an_export_and_nothing_else(run, whole, tmp_path):
     copy = tmp_path / "export"
     shutil.copytree(whole, copy)
@@ -139,6 +140,7 @@ def test_an_export_replaces_an_export_and_nothing_else(run, whole, tmp_path):
     assert (other / "cat.jpg").read_bytes() == b"meow"
 
 
+@pytest.mark.slow
 def test_without_the_images_of_the_run_there_is_an_export_without_exits(run, tmp_path):
     with pytest.warns(SmallfryWarning, match="early exit is not calibrated"):
         folder = export(run / "best", tmp_path / "export")
@@ -169,6 +171,7 @@ def test_the_command_exports_and_predicts(run, tmp_path, capsys):
     assert "only an export has the thresholds" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_parts_have_the_batch_as_their_only_free_axis():
     model = timm.create_model("vitrm_micro_patch4_8", embed_dim=16, num_heads=2, depth=1).eval()
     for graph in anytime_graphs(model, torch.zeros(2, 1, 8, 8)):

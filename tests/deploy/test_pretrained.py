@@ -357,6 +357,7 @@ def test_without_a_connection_the_way_out_is_told(run, hub, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_what_was_fetched_before_is_there_offline(shared, tmp_path):
     """Timm and smallfry read a cache laid out as huggingface_hub does, in a fresh process."""
     place = tmp_path / "hub/models--ann--digits"

@@ -122,6 +122,7 @@ def test_one_scale_is_as_coarse_as_all_ranges_together_are_wide():
     ]
 
 
+@pytest.mark.slow
 def test_dynamic_ranges_have_a_report_without_ranges(run, tmp_path, capsys):
     target = tmp_path / "export"
     arguments = ["export", str(run), "--to", str(target), "--form", "whole"]

@@ -283,6 +283,7 @@ def test_all_switches_but_random_depth_compile_to_one_graph(switches):
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_random_depth_compiles_and_draws_as_it_does_eagerly():
     torch.compiler.reset()
     model = build(random_depth=True, depth=1, latent_steps=2).train()

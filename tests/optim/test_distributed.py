@@ -19,6 +19,8 @@ from smallfry.optim.distribution import (
     refresh_time,
 )
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
 BATCH = 16
 SETTINGS = {"damping": 0.1, "statistics_every": 3, "inverse_every": 4, "burn_in": 3}

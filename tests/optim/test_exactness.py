@@ -333,6 +333,7 @@ def test_the_average_has_no_trace_of_an_identity_and_counts_refreshes():
     torch.testing.assert_close(unpack(optimizer.curvature["weight"]["a"])[0], expected)
 
 
+@pytest.mark.slow
 def test_more_rows_than_the_limit_are_drawn_without_bias():
     model = nn.Linear(2, 2, bias=False).to(D)
     x, y = torch.randn(4, 50, 2, dtype=D), torch.zeros(4, 50, 2, dtype=D)

@@ -99,6 +99,7 @@ print(scored - before, peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
 def test_ten_thousand_classes_take_little_memory(tmp_path):
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "x.png")]

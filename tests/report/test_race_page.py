@@ -17,6 +17,8 @@ from smallfry.report.race_tables import settings, spread
 from smallfry.report.races import Spread
 from smallfry.report.table import number, table
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = "<script>alert('$x_$')</script>"
 VOID = {"meta", "img"}
 

@@ -36,6 +36,8 @@ TINY = RaceConfig(
     processes=1,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True, scope="module")
 def few_evaluated() -> Iterator[None]:

@@ -33,6 +33,8 @@ from smallfry.training.config import (
 from smallfry.training.processes import share_of
 from smallfry.training.train import resume, train
 
+pytestmark = pytest.mark.slow
+
 # dropout draws apart in each process, so there is none where weights are to be the same; sums are
 # in another order, which shows in the loss: Fabric gives the logits of "64-true" in float32
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}

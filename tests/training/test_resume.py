@@ -78,6 +78,7 @@ def test_a_signal_ends_a_wait_for_a_batch_that_never_comes(variant, tmp_path, st
     assert_same_run(tmp_path / "whole", tmp_path / "parted")
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_terminal_reaches_the_workers_too_and_does_no_harm(variant, tmp_path):
     train(variant(run=tmp_path / "whole"))
     file = tmp_path / "config.yaml"
@@ -126,6 +127,7 @@ def test_a_run_can_be_stopped_many_times(variant, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "parted")
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_checkpoint(variant, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(variant(run=whole))

@@ -44,6 +44,7 @@ def test_a_stopped_run_goes_on_exactly_with_another_number_of_workers(
     assert_same_run(tmp_path / "whole", tmp_path / "parted")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pictures_drawn")
 def test_a_streamed_run_learns_and_is_used_like_any_other(streamed, tmp_path, capsys):
     run = tmp_path / "run"
