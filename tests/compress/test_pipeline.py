@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from smallfry import compress, cost
+from smallfry.cli import main
 from smallfry.deploy.export import export
 from smallfry.deploy.pretrained import load_trained, save_pretrained
 from smallfry.errors import UsageError
@@ -101,6 +102,22 @@ def test_a_compressed_run_is_a_run(run, tmp_path):
     ]
     assert sizes[0] < 0.6 * sizes[1]
     export(tmp_path / "small", tmp_path / "export")
+
+
+def test_a_compressed_model_is_shared_without_a_line_for_timm(run, tmp_path, capsys):
+    compress.apply(load_run(run), [compress.RoundWeights()]).save(tmp_path / "small")
+    for source, has_timm in ((run, True), (tmp_path / "small", False)):
+        folder = tmp_path / f"shared_{source.name}"
+        assert main(["share", str(source), "--to", str(folder)]) == 0
+        card = (folder / "README.md").read_text()
+        assert ("timm.create_model(" in capsys.readouterr().out) == has_timm
+        assert ("timm.create_model(" in card) == has_timm
+        assert ("smallfry.load(" in card) != has_timm
+
+
+def test_channels_need_an_example():
+    with pytest.raises(UsageError, match="give example="):
+        compress.apply_to_model(nn.Linear(2, 2), [compress.Magnitude()])
 
 
 def test_methods_in_the_wrong_order_are_refused(run):

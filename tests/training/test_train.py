@@ -1,6 +1,7 @@
 """Whole runs: what they leave, what settings change, and how they fail."""
 
 import json
+from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ from filelock import FileLock
 from PIL import Image
 from run_helpers import TINY, StopAt, all_metrics, metrics
 
+import smallfry
 from smallfry.costing import Cost
 from smallfry.errors import (
     DataError,
@@ -31,6 +33,7 @@ from smallfry.training.config import (
     OptimizerConfig,
     ScheduleConfig,
     TrainConfig,
+    TrainSettings,
     read_config,
 )
 from smallfry.training.continuation import with_fitting_warmup
@@ -404,3 +407,17 @@ def test_a_model_is_not_evaluated_on_other_classes(config):
     require_classes(trained, trained.classes, "here")
     with pytest.raises(DataError, match=r"knows 10 classes \(0, 1, 2, 3, …\), there has 2"):
         require_classes(trained, ("cat", "dog"), "there")
+
+
+def test_the_public_function_takes_settings_by_their_names(tmp_path):
+    model = {"name": "vitrm_micro_patch4_8", "options": {"embed_dim": 16, "num_heads": 2}}
+    data = {"limit": 100}
+    quiet = {"epochs": 1, "references": False, "progress": "quiet"}
+    summary = smallfry.train(data=data, model=model, run=tmp_path / "run", **quiet)
+    assert summary["measured"]["epochs"] == 1
+    assert smallfry.load(tmp_path / "run").model.embed_dim == 16
+    with pytest.raises(UsageError, match="did you mean 'epochs'"):
+        smallfry.train(epoch=1)
+    with pytest.raises(UsageError, match="not both"):
+        smallfry.train(TrainConfig(), epochs=1)
+    assert [*TrainSettings.__annotations__] == [entry.name for entry in fields(TrainConfig)]

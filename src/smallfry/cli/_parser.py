@@ -224,7 +224,7 @@ def _add_options(container: Any, kind: Any, types: dict[str, Any], prefix: str =
 
 
 def _details(entry: "Field[Any]", hint: Any, positional: bool) -> dict[str, Any]:
-    """What ``add_argument`` takes for a field."""
+    """Arguments of ``add_argument`` for a field."""
     if hint is bool:
         return {"action": "store_true"}
     details: dict[str, Any] = {}

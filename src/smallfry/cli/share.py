@@ -31,9 +31,10 @@ class Options(Licensed, AsJson, OneRun):
 
 def run(options: Options) -> int:
     """Write the folder or the repository, and print how to use it."""
+    from smallfry.deploy.description import is_compressed
     from smallfry.deploy.pretrained import push_to_hub, save_pretrained
 
-    checkpoint, license = options.checkpoint, options.license
+    checkpoint, license, compressed = options.checkpoint, options.license, False
     if options.hub is not None:
         name = timm_name = f"hf_hub:{options.hub}"
         where = push_to_hub(
@@ -47,12 +48,14 @@ def run(options: Options) -> int:
         assert options.to is not None
         folder = save_pretrained(options.run, options.to, checkpoint=checkpoint, license=license)
         name = where = str(folder)
+        compressed = is_compressed(folder)
         timm_name = f"local-dir:{where}"
     if options.json:
-        say(json.dumps({"shared": where, "timm": timm_name}))
+        say(json.dumps({"shared": where, "timm": None if compressed else timm_name}))
         return 0
     say(f"shared:  {where}\nuse it:  {command('smallfry', 'predict', name)} IMAGE…")
-    say(f"or:      timm.create_model({timm_name!r}, pretrained=True)")
+    if not compressed:  # timm does not apply the transforms of a compressed model
+        say(f"or:      timm.create_model({timm_name!r}, pretrained=True)")
     if license is None:
         say("licence: not stated, so others may not use it; --license apache-2.0 states one")
     return 0

@@ -91,7 +91,7 @@ def apply_to_model(
     if training:
         raise UsageError(
             f"'{training[0]}' acts while a model trains: take compress.Session in a loop of your "
-            "own, or methods in the configuration of a run"
+            "own"
         )
     small = deepcopy(model).eval()
     inputs = torch.empty(0) if example is None else example

@@ -1,4 +1,4 @@
-"""What a compression saved and cost: the compressed model beside its parent."""
+"""Comparison of a compressed model with its parent: sizes, accuracy and agreement."""
 
 import math
 from collections.abc import Mapping

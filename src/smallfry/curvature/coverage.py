@@ -53,7 +53,7 @@ class Block:
 
     @property
     def one_hot(self) -> bool:
-        """Whether its inputs are one-hot: an embedding whose weight no other layer has."""
+        """One-hot inputs: it is an embedding whose weight no other layer has."""
         return isinstance(self.module, nn.Embedding)
 
     @property

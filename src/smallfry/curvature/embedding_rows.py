@@ -66,7 +66,7 @@ def given_to_first(gradient: Tensor, samples: int) -> Tensor:
 
 
 def is_tied(call: Any) -> bool:
-    """Whether a call is an embedding's, in a block of a linear layer with the same weight."""
+    """Check for an embedding's call in a block of a linear layer with the same weight."""
     return isinstance(call.block.layers[call.layer], nn.Embedding) and not call.block.one_hot
 
 

@@ -73,7 +73,7 @@ class Root(NamedTuple):
 def upstream(
     own: GradientEdge, places: Mapping[int, GradientEdge], sampled: bool
 ) -> tuple[bool, tuple[int, ...], dict[int, GradientEdge]]:
-    """Which calls a gradient at an output can come to.
+    """Find the calls that a gradient at an output can come to.
 
     A node that was made later lies behind no hook of this one, and must not be held by it: the
     graph would keep itself alive.

@@ -187,6 +187,9 @@ def _usage(config: Mapping[str, Any], name: str) -> str:
         "    shares = model(image[None]).softmax(dim=1)[0]",
         'print(model.pretrained_cfg["label_names"][int(shares.argmax())], float(shares.max()))',
     ]
+    if config.get("smallfry", {}).get("transforms"):  # which timm does not apply
+        loaded = f"smallfry.load({json.dumps(name, ensure_ascii=False)})"
+        code = ["import smallfry", "", f"model = {loaded}.model  # compressed: timm can't load it"]
     quoted = shlex.quote(name.removeprefix("local-dir:"))
     return (
         "```python\n" + "\n".join(code) + "\n```\n\n"

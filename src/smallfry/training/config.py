@@ -1,9 +1,10 @@
 """Configuration of a training run: typed, frozen data that the command and YAML mirror."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from jsonargparse import ArgumentParser
 
@@ -231,6 +232,37 @@ class EMAConfig:
     def __post_init__(self) -> None:
         _check_values(self, "ema.")
         _check(0 <= self.decay < 1, "ema.decay is 0 to below 1")
+
+
+class TrainSettings(TypedDict, total=False):
+    """Keywords of ``smallfry.train``, as ``TrainConfig``; a group may be a mapping, or a name."""
+
+    data: "DataConfig | Mapping[str, Any] | str"
+    model: "ModelConfig | Mapping[str, Any] | str"
+    augment: "AugmentConfig | Mapping[str, Any]"
+    task: str
+    objective: "ObjectiveConfig | Mapping[str, Any] | str"
+    optimizer: "OptimizerConfig | Mapping[str, Any] | str"
+    schedule: "ScheduleConfig | Mapping[str, Any]"
+    ema: "EMAConfig | Mapping[str, Any]"
+    epochs: int
+    batch_size: int
+    accumulate: int
+    patience: int | None
+    select_on: Literal["validation", "test"]
+    seed: int
+    device: str
+    precision: str
+    strategy: Literal["auto", "ddp", "fsdp"]
+    sync_batch_norm: bool
+    compile: bool
+    resident: bool | None
+    workers: int | None
+    threads: int | None
+    checkpoint_seconds: float
+    references: bool
+    run: str | Path | None
+    progress: Literal["auto", "rich", "plain", "quiet"]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import timm
 import torch
@@ -34,7 +34,7 @@ from smallfry.training.augment import Augment
 from smallfry.training.batch_norm import require_enough_images
 from smallfry.training.batches import CHARACTERS, flips_by_default
 from smallfry.training.checkpoint import Checkpoint, has_checkpoint, load_checkpoint
-from smallfry.training.config import ModelConfig, TrainConfig, read_config
+from smallfry.training.config import ModelConfig, TrainConfig, TrainSettings, read_config
 from smallfry.training.continuation import (
     require_changeable,
     with_changes,
@@ -78,7 +78,7 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> dict[str, An
         return _train(config, asked, reporter, processes)
 
 
-def run(config: TrainConfig | None = None, /, **settings: Any) -> dict[str, Any]:
+def run(config: TrainConfig | None = None, /, **settings: Unpack[TrainSettings]) -> dict[str, Any]:
     """Train by a configuration, or by the settings of one.
 
     Args:
@@ -94,7 +94,11 @@ def run(config: TrainConfig | None = None, /, **settings: Any) -> dict[str, Any]
     """
     if config is not None and settings:
         raise UsageError("train takes a TrainConfig, or settings by their names, not both")
-    return train(config if config is not None else TrainConfig(**settings))
+    known = TrainSettings.__annotations__
+    for name in settings:
+        if name not in known:
+            raise UsageError(f"train has no setting '{name}'{nearest(name, known)}")
+    return train(config or TrainConfig(**settings))  # type: ignore[arg-type]  # made of mappings
 
 
 def _train(

@@ -11,7 +11,7 @@ from smallfry.order import Stage
 from smallfry.transforms.registry import register
 
 # attributes that count heads or channels where a weight's shape does not
-COUNTS = frozenset({"heads", "num_heads", "attn_dim", "embed_dim", "hidden_dim"})
+COUNTS = frozenset({"heads", "num_heads", "attn_dim"})
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 

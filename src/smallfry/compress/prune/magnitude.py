@@ -66,6 +66,8 @@ class _Prune(Method):
         self._groups: tuple[ChannelGroup, ...] = ()
 
     def begin(self, model: nn.Module, setting: Setting) -> None:
+        if not setting.example.numel():
+            raise UsageError("magnitude finds channels on an example: give example=, two inputs")
         found = {group.name: group for group in find_groups(model, setting.example)}
         names = chosen(found, self._settings.include, self._settings.exclude, "group of channels")
         self._groups = tuple(found[name] for name in names)
