@@ -48,7 +48,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m campaign", description=__doc__)
     names = [part.name for part in PARTS]
     parser.add_argument("--part", choices=[*names, "soak"], action="append", help="default all")

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, bytes, arithmetic and memory, measured in one place."""
+"""Parameter, memory and MAC counts of a model."""
 
 from copy import deepcopy
 from typing import NamedTuple

@@ -1,5 +1,6 @@
-"""What travels with an export: which graphs there are, what they take and give, and where they
-come from. It is read without PyTorch, and believed only as far as it has been checked.
+"""Manifest of an export: its graphs, their inputs and outputs, and their origin.
+
+It is read without PyTorch, and every value is validated before use.
 """
 
 import hashlib
@@ -35,7 +36,7 @@ MOST_GRAPH = 2**31  # bytes of a graph, which is the most that ONNX's own format
 
 @dataclass(frozen=True)
 class Manifest:
-    """An export's description, as in its ``manifest.json``.
+    """Description of an export, as stored in its ``manifest.json``.
 
     Args:
         form: ``whole``, one graph; or ``anytime``, the graphs embed, step and read_out.
@@ -74,14 +75,14 @@ class Manifest:
     files: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The text of ``manifest.json``."""
+        """Serialise to the text of ``manifest.json``."""
         content = asdict(self) | {"exits": [point._asdict() for point in self.exits]}
         head = {"format": FORMAT, "smallfry": __version__}
         return json.dumps(sealed({**head, **content}), indent=2) + "\n"
 
     @staticmethod
     def read(folder: Path) -> "Manifest":
-        """The manifest of an export.
+        """Read the manifest of an export.
 
         Raises:
             ExportError: Missing, damaged, or of another format than this version reads.
@@ -101,7 +102,7 @@ class Manifest:
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder says that it is an export, in order or not."""
+    """Return whether a folder claims to be an export, valid or not."""
     try:
         content = read_json(folder / MANIFEST)
     except (OSError, ValueError):
@@ -110,7 +111,7 @@ def is_export(folder: Path) -> bool:
 
 
 def require_free(folder: Path) -> None:
-    """Make sure that an export may be written here: nothing, or an export and nothing else.
+    """Require that an export may be written here: nothing exists, or only an export.
 
     Raises:
         ExportError: There is something else.
@@ -121,7 +122,7 @@ def require_free(folder: Path) -> None:
 
 
 def read_export(folder: Path) -> tuple[Manifest, dict[str, bytes]]:
-    """The manifest of an export, and its graphs by the names of their files.
+    """Read the manifest of an export, and its graphs by file name.
 
     Another export may take its place meanwhile.
 
@@ -186,7 +187,7 @@ def _checked(content: Any, file: Path) -> Manifest:
 
 
 def _problem(manifest: Manifest) -> str | None:
-    """What is wrong with a manifest's values, if anything."""
+    """Describe the first fault in a manifest's values; None if there is none."""
     statistics = (*manifest.mean, *manifest.std)
     exits = [number for point in manifest.exits for number in point]
     texts = (*manifest.classes, *manifest.files, *manifest.files.values())

@@ -1,4 +1,4 @@
-"""From a command line to an exit code: reads it, runs the verb, and reports how that ended."""
+"""Command-line driver: parse, run the verb, return an exit code."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ from smallfry.training.started import is_launched, launch, rank
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a command line; the exit code.
+    """Run a command line and return its exit code.
 
     Raises:
         ModuleNotFoundError: Of a package that no extra of smallfry has.

@@ -1,4 +1,4 @@
-"""Options that several verbs share."""
+"""Options shared by several verbs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ class OneRun:
 
 @dataclass(frozen=True, kw_only=True)
 class AsJson:
-    """The form of the output.
+    """Output format.
 
     Args:
         json: Print JSON.
@@ -34,7 +34,7 @@ class AsJson:
 
 @dataclass(frozen=True, kw_only=True)
 class OtherData:
-    """Other data than that of the run.
+    """Data other than the run's own.
 
     Args:
         name: A data set or a folder; its test split is taken, or all of it if it has none.
@@ -47,7 +47,7 @@ class OtherData:
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyExit:
-    """Early exit from the recursion; at most one of these.
+    """Early exit from the recursion; these options exclude each other.
 
     Args:
         exit_drop: Exit as soon as that costs at most this share of accuracy on the validation
@@ -68,7 +68,7 @@ class EarlyExit:
 
 @dataclass(frozen=True, kw_only=True)
 class Licensed:
-    """The license of what is given away.
+    """License of the shared model.
 
     Args:
         license: License of the weights (SPDX id), such as Apache-2.0; default none.

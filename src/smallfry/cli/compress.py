@@ -48,7 +48,7 @@ class Options(AsJson, OneRun):
 
 
 def run(options: Options) -> int:
-    """Write the run folder of the compressed model, and print what was saved and lost."""
+    """Write the run folder of the compressed model, and print the comparison."""
     from smallfry.compress.pipeline import apply
     from smallfry.compress.report import compare, rows, to_dict
     from smallfry.deploy.pretrained import load_trained

@@ -59,7 +59,7 @@ def run(options: Options) -> int:
 
 
 def _exit_threshold(options: Options, trained: "TrainedModel") -> float | None:
-    """The halting probability that keeps to the drop or the steps on the validation split."""
+    """Choose the halting threshold on the validation split, from a drop or a number of steps."""
     if options.exit_drop is None and options.exit_steps is None:
         return None
     from smallfry.training import exit_calibration

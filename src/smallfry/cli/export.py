@@ -11,7 +11,7 @@ from smallfry.io.terminal import command, say
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Licensed, OneRun):
-    """Export a trained model for ONNX Runtime, which needs neither PyTorch nor this machine.
+    """Export a trained model for ONNX Runtime, to run without PyTorch.
 
     Args:
         to: Folder of the export; default exports/RUN-PRECISION.

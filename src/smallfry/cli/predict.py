@@ -16,7 +16,7 @@ from smallfry_runtime.predictions import Answer
 
 @dataclass(frozen=True, kw_only=True)
 class Options(EarlyExit, AsJson, OneRun):
-    """Classify images with a trained model, or with an export of one.
+    """Classify images with a trained model or an export.
 
     Args:
         inputs: Image files, folders, globs, or - for an image or a list of files on standard input.
@@ -35,7 +35,7 @@ class Options(EarlyExit, AsJson, OneRun):
 
 
 def run(options: Options) -> int:
-    """Print the classes of each image; 1 if one could not be read."""
+    """Print the classes of each image; the exit code is 1 if one could not be read."""
     images = find_images(options.inputs, sys.stdin.buffer)
     code = 0
     for answer in _answers(options, images):
@@ -50,7 +50,7 @@ def run(options: Options) -> int:
 
 
 def _answers(options: Options, images: Iterable[Found]) -> Iterable[Answer]:
-    """With PyTorch or, from an export, with ONNX Runtime alone."""
+    """Classify with PyTorch or, for an export, with ONNX Runtime alone."""
     from smallfry_runtime.manifest import is_export
 
     threshold = options.exit_threshold

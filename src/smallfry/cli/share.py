@@ -12,7 +12,7 @@ from smallfry.io.terminal import command, say
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Licensed, AsJson, OneRun):
-    """Share a trained model: as a folder, or on the Hugging Face hub.
+    """Share a trained model as a folder or on the Hugging Face Hub.
 
     Args:
         to: A new folder.

@@ -33,7 +33,7 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Train, and print the result with its reference points."""
+    """Train, and print the result with its baselines."""
     from smallfry.training import train as training
     from smallfry.training.continuation import dotted
 
@@ -47,7 +47,7 @@ def run(options: Options) -> int:
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
-    """The result of a run, with its reference points."""
+    """Print the result of a run with its baselines."""
     measured, console = summary["measured"], CleanConsole(highlight=False)
     scores = {name: f"{value:.4g}" for name, value in measured["test"].items()}
     if "macro_f1" in measured["test"]:

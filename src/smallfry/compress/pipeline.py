@@ -1,4 +1,4 @@
-"""Compression of a model, by one method after another.
+"""Compression of a model by a sequence of methods.
 
 ``apply`` is for methods that act once; ``Session`` goes into a training loop of one's own.
 """
@@ -29,7 +29,7 @@ def apply(
     data: ImageData | None = None,
     seed: int = 0,
 ) -> TrainedModel:
-    """Compress a trained model, without training.
+    """Compress a trained model without training.
 
     Args:
         trained: As ``smallfry.load`` gives it; left as it is.
@@ -71,7 +71,7 @@ def apply_to_model(
     batches: Iterable[Tensor] = (),
     seed: int = 0,
 ) -> tuple[nn.Module, ModelSpec]:
-    """Compress a copy of any model, without training.
+    """Compress a copy of any model without training.
 
     Args:
         model: Left as it is.
@@ -100,7 +100,7 @@ def apply_to_model(
 
 
 def _pixels(trained: TrainedModel, data: ImageData | None) -> list[Tensor]:
-    """Batches of pixels: training images spread over the split, or noise."""
+    """Yield batches of pixels: training images spread over the split, or noise."""
     shape = (trained.channels, trained.image_size, trained.image_size)
     if data is None:
         noise = np.random.default_rng(0).integers(0, 256, (EXAMPLES, *shape), np.uint8)
@@ -111,7 +111,7 @@ def _pixels(trained: TrainedModel, data: ImageData | None) -> list[Tensor]:
 
 
 class Session:
-    """Methods in a training loop of one's own, with any optimizer.
+    """Compression methods in a custom training loop, with any optimizer.
 
     Args:
         model: The model that is trained; changed in place.
@@ -154,7 +154,7 @@ class Session:
         self._hooks: list[Any] = []
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Act before and after every step of an optimizer, until ``finish``."""
+        """Hook into every step of an optimizer, until ``finish``."""
         running = self._running
         self._hooks += [
             optimizer.register_step_pre_hook(lambda opt, *_: running.before_step(opt)),
@@ -162,23 +162,23 @@ class Session:
         ]
 
     def penalty(self) -> Tensor | float:
-        """The methods' terms of the loss; 0.0 if none has one."""
+        """Sum the methods' loss terms; 0.0 if there are none."""
         penalty = self._running.penalty()
         return 0.0 if penalty is None else penalty
 
     def finish(self) -> ModelSpec:
-        """Make the model the compressed one and return its spec; optimizers are let go of."""
+        """Convert the model to its compressed form, return its spec and detach the optimizers."""
         self.detach()
         return self._running.finish()
 
     def detach(self) -> None:
-        """Let go of the optimizers."""
+        """Detach the optimizers."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """State for a checkpoint."""
+        """Return the state for a checkpoint."""
         return self._running.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

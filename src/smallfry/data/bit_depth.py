@@ -1,4 +1,4 @@
-"""The bit depth of a data set whose images have more than 8 bits a channel.
+"""Bit depth of data sets with more than 8 bits a channel.
 
 Cameras of 10, 12 or 14 bits write files of 16. What is black and white in them is a property of the
 data set, not of a picture, and files don't record it.
@@ -19,7 +19,7 @@ MEASURED = 4096  # streamed images whose values are looked at if one has
 
 
 def common_depth(found: int, others: Iterable[EncodedSplit], size: int, channels: int) -> int:
-    """The bit depth of all splits, with a warning if it is a guess.
+    """Determine the bit depth of all splits, with a warning if it is a guess.
 
     Args:
         found: That of the training images.
@@ -34,7 +34,7 @@ def common_depth(found: int, others: Iterable[EncodedSplit], size: int, channels
 
 
 def sampled_depth(split: EncodedSplit) -> int | None:
-    """The bit depth of streamed images, by some of them; None if none has more than 8 bits."""
+    """Determine the bit depth of streamed images from a sample; None if at most 8 bits."""
     assert split.shards is not None
     rows = np.arange(len(split.labels))
 
@@ -60,7 +60,7 @@ def sampled_depth(split: EncodedSplit) -> int | None:
 
 
 def warn_of_unlike_images(where: str) -> None:
-    """Warn of a split with images of more than 8 bits where no training image has more."""
+    """Warn of a split with more than 8 bits a channel where no training image has more."""
     warnings.warn(
         f"{where}: has images of 16 bits a channel, and the training images have none: their "
         "values are taken for 0 to 65,535; --data.bit_depth says otherwise",

@@ -1,4 +1,4 @@
-"""The one data function: a name or a folder in, decoded splits with class names out."""
+"""Data loading: a name or a folder in, decoded splits with class names out."""
 
 import hashlib
 import logging
@@ -192,7 +192,7 @@ def load_data(
 def _hold_out(
     split: Split, share: float, seed: int, what: str
 ) -> tuple[Split, Split | EncodedSplit]:
-    """As ``hold_out``, but of streamed images not too many, to be decoded for themselves."""
+    """Hold out a split; a small one of streamed images is left to be decoded separately."""
     pixels = split.pixels
     if not isinstance(pixels, ShardPixels):
         return hold_out(split, share, seed)
@@ -220,7 +220,7 @@ def _stream(
     skip_unreadable: bool,
     bit_depth: int | None,
 ) -> Split:
-    """A split whose images stay in their shards."""
+    """Open a split whose images stay in their shards."""
     assert split.shards is not None
     pixels = ShardPixels(split.shards, size, channels, window, bit_depth)
     rows = readable_rows(pixels, skip_unreadable)
@@ -251,7 +251,7 @@ def _check_options(
 
 
 def _geometry(split: EncodedSplit, size: int | None, channels: int | None) -> tuple[int, int]:
-    """The wanted size and channels, or those of the images."""
+    """Return the requested size and channels, or those of the images."""
     if len(split.labels) == 0:
         raise DataError("the train split is empty")
     if size is not None and channels is not None:

@@ -1,4 +1,4 @@
-"""Folders of images: tables, or one folder per class, in the folder or in one per split."""
+"""Image folders: parquet tables, or one folder per class, optionally inside one per split."""
 
 import logging
 import os
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class ClassFolder(NamedTuple):
-    """A folder of one class."""
+    """Folder of one class."""
 
     path: Path
     images: list[Path]
@@ -46,7 +46,7 @@ class ClassFolder(NamedTuple):
 
 
 def read_folder(folder: Path, label: str | None = None, default_label: str | None = None) -> Source:
-    """Parquet shards, or one folder per class, in the folder or in one folder per split."""
+    """Read parquet shards or class folders, in the folder or in one folder per split."""
     shards = shard_files(folder)
     if shards:
         return read_parquet(folder, shards, label, default_label)
@@ -56,7 +56,7 @@ def read_folder(folder: Path, label: str | None = None, default_label: str | Non
 
 
 def read_class_folders(folder: Path) -> Source:
-    """The images below a folder with one folder per class, or with one such folder per split.
+    """Read the images of a folder with one folder per class, optionally inside one per split.
 
     Class names are compared as composed Unicode. Images of validation or test classes that
     training lacks are labelled ``LACKING``.
@@ -93,7 +93,7 @@ def read_class_folders(folder: Path) -> Source:
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """The folders in a folder that may be a class or a split, in the order of their names."""
+    """List the subfolders that may be a class or a split, sorted by name."""
     if not os.path.isdir(folder):  # also False of a name that no file can have
         return []
     names = [entry.name for entry in folder.iterdir() if not is_hidden(entry.name)]
@@ -103,7 +103,7 @@ def folders_in(folder: Path) -> list[Path]:
 
 
 def _find_splits(folder: Path) -> dict[str, Path]:
-    """The folders of the splits; the folder itself, for training, if it has none."""
+    """Find the folders of the splits; without any, the folder itself is for training."""
     inside = folders_in(folder)
     named = [path for path in inside if path.name.lower() in SPLIT_NAMES]
     parted = [path for path in named if folders_in(path)]
@@ -129,7 +129,7 @@ def _find_splits(folder: Path) -> dict[str, Path]:
 
 
 def _tell_neighbours(folder: Path, splits: dict[str, Path], others: Sequence[Path]) -> None:
-    """Refuse folders of images that may be classes beside a class of that name, or warn of them."""
+    """Refuse or warn of image folders that may be classes beside one named like a split."""
     if not others:
         return
     names = ", ".join(text_of(path.name) for path in others[:5])
@@ -146,7 +146,7 @@ def _tell_neighbours(folder: Path, splits: dict[str, Path], others: Sequence[Pat
 
 
 def _begins_like_a_split(name: str) -> bool:
-    """Whether a name is one such as ``train2017`` or ``test_images``."""
+    """Return whether a name starts like a split's, such as ``train2017`` or ``test_images``."""
     return re.split(r"[^a-z]", name.lower())[0] in SPLIT_NAMES
 
 
@@ -155,7 +155,7 @@ def _has_images(folder: Path) -> bool:
 
 
 def _classes(folder: Path) -> dict[str, ClassFolder]:
-    """The class folders by the names of the classes, without what smallfry wrote."""
+    """Map class names to their folders, without those that smallfry wrote."""
     found: dict[str, ClassFolder] = {}
     for path in folders_in(folder):
         if is_artifact(os.listdir(path)):
@@ -216,7 +216,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _report_left_out(folder: Path, classes: Sequence[ClassFolder], loose: Sequence[Path]) -> None:
-    """Count the files and folders that are left out; warn if there are pictures among them."""
+    """Log the number of ignored files and folders; warn if there are pictures among them."""
     others = [*loose, *(file for each in classes for file in each.others)]
     unread = unread_pictures(others)
     if unread:
@@ -236,6 +236,6 @@ def _report_left_out(folder: Path, classes: Sequence[ClassFolder], loose: Sequen
 
 
 def _endings(files: Sequence[Path]) -> str:
-    """How many files have which endings, the most frequent first: ``20 .heic, 1 .txt``."""
+    """Count files by extension, the most frequent first: ``20 .heic, 1 .txt``."""
     counts = Counter(file.suffix.lower() or "without an ending" for file in files)
     return ", ".join(f"{count} {ending}" for ending, count in counts.most_common(5))

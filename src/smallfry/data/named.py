@@ -1,4 +1,4 @@
-"""The data sets that have a name, and the way from a name or a folder to its source."""
+"""Named data sets, and the lookup of a data source by name or folder."""
 
 import math
 import warnings
@@ -37,7 +37,7 @@ def find_source(
     stream_above: float = math.inf,
     skip_unreadable: bool = False,
 ) -> Source:
-    """The source of a named data set or of a folder.
+    """Find the source of a named data set or of a folder.
 
     A data set of the hub is looked for in ``root`` (or its subfolder of that name), then in the
     local cache of ``datasets``, then on the hub.
@@ -83,7 +83,7 @@ def find_source(
 
 
 def read_digits() -> Source:
-    """scikit-learn's 1,797 real handwritten digits, 8×8, 17 grey levels."""
+    """Load scikit-learn's 1,797 handwritten digits, 8×8, 17 grey levels."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()

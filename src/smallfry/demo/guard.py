@@ -1,4 +1,4 @@
-"""ASGI middleware between the net and the page: a list of what can be asked, and its bounds."""
+"""ASGI middleware between network and page: an allow-list of requests with limits."""
 
 import asyncio
 from collections.abc import (
@@ -44,11 +44,11 @@ HEADERS = {
 
 
 class _Refused(Exception):
-    """A status, and a text for people."""
+    """Status of a refused request, with a text for people."""
 
 
 class Guard:
-    """ASGI middleware: only listed requests of the page's own site pass, whole and in bounds.
+    """ASGI middleware that passes only listed same-site requests, complete and within limits.
 
     Args:
         app: The application behind it.
@@ -110,7 +110,7 @@ class Guard:
     async def _body(
         self, scope: MutableMapping[str, Any], receive: Receive
     ) -> AsyncIterator[bytes]:
-        """The whole body of a request, which counts as held until it is answered."""
+        """Receive the whole body of a request, counted as held until the response."""
         most = self.uploads.get(scope["path"], 0)
         declared = _value(scope["headers"], b"content-length") or b"0"
         if not declared.isdigit() or int(declared) > most:
@@ -133,7 +133,7 @@ class Guard:
             self.held -= length
 
     def _paced(self, send: Send) -> Send:
-        """Add headers to an answer, and send it in pieces, each after the client took the last.
+        """Add headers to a response, and send it in pieces at the client's pace.
 
         What a client does not read would lie in memory otherwise. It counts as held.
         """
@@ -158,7 +158,7 @@ class Guard:
         return paced
 
     def _passed(self, scope: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-        """What the application sees of a request."""
+        """Filter the parts of a request that the application receives."""
         headers = [(name, value) for name, value in scope["headers"] if name in PASSED]
         query = b"" if scope["method"] == "GET" else scope["query_string"]
         return {**scope, "headers": headers, "query_string": query}
@@ -184,7 +184,7 @@ async def _chunks(receive: Receive) -> AsyncIterator[bytes]:
 
 
 def _value(headers: Collection[tuple[bytes, bytes]], name: bytes) -> bytes:
-    """All values of a header, joined as HTTP does."""
+    """Join all values of a header as HTTP does."""
     return b", ".join(value for key, value in headers if key == name)
 
 
@@ -196,7 +196,7 @@ def _host(host: bytes) -> str | None:
 
 
 def _same_site(headers: Collection[tuple[bytes, bytes]]) -> bool:
-    """False for a request that a browser sends for another site, or for another port."""
+    """Return False for a request that a browser sends for another site or port."""
     if _value(headers, b"sec-fetch-site") not in (b"", b"same-origin", b"none"):
         return False
     if not (origin := _value(headers, b"origin")):
@@ -206,7 +206,7 @@ def _same_site(headers: Collection[tuple[bytes, bytes]]) -> bool:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """The body as one message, and then what comes after it."""
+    """Replay the body as one message, followed by later messages."""
     waiting = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replayed() -> Message:

@@ -1,4 +1,4 @@
-"""Serving the page: host, port, a clean stop."""
+"""Web server of the demo: host, port, clean shutdown."""
 
 import errno
 import os
@@ -61,7 +61,7 @@ def serve(
 def serving(
     runs: Sequence[str], checkpoint: str = "best", host: str = "127.0.0.1", port: int = 0
 ) -> Iterator[str]:
-    """The page's address, for as long as it is served; see ``serve``."""
+    """Serve the page, and yield its address; see ``serve``."""
     models = [(str(run), load_trained(run, checkpoint)) for run in runs]
     for _, trained in models:
         require_classifier(trained)
@@ -127,7 +127,7 @@ def _running(app: Any, listener: socket.socket) -> Iterator[None]:
 
 @contextmanager
 def _listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket on that host and port, had before Gradio takes its seconds to load."""
+    """Open a socket on a host and port, before the seconds in which Gradio loads."""
     if not 0 <= port <= 65535:
         raise DemoError(f"port {port}: a port is 1 to 65535, or 0 for any that is free")
     listener = None
@@ -159,7 +159,7 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
 
 @contextmanager
 def _private_folder() -> Iterator[None]:
-    """A folder for what Gradio may write, gone with the server; Gradio's telemetry is off."""
+    """Create a temporary folder for Gradio's files, and disable its telemetry."""
     with tempfile.TemporaryDirectory(prefix="smallfry-demo-") as folder:
         wanted = {
             "GRADIO_TEMP_DIR": folder,

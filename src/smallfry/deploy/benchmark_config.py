@@ -12,7 +12,7 @@ FORMS = ("eager", "compiled", "float32", "int8", "int8_dynamic", "exit")  # of a
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """A measurement of deployed models.
+    """Settings of a benchmark of deployed models.
 
     Args:
         batch_sizes: Images at a time.

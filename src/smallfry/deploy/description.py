@@ -1,4 +1,4 @@
-"""What ``config.json`` and ``model.safetensors`` of a shared folder say: read, judged, built.
+"""Readers of ``config.json`` and ``model.safetensors`` of a shared folder.
 
 Both may come from anyone. Nothing in them is run or unpickled, no other file is opened and nothing
 is fetched for them; what does not make a model is refused with the reason. A model that timm wrote,
@@ -36,7 +36,7 @@ OF_THE_SOURCE = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "s
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The content of ``config.json``.
+    """Read ``config.json``.
 
     Raises:
         RunError: Missing, damaged, of another library, or written by a newer smallfry.
@@ -67,13 +67,13 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def is_compressed(folder: Path) -> bool:
-    """Check for transforms in a shared folder's description, which timm does not apply."""
+    """Return whether a shared folder's description has transforms, which timm does not apply."""
     file = folder / CONFIG
     return file.is_file() and bool((read_config(file).get("smallfry") or {}).get("transforms"))
 
 
 def read_weights(folder: Path, facts: Mapping[str, Any] | None) -> dict[str, Tensor]:
-    """The weights in a folder, whose hash ``facts`` tells where smallfry wrote them.
+    """Read the weights of a folder, with their hash checked against ``facts`` if present.
 
     Raises:
         RunError: Missing or damaged.
@@ -106,7 +106,7 @@ def described(
     weights: Mapping[str, Tensor],
     where: str,
 ) -> TrainedModel:
-    """The model that ``config.json`` describes, with its weights, in evaluation mode.
+    """Build the model that ``config.json`` describes, with its weights, in evaluation mode.
 
     Args:
         config: Its content.
@@ -171,7 +171,7 @@ def described(
 
 
 def _data(told: Mapping[str, Any]) -> dict[str, Any]:
-    """What is said of the data; how it was split only if that is said as ``DataConfig`` has it."""
+    """Return the data's description; its split only in the form of ``DataConfig``."""
     data = {"name": UNKNOWN, "fingerprint": UNKNOWN, **told}
     splits = data.pop("splits", None)
     if isinstance(splits, dict):
@@ -188,7 +188,7 @@ def _labels(
     classes: Sequence[str] | None,
     where: str,
 ) -> tuple[str, ...]:
-    """The names of the classes, in the order of the logits."""
+    """Return the class names, in the order of the logits."""
     count = config.get("num_classes", wanted.get("num_classes"))
     told = config.get("label_names", wanted.get("label_names")) if classes is None else classes
     if told is None:
@@ -223,7 +223,7 @@ def _build(
     weights: Mapping[str, Tensor],
     where: str,
 ) -> tuple[nn.Module, ModelSpec]:
-    """A model of timm's registry in evaluation mode, and its spec; nothing is fetched."""
+    """Build a model of timm's registry in evaluation mode, and its spec, without downloads."""
     spec = ModelSpec.from_dict(content, where)
     foreign = OF_THE_FACTORY & set(spec.arguments)
     if foreign:

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: fetching and putting a shared model, and its refusals in plain words.
+"""Download and upload of shared models on the Hugging Face Hub, with readable errors.
 
 The hub's address is the environment variable ``HF_ENDPOINT``'s, the token that of ``hf auth login``
 or ``HF_TOKEN``, and files are kept in ``HF_HOME``, as everywhere with ``huggingface_hub``.
@@ -29,7 +29,7 @@ TOKEN_HELP = "make one at {}/settings/tokens and give it by hf auth login, or as
 
 
 def download(repository: str, revision: str | None, files: list[str]) -> Path:
-    """The folder in the local cache with these files of a repository; no others are fetched.
+    """Download these files of a repository, and no others; return the cache folder.
 
     Without a connection, or with HF_HUB_OFFLINE=1, what was fetched before is taken.
 
@@ -49,7 +49,7 @@ def download(repository: str, revision: str | None, files: list[str]) -> Path:
 
 
 def upload(folder: Path, repository: str, private: bool = False, message: str = "") -> str:
-    """Put a folder's files into a repository, which is made if there is none; gives its address.
+    """Upload a folder to a repository, created if needed; return its address.
 
     Raises:
         UsageError: Not a name that a repository can have.
@@ -77,7 +77,7 @@ def upload(folder: Path, repository: str, private: bool = False, message: str = 
 
 
 def check_name(repository: str) -> None:
-    """Make sure that this is USER/NAME, as a repository of the hub may be named."""
+    """Require USER/NAME, as repositories are named on the Hub."""
     if not NAME.fullmatch(repository):
         raise UsageError(
             f"'{repository}' can't be a repository of the hub: expected USER/NAME, of letters, "
@@ -87,7 +87,7 @@ def check_name(repository: str) -> None:
 
 @contextmanager
 def explained(done: str, repository: str, revision: str | None = None) -> Iterator[None]:
-    """Turn what ``huggingface_hub`` raises into one line that says what to do.
+    """Convert exceptions of ``huggingface_hub`` to one-line errors with a remedy.
 
     Args:
         done: What could not be done, such as ``fetched``.

@@ -1,4 +1,4 @@
-"""How long answers take: contestants in turns, so that a machine that slows down slows all."""
+"""Interleaved latency measurement, so that a slower phase of the machine affects all alike."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ SETTLING = 1  # calls at the beginning of a turn, after which caches hold what a
 
 
 class Latency(NamedTuple):
-    """Milliseconds of a call, over the calls that were counted."""
+    """Latency of a call in milliseconds, over the counted calls."""
 
     calls: int
     mean: float
@@ -33,7 +33,7 @@ def take_turns(
     settling: int = SETTLING,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Latency]:
-    """Time calls: in every round each contestant has a turn.
+    """Time calls in rounds, with each contestant once per round.
 
     Args:
         contestants: What is called, by name.

@@ -1,4 +1,4 @@
-"""Trained models to share: a folder, or a repository of the Hugging Face hub.
+"""Shared models: as a folder, or as a repository on the Hugging Face Hub.
 
 model.safetensors      the weights
 config.json            timm's description of the model, and under ``smallfry`` what the run says
@@ -57,7 +57,7 @@ def save_pretrained(
     license: str | None = None,
     repository: str | None = None,
 ) -> Path:
-    """Write a trained model into a new folder, ready to be given away.
+    """Write a trained model into a new folder for sharing.
 
     Args:
         run: A run folder, a checkpoint in one, a folder that was shared, or a model itself, of
@@ -97,7 +97,7 @@ def push_to_hub(
     license: str | None = None,
     private: bool = False,
 ) -> str:
-    """Share a trained model on the Hugging Face hub; gives the address of its page.
+    """Upload a trained model to the Hugging Face Hub; return the address of its page.
 
     The repository is made if there is none; in one that is there, files of the same name, the
     card among them, get a new version.
@@ -129,7 +129,7 @@ def push_to_hub(
 def from_pretrained(
     name: str | Path, revision: str | None = None, *, classes: Sequence[str] | None = None
 ) -> TrainedModel:
-    """A model that was shared, in evaluation mode on the CPU.
+    """Load a shared model, in evaluation mode on the CPU.
 
     Args:
         name: A folder; or USER/NAME of a repository on the hub, with or without ``hf_hub:`` before
@@ -154,7 +154,7 @@ def from_pretrained(
 
 
 def load_trained(run: str | Path, checkpoint: str = "best") -> TrainedModel:
-    """A trained model by what the command calls RUN.
+    """Load a trained model by the command's RUN argument.
 
     Args:
         run: A run folder, a checkpoint in one, a folder that was shared, or ``hf_hub:USER/NAME``.
@@ -174,7 +174,7 @@ def load_trained(run: str | Path, checkpoint: str = "best") -> TrainedModel:
 
 
 def is_shared(folder: Path) -> bool:
-    """Whether a folder holds a model to share, and no run or checkpoint."""
+    """Return whether a folder holds a shared model, rather than a run or checkpoint."""
     return (folder / CONFIG).is_file() and not (folder / MANIFEST).is_file()
 
 
@@ -189,7 +189,7 @@ def _require_free(place: Path) -> None:
 def gather(
     run: str | Path | TrainedModel, checkpoint: str
 ) -> tuple[TrainedModel, dict[str, Any], Path | None]:
-    """A model, what is known of it, and its picture."""
+    """Collect a model, its metadata and its picture."""
     trained = run if isinstance(run, TrainedModel) else load_trained(run, checkpoint)
     require_classifier(trained)
     if isinstance(run, TrainedModel):
@@ -210,7 +210,7 @@ def gather(
 def _write_model(
     folder: Path, trained: TrainedModel, facts: Mapping[str, Any], license: str | None
 ) -> dict[str, Any]:
-    """Write weights and ``config.json`` as timm does, and what smallfry knows; gives the latter."""
+    """Write weights and ``config.json`` as timm does, with added metadata; return the latter."""
     spec, taken = trained.spec, trained.manifest["input"]
     model: Any = copy.deepcopy(trained.model).to(memory_format=torch.contiguous_format)
     kept = ("fixed_input_size", "first_conv", "classifier")  # the rest is of timm's own weights
@@ -274,7 +274,7 @@ def _checked_license(license: str | None) -> str | None:
 
 
 def _find(name: str, revision: str | None) -> Path:
-    """The folder that a name means, fetched if it is on the hub."""
+    """Return the folder of a name, downloaded if it is on the Hub."""
     scheme, colon, rest = name.partition(":")
     on_hub = bool(colon) and scheme in HUB
     folder = Path(rest if colon and scheme == LOCAL else name).expanduser()

@@ -1,4 +1,4 @@
-"""Layers that stand for an ``nn.Linear`` or ``nn.Conv2d``, found by their names in files."""
+"""Substitutes for ``nn.Linear`` and ``nn.Conv2d``, registered by name."""
 
 from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
 
@@ -29,7 +29,7 @@ class LinearMap(Protocol):
 
     @classmethod
     def like(cls, layer: nn.Module, **settings: Plain) -> Self:
-        """Make the structure for a dense layer; its weights are loaded afterwards.
+        """Create the structure for a dense layer; weights are loaded afterwards.
 
         Raises:
             ValueError: Settings or a layer that it can't stand for.
@@ -37,13 +37,13 @@ class LinearMap(Protocol):
 
     @classmethod
     def from_dense(cls, layer: nn.Module, **settings: Plain) -> Self:
-        """Make the nearest such layer to a dense one; raises as ``like``."""
+        """Create the closest layer to a dense one; raises as ``like``."""
 
     def dense(self) -> nn.Module:
-        """The same map as an ``nn.Linear`` or ``nn.Conv2d``."""
+        """Convert to an equivalent ``nn.Linear`` or ``nn.Conv2d``."""
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """The product with a batch."""
+        """Apply the layer to a batch."""
 
 
 def register_layer(layer: T) -> T:
@@ -61,14 +61,14 @@ def register_layer(layer: T) -> T:
 
 
 def layers() -> dict[str, Any]:
-    """All registered layers by their names."""
+    """Return all registered layers by name."""
     scan("smallfry.layers")
     load_plugins()
     return dict(_layers)
 
 
 def find_layer(name: Any) -> Any:
-    """The layer of a name.
+    """Find a registered layer by name.
 
     Raises:
         UsageError: There is none; a plugin that brings it may not be installed.
@@ -80,7 +80,7 @@ def find_layer(name: Any) -> Any:
 
 
 def require_dense(layer: nn.Module) -> None:
-    """Check that a layer is one that others can stand for.
+    """Require a layer that others can replace.
 
     Raises:
         ValueError: No linear layer or ungrouped convolution.

@@ -10,7 +10,7 @@ from smallfry.training.config import DataConfig
 
 @dataclass(frozen=True)
 class RaceConfig:
-    """A race.
+    """Settings of an optimizer race.
 
     Args:
         problem: curves, mnist, faces, deep_linear, deep_linear_plain or convnet.
@@ -41,7 +41,7 @@ class RaceConfig:
 
 @dataclass(frozen=True)
 class RunsConfig:
-    """Settings of all studies of training runs.
+    """Common settings of all studies of training runs.
 
     Args:
         data: The data set.
@@ -108,7 +108,7 @@ class RecursionConfig(RunsConfig):
 
 @dataclass(frozen=True)
 class OptimizersConfig(RunsConfig):
-    """A ViTRM under many optimizers.
+    """A ViTRM trained by several optimizers.
 
     Args:
         vitrm: The ViTRM to study.
@@ -179,7 +179,7 @@ RACE_SHORT: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class StudyKind:
-    """A study.
+    """Type of a study.
 
     Args:
         purpose: Its line in the help.

@@ -1,4 +1,4 @@
-"""What every study's folder needs: one writer at a time, and an end that loses nothing."""
+"""Study folders: a lock for one writer, and a clean stop."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ MARKS = (STUDY, TRIALS)  # one of which is in the folder of a study that has beg
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing; a killed process lets go of it.
+    """Lock the folder for writing; the lock of a killed process is released.
 
     Raises:
         RunError: Another process writes, or the folder can't be made or holds something else.
@@ -43,7 +43,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def reporting(folder: Path) -> Iterator[None]:
-    """Say of a report that can't be written what it is.
+    """Add the context of a report to an error in writing it.
 
     Raises:
         RunError: The disk is full, or the like.
@@ -56,7 +56,7 @@ def reporting(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def stoppable(message: str) -> Iterator[None]:
-    """Turn a signal that asks for an end into ``Stopped`` with this message."""
+    """Convert a stop signal to ``Stopped`` with this message."""
     try:
         with keeping(lambda: message), raising():
             yield

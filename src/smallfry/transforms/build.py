@@ -1,4 +1,4 @@
-"""The one maker of models from files, which may come from anyone.
+"""Construction of models from untrusted specs and weights.
 
 Only architectures of timm's registry are made, with plain values as arguments; nothing is fetched,
 no other file is read, and a description of more weights than come with it is not followed.
@@ -36,7 +36,7 @@ def build(
     where: str = "model",
     **factory: Any,
 ) -> nn.Module:
-    """Make a model, in evaluation mode on the CPU.
+    """Build a model, in evaluation mode on the CPU.
 
     Args:
         spec: Its identity.
@@ -88,7 +88,7 @@ def _fill(model: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
 
 
 def not_finite(model: nn.Module) -> str | None:
-    """The first weight, or running statistic of a norm, that is not finite; None if all are."""
+    """Find the first non-finite weight, or running statistic of a norm; None if all are finite."""
     running = [(n, b) for n, b in model.named_buffers() if ".running_" in f".{n}"]
     for name, tensor in (*model.named_parameters(), *running):
         if not bool(tensor.isfinite().all()):
@@ -125,7 +125,7 @@ def _most(spec: ModelSpec, weights: Mapping[str, Tensor] | None) -> _Bound | Non
 
 @contextmanager
 def _bounded(bound: _Bound | None) -> Iterator[None]:
-    """Stop a model that this thread makes once it is larger than its weights."""
+    """Abort the construction of a model once it is larger than its weights."""
     if bound is None:
         yield
         return

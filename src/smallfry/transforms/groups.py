@@ -1,4 +1,4 @@
-"""Channel groups: what of a model can be cut together.
+"""Channel groups: sets of tensor slices that must be cut together.
 
 A group has a number of interchangeable channels: hidden units of an MLP, heads of attention,
 channels of convolutions that are added. Cutting one removes entries of several tensors. Blocks of
@@ -36,7 +36,7 @@ class Slice(NamedTuple):
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels that are cut together.
+    """Channels that must be cut together.
 
     Args:
         name: Qualified name of the layer that gives the channels.
@@ -58,7 +58,7 @@ class ChannelGroup:
     divisor: int = 1
 
     def within(self, prefix: str) -> "ChannelGroup":
-        """The group of a block, with names as in the model that holds it."""
+        """Prefix a block's group with the block's name in its model."""
         if not prefix:
             return self
         zeroed, cut = (
@@ -70,7 +70,7 @@ class ChannelGroup:
 
 
 def mask(model: nn.Module, group: ChannelGroup, channels: Tensor) -> None:
-    """Set channels of a group to zero, in place.
+    """Zero channels of a group, in place.
 
     Args:
         model: The model.
@@ -87,7 +87,7 @@ def mask(model: nn.Module, group: ChannelGroup, channels: Tensor) -> None:
 
 
 def cut(model: nn.Module, groups: Sequence[ChannelGroup], keep: Mapping[str, Tensor]) -> Resize:
-    """Cut all but some channels, in place.
+    """Keep only some channels, in place.
 
     Args:
         model: The model; optimizers of its parameters are to be made anew.

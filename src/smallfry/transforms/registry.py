@@ -1,4 +1,4 @@
-"""Registry of transforms, by the names that files have for them."""
+"""Registry of transforms by their names in files."""
 
 from typing import Any, TypeVar
 
@@ -25,14 +25,14 @@ def register(kind: T) -> T:
 
 
 def kinds() -> dict[str, Any]:
-    """All registered transforms by their kinds."""
+    """Return all registered transforms by kind."""
     scan("smallfry.transforms")
     load_plugins()
     return dict(_kinds)
 
 
 def find(name: str, where: str) -> Any:
-    """The transform of a kind.
+    """Find the transform of a kind.
 
     Raises:
         RunError: There is none; it may belong to a package that is not installed.

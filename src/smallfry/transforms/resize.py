@@ -1,4 +1,4 @@
-"""Narrower layers: other shapes of parameters and buffers, and the attributes that count them."""
+"""Reduction of layer widths: parameter and buffer shapes, and the attributes that count them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,7 +47,7 @@ class Resize:
             raise ValueError("shapes and counts are whole numbers of 1 or more")
 
     def apply(self, model: nn.Module) -> None:
-        """Give the model tensors of these shapes, with the first values of the old ones.
+        """Resize tensors to these shapes, keeping the first values.
 
         Raises:
             ValueError: A tensor or attribute that the model does not have, or one that would grow.
@@ -66,7 +66,7 @@ class Resize:
 
 
 def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
-    """Put a tensor in the place of a parameter or buffer, under all its names."""
+    """Replace a parameter or buffer under all its names."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     old = module._parameters.get(leaf)
@@ -96,7 +96,7 @@ def apply_counts(model: nn.Module, counts: Mapping[str, int]) -> None:
 
 
 def fit_attributes(model: nn.Module, names: Mapping[str, Any]) -> None:
-    """Let ``out_features``, ``num_channels`` and so on be those of the tensors named here."""
+    """Set ``out_features``, ``num_channels`` and similar attributes from the tensors."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for owner in {name.rpartition(".")[0] for name in names}:
         module: Any = modules[owner]
@@ -114,14 +114,14 @@ def fit_attributes(model: nn.Module, names: Mapping[str, Any]) -> None:
 
 
 def classifier_width(model: nn.Module) -> int | None:
-    """Features that the classifier of one of timm's models takes."""
+    """Return the input features of a timm model's classifier."""
     classifier = getattr(model, "get_classifier", lambda: None)()
     weight = getattr(classifier, "weight", None)
     return int(weight.shape[1]) if isinstance(weight, Tensor) and weight.ndim > 1 else None
 
 
 def fit_classifier(model: Any, before: int | None) -> None:
-    """Let timm's ``reset_classifier`` make a classifier for as many features as there are now."""
+    """Update timm's ``reset_classifier`` for the current number of features."""
     now = classifier_width(model)
     for name in ("num_features", "head_hidden_size"):
         if before is not None and now != before and getattr(model, name, None) == before:
@@ -129,11 +129,11 @@ def fit_classifier(model: Any, before: int | None) -> None:
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers under all their names."""
+    """Return parameters and buffers under all their names."""
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     return tensors | dict(model.named_buffers(remove_duplicate=False))
 
 
 def index_select(tensor: Tensor, dim: int, kept: Tensor) -> Tensor:
-    """The kept entries of a dimension, as a tensor of its own."""
+    """Copy the kept entries of a dimension."""
     return torch.index_select(tensor.detach(), dim, kept.to(tensor.device)).contiguous()

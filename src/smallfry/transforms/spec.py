@@ -1,4 +1,4 @@
-"""Model specs: an architecture of timm's registry, its arguments, and transforms in their order.
+"""Model specs: a timm architecture, its arguments, and an ordered list of transforms.
 
 A spec and the weights are a model. A spec is plain data, so that a file can hold it.
 """
@@ -23,7 +23,7 @@ OF_THE_FACTORY = frozenset(
 
 @runtime_checkable
 class Transform(Protocol):
-    """Change of a model's structure: a frozen dataclass of plain values, registered by its kind.
+    """Structural change of a model: a frozen dataclass of plain values, registered by kind.
 
     Attributes:
         kind: Name in files.
@@ -36,7 +36,7 @@ class Transform(Protocol):
 
     @property
     def stage(self) -> Stage:
-        """Place in the order of transforms."""
+        """Stage in the order of transforms."""
 
     def apply(self, model: nn.Module) -> None:
         """Change the structure in place; weights are loaded afterwards.
@@ -69,7 +69,7 @@ class ModelSpec:
     transforms: tuple[Transform, ...] = ()
 
     def then(self, transform: Transform) -> "ModelSpec":
-        """The spec of the model after another transform.
+        """Append a transform to the spec.
 
         Raises:
             UsageError: The transform belongs before one that the model has already.
@@ -84,12 +84,12 @@ class ModelSpec:
         return replace(self, transforms=(*self.transforms, transform))
 
     def portable(self) -> "ModelSpec":
-        """The spec without arguments that name a source of weights."""
+        """Drop arguments that name a source of weights."""
         kept = {key: v for key, v in self.arguments.items() if key not in OF_THE_FACTORY}
         return replace(self, arguments=kept)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as manifests hold it."""
+        """Convert to plain data for manifests."""
         content: dict[str, Any] = {"name": self.architecture, "arguments": dict(self.arguments)}
         if self.transforms:
             content["transforms"] = [transform_to_dict(each) for each in self.transforms]
@@ -97,7 +97,7 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], where: str = "model") -> "ModelSpec":
-        """The spec in plain data, which may come from anyone.
+        """Parse a spec from untrusted plain data.
 
         Args:
             content: As ``to_dict`` gives it.
@@ -127,7 +127,7 @@ MOST_TRANSFORMS = 100
 
 
 def transform_to_dict(transform: Transform) -> dict[str, Any]:
-    """A transform as plain data."""
+    """Convert a transform to plain data."""
     fields: dict[str, Any] = asdict(transform)  # type: ignore[call-overload]
     return {"kind": transform.kind, "version": transform.version, **fields}
 

@@ -1,4 +1,4 @@
-"""Channels cut by the size of their weights, after training: the baseline of every finer method.
+"""One-shot channel pruning by weight magnitude: the baseline for finer methods.
 
 The size of a channel is the Euclidean norm of its entries in a group, divided by the mean of its
 group so that groups compare (Li et al., "Pruning Filters for Efficient ConvNets", arXiv 1608.08710,
@@ -25,7 +25,7 @@ from smallfry.transforms.spec import Transform
 @register_method
 @dataclass(frozen=True)
 class Magnitude:
-    """Pruning of whole channels by magnitude, once.
+    """One-shot pruning of whole channels by magnitude.
 
     Args:
         sparsity: Share of all groups' channels that go, 0 to below 1.
@@ -56,7 +56,7 @@ class Magnitude:
             raise UsageError("magnitude.sparsity is 0 to below 1, and divisible 1 or more")
 
     def start(self) -> Method:
-        """Make the method."""
+        """Create the method with these settings."""
         return _Prune(self)
 
 
@@ -80,7 +80,7 @@ class _Prune(Method):
 
 @torch.no_grad()
 def channel_sizes(model: nn.Module, group: ChannelGroup) -> Tensor:
-    """Norms of a group's channels relative to their mean, (channels,) in float64."""
+    """Compute the norms of a group's channels relative to their mean, (channels,) in float64."""
     tensors = tensors_of(model)
     total = torch.zeros(group.channels, dtype=torch.float64)
     for each in group.cut:
@@ -97,7 +97,7 @@ def channel_sizes(model: nn.Module, group: ChannelGroup) -> Tensor:
 def survivors(
     groups: Sequence[ChannelGroup], sizes: Mapping[str, Tensor], sparsity: float, divisible: int
 ) -> dict[str, Tensor]:
-    """Channels that stay, by group: the largest of all, at least one each.
+    """Choose the remaining channels per group: the largest overall, at least one each.
 
     Args:
         groups: To choose from; all compete.

@@ -1,4 +1,4 @@
-"""Weights of 2 to 8 bits, rounded after training: the baseline of every finer method.
+"""Post-training rounding of weights to 2 to 8 bits: the baseline for finer methods.
 
 Symmetric, with a scale for each output channel; see ``smallfry.layers.quantized``.
 """
@@ -19,7 +19,7 @@ from smallfry.transforms.spec import Transform
 @register_method
 @dataclass(frozen=True)
 class RoundWeights:
-    """Rounding of a trained model's weights to few bits.
+    """Post-training rounding of a model's weights to few bits.
 
     Args:
         bits: 2 to 8.
@@ -47,7 +47,7 @@ class RoundWeights:
             raise UsageError(f"round_weights.bits is 2 to 8, not {self.bits}")
 
     def start(self) -> Method:
-        """Make the method."""
+        """Create the method with these settings."""
         return _Round(self)
 
 
