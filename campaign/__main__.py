@@ -97,7 +97,7 @@ def _show(part: Part, folder: Path, count: int) -> None:
 
 
 def _print(records: dict[str, Record]) -> None:
-    table = Table("part", "what", "came of it", "trials", "failed", box=None)
+    table = Table("part", "fault", "outcome", "trials", "failed", box=None)
     for name, record in records.items():
         for (kind, said), count in sorted(record.counts.items()):
             table.add_row(name, kind, said, f"{count:,}", "")

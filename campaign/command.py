@@ -46,7 +46,7 @@ class Said(NamedTuple):
         if self.code not in (0, 1, 2, 130, 143):
             return f"exit code {self.code}"
         if self.code and not self.err.strip():
-            return f"exit code {self.code} without a word"
+            return f"exit code {self.code} without a message"
         return None
 
 

@@ -129,8 +129,7 @@ def _somewhere(file: Path, content: bytearray, random: Random) -> tuple[str, int
 
 PART = Part(
     "damage",
-    "never loaded silently: an error that names the file, and the checkpoint before it if there is "
-    "one",
+    "never loaded silently: the error names the file, and the previous checkpoint if there is one",
     prepare,
     trial,
     count=10_000,

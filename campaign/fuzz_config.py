@@ -278,7 +278,7 @@ MUST_BE_REFUSED = ("code in an option", "code in a file", "text that unfolds")
 
 PART = Part(
     "configurations",
-    "taken, or refused in a sentence; no class is imported and no code run",
+    "accepted, or refused in one sentence; no class is imported and no code run",
     prepare,
     trial,
     count=100_000,
@@ -312,7 +312,7 @@ def train_with(prepared: tuple[Path, Callable[..., Any]], number: int) -> Verdic
         place[last] = value(name, random)
     words = _file(folder, yaml.safe_dump(tree))
     if tree["data"]["name"] in (*HUB, "faces"):
-        return Verdict("settings in a file", "left out: it asks the net")
+        return Verdict("settings in a file", "skipped: needs the network")
     said = command("train", *words)
     shutil.rmtree(run, ignore_errors=True)
     return Verdict("settings in a file", RIGHT if said.code == 0 else TOLD, said.failure)
@@ -322,7 +322,7 @@ LEFT_ALONE = ("run", "epochs", "device", "compile", "data.root", "references", "
 
 TRAINED = Part(
     "trained",
-    "a run that ends, or a refusal in a sentence",
+    "a complete run, or a refusal in one sentence",
     prepare_training,
     train_with,
     count=300,

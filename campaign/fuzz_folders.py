@@ -250,7 +250,7 @@ WAYS: dict[str, tuple[Way, ...]] = {
 
 PART = Part(
     "folders",
-    "a model of the registry and nothing else, or an error; no code is run, no other file read",
+    "a registered model and nothing else, or an error; no code is run, no other file is read",
     prepare,
     trial,
     count=10_000,

@@ -280,7 +280,7 @@ MUST_BE_REFUSED = (
 
 PART = Part(
     "images",
-    "pixels of the size asked for, or one sentence; 2 GiB of memory at most",
+    "pixels of the requested size, or an error in one sentence; 2 GiB of memory at most",
     prepare,
     trial,
     count=100_000,

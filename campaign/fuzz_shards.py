@@ -89,7 +89,7 @@ def _judge(data: ImageData, written: set[int], kind: str, warned: bool) -> str |
     if told != [str(n % 3) for n in numbers] and kind != "bytes changed":
         return f"images with wrong labels: {numbers} {told}"
     if set(numbers) != written and (kind in WHOLE or not warned):
-        return f"images were lost without a word: {sorted(written - set(numbers))}"
+        return f"images were lost silently: {sorted(written - set(numbers))}"
     return None
 
 
@@ -162,7 +162,7 @@ def _harm(file: Path, form: str, random: Random) -> str:
 
 PART = Part(
     "shards",
-    "each image with its own label, or an error; none is lost without a word",
+    "each image with its own label, or an error; none is lost silently",
     prepare,
     trial,
     count=10_000,

@@ -304,7 +304,7 @@ def _remount_read_only(disk: Path) -> None:
 
 PART = Part(
     "kills",
-    "nothing is lost: the run that went on equals the undisturbed one to the bit",
+    "no data loss: the resumed run equals the undisturbed one bit for bit",
     prepare,
     trial,
     count=400,

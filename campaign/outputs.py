@@ -172,8 +172,8 @@ def _begin(do: Callable[[], object], by_renames: bool = False) -> None:
 
 PART = Part(
     "outputs",
-    "neighbours are left alone, and the next takes in nothing that a killed export, share or "
-    "benchmark has left",
+    "neighbouring files are untouched, and the next command ignores leftovers of a killed export, "
+    "share or benchmark",
     prepare,
     trial,
     count=300,

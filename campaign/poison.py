@@ -198,7 +198,7 @@ POISONS: dict[str, Callable[[float, int], None]] = {
 
 PART = Part(
     "poison",
-    "training stops with a word and the checkpoint before is good, or the step is left out",
+    "training stops with an error and the previous checkpoint is good, or the step is skipped",
     prepare,
     trial,
     count=504,

@@ -108,7 +108,7 @@ def _write(subject: Subject, folder: Path, made: artifacts.Artifacts, by_renames
 
 PART = Part(
     "readers",
-    "what is read while it is replaced is one whole checkpoint or export, and never called damaged",
+    "a read during replacement returns one complete checkpoint or export, never an error of damage",
     artifacts.prepare,
     trial,
     count=600,

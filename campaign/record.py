@@ -108,7 +108,7 @@ def tables(parts: Sequence[Part], records: Mapping[str, Record]) -> str:
         minutes = record.seconds / 60
         lines.append(f"| {part.name} | {record.done:,} | {record.failed} | {minutes:.1f} |")
     for part, record in known:
-        lines += ["", f"**{part.name}**: {part.promise}.", "", "| what | came of it | trials |"]
+        lines += ["", f"**{part.name}**: {part.promise}.", "", "| fault | outcome | trials |"]
         lines.append("|---|---|---:|")
         counts = record.counts
         if len(counts) > MOST_KINDS:  # results/campaign.json has them all

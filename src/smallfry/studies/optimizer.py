@@ -31,7 +31,7 @@ ABOUT = (
     "that loses here may win with more."
 )
 LABELS = {"adamw": "AdamW", "muon": "Muon"} | {n: m.label for n, m in METHODS.items()}
-DAMPING = 1.0  # see docs/natural_gradient.md, "What was measured"
+DAMPING = 1.0  # see docs/natural_gradient.md, "Results"
 
 
 def plan(config: OptimizersConfig) -> list[Planned]:
