@@ -157,9 +157,9 @@ def print_plan() -> None:
 
 
 def table(found: Plan) -> str:
-    factors = "whole factors" if found.rank is None else f"factors of rank {found.rank}"
+    factors = "full factors" if found.rank is None else f"factors of rank {found.rank}"
     lines = [
-        f"{found.subject.name}, {found.subject.batch} images a GPU, KFAC with {factors}",
+        f"{found.subject.name}, {found.subject.batch} images per GPU, KFAC with {factors}",
         "",
         "| GPUs | step, ms (compute + solves + gradients) | refresh, ms (drawn + sums + inversions "
         "+ sending) | MB a link | refresh every | images/s | efficiency |",
