@@ -52,7 +52,7 @@ class OldNames(MetaPathFinder, Loader):
         """Bind the current module to the old name."""
         old = module.__name__
         new = MOVED[old]
-        warnings.warn(f"{old} is {new} now", DeprecationWarning, stacklevel=6)
+        warnings.warn(f"{old} has moved to {new}", DeprecationWarning, stacklevel=6)
         sys.modules[old] = import_module(new)
 
 

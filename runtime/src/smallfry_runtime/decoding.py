@@ -35,8 +35,8 @@ def most_pixels() -> int:
         return MOST_PIXELS
     if not wanted.isdecimal() or int(wanted) < 1:
         raise UsageError(
-            f"the environment variable {IMAGE_MIB} is a whole number of MiB that a decoded image "
-            f"may take, not '{wanted[:40]}'; unset it for the default, 341"
+            f"the environment variable {IMAGE_MIB} must be an integer, the limit of a decoded "
+            f"image in MiB, not '{wanted[:40]}'; unset it for the default, 341"
         )
     most = int(wanted) * 2**20 // PIXEL_BYTES
     if most > (Image.MAX_IMAGE_PIXELS or most):

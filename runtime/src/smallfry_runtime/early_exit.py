@@ -38,8 +38,8 @@ def warn_of_few(images: int) -> None:
     """Warn if thresholds are measured on too few images to generalise."""
     if images < FEW:
         warnings.warn(
-            f"thresholds of early exit are measured on {images} validation images only: what they "
-            f"cost on others is hardly known; hold out {FEW} or more (data.validation)",
+            f"early-exit thresholds were measured on only {images} validation images and are "
+            f"unreliable for others; hold out {FEW} or more (data.validation)",
             SmallfryWarning,
             stacklevel=3,
         )
@@ -60,7 +60,9 @@ def most_thrifty(points: Sequence[Point], drop: float) -> Point:
         UsageError: ``drop`` is no share of accuracy.
     """
     if not 0 <= drop <= 1:
-        raise UsageError(f"exit_drop is a share of accuracy, from 0 to 1 such as 0.003, not {drop}")
+        raise UsageError(
+            f"exit_drop must be a share of accuracy from 0 to 1, such as 0.003, not {drop}"
+        )
     enough = points[-1].accuracy - drop
     return min((p for p in points if p.accuracy >= enough - 1e-9), key=lambda p: p.steps)
 
@@ -73,7 +75,7 @@ def most_accurate(points: Sequence[Point], steps: float) -> Point:
     """
     cheap = [p for p in points if p.steps <= steps + 1e-9]
     if not cheap:
-        raise UsageError(f"an image takes one recursion step at least, not {steps}")
+        raise UsageError(f"exit_steps must be at least 1, not {steps}")
     return max(cheap, key=lambda p: (p.accuracy, -p.steps))
 
 
@@ -85,7 +87,8 @@ def require_threshold(threshold: float) -> float:
     """
     if not threshold >= 0:
         raise UsageError(
-            f"exit_threshold is a halting probability, 0 to 1 (above 1: all steps), not {threshold}"
+            f"exit_threshold must be a halting probability from 0 to 1 (above 1: all steps), not "
+            f"{threshold}"
         )
     return threshold
 

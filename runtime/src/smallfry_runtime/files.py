@@ -56,7 +56,7 @@ def read_large(file: Path) -> bytes:
     """Read a whole file of weights (safetensors) or of optimizer state (zip).
 
     Raises:
-        OSError: As ``opened`` and ``read_stream``.
+        OSError: See ``opened`` and ``read_stream``.
     """
     with opened(file, MOST_WEIGHTS) as stream:
         return read_stream(stream, file)
@@ -82,7 +82,7 @@ def read_json(file: Path) -> Any:
 
     Raises:
         FileNotFoundError: There is no such file.
-        OSError: As ``opened``.
+        OSError: See ``opened``.
         ValueError: Not JSON, not UTF-8, or nested too deeply.
     """
     return parse_json(read_bytes(file))
@@ -108,7 +108,7 @@ def settled(read: Callable[[], T], *manifests: Path) -> T:
         manifests: Files that are replaced whenever the others are.
 
     Raises:
-        SmallfryError: As ``read``; of the same kind, if they are replaced again and again.
+        SmallfryError: Any error of ``read``; also if the files are replaced again and again.
     """
     failure: SmallfryError | None = None
     is_settled = False

@@ -88,9 +88,9 @@ def decode(
     values, peak = decode_with_peak(encoded, where, size, channels, bit_depth or FULL_DEPTH)
     if bit_depth is None and -1 < peak < 2 ** (FULL_DEPTH - 1):
         warnings.warn(
-            "the bit depth of 16-bit images is not known: their values are taken for 0 to 65,535, "
-            "and some have none above 32,767, which come out dark; save them with 8 bits, or train "
-            "on such images, with --data.bit_depth",
+            "the bit depth of 16-bit images is unknown: values are assumed to span 0 to 65,535, "
+            "but some images stay below 32,767 and will be dark; save them with 8 bits, or train "
+            "on such images with --data.bit_depth",
             SmallfryWarning,
             stacklevel=2,
         )
@@ -109,14 +109,14 @@ def decode_with_peak(
             peak = _peak(image, where) if is_wide else -1
             if peak >= 0 and bit_depth < FULL_DEPTH and not image.mode.startswith("I"):
                 raise DataError(
-                    f"{where}: colour of 16 bits a channel is read by its upper 8, not of "
-                    f"{bit_depth} bits, the bit depth of its data set; save it with 8 bits"
+                    f"{where}: 16-bit colour is read by its upper 8 bits, but its data set has a "
+                    f"bit depth of {bit_depth}; save it with 8 bits"
                 )
             if peak >= 2**bit_depth:
                 raise DataError(
                     f"{where}: holds the value {peak:,}, and {2**bit_depth - 1:,} is the largest "
-                    f"of {bit_depth} bits, the bit depth of its data set; scale it as the others, "
-                    "or train with a larger --data.bit_depth"
+                    f"of {bit_depth} bits, the bit depth of its data set; scale it like the "
+                    f"others, or train with a larger --data.bit_depth"
                 )
             return Pixels(_fit(_eight_bit(image, where, bit_depth), size, channels), peak)
         except DataError:
@@ -129,7 +129,7 @@ def peak_of(encoded: Encoded, where: str) -> int:
     """Return the largest value of an image of more than 8 bits a channel; -1, undecoded, else.
 
     Raises:
-        DataError: As ``decode``.
+        DataError: See ``decode``.
     """
     with _open(encoded, where) as image:
         try:
@@ -203,7 +203,7 @@ def _image_in(stream: BinaryIO, where: str) -> Image.Image:
     except Exception as error:  # a stranger's bytes raise almost anything
         raise _damaged(where, error) from error
     if image is None:
-        raise DataError(f"{where}: not an image, or of a format that is not read")
+        raise DataError(f"{where}: not an image, or in an unsupported format")
     try:
         _require_bounded(image.width * image.height, where)
         _require_bounded(pixels_in_tile(image), where)

@@ -130,8 +130,8 @@ def _is_unread_picture(file: Path) -> bool:
 
 def _refuse(error: OSError) -> None:
     raise DataError(
-        f"{error.filename}: this folder can't be opened ({error.strerror}); permit that, or take "
-        "the folder away"
+        f"{error.filename}: this folder can't be opened ({error.strerror}); change its "
+        f"permissions, or remove the folder"
     ) from error
 
 

@@ -47,12 +47,12 @@ class Manifest:
         channels: 1 (grey) or 3 (RGB).
         mean: Per channel, on the scale 0 to 1.
         std: Standard deviation per channel.
-        bit_depth: Of training images of more than 8 bits a channel; None if there were none.
-        recursion_steps: Of a recursive model, else None.
-        exits: Where images may leave the recursion, from the most thrifty on.
-        calibrated_on: What the exits were measured on.
-        training: What the run measured, on what data, and how to get that again.
-        license: Of the weights, as an SPDX name; None if nothing was stated.
+        bit_depth: Bit depth of training images of more than 8 bits a channel; None without such.
+        recursion_steps: Recursion steps of a recursive model, else None.
+        exits: Early-exit points, from the fewest steps on.
+        calibrated_on: Data that the exits were measured on.
+        training: Measured figures of the run, with data and provenance.
+        license: License of the weights, as an SPDX name; None if not stated.
         source: SHA-256 of the weights that were exported.
         files: SHA-256 of every other file.
     """
@@ -89,7 +89,7 @@ class Manifest:
         """
         file = folder / MANIFEST
         if not folder.is_dir():
-            raise ExportError(f"{folder}: there is no such export folder{_hint(folder)}")
+            raise ExportError(f"{folder}: no such export folder{_hint(folder)}")
         try:
             content = read_json(file)
         except FileNotFoundError:
@@ -118,7 +118,7 @@ def require_free(folder: Path) -> None:
     """
     reason = obstacle(folder, "export", FILES, is_export)
     if reason is not None:
-        raise ExportError(f"{folder}: {reason}; name another folder")
+        raise ExportError(f"{folder}: {reason}; use another folder")
 
 
 def read_export(folder: Path) -> tuple[Manifest, dict[str, bytes]]:
@@ -127,7 +127,7 @@ def read_export(folder: Path) -> tuple[Manifest, dict[str, bytes]]:
     Another export may take its place meanwhile.
 
     Raises:
-        ExportError: As ``Manifest.read``; or a graph is missing, or not the one that the manifest
+        ExportError: See ``Manifest.read``; or a graph is missing, or not the one that the manifest
             was written for.
     """
     return settled(lambda: _read_export(folder), folder / MANIFEST)

@@ -72,7 +72,7 @@ def answers(
         image_size: Side that the images are brought to, in pixels.
         channels: 1 (grey) or 3 (RGB).
         top_k: Classes to name for each image, at most all.
-        bit_depth: Of images of more than 8 bits a channel; see ``smallfry_runtime.images.decode``.
+        bit_depth: Bit depth of 16-bit images; see ``smallfry_runtime.images.decode``.
     """
     images = iter(found)
     while chunk := list(islice(images, BATCH)):

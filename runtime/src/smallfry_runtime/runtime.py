@@ -108,7 +108,8 @@ class Runtime:
         if pixels.dtype != np.uint8 or pixels.shape[1:] != expected:
             raise DataError(
                 f"expected uint8 pixels of shape (images, {', '.join(map(str, expected))}), got "
-                f"{pixels.dtype} of shape {pixels.shape}; files and bytes are fitted by themselves"
+                f"{pixels.dtype} of shape {pixels.shape}; only files and bytes are resized "
+                f"automatically"
             )
         if batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, got {batch_size}")
@@ -159,21 +160,21 @@ class Runtime:
             UsageError: More than one of them, none that the export knows of, or no early exit.
         """
         if sum(given is not None for given in (budget, drop, threshold)) > 1:
-            raise UsageError("budget, drop and threshold are three ways to say one thing: give one")
+            raise UsageError("budget, drop and threshold exclude each other: give one")
         if budget is None and drop is None and threshold is None:
             return None
         if self.manifest.form != "anytime":
             raise UsageError(
-                "this export is one graph, which images can't leave early; export a recursive "
-                "model with --form anytime"
+                "this export is a single graph without early exit; export a recursive model with "
+                "--form anytime"
             )
         if threshold is not None:
             return require_threshold(threshold)
         exits = self.manifest.exits
         if not exits:
             raise UsageError(
-                "this export was not calibrated, so it knows no threshold for a budget or a drop; "
-                "give a threshold, or export the run where its validation images are"
+                "this export was not calibrated for a budget or a drop; give a threshold, or "
+                "export the run where its validation images are available"
             )
         if budget is not None:
             return most_accurate(exits, budget).threshold
@@ -183,7 +184,7 @@ class Runtime:
     def _decoded(self, images: Sequence[Readable]) -> NDArray[np.uint8]:
         """Decode encoded or Pillow images to pixels."""
         if isinstance(images, str | bytes | os.PathLike | Image.Image):
-            raise DataError("expected a list of images, got one: put it into a list")
+            raise DataError("expected a list of images, got a single one: put it in a list")
         manifest = self.manifest
         pixels = []
         for number, image in enumerate(images):
@@ -193,8 +194,8 @@ class Runtime:
                 name = str(image)
             elif not isinstance(image, bytes | Image.Image):
                 raise DataError(
-                    f"{name}: expected a path, bytes or an image of Pillow, got "
-                    f"{type(image).__name__}; pixels are given as one array for all images"
+                    f"{name}: expected a path, bytes or a Pillow image, got "
+                    f"{type(image).__name__}; pass pixels as one array for all images"
                 )
             size, channels = manifest.image_size, manifest.channels
             pixels.append(decode(image, name, size, channels, manifest.bit_depth))
@@ -272,7 +273,7 @@ class Runtime:
 
     def _unlike_manifest(self, graph: str, reason: str) -> ExportError:
         return ExportError(
-            f"the graph '{graph}' does not do what the export's manifest says ({reason}); export "
+            f"the graph '{graph}' contradicts the export's manifest ({reason}); export "
             "the run again"
         )
 
@@ -301,8 +302,8 @@ def _session(
     except Exception as error:  # ONNX Runtime raises its own kinds, without a common parent
         reason = " ".join(str(error).split())[:200]
         raise ExportError(
-            f"{file}: ONNX Runtime {ort.__version__} can't run it ({reason}); "
-            "a newer onnxruntime may, or export the run again"
+            f"{file}: ONNX Runtime {ort.__version__} can't run it ({reason}); install a newer "
+            f"onnxruntime, or export the run again"
         ) from error
 
 

@@ -35,9 +35,9 @@ def obstacle(
 
     Args:
         folder: The place.
-        kind: What may be replaced, in a word.
-        names: Of the files that it can have.
-        is_one: Whether a folder is of that kind.
+        kind: Kind of folder that may be replaced, in a word.
+        names: Names of its possible files.
+        is_one: Predicate for folders of that kind.
     """
     if not folder.is_dir():
         return "is there already and no folder" if os.path.lexists(folder) else None

@@ -24,7 +24,7 @@ def explain(
     """Format the message of an error.
 
     Args:
-        error: What jsonargparse raised.
+        error: Error of jsonargparse.
         arguments: The command line behind the verb.
         command: The verb, or verb and subcommand.
         options: The type of every option, by dotted name.

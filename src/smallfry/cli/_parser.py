@@ -67,7 +67,9 @@ def read(arguments: Sequence[str]) -> Command:
     parsed = _parsed(form, rest, " ".join(words))
     for preset in choice.presets if choice else ():
         if parsed[preset] and preset not in presets:
-            raise UsageError(f"a file can't set {preset}; give it on the command line: --{preset}")
+            raise UsageError(
+                f"{preset} can't be set in a file; give it on the command line: --{preset}"
+            )
     marked = {entry.metadata.get(ROLE): entry for entry in fields(form.kind)}
     special: dict[str | None, Any] = {"choice": words[-1]}
     if "given" in marked and parsed[marked["given"].metadata["beside"]] is not None:
@@ -126,8 +128,8 @@ def _subcommand(
 
     Args:
         arguments: The command line behind ``before``.
-        kind: What the subcommands are, such as "verb".
-        purposes: What each is for; empty is that of the verb's module.
+        kind: Name for the kind of subcommands, such as "verb".
+        purposes: Purpose of each subcommand; if empty, that of the verb's module.
         before: The verb.
     """
     for position, argument in enumerate(arguments):
@@ -140,7 +142,7 @@ def _subcommand(
         elif argument != "--debug":
             command = " ".join(("smallfry", *before))
             raise UsageError(
-                f"{command} has no option '{argument.lstrip('-')}'; {command} --help lists them"
+                f"{command} has no option '{argument.lstrip('-')}'; see {command} --help"
             )
     raise UsageError(f"expected a {kind}: {', '.join(purposes)}")
 
@@ -314,7 +316,7 @@ def _configuration(parser: ArgumentParser, parsed: Namespace, kind: type) -> Any
     hints = get_type_hints(kind)
     for name, expected in hints.items():
         if is_dataclass(expected) and not isinstance(parsed[name], Namespace | dict):
-            raise UsageError(f"{name}: expected settings by their names, got '{parsed[name]}'")
+            raise UsageError(f"{name}: expected named settings, got '{parsed[name]}'")
     try:
         built = parser.instantiate(parsed)
         return kind(**{name: built[name] for name in hints})

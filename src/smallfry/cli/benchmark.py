@@ -17,8 +17,8 @@ class Options(AsJson):
     Args:
         models: Runs, shared folders, or exports.
         folder: Folder of the report; default exports/benchmark-NAME.
-        settings: The measurement.
-        data: Other data than that of the runs.
+        settings: Settings of the measurement.
+        data: Data to use instead of the runs' own.
     """
 
     models: tuple[str, ...]

@@ -20,8 +20,8 @@ class Options(EarlyExit, AsJson, OneRun):
     """Evaluate a trained model, by default on the test split of its data.
 
     Args:
-        split: The split.
-        data: Other data than that of the run.
+        split: Split to evaluate.
+        data: Data to use instead of the run's own.
     """
 
     split: Literal["train", "validation", "test"] = "test"

@@ -17,7 +17,7 @@ class Options(AsJson):
     """List smallfry's models with their cost per image.
 
     Args:
-        pattern: Such as 'vitrm_*'.
+        pattern: Pattern of names, such as 'vitrm_*'.
         json: Print one JSON object per line.
     """
 

@@ -21,7 +21,7 @@ class Options(EarlyExit, AsJson, OneRun):
     Args:
         inputs: Image files, folders, globs, or - for an image or a list of files on standard input.
         exit_threshold: Exit at this halting probability.
-        top_k: Classes to name per image.
+        top_k: Number of classes to print per image.
     """
 
     inputs: tuple[str, ...]
@@ -65,7 +65,7 @@ def _answers(options: Options, images: Iterable[Found]) -> Iterable[Answer]:
 
     if options.exit_drop is not None or options.exit_steps is not None:
         raise UsageError(
-            "only an export has the thresholds of exit_drop and exit_steps; evaluate the run with "
-            "this option to find the threshold, then predict with --exit_threshold"
+            "exit_drop and exit_steps need an export's calibrated thresholds; evaluate the run "
+            "with this option to find the threshold, then predict with --exit_threshold"
         )
     return classify(load_trained(options.run, options.checkpoint), images, options.top_k, threshold)

@@ -18,10 +18,10 @@ class Options:
     """Reproduce one of the papers' comparisons; run the same command again to resume.
 
     Args:
-        study: The comparison.
+        study: Study to run.
         folder: Folder of the runs and the report; default studies/STUDY-…
-        short: Take minutes instead of hours, to try it.
-        settings: The settings of the comparison.
+        short: Run a short form, in minutes instead of hours.
+        settings: Settings of the study.
     """
 
     study: str = choice_of(CHOICES)

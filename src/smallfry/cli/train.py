@@ -19,11 +19,11 @@ class Options:
     """Train a model; without options, a ViTRM on handwritten digits.
 
     Args:
-        resume: Resume an interrupted run exactly; --epochs N lengthens it.
-        processes: Train in so many processes on this machine, such as one for each GPU; to train
-            on several machines, start the command with torchrun or SLURM instead.
-        settings: The settings of a new run.
-        given: Settings given beside --resume.
+        resume: Resume an interrupted run exactly; --epochs N extends it.
+        processes: Number of processes on this machine, such as one per GPU; for several machines,
+            start the command with torchrun or SLURM instead.
+        settings: Settings of a new run.
+        given: Settings given with --resume.
     """
 
     resume: str | None = option(metavar="RUN")

@@ -32,10 +32,10 @@ def apply(
     """Compress a trained model without training.
 
     Args:
-        trained: As ``smallfry.load`` gives it; left as it is.
+        trained: Result of ``smallfry.load``; unchanged.
         methods: Settings, in the order of their stages.
         data: To calibrate with, as ``smallfry.data.load_data`` gives it; random pixels without it.
-        seed: Of what is random.
+        seed: Random seed.
 
     Returns:
         The compressed model, whose ``save`` writes a run folder.
@@ -79,7 +79,7 @@ def apply_to_model(
         spec: Its identity, for the spec of the result.
         example: A batch of inputs; needed by methods that cut channels or calibrate.
         batches: More inputs to calibrate with.
-        seed: Of what is random.
+        seed: Random seed.
 
     Returns:
         The compressed model in evaluation mode, and its spec.
@@ -90,8 +90,7 @@ def apply_to_model(
     training = [each.name for each in methods if each.trains]
     if training:
         raise UsageError(
-            f"'{training[0]}' acts while a model trains: take compress.Session in a loop of your "
-            "own"
+            f"'{training[0]}' acts during training: use compress.Session in your own loop"
         )
     small = deepcopy(model).eval()
     inputs = torch.empty(0) if example is None else example
@@ -120,7 +119,7 @@ class Session:
         steps: Optimizer steps there will be.
         spec: Identity of the model, for the spec of the result.
         batches: Inputs to calibrate with.
-        seed: Of what is random.
+        seed: Random seed.
 
     Example:
         >>> import timm, torch, smallfry

@@ -51,5 +51,5 @@ def chosen(
         raise UsageError(f"the model has no {what} left")
     if not found:
         hint = nearest(include[0], names) if include else ""
-        raise UsageError(f"include {list(include)} without {list(exclude)} is no {what}{hint}")
+        raise UsageError(f"include {list(include)} without {list(exclude)} matches no {what}{hint}")
     return found

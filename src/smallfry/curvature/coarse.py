@@ -58,7 +58,7 @@ def fine_level(
     """Gather the inputs of the coarse solve.
 
     Args:
-        rows: What the blocks saw of one batch.
+        rows: Rows of the blocks, from one batch.
         gradient: u, a matrix for each block.
         solution: z₁, a matrix for each block.
         damping: λ, positive: of each block, or of all.
@@ -141,7 +141,7 @@ def spectral(eigen: Mapping[K, tuple[Eigen, Eigen]]) -> list[dict[K, Tensor]]:
     """Build the eigenvectors of A ⊗ G with the smallest eigenvalue, one per block.
 
     Args:
-        eigen: Of A and of G, ascending as ``kronecker.eigendecompose`` gives them.
+        eigen: Decompositions of A and of G, ascending as from ``kronecker.eigendecompose``.
     """
     rows = []
     for key, (a, g) in eigen.items():

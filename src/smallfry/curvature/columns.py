@@ -117,7 +117,7 @@ def bordered(own: Tensor, edge: Tensor, corner: Tensor) -> Tensor:
     """Extend the Gram matrix of samples by stored matrices.
 
     Args:
-        own: Of samples.
+        own: Gram matrix of the samples.
         edge: ⟨R, x xᵀ⟩ = xᵀ R x, (groups, stored, samples), float64.
         corner: ⟨R, R'⟩, (groups, stored, stored), float64.
     """

@@ -97,7 +97,7 @@ class Joint(Likelihood):
         """Return the weights for the output's own part; a mapping is keyed by part."""
         key, part, z, own = self._part_of(outputs, index)
         if not isinstance(given, Mapping) or key not in given:
-            raise ValueError(f"expected a mapping with weights of every part, also of '{key}'")
+            raise ValueError(f"expected a mapping with weights for every part, including '{key}'")
         return part.given_weights(z, own, given[key])
 
     def _part_of(self, outputs: Outputs, index: int) -> tuple[Any, Likelihood, Outputs, int]:
@@ -114,7 +114,7 @@ class Joint(Likelihood):
         found = [part.mean_factor(z) for part, z in self._each(outputs)]
         if max(found) > (1 + 1e-9) * min(found):
             raise UsageError(
-                "loss_scale='mean' is another number for each part of this output "
+                "loss_scale='mean' differs between the parts of this output "
                 f"({', '.join(f'{number:.4g}' for number in found)}): give one number"
             )
         return found[0]
@@ -161,7 +161,7 @@ class FromDistribution(Likelihood):
         leaves, self._structure = tree_flatten(output)
         chosen = [isinstance(t, Tensor) and t.is_floating_point() for t in leaves]
         if not any(chosen):
-            raise UsageError("the model's output has no floating tensor to make a density of")
+            raise UsageError("the model's output has no floating-point tensor for a density")
         # the structure is kept, the tensors are not: they would keep the graph alive
         self._leaves = [None if c else leaf for c, leaf in zip(chosen, leaves, strict=True)]
         self._chosen = chosen
@@ -198,8 +198,8 @@ class FromDistribution(Likelihood):
             found = kl_divergence(old, new)
         except NotImplementedError:
             raise UsageError(
-                f"torch.distributions has no kl_divergence of {type(old).__name__}: it can be "
-                "given one with register_kl"
+                f"torch.distributions has no kl_divergence of {type(old).__name__}; add one with "
+                f"register_kl"
             ) from None
         return found.reshape(len(before[0]), -1).sum(1)
 
@@ -252,7 +252,7 @@ def as_likelihood(
     if callable(given):
         return FromDistribution(given)
     raise UsageError(
-        f"a likelihood is a name ({', '.join(NAMED)}), a mapping from parts of the output to "
+        f"a likelihood must be a name ({', '.join(NAMED)}), a mapping from parts of the output to "
         f"likelihoods, or a function to a torch.distributions object, not {type(given).__name__}"
     )
 
@@ -264,6 +264,6 @@ def _part(output: Any, key: str | int) -> Any:
         return output[key]
     except (KeyError, IndexError, TypeError):
         raise UsageError(
-            f"the likelihood names part '{key}' of the model's output, which is a "
-            f"{type(output).__name__} without it"
+            f"the likelihood refers to part '{key}' of the model's output, which is a "
+            f"{type(output).__name__} without that part"
         ) from None

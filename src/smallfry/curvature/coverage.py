@@ -252,7 +252,7 @@ def _excluded(model: nn.Module, patterns: Iterable[str]) -> set[str]:
         matches = [p for p in paths if fnmatchcase(p, pattern)]
         if not matches:
             raise UsageError(
-                f"exclude names '{pattern}', but the model has no such module"
+                f"exclude contains '{pattern}', but the model has no such module"
                 f"{nearest(pattern, paths)}"
             )
         found.update(p for p in paths for m in matches if p == m or p.startswith(f"{m}."))
@@ -267,7 +267,7 @@ def _why_not(model: nn.Module, path: str, module: nn.Module, excluded: set[str])
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters(False)):
         raise UsageError(
             f"layer '{path}' ({name}) is lazy and has no shape yet: call the model once before "
-            "the optimizer is built"
+            f"building the optimizer"
         )
     if can_spell_out(module) or is_recurrent(module):
         return None

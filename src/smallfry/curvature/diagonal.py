@@ -24,7 +24,7 @@ def basis_second_moments(rows: Rows, qa: Tensor, qg: Tensor, chunk: int = 64) ->
     W is the whole gradient of a sample, so that this is exact for shared weights too.
 
     Args:
-        rows: What the block saw.
+        rows: Rows of the block.
         qa: U, (groups, inputs, kept).
         qg: V, (groups, outputs, kept).
         chunk: Samples at a time whose gradients are formed, where weights are shared.

@@ -39,7 +39,7 @@ def numbers_of(
         module: The embedding.
         inputs: Numbers, with a last dimension of size 1.
         samples: That the network saw.
-        place: Of the samples: "first" dimension, "second", "none", or "together" for rows that all
+        place: Dimension of the samples: "first", "second", "none", or "together" for rows that all
             samples use.
         kept: Index of the uses wanted; None for all.
     """
@@ -81,9 +81,9 @@ def levelled(
     and gradients, were independent.
 
     Args:
-        tied: Of each call, whether it is the embedding's.
-        inputs: Of each call, (1, samples, uses, inputs).
-        gradients: Of each call, (1, draws, samples, uses, outputs).
+        tied: For each call, True if it is the embedding's.
+        inputs: Inputs of each call, (1, samples, uses, inputs).
+        gradients: Gradients of each call, (1, draws, samples, uses, outputs).
     """
     means = []
     for which in (True, False):

@@ -25,7 +25,7 @@ def projections(rows: Rows, x: Tensor) -> Tensor:
     """Compute Jᵀ x = ⟨W, X⟩ for every draw and sample, (draws · samples,).
 
     Args:
-        rows: What a block saw.
+        rows: Rows of a block.
         x: (groups, outputs, inputs).
     """
     mapped = torch.einsum("hnti,hoi->hnto", rows.inputs, x)
@@ -36,7 +36,7 @@ def combine(rows: Rows, coefficients: Tensor) -> Tensor:
     """Compute J v = Σ v_kn W_kn, (groups, outputs, inputs).
 
     Args:
-        rows: What a block saw.
+        rows: Rows of a block.
         coefficients: (draws · samples,), in the order of ``projections``.
     """
     v = coefficients.reshape(rows.gradients.shape[1], rows.samples)
@@ -77,7 +77,7 @@ def fisher_product(rows: Mapping[K, Rows], x: Mapping[K, Tensor]) -> dict[K, Ten
     """Multiply x by the whole-network Fisher, blocks coupled.
 
     Args:
-        rows: What the blocks saw, of the same batch.
+        rows: Rows of the blocks, from the same batch.
         x: A matrix for each block.
     """
     samples = _samples(rows)

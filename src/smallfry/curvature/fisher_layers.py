@@ -35,7 +35,7 @@ class FisherLayer(nn.Module):
 
     Args:
         block: The block of one layer that it stands for.
-        metric: Of that layer.
+        metric: Metric of that layer.
     """
 
     input_root: Tensor
@@ -160,9 +160,9 @@ def _fisher_layer(
     block = blocks[name]
     if len(block.layers) > 1:
         shared = ", ".join(block.layers)
-        raise UsageError(f"the weight of layer '{name}' belongs to several layers ({shared})")
+        raise UsageError(f"the weight of layer '{name}' is shared by several layers ({shared})")
     if len(list(block.module.parameters())) > len(block.parameters):
-        raise UsageError(f"layer '{name}' has frozen parameters, or a bias that others have too")
+        raise UsageError(f"layer '{name}' has frozen parameters, or a shared bias")
     return FisherLayer(block, metric)
 
 

@@ -172,7 +172,7 @@ def golub_kahan(
         tolerance: On ‖Zᵀu − σv‖ / σ₁ of each.
         locked: Triplets already known: those that come after them are looked for.
         steps: Blocks in a basis, after which the search starts again from the best vectors.
-        restarts: How often; the last result is returned with its residual, converged or not.
+        restarts: Maximum number of restarts; the last result is returned even if not converged.
 
     Returns:
         ``rank`` triplets, without the locked ones.

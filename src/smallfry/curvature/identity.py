@@ -34,8 +34,8 @@ def samples_of(
 
     Args:
         layers: The modules called, and the shapes of their inputs.
-        size: Of the first dimension of the network's output.
-        arguments: What the network was called with.
+        size: First dimension of the network's output.
+        arguments: Arguments of the network's call.
     """
 
     def fitting(samples: int) -> int:
@@ -57,7 +57,7 @@ def padded(module: nn.Module, tensor: Tensor, samples: int) -> Tensor:
     Args:
         module: The layer.
         tensor: (…, features) of a linear layer, else (batch, channels, …).
-        samples: How many there are.
+        samples: Number of samples.
     """
     if is_linear(module):
         tensor = tensor.reshape(-1, tensor.shape[-1])
@@ -88,7 +88,7 @@ def own_share(gradients: Tensor, sample: int) -> float | None:
 
     Args:
         gradients: In canonical form, (groups, samples, uses, outputs).
-        sample: Which one.
+        sample: Index of the sample.
 
     Returns:
         By squares; None where nothing comes back.

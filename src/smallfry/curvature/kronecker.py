@@ -118,7 +118,7 @@ def damped_inverse(factor: Tensor, damping: Tensor) -> Inverse:
                 if bool(inverse.isfinite().all()):
                     return Inverse(inverse.to(factor.dtype), raised)
         raised *= 10.0
-    raise NotFiniteError("a Kronecker factor can't be inverted, however damped")
+    raise NotFiniteError("a Kronecker factor can't be inverted with any damping")
 
 
 def split_damping(mean_a: Tensor, mean_g: Tensor, damping: float) -> tuple[Tensor, Tensor]:

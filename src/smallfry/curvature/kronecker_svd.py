@@ -61,9 +61,9 @@ def nearest_terms(
     indefinite in general. Signs are such that trace R ≥ 0.
 
     Args:
-        rows: What the block saw of a batch.
-        rank: How many products; those beyond the operator's rank are zero.
-        stored: What is kept of earlier batches, with any number of terms.
+        rows: Rows of the block in a batch.
+        rank: Number of products; those beyond the operator's rank are zero.
+        stored: Stored terms of earlier batches, any number of them.
         keep: Their weight, from 0 to 1; 0 without ``stored``.
         solver: "deflation" finds the first triplet, then the others orthogonally to it;
             "lanczos" all from one Krylov space; "full" factors the Gram matrices completely,
@@ -101,14 +101,14 @@ def kfac_correction(
     exactly where KFAC's independence holds.
 
     Args:
-        rows: What the block saw of a batch.
-        rank: How many products.
+        rows: Rows of the block in a batch.
+        rank: Number of products.
         a: KFAC's A before this batch, (groups, inputs, inputs); counts with ``keep`` only.
         g: KFAC's G before this batch, (groups, outputs, outputs).
         stored: The correction before this batch.
         keep: Weight of what was before.
-        solver: As in ``nearest_terms``.
-        tolerance: As in ``nearest_terms``.
+        solver: See ``nearest_terms``.
+        tolerance: See ``nearest_terms``.
 
     Raises:
         NotFiniteError: The rows, the factors or the stored terms are not finite.

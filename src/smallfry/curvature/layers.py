@@ -88,9 +88,9 @@ def canonical_inputs(
 
     Args:
         module: A covered layer.
-        inputs: What it was called with.
-        outputs: What it returned, or the gradient there; only its shape counts.
-        samples: How many samples the network saw.
+        inputs: Inputs of the call.
+        outputs: Outputs of the call, or their gradient; only the shape is used.
+        samples: Number of samples in the network's batch.
         kept: Index of the uses wanted; None for all.
 
     Returns:
@@ -123,7 +123,7 @@ def canonical_gradients(module: nn.Module, gradients: Tensor, samples: int) -> T
     Args:
         module: A covered layer.
         gradients: Gradient at what it returned.
-        samples: How many samples the network saw.
+        samples: Number of samples in the network's batch.
 
     Raises:
         UsageError: No dimension of the gradients can be the samples.
@@ -158,9 +158,9 @@ def _repeats(leading: int, samples: int, layer: str) -> int:
     """Count the rows of the leading dimension per sample, such as windows."""
     if leading % samples:
         raise UsageError(
-            f"a {layer} was called on {leading} rows while the network saw {samples} samples: "
-            "which row belongs to which sample can't be told; expected the samples, or a multiple "
-            "of them, in the first dimension (or the second, behind a sequence). "
+            f"a {layer} was called on {leading} rows while the network saw {samples} samples, so "
+            f"rows can't be assigned to samples; expected the samples, or a multiple "
+            "of them, in the first dimension (or the second, after a sequence). "
             "Exclude the layer: exclude=[name]"
         )
     return leading // samples

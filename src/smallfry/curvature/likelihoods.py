@@ -73,8 +73,8 @@ class Likelihood(ABC):
 
         Args:
             outputs: All outputs.
-            index: Of the one.
-            gradient: Of the training loss there, as the backward pass brought it: its precision is
+            index: Index of this output.
+            gradient: Gradient of the training loss there, as computed by autograd: its precision is
                 that of the output.
 
         Returns:
@@ -102,7 +102,7 @@ class Likelihood(ABC):
         Args:
             before: Outputs.
             after: Other outputs.
-            weights: Of rows, broadcastable to each output; None for ones.
+            weights: Row weights, broadcastable to each output; None for ones.
         """
         raise self._unable("adaptive damping")
 
@@ -115,9 +115,9 @@ class Likelihood(ABC):
         """Count the targets per sample; the allowed divergence is per target.
 
         Args:
-            outputs: Of the model.
-            gradients: Of each sample's own negative log-likelihood, there.
-            weights: Of rows, as in ``divergence``: a target counts by that of its row.
+            outputs: Outputs of the model.
+            gradients: Gradients of each sample's own negative log-likelihood at the outputs.
+            weights: Row weights, as in ``divergence``: a target counts by that of its row.
         """
         return 1.0
 
@@ -132,8 +132,8 @@ class Likelihood(ABC):
     def _unable(self, what: str) -> UsageError:
         return UsageError(
             f"{what} needs a categorical, bernoulli or gaussian likelihood, not "
-            f"{type(self).__name__}; take fisher='mc', a number for loss_scale, and neither "
-            "adaptive damping nor the quadratic model"
+            f"{type(self).__name__}; use fisher='mc', a number for loss_scale, and neither "
+            f"adaptive damping nor the quadratic model"
         )
 
 
@@ -160,7 +160,7 @@ class Categorical(_Family):
         dim: Dimension of the classes: -1 is (samples, …, classes), 1 what ``F.cross_entropy``
             takes for (samples, classes, positions). None finds out which of the two it is: there
             the loss's gradient adds up to zero.
-        hard: Whether targets are certain classes, so that a row's gradient gives its weight; False
+        hard: True if targets are certain classes, so that a row's gradient gives its weight; False
             for label smoothing and mixed targets, whose rows weigh the same. None finds out, for
             three classes or more; of two, rows of different weight are taken for soft targets.
     """
@@ -272,13 +272,13 @@ class Bernoulli(_Family):
     Args:
         inputs: "logits" (``binary_cross_entropy_with_logits``), or "probabilities" for a model
             with the sigmoid inside (``binary_cross_entropy``).
-        hard: Whether targets are 0 or 1, so that the gradient at an output gives its weight
+        hard: True if targets are 0 or 1, so that the gradient at an output gives its weight
             (``weight``, ``pos_weight``). False takes all outputs with a gradient for alike.
     """
 
     def __init__(self, inputs: str = "logits", hard: bool = False) -> None:
         if inputs not in ("logits", "probabilities"):
-            raise UsageError(f"Bernoulli takes 'logits' or 'probabilities', not '{inputs}'")
+            raise UsageError(f"Bernoulli accepts 'logits' or 'probabilities', not '{inputs}'")
         self.inputs, self.hard = inputs, hard
 
     def row_weights(self, outputs: Outputs, index: int, gradient: Tensor) -> RowWeights | None:
@@ -299,7 +299,7 @@ class Bernoulli(_Family):
         if bool(((z < 0) | (z > 1)).any()):
             raise UsageError(
                 "the likelihood bernoulli of probabilities got model outputs outside 0 … 1; "
-                "if the model gives logits, take likelihood='bernoulli'"
+                "if the model returns logits, use likelihood='bernoulli'"
             )
         return z
 
@@ -366,14 +366,16 @@ class Gaussian(_Family):
     Nothing in a gradient tells the scale of such a loss, so it goes unchecked.
 
     Args:
-        variance: Of the targets around the outputs.
-        masked: Whether outputs without a gradient are those that the loss leaves out. Else they
+        variance: Variance of the targets around the outputs.
+        masked: True if outputs without a gradient are masked out of the loss. Otherwise they
             may be those that meet their targets exactly.
     """
 
     def __init__(self, variance: float = 1.0, masked: bool = False) -> None:
         if not variance > 0:
-            raise UsageError(f"the variance of a gaussian likelihood is positive, not {variance}")
+            raise UsageError(
+                f"the variance of a gaussian likelihood must be positive, not {variance}"
+            )
         self.variance, self.masked = variance, masked
 
     def row_weights(self, outputs: Outputs, index: int, gradient: Tensor) -> RowWeights | None:

@@ -68,7 +68,7 @@ def average(
         rows: (groups, rows, size), weighted so that rowsᵀ rows is the batch's factor.
         keep: Share of the old.
         rank: Pairs to keep, less than size.
-        generator: Of the directions in which new eigenvectors are looked for.
+        generator: Generator of the initial directions of the eigenvector search.
 
     Raises:
         NotFiniteError: A row is not finite.
@@ -107,7 +107,7 @@ class Average(NamedTuple):
         Args:
             basis: From ``basis``.
             product: rowsᵀ rows times it.
-            trace: Of rowsᵀ rows, (groups,).
+            trace: Trace of rowsᵀ rows, (groups,).
         """
         total = trace if self.old is None else trace * (1 - self.keep) + self.keep * self.old.trace
         return _pairs(basis, self._whole(basis, product), total, self.rank)
@@ -135,7 +135,7 @@ def compress(
     Args:
         matrix: (groups, size, size), positive semi-definite unless ``signed``.
         rank: Pairs to keep.
-        generator: Of the directions in which eigenvectors are looked for.
+        generator: Generator of the initial directions of the eigenvector search.
         near: A matrix that has almost the same leading eigenvectors.
         signed: Keep the largest by size, whatever their sign, and nothing of the rest.
 
@@ -165,11 +165,11 @@ def leading_pairs(
 
     Args:
         product: The matrix times (groups, size, columns).
-        trace: Of the matrix, (groups,).
+        trace: Trace of the matrix, (groups,).
         size: Its size.
         rank: Pairs to keep, less than size.
         start: Vectors near the leading ones, (groups, size, any); None for random ones.
-        generator: Of further random ones.
+        generator: Generator of additional random directions.
         signed: Keep the largest by size, whatever their sign, and nothing of the rest.
     """
     first = _directions(len(trace), size, rank, start, generator, trace)

@@ -50,13 +50,13 @@ def nearest_pairs(
     """Find the nearest sum of ``count`` products to keep · Σ stored + (1 − keep) F, at low rank.
 
     Args:
-        rows: What the block saw of a batch, with one use per sample.
+        rows: Rows of the block in a batch, with one use per sample.
         kept: Eigenpairs of the inputs' and of the outputs' matrices; None keeps them whole.
-        generator: Of the directions in which eigenvectors are looked for.
+        generator: Generator of the initial directions of the eigenvector search.
         count: Products.
-        stored: What is kept of earlier batches.
+        stored: Stored sum of earlier batches.
         keep: Their weight, from 0 to 1.
-        solver: As in ``nearest_terms``.
+        solver: See ``nearest_terms``.
 
     Raises:
         NotFiniteError: The rows or the stored products are not finite.

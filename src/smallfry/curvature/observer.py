@@ -49,10 +49,10 @@ class Observer:
         root: The module whose call is a training forward pass; a compiled one runs
             uncompiled while it is observed.
         taps: The layers to tap.
-        likelihood: What the model's output says of targets.
+        likelihood: Density of the targets given the model's output.
         fisher: "mc", "exact" or "empirical"; "none" takes inputs alone.
         draws: Sampled targets per sample, for "mc".
-        generator: Where they are drawn from.
+        generator: Generator of the sampled targets.
         wanted: Asked at each forward pass: "taps", "outputs", "sizes" of these alone, or "" for
             nothing; a method, held weakly: an owner that is gone wants nothing.
         begin_draw: Called with the number of an observation in its step before targets are drawn,
@@ -71,9 +71,9 @@ class Observer:
         begin_draw: Callable[[int], None],
     ) -> None:
         if fisher not in FISHERS:
-            raise UsageError(f"fisher is one of {', '.join(FISHERS)}, not '{fisher}'")
+            raise UsageError(f"fisher must be one of {', '.join(FISHERS)}, not '{fisher}'")
         if draws < 1:
-            raise UsageError(f"draws is at least 1, not {draws}")
+            raise UsageError(f"draws must be at least 1, not {draws}")
         self.root, self.taps, self.likelihood = root, taps, likelihood
         self.fisher, self.draws, self.generator = fisher, draws, generator
         self._wanted, self._begin_draw = weakref.WeakMethod(wanted), weakref.WeakMethod(begin_draw)
@@ -142,7 +142,7 @@ class Observer:
         """Use the gradients of the caller's own backward pass, for the empirical Fisher.
 
         Args:
-            observations: Of all micro-batches.
+            observations: Observations of all micro-batches.
             factor: The sum over samples of the negative log-likelihood, over the training loss.
         """
         unit = factor / self.grad_scale()
@@ -274,7 +274,7 @@ class Observer:
         if seen.outputs[root.which]._version != root.version:
             raise UsageError(
                 "the model's output was overwritten in place after the forward pass, so its "
-                "curvature can't be taken: make that operation not in-place"
+                "curvature can't be computed: avoid that in-place operation"
             )
         with torch.no_grad():
             seen.weights[root.which] = self._weights(seen, root.which, gradient)

@@ -36,7 +36,7 @@ def frequencies(rows: Rows, size: int) -> Tensor:
 
     Args:
         rows: Numbered inputs, (1, samples, uses, 1); negative for zeros.
-        size: Of the one-hot inputs.
+        size: Size of the one-hot inputs.
     """
     numbers = rows.inputs[0, :, :, 0]
     weights = torch.ones_like(numbers) if rows.weights is None else rows.weights.to(numbers)
@@ -50,8 +50,8 @@ def row_sums(rows: Rows, size: int, whole: bool) -> RowSums:
 
     Args:
         rows: Numbered inputs.
-        size: Of the one-hot inputs.
-        whole: Whether uses of one row by one sample are added up, or count as samples.
+        size: Size of the one-hot inputs.
+        whole: True to add up a sample's uses of one row, False to count them as samples.
     """
     gradients = rows.gradients[0]  # (draws, samples, uses, outputs)
     draws, samples, uses, _ = gradients.shape
@@ -86,8 +86,8 @@ def nearest_product(
     iteration, begun at the sum of all. All of a and S's eigenvalues stay at 0 or above.
 
     Args:
-        sums: Of the batch.
-        size: Of the one-hot inputs.
+        sums: Sums over the batch.
+        size: Size of the one-hot inputs.
         samples: In the batch.
         stored: An operator to average with.
         keep: Its share.

@@ -35,7 +35,7 @@ def common_weight(rho: Tensor, error: Tensor) -> float | None:
 
     Args:
         rho: ρ of each row.
-        error: What rounding may have put into each; rows with little of it decide.
+        error: Rounding error of each; rows with little of it decide.
     """
     rho, error = rho.double(), error.double()
     if rho.numel() == 0:
@@ -66,7 +66,7 @@ def read_weights(
         rho: ρ of each row, any number where unknown.
         counts: Rows with a gradient, of the same shape.
         certain: All targets are, so that ρ is known.
-        error: What rounding may have put into each ρ; default nothing.
+        error: Rounding error of each ρ; default none.
 
     Returns:
         None if no row counts.
@@ -110,7 +110,7 @@ def given_weights(weights: Tensor, output: Tensor, classes: int | None) -> RowWe
             f": expected {tuple(whole)}, or ({shape[0]},) for samples"
         )
     if not bool((weights.isfinite() & (weights >= 0)).all()) or not bool((weights > 0).any()):
-        raise ValueError("weights are finite, not negative, and not all zero")
+        raise ValueError("weights must be finite, non-negative, and not all zero")
     unit = float(values[values > 0].mean())
     return RowWeights((values / unit).to(output.dtype), unit, given=True)
 

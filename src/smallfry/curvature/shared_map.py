@@ -138,7 +138,7 @@ def shared_map(rows: Rows, share: float, stored: Products | None, weights: Tenso
     """Build the map of a batch and of stored products, in the cheaper of its two forms.
 
     Args:
-        rows: What the block saw.
+        rows: Rows of the block.
         share: Weight of the batch's own Fisher.
         stored: Products R_k ⊗ S_k.
         weights: (stored,), float64, of any sign.

@@ -18,7 +18,7 @@ def symmetric_product(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor
     Args:
         x: (groups, rows, size).
         y: (groups, rows, size).
-        out: Where to put it, (groups, size, size).
+        out: Output tensor, (groups, size, size).
 
     Returns:
         (groups, size, size), exactly symmetric.

@@ -62,8 +62,8 @@ def sampled_depth(split: EncodedSplit) -> int | None:
 def warn_of_unlike_images(where: str) -> None:
     """Warn of a split with more than 8 bits a channel where no training image has more."""
     warnings.warn(
-        f"{where}: has images of 16 bits a channel, and the training images have none: their "
-        "values are taken for 0 to 65,535; --data.bit_depth says otherwise",
+        f"{where}: has 16-bit images, unlike the training images: values are assumed to span 0 to "
+        f"65,535; set --data.bit_depth if not",
         SmallfryWarning,
         stacklevel=3,
     )
@@ -72,8 +72,8 @@ def warn_of_unlike_images(where: str) -> None:
 def _warn_of_a_guess(depth: int, of: str) -> None:
     if depth < FULL_DEPTH:
         warnings.warn(
-            f"{of} in images of 16 bits a channel are below {2**depth:,}, so they are taken for "
-            f"{depth} bits, white being {2**depth - 1:,}; if that is wrong, give --data.bit_depth",
+            f"{of} in 16-bit images are below {2**depth:,}, so {depth} bits are assumed, with "
+            f"white at {2**depth - 1:,}; if that is wrong, set --data.bit_depth",
             SmallfryWarning,
             stacklevel=3,
         )

@@ -59,7 +59,7 @@ def decoded(split: EncodedSplit, size: int, channels: int, bit_depth: int | None
         split: The split.
         size: Side that images are brought to, in pixels.
         channels: 1 (grey) or 3 (RGB).
-        bit_depth: Of images of more than 8 bits a channel; default the smallest usual one that
+        bit_depth: Bit depth of images of more than 8 bits; default the smallest usual one that
             has the values of all.
 
     Raises:
@@ -97,8 +97,8 @@ def decoded(split: EncodedSplit, size: int, channels: int, bit_depth: int | None
         kept = _map(file, shape)
     except OSError as error:
         raise DataError(
-            f"{folder}: decoded images can't be kept there ({error}); free space, or name "
-            "another folder in the environment variable SMALLFRY_CACHE"
+            f"{folder}: decoded images can't be cached there ({error}); free space, or set "
+            f"another folder in the environment variable SMALLFRY_CACHE"
         ) from error
     finally:
         if part is not None:
@@ -143,7 +143,7 @@ def _load(file: Path, shape: Sequence[int]) -> NDArray[np.uint8] | None:
         written = stream.read()
     if content_hash(images).encode() == written:
         return images
-    log.warning("%s: not as it was written (its hash differs); decoding the images again", file)
+    log.warning("%s: damaged (its hash differs); decoding the images again", file)
     return None
 
 

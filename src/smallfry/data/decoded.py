@@ -66,12 +66,12 @@ def decode_split(
     if unreadable and not skip_unreadable:
         more = f" and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
         raise DataError(
-            f"{unreadable[0].reason}{more}; mend or remove it, or leave such images out: "
-            "--data.skip_unreadable true"
+            f"{unreadable[0].reason}{more}; fix or remove it, or skip such images: "
+            f"--data.skip_unreadable true"
         )
     if unreadable:
         warnings.warn(
-            f"{len(unreadable)} unreadable images left out, the first: {unreadable[0].reason}",
+            f"{len(unreadable)} unreadable images skipped, the first: {unreadable[0].reason}",
             SmallfryWarning,
             stacklevel=3,
         )

@@ -38,7 +38,7 @@ def describe_duplicates(origin: str, splits: Sequence[Hashed], classes: Sequence
     """Describe images shared by two splits, and images with several labels.
 
     Args:
-        origin: Where the data is.
+        origin: Origin of the data.
         splits: Training, validation and test split, in this order.
         classes: Names of the classes.
     """

@@ -52,7 +52,7 @@ def read_faces(root: Path | None = None, label: str | None = None, seed: int = 0
         root: A folder with the photographs, or with a subfolder ``olivetti`` of them: parquet
             shards, or one folder per person. Without one, scikit-learn has them or fetches them.
         label: Name of the column that tells the person, where a table has several.
-        seed: Of the people in every split, and of all turns and zooms.
+        seed: Seed of the people in every split, and of all rotations and zooms.
 
     Raises:
         DataError: The photographs can't be reached, or are others than those.
@@ -68,7 +68,7 @@ def read_faces(root: Path | None = None, label: str | None = None, seed: int = 0
     ):
         raise DataError(
             f"{origin}: expected the Olivetti faces, {PHOTOGRAPHS} photographs of each of {total} "
-            f"people in one split, and found {len(people)} photographs of "
+            f"people in one split, but found {len(people)} photographs of "
             f"{len(np.unique(people))} people"
         )
     in_order = np.argsort(people, kind="stable")
@@ -144,8 +144,8 @@ def _fetch() -> tuple[str, NDArray[np.uint8], NDArray[np.int64]]:
         faces = fetch_olivetti_faces()
     except Exception as error:  # of the network, of a disk, or of a damaged file
         raise DataError(
-            f"faces: scikit-learn can't fetch the Olivetti faces ({type(error).__name__}); connect "
-            "this machine, or name a folder that holds them as parquet shards: --data.root DIR"
+            f"faces: scikit-learn can't download the Olivetti faces ({type(error).__name__}); go "
+            f"online, or pass a folder with their parquet shards: --data.root DIR"
         ) from error
     pixels = np.rint(255 * faces.images).astype(np.uint8)
     return "scikit-learn", pixels, faces.target.astype(np.int64)

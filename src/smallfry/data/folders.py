@@ -51,7 +51,7 @@ def read_folder(folder: Path, label: str | None = None, default_label: str | Non
     if shards:
         return read_parquet(folder, shards, label, default_label)
     if label is not None:
-        raise UsageError(f"data.label names a column of a table, and {folder} has class folders")
+        raise UsageError(f"data.label selects a column of a table, but {folder} has class folders")
     return read_class_folders(folder)
 
 
@@ -74,15 +74,15 @@ def read_class_folders(folder: Path) -> Source:
     classes = list(found[TRAIN])
     if not classes:
         raise DataError(
-            f"{train}: expected one folder per class with images in it, or parquet files, and "
-            "found neither"
+            f"{train}: expected one folder per class with images in it, or parquet files, but "
+            f"found neither"
         )
     empty = [each for each in found[TRAIN].values() if not each.images]
     if empty:
         there = _endings(empty[0].others)
         raise DataError(
-            f"{empty[0].path}: the class is empty{f', but for {there}' if there else ''}; put "
-            "images of a format that Pillow reads into it, or remove the folder"
+            f"{empty[0].path}: empty class folder{f', except for {there}' if there else ''}; add "
+            f"images in a format that Pillow reads, or remove the folder"
         )
     loose = [file for place in {folder, *places.values()} for file in _files_in(place)]
     _report_left_out(folder, [each for split in found.values() for each in split.values()], loose)
@@ -112,8 +112,9 @@ def _find_splits(folder: Path) -> dict[str, Path]:
         if others and all(_begins_like_a_split(path.name) for path in others):
             names = ", ".join(text_of(path.name) for path in others[:5])
             raise DataError(
-                f"{folder}: are {names} splits? then call them train, val and test, with one "
-                "folder per class in each; if they are classes, give one of them another name"
+                f"{folder}: unclear whether {names} are splits; if so, name them train, val and "
+                f"test, with one "
+                "folder per class in each; if they are classes, rename one of them"
             )
         return {TRAIN: folder}
     splits: dict[str, Path] = {}
@@ -123,7 +124,7 @@ def _find_splits(folder: Path) -> dict[str, Path]:
         if path in parted:
             splits[split] = path
     if TRAIN not in splits:
-        raise DataError(f"{folder}: there is a {min(splits)} folder, but no train folder beside it")
+        raise DataError(f"{folder}: found a {min(splits)} folder, but no train folder beside it")
     _tell_neighbours(folder, splits, others)
     return splits
 
@@ -135,11 +136,11 @@ def _tell_neighbours(folder: Path, splits: dict[str, Path], others: Sequence[Pat
     names = ", ".join(text_of(path.name) for path in others[:5])
     if len(splits) == 1 and others[0].name.lower() not in SPLIT_NAMES:
         raise DataError(
-            f"{splits[TRAIN]}: a class beside {names}, or the training split? for a class, give it "
-            f"another name; for a split, move {names} out of {folder}"
+            f"{splits[TRAIN]}: unclear whether this is a class like {names} or the training "
+            f"split; rename a class, or for a split move {names} out of {folder}"
         )
     warnings.warn(
-        f"{folder}: left out {names}: images in no class folder of a split",
+        f"{folder}: ignored {names}, with images outside the class folders of a split",
         SmallfryWarning,
         stacklevel=4,
     )
@@ -159,18 +160,18 @@ def _classes(folder: Path) -> dict[str, ClassFolder]:
     found: dict[str, ClassFolder] = {}
     for path in folders_in(folder):
         if is_artifact(os.listdir(path)):
-            log.info("left out %s, which smallfry wrote", path)
+            log.info("ignored %s, written by smallfry", path)
             continue
         each = ClassFolder(path, *list_folder(path))
         if each.skipped and not each.images and not unread_pictures(each.others):
-            log.info("left out %s, where only %s is", path, each.skipped[0].name)
+            log.info("ignored %s, which contains only %s", path, each.skipped[0].name)
             continue
         name = text_of(path.name)
         if name in found:
             raise DataError(
-                f"{folder}: two folders are the class '{name}', spelled in other bytes (composed "
+                f"{folder}: two folders have the class name '{name}' in different bytes (composed "
                 f"and decomposed Unicode, or Latin-1): {found[name].path.name!r} and "
-                f"{path.name!r}; make them one"
+                f"{path.name!r}; merge them"
             )
         found[name] = each
     return found
@@ -205,7 +206,7 @@ def _warn_of_broken_links(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if path.is_symlink() and not path.exists() and not is_hidden(path.name):
             warnings.warn(
-                f"{path}: a link to what is not there, left out; mend it, or take it away",
+                f"{path}: ignored a broken link; fix or remove it",
                 SmallfryWarning,
                 stacklevel=4,
             )
@@ -221,21 +222,21 @@ def _report_left_out(folder: Path, classes: Sequence[ClassFolder], loose: Sequen
     unread = unread_pictures(others)
     if unread:
         warnings.warn(
-            f"{folder}: {len(unread)} pictures left out, of formats or names that are not read: "
-            f"{_endings(unread)}, such as {unread[0]}; convert them, to JPEG or PNG",
+            f"{folder}: {len(unread)} pictures ignored, with unsupported formats or names: "
+            f"{_endings(unread)}, such as {unread[0]}; convert them to JPEG or PNG",
             SmallfryWarning,
             stacklevel=4,
         )
     rest = _endings(sorted({*others} - {*unread}))
     if rest:
-        log.info("%s: left out as no images: %s", folder, rest)
+        log.info("%s: ignored files that are not images: %s", folder, rest)
     skipped = Counter(text_of(path.name) for each in classes for path in each.skipped)
     if skipped:
         told = ", ".join(f"{count} {name}" for name, count in skipped.most_common(5))
-        log.info("%s: left out folders of a system or of smallfry: %s", folder, told)
+        log.info("%s: ignored folders of the system or of smallfry: %s", folder, told)
 
 
 def _endings(files: Sequence[Path]) -> str:
     """Count files by extension, the most frequent first: ``20 .heic, 1 .txt``."""
-    counts = Counter(file.suffix.lower() or "without an ending" for file in files)
+    counts = Counter(file.suffix.lower() or "without an extension" for file in files)
     return ", ".join(f"{count} {ending}" for ending, count in counts.most_common(5))

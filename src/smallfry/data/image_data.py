@@ -42,7 +42,7 @@ class ImageData:
 
     Args:
         name: The name or folder that was asked for.
-        origin: Where it was found.
+        origin: Source of the data.
         classes: Class names, in the order of the labels.
         image_size: Side of the images in pixels.
         channels: 1 for grey images, 3 for RGB.
@@ -141,7 +141,7 @@ class ImageData:
         kept = kept_without_duplicates(train, (validation, test), unambiguous=True)
         chosen = kept_without_duplicates(validation, (test,), unambiguous=False)
         log.info(
-            "%s: identical images left out: %d of training, %d of validation",
+            "%s: removed duplicate images: %d of training, %d of validation",
             self.origin,
             len(self.train) - len(kept),
             len(self.validation) - len(chosen),
@@ -166,7 +166,8 @@ class ImageData:
         foreign = [name for name, at in zip(self.classes, table, strict=True) if at == LACKING]
         if foreign:
             warnings.warn(
-                f"{self.origin}: left out images of {some_of(foreign)}, no class of the model",
+                f"{self.origin}: skipped images of {some_of(foreign)}, which the model does not "
+                f"have as a class",
                 SmallfryWarning,
                 stacklevel=3,
             )

@@ -58,16 +58,16 @@ def find_source(
         return _read(_find_folder(name, root), label, None, stream_above, skip_unreadable)
     if Path(name).is_dir() and root is None:
         warnings.warn(
-            f"'{name}' is taken for the data set of that name; the folder here is './{name}'",
+            f"'{name}' selects the data set of that name; for the folder use './{name}'",
             SmallfryWarning,
             stacklevel=3,
         )
     if root is not None and name in NO_ROOT:
-        raise UsageError(f"{name} {NO_ROOT[name]} and takes no data.root")
+        raise UsageError(f"{name} {NO_ROOT[name]} and does not use data.root")
     if root is not None:
         root = root.expanduser()
         if not root.is_dir():
-            raise DataError(f"data.root: there is no folder '{root}'")
+            raise DataError(f"data.root: no such folder '{root}'")
     if name == "digits":
         return read_digits()
     if name == "curves":
@@ -100,7 +100,7 @@ def _find_folder(name: str, root: Path | None) -> Path:
     folder = path_of(name)
     if root is not None:
         raise UsageError(
-            f"data.root goes with a named data set, not with the folder '{name}'"
+            f"data.root applies to named data sets, not to the folder '{name}'"
             f"{nearest(name, NAMED)}"
         )
     if not folder.is_dir():

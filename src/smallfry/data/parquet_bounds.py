@@ -51,7 +51,9 @@ def open_bounded(file: Path, columns: Iterable[str]) -> pq.ParquetFile:
         _require_loosely_packed(file, shard.metadata)
     leaves = [leaf for leaf in leaves if leaf.path.partition(".")[0] in wanted]
     if rows > MOST_ROWS:
-        raise DataError(f"{file}: has {rows:,} rows; at most {MOST_ROWS:,} are read: split it")
+        raise DataError(
+            f"{file}: has {rows:,} rows, more than the limit of {MOST_ROWS:,}: split it"
+        )
     lists = [leaf.path.partition(".")[0] for leaf in leaves if leaf.max_repetition_level]
     if lists:
         raise DataError(
@@ -70,7 +72,7 @@ def _require_loosely_packed(file: Path, footer: Any) -> None:
         if size > most:
             raise DataError(
                 f"{file}: row group {group} unpacks to {size / 1e9:,.1f} GB, over "
-                f"{MOST_EXPANSION} times the file; write it in smaller row groups"
+                f"{MOST_EXPANSION} times the file; rewrite it with smaller row groups"
             )
 
 

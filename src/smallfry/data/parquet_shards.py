@@ -74,7 +74,7 @@ def scan(file: Path, image: str, label: str, withheld: bool = False) -> Scanned:
             columns = features(file)
             lacking = [name for name in (image, label) if name not in columns]
             if lacking:
-                raise DataError(f"{file}: has no column '{lacking[0]}', as the first shard has")
+                raise DataError(f"{file}: has no column '{lacking[0]}', unlike the first shard")
             blocks = [_block(file, shard, i) for i in range(shard.num_row_groups)]
             names, codes = _labels(file, shard, label, columns[label], withheld)
             if sum(block.samples for block in blocks) != len(codes):
@@ -153,8 +153,9 @@ def _block(file: Path, shard: pq.ParquetFile, group: int) -> Block:
     size = max(0, found.total_byte_size)
     if size > MOST_BLOCK:
         raise DataError(
-            f"{file}: its row group {group} holds {size / 1e9:.1f} GB, and a row group is read "
-            f"whole; write row groups of at most {MOST_BLOCK / 1e9:.1f} GB, better of about 1,000 "
+            f"{file}: its row group {group} holds {size / 1e9:.1f} GB, but a row group must fit "
+            f"in memory; write row groups of at most {MOST_BLOCK / 1e9:.1f} GB, better of about "
+            f"1,000 "
             "rows"
         )
     return Block(found.num_rows, size)

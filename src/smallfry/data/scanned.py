@@ -64,6 +64,6 @@ def reached(file: Path) -> Iterator[None]:
         if not is_of_the_system(error):
             raise
         raise AccessError(
-            f"{file}: can't be read now ({str(error) or 'no memory is left'}); that may pass: try "
-            "again, and take the file away if it stays so"
+            f"{file}: can't be read now ({str(error) or 'no memory is left'}); try again, and "
+            f"remove the file if this persists"
         ) from error

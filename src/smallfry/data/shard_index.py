@@ -73,8 +73,8 @@ def find_shards(folder: Path) -> Found | None:
     packed = sorted(file for ending in COMPRESSED for file in folder.glob(ending))
     if packed and not inside:
         raise DataError(
-            f"{packed[0]}: a compressed tar file can't be read in pieces, and images are "
-            "compressed already; unpack it to a .tar, such as with gunzip"
+            f"{packed[0]}: a compressed tar file can't be read in pieces; unpack it to a .tar, "
+            f"e.g. with gunzip"
         )
     return None
 

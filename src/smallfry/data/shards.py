@@ -145,8 +145,8 @@ class ShardReader:
                 cell = cells[row - int(self.shards.starts[block])].as_py()
                 if cell is None:
                     raise DataError(
-                        f"{self.shards.locate(row)}: a label without an image in the table; images "
-                        "in files of their own are read with --data.stream false"
+                        f"{self.shards.locate(row)}: a label without an image in the table; for "
+                        f"images in separate files use --data.stream false"
                     )
                 if len(cell) > MOST_BYTES:
                     raise DataError(
@@ -177,8 +177,8 @@ class ShardReader:
         cells = parquet_shards.read_group(shards.files[shard], group, shards.column)
         if len(cells) != stop - start:
             raise DataError(
-                f"{shards.files[shard]}: row group {group} has {len(cells)} images, and "
-                f"{stop - start} when it was indexed; was the file changed meanwhile?"
+                f"{shards.files[shard]}: row group {group} has {len(cells)} images, but "
+                f"{stop - start} when indexed; the file may have changed since"
             )
         return _Held(cells, stop - start, int(shards.weights[block]))
 

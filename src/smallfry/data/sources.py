@@ -56,9 +56,9 @@ class EncodedSplit:
     Args:
         labels: (images,) class indices.
         read: The i-th image, as a file, as bytes, or as pixels (channels, height, width).
-        locate: Where the i-th image is, for messages.
+        locate: Description of the i-th image's position, for messages.
         fingerprint: Changes when the content does; "" where the images need no cache.
-        shards: Where the images are, if they can be read from there shard by shard.
+        shards: Shards of the images, if they can be read shard by shard.
         strangers: Classes that training lacks; their images are labelled ``LACKING``.
     """
 
@@ -99,8 +99,8 @@ def class_texts(origin: str, names: Sequence[Any]) -> tuple[str, ...]:
     twice = [name for name, count in Counter(texts).items() if count > 1]
     if twice:
         raise DataError(
-            f"{origin}: two classes are '{twice[0]}', spelled in composed and in decomposed "
-            "Unicode; make them one"
+            f"{origin}: two classes are named '{twice[0]}', in composed and in decomposed "
+            f"Unicode; merge them"
         )
     return texts
 
@@ -113,8 +113,8 @@ def require_one_name(origin: str, split: str, names: Sequence[str]) -> None:
     """
     if len(set(names)) > 1:
         raise DataError(
-            f"{origin}: {' and '.join(sorted(set(names)))} are both the {split} split; make them "
-            "one, or move one away"
+            f"{origin}: {' and '.join(sorted(set(names)))} are both the {split} split; merge "
+            f"them, or move one away"
         )
 
 
@@ -126,14 +126,14 @@ def read_hub(name: str, hub: Hub, label: str | None = None) -> Source:
         with _offline():
             loaded = datasets.load_dataset(hub.repository)
     except Exception:  # whatever the cache lacks, the hub may have
-        log.info("asking the hub for %s", hub.repository)
+        log.info("downloading %s from the Hub", hub.repository)
         try:
             loaded = datasets.load_dataset(hub.repository)
         except Exception as error:
             raise DataError(
-                f"{name}: not in the local cache, and the hub can't be reached "
-                f"({type(error).__name__}); connect this machine, or name a folder that holds "
-                f"its parquet shards: --data.root DIR"
+                f"{name}: not in the local cache, and the Hub can't be reached "
+                f"({type(error).__name__}); go online, or pass a folder with its parquet shards: "
+                f"--data.root DIR"
             ) from error
     known = [split for split in loaded if split in SPLIT_NAMES]
     for split in known:
@@ -185,8 +185,8 @@ def shard_files(folder: Path, ending: str = "parquet") -> dict[str, list[Path]]:
         require_one_name(str(folder), split, sorted(said))
     if unnamed and shards:
         raise DataError(
-            f"{unnamed[0]}: which split is this? other files here say train, validation or test "
-            "in their names, and this one does not say one of them"
+            f"{unnamed[0]}: unknown split: other files here have train, validation or test in "
+            f"their names, but this one does not"
         )
     return {TRAIN: unnamed} if unnamed else shards
 
@@ -250,7 +250,7 @@ def _read_tables(
 ) -> Source:
     """Read tables of the ``datasets`` library with an image and a label column."""
     if TRAIN not in tables:
-        raise DataError(f"{origin}: there is no train split, only {', '.join(tables) or 'none'}")
+        raise DataError(f"{origin}: no train split, only {', '.join(tables) or 'none'}")
     features = tables[TRAIN].features
     image = find_image_column(origin, features)
     chosen = find_label_column(origin, features, image, label, default_label)
@@ -278,13 +278,12 @@ def find_image_column(origin: str, features: Mapping[str, Any]) -> str:
         return (named or binary)[0]
     if binary:
         raise DataError(
-            f"{origin}: which column holds the images? there are bytes in {', '.join(binary)}; "
-            "call the right one 'image', or take the others out"
+            f"{origin}: unclear which column holds the images, with bytes in {', '.join(binary)}; "
+            f"rename the right one to 'image', or remove the others"
         )
     there = ", ".join(f"{name} ({getattr(kind, 'dtype', '…')})" for name, kind in features.items())
     raise DataError(
-        f"{origin}: no column holds images, as encoded bytes or as {{bytes, path}}; there are "
-        f"{there}"
+        f"{origin}: no column holds images, as encoded bytes or as {{bytes, path}}; found {there}"
     )
 
 
@@ -313,8 +312,8 @@ def find_label_column(
     if len(candidates) == 1:
         return candidates[0]
     raise DataError(
-        f"{origin}: which column is the label? there are {', '.join(others) or 'none'}; "
-        "name it: --data.label COLUMN"
+        f"{origin}: unclear which column is the label, of {', '.join(others) or 'none'}; select "
+        f"it: --data.label COLUMN"
     )
 
 
@@ -351,7 +350,7 @@ def _table_split(
         if folder is None or not (folder / file).resolve().is_relative_to(folder.resolve()):
             raise DataError(
                 f"{locate(row)}: its image is not in the table but in '{file}', outside the "
-                "table's folder; move it in there, or put the images into the table"
+                "table's folder; move it there, or store the images in the table"
             )
         return folder / file
 
@@ -392,8 +391,8 @@ def _label_values(table: Any, label_column: str) -> list[Any]:
     if not isinstance(kind, ClassLabel):
         if any(isinstance(value, list | dict) for value in values):
             raise DataError(
-                f"the labels in '{label_column}' are lists or groups, and expected is one class "
-                "for each image; name another column: --data.label COLUMN"
+                f"the labels in '{label_column}' are lists or groups; expected one class per "
+                f"image; select another column: --data.label COLUMN"
             )
         return values
     count = len(kind.names)

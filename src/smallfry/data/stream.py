@@ -40,11 +40,11 @@ class ShardPixels:
     """Pixels of a split that stays in its shards; indexed like a tensor, by rows.
 
     Args:
-        shards: Where the images are.
+        shards: Shards of the images.
         size: Side of the images in pixels.
         channels: 1 for grey images, 3 for RGB.
         window: Samples that are shuffled among each other, and that may be in memory at once.
-        bit_depth: Of images of more than 8 bits a channel; None if it is not known.
+        bit_depth: Bit depth of images of more than 8 bits a channel; None if unknown.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class ShardPixels:
 
         Raises:
             AccessError: A shard can't be read now, or memory is full; nothing is kept of that.
-            DataError: What was found can't be kept.
+            DataError: The list can't be cached.
         """
         _, channels, size, _ = self.shape
         stamps = map(stamp, self.shards.files)
@@ -108,14 +108,14 @@ class ShardPixels:
             with FileLock(file.with_suffix(".lock")):  # one of several processes looks
                 found = _load_faults(file)
                 if found is None:
-                    log.info("looking for unreadable images among %d, once", len(self.shards))
+                    log.info("checking %d images for unreadable ones, once", len(self.shards))
                     found = self._faults()
                     _keep_faults(found, file)
                 return found
         except OSError as error:
             raise DataError(
-                f"{file.parent}: which images are unreadable can't be kept there ({error}); free "
-                "space, or name another folder in the environment variable SMALLFRY_CACHE"
+                f"{file.parent}: the list of unreadable images can't be cached there ({error}); "
+                f"free space, or set another folder in the environment variable SMALLFRY_CACHE"
             ) from error
 
     def _faults(self) -> dict[int, str]:
@@ -141,7 +141,7 @@ class ShardPixels:
         except DataError as error:  # where it is takes a look into the file
             told = f"{self.shards.locate(row)}{error}"
             if error.__cause__ is not None and is_out_of_memory(error.__cause__):
-                raise AccessError(f"{told}; free memory, or take the image away") from error
+                raise AccessError(f"{told}; free memory, or remove the image") from error
             raise DataError(told) from error
 
 
@@ -151,7 +151,7 @@ def readable_rows(pixels: ShardPixels, skip_unreadable: bool) -> Tensor:
     faults = pixels.unreadable() if skip_unreadable else {}
     if faults:
         warnings.warn(
-            f"{len(faults)} unreadable images left out, the first: {min(faults.items())[1]}",
+            f"{len(faults)} unreadable images skipped, the first: {min(faults.items())[1]}",
             SmallfryWarning,
             stacklevel=3,
         )

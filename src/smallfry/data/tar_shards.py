@@ -66,7 +66,7 @@ def read_span(file: io.FileIO, offset: int, size: int) -> bytes:
         DataError: More of them than are safe, or fewer than there should be.
     """
     if size < 0 or offset < 0:
-        raise DataError("an image of a length below zero; write the file again")
+        raise DataError("an image of negative length; rewrite the file")
     if size > MOST_BYTES:
         raise DataError(
             f"an image of {size / 1e6:,.0f} MB; at most {MOST_BYTES / 1e6:.0f} are read"
@@ -76,7 +76,7 @@ def read_span(file: io.FileIO, offset: int, size: int) -> bytes:
     while len(found) < size and (more := file.read(size - len(found))):  # which may give less
         found += more
     if len(found) < size:
-        raise DataError(f"cut off, {len(found)} bytes of {size}; copy the file again")
+        raise DataError(f"truncated, {len(found)} bytes of {size}; copy the file again")
     return found
 
 
@@ -180,9 +180,7 @@ class _Scan:
             self.labels[ending] = self.stream.read(member.size)
         elif is_image(f"x.{ending}"):
             if self.image is not None:
-                raise DataError(
-                    f"{self.file}: there are two images under the key {key!r}; one is expected"
-                )
+                raise DataError(f"{self.file}: two images have the key {key!r}; expected one")
             self.image = member
 
     def _close(self) -> None:
@@ -249,12 +247,12 @@ def _of_json(content: bytes, key: str | None, where: str) -> Label:
     found = [name for name in keys if isinstance(told, dict) and name in told]
     if len(found) != 1:
         raise DataError(
-            f"{where}: expected one of the keys {', '.join(keys)}, found {len(found)}; name "
-            "the right one: --data.label KEY"
+            f"{where}: expected one of the keys {', '.join(keys)}, found {len(found)}; select "
+            f"one: --data.label KEY"
         )
     value = told[found[0]]
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
-        raise DataError(f"{where}: the label under '{found[0]}' is no whole number and no text")
+        raise DataError(f"{where}: the label under '{found[0]}' is neither an integer nor text")
     return value
 
 

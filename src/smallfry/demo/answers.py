@@ -34,7 +34,7 @@ def answer(models: Sequence[Shown], image: bytes, name: str) -> dict[str, Any]:
     Args:
         models: The models of the page.
         image: An encoded image.
-        name: Of the image, to be shown.
+        name: Displayed name of the image.
 
     Returns:
         ``status``, HTML, and ``panels``: for each model the moment of its ``answer``, its
@@ -62,7 +62,7 @@ class Answering:
     """Routes of the demo; one image is processed at a time, with a short queue.
 
     Args:
-        models: What thinks about each image.
+        models: Models of the page.
         examples: Images that can be asked for by their number.
     """
 

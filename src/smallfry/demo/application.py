@@ -26,7 +26,7 @@ def build_application(
     """Build the application.
 
     Args:
-        models: Where each came from, and the model.
+        models: Source and model of each panel.
         examples: Images to try.
         hosts: Names that it is asked for by; None for any.
     """

@@ -92,7 +92,7 @@ class Guard:
     def _check(self, scope: MutableMapping[str, Any]) -> None:
         headers = scope["headers"]
         if self.hosts is not None and _host(_value(headers, b"host")) not in self.hosts:
-            raise _Refused(421, "this page is served to its own machine only")
+            raise _Refused(421, "this page is only available on its own machine")
         method, path = scope["method"], scope["path"]
         link = method == "GET" and path == "/" and _value(headers, b"sec-fetch-dest") == b"document"
         if not _same_site(headers) and not link:
@@ -100,11 +100,11 @@ class Guard:
         if method == "GET" and path in self.pages:
             return
         if path not in self.uploads:
-            raise _Refused(404, "not a part of this page")
+            raise _Refused(404, "no such page")
         if method != "POST":
-            raise _Refused(405, "this can only be posted to")
+            raise _Refused(405, "only POST is allowed here")
         if _value(headers, b"content-type") != UPLOAD_TYPE:
-            raise _Refused(415, f"a body is {UPLOAD_TYPE.decode()}")
+            raise _Refused(415, f"the body must be {UPLOAD_TYPE.decode()}")
 
     @asynccontextmanager
     async def _body(
@@ -114,7 +114,7 @@ class Guard:
         most = self.uploads.get(scope["path"], 0)
         declared = _value(scope["headers"], b"content-length") or b"0"
         if not declared.isdigit() or int(declared) > most:
-            raise _Refused(413, f"at most {most:,} bytes are taken")
+            raise _Refused(413, f"the limit is {most:,} bytes")
         chunks, length = [], 0
         try:
             async with _deadline(self.seconds):
@@ -122,9 +122,9 @@ class Guard:
                     length += len(chunk)
                     self.held += len(chunk)
                     if length > most:  # of a body that declared no length
-                        raise _Refused(413, f"at most {most:,} bytes are taken")
+                        raise _Refused(413, f"the limit is {most:,} bytes")
                     if self.held > self.most_held:
-                        raise _Refused(503, "too many images are being sent; try it again")
+                        raise _Refused(503, "too many images are being sent; try again")
                     chunks.append(chunk)
             body = b"".join(chunks)
             chunks.clear()

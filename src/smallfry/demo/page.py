@@ -71,7 +71,7 @@ def build_page(models: Sequence[Shown], examples: Sequence[Example] = ()) -> gr.
     """Build the page for one or several models.
 
     Args:
-        models: What thinks about each image.
+        models: Models of the page.
         examples: Images to try.
     """
     headings = name_models(models)

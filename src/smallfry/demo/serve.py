@@ -50,7 +50,7 @@ def serve(
     with serving(runs, checkpoint, host, port) as address, _handling_signals(on_signal):
         print(f"watch it think: {address}   (Ctrl-C stops)", flush=True)
         if not _is_loopback(host):
-            print("everyone who reaches this machine can use the page", flush=True)
+            print("everyone who can reach this machine can use the page", flush=True)
         if open_browser:
             webbrowser.open(address)
         stop.wait()
@@ -129,7 +129,7 @@ def _running(app: Any, listener: socket.socket) -> Iterator[None]:
 def _listening(host: str, port: int) -> Iterator[socket.socket]:
     """Open a socket on a host and port, before the seconds in which Gradio loads."""
     if not 0 <= port <= 65535:
-        raise DemoError(f"port {port}: a port is 1 to 65535, or 0 for any that is free")
+        raise DemoError(f"port {port}: expected 1 to 65535, or 0 for any free port")
     listener = None
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -143,12 +143,13 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
             listener.close()
         if error.errno == errno.EADDRINUSE:
             raise DemoError(
-                f"port {port} of {host} is in use; choose another one with --port, or let "
-                "--port 0 pick one that is free"
+                f"port {port} of {host} is in use; choose another with --port, or use --port 0 "
+                f"for a free one"
             ) from None
         reason = error.strerror or error
         raise DemoError(
-            f"can't listen on {host}, port {port}: {reason}; --host is an address of this machine, "
+            f"can't listen on {host}, port {port}: {reason}; --host must be an address of this "
+            f"machine, "
             "such as 127.0.0.1, or 0.0.0.0 for all"
         ) from None
     try:

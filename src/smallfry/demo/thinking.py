@@ -73,7 +73,7 @@ def think(trained: TrainedModel, pixels: NDArray[np.uint8], runs: int = 5) -> Th
     Args:
         trained: The model.
         pixels: (channels, size, size), as ``smallfry_runtime.images.decode`` gives them.
-        runs: How often it is timed, at least once and at most for about a second.
+        runs: Maximum number of timed runs, within about a second.
     """
     model = trained.model
     images = trained.normalize(torch.from_numpy(pixels[None].copy()))

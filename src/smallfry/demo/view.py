@@ -67,7 +67,7 @@ def show_moment(
 
     Args:
         thought: All moments.
-        moment: Which one.
+        moment: Index of the step.
         classes: Their names.
         picture: The URL of the image; default ``picture_url``, which has all of it.
     """

@@ -101,7 +101,7 @@ def measure(
 
     Args:
         models: Runs, as for ``export``, and folders of exports.
-        config: What is measured, and how.
+        config: Settings of the benchmark.
         data: A data set or folder, for accuracy and early exit; default that of the first run.
         data_root: Folder of a named data set.
 
@@ -178,8 +178,8 @@ def _require_one_question(subjects: Sequence[Subject]) -> None:
                 for s in (first, other)
             )
             raise UsageError(
-                f"{first.given} and {other.given} tell different classes apart, {ours} and "
-                f"{theirs}: compare models of one task"
+                f"{first.given} and {other.given} have different classes, {ours} and {theirs}: "
+                f"compare models of the same task"
             )
 
 
@@ -214,8 +214,8 @@ def _require_one_test(images: Iterable[Images | None]) -> None:
     labels = [found.labels for found in images if found is not None]
     if any(not torch.equal(labels[0], others) for others in labels[1:]):
         raise UsageError(
-            "these models have different test images, so their accuracies can't be compared; "
-            "name images for all of them: --data"
+            "these models have different test images, so their accuracies can't be compared; give "
+            "the same images to all: --data"
         )
 
 

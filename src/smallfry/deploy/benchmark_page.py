@@ -46,7 +46,7 @@ def require_free(folder: Path) -> None:
     """
     reason = obstacle(folder, "benchmark", (SUMMARY, PAGE, PICTURE), _is_benchmark)
     if reason is not None:
-        raise RunError(f"{folder}: {reason}; name another: --folder DIR")
+        raise RunError(f"{folder}: {reason}; use another: --folder DIR")
 
 
 @contextmanager
@@ -199,7 +199,7 @@ def draw(found: Benchmark, file: Path) -> None:
     """Draw accuracy against latency; below, the latency of models without accuracy.
 
     Args:
-        found: What was measured.
+        found: Measured figures.
         file: The PNG to write.
     """
     first = found.config.batch_sizes[0]

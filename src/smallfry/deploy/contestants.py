@@ -102,10 +102,10 @@ def of_run(
     """Build the contestants of a run in PyTorch and, exported into a folder, in ONNX Runtime.
 
     Args:
-        run: As for ``export``.
+        run: See ``export``.
         checkpoint: ``best`` or ``last``.
-        folder: Where exports go, which stays as long as the contestants are used.
-        forms: Of ``FORMS`` in ``benchmark_config``.
+        folder: Folder of the exports, needed as long as the contestants are used.
+        forms: Forms from ``FORMS`` in ``benchmark_config``.
         batch_sizes: That the compiled model is compiled for.
         threads: CPU threads of ONNX Runtime; PyTorch's are those of the process.
         data: Name and folder of other data to calibrate with than the run's.
@@ -138,7 +138,7 @@ def of_run(
     if "exit" not in forms:
         return
     if not isinstance(trained.model, Recursive) or trained.model.recursion_steps < 2:
-        yield LeftOut(name, "early exit", "the model takes one recursion step, or none")
+        yield LeftOut(name, "early exit", "the model has at most one recursion step")
         return
     anytime = trace(run, "anytime", checkpoint, *data)
     for precision in EXIT_PRECISIONS:
@@ -186,8 +186,8 @@ def peers(
 
     Args:
         wanted: Images and classes.
-        folder: Where their exports go.
-        precisions: Of ``PRECISIONS``.
+        folder: Folder of the exports.
+        precisions: Precisions from ``PRECISIONS``.
         threads: CPU threads.
     """
     shape = (NOISE, wanted.channels, wanted.image_size, wanted.image_size)
@@ -231,7 +231,7 @@ def _exported(
     found = list(of_export(folder, threads, name))
     if exits_only and len(found) == 1:
         form = f"{PRECISIONS[precision]}, early exit"
-        yield LeftOut(name, form, "there are no labelled validation images to calibrate it on")
+        yield LeftOut(name, form, "no labelled validation images for calibration")
     yield from found[1:] if exits_only else found
 
 

@@ -49,14 +49,14 @@ def read_config(file: Path) -> dict[str, Any]:
         raise RunError(f"{file}: can't be read ({error})") from error
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         raise RunError(
-            f"{file}: does not describe a model of timm, as it names no architecture; of other "
-            "libraries' models smallfry reads none"
+            f"{file}: does not describe a timm model, as it has no architecture; models of other "
+            f"libraries are not supported"
         )
     facts = config.get("smallfry")
     if facts is None:
         return config
     if not isinstance(facts, dict) or not isinstance(facts.get("format"), int):
-        raise RunError(f"{file}: damaged, its entry 'smallfry' names no format")
+        raise RunError(f"{file}: damaged, its entry 'smallfry' has no format")
     if facts["format"] > FORMAT:
         raise RunError(
             f"{file.parent}: written by smallfry {facts.get('version', '?')} in format "
@@ -83,8 +83,8 @@ def read_weights(folder: Path, facts: Mapping[str, Any] | None) -> dict[str, Ten
         data = read_large(file)
     except FileNotFoundError:
         raise RunError(
-            f"{folder}: {WEIGHTS} is missing; smallfry reads weights from no other file, as "
-            "pickles can run code"
+            f"{folder}: {WEIGHTS} is missing; weights are read from no other file, since pickles "
+            f"can run code"
         ) from None
     except (OSError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or "out of memory"
@@ -110,16 +110,16 @@ def described(
 
     Args:
         config: Its content.
-        facts: Of it, what smallfry wrote; None in a model of timm.
+        facts: Metadata written by smallfry; None for a timm model.
         classes: Names of the classes, in place of its own.
         weights: Those of the folder, which bound how large the model can be.
-        where: What errors name.
+        where: Prefix of error messages.
 
     Raises:
         UsageError: No names of classes, or not as many as there are classes.
         RunError: A model that can't be built, that its weights don't fit, or that smallfry can't
             feed.
-        Exception: Of another kind where an entry is missing or of another type.
+        Exception: Another kind, if an entry is missing or of another type.
     """
     wanted = dict(config.get("pretrained_cfg", config))
     labels = _labels(config, wanted, classes, where)
@@ -128,8 +128,8 @@ def described(
     channels = arguments.get("in_chans", channels)
     if height != width or channels not in (1, 3) or not 1 <= height <= LARGEST_SIDE:
         raise RunError(
-            f"{where}: takes images of {channels}×{height}×{width}; smallfry's are square, of at "
-            f"most {LARGEST_SIDE} pixels, with 1 or 3 channels"
+            f"{where}: expects images of {channels}×{height}×{width}; smallfry supports square "
+            f"ones of at most {LARGEST_SIDE} pixels, with 1 or 3 channels"
         )
     mean, std = (tuple(map(float, wanted[key])) for key in ("mean", "std"))
     if len(mean) != channels or len(std) != channels or not all(value > 0 for value in std):
@@ -193,8 +193,8 @@ def _labels(
     told = config.get("label_names", wanted.get("label_names")) if classes is None else classes
     if told is None:
         raise UsageError(
-            f"{where}: does not tell the names of its {count} classes (label_names in {CONFIG}); "
-            "give them to from_pretrained(…, classes=[…]), or use it with timm"
+            f"{where}: does not name its {count} classes (label_names in {CONFIG}); pass them to "
+            f"from_pretrained(…, classes=[…]), or use the model with timm"
         )
     if isinstance(told, Mapping):  # from indices, as JSON has them, to names
         told = [told[key] for key in sorted(told, key=int)]
@@ -209,8 +209,8 @@ def _warn_of_another_view(wanted: Mapping[str, Any], where: str) -> None:
     seen = wanted.get("interpolation", "bicubic"), wanted.get("crop_pct", 0.875)
     if seen != (INTERPOLATION, CROP):
         warnings.warn(
-            f"{where}: was tested on images scaled {seen[0]} and cropped to {seen[1]} of their "
-            f"side; smallfry scales {INTERPOLATION} and crops none, so its figures may differ",
+            f"{where}: was evaluated on images scaled {seen[0]} and cropped to {seen[1]} of their "
+            f"side; smallfry scales {INTERPOLATION} without a crop, so results may differ",
             SmallfryWarning,
             stacklevel=4,
         )

@@ -64,12 +64,12 @@ def export(
 
     Args:
         run: A run folder, a checkpoint in it, a shared folder, ``hf_hub:USER/NAME``, or a model.
-        folder: Where the export goes. What it replaces stays whole until the new one is.
+        folder: Folder of the export. An existing export is kept until the new one is complete.
         form: ``whole``, ``anytime``, or None: anytime for a model of several recursion steps.
         precision: ``float32``, ``int8`` (static ranges) or ``int8_dynamic``.
         checkpoint: ``best`` or ``last``.
         torch_program: Also write the whole model as a ``torch.export`` program, in float32.
-        license: Of the weights, as an SPDX name; nothing is assumed.
+        license: License of the weights, as an SPDX name; none is assumed.
         data: Other data than the run's to calibrate with: a name or a folder.
         data_root: Folder of a named data set.
 
@@ -84,7 +84,7 @@ def export(
     """
     folder = Path(folder)
     if precision not in PRECISIONS:
-        raise UsageError(f"precision is one of {', '.join(PRECISIONS)}, not '{precision}'")
+        raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, not '{precision}'")
     needed = precision == "int8"
     try:
         with replacing(folder, lambda: require_free(folder)) as new:
@@ -154,9 +154,9 @@ def assemble(
         images = calibration_images(traced)
         if precision == "int8" and 0 < len(images) < FEW_FOR_RANGES:
             warnings.warn(
-                f"the ranges of int8 are measured on {len(images)} images only, and others may go "
-                f"beyond them: calibrate with {FEW_FOR_RANGES} or more (--data), or take "
-                "int8_dynamic, which needs none",
+                f"int8 ranges were measured on only {len(images)} images, and others may exceed "
+                f"them: calibrate with {FEW_FOR_RANGES} or more (--data), or use int8_dynamic, "
+                f"which needs none",
                 SmallfryWarning,
                 stacklevel=3,
             )
@@ -226,11 +226,11 @@ def _form(model: nn.Module, form: str | None) -> str:
     if form is None:
         return "anytime" if recursive and _steps(model) > 1 else "whole"
     if form not in ("whole", "anytime"):
-        raise UsageError(f"form is whole or anytime, not '{form}'")
+        raise UsageError(f"form must be whole or anytime, not '{form}'")
     if form == "anytime" and not recursive:
         raise UsageError(
-            f"{type(model).__name__} does not recur, so it can't stop at any time; "
-            "export it with --form whole"
+            f"{type(model).__name__} is not recursive, so it has no early exit; export it with "
+            f"--form whole"
         )
     return form
 
@@ -262,8 +262,8 @@ def _data(
         return None
     if loaded.classes != trained.classes:
         warnings.warn(
-            f"{loaded.origin}: has other classes than the model: it gives ranges of activations, "
-            "but neither accuracy nor early exit is measured on it",
+            f"{loaded.origin}: has other classes than the model: it is used for activation "
+            f"ranges, but not for accuracy or early exit",
             SmallfryWarning,
             stacklevel=4,
         )

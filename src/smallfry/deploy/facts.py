@@ -89,7 +89,7 @@ def without_paths(command: str, keep_relative: bool = False) -> str:
     ``train --data cats --model.options={weights: b}``.
 
     Args:
-        command: As a shell takes it.
+        command: Command line in shell syntax.
         keep_relative: Keep paths below the working folder, so that the command can be pasted.
     """
     try:

@@ -233,7 +233,9 @@ def to_onnx(graph: Graph, program: torch.export.ExportedProgram) -> onnx.ModelPr
                 tidy(model)
             proto = cast(onnx.ModelProto, onnx_ir.to_proto(model))
     except Exception as error:
-        raise ExportError(f"{graph.name}: has no form in ONNX ({_first_line(error)})") from error
+        raise ExportError(
+            f"{graph.name}: can't be converted to ONNX ({_first_line(error)})"
+        ) from error
     del proto.graph.value_info[:]  # what is left of shapes from before the tidying
     _name_transposed(proto, graph.module)
     proto = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)

@@ -59,7 +59,7 @@ def upload(folder: Path, repository: str, private: bool = False, message: str = 
     check_name(repository)
     if get_token() is None:
         raise HubError(
-            f"{repository}: to share on the hub takes a token that may write; "
+            f"{repository}: sharing on the Hub needs a token with write access; "
             f"{TOKEN_HELP.format(constants.ENDPOINT)}"
         )
     api = HfApi(library_name="smallfry", library_version=__version__)
@@ -68,8 +68,8 @@ def upload(folder: Path, repository: str, private: bool = False, message: str = 
         is_private = not private or api.model_info(repository).private
     if not is_private:
         raise HubError(
-            f"{repository}: is there already, and public; nothing was uploaded: make it private "
-            "on its page, or name another"
+            f"{repository}: exists already and is public; nothing was uploaded: make it private "
+            f"on its page, or use another name"
         )
     with explained("shared", repository):
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message or None)
@@ -80,7 +80,7 @@ def check_name(repository: str) -> None:
     """Require USER/NAME, as repositories are named on the Hub."""
     if not NAME.fullmatch(repository):
         raise UsageError(
-            f"'{repository}' can't be a repository of the hub: expected USER/NAME, of letters, "
+            f"'{repository}' is not a valid repository name: expected USER/NAME, of letters, "
             "digits, '-', '_' and '.'"
         )
 
@@ -90,9 +90,9 @@ def explained(done: str, repository: str, revision: str | None = None) -> Iterat
     """Convert exceptions of ``huggingface_hub`` to one-line errors with a remedy.
 
     Args:
-        done: What could not be done, such as ``fetched``.
-        repository: Of which repository.
-        revision: Of which branch, tag or commit.
+        done: Action as a participle, such as ``fetched``.
+        repository: Repository of the request.
+        revision: Branch, tag or commit of the request.
     """
     failed = f"{repository}: could not be {done}"
     hub = constants.ENDPOINT
@@ -104,15 +104,15 @@ def explained(done: str, repository: str, revision: str | None = None) -> Iterat
     try:
         yield
     except HFValidationError:
-        raise UsageError(f"'{repository}' can't be a repository of the hub") from None
+        raise UsageError(f"'{repository}' is not a valid repository name") from None
     except GatedRepoError as error:
         raise HubError(
-            f"{failed}: access must be asked for at {hub}/{repository}, then {token_help}"
+            f"{failed}: request access at {hub}/{repository}, then {token_help}"
         ) from error
     except RepositoryNotFoundError as error:
         raise HubError(
-            f"{repository}: {hub} has no such model, or it is private and closed to you; check the "
-            f"name; for a private one, {token_help}"
+            f"{repository}: {hub} has no such model, or it is private; check the name; for a "
+            f"private one, {token_help}"
         ) from error
     except RevisionNotFoundError as error:
         raise HubError(f"{repository}: has no branch, tag or commit '{revision}'") from error
@@ -121,8 +121,8 @@ def explained(done: str, repository: str, revision: str | None = None) -> Iterat
     except LocalEntryNotFoundError as error:
         if constants.HF_HUB_OFFLINE:
             raise HubError(
-                f"{failed}: HF_HUB_OFFLINE is set and it was not fetched before; unset it, or use "
-                "a local folder"
+                f"{failed}: HF_HUB_OFFLINE is set and the model is not cached; unset it, or use a "
+                f"local folder"
             ) from error
         raise HubError(away) from error
     except HfHubHTTPError as error:

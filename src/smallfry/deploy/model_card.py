@@ -30,7 +30,7 @@ def model_card(config: Mapping[str, Any], name: str, picture: str | None = None)
 
     Args:
         config: The content of ``config.json``, as ``save_pretrained`` writes it.
-        name: What timm and smallfry load it by: ``hf_hub:USER/NAME`` or ``local-dir:FOLDER``.
+        name: Name for timm and smallfry: ``hf_hub:USER/NAME`` or ``local-dir:FOLDER``.
         picture: File name of the confusion matrix beside the card.
     """
     facts, wanted = config["smallfry"], config["pretrained_cfg"]
@@ -157,7 +157,7 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, str]:
         "input": f"{side}×{side} pixels, {'grey' if channels == 1 else 'RGB'}",
         "weights": f"{which}{averaged}" if which else "",
         "started from": as_code(facts["base_model"]) if facts.get("base_model") else "",
-        "licence": as_text(wanted.get("license") or "not stated: ask whoever shares it"),
+        "license": as_text(wanted.get("license") or "not stated: ask whoever shares it"),
     }
     return {key: value for key, value in rows.items() if value}
 
@@ -294,5 +294,5 @@ def _limits(config: Mapping[str, Any]) -> list[str]:
     if measured.get("select_on") == "test":
         limits.append("The best epoch was chosen on the test split itself, which flatters it.")
     if not config["pretrained_cfg"].get("license"):
-        limits.append("No licence is stated, for the weights or for the data they come from.")
+        limits.append("No license is stated for the weights or for their training data.")
     return ["\n".join(f"- {limit}" for limit in limits)]

@@ -1,4 +1,4 @@
-"""Report on int8 quantisation: size, accuracy, agreement and latency against float32.
+"""Report on int8 quantization: size, accuracy, agreement and latency against float32.
 
 Two files join the export. ``quantization.json`` has the figures. ``quantization.png``, of static
 ranges and a model that applies a block again and again, shows how what each product is given moves
@@ -61,7 +61,7 @@ def write_report(
         folder: The export in eight bits.
         plain: The export in float32.
         graphs: Its graphs.
-        images: What static ranges were measured on, normalised; None of dynamic ones.
+        images: Normalised images that static ranges were measured on; None for dynamic ones.
         data: Its test split gives the accuracy; None, or no such split, gives none.
 
     Returns:
@@ -111,8 +111,8 @@ def spans_of(
     one. A model without such a block has none.
 
     Args:
-        measured: As ``measured_ranges`` gives them.
-        recursion_steps: Of the model.
+        measured: Output of ``measured_ranges``.
+        recursion_steps: Recursion steps of the model.
     """
     passes = measured.get("step") or measured.get("model", [])
     calls = [(WEIGHT.search(call.weight), call) for one in passes for call in one]

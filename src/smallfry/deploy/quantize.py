@@ -1,4 +1,4 @@
-"""Int8 quantisation of weights and activations with ONNX Runtime.
+"""Int8 quantization of weights and activations with ONNX Runtime.
 
 Weights get a scale per output channel. Activations get a range per *call*: a recursive model
 applies one matrix again and again to rows whose distribution moves from call to call, so each
@@ -55,13 +55,13 @@ class CallRange(NamedTuple):
 def quantize(
     graphs: Mapping[str, bytes], precision: str, images: Floats, recursion_steps: int = 1
 ) -> dict[str, bytes]:
-    """Quantise the graphs of an export to int8.
+    """Quantize the graphs of an export to int8.
 
     Args:
         graphs: ONNX models by name: ``model``, or ``embed``, ``step`` and ``read_out``.
         precision: ``int8`` (static) or ``int8_dynamic``.
-        images: What static ranges are measured on, (images, channels, size, size), normalised.
-        recursion_steps: How often ``step`` is applied.
+        images: Normalised calibration images, (images, channels, size, size), for static ranges.
+        recursion_steps: Number of applications of ``step``.
 
     Raises:
         ExportError: No images to calibrate with, or a graph that can't be quantized.
@@ -69,13 +69,13 @@ def quantize(
     if precision == "int8_dynamic":
         return {name: _quantize(name, graph, None) for name, graph in graphs.items()}
     if len(images) == 0:
-        raise ExportError("static int8 needs images to measure the ranges of activations on")
+        raise ExportError("static int8 needs images to measure activation ranges")
     inputs = _inputs(graphs, images, recursion_steps)
     return {name: _quantize(name, graph, inputs[name]) for name, graph in graphs.items()}
 
 
 def call_ranges(graph: bytes) -> list[CallRange]:
-    """Read the input range of every product in a statically quantised graph, in execution order."""
+    """Read the input range of every product in a statically quantized graph, in execution order."""
     model = onnx.load_from_string(graph).graph
     constants = {tensor.name: tensor for tensor in model.initializer}
     made_by = {output: node for node in model.node for output in node.output}
@@ -104,9 +104,9 @@ def measured_ranges(
     """Measure the input range of every product as images pass through a float32 export.
 
     Args:
-        graphs: As for ``quantize``.
+        graphs: See ``quantize``.
         images: (images, channels, size, size), normalised.
-        recursion_steps: How often ``step`` is applied.
+        recursion_steps: Number of applications of ``step``.
 
     Returns:
         For each graph with products a list for each time that it is applied, in order of
@@ -191,7 +191,7 @@ def _inputs(
 
 
 def _quantize(name: str, graph: bytes, batches: list[dict[str, Floats]] | None) -> bytes:
-    """Quantise one graph, statically with batches and dynamically without."""
+    """Quantize one graph, statically with batches and dynamically without."""
     with TemporaryDirectory() as folder, _silent():
         source, target = Path(folder, "float32.onnx"), Path(folder, "int8.onnx")
         source.write_bytes(graph if batches else _transposed_once(graph))

@@ -78,7 +78,7 @@ def replacing(
     Args:
         folder: The place; its parents are made.
         check: Raises if something else stands in the place; before the work, and again after it.
-        previous: Where the replaced folder goes, in place of another; default nowhere.
+        previous: Path for the replaced folder, replacing an earlier one; default none.
 
     Raises:
         OSError: It can't be written there, which is found before the block begins if it can be; the
@@ -105,7 +105,7 @@ def recover(folder: Path) -> None:
     """Undo an interrupted replacement by a killed process; a running one is left alone.
 
     Raises:
-        OSError: What stood in the place can't be put back.
+        OSError: The original content can't be restored.
     """
     folder = resolved(folder)
     for stage in stages_of(folder):

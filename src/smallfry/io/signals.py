@@ -246,7 +246,7 @@ def _end(number: int, say: Callable[[str], object]) -> None:
     hurry.daemon = True
     hurry.start()
     with suppress(Exception):
-        say(_joined(f"ended at once by a second {name_of(number)}", _what_is_kept()))
+        say(_joined(f"stopped at once by a second {name_of(number)}", _what_is_kept()))
         sys.stderr.flush()
     for child in multiprocessing.active_children():
         child.kill()

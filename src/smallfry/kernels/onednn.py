@@ -50,7 +50,7 @@ def prefers_onednn(setting: str | None, processor: str) -> bool:
     if setting in (None, ""):
         return "GenuineIntel" not in processor
     if setting not in ("0", "1"):
-        raise UsageError(f"{VARIABLE} is 0 or 1, not {setting!r}; unset it for the default")
+        raise UsageError(f"{VARIABLE} must be 0 or 1, not {setting!r}; unset it for the default")
     return setting == "1"
 
 

@@ -55,7 +55,7 @@ def register_layer(layer: T) -> T:
     name = layer.name  # type: ignore[attr-defined]
     other = _layers.setdefault(name, layer)
     if other is not layer and other.__qualname__ != layer.__qualname__:
-        raise UsageError(f"two layers are called '{name}': {other!r} and {layer!r}")
+        raise UsageError(f"two layers are named '{name}': {other!r} and {layer!r}")
     _layers[name] = layer
     return layer
 
@@ -75,7 +75,7 @@ def find_layer(name: Any) -> Any:
     """
     known = _layers if name in _layers else layers()
     if name not in known:
-        raise UsageError(f"there is no layer '{name}'{nearest(str(name), known)}")
+        raise UsageError(f"unknown layer '{name}'{nearest(str(name), known)}")
     return known[name]
 
 
@@ -88,4 +88,4 @@ def require_dense(layer: nn.Module) -> None:
     if not isinstance(layer, DENSE):
         raise ValueError(f"expected nn.Linear or nn.Conv2d, got {type(layer).__name__}")
     if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
-        raise ValueError("a convolution with groups or other padding than zeros has no such form")
+        raise ValueError("convolutions with groups or non-zero padding modes are not supported")

@@ -109,7 +109,9 @@ class LowRank(nn.Module):
 def _rank(layer: nn.Module, settings: Any) -> int:
     rank = settings.get("rank")
     if set(settings) != {"rank"} or type(rank) is not int:
-        raise ValueError(f"a low-rank layer has one setting, a whole rank; got {settings}")
+        raise ValueError(
+            f"a low-rank layer needs exactly one setting, an integer rank; got {settings}"
+        )
     most = min(cast(Tensor, layer.weight).flatten(1).shape)
     if not 1 <= rank <= most:
         raise ValueError(f"rank is 1 to {most} here, not {rank}")

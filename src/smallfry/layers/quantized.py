@@ -41,7 +41,7 @@ class QuantizedWeight(nn.Module):
 
     Args:
         dense: The layer whose shape, stride and so on it has.
-        bits: Of each number of the weight.
+        bits: Bits per weight.
 
     Example:
         >>> import torch
@@ -85,7 +85,9 @@ class QuantizedWeight(nn.Module):
             raise ValueError(f"expected nn.Linear or nn.Conv2d, got {type(layer).__name__}")
         bits = settings.get("bits")
         if set(settings) != {"bits"} or type(bits) is not int or bits not in BITS:
-            raise ValueError(f"a quantized weight has one setting, bits of 2 to 8; got {settings}")
+            raise ValueError(
+                f"a quantized weight needs exactly one setting, bits from 2 to 8; got {settings}"
+            )
         return cls(layer, bits)
 
     @property

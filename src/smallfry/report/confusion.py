@@ -43,7 +43,7 @@ def count_confusions(predicted: Tensor, labels: Tensor, classes: int) -> Confusi
     Args:
         predicted: (images,), int64 class indices.
         labels: (images,), int64 class indices.
-        classes: How many classes there are.
+        classes: Number of classes.
     """
     pairs, counts = torch.unique(labels * classes + predicted, return_counts=True)
     return Confusions(pairs // classes, pairs % classes, counts, classes)
@@ -55,7 +55,7 @@ def macro_f1(predicted: Tensor, labels: Tensor, classes: int) -> float:
     Args:
         predicted: (images,), int64 class indices.
         labels: (images,), int64 class indices.
-        classes: How many classes there are.
+        classes: Number of classes.
     """
     right = torch.bincount(labels[predicted == labels], minlength=classes)
     said = torch.bincount(predicted, minlength=classes) + torch.bincount(labels, minlength=classes)

@@ -44,7 +44,7 @@ def place_labels(
     Args:
         sizes: Width and height of each label in pixels.
         points: Each label's point with its marker.
-        frame: Where labels may be.
+        frame: Area for labels.
 
     Returns:
         None for a label that there is no room for.
@@ -77,7 +77,7 @@ def draw_labels(
         axes: Whose limits and scales are set.
         labels: A line of text for each point.
         at: Points, in data.
-        radii: Of their markers, in points of 1/72 inch.
+        radii: Radii of the markers, in points of 1/72 inch.
     """
     figure = axes.figure
     figure.canvas.draw()  # now the layout is known

@@ -47,7 +47,7 @@ def draw_ranges(spans: Sequence[Span], file: Path) -> None:
     Bars at the right show the range that one scale for all applications would take.
 
     Args:
-        spans: Of all products.
+        spans: Spans of all products.
         file: The PNG to write.
     """
     products = list(dict.fromkeys(span.product for span in spans))

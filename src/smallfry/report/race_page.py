@@ -76,7 +76,7 @@ def write_report(
     Args:
         records: The lines of ``trials.jsonl``; any of them may be missing.
         folder: The study's folder.
-        title: What the page is called.
+        title: Title of the page.
         reported: Figures of papers, by contestant and column.
 
     Returns:

@@ -76,11 +76,11 @@ def draw_losses(
     """Draw the losses of a race; the legend is in the rows' order.
 
     Args:
-        records: Of one problem and one full phase.
-        rows: Of the same race.
+        records: Records of one problem and one full phase.
+        rows: Rows of the same race.
         panels: From left to right.
         shown: The look of every contestant.
-        clock: What the seconds are of.
+        clock: Clock of the seconds.
         file: The PNG to write.
     """
     groups = by_contestant(records)
@@ -114,7 +114,7 @@ def draw_tuning(trials: Sequence[Trial], shown: Mapping[str, Look], file: Path) 
     """Draw the trials of tuning, a row of dots for each contestant, the chosen one ringed.
 
     Args:
-        trials: Of one problem.
+        trials: Trials of one problem.
         shown: The look of every contestant.
         file: The PNG to write.
     """
@@ -160,7 +160,7 @@ def draw_fisher(errors: Sequence[LayerError], shown: Mapping[str, Look], file: P
     """Draw the errors of Fisher matrices over steps, one panel per layer, eight at most.
 
     Args:
-        errors: Of one problem.
+        errors: Errors of one problem.
         shown: The look of every contestant.
         file: The PNG to write.
     """

@@ -130,8 +130,8 @@ def times(records: Sequence[Record], rows: Sequence[Row]) -> list[Reach]:
     """Measure the time of each contestant to each target, in the order of the rows.
 
     Args:
-        records: Of one problem and one full phase.
-        rows: Of the same race.
+        records: Records of one problem and one full phase.
+        rows: Rows of the same race.
     """
     targets = choose_targets(rows)
     groups = by_contestant(records)

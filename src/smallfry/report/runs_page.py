@@ -28,11 +28,11 @@ def write_page(
     """Build the page and its summary.
 
     Args:
-        title: What the page is called.
-        about: What the study asks, and what one should know to read it.
+        title: Title of the page.
+        about: Question of the study, and notes for readers.
         sections: In their order.
         outcomes: The runs that have ended.
-        planned: How many runs there will be.
+        planned: Number of planned runs.
     """
     failed = [o for o in outcomes if o.failure is not None]
     done = f"{len(outcomes)} of {planned} runs have ended, {len(failed)} of them failed."

@@ -30,7 +30,7 @@ class Contestant:
         label: Its name for people.
         family: "ours" or "peer".
         build: Makes it for a model and a problem, with settings.
-        defaults: What a user gets who sets nothing.
+        defaults: Settings that differ from the optimizer's own defaults.
         ranges: Lowest and highest value of each setting in the search, on a logarithmic scale.
     """
 
@@ -46,7 +46,7 @@ def propose(contestant: Contestant, trials: int) -> list[dict[str, float]]:
 
     Args:
         contestant: Whose.
-        trials: How many.
+        trials: Number of settings.
     """
     names = list(contestant.ranges)
     engine = torch.quasirandom.SobolEngine(  # type: ignore[no-untyped-call]
@@ -96,8 +96,8 @@ def _soap(model: nn.Module, problem: Problem, lr: float) -> torch.optim.Optimize
         from pytorch_optimizer import SOAP
     except ImportError as error:
         raise UsageError(
-            "the contestant 'soap' is pytorch_optimizer's: pip install 'smallfry[peers]', or name "
-            "the other contestants"
+            "the contestant 'soap' needs pytorch_optimizer: pip install 'smallfry[peers]', or "
+            "list the other contestants"
         ) from error
     soap: torch.optim.Optimizer = SOAP(model.parameters(), lr, weight_decay=0.0)
     return soap

@@ -20,7 +20,7 @@ class Entrant:
     Args:
         label: Its name for people.
         model: Its name in timm's registry.
-        options: What it is created with, besides classes, channels and image size.
+        options: Keyword arguments, besides classes, channels and image size.
     """
 
     label: str
@@ -95,7 +95,7 @@ def find_vitrm(name: str) -> Entrant:
     """
     entrant = find_entrant(name)
     if not entrant.recursive:
-        raise UsageError(f"{name} is no ViTRM; vitrm_small is one")
+        raise UsageError(f"{name} is not a ViTRM; try vitrm_small")
     return entrant
 
 
@@ -106,5 +106,5 @@ def find_entrants(names: Sequence[str]) -> dict[str, Entrant]:
         UsageError: There are none, or one is unknown.
     """
     if not names:
-        raise UsageError("models: name at least one")
+        raise UsageError("models is empty; give at least one")
     return {name: find_entrant(name) for name in names}

@@ -25,7 +25,9 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         found = [name for name in entries(folder) if not name.startswith(".")]
         if found and not {*MARKS} & {*found}:
-            raise RunError(f"{folder}: holds {found[0]}, and is no study; take another --folder")
+            raise RunError(
+                f"{folder}: not a study folder, it holds {found[0]}; use another --folder"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock")
         lock.acquire(timeout=0)

@@ -146,9 +146,11 @@ def _claim(study: str, planned: Sequence[Planned], folder: Path) -> None:
             known = json.loads(file.read_text())
             _ = known["study"], known["runs"]
         except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{file}: not a study's ({error!r}); take another --folder") from None
+            raise UsageError(
+                f"{file}: not a study file ({error!r}); use another --folder"
+            ) from None
     if known["study"] != study:
-        raise UsageError(f"{folder} holds the study {known['study']}; take another --folder")
+        raise UsageError(f"{folder} holds the study {known['study']}; use another --folder")
     default = _told(TrainConfig())  # of settings that a study of an earlier version did not have
     for plan in planned:
         told = _told(plan.config)
@@ -157,8 +159,8 @@ def _claim(study: str, planned: Sequence[Planned], folder: Path) -> None:
             was = before.get(key, default.get(key))
             if was != told.get(key):
                 raise UsageError(
-                    f"the runs in {folder} were told {key} {was}, not "
-                    f"{told.get(key)}: give the same settings, or another --folder"
+                    f"the runs in {folder} have {key} {was}, not "
+                    f"{told.get(key)}: use the same settings, or another --folder"
                 )
     write_file(file, json.dumps(known, indent=1) + "\n")
 

@@ -19,7 +19,7 @@ def measure_latency(
 
     Args:
         trained: Models by name.
-        device: Where they run.
+        device: Device of the models.
         rounds: Answers of each that are counted.
         threads: CPU threads meanwhile.
 

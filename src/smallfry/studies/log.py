@@ -15,7 +15,7 @@ class TrialLog:
     """File ``trials.jsonl`` in a study's folder.
 
     Args:
-        folder: Of the study; made when it is first locked.
+        folder: Folder of the study; created when first locked.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,7 +41,7 @@ class TrialLog:
                 record["phase"], record["problem"], record["contestant"], record["measured"]
             except (ValueError, KeyError, TypeError) as error:
                 raise RunError(
-                    f"{self.file}, line {number}: not a trial ({error!r}); mend or remove the line"
+                    f"{self.file}, line {number}: not a trial ({error!r}); fix or remove the line"
                 ) from None
             records.append(record)
         return records

@@ -35,8 +35,8 @@ class Heartbeat:
     """Periodic progress line without a bar, so that a log shows activity.
 
     Args:
-        console: Where to.
-        text: What there is to say.
+        console: Output console.
+        text: Text of the line.
     """
 
     def __init__(self, console: Console, text: Callable[[], str]) -> None:
@@ -74,7 +74,7 @@ class RaceProgress:
 
     Args:
         total: Trials to run.
-        seconds: Of training, of all of them together.
+        seconds: Total seconds of training.
         processes: Trials at a time.
     """
 

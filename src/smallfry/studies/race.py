@@ -74,7 +74,7 @@ def run_race(study: str, config: RaceConfig, folder: Path) -> Path:
     Args:
         study: "autoencoder" or "two-level"; says who takes part by default.
         config: The race.
-        folder: Where trials and report go; several problems may share it.
+        folder: Folder of trials and report; several problems may share it.
 
     Returns:
         The report, an HTML page.
@@ -233,8 +233,8 @@ def _outcomes(
                 yield waiting[future], future.result()
         except BrokenProcessPool:
             raise TrainingError(
-                "a process of the study was killed, perhaps for lack of memory: what ended is "
-                "kept; run the same command again, with fewer --processes"
+                "a process of the study was killed, perhaps for lack of memory: finished trials "
+                "are kept; run the same command again with fewer --processes"
             ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -302,7 +302,7 @@ def _check(study: str, config: RaceConfig) -> tuple[str, ...]:
     if optional and find_spec("pytorch_optimizer") is None:
         chosen = tuple(name for name in chosen if name != "soap")
         warnings.warn(
-            "SOAP does not take part: pip install 'smallfry[peers]' brings it",
+            "SOAP is skipped: install it with pip install 'smallfry[peers]'",
             SmallfryWarning,
             stacklevel=3,
         )
@@ -326,6 +326,6 @@ def _check_records(records: Sequence[dict[str, Any]], config: RaceConfig, place:
         if r["seconds"] != wanted[r["phase"]] or r["clock"] != place.clock:
             raise UsageError(
                 f"the trials in this folder ran for {r['seconds']:g} s ({r['phase']}, "
-                f"{r['clock']} time), not {wanted[r['phase']]:g} s ({place.clock} time): give the "
-                "same times, or another --folder"
+                f"{r['clock']} time), not {wanted[r['phase']]:g} s ({place.clock} time): use the "
+                f"same times, or another --folder"
             )

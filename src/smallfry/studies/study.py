@@ -43,7 +43,7 @@ def run_study(name: str, config: RunsConfig, folder: Path) -> Path:
     Args:
         name: A key of ``STUDIES``.
         config: That study's configuration.
-        folder: Where runs and report go.
+        folder: Folder of runs and report.
 
     Returns:
         The report, an HTML page.
@@ -94,7 +94,7 @@ def _check(config: RunsConfig) -> None:
     for name in lists:
         values = getattr(config, name, (1,))
         if not values or min(values) <= 0:
-            raise UsageError(f"{name}: name at least one, all above 0")
+            raise UsageError(f"{name}: give at least one, all above 0")
     if config.device != "auto":
         try:
             torch.empty(1, device=config.device)

@@ -31,13 +31,13 @@ class Job:
     """Specification of a trial.
 
     Args:
-        phase: What it is for.
+        phase: Purpose of the trial.
         problem: A key of ``PROBLEMS``.
         contestant: A key of ``CONTESTANTS``.
-        settings: Of the optimizer.
-        seed: Of initial weights, batches and sampled targets.
+        settings: Settings of the optimizer.
+        seed: Seed of initial weights, batches and sampled targets.
         trial: Number of the settings in the search.
-        seconds: Of training.
+        seconds: Seconds of training.
     """
 
     phase: Phase
@@ -155,7 +155,7 @@ def fisher_errors(
     Args:
         job: With the settings of AdamW.
         place: Where.
-        training: What the network learns.
+        training: Training examples.
         contestants: Those of ours whose approximation has an error to tell.
         every: Steps between two measurements.
 

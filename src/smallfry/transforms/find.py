@@ -48,7 +48,7 @@ def find_groups(model: nn.Module, example: Tensor) -> tuple[ChannelGroup, ...]:
     if wrong:
         some = "; ".join(f"{name}: {reason}" for name, reason in [*wrong.items()][:3])
         warnings.warn(
-            f"{len(wrong)} groups of channels can't be cut and are left whole ({some})",
+            f"{len(wrong)} groups of channels can't be cut and are kept ({some})",
             SmallfryWarning,
             stacklevel=2,
         )

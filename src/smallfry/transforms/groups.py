@@ -43,8 +43,8 @@ class ChannelGroup:
         channels: Their number.
         zeroed: Entries that are zero in a channel that is masked.
         cut: Entries that a cut channel does not have any more; those of ``zeroed`` among them.
-        zero_invariant: Whether a channel that is zero changes no output by being cut.
-        counts: How much of counting attributes belongs to a channel, such as
+        zero_invariant: True if removing an all-zero channel changes no output.
+        counts: Share of counting attributes per channel, such as
             ``{"blocks.0.attn.heads": 1}``.
         divisor: Survivors are a multiple of it, where hardware wants that.
     """
@@ -91,7 +91,7 @@ def cut(model: nn.Module, groups: Sequence[ChannelGroup], keep: Mapping[str, Ten
 
     Args:
         model: The model; optimizers of its parameters are to be made anew.
-        groups: Of the model.
+        groups: Groups of the model.
         keep: Numbers of the channels that stay, int64, by a group's name.
 
     Returns:
@@ -105,7 +105,7 @@ def cut(model: nn.Module, groups: Sequence[ChannelGroup], keep: Mapping[str, Ten
     counts: dict[str, int] = {}
     for name, kept in keep.items():
         if name not in by_name:
-            raise UsageError(f"there is no group of channels '{name}'{nearest(name, by_name)}")
+            raise UsageError(f"unknown group of channels '{name}'{nearest(name, by_name)}")
         group = by_name[name]
         gone = torch.ones(group.channels, dtype=torch.bool)
         gone[kept.cpu()] = False

@@ -19,7 +19,7 @@ def register(kind: T) -> T:
     name = kind.kind  # type: ignore[attr-defined]
     other = _kinds.setdefault(name, kind)
     if other is not kind and other.__qualname__ != kind.__qualname__:
-        raise UsageError(f"two transforms are called '{name}': {other!r} and {kind!r}")
+        raise UsageError(f"two transforms are named '{name}': {other!r} and {kind!r}")
     _kinds[name] = kind
     return kind
 
@@ -40,7 +40,7 @@ def find(name: str, where: str) -> Any:
     known = _kinds if name in _kinds else kinds()
     if name not in known:
         raise RunError(
-            f"{where}: has the transform '{name}', which this smallfry does not have"
-            f"{nearest(name, known)}; install the version or package that brings it"
+            f"{where}: has the unknown transform '{name}'"
+            f"{nearest(name, known)}; install the version or package that provides it"
         )
     return known[name]

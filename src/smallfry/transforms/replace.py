@@ -25,7 +25,7 @@ class Replace:
 
     Args:
         layer: Name of a registered layer, such as ``low_rank``.
-        settings: Of each replaced layer, by its qualified name, such as
+        settings: Settings of each replaced layer, by its qualified name, such as
             ``{"block.0.mlp.fc1": {"rank": 8}}``.
 
     Example:

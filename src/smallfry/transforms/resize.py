@@ -21,7 +21,7 @@ class Resize:
     """Widths of a model's layers, none larger than before.
 
     Args:
-        shapes: Of parameters and buffers, by qualified name.
+        shapes: Shapes of parameters and buffers, by qualified name.
         counts: New values of counting attributes, such as ``{"blocks.0.attn.heads": 3}``.
 
     Example:

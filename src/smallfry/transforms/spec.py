@@ -27,7 +27,7 @@ class Transform(Protocol):
 
     Attributes:
         kind: Name in files.
-        version: Of the fields; files of a later one are refused.
+        version: Version of the fields; files of a later one are refused.
         stage: Place in the order of transforms.
     """
 
@@ -53,7 +53,7 @@ class ModelSpec:
     Args:
         architecture: Name in timm's registry.
         arguments: Keyword arguments of ``timm.create_model``.
-        transforms: What was done to it, in order.
+        transforms: Applied transforms, in order.
 
     Example:
         >>> from smallfry.transforms import ModelSpec, build
@@ -78,8 +78,8 @@ class ModelSpec:
             if earlier.stage > transform.stage:
                 raise UsageError(
                     f"'{transform.kind}' ({transform.stage.name.lower()}) comes before "
-                    f"'{earlier.kind}' ({earlier.stage.name.lower()}), which the model has already:"
-                    " the order is architecture, width, factor, sparse, adapter, bits"
+                    f"'{earlier.kind}' ({earlier.stage.name.lower()}), which was applied already: "
+                    f"the order is architecture, width, factor, sparse, adapter, bits"
                 )
         return replace(self, transforms=(*self.transforms, transform))
 
@@ -100,8 +100,8 @@ class ModelSpec:
         """Parse a spec from untrusted plain data.
 
         Args:
-            content: As ``to_dict`` gives it.
-            where: What errors name.
+            content: Output of ``to_dict``.
+            where: Prefix of error messages.
 
         Raises:
             RunError: Damaged, or a transform that this version does not have.
@@ -109,11 +109,13 @@ class ModelSpec:
         name, arguments = content.get("name"), content.get("arguments", {})
         transforms = content.get("transforms", [])
         if not isinstance(name, str):
-            raise RunError(f"{where}: neither smallfry nor timm has an architecture {name!r}")
+            raise RunError(f"{where}: unknown architecture {name!r}")
         if not isinstance(arguments, Mapping):
             raise RunError(f"{where}: the model's arguments need names, got {arguments!r}")
         if not isinstance(transforms, list) or len(transforms) > MOST_TRANSFORMS:
-            raise RunError(f"{where}: its transforms are no list, or more than {MOST_TRANSFORMS}")
+            raise RunError(
+                f"{where}: its transforms are not a list, or more than {MOST_TRANSFORMS}"
+            )
         spec = cls(name, dict(arguments))
         for each in transforms:
             try:
@@ -136,13 +138,13 @@ def _transform(content: Any, where: str) -> Transform:
     from smallfry.transforms.registry import find  # the registry scans modules that import this one
 
     if not isinstance(content, Mapping) or not isinstance(content.get("kind"), str):
-        raise RunError(f"{where}: one of its transforms has no kind")
+        raise RunError(f"{where}: a transform has no kind")
     fields = dict(content)
     kind, version = find(fields.pop("kind"), where), fields.pop("version", None)
     if version != kind.version:
         raise RunError(
             f"{where}: has the transform '{kind.kind}' in version {version}, this smallfry reads "
-            f"version {kind.version}: install the one that wrote it"
+            f"version {kind.version}: install the version that wrote it"
         )
     try:
         transform: Transform = kind(**fields)

@@ -46,8 +46,8 @@ def traced_groups(
     except ImportError:
         if any(isinstance(m, nn.Conv2d) for m in model.modules()):
             warnings.warn(
-                "channels of convolutions are found by Torch-Pruning, which is not installed: "
-                "pip install 'smallfry[compress]'",
+                "finding channels of convolutions needs Torch-Pruning: pip install "
+                "'smallfry[compress]'",
                 SmallfryWarning,
                 stacklevel=3,
             )
@@ -60,8 +60,8 @@ def traced_groups(
     except Exception as error:  # of a graph that does not fit it
         reason = (str(error) or type(error).__name__).splitlines()[0][:100]
     warnings.warn(
-        f"Torch-Pruning found no groups of {type(model).__name__} ({reason}): only blocks that are "
-        "known can be cut",
+        f"Torch-Pruning found no groups of {type(model).__name__} ({reason}): only known blocks "
+        f"can be cut",
         SmallfryWarning,
         stacklevel=3,
     )

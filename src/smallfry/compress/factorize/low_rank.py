@@ -23,10 +23,10 @@ class LowRank:
     """Low-rank factorisation of a trained model.
 
     Args:
-        keep: Share of each layer's numbers that its factors have, below 1.
-        include: Shell patterns of the layers' names.
-        exclude: Patterns of those that stay dense.
-        smallest: Layers with fewer numbers stay dense.
+        keep: Parameters of the factors as a share of the layer's, below 1.
+        include: Shell patterns of layer names.
+        exclude: Patterns of layers to keep dense.
+        smallest: Layers with fewer parameters stay dense.
 
     Example:
         >>> import timm, smallfry
@@ -47,7 +47,7 @@ class LowRank:
 
     def __post_init__(self) -> None:
         if not 0 < self.keep < 1:
-            raise UsageError(f"low_rank.keep is a share between 0 and 1, not {self.keep}")
+            raise UsageError(f"low_rank.keep must be between 0 and 1, not {self.keep}")
 
     def start(self) -> Method:
         """Create the method with these settings."""

@@ -28,10 +28,10 @@ class Magnitude:
     """One-shot pruning of whole channels by magnitude.
 
     Args:
-        sparsity: Share of all groups' channels that go, 0 to below 1.
-        include: Shell patterns of the groups' names, which are those of layers.
-        exclude: Patterns of those that stay whole.
-        divisible: Survivors of a group are rounded up to a multiple of it; heads are not.
+        sparsity: Share of all groups' channels to remove, in [0, 1).
+        include: Shell patterns of group names, which are layer names.
+        exclude: Patterns of groups to keep unchanged.
+        divisible: Round the remaining channels of a group, except heads, up to a multiple.
 
     Example:
         >>> import timm, torch, smallfry
@@ -53,7 +53,7 @@ class Magnitude:
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1 or self.divisible < 1:
-            raise UsageError("magnitude.sparsity is 0 to below 1, and divisible 1 or more")
+            raise UsageError("magnitude.sparsity must be in [0, 1), and divisible at least 1")
 
     def start(self) -> Method:
         """Create the method with these settings."""
@@ -67,7 +67,9 @@ class _Prune(Method):
 
     def begin(self, model: nn.Module, setting: Setting) -> None:
         if not setting.example.numel():
-            raise UsageError("magnitude finds channels on an example: give example=, two inputs")
+            raise UsageError(
+                "magnitude needs example inputs to find channels: pass example= with two inputs"
+            )
         found = {group.name: group for group in find_groups(model, setting.example)}
         names = chosen(found, self._settings.include, self._settings.exclude, "group of channels")
         self._groups = tuple(found[name] for name in names)
@@ -101,7 +103,7 @@ def survivors(
 
     Args:
         groups: To choose from; all compete.
-        sizes: Of their channels, comparable between groups.
+        sizes: Sizes of their channels, comparable between groups.
         sparsity: Share that goes.
         divisible: Survivors are rounded up to a multiple, in groups of more than that.
     """

@@ -22,9 +22,9 @@ class RoundWeights:
     """Post-training rounding of a model's weights to few bits.
 
     Args:
-        bits: 2 to 8.
-        include: Shell patterns of the layers' names.
-        exclude: Patterns of those that stay in floating point.
+        bits: Bits per weight, 2 to 8.
+        include: Shell patterns of layer names.
+        exclude: Patterns of layers to keep in floating point.
 
     Example:
         >>> import timm, smallfry
@@ -44,7 +44,7 @@ class RoundWeights:
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
-            raise UsageError(f"round_weights.bits is 2 to 8, not {self.bits}")
+            raise UsageError(f"round_weights.bits must be 2 to 8, not {self.bits}")
 
     def start(self) -> Method:
         """Create the method with these settings."""
