@@ -34,6 +34,7 @@ from smallfry.training.augment import Augment
 from smallfry.training.batch_norm import require_enough_images
 from smallfry.training.batches import CHARACTERS, flips_by_default
 from smallfry.training.checkpoint import Checkpoint, has_checkpoint, load_checkpoint
+from smallfry.training.compression import CHOICE, DONE, LAST_EPOCH
 from smallfry.training.config import ModelConfig, TrainConfig, TrainSettings, read_config
 from smallfry.training.continuation import (
     require_changeable,
@@ -43,6 +44,7 @@ from smallfry.training.continuation import (
 from smallfry.training.evaluation import Predictions, predict, require_finite, score, task_of
 from smallfry.training.evaluation_data import load_config_data, require_place
 from smallfry.training.loop import Trainer
+from smallfry.training.method import find_methods
 from smallfry.training.objective import build_objective
 from smallfry.training.processes import Processes, leaving, start
 from smallfry.training.progress import Reporter, build_reporter
@@ -72,6 +74,7 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> dict[str, An
         Stopped: A signal came; the state is saved, ``resume`` goes on.
     """
     asked = config.schedule.warmup_epochs
+    config = replace(config, methods=list(find_methods(config.methods)))
     config = with_fitting_warmup(_with_full_paths(config))
     processes = start(config.device, config.precision, config.strategy)
     with leaving(processes):
@@ -163,6 +166,7 @@ def resume(
     folder = RunFolder(Path(run))
     folder.require()
     recorded = read_config(folder.config)
+    find_methods(recorded.methods)
     config = _with_full_paths(with_changes(recorded, changes))
     processes = start(config.device, config.precision, config.strategy)
     with leaving(processes):
@@ -375,7 +379,12 @@ def _build(
     )
     objective = build_objective(config.objective, model, config.task)
     reporter = reporter or build_reporter(config.progress)
-    return Trainer(model, data, objective, augment, config, folder, manifest, reporter, processes)
+    trainer = Trainer(
+        model, data, objective, augment, config, folder, manifest, reporter, processes
+    )
+    if not has_checkpoint(folder.last):
+        processes.once(trainer.plan.rehearse)
+    return trainer
 
 
 def _useful_threads(model: nn.Module, data: ImageData) -> int:
@@ -410,6 +419,7 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
     summary = {
         "run": str(folder.path),
         "model": best.manifest["model"],
+        **({DONE: best.manifest[DONE]} if DONE in best.manifest else {}),
         "task": config.task,
         "data": {
             **best.manifest["data"],
@@ -420,8 +430,9 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
         },
         "measured": {
             "test": score(predictions, trainer.objective.task),
-            "best_epoch": progress.best_epoch,
+            "best_epoch": len(progress.history) if trainer.plan.trains else progress.best_epoch,
             "select_on": config.select_on,
+            **({CHOICE: LAST_EPOCH} if trainer.plan.trains else {}),
             "epochs": len(progress.history),
             "training_seconds": round(progress.seconds, 2),
             "seed": config.seed,
