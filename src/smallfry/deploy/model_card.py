@@ -159,11 +159,19 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, str]:
         "multiply-accumulates of one image": f"{measured['macs'] / 1e6:,.1f} million",
         "input": f"{side}×{side} pixels, {'grey' if channels == 1 else 'RGB'}",
         "weights": f"{which}{averaged}" if which else "",
-        "started from": as_code(facts["base_model"]) if facts.get("base_model") else "",
+        "started from": _start(facts),
         "compressed by": as_code(json.dumps(facts["methods"])) if facts.get("methods") else "",
         "licence": as_text(wanted.get("license") or "not stated: ask whoever shares it"),
     }
     return {key: value for key, value in rows.items() if value}
+
+
+def _start(facts: Mapping[str, Any]) -> str:
+    """The model that the training started from, if it did not start from the beginning."""
+    start = facts.get("start")
+    if not start:
+        return as_code(facts["base_model"]) if facts.get("base_model") else ""
+    return f"{as_code(start.get('name'))}, weights {as_code(str(start.get('weights_sha256'))[:16])}"
 
 
 def _classes(labels: Sequence[str]) -> str:

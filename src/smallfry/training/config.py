@@ -80,6 +80,9 @@ class ModelConfig:
 
     Args:
         name: A registered model; auto takes the ViTRM that fits the size of the images.
+        start: A trained model to start from: a run folder, a checkpoint in one, a shared folder or
+            hf_hub:USER/NAME. Its architecture, transforms and weights are taken, and images are
+            prepared as it takes them; another number of classes has a new classifier.
         latent_steps: Rewritings of the latent memory in one recursion step (n; ViTRM).
         recursion_steps: Recursion steps at inference (T; ViTRM).
         latents: Latent tokens; default one per patch (ViTRM).
@@ -89,6 +92,7 @@ class ModelConfig:
     """
 
     name: str = "auto"
+    start: str | None = None
     latent_steps: int | None = None
     recursion_steps: int | None = None
     latents: int | None = None
