@@ -66,12 +66,6 @@ def read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def is_compressed(folder: Path) -> bool:
-    """Check for transforms in a shared folder's description, which timm does not apply."""
-    file = folder / CONFIG
-    return file.is_file() and bool((read_config(file).get("smallfry") or {}).get("transforms"))
-
-
 def read_weights(folder: Path, facts: Mapping[str, Any] | None) -> dict[str, Tensor]:
     """The weights in a folder, whose hash ``facts`` tells where smallfry wrote them.
 
