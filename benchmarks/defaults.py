@@ -1,4 +1,4 @@
-"""Every natural gradient at its defaults against AdamW at 1e-3, on models as people have them.
+"""Default settings of every natural-gradient method against AdamW at 1e-3, on common models.
 
     python benchmarks/defaults.py --seeds 0 1 2    # hours on a core; goes on where it ended
     python benchmarks/defaults.py --cells mlp cnn --methods KFAC EKFAC
@@ -56,7 +56,7 @@ Loss = Callable[[Any, Tensor], Tensor]
 
 
 class Task(NamedTuple):
-    """A model to train on pairs of inputs and targets."""
+    """Model to train on pairs of inputs and targets."""
 
     model: nn.Module
     inputs: Tensor
@@ -66,7 +66,7 @@ class Task(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A task, how large its batches are, and for how long it is trained."""
+    """Task with batch size and duration."""
 
     make: Callable[[], Task]
     batch: int
@@ -100,7 +100,7 @@ def cnn() -> Task:
 
 
 class Attention(nn.Module):
-    """A layer of a small character model."""
+    """Attention layer of a small character model."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class Attention(nn.Module):
 
 
 class CharacterModel(nn.Module):
-    """The next character from those before: attention, or an LSTM."""
+    """Character-level language model: attention, or an LSTM."""
 
     def __init__(self, characters: int, length: int, recurrent: bool, width: int = 64) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class CharacterModel(nn.Module):
 
 
 def text(length: int = 32) -> tuple[Tensor, Tensor, int]:
-    """Windows of English prose, with each character's successor."""
+    """Cut windows of English prose, with each character's successor."""
     prose = load_digits().DESCR + load_diabetes().DESCR
     known = sorted(set(prose))
     codes = torch.tensor([known.index(c) for c in prose])
@@ -286,7 +286,7 @@ def train(name: str, method: str, seed: int, steps: int | None = None) -> dict[s
 
 @torch.no_grad()
 def _loss(task: Task) -> float:
-    """Over the first training samples."""
+    """Compute the loss over the first training samples."""
     task.model.eval()
     loss = float(task.loss(task.model(task.inputs[:512]), task.targets[:512]))
     task.model.train()
@@ -302,7 +302,7 @@ def _divergence(
     residual: Tensor,
     random: Tensor,
 ) -> float:
-    """The divergence that the last step made, for each target."""
+    """Measure the divergence of the last step, per target."""
     with torch.random.fork_rng():
         torch.set_rng_state(random)
         buffers = {name: b.clone() for name, b in task.model.named_buffers()}
@@ -315,7 +315,7 @@ def _divergence(
 
 
 def failures(results: dict[str, Any], longest: float = 2.0) -> list[str]:
-    """What was wanted and is not so; ``longest`` is the most divergence over the promised."""
+    """List missed targets; ``longest`` is the largest ratio of divergence to its bound."""
     found = []
     for key, one in results.items():
         name, method, seed = key.split("/")
@@ -332,7 +332,7 @@ def failures(results: dict[str, Any], longest: float = 2.0) -> list[str]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Losses, and divergences behind them, the worst over seeds."""
+    """Tabulate losses, with divergences, the worst over seeds."""
     methods = ["AdamW", *METHODS]
     lines = ["| cell | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
     for name in CELLS:

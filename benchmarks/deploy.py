@@ -1,4 +1,4 @@
-"""How fast the paper's model answers on a CPU, deployed, beside its plain form in PyTorch.
+"""Latency of the deployed paper model on a CPU, against its plain form in PyTorch.
 
     python benchmarks/deploy.py --threads 1 --out results/deploy.json     # --quick takes a minute
 

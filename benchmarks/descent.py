@@ -1,4 +1,4 @@
-"""How far natural gradient gets in 200 steps on the MNIST auto-encoder, untuned.
+"""Loss of natural gradient after 200 untuned steps on the MNIST auto-encoder.
 
     python benchmarks/descent.py --root DIR --out results/descent.json
 

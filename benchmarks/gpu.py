@@ -1,4 +1,4 @@
-"""What one GPU can show in the first minutes: parts in order, within a budget of seconds.
+"""First measurements on one GPU: parts in order, within a time budget.
 
     python benchmarks/gpu.py --root DIR --out results/gpu --budget 540
     python benchmarks/gpu.py --rehearse --root DIR --out OUT   # on a CPU, tiny, every part
@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 
 
 class Part(NamedTuple):
-    """A part's script, and the seconds that it needs at least and may take at most."""
+    """Script of a part, with its minimum and maximum seconds."""
 
     script: str
     least: float
@@ -52,13 +52,13 @@ FIRST = ["smoke", "speed", "accuracy", "optimizers", "rivals"]
 
 
 def seconds_for(part: str, left: float, later: list[str]) -> float:
-    """The seconds that a part may take, of those left; 0 if they don't suffice."""
+    """Return the seconds for a part, out of those left; 0 if they don't suffice."""
     found = min(PARTS[part].most, left - sum(PARTS[name].reserved for name in later))
     return found if found >= PARTS[part].least else 0.0
 
 
 def environment(scratch: Path) -> dict[str, str]:
-    """Caches in the scratch folder, no network, and the package of this checkout."""
+    """Build the environment: caches in the scratch folder, no network, this checkout's package."""
     paths = [str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")]
     given = {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
@@ -75,7 +75,7 @@ def environment(scratch: Path) -> dict[str, str]:
 
 
 def run(part: str, seconds: float, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run a part; how it ended."""
+    """Run a part, and return its outcome."""
     file = arguments.out / f"{part}.json"
     until = time.time() + seconds
     command = [sys.executable, str(HERE / PARTS[part].script), part, f"--until={until:.1f}"]
@@ -116,14 +116,14 @@ def run(part: str, seconds: float, arguments: argparse.Namespace) -> dict[str, A
 
 
 def _end_group(child: subprocess.Popen[bytes]) -> None:
-    """Leave nothing running of what a part started."""
+    """Kill all processes that a part started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
 
 
 def read(file: Path) -> dict[str, Any]:
-    """What a part has written so far."""
+    """Read the record of a part so far."""
     try:
         found: dict[str, Any] = json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -132,14 +132,14 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def write(file: Path, record: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file atomically."""
     part = file.with_name(f".{file.name}.part")
     part.write_text(json.dumps(record, indent=1, default=str) + "\n")
     os.replace(part, file)
 
 
 def show(part: str, record: dict[str, Any]) -> None:
-    """A part in few lines, errors by their last line."""
+    """Summarise a part in few lines, errors by their last line."""
     print(f"--- {part}: {record.get('process')}")
     for name, found in record.items():
         if name == "process":

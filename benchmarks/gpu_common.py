@@ -1,4 +1,4 @@
-"""What the parts of benchmarks/gpu.py share: their settings, their record, the data."""
+"""Shared settings, record and data of the parts of benchmarks/gpu.py."""
 
 import argparse
 import functools
@@ -34,7 +34,7 @@ LONGEST = 6000  # characters of an error
 
 
 class Settings(NamedTuple):
-    """What a part was told."""
+    """Settings of a part."""
 
     part: str
     until: float  # by time.time()
@@ -49,12 +49,12 @@ class Settings(NamedTuple):
 
     @property
     def left(self) -> float:
-        """Seconds until the part has to be over."""
+        """Seconds left to the part."""
         return self.until - time.time()
 
 
 def read_settings() -> Settings:
-    """The settings on the command line of a part; a rehearsal compiles without Inductor."""
+    """Parse the settings of a part; a rehearsal compiles without Inductor."""
     parser = argparse.ArgumentParser(description="A part of benchmarks/gpu.py, which starts it.")
     parser.add_argument("part")
     parser.add_argument("--until", type=float, required=True)
@@ -74,7 +74,7 @@ def read_settings() -> Settings:
 
 
 class Record:
-    """The figures of a part, rewritten after each."""
+    """Figures of a part, rewritten after each."""
 
     def __init__(self, settings: Settings) -> None:
         self.file = settings.file
@@ -85,7 +85,7 @@ class Record:
         write(self.file, self.found)
 
     def attempt(self, name: str, do: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-        """What it gives, with the seconds it took; an error is recorded, and None."""
+        """Run a measurement, with its duration; an error is recorded and gives None."""
         began = time.monotonic()
         found: dict[str, Any] | None = None
         try:
@@ -102,7 +102,7 @@ class Record:
 
     @property
     def failed(self) -> bool:
-        """Whether an attempt raised."""
+        """True if an attempt raised."""
         return any(isinstance(v, dict) and "error" in v for v in self.found.values())
 
 
@@ -118,7 +118,7 @@ def fit(
     reporter: Reporter | None = None,
     checkpoint: Path | None = None,
 ) -> Trainer:
-    """The product's loop, from the beginning or a checkpoint; without the test that ends a run."""
+    """Run the training loop from the start or a checkpoint, without the final test."""
     assert config.run is not None
     config.run.mkdir(parents=True, exist_ok=True)
     processes = start(config.device, config.precision, config.strategy)
@@ -131,7 +131,7 @@ def fit(
 
 
 def recipe(settings: Settings, name: str, **changes: Any) -> TrainConfig:
-    """A recipe of recipes/short on the device, with the images where they are here."""
+    """Load a recipe of recipes/short for the device, with the local images."""
     config = read_config(RECIPES / f"{name}.yaml")
     config = replace(
         config,
@@ -146,7 +146,7 @@ def recipe(settings: Settings, name: str, **changes: Any) -> TrainConfig:
 
 
 def smaller(config: TrainConfig) -> TrainConfig:
-    """The same at the size of a rehearsal."""
+    """Shrink a recipe for a rehearsal."""
     name = config.model.name
     model = replace(config.model, options=TINY) if name.startswith("vitrm") else config.model
     if name.startswith("cct"):
@@ -162,7 +162,7 @@ def smaller(config: TrainConfig) -> TrainConfig:
 
 
 def cifar(settings: Settings, wanted: DataConfig) -> DataConfig:
-    """Where CIFAR-10 can be read: its parquet files, or folders of the images in them."""
+    """Find CIFAR-10: its parquet files, or folders of the images in them."""
     folders = settings.scratch / "folders"
     if folders.is_dir():
         return replace(wanted, name=str(folders), root=None)
@@ -170,7 +170,7 @@ def cifar(settings: Settings, wanted: DataConfig) -> DataConfig:
 
 
 def readable(settings: Settings) -> dict[str, Any]:
-    """Decode CIFAR-10, once; should its tables be unreadable here, write them as folders."""
+    """Decode CIFAR-10 once, or write its tables as folders if they are unreadable."""
     began = time.monotonic()
     found: dict[str, Any] = {}
     try:
@@ -185,7 +185,7 @@ def readable(settings: Settings) -> dict[str, Any]:
 
 
 def as_folders(root: Path, folder: Path) -> None:
-    """Write the images of parquet files into one folder per class, encoded as they are."""
+    """Write the images of parquet files into one folder per class, still encoded."""
     import pyarrow.parquet
 
     part = folder.with_name(f"{folder.name}.part")
@@ -203,7 +203,7 @@ def as_folders(root: Path, folder: Path) -> None:
 
 
 def noise(settings: Settings, count: int = 20_480) -> ImageData:
-    """Random images in the place of CIFAR-10: only times count."""
+    """Make random images in place of CIFAR-10, where only time matters."""
     count = 256 if settings.rehearse else count
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)

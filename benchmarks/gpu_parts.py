@@ -1,4 +1,4 @@
-"""Parts of benchmarks/gpu.py that take figures: speed, accuracy, optimizers, rivals, tests."""
+"""Measuring parts of benchmarks/gpu.py: speed, accuracy, optimizers, rivals, tests."""
 
 import contextlib
 import json
@@ -49,7 +49,7 @@ MOST_FILE = 15 * 2**20  # bytes of what is handed back in one file
 
 
 def forms(settings: Settings) -> dict[str, TrainConfig]:
-    """ViTRM small in the forms that are timed, all of them through the product's loop."""
+    """List the forms of ViTRM small to time, all through the training loop."""
     short = recipe(settings, "vitrm_small_cifar10", batch_size=512)
     paper = replace(short, augment=replace(STRONG, randaugment_ops=2))
     strong = replace(short, augment=STRONG, model=replace(short.model, drop_rate=0.0))
@@ -67,7 +67,7 @@ def forms(settings: Settings) -> dict[str, TrainConfig]:
 def fitted(
     config: TrainConfig, run: Path, data: ImageData, epochs: int
 ) -> tuple[list[dict[str, float]], dict[str, Any]]:
-    """Rows of epochs of the product's loop, and what it took; nothing is tested afterwards."""
+    """Train for some epochs without a test; return rows and cost."""
     config = replace(config, epochs=epochs, run=run, schedule=ScheduleConfig(epochs / 4))
     cuda = config.device == "cuda"
     if cuda:
@@ -93,7 +93,7 @@ def _macs(model: torch.nn.Module) -> int:
 
 
 def speed(settings: Settings, record: Record) -> None:
-    """Epochs of every form, peaks of the device, and where the time of a step goes."""
+    """Measure epochs of every form, device peaks, and the breakdown of a step."""
     record.attempt("data", lambda: readable(settings))
     found = record.attempt("peaks", lambda: peaks(settings))
     peak = (found or {}).get("bf16", DATASHEET)
@@ -135,7 +135,7 @@ def _epoch(form: TrainConfig, run: Path, data: ImageData, peak: float) -> dict[s
 
 
 def peaks(settings: Settings) -> dict[str, Any]:
-    """The fastest large products, operations a second; and bytes a second of a copy."""
+    """Measure peak operations a second of large products, and bytes a second of a copy."""
     side = 256 if settings.rehearse else 8192
     found: dict[str, Any] = {}
     for name, dtype in {"bf16": torch.bfloat16, "float32": torch.float32}.items():
@@ -150,7 +150,7 @@ def peaks(settings: Settings) -> dict[str, Any]:
 
 
 def clock(function: Callable[[], Any], device: str, repeats: int = 20) -> float:
-    """Seconds a call, the median of several, each waited for."""
+    """Measure the median seconds of synchronised calls."""
     times = []
     for number in range(repeats + 3):
         synchronize(device)
@@ -163,7 +163,7 @@ def clock(function: Callable[[], Any], device: str, repeats: int = 20) -> float:
 
 
 def augmentation(settings: Settings, data: ImageData) -> dict[str, Any]:
-    """Milliseconds to make a batch of 512 where the images are on the device."""
+    """Measure milliseconds to augment a batch of 512 on the device."""
     from smallfry.training.augment import Augment
     from smallfry.training.batches import TrainBatches, resident
 
@@ -182,7 +182,7 @@ def augmentation(settings: Settings, data: ImageData) -> dict[str, Any]:
 
 
 def kernels(settings: Settings, data: ImageData) -> dict[str, Any]:
-    """What the GPU does in twelve steps of the loop, by kernel, and how long it is idle."""
+    """Profile twelve steps of the loop by kernel, with idle time."""
     from torch.profiler import ProfilerActivity, profile
 
     form = forms(settings)["512, strong, loader"]
@@ -220,7 +220,7 @@ def kernels(settings: Settings, data: ImageData) -> dict[str, Any]:
 
 
 def _device_time(event: Any) -> float:
-    """Microseconds of kernels alone: what calls or marks them would count them twice."""
+    """Sum microseconds of kernels alone, without the enclosing calls."""
     from torch.autograd import DeviceType
 
     marks = ("Optimizer.", "##", "Torch-Compiled", "ProfilerStep")
@@ -233,7 +233,7 @@ def _device_time(event: Any) -> float:
 
 
 def accuracy(settings: Settings, record: Record) -> None:
-    """ViTRM small for as many epochs as fit, by the epochs that ``speed`` has timed."""
+    """Train ViTRM small for as many epochs as fit, by the epochs that ``speed`` timed."""
     record.attempt("data", lambda: readable(settings))
     form, epoch = _fastest(settings, record) or _timed(
         settings, record, forms(settings)["512, strong, loader"]
@@ -242,7 +242,7 @@ def accuracy(settings: Settings, record: Record) -> None:
 
 
 def rivals(settings: Settings, record: Record) -> None:
-    """Another model of recipes/short in the seconds that are left, augmented as strongly."""
+    """Train another model of recipes/short in the remaining time, equally augmented."""
     record.attempt("data", lambda: readable(settings))
     name = settings.model or "cct_7_3x1"
     rival = recipe(settings, f"{name}_cifar10", augment=STRONG, batch_size=512, resident=False)
@@ -250,7 +250,7 @@ def rivals(settings: Settings, record: Record) -> None:
 
 
 def _train_for(settings: Settings, record: Record, form: TrainConfig, epoch: float) -> None:
-    """Choose the epochs, train, test."""
+    """Choose the epochs, train and test."""
     data = replace(form.data, validation=0.05)  # more to train on
     epoch *= (1 - data.validation) / (1 - form.data.validation)
     seconds = 0.95 * (settings.left - OVERHEAD)  # a twentieth for what drifts
@@ -274,7 +274,7 @@ def _train_for(settings: Settings, record: Record, form: TrainConfig, epoch: flo
 
 
 def _fastest(settings: Settings, record: Record) -> tuple[TrainConfig, float] | None:
-    """The form with the shortest epochs among those that ``speed`` timed, if it did."""
+    """Return the form with the shortest epochs in ``speed``, if any."""
     timed = read(settings.file.parent / "speed.json")
     half = "256, strong, loader"
     names = ("512, strong, loader", half, "512, strong")
@@ -290,7 +290,7 @@ def _fastest(settings: Settings, record: Record) -> tuple[TrainConfig, float] | 
 
 
 def _timed(settings: Settings, record: Record, form: TrainConfig) -> tuple[TrainConfig, float]:
-    """The form and the seconds of its epochs; eager should it not compile."""
+    """Return the form and its seconds per epoch, eager if it does not compile."""
     data = training.load_config_data(form.data)
     for name, config in (("timing", form), ("timing, eager", replace(form, compile=False))):
         run = settings.scratch / f"{settings.part}-{name.replace(', ', '-')}-{os.getpid()}"
@@ -323,7 +323,7 @@ def _train(config: TrainConfig) -> dict[str, Any]:
 
 
 def _tested(config: TrainConfig) -> dict[str, Any]:
-    """The best weights so far on the test split, of a run that did not come to its end."""
+    """Test the best weights so far of an unfinished run."""
     assert config.run is not None
     trained = load_run(config.run, "best")
     data = training.load_config_data(config.data)
@@ -333,7 +333,7 @@ def _tested(config: TrainConfig) -> dict[str, Any]:
 
 
 def _hand_back(settings: Settings, config: TrainConfig) -> dict[str, Any]:
-    """The run as one file, without what only resuming needs."""
+    """Pack the run into one file, without the state for resuming."""
     run = config.run
     assert run is not None
     file = settings.file.with_name(f"{settings.part}_run.tar.gz")
@@ -352,7 +352,7 @@ def _hand_back(settings: Settings, config: TrainConfig) -> dict[str, Any]:
 
 
 def optimizers(settings: Settings, record: Record) -> None:
-    """The command for each network of benchmarks/optim.py, the small ones first."""
+    """Run benchmarks/optim.py for each network, the small ones first."""
     for network in "cab":
         if settings.left < 15:
             record[network] = {"error": "left out: out of seconds"}
@@ -375,7 +375,7 @@ def _ratios(settings: Settings, network: str) -> dict[str, Any]:
 
 
 def _call(command: list[str], seconds: float, allowed: tuple[int, ...] = (0,)) -> str:
-    """The end of what a command prints.
+    """Run a command, and return the end of its output.
 
     Raises:
         RuntimeError: It failed, or ran out of seconds.
@@ -399,7 +399,7 @@ def _call(command: list[str], seconds: float, allowed: tuple[int, ...] = (0,)) -
 
 
 def tests(settings: Settings, record: Record) -> None:
-    """NCCL with one process, and the tests of optimizers and curvature in this place's PyTorch."""
+    """Test NCCL with one process, and optimizers and curvature with this PyTorch."""
     run = str(settings.scratch / f"nccl-{os.getpid()}")
     told = ["-m", "smallfry.cli", "train", "--data.limit", "500", "--epochs", "2"]
     told += ["--references", "false", "--device", settings.device, "--run", run]

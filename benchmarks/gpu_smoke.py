@@ -1,4 +1,4 @@
-"""Whether everything runs on CUDA, held against the CPU: the part ``smoke`` of benchmarks/gpu.py.
+"""Smoke test of all features on CUDA against the CPU, a part of benchmarks/gpu.py.
 
 Each check is a process of its own, all at the same time, so that the minute is spent computing. A
 rehearsal has the CPU in the place of the GPU, and another seed of the optimizers' random draws.
@@ -50,7 +50,7 @@ Outcome = dict[str, Any]
 
 
 def optimizers(settings: Settings) -> Outcome:
-    """Losses, weights and factors of every method, in float64, without sampled targets."""
+    """Compare losses, weights and factors of every method, in float64, without sampled targets."""
     methods = _module(HERE / "tests" / "optim" / "conftest.py").METHODS
     net = _module(HERE / "tests" / "mixed_net.py").Net
     random = torch.Generator().manual_seed(3)
@@ -109,7 +109,7 @@ def _apart(first: Tensor, second: Tensor) -> float:
 
 
 def models(settings: Settings) -> Outcome:
-    """Outputs and gradients of a training step without dropout, in float64 and float32."""
+    """Compare outputs and gradients of a training step without dropout, in float64 and float32."""
     torch.backends.cudnn.allow_tf32 = False
     names = ["vitrm_small_patch4_32", "vitrm_thrifty_patch4_32", "vitrm_plus_small_32"]
     names += ["cct_7_3x1_32", "resnet18_cifar"]
@@ -132,7 +132,7 @@ def models(settings: Settings) -> Outcome:
 
 
 def without_chance(model: nn.Module) -> nn.Module:
-    """A model in training mode without dropout and stochastic depth, which devices draw apart."""
+    """Disable dropout and stochastic depth, whose draws differ between devices."""
     for module in model.modules():
         for name in ("p", "drop_prob", "attn_drop"):
             if isinstance(getattr(module, name, None), float):
@@ -160,7 +160,7 @@ def _gradients(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def digits(settings: Settings, *options: str) -> Outcome:
-    """``smallfry train`` as a person would call it, and its model on the CPU afterwards."""
+    """Run ``smallfry train`` on digits, and its model on the CPU afterwards."""
     run = _fresh(settings)
     words = ["train", "--device", settings.device, "--run", str(run), "--references", "false"]
     words += ["--epochs", "2"] if settings.rehearse else []
@@ -183,7 +183,7 @@ def digits(settings: Settings, *options: str) -> Outcome:
 
 
 def natural(settings: Settings) -> Outcome:
-    """Two epochs of digits with every optimizer of the natural-gradient family."""
+    """Train two epochs of digits with every optimizer of the natural-gradient family."""
     found, wrong, images = {}, [], load_data("digits", limit=DIGITS)
     for name in NATURAL:
         optimizer = OptimizerConfig(name, lr=0.02, options={"damping": 1.0})
@@ -201,7 +201,7 @@ def natural(settings: Settings) -> Outcome:
 
 
 def _small(settings: Settings, **changes: Any) -> TrainConfig:
-    """Two epochs of digits, with everything random that there is."""
+    """Build two epochs of digits with all sources of randomness."""
     small = TINY | {"latent_steps": 2}
     return replace(
         TrainConfig(
@@ -235,7 +235,7 @@ class _StopAt(QuietReporter):
 
 
 def resumption(settings: Settings, kinds: Sequence[str], modes: Sequence[str]) -> Outcome:
-    """Runs twice alike, and stopped and gone on with: the same to the bit?
+    """Compare repeated and resumed runs bit for bit.
 
     First as they are, then with PyTorch's deterministic algorithms: GPUs add in any order where
     nothing forbids it, so a difference is a fault of resuming only where two runs are alike.
@@ -305,12 +305,12 @@ def _equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 def data(settings: Settings) -> Outcome:
-    """Whether the library for tables works here: on what there is of CIFAR-10, or noise."""
+    """Check the table library on available CIFAR-10, or noise."""
     return readable(settings)
 
 
 def compiled(settings: Settings, form: str) -> Outcome:
-    """The compiled step of ViTRM small on noise: what it costs to compile; it fills the caches."""
+    """Compile the step of ViTRM small on noise, measure the cost, and fill the caches."""
     from gpu_parts import fitted, forms
 
     rows, facts = fitted(forms(settings)[form], _fresh(settings), noise(settings), epochs=3)
@@ -343,7 +343,7 @@ def _judged(found: dict[str, Any], wrong: list[str], brief: str) -> Outcome:
 
 
 def _fresh(settings: Settings, name: str = "run") -> Path:
-    """A run folder that nobody has used."""
+    """Return an unused run folder."""
     word = f"{settings.check}-{name}".replace(" ", "-").replace(",", "")
     return settings.scratch / "smoke" / f"{word}-{os.getpid()}"
 
@@ -358,7 +358,7 @@ def _module(file: Path) -> ModuleType:
 
 
 def together(settings: Settings) -> int:
-    """All checks, each in its process; the record has those that have ended."""
+    """Run all checks, each in its process, and record the finished ones."""
     record = Record(settings)
     chosen = [settings.check] if settings.check else list(CHECKS)
     at_once = 2 if settings.rehearse else len(chosen)

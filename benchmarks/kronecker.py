@@ -1,4 +1,4 @@
-"""How long the nearest Kronecker product of a layer's Fisher takes, beside KFAC's covariances.
+"""Time of the nearest Kronecker product of a layer's Fisher, against KFAC's covariances.
 
     python benchmarks/kronecker.py --rounds 9 --out results/kronecker.json
 
@@ -46,7 +46,7 @@ POWER_STEPS = 40  # of the published 1000; a careful iteration needs about 10
 
 
 class Power(NamedTuple):
-    """What a power iteration came to."""
+    """Result of a power iteration."""
 
     inputs: Tensor
     outputs: Tensor
@@ -55,7 +55,7 @@ class Power(NamedTuple):
 
 
 def smooth_images(count: int, channels: int, size: int, seed: int) -> Tensor:
-    """Random images of a few soft blobs, from 0 to 1."""
+    """Generate random images of a few soft blobs, from 0 to 1."""
     random = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, channels, 5, 5, generator=random)
     images = F.interpolate(coarse, (size, size), mode="bicubic", align_corners=False)
@@ -63,14 +63,14 @@ def smooth_images(count: int, channels: int, size: int, seed: int) -> Tensor:
 
 
 def digits() -> Tensor:
-    """Handwritten digits of 8 × 8 pixels as 28 × 28, shuffled, (1797, 784)."""
+    """Resize handwritten digits of 8 × 8 pixels to 28 × 28, shuffled, (1797, 784)."""
     images = torch.from_numpy(load_digits().images).float()[:, None] / 16
     large = F.interpolate(images, (28, 28), mode="bilinear", align_corners=False)
     return large.flatten(1)[torch.randperm(len(large), generator=torch.Generator().manual_seed(0))]
 
 
 def autoencoder_rows(batch: int, images: Tensor) -> Rows:
-    """The first layer of the MNIST auto-encoder after 300 steps of Adam."""
+    """Record the first layer of the MNIST auto-encoder after 300 steps of Adam."""
     torch.manual_seed(0)
     sizes = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
     layers: list[nn.Module] = []
@@ -87,7 +87,7 @@ def autoencoder_rows(batch: int, images: Tensor) -> Rows:
 
 
 def convolution_rows(batch: int) -> Rows:
-    """The first convolution of a small network after 30 steps of Adam."""
+    """Record the first convolution of a small network after 30 steps of Adam."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 32, 3), nn.ReLU(), nn.MaxPool2d(3), nn.Conv2d(32, 32, 3), nn.ReLU(),
@@ -105,7 +105,7 @@ def convolution_rows(batch: int) -> Rows:
 
 
 def observed(model: nn.Module, inputs: Tensor, likelihood: Bernoulli | Categorical) -> Rows:
-    """What the first layer sees, with one sampled target."""
+    """Record the first layer's rows, with one sampled target."""
     block = cover(model).blocks[0]
     taps = Taps([block])
     taps.open()
@@ -121,7 +121,7 @@ def observed(model: nn.Module, inputs: Tensor, likelihood: Bernoulli | Categoric
 
 
 def power_iteration(rows: Rows, norm: Callable[[Tensor], Tensor]) -> Power:
-    """The published KPSVD: Z and Zᵀ in turns on feature-sized matrices, products matrix-free."""
+    """Run the published KPSVD: Z and Zᵀ in turns on feature-sized matrices, matrix-free."""
     a, g = rows.inputs[0, :, 0], rows.gradients[0, 0, :, 0]
     start = torch.rand(g.shape[1], generator=torch.Generator().manual_seed(0))
     v = start.outer(start)
@@ -146,7 +146,7 @@ def exact_norm(x: Tensor) -> Tensor:
 
 
 def measure(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contestant, one a round; a first round warms up."""
+    """Measure the seconds of each contestant in rounds, after a warm-up."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(rounds + 1):
         for name, work in contestants.items():

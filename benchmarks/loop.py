@@ -1,4 +1,4 @@
-"""How fast the training loop is when the model costs nothing.
+"""Overhead of the training loop, measured with a model that costs nothing.
 
     make bench            # or: python benchmarks/loop.py --rounds 5 --out results/loop.json
 

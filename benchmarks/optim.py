@@ -1,4 +1,4 @@
-"""What a natural-gradient step costs, beside AdamW, SOAP and Muon on the same work.
+"""Cost of a natural-gradient step, against AdamW, SOAP and Muon on the same work.
 
     python benchmarks/optim.py --out results/optim.json          # minutes; --only a for one network
 

@@ -1,4 +1,4 @@
-"""How fast training images are augmented, beside torchvision's transforms of single PIL images.
+"""Throughput of image augmentation, against torchvision's transforms of single PIL images.
 
     python benchmarks/pipeline.py --out results/pipeline.json
 
@@ -30,7 +30,7 @@ WANTED = 3.0
 
 
 def batches(pixels: Tensor, labels: Tensor) -> float:
-    """Images a second of smallfry."""
+    """Measure images a second of smallfry."""
     config = AugmentConfig(crop_padding=4, flip=True, randaugment_ops=2, mixup=0.2, cutmix=0.0)
     augment = Augment(config, 32, CLASSES, MEAN, STD, flip=True)
     order = torch.randperm(IMAGES)
@@ -41,7 +41,7 @@ def batches(pixels: Tensor, labels: Tensor) -> float:
 
 
 def images(pictures: list[Image.Image], labels: Tensor) -> float:
-    """Images a second of torchvision."""
+    """Measure images a second of torchvision."""
     transform = v2.Compose(
         [
             v2.RandomCrop(32, padding=4),

@@ -1,4 +1,4 @@
-"""Which switches of ViTRM-plus pay: forms of one model, trained for equally long.
+"""Ablation of ViTRM-plus: variants of one model, trained for equal time.
 
     python benchmarks/plus.py alone --root DIR --device cuda --out results/plus_alone.json
     python benchmarks/plus.py alone --data digits --minutes 0.05   # to try it; decides nothing
@@ -129,7 +129,7 @@ def model_name(arguments: argparse.Namespace) -> str:
 
 
 def optimizer(arguments: argparse.Namespace, change: dict[str, Any]) -> OptimizerConfig:
-    """AdamW, or what stands in its place; natural gradient as in the study of optimizers."""
+    """Build the optimizer of a variant; natural gradient as in the study of optimizers."""
     if "natural" not in change:
         return change.get("optimizer", OptimizerConfig())
     with torch.device("meta"):
@@ -139,7 +139,7 @@ def optimizer(arguments: argparse.Namespace, change: dict[str, Any]) -> Optimize
 
 
 def finished(config: TrainConfig) -> dict[str, Any]:
-    """The summary of a run: found, gone on with, or from the beginning."""
+    """Return the summary of a run: existing, resumed or new."""
     assert config.run is not None
     file = RunFolder(config.run).config
     if not file.exists():
@@ -163,7 +163,7 @@ def epochs_that_fit(config: TrainConfig, minutes: float) -> int:
 
 
 def measure(arguments: argparse.Namespace, change: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Train one form for each seed."""
+    """Train one variant for each seed."""
     timing = configure(arguments, change, 0, TIMED, folder / "timing")
     epochs = epochs_that_fit(timing, arguments.minutes)
     found: dict[str, Any] = {"epochs": epochs, "validation": [], "test": [], "seconds": []}

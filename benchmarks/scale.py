@@ -1,4 +1,4 @@
-"""What two processes gain over one: images per second of training, seconds of a refresh.
+"""Speed-up of two processes over one: images per second, seconds of a refresh.
 
     python benchmarks/scale.py --out results/scale.json      # minutes, on a machine with two cores
     python benchmarks/scale.py --quick                       # the same in small
@@ -72,7 +72,7 @@ METHODS: dict[str, Callable[..., Any]] = {
 
 
 class Rates(QuietReporter):
-    """Keeps the images per second of every step."""
+    """Recorder of images per second at every step."""
 
     def __init__(self) -> None:
         self.seen: list[float] = []
@@ -90,7 +90,7 @@ def random_data(images: int) -> ImageData:
 
 
 def training_rate(model: str, batch: int, steps: int, processes: Processes) -> float:
-    """Images a second in all processes together, behind the first step."""
+    """Measure images a second of all processes together, after the first step."""
     config = TrainConfig(
         augment=AugmentConfig(crop_padding=4, flip=True, mixup=0.2, cutmix=0.0),
         optimizer=OptimizerConfig("adamw", lr=1e-4),
@@ -175,7 +175,7 @@ def classifying(batch: int) -> tuple[nn.Module, Batch, Loss, dict[str, Any]]:
 
 
 class Case:
-    """One method on one network, in one process or in both."""
+    """One method on one network, in one or two processes."""
 
     def __init__(self, network: str, method: str, batch: int, together: bool) -> None:
         torch.manual_seed(0)
@@ -261,13 +261,13 @@ def compared(
 
 
 def uses_of(case: Case) -> int:
-    """Samples times uses of a layer, the most there are."""
+    """Return the largest product of samples and uses over the layers."""
     shape = case.part[0].shape
     return shape[0] * (4 * shape[1] if len(shape) > 2 else 1)
 
 
 def told_by_all(mine: dict[str, int]) -> dict[str, int]:
-    """Bytes that crossed between the two, by kind: each message counts once."""
+    """Sum the bytes exchanged, by kind, each message once."""
     said: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(said, mine)
     return {kind: max(each.get(kind, 0) for each in said) for kind in mine}
@@ -277,7 +277,7 @@ def told_by_all(mine: dict[str, int]) -> dict[str, int]:
 
 
 def calibrate(pair: bool) -> dict[str, float]:
-    """Multiply-adds a second of one of the processes; if both work, of the slower one."""
+    """Measure multiply-adds a second of one process; with two at work, of the slower."""
     a, b = torch.randn(1000, 256), torch.randn(256, 1000)
     square = b.T @ b / 256 + torch.eye(1000)
     whole, some, cube = square[None], torch.full((1,), 0.1), 1000.0**3
@@ -295,7 +295,7 @@ def calibrate(pair: bool) -> dict[str, float]:
 
 
 def wires() -> dict[str, float]:
-    """Bytes a second of large messages, and seconds of a small one, between the processes."""
+    """Measure bandwidth of large messages and latency of a small one, between the processes."""
     large, small = torch.zeros(4 * 10**6), torch.zeros(1)
 
     def exchange() -> None:
@@ -319,7 +319,7 @@ def fastest(task: Callable[[], Any], times: int) -> float:
 
 
 def measure_machine() -> tuple[dict[str, Any], dict[str, Any]]:
-    """What was measured, and the machine as the model of cost wants it, by method."""
+    """Measure the machine, with the cost model's parameters by method."""
     one: dict[str, float] = {}
     for _ in range(2):
         dist.barrier()
@@ -408,7 +408,7 @@ def settings_of(quick: bool) -> dict[str, Any]:
 
 
 def show(found: dict[str, Any]) -> bool:
-    """Print the figures; whether all that is wanted is reached."""
+    """Print the figures; return whether all targets are met."""
     reached = True
     machine = found["machine"]
     for kind, speeds in (("alone", machine["alone"]), ("both", machine["both at once"])):

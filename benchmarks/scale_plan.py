@@ -1,4 +1,4 @@
-"""Training with natural gradient on 1, 8 and 64 GPUs, on paper: what a step and a refresh take.
+"""Cost model of natural-gradient training on 1, 8 and 64 GPUs.
 
 ``python benchmarks/scale.py --plan`` prints it. Nothing here was measured: speeds are those of a
 card's data sheet times an assumed efficiency, sizes are those of the models, and times follow from
@@ -25,7 +25,7 @@ SHARE = 0.1  # of the time, that refreshes may take
 
 
 class Card(NamedTuple):
-    """A GPU of the class of an H100 or H200 with SXM, as assumed."""
+    """Assumed GPU of the class of an H100 or H200 with SXM."""
 
     training: float = 0.40 * 989e12 / 2  # multiply-adds a second, dense bf16 at 40 %
     single: float = 0.60 * 67e12 / 2  # of products in float32, without TF32, at 60 %
@@ -36,7 +36,7 @@ class Card(NamedTuple):
     latency_between: float = 2e-5
 
     def machine(self, processes: int) -> Machine:
-        """Eight to a machine; beyond them the slower wires count."""
+        """Build machines of eight GPUs; beyond them the slower network counts."""
         inside = processes <= 8
         bandwidth = self.within if inside else self.between
         latency = self.latency_within if inside else self.latency_between
@@ -44,7 +44,7 @@ class Card(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """A model, its input, and how many images a GPU has in a step."""
+    """Model with its input and images per GPU and step."""
 
     name: str
     size: int
@@ -59,7 +59,7 @@ SUBJECTS = (
 
 
 class Row(NamedTuple):
-    """One model on so many GPUs; seconds."""
+    """Costs of one model on a number of GPUs, in seconds."""
 
     processes: int
     compute: float  # of a step
@@ -81,12 +81,12 @@ class Row(NamedTuple):
 
     @property
     def every(self) -> int:
-        """Steps from refresh to refresh, so that they take a tenth of the time."""
+        """Steps between refreshes for a tenth of the time."""
         return max(1, math.ceil(self.refresh * (1 - SHARE) / SHARE / self.step))
 
 
 class Plan(NamedTuple):
-    """A model on growing numbers of GPUs."""
+    """Costs of one model on growing numbers of GPUs."""
 
     subject: Subject
     rank: int | None  # of the factors; None: whole
@@ -97,7 +97,7 @@ class Plan(NamedTuple):
 
     @property
     def useful(self) -> int:
-        """GPUs beyond which inversions take no less."""
+        """Number of GPUs beyond which inversions take no less time."""
         return math.ceil(self.total / max(1, self.largest))
 
 
@@ -133,7 +133,7 @@ def plan(subject: Subject, rank: int | None, card: Card) -> Plan:
 
 
 def solve_macs(shape: tuple[int, int, int], method: Any, block: Any) -> int:
-    """Multiply-adds of (F̂ + λ I)⁻¹ times a gradient."""
+    """Count the multiply-adds of (F̂ + λ I)⁻¹ times a gradient."""
     groups, outputs, inputs = shape
     sides = {"a": inputs, "g": outputs}
     thin = {side: method.rank_of(block, side) for side in sides}
@@ -157,9 +157,9 @@ def print_plan() -> None:
 
 
 def table(found: Plan) -> str:
-    factors = "whole factors" if found.rank is None else f"factors of rank {found.rank}"
+    factors = "full factors" if found.rank is None else f"factors of rank {found.rank}"
     lines = [
-        f"{found.subject.name}, {found.subject.batch} images a GPU, KFAC with {factors}",
+        f"{found.subject.name}, {found.subject.batch} images per GPU, KFAC with {factors}",
         "",
         "| GPUs | step, ms (compute + solves + gradients) | refresh, ms (drawn + sums + inversions "
         "+ sending) | MB a link | refresh every | images/s | efficiency |",
@@ -186,6 +186,6 @@ def table(found: Plan) -> str:
 
 
 def rate(found: Plan, row: Row) -> float:
-    """Images a second, with a refresh as often as recommended."""
+    """Compute images a second, with the recommended refresh interval."""
     seconds = row.step + row.refresh / row.every
     return found.subject.batch * row.processes / seconds

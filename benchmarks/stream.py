@@ -1,4 +1,4 @@
-"""Whether memory stays flat while images stream out of parquet shards.
+"""Memory use over time of image streaming from parquet shards.
 
     python benchmarks/stream.py --out results/stream.json --picture docs/pictures/stream_memory.png
 
@@ -41,7 +41,7 @@ MOST_GROWTH = 0.05  # of the mean of the first quarter, to that of the last
 
 
 def write_shards(folder: Path, count: int) -> int:
-    """Shards of generated images; returns their bytes."""
+    """Write shards of generated images; return their bytes."""
     random = np.random.default_rng(0)
     coarse = random.integers(0, 256, (SHARD, 8, 8, 3), dtype=np.uint8).repeat(4, 1).repeat(4, 2)
     cells = []
@@ -60,7 +60,7 @@ def write_shards(folder: Path, count: int) -> int:
 
 
 def memory(process: int) -> float:
-    """MB of a process that no file backs, what it shares with others by its part of it."""
+    """Measure the private memory of a process in MB, with its share of shared pages."""
     try:
         lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
     except OSError:  # it has ended
@@ -70,7 +70,7 @@ def memory(process: int) -> float:
 
 
 def stream_through(folder: Path, cache: Path, workers: int, answer: Any) -> None:
-    """An epoch through the loader, with the memory on the way."""
+    """Stream one epoch through the loader, sampling memory."""
     # this process was spawned; the loader's workers are to come as they do elsewhere
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     os.environ["SMALLFRY_CACHE"] = str(cache)

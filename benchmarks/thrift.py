@@ -1,4 +1,4 @@
-"""What fewer latent tokens, cross-attention and early exit cost in accuracy, and save.
+"""Accuracy and savings of fewer latent tokens, cross-attention and early exit.
 
     python benchmarks/thrift.py --out results/thrift.json --picture docs/pictures/digits_thrift.png
     python benchmarks/thrift.py --data cifar10 --root DIR --limit 4000 --tested 2000 --epochs 4
@@ -36,7 +36,7 @@ STEPS = 4
 
 
 class Study(NamedTuple):
-    """A data set, the model for it, and its forms."""
+    """Data set with the variants of its model."""
 
     data: str
     model: str
@@ -85,7 +85,7 @@ def curve(
     seed: int,
     epochs: int,
 ) -> list[dict[str, float]]:
-    """Train one form; its arithmetic and test accuracy by budget, then as calibrated."""
+    """Train one variant; measure MACs and test accuracy by budget, then calibrated."""
     options = study.sizes | options
     data = load_data(source.name, source.root, limit=source.limit, validation=source.validation)
     validation, test = (
@@ -130,7 +130,7 @@ def curve(
 
 
 def macs(study: Study, options: dict[str, Any], steps: float) -> float:
-    """Multiply-accumulates of so many recursion steps: all after the first cost the same."""
+    """Compute the MACs of some recursion steps; all after the first cost the same."""
     one, two = (
         cost(
             timm.create_model(study.model, recursion_steps=number, **options),

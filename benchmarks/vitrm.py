@@ -1,4 +1,4 @@
-"""How fast ViTRM trains and answers, beside the plain form of the paper and other models.
+"""Training and inference speed of ViTRM, against the paper's plain form and other models.
 
     python benchmarks/vitrm.py --out results/vitrm.json     # --quick takes a minute or two
 
@@ -88,7 +88,7 @@ def contestants(device: torch.device, wanted: set[str] | None) -> dict[str, Cont
 
 
 def vit_s() -> nn.Module:
-    """The paper's ViT-S: 16.9M parameters."""
+    """Build the paper's ViT-S with 16.9M parameters."""
     return VisionTransformer(
         img_size=32,
         patch_size=4,
@@ -116,7 +116,7 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def work(what: str, contestant: Contestant, images: Tensor) -> Callable[[], None]:
-    """One training step, or one inference."""
+    """Run one training step, or one inference."""
     model, labels = contestant.model, torch.arange(len(images), device=images.device) % CLASSES
     cast = torch.autocast(images.device.type, torch.bfloat16, enabled=contestant.bf16)
 
@@ -142,7 +142,7 @@ def work(what: str, contestant: Contestant, images: Tensor) -> Callable[[], None
 
 
 def clock(function: Callable[[], None], device: torch.device, at_least: float = 0.2) -> float:
-    """Seconds a call, of enough calls to be measured."""
+    """Measure seconds a call, over enough calls."""
     calls, began = 0, time.perf_counter()
     while True:
         function()
@@ -155,7 +155,7 @@ def clock(function: Callable[[], None], device: torch.device, at_least: float = 
 
 
 def peak_bytes(function: Callable[[], None], device: torch.device) -> int:
-    """Memory of tensors that a call takes beyond what is taken before it."""
+    """Measure peak tensor memory of a call above the baseline."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -224,7 +224,7 @@ def compete(
 
 
 def show(what: str, batch: int, figures: dict[str, Figures]) -> list[str]:
-    """Print a table; what was missed."""
+    """Print a table; return missed targets."""
     print(f"{what}, batch {batch:<20} images/s   ratio  of peak    memory")
     wanted, missed = WANTED.get((what, batch == 1), {}), []
     for name, found in figures.items():

@@ -1,1 +1,1 @@
-"""Faults and hostile input, thousands of times: ``make campaign``. See ``docs/reliability.md``."""
+"""Fault and fuzz campaign: ``make campaign``. See ``docs/reliability.md``."""

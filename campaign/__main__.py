@@ -48,7 +48,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m campaign", description=__doc__)
     names = [part.name for part in PARTS]
     parser.add_argument("--part", choices=[*names, "soak"], action="append", help="default all")
@@ -97,7 +97,7 @@ def _show(part: Part, folder: Path, count: int) -> None:
 
 
 def _print(records: dict[str, Record]) -> None:
-    table = Table("part", "what", "came of it", "trials", "failed", box=None)
+    table = Table("part", "fault", "outcome", "trials", "failed", box=None)
     for name, record in records.items():
         for (kind, said), count in sorted(record.counts.items()):
             table.add_row(name, kind, said, f"{count:,}", "")

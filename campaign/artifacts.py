@@ -1,4 +1,4 @@
-"""What is damaged: a run with a checkpoint before its last, exports and a shared folder of it."""
+"""Artifacts to damage: a run with its previous checkpoint, exports and a shared folder."""
 
 import json
 import os
@@ -19,14 +19,14 @@ from smallfry_runtime.runtime import Runtime
 
 
 class Artifacts(NamedTuple):
-    """Folders that are only read, and what whole ones of them say."""
+    """Read-only folders with the readings of their intact forms."""
 
     folder: Path
     said: dict[str, Any]  # by the name of a target
 
 
 class Target(NamedTuple):
-    """A file to damage, and how it is read."""
+    """File to damage, with its reader."""
 
     place: str  # the folder that is copied
     file: str  # in it
@@ -36,23 +36,23 @@ class Target(NamedTuple):
 
 
 def of_run(folder: Path) -> Any:
-    """A run's checkpoint to go on from."""
+    """Load a run's checkpoint for resuming."""
     return load_checkpoint(folder / "last")
 
 
 def of_model(folder: Path) -> Any:
-    """A run's model."""
+    """Load a run's model."""
     return _model(load_run(folder))
 
 
 def of_texts(folder: Path) -> Any:
-    """A run's configuration, rows and summary."""
+    """Read a run's configuration, rows and summary."""
     run = RunFolder(folder)
     return read_config(run.config), run.read_metrics(), run.read_summary()
 
 
 def of_export(folder: Path) -> Any:
-    """What an export says of an image."""
+    """Run an export on an image."""
     runtime = Runtime(folder, threads=1)
     size, channels = runtime.manifest.image_size, runtime.manifest.channels
     pixels = np.arange(channels * size * size, dtype=np.uint8).reshape(1, channels, size, size)
@@ -61,7 +61,7 @@ def of_export(folder: Path) -> Any:
 
 
 def of_shared(folder: Path) -> Any:
-    """A shared model."""
+    """Load a shared model."""
     return _model(from_pretrained(folder))
 
 
@@ -110,26 +110,26 @@ def prepare(folder: Path) -> Artifacts:
 
 
 def key(target: Target) -> str:
-    """The name of a target."""
+    """Return the name of a target."""
     return f"{target.place}/{target.file}"
 
 
 def whole(artifacts: Artifacts, target: Target) -> Any:
-    """What the undamaged folder says."""
+    """Read the undamaged folder."""
     if artifacts.said[key(target)] is None:
         artifacts.said[key(target)] = target.read(artifacts.folder / target.place)
     return artifacts.said[key(target)]
 
 
 def equal(one: Any, other: Any) -> bool:
-    """Whether two readings say the same."""
+    """Compare two readings."""
     if isinstance(one, tuple) and hasattr(one, "_fields"):
         return same(tuple(one), tuple(other))
     return same(one, other)
 
 
 def copy(artifacts: Artifacts, target: Target, place: Path) -> Path:
-    """A copy of the target's folder in which its file alone is a copy, and the others are links."""
+    """Copy the target's folder with its file copied and the others linked."""
     to = place / target.place
     shutil.copytree(artifacts.folder / target.place, to, copy_function=os.link)
     file = to / target.file

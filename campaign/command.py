@@ -1,4 +1,4 @@
-"""The command ``smallfry`` in this process: what it said, and whether that is fit for a user."""
+"""In-process runs of the ``smallfry`` command, with checks of its output."""
 
 import contextlib
 import functools
@@ -13,7 +13,7 @@ from smallfry import cli
 
 
 def _defaults_once(real: Callable[..., Namespace]) -> Callable[..., Namespace]:
-    """A third of the time of reading settings goes into working out the same defaults."""
+    """Cache the defaults of settings, a third of the time spent reading them."""
     known: WeakKeyDictionary[ArgumentParser, Namespace] = WeakKeyDictionary()
 
     @functools.wraps(real)
@@ -30,7 +30,7 @@ UNFIT = ("an error inside smallfry", "Traceback (most recent")
 
 
 class Said(NamedTuple):
-    """What a command said."""
+    """Output of a command."""
 
     code: int
     out: str
@@ -38,7 +38,7 @@ class Said(NamedTuple):
 
     @property
     def failure(self) -> str | None:
-        """What is unfit for a user in it, if anything."""
+        """Fault in the output that a user should not see, if any."""
         for text in (self.err, self.out):
             for mark in UNFIT:
                 if mark in text:
@@ -46,12 +46,12 @@ class Said(NamedTuple):
         if self.code not in (0, 1, 2, 130, 143):
             return f"exit code {self.code}"
         if self.code and not self.err.strip():
-            return f"exit code {self.code} without a word"
+            return f"exit code {self.code} without a message"
         return None
 
 
 def command(*arguments: str) -> Said:
-    """Run the command here; what escapes it is its failure."""
+    """Run the command here; an escaping exception is a failure."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

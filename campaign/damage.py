@@ -1,4 +1,4 @@
-"""One file of a run, an export or a shared folder is damaged; it is never taken for whole."""
+"""Damage to one file of a run, an export or a shared folder, which must be detected."""
 
 import os
 import struct
@@ -30,7 +30,7 @@ WAYS = (
 
 
 def trial(artifacts: Artifacts, number: int) -> Verdict:
-    """One file, damaged in one way, and the folder read."""
+    """Damage one file in one way, and read the folder."""
     random = generator("damage", number)
     target = TARGETS[number % len(TARGETS)]
     way = WAYS[number // len(TARGETS) % len(WAYS)]
@@ -58,7 +58,7 @@ def _unclear(message: str, target: Target, folder: Path) -> str | None:
 
 
 def harm(file: Path, way: str, random: Random, artifacts: Artifacts) -> str:
-    """Damage a file; what was damaged in words."""
+    """Damage a file, and describe the damage."""
     content = bytearray(file.read_bytes())
     if way in ("bits flipped", "bytes overwritten"):
         place, at = _somewhere(file, content, random)
@@ -101,7 +101,7 @@ def harm(file: Path, way: str, random: Random, artifacts: Artifacts) -> str:
 
 
 def _somewhere(file: Path, content: bytearray, random: Random) -> tuple[str, int]:
-    """A place in the file, of one of its kinds, each as likely."""
+    """Choose a position in the file, with each kind equally likely."""
     places: dict[str, list[int] | range] = {"anywhere": range(len(content))}
     if file.suffix == ".safetensors":
         head = 8 + struct.unpack("<Q", content[:8])[0]
@@ -129,8 +129,7 @@ def _somewhere(file: Path, content: bytearray, random: Random) -> tuple[str, int
 
 PART = Part(
     "damage",
-    "never loaded silently: an error that names the file, and the checkpoint before it if there is "
-    "one",
+    "never loaded silently: the error names the file, and the previous checkpoint if there is one",
     prepare,
     trial,
     count=10_000,

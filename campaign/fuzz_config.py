@@ -1,4 +1,4 @@
-"""Configurations of every kind and none: each is taken, or refused in one sentence.
+"""Fuzzed configurations: each is accepted, or refused in one sentence.
 
 Most are read as far as a configuration is judged by itself; one in a hundred goes on to the data
 and the model, and a part of its own trains with some.
@@ -57,7 +57,7 @@ OPTIONS += ("checkpoint_path", "pretrained_cfg", "class_path", "lr", "momentum",
 
 
 def _fields(kind: type, before: str = "") -> dict[str, str]:
-    """The dotted names of all settings with their types in words."""
+    """List the dotted names of all settings with their types as text."""
     found = {}
     for name, hint in get_type_hints(kind).items():
         if is_dataclass(hint):
@@ -72,12 +72,12 @@ GROUPS = [entry.name for entry in fields(TrainConfig) if entry.default is MISSIN
 
 
 def prepare(folder: Path) -> Path:
-    """Nothing is trained: what the command would train is judged."""
+    """Skip preparation: settings are validated without training."""
     return folder
 
 
 def trial(folder: Path, number: int) -> Verdict:
-    """One configuration in a file or on the command line."""
+    """Validate one configuration in a file or on the command line."""
     random = generator("config", number)
     training.train = _build if number % BUILT == 0 else _accept  # type: ignore[assignment]
     kind, words = random.choices(KINDS, WEIGHTS)[0](folder, random)
@@ -127,7 +127,7 @@ SUMMARY: dict[str, Any] = {
 
 
 def value(name: str, random: Random) -> Any:
-    """A value for a setting: of its type and fit, of its type, or of any."""
+    """Draw a value for a setting: valid, of its type, or of any type."""
     kind = FIELDS[name]
     chance = random.random()
     if chance < 0.5 and name in GOOD:
@@ -145,7 +145,7 @@ def value(name: str, random: Random) -> Any:
 
 
 def wild(random: Random, depth: int = 0) -> Any:
-    """Any value that YAML has, and some that it has not."""
+    """Draw any YAML value, or text that is not YAML."""
     chance = random.random()
     if chance < 0.35:
         return random.choice(NUMBERS)
@@ -165,7 +165,7 @@ def wild(random: Random, depth: int = 0) -> Any:
 
 
 def in_a_file(folder: Path, random: Random) -> tuple[str, list[str]]:
-    """Some settings in a YAML file."""
+    """Write settings to a YAML file."""
     tree: dict[str, Any] = {}
     for name in random.choices(list(FIELDS), k=random.randrange(1, 6)):
         place = tree
@@ -182,7 +182,7 @@ def in_a_file(folder: Path, random: Random) -> tuple[str, list[str]]:
 
 
 def on_the_command_line(folder: Path, random: Random) -> tuple[str, list[str]]:
-    """Some settings as options."""
+    """Format settings as options."""
     words = []
     for name in random.choices(list(FIELDS), k=random.randrange(1, 4)):
         given = value(name, random)
@@ -195,7 +195,7 @@ def on_the_command_line(folder: Path, random: Random) -> tuple[str, list[str]]:
 
 
 def mutated(folder: Path, random: Random) -> tuple[str, list[str]]:
-    """A whole configuration with some of its text changed."""
+    """Mutate the text of a whole configuration."""
     text = list(WHOLE)
     for _ in range(random.choice((1, 2, 10))):
         at = random.randrange(len(text))
@@ -215,7 +215,7 @@ def mutated(folder: Path, random: Random) -> tuple[str, list[str]]:
 
 
 def hostile(folder: Path, random: Random) -> tuple[str, list[str]]:
-    """A configuration that would run code, or stands for too much."""
+    """Build a configuration that would run code, or expands too far."""
     tag = random.choice(
         (
             "!!python/object/apply:os.system ['touch hostile']",
@@ -238,7 +238,7 @@ def hostile(folder: Path, random: Random) -> tuple[str, list[str]]:
 
 
 def bomb(folder: Path, random: Random) -> tuple[str, list[str]]:
-    """Text that stands for more than any configuration."""
+    """Build text that expands far beyond any configuration."""
     levels, wide = random.choice(((9, 9), (30, 2), (6, 60)))
     lines = ["a0: &a0 [x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * wide)}]" for i in range(1, levels)]
@@ -257,7 +257,7 @@ def bomb(folder: Path, random: Random) -> tuple[str, list[str]]:
 
 
 def no_text(folder: Path, random: Random) -> tuple[str, list[str]]:
-    """A file that is none, or noise."""
+    """Write a file of noise or without text."""
     file = folder / "config.yaml"
     file.write_bytes(random.randbytes(random.choice((0, 1, 50, 3_000))))
     return "noise", ["--config", random.choice([str(file)] * 8 + [str(folder), "/nowhere", ""])]
@@ -278,7 +278,7 @@ MUST_BE_REFUSED = ("code in an option", "code in a file", "text that unfolds")
 
 PART = Part(
     "configurations",
-    "taken, or refused in a sentence; no class is imported and no code run",
+    "accepted, or refused in one sentence; no class is imported and no code run",
     prepare,
     trial,
     count=100_000,
@@ -291,13 +291,13 @@ PART = Part(
 
 
 def prepare_training(folder: Path) -> tuple[Path, Callable[..., Any]]:
-    """Tiny runs, which begin where the judging of configurations ends."""
+    """Prepare tiny runs, which start where validation ends."""
     without_pictures()
     return folder, training.train
 
 
 def train_with(prepared: tuple[Path, Callable[..., Any]], number: int) -> Verdict:
-    """A tiny run of which a few settings are changed."""
+    """Run a tiny training with a few changed settings."""
     folder, training.train = prepared  # type: ignore[assignment]
     random = generator("trained", number)
     run = folder / f"run-{number}"
@@ -312,7 +312,7 @@ def train_with(prepared: tuple[Path, Callable[..., Any]], number: int) -> Verdic
         place[last] = value(name, random)
     words = _file(folder, yaml.safe_dump(tree))
     if tree["data"]["name"] in (*HUB, "faces"):
-        return Verdict("settings in a file", "left out: it asks the net")
+        return Verdict("settings in a file", "skipped: needs the network")
     said = command("train", *words)
     shutil.rmtree(run, ignore_errors=True)
     return Verdict("settings in a file", RIGHT if said.code == 0 else TOLD, said.failure)
@@ -322,7 +322,7 @@ LEFT_ALONE = ("run", "epochs", "device", "compile", "data.root", "references", "
 
 TRAINED = Part(
     "trained",
-    "a run that ends, or a refusal in a sentence",
+    "a complete run, or a refusal in one sentence",
     prepare_training,
     train_with,
     count=300,

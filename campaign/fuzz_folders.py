@@ -1,4 +1,4 @@
-"""Folders of strangers: hashes that fit, and contents that were made to harm or to confuse.
+"""Folders of strangers: valid hashes over contents made to harm or confuse.
 
 Where ``damage`` leaves the hashes as they were, here they are made anew, as whoever means harm
 would do; so what is read has to be judged by itself.
@@ -36,7 +36,7 @@ SIZES = ("embed_dim", "depth", "num_heads", "mlp_hidden_dim", "latents", "latent
 
 
 def trial(artifacts: Artifacts, number: int) -> Verdict:
-    """One file, changed by a stranger who knows how hashes are made."""
+    """Change one file, with valid hashes."""
     random = generator("folders", number)
     target = random.choice(TARGETS)
     way = random.choice(WAYS[Path(target.file).suffix])
@@ -60,7 +60,7 @@ def trial(artifacts: Artifacts, number: int) -> Verdict:
 
 
 def load_state(folder: Path) -> Any:
-    """The optimizer's state alone."""
+    """Load the optimizer's state alone."""
     return load_checkpoint(folder / "last").trainer
 
 
@@ -89,7 +89,7 @@ def _make_hashes_fit(folder: Path, target: Target) -> None:
 
 
 def changed_values(file: Path, random: Random, proof: Path, artifacts: Artifacts) -> str:
-    """JSON with values of any type at any place."""
+    """Replace values of JSON at random positions by values of any type."""
     content = json.loads(file.read_text())
     for _ in range(random.choice((1, 1, 2, 5))):
         place, last = _place(content, random)
@@ -107,7 +107,7 @@ def changed_values(file: Path, random: Random, proof: Path, artifacts: Artifacts
 
 
 def changed_model(file: Path, random: Random, proof: Path, artifacts: Artifacts) -> str:
-    """JSON that describes another model than the weights are of."""
+    """Change JSON to describe another model than that of the weights."""
     content = json.loads(file.read_text())
     shared = "architecture" in content
     arguments = content.setdefault("model_args", {}) if shared else content["model"]
@@ -136,7 +136,7 @@ def changed_model(file: Path, random: Random, proof: Path, artifacts: Artifacts)
 
 
 def pickled(file: Path, random: Random, proof: Path, artifacts: Artifacts) -> str:
-    """A pickle that runs a command, in place of the file or inside of it."""
+    """Insert a pickle that runs a command."""
     data = _pickle(proof)
     if file.suffix == ".pt" and random.random() < 0.7:
         buffer = io.BytesIO()
@@ -150,7 +150,7 @@ def pickled(file: Path, random: Random, proof: Path, artifacts: Artifacts) -> st
 
 
 def other_objects(file: Path, random: Random, proof: Path, artifacts: Artifacts) -> str:
-    """A state that PyTorch reads, of other things than the loop's."""
+    """Save a valid PyTorch state of other objects than the loop's."""
     choices: tuple[Any, ...] = (
         *(None, 3, [], {}, {"weights": 3}, torch.zeros(3), {"progress": {"step": "x"}}),
         {"weights": {}, "optimizer": {}, "precision": {}, "progress": {"nonsense": 1}},
@@ -161,7 +161,7 @@ def other_objects(file: Path, random: Random, proof: Path, artifacts: Artifacts)
 
 
 def packed(file: Path, random: Random, proof: Path, artifacts: Artifacts) -> str:
-    """A zip that unpacks to 200 MiB, or with names that lead out of it."""
+    """Build a zip that unpacks to 200 MiB, or with names that lead out of it."""
     with zipfile.ZipFile(file) as old:
         names = {name: old.read(name) for name in old.namelist()}
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
@@ -172,14 +172,14 @@ def packed(file: Path, random: Random, proof: Path, artifacts: Artifacts) -> str
 
 
 def harmed(file: Path, random: Random, proof: Path, artifacts: Artifacts) -> str:
-    """Any bytes."""
+    """Damage bytes at random."""
     ways = ("bits flipped", "bytes overwritten", "bytes inserted", "bytes lost", "truncated")
     harm(file, random.choice(ways), random, artifacts)
     return "bytes changed"
 
 
 def headed(file: Path, random: Random, proof: Path, artifacts: Artifacts) -> str:
-    """Safetensors whose header tells absurd types, shapes and places."""
+    """Build safetensors with an absurd header: types, shapes and positions."""
     content = file.read_bytes()
     length = struct.unpack("<Q", content[:8])[0]
     header = json.loads(content[8 : 8 + length])
@@ -202,7 +202,7 @@ def headed(file: Path, random: Random, proof: Path, artifacts: Artifacts) -> str
 
 
 def changed_text(file: Path, random: Random, proof: Path, artifacts: Artifacts) -> str:
-    """Text of a configuration or of a table, mixed up."""
+    """Shuffle the text of a configuration or a table."""
     lines = file.read_text().splitlines()
     at = random.randrange(len(lines))
     said = ("!!python/object/apply:os.system ['touch x']", "a: *b", "1,2,3,4", "\0", "x" * 200_000)
@@ -212,7 +212,7 @@ def changed_text(file: Path, random: Random, proof: Path, artifacts: Artifacts) 
 
 
 def _place(content: Any, random: Random) -> tuple[Any, Any]:
-    """A place in a tree: what holds it, and its key."""
+    """Choose a position in a tree: its container and key."""
     found: list[tuple[Any, Any]] = []
 
     def walk(value: Any) -> None:
@@ -250,7 +250,7 @@ WAYS: dict[str, tuple[Way, ...]] = {
 
 PART = Part(
     "folders",
-    "a model of the registry and nothing else, or an error; no code is run, no other file read",
+    "a registered model and nothing else, or an error; no code is run, no other file is read",
     prepare,
     trial,
     count=10_000,

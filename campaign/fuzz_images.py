@@ -1,4 +1,4 @@
-"""Image files of every kind and none: each decodes to pixels, or is refused in one sentence."""
+"""Fuzzed image files: each decodes to pixels, or is refused in one sentence."""
 
 import struct
 import zlib
@@ -22,13 +22,13 @@ EXIF_ROTATION = 0x0112
 
 
 def prepare(folder: Path) -> Path:
-    """A folder for the files."""
+    """Create a folder for the files."""
     Image.init()
     return folder
 
 
 def trial(folder: Path, number: int) -> Verdict:
-    """One file: made, perhaps damaged, read as bytes or from the disk."""
+    """Make one file, perhaps damage it, and read it as bytes or from the disk."""
     random = generator("images", number)
     make = random.choices([whole_file, CRAFTED[number % len(CRAFTED)]], (3, 1))[0]
     kind, data = make(random)
@@ -60,7 +60,7 @@ def trial(folder: Path, number: int) -> Verdict:
 
 
 def whole_file(random: Random) -> tuple[str, bytes]:
-    """A right file of any format that this Pillow writes, in any mode, with any extras."""
+    """Write a valid file of any format, mode and extras that this Pillow supports."""
     format = random.choice([name for name in SAVED if name in Image.SAVE])
     if random.random() < 0.05:
         format = random.choice([name for name in FOREIGN if name in Image.SAVE])
@@ -108,7 +108,7 @@ def _picture(random: Random, mode: str, size: tuple[int, int]) -> Image.Image:
 
 
 def damaged(kind: str, data: bytes, random: Random) -> tuple[str, bytes]:
-    """The file, with something done to its bytes."""
+    """Damage the bytes of a file."""
     if not data:
         return kind, data
     content = bytearray(data)
@@ -153,13 +153,13 @@ def _png(width: int, height: int, *extra: bytes, depth: int = 8, color: int = 0)
 
 
 def absurd_png(random: Random) -> tuple[str, bytes]:
-    """A picture of up to 2^62 pixels in a kilobyte."""
+    """Build a PNG of up to 2^62 pixels in a kilobyte."""
     side = random.choice((2**31 - 1, 2**30, 100_000, 2**32 - 1))
     return "absurd size", _png(side, random.choice((side, 1_000_000)))
 
 
 def absurd_gif(random: Random) -> tuple[str, bytes]:
-    """A GIF of 65535 by 65535 pixels without any."""
+    """Build a GIF of 65535 by 65535 pixels without data."""
     head = b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0xF0, 0, 0) + b"\0\0\0\xff\xff\xff"
     return "absurd size", head + b"," + struct.pack(
         "<HHHHB", 0, 0, 65535, 65535, 0
@@ -167,14 +167,14 @@ def absurd_gif(random: Random) -> tuple[str, bytes]:
 
 
 def absurd_bmp(random: Random) -> tuple[str, bytes]:
-    """A bitmap of 2^31 by 2^31 pixels."""
+    """Build a bitmap of 2^31 by 2^31 pixels."""
     width, height = random.choice(((2**31 - 1, 2**31 - 1), (-1, 2**30), (2**16, 2**16)))
     info = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
     return "absurd size", b"BM" + struct.pack("<IHHI", 100, 0, 0, 54) + info + b"\0" * 100
 
 
 def absurd_tiff(random: Random) -> tuple[str, bytes]:
-    """A TIFF whose tags tell sizes, counts and places that can't be."""
+    """Build a TIFF whose tags hold impossible sizes, counts and offsets."""
     tags = [
         (256, 4, 1, random.choice((2**31, 2**16, 8))),
         (257, 4, 1, random.choice((2**31, 2**16, 8))),
@@ -191,14 +191,14 @@ def absurd_tiff(random: Random) -> tuple[str, bytes]:
 
 
 def packed_text(random: Random) -> tuple[str, bytes]:
-    """A PNG with chunks that unpack to 64 MiB each."""
+    """Build a PNG with text chunks that unpack to 64 MiB each."""
     bomb = zlib.compress(bytes(64 * 2**20), 9)
     chunk = random.choice((_chunk(b"iCCP", b"a\0\0" + bomb), _chunk(b"zTXt", b"a\0\0" + bomb)))
     return "packed text", _png(8, 8, *[chunk] * random.choice((1, 20)))
 
 
 def packed_pixels(random: Random) -> tuple[str, bytes]:
-    """A PNG of some kilobytes with as many pixels as are read, or a few more."""
+    """Build a PNG of a few kilobytes with about the largest allowed number of pixels."""
     height = random.choice((2_900, 89_000, 90_000))
     width = 1_000 if height > 3_000 else 30_000
     data = zlib.compress(bytes((width + 1) * height), 9)
@@ -209,7 +209,7 @@ def packed_pixels(random: Random) -> tuple[str, bytes]:
 
 
 def packed_tile(random: Random) -> tuple[str, bytes]:
-    """A TIFF of 16 by 16 pixels in one tile that unpacks to hundreds of megabytes."""
+    """Build a TIFF of 16 by 16 pixels in one tile that unpacks to hundreds of megabytes."""
     side, bits = random.choice(((20_000, 8), (20_000, 16), (30_000, 16)))
     data = _zeros(side * side * bits // 8)
     tags = [(256, 16), (257, 16), (258, bits), (259, 8), (262, 1), (277, 1)]
@@ -220,7 +220,7 @@ def packed_tile(random: Random) -> tuple[str, bytes]:
 
 
 def packed_icon(random: Random) -> tuple[str, bytes]:
-    """An icon of 16 by 16 pixels whose picture has 100 to 170 megapixels."""
+    """Build an icon of 16 by 16 pixels whose image has 100 to 170 megapixels."""
     side = random.choice((10_000, 13_000))
     head = struct.pack(">IIBBBBB", side, side, 8, 6, 0, 0, 0)
     start = b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", head)
@@ -230,7 +230,7 @@ def packed_icon(random: Random) -> tuple[str, bytes]:
 
 
 def packed_colour(random: Random) -> tuple[str, bytes]:
-    """A picture with transparency, a palette or 16 bits, of 32 megapixels in some kilobytes."""
+    """Build 32 megapixels with transparency, palette or 16 bits in some kilobytes."""
     side = 5_700
     depth, colour, width = random.choice(((8, 6, 4), (8, 3, 1), (16, 0, 2), (16, 2, 6)))
     palette = _chunk(b"PLTE", bytes(range(6))) + _chunk(b"tRNS", b"\0") if colour == 3 else b""
@@ -241,14 +241,14 @@ def packed_colour(random: Random) -> tuple[str, bytes]:
 
 
 def _zeros(count: int) -> bytes:
-    """So many zeros, packed piece by piece."""
+    """Compress a number of zeros, chunk by chunk."""
     packer = zlib.compressobj(1)
     parts = [packer.compress(bytes(2**20)) for _ in range(count // 2**20)]
     return b"".join([*parts, packer.compress(bytes(count % 2**20)), packer.flush()])
 
 
 def many_frames(random: Random) -> tuple[str, bytes]:
-    """An animation of hundreds of frames."""
+    """Build an animation of hundreds of frames."""
     frames = [Image.new("P", (16, 16), i % 256) for i in range(300)]
     buffer = BytesIO()
     frames[0].save(buffer, random.choice(("GIF", "PNG")), save_all=True, append_images=frames[1:])
@@ -256,7 +256,7 @@ def many_frames(random: Random) -> tuple[str, bytes]:
 
 
 def any_bytes(random: Random) -> tuple[str, bytes]:
-    """Noise, text, a program, or nothing."""
+    """Write noise, text, a program, or nothing."""
     said = (
         b"",
         b"\0",
@@ -280,7 +280,7 @@ MUST_BE_REFUSED = (
 
 PART = Part(
     "images",
-    "pixels of the size asked for, or one sentence; 2 GiB of memory at most",
+    "pixels of the requested size, or an error in one sentence; 2 GiB of memory at most",
     prepare,
     trial,
     count=100_000,

@@ -1,4 +1,4 @@
-"""Folders of shards, whole, empty in parts, damaged or made to harm: right rows, or an error.
+"""Fuzzed folders of shards: valid, partly empty, damaged or malicious.
 
 Every image is of one colour, which is its number, and its label is the number modulo 3. So whatever
 is read, it is seen whether an image came with the label of another.
@@ -32,7 +32,7 @@ VALUES, MIB = (1, 5, 10), 2**20  # in a dictionary of 64 MiB each
 
 
 def prepare(folder: Path) -> Path:
-    """A folder for the shards, with some whose dictionaries unpack to much more than is stored."""
+    """Create a folder for the shards, with dictionaries that unpack to much more than stored."""
     for count in VALUES:
         file = folder / f"{count}.tight"
         if not file.exists():
@@ -45,7 +45,7 @@ def prepare(folder: Path) -> Path:
 
 
 def trial(folder: Path, number: int) -> Verdict:
-    """A folder of shards, read by one of the ways that there are."""
+    """Read a folder of shards in one of several ways."""
     random = generator("shards", number)
     form = random.choice(("parquet", "tar"))
     with tempfile.TemporaryDirectory(dir=folder) as place:
@@ -89,7 +89,7 @@ def _judge(data: ImageData, written: set[int], kind: str, warned: bool) -> str |
     if told != [str(n % 3) for n in numbers] and kind != "bytes changed":
         return f"images with wrong labels: {numbers} {told}"
     if set(numbers) != written and (kind in WHOLE or not warned):
-        return f"images were lost without a word: {sorted(written - set(numbers))}"
+        return f"images were lost silently: {sorted(written - set(numbers))}"
     return None
 
 
@@ -124,7 +124,7 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def _harm(file: Path, form: str, random: Random) -> str:
-    """Do something to a shard; what it was."""
+    """Damage a shard, and describe the damage."""
     content = file.read_bytes()
     way = random.choice(("truncated", "bytes changed", *("joined", "a length", "strange") * 2))
     if way == "truncated":
@@ -162,7 +162,7 @@ def _harm(file: Path, form: str, random: Random) -> str:
 
 PART = Part(
     "shards",
-    "each image with its own label, or an error; none is lost without a word",
+    "each image with its own label, or an error; none is lost silently",
     prepare,
     trial,
     count=10_000,

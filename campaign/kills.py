@@ -1,4 +1,4 @@
-"""A training run, killed; then gone on with, until it equals the run that nothing disturbed.
+"""Killed and resumed training runs, compared with an undisturbed run.
 
 The run is a process of its own, a fork of one that has PyTorch loaded already. It dies at a random
 moment, or exactly before its n-th change of a file, so that every gap between two changes is met.
@@ -36,7 +36,7 @@ LONGEST, NAP = 120.0, 0.005  # seconds, of a run and between two looks at it
 
 
 class Whole(NamedTuple):
-    """The undisturbed run of an optimizer."""
+    """Undisturbed run of an optimizer."""
 
     run: Path
     seconds: float
@@ -44,21 +44,21 @@ class Whole(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What the trials need."""
+    """Prepared material of the trials."""
 
     folder: Path
     whole: dict[str, Whole]
 
 
 class Ended(NamedTuple):
-    """How a command's process ended."""
+    """Result of a command's process."""
 
     code: int  # negative: of that signal
     said: Said | None  # unless it was killed
 
 
 def prepare(folder: Path) -> Prepared:
-    """The undisturbed runs."""
+    """Make the undisturbed runs."""
     sklearn.datasets.load_digits()
     whole = {}
     for name in OPTIMIZERS:
@@ -82,7 +82,7 @@ def prepare(folder: Path) -> Prepared:
 
 
 def trial(prepared: Prepared, number: int) -> Verdict:
-    """One run, killed once or twice."""
+    """Kill one run once or twice."""
     random = generator("kills", number)
     kind = KINDS[number % len(KINDS)]
     name = OPTIMIZERS[number // len(KINDS) % len(OPTIMIZERS)]
@@ -147,7 +147,7 @@ def _disturb(kind: str, words: list[str], run: Path, whole: Whole, random) -> En
 
 
 def _judge(kind: str, ended: Ended, run: Path) -> str | None:
-    """What is wrong with how the disturbed run ended, if anything."""
+    """Describe a fault in the result of the disturbed run, if any."""
     if ended.code == HANGS:
         return "hangs"
     if kind.startswith("SIGKILL"):
@@ -174,7 +174,7 @@ def _in_words(ended: Ended) -> str:
 
 
 def start(words: list[str], begin: Callable[[], None] = lambda: None) -> Callable[..., Ended]:
-    """Run the command in a fork; calling the result waits, and may disturb it at a moment."""
+    """Start the command in a fork; calling the result waits, and may disturb it meanwhile."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -261,7 +261,7 @@ def _before_changes(run: Path, do: Callable[[int], object]) -> None:
 
 
 def _relative(arguments: tuple) -> bool:
-    """Whether shutil changes it by a name in an open folder, as it removes trees."""
+    """Return whether shutil changes a path by its name in an open folder, as in removing trees."""
     return isinstance(arguments[0], str) and not arguments[0].startswith("/")
 
 
@@ -278,7 +278,7 @@ def _address_space() -> int:
 
 @cache
 def can_mount() -> bool:
-    """Whether a disk of our own can be had."""
+    """Return whether a private disk can be mounted."""
     with tempfile.TemporaryDirectory() as place:
         try:
             _mount("-t", "tmpfs", "-o", "size=64k", "tmpfs", place)
@@ -293,7 +293,7 @@ def _mount(*words: str) -> None:
 
 
 def _remount_read_only(disk: Path) -> None:
-    """Also while files are open for writing, which an ordinary remount refuses."""
+    """Remount read-only even with files open for writing, which an ordinary remount refuses."""
     for _ in range(200):
         try:
             _mount("-o", "remount,ro", str(disk))
@@ -304,7 +304,7 @@ def _remount_read_only(disk: Path) -> None:
 
 PART = Part(
     "kills",
-    "nothing is lost: the run that went on equals the undisturbed one to the bit",
+    "no data loss: the resumed run equals the undisturbed one bit for bit",
     prepare,
     trial,
     count=400,

@@ -1,4 +1,4 @@
-"""What a user may have beside a folder that smallfry writes, to be neither touched nor taken in."""
+"""User files beside a folder that smallfry writes, which must stay untouched and unread."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ MARK = ".smallfry-"  # begins the names of what smallfry has not finished
 
 
 def plant(folder: Path) -> dict[str, str]:
-    """Make folders and files beside a folder; what is there, by name."""
+    """Create folders and files beside a folder, and return them by name."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     for suffix in SUFFIXES:
         other = folder.with_name(f"{folder.name}{suffix}")
@@ -21,7 +21,7 @@ def plant(folder: Path) -> dict[str, str]:
 
 
 def beside(folder: Path) -> dict[str, str]:
-    """Content of all files beside a folder, and below what is beside it."""
+    """Read all files beside a folder, and below its siblings."""
     found = {}
     for entry in sorted(folder.parent.iterdir()):
         for file in [entry] if entry.is_file() else entry.rglob("*"):
@@ -31,7 +31,7 @@ def beside(folder: Path) -> dict[str, str]:
 
 
 def harm(folder: Path, before: dict[str, str]) -> str | None:
-    """What has become of the neighbours, if anything, and what is left of work that was killed."""
+    """Describe changes to the neighbours, and leftovers of killed work, if any."""
     now = beside(folder)
     for name, content in before.items():
         if now.get(name) != content:

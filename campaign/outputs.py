@@ -1,4 +1,4 @@
-"""An export, a shared folder or a benchmark, killed while it is written, with neighbours beside it.
+"""Exports, shared folders and benchmarks killed while written, beside other files.
 
 The process dies at a random moment, or exactly before its n-th change of a file; sometimes the
 place holds an older one of its kind. Then the same command is given again, and must leave what an
@@ -34,7 +34,7 @@ STOPPED = (0, 130, 143, -signal.SIGKILL, -signal.SIGTERM)
 
 
 class Output(NamedTuple):
-    """A verb that writes a folder."""
+    """Verb that writes a folder."""
 
     words: tuple[str, ...]  # of the command, RUN and EXPORT for what there is
     option: str  # before the folder
@@ -44,7 +44,7 @@ class Output(NamedTuple):
 
 
 class Undisturbed(NamedTuple):
-    """How a verb goes when nothing disturbs it."""
+    """Undisturbed result of a verb."""
 
     folder: Path
     seconds: float
@@ -52,7 +52,7 @@ class Undisturbed(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What the trials need."""
+    """Prepared material of the trials."""
 
     made: artifacts.Artifacts
     undisturbed: dict[str, Undisturbed]
@@ -102,7 +102,7 @@ def prepare(folder: Path) -> Prepared:
 
 
 def trial(prepared: Prepared, number: int) -> Verdict:
-    """One output, killed once or twice."""
+    """Kill one output once or twice."""
     random = generator("outputs", number)
     name = list(OUTPUTS)[number % len(OUTPUTS)]
     way = WAYS[number // len(OUTPUTS) % len(WAYS)]
@@ -163,7 +163,7 @@ def _words(made: artifacts.Artifacts, output: Output, to: Path) -> list[str]:
 
 
 def _begin(do: Callable[[], object], by_renames: bool = False) -> None:
-    """In the process of a command, before it."""
+    """Prepare the process of a command."""
     benchmark.measure_memory = lambda *_: None  # type: ignore[assignment]  # takes a process each
     if by_renames:
         replace._renameat2 = lambda: None  # type: ignore[assignment]  # as where there is none
@@ -172,8 +172,8 @@ def _begin(do: Callable[[], object], by_renames: bool = False) -> None:
 
 PART = Part(
     "outputs",
-    "neighbours are left alone, and the next takes in nothing that a killed export, share or "
-    "benchmark has left",
+    "neighbouring files are untouched, and the next command ignores leftovers of a killed export, "
+    "share or benchmark",
     prepare,
     trial,
     count=300,

@@ -1,4 +1,4 @@
-"""NaN and infinity where numbers should be: training stops with a word, and keeps what was good."""
+"""NaN and infinity in training: it must stop with an error, and keep its last good state."""
 
 import itertools
 import math
@@ -29,12 +29,12 @@ real = training.build_objective, training.create_model, torch.autograd.grad
 
 
 def prepare(folder: Path) -> Path:
-    """Nothing to make."""
+    """Skip preparation."""
     return folder
 
 
 def trial(folder: Path, number: int) -> Verdict:
-    """One run, poisoned once."""
+    """Poison one run once."""
     with tempfile.TemporaryDirectory(dir=folder) as place:
         return _poisoned(Path(place), number)
 
@@ -77,7 +77,7 @@ def _poisoned(folder: Path, number: int) -> Verdict:
 def _poisoned_checkpoint(
     what: str, words: list[str], run: Path, value: float, whole: bool
 ) -> Verdict:
-    """A checkpoint whose weights are not finite: it answers nothing, and does not train on."""
+    """Write a checkpoint with non-finite weights, which must neither predict nor train on."""
     if command(*words).code:
         return Verdict(what, "unfit", "the run itself failed")
     for place in (run / "best", run / "last"):
@@ -94,7 +94,7 @@ def _poisoned_checkpoint(
 
 
 def _not_finite(run: Path) -> str | None:
-    """What is not finite in a run's checkpoints, if anything."""
+    """Find non-finite values in a run's checkpoints, if any."""
     for place in ("last", "best"):
         try:
             kept = load_checkpoint(run / place)
@@ -198,7 +198,7 @@ POISONS: dict[str, Callable[[float, int], None]] = {
 
 PART = Part(
     "poison",
-    "training stops with a word and the checkpoint before is good, or the step is left out",
+    "training stops with an error and the previous checkpoint is good, or the step is skipped",
     prepare,
     trial,
     count=504,

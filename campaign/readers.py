@@ -1,4 +1,4 @@
-"""A checkpoint and an export, read again and again while another process replaces them."""
+"""Concurrent reads of a checkpoint and an export while another process replaces them."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ REPLACED = 5  # times at least that a reader sees it replaced
 
 
 class Subject(NamedTuple):
-    """A folder that is written and read."""
+    """Folder that is written and read."""
 
     write: Callable[[Path, artifacts.Artifacts, int], None]  # the version of that number
     read: Callable[[Path], int]  # the number of what was read
@@ -66,7 +66,7 @@ SUBJECTS = {
 
 
 def trial(made: artifacts.Artifacts, number: int) -> Verdict:
-    """Many reads beside one writer, which is killed in the end."""
+    """Read repeatedly beside one writer, which is killed at the end."""
     name = list(SUBJECTS)[number % len(SUBJECTS)]
     by_renames = number // len(SUBJECTS) % 2 == 1
     subject, kind = SUBJECTS[name], f"{name}, {'two renames' if by_renames else 'an exchange'}"
@@ -108,7 +108,7 @@ def _write(subject: Subject, folder: Path, made: artifacts.Artifacts, by_renames
 
 PART = Part(
     "readers",
-    "what is read while it is replaced is one whole checkpoint or export, and never called damaged",
+    "a read during replacement returns one complete checkpoint or export, never an error of damage",
     artifacts.prepare,
     trial,
     count=600,

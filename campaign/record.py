@@ -1,4 +1,4 @@
-"""What the campaign has found so far: kept while it runs, and written down when it has ended."""
+"""Record of the campaign: kept while it runs, and published at the end."""
 
 import json
 import os
@@ -23,7 +23,7 @@ MOST_KINDS = 30  # that a table on the page has
 
 @dataclass
 class Record:
-    """What one part has found."""
+    """Findings of one part."""
 
     done: int = 0
     seconds: float = 0.0
@@ -33,7 +33,7 @@ class Record:
     evidence: dict[str, Any] = field(default_factory=dict)
 
     def add(self, number: int, verdict: Verdict) -> None:
-        """One more trial."""
+        """Add a trial."""
         self.done += 1
         self.counts[verdict.kind, verdict.said] += 1
         if verdict.failure is not None:
@@ -42,25 +42,25 @@ class Record:
                 self.failures.append({"trial": number, **verdict._asdict()})
 
     def goes_on(self, now: dict[str, Any]) -> None:
-        """It goes on with this code on this machine; all commits that it ran with are told."""
+        """Continue with this code on this machine; the commits of all trials are recorded."""
         commits = str(self.evidence.get("commit", "")).split(", ") if self.evidence else []
         told = [*commits, *({now["commit"]} - {*commits})]
         self.evidence = now | {"commit": ", ".join(map(str, told))}
 
     def save(self, file: Path) -> None:
-        """Keep it; the next start goes on from there."""
+        """Save the record, from which the next start continues."""
         part = file.with_suffix(".part")
         part.write_text(json.dumps(self.told(), indent=1))
         os.replace(part, file)
 
     def told(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Convert to JSON values."""
         counts = [[*key, count] for key, count in sorted(self.counts.items())]
         return {**vars(self), "seconds": round(self.seconds, 1), "counts": counts}
 
     @staticmethod
     def load(file: Path) -> "Record":
-        """What was kept; nothing if nothing was."""
+        """Load the saved record, or an empty one."""
         if not file.exists():
             return Record()
         told = json.loads(file.read_text())
@@ -69,7 +69,7 @@ class Record:
 
 
 def evidence() -> dict[str, Any]:
-    """What ran, where and when, without a word on this machine's folders."""
+    """Describe versions, machine and time, without local paths."""
     told = provenance(torch.device("cpu"))
     told["command"] = "python -m campaign"
     versions: Any = told["versions"]
@@ -82,7 +82,7 @@ def evidence() -> dict[str, Any]:
 def write_results(
     parts: Sequence[Part], records: Mapping[str, Record], soaked: Mapping[str, Any], file: Path
 ) -> None:
-    """The figures as JSON; of the soak, if there was one, too."""
+    """Write the figures as JSON, including those of a soak if present."""
     said = {
         part.name: {"promise": part.promise, **records[part.name].told()}
         for part in parts
@@ -93,7 +93,7 @@ def write_results(
 
 
 def write_page(file: Path, subject: str, table: str) -> None:
-    """Put a table into the page, between its marks."""
+    """Insert a table into the page, between its marks."""
     text = file.read_text()
     begin, end = f"<!-- {subject} -->", f"<!-- end of {subject} -->"
     head, tail = text[: text.index(begin) + len(begin)], text[text.index(end) :]
@@ -101,14 +101,14 @@ def write_page(file: Path, subject: str, table: str) -> None:
 
 
 def tables(parts: Sequence[Part], records: Mapping[str, Record]) -> str:
-    """What each part found, in Markdown."""
+    """Format the findings of each part in Markdown."""
     lines = ["| part | trials | failed | minutes |", "|---|---:|---:|---:|"]
     known = [(part, records[part.name]) for part in parts if part.name in records]
     for part, record in known:
         minutes = record.seconds / 60
         lines.append(f"| {part.name} | {record.done:,} | {record.failed} | {minutes:.1f} |")
     for part, record in known:
-        lines += ["", f"**{part.name}**: {part.promise}.", "", "| what | came of it | trials |"]
+        lines += ["", f"**{part.name}**: {part.promise}.", "", "| fault | outcome | trials |"]
         lines.append("|---|---|---:|")
         counts = record.counts
         if len(counts) > MOST_KINDS:  # results/campaign.json has them all

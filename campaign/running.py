@@ -1,4 +1,4 @@
-"""One part of the campaign, run as far as it is not done yet."""
+"""One part of the campaign, resumed from its record."""
 
 import fcntl
 import time
@@ -13,7 +13,7 @@ KEEP_EVERY = 5.0  # seconds
 
 
 def campaign(part: Part, folder: Path, count: int) -> Iterator[Record]:
-    """One part, as far as it is not done; what it has found so far, again and again.
+    """Run the rest of one part, and yield its record repeatedly.
 
     Several parts may run at once, each in a process of its own, with the same folder.
     """
@@ -44,7 +44,7 @@ def campaign(part: Part, folder: Path, count: int) -> Iterator[Record]:
 
 @contextmanager
 def only_here(file: Path) -> Iterator[None]:
-    """Two processes that did the same part would overwrite each other's record."""
+    """Lock a part, since two processes would overwrite each other's record."""
     with open(file, "w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Tiny training runs on handwritten digits, and what is compared of two of them."""
+"""Tiny training runs on handwritten digits, and their comparison."""
 
 import csv
 import math
@@ -40,22 +40,22 @@ CONFIG = TrainConfig(
 
 
 def write_config(file: Path, run: Path, **changes: Any) -> None:
-    """A configuration of a tiny run as the command takes it."""
+    """Write the configuration of a tiny run."""
     file.write_text(yaml.safe_dump(replace(CONFIG, run=run, **changes).to_dict()))
 
 
 def of_optimizer(name: str) -> OptimizerConfig:
-    """An optimizer as a short run needs it."""
+    """Return the settings of an optimizer for a short run."""
     return OptimizerConfig(name, clip=1.0)
 
 
 def without_pictures() -> None:
-    """Pictures are drawn when all is done, and take longer than a tiny run."""
+    """Disable pictures, which take longer than a tiny run."""
     training.draw_run = lambda *arguments: None  # type: ignore[assignment]
 
 
 def difference(one: Path, other: Path) -> str | None:
-    """Where two runs differ, if they do: rows, weights, optimizer, what is left in the folder."""
+    """Describe the first difference of two runs: rows, weights, optimizer, folder contents."""
     if _rows(one) != _rows(other):
         return "metrics.csv has other rows"
     for name in ("last", "best"):
@@ -80,7 +80,7 @@ def _differs(one: Checkpoint, other: Checkpoint) -> str | None:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two trees of tensors and values are the same to the bit; timings are left out."""
+    """Return whether two trees of tensors and values are bit-identical, without timings."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and torch.equal(
             one.nan_to_num(1.25), other.nan_to_num(1.25)

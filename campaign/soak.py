@@ -1,4 +1,4 @@
-"""Training for hours with every optimizer in turn: memory and open files stay where they are.
+"""Soak test: hours of training with every optimizer in turn, with flat memory and open files.
 
 ``python -m campaign --part soak --minutes 120``. Each optimizer trains in a process of its own, so
 that what one leaves is not the other's; a row is written each second.
@@ -32,7 +32,7 @@ RESULTS = "soak.json"
 
 
 class Sample(NamedTuple):
-    """What a process has at a moment."""
+    """Resources of a process at one moment."""
 
     seconds: float
     megabytes: float  # resident
@@ -40,7 +40,7 @@ class Sample(NamedTuple):
 
 
 def soak(name: str, seconds: float, folder: Path) -> dict[str, Any]:
-    """One optimizer for so long; what grew."""
+    """Train with one optimizer for a time, and measure growth."""
     run = folder / f"soak-{name}"
     shutil.rmtree(run, ignore_errors=True)
     file = folder / f"soak-{name}.yaml"
@@ -63,7 +63,7 @@ def soak(name: str, seconds: float, folder: Path) -> dict[str, Any]:
 
 
 def judged(samples: list[Sample]) -> dict[str, Any]:
-    """What grew after the warm-up, by a straight line through the samples."""
+    """Measure growth after the warm-up by a linear fit."""
     after = samples[int(len(samples) * WARM_UP) :]
     if len(after) < 5:
         return {"flat": False, "why": "too few samples"}
@@ -83,7 +83,7 @@ def judged(samples: list[Sample]) -> dict[str, Any]:
 
 
 def main(minutes: float, folder: Path, again: bool = False) -> int:
-    """Every optimizer in turn; the table, and 1 if one grew. What was measured is kept."""
+    """Soak every optimizer in turn, print the table and save it; the exit code is 1 on growth."""
     each, file = 60 * minutes / len(OPTIMIZERS), folder / RESULTS
     before = {} if again else load(folder)
     measured = before["measured"] if before.get("minutes") == minutes else {}
@@ -101,14 +101,14 @@ def main(minutes: float, folder: Path, again: bool = False) -> int:
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """What a soak in that folder has measured; nothing if there was none."""
+    """Load the measurements of a soak; empty without one."""
     file = folder / RESULTS
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     return found
 
 
 def as_markdown(result: Mapping[str, Any]) -> str:
-    """What a soak has measured, as a table."""
+    """Format the measurements of a soak as a table."""
     lines = ["| optimizer | epochs | MiB | growth, MiB | in minutes | open files | flat |"]
     lines.append("|---|---:|---:|---:|---:|---:|---|")
     for name, found in result["measured"].items():

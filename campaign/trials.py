@@ -1,4 +1,4 @@
-"""Trials: numbered, each the same whenever it is run, each in a process that may die of it."""
+"""Numbered, reproducible trials, each in a process that may die."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ RIGHT, TOLD = "right answer", "clear error"  # verdicts that are no failures; ot
 
 
 class Verdict(NamedTuple):
-    """How one trial ended."""
+    """Outcome of one trial."""
 
     kind: str  # of fault or input
     said: str  # what came of it
@@ -43,12 +43,12 @@ class Part(NamedTuple):
 
 
 def generator(part: str, number: int) -> random.Random:
-    """The random numbers of one trial."""
+    """Create the random generator of one trial."""
     return random.Random(f"{part} {number}")
 
 
 def run_trials(part: Part, state: Any, numbers: Sequence[int]) -> Iterator[tuple[int, Verdict]]:
-    """The verdicts of some trials, in their order, as they come."""
+    """Run some trials and yield their verdicts in order."""
     left = list(numbers)
     while left:
         if part.alone:
@@ -61,7 +61,7 @@ def run_trials(part: Part, state: Any, numbers: Sequence[int]) -> Iterator[tuple
 
 
 def _in_a_child(part: Part, state: Any, numbers: list[int]) -> Iterator[tuple[int, Verdict]]:
-    """Trials until one is the end of the process that runs them."""
+    """Run trials in a child process until one kills it."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -130,7 +130,7 @@ def _judged(part: Part, state: Any, number: int) -> Verdict:
 
 
 class Waiting:
-    """Time for which a process is waited for, while it runs or sleeps.
+    """Time budget of a waited-for process, counted while it runs or sleeps.
 
     Neither the time in which a busy machine had no CPU for it counts, nor that in which this
     process was stopped itself.
@@ -144,7 +144,7 @@ class Waiting:
         self._last, self._delayed = time.monotonic(), _delayed(process)
 
     def seconds(self) -> float:
-        """Seconds up to now; to be asked for every ``TICK`` or so."""
+        """Count seconds so far; to be called about every ``TICK``."""
         now, delayed = time.monotonic(), _delayed(self._process)
         passed = min(now - self._last, LONGEST_TICK)
         self._seconds += max(0.0, passed - (delayed - self._delayed))
@@ -153,7 +153,7 @@ class Waiting:
 
 
 def _delayed(process: int) -> float:
-    """Seconds in which a process was ready to run and had no CPU; 0 where that is not counted."""
+    """Count seconds ready without a CPU; 0 where the system does not count them."""
     try:
         return int(Path(f"/proc/{process}/schedstat").read_text().split()[1]) / 1e9
     except (OSError, IndexError):
@@ -161,7 +161,7 @@ def _delayed(process: int) -> float:
 
 
 def silence() -> None:
-    """Let nothing that libraries say reach the terminal."""
+    """Silence the output of libraries."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)

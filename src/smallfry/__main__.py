@@ -1,4 +1,4 @@
-"""The command ``smallfry``, and ``python -m smallfry``, in a process of its own."""
+"""Entry point of ``smallfry`` and ``python -m smallfry``."""
 
 import atexit
 import os

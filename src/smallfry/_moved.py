@@ -1,4 +1,4 @@
-"""Modules under the names that they had before 0.1 was divided into packages.
+"""Import aliases for modules that 0.1 moved into packages.
 
 An import of an old name gives the module of today with a DeprecationWarning. They go with 0.2.
 """
@@ -37,26 +37,26 @@ MOVED = {
 
 
 class OldNames(MetaPathFinder, Loader):
-    """Finder of the moved modules."""
+    """Import finder for moved modules."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The specification of an old name; None for any other."""
+        """Return the specification of an old name; None for any other."""
         return ModuleSpec(name, self) if name in MOVED else None
 
     def create_module(self, spec: ModuleSpec) -> None:
-        """Leave that to the import system; ``exec_module`` puts another in its place."""
+        """Defer to the import system; ``exec_module`` substitutes the module."""
 
     def exec_module(self, module: ModuleType) -> None:
-        """Put the module of today under the old name."""
+        """Bind the current module to the old name."""
         old = module.__name__
         new = MOVED[old]
-        warnings.warn(f"{old} is {new} now", DeprecationWarning, stacklevel=6)
+        warnings.warn(f"{old} has moved to {new}", DeprecationWarning, stacklevel=6)
         sys.modules[old] = import_module(new)
 
 
 def install() -> None:
-    """Let old names be imported."""
+    """Enable imports by old names."""
     if not any(isinstance(finder, OldNames) for finder in sys.meta_path):
         sys.meta_path.append(OldNames())

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, bytes, arithmetic and memory, measured in one place."""
+"""Parameter, memory and MAC counts of a model."""
 
 from copy import deepcopy
 from typing import NamedTuple
@@ -23,7 +23,7 @@ def cost(model: nn.Module, input: Tensor) -> Cost:
 
     Args:
         model: Any module; on the device "meta" nothing is computed, and large ones cost no time.
-        input: What ``model`` is called with, such as ``torch.zeros(1, 3, 32, 32)``. ``macs`` and
+        input: Input of ``model``, such as ``torch.zeros(1, 3, 32, 32)``. ``macs`` and
             ``activation_bytes`` are those of the whole batch.
     """
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()

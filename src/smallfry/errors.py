@@ -1,4 +1,4 @@
-"""Errors that a user can mend: what was wrong, what was expected, what to do, in one line."""
+"""Errors that a user can fix: what was wrong, what was expected, what to do, in one line."""
 
 from smallfry_runtime.errors import (
     AccessError,
@@ -31,15 +31,15 @@ __all__ = [
 
 
 class RunError(SmallfryError):
-    """A run folder that can't be used: incomplete, damaged, foreign or taken."""
+    """An unusable run folder: incomplete, damaged, foreign or in use."""
 
 
 class TrainingError(SmallfryError):
-    """Training that can't go on, such as a loss that is not a number."""
+    """Training that can't continue, such as after a NaN loss."""
 
 
 class DemoError(SmallfryError):
-    """The demo's page can't be served: a package is missing, or a port is taken."""
+    """A failure to serve the demo's page: a missing package, or a port in use."""
 
 
 class HubError(SmallfryError):
@@ -47,7 +47,7 @@ class HubError(SmallfryError):
 
 
 class Stopped(Exception):
-    """A signal asked for an end; what was done is saved."""
+    """A stop requested by a signal, with all work saved."""
 
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(signal_number, message)  # as pickle makes it again

@@ -1,10 +1,10 @@
-"""Order in which a model's structure is changed."""
+"""Order of structural changes to a model."""
 
 from enum import IntEnum
 
 
 class Stage(IntEnum):
-    """Place of a transform: none comes after one of a later stage."""
+    """Stage of a transform; stages never decrease along a spec."""
 
     ARCHITECTURE = 1
     WIDTH = 2

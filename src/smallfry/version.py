@@ -1,3 +1,3 @@
-"""The version of the package, written into every run and export."""
+"""Package version, recorded in every run and export."""
 
 __version__ = "0.1.0"

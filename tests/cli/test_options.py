@@ -231,7 +231,7 @@ def test_a_subcommand_has_settings_defaults_and_presets_of_its_own(monkeypatch, 
     assert "Go one way." in shown(capsys, "work", "one-way", "--help")
     (tmp_path / "c.yaml").write_text("short: true\n")
     assert main(["work", "one-way", "--config", str(tmp_path / "c.yaml")]) == 2
-    assert "a file can't set short; give it on the command line: --short" in capsys.readouterr().err
+    assert "short can't be set in a file; give it on the command line" in capsys.readouterr().err
     for words, message in (
         ([], "expected a work: one-way, limits"),
         (["on-way"], "unknown work 'on-way'; did you mean 'one-way'?"),
@@ -344,5 +344,5 @@ def test_words_before_the_verb():
         read(["--bogus", "models"])
     with pytest.raises(UsageError, match="expected a verb: benchmark, compress, demo"):
         read(["--debug"])
-    with pytest.raises(UsageError, match="give one of them"):
+    with pytest.raises(UsageError, match="use one of them"):
         read(["predict", "r", "i", "--exit_steps", "2", "--exit_threshold", "0.5"])

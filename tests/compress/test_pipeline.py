@@ -21,7 +21,7 @@ from smallfry.training.run import TrainedModel, load_run
 from smallfry.transforms import ModelSpec, build
 from smallfry_runtime import Runtime
 
-pytest.importorskip("torch_pruning", reason="channels of convolutions are found by Torch-Pruning")
+pytest.importorskip("torch_pruning", reason="finding channels of convolutions needs Torch-Pruning")
 
 RUN = Path(__file__).parents[1] / "fixtures" / "format_2" / "run"
 THREE = [
@@ -116,7 +116,7 @@ def test_a_compressed_model_is_shared_without_a_line_for_timm(run, tmp_path, cap
 
 
 def test_channels_need_an_example():
-    with pytest.raises(UsageError, match="give example="):
+    with pytest.raises(UsageError, match="pass example="):
         compress.apply_to_model(nn.Linear(2, 2), [compress.Magnitude()])
 
 
@@ -135,7 +135,7 @@ def test_the_model_that_is_compressed_stays(run):
 
 
 def test_a_method_that_trains_needs_steps(run):
-    with pytest.raises(UsageError, match="'observe' acts while a model trains"):
+    with pytest.raises(UsageError, match="'observe' acts during training"):
         compress.apply(load_run(run), [Observe()])
 
 

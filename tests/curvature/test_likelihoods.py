@@ -123,7 +123,7 @@ def test_parts_of_an_output_are_independent():
     assert fisher[:, :3, 3].abs().max() == 0
     (alone,) = (torch.stack([c[0] for c in Categorical().columns((z[0],))]),)
     torch.testing.assert_close(fisher[:, :3, :3], torch.einsum("kni,knj->nij", alone, alone))
-    with pytest.raises(UsageError, match="names part 'halting'"):
+    with pytest.raises(UsageError, match="refers to part 'halting'"):
         as_likelihood({"halting": "bernoulli"}).select(Output(z))
 
 

@@ -65,7 +65,7 @@ def test_the_bit_depth_is_found_over_all_images_and_told(kind, stream, tmp_path)
         pytest.skip("folders are not streamed")
     WRITERS[kind](tmp_path / "x")
     what = "values of 20 images" if stream else "all values"
-    with pytest.warns(SmallfryWarning, match=rf"{what} .*taken for 12 bits, white being 4,095"):
+    with pytest.warns(SmallfryWarning, match=rf"{what} .*12 bits are assumed, with white at 4,095"):
         data = load_data(str(tmp_path / "x"), stream=stream, validation=0.0, test=0.0)
     assert data.bit_depth == 12
     for label, name in enumerate(data.classes):
@@ -83,7 +83,7 @@ def test_a_given_bit_depth_is_the_scale(kind, tmp_path):
     assert data.bit_depth == 16
     assert np.array_equal(light.numpy(), expected(16))
     for depth in (0, 17, -1):
-        with pytest.raises(UsageError, match=r"data.bit_depth is 1 to 16"):
+        with pytest.raises(UsageError, match=r"data.bit_depth must be 1 to 16"):
             load_data(str(tmp_path / "x"), bit_depth=depth)
 
 
@@ -93,7 +93,7 @@ def test_an_image_beyond_the_given_depth_is_named(kind, tmp_path):
     with pytest.raises(DataError, match=r"(png|row 10|sample 10).*holds the value 4,000.* 10 bits"):
         _ = load_data(str(tmp_path / "x"), bit_depth=10, validation=0.0, test=0.0).train.images
     wanted = {"skip_unreadable": True, "validation": 0.0, "test": 0.0, "min_classes": 1}
-    with pytest.warns(SmallfryWarning, match="10 unreadable images left out"):
+    with pytest.warns(SmallfryWarning, match="10 unreadable images skipped"):
         data = load_data(str(tmp_path / "x"), bit_depth=10, **wanted)
     assert len(data.train) == 10
 
@@ -104,7 +104,7 @@ def test_all_splits_have_one_scale(tmp_path, monkeypatch):
     write_folders(tmp_path / "x" / "validation", 2)
     write_folders(tmp_path / "x" / "test", 2, tops={"dark": 100, "light": 16_000})
     for _ in range(2):  # the second time from the cache
-        with pytest.warns(SmallfryWarning, match="taken for 14 bits"):
+        with pytest.warns(SmallfryWarning, match="14 bits are assumed"):
             data = load_data(str(tmp_path / "x"))
         assert data.bit_depth == 14
         assert data.train.images.max() == 900 * 255 // 16_383
@@ -135,7 +135,7 @@ def test_wide_images_in_the_test_split_alone_are_told(tmp_path):
             Image.new("L", (8, 8), 9).save(tmp_path / "x" / "train" / name / f"{i}.png")
     write_folders(tmp_path / "x" / "test", 2)
     data = load_data(str(tmp_path / "x"))
-    with pytest.warns(SmallfryWarning, match="training images have none: .* 0 to 65,535"):
+    with pytest.warns(SmallfryWarning, match="unlike the training images: .* 0 to 65,535"):
         assert data.test.images.max() == 4000 // 257
     given = load_data(str(tmp_path / "x"), bit_depth=12)
     assert given.bit_depth == 12

@@ -106,7 +106,7 @@ def test_load_data_holds_out_a_share_of_the_only_class(monkeypatch):
 
 
 def test_curves_are_refused_where_classes_are_wanted():
-    with pytest.raises(UsageError, match=r"curves gives nothing to tell apart.*min_classes=1"):
+    with pytest.raises(UsageError, match=r"curves has no classes to distinguish.*min_classes=1"):
         load_data("curves")
-    with pytest.raises(UsageError, match=r"curves is generated and takes no data\.root"):
+    with pytest.raises(UsageError, match=r"curves is generated and does not use data\.root"):
         load_data("curves", ".", min_classes=1)

@@ -155,7 +155,7 @@ def test_an_unreadable_image_is_named_or_left_out_on_request(photos):
     (photos / "dog" / "zy.png").write_bytes(b"neither")
     with pytest.raises(DataError, match=r"zy\.png.*and 1 more.*skip_unreadable"):
         load_data(str(photos))
-    with pytest.warns(SmallfryWarning, match="2 unreadable images left out"):
+    with pytest.warns(SmallfryWarning, match="2 unreadable images skipped"):
         data = load_data(str(photos), skip_unreadable=True)
     assert len(data.train) + len(data.validation) + len(data.test) == 30
 
@@ -171,7 +171,7 @@ def test_a_class_of_one_image_stays_in_training(photos):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda root: (root / "empty").mkdir(), "empty: the class is empty"),
+        (lambda root: (root / "empty").mkdir(), "empty: empty class folder"),
         (lambda root: write_images(root, 1), r"000\.png: an image without a label"),
     ],
 )
@@ -360,7 +360,7 @@ def test_no_network_and_no_cache_say_what_to_do(monkeypatch):
 
 
 def test_a_missing_root_is_named(tmp_path):
-    with pytest.raises(DataError, match="no folder"):
+    with pytest.raises(DataError, match="no such folder"):
         load_data("cifar10", tmp_path / "nowhere")
 
 
@@ -369,10 +369,10 @@ def test_a_missing_root_is_named(tmp_path):
     [
         ({"name": "cifra10"}, "did you mean 'cifar10'"),
         ({"name": "digits", "root": "."}, "digits comes with scikit-learn"),
-        ({"channels": 2}, "data.channels is 1"),
-        ({"test": 1.5}, "data.test is a share"),
+        ({"channels": 2}, "data.channels must be 1"),
+        ({"test": 1.5}, "data.test must be in"),
         ({"image_size": 0}, "data.image_size must be at least 1"),
-        ({"image_size": 10**400}, "data.image_size is at most 4096"),
+        ({"image_size": 10**400}, "data.image_size must be at most 4096"),
     ],
 )
 def test_impossible_requests_are_refused(arguments, message):

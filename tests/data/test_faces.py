@@ -125,13 +125,13 @@ def test_faces_that_can_not_be_fetched_say_what_to_do(monkeypatch):
         raise OSError("no route")
 
     monkeypatch.setattr(sklearn.datasets, "fetch_olivetti_faces", fetch)
-    with pytest.raises(DataError, match=r"can't fetch.*connect this machine.*--data\.root DIR"):
+    with pytest.raises(DataError, match=r"can't download.*go online.*--data\.root DIR"):
         load_data("faces", min_classes=1)
 
 
 def test_faces_are_refused_where_classes_are_wanted():
     """And before anything is fetched."""
-    with pytest.raises(UsageError, match=r"faces gives nothing to tell apart.*min_classes=1"):
+    with pytest.raises(UsageError, match=r"faces has no classes to distinguish.*min_classes=1"):
         load_data("faces")
 
 

@@ -113,7 +113,7 @@ def test_a_class_folder_may_be_a_link(photos, tmp_path):
 
 def test_a_class_that_is_a_link_to_nothing_is_told(photos):
     (photos / "owl").symlink_to(photos / "nowhere")
-    with pytest.warns(SmallfryWarning, match="owl: a link to what is not there, left out"):
+    with pytest.warns(SmallfryWarning, match="owl: ignored a broken link"):
         assert load_data(str(photos)).classes == ("cat", "dog")
 
 
@@ -143,16 +143,14 @@ def test_a_folder_that_can_not_be_opened_loses_no_image_in_silence(photos, monke
 def test_pictures_of_a_format_that_is_not_read_are_counted_and_named(photos, ending):
     for i in range(5):
         (photos / "cat" / f"p{i}.{ending}").write_bytes(b"\0\0\0\x18ftypheic")
-    with pytest.warns(
-        SmallfryWarning, match=rf"5 pictures left out.*5 \.{ending.lower()}, such as"
-    ):
+    with pytest.warns(SmallfryWarning, match=rf"5 pictures ignored.*5 \.{ending.lower()}, such as"):
         assert count(photos) == 12
 
 
 def test_an_image_without_an_ending_is_counted_too(photos):
     (photos / "cat" / "000.png").rename(photos / "cat" / "IMG_0001")
     (photos / "cat" / "README").write_text("all of them are cats")
-    with pytest.warns(SmallfryWarning, match="1 pictures left out.*1 without an ending"):
+    with pytest.warns(SmallfryWarning, match="1 pictures ignored.*1 without an extension"):
         assert count(photos) == 11
 
 
@@ -162,13 +160,13 @@ def test_other_files_are_counted_where_one_looks_for_it(photos, caplog):
     (photos / "labels.csv").write_text("")
     with caplog.at_level("INFO", "smallfry"):
         assert count(photos) == 12
-    assert "left out as no images: 2 .xml, 1 .zip, 1 .csv" in caplog.text
+    assert "ignored files that are not images: 2 .xml, 1 .zip, 1 .csv" in caplog.text
 
 
 def test_a_class_of_archives_or_unread_pictures_alone_says_what_is_there(photos):
     (photos / "owl").mkdir()
     (photos / "owl" / "owls.zip").write_bytes(b"PK")
-    with pytest.raises(DataError, match=r"owl: the class is empty, but for 1 \.zip"):
+    with pytest.raises(DataError, match=r"owl: empty class folder, except for 1 \.zip"):
         load_data(str(photos))
 
 
@@ -222,7 +220,10 @@ def test_a_split_may_be_written_in_any_case(tmp_path, name):
 
 def test_a_class_that_is_called_train_is_not_taken_for_all(photos):
     write(photos / "train" / "steam")
-    with pytest.raises(DataError, match="train: a class beside cat, dog, or the training split"):
+    with pytest.raises(
+        DataError,
+        match="train: unclear whether this is a class like cat, dog or",
+    ):
         load_data(str(photos))
     write(photos / "train")  # images of its own: no split's folder has those
     (photos / "train" / "steam").rename(photos / "steam")
@@ -236,7 +237,7 @@ def test_images_beside_the_splits_are_told(tmp_path):
     (tmp_path / "docs").mkdir()
     assert count(tmp_path, test=0.0) == 24
     write(tmp_path / "unlabelled")
-    with pytest.warns(SmallfryWarning, match="left out unlabelled: images in no class folder"):
+    with pytest.warns(SmallfryWarning, match="ignored unlabelled, with images outside the class"):
         assert count(tmp_path, test=0.0) == 24
 
 
@@ -244,7 +245,7 @@ def test_a_test_folder_without_classes_is_told_and_not_taken(tmp_path):
     for name in ("cat", "dog"):
         write(tmp_path / "train" / name)
     write(tmp_path / "test")
-    with pytest.warns(SmallfryWarning, match="left out test: images in no class folder"):
+    with pytest.warns(SmallfryWarning, match="ignored test, with images outside the class folders"):
         assert count(tmp_path) == 12
 
 
@@ -260,7 +261,7 @@ def test_a_test_folder_without_classes_is_told_and_not_taken(tmp_path):
 def test_splits_without_class_folders_or_of_other_names_are_no_classes(tmp_path, names, inner):
     for split in names:
         write(tmp_path / split / inner)
-    with pytest.raises(DataError, match=rf"are .*{names[0]}.* splits\? then call them train"):
+    with pytest.raises(DataError, match=rf"whether .*{names[0]}.* splits; if so, name them train"):
         load_data(str(tmp_path))
 
 
@@ -299,7 +300,7 @@ def test_a_test_class_in_other_letters_or_none_of_training_is_refused(tmp_path):
 def test_a_folder_named_like_a_data_set_is_told_and_can_be_named(photos, monkeypatch):
     photos.rename(photos.with_name("digits"))
     monkeypatch.chdir(photos.parent)
-    with pytest.warns(SmallfryWarning, match=r"'digits' is taken for the data set .* './digits'"):
+    with pytest.warns(SmallfryWarning, match=r"'digits' selects the data set .* './digits'"):
         assert load_data("digits").classes == tuple("0123456789")
     assert load_data("./digits").classes == ("cat", "dog")
 
@@ -320,7 +321,7 @@ def test_one_class_in_two_spellings_of_unicode_is_one(tmp_path):
 def test_two_spellings_of_one_class_in_one_folder_are_refused(tmp_path, name):
     for each in (COMPOSED, name, "tea"):
         write(tmp_path / each)
-    with pytest.raises(DataError, match=f"two folders are the class '{COMPOSED}'"):
+    with pytest.raises(DataError, match=f"two folders have the class name '{COMPOSED}'"):
         load_data(str(tmp_path))
 
 

@@ -137,7 +137,7 @@ def test_lists_and_too_many_rows_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet_bounds, "MOST_ROWS", 8)
     write(file, [picture(i) for i in range(9)])
     for way in (False, True):
-        with pytest.raises(DataError, match="has 9 rows; at most 8"):
+        with pytest.raises(DataError, match="has 9 rows, more than the limit of 8"):
             load_data(str(tmp_path), stream=way)
 
 

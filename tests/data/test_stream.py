@@ -305,7 +305,7 @@ def test_only_shards_can_be_streamed(name, tmp_path, monkeypatch):
         place = tmp_path / "photos" / label
         place.mkdir(parents=True)
         (place / "1.png").write_bytes(picture(number))
-    with pytest.raises(UsageError, match="stream reads folders with parquet or tar files"):
+    with pytest.raises(UsageError, match="stream needs a folder of parquet or tar files"):
         load_data(name, stream=True)
 
 

@@ -38,7 +38,7 @@ def test_a_signal_stops_it_and_nothing_stays(model, monkeypatch, capsys, tmp_pat
     assert (status, folders) == (200, 1)
     said = capsys.readouterr().out
     assert address in said
-    assert "everyone who reaches this machine" in said
+    assert "everyone who can reach this machine" in said
     assert said.endswith("stopped\n")
     assert signal.getsignal(number) is before
     assert list(tmp_path.iterdir()) == []

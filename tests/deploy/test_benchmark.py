@@ -145,7 +145,7 @@ def with_classes(export, target, classes):
 def test_models_of_different_classes_are_not_compared(run, int8, tmp_path):
     letters = with_classes(int8, tmp_path / "letters", list("abcdefghij"))
     assert Manifest.read(tmp_path / "letters").classes[0] == "a"
-    with pytest.raises(UsageError, match=r"different classes apart, 10 \(0, 1, 2, …\) and 10 \(a"):
+    with pytest.raises(UsageError, match=r"different classes, 10 \(0, 1, 2, …\) and 10 \(a"):
         measure([str(run), letters], BenchmarkConfig(**QUICK))
 
 

@@ -135,7 +135,7 @@ def test_an_export_replaces_an_export_and_nothing_else(run, whole, tmp_path):
     other = tmp_path / "photos"
     other.mkdir()
     (other / "cat.jpg").write_bytes(b"meow")
-    with pytest.raises(ExportError, match="no export; name another folder"):
+    with pytest.raises(ExportError, match="no export; use another folder"):
         export(run, other)
     assert (other / "cat.jpg").read_bytes() == b"meow"
 
@@ -150,7 +150,7 @@ def test_without_the_images_of_the_run_there_is_an_export_without_exits(run, tmp
 
 
 def test_wrong_wishes_are_told(run, tmp_path):
-    with pytest.raises(UsageError, match="precision is one of"):
+    with pytest.raises(UsageError, match="precision must be one of"):
         export(run, tmp_path / "export", precision="int4")
     with pytest.raises(UsageError, match="whole or anytime"):
         export(run, tmp_path / "export", form="half")
@@ -168,7 +168,7 @@ def test_the_command_exports_and_predicts(run, tmp_path, capsys):
     answer = json.loads(capsys.readouterr().out)
     assert answer["steps"] in (1, 2, 3)
     assert main(["predict", str(run), picture, "--exit_drop", "0.01"]) == 2
-    assert "only an export has the thresholds" in capsys.readouterr().err
+    assert "need an export's calibrated thresholds" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -185,4 +185,4 @@ def test_parts_have_the_batch_as_their_only_free_axis():
 @pytest.mark.parametrize("verb", [["evaluate"], ["export"], ["share", "--to", "x"]])
 def test_verbs_that_need_the_run_say_so_of_an_export(whole, capsys, verb):
     assert main([verb[0], str(whole), *verb[1:]]) == 1
-    assert "name the run that it is of" in capsys.readouterr().err
+    assert "pass its run instead" in capsys.readouterr().err

@@ -93,5 +93,5 @@ def test_one_call_at_least_in_every_round():
 
 @pytest.mark.parametrize(("seconds", "rounds"), [(1, 0), (-1, 3)])
 def test_impossible_times_are_refused(seconds, rounds):
-    with pytest.raises(UsageError, match="one round at least"):
+    with pytest.raises(UsageError, match="at least one round"):
         take_turns({}, seconds, rounds)

@@ -146,8 +146,8 @@ def test_a_data_set_of_the_hub_is_linked(config, name):
 def test_a_licence_is_never_made_up(run, tmp_path):
     text = (save_pretrained(run, tmp_path / "out") / "README.md").read_text()
     assert "license" not in yaml.safe_load(text.split("---\n")[1])
-    assert "licence | not stated" in text
-    assert "No licence is stated" in text
+    assert "license | not stated" in text
+    assert "No license is stated" in text
 
 
 def test_choosing_on_the_test_split_is_owned_up_to(config):

@@ -149,7 +149,7 @@ def test_files_of_others_in_the_folder_are_not_replaced(verb, tmp_path):
     place = tmp_path / "x"
     verb.write(place)
     (place / "notes.txt").write_text("of mine")
-    with pytest.raises(SmallfryError, match=r"notes\.txt|something in this place"):
+    with pytest.raises(SmallfryError, match=r"notes\.txt|not empty"):
         verb.write(place)
     assert names(place) == verb.names | {"notes.txt"}
 
@@ -168,7 +168,7 @@ def test_files_that_come_while_the_work_is_done_are_not_replaced(verb, tmp_path,
         return real(*arguments)
 
     monkeypatch.setattr(module, name, write)
-    with pytest.raises(SmallfryError, match=r"is there already|something in this place"):
+    with pytest.raises(SmallfryError, match=r"is there already|not empty"):
         verb.write(place)
     assert names(place) == {"notes.txt"}
     assert names(tmp_path) == {"x"}

@@ -242,7 +242,7 @@ def test_the_command_shares_and_uses_what_it_shared(run, tmp_path, capsys):
     assert main(["share", str(run), "--to", str(out)]) == 0
     printed = capsys.readouterr().out
     assert f"smallfry predict '{out}'" in printed
-    assert "licence: not stated" in printed
+    assert "license: none" in printed
     assert main(["evaluate", str(out), "--data", "digits", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     measured = json.loads((run / "summary.json").read_text())["measured"]["test"]
@@ -272,10 +272,10 @@ def test_other_data_than_that_of_the_training_is_taken_whole(shared, tmp_path, c
         ([], 2, "--to FOLDER, or --hub USER/NAME"),
         (["--to", "x", "--hub", "a/b"], 2, "--to FOLDER, or --hub USER/NAME"),
         (["--to", "x", "--private"], 2, "--to FOLDER, or --hub USER/NAME"),
-        (["--to", "x", "--license", "my own: all"], 2, "can't be a licence"),
+        (["--to", "x", "--license", "my own: all"], 2, "is not a license"),
         (["--hub", "no-user"], 2, "expected USER/NAME"),
         (["--hub", "../x"], 2, "expected USER/NAME"),
-        (["--to", "."], 1, "something in this place already"),
+        (["--to", "."], 1, "not empty"),
     ],
 )
 def test_wrong_usage_is_told_in_a_line(run, arguments, code, message, capsys):
@@ -356,7 +356,7 @@ def test_a_token_is_asked_for(run, hub, monkeypatch, tmp_path):
         push_to_hub(run, "ann/digits")
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
-    with pytest.raises(HubError, match=r"takes a token that may write.*HF_TOKEN"):
+    with pytest.raises(HubError, match=r"needs a token with write access.*HF_TOKEN"):
         push_to_hub(run, "ann/digits")
     assert hub.repositories == {}
 
@@ -402,9 +402,9 @@ def test_what_was_fetched_before_is_there_offline(shared, tmp_path):
 
 def test_a_taken_folder_stays_as_it_is(run, tmp_path):
     (tmp_path / "mine").write_text("mine")
-    with pytest.raises(RunError, match="something in this place already"):
+    with pytest.raises(RunError, match="not empty"):
         save_pretrained(run, tmp_path)
-    with pytest.raises(RunError, match="something in this place already"):
+    with pytest.raises(RunError, match="not empty"):
         save_pretrained(run, tmp_path / "mine")
     assert [file.name for file in tmp_path.iterdir()] == ["mine"]
     (tmp_path / "empty").mkdir()
@@ -432,14 +432,14 @@ def test_damaged_weights_are_refused(copied):
     with pytest.raises(RunError, match="damaged"):
         from_pretrained(copied)
     file.unlink()
-    with pytest.raises(RunError, match="missing; smallfry reads weights from no other file"):
+    with pytest.raises(RunError, match="missing; weights are read from no other file"):
         from_pretrained(copied)
 
 
 def test_weights_of_another_size_are_refused(copied):
     config = json.loads((copied / "config.json").read_text())
     change(copied, model_args=config["model_args"] | {"embed_dim": 32})
-    with pytest.raises(RunError, match="weights don't fit the model"):
+    with pytest.raises(RunError, match="weights don't fit its model"):
         from_pretrained(copied)
 
 
@@ -453,14 +453,14 @@ def test_a_newer_format_is_refused(copied):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"architecture": "vitrm_micro_patch4_9"}, "did you mean|has an architecture"),
-        ({"architecture": None}, "names no architecture"),
+        ({"architecture": "vitrm_micro_patch4_9"}, "did you mean|unknown architecture"),
+        ({"architecture": None}, "has no architecture"),
         ({"label_names": ["a", "b"]}, "has 10 classes, but 2 names"),
         ({"pretrained_cfg": {}}, "damaged or incomplete"),
         ({"pretrained_cfg": 3}, "damaged or incomplete"),
-        ({"smallfry": {}}, "names no format"),
+        ({"smallfry": {}}, "has no format"),
         ({"model_args": {"checkpoint_path": "/etc/passwd"}}, "may not hold checkpoint_path"),
-        ({"model_args": {"nonsense": 1}}, "can't be built as it is described"),
+        ({"model_args": {"nonsense": 1}}, "can't be built from its description"),
     ],
 )
 def test_a_wrong_description_is_refused(copied, entries, message):
@@ -472,12 +472,12 @@ def test_a_wrong_description_is_refused(copied, entries, message):
 def test_what_is_no_shared_folder_is_told(tmp_path, shared):
     with pytest.raises(RunError, match=r"config\.json is missing"):
         from_pretrained(tmp_path)
-    with pytest.raises(RunError, match="there is no such folder"):
+    with pytest.raises(RunError, match="no such folder"):
         from_pretrained(tmp_path / "nowhere")
     with pytest.raises(UsageError, match="has no revision"):
         from_pretrained(shared, "main")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(RunError, match="of other libraries' models smallfry reads none"):
+    with pytest.raises(RunError, match="models of other libraries are not supported"):
         from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(RunError, match="can't be read"):
@@ -563,7 +563,7 @@ def test_a_model_of_timm_without_names_needs_them(foreign, quiet_warnings):
     config = json.loads((folder / "config.json").read_text())
     del config["label_names"]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match="does not tell the names of its 11 classes"):
+    with pytest.raises(UsageError, match="does not name its 11 classes"):
         from_pretrained(folder)
     with pytest.raises(UsageError, match="has 11 classes, but 2 names"):
         from_pretrained(folder, classes=["a", "b"])
@@ -573,7 +573,7 @@ def test_a_model_of_timm_without_names_needs_them(foreign, quiet_warnings):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"input_size": [3, 32, 48]}, "smallfry's are square"),
+        ({"input_size": [3, 32, 48]}, "smallfry supports square"),
         ({"mean": [0.5]}, "don't fit 3 channels"),
         ({"std": [0.5, 0.5, 0.0]}, "don't fit 3 channels"),
     ],

@@ -111,8 +111,8 @@ def test_ranges_and_thresholds_of_few_images_are_told(few, tmp_path, capsys):
     with pytest.warns(SmallfryWarning) as caught:
         export(few, tmp_path / "a", "anytime", "int8")
     told = " ".join(str(warning.message) for warning in caught)
-    assert "the ranges of int8 are measured on 8 images only" in told
-    assert "thresholds of early exit are measured on 4 validation images only" in told
+    assert "int8 ranges were measured on only 8 images" in told
+    assert "early-exit thresholds were measured on only 4 validation images" in told
     with pytest.warns(SmallfryWarning) as caught:
         export(few, tmp_path / "b", "whole", "int8")
     assert "early exit" not in " ".join(str(warning.message) for warning in caught)
@@ -121,4 +121,4 @@ def test_ranges_and_thresholds_of_few_images_are_told(few, tmp_path, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         assert main(["evaluate", str(few), "--exit_drop", "0.1"]) == 0
-    assert "measured on 4 validation images only" in capsys.readouterr().err
+    assert "measured on only 4 validation images" in capsys.readouterr().err

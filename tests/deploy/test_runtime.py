@@ -176,7 +176,7 @@ def test_images_are_paths_text_bytes_or_pillows_own(runtime, tmp_path):
     ids=["bytes", "text", "path", "image"],
 )
 def test_a_single_image_is_no_list(runtime, one):
-    with pytest.raises(DataError, match="put it into a list"):
+    with pytest.raises(DataError, match="put it in a list"):
         runtime.predict(one)
 
 
@@ -246,7 +246,7 @@ def test_wrong_images_and_wishes_are_told(runtime, whole):
         runtime.predict(np.zeros((1, 1, 8, 8)))
     with pytest.raises(UsageError, match="give one"):
         runtime.predict([], budget=2, threshold=0.5)
-    with pytest.raises(UsageError, match="one recursion step at least"):
+    with pytest.raises(UsageError, match="exit_steps must be at least 1"):
         runtime.predict([], budget=0.5)
     with pytest.raises(UsageError, match="--form anytime"):
         Runtime(whole).predict([], budget=2)
@@ -270,7 +270,7 @@ def test_a_graph_that_is_not_what_the_manifest_says_is_told(request, form, chang
         more = getattr(runtime.manifest, change) + 1
         runtime.manifest = replace(runtime.manifest, **{change: more})
     size = runtime.manifest.image_size
-    with pytest.raises(ExportError, match="does not do what the export's manifest says"):
+    with pytest.raises(ExportError, match="contradicts the export's manifest"):
         runtime.predict(np.zeros((3, runtime.manifest.channels, size, size), np.uint8))
 
 

@@ -231,7 +231,7 @@ def test_a_second_signal_ends_what_waits_for_ever_and_its_children(number):
     process.send_signal(number)
     name = "Ctrl-C" if number == INT else "SIGTERM"
     rest = process.stdout.read()
-    assert f"ended at once by a second {name}; step 3 is saved\n" in rest
+    assert f"stopped at once by a second {name}; step 3 is saved\n" in rest
     assert process.wait() == 128 + number
     assert has_ended(child)
 

@@ -75,7 +75,7 @@ def test_a_model_without_a_coverable_layer_is_refused():
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"kl_clip": 0.0}, "kl_clip"),
         ({"statistics_every": 0}, "periods"),
-        ({"fisher": "true"}, "fisher is one of mc, exact, empirical"),
+        ({"fisher": "true"}, "fisher must be one of mc, exact, empirical"),
         ({"draws": 0}, "draws"),
         ({"loss_scale": "median"}, "loss_scale is"),
         ({"damping_split": "both"}, "damping_split is"),

@@ -144,7 +144,7 @@ def test_the_bound_is_a_whole_number_of_mebibytes(monkeypatch):
     assert most_pixels() == Image.MAX_IMAGE_PIXELS == 2**30
     for wrong in ("0", "-1", "1.5", "many", "1e9"):
         monkeypatch.setenv("SMALLFRY_IMAGE_MIB", wrong)
-        with pytest.raises(UsageError, match=f"whole number of MiB .* not '{wrong}'"):
+        with pytest.raises(UsageError, match=f"must be an integer, .* in MiB, not '{wrong}'"):
             decode(b"", "x", 8, 1)
 
 

@@ -36,19 +36,19 @@ def test_the_chosen_point_keeps_accuracy_or_cost():
     assert best.accuracy == 0.75  # the second image waits, the third does not
     assert best.steps <= 2.0
     assert most_thrifty(points, drop=0.0).steps == 1.0
-    with pytest.raises(UsageError, match="one recursion step at least"):
+    with pytest.raises(UsageError, match="exit_steps must be at least 1"):
         most_accurate(points, steps=0.5)
 
 
 @pytest.mark.parametrize("wrong", [-0.1, float("nan"), 5.0, float("inf")])
 def test_a_drop_is_a_share_of_accuracy(wrong):
-    with pytest.raises(UsageError, match="a share of accuracy, from 0 to 1"):
+    with pytest.raises(UsageError, match="a share of accuracy from 0 to 1"):
         most_thrifty(operating_points(TRACED), wrong)
 
 
 @pytest.mark.parametrize("wrong", [-0.1, float("nan"), float("-inf")])
 def test_budgets_and_thresholds_that_are_none_are_refused(wrong):
-    with pytest.raises(UsageError, match="one recursion step at least"):
+    with pytest.raises(UsageError, match="exit_steps must be at least 1"):
         most_accurate(operating_points(TRACED), wrong)
     with pytest.raises(UsageError, match="a halting probability"):
         require_threshold(wrong)
@@ -68,7 +68,7 @@ def test_worthwhile_points_are_beaten_by_none_in_both_accuracy_and_steps():
 
 @pytest.mark.parametrize("images", [1, 4, 99])
 def test_thresholds_of_few_images_are_told(images):
-    with pytest.warns(SmallfryWarning, match=f"measured on {images} validation images only"):
+    with pytest.warns(SmallfryWarning, match=f"measured on only {images} validation images"):
         warn_of_few(images)
 
 

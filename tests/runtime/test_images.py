@@ -165,7 +165,7 @@ def test_values_of_255_and_256_differ_little_whatever_the_bit_depth():
 
 
 def test_an_unknown_bit_depth_is_told_where_a_picture_does_not_show_it():
-    with pytest.warns(SmallfryWarning, match="taken for 0 to 65,535"):
+    with pytest.warns(SmallfryWarning, match="assumed to span 0 to 65,535"):
         found = decode(encoded(Image.fromarray(ramp(np.uint16, 4095))), "x", 8, 1)
     assert found.max() == 4095 // 257
     decode(encoded(Image.fromarray(ramp(np.uint16, 40_000))), "x", 8, 1)  # a warning is a failure
@@ -191,9 +191,9 @@ def test_colour_of_16_bits_is_read_by_its_upper_half_and_no_smaller_depth_is_pre
     assert decode(full, "x", 8, 3).max() == 255
     dark = wide_colour(4095)
     assert peak_of(dark, "x") == 15 * 257
-    with pytest.warns(SmallfryWarning, match="taken for 0 to 65,535"):
+    with pytest.warns(SmallfryWarning, match="assumed to span 0 to 65,535"):
         decode(dark, "x", 8, 3)
-    with pytest.raises(DataError, match=r"x: colour of 16 bits .*, not of 12"):
+    with pytest.raises(DataError, match=r"x: 16-bit colour .* bit depth of 12"):
         decode(dark, "x", 8, 3, 12)
 
 

@@ -235,7 +235,7 @@ def test_a_full_disk_is_no_result_and_stops_the_study(
 
 
 def test_other_settings_or_another_study_need_another_folder(whole: Path) -> None:
-    with pytest.raises(UsageError, match="were told epochs 2, not 3: give the same"):
+    with pytest.raises(UsageError, match="have epochs 2, not 3: use the same"):
         run_grid("toy", planned(0, epochs=3), whole)
     with pytest.raises(UsageError, match=r"data\.limit 100, not 50"):
         run_grid("toy", planned(0, data=DataConfig(limit=50)), whole)

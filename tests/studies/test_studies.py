@@ -110,11 +110,11 @@ def test_the_micro_models_are_of_one_size() -> None:
     ("name", "config", "said"),
     [
         ("batch-size", BatchSizeConfig(models=("vitrm_smal",)), "did you mean 'vitrm_small'"),
-        ("batch-size", BatchSizeConfig(models=()), "name at least one"),
-        ("batch-size", BatchSizeConfig(batch_sizes=(64, 0)), "batch_sizes: name at least one"),
-        ("recursion", RecursionConfig(vitrm="resnet18"), "resnet18 is no ViTRM"),
+        ("batch-size", BatchSizeConfig(models=()), "give at least one"),
+        ("batch-size", BatchSizeConfig(batch_sizes=(64, 0)), "batch_sizes: give at least one"),
+        ("recursion", RecursionConfig(vitrm="resnet18"), "resnet18 is not a ViTRM"),
         ("optimizer", OptimizersConfig(optimizers=("adam",)), "did you mean 'adamw'"),
-        ("optimizer", OptimizersConfig(lr_factors=()), "lr_factors: name at least one"),
+        ("optimizer", OptimizersConfig(lr_factors=()), "lr_factors: give at least one"),
         ("pareto", ParetoConfig(seeds=0), "seeds must be at least 1"),
         ("pareto", ParetoConfig(device="cuda:99"), "cuda:99 can't be used here"),
     ],
@@ -278,7 +278,7 @@ def test_pareto_runs_end_to_end_and_measures_latency_once(
     assert "1 thread, all models in turns" in html
     monkeypatch.setattr(pareto, "measure_latency", pytest.fail)
     run_study("pareto", config, tmp_path)
-    with pytest.raises(UsageError, match="were told epochs 1, not 2"):
+    with pytest.raises(UsageError, match="have epochs 1, not 2"):
         run_study("pareto", replace(config, epochs=2), tmp_path)
 
 

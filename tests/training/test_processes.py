@@ -308,7 +308,7 @@ sys.exit(main(sys.argv[2:] if "RANK" not in os.environ else sys.argv[1:]))
         os.kill(second, signal.SIGCONT)
         _, said = launcher.communicate()
         assert launcher.returncode == 128 + signal.SIGTERM, said
-        assert "ended at once by a second SIGTERM; what is saved ends with step" in said
+        assert "stopped at once by a second SIGTERM; what is saved ends with step" in said
         assert f"smallfry train --resume {run}" in said
     finally:
         watchdog.cancel()

@@ -161,13 +161,15 @@ def test_other_data_may_lack_a_class_and_have_one_more(on, photos, tmp_path, qui
     assert evaluated(run, str(tmp_path / "one"))[:2] == ("all", 20)
     write(tmp_path / "three", names=("cat", "dog", "yak"), first=50)
     trained = load_run(run)
-    with pytest.warns(SmallfryWarning, match="left out images of yak, no class of the model"):
+    with pytest.warns(
+        SmallfryWarning, match="skipped images of yak, which the model does not have"
+    ):
         data, chosen, _ = load_like(trained, run, str(tmp_path / "three"))
     assert data.classes == trained.classes
     assert len(chosen) == 40
     for split in ("train", "test"):
         write(tmp_path / "parted" / split, names=("dog", "yak"), first=50)
-    with pytest.warns(SmallfryWarning, match="left out images of yak"):
+    with pytest.warns(SmallfryWarning, match="skipped images of yak"):
         data, chosen, taken = load_like(trained, run, str(tmp_path / "parted"))
     assert (taken, chosen.labels.tolist()) == ("test", [1] * 20)
 

@@ -389,7 +389,7 @@ def test_damaged_weights_and_foreign_manifests_are_refused(config):
     manifest = config.run / "best" / "manifest.json"
     before = manifest.read_text()
     resealed(manifest, before.replace('"embed_dim": 16', '"embed_dim": 32'))
-    with pytest.raises(RunError, match="weights don't fit the model"):
+    with pytest.raises(RunError, match="weights don't fit its model"):
         load_run(config.run)
     resealed(manifest, before.replace('"classes"', '"klasses"'))
     with pytest.raises(RunError, match="its manifest lacks 'classes'"):

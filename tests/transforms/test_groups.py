@@ -165,7 +165,7 @@ class Lying(nn.Module):
 
 
 def test_a_group_that_does_not_hold_is_left_out_with_its_reason():
-    with pytest.warns(SmallfryWarning, match="left whole.*fc1"):
+    with pytest.warns(SmallfryWarning, match="are kept.*fc1"):
         assert find_groups(Lying(), torch.randn(2, 4)) == ()
 
 
@@ -189,7 +189,7 @@ def test_a_model_whose_layers_are_called_again_is_not_traced(monkeypatch):
 def test_wrong_names_and_empty_groups_are_refused():
     model = mlp(nn.ReLU())
     group = mlp_group("0", "2", model, model[1])
-    with pytest.raises(UsageError, match="no group of channels 'x'"):
+    with pytest.raises(UsageError, match="unknown group of channels 'x'"):
         cut(model, [group], {"x": torch.tensor([0])})
     with pytest.raises(UsageError, match="no channel left"):
         cut(model, [group], {"0": torch.tensor([], dtype=torch.int64)})

@@ -40,14 +40,14 @@ def test_all_kinds_are_found():
 @pytest.mark.parametrize(
     ("transforms", "message"),
     [
-        ("none", "no list"),
+        ("none", "not a list"),
         ([{"version": 1}], "no kind"),
         ([{"kind": "resise", "version": 1}], "did you mean 'resize'"),
         ([{"kind": "resize", "version": 9, "shapes": {}}], "version 9, this smallfry reads"),
         ([{"kind": "resize", "version": 1, "shapes": {"head.weight": [-1]}}], "whole numbers"),
         ([{"kind": "resize", "version": 1, "nonsense": 1}], "is damaged"),
         ([{"kind": "replace", "version": 1, "layer": "os.system", "settings": {"head": {}}}],
-         "no layer 'os.system'"),
+         "unknown layer 'os.system'"),
         ([{"kind": "replace", "version": 1, "layer": "low_rank", "settings": 3}], "is damaged"),
         ([{"kind": "resize", "version": 1, "shapes": {}}] * 101, "more than 100"),
     ],
@@ -68,11 +68,11 @@ def test_what_a_file_says_of_transforms_is_judged(transforms, message):
         (Replace("low_rank", {"blocks.0.attn.qvk": {"rank": 3}}), "did you mean"),
         (Replace("low_rank", {QKV: {"rank": 99}}), "rank is 1 to 16"),
         (Replace("low_rank", {"blocks.0.norm1": {"rank": 1}}), "expected nn.Linear"),
-        (Replace("quantized_weight", {"head": {"bits": 9}}), "bits of 2 to 8"),
+        (Replace("quantized_weight", {"head": {"bits": 9}}), "bits from 2 to 8"),
     ],
 )
 def test_a_transform_that_does_not_fit_is_refused(transform, message):
-    with pytest.raises(RunError, match=f"can't be built as it is described.*{message}"):
+    with pytest.raises(RunError, match=f"can't be built from its description.*{message}"):
         build(MICRO.then(transform))
 
 

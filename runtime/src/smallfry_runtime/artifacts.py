@@ -1,4 +1,4 @@
-"""Folders that smallfry writes, known by their files wherever they lie and whatever their name."""
+"""Detection of folders written by smallfry, by their files rather than their names."""
 
 from collections.abc import Collection
 
@@ -13,7 +13,7 @@ PAIRS = (
 
 
 def is_artifact(names: Collection[str]) -> bool:
-    """Check that a folder with these entries is a run, a checkpoint, an export or a report."""
+    """Return whether these entries are those of a run, a checkpoint, an export or a report."""
     found = frozenset(names)
     if RUN in found and found & OF_A_RUN:
         return True

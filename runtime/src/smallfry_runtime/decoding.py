@@ -1,4 +1,4 @@
-"""Bounds on the memory that decoding images takes, in one image and in all threads together.
+"""Memory limits for image decoding, per image and across threads.
 
 A pixel is counted with four bytes, as Pillow holds colour. For a moment it takes up to four times
 as many, as some decoders keep whole frames of their own.
@@ -25,7 +25,7 @@ TILE_WIDTH, TILE_LENGTH = 322, 323  # tags of TIFF
 
 
 def most_pixels() -> int:
-    """Pixels that an image may have: as many as fit in ``$SMALLFRY_IMAGE_MIB``.
+    """Return the largest number of pixels per image that fits in ``$SMALLFRY_IMAGE_MIB``.
 
     Raises:
         UsageError: That is no whole number of at least 1.
@@ -35,8 +35,8 @@ def most_pixels() -> int:
         return MOST_PIXELS
     if not wanted.isdecimal() or int(wanted) < 1:
         raise UsageError(
-            f"the environment variable {IMAGE_MIB} is a whole number of MiB that a decoded image "
-            f"may take, not '{wanted[:40]}'; unset it for the default, 341"
+            f"the environment variable {IMAGE_MIB} must be an integer, the limit of a decoded "
+            f"image in MiB, not '{wanted[:40]}'; unset it for the default, 341"
         )
     most = int(wanted) * 2**20 // PIXEL_BYTES
     if most > (Image.MAX_IMAGE_PIXELS or most):
@@ -45,7 +45,7 @@ def most_pixels() -> int:
 
 
 def pixels_in_icon(stream: BinaryIO) -> int:
-    """Pixels of the largest image in an icon file, which Pillow decodes as it opens it; else 0.
+    """Count the pixels of the largest image in an icon file, which Pillow decodes on open; else 0.
 
     The directory of an icon knows no side above 256, but the images in it have headers of their
     own.
@@ -68,7 +68,7 @@ def pixels_in_icon(stream: BinaryIO) -> int:
 
 
 def pixels_in_tile(image: Any) -> int:
-    """Pixels of four bytes in a tile of a TIFF, which may be larger than the image; else 0."""
+    """Count the pixels (4 bytes each) of a TIFF tile, which may exceed the image; else 0."""
     tags = getattr(image, "tag_v2", {})
     sides = [int(tags.get(tag, 0)) for tag in (TILE_WIDTH, TILE_LENGTH)]
     bits = int(tags.get(277, 1)) * int(max(tags.get(258, (1,))))
@@ -76,7 +76,7 @@ def pixels_in_tile(image: Any) -> int:
 
 
 class Budget:
-    """An amount that threads share, each waiting until what it needs is free.
+    """Memory budget shared by threads, which block until enough of it is free.
 
     Args:
         total: The amount.
@@ -87,13 +87,13 @@ class Budget:
         self.reset()
 
     def reset(self) -> None:
-        """Let all of it be free, as in a process that was forked without the other threads."""
+        """Release the whole budget, as after a fork that left the other threads behind."""
         self._free = self.total
         self._changed = threading.Condition()
 
     @contextmanager
     def taking(self, amount: int) -> Iterator[None]:
-        """Hold an amount, or all there is if that is less."""
+        """Reserve an amount, or the whole budget if that is less."""
         amount = min(amount, self.total)
         with self._changed:
             self._changed.wait_for(lambda: self._free >= amount)
@@ -113,6 +113,6 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def decoding(pixels: int) -> Iterator[None]:
-    """Wait until there is room for an image's pixels, and keep it while they are in use."""
+    """Wait until an image's pixels fit in the budget, and reserve them while in use."""
     with _BUDGET.taking(pixels * PIXEL_BYTES):
         yield

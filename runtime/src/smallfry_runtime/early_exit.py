@@ -1,4 +1,4 @@
-"""Where an image may leave the recursion: thresholds of the halting probability.
+"""Early exit: stop recursing once the halting probability passes a threshold.
 
 The halting probability says how sure a model is, on a scale of its own. What a threshold costs in
 accuracy and saves in steps is measured on images that were not trained on, for every threshold
@@ -20,14 +20,14 @@ FEW = 100  # images, of fewer of which an accuracy has steps of over a percent
 
 
 class Trace(NamedTuple):
-    """What a model would say of each image after each recursion step."""
+    """Predictions and halting probabilities of each image after each recursion step."""
 
     right: NDArray[np.bool_]  # (steps, images)
     halting: NDArray[np.float32]  # (steps, images), probability of being right, by the model itself
 
 
 class Point(NamedTuple):
-    """What a threshold gives."""
+    """Accuracy and mean number of steps at one threshold."""
 
     threshold: float
     accuracy: float
@@ -35,18 +35,18 @@ class Point(NamedTuple):
 
 
 def warn_of_few(images: int) -> None:
-    """Warn if thresholds are measured on so few images that little can be promised of others."""
+    """Warn if thresholds are measured on too few images to generalise."""
     if images < FEW:
         warnings.warn(
-            f"thresholds of early exit are measured on {images} validation images only: what they "
-            f"cost on others is hardly known; hold out {FEW} or more (data.validation)",
+            f"early-exit thresholds were measured on only {images} validation images and are "
+            f"unreliable for others; hold out {FEW} or more (data.validation)",
             SmallfryWarning,
             stacklevel=3,
         )
 
 
 def operating_points(traced: Trace) -> list[Point]:
-    """What each threshold gives, from the most thrifty to the one that nobody passes."""
+    """Measure accuracy and steps at each threshold, from the fewest steps to all of them."""
     shares = np.linspace(0, 1, THRESHOLDS)
     early = traced.halting[:-1].astype(np.float64).ravel()
     candidates = np.quantile(early, shares).tolist() if len(early) else []
@@ -54,44 +54,47 @@ def operating_points(traced: Trace) -> list[Point]:
 
 
 def most_thrifty(points: Sequence[Point], drop: float) -> Point:
-    """The fewest steps whose accuracy is within ``drop`` of that of all steps.
+    """Choose the point with the fewest steps whose accuracy drops by at most ``drop``.
 
     Raises:
         UsageError: ``drop`` is no share of accuracy.
     """
     if not 0 <= drop <= 1:
-        raise UsageError(f"exit_drop is a share of accuracy, from 0 to 1 such as 0.003, not {drop}")
+        raise UsageError(
+            f"exit_drop must be a share of accuracy from 0 to 1, such as 0.003, not {drop}"
+        )
     enough = points[-1].accuracy - drop
     return min((p for p in points if p.accuracy >= enough - 1e-9), key=lambda p: p.steps)
 
 
 def most_accurate(points: Sequence[Point], steps: float) -> Point:
-    """The best accuracy for at most so many steps on average.
+    """Choose the most accurate point within a budget of mean steps.
 
     Raises:
         UsageError: Fewer than one step, or not a number.
     """
     cheap = [p for p in points if p.steps <= steps + 1e-9]
     if not cheap:
-        raise UsageError(f"an image takes one recursion step at least, not {steps}")
+        raise UsageError(f"exit_steps must be at least 1, not {steps}")
     return max(cheap, key=lambda p: (p.accuracy, -p.steps))
 
 
 def require_threshold(threshold: float) -> float:
-    """Return a halting probability to leave at, if it is one.
+    """Validate a halting threshold and return it.
 
     Raises:
         UsageError: It is negative or not a number.
     """
     if not threshold >= 0:
         raise UsageError(
-            f"exit_threshold is a halting probability, 0 to 1 (above 1: all steps), not {threshold}"
+            f"exit_threshold must be a halting probability from 0 to 1 (above 1: all steps), not "
+            f"{threshold}"
         )
     return threshold
 
 
 def worthwhile(points: Sequence[Point]) -> list[Point]:
-    """The points that no other one beats in both accuracy and steps; the last one always."""
+    """Return the Pareto-optimal points in accuracy and steps, always including the last."""
     kept: list[Point] = []
     for point in sorted(points[:-1], key=lambda p: (p.steps, -p.accuracy)):
         if not kept or point.accuracy > kept[-1].accuracy:

@@ -1,4 +1,4 @@
-"""Errors that a user can mend: what was wrong, what was expected, what to do, in one line."""
+"""Errors that a user can fix: what was wrong, what was expected, what to do, in one line."""
 
 import errno
 from collections.abc import Iterable
@@ -6,31 +6,31 @@ from difflib import get_close_matches
 
 
 class SmallfryError(Exception):
-    """A problem that the user can mend; the command prints it without a traceback."""
+    """A problem that the user can fix; the command prints it without a traceback."""
 
 
 class UsageError(SmallfryError):
-    """A request that can't be meant: an unknown name, options that contradict each other."""
+    """An invalid request: an unknown name, or contradictory options."""
 
 
 class DataError(SmallfryError):
-    """Images or labels that are missing, unreadable or don't fit."""
+    """Missing, unreadable or incompatible images or labels."""
 
 
 class AccessError(DataError):
-    """A file that can't be read now, which says nothing of what is in it."""
+    """A file that can't be read at the moment; its content is not at fault."""
 
 
 class ExportError(SmallfryError):
-    """An export that can't be made, or can't be used: damaged, foreign, of another version."""
+    """An export that can't be made or used: damaged, foreign, or of another version."""
 
 
 class SmallfryWarning(UserWarning):
-    """Something was handled in a way that the user should know of."""
+    """A warning about something handled in a way that the user should know of."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of Python, PyTorch or the system says that memory is full."""
+    """Return whether an error of Python, PyTorch or the system means out of memory."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, OSError):
@@ -43,7 +43,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def refusal(error: OSError) -> str | None:
-    """What the system has against a file, in words; None if that is no fault of its name or place.
+    """Describe why the system refused a file; None if its name and path are not at fault.
 
     Other errors of the system are not expected where they come from.
     """
@@ -54,7 +54,7 @@ def refusal(error: OSError) -> str | None:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """A hint for an unknown name: ``; did you mean 'digits'?``, or the names there are."""
+    """Suggest names for an unknown one: ``; did you mean 'digits'?``, or the list of them."""
     known = sorted(names)
     close = [k for k in known if k.startswith(name)] or get_close_matches(name, known, n=1)
     if close:

@@ -1,4 +1,4 @@
-"""Reading files that may come from anyone: regular files only, of a bounded size.
+"""Bounded readers of regular files from untrusted sources.
 
 A folder may hold a pipe where a file is expected, on which a plain ``open`` waits for ever, or a
 sparse file of a terabyte.
@@ -27,7 +27,7 @@ ATTEMPTS, PAUSE = 50, 0.001  # to read what is replaced meanwhile; seconds betwe
 
 @contextmanager
 def opened(file: Path, most: int) -> Iterator[BinaryIO]:
-    """A file to read from.
+    """Open a regular file for reading.
 
     Raises:
         OSError: It can't be opened, is no regular file, or is longer than ``most`` bytes.
@@ -47,23 +47,23 @@ def opened(file: Path, most: int) -> Iterator[BinaryIO]:
 
 
 def read_bytes(file: Path, most: int = MOST_TEXT) -> bytes:
-    """All of a file; raises as ``opened``."""
+    """Read a whole file; raises as ``opened``."""
     with opened(file, most) as stream:
         return stream.read()
 
 
 def read_large(file: Path) -> bytes:
-    """All of a file of weights (safetensors) or of an optimizer's state (a zip).
+    """Read a whole file of weights (safetensors) or of optimizer state (zip).
 
     Raises:
-        OSError: As ``opened`` and ``read_stream``.
+        OSError: See ``opened`` and ``read_stream``.
     """
     with opened(file, MOST_WEIGHTS) as stream:
         return read_stream(stream, file)
 
 
 def read_stream(stream: BinaryIO, file: Path) -> bytes:
-    """The same of a file that is open already.
+    """Read all of an open file; raises as ``read_large``.
 
     Raises:
         OSError: A large file whose form is neither, as a sparse one's, or one that can't be read.
@@ -78,18 +78,18 @@ def read_stream(stream: BinaryIO, file: Path) -> bytes:
 
 
 def read_json(file: Path) -> Any:
-    """The value in a JSON file.
+    """Read a JSON file.
 
     Raises:
         FileNotFoundError: There is no such file.
-        OSError: As ``opened``.
+        OSError: See ``opened``.
         ValueError: Not JSON, not UTF-8, or nested too deeply.
     """
     return parse_json(read_bytes(file))
 
 
 def parse_json(data: bytes) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
 
     Raises:
         ValueError: Not JSON, not UTF-8, or nested too deeply.
@@ -101,14 +101,14 @@ def parse_json(data: bytes) -> Any:
 
 
 def settled(read: Callable[[], T], *manifests: Path) -> T:
-    """Read files that belong together, and again if another process replaced them meanwhile.
+    """Read files that belong together, again if another process replaced them meanwhile.
 
     Args:
         read: Reads them; its error counts if the manifests are what they were before it.
         manifests: Files that are replaced whenever the others are.
 
     Raises:
-        SmallfryError: As ``read``; of the same kind, if they are replaced again and again.
+        SmallfryError: Any error of ``read``; also if the files are replaced again and again.
     """
     failure: SmallfryError | None = None
     is_settled = False
@@ -130,10 +130,10 @@ def settled(read: Callable[[], T], *manifests: Path) -> T:
 
 
 def _version(file: Path) -> tuple[int, int, int, bytes] | None:
-    """The content of a file, and which file that is.
+    """Read a file with its identity on disk.
 
-    Another may have the same content, a copied time of change and the number of a removed one; the
-    time at which that was set, ``st_ctime``, nobody can choose.
+    A different file may have the same content, a copied modification time and a reused inode;
+    ``st_ctime`` can't be chosen by a user.
     """
     try:
         with opened(file, MOST_TEXT) as stream:
@@ -144,13 +144,13 @@ def _version(file: Path) -> tuple[int, int, int, bytes] | None:
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a manifest, with a digest of it that ``is_whole`` checks."""
+    """Add a digest to the content of a manifest, which ``is_whole`` checks."""
     written = json.loads(json.dumps(dict(content)))  # in which all keys are text
     return {**written, DIGEST: _digest(written)}
 
 
 def is_whole(content: Mapping[str, Any]) -> bool:
-    """Whether the content is as it was sealed; that of format 1 was not."""
+    """Verify the digest of a manifest; format 1 has none and passes."""
     if DIGEST not in content:
         return content.get("format") == 1
     return bool(content[DIGEST] == _digest(content))

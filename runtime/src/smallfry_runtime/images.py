@@ -1,4 +1,4 @@
-"""One image: from bytes or a file to pixels of a wanted size and number of channels.
+"""Image decoding: from bytes or a file to pixels of a given size and number of channels.
 
 Memory is bounded: of one image by ``most_pixels``, checked before its pixels are decoded, and of
 all threads together by ``DECODED_AT_ONCE``.
@@ -49,14 +49,14 @@ STRIP = 2**20  # pixels that are laid over white at a time
 
 
 class Pixels(NamedTuple):
-    """An image as a model takes it."""
+    """Pixels of an image in the form that a model takes."""
 
     values: NDArray[np.uint8]  # (channels, size, size)
     peak: int  # largest value of an image of more than 8 bits a channel; -1 of any other
 
 
 def header(encoded: Encoded, where: str) -> tuple[int, int, bool]:
-    """Width, height and whether the image is grey, read without decoding its pixels."""
+    """Read width, height and whether the image is grey, without decoding its pixels."""
     with _open(encoded, where) as image:
         try:
             return image.width, image.height, _is_grey(image)
@@ -67,7 +67,7 @@ def header(encoded: Encoded, where: str) -> tuple[int, int, bool]:
 def decode(
     encoded: Encoded, where: str, size: int, channels: int, bit_depth: int | None = None
 ) -> NDArray[np.uint8]:
-    """Pixels (channels, size, size) of an image of one of ``FORMATS``.
+    """Decode an image of one of ``FORMATS`` to pixels (channels, size, size).
 
     An EXIF rotation is applied, if it can be read, transparency laid over white, the first frame
     of an animation is taken, and a picture that is not square is cropped at its centre.
@@ -88,9 +88,9 @@ def decode(
     values, peak = decode_with_peak(encoded, where, size, channels, bit_depth or FULL_DEPTH)
     if bit_depth is None and -1 < peak < 2 ** (FULL_DEPTH - 1):
         warnings.warn(
-            "the bit depth of 16-bit images is not known: their values are taken for 0 to 65,535, "
-            "and some have none above 32,767, which come out dark; save them with 8 bits, or train "
-            "on such images, with --data.bit_depth",
+            "the bit depth of 16-bit images is unknown: values are assumed to span 0 to 65,535, "
+            "but some images stay below 32,767 and will be dark; save them with 8 bits, or train "
+            "on such images with --data.bit_depth",
             SmallfryWarning,
             stacklevel=2,
         )
@@ -100,7 +100,7 @@ def decode(
 def decode_with_peak(
     encoded: Encoded, where: str, size: int, channels: int, bit_depth: int
 ) -> Pixels:
-    """As ``decode``, with the image's largest value, from which a data set's bit depth follows."""
+    """Decode like ``decode``, and also return the largest value, which implies the bit depth."""
     with _open(encoded, where) as image, decoding(image.width * image.height):
         try:
             is_wide = _is_wide(image)
@@ -109,14 +109,14 @@ def decode_with_peak(
             peak = _peak(image, where) if is_wide else -1
             if peak >= 0 and bit_depth < FULL_DEPTH and not image.mode.startswith("I"):
                 raise DataError(
-                    f"{where}: colour of 16 bits a channel is read by its upper 8, not of "
-                    f"{bit_depth} bits, the bit depth of its data set; save it with 8 bits"
+                    f"{where}: 16-bit colour is read by its upper 8 bits, but its data set has a "
+                    f"bit depth of {bit_depth}; save it with 8 bits"
                 )
             if peak >= 2**bit_depth:
                 raise DataError(
                     f"{where}: holds the value {peak:,}, and {2**bit_depth - 1:,} is the largest "
-                    f"of {bit_depth} bits, the bit depth of its data set; scale it as the others, "
-                    "or train with a larger --data.bit_depth"
+                    f"of {bit_depth} bits, the bit depth of its data set; scale it like the "
+                    f"others, or train with a larger --data.bit_depth"
                 )
             return Pixels(_fit(_eight_bit(image, where, bit_depth), size, channels), peak)
         except DataError:
@@ -126,10 +126,10 @@ def decode_with_peak(
 
 
 def peak_of(encoded: Encoded, where: str) -> int:
-    """The largest value of an image of more than 8 bits a channel; -1, undecoded, of any other.
+    """Return the largest value of an image of more than 8 bits a channel; -1, undecoded, else.
 
     Raises:
-        DataError: As ``decode``.
+        DataError: See ``decode``.
     """
     with _open(encoded, where) as image:
         try:
@@ -145,17 +145,17 @@ def peak_of(encoded: Encoded, where: str) -> int:
 
 
 def bit_depth_of(peak: int) -> int:
-    """The smallest usual bit depth that has a value."""
+    """Return the smallest usual bit depth that holds a value."""
     return next(depth for depth in BIT_DEPTHS if peak < 2**depth)
 
 
 def is_bit_depth(value: object) -> bool:
-    """Whether a manifest's value is a bit depth, or None for one that is not known."""
+    """Return whether a manifest's value is a bit depth, or None for an unknown one."""
     return value is None or (type(value) is int and 1 <= value <= FULL_DEPTH)
 
 
 def refit(pixels: NDArray[np.uint8], size: int, channels: int) -> NDArray[np.uint8]:
-    """Pixels (channels, height, width) brought to another size and number of channels."""
+    """Resize pixels (channels, height, width) and convert their number of channels."""
     image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
     return _fit(image, size, channels)
 
@@ -203,7 +203,7 @@ def _image_in(stream: BinaryIO, where: str) -> Image.Image:
     except Exception as error:  # a stranger's bytes raise almost anything
         raise _damaged(where, error) from error
     if image is None:
-        raise DataError(f"{where}: not an image, or of a format that is not read")
+        raise DataError(f"{where}: not an image, or in an unsupported format")
     try:
         _require_bounded(image.width * image.height, where)
         _require_bounded(pixels_in_tile(image), where)
@@ -214,7 +214,7 @@ def _image_in(stream: BinaryIO, where: str) -> Image.Image:
 
 
 def _by_format(stream: BinaryIO) -> Image.Image | None:
-    """Open an image by the first format that takes it, as ``Image.open``; None if none does.
+    """Open an image with the first format that accepts it; None if none does.
 
     ``Image.open`` warns of sizes too, which are judged here; to silence it is not safe in threads.
     """
@@ -240,7 +240,7 @@ def _require_bounded(pixels: int, where: str) -> None:
 
 
 def _turn_upright(image: Image.Image) -> None:
-    """Turn an image as its EXIF data says it was taken, if these can be read."""
+    """Rotate an image upright by its EXIF orientation, if readable."""
     with suppress(Exception):  # damaged in any way, which is no reason to lose the picture
         ImageOps.exif_transpose(image, in_place=True)
 
@@ -260,7 +260,7 @@ def _is_grey(image: Image.Image) -> bool:
 
 
 def _is_wide(image: Image.Image) -> bool:
-    """Whether the channels of an image that is not loaded yet have more than 8 bits."""
+    """Return whether the channels of a lazily opened image have more than 8 bits."""
     if image.mode.startswith("I"):
         return True
     tiles = getattr(image, "tile", [])
@@ -270,7 +270,7 @@ def _is_wide(image: Image.Image) -> bool:
 
 
 def _peak(image: Image.Image, where: str) -> int:
-    """The largest value on the scale of 16 bits; of colour, Pillow keeps the upper 8 of them."""
+    """Return the largest value on a 16-bit scale; of colour, Pillow keeps the upper 8 bits."""
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
@@ -282,7 +282,7 @@ def _peak(image: Image.Image, where: str) -> int:
 
 
 def _eight_bit(image: Image.Image, where: str, bit_depth: int) -> Image.Image:
-    """The image over white, in a mode with 8 bits a channel."""
+    """Convert an image to a mode with 8 bits a channel, over white."""
     if image.mode.startswith("I"):  # Pillow's own conversion would clip these at 255
         scaled = np.arange(2**bit_depth, dtype=np.uint32) * 255 // (2**bit_depth - 1)
         return Image.fromarray(scaled.astype(np.uint8)[np.asarray(image)])
@@ -292,7 +292,7 @@ def _eight_bit(image: Image.Image, where: str, bit_depth: int) -> Image.Image:
 
 
 def _over_white(image: Image.Image) -> Image.Image:
-    """The image in RGB over white, made strip by strip, as each step of it is a copy."""
+    """Composite an image onto white as RGB, strip by strip, since each step makes a copy."""
     whole = Image.new("RGB", image.size)
     rows = max(1, STRIP // image.width)
     for top in range(0, image.height, rows):

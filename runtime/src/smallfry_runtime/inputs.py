@@ -1,4 +1,4 @@
-"""Which images are meant by files, folders, globs and standard input."""
+"""Discovery of input images from files, folders, globs and standard input."""
 
 import glob
 import os
@@ -49,7 +49,7 @@ SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*")
 
 
 class Found(NamedTuple):
-    """An image, or why there is none."""
+    """An input image, or the reason why it is missing."""
 
     name: str
     encoded: Encoded | None
@@ -57,7 +57,7 @@ class Found(NamedTuple):
 
 
 def find_images(inputs: Sequence[str], stdin: BinaryIO) -> Iterator[Found]:
-    """The images that files, folders (searched through), globs and ``-`` name.
+    """Find the images named by files, folders (recursively), globs and ``-``.
 
     ``-`` is one image, or else a list of inputs, one per line.
     """
@@ -69,7 +69,7 @@ def find_images(inputs: Sequence[str], stdin: BinaryIO) -> Iterator[Found]:
 
 
 class Listing(NamedTuple):
-    """The files in a folder and its folders, in the order of their names."""
+    """Contents of a folder: its files and folders, sorted by name."""
 
     images: list[Path]
     others: list[Path]  # files that are no images by their names, without those of the system
@@ -77,7 +77,7 @@ class Listing(NamedTuple):
 
 
 def list_folder(folder: Path) -> Listing:
-    """List the images in a folder and its folders, without hidden ones.
+    """List the images and subfolders of a folder, without hidden ones.
 
     Links are followed, as large sets are often made of them, but into no folder twice and to none
     around this one: links that lead back would have no end.
@@ -104,17 +104,17 @@ def list_folder(folder: Path) -> Listing:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Names sorted alike on every system, however it spells their accents."""
+    """Sort names alike on every system, however it encodes accents."""
     return sorted(names, key=lambda name: (text_of(name), name))
 
 
 def images_below(folder: Path) -> list[Path]:
-    """All images in a folder and its folders; raises as ``list_folder``."""
+    """Find all images below a folder; raises as ``list_folder``."""
     return list_folder(folder).images
 
 
 def unread_pictures(files: Iterable[Path]) -> list[Path]:
-    """Those files that are pictures by their ending, or by their first bytes if they have none."""
+    """Return pictures in unsupported formats, by extension or, without one, by first bytes."""
     return [file for file in files if _is_unread_picture(file)]
 
 
@@ -130,23 +130,23 @@ def _is_unread_picture(file: Path) -> bool:
 
 def _refuse(error: OSError) -> None:
     raise DataError(
-        f"{error.filename}: this folder can't be opened ({error.strerror}); permit that, or take "
-        "the folder away"
+        f"{error.filename}: this folder can't be opened ({error.strerror}); change its "
+        f"permissions, or remove the folder"
     ) from error
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is hidden, or is of the system or one of its tools."""
+    """Return whether a file or folder is hidden, or belongs to the system or its tools."""
     return name.startswith(".") or is_of_the_system(name)
 
 
 def is_of_the_system(name: str) -> bool:
-    """Whether a name is one that systems and their tools give, such as ``@eaDir``."""
+    """Return whether a name is one that systems and their tools create, such as ``@eaDir``."""
     return name.lower() in SYSTEM
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name says that it is an image, and not a hidden one."""
+    """Return whether a file name is that of an image, and not hidden."""
     return not name.startswith(".") and Path(name).suffix.lower() in IMAGE_EXTENSIONS
 
 

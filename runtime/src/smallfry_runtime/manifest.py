@@ -1,5 +1,6 @@
-"""What travels with an export: which graphs there are, what they take and give, and where they
-come from. It is read without PyTorch, and believed only as far as it has been checked.
+"""Manifest of an export: its graphs, their inputs and outputs, and their origin.
+
+It is read without PyTorch, and every value is validated before use.
 """
 
 import hashlib
@@ -35,7 +36,7 @@ MOST_GRAPH = 2**31  # bytes of a graph, which is the most that ONNX's own format
 
 @dataclass(frozen=True)
 class Manifest:
-    """An export's description, as in its ``manifest.json``.
+    """Description of an export, as stored in its ``manifest.json``.
 
     Args:
         form: ``whole``, one graph; or ``anytime``, the graphs embed, step and read_out.
@@ -46,12 +47,12 @@ class Manifest:
         channels: 1 (grey) or 3 (RGB).
         mean: Per channel, on the scale 0 to 1.
         std: Standard deviation per channel.
-        bit_depth: Of training images of more than 8 bits a channel; None if there were none.
-        recursion_steps: Of a recursive model, else None.
-        exits: Where images may leave the recursion, from the most thrifty on.
-        calibrated_on: What the exits were measured on.
-        training: What the run measured, on what data, and how to get that again.
-        license: Of the weights, as an SPDX name; None if nothing was stated.
+        bit_depth: Bit depth of training images of more than 8 bits a channel; None without such.
+        recursion_steps: Recursion steps of a recursive model, else None.
+        exits: Early-exit points, from the fewest steps on.
+        calibrated_on: Data that the exits were measured on.
+        training: Measured figures of the run, with data and provenance.
+        license: License of the weights, as an SPDX name; None if not stated.
         source: SHA-256 of the weights that were exported.
         files: SHA-256 of every other file.
     """
@@ -74,21 +75,21 @@ class Manifest:
     files: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The text of ``manifest.json``."""
+        """Serialise to the text of ``manifest.json``."""
         content = asdict(self) | {"exits": [point._asdict() for point in self.exits]}
         head = {"format": FORMAT, "smallfry": __version__}
         return json.dumps(sealed({**head, **content}), indent=2) + "\n"
 
     @staticmethod
     def read(folder: Path) -> "Manifest":
-        """The manifest of an export.
+        """Read the manifest of an export.
 
         Raises:
             ExportError: Missing, damaged, or of another format than this version reads.
         """
         file = folder / MANIFEST
         if not folder.is_dir():
-            raise ExportError(f"{folder}: there is no such export folder{_hint(folder)}")
+            raise ExportError(f"{folder}: no such export folder{_hint(folder)}")
         try:
             content = read_json(file)
         except FileNotFoundError:
@@ -101,7 +102,7 @@ class Manifest:
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder says that it is an export, in order or not."""
+    """Return whether a folder claims to be an export, valid or not."""
     try:
         content = read_json(folder / MANIFEST)
     except (OSError, ValueError):
@@ -110,23 +111,23 @@ def is_export(folder: Path) -> bool:
 
 
 def require_free(folder: Path) -> None:
-    """Make sure that an export may be written here: nothing, or an export and nothing else.
+    """Require that an export may be written here: nothing exists, or only an export.
 
     Raises:
         ExportError: There is something else.
     """
     reason = obstacle(folder, "export", FILES, is_export)
     if reason is not None:
-        raise ExportError(f"{folder}: {reason}; name another folder")
+        raise ExportError(f"{folder}: {reason}; use another folder")
 
 
 def read_export(folder: Path) -> tuple[Manifest, dict[str, bytes]]:
-    """The manifest of an export, and its graphs by the names of their files.
+    """Read the manifest of an export, and its graphs by file name.
 
     Another export may take its place meanwhile.
 
     Raises:
-        ExportError: As ``Manifest.read``; or a graph is missing, or not the one that the manifest
+        ExportError: See ``Manifest.read``; or a graph is missing, or not the one that the manifest
             was written for.
     """
     return settled(lambda: _read_export(folder), folder / MANIFEST)
@@ -186,7 +187,7 @@ def _checked(content: Any, file: Path) -> Manifest:
 
 
 def _problem(manifest: Manifest) -> str | None:
-    """What is wrong with a manifest's values, if anything."""
+    """Describe the first fault in a manifest's values; None if there is none."""
     statistics = (*manifest.mean, *manifest.std)
     exits = [number for point in manifest.exits for number in point]
     texts = (*manifest.classes, *manifest.files, *manifest.files.values())

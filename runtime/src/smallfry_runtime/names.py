@@ -1,4 +1,4 @@
-"""Names of files and classes as text that every system spells the same."""
+"""Normalisation of file and class names across systems."""
 
 import os
 import unicodedata
@@ -9,7 +9,7 @@ URI = "file://"
 
 
 def text_of(name: str) -> str:
-    """Composed Unicode (NFC) of a file's name, valid in JSON, pictures and reports.
+    """Normalise a file name to composed Unicode (NFC), valid in JSON, pictures and reports.
 
     A name whose bytes are not UTF-8, as archives of older systems have them, is read as Latin-1.
     """
@@ -23,14 +23,14 @@ def text_of(name: str) -> str:
 
 
 def path_of(name: str) -> Path:
-    """The path that a user or a configuration names, with ``~`` or as ``file:///…``."""
+    """Resolve a path given by a user or a configuration, with ``~`` or as ``file:///…``."""
     if name.startswith(URI):
         return Path(os.fsdecode(unquote_to_bytes(name.removeprefix(URI))))
     return Path(name).expanduser()
 
 
 def storable(path: str) -> str:
-    """A path as YAML can hold it: as it is, or as ``file:///…`` if its bytes are not UTF-8."""
+    """Encode a path for YAML: as it is, or as ``file:///…`` if its bytes are not UTF-8."""
     try:
         path.encode()
     except UnicodeEncodeError:

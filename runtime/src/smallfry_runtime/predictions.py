@@ -1,4 +1,4 @@
-"""From images to class names with probabilities, whatever runs the model."""
+"""Class names and probabilities of images, for any backend."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -20,7 +20,7 @@ NOT_FINITE = (
 
 
 class Answer(NamedTuple):
-    """What a model says of an image."""
+    """Prediction for one image."""
 
     name: str
     top: list[tuple[str, float]]  # class names and probabilities, the likeliest first
@@ -30,11 +30,11 @@ class Answer(NamedTuple):
 
     @property
     def is_finite(self) -> bool:
-        """Check that all of it is finite."""
+        """True if all values are finite."""
         return all(isfinite(value) for value in (self.halting or 0.0, *dict(self.top).values()))
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Convert to a dictionary for JSON."""
         top = [{"class": name, "probability": round(share, 6)} for name, share in self.top]
         answer: dict[str, Any] = {"image": self.name, "class": self.top[0][0], "top": top}
         if self.halting is not None:
@@ -45,7 +45,7 @@ class Answer(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What a model says of a batch."""
+    """Model outputs for one batch."""
 
     probabilities: NDArray[np.float32]  # (images, classes)
     halting: NDArray[np.float32] | None = None  # (images,), of a recursive model
@@ -61,7 +61,7 @@ def answers(
     top_k: int = 3,
     bit_depth: int | None = None,
 ) -> Iterator[Answer]:
-    """Answers in the order of the images.
+    """Convert outputs to predictions, in the order of the images.
 
     An image that can't be read gives an ``error``, as does one of which the model says no number.
 
@@ -72,7 +72,7 @@ def answers(
         image_size: Side that the images are brought to, in pixels.
         channels: 1 (grey) or 3 (RGB).
         top_k: Classes to name for each image, at most all.
-        bit_depth: Of images of more than 8 bits a channel; see ``smallfry_runtime.images.decode``.
+        bit_depth: Bit depth of 16-bit images; see ``smallfry_runtime.images.decode``.
     """
     images = iter(found)
     while chunk := list(islice(images, BATCH)):

@@ -1,4 +1,4 @@
-"""Runs an export with ONNX Runtime: no PyTorch, and the preprocessing of training to the bit.
+"""Inference with ONNX Runtime: no PyTorch, and bit-exact preprocessing.
 
 In the anytime form each image leaves the recursion once the model holds its answer for right, and
 what is left is packed into full batches for the next step.
@@ -28,7 +28,7 @@ Readable = Encoded | str | os.PathLike[str]
 
 
 class Predictions(NamedTuple):
-    """What an export says of images, in their order."""
+    """Predictions of an export for images, in order."""
 
     probabilities: Floats  # (images, classes)
     halting: Floats | None  # (images,), probability of being right, by a recursive model itself
@@ -36,7 +36,7 @@ class Predictions(NamedTuple):
 
 
 class Runtime:
-    """An export, ready to answer.
+    """Inference session for an export.
 
     A copy, as for another process, reads the export's folder again.
 
@@ -86,7 +86,7 @@ class Runtime:
         threshold: float | None = None,
         batch_size: int = 64,
     ) -> Predictions:
-        """Class probabilities of images.
+        """Predict class probabilities of images.
 
         Args:
             images: Files by their paths, their bytes, or images of Pillow; or pixels (images,
@@ -108,7 +108,8 @@ class Runtime:
         if pixels.dtype != np.uint8 or pixels.shape[1:] != expected:
             raise DataError(
                 f"expected uint8 pixels of shape (images, {', '.join(map(str, expected))}), got "
-                f"{pixels.dtype} of shape {pixels.shape}; files and bytes are fitted by themselves"
+                f"{pixels.dtype} of shape {pixels.shape}; only files and bytes are resized "
+                f"automatically"
             )
         if batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, got {batch_size}")
@@ -119,20 +120,20 @@ class Runtime:
     def classify(
         self, found: Iterable[Found], top_k: int = 3, threshold: float | None = None
     ) -> Iterator[Answer]:
-        """Answers in the order of the images; an image that can't be read gives an ``error``."""
+        """Classify images in order; an image that can't be read gives an ``error``."""
         size, channels = self.manifest.image_size, self.manifest.channels
         run = partial(self._outputs, self.exit_threshold(threshold=threshold))
         return answers(run, found, self.classes, size, channels, top_k, self.manifest.bit_depth)
 
     def preprocess(self, pixels: NDArray[np.uint8]) -> Floats:
-        """What the graphs take, of pixels (images, channels, size, size)."""
+        """Convert pixels (images, channels, size, size) to the input of the graphs."""
         batch = pixels.astype(np.float32)
         batch *= self._scale
         batch += self._shift
         return batch
 
     def trace(self, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> Trace:
-        """What it would say of images after each recursion step, to calibrate early exit with."""
+        """Record predictions after each recursion step, to calibrate early exit with."""
         right, halting = [], []
         most = self.manifest.recursion_steps or 1
         for start in range(0, len(pixels), 64):
@@ -153,27 +154,27 @@ class Runtime:
         drop: float | None = None,
         threshold: float | None = None,
     ) -> float | None:
-        """The halting probability that a budget or a drop asks for; None without early exit.
+        """Choose the halting threshold for a budget or an accuracy drop; None without early exit.
 
         Raises:
             UsageError: More than one of them, none that the export knows of, or no early exit.
         """
         if sum(given is not None for given in (budget, drop, threshold)) > 1:
-            raise UsageError("budget, drop and threshold are three ways to say one thing: give one")
+            raise UsageError("budget, drop and threshold exclude each other: give one")
         if budget is None and drop is None and threshold is None:
             return None
         if self.manifest.form != "anytime":
             raise UsageError(
-                "this export is one graph, which images can't leave early; export a recursive "
-                "model with --form anytime"
+                "this export is a single graph without early exit; export a recursive model with "
+                "--form anytime"
             )
         if threshold is not None:
             return require_threshold(threshold)
         exits = self.manifest.exits
         if not exits:
             raise UsageError(
-                "this export was not calibrated, so it knows no threshold for a budget or a drop; "
-                "give a threshold, or export the run where its validation images are"
+                "this export was not calibrated for a budget or a drop; give a threshold, or "
+                "export the run where its validation images are available"
             )
         if budget is not None:
             return most_accurate(exits, budget).threshold
@@ -181,9 +182,9 @@ class Runtime:
         return most_thrifty(exits, drop).threshold
 
     def _decoded(self, images: Sequence[Readable]) -> NDArray[np.uint8]:
-        """Pixels of images that are encoded, or Pillow's."""
+        """Decode encoded or Pillow images to pixels."""
         if isinstance(images, str | bytes | os.PathLike | Image.Image):
-            raise DataError("expected a list of images, got one: put it into a list")
+            raise DataError("expected a list of images, got a single one: put it in a list")
         manifest = self.manifest
         pixels = []
         for number, image in enumerate(images):
@@ -193,8 +194,8 @@ class Runtime:
                 name = str(image)
             elif not isinstance(image, bytes | Image.Image):
                 raise DataError(
-                    f"{name}: expected a path, bytes or an image of Pillow, got "
-                    f"{type(image).__name__}; pixels are given as one array for all images"
+                    f"{name}: expected a path, bytes or a Pillow image, got "
+                    f"{type(image).__name__}; pass pixels as one array for all images"
                 )
             size, channels = manifest.image_size, manifest.channels
             pixels.append(decode(image, name, size, channels, manifest.bit_depth))
@@ -223,7 +224,7 @@ class Runtime:
         return Predictions(softmax(logits[:, -1]), halting[0][:, -1], steps)
 
     def _recur(self, images: Floats, threshold: float, batch_size: int) -> Predictions:
-        """Group by group, so that memory stays bounded; images that go on share full batches."""
+        """Recurse group by group, which bounds memory; images still running share full batches."""
         group, most = 4 * batch_size, self.manifest.recursion_steps or 1
         logits = np.empty((len(images), len(self.classes)), np.float32)
         halting = np.empty(len(images), np.float32)
@@ -272,7 +273,7 @@ class Runtime:
 
     def _unlike_manifest(self, graph: str, reason: str) -> ExportError:
         return ExportError(
-            f"the graph '{graph}' does not do what the export's manifest says ({reason}); export "
+            f"the graph '{graph}' contradicts the export's manifest ({reason}); export "
             "the run again"
         )
 
@@ -287,7 +288,7 @@ def _require_finite(*outputs: Floats | None) -> None:
 
 
 def softmax(logits: Floats) -> Floats:
-    """Probabilities of logits, along the last axis."""
+    """Compute probabilities from logits, along the last axis."""
     shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
     result: Floats = shares / shares.sum(axis=-1, keepdims=True)
     return result
@@ -301,8 +302,8 @@ def _session(
     except Exception as error:  # ONNX Runtime raises its own kinds, without a common parent
         reason = " ".join(str(error).split())[:200]
         raise ExportError(
-            f"{file}: ONNX Runtime {ort.__version__} can't run it ({reason}); "
-            "a newer onnxruntime may, or export the run again"
+            f"{file}: ONNX Runtime {ort.__version__} can't run it ({reason}); install a newer "
+            f"onnxruntime, or export the run again"
         ) from error
 
 

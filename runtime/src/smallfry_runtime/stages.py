@@ -1,4 +1,4 @@
-"""Names of files and folders that are being replaced, and what a killed process left of them.
+"""Names of files and folders being replaced, and leftovers of killed processes.
 
 ``smallfry.io.replace`` writes them; a reader looks here, and changes nothing.
 """
@@ -15,7 +15,7 @@ OF_VOLUMES = "lost+found"  # an entry of a new disk
 
 
 def interrupted(folder: Path) -> bool:
-    """Whether a process was killed, or is at work, between two steps of replacing the folder."""
+    """Return whether a process was killed, or is at work, in the middle of replacing the folder."""
     folder = resolved(folder)
     return any(
         (stage / name).exists()
@@ -31,13 +31,13 @@ def obstacle(
     names: Collection[str] = (),
     is_one: Callable[[Path], bool] = lambda folder: False,
 ) -> str | None:
-    """What is lost if a folder is replaced; None if nothing is there, or one of its kind alone.
+    """Describe what replacing a folder would lose; None if nothing.
 
     Args:
         folder: The place.
-        kind: What may be replaced, in a word.
-        names: Of the files that it can have.
-        is_one: Whether a folder is of that kind.
+        kind: Kind of folder that may be replaced, in a word.
+        names: Names of its possible files.
+        is_one: Predicate for folders of that kind.
     """
     if not folder.is_dir():
         return "is there already and no folder" if os.path.lexists(folder) else None
@@ -51,7 +51,7 @@ def obstacle(
 
 
 def entries(folder: Path) -> list[str]:
-    """Names in a folder, without what is being written and what a new disk holds; none if absent.
+    """List a folder, without staged files and those of an empty disk; empty if it is absent.
 
     Raises:
         OSError: It is no folder, or can't be read.
@@ -64,18 +64,18 @@ def entries(folder: Path) -> list[str]:
 
 
 def resolved(path: Path) -> Path:
-    """The place itself, which a link may lead to."""
+    """Resolve a path, following a link."""
     return Path(os.path.realpath(path))
 
 
 def prefix_of(path: Path) -> str:
-    """The beginning of a name for what takes the place of a path; no other path has the same."""
+    """Return the prefix of the staging names of a path, unique to that path."""
     digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
     return f"{MARK}{path.name[:40]}-{digest}-"
 
 
 def stages_of(folder: Path) -> list[Path]:
-    """What is beside a folder, or in it, to take its place."""
+    """Find the stages of a folder, beside it or in it."""
     prefix, found = prefix_of(folder), []
     for place in (folder.parent, folder):
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Command ``smallfry``: one module for each verb, one module name for each.
+"""Command ``smallfry``: one module per verb.
 
 A verb's module has ``Options``, a frozen dataclass whose fields are the options and whose docstring
 is the help, and ``run(options)``, which returns the exit code and imports what is heavy. The first

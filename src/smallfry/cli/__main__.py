@@ -1,4 +1,4 @@
-"""``python -m smallfry.cli``."""
+"""Entry point of ``python -m smallfry.cli``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Errors of jsonargparse in one line, with the nearest right name for a wrong one.
+"""One-line messages for jsonargparse errors, with the nearest valid name.
 
 It has no structured errors: an ``ArgumentError`` is a text, made from the text of its cause. What
 can be known without that text is: unknown options from the command line itself, and the type and
@@ -21,10 +21,10 @@ OF_ALL = ("help", "debug", "config", "print_config")  # options that jsonargpars
 def explain(
     error: ArgumentError, arguments: Sequence[str], command: str, options: Mapping[str, Any]
 ) -> str:
-    """The message of an error.
+    """Format the message of an error.
 
     Args:
-        error: What jsonargparse raised.
+        error: Error of jsonargparse.
         arguments: The command line behind the verb.
         command: The verb, or verb and subcommand.
         options: The type of every option, by dotted name.
@@ -51,18 +51,18 @@ def explain(
 
 
 def unreadable(error: Exception) -> UsageError:
-    """The error of settings that a library can't read."""
+    """Build the error for settings that a library can't parse."""
     reason = (str(error) or type(error).__name__).splitlines()[0][:200]
     return UsageError(f"the settings can't be read: {reason}")
 
 
 def _known(options: Mapping[str, Any]) -> set[str]:
-    """The names of all options and of groups of them."""
+    """List the names of all options and groups."""
     return {*options, *(name.rpartition(".")[0] or name for name in options), *OF_ALL}
 
 
 def _unknown_option(arguments: Sequence[str], options: Mapping[str, Any]) -> str | None:
-    """The first option of a command line that there is not."""
+    """Return the first unknown option of a command line."""
     known = _known(options)
     for argument in arguments:
         if argument == "--":
@@ -77,7 +77,7 @@ def _unknown_option(arguments: Sequence[str], options: Mapping[str, Any]) -> str
 
 
 def _expected(hint: Any) -> tuple[str, list[str]]:
-    """The name of a type, and its choices."""
+    """Return the name of a type, and its choices."""
     if get_origin(hint) in (Union, UnionType):
         inner, choices = _expected(next(each for each in get_args(hint) if each is not NoneType))
         return f"{inner} or null", choices

@@ -1,4 +1,4 @@
-"""The ``pip install`` that brings a missing package, by the extras of the installed smallfry."""
+"""Install hints for missing packages, from the extras of the installed smallfry."""
 
 import re
 from collections import defaultdict
@@ -14,7 +14,7 @@ DISTRIBUTIONS = {
 
 
 def explain_missing(error: ModuleNotFoundError) -> str | None:
-    """Return what to install where a package is missing; None if smallfry does not name it."""
+    """Return the install command for a missing package; None if smallfry does not name it."""
     module = (error.name or "").partition(".")[0]
     try:
         requirements = metadata.requires("smallfry") or ()
@@ -25,7 +25,7 @@ def explain_missing(error: ModuleNotFoundError) -> str | None:
 
 
 def install_for(module: str, requirements: Iterable[str]) -> str | None:
-    """Return the smallest extra with a module's package, such as ``'smallfry[train]'``.
+    """Return the smallest extra that contains a module's package, such as ``'smallfry[train]'``.
 
     Args:
         module: A top-level module.

@@ -1,4 +1,4 @@
-"""Fields of a verb's ``Options``: positional arguments, settings, and what fills them.
+"""Field types of a verb's ``Options``: positional arguments and settings.
 
 A field becomes an option of its name, and its description in the docstring becomes the help:
 
@@ -42,27 +42,27 @@ class Choice(NamedTuple):
 
 
 def option(default: Any = None, *, metavar: str) -> Any:
-    """An option whose value has another name in the help than its own."""
+    """Declare an option with another placeholder in the help than its name."""
     return field(default=default, metadata={METAVAR: metavar})
 
 
 def argument(default: Any = None) -> Any:
-    """A positional argument that may be left out."""
+    """Declare an optional positional argument."""
     return field(default=default, metadata={ROLE: "argument"})
 
 
 def group_of(kind: type) -> Any:
-    """A dataclass whose fields are options without a prefix."""
+    """Declare a dataclass whose fields are options without a prefix."""
     return field(default_factory=kind, metadata={ROLE: "group"})
 
 
 def settings_of(kind: type) -> Any:
-    """A configuration class: each setting is an option, or an entry of ``--config FILE``."""
+    """Declare a configuration class, filled by options or ``--config FILE``."""
     return field(default_factory=kind, metadata={ROLE: "settings"})
 
 
 def given_settings(beside: str) -> Any:
-    """The settings that have a value on the command line or in its file, without defaults.
+    """Declare the settings given on the command line or in its file, without defaults.
 
     Filled in for a field of type ``Mapping[str, Any]``; groups of settings are mappings in it.
 
@@ -73,10 +73,10 @@ def given_settings(beside: str) -> Any:
 
 
 def process_count() -> Any:
-    """A number of processes to run the command in; a verb with this field works in several."""
+    """Declare a process count; a verb with this field can run in several processes."""
     return field(default=None, metadata={ROLE: "processes", METAVAR: "N"})
 
 
 def choice_of(choices: Mapping[str, Choice]) -> Any:
-    """The name of a subcommand; it decides the class of the settings."""
+    """Declare the name of a subcommand, which selects the class of the settings."""
     return field(metadata={ROLE: "choice", "choices": choices})

@@ -1,4 +1,4 @@
-"""From a command line to an exit code: reads it, runs the verb, and reports how that ended."""
+"""Command-line driver: parse, run the verb, return an exit code."""
 
 import os
 import signal
@@ -23,10 +23,10 @@ from smallfry.training.started import is_launched, launch, rank
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a command line; the exit code.
+    """Run a command line and return its exit code.
 
     Raises:
-        ModuleNotFoundError: Of a package that no extra of smallfry has.
+        ModuleNotFoundError: A package is missing that no extra of smallfry provides.
     """
     arguments = expand_home(arguments)
     escape_unencodable()
@@ -67,7 +67,7 @@ def _run_here(command: Command) -> int:
     if not command.parallel and (count := launch().processes) > 1:
         if rank() > 0:
             return MISUSED  # the first process reports it
-        raise UsageError(f"{name} works in one process, and {count} were started: start one")
+        raise UsageError(f"{name} supports one process, but {count} were started: start one")
     code: int = module.run(command.options)
     return code
 

@@ -1,4 +1,4 @@
-"""Exit codes of the command, and its messages on standard error, from one process of several."""
+"""Exit codes and standard-error messages, printed once for several processes."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ CHATTY = (
 
 
 def complain(error: Exception | str, code: int) -> int:
-    """Print an error on one line; the code."""
+    """Print an error on one line and return the exit code."""
     program = f"smallfry (process {rank()})" if rank() else "smallfry"
     say(shortened(printable(f"{program}: {error}")), sys.stderr)
     return code
@@ -29,13 +29,13 @@ def speak_for_all(message: str) -> None:
 
 
 def show_warning(message: Warning | str, *_: Any) -> None:
-    """Print a warning, as ``warnings.showwarning``."""
+    """Print a warning, in place of ``warnings.showwarning``."""
     if rank() == 0:
         say(f"smallfry: warning: {message}", sys.stderr)
 
 
 class StderrHandler(logging.StreamHandler[TextIO]):
-    """Handler that writes to the standard error of the moment, which callers may replace."""
+    """Handler that writes to the current ``sys.stderr``, which callers may replace."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record."""
@@ -44,7 +44,7 @@ class StderrHandler(logging.StreamHandler[TextIO]):
 
 
 def log_to_stderr() -> None:
-    """Print smallfry's log, and of other libraries' errors only."""
+    """Print smallfry's log, and only errors of other libraries."""
     ours = logging.getLogger("smallfry")
     if not ours.handlers:
         handler = StderrHandler()

@@ -1,4 +1,4 @@
-"""Command lines to ``Options``: parsers made from the fields of a verb's dataclass.
+"""Parsers generated from the fields of a verb's dataclass.
 
 jsonargparse parses types and YAML; the verb, and the subcommand of a verb that has some, are found
 here, so that only the parser of the one that runs is made.
@@ -27,7 +27,7 @@ SHOWING = ("-h", "--help", "--version")  # options that print and exit, before a
 
 
 class Command(NamedTuple):
-    """A command line that has been read.
+    """A parsed command line.
 
     Attributes:
         verb: The verb.
@@ -43,7 +43,7 @@ class Command(NamedTuple):
 
 
 class _Form(NamedTuple):
-    """The options of a verb or subcommand."""
+    """Options of a verb or subcommand."""
 
     parser: ArgumentParser
     kind: type  # Options
@@ -52,7 +52,7 @@ class _Form(NamedTuple):
 
 
 def read(arguments: Sequence[str]) -> Command:
-    """Read a command line.
+    """Parse a command line.
 
     Raises:
         UsageError: A word or setting that is unknown or invalid.
@@ -67,7 +67,9 @@ def read(arguments: Sequence[str]) -> Command:
     parsed = _parsed(form, rest, " ".join(words))
     for preset in choice.presets if choice else ():
         if parsed[preset] and preset not in presets:
-            raise UsageError(f"a file can't set {preset}; give it on the command line: --{preset}")
+            raise UsageError(
+                f"{preset} can't be set in a file; give it on the command line: --{preset}"
+            )
     marked = {entry.metadata.get(ROLE): entry for entry in fields(form.kind)}
     special: dict[str | None, Any] = {"choice": words[-1]}
     if "given" in marked and parsed[marked["given"].metadata["beside"]] is not None:
@@ -91,7 +93,7 @@ def expand_home(arguments: Sequence[str]) -> list[str]:
 
 
 def expand_shorthand(arguments: Sequence[str], options: Iterable[str]) -> list[str]:
-    """Write ``--data.name cifar10`` for ``--data cifar10``, and so for all groups with a name.
+    """Expand ``--data cifar10`` to ``--data.name cifar10``, for all groups with a name.
 
     Args:
         arguments: A command line behind the verb.
@@ -109,7 +111,7 @@ def expand_shorthand(arguments: Sequence[str], options: Iterable[str]) -> list[s
 
 
 def _words(arguments: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
-    """The verb, with its subcommand if it has some, and what follows."""
+    """Split arguments into the verb, with its subcommand if any, and the rest."""
     name, rest = _subcommand(arguments, "verb", dict.fromkeys(verb_names(), ""), ())
     kind, choices = _choices(load_verb(name).module.Options)
     if not choices:
@@ -122,12 +124,12 @@ def _words(arguments: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
 def _subcommand(
     arguments: Sequence[str], kind: str, purposes: Mapping[str, str], before: tuple[str, ...]
 ) -> tuple[str, list[str]]:
-    """The subcommand that a command line names, and what follows it.
+    """Split arguments into the subcommand and the rest.
 
     Args:
         arguments: The command line behind ``before``.
-        kind: What the subcommands are, such as "verb".
-        purposes: What each is for; empty is that of the verb's module.
+        kind: Name for the kind of subcommands, such as "verb".
+        purposes: Purpose of each subcommand; if empty, that of the verb's module.
         before: The verb.
     """
     for position, argument in enumerate(arguments):
@@ -140,13 +142,13 @@ def _subcommand(
         elif argument != "--debug":
             command = " ".join(("smallfry", *before))
             raise UsageError(
-                f"{command} has no option '{argument.lstrip('-')}'; {command} --help lists them"
+                f"{command} has no option '{argument.lstrip('-')}'; see {command} --help"
             )
     raise UsageError(f"expected a {kind}: {', '.join(purposes)}")
 
 
 def _index(kind: str, purposes: Mapping[str, str], before: tuple[str, ...]) -> ArgumentParser:
-    """The parser that only lists subcommands."""
+    """Build the parser that only lists subcommands."""
     description = _docs(load_verb(before[0]).module.Options)[0] if before else PURPOSE
     parser = _parser(before, description)
     if not before:
@@ -158,7 +160,7 @@ def _index(kind: str, purposes: Mapping[str, str], before: tuple[str, ...]) -> A
 
 
 def _choices(kind: type) -> tuple[str, Mapping[str, Choice]]:
-    """The field of ``Options`` that names a subcommand, or nothing, and the subcommands."""
+    """Return the field of ``Options`` for the subcommand, if any, and its choices."""
     for entry in fields(kind):
         if entry.metadata.get(ROLE) == "choice":
             return entry.name, entry.metadata["choices"]
@@ -203,7 +205,7 @@ def _parser(words: tuple[str, ...], description: str) -> ArgumentParser:
 
 
 def _add_options(container: Any, kind: Any, types: dict[str, Any], prefix: str = "") -> None:
-    """Add the fields of a dataclass; ``types`` is given the type of each."""
+    """Add the fields of a dataclass; ``types`` gives the type of each."""
     hints, (_, helps) = get_type_hints(kind), _docs(kind)
     for entry in fields(kind):
         role, hint = entry.metadata.get(ROLE), hints[entry.name]
@@ -224,7 +226,7 @@ def _add_options(container: Any, kind: Any, types: dict[str, Any], prefix: str =
 
 
 def _details(entry: "Field[Any]", hint: Any, positional: bool) -> dict[str, Any]:
-    """Arguments of ``add_argument`` for a field."""
+    """Build the arguments of ``add_argument`` for a field."""
     if hint is bool:
         return {"action": "store_true"}
     details: dict[str, Any] = {}
@@ -247,7 +249,7 @@ def _is_required(entry: "Field[Any]") -> bool:
 
 
 def _docs(kind: Any) -> tuple[str, dict[str, str]]:
-    """The first line of a dataclass's docstring, and the description of each of its fields."""
+    """Return the first line of a dataclass's docstring and the description of each field."""
     found: dict[str, str] = {}
     first = ""
     for each in reversed(kind.__mro__):
@@ -261,7 +263,7 @@ def _docs(kind: Any) -> tuple[str, dict[str, str]]:
 
 
 def _leaves(kind: Any, prefix: str = "") -> dict[str, Any]:
-    """The types of a configuration's settings, by dotted name."""
+    """Return the types of a configuration's settings, by dotted name."""
     found: dict[str, Any] = {}
     for name, hint in get_type_hints(kind).items():
         inner = _leaves(hint, f"{prefix}{name}.") if is_dataclass(hint) else {}
@@ -282,7 +284,7 @@ def _parsed(form: _Form, arguments: Sequence[str], command: str) -> Namespace:
 
 
 def _given(form: _Form, arguments: Sequence[str]) -> dict[str, Any]:
-    """The settings that the arguments give a value, without defaults."""
+    """Return the settings given on the command line, without defaults."""
     given = form.parser.parse_args(list(arguments), defaults=False).as_dict()
     names = () if form.settings is None else [entry.name for entry in fields(form.settings)]
     return {name: given[name] for name in names if name in given}
@@ -291,7 +293,7 @@ def _given(form: _Form, arguments: Sequence[str]) -> dict[str, Any]:
 def _instance(
     form: _Form, kind: Any, parsed: Namespace, special: Mapping[str | None, Any], prefix: str = ""
 ) -> Any:
-    """The dataclass with the values that were parsed."""
+    """Build the dataclass from parsed values."""
     values: dict[str, Any] = {}
     hints = get_type_hints(kind)
     for entry in fields(kind):
@@ -314,7 +316,7 @@ def _configuration(parser: ArgumentParser, parsed: Namespace, kind: type) -> Any
     hints = get_type_hints(kind)
     for name, expected in hints.items():
         if is_dataclass(expected) and not isinstance(parsed[name], Namespace | dict):
-            raise UsageError(f"{name}: expected settings by their names, got '{parsed[name]}'")
+            raise UsageError(f"{name}: expected named settings, got '{parsed[name]}'")
     try:
         built = parser.instantiate(parsed)
         return kind(**{name: built[name] for name in hints})

@@ -1,4 +1,4 @@
-"""Options that several verbs share."""
+"""Options shared by several verbs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,8 @@ class OneRun:
     """A trained model.
 
     Args:
-        run: A run folder, a checkpoint folder in one, a shared folder, or hf_hub:USER/NAME.
-        checkpoint: The weights of the best epoch, or of the last step.
+        run: Run folder, checkpoint folder, shared folder, or hf_hub:USER/NAME.
+        checkpoint: Weights of the best epoch, or of the last step.
     """
 
     run: str
@@ -23,7 +23,7 @@ class OneRun:
 
 @dataclass(frozen=True, kw_only=True)
 class AsJson:
-    """The form of the output.
+    """Output format.
 
     Args:
         json: Print JSON.
@@ -34,10 +34,10 @@ class AsJson:
 
 @dataclass(frozen=True, kw_only=True)
 class OtherData:
-    """Other data than that of the run.
+    """Data other than the run's own.
 
     Args:
-        name: A data set or a folder; its test split is taken, or all of it if it has none.
+        name: Data set or folder; its test split is used, or all of it if it has none.
         root: Folder of a named data set.
     """
 
@@ -47,13 +47,12 @@ class OtherData:
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyExit:
-    """Early exit from the recursion; at most one of these.
+    """Early exit from the recursion; these options exclude each other.
 
     Args:
-        exit_drop: Exit as soon as that costs at most this share of accuracy on the validation
-            split, such as 0.003.
-        exit_steps: Exit at this average of recursion steps on the validation split; excludes
-            exit_drop.
+        exit_drop: Earliest exit with at most this accuracy drop on the validation split, such
+            as 0.003.
+        exit_steps: Mean number of recursion steps on the validation split; excludes exit_drop.
     """
 
     exit_drop: float | None = option(metavar="SHARE")
@@ -63,12 +62,12 @@ class EarlyExit:
         names = [name for name in vars(self) if name.startswith("exit_")]
         given = [name for name in names if getattr(self, name) is not None]
         if len(given) > 1:
-            raise UsageError(f"{given[0]} excludes {given[1]}: give one of them")
+            raise UsageError(f"{given[0]} excludes {given[1]}; use one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Licensed:
-    """The license of what is given away.
+    """License of the shared model.
 
     Args:
         license: License of the weights (SPDX id), such as Apache-2.0; default none.

@@ -1,4 +1,4 @@
-"""The verbs of the command: every module of this package without a leading underscore."""
+"""Verbs of the command: every public module of this package."""
 
 import pkgutil
 from functools import cache
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class Verb(NamedTuple):
-    """A verb.
+    """A command-line verb.
 
     Attributes:
         name: Such as ``train``.
@@ -21,14 +21,14 @@ class Verb(NamedTuple):
 
 
 def verb_names() -> list[str]:
-    """Return the names of all verbs in alphabetical order; nothing is imported for it."""
+    """Return the names of all verbs in alphabetical order, without importing them."""
     found = pkgutil.iter_modules(import_module(__package__).__path__)
     return sorted(module.name for module in found if not module.name.startswith("_"))
 
 
 @cache
 def load_verb(name: str) -> Verb:
-    """Import a verb's module."""
+    """Import the module of a verb."""
     module = import_module(f"{__package__}.{name}")
     line = (module.__doc__ or name).splitlines()[0].removesuffix(".")
     return Verb(name, line[0].lower() + line[1:], module)

@@ -1,4 +1,4 @@
-"""Measure deployed models side by side."""
+"""Compare deployed models side by side."""
 
 import json
 from dataclasses import dataclass, field
@@ -12,13 +12,13 @@ from smallfry.io.terminal import say
 
 @dataclass(frozen=True, kw_only=True)
 class Options(AsJson):
-    """Measure latency, throughput, memory, size and accuracy of runs and exports, side by side.
+    """Compare latency, throughput, memory, size and accuracy of runs and exports.
 
     Args:
         models: Runs, shared folders, or exports.
         folder: Folder of the report; default exports/benchmark-NAME.
-        settings: The measurement.
-        data: Other data than that of the runs.
+        settings: Settings of the measurement.
+        data: Data to use instead of the runs' own.
     """
 
     models: tuple[str, ...]
@@ -28,7 +28,7 @@ class Options(AsJson):
 
 
 def run(options: Options) -> int:
-    """Measure, write the report, and print its tables."""
+    """Run the benchmark, write its report, and print its tables."""
     from smallfry.deploy import benchmark_page
     from smallfry.deploy.benchmark import measure
     from smallfry.io.json import strict

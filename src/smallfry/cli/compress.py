@@ -19,9 +19,9 @@ class CompressConfig:
     """Settings of a compression.
 
     Args:
-        methods: In the order of their stages, each a name or NAME: {SETTING: VALUE}, such as
+        methods: Methods in the order of their stages, as NAME or NAME: {SETTING: VALUE}, such as
             [{magnitude: {sparsity: 0.5}}, {round_weights: {bits: 8}}].
-        seed: Seed of what is random.
+        seed: Random seed.
     """
 
     methods: list[Any]
@@ -29,7 +29,7 @@ class CompressConfig:
 
     def __post_init__(self) -> None:
         if not self.methods:
-            raise UsageError("methods: name at least one, such as [round_weights]")
+            raise UsageError("methods is empty; give at least one, such as [round_weights]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,8 @@ class Options(AsJson, OneRun):
     """Compress a trained model, such as --methods '[{round_weights: {bits: 8}}]'.
 
     Args:
-        to: The new run folder; default RUN-small.
-        data: Other data than the run's to calibrate and compare on.
+        to: New run folder; default RUN-small.
+        data: Data to calibrate and compare on, instead of the run's own.
         settings: The methods.
     """
 
@@ -48,7 +48,7 @@ class Options(AsJson, OneRun):
 
 
 def run(options: Options) -> int:
-    """Write the run folder of the compressed model, and print what was saved and lost."""
+    """Write the run folder of the compressed model, and print the comparison."""
     from smallfry.compress.pipeline import apply
     from smallfry.compress.report import compare, rows, to_dict
     from smallfry.deploy.pretrained import load_trained

@@ -1,4 +1,4 @@
-"""Watch a trained model think, in the browser."""
+"""Watch a trained model recurse, in the browser."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,12 @@ from smallfry.cli._shared import OneRun
 
 @dataclass(frozen=True, kw_only=True)
 class Options(OneRun):
-    """Serve a local page: drop an image, and watch the model think.
+    """Serve a local page that shows each recursion step of the model on a given image.
 
     Args:
-        run2: A second run, to compare with the first.
-        host: Address to listen on; 0.0.0.0 lets other machines in.
-        port: Port to listen on; 0 picks a free one.
+        run2: Second run, to compare with the first.
+        host: Address to listen on; 0.0.0.0 allows other machines.
+        port: Port to listen on; 0 selects a free one.
         open: Open the page in the browser.
     """
 

@@ -20,8 +20,8 @@ class Options(EarlyExit, AsJson, OneRun):
     """Evaluate a trained model, by default on the test split of its data.
 
     Args:
-        split: The split.
-        data: Other data than that of the run.
+        split: Split to evaluate.
+        data: Data to use instead of the run's own.
     """
 
     split: Literal["train", "validation", "test"] = "test"
@@ -59,7 +59,7 @@ def run(options: Options) -> int:
 
 
 def _exit_threshold(options: Options, trained: "TrainedModel") -> float | None:
-    """The halting probability that keeps to the drop or the steps on the validation split."""
+    """Choose the halting threshold on the validation split, from a drop or a number of steps."""
     if options.exit_drop is None and options.exit_steps is None:
         return None
     from smallfry.training import exit_calibration

@@ -11,16 +11,16 @@ from smallfry.io.terminal import command, say
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Licensed, OneRun):
-    """Export a trained model for ONNX Runtime, which needs neither PyTorch nor this machine.
+    """Export a trained model for ONNX Runtime, to run without PyTorch.
 
     Args:
         to: Folder of the export; default exports/RUN-PRECISION.
         form: One graph, or three for early exit from the recursion; default anytime for a model of
             several recursion steps.
-        precision: int8 takes ranges of activations from training images, int8_dynamic from each
-            image.
+        precision: int8 uses activation ranges of training images, int8_dynamic computes them for
+            each batch.
         torch_program: Also write model.pt2 for torch.export.
-        data: Images to calibrate with, other than those of the run.
+        data: Images to calibrate with, instead of the run's own.
     """
 
     to: Path | None = option(metavar="DIR")

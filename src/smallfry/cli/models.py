@@ -14,10 +14,10 @@ from smallfry.io.terminal import say
 
 @dataclass(frozen=True, kw_only=True)
 class Options(AsJson):
-    """List smallfry's models with what one image costs.
+    """List smallfry's models with their cost per image.
 
     Args:
-        pattern: Such as 'vitrm_*'.
+        pattern: Pattern of names, such as 'vitrm_*'.
         json: Print one JSON object per line.
     """
 
@@ -25,7 +25,7 @@ class Options(AsJson):
 
 
 def run(options: Options) -> int:
-    """Print the models of smallfry that match the pattern."""
+    """Print the models that match the pattern."""
     import timm
     import torch
 

@@ -16,12 +16,12 @@ from smallfry_runtime.predictions import Answer
 
 @dataclass(frozen=True, kw_only=True)
 class Options(EarlyExit, AsJson, OneRun):
-    """Classify images with a trained model, or with an export of one.
+    """Classify images with a trained model or an export.
 
     Args:
         inputs: Image files, folders, globs, or - for an image or a list of files on standard input.
         exit_threshold: Exit at this halting probability.
-        top_k: Classes to name per image.
+        top_k: Number of classes to print per image.
     """
 
     inputs: tuple[str, ...]
@@ -35,7 +35,7 @@ class Options(EarlyExit, AsJson, OneRun):
 
 
 def run(options: Options) -> int:
-    """Print the classes of each image; 1 if one could not be read."""
+    """Print the classes of each image; the exit code is 1 if one could not be read."""
     images = find_images(options.inputs, sys.stdin.buffer)
     code = 0
     for answer in _answers(options, images):
@@ -50,7 +50,7 @@ def run(options: Options) -> int:
 
 
 def _answers(options: Options, images: Iterable[Found]) -> Iterable[Answer]:
-    """With PyTorch or, from an export, with ONNX Runtime alone."""
+    """Classify with PyTorch or, for an export, with ONNX Runtime alone."""
     from smallfry_runtime.manifest import is_export
 
     threshold = options.exit_threshold
@@ -65,7 +65,7 @@ def _answers(options: Options, images: Iterable[Found]) -> Iterable[Answer]:
 
     if options.exit_drop is not None or options.exit_steps is not None:
         raise UsageError(
-            "only an export has the thresholds of exit_drop and exit_steps; evaluate the run with "
-            "this option to find the threshold, then predict with --exit_threshold"
+            "exit_drop and exit_steps need an export's calibrated thresholds; evaluate the run "
+            "with this option to find the threshold, then predict with --exit_threshold"
         )
     return classify(load_trained(options.run, options.checkpoint), images, options.top_k, threshold)

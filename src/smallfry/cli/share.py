@@ -12,11 +12,11 @@ from smallfry.io.terminal import command, say
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Licensed, AsJson, OneRun):
-    """Share a trained model: as a folder, or on the Hugging Face hub.
+    """Share a trained model as a folder or on the Hugging Face Hub.
 
     Args:
-        to: A new folder.
-        hub: A repository.
+        to: New folder.
+        hub: Repository on the Hugging Face Hub, as USER/NAME.
         private: Make the repository private.
     """
 
@@ -26,7 +26,9 @@ class Options(Licensed, AsJson, OneRun):
 
     def __post_init__(self) -> None:
         if (self.to is None) == (self.hub is None) or (self.private and self.hub is None):
-            raise UsageError("share takes --to FOLDER, or --hub USER/NAME and perhaps --private")
+            raise UsageError(
+                "share needs either --to FOLDER, or --hub USER/NAME with an optional --private"
+            )
 
 
 def run(options: Options) -> int:
@@ -58,5 +60,8 @@ def run(options: Options) -> int:
     else:
         say(f"or:      timm.create_model({timm_name!r}, pretrained=True)")
     if license is None:
-        say("licence: not stated, so others may not use it; --license apache-2.0 states one")
+        say(
+            "license: none, so others may not use the model; set one with, e.g., --license "
+            "apache-2.0"
+        )
     return 0

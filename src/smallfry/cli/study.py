@@ -1,4 +1,4 @@
-"""Compare optimizers or models as the papers did."""
+"""Compare optimizers or models as in the papers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,13 @@ CHOICES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Run one of the papers' comparisons; the same command resumes it.
+    """Reproduce one of the papers' comparisons; run the same command again to resume.
 
     Args:
-        study: The comparison.
+        study: Study to run.
         folder: Folder of the runs and the report; default studies/STUDY-…
-        short: Take minutes instead of hours, to try it.
-        settings: The settings of the comparison.
+        short: Run a short form, in minutes instead of hours.
+        settings: Settings of the study.
     """
 
     study: str = choice_of(CHOICES)
@@ -31,7 +31,7 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Run what is missing of the comparison, and write its report."""
+    """Run the missing parts of a study, and write its report."""
     name, config = options.study, options.settings
     if isinstance(config, RaceConfig):
         from smallfry.studies.race import run_race

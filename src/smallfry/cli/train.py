@@ -19,11 +19,11 @@ class Options:
     """Train a model; without options, a ViTRM on handwritten digits.
 
     Args:
-        resume: Resume an interrupted run exactly; --epochs N lengthens it.
-        processes: Train in so many processes on this machine, such as one for each GPU; to train
-            on several machines, start the command with torchrun or SLURM instead.
-        settings: The settings of a new run.
-        given: Settings given beside --resume.
+        resume: Resume an interrupted run exactly; --epochs N extends it.
+        processes: Number of processes on this machine, such as one per GPU; for several machines,
+            start the command with torchrun or SLURM instead.
+        settings: Settings of a new run.
+        given: Settings given with --resume.
     """
 
     resume: str | None = option(metavar="RUN")
@@ -33,7 +33,7 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Train, and print the result with its reference points."""
+    """Train, and print the result with its baselines."""
     from smallfry.training import train as training
     from smallfry.training.continuation import dotted
 
@@ -47,7 +47,7 @@ def run(options: Options) -> int:
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
-    """The result of a run, with its reference points."""
+    """Print the result of a run with its baselines."""
     measured, console = summary["measured"], CleanConsole(highlight=False)
     scores = {name: f"{value:.4g}" for name, value in measured["test"].items()}
     if "macro_f1" in measured["test"]:

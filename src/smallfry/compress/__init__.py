@@ -1,4 +1,4 @@
-"""Compression: methods that make a model smaller, once or while it trains.
+"""Compression: methods that shrink a model, after or during training.
 
 The settings of every registered method are here by their class, such as ``compress.LowRank``.
 """

@@ -1,4 +1,4 @@
-"""Compression of a model, by one method after another.
+"""Compression of a model by a sequence of methods.
 
 ``apply`` is for methods that act once; ``Session`` goes into a training loop of one's own.
 """
@@ -28,13 +28,13 @@ def apply(
     data: ImageData | None = None,
     seed: int = 0,
 ) -> TrainedModel:
-    """Compress a trained model, without training.
+    """Compress a trained model without training.
 
     Args:
-        trained: As ``smallfry.load`` gives it; left as it is.
+        trained: Result of ``smallfry.load``; unchanged.
         methods: Settings, in the order of their stages.
         data: To calibrate with, as ``smallfry.data.load_data`` gives it; random pixels without it.
-        seed: Of what is random.
+        seed: Random seed.
 
     Returns:
         The compressed model, whose ``save`` writes a run folder.
@@ -70,7 +70,7 @@ def apply_to_model(
     batches: Iterable[Tensor] = (),
     seed: int = 0,
 ) -> tuple[nn.Module, ModelSpec]:
-    """Compress a copy of any model, without training.
+    """Compress a copy of any model without training.
 
     Args:
         model: Left as it is.
@@ -78,7 +78,7 @@ def apply_to_model(
         spec: Its identity, for the spec of the result.
         example: A batch of inputs; needed by methods that cut channels or calibrate.
         batches: More inputs to calibrate with.
-        seed: Of what is random.
+        seed: Random seed.
 
     Returns:
         The compressed model in evaluation mode, and its spec.
@@ -89,8 +89,7 @@ def apply_to_model(
     training = [each.name for each in methods if each.trains]
     if training:
         raise UsageError(
-            f"'{training[0]}' acts while a model trains: take compress.Session in a loop of your "
-            "own"
+            f"'{training[0]}' acts during training: use compress.Session in your own loop"
         )
     small = deepcopy(model).eval()
     inputs = torch.empty(0) if example is None else example
@@ -104,7 +103,7 @@ def _noise(trained: TrainedModel) -> Tensor:
 
 
 class Session:
-    """Methods in a training loop of one's own, with any optimizer.
+    """Compression methods in a custom training loop, with any optimizer.
 
     Args:
         model: The model that is trained; changed in place.
@@ -113,7 +112,7 @@ class Session:
         steps: Optimizer steps there will be.
         spec: Identity of the model, for the spec of the result.
         batches: Inputs to calibrate with.
-        seed: Of what is random.
+        seed: Random seed.
 
     Example:
         >>> import timm, torch, smallfry
@@ -150,12 +149,12 @@ class Session:
         self._running.attach(optimizer)
 
     def penalty(self) -> Tensor | float:
-        """The methods' terms of the loss; 0.0 if none has one."""
+        """Sum the methods' loss terms; 0.0 if there are none."""
         penalty = self._running.penalty()
         return 0.0 if penalty is None else penalty
 
     def finish(self) -> ModelSpec:
-        """Make the model the compressed one and return its spec; optimizers are let go of."""
+        """Convert the model to its compressed form, return its spec and detach the optimizers."""
         self.detach()
         return self._running.finish()
 
@@ -164,7 +163,7 @@ class Session:
         self._running.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """State for a checkpoint."""
+        """Return the state for a checkpoint."""
         return self._running.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Comparison of a compressed model with its parent: sizes, accuracy and agreement."""
+"""Comparison of a compressed model with its parent: size, accuracy and agreement."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from smallfry.training.run import TrainedModel
 
 
 class Comparison(NamedTuple):
-    """Figures of a parent and of the model compressed from it, in this order."""
+    """Figures of the parent and of the compressed model, in this order."""
 
     parameters: tuple[int, int]
     macs: tuple[int, int]  # of all calls for one image
@@ -27,7 +27,7 @@ class Comparison(NamedTuple):
 
 
 def compare(parent: TrainedModel, small: TrainedModel, split: Split | None) -> Comparison:
-    """Measure a compressed model beside its parent.
+    """Compare a compressed model with its parent.
 
     Args:
         parent: The model before.
@@ -56,7 +56,7 @@ def compare(parent: TrainedModel, small: TrainedModel, split: Split | None) -> C
 
 
 def rows(found: Comparison) -> list[tuple[str, str, str, str]]:
-    """A comparison as rows of a table: figure, before, after, ratio."""
+    """Format a comparison as table rows: figure, before, after, ratio."""
     lines = [
         _line("parameters", found.parameters, "{:,.0f}"),
         _line("multiply-accumulates", found.macs, "{:,.0f}"),
@@ -72,7 +72,7 @@ def rows(found: Comparison) -> list[tuple[str, str, str, str]]:
 
 
 def to_dict(found: Comparison, methods: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """A comparison as JSON has it."""
+    """Convert a comparison to a dictionary for JSON."""
     names = ("parameters", "macs", "file_bytes", "accuracy")
     pairs = {name: getattr(found, name) for name in names}
     figures: dict[str, Any] = {

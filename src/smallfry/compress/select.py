@@ -1,4 +1,4 @@
-"""Choice of layers by shell patterns of their names."""
+"""Selection of layers by shell patterns of their names."""
 
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
@@ -13,7 +13,7 @@ DENSE = (nn.Linear, nn.Conv2d)
 def dense_layers(
     model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
 ) -> list[str]:
-    """Names of the linear layers and convolutions that patterns choose, each layer once.
+    """List the linear layers and convolutions that patterns match, each layer once.
 
     Args:
         model: The model.
@@ -36,7 +36,7 @@ def dense_layers(
 def chosen(
     names: Collection[str], include: Sequence[str], exclude: Sequence[str], what: str
 ) -> list[str]:
-    """The names that patterns choose.
+    """Return the names that patterns match.
 
     Raises:
         UsageError: None is chosen.
@@ -51,5 +51,5 @@ def chosen(
         raise UsageError(f"the model has no {what} left")
     if not found:
         hint = nearest(include[0], names) if include else ""
-        raise UsageError(f"include {list(include)} without {list(exclude)} is no {what}{hint}")
+        raise UsageError(f"include {list(include)} without {list(exclude)} matches no {what}{hint}")
     return found

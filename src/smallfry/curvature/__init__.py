@@ -1,6 +1,6 @@
-"""What is known of the loss surface: taps, likelihoods, the exact Fisher, Kronecker algebra.
+"""Curvature of the loss: taps, likelihoods, the exact Fisher, Kronecker algebra.
 
-Usable alone: it knows nothing of this package's models, data or training.
+Independent of this package's models, data and training.
 """
 
 from smallfry.curvature.composite_likelihoods import FromDistribution, Joint, as_likelihood

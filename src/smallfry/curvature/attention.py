@@ -1,4 +1,4 @@
-"""PyTorch's multi-head attention as layers that are called one by one.
+"""PyTorch's multi-head attention, decomposed into separate layer calls.
 
 ``nn.MultiheadAttention`` multiplies with its weights inside one function. While curvature is taken,
 its forward is spelled out: queries, keys and values are projected by a linear layer that shares its
@@ -17,7 +17,7 @@ from smallfry.curvature.spelled import Host, Part
 
 
 def can_spell_out(module: nn.Module) -> bool:
-    """Check that a module is PyTorch's own attention, with one packed weight."""
+    """Return whether a module is PyTorch's own attention with one packed weight."""
     return (
         isinstance(module, nn.MultiheadAttention)
         and type(module).forward is nn.MultiheadAttention.forward
@@ -28,13 +28,13 @@ def can_spell_out(module: nn.Module) -> bool:
 
 
 def host_of_attention(attention: nn.MultiheadAttention) -> Host:
-    """An attention with one packed weight, as a host of two projections."""
+    """Wrap an attention with one packed weight as a host of two projections."""
     projection = Part(attention.in_proj_weight, attention.in_proj_bias)
     return Host(attention, {"in_proj": projection}, _spelled_out(attention, projection))
 
 
 def _spelled_out(attention: nn.MultiheadAttention, projection: Part) -> Callable[..., Any]:
-    """A forward of an attention that calls its projections as layers."""
+    """Build a forward that calls an attention's projections as layers."""
 
     def forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **settings: Any) -> Any:
         size, found = attention.embed_dim, dict[int, Tensor]()

@@ -1,4 +1,4 @@
-"""The coarse level of two-level methods: what a block-diagonal solution misses between blocks.
+"""Coarse level of two-level methods, which couples the blocks of a block-diagonal solution.
 
 Let F• = F + λ I of the whole network, u the gradient and z₁ a fine solution, block by block. With
 few vectors as the rows of R₀, the coarse problem is to find β that minimises the energy
@@ -30,7 +30,7 @@ Preconditioner = Callable[[K, Tensor], Tensor]
 
 
 class FineLevel(NamedTuple, Generic[K]):
-    """A fine solution and what it is the solution of."""
+    """Fine solution with its right-hand side and operator."""
 
     rows: Mapping[K, Rows]
     gradient: Mapping[K, Tensor]  # u
@@ -40,7 +40,7 @@ class FineLevel(NamedTuple, Generic[K]):
 
 
 class Correction(NamedTuple, Generic[K]):
-    """What the coarse level adds to the fine solution."""
+    """Coarse-level correction of the fine solution."""
 
     vector: dict[K, Tensor]  # R₀ᵀ β
     image: Tensor  # J R₀ᵀ β, (draws · samples,), float64
@@ -55,10 +55,10 @@ def fine_level(
     solution: Mapping[K, Tensor],
     damping: Mapping[K, float] | float,
 ) -> FineLevel[K]:
-    """Gather what coarse levels start from.
+    """Gather the inputs of the coarse solve.
 
     Args:
-        rows: What the blocks saw of one batch.
+        rows: Rows of the blocks, from one batch.
         gradient: u, a matrix for each block.
         solution: z₁, a matrix for each block.
         damping: λ, positive: of each block, or of all.
@@ -71,7 +71,7 @@ def fine_level(
 
 
 def residual(level: FineLevel[K]) -> dict[K, Tensor]:
-    """r = u − F• z₁."""
+    """Compute r = u − F• z₁."""
     result = {}
     for key, rows in level.rows.items():
         z = level.solution[key]
@@ -128,20 +128,20 @@ def coarse_correction(
 
 
 def split(vector: Mapping[K, Tensor]) -> list[dict[K, Tensor]]:
-    """A vector as one row for each block: z₁, the gradient or the previous step as a space."""
+    """Split a vector into one row per block: z₁, the gradient or the previous step as a space."""
     return [{key: part} for key, part in vector.items()]
 
 
 def nicolaides(like: Mapping[K, Tensor]) -> list[dict[K, Tensor]]:
-    """Ones on each block."""
+    """Build the space of ones on each block."""
     return [{key: torch.ones_like(part)} for key, part in like.items()]
 
 
 def spectral(eigen: Mapping[K, tuple[Eigen, Eigen]]) -> list[dict[K, Tensor]]:
-    """The eigenvector of A ⊗ G with the smallest eigenvalue, on each block.
+    """Build the eigenvectors of A ⊗ G with the smallest eigenvalue, one per block.
 
     Args:
-        eigen: Of A and of G, ascending as ``kronecker.eigendecompose`` gives them.
+        eigen: Decompositions of A and of G, ascending as from ``kronecker.eigendecompose``.
     """
     rows = []
     for key, (a, g) in eigen.items():
@@ -155,7 +155,7 @@ def spectral(eigen: Mapping[K, tuple[Eigen, Eigen]]) -> list[dict[K, Tensor]]:
 def preconditioned(
     vector: Mapping[K, Tensor], precondition: Preconditioner[K]
 ) -> list[dict[K, Tensor]]:
-    """M⁻¹ of a vector as one row for each block; with r, the residual space.
+    """Build M⁻¹ of a vector with one row per block; for r, this is the residual space.
 
     Args:
         vector: A matrix for each block.
@@ -167,13 +167,13 @@ def preconditioned(
 def krylov(
     basis: Sequence[Mapping[K, Tensor]], precondition: Preconditioner[K]
 ) -> list[Mapping[K, Tensor]]:
-    """A basis with M⁻¹ of each of its rows."""
+    """Extend a basis by M⁻¹ of each of its rows."""
     more = [{key: precondition(key, part) for key, part in row.items()} for row in basis]
     return [*basis, *more]
 
 
 def _image(level: FineLevel[K], row: Mapping[K, Tensor]) -> Tensor:
-    """J of a row, (draws · samples,), float64."""
+    """Apply J to a row, (draws · samples,), float64."""
     total = torch.zeros_like(level.image)
     for key, part in row.items():
         if key in level.rows:
@@ -186,7 +186,7 @@ def _dot(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _independent(matrix: Tensor, tolerance: float) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The rows that can be kept, and how to solve with their part of a symmetric matrix.
+    """Select linearly independent rows, and factor their part of a symmetric matrix.
 
     Rows are scaled to unit length first. Where plain Cholesky meets a small pivot, a pivoted one
     takes the rows that add most, and leaves those that add less than ``tolerance``.
@@ -210,7 +210,7 @@ def _independent(matrix: Tensor, tolerance: float) -> tuple[Tensor, Callable[[Te
 
 
 def _pivots(matrix: Tensor, tolerance: float) -> Tensor:
-    """Rows in the order of pivoted Cholesky, as long as a pivot is above the tolerance."""
+    """Order rows by pivoted Cholesky, as long as a pivot is above the tolerance."""
     left = matrix.diagonal().clone()
     lower = matrix.new_zeros(len(matrix), 0)
     order: list[int] = []

@@ -1,4 +1,4 @@
-"""The rearranged Fisher of a block without shared weights, from sample-sized Gram matrices.
+"""Rearranged Fisher of a block without weight sharing, by sample-sized Gram matrices.
 
 Rearranged so that R ⊗ S becomes vec(R) vec(S)ᵀ (Van Loan and Pitsianis 1993), the block of a layer
 that each sample uses once is Z = U M Vᵀ with a column for every sample,
@@ -69,7 +69,7 @@ class Columns(NamedTuple):
 
     @property
     def is_positive(self) -> bool:
-        """Whether a leading pair of positive vectors is to be expected (Perron and Frobenius)."""
+        """True if a leading pair of positive vectors is expected (Perron and Frobenius)."""
         return self.downdate is None and bool((self.weights >= 0).all())
 
     def squared_norm(self) -> Tensor:
@@ -80,7 +80,7 @@ class Columns(NamedTuple):
 def columns(
     rows: Rows, share: float, stored: Products | None, weights: Tensor, downdate: Tensor | None
 ) -> Columns:
-    """Columns for ``share`` F + Σ weights_k R_k ⊗ S_k − A ⊗ G.
+    """Build the columns of ``share`` F + Σ weights_k R_k ⊗ S_k − A ⊗ G.
 
     Args:
         rows: With one use per sample.
@@ -103,7 +103,7 @@ def columns(
 
 
 def grams(rows: Rows) -> tuple[Tensor, Tensor]:
-    """P and Q of the samples alone, (groups, samples, samples), float64; one use per sample."""
+    """Compute P and Q of the samples alone, (groups, samples, samples), float64; one use each."""
     draws, samples = rows.gradients.shape[1], rows.samples
     a, g = rows.inputs[:, :, 0], rows.gradients[:, :, :, 0].flatten(1, 2)
     left = symmetric_product(a.transpose(1, 2), a.transpose(1, 2)).double().square_()
@@ -114,10 +114,10 @@ def grams(rows: Rows) -> tuple[Tensor, Tensor]:
 
 
 def bordered(own: Tensor, edge: Tensor, corner: Tensor) -> Tensor:
-    """Gram matrix of samples and stored matrices.
+    """Extend the Gram matrix of samples by stored matrices.
 
     Args:
-        own: Of samples.
+        own: Gram matrix of the samples.
         edge: ⟨R, x xᵀ⟩ = xᵀ R x, (groups, stored, samples), float64.
         corner: ⟨R, R'⟩, (groups, stored, stored), float64.
     """
@@ -126,7 +126,7 @@ def bordered(own: Tensor, edge: Tensor, corner: Tensor) -> Tensor:
 
 
 def factors(x: Tensor, stored: Tensor | None, coefficients: Tensor) -> Tensor:
-    """Σ_b c_b x_b x_bᵀ + Σ_k c_k R_k, a matrix for every set of coefficients.
+    """Compute Σ_b c_b x_b x_bᵀ + Σ_k c_k R_k, one matrix per set of coefficients.
 
     Args:
         x: (groups, draws · samples, size): inputs, or gradients of which draws share coefficients.
@@ -151,7 +151,7 @@ def factors(x: Tensor, stored: Tensor | None, coefficients: Tensor) -> Tensor:
 
 
 def positive_triplet(problem: Columns, start: Tensor, tolerance: float) -> Triplets | None:
-    """The leading triplet of a positive map by power iteration, or None if it takes too long.
+    """Find the leading triplet of a positive map by power iteration; None if it converges slowly.
 
     From positive vectors on it takes a few steps where the leading value stands out, and each is
     two small products, where bidiagonalisation has many operations on few numbers. Coefficients
@@ -180,7 +180,7 @@ def positive_triplet(problem: Columns, start: Tensor, tolerance: float) -> Tripl
 
 
 def full_triplets(problem: Columns, rank: int) -> Triplets:
-    """The leading triplets by complete eigendecompositions of P and Q.
+    """Compute the leading triplets by complete eigendecompositions of P and Q.
 
     With P = L_P L_Pᵀ and Q = L_Q L_Qᵀ the triplets are those of L_Pᵀ M L_Q, and the coefficients
     of its singular vectors follow without an inverse: c = M L_Q y / σ, e = M L_P x / σ. Squares
@@ -202,7 +202,7 @@ def full_triplets(problem: Columns, rank: int) -> Triplets:
 
 
 def canonical_triplets(problem: Columns, found: Triplets) -> Triplets:
-    """Triplets with the coefficients c = M Q e / σ and e = M P c / σ.
+    """Normalise triplets to the coefficients c = M Q e / σ and e = M P c / σ.
 
     Others stand for the same vectors where columns depend on one another; these are the small
     ones, and not negative for a positive pair. Values below 1e-7 σ₁ are rounding, and made zero.

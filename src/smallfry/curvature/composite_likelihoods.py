@@ -1,4 +1,4 @@
-"""Likelihoods of several parts of an output, or of any ``torch.distributions`` density."""
+"""Likelihoods of outputs with several parts, or of any ``torch.distributions`` density."""
 
 import copy
 import math
@@ -35,13 +35,13 @@ class Joint(Likelihood):
         self.parts = dict(parts)
 
     def select(self, output: Any) -> Outputs:
-        """The parts' tensors, in order."""
+        """Select the tensors of all parts, in order."""
         found = [part.select(_part(output, key)) for key, part in self.parts.items()]
         self._counts = [len(tensors) for tensors in found]
         return tuple(z for tensors in found for z in tensors)
 
     def of_last(self) -> "Joint":
-        """One of the parts' own."""
+        """Return the likelihood of each part's last outputs."""
         own = Joint({key: part.of_last() for key, part in self.parts.items()})
         own._counts = self._counts
         return own
@@ -53,16 +53,16 @@ class Joint(Likelihood):
             start += count
 
     def is_density(self, outputs: Outputs) -> bool:
-        """Whether every part is."""
+        """True if every part is a density."""
         return all(part.is_density(z) for part, z in self._each(outputs))
 
     def sample_gradients(self, outputs: Outputs, generator: torch.Generator) -> Outputs:
-        """A sampled target for each part."""
+        """Sample a target for each part."""
         drawn = (part.sample_gradients(z, generator) for part, z in self._each(outputs))
         return tuple(g for gradients in drawn for g in gradients)
 
     def columns(self, outputs: Outputs) -> Iterator[Outputs]:
-        """The columns of one part after the other, zero elsewhere."""
+        """Return the columns of one part after the other, zero elsewhere."""
         start = 0
         for part, z in self._each(outputs):
             for column in part.columns(z):
@@ -72,7 +72,7 @@ class Joint(Likelihood):
             start += len(z)
 
     def hessian_product(self, outputs: Outputs, tangents: Outputs) -> Outputs:
-        """Part by part."""
+        """Apply the Hessian part by part."""
         pairs = zip(self._each(outputs), self._each(tangents), strict=True)
         found = (part.hessian_product(z, u) for (part, z), (_, u) in pairs)
         return tuple(product for products in found for product in products)
@@ -80,7 +80,7 @@ class Joint(Likelihood):
     def divergence(
         self, before: Outputs, after: Outputs, weights: Sequence[Tensor | None] | None = None
     ) -> Tensor:
-        """The sum of the parts'."""
+        """Sum the divergences of the parts."""
         rest = iter([None] * len(before) if weights is None else weights)
         found = [
             part.divergence(z, new, [next(rest) for _ in z])
@@ -89,19 +89,19 @@ class Joint(Likelihood):
         return torch.stack(found).sum(0)
 
     def row_weights(self, outputs: Outputs, index: int, gradient: Tensor) -> RowWeights | None:
-        """As the output's own part reads them."""
+        """Infer row weights from the part that the output belongs to."""
         _, part, z, own = self._part_of(outputs, index)
         return part.row_weights(z, own, gradient)
 
     def given_weights(self, outputs: Outputs, index: int, given: Any) -> RowWeights:
-        """Those of the output's own part; a mapping has the parts' names."""
+        """Return the weights for the output's own part; a mapping is keyed by part."""
         key, part, z, own = self._part_of(outputs, index)
         if not isinstance(given, Mapping) or key not in given:
-            raise ValueError(f"expected a mapping with weights of every part, also of '{key}'")
+            raise ValueError(f"expected a mapping with weights for every part, including '{key}'")
         return part.given_weights(z, own, given[key])
 
     def _part_of(self, outputs: Outputs, index: int) -> tuple[Any, Likelihood, Outputs, int]:
-        """The part that an output belongs to, with its name, its outputs, and which it is."""
+        """Return the part of an output, with its name, its outputs and its index there."""
         start = 0
         for key, (part, z) in zip(self.parts, self._each(outputs), strict=True):
             if index < start + len(z):
@@ -110,11 +110,11 @@ class Joint(Likelihood):
         raise IndexError(index)
 
     def mean_factor(self, outputs: Outputs) -> float:
-        """That of all parts, where it is one."""
+        """Return the common factor of all parts, if there is one."""
         found = [part.mean_factor(z) for part, z in self._each(outputs)]
         if max(found) > (1 + 1e-9) * min(found):
             raise UsageError(
-                "loss_scale='mean' is another number for each part of this output "
+                "loss_scale='mean' differs between the parts of this output "
                 f"({', '.join(f'{number:.4g}' for number in found)}): give one number"
             )
         return found[0]
@@ -125,7 +125,7 @@ class Joint(Likelihood):
         gradients: Sequence[Tensor | None],
         weights: Sequence[Tensor | None] | None = None,
     ) -> float:
-        """The sum of the parts'."""
+        """Sum the targets of the parts."""
         total, start = 0.0, 0
         weights = [None] * len(outputs) if weights is None else weights
         for part, z in self._each(outputs):
@@ -135,7 +135,7 @@ class Joint(Likelihood):
         return total
 
     def loss_factor(self, outputs: Outputs, gradients: Outputs) -> Scale | None:
-        """The part whose factor is farthest from 1."""
+        """Return the factor of the part that is farthest from 1."""
         pairs = zip(self._each(outputs), self._each(gradients), strict=True)
         found = [part.loss_factor(z, g) for (part, z), (_, g) in pairs]
         scales = [scale for scale in found if scale is not None]
@@ -157,22 +157,22 @@ class FromDistribution(Likelihood):
         self.function = function
 
     def select(self, output: Any) -> Outputs:
-        """All floating tensors in the output that have a gradient."""
+        """Select all floating-point tensors in the output that have a gradient."""
         leaves, self._structure = tree_flatten(output)
         chosen = [isinstance(t, Tensor) and t.is_floating_point() for t in leaves]
         if not any(chosen):
-            raise UsageError("the model's output has no floating tensor to make a density of")
+            raise UsageError("the model's output has no floating-point tensor for a density")
         # the structure is kept, the tensors are not: they would keep the graph alive
         self._leaves = [None if c else leaf for c, leaf in zip(chosen, leaves, strict=True)]
         self._chosen = chosen
         return tuple(leaf for c, leaf in zip(chosen, leaves, strict=True) if c)
 
     def of_last(self) -> "FromDistribution":
-        """With the last output's structure, and what in it is no floating tensor."""
+        """Rebuild the structure of the last output, with its other values."""
         return copy.copy(self)
 
     def sample_gradients(self, outputs: Outputs, generator: torch.Generator) -> Outputs:
-        """−∇ log p of one sample, drawn under a seed from the generator."""
+        """Return −∇ log p of one sample, drawn with a seed from the generator."""
         free = [z.detach().requires_grad_() for z in outputs]
         with torch.enable_grad():
             distribution = self._distribution(free)
@@ -192,14 +192,14 @@ class FromDistribution(Likelihood):
     def divergence(
         self, before: Outputs, after: Outputs, weights: Sequence[Tensor | None] | None = None
     ) -> Tensor:
-        """``torch.distributions.kl_divergence``, where it is implemented; it has no weights."""
+        """Compute ``torch.distributions.kl_divergence`` where implemented; it has no weights."""
         old, new = self._distribution(before), self._distribution(after)
         try:
             found = kl_divergence(old, new)
         except NotImplementedError:
             raise UsageError(
-                f"torch.distributions has no kl_divergence of {type(old).__name__}: it can be "
-                "given one with register_kl"
+                f"torch.distributions has no kl_divergence of {type(old).__name__}; add one with "
+                f"register_kl"
             ) from None
         return found.reshape(len(before[0]), -1).sum(1)
 
@@ -209,7 +209,7 @@ class FromDistribution(Likelihood):
         gradients: Sequence[Tensor | None],
         weights: Sequence[Tensor | None] | None = None,
     ) -> float:
-        """Events to a sample."""
+        """Count the events per sample."""
         return math.prod(self._distribution(outputs).batch_shape) / len(outputs[0])
 
     def _distribution(self, outputs: Sequence[Tensor]) -> Distribution:
@@ -236,7 +236,7 @@ NAMED: dict[str, Callable[[], Likelihood]] = {
 def as_likelihood(
     given: "str | Likelihood | Mapping[str | int, Any] | Callable[[Any], Distribution]",
 ) -> Likelihood:
-    """A likelihood from its name, a mapping of output parts to likelihoods, or a function.
+    """Build a likelihood from its name, a mapping of output parts to likelihoods, or a function.
 
     Raises:
         UsageError: None of these.
@@ -252,7 +252,7 @@ def as_likelihood(
     if callable(given):
         return FromDistribution(given)
     raise UsageError(
-        f"a likelihood is a name ({', '.join(NAMED)}), a mapping from parts of the output to "
+        f"a likelihood must be a name ({', '.join(NAMED)}), a mapping from parts of the output to "
         f"likelihoods, or a function to a torch.distributions object, not {type(given).__name__}"
     )
 
@@ -264,6 +264,6 @@ def _part(output: Any, key: str | int) -> Any:
         return output[key]
     except (KeyError, IndexError, TypeError):
         raise UsageError(
-            f"the likelihood names part '{key}' of the model's output, which is a "
-            f"{type(output).__name__} without it"
+            f"the likelihood refers to part '{key}' of the model's output, which is a "
+            f"{type(output).__name__} without that part"
         ) from None

@@ -1,4 +1,4 @@
-"""Which parameters form which block of the curvature, and which can't, with the reason."""
+"""Assignment of parameters to curvature blocks, with the reason for each exclusion."""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
@@ -48,32 +48,32 @@ class Block:
 
     @property
     def has_weight(self) -> bool:
-        """Whether the weight is trained, and so has columns."""
+        """True if the weight is trained, and so has columns."""
         return any(p is self.weight for p in self.parameters.values())
 
     @property
     def one_hot(self) -> bool:
-        """One-hot inputs: it is an embedding whose weight no other layer has."""
+        """True for an embedding whose weight is not shared with another layer."""
         return isinstance(self.module, nn.Embedding)
 
     @property
     def size(self) -> int:
-        """Trained numbers."""
+        """Number of trained parameters."""
         groups, outputs, inputs = self.shape
         return groups * outputs * inputs
 
     @property
     def module(self) -> nn.Module:
-        """One of its layers."""
+        """First layer of the block."""
         return next(iter(self.layers.values()))
 
     def bias_column(self, module: nn.Module) -> int | None:
-        """Which of the bias columns a layer uses."""
+        """Return the index of the bias column that a layer uses."""
         bias = module._parameters.get("bias")
         return next((i for i, own in enumerate(self.biases) if own is bias), None)
 
     def to_matrix(self, tensors: dict[str, Tensor]) -> Tensor:
-        """Tensors shaped like the parameters, by name, as one matrix (groups, outputs, inputs)."""
+        """Reshape tensors like the parameters, by name, to one matrix (groups, outputs, inputs)."""
         groups, outputs, _ = self.shape
         columns = []
         for name, parameter in self.parameters.items():
@@ -84,7 +84,7 @@ class Block:
         return columns[0] if len(columns) == 1 else torch.cat(columns, dim=2)
 
     def from_matrix(self, matrix: Tensor) -> dict[str, Tensor]:
-        """What ``to_matrix`` did, undone."""
+        """Invert ``to_matrix``."""
         tensors, start = {}, 0
         for name, parameter in self.parameters.items():
             if parameter is self.weight:
@@ -97,7 +97,7 @@ class Block:
 
 
 class Coverage(NamedTuple):
-    """All trained parameters of a model: those in blocks, and the others with the reason."""
+    """Trained parameters of a model: those in blocks, and the others with the reason."""
 
     blocks: tuple[Block, ...]
     uncovered: dict[str, str]
@@ -109,7 +109,7 @@ def cover(
     exclude: Iterable[str] = (),
     tied: bool = True,
 ) -> Coverage:
-    """Divide the trained parameters of a model into blocks and the uncovered.
+    """Divide the trained parameters of a model into blocks and uncovered ones.
 
     Covered are Linear, Conv1d, Conv2d and ConvTranspose2d whose ``forward`` is PyTorch's own,
     subclasses that compute the same or promise to with an attribute ``acts_as``, transformers'
@@ -184,7 +184,7 @@ def _take_parts(
     hosts: dict[nn.Module, Host],
     users: dict[nn.Parameter, dict[str, nn.Module]],
 ) -> None:
-    """Note the layers that a host has while its forward is spelled out."""
+    """Register the layers of a host whose forward is decomposed."""
     for name, part in host.parts.items():
         hosts[part] = host
         weight = cast(nn.Parameter, part.weight)
@@ -192,7 +192,7 @@ def _take_parts(
 
 
 def _shared_biases(users: dict[nn.Parameter, dict[str, nn.Module]]) -> set[nn.Parameter]:
-    """Biases of several weights: they belong to no one block."""
+    """Find biases shared by several weights, which belong to no single block."""
     weights: dict[nn.Parameter, set[nn.Parameter]] = {}
     for weight, layers in users.items():
         for module in layers.values():
@@ -232,7 +232,7 @@ def _is_adjusted(module: nn.Embedding) -> bool:
 
 
 def _in_order(layers: dict[str, nn.Module], trained: bool) -> dict[str, nn.Module]:
-    """Layers of one weight, those first whose form its block has: linear ones, then embeddings.
+    """Sort the layers of one weight so that the block's form comes first: linear, then embeddings.
 
     An embedding has nothing but its weight.
     """
@@ -252,7 +252,7 @@ def _excluded(model: nn.Module, patterns: Iterable[str]) -> set[str]:
         matches = [p for p in paths if fnmatchcase(p, pattern)]
         if not matches:
             raise UsageError(
-                f"exclude names '{pattern}', but the model has no such module"
+                f"exclude contains '{pattern}', but the model has no such module"
                 f"{nearest(pattern, paths)}"
             )
         found.update(p for p in paths for m in matches if p == m or p.startswith(f"{m}."))
@@ -260,14 +260,14 @@ def _excluded(model: nn.Module, patterns: Iterable[str]) -> set[str]:
 
 
 def _why_not(model: nn.Module, path: str, module: nn.Module, excluded: set[str]) -> str | None:
-    """Why a module's own parameters can't be part of a block; None if they can."""
+    """Return the reason why a module's own parameters can't be in a block; None if they can."""
     name = type(module).__name__
     if path in excluded:
         return "excluded"
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters(False)):
         raise UsageError(
             f"layer '{path}' ({name}) is lazy and has no shape yet: call the model once before "
-            "the optimizer is built"
+            f"building the optimizer"
         )
     if can_spell_out(module) or is_recurrent(module):
         return None

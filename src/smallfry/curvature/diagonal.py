@@ -1,4 +1,4 @@
-"""A diagonal in a Kronecker basis, and in a few vectors of it (EKFAC, George et al. 2018).
+"""Diagonal in a Kronecker eigenbasis, full or truncated (EKFAC, George et al. 2018).
 
     F ≈ Σ s_ij P_j ⊗ Q_i,    P_j = u_j u_jᵀ of inputs, Q_i = v_i v_iᵀ of outputs
 
@@ -19,12 +19,12 @@ from smallfry.curvature.rows import Rows
 
 
 def basis_second_moments(rows: Rows, qa: Tensor, qg: Tensor, chunk: int = 64) -> Tensor:
-    """s: the mean of (V V⊥)ᵀ W (U U⊥) squared, and averaged over the tails.
+    """Compute s: the mean of (V V⊥)ᵀ W (U U⊥) squared, averaged over the tails.
 
     W is the whole gradient of a sample, so that this is exact for shared weights too.
 
     Args:
-        rows: What the block saw.
+        rows: Rows of the block.
         qa: U, (groups, inputs, kept).
         qg: V, (groups, outputs, kept).
         chunk: Samples at a time whose gradients are formed, where weights are shared.
@@ -44,7 +44,7 @@ def basis_second_moments(rows: Rows, qa: Tensor, qg: Tensor, chunk: int = 64) ->
 
 
 def solve_diagonal(qa: Tensor, qg: Tensor, values: Tensor, x: Tensor, damping: float) -> Tensor:
-    """(F̂ + λ I)⁻¹ X.
+    """Compute (F̂ + λ I)⁻¹ X.
 
     Args:
         qa: U, (groups, inputs, kept).
@@ -68,7 +68,7 @@ def solve_diagonal(qa: Tensor, qg: Tensor, values: Tensor, x: Tensor, damping: f
 
 
 def multiplicities(values: Tensor, outputs: int, inputs: int) -> Tensor:
-    """How many directions each entry of s stands for; 1 but in the tails."""
+    """Count the directions that each entry of s stands for; 1 except in the tails."""
     counts = []
     for size, entries in zip((outputs, inputs), values.shape[1:], strict=True):
         counts.append(values.new_ones(entries))
@@ -77,7 +77,7 @@ def multiplicities(values: Tensor, outputs: int, inputs: int) -> Tensor:
 
 
 def overlaps(new: Tensor, old: Tensor) -> Tensor:
-    """Squared overlaps of new directions with old ones, tails last and averaged over.
+    """Compute squared overlaps of new with old directions, tails last and averaged over.
 
     The diagonal of the same operator in other bases is O_g s O_aᵀ, with the same trace: rows add
     up to 1, and columns, each row taken as often as it has directions, to the old multiplicities.
@@ -102,7 +102,7 @@ def overlaps(new: Tensor, old: Tensor) -> Tensor:
 
 
 def diagonal_error(rows: Rows, qa: Tensor, qg: Tensor, values: Tensor) -> float:
-    """‖F − F̂‖ / ‖F‖, whatever s is of."""
+    """Compute ‖F − F̂‖ / ‖F‖ for any s."""
     fisher = fisher_squared_norm(rows)
     mine = basis_second_moments(rows, qa, qg)
     counts = multiplicities(values, qg.shape[1], qa.shape[1])
@@ -110,7 +110,7 @@ def diagonal_error(rows: Rows, qa: Tensor, qg: Tensor, values: Tensor) -> float:
 
 
 def _scale_rows(x: Tensor, scales: Tensor, qa: Tensor) -> Tensor:
-    """Row i of X times Σ_j scales_ij P_j; ``scales`` (groups, rows or 1, entries of inputs)."""
+    """Scale row i of X by Σ_j scales_ij P_j; ``scales`` (groups, rows or 1, entries of inputs)."""
     inputs, kept = qa.shape[1:]
     if kept == inputs:
         return (x @ qa).mul_(scales) @ qa.transpose(1, 2)
@@ -119,7 +119,7 @@ def _scale_rows(x: Tensor, scales: Tensor, qa: Tensor) -> Tensor:
 
 
 def _squares(projected: Tensor, whole: Tensor) -> Tensor:
-    """Squared coordinates, and the mean over the tail; features last."""
+    """Compute squared coordinates, and the mean over the tail; features last."""
     squares = projected**2
     if left := whole.shape[-1] - projected.shape[-1]:
         norms = torch.linalg.vector_norm(whole, dim=-1, keepdim=True) ** 2
@@ -129,7 +129,7 @@ def _squares(projected: Tensor, whole: Tensor) -> Tensor:
 
 
 def _shared(rows: Rows, a: Tensor, g: Tensor) -> Tensor:
-    """The sum of squares over samples where a weight is used several times.
+    """Sum squares over samples where a weight is used several times.
 
     Args:
         rows: Inputs, and the gradients of one draw.

@@ -1,4 +1,4 @@
-"""Rows of embeddings: one-hot inputs by their numbers, and weights tied to those of linear layers.
+"""Rows of embeddings: one-hot inputs as indices, and weights tied to linear layers.
 
 An embedding is called with numbers, whose last dimension is made one of size 1 when they are
 noted, so that samples are found in them as in the inputs of linear layers. Numbers below 0 stand
@@ -21,25 +21,25 @@ from smallfry.curvature.layers import canonical_inputs
 
 
 def one_hot(numbers: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """(…, size): 1 at each number, and zeros for negative ones."""
+    """Encode indices as one-hot vectors (…, size), zero for negative ones."""
     return F.one_hot(numbers.long() + 1, size + 1)[..., 1:].to(dtype)
 
 
 def padding_of(module: nn.Module) -> int | None:
-    """The number whose row gets no gradient; None where there is none."""
+    """Return the index of the padding row, which gets no gradient; None without one."""
     return module.padding_idx if isinstance(module, nn.Embedding) else None
 
 
 def numbers_of(
     module: nn.Module, inputs: Tensor, samples: int, place: str, kept: Tensor | None = None
 ) -> Tensor:
-    """The numbers that an embedding was called with, (1, samples, uses, 1).
+    """Return the indices that an embedding was called with, (1, samples, uses, 1).
 
     Args:
         module: The embedding.
         inputs: Numbers, with a last dimension of size 1.
         samples: That the network saw.
-        place: Of the samples: "first" dimension, "second", "none", or "together" for rows that all
+        place: Dimension of the samples: "first", "second", "none", or "together" for rows that all
             samples use.
         kept: Index of the uses wanted; None for all.
     """
@@ -58,7 +58,7 @@ def numbers_of(
 
 
 def given_to_first(gradient: Tensor, samples: int) -> Tensor:
-    """The rows of a gradient as the first sample's, (1, samples, uses, features)."""
+    """Assign the rows of a gradient to the first sample, (1, samples, uses, features)."""
     rows = gradient.reshape(-1, gradient.shape[-1])
     found = rows.new_zeros(1, samples, *rows.shape)
     found[0, 0] = rows
@@ -66,14 +66,14 @@ def given_to_first(gradient: Tensor, samples: int) -> Tensor:
 
 
 def is_tied(call: Any) -> bool:
-    """Check for an embedding's call in a block of a linear layer with the same weight."""
+    """Return whether an embedding's call is in a block of a linear layer with the same weight."""
     return isinstance(call.block.layers[call.layer], nn.Embedding) and not call.block.one_hot
 
 
 def levelled(
     tied: Sequence[bool], inputs: Sequence[Tensor], gradients: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Scale the δ of a tied embedding to the size of the linear layer's inputs, its one-hots back.
+    """Rescale the δ of a tied embedding to match the linear layer's inputs, and its one-hots back.
 
     The gradient of a tied weight is Σ g hᵀ of the linear layer and Σ e δᵀ of the embedding, δ the
     gradient at its output. Products stay as they are. Where KFAC takes all uses for alike, A ⊗ G
@@ -81,9 +81,9 @@ def levelled(
     and gradients, were independent.
 
     Args:
-        tied: Of each call, whether it is the embedding's.
-        inputs: Of each call, (1, samples, uses, inputs).
-        gradients: Of each call, (1, draws, samples, uses, outputs).
+        tied: For each call, True if it is the embedding's.
+        inputs: Inputs of each call, (1, samples, uses, inputs).
+        gradients: Gradients of each call, (1, draws, samples, uses, outputs).
     """
     means = []
     for which in (True, False):

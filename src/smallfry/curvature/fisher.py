@@ -1,4 +1,4 @@
-"""The exact Fisher of a batch, never formed: products, Gram matrices, damped solves.
+"""Exact Fisher of a batch in implicit form: products, Gram matrices, damped solves.
 
 F = (1/N) J Jᵀ, where the columns of J are the gradients vec(W_n) of the samples, one for each draw.
 With blocks, J stacks them; the whole-network Fisher couples blocks, the block-diagonal one does
@@ -22,10 +22,10 @@ K = TypeVar("K", bound=Hashable)
 
 
 def projections(rows: Rows, x: Tensor) -> Tensor:
-    """Jᵀ x = ⟨W, X⟩ for every draw and sample, (draws · samples,).
+    """Compute Jᵀ x = ⟨W, X⟩ for every draw and sample, (draws · samples,).
 
     Args:
-        rows: What a block saw.
+        rows: Rows of a block.
         x: (groups, outputs, inputs).
     """
     mapped = torch.einsum("hnti,hoi->hnto", rows.inputs, x)
@@ -33,10 +33,10 @@ def projections(rows: Rows, x: Tensor) -> Tensor:
 
 
 def combine(rows: Rows, coefficients: Tensor) -> Tensor:
-    """J v = Σ v_kn W_kn, (groups, outputs, inputs).
+    """Compute J v = Σ v_kn W_kn, (groups, outputs, inputs).
 
     Args:
-        rows: What a block saw.
+        rows: Rows of a block.
         coefficients: (draws · samples,), in the order of ``projections``.
     """
     v = coefficients.reshape(rows.gradients.shape[1], rows.samples)
@@ -45,7 +45,7 @@ def combine(rows: Rows, coefficients: Tensor) -> Tensor:
 
 
 def gram(rows: Rows) -> Tensor:
-    """JᵀJ: inner products ⟨W, W'⟩ of all draws and samples, (draws · samples,) squared.
+    """Compute JᵀJ: inner products ⟨W, W'⟩ of all draws and samples, (draws · samples,) squared.
 
     Through the inputs' and the gradients' own Gram matrices, or through W, as is cheaper.
     """
@@ -74,10 +74,10 @@ def gram(rows: Rows) -> Tensor:
 
 
 def fisher_product(rows: Mapping[K, Rows], x: Mapping[K, Tensor]) -> dict[K, Tensor]:
-    """F x with the whole-network Fisher, blocks coupled.
+    """Multiply x by the whole-network Fisher, blocks coupled.
 
     Args:
-        rows: What the blocks saw, of the same batch.
+        rows: Rows of the blocks, from the same batch.
         x: A matrix for each block.
     """
     samples = _samples(rows)
@@ -86,7 +86,7 @@ def fisher_product(rows: Mapping[K, Rows], x: Mapping[K, Tensor]) -> dict[K, Ten
 
 
 class Woodbury(NamedTuple):
-    """A factored (N λ I + JᵀJ), with what it belongs to."""
+    """Factorisation of N λ I + JᵀJ, with its J."""
 
     factor: Tensor  # (draws · samples,) squared, lower Cholesky factor, float64
     damping: float
@@ -115,7 +115,7 @@ def woodbury(gram_matrix: Tensor, samples: int, damping: float) -> Woodbury:
 
 
 def damped_solve(rows: Mapping[K, Rows], x: Mapping[K, Tensor], w: Woodbury) -> dict[K, Tensor]:
-    """(F + λ I)⁻¹ x; for one block alone, give only that block.
+    """Compute (F + λ I)⁻¹ x; for one block alone, give only that block.
 
     x − J (…) loses about ‖F‖/λ of the precision: coefficients are taken in float64.
     """

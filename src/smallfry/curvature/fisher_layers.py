@@ -1,4 +1,4 @@
-"""Local Fisher layers: a network that computes the same, and in which gradient descent is natural.
+"""Local Fisher layers: a reparametrised network in which gradient descent is natural.
 
 A layer y = [W b] a with metrics A on its inputs (homogeneous: with a 1 behind, where there is a
 bias) and G on its outputs is written as
@@ -24,7 +24,7 @@ from smallfry.errors import UsageError, nearest
 
 
 class Metric(NamedTuple):
-    """What a layer's gradient is measured with: symmetric positive definite, damped already."""
+    """Damped metric of a layer's gradient, symmetric positive definite."""
 
     inputs: Tensor  # A, (groups, inputs, inputs), with the bias's row and column last
     outputs: Tensor | None = None  # G, (groups, outputs, outputs); None for the identity
@@ -35,7 +35,7 @@ class FisherLayer(nn.Module):
 
     Args:
         block: The block of one layer that it stands for.
-        metric: Of that layer.
+        metric: Metric of that layer.
     """
 
     input_root: Tensor
@@ -54,14 +54,14 @@ class FisherLayer(nn.Module):
         self._hidden = [block]  # in a list: its layer's parameters are none of this module's
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        """What the plain layer returns."""
+        """Compute the output of the original layer."""
         weight = self._hidden[0].weight
         tensors = {"weight" if p is weight else "bias": t for p, t in self.parameters_of_layer()}
         return functional_call(self.layer, tensors, arguments, keywords)
 
     @property
     def layer(self) -> nn.Module:
-        """The layer that it stands for; its own parameters are out of date until removal."""
+        """The original layer; its own parameters are out of date until removal."""
         return self._hidden[0].module
 
     def plain_matrix(self) -> Tensor:
@@ -70,14 +70,14 @@ class FisherLayer(nn.Module):
         return matrix if self.output_inverse is None else self.output_inverse @ matrix
 
     def parameters_of_layer(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """The layer's own parameters, each with what it is computed to be."""
+        """Compute the layer's own parameters from V."""
         block = self._hidden[0]
         tensors = block.from_matrix(self.plain_matrix())
         return [(block.parameters[name], tensor) for name, tensor in tensors.items()]
 
     @torch.no_grad()
     def refresh(self, metric: Metric) -> Callable[[Tensor], Tensor]:
-        """Take another metric without changing the function.
+        """Change the metric without changing the function.
 
         Returns:
             What a momentum buffer of V is to be replaced by: it holds gradients, which turn
@@ -96,7 +96,7 @@ class FisherLayer(nn.Module):
         return turned
 
     def extra_repr(self) -> str:
-        """The plain layer and which sides have a metric."""
+        """Describe the original layer and the sides with a metric."""
         sides = "inputs" if self.output_root is None else "inputs and outputs"
         return f"{self.layer}, metric of {sides}"
 
@@ -114,7 +114,7 @@ class FisherLayer(nn.Module):
 
 
 def insert_fisher_layers(model: nn.Module, metrics: Mapping[str, Metric]) -> dict[str, FisherLayer]:
-    """Put local Fisher layers in place of layers; the function stays.
+    """Replace layers by local Fisher layers that compute the same function.
 
     Parameters change: make optimizers afterwards.
 
@@ -136,7 +136,7 @@ def insert_fisher_layers(model: nn.Module, metrics: Mapping[str, Metric]) -> dic
 
 
 def remove_fisher_layers(model: nn.Module) -> None:
-    """Put the plain layers back, with their own parameters at what the Fisher layers came to."""
+    """Restore the original layers with the parameters of the Fisher layers."""
     for fisher_layer in [m for m in model.modules() if isinstance(m, FisherLayer)]:
         layer = fisher_layer.layer
         for parameter, tensor in fisher_layer.parameters_of_layer():
@@ -160,14 +160,14 @@ def _fisher_layer(
     block = blocks[name]
     if len(block.layers) > 1:
         shared = ", ".join(block.layers)
-        raise UsageError(f"the weight of layer '{name}' belongs to several layers ({shared})")
+        raise UsageError(f"the weight of layer '{name}' is shared by several layers ({shared})")
     if len(list(block.module.parameters())) > len(block.parameters):
-        raise UsageError(f"layer '{name}' has frozen parameters, or a bias that others have too")
+        raise UsageError(f"layer '{name}' has frozen parameters, or a shared bias")
     return FisherLayer(block, metric)
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """In every place where it is."""
+    """Replace a module wherever it occurs."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is old:
@@ -175,7 +175,7 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def _roots(metric: Tensor, shape: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
-    """The root of a metric and its inverse."""
+    """Compute the square root of a metric and its inverse."""
     groups, size = shape
     if metric.shape != (groups, size, size):
         raise UsageError(

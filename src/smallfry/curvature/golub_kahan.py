@@ -1,4 +1,4 @@
-"""A few leading singular triplets of a linear map that is known only by its products.
+"""Leading singular triplets of a linear map given by its products.
 
 Block Golub-Kahan bidiagonalisation with full reorthogonalisation (Golub and Kahan 1965; Golub,
 Luk and Overton 1981): right and left bases grow in turns, each new block is what the map makes of
@@ -20,7 +20,7 @@ Metric = Callable[[Tensor], Tensor]
 
 
 class Map(Protocol):
-    """A linear map, its adjoint, and the inner products on both sides.
+    """Linear map with its adjoint and the inner products on both sides.
 
     Vectors are rows (groups, count, size). What a map is applied to is the dual of a vector, its
     ``metric``.
@@ -28,36 +28,36 @@ class Map(Protocol):
 
     @property
     def cancelled(self) -> float:
-        """Lengths below that, relative to their bound, are rounding."""
+        """Relative length below which a vector is rounding error."""
         ...
 
     def left_bound(self, x: Tensor) -> Tensor:
-        """What left vectors' lengths would be if nothing cancelled, (groups, count)."""
+        """Bound the lengths of left vectors without cancellation, (groups, count)."""
         ...
 
     def right_bound(self, x: Tensor) -> Tensor:
-        """What right vectors' lengths would be if nothing cancelled."""
+        """Bound the lengths of right vectors without cancellation."""
         ...
 
     def apply(self, dual: Tensor) -> Tensor:
-        """What the map makes of right vectors, in left coefficients."""
+        """Apply the map to right vectors, giving left coefficients."""
         ...
 
     def adjoint(self, dual: Tensor) -> Tensor:
-        """What the adjoint makes of left vectors, in right coefficients."""
+        """Apply the adjoint to left vectors, giving right coefficients."""
         ...
 
     def left_metric(self, x: Tensor) -> Tensor:
-        """Duals of left vectors."""
+        """Return the duals of left vectors."""
         ...
 
     def right_metric(self, x: Tensor) -> Tensor:
-        """Duals of right vectors."""
+        """Return the duals of right vectors."""
         ...
 
 
 class Triplets(NamedTuple):
-    """Singular values with unit vectors; what there is not has value and vectors zero."""
+    """Singular values with unit vectors; missing triplets are zero."""
 
     values: Tensor  # (groups, rank), descending, float64
     left: Tensor  # (groups, rank, left size)
@@ -65,7 +65,7 @@ class Triplets(NamedTuple):
     residual: float  # largest ‖Zᵀu − σv‖ / σ₁
 
     def leading(self, rank: int) -> "Triplets":
-        """The first of them, filled up with zeros."""
+        """Return the first triplets, padded with zeros."""
         short = (0, 0, 0, max(0, rank - self.values.shape[1]))
         values, left, right = (
             nn.functional.pad(part[:, :rank], short)
@@ -74,7 +74,7 @@ class Triplets(NamedTuple):
         return Triplets(values[:, :, 0], left, right, self.residual)
 
     def turned(self, toward: Tensor, tolerance: float) -> "Triplets":
-        """The same, but where the largest value is repeated, with the first pair turned.
+        """Rotate the first pair where the largest value is repeated.
 
         Args:
             toward: Dual of a right vector, (groups, right size): the first right vector becomes
@@ -99,7 +99,7 @@ class Triplets(NamedTuple):
 
 
 class _Side(NamedTuple):
-    """Orthonormal vectors of one side, and what on that side is too small to be seen.
+    """Orthonormal vectors of one side, and its rounding threshold.
 
     Rounding is measured by the images' size, by the vector that a basis was taken out of, and by
     the vector's own coefficients, which a semi-definite metric may cancel.
@@ -113,18 +113,18 @@ class _Side(NamedTuple):
     cancelled: float
 
     def without(self, x: Tensor) -> Tensor:
-        """What is left of x orthogonally to the vectors; twice is enough."""
+        """Project x onto the orthogonal complement of the vectors, twice for accuracy."""
         for _ in range(2):
             x = x - (x @ self.duals.transpose(1, 2)) @ self.vectors
         return x
 
     def joined(self, vectors: Tensor, duals: Tensor) -> "_Side":
-        """With further vectors."""
+        """Append vectors."""
         vectors = torch.cat([self.vectors, vectors], 1)
         return self._replace(vectors=vectors, duals=torch.cat([self.duals, duals], 1))
 
     def grown(self, x: Tensor) -> tuple["_Side", Tensor]:
-        """With the directions that x adds, zeros where that is only rounding.
+        """Append the directions that x adds, zero where that is only rounding.
 
         Returns:
             The side, and x orthogonally to it before as combinations of the new directions,
@@ -163,7 +163,7 @@ def golub_kahan(
     steps: int = 24,
     restarts: int = 4,
 ) -> Triplets:
-    """The leading triplets of a map.
+    """Compute the leading triplets of a map.
 
     Args:
         operator: The map Z.
@@ -172,7 +172,7 @@ def golub_kahan(
         tolerance: On ‖Zᵀu − σv‖ / σ₁ of each.
         locked: Triplets already known: those that come after them are looked for.
         steps: Blocks in a basis, after which the search starts again from the best vectors.
-        restarts: How often; the last result is returned with its residual, converged or not.
+        restarts: Maximum number of restarts; the last result is returned even if not converged.
 
     Returns:
         ``rank`` triplets, without the locked ones.
@@ -193,7 +193,7 @@ def _search(
     locked: Triplets | None,
     steps: int,
 ) -> Triplets:
-    """One bidiagonalisation, of at most ``steps`` blocks."""
+    """Run one bidiagonalisation of at most ``steps`` blocks."""
     known = 0 if locked is None else locked.values.shape[1]
     block, none = start.shape[1], start.new_zeros(len(start), 1)
     first = start[:, :0] if locked is None else locked.right
@@ -231,6 +231,6 @@ def _side(vectors: Tensor, metric: Metric, bound: Metric, scale: Tensor, operato
 
 
 def _bordered(small: Tensor, columns: Tensor) -> Tensor:
-    """A matrix with rows of zeros below, and further columns."""
+    """Pad a matrix with zero rows below, and append columns."""
     below = columns.shape[1] - small.shape[1]
     return torch.cat([nn.functional.pad(small, (0, 0, 0, below)), columns], 2)

@@ -1,4 +1,4 @@
-"""Hooks that hold their owner weakly, and the place in a graph where gradients arrive."""
+"""Weakly bound hooks, and the graph nodes at which gradients arrive."""
 
 import weakref
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ from smallfry.curvature.taps import Observation
 
 
 class EagerStance:
-    """The compiler's stance, for as long as some observer wants eager execution.
+    """Eager stance of the compiler, held while any observer needs it.
 
     Observers of one model begin and end in the same order, so that each can't restore what it
     found.
@@ -29,21 +29,21 @@ class EagerStance:
 
     @classmethod
     def end(cls) -> None:
-        """Run as before, once nobody wants it eager."""
+        """Restore the previous stance once no observer needs eager execution."""
         cls.depth -= 1
         if cls.depth == 0:
             cls.stance.__exit__(None, None, None)
 
 
 class WeakHook:
-    """A weakly held method, so that a copied or pickled model has no part in the optimizer."""
+    """Weakly held method, so that a copied or pickled model drops the optimizer."""
 
     def __init__(self, method: Callable[..., Any] | None = None) -> None:
         self.method = None if method is None else weakref.WeakMethod(method)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def __call__(self, *arguments: Any) -> None:
-        """Call the method, if its owner is still there."""
+        """Call the method if its owner still exists."""
         method = None if self.method is None else self.method()
         if method is not None:
             method(*arguments)
@@ -56,7 +56,7 @@ class WeakHook:
 
 
 class Root(NamedTuple):
-    """One output of the model, as a place where gradients arrive."""
+    """Output of the model, as a graph node at which gradients arrive."""
 
     which: int
     output: int  # of its node in the graph
@@ -66,14 +66,14 @@ class Root(NamedTuple):
     edges: dict[int, GradientEdge]  # the places of other calls that may lie behind it
 
     def dtype_of(self, seen: Observation) -> torch.dtype:
-        """Precision of the output."""
+        """Return the precision of the output."""
         return seen.outputs[self.which].dtype
 
 
 def upstream(
     own: GradientEdge, places: Mapping[int, GradientEdge], sampled: bool
 ) -> tuple[bool, tuple[int, ...], dict[int, GradientEdge]]:
-    """Find the calls that a gradient at an output can come to.
+    """Find the calls that a gradient at an output can reach.
 
     A node that was made later lies behind no hook of this one, and must not be held by it: the
     graph would keep itself alive.

@@ -16,7 +16,7 @@ from smallfry.curvature.layers import is_linear
 
 
 def belongs(module: nn.Module, shape: Sequence[int], samples: int) -> bool:
-    """Whether a layer's input of this shape has the samples in a place of their own."""
+    """Return whether a layer's input of this shape has a dimension of samples."""
     if not is_linear(module):
         spatial = 1 if isinstance(module, nn.Conv1d) else 2
         return (shape[0] if len(shape) == spatial + 2 else 1) % samples == 0
@@ -27,15 +27,15 @@ def belongs(module: nn.Module, shape: Sequence[int], samples: int) -> bool:
 def samples_of(
     layers: Sequence[tuple[nn.Module, Sequence[int]]], size: int, arguments: Iterable[Any]
 ) -> int:
-    """How many samples a network saw.
+    """Infer the number of samples in a network's batch.
 
     That is the first dimension of its output; where layers don't have it, but have that of the
     network's input, and this divides the former, samples and tokens have been put together.
 
     Args:
         layers: The modules called, and the shapes of their inputs.
-        size: Of the first dimension of the network's output.
-        arguments: What the network was called with.
+        size: First dimension of the network's output.
+        arguments: Arguments of the network's call.
     """
 
     def fitting(samples: int) -> int:
@@ -52,12 +52,12 @@ def samples_of(
 
 
 def padded(module: nn.Module, tensor: Tensor, samples: int) -> Tensor:
-    """A layer's input or output as rows that can be dealt out to the samples, with zeros behind.
+    """Reshape a layer's input or output to rows that divide evenly among samples, zero-padded.
 
     Args:
         module: The layer.
         tensor: (…, features) of a linear layer, else (batch, channels, …).
-        samples: How many there are.
+        samples: Number of samples.
     """
     if is_linear(module):
         tensor = tensor.reshape(-1, tensor.shape[-1])
@@ -68,7 +68,7 @@ def padded(module: nn.Module, tensor: Tensor, samples: int) -> Tensor:
 
 
 def real_rows(module: nn.Module, shape: torch.Size, samples: int, like: Tensor) -> Tensor:
-    """1 for the rows of an output that are none of those zeros, (samples, uses)."""
+    """Return 1 for the rows of an output that are not padding, (samples, uses)."""
     if is_linear(module):
         count, positions = shape[:-1].numel(), 1
     else:
@@ -79,16 +79,16 @@ def real_rows(module: nn.Module, shape: torch.Size, samples: int, like: Tensor) 
 
 
 def is_ambiguous(module: nn.Module, shape: Sequence[int], samples: int) -> bool:
-    """Whether the samples may be in the first dimension of an input, or in the second."""
+    """Return whether the samples may be in either the first or the second dimension of an input."""
     return is_linear(module) and len(shape) > 2 and shape[0] == shape[1] == samples
 
 
 def own_share(gradients: Tensor, sample: int) -> float | None:
-    """How much of a gradient that one sample's output sends back comes to its own rows.
+    """Return the share of a sample's gradient that arrives at its own rows.
 
     Args:
         gradients: In canonical form, (groups, samples, uses, outputs).
-        sample: Which one.
+        sample: Index of the sample.
 
     Returns:
         By squares; None where nothing comes back.
@@ -99,7 +99,7 @@ def own_share(gradients: Tensor, sample: int) -> float | None:
 
 
 def position_first(tensor: Tensor, samples: int) -> Tensor | None:
-    """A tensor sample by sample, if the positions folded into its first dimension come first."""
+    """Reorder a tensor by sample if positions come first in its folded first dimension."""
     if len(tensor) <= samples or len(tensor) % samples:
         return None
     split = tensor.reshape(-1, samples, *tensor.shape[1:])
@@ -107,6 +107,6 @@ def position_first(tensor: Tensor, samples: int) -> Tensor | None:
 
 
 def mixes_samples(model: nn.Module) -> bool:
-    """Whether a batch norm takes statistics of the batch."""
+    """Return whether a batch norm uses batch statistics."""
     norm = torch.nn.modules.batchnorm._BatchNorm
     return any(isinstance(module, norm) and module.training for module in model.modules())

@@ -1,4 +1,4 @@
-"""Kronecker algebra: damped solves with A ⊗ G, and how far A ⊗ G is from a Fisher block.
+"""Kronecker algebra: damped solves with A ⊗ G, and its distance from a Fisher block.
 
 With vec stacking columns, (A ⊗ G) vec(X) = vec(G X Aᵀ): A belongs to the inputs, G to the
 outputs. All functions take a leading dimension of groups and any precision:
@@ -20,38 +20,38 @@ from smallfry.curvature.rows import Rows
 
 
 class Eigen(NamedTuple):
-    """A symmetric matrix as vectors diag(values) vectorsᵀ."""
+    """Eigendecomposition of a symmetric matrix, vectors diag(values) vectorsᵀ."""
 
     values: Tensor  # (groups, size), ascending, not negative
     vectors: Tensor  # (groups, size, size)
 
 
 class Inverse(NamedTuple):
-    """A damped inverse, and by how much more than asked it had to be damped."""
+    """Damped inverse, and the damping added beyond the requested one."""
 
     matrix: Tensor  # (groups, size, size)
     raised: float  # factor on the damping; 1 if none was needed
 
 
 class NotFiniteError(ArithmeticError):
-    """A factor holds a value that is not a number."""
+    """A factor holds a NaN."""
 
 
 def input_factor(rows: Rows) -> Tensor:
-    """A = mean of a aᵀ over samples and uses, by their weights."""
+    """Compute A, the weighted mean of a aᵀ over samples and uses."""
     flat = rows.inputs.flatten(1, 2)  # (groups, samples · uses, inputs)
     weighted = flat if rows.weights is None else flat * rows.weights.reshape(-1, 1)
     return flat.transpose(1, 2) @ weighted / flat.shape[1]
 
 
 def output_factor(rows: Rows) -> Tensor:
-    """G = sum over uses and draws, mean over samples, of g gᵀ."""
+    """Compute G: sum over uses and draws, mean over samples, of g gᵀ."""
     flat = rows.gradients.flatten(1, 3)
     return flat.transpose(1, 2) @ flat / rows.samples
 
 
 def reduced(rows: Rows) -> Rows:
-    """One use per sample: the mean of its inputs and the sum of its gradients.
+    """Reduce to one use per sample: the mean of its inputs and the sum of its gradients.
 
     KFAC-reduce of Eschenhagen et al. 2023 (arXiv 2311.00636): exact where uses are averaged right
     behind a linear layer.
@@ -66,7 +66,7 @@ def reduced(rows: Rows) -> Rows:
 
 
 def eigendecompose(factor: Tensor) -> Eigen:
-    """Eigenvalues and eigenvectors of a symmetric positive semi-definite factor.
+    """Compute eigenvalues and eigenvectors of a symmetric positive semi-definite factor.
 
     LAPACK's float32 routine may fail or give NaN on a rank-deficient, badly scaled matrix: it is
     scaled to a mean eigenvalue of 1 first. Where that was not enough, all eigenvalues are raised by
@@ -93,7 +93,7 @@ def eigendecompose(factor: Tensor) -> Eigen:
 
 
 def damped_inverse(factor: Tensor, damping: Tensor) -> Inverse:
-    """(factor + damping I)⁻¹ by Cholesky.
+    """Compute (factor + damping I)⁻¹ by Cholesky.
 
     A factor that is not positive definite in its own precision is tried in float64, then with
     ten times the damping, and so on.
@@ -118,11 +118,11 @@ def damped_inverse(factor: Tensor, damping: Tensor) -> Inverse:
                 if bool(inverse.isfinite().all()):
                     return Inverse(inverse.to(factor.dtype), raised)
         raised *= 10.0
-    raise NotFiniteError("a Kronecker factor can't be inverted, however damped")
+    raise NotFiniteError("a Kronecker factor can't be inverted with any damping")
 
 
 def split_damping(mean_a: Tensor, mean_g: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """(π√λ, √λ/π), each (groups,): what the factors A and G are damped with.
+    """Split λ into (π√λ, √λ/π), each (groups,), the damping of the factors A and G.
 
     Args:
         mean_a: Mean eigenvalue of A, (groups,).
@@ -135,14 +135,14 @@ def split_damping(mean_a: Tensor, mean_g: Tensor, damping: float) -> tuple[Tenso
 
 
 def solve_tikhonov(a: Eigen, g: Eigen, x: Tensor, damping: Tensor | float) -> Tensor:
-    """(A ⊗ G + λ I)⁻¹ X, exactly."""
+    """Compute (A ⊗ G + λ I)⁻¹ X, exactly."""
     rotated = g.vectors.transpose(1, 2) @ x @ a.vectors
     rotated = rotated / (g.values[:, :, None] * a.values[:, None, :] + damping)
     return g.vectors @ rotated @ a.vectors.transpose(1, 2)
 
 
 def inner_product(rows: Rows, a: Tensor, g: Tensor) -> Tensor:
-    """⟨F, A ⊗ G⟩ = mean of tr(Wᵀ G W A), a scalar, without forming F."""
+    """Compute ⟨F, A ⊗ G⟩ = mean of tr(Wᵀ G W A), a scalar, without forming F."""
     if rows.uses == 1:  # (aᵀ A a)(gᵀ G g)
         x, y = rows.inputs[:, :, 0], rows.gradients[:, :, :, 0]
         per_sample = (((y @ g[:, None]) * y).sum((1, 3))) * ((x @ a) * x).sum(2)
@@ -155,12 +155,12 @@ def inner_product(rows: Rows, a: Tensor, g: Tensor) -> Tensor:
 
 
 def squared_norm(a: Tensor, g: Tensor) -> Tensor:
-    """‖A ⊗ G‖² over all groups, a scalar."""
+    """Compute ‖A ⊗ G‖² over all groups, a scalar."""
     return ((a**2).sum((1, 2)) * (g**2).sum((1, 2))).sum()
 
 
 def fisher_squared_norm(rows: Rows) -> Tensor:
-    """‖F‖² of a block (of the block diagonal, where there are groups), from Gram matrices."""
+    """Compute ‖F‖² of a block (of the block diagonal, for groups) from Gram matrices."""
     total = rows.inputs.new_zeros(())
     for h in range(rows.inputs.shape[0]):
         one = Rows(rows.inputs[h : h + 1], rows.gradients[h : h + 1])
@@ -169,19 +169,19 @@ def fisher_squared_norm(rows: Rows) -> Tensor:
 
 
 def kronecker_error(rows: Rows, a: Tensor, g: Tensor) -> float:
-    """‖F − A ⊗ G‖ / ‖F‖; 0 is exact, 1 is as good as nothing."""
+    """Compute ‖F − A ⊗ G‖ / ‖F‖; 0 is exact, 1 is no better than zero."""
     fisher = fisher_squared_norm(rows)
     error = fisher - 2 * inner_product(rows, a, g) + squared_norm(a, g)
     return relative_error(error, fisher)
 
 
 def best_scale(rows: Rows, a: Tensor, g: Tensor) -> Tensor:
-    """c that minimises ‖F − c A ⊗ G‖, a scalar."""
+    """Compute the scalar c that minimises ‖F − c A ⊗ G‖."""
     return inner_product(rows, a, g) / squared_norm(a, g)
 
 
 def pack(matrix: Tensor) -> Tensor:
-    """Symmetric matrices without their repeated half, (groups, size (size + 1) / 2).
+    """Pack symmetric matrices without their repeated half, (groups, size (size + 1) / 2).
 
     LAPACK's rectangular full packed format: one corner block as it is, and the triangles of the
     two diagonal blocks folded into one rectangle. Triangle by triangle would copy row by row.
@@ -195,7 +195,7 @@ def pack(matrix: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """What ``pack`` did, undone."""
+    """Invert ``pack``."""
     corner, folded, half = _unfold(packed)
     size = half + folded.shape[1]
     matrix = packed.new_empty(packed.shape[0], size, size)
@@ -208,7 +208,7 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 def packed_mean(packed: Tensor) -> Tensor:
-    """Mean eigenvalue of packed matrices, (groups,)."""
+    """Compute the mean eigenvalue of packed matrices, (groups,)."""
     _, folded, half = _unfold(packed)
     wide = folded.double()
     above = wide.diagonal(1, dim1=1, dim2=2).sum(1)
@@ -217,7 +217,7 @@ def packed_mean(packed: Tensor) -> Tensor:
 
 
 def _unfold(packed: Tensor) -> tuple[Tensor, Tensor, int]:
-    """The corner block, the folded triangles, and where the diagonal blocks meet."""
+    """Return the corner block, the folded triangles, and the index of the diagonal blocks."""
     groups, count = packed.shape
     size = int(((8 * count + 1) ** 0.5 - 1) / 2 + 0.5)
     half, rest = size // 2, size - size // 2
@@ -230,7 +230,7 @@ def _mean_diagonal(matrix: Tensor) -> Tensor:
 
 
 def relative_error(squared: Tensor, reference: Tensor) -> float:
-    """√(squared / reference), of an error that rounding may have made negative."""
+    """Compute √(squared / reference) of an error that rounding may have made negative."""
     if float(reference) == 0:
         return 0.0 if float(squared) == 0 else float("inf")
     return float((squared / reference).clamp_min(0).sqrt())

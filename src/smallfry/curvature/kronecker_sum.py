@@ -21,7 +21,7 @@ from smallfry.curvature.terms import Terms
 
 
 class FactoredSum(NamedTuple):
-    """A ⊗ B + C ⊗ D, ready to be solved with."""
+    """Factorisation of A ⊗ B + C ⊗ D for solves."""
 
     k1: Tensor  # K₁, (groups, inputs, inputs)
     k2: Tensor  # K₂, (groups, outputs, outputs)
@@ -31,13 +31,13 @@ class FactoredSum(NamedTuple):
 
     @property
     def smallest(self) -> float:
-        """The smallest 1 + s₂ s₁ᵀ before it is clamped; the floor is at work if above it."""
+        """Smallest 1 + s₂ s₁ᵀ before clamping; the clamp is active if the floor exceeds it."""
         ends = [torch.stack([s.amin(1), s.amax(1)], 1) for s in (self.s1, self.s2)]
         return float((1 + ends[0][:, :, None] * ends[1][:, None]).min())
 
 
 class Iterations(NamedTuple):
-    """What conjugate gradients came to."""
+    """Residual and iteration count of conjugate gradients."""
 
     solution: Tensor  # (groups, outputs, inputs)
     steps: int
@@ -64,7 +64,7 @@ def factor_sum(a: Tensor, b: Tensor, c: Tensor, d: Tensor, floor: float = 0.05) 
 
 
 def solve_sum(factored: FactoredSum, x: Tensor) -> Tensor:
-    """M⁻¹ X with the clamped M; symmetric and positive definite as a map of X.
+    """Compute M⁻¹ X with the clamped M; symmetric and positive definite as a map of X.
 
     Args:
         factored: From ``factor_sum``.
@@ -77,7 +77,7 @@ def solve_sum(factored: FactoredSum, x: Tensor) -> Tensor:
 
 
 def sum_product(terms: Terms, x: Tensor, damping: Tensor | float) -> Tensor:
-    """Σ S_k X R_k + λ X."""
+    """Compute Σ S_k X R_k + λ X."""
     result = x * damping
     for r, s in zip(terms.inputs, terms.outputs, strict=True):
         result = result + s @ x @ r
@@ -85,7 +85,7 @@ def sum_product(terms: Terms, x: Tensor, damping: Tensor | float) -> Tensor:
 
 
 def first_pair(terms: Terms) -> tuple[Eigen, Eigen]:
-    """Eigenvectors of the first pair, what ``solve_sum_pcg`` is preconditioned with."""
+    """Eigendecompose the first pair, the preconditioner of ``solve_sum_pcg``."""
     return eigendecompose(terms.inputs[0]), eigendecompose(terms.outputs[0])
 
 
@@ -97,7 +97,7 @@ def solve_sum_pcg(
     tolerance: float = 1e-3,
     steps: int = 30,
 ) -> Iterations:
-    """(Σ R_k ⊗ S_k + λ I)⁻¹ X by conjugate gradients; groups together, as one block diagonal.
+    """Compute (Σ R_k ⊗ S_k + λ I)⁻¹ X by conjugate gradients; groups form one block diagonal.
 
     Preconditioned with the first pair and the whole λ, exactly inverted. Where the sum is
     indefinite, it ends with what it has before a direction of negative curvature; the solution
@@ -140,7 +140,7 @@ def solve_sum_pcg(
 
 
 def _diagonalized(a: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """K and s with Kᵀ A K = I and Kᵀ C K = diag(s)."""
+    """Compute K and s with Kᵀ A K = I and Kᵀ C K = diag(s)."""
     if not bool(a.isfinite().all()) or not bool(c.isfinite().all()):
         raise NotFiniteError("a Kronecker factor is not finite")
     if not bool(c.any()):
@@ -160,7 +160,7 @@ def _diagonalized(a: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _inverse_root(a: Tensor, precision: torch.dtype) -> Tensor:
-    """W with Wᵀ A W = I: L⁻ᵀ, or by eigenvectors where rounding made A indefinite."""
+    """Compute W with Wᵀ A W = I: L⁻ᵀ, or by eigenvectors where rounding made A indefinite."""
     matrix = a.to(precision)
     lower, info = torch.linalg.cholesky_ex(matrix)
     if not bool(info.any()):

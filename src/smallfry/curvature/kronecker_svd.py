@@ -1,4 +1,4 @@
-"""The nearest sum of Kronecker products to a block's Fisher, min ‖F − Σ_k R_k ⊗ S_k‖.
+"""Nearest sum of Kronecker products to a block's Fisher, min ‖F − Σ_k R_k ⊗ S_k‖.
 
 The terms are the leading singular triplets of the rearranged block (Van Loan and Pitsianis 1993;
 KPSVD, Deflation, Lanczos and KFAC-corrected of Koroko et al. 2022, arXiv 2201.10285), among pairs
@@ -54,16 +54,16 @@ def nearest_terms(
     solver: Solver = "deflation",
     tolerance: float | None = None,
 ) -> Terms:
-    """The nearest sum of ``rank`` products to keep · Σ stored + (1 − keep) F.
+    """Find the nearest sum of ``rank`` products to keep · Σ stored + (1 − keep) F.
 
     The first pair is positive semi-definite with at most one stored term, by construction; with
     more it is so up to what the stored sum has lost of an operator that was. Further pairs are
     indefinite in general. Signs are such that trace R ≥ 0.
 
     Args:
-        rows: What the block saw of a batch.
-        rank: How many products; those beyond the operator's rank are zero.
-        stored: What is kept of earlier batches, with any number of terms.
+        rows: Rows of the block in a batch.
+        rank: Number of products; those beyond the operator's rank are zero.
+        stored: Stored terms of earlier batches, any number of them.
         keep: Their weight, from 0 to 1; 0 without ``stored``.
         solver: "deflation" finds the first triplet, then the others orthogonally to it;
             "lanczos" all from one Krylov space; "full" factors the Gram matrices completely,
@@ -93,7 +93,7 @@ def kfac_correction(
     solver: Solver = "deflation",
     tolerance: float | None = None,
 ) -> Terms:
-    """The nearest sum of ``rank`` products to what A ⊗ G leaves of the Fisher: F̄ − A' ⊗ G'.
+    """Find the nearest sum of ``rank`` products to the residual of KFAC, F̄ − A' ⊗ G'.
 
     F̄ = keep (A ⊗ G + Σ stored) + (1 − keep) F is the running Fisher, A' and G' are the running
     factors after this batch, keep A + (1 − keep) E[a aᵀ] and likewise G'. With keep = 0, the
@@ -101,14 +101,14 @@ def kfac_correction(
     exactly where KFAC's independence holds.
 
     Args:
-        rows: What the block saw of a batch.
-        rank: How many products.
+        rows: Rows of the block in a batch.
+        rank: Number of products.
         a: KFAC's A before this batch, (groups, inputs, inputs); counts with ``keep`` only.
         g: KFAC's G before this batch, (groups, outputs, outputs).
         stored: The correction before this batch.
         keep: Weight of what was before.
-        solver: As in ``nearest_terms``.
-        tolerance: As in ``nearest_terms``.
+        solver: See ``nearest_terms``.
+        tolerance: See ``nearest_terms``.
 
     Raises:
         NotFiniteError: The rows, the factors or the stored terms are not finite.
@@ -156,7 +156,7 @@ def _solve(
     solver: Solver,
     tolerance: float | None,
 ) -> Terms:
-    """Terms from the leading triplets of an operator."""
+    """Compute terms from the leading triplets of an operator."""
     squared_norm = operator.squared_norm()
     if not bool(squared_norm.isfinite().all()):
         raise NotFiniteError("a block's inputs, gradients or stored terms are not finite")
@@ -186,7 +186,7 @@ def _solve(
 def column_triplets(
     operator: Columns, rows: Rows, rank: int, solver: Solver, tolerance: float | None
 ) -> Triplets:
-    """Triplets in coefficients of columns."""
+    """Compute triplets in coefficients of columns."""
     if tolerance is None:
         tolerance = 1e-12 if rows.inputs.dtype == torch.float64 else 1e-6
     samples = rows.samples
@@ -218,7 +218,7 @@ def column_triplets(
 
 
 def _of_map(operator: SharedMap, rank: int, solver: Solver, tolerance: float | None) -> Triplets:
-    """Triplets as matrices."""
+    """Convert triplets to matrices."""
     if solver == "full":
         raise UsageError(
             "solver='full' needs one use of the weight per sample; reduce or expand the rows, or "
@@ -255,7 +255,7 @@ def _search(
     solver: Solver,
     tolerance: float,
 ) -> Triplets:
-    """Krylov spaces: of the positive start alone for a positive map's first pair, or of all."""
+    """Search Krylov spaces, from the positive start alone for a positive map's first pair."""
     if not operator.is_positive:
         return golub_kahan(operator, others, rank, tolerance)
     if rank == 1:
@@ -273,7 +273,7 @@ def _search(
 
 
 def _semidefinite_first(operator: SharedMap, found: Triplets) -> Triplets:
-    """The first pair with the smaller matrix made semi-definite, and the other its image.
+    """Make the smaller matrix of the first pair semi-definite, and the other its image.
 
     A completely positive map sends it to a semi-definite one; projecting costs the square of the
     tolerance. With stored terms that are indefinite the map need not be one, and it costs more.
@@ -296,7 +296,7 @@ def _semidefinite_first(operator: SharedMap, found: Triplets) -> Triplets:
 
 
 def _random(count: int, size: int) -> Tensor:
-    """The same at every call, (count, size)."""
+    """Draw fixed pseudorandom numbers, (count, size)."""
     return torch.randn(count, size, generator=torch.Generator().manual_seed(size))
 
 
@@ -314,7 +314,7 @@ def _weights(rows: Rows, values: list[float]) -> Tensor:
 
 
 def in_full_precision(rows: Rows) -> Rows:
-    """Rows in float32 at least."""
+    """Convert rows to float32 or higher."""
     if rows.inputs.dtype in (torch.float32, torch.float64):
         return rows
     return Rows(rows.inputs.float(), rows.gradients.float())

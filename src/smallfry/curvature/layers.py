@@ -1,4 +1,4 @@
-"""Every layer in one form: samples × uses × features.
+"""Canonical form of every layer: samples × uses × features.
 
 A linear map W that is applied somewhere in a network sees, for each sample n, one or several inputs
 a_nt (t counts its *uses*: tokens, positions, recursion steps, calls) and gets the gradients g_nt at
@@ -30,22 +30,22 @@ COVERED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a covered layer multiplies the last dimension, and is no convolution."""
+    """Return whether a covered layer is a linear map of the last dimension, not a convolution."""
     return isinstance(module, nn.Linear | nn.Embedding) or is_transposed(module)
 
 
 def _inputs_first(module: nn.Module) -> bool:
-    """Whether a weight is (inputs, outputs)."""
+    """Return whether a weight is (inputs, outputs)."""
     return isinstance(module, nn.Embedding) or is_transposed(module)
 
 
 def groups_of(module: nn.Module) -> int:
-    """Groups of a covered layer; 1 for linear layers."""
+    """Return the number of groups of a covered layer; 1 for linear layers."""
     return 1 if is_linear(module) else int(cast(Any, module).groups)
 
 
 def outputs_of(module: nn.Module) -> int:
-    """Output features or channels of a covered layer."""
+    """Return the number of output features or channels of a covered layer."""
     layer = cast(Any, module)
     if _inputs_first(module):
         return int(layer.weight.shape[1])
@@ -53,7 +53,7 @@ def outputs_of(module: nn.Module) -> int:
 
 
 def weight_to_matrix(module: nn.Module, weight: Tensor) -> Tensor:
-    """A weight, or its gradient, as (groups, outputs, inputs)."""
+    """Reshape a weight, or its gradient, to (groups, outputs, inputs)."""
     groups = groups_of(module)
     if _inputs_first(module):
         return weight.T.unsqueeze(0)
@@ -66,7 +66,7 @@ def weight_to_matrix(module: nn.Module, weight: Tensor) -> Tensor:
 
 
 def matrix_to_weight(module: nn.Module, matrix: Tensor) -> Tensor:
-    """What ``weight_to_matrix`` did, undone."""
+    """Invert ``weight_to_matrix``."""
     shape = cast(Any, module).weight.shape
     if _inputs_first(module):
         return matrix[0].T
@@ -84,13 +84,13 @@ def canonical_inputs(
     samples: int,
     kept: Tensor | None = None,
 ) -> Tensor:
-    """The inputs a_nt that a layer's weight was multiplied with.
+    """Return the inputs a_nt that a layer's weight was multiplied by.
 
     Args:
         module: A covered layer.
-        inputs: What it was called with.
-        outputs: What it returned, or the gradient there; only its shape counts.
-        samples: How many samples the network saw.
+        inputs: Inputs of the call.
+        outputs: Outputs of the call, or their gradient; only the shape is used.
+        samples: Number of samples in the network's batch.
         kept: Index of the uses wanted; None for all.
 
     Returns:
@@ -118,12 +118,12 @@ def canonical_inputs(
 
 
 def canonical_gradients(module: nn.Module, gradients: Tensor, samples: int) -> Tensor:
-    """The gradients g_nt at a layer's outputs, (groups, samples, uses, outputs).
+    """Return the gradients g_nt at a layer's outputs, (groups, samples, uses, outputs).
 
     Args:
         module: A covered layer.
         gradients: Gradient at what it returned.
-        samples: How many samples the network saw.
+        samples: Number of samples in the network's batch.
 
     Raises:
         UsageError: No dimension of the gradients can be the samples.
@@ -141,7 +141,7 @@ def canonical_gradients(module: nn.Module, gradients: Tensor, samples: int) -> T
 
 
 def _by_sample(tensor: Tensor, samples: int, layer: str) -> Tensor:
-    """(…, features) as (samples, uses, features)."""
+    """Reshape (…, features) to (samples, uses, features)."""
     features = tensor.shape[-1]
     lead = tuple(tensor.shape[:-1])
     if not lead:
@@ -155,19 +155,19 @@ def _by_sample(tensor: Tensor, samples: int, layer: str) -> Tensor:
 
 
 def _repeats(leading: int, samples: int, layer: str) -> int:
-    """How many rows of the leading dimension belong to a sample; windows, for instance."""
+    """Count the rows of the leading dimension per sample, such as windows."""
     if leading % samples:
         raise UsageError(
-            f"a {layer} was called on {leading} rows while the network saw {samples} samples: "
-            "which row belongs to which sample can't be told; expected the samples, or a multiple "
-            "of them, in the first dimension (or the second, behind a sequence). "
+            f"a {layer} was called on {leading} rows while the network saw {samples} samples, so "
+            f"rows can't be assigned to samples; expected the samples, or a multiple "
+            "of them, in the first dimension (or the second, after a sequence). "
             "Exclude the layer: exclude=[name]"
         )
     return leading // samples
 
 
 def _patches(module: nn.Module, inputs: Tensor, kept: Tensor | None) -> Tensor:
-    """What a convolution multiplies its kernel with: (batch, channels · kernel, positions).
+    """Extract the input patches of a convolution, (batch, channels · kernel, positions).
 
     Where only some positions are wanted, only these are copied.
     """
@@ -198,7 +198,7 @@ def _patches(module: nn.Module, inputs: Tensor, kept: Tensor | None) -> Tensor:
 
 
 def _transposed_patches(module: nn.ConvTranspose2d, inputs: Tensor, outputs: Tensor) -> Tensor:
-    """A transposed convolution is a plain one of the input with zeros between its pixels."""
+    """Extract patches of a transposed convolution: zeros are inserted between its input pixels."""
     if inputs.ndim == 3:
         inputs = inputs.unsqueeze(0)
     kernel, stride = module.kernel_size, module.stride
@@ -219,7 +219,7 @@ def _transposed_patches(module: nn.ConvTranspose2d, inputs: Tensor, outputs: Ten
 
 
 def ones_column(rows: Tensor, columns: int, chosen: int | None) -> Tensor:
-    """Inputs with ``columns`` more features, all 0 but the ``chosen``, which is 1.
+    """Append ``columns`` features to inputs, all 0 except the ``chosen``, which is 1.
 
     Modules that share a weight may each have a bias of their own: each bias is one column.
     """

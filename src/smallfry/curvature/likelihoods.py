@@ -1,4 +1,4 @@
-"""What a network's output says of its targets: densities, their Fisher and their divergence.
+"""Likelihoods: densities of the targets given the outputs, their Fisher and divergence.
 
 A likelihood turns the model's output into a density p(y | x), sample by sample, summed over
 outputs. From it come the gradients that the Fisher is made of, taken at the output z:
@@ -37,7 +37,7 @@ Outputs = tuple[Tensor, ...]
 
 
 class Scale(NamedTuple):
-    """What the gradients at the outputs tell of the training loss."""
+    """Scale of the training loss, inferred from the gradients at the outputs."""
 
     factor: float  # the loss is at least so many times the mean negative log-likelihood
     hard: bool  # targets are mostly certain, so that ``factor`` is exact
@@ -46,35 +46,35 @@ class Scale(NamedTuple):
 
 
 class Likelihood(ABC):
-    """A density of the targets given the model's output."""
+    """Density of the targets given the model's output."""
 
     @abstractmethod
     def select(self, output: Any) -> Outputs:
-        """The tensors (samples, …) that the density is a function of."""
+        """Select the tensors (samples, …) that the density is a function of."""
 
     @abstractmethod
     def sample_gradients(self, outputs: Outputs, generator: torch.Generator) -> Outputs:
-        """−∇ log p of one sampled target, at the outputs."""
+        """Return −∇ log p of one sampled target, at the outputs."""
 
     def of_last(self) -> "Likelihood":
-        """The likelihood of the outputs that were selected last, whatever is selected next."""
+        """Return the likelihood of the outputs selected last, whatever is selected next."""
         return self
 
     def is_density(self, outputs: Outputs) -> bool:
-        """Whether targets can be drawn: outputs that are not finite describe no density."""
+        """Return whether targets can be drawn, which takes finite outputs."""
         return all(bool(z.isfinite().all()) for z in outputs)
 
     def columns(self, outputs: Outputs) -> Iterator[Outputs]:
-        """Columns whose outer products sum to the Hessian of −log p, sample by sample."""
+        """Return columns whose outer products sum to the Hessian of −log p, sample by sample."""
         raise self._unable("fisher='exact'")
 
     def row_weights(self, outputs: Outputs, index: int, gradient: Tensor) -> RowWeights | None:
-        """What the training gradient at one output says of the weights of its rows.
+        """Infer the row weights of one output from the training gradient there.
 
         Args:
             outputs: All outputs.
-            index: Of the one.
-            gradient: Of the training loss there, as the backward pass brought it: its precision is
+            index: Index of this output.
+            gradient: Gradient of the training loss there, as computed by autograd: its precision is
                 that of the output.
 
         Returns:
@@ -83,7 +83,7 @@ class Likelihood(ABC):
         return RowWeights(None, None)
 
     def given_weights(self, outputs: Outputs, index: int, given: Any) -> RowWeights:
-        """Weights of the rows of one output, as the user states them.
+        """Convert user-given weights to the rows of one output.
 
         Raises:
             ValueError: They don't fit the output.
@@ -91,18 +91,18 @@ class Likelihood(ABC):
         return given_weights(given, outputs[index], None)
 
     def hessian_product(self, outputs: Outputs, tangents: Outputs) -> Outputs:
-        """The Hessian of −log p times tangents."""
+        """Multiply the Hessian of −log p by tangents."""
         raise self._unable("the quadratic model")
 
     def divergence(
         self, before: Outputs, after: Outputs, weights: Sequence[Tensor | None] | None = None
     ) -> Tensor:
-        """KL(before ‖ after) of each sample, (samples,).
+        """Compute KL(before ‖ after) of each sample, (samples,).
 
         Args:
             before: Outputs.
             after: Other outputs.
-            weights: Of rows, broadcastable to each output; None for ones.
+            weights: Row weights, broadcastable to each output; None for ones.
         """
         raise self._unable("adaptive damping")
 
@@ -112,33 +112,33 @@ class Likelihood(ABC):
         gradients: Sequence[Tensor | None],
         weights: Sequence[Tensor | None] | None = None,
     ) -> float:
-        """The number of targets to a sample, each of which a step may diverge by as much.
+        """Count the targets per sample; the allowed divergence is per target.
 
         Args:
-            outputs: Of the model.
-            gradients: Of each sample's own negative log-likelihood, there.
-            weights: Of rows, as in ``divergence``: a target counts by that of its row.
+            outputs: Outputs of the model.
+            gradients: Gradients of each sample's own negative log-likelihood at the outputs.
+            weights: Row weights, as in ``divergence``: a target counts by that of its row.
         """
         return 1.0
 
     def loss_factor(self, outputs: Outputs, gradients: Outputs) -> Scale | None:
-        """What gradients at the outputs, times samples, tell of the loss; None for nothing."""
+        """Infer the factor of the loss from output gradients times samples; None if unknown."""
         return None
 
     def mean_factor(self, outputs: Outputs) -> float:
-        """The loss that PyTorch's ``reduction="mean"`` gives, over the mean per sample."""
+        """Return the ratio of PyTorch's ``reduction="mean"`` to the mean per sample."""
         raise self._unable("loss_scale='mean'")
 
     def _unable(self, what: str) -> UsageError:
         return UsageError(
             f"{what} needs a categorical, bernoulli or gaussian likelihood, not "
-            f"{type(self).__name__}; take fisher='mc', a number for loss_scale, and neither "
-            "adaptive damping nor the quadratic model"
+            f"{type(self).__name__}; use fisher='mc', a number for loss_scale, and neither "
+            f"adaptive damping nor the quadratic model"
         )
 
 
 class _Family(Likelihood):
-    """An exponential family in the one tensor that the model gives."""
+    """Exponential family in the model's single output tensor."""
 
     def select(self, output: Any) -> Outputs:
         if not isinstance(output, Tensor):
@@ -151,7 +151,7 @@ class _Family(Likelihood):
 
 
 class Categorical(_Family):
-    """One class of several: ``F.cross_entropy`` of logits.
+    """One of several classes: ``F.cross_entropy`` of logits.
 
     Rows that the loss leaves out (``ignore_index``, padding masks) have no gradient and no part in
     the Fisher. Class and sample weights are read off the gradient where targets are certain.
@@ -160,7 +160,7 @@ class Categorical(_Family):
         dim: Dimension of the classes: -1 is (samples, …, classes), 1 what ``F.cross_entropy``
             takes for (samples, classes, positions). None finds out which of the two it is: there
             the loss's gradient adds up to zero.
-        hard: Whether targets are certain classes, so that a row's gradient gives its weight; False
+        hard: True if targets are certain classes, so that a row's gradient gives its weight; False
             for label smoothing and mixed targets, whose rows weigh the same. None finds out, for
             three classes or more; of two, rows of different weight are taken for soft targets.
     """
@@ -171,17 +171,17 @@ class Categorical(_Family):
 
     @property
     def dim(self) -> int:
-        """Dimension of the classes."""
+        """Class dimension."""
         return self._found if self._dim is None else self._dim
 
     def _find(self, gradient: Tensor) -> None:
-        """The dimension of the classes: ∇ adds up to zero along it."""
+        """Find the class dimension, along which ∇ sums to zero."""
         if self._dim is None and gradient.ndim > 2 and bool(gradient.any()):
             sums = {d: float(gradient.sum(d).abs().sum()) for d in (-1, 1)}
             self._found = -1 if sums[-1] <= sums[1] else 1
 
     def row_weights(self, outputs: Outputs, index: int, gradient: Tensor) -> RowWeights | None:
-        """From rows without a gradient, and from the ratio of gradient and probability."""
+        """Infer weights from rows without a gradient, and from gradient over probability."""
         self._find(gradient)
         p, g = self._probabilities(outputs), gradient.movedim(self.dim, -1)
         counts = (g != 0).any(-1)
@@ -196,16 +196,16 @@ class Categorical(_Family):
         return _unsqueezed(found, self.dim)
 
     def given_weights(self, outputs: Outputs, index: int, given: Any) -> RowWeights:
-        """One for each row, whatever its class."""
+        """Return one weight per row, whatever its class."""
         return given_weights(given, outputs[index], self.dim)
 
     def _probabilities(self, outputs: Outputs) -> Tensor:
-        """(samples, …, classes)."""
+        """Compute probabilities (samples, …, classes)."""
         z = outputs[0].movedim(self.dim, -1)
         return z.to(_precise(z)).softmax(-1)
 
     def is_density(self, outputs: Outputs) -> bool:
-        """Impossible classes may have a logit of −∞, as long as one class is left."""
+        """Accept logits of −∞ for impossible classes, as long as one class is left."""
         top = outputs[0].amax(self.dim)
         return bool(top.isfinite().all()) and not bool(outputs[0].isnan().any())
 
@@ -213,13 +213,13 @@ class Categorical(_Family):
         return (g.movedim(-1, self.dim).to(z),)
 
     def sample_gradients(self, outputs: Outputs, generator: torch.Generator) -> Outputs:
-        """Probabilities minus the one-hot sample."""
+        """Return probabilities minus the one-hot sample."""
         p = self._probabilities(outputs)
         drawn = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator)
         return self._back(p - F.one_hot(drawn.view(p.shape[:-1]), p.shape[-1]), outputs[0])
 
     def columns(self, outputs: Outputs) -> Iterator[Outputs]:
-        """√p_k (p − e_k) for each class k, at each position."""
+        """Return √p_k (p − e_k) for each class k, at each position."""
         p = self._probabilities(outputs)
         positions = p[0, ..., 0].numel()
         flat = p.reshape(len(p), positions, -1)
@@ -232,20 +232,20 @@ class Categorical(_Family):
                 yield self._back(column.reshape(p.shape), outputs[0])
 
     def hessian_product(self, outputs: Outputs, tangents: Outputs) -> Outputs:
-        """(diag(p) − p pᵀ) u."""
+        """Compute (diag(p) − p pᵀ) u."""
         p, u = self._probabilities(outputs), tangents[0].movedim(self.dim, -1)
         return self._back(p * (u - (p * u).sum(-1, keepdim=True)), tangents[0])
 
     def divergence(
         self, before: Outputs, after: Outputs, weights: Sequence[Tensor | None] | None = None
     ) -> Tensor:
-        """Σ p log(p / p')."""
+        """Compute Σ p log(p / p')."""
         old, new = (z[0].movedim(self.dim, -1).log_softmax(-1) for z in (before, after))
         terms = torch.where(old.isneginf(), 0.0, old.exp() * (old - new)).movedim(-1, self.dim)
         return _by_sample(_weighted(terms, weights)).sum(1)
 
     def loss_factor(self, outputs: Outputs, gradients: Outputs) -> Scale | None:
-        """From classes whose target is 0, where the gradient is the factor times p."""
+        """Infer the factor from classes with target 0, where the gradient is the factor times p."""
         self._find(gradients[0])
         p, g = self._probabilities(outputs), gradients[0].movedim(self.dim, -1)
         balanced = bool((g.sum(-1).abs() <= 0.02 * g.abs().sum(-1) + 1e-30).all())
@@ -258,31 +258,31 @@ class Categorical(_Family):
         gradients: Sequence[Tensor | None],
         weights: Sequence[Tensor | None] | None = None,
     ) -> float:
-        """Positions."""
+        """Count positions."""
         return outputs[0][0].numel() / outputs[0].shape[self.dim] * _mean_weight(weights)
 
     def mean_factor(self, outputs: Outputs) -> float:
-        """1 / positions."""
+        """Return 1 / positions."""
         return outputs[0].shape[self.dim] / outputs[0][0].numel()
 
 
 class Bernoulli(_Family):
-    """Independent yes or no outputs.
+    """Independent binary outputs.
 
     Args:
         inputs: "logits" (``binary_cross_entropy_with_logits``), or "probabilities" for a model
             with the sigmoid inside (``binary_cross_entropy``).
-        hard: Whether targets are 0 or 1, so that the gradient at an output gives its weight
+        hard: True if targets are 0 or 1, so that the gradient at an output gives its weight
             (``weight``, ``pos_weight``). False takes all outputs with a gradient for alike.
     """
 
     def __init__(self, inputs: str = "logits", hard: bool = False) -> None:
         if inputs not in ("logits", "probabilities"):
-            raise UsageError(f"Bernoulli takes 'logits' or 'probabilities', not '{inputs}'")
+            raise UsageError(f"Bernoulli accepts 'logits' or 'probabilities', not '{inputs}'")
         self.inputs, self.hard = inputs, hard
 
     def row_weights(self, outputs: Outputs, index: int, gradient: Tensor) -> RowWeights | None:
-        """From outputs without a gradient; and from the ratio of gradient and probability."""
+        """Infer weights from outputs without a gradient, and from gradient over probability."""
         p, g = self._probabilities(outputs), gradient.to(_precise(gradient))
         if self.inputs == "probabilities":
             g = g * p * (1 - p)
@@ -299,30 +299,30 @@ class Bernoulli(_Family):
         if bool(((z < 0) | (z > 1)).any()):
             raise UsageError(
                 "the likelihood bernoulli of probabilities got model outputs outside 0 … 1; "
-                "if the model gives logits, take likelihood='bernoulli'"
+                "if the model returns logits, use likelihood='bernoulli'"
             )
         return z
 
     def _to_output(self, residual: Tensor, p: Tensor) -> Tensor:
-        """A gradient at the logits, carried to the outputs: through the sigmoid inside."""
+        """Propagate a gradient at the logits to the outputs, through the inner sigmoid."""
         if self.inputs == "logits":
             return residual
         return residual / (p * (1 - p)).clamp_min(torch.finfo(p.dtype).eps)
 
     def sample_gradients(self, outputs: Outputs, generator: torch.Generator) -> Outputs:
-        """p minus the sample, over p (1 − p) if the sigmoid is inside."""
+        """Return p minus the sample, over p (1 − p) for an inner sigmoid."""
         p = self._probabilities(outputs)
         drawn = torch.bernoulli(p, generator=generator)
         return (self._to_output(p - drawn, p).to(outputs[0]),)
 
     def columns(self, outputs: Outputs) -> Iterator[Outputs]:
-        """√(p (1 − p)) at one output after the other."""
+        """Return √(p (1 − p)) at one output after the other."""
         p = self._probabilities(outputs)
         root = self._to_output((p * (1 - p)).sqrt(), p)
         yield from _one_by_one(root.to(outputs[0]))
 
     def hessian_product(self, outputs: Outputs, tangents: Outputs) -> Outputs:
-        """p (1 − p) u, or u / (p (1 − p))."""
+        """Compute p (1 − p) u, or u / (p (1 − p))."""
         p = self._probabilities(outputs)
         root = self._to_output((p * (1 - p)).sqrt(), p)
         return ((root**2 * tangents[0]).to(tangents[0]),)
@@ -330,7 +330,7 @@ class Bernoulli(_Family):
     def divergence(
         self, before: Outputs, after: Outputs, weights: Sequence[Tensor | None] | None = None
     ) -> Tensor:
-        """p log(p / p') + (1 − p) log((1 − p) / (1 − p'))."""
+        """Compute p log(p / p') + (1 − p) log((1 − p) / (1 − p'))."""
         old, new = (self._probabilities(z) for z in (before, after))
         tiny = torch.finfo(old.dtype).tiny
         yes = old * (old.clamp_min(tiny) / new.clamp_min(tiny)).log()
@@ -338,7 +338,7 @@ class Bernoulli(_Family):
         return _by_sample(_weighted(yes + no, weights)).sum(1)
 
     def loss_factor(self, outputs: Outputs, gradients: Outputs) -> Scale | None:
-        """From targets that are certain, where the gradient is the factor times p or 1 − p."""
+        """Infer the factor from certain targets, with a gradient of the factor times p or 1 − p."""
         p, g = self._probabilities(outputs), gradients[0]
         if self.inputs == "probabilities":
             g = g * p * (1 - p)
@@ -352,11 +352,11 @@ class Bernoulli(_Family):
         gradients: Sequence[Tensor | None],
         weights: Sequence[Tensor | None] | None = None,
     ) -> float:
-        """Outputs."""
+        """Count outputs."""
         return outputs[0][0].numel() * _mean_weight(weights)
 
     def mean_factor(self, outputs: Outputs) -> float:
-        """1 / outputs."""
+        """Return 1 / outputs."""
         return 1.0 / outputs[0][0].numel()
 
 
@@ -366,24 +366,26 @@ class Gaussian(_Family):
     Nothing in a gradient tells the scale of such a loss, so it goes unchecked.
 
     Args:
-        variance: Of the targets around the outputs.
-        masked: Whether outputs without a gradient are those that the loss leaves out. Else they
+        variance: Variance of the targets around the outputs.
+        masked: True if outputs without a gradient are masked out of the loss. Otherwise they
             may be those that meet their targets exactly.
     """
 
     def __init__(self, variance: float = 1.0, masked: bool = False) -> None:
         if not variance > 0:
-            raise UsageError(f"the variance of a gaussian likelihood is positive, not {variance}")
+            raise UsageError(
+                f"the variance of a gaussian likelihood must be positive, not {variance}"
+            )
         self.variance, self.masked = variance, masked
 
     def row_weights(self, outputs: Outputs, index: int, gradient: Tensor) -> RowWeights | None:
-        """From outputs without a gradient."""
+        """Infer weights from outputs without a gradient."""
         if not self.masked:
             return RowWeights(None, None)
         return read_weights(gradient, gradient != 0, False)
 
     def sample_gradients(self, outputs: Outputs, generator: torch.Generator) -> Outputs:
-        """Standard normal noise over the standard deviation."""
+        """Return standard normal noise over the standard deviation."""
         z = outputs[0]
         noise = torch.randn(
             z.shape, generator=generator, dtype=_precise(z), device=generator.device
@@ -391,17 +393,17 @@ class Gaussian(_Family):
         return ((noise / math.sqrt(self.variance)).to(z),)
 
     def columns(self, outputs: Outputs) -> Iterator[Outputs]:
-        """1 / standard deviation at one output after the other."""
+        """Return 1 / standard deviation at one output after the other."""
         yield from _one_by_one(torch.full_like(outputs[0], 1 / math.sqrt(self.variance)))
 
     def hessian_product(self, outputs: Outputs, tangents: Outputs) -> Outputs:
-        """u / variance."""
+        """Compute u / variance."""
         return (tangents[0] / self.variance,)
 
     def divergence(
         self, before: Outputs, after: Outputs, weights: Sequence[Tensor | None] | None = None
     ) -> Tensor:
-        """½ (f' − f)² / variance."""
+        """Compute ½ (f' − f)² / variance."""
         squares = _weighted((after[0] - before[0]) ** 2, weights)
         return _by_sample(squares).sum(1) / (2 * self.variance)
 
@@ -411,7 +413,7 @@ class Gaussian(_Family):
         gradients: Sequence[Tensor | None],
         weights: Sequence[Tensor | None] | None = None,
     ) -> float:
-        """Outputs; times the mean squared error over the variance, if that is above 1.
+        """Count outputs, times the mean squared error over the variance if that is above 1.
 
         Targets that are farther from the outputs than the variance says have another scale than
         was stated. So a step is as long relative to them in whatever unit they are given.
@@ -426,12 +428,12 @@ class Gaussian(_Family):
         return count * max(1.0, float(squares.mean()) * self.variance)
 
     def mean_factor(self, outputs: Outputs) -> float:
-        """2 / outputs: ``F.mse_loss`` has no ½."""
+        """Return 2 / outputs: ``F.mse_loss`` has no ½."""
         return 2.0 * self.variance / outputs[0][0].numel()
 
 
 def _factor(g: Tensor, expected: Tensor, fits: bool) -> Scale | None:
-    """The largest ratio of gradient to what certain targets would give."""
+    """Return the largest ratio of the gradient to that of certain targets."""
     if g.numel() == 0 or not bool(g.isfinite().all()):
         return None
     ratio = g / expected
@@ -468,7 +470,7 @@ def _unsqueezed(found: RowWeights | None, dim: int) -> RowWeights | None:
 
 
 def _by_sample(tensor: Tensor) -> Tensor:
-    """(samples, outputs); a head of one output may come without that dimension."""
+    """Reshape to (samples, outputs); a head of one output may lack that dimension."""
     return tensor.reshape(len(tensor), -1)
 
 

@@ -1,4 +1,4 @@
-"""Kronecker factors as a few eigenpairs and one value for all other directions.
+"""Kronecker factors as a few eigenpairs and one value for the remaining spectrum.
 
     factor ≈ U diag(λ) Uᵀ + τ (I − U Uᵀ)
 
@@ -22,7 +22,7 @@ OVERSAMPLING = 8  # directions beside the rank in which new eigenvectors are loo
 
 
 class LowRank(NamedTuple):
-    """A symmetric positive semi-definite matrix with a flat tail."""
+    """Symmetric positive semi-definite matrix with a flat tail."""
 
     vectors: Tensor  # U, (groups, size, rank), orthonormal
     values: Tensor  # λ, (groups, rank), ascending
@@ -42,14 +42,14 @@ class LowRank(NamedTuple):
         return (self.vectors * excess) @ self.vectors.transpose(1, 2) + flat
 
     def times(self, x: Tensor) -> Tensor:
-        """The matrix times (groups, size, columns)."""
+        """Multiply the matrix by (groups, size, columns)."""
         excess = (self.values - self.tail[:, None])[:, :, None]
         projected = excess * (self.vectors.transpose(1, 2) @ x)
         return self.vectors @ projected + self.tail[:, None, None] * x
 
 
 def inner(one: LowRank, other: LowRank) -> Tensor:
-    """⟨one, other⟩, the trace of their product, (groups,)."""
+    """Compute ⟨one, other⟩, the trace of their product, (groups,)."""
     size = one.vectors.shape[1]
     squares = (one.vectors.transpose(1, 2) @ other.vectors) ** 2
     first, second = one.values - one.tail[:, None], other.values - other.tail[:, None]
@@ -61,14 +61,14 @@ def inner(one: LowRank, other: LowRank) -> Tensor:
 def average(
     old: LowRank | None, rows: Tensor, keep: float, rank: int, generator: torch.Generator
 ) -> LowRank:
-    """The leading pairs of keep · old + (1 − keep) · rowsᵀ rows.
+    """Compute the leading pairs of keep · old + (1 − keep) · rowsᵀ rows.
 
     Args:
         old: The average so far; None if there is none.
         rows: (groups, rows, size), weighted so that rowsᵀ rows is the batch's factor.
         keep: Share of the old.
         rank: Pairs to keep, less than size.
-        generator: Of the directions in which new eigenvectors are looked for.
+        generator: Generator of the initial directions of the eigenvector search.
 
     Raises:
         NotFiniteError: A row is not finite.
@@ -80,20 +80,20 @@ def average(
 
 
 class Average(NamedTuple):
-    """``average`` in steps, between which what needs the rows can be summed over processes."""
+    """Stepwise form of ``average``, for sums over processes between the steps."""
 
     old: LowRank | None
     keep: float  # share of the old
     rank: int
 
     def directions(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """Where eigenvectors are looked for at first, (groups, size, columns)."""
+        """Return the initial directions of the eigenvector search, (groups, size, columns)."""
         groups, _, size = rows.shape
         start = None if self.old is None else self.old.vectors
         return _directions(groups, size, self.rank, start, generator, rows)
 
     def basis(self, first: Tensor, product: Tensor) -> Tensor:
-        """An orthonormal basis of what the matrix makes of the first directions.
+        """Orthonormalise the image of the first directions.
 
         Args:
             first: The directions.
@@ -102,12 +102,12 @@ class Average(NamedTuple):
         return _basis(self._whole(first, product))
 
     def pairs(self, basis: Tensor, product: Tensor, trace: Tensor) -> LowRank:
-        """The leading pairs.
+        """Compute the leading pairs.
 
         Args:
             basis: From ``basis``.
             product: rowsᵀ rows times it.
-            trace: Of rowsᵀ rows, (groups,).
+            trace: Trace of rowsᵀ rows, (groups,).
         """
         total = trace if self.old is None else trace * (1 - self.keep) + self.keep * self.old.trace
         return _pairs(basis, self._whole(basis, product), total, self.rank)
@@ -119,7 +119,7 @@ class Average(NamedTuple):
 
 
 def gram_times(rows: Tensor, x: Tensor) -> Tensor:
-    """rowsᵀ rows times x, (groups, size, columns)."""
+    """Compute rowsᵀ rows times x, (groups, size, columns)."""
     return rows.transpose(1, 2) @ (rows @ x)
 
 
@@ -130,12 +130,12 @@ def compress(
     near: LowRank | None = None,
     signed: bool = False,
 ) -> LowRank:
-    """The leading pairs of a symmetric matrix; all of them if there are not more than ``rank``.
+    """Compute the leading ``rank`` pairs of a symmetric matrix, or all.
 
     Args:
         matrix: (groups, size, size), positive semi-definite unless ``signed``.
         rank: Pairs to keep.
-        generator: Of the directions in which eigenvectors are looked for.
+        generator: Generator of the initial directions of the eigenvector search.
         near: A matrix that has almost the same leading eigenvectors.
         signed: Keep the largest by size, whatever their sign, and nothing of the rest.
 
@@ -161,15 +161,15 @@ def leading_pairs(
     generator: torch.Generator,
     signed: bool = False,
 ) -> LowRank:
-    """The leading pairs of a symmetric matrix that only its products are known of.
+    """Compute the leading pairs of a symmetric matrix given by its products.
 
     Args:
         product: The matrix times (groups, size, columns).
-        trace: Of the matrix, (groups,).
+        trace: Trace of the matrix, (groups,).
         size: Its size.
         rank: Pairs to keep, less than size.
         start: Vectors near the leading ones, (groups, size, any); None for random ones.
-        generator: Of further random ones.
+        generator: Generator of additional random directions.
         signed: Keep the largest by size, whatever their sign, and nothing of the rest.
     """
     first = _directions(len(trace), size, rank, start, generator, trace)
@@ -200,7 +200,7 @@ def _basis(product: Tensor) -> Tensor:
 def _pairs(
     basis: Tensor, product: Tensor, trace: Tensor, rank: int, signed: bool = False
 ) -> LowRank:
-    """Rayleigh and Ritz's pairs in a basis."""
+    """Compute Rayleigh–Ritz pairs in a basis."""
     ritz = basis.transpose(1, 2) @ product
     values, inner = _eigh((ritz + ritz.transpose(1, 2)) / 2)
     if signed:
@@ -214,7 +214,7 @@ def _pairs(
 
 
 class PencilSide(NamedTuple):
-    """One side of A ⊗ B + C ⊗ D: A^{-1/2} C A^{-1/2} = E diag(s) Eᵀ, where A is damped already."""
+    """One side of A ⊗ B + C ⊗ D: A^{-1/2} C A^{-1/2} = E diag(s) Eᵀ, with A already damped."""
 
     root: LowRank  # A^{-1/2}
     vectors: Tensor  # E, (groups, size, pairs), orthonormal
@@ -222,7 +222,7 @@ class PencilSide(NamedTuple):
 
 
 def pencil_side(a: LowRank, damping: Tensor, c: LowRank) -> PencilSide:
-    """Diagonalize C in the metric of A + d I.
+    """Diagonalise C in the metric of A + d I.
 
     Args:
         a: A.
@@ -236,7 +236,7 @@ def pencil_side(a: LowRank, damping: Tensor, c: LowRank) -> PencilSide:
 
 
 def solve_pencil(a: PencilSide, g: PencilSide, x: Tensor, floor: float) -> Tensor:
-    """(A ⊗ B + C ⊗ D)⁻¹ X, where 1 + s_g s_aᵀ is not taken for less than ``floor``.
+    """Compute (A ⊗ B + C ⊗ D)⁻¹ X, with 1 + s_g s_aᵀ clamped at ``floor``.
 
     Args:
         a: Side of the inputs, of A and C.
@@ -254,7 +254,7 @@ def solve_pencil(a: PencilSide, g: PencilSide, x: Tensor, floor: float) -> Tenso
 
 
 def solve_sides(a: LowRank | None, g: LowRank | None, x: Tensor, da: Tensor, dg: Tensor) -> Tensor:
-    """(G + d_g I)⁻¹ X (A + d_a I)⁻¹, where a side that is None is left alone.
+    """Compute (G + d_g I)⁻¹ X (A + d_a I)⁻¹, skipping a side that is None.
 
     Args:
         a: Input factor.
@@ -274,7 +274,7 @@ def solve_sides(a: LowRank | None, g: LowRank | None, x: Tensor, da: Tensor, dg:
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors, in float64 where the matrix's own precision is not enough."""
+    """Compute eigenvalues and eigenvectors, in float64 where the given precision is not enough."""
     if not bool(matrix.isfinite().all()):
         raise NotFiniteError("a Kronecker factor is not finite")
     for precision in (matrix.dtype, torch.float64):
@@ -288,5 +288,5 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _shrink(factor: LowRank, damping: Tensor) -> Tensor:
-    """(τ + d) / (λ + d) − 1, (groups, rank): what an eigenvector has less than the tail."""
+    """Compute (τ + d) / (λ + d) − 1, (groups, rank), relative to the tail."""
     return (factor.tail + damping)[:, None] / (factor.values + damping[:, None]) - 1

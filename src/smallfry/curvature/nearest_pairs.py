@@ -1,4 +1,4 @@
-"""The nearest sum of Kronecker products where its matrices are kept as a few eigenpairs.
+"""Nearest sum of Kronecker products with low-rank matrices.
 
 The same as ``kronecker_svd.nearest_terms`` for a layer that each sample uses once, without ever
 forming a matrix of inputs by inputs or outputs by outputs: inner products with a stored matrix, and
@@ -47,16 +47,16 @@ def nearest_pairs(
     keep: float = 0.0,
     solver: Solver = "deflation",
 ) -> Pairs:
-    """The nearest sum of ``count`` products to keep · Σ stored + (1 − keep) F, cut to few pairs.
+    """Find the nearest sum of ``count`` products to keep · Σ stored + (1 − keep) F, at low rank.
 
     Args:
-        rows: What the block saw of a batch, with one use per sample.
+        rows: Rows of the block in a batch, with one use per sample.
         kept: Eigenpairs of the inputs' and of the outputs' matrices; None keeps them whole.
-        generator: Of the directions in which eigenvectors are looked for.
+        generator: Generator of the initial directions of the eigenvector search.
         count: Products.
-        stored: What is kept of earlier batches.
+        stored: Stored sum of earlier batches.
         keep: Their weight, from 0 to 1.
-        solver: As in ``nearest_terms``.
+        solver: See ``nearest_terms``.
 
     Raises:
         NotFiniteError: The rows or the stored products are not finite.
@@ -101,7 +101,7 @@ def nearest_pairs(
 
 
 class _Mixed(NamedTuple):
-    """Σ_b c_b x_b x_bᵀ + Σ_k w_k R_k, not formed."""
+    """Implicit matrix Σ_b c_b x_b x_bᵀ + Σ_k w_k R_k."""
 
     x: Tensor  # (groups, rows, size)
     own: Tensor  # c, (groups, rows)
@@ -109,7 +109,7 @@ class _Mixed(NamedTuple):
     weights: Tensor  # w, (groups, stored)
 
     def times(self, scale: Tensor) -> "_Mixed":
-        """With all coefficients scaled, (groups,)."""
+        """Scale all coefficients, (groups,)."""
         return self._replace(own=self.own * scale[:, None], weights=self.weights * scale[:, None])
 
     def trace(self) -> Tensor:
@@ -120,7 +120,7 @@ class _Mixed(NamedTuple):
         return total
 
     def product(self, y: Tensor) -> Tensor:
-        """The matrix times (groups, size, columns)."""
+        """Multiply the matrix by (groups, size, columns)."""
         result = self.x.transpose(1, 2) @ (self.own[:, :, None] * (self.x @ y))
         for factor, weight in zip(self.stored, self.weights.unbind(1), strict=True):
             image = factor.times(y) if isinstance(factor, LowRank) else factor @ y
@@ -128,7 +128,7 @@ class _Mixed(NamedTuple):
         return result
 
     def dense(self) -> Tensor:
-        """The matrix, (groups, size, size)."""
+        """Form the matrix, (groups, size, size)."""
         result = symmetric_product(self.x * self.own[:, :, None], self.x)
         for factor, weight in zip(self.stored, self.weights.unbind(1), strict=True):
             result += weight[:, None, None] * _dense(factor)
@@ -137,7 +137,7 @@ class _Mixed(NamedTuple):
     def cut(
         self, pairs: int | None, generator: torch.Generator, near: Factor | None, signed: bool
     ) -> Factor:
-        """The leading pairs, or the whole matrix."""
+        """Compute the leading pairs, or the whole matrix."""
         if pairs is None:
             return self.dense()
         size = self.x.shape[2]
@@ -149,7 +149,7 @@ class _Mixed(NamedTuple):
 
 
 def _with_stored(own: Tensor, x: Tensor, factors: Sequence[Factor], draws: int) -> Tensor:
-    """Gram matrix of samples and stored matrices."""
+    """Compute the Gram matrix of samples and stored matrices."""
     if not factors:
         return own
     forms = [_forms(x, factor).reshape(len(x), draws, -1).sum(1) for factor in factors]
@@ -159,7 +159,7 @@ def _with_stored(own: Tensor, x: Tensor, factors: Sequence[Factor], draws: int) 
 
 
 def _forms(x: Tensor, factor: Factor) -> Tensor:
-    """xᵀ R x of every row, (groups, rows)."""
+    """Compute xᵀ R x of every row, (groups, rows)."""
     if not isinstance(factor, LowRank):
         return quadratic_forms(x, factor)
     excess = (factor.values - factor.tail[:, None])[:, :, None]
@@ -168,7 +168,7 @@ def _forms(x: Tensor, factor: Factor) -> Tensor:
 
 
 def _inner(one: Factor, other: Factor) -> Tensor:
-    """⟨R, R'⟩, (groups,)."""
+    """Compute ⟨R, R'⟩, (groups,)."""
     if isinstance(one, LowRank) and isinstance(other, LowRank):
         return inner(one, other)
     return (_dense(one) * _dense(other)).sum((1, 2))

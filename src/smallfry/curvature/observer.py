@@ -1,4 +1,4 @@
-"""Watches a model's own forward and backward passes, and takes the Fisher's gradients from them.
+"""Observer of a model's forward and backward passes, the source of Fisher gradients.
 
 A hook before and one behind the model's forward do nothing unless an observation is due. When it
 is, taps are open during the forward. When the caller's own backward pass arrives at the outputs,
@@ -43,16 +43,16 @@ FISHERS = ("mc", "exact", "empirical", "none")
 
 
 class Observer:
-    """Hooks on a model, and the observations they made since they were last taken.
+    """Hooks on a model, and the observations since they were last taken.
 
     Args:
         root: The module whose call is a training forward pass; a compiled one runs
             uncompiled while it is observed.
         taps: The layers to tap.
-        likelihood: What the model's output says of targets.
+        likelihood: Density of the targets given the model's output.
         fisher: "mc", "exact" or "empirical"; "none" takes inputs alone.
         draws: Sampled targets per sample, for "mc".
-        generator: Where they are drawn from.
+        generator: Generator of the sampled targets.
         wanted: Asked at each forward pass: "taps", "outputs", "sizes" of these alone, or "" for
             nothing; a method, held weakly: an owner that is gone wants nothing.
         begin_draw: Called with the number of an observation in its step before targets are drawn,
@@ -71,9 +71,9 @@ class Observer:
         begin_draw: Callable[[int], None],
     ) -> None:
         if fisher not in FISHERS:
-            raise UsageError(f"fisher is one of {', '.join(FISHERS)}, not '{fisher}'")
+            raise UsageError(f"fisher must be one of {', '.join(FISHERS)}, not '{fisher}'")
         if draws < 1:
-            raise UsageError(f"draws is at least 1, not {draws}")
+            raise UsageError(f"draws must be at least 1, not {draws}")
         self.root, self.taps, self.likelihood = root, taps, likelihood
         self.fisher, self.draws, self.generator = fisher, draws, generator
         self._wanted, self._begin_draw = weakref.WeakMethod(wanted), weakref.WeakMethod(begin_draw)
@@ -111,7 +111,7 @@ class Observer:
 
     @property
     def _parameters(self) -> list[nn.Parameter]:
-        """One of each block that gets gradients: a layer may have been frozen since."""
+        """One trained parameter of each block; a layer may have been frozen since."""
         firsts = (
             next((p for p in block.parameters.values() if p.requires_grad), None)
             for block in self.taps.blocks
@@ -119,7 +119,7 @@ class Observer:
         return [p for p in firsts if p is not None]
 
     def take(self) -> list[Observation]:
-        """The observations that count, and forget them."""
+        """Return the valid observations and forget them."""
         taken, self.pending, self.given_weights = self.pending, [], None
         self._touched, self._accumulated = {}, set()
         if self._received is not None and self._received_norm is not None:
@@ -128,21 +128,21 @@ class Observer:
         return taken
 
     def drop(self) -> None:
-        """Forget the observations that count: the caller has thrown their gradients away."""
+        """Discard the valid observations after the caller has discarded their gradients."""
         self.pending = []
 
     def remove(self) -> None:
-        """Take the hooks off the model."""
+        """Remove the hooks from the model."""
         for handle in self._handles + self._grad_handles:
             handle.remove()
         self.taps.close()
         self.drop()
 
     def use_training_gradients(self, observations: Sequence[Observation], factor: float) -> None:
-        """Take the empirical Fisher's gradients from the caller's own backward pass.
+        """Use the gradients of the caller's own backward pass, for the empirical Fisher.
 
         Args:
-            observations: Of all micro-batches.
+            observations: Observations of all micro-batches.
             factor: The sum over samples of the negative log-likelihood, over the training loss.
         """
         unit = factor / self.grad_scale()
@@ -155,7 +155,7 @@ class Observer:
             seen.draws = [[None if g is None else g * own for g in precise]]
 
     def rerun(self, seen: Observation, function: Callable[[], Any]) -> Any:
-        """Call a function that runs the model again, unobserved, with that pass's randomness."""
+        """Call a function that reruns the model, unobserved, with that pass's random state."""
         self._paused = True
         try:
             with restored(seen.random_state):
@@ -253,7 +253,7 @@ class Observer:
             self._count(seen, number)
 
     def arrive(self, seen: Observation, root: Root, gradient: Tensor) -> None:
-        """A backward pass has come to an output: it shows what counts, and targets are drawn."""
+        """Handle a backward pass at an output: mark what counts, and draw targets."""
         number = backward_pass()
         if seen.number < 0:
             seen.number = len(self.pending) + len(self._touched.get(number, ()))
@@ -274,7 +274,7 @@ class Observer:
         if seen.outputs[root.which]._version != root.version:
             raise UsageError(
                 "the model's output was overwritten in place after the forward pass, so its "
-                "curvature can't be taken: make that operation not in-place"
+                "curvature can't be computed: avoid that in-place operation"
             )
         with torch.no_grad():
             seen.weights[root.which] = self._weights(seen, root.which, gradient)
@@ -301,7 +301,7 @@ class Observer:
 
     @property
     def busy(self) -> bool:
-        """Whether the backward pass under way is an observer's own, of this one or another."""
+        """True during the backward pass of any observer."""
         return self._busy or getattr(_thread, "busy", False)
 
     def _count(self, seen: Observation, number: int) -> None:
@@ -316,7 +316,7 @@ class Observer:
         return self.taps.close()
 
     def _take_gradients(self, seen: Observation, root: Root) -> None:
-        """The Fisher's gradients at all calls, of the rows of one output."""
+        """Compute the Fisher's gradients at all calls, for the rows of one output."""
         if seen.likelihood is None or not seen.likelihood.is_density(seen.outputs):
             return  # nothing can be sampled from such a density: no draws, no statistics
         weights = seen.weights[root.which]
@@ -347,7 +347,7 @@ class Observer:
         seen.parts[root.which] = draws
 
     def _signed(self, seen: Observation, column: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """A column with a random sign for each sample, which leaves its own moments as they are.
+        """Give a column a random sign per sample, which leaves its own moments unchanged.
 
         Where a batch norm brings the gradients of several samples to one row, columns of one sign
         would add up; so do they on average not.
@@ -361,7 +361,7 @@ class Observer:
         )
 
     def _place(self, seen: Observation, call: Call) -> None:
-        """Find the samples of a call in its first dimension or its second."""
+        """Find the samples of a call in its first or second dimension."""
         module, shape, known = call.block.layers[call.layer], call.inputs.shape, self.taps.second
         if isinstance(module, nn.Embedding):
             call.together = self.taps.together.get(
@@ -391,7 +391,7 @@ class Observer:
         )
 
     def _probe(self, seen: Observation, root: Root, place: GradientEdge) -> None:
-        """Send a gradient back from one sample's output, and see to which rows it comes."""
+        """Backpropagate from one sample's output to find its rows."""
         z = seen.outputs[root.which]
         if seen.samples < 2 or len(z) != seen.size or not root.edges:
             return
@@ -443,7 +443,7 @@ class Observer:
             yield tuple(g * weight for g in self._sampled(seen))
 
     def _sampled(self, seen: Observation) -> tuple[Tensor, ...]:
-        """Gradients for sampled targets: those that one process would draw for the whole batch.
+        """Draw gradients for sampled targets, as one process would for the whole batch.
 
         Each process draws for as many samples as all have, and keeps its own: apart from each
         other, the same however many share the batch, and without a message. Where shares are
@@ -466,7 +466,7 @@ class Observer:
 
 
 def _was_unscaled(then: float, now: float) -> bool:
-    """Whether a gradient was divided by a GradScaler's power of two, and perhaps clipped too.
+    """Return whether a gradient was divided by a GradScaler's power of two, perhaps also clipped.
 
     Averaging over processes and clipping alone change it by other factors, and by less.
     """
@@ -477,7 +477,7 @@ def _was_unscaled(then: float, now: float) -> bool:
 
 
 def _only(tensor: Tensor, first: int, every: int) -> Tensor:
-    """Some rows of a tensor, and zeros."""
+    """Keep some rows of a tensor, and zero the others."""
     found = torch.zeros_like(tensor)
     found[first::every] = tensor[first::every]
     return found

@@ -1,4 +1,4 @@
-"""Blocks whose inputs are one-hot: an embedding is a linear map of the number of its row.
+"""Blocks with one-hot inputs: an embedding as a linear map of its index.
 
 With input e_i, E[e eᵀ] is diagonal, and so is every input factor that is fitted to the samples'
 gradients row by row: only the diagonal blocks F_ii of the Fisher, the second moments of the
@@ -18,7 +18,7 @@ from smallfry.curvature.rows import Rows
 
 
 class RowSums(NamedTuple):
-    """Gradients of rows of an embedding: F_ii = 1/samples Σ h hᵀ over those with number i."""
+    """Gradients of embedding rows: F_ii = 1/samples Σ h hᵀ over the samples with index i."""
 
     numbers: Tensor  # (count,)
     gradients: Tensor  # (count, outputs)
@@ -32,11 +32,11 @@ class DiagonalProduct(NamedTuple):
 
 
 def frequencies(rows: Rows, size: int) -> Tensor:
-    """The diagonal of A = mean of a aᵀ over samples and uses, by their weights; (1, size).
+    """Compute the diagonal of A, the weighted mean of a aᵀ over samples and uses; (1, size).
 
     Args:
         rows: Numbered inputs, (1, samples, uses, 1); negative for zeros.
-        size: Of the one-hot inputs.
+        size: Size of the one-hot inputs.
     """
     numbers = rows.inputs[0, :, :, 0]
     weights = torch.ones_like(numbers) if rows.weights is None else rows.weights.to(numbers)
@@ -46,12 +46,12 @@ def frequencies(rows: Rows, size: int) -> Tensor:
 
 
 def row_sums(rows: Rows, size: int, whole: bool) -> RowSums:
-    """Gradients of the rows of an embedding, of each sample and draw.
+    """Sum the gradients of embedding rows, for each sample and draw.
 
     Args:
         rows: Numbered inputs.
-        size: Of the one-hot inputs.
-        whole: Whether uses of one row by one sample are added up, or count as samples.
+        size: Size of the one-hot inputs.
+        whole: True to add up a sample's uses of one row, False to count them as samples.
     """
     gradients = rows.gradients[0]  # (draws, samples, uses, outputs)
     draws, samples, uses, _ = gradients.shape
@@ -66,7 +66,7 @@ def row_sums(rows: Rows, size: int, whole: bool) -> RowSums:
 
 
 def second_moments(sums: RowSums, basis: Tensor, size: int, samples: float) -> Tensor:
-    """Mean squares of all rows' gradients in a basis of the outputs, (1, outputs, size)."""
+    """Compute mean squares of all rows' gradients in a basis of the outputs, (1, outputs, size)."""
     squares = (sums.gradients @ basis[0]) ** 2
     found = squares.new_zeros(size, squares.shape[1]).index_add_(0, sums.numbers, squares)
     return found.T[None] / samples
@@ -80,14 +80,14 @@ def nearest_product(
     keep: float = 0.0,
     most: int = 100,
 ) -> DiagonalProduct:
-    """The diag(a) ⊗ S nearest to the blocks F_ii, with S of norm 1.
+    """Find the diag(a) ⊗ S nearest to the blocks F_ii, with S of norm 1.
 
     It is the leading singular pair of the matrix whose rows are the F_ii, flattened: a power
     iteration, begun at the sum of all. All of a and S's eigenvalues stay at 0 or above.
 
     Args:
-        sums: Of the batch.
-        size: Of the one-hot inputs.
+        sums: Sums over the batch.
+        size: Size of the one-hot inputs.
         samples: In the batch.
         stored: An operator to average with.
         keep: Its share.
@@ -123,12 +123,12 @@ def nearest_product(
 
 
 def spelled_out(rows: Rows, size: int) -> Rows:
-    """Rows with one-hot inputs instead of their numbers."""
+    """Expand indices to one-hot rows."""
     return rows._replace(inputs=one_hot(rows.inputs[..., 0], size, rows.inputs.dtype))
 
 
 def joined_sums(found: Sequence[RowSums]) -> RowSums:
-    """Of several micro-batches."""
+    """Join the sums of several micro-batches."""
     return RowSums(*(torch.cat(each) for each in zip(*found, strict=True)))
 
 

@@ -1,4 +1,4 @@
-"""Layers of other packages that compute one of PyTorch's products, recognised by what they do."""
+"""Third-party layers that compute one of PyTorch's products, recognised by their results."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether a module is x W + b with W (inputs, outputs), as the ``Conv1D`` of transformers."""
+    """Return whether a module is x W + b with W (inputs, outputs), as transformers' ``Conv1D``."""
     if type(module).__name__ != "Conv1D" or isinstance(module, nn.Conv1d):
         return False
     weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
@@ -20,7 +20,7 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def same_product(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a subclass with a forward of its own computes what its parent does.
+    """Return whether a subclass that overrides forward computes the same as its parent.
 
     It is tried on a few numbers. A module with buffers, children or further parameters may compute
     something else later, and does not count.
@@ -58,7 +58,7 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def _examples(module: nn.Module, weight: Tensor) -> list[Tensor]:
-    """Inputs of two sizes, as padding may depend on them."""
+    """Make inputs of two sizes, as padding may depend on them."""
     layer: Any = module
     generator = torch.Generator().manual_seed(0)
     shapes: list[tuple[int, ...]]

@@ -1,4 +1,4 @@
-"""PyTorch's RNN, LSTM and GRU as layers that are called at every step.
+"""PyTorch's RNN, LSTM and GRU, decomposed into layer calls at every step.
 
 Their fused functions hide what is added up inside the gates. While curvature is taken, the forward
 is spelled out: for each layer and direction the inputs of all steps are multiplied with one weight
@@ -23,7 +23,7 @@ KINDS = (nn.RNN, nn.LSTM, nn.GRU)
 
 
 def is_recurrent(module: nn.Module) -> bool:
-    """Check that a module is PyTorch's own RNN, LSTM or GRU, with parameters of its own."""
+    """Return whether a module is PyTorch's own RNN, LSTM or GRU, with its own parameters."""
     kind = next((kind for kind in KINDS if isinstance(module, kind)), None)
     return (
         kind is not None
@@ -34,7 +34,7 @@ def is_recurrent(module: nn.Module) -> bool:
 
 
 def host_of_recurrent(module: nn.RNNBase) -> Host:
-    """A recurrent module as a host of two or three layers for each of its layers and directions."""
+    """Wrap a recurrent module as a host of two or three layers per layer and direction."""
     parts = {}
     for end in _ends(module):
         for name in ("ih", "hh", "hr"):
@@ -45,7 +45,7 @@ def host_of_recurrent(module: nn.RNNBase) -> Host:
 
 
 def _ends(module: nn.RNNBase) -> list[str]:
-    """What the names of the parameters of each layer and direction end in."""
+    """Return the suffix of the parameter names of each layer and direction."""
     directions = ("", "_reverse") if module.bidirectional else ("",)
     return [f"_l{layer}{way}" for layer in range(module.num_layers) for way in directions]
 
@@ -56,7 +56,7 @@ def _run(
     input: Tensor | PackedSequence,
     hx: Tensor | tuple[Tensor, Tensor] | None = None,
 ) -> Any:
-    """The forward of a recurrent module, from its layers."""
+    """Compute the forward of a recurrent module from its layers."""
     packed = isinstance(input, PackedSequence)
     there: Tensor | None = None  # (steps, batch, 1): whether a sequence has not ended
     if isinstance(input, PackedSequence):
@@ -90,7 +90,7 @@ def _layers(
     given: State | None,
     there: Tensor | None,
 ) -> tuple[Tensor, State]:
-    """All layers, the inputs and outputs (steps, batch, features), and the last states."""
+    """Run all layers on inputs (steps, batch, features); return outputs and last states."""
     directions = 2 if module.bidirectional else 1
     ends, last = _ends(module), list[State]()
     for layer in range(module.num_layers):
@@ -108,7 +108,7 @@ def _layers(
 
 
 def _begin(module: nn.RNNBase, x: Tensor) -> State:
-    """Zeros."""
+    """Return the initial state of zeros."""
     h = x.new_zeros(x.shape[1], module.proj_size or module.hidden_size)
     return (h, x.new_zeros(x.shape[1], module.hidden_size)) if module.mode == "LSTM" else (h,)
 
@@ -122,7 +122,7 @@ def _direction(
     there: Tensor | None,
     backward: bool,
 ) -> tuple[Tensor, State]:
-    """One layer in one direction."""
+    """Run one layer in one direction."""
     cell = CELLS[module.mode]
     project: Callable[[Tensor], Tensor] = parts.get(f"hr{end}", lambda h: h)
     seen = parts[f"ih{end}"](x.transpose(0, 1)).transpose(0, 1)  # samples are in front in a layer
@@ -162,7 +162,7 @@ CELLS = {"LSTM": _lstm, "GRU": _gru, "RNN_TANH": _tanh, "RNN_RELU": _relu}
 
 
 def _packed_as(outputs: Tensor, lengths: Tensor, like: PackedSequence) -> PackedSequence:
-    """Padded outputs, packed in the order of the inputs."""
+    """Pack padded outputs in the order of the inputs."""
     order = like.sorted_indices
     if order is not None:
         outputs, lengths = outputs[:, order], lengths[order.to(lengths.device)]

@@ -1,4 +1,4 @@
-"""Weights of the rows of a loss, read off the gradient that it brings to the model's outputs.
+"""Row weights of a loss, inferred from its gradient at the model's outputs.
 
 A loss Σ_i ρ_i nll(z_i, y_i) over rows i (samples, tokens, pixels) brings g_i = ρ_i (p_i − t_i) to
 the logits. A row that the loss leaves out (``ignore_index``, a padding mask, a slice) has g_i = 0.
@@ -23,7 +23,7 @@ class RowWeights(NamedTuple):
     given: bool = False  # stated by the user, not read
 
     def of_samples(self, count: int) -> Tensor | None:
-        """Mean weight of the rows of each sample that count, (samples,); None for ones."""
+        """Return the mean weight of each sample's counted rows, (samples,); None for ones."""
         if self.values is None:
             return None
         rows = self.values.reshape(count, -1).double()
@@ -31,11 +31,11 @@ class RowWeights(NamedTuple):
 
 
 def common_weight(rho: Tensor, error: Tensor) -> float | None:
-    """The one ρ of all rows; None where they differ by more than rounding.
+    """The common ρ of all rows; None where they differ by more than rounding.
 
     Args:
         rho: ρ of each row.
-        error: What rounding may have put into each; rows with little of it decide.
+        error: Rounding error of each; rows with little of it decide.
     """
     rho, error = rho.double(), error.double()
     if rho.numel() == 0:
@@ -47,7 +47,7 @@ def common_weight(rho: Tensor, error: Tensor) -> float | None:
 
 
 def rounding_of(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """Error of each entry of a gradient that was rounded to a precision.
+    """Bound the rounding error of each entry of a gradient.
 
     Args:
         gradient: Any numbers.
@@ -60,13 +60,13 @@ def rounding_of(gradient: Tensor, dtype: torch.dtype) -> Tensor:
 def read_weights(
     rho: Tensor, counts: Tensor, certain: bool, error: Tensor | None = None
 ) -> RowWeights | None:
-    """Row weights from what each row's gradient gives.
+    """Combine row weights inferred from each row's gradient.
 
     Args:
         rho: ρ of each row, any number where unknown.
         counts: Rows with a gradient, of the same shape.
         certain: All targets are, so that ρ is known.
-        error: What rounding may have put into each ρ; default nothing.
+        error: Rounding error of each ρ; default none.
 
     Returns:
         None if no row counts.
@@ -85,7 +85,7 @@ def read_weights(
 
 
 def given_weights(weights: Tensor, output: Tensor, classes: int | None) -> RowWeights:
-    """Row weights as stated.
+    """Convert user-given row weights.
 
     Args:
         weights: ρ of each row: (samples,), or the output's shape (without its classes).
@@ -110,7 +110,7 @@ def given_weights(weights: Tensor, output: Tensor, classes: int | None) -> RowWe
             f": expected {tuple(whole)}, or ({shape[0]},) for samples"
         )
     if not bool((weights.isfinite() & (weights >= 0)).all()) or not bool((weights > 0).any()):
-        raise ValueError("weights are finite, not negative, and not all zero")
+        raise ValueError("weights must be finite, non-negative, and not all zero")
     unit = float(values[values > 0].mean())
     return RowWeights((values / unit).to(output.dtype), unit, given=True)
 
@@ -125,7 +125,7 @@ class CertainRows(NamedTuple):
 
 
 def certain_rows(p: Tensor, g: Tensor, dtype: torch.dtype) -> CertainRows:
-    """ρ of each row of a categorical likelihood, and the rows whose target is evidently certain.
+    """Compute ρ of each row of a categorical likelihood, and the rows with a certain target.
 
     Args:
         p: Probabilities, (…, classes).

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """What one block saw of a batch; F = 1/samples Σ vec(W) vec(W)ᵀ over draws and samples.
+    """Inputs and gradients of a block; F = 1/samples Σ vec(W) vec(W)ᵀ over draws and samples.
 
     A draw is one set of gradients for all samples: a sampled target, or a column of the
     Hessian's square root. Weights of draws, such as 1/√draws, are in the gradients.
@@ -18,20 +18,20 @@ class Rows(NamedTuple):
 
     @property
     def samples(self) -> int:
-        """Samples in the batch."""
+        """Number of samples in the batch."""
         return self.inputs.shape[1]
 
     @property
     def uses(self) -> int:
-        """Uses of the weight by each sample."""
+        """Number of uses of the weight per sample."""
         return self.inputs.shape[2]
 
     def double(self) -> "Rows":
-        """In float64."""
+        """Convert to float64."""
         weights = None if self.weights is None else self.weights.double()
         return Rows(self.inputs.double(), self.gradients.double(), weights)
 
     @property
     def mass(self) -> float:
-        """Samples, by the weights of their uses."""
+        """Number of samples, weighted by their uses."""
         return self.samples if self.weights is None else float(self.weights.sum()) / self.uses

@@ -1,4 +1,4 @@
-"""The rearranged Fisher of a block with shared weights, as a map between matrices.
+"""Rearranged Fisher of a block with weight sharing, as a map between matrices.
 
 With W_n = Σ_uses g aᵀ the gradient of a sample, F = 1/samples Σ vec(W_n) vec(W_n)ᵀ rearranges to
 the completely positive map
@@ -38,19 +38,19 @@ class SharedMap(NamedTuple):
 
     @property
     def cancelled(self) -> float:
-        """The metric is the identity, where nothing cancels."""
+        """Zero: the metric is the identity, so nothing cancels."""
         return 0.0
 
     def left_bound(self, x: Tensor) -> Tensor:
-        """Lengths."""
+        """Return the lengths."""
         return (x**2).sum(2).sqrt()
 
     def right_bound(self, x: Tensor) -> Tensor:
-        """Lengths."""
+        """Return the lengths."""
         return (x**2).sum(2).sqrt()
 
     def apply(self, dual: Tensor) -> Tensor:
-        """Z of matrices on the outputs' side."""
+        """Apply Z to matrices on the outputs' side."""
         own = self._own(dual, forward=True)
         if self.stored is None:
             return own
@@ -58,7 +58,7 @@ class SharedMap(NamedTuple):
         return own + ((dual @ s.transpose(1, 2)) * self.weights.to(dual)) @ r
 
     def adjoint(self, dual: Tensor) -> Tensor:
-        """Zᵀ of matrices on the inputs' side."""
+        """Apply Zᵀ to matrices on the inputs' side."""
         own = self._own(dual, forward=False)
         if self.stored is None:
             return own
@@ -66,20 +66,20 @@ class SharedMap(NamedTuple):
         return own + ((dual @ r.transpose(1, 2)) * self.weights.to(dual)) @ s
 
     def left_metric(self, x: Tensor) -> Tensor:
-        """Matrices are their own coefficients."""
+        """Return the matrices, their own duals."""
         return x
 
     def right_metric(self, x: Tensor) -> Tensor:
-        """Matrices are their own coefficients."""
+        """Return the matrices, their own duals."""
         return x
 
     @property
     def is_positive(self) -> bool:
-        """Whether semi-definite matrices are to go to semi-definite ones."""
+        """True if semi-definite matrices should map to semi-definite ones."""
         return bool((self.weights >= 0).all())
 
     def squared_norm(self) -> Tensor:
-        """‖share F + Σ weights R ⊗ S‖², (groups,), float64."""
+        """Compute ‖share F + Σ weights R ⊗ S‖², (groups,), float64."""
         total = self.share**2 * _fisher_squared_norms(self.rows, self.gradients)
         if self.stored is None:
             return total
@@ -89,7 +89,7 @@ class SharedMap(NamedTuple):
         return total + 2 * mixed @ self.weights + self.weights @ pairs @ self.weights
 
     def _own(self, matrices: Tensor, forward: bool) -> Tensor:
-        """share Z_F[V] or share Z_Fᵀ[U]."""
+        """Compute share Z_F[V] or share Z_Fᵀ[U]."""
         groups, count, _ = matrices.shape
         a, g = self.rows.inputs, self.rows.gradients
         samples = self.rows.samples
@@ -117,7 +117,7 @@ class SharedMap(NamedTuple):
         return total.flatten(2) * (self.share / samples)
 
     def _factored(self, matrix: Tensor, forward: bool) -> Tensor:
-        """Σ A_nᵀ (G_n V G_nᵀ) A_n, or Σ G_nᵀ (A_n U A_nᵀ) G_n."""
+        """Compute Σ A_nᵀ (G_n V G_nᵀ) A_n, or Σ G_nᵀ (A_n U A_nᵀ) G_n."""
         total: Tensor | None = None
         chunk = max(1, _PAIRED // self.rows.uses**2)
         for start in range(0, self.rows.samples, chunk):
@@ -135,10 +135,10 @@ class SharedMap(NamedTuple):
 
 
 def shared_map(rows: Rows, share: float, stored: Products | None, weights: Tensor) -> SharedMap:
-    """The map of a batch and of stored products, in the cheaper of its two forms.
+    """Build the map of a batch and of stored products, in the cheaper of its two forms.
 
     Args:
-        rows: What the block saw.
+        rows: Rows of the block.
         share: Weight of the batch's own Fisher.
         stored: Products R_k ⊗ S_k.
         weights: (stored,), float64, of any sign.
@@ -157,7 +157,7 @@ def shared_map(rows: Rows, share: float, stored: Products | None, weights: Tenso
 
 
 def _fisher_squared_norms(rows: Rows, gradients: Tensor | None) -> Tensor:
-    """‖F‖² of every group, float64."""
+    """Compute ‖F‖² of every group, float64."""
     groups, draws, samples, _, outputs = rows.gradients.shape
     squares = []
     for h in range(groups):

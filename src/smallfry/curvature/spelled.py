@@ -1,4 +1,4 @@
-"""Modules that multiply with several weights inside one function, as layers that are called.
+"""Modules that apply several weights in one function, decomposed into layer calls.
 
 While curvature is taken, the forward of such a host is spelled out: it calls a linear layer for
 each of its weights, and what lies between is what PyTorch's own function computes.
@@ -12,7 +12,7 @@ from torch import nn
 
 
 class Part(nn.Linear):
-    """A linear layer with parameters of another module.
+    """Linear layer over parameters of another module.
 
     Args:
         weight: (outputs, inputs).
@@ -28,7 +28,7 @@ class Part(nn.Linear):
 
 @dataclass(frozen=True, eq=False)
 class Host:
-    """A module, its layers, and its forward spelled out.
+    """Module with its layers and a decomposed forward.
 
     Args:
         module: The module.
@@ -41,9 +41,9 @@ class Host:
     forward: Callable[..., Any]
 
     def spell_out(self) -> None:
-        """Let the module call its layers from now on."""
+        """Replace the module's forward by the decomposed one."""
         self.module.forward = self.forward
 
     def restore(self) -> None:
-        """Give the module its own forward again."""
+        """Restore the module's own forward."""
         del self.module.forward

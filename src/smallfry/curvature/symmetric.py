@@ -1,4 +1,4 @@
-"""Products whose result, or whose middle, is symmetric: half of it need not be computed.
+"""Products with a symmetric result or middle, at half the arithmetic.
 
 LAPACK's syrk can't be reached from PyTorch; block columns come close to it, two thirds of the
 plain product's work. Batches are leading dimensions.
@@ -13,12 +13,12 @@ _BLOCK = 160  # features; matrices below twice that are multiplied at once
 
 
 def symmetric_product(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
-    """Xᵀ Y, which the caller knows to be symmetric: Y = D X with D diagonal or symmetric.
+    """Compute a product Xᵀ Y known to be symmetric: Y = D X with D diagonal or symmetric.
 
     Args:
         x: (groups, rows, size).
         y: (groups, rows, size).
-        out: Where to put it, (groups, size, size).
+        out: Output tensor, (groups, size, size).
 
     Returns:
         (groups, size, size), exactly symmetric.
@@ -42,7 +42,7 @@ def symmetric_product(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor
 
 
 def quadratic_forms(x: Tensor, matrix: Tensor) -> Tensor:
-    """xᵀ M x for every row of X.
+    """Compute xᵀ M x for every row of X.
 
     Args:
         x: (groups, rows, size).
@@ -67,7 +67,7 @@ def quadratic_forms(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _times(x: Tensor, y: Tensor) -> Tensor:
-    """X Yᵀ of two matrices."""
+    """Compute X Yᵀ of two matrices."""
     if multiplies(x, y):
         return multiply(
             x, y.contiguous()
@@ -76,7 +76,7 @@ def _times(x: Tensor, y: Tensor) -> Tensor:
 
 
 def random_symmetric(groups: int, count: int, size: int, like: Tensor) -> Tensor:
-    """Unit symmetric matrices, the same at every call, (groups, count, size, size)."""
+    """Draw fixed unit symmetric matrices, (groups, count, size, size)."""
     generator = torch.Generator().manual_seed(size)
     matrix = torch.randn(groups, count, size, size, generator=generator).to(like)
     matrix = matrix + matrix.transpose(2, 3)

@@ -1,4 +1,4 @@
-"""Taps: what goes into each covered layer, and what gradient comes back, call by call.
+"""Taps: inputs and output gradients of each covered layer, call by call.
 
 While taps are open, a forward hook on each covered layer notes, for every call, the input tensor
 and the place in the autograd graph where the output was made. Gradients are asked for at that
@@ -91,7 +91,7 @@ class Observation:
 
     @property
     def output_gradients(self) -> list[Tensor | None]:
-        """Of the training loss, at the outputs, in float32 at least."""
+        """Gradients of the training loss at the outputs, in float32 or higher."""
         found = [noted.total(self.training) for noted in self.passes]
         # only then divided: in float16 it might be nothing
         precise = [g if g is None or g.dtype == torch.float64 else g.float() for g in found]
@@ -99,21 +99,21 @@ class Observation:
 
     @property
     def unchanged(self) -> bool:
-        """Whether the arguments that were kept are what they were before the forward pass."""
+        """True if the recorded arguments have not been overwritten since the forward pass."""
         return versions_of(self.arguments, self.keywords) == self.versions
 
     def tensors(self) -> Iterator[Tensor]:
-        """The floating inputs of all calls, and the gradients drawn for them."""
+        """Return the floating-point inputs of all calls, and the gradients drawn for them."""
         for tensor in [*(c.inputs for c in self.calls), *(g for draw in self.draws for g in draw)]:
             if tensor is not None and tensor.is_floating_point():
                 yield tensor
 
     def training_gradient(self, call: Call) -> Tensor | None:
-        """Of the training loss, at a call's output; None where none came."""
+        """Return the training-loss gradient at a call's output; None if none arrived."""
         return call.passes.total(self.training)
 
     def put_together(self) -> None:
-        """Add the draws of all outputs up, each by its share."""
+        """Add up the draws of all outputs, each by its share."""
         if not self.parts:
             return
         scales = {i: (self.shares.get(i, 1.0) * self.grouping) ** 0.5 for i in self.parts}
@@ -127,7 +127,7 @@ class Observation:
 
     @property
     def row_shares(self) -> list[Tensor | None]:
-        """Weights of the rows in the batch's Fisher, for each output; None for ones."""
+        """Row weights in the batch's Fisher, for each output; None for ones."""
         found: list[Tensor | None] = []
         for index, z in enumerate(self.outputs):
             one, share = self.weights.get(index), self.shares.get(index, 1.0)
@@ -140,7 +140,7 @@ class Observation:
         return found
 
     def hessian_product(self, tangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The Hessian of −log p times tangents, with the weights of rows."""
+        """Multiply the weighted Hessian of −log p by tangents."""
         assert self.likelihood is not None
         product = self.likelihood.hessian_product(self.outputs, tangents)
         pairs = zip(product, self.row_shares, strict=True)
@@ -148,7 +148,7 @@ class Observation:
 
     @property
     def sample_weights(self) -> Tensor | None:
-        """Mean weight of each sample, over its rows that count and over outputs; None for ones."""
+        """Mean weight of each sample over its counted rows and the outputs; None for ones."""
         found = []
         for index, one in self.weights.items():
             z = self.outputs[index]
@@ -164,7 +164,7 @@ class Observation:
         return rows.sum(1) / (rows > 0).sum(1).clamp_min(1)
 
     def clear(self) -> None:
-        """Let go of all tensors, whoever still holds this observation."""
+        """Release all tensors, even if the observation is still referenced."""
         self.calls, self.draws, self.outputs, self.passes = [], [], (), ()
         self.parts, self.weights = {}, {}
         self.arguments, self.keywords, self.random_state = (), {}, {}
@@ -176,7 +176,7 @@ class Observation:
         uses: Callable[[int], Tensor | None] | None = None,
         numbered: bool = False,
     ) -> Rows | None:
-        """What a block saw, in canonical form; None if it was not called.
+        """Return the rows of a block in canonical form; None if it was not called.
 
         Args:
             block: The block.
@@ -222,7 +222,7 @@ class Observation:
         return Rows(a, g, _joined_weights(weights, inputs))
 
     def anonymous(self, block: Block) -> str | None:
-        """A layer of a block that was called on rows that belong to no sample by their place."""
+        """Return a layer of a block called on rows that position can't assign to samples."""
         return next(
             (
                 c.layer
@@ -233,7 +233,7 @@ class Observation:
         )
 
     def _leaves_out(self) -> bool:
-        """Whether the loss counts some rows of a sample and others not."""
+        """Return whether the loss counts only some rows of a sample."""
         for one in self.weights.values():
             if one is not None and one.values is not None:
                 rows = one.values.reshape(self.samples, -1) > 0
@@ -242,11 +242,11 @@ class Observation:
         return False
 
     def astray(self, block: Block) -> str | None:
-        """A layer of a block whose rows were found to belong to other samples than by place."""
+        """Return a layer of a block whose rows belong to other samples than by position."""
         return next((c.layer for c in self.calls if c.block is block and c.astray), None)
 
     def canonical(self, call: Call, gradient: Tensor) -> Tensor:
-        """A gradient at a call's output as (groups, samples, uses, outputs)."""
+        """Reshape a gradient at a call's output to (groups, samples, uses, outputs)."""
         return self._gradients(call, gradient, gradient.dtype)
 
     def _belongs(self, call: Call) -> bool:
@@ -254,7 +254,7 @@ class Observation:
         return not call.together and belongs(module, call.inputs.shape, self.samples)
 
     def _uses(self, call: Call) -> int:
-        """How often each sample uses the weight in a call."""
+        """Count the uses of the weight by each sample in a call."""
         rows = call.shape.numel() // outputs_of(call.block.layers[call.layer])
         if call.together:
             return rows
@@ -266,7 +266,7 @@ class Observation:
     def _row_weights(
         self, call: Call, inputs: Tensor, gradients: Tensor, kept: Tensor | None
     ) -> Tensor | None:
-        """Weights of rows in means over inputs: of rows left out, 0."""
+        """Return row weights in means over inputs, 0 for rows left out."""
         weights, own = self.sample_weights, self._belongs(call)
         module = call.block.layers[call.layer]
         padding = padding_of(module)
@@ -292,7 +292,7 @@ class Observation:
         return found
 
     def training_matrix(self, block: Block, dtype: torch.dtype) -> tuple[Tensor, float] | None:
-        """The gradient of the training loss that the taps account for; None before backward.
+        """Compute the training-loss gradient covered by the taps; None before backward.
 
         Returns:
             The matrix (groups, outputs, inputs), and the size of the terms that it is a sum of.
@@ -315,7 +315,7 @@ class Observation:
         kept: Tensor | None = None,
         numbered: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Inputs of some uses, and gradients of all, one for each draw."""
+        """Gather the inputs of some uses, and the gradients of all, one per draw."""
         if not is_tied(call):
             found = [self._gradients(call, gradient, dtype) for gradient in gradients]
             return self._inputs(call, dtype, kept, numbered), found
@@ -399,7 +399,7 @@ def _no_draws(inputs: Tensor, block: Block) -> tuple[int, ...]:
 
 
 class Taps:
-    """Forward hooks on the layers of blocks, there only while open."""
+    """Forward hooks on the layers of blocks, present only while open."""
 
     def __init__(self, blocks: Iterable[Block]) -> None:
         self.blocks = tuple(blocks)
@@ -412,11 +412,11 @@ class Taps:
 
     @property
     def is_open(self) -> bool:
-        """Whether calls are being noted."""
+        """True while calls are recorded."""
         return bool(self._handles)
 
     def open(self, watch_backward: bool = False) -> None:
-        """Note calls from now on.
+        """Record calls from now on.
 
         Args:
             watch_backward: Also note the training loss's gradients, when they come.
@@ -433,7 +433,7 @@ class Taps:
                 self._handles.append(handle)
 
     def close(self) -> list[Call]:
-        """Stop noting; the calls since ``open``."""
+        """Stop recording, and return the calls since ``open``."""
         for handle in self._handles:
             handle.remove()
         for host in self._hosts if self._handles else ():

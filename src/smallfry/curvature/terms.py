@@ -19,7 +19,7 @@ class Products(NamedTuple):
 
     @property
     def sides(self) -> tuple[Tensor, Tensor]:
-        """As rows, (groups, count, size · size), inputs and outputs."""
+        """Input and output matrices as rows, (groups, count, size · size)."""
         return self.inputs.flatten(2).transpose(0, 1), self.outputs.flatten(2).transpose(0, 1)
 
 
@@ -33,12 +33,12 @@ class Terms(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """How many products."""
+        """Number of products."""
         return self.inputs.shape[0]
 
     @property
     def products(self) -> Products:
-        """The matrices alone."""
+        """Matrices without values and norm."""
         return Products(self.inputs, self.outputs)
 
     @property
@@ -48,14 +48,14 @@ class Terms(NamedTuple):
         return relative_error(missed, self.squared_norm.sum())
 
     def leading(self, rank: int) -> "Terms":
-        """The first terms alone; also the nearest sum of so many."""
+        """Keep the first terms, which are also the nearest sum of that length."""
         return Terms(
             self.inputs[:rank], self.outputs[:rank], self.values[:, :rank], self.squared_norm
         )
 
 
 def terms_error(rows: Rows, terms: Terms) -> float:
-    """‖F − Σ R_k ⊗ S_k‖ / ‖F‖ of a batch, whatever the terms are of; F is not formed."""
+    """Compute ‖F − Σ R_k ⊗ S_k‖ / ‖F‖ of a batch for any terms, without forming F."""
     fisher = fisher_squared_norm(rows)
     error = fisher.clone()
     for a, g in zip(terms.inputs, terms.outputs, strict=True):
@@ -66,7 +66,7 @@ def terms_error(rows: Rows, terms: Terms) -> float:
 
 
 def joined(parts: Sequence[Rows]) -> Rows:
-    """The rows of several batches as those of one, of all their samples.
+    """Join the rows of several batches into those of one.
 
     Where parts differ in uses or draws, the missing ones are zeros.
     """
@@ -83,7 +83,7 @@ def joined(parts: Sequence[Rows]) -> Rows:
 
 
 def expanded(parts: Sequence[Rows]) -> Rows:
-    """Uses as samples of their own; what two uses of a sample have together is dropped.
+    """Treat uses as samples of their own, dropping the correlation between uses of a sample.
 
     The gradients are scaled by √(uses of a sample on average), so that F, a mean over samples,
     sums over uses.

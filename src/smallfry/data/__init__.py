@@ -1,4 +1,4 @@
-"""Where samples come from: a name or a folder in, splits with images and labels out."""
+"""Data sets: a name or a folder in, splits with images and labels out."""
 
 from smallfry.data.dataset import load_data
 from smallfry.data.image_data import ImageData

@@ -1,4 +1,4 @@
-"""The bit depth of a data set whose images have more than 8 bits a channel.
+"""Bit depth of data sets with more than 8 bits a channel.
 
 Cameras of 10, 12 or 14 bits write files of 16. What is black and white in them is a property of the
 data set, not of a picture, and files don't record it.
@@ -19,7 +19,7 @@ MEASURED = 4096  # streamed images whose values are looked at if one has
 
 
 def common_depth(found: int, others: Iterable[EncodedSplit], size: int, channels: int) -> int:
-    """The bit depth of all splits, with a warning if it is a guess.
+    """Determine the bit depth of all splits, with a warning if it is a guess.
 
     Args:
         found: That of the training images.
@@ -34,7 +34,7 @@ def common_depth(found: int, others: Iterable[EncodedSplit], size: int, channels
 
 
 def sampled_depth(split: EncodedSplit) -> int | None:
-    """The bit depth of streamed images, by some of them; None if none has more than 8 bits."""
+    """Determine the bit depth of streamed images from a sample; None if at most 8 bits."""
     assert split.shards is not None
     rows = np.arange(len(split.labels))
 
@@ -60,10 +60,10 @@ def sampled_depth(split: EncodedSplit) -> int | None:
 
 
 def warn_of_unlike_images(where: str) -> None:
-    """Warn of a split with images of more than 8 bits where no training image has more."""
+    """Warn of a split with more than 8 bits a channel where no training image has more."""
     warnings.warn(
-        f"{where}: has images of 16 bits a channel, and the training images have none: their "
-        "values are taken for 0 to 65,535; --data.bit_depth says otherwise",
+        f"{where}: has 16-bit images, unlike the training images: values are assumed to span 0 to "
+        f"65,535; set --data.bit_depth if not",
         SmallfryWarning,
         stacklevel=3,
     )
@@ -72,8 +72,8 @@ def warn_of_unlike_images(where: str) -> None:
 def _warn_of_a_guess(depth: int, of: str) -> None:
     if depth < FULL_DEPTH:
         warnings.warn(
-            f"{of} in images of 16 bits a channel are below {2**depth:,}, so they are taken for "
-            f"{depth} bits, white being {2**depth - 1:,}; if that is wrong, give --data.bit_depth",
+            f"{of} in 16-bit images are below {2**depth:,}, so {depth} bits are assumed, with "
+            f"white at {2**depth - 1:,}; if that is wrong, set --data.bit_depth",
             SmallfryWarning,
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""Decode every image once: pixels as a memory-mapped array in the user's cache folder.
+"""Pixel cache: every image is decoded once, into a memory-mapped array on disk.
 
 After the array a file holds a hash of it, which is checked whenever the file is used again.
 """
@@ -34,7 +34,7 @@ class Unreadable(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """The images of a split."""
+    """Decoded images of a split."""
 
     images: NDArray[np.uint8]  # (images, channels, size, size), an unreadable one black
     unreadable: list[Unreadable]
@@ -42,7 +42,7 @@ class Decoded(NamedTuple):
 
 
 def cache_folder() -> Path:
-    """``$SMALLFRY_CACHE``, by default ``smallfry`` in the user's cache folder.
+    """Return ``$SMALLFRY_CACHE``, by default ``smallfry`` in the user's cache folder.
 
     ``~`` is the user's home folder: Dockerfiles and .env files pass it on as it is.
     """
@@ -51,7 +51,7 @@ def cache_folder() -> Path:
 
 
 def decoded(split: EncodedSplit, size: int, channels: int, bit_depth: int | None = None) -> Decoded:
-    """The images of a split as pixels, kept for the next time.
+    """Decode the images of a split to pixels, cached for the next time.
 
     They are not kept if one was unreadable or the split has no fingerprint.
 
@@ -59,7 +59,7 @@ def decoded(split: EncodedSplit, size: int, channels: int, bit_depth: int | None
         split: The split.
         size: Side that images are brought to, in pixels.
         channels: 1 (grey) or 3 (RGB).
-        bit_depth: Of images of more than 8 bits a channel; default the smallest usual one that
+        bit_depth: Bit depth of images of more than 8 bits; default the smallest usual one that
             has the values of all.
 
     Raises:
@@ -97,8 +97,8 @@ def decoded(split: EncodedSplit, size: int, channels: int, bit_depth: int | None
         kept = _map(file, shape)
     except OSError as error:
         raise DataError(
-            f"{folder}: decoded images can't be kept there ({error}); free space, or name "
-            "another folder in the environment variable SMALLFRY_CACHE"
+            f"{folder}: decoded images can't be cached there ({error}); free space, or set "
+            f"another folder in the environment variable SMALLFRY_CACHE"
         ) from error
     finally:
         if part is not None:
@@ -107,7 +107,7 @@ def decoded(split: EncodedSplit, size: int, channels: int, bit_depth: int | None
 
 
 def _endings(bit_depth: int | None) -> list[tuple[int | None, str]]:
-    """Bit depths that kept images may have, and how the names of their files end."""
+    """List the bit depths of cached images with their file suffixes."""
     if bit_depth is None:
         return [(None, ""), *((depth, f"-found{depth}bit") for depth in BIT_DEPTHS)]
     same = [(bit_depth, f"-found{bit_depth}bit")]  # where it was not given, and the same was found
@@ -115,14 +115,14 @@ def _endings(bit_depth: int | None) -> list[tuple[int | None, str]]:
 
 
 def _claim_space(file: Path) -> None:
-    """Let a full disk fail here: writing to a mapping that has no room kills the process."""
+    """Allocate disk space up front: writing to a mapping on a full disk kills the process."""
     if hasattr(os, "posix_fallocate"):
         with open(file, "r+b") as stream:
             os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
 
 
 def content_hash(array: NDArray[Any]) -> str:
-    """A hash of an array's type, shape and values, made in blocks on all cores."""
+    """Hash an array's type, shape and values, in blocks on all cores."""
     values = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
     def of_block(i: int) -> bytes:
@@ -134,7 +134,7 @@ def content_hash(array: NDArray[Any]) -> str:
 
 
 def _load(file: Path, shape: Sequence[int]) -> NDArray[np.uint8] | None:
-    """The kept array; None if there is none, or if it is not as it was written."""
+    """Load the cached array; None if it is missing or damaged."""
     images = _map(file, shape)
     if images is None:
         return None
@@ -143,7 +143,7 @@ def _load(file: Path, shape: Sequence[int]) -> NDArray[np.uint8] | None:
         written = stream.read()
     if content_hash(images).encode() == written:
         return images
-    log.warning("%s: not as it was written (its hash differs); decoding the images again", file)
+    log.warning("%s: damaged (its hash differs); decoding the images again", file)
     return None
 
 
@@ -165,7 +165,7 @@ def _decode_into(
     channels: int,
     bit_depth: int | None,
 ) -> tuple[list[Unreadable], int | None]:
-    """Fill the array; what could not be read, and the bit depth if there is a wide image."""
+    """Fill the array; return unreadable images, and the bit depth if any exceeds 8."""
     peaks = np.full(len(images), -1)
     depth = bit_depth or FULL_DEPTH
 

@@ -1,4 +1,4 @@
-"""``curves``: generated images of smooth curves, whose three points are all there is to code.
+"""Data set ``curves``: synthetic images of smooth curves, each defined by three points.
 
 After the idea of the CURVES of Hinton and Salakhutdinov (Science 313, 2006), which train an
 auto-encoder to find the six coordinates behind 784 pixels. Theirs is a file, ``digs3pts_1.mat``;
@@ -21,18 +21,18 @@ RECIPE = 1  # changes whenever the images do, so that no old array is taken for 
 
 
 def read_curves(seed: int = 0) -> Source:
-    """20,000 training and 10,000 test images, uint8, (1, 28, 28), all of the class ``curve``."""
+    """Generate 20,000 training and 10,000 test images, uint8, (1, 28, 28), of class ``curve``."""
     splits = {split: _split(split, stream, seed) for stream, split in enumerate(COUNTS)}
     return Source("generated", ("curve",), splits)
 
 
 def three_points(seed: int, stream: int, i: int) -> NDArray[np.float64]:
-    """The points (3, 2), as x and y, of the i-th curve of a stream: 0 to train, 1 to test."""
+    """Draw the points (3, 2), x and y, of the i-th curve of a stream: 0 to train, 1 to test."""
     return LOWEST + (HIGHEST - LOWEST) * uniform(6, seed, stream, i).reshape(3, 2)
 
 
 def draw(points: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Pixels (1, 28, 28) of the quadratic curve through three points (3, 2).
+    """Render pixels (1, 28, 28) of the quadratic curve through three points (3, 2).
 
     The curve passes them at t = 0, 1/2 and 1. A pixel whose centre is d away from the curve has
     the value exp(-d² / (2 STROKE²)), on the scale 0 to 1.

@@ -1,4 +1,4 @@
-"""The one data function: a name or a folder in, decoded splits with class names out."""
+"""Data loading: a name or a folder in, decoded splits with class names out."""
 
 import hashlib
 import logging
@@ -77,7 +77,7 @@ def load_data(
             with ``skip_unreadable``, as unreadable ones are not counted.
         label: Name of the label column, where a table has several.
         skip_unreadable: Leave unreadable images out with a warning instead of stopping.
-        min_classes: How many classes there must be; 1 where the labels don't matter, as with an
+        min_classes: Minimum number of classes; 1 where the labels don't matter, as with an
             auto-encoder.
         stream: Read training images from their shards when they are needed, instead of decoding
             all of them into the cache folder once; default if that could take more than 16 GiB.
@@ -99,8 +99,9 @@ def load_data(
     _check_options(image_size, channels, validation, test, limit, window, bit_depth)
     if min_classes > 1 and name in NOTHING_TO_TELL_APART:
         raise UsageError(
-            f"{name} gives nothing to tell apart: {NOTHING_TO_TELL_APART[name]}; it is there for "
-            f"auto-encoders, load_data('{name}', min_classes=1); a folder of that name is ./{name}"
+            f"{name} has no classes to distinguish: {NOTHING_TO_TELL_APART[name]}; it is meant "
+            f"for auto-encoders, load_data('{name}', min_classes=1); a folder of that name is "
+            f"./{name}"
         )
     if stream is None:
         above: float = LARGEST_DECODED // ((channels or 3) * (image_size or 64) ** 2)
@@ -119,13 +120,13 @@ def load_data(
     streamed = encoded.shards is not None and len(encoded.labels) > above
     if stream and not streamed:
         raise UsageError(
-            f"data.stream reads folders with parquet or tar files, and {source.origin} is none; "
-            "leave it out"
+            f"data.stream needs a folder of parquet or tar files, which {source.origin} is not; "
+            f"remove the option"
         )
     if streamed and remove_duplicates:
         raise UsageError(
-            "data.remove_duplicates compares decoded images, and data.stream decodes none before "
-            "the training; leave one of them out"
+            "data.remove_duplicates compares decoded images, but data.stream decodes none before "
+            "training; remove one of the two"
         )
     partly = not streamed and limit is not None and not skip_unreadable
     if streamed:
@@ -192,7 +193,7 @@ def load_data(
 def _hold_out(
     split: Split, share: float, seed: int, what: str
 ) -> tuple[Split, Split | EncodedSplit]:
-    """As ``hold_out``, but of streamed images not too many, to be decoded for themselves."""
+    """Hold out a split; a small one of streamed images is left to be decoded separately."""
     pixels = split.pixels
     if not isinstance(pixels, ShardPixels):
         return hold_out(split, share, seed)
@@ -220,7 +221,7 @@ def _stream(
     skip_unreadable: bool,
     bit_depth: int | None,
 ) -> Split:
-    """A split whose images stay in their shards."""
+    """Open a split whose images stay in their shards."""
     assert split.shards is not None
     pixels = ShardPixels(split.shards, size, channels, window, bit_depth)
     rows = readable_rows(pixels, skip_unreadable)
@@ -238,20 +239,20 @@ def _check_options(
 ) -> None:
     for option, share in {"validation": validation, "test": test}.items():
         if not 0 <= share < 1:
-            raise UsageError(f"data.{option} is a share from 0 to below 1, got {share}")
+            raise UsageError(f"data.{option} must be in [0, 1), got {share}")
     if channels not in (None, 1, 3):
-        raise UsageError(f"data.channels is 1 (grey) or 3 (RGB), got {channels}")
+        raise UsageError(f"data.channels must be 1 (grey) or 3 (RGB), got {channels}")
     if bit_depth is not None and not 1 <= bit_depth <= FULL_DEPTH:
-        raise UsageError(f"data.bit_depth is 1 to {FULL_DEPTH}, got {bit_depth}")
+        raise UsageError(f"data.bit_depth must be 1 to {FULL_DEPTH}, got {bit_depth}")
     if image_size is not None and image_size > LARGEST_SIDE:
-        raise UsageError(f"data.image_size is at most {LARGEST_SIDE}, got {image_size}")
+        raise UsageError(f"data.image_size must be at most {LARGEST_SIDE}, got {image_size}")
     for option, number in {"image_size": image_size, "limit": limit, "window": window}.items():
         if number is not None and number < 1:
             raise UsageError(f"data.{option} must be at least 1, got {number}")
 
 
 def _geometry(split: EncodedSplit, size: int | None, channels: int | None) -> tuple[int, int]:
-    """The wanted size and channels, or those of the images."""
+    """Return the requested size and channels, or those of the images."""
     if len(split.labels) == 0:
         raise DataError("the train split is empty")
     if size is not None and channels is not None:

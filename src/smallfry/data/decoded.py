@@ -25,7 +25,7 @@ def decode_held_out(
     skip_unreadable: bool,
     bit_depth: int | None,
 ) -> Split:
-    """A split on the scale of the training images."""
+    """Decode a split on the scale of the training images."""
     depth = bit_depth or FULL_DEPTH
     held, found = decode_split(split, size, channels, classes, skip_unreadable, depth)
     if bit_depth is None and found is not None:
@@ -42,7 +42,7 @@ def decode_training(
     skip_unreadable: bool,
     bit_depth: int | None,
 ) -> tuple[Split, int | None]:
-    """The training images, and the bit depth that they and the other splits need."""
+    """Decode the training images, and determine the bit depth for all splits."""
     wanted = (split, size, channels, classes, skip_unreadable)
     train, depth = decode_split(*wanted, bit_depth)
     if bit_depth is None and depth is not None:
@@ -60,18 +60,18 @@ def decode_split(
     skip_unreadable: bool,
     bit_depth: int | None,
 ) -> tuple[Split, int | None]:
-    """A split, and the bit depth of those of its images that have more than 8 bits a channel."""
+    """Decode a split, and determine its bit depth if it exceeds 8 bits a channel."""
     require_labels(split, classes)
     images, unreadable, found = decoded(split, size, channels, bit_depth)
     if unreadable and not skip_unreadable:
         more = f" and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
         raise DataError(
-            f"{unreadable[0].reason}{more}; mend or remove it, or leave such images out: "
-            "--data.skip_unreadable true"
+            f"{unreadable[0].reason}{more}; fix or remove it, or skip such images: "
+            f"--data.skip_unreadable true"
         )
     if unreadable:
         warnings.warn(
-            f"{len(unreadable)} unreadable images left out, the first: {unreadable[0].reason}",
+            f"{len(unreadable)} unreadable images skipped, the first: {unreadable[0].reason}",
             SmallfryWarning,
             stacklevel=3,
         )
@@ -80,7 +80,7 @@ def decode_split(
 
 
 def require_labels(split: EncodedSplit, classes: int) -> None:
-    """Check that the labels are those of classes; raises a DataError that names an image."""
+    """Require labels within the classes; raises a DataError that names an image."""
     outside = np.flatnonzero((split.labels < 0) | (split.labels >= classes))
     if len(outside):
         first = int(outside[0])
@@ -93,7 +93,7 @@ def require_labels(split: EncodedSplit, classes: int) -> None:
 def as_split(
     images: NDArray[np.uint8], rows: NDArray[np.int64], labels: NDArray[np.int64]
 ) -> Split:
-    """A split of decoded images."""
+    """Wrap decoded images as a split."""
     return Split(
         torch.from_numpy(images), torch.from_numpy(rows), torch.from_numpy(labels[rows].copy())
     )

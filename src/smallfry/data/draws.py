@@ -1,11 +1,11 @@
-"""Random numbers that depend on a seed and an index alone, so that any order draws the same."""
+"""Counter-based random numbers: a pure function of seed and index, in any order."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 
 def uniform(count: int, seed: int, *index: int) -> NDArray[np.float64]:
-    """So many numbers from 0 to below 1, a pure function of the seed and up to three indices.
+    """Draw numbers in [0, 1) as a pure function of the seed and up to three indices.
 
     They come straight from Philox, whose stream NumPy keeps the same for all time; it promises
     no such thing of the distributions of ``Generator``.

@@ -1,4 +1,4 @@
-"""Identical images in several splits or under several labels, found by a hash of their pixels."""
+"""Duplicate images across splits or labels, found by pixel hash."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ AT_ONCE = 1024  # images that are hashed by one thread
 
 
 class Hashed(NamedTuple):
-    """The images of a split as far as duplicates are concerned."""
+    """Image hashes and labels of a split."""
 
     split: str
     hashes: NDArray[np.uint64]  # (images,), of the pixels
@@ -23,7 +23,7 @@ class Hashed(NamedTuple):
 
 
 def image_hashes(pixels: Tensor, rows: Tensor) -> NDArray[np.uint64]:
-    """Hashes (images,) of 64 bits of the images (any, channels, size, size) in those rows."""
+    """Hash images (any, channels, size, size) at some rows to 64 bits each, (images,)."""
 
     def some(i: int) -> NDArray[np.uint64]:
         images = pixels[rows[i * AT_ONCE : (i + 1) * AT_ONCE]].numpy()
@@ -35,10 +35,10 @@ def image_hashes(pixels: Tensor, rows: Tensor) -> NDArray[np.uint64]:
 
 
 def describe_duplicates(origin: str, splits: Sequence[Hashed], classes: Sequence[str]) -> list[str]:
-    """Sentences on images that two splits share, and on images under several labels.
+    """Describe images shared by two splits, and images with several labels.
 
     Args:
-        origin: Where the data is.
+        origin: Origin of the data.
         splits: Training, validation and test split, in this order.
         classes: Names of the classes.
     """
@@ -52,7 +52,7 @@ def describe_duplicates(origin: str, splits: Sequence[Hashed], classes: Sequence
 def kept_without_duplicates(
     split: Hashed, later: Sequence[Hashed], unambiguous: bool
 ) -> NDArray[np.int64]:
-    """The positions of the images that are in no later split.
+    """Return the positions of the images that are in no later split.
 
     Args:
         split: The split.
@@ -80,7 +80,7 @@ def _shared(origin: str, first: Hashed, second: Hashed) -> str:
 
 
 def _ambiguous(hashes: NDArray[np.uint64], labels: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """The hashes that have several labels."""
+    """Return the hashes with several labels."""
     order = np.lexsort((labels, hashes))
     same = hashes[order][1:] == hashes[order][:-1]
     other = labels[order][1:] != labels[order][:-1]

@@ -1,4 +1,4 @@
-"""``faces``: many small turned and zoomed crops of the 400 Olivetti photographs of 40 people.
+"""Data set ``faces``: rotated and zoomed crops of the 400 Olivetti photographs of 40 people.
 
 After the faces of Hinton and Salakhutdinov (Science 313, 2006), made for the same use, to train
 auto-encoders. Their 165,600 images are a file, ``newfaces_rot_single.mat``. These differ:
@@ -44,7 +44,7 @@ WHO, HOW = 0, 1  # what is drawn: the people of the splits, a turn and a zoom
 
 
 def read_faces(root: Path | None = None, label: str | None = None, seed: int = 0) -> Source:
-    """103,500 images of 25 people to train, 20,700 of 5 to validate, 41,400 of 10 to test.
+    """Generate 103,500 images of 25 people to train, 20,700 of 5 to validate, 41,400 of 10 to test.
 
     Images are uint8, (1, 25, 25); labels are the people, 0 to 39 in every split.
 
@@ -52,7 +52,7 @@ def read_faces(root: Path | None = None, label: str | None = None, seed: int = 0
         root: A folder with the photographs, or with a subfolder ``olivetti`` of them: parquet
             shards, or one folder per person. Without one, scikit-learn has them or fetches them.
         label: Name of the column that tells the person, where a table has several.
-        seed: Of the people in every split, and of all turns and zooms.
+        seed: Seed of the people in every split, and of all rotations and zooms.
 
     Raises:
         DataError: The photographs can't be reached, or are others than those.
@@ -68,7 +68,7 @@ def read_faces(root: Path | None = None, label: str | None = None, seed: int = 0
     ):
         raise DataError(
             f"{origin}: expected the Olivetti faces, {PHOTOGRAPHS} photographs of each of {total} "
-            f"people in one split, and found {len(people)} photographs of "
+            f"people in one split, but found {len(people)} photographs of "
             f"{len(np.unique(people))} people"
         )
     in_order = np.argsort(people, kind="stable")
@@ -87,7 +87,7 @@ def read_faces(root: Path | None = None, label: str | None = None, seed: int = 0
 
 
 def vary(photograph: Image.Image, turn: float, zoom: float) -> NDArray[np.uint8]:
-    """Pixels (1, 25, 25) of a photograph turned by so many degrees, its centre cropped.
+    """Rotate a photograph by so many degrees and crop its centre to pixels (1, 25, 25).
 
     The crop's side is 64 / zoom. Around the photograph is a margin of MARGIN pixels, for a corner
     of the crop, and the filters there, to find pixels in.
@@ -127,7 +127,7 @@ def _between(ends: tuple[float, float], share: float) -> float:
 
 
 def _read(folder: Path, label: str | None) -> tuple[str, NDArray[np.uint8], NDArray[np.int64]]:
-    """Where the photographs are, their pixels (images, 64, 64), and who is on them."""
+    """Read the photographs: their source, pixels (images, 64, 64), and the person on each."""
     source = read_folder(folder, label, "label")
     split = replace(source.splits[TRAIN], fingerprint="")  # so few need no cache
     pixels, unreadable, _ = decoded(split, PHOTOGRAPH, 1)
@@ -137,15 +137,15 @@ def _read(folder: Path, label: str | None) -> tuple[str, NDArray[np.uint8], NDAr
 
 
 def _fetch() -> tuple[str, NDArray[np.uint8], NDArray[np.int64]]:
-    """As ``_read``, from scikit-learn, which keeps what it once downloaded."""
+    """Read the photographs through scikit-learn, which downloads and caches them."""
     from sklearn.datasets import fetch_olivetti_faces
 
     try:
         faces = fetch_olivetti_faces()
     except Exception as error:  # of the network, of a disk, or of a damaged file
         raise DataError(
-            f"faces: scikit-learn can't fetch the Olivetti faces ({type(error).__name__}); connect "
-            "this machine, or name a folder that holds them as parquet shards: --data.root DIR"
+            f"faces: scikit-learn can't download the Olivetti faces ({type(error).__name__}); go "
+            f"online, or pass a folder with their parquet shards: --data.root DIR"
         ) from error
     pixels = np.rint(255 * faces.images).astype(np.uint8)
     return "scikit-learn", pixels, faces.target.astype(np.int64)

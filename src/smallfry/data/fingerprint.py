@@ -1,4 +1,4 @@
-"""Fingerprints of files and of what was made of them."""
+"""Fingerprints of files and of derived data."""
 
 import errno
 import hashlib
@@ -8,7 +8,7 @@ from smallfry.errors import AccessError
 
 
 def stamp(file: Path) -> str:
-    """Path, inode, size and times of a file: equal while its content is."""
+    """Return path, inode, size and times of a file: equal while its content is."""
     try:
         found = file.stat()
     except OSError as error:
@@ -20,6 +20,6 @@ def stamp(file: Path) -> str:
 
 
 def digest(*parts: str) -> str:
-    """The fingerprint of some texts, 32 characters, such as the name of a cached array."""
+    """Hash texts to 32 characters, such as the name of a cached array."""
     # a path may be no UTF-8
     return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()[:32]

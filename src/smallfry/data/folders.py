@@ -1,4 +1,4 @@
-"""Folders of images: tables, or one folder per class, in the folder or in one per split."""
+"""Image folders: parquet tables, or one folder per class, optionally inside one per split."""
 
 import logging
 import os
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class ClassFolder(NamedTuple):
-    """A folder of one class."""
+    """Folder of one class."""
 
     path: Path
     images: list[Path]
@@ -46,17 +46,17 @@ class ClassFolder(NamedTuple):
 
 
 def read_folder(folder: Path, label: str | None = None, default_label: str | None = None) -> Source:
-    """Parquet shards, or one folder per class, in the folder or in one folder per split."""
+    """Read parquet shards or class folders, in the folder or in one folder per split."""
     shards = shard_files(folder)
     if shards:
         return read_parquet(folder, shards, label, default_label)
     if label is not None:
-        raise UsageError(f"data.label names a column of a table, and {folder} has class folders")
+        raise UsageError(f"data.label selects a column of a table, but {folder} has class folders")
     return read_class_folders(folder)
 
 
 def read_class_folders(folder: Path) -> Source:
-    """The images below a folder with one folder per class, or with one such folder per split.
+    """Read the images of a folder with one folder per class, optionally inside one per split.
 
     Class names are compared as composed Unicode. Images of validation or test classes that
     training lacks are labelled ``LACKING``.
@@ -74,15 +74,15 @@ def read_class_folders(folder: Path) -> Source:
     classes = list(found[TRAIN])
     if not classes:
         raise DataError(
-            f"{train}: expected one folder per class with images in it, or parquet files, and "
-            "found neither"
+            f"{train}: expected one folder per class with images in it, or parquet files, but "
+            f"found neither"
         )
     empty = [each for each in found[TRAIN].values() if not each.images]
     if empty:
         there = _endings(empty[0].others)
         raise DataError(
-            f"{empty[0].path}: the class is empty{f', but for {there}' if there else ''}; put "
-            "images of a format that Pillow reads into it, or remove the folder"
+            f"{empty[0].path}: empty class folder{f', except for {there}' if there else ''}; add "
+            f"images in a format that Pillow reads, or remove the folder"
         )
     loose = [file for place in {folder, *places.values()} for file in _files_in(place)]
     _report_left_out(folder, [each for split in found.values() for each in split.values()], loose)
@@ -93,7 +93,7 @@ def read_class_folders(folder: Path) -> Source:
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """The folders in a folder that may be a class or a split, in the order of their names."""
+    """List the subfolders that may be a class or a split, sorted by name."""
     if not os.path.isdir(folder):  # also False of a name that no file can have
         return []
     names = [entry.name for entry in folder.iterdir() if not is_hidden(entry.name)]
@@ -103,7 +103,7 @@ def folders_in(folder: Path) -> list[Path]:
 
 
 def _find_splits(folder: Path) -> dict[str, Path]:
-    """The folders of the splits; the folder itself, for training, if it has none."""
+    """Find the folders of the splits; without any, the folder itself is for training."""
     inside = folders_in(folder)
     named = [path for path in inside if path.name.lower() in SPLIT_NAMES]
     parted = [path for path in named if folders_in(path)]
@@ -112,8 +112,9 @@ def _find_splits(folder: Path) -> dict[str, Path]:
         if others and all(_begins_like_a_split(path.name) for path in others):
             names = ", ".join(text_of(path.name) for path in others[:5])
             raise DataError(
-                f"{folder}: are {names} splits? then call them train, val and test, with one "
-                "folder per class in each; if they are classes, give one of them another name"
+                f"{folder}: unclear whether {names} are splits; if so, name them train, val and "
+                f"test, with one "
+                "folder per class in each; if they are classes, rename one of them"
             )
         return {TRAIN: folder}
     splits: dict[str, Path] = {}
@@ -123,30 +124,30 @@ def _find_splits(folder: Path) -> dict[str, Path]:
         if path in parted:
             splits[split] = path
     if TRAIN not in splits:
-        raise DataError(f"{folder}: there is a {min(splits)} folder, but no train folder beside it")
+        raise DataError(f"{folder}: found a {min(splits)} folder, but no train folder beside it")
     _tell_neighbours(folder, splits, others)
     return splits
 
 
 def _tell_neighbours(folder: Path, splits: dict[str, Path], others: Sequence[Path]) -> None:
-    """Refuse folders of images that may be classes beside a class of that name, or warn of them."""
+    """Refuse or warn of image folders that may be classes beside one named like a split."""
     if not others:
         return
     names = ", ".join(text_of(path.name) for path in others[:5])
     if len(splits) == 1 and others[0].name.lower() not in SPLIT_NAMES:
         raise DataError(
-            f"{splits[TRAIN]}: a class beside {names}, or the training split? for a class, give it "
-            f"another name; for a split, move {names} out of {folder}"
+            f"{splits[TRAIN]}: unclear whether this is a class like {names} or the training "
+            f"split; rename a class, or for a split move {names} out of {folder}"
         )
     warnings.warn(
-        f"{folder}: left out {names}: images in no class folder of a split",
+        f"{folder}: ignored {names}, with images outside the class folders of a split",
         SmallfryWarning,
         stacklevel=4,
     )
 
 
 def _begins_like_a_split(name: str) -> bool:
-    """Whether a name is one such as ``train2017`` or ``test_images``."""
+    """Return whether a name starts like a split's, such as ``train2017`` or ``test_images``."""
     return re.split(r"[^a-z]", name.lower())[0] in SPLIT_NAMES
 
 
@@ -155,22 +156,22 @@ def _has_images(folder: Path) -> bool:
 
 
 def _classes(folder: Path) -> dict[str, ClassFolder]:
-    """The class folders by the names of the classes, without what smallfry wrote."""
+    """Map class names to their folders, without those that smallfry wrote."""
     found: dict[str, ClassFolder] = {}
     for path in folders_in(folder):
         if is_artifact(os.listdir(path)):
-            log.info("left out %s, which smallfry wrote", path)
+            log.info("ignored %s, written by smallfry", path)
             continue
         each = ClassFolder(path, *list_folder(path))
         if each.skipped and not each.images and not unread_pictures(each.others):
-            log.info("left out %s, where only %s is", path, each.skipped[0].name)
+            log.info("ignored %s, which contains only %s", path, each.skipped[0].name)
             continue
         name = text_of(path.name)
         if name in found:
             raise DataError(
-                f"{folder}: two folders are the class '{name}', spelled in other bytes (composed "
+                f"{folder}: two folders have the class name '{name}' in different bytes (composed "
                 f"and decomposed Unicode, or Latin-1): {found[name].path.name!r} and "
-                f"{path.name!r}; make them one"
+                f"{path.name!r}; merge them"
             )
         found[name] = each
     return found
@@ -205,7 +206,7 @@ def _warn_of_broken_links(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if path.is_symlink() and not path.exists() and not is_hidden(path.name):
             warnings.warn(
-                f"{path}: a link to what is not there, left out; mend it, or take it away",
+                f"{path}: ignored a broken link; fix or remove it",
                 SmallfryWarning,
                 stacklevel=4,
             )
@@ -216,26 +217,26 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _report_left_out(folder: Path, classes: Sequence[ClassFolder], loose: Sequence[Path]) -> None:
-    """Count the files and folders that are left out; warn if there are pictures among them."""
+    """Log the number of ignored files and folders; warn if there are pictures among them."""
     others = [*loose, *(file for each in classes for file in each.others)]
     unread = unread_pictures(others)
     if unread:
         warnings.warn(
-            f"{folder}: {len(unread)} pictures left out, of formats or names that are not read: "
-            f"{_endings(unread)}, such as {unread[0]}; convert them, to JPEG or PNG",
+            f"{folder}: {len(unread)} pictures ignored, with unsupported formats or names: "
+            f"{_endings(unread)}, such as {unread[0]}; convert them to JPEG or PNG",
             SmallfryWarning,
             stacklevel=4,
         )
     rest = _endings(sorted({*others} - {*unread}))
     if rest:
-        log.info("%s: left out as no images: %s", folder, rest)
+        log.info("%s: ignored files that are not images: %s", folder, rest)
     skipped = Counter(text_of(path.name) for each in classes for path in each.skipped)
     if skipped:
         told = ", ".join(f"{count} {name}" for name, count in skipped.most_common(5))
-        log.info("%s: left out folders of a system or of smallfry: %s", folder, told)
+        log.info("%s: ignored folders of the system or of smallfry: %s", folder, told)
 
 
 def _endings(files: Sequence[Path]) -> str:
-    """How many files have which endings, the most frequent first: ``20 .heic, 1 .txt``."""
-    counts = Counter(file.suffix.lower() or "without an ending" for file in files)
+    """Count files by extension, the most frequent first: ``20 .heic, 1 .txt``."""
+    counts = Counter(file.suffix.lower() or "without an extension" for file in files)
     return ", ".join(f"{count} {ending}" for ending, count in counts.most_common(5))

@@ -1,4 +1,4 @@
-"""Decoded data sets: splits, class names, and what is known of their pixels."""
+"""Image data sets: splits, class names and pixel statistics."""
 
 import hashlib
 import logging
@@ -38,11 +38,11 @@ MEASURED = 4096  # streamed images whose mean and deviation stand for all
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set: class names, and train, validation and test splits of one image size.
+    """Data set: class names, and train, validation and test splits of one image size.
 
     Args:
         name: The name or folder that was asked for.
-        origin: Where it was found.
+        origin: Source of the data.
         classes: Class names, in the order of the labels.
         image_size: Side of the images in pixels.
         channels: 1 for grey images, 3 for RGB.
@@ -67,12 +67,12 @@ class ImageData:
 
     @property
     def test_count(self) -> int:
-        """How many test images there are, without reading them."""
+        """Number of test images, without reading them."""
         return len(self._held_out.labels)
 
     @cached_property
     def test(self) -> Split:
-        """The test split; decoded when it is first asked for, so that nothing else touches it."""
+        """Test split, decoded on first access."""
         if isinstance(self._held_out, Split):
             return self._held_out
         return decode_held_out(
@@ -83,12 +83,12 @@ class ImageData:
 
     @cached_property
     def mean(self) -> tuple[float, ...]:
-        """Mean of the training pixels, or of 4,096 streamed ones, per channel, from 0 to 1."""
+        """Per-channel mean of the training pixels, or of 4,096 streamed ones, from 0 to 1."""
         return self._moments[0]
 
     @cached_property
     def std(self) -> tuple[float, ...]:
-        """Standard deviation of the pixels of ``mean`` per channel, on the same scale."""
+        """Per-channel standard deviation of the pixels of ``mean``, on the same scale."""
         return self._moments[1]
 
     @cached_property
@@ -114,7 +114,7 @@ class ImageData:
         return self._fingerprint(self.classes)
 
     def matches(self, fingerprint: str) -> bool:
-        """Whether this is the data of a fingerprint.
+        """Compare the data with a fingerprint.
 
         Earlier versions took the class names as the source spells them.
         """
@@ -124,7 +124,7 @@ class ImageData:
         return other and fingerprint == self._fingerprint(self._spelled)
 
     def duplicates(self) -> list[str]:
-        """Sentences on identical images in several splits or under several labels.
+        """Describe identical images in several splits or under several labels.
 
         Streamed images are not compared.
         """
@@ -133,7 +133,7 @@ class ImageData:
         return describe_duplicates(self.origin, self._hashed(), self.classes)
 
     def without_duplicates(self) -> "ImageData":
-        """The data without training images that have several labels or are in other splits.
+        """Drop training images that have several labels or are in other splits.
 
         Validation images that are test images too are left out as well.
         """
@@ -141,7 +141,7 @@ class ImageData:
         kept = kept_without_duplicates(train, (validation, test), unambiguous=True)
         chosen = kept_without_duplicates(validation, (test,), unambiguous=False)
         log.info(
-            "%s: identical images left out: %d of training, %d of validation",
+            "%s: removed duplicate images: %d of training, %d of validation",
             self.origin,
             len(self.train) - len(kept),
             len(self.validation) - len(chosen),
@@ -154,7 +154,7 @@ class ImageData:
         )
 
     def relabelled(self, classes: Sequence[str]) -> "ImageData":
-        """The data with the labels that its class names have among other classes.
+        """Map the labels to the same class names among other classes.
 
         Images of classes that are not among them are left out with a warning. If no class is, the
         data stays as it is.
@@ -166,7 +166,8 @@ class ImageData:
         foreign = [name for name, at in zip(self.classes, table, strict=True) if at == LACKING]
         if foreign:
             warnings.warn(
-                f"{self.origin}: left out images of {some_of(foreign)}, no class of the model",
+                f"{self.origin}: skipped images of {some_of(foreign)}, which the model does not "
+                f"have as a class",
                 SmallfryWarning,
                 stacklevel=3,
             )

@@ -1,4 +1,4 @@
-"""Labels that a split lacks, or that training lacks."""
+"""Labels missing from a split, or from training."""
 
 import warnings
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from smallfry.errors import DataError, SmallfryWarning
 
 
 def with_known_labels(source: Source) -> Source:
-    """The source with validation and test images of training's classes only.
+    """Keep only the validation and test images of classes in the training split.
 
     A split without any label, as competitions withhold them, is left out; so are images of classes
     that training lacks. Warnings name both.
@@ -37,13 +37,13 @@ def with_known_labels(source: Source) -> Source:
 
 
 def relabelled(split: EncodedSplit, table: NDArray[np.int64]) -> EncodedSplit:
-    """Those images of a split whose labels have a place in a table (classes,) of new labels."""
+    """Keep the images whose labels a table (classes,) maps to new labels."""
     labels = np.where(split.labels < 0, split.labels, table[np.maximum(split.labels, 0)])
     return replace(split, labels=labels).take(np.flatnonzero(labels != LACKING))
 
 
 def some_of(names: Sequence[str]) -> str:
-    """The first of many names: ``cat, dog, … (12 in all)``."""
+    """Abbreviate a list of names: ``cat, dog, … (12 in all)``."""
     return ", ".join(names[:5]) + (f", … ({len(names)} in all)" if len(names) > 5 else "")
 
 

@@ -1,4 +1,4 @@
-"""The data sets that have a name, and the way from a name or a folder to its source."""
+"""Named data sets, and the lookup of a data source by name or folder."""
 
 import math
 import warnings
@@ -37,7 +37,7 @@ def find_source(
     stream_above: float = math.inf,
     skip_unreadable: bool = False,
 ) -> Source:
-    """The source of a named data set or of a folder.
+    """Find the source of a named data set or of a folder.
 
     A data set of the hub is looked for in ``root`` (or its subfolder of that name), then in the
     local cache of ``datasets``, then on the hub.
@@ -58,16 +58,16 @@ def find_source(
         return _read(_find_folder(name, root), label, None, stream_above, skip_unreadable)
     if Path(name).is_dir() and root is None:
         warnings.warn(
-            f"'{name}' is taken for the data set of that name; the folder here is './{name}'",
+            f"'{name}' selects the data set of that name; for the folder use './{name}'",
             SmallfryWarning,
             stacklevel=3,
         )
     if root is not None and name in NO_ROOT:
-        raise UsageError(f"{name} {NO_ROOT[name]} and takes no data.root")
+        raise UsageError(f"{name} {NO_ROOT[name]} and does not use data.root")
     if root is not None:
         root = root.expanduser()
         if not root.is_dir():
-            raise DataError(f"data.root: there is no folder '{root}'")
+            raise DataError(f"data.root: no such folder '{root}'")
     if name == "digits":
         return read_digits()
     if name == "curves":
@@ -83,7 +83,7 @@ def find_source(
 
 
 def read_digits() -> Source:
-    """scikit-learn's 1,797 real handwritten digits, 8×8, 17 grey levels."""
+    """Load scikit-learn's 1,797 handwritten digits, 8×8, 17 grey levels."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -100,7 +100,7 @@ def _find_folder(name: str, root: Path | None) -> Path:
     folder = path_of(name)
     if root is not None:
         raise UsageError(
-            f"data.root goes with a named data set, not with the folder '{name}'"
+            f"data.root applies to named data sets, not to the folder '{name}'"
             f"{nearest(name, NAMED)}"
         )
     if not folder.is_dir():

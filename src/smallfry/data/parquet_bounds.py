@@ -1,4 +1,4 @@
-"""How much the columns of a parquet file decode to, measured without decoding them.
+"""Decoded size of parquet columns, measured without decoding them.
 
 A dictionary stores a value once, however many cells have it: 4 kB of a file may stand for
 gigabytes, and its footer does not tell. Read as dictionaries, columns take no more than what is
@@ -27,14 +27,14 @@ ROWS_AT_ONCE = 1000
 
 
 class Decoded(NamedTuple):
-    """What is in memory once cells are decoded, in bytes."""
+    """Memory of decoded cells, in bytes."""
 
     total: int
     largest: int  # of a cell
 
 
 def open_bounded(file: Path, columns: Iterable[str]) -> pq.ParquetFile:
-    """A parquet file whose texts and bytes in some columns are read as dictionaries.
+    """Open a parquet file with the texts and bytes of some columns as dictionaries.
 
     Args:
         file: The file.
@@ -51,7 +51,9 @@ def open_bounded(file: Path, columns: Iterable[str]) -> pq.ParquetFile:
         _require_loosely_packed(file, shard.metadata)
     leaves = [leaf for leaf in leaves if leaf.path.partition(".")[0] in wanted]
     if rows > MOST_ROWS:
-        raise DataError(f"{file}: has {rows:,} rows; at most {MOST_ROWS:,} are read: split it")
+        raise DataError(
+            f"{file}: has {rows:,} rows, more than the limit of {MOST_ROWS:,}: split it"
+        )
     lists = [leaf.path.partition(".")[0] for leaf in leaves if leaf.max_repetition_level]
     if lists:
         raise DataError(
@@ -63,19 +65,19 @@ def open_bounded(file: Path, columns: Iterable[str]) -> pq.ParquetFile:
 
 
 def _require_loosely_packed(file: Path, footer: Any) -> None:
-    """Judge row groups as wholes: of a damaged footer's columns PyArrow ends the process."""
+    """Check the packing of whole row groups: PyArrow aborts on the columns of a damaged footer."""
     most = max(MOST_UNPACKED, MOST_EXPANSION * file.stat().st_size)
     for group in range(footer.num_row_groups):
         size = footer.row_group(group).total_byte_size
         if size > most:
             raise DataError(
                 f"{file}: row group {group} unpacks to {size / 1e9:,.1f} GB, over "
-                f"{MOST_EXPANSION} times the file; write it in smaller row groups"
+                f"{MOST_EXPANSION} times the file; rewrite it with smaller row groups"
             )
 
 
 def decoded_size(column: Any) -> Decoded:
-    """What an array of PyArrow takes once no value is stored for several cells."""
+    """Measure a PyArrow array as if each cell had a value of its own."""
     if isinstance(column, pa.ChunkedArray):
         parts = [decoded_size(chunk) for chunk in column.chunks]
         return Decoded(sum(p.total for p in parts), max((p.largest for p in parts), default=0))
@@ -91,7 +93,7 @@ def decoded_size(column: Any) -> Decoded:
 
 
 def rows_at_once(files: Sequence[Path], columns: Sequence[str]) -> int:
-    """Rows of these files that can be decoded at a time; 1,000 unless they hold much.
+    """Return the number of rows to decode at a time: 1,000, or fewer if they are large.
 
     Files that are damaged, or lack a column, are passed over: reading them will say so.
 

@@ -1,4 +1,4 @@
-"""One parquet shard: its labels in one pass, its images a row group at a time.
+"""Parquet shards: labels in one pass, images one row group at a time.
 
 A row group is the least that the format lets one read, so it is what has to fit in memory.
 """
@@ -26,7 +26,7 @@ SAMPLED_BYTES = 64  # of each
 
 
 def features(file: Path) -> Mapping[str, Any]:
-    """The columns of a shard as the ``datasets`` library sees them.
+    """Return the columns of a shard in the schema of the ``datasets`` library.
 
     Raises:
         DataError: Not a whole parquet file.
@@ -41,7 +41,7 @@ def features(file: Path) -> Mapping[str, Any]:
 
 
 def count_rows(files: Sequence[Path]) -> int:
-    """Rows of all files that are whole, by what their footers say.
+    """Count the rows of all intact files by their footers.
 
     Raises:
         AccessError: A file can't be read now.
@@ -57,7 +57,7 @@ def count_rows(files: Sequence[Path]) -> int:
 
 
 def scan(file: Path, image: str, label: str, withheld: bool = False) -> Scanned:
-    """The labels and row groups of a shard, without its images.
+    """Index the labels and row groups of a shard, without its images.
 
     Args:
         file: The shard.
@@ -74,7 +74,7 @@ def scan(file: Path, image: str, label: str, withheld: bool = False) -> Scanned:
             columns = features(file)
             lacking = [name for name in (image, label) if name not in columns]
             if lacking:
-                raise DataError(f"{file}: has no column '{lacking[0]}', as the first shard has")
+                raise DataError(f"{file}: has no column '{lacking[0]}', unlike the first shard")
             blocks = [_block(file, shard, i) for i in range(shard.num_row_groups)]
             names, codes = _labels(file, shard, label, columns[label], withheld)
             if sum(block.samples for block in blocks) != len(codes):
@@ -86,7 +86,7 @@ def scan(file: Path, image: str, label: str, withheld: bool = False) -> Scanned:
 
 
 def read_group(file: Path, group: int, image: str) -> pa.ChunkedArray:
-    """The encoded images of a row group, as bytes or null, equal ones stored once.
+    """Read the encoded images of a row group as bytes or null, equal ones stored once.
 
     Raises:
         AccessError: The shard can't be read now.
@@ -153,15 +153,16 @@ def _block(file: Path, shard: pq.ParquetFile, group: int) -> Block:
     size = max(0, found.total_byte_size)
     if size > MOST_BLOCK:
         raise DataError(
-            f"{file}: its row group {group} holds {size / 1e9:.1f} GB, and a row group is read "
-            f"whole; write row groups of at most {MOST_BLOCK / 1e9:.1f} GB, better of about 1,000 "
+            f"{file}: its row group {group} holds {size / 1e9:.1f} GB, but a row group must fit "
+            f"in memory; write row groups of at most {MOST_BLOCK / 1e9:.1f} GB, better of about "
+            f"1,000 "
             "rows"
         )
     return Block(found.num_rows, size)
 
 
 def _mark(file: Path) -> str:
-    """A hash of the footer, which says what is where, and of bytes all over the file."""
+    """Hash the footer, which holds the layout, and bytes sampled from the file."""
     length = file.stat().st_size
     parts = []
     with open(file, "rb") as stream:

@@ -1,4 +1,4 @@
-"""What one pass over a shard finds: where its samples are, and their labels, but no image."""
+"""Index of one shard: sample positions and labels, without images."""
 
 import errno
 from collections.abc import Iterator
@@ -18,14 +18,14 @@ Label = int | str
 
 
 class Block(NamedTuple):
-    """Neighbouring samples of a shard, which are read together."""
+    """Adjacent samples of a shard, read together."""
 
     samples: int
     bytes: int
 
 
 class Scanned(NamedTuple):
-    """The samples of one shard, in their order."""
+    """Samples of one shard, in order."""
 
     names: list[Label]  # the labels that occur
     codes: NDArray[np.int32]  # (samples,), where in names each sample's label is
@@ -40,12 +40,12 @@ NO_SPANS = np.empty((0, 2), np.int64)
 
 
 def unreadable_shard(reason: str) -> Scanned:
-    """A shard of which nothing can be read."""
+    """Return the index of a shard that can't be read at all."""
     return Scanned([], np.empty(0, np.int32), [], "", NO_SPANS, [], reason)
 
 
 def is_of_the_system(error: BaseException) -> bool:
-    """Whether a disk that fails, too many open files or full memory is why, and not the content."""
+    """Return whether a failing disk, too many open files or low memory is at fault."""
     if is_out_of_memory(error):
         return True
     return isinstance(error, OSError) and error.errno not in OF_THE_CONTENT
@@ -53,7 +53,7 @@ def is_of_the_system(error: BaseException) -> bool:
 
 @contextmanager
 def reached(file: Path) -> Iterator[None]:
-    """Tell errors of the system from damage, which would be kept; of that, errors pass as they are.
+    """Separate system errors from damage, which would be cached; damage passes through.
 
     Raises:
         AccessError: The system can't read the file now.
@@ -64,6 +64,6 @@ def reached(file: Path) -> Iterator[None]:
         if not is_of_the_system(error):
             raise
         raise AccessError(
-            f"{file}: can't be read now ({str(error) or 'no memory is left'}); that may pass: try "
-            "again, and take the file away if it stays so"
+            f"{file}: can't be read now ({str(error) or 'no memory is left'}); try again, and "
+            f"remove the file if this persists"
         ) from error

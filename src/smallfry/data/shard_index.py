@@ -1,4 +1,4 @@
-"""Folders of shards: parquet or WebDataset tar files, indexed once and then read piece by piece.
+"""Indexed folders of shards: parquet or WebDataset tar files, read piece by piece.
 
 The index of a split holds the label of every sample and which samples are read together, and for
 tar files where each image is: 4 to 20 bytes a sample, kept in the cache folder.
@@ -49,14 +49,14 @@ COMPRESSED = ("*.tar.gz", "*.tgz", "*.tar.bz2", "*.tar.xz", "*.tar.zst")
 
 
 class Found(NamedTuple):
-    """The shards of a folder."""
+    """Shards of a folder."""
 
     kind: str  # parquet or tar
     files: dict[str, list[Path]]  # by split
 
 
 def find_shards(folder: Path) -> Found | None:
-    """The parquet or tar files of a folder, by split; None if there are none.
+    """Find the parquet or tar files of a folder, by split; None if there are none.
 
     Raises:
         DataError: Tar files are compressed, or their names don't say of which split they are.
@@ -73,8 +73,8 @@ def find_shards(folder: Path) -> Found | None:
     packed = sorted(file for ending in COMPRESSED for file in folder.glob(ending))
     if packed and not inside:
         raise DataError(
-            f"{packed[0]}: a compressed tar file can't be read in pieces, and images are "
-            "compressed already; unpack it to a .tar, such as with gunzip"
+            f"{packed[0]}: a compressed tar file can't be read in pieces; unpack it to a .tar, "
+            f"e.g. with gunzip"
         )
     return None
 
@@ -86,7 +86,7 @@ def read_shards(
     default_label: str | None = None,
     skip_unreadable: bool = False,
 ) -> Source:
-    """The splits of a folder of shards, with the images left where they are.
+    """Read the splits of a folder of shards, leaving the images in place.
 
     Args:
         folder: The folder.
@@ -149,7 +149,7 @@ def _first_whole(files: Sequence[Path], skip_unreadable: bool) -> Path:
 
 
 class _Index(NamedTuple):
-    """What the scans of all shards of a split found, one after the other."""
+    """Concatenated indexes of the shards of a split."""
 
     names: list[Label]
     codes: NDArray[np.int32]
@@ -169,7 +169,7 @@ ARRAYS = ("codes", "samples", "blocks", "block_samples", "block_bytes", "spans")
 def _index(
     files: Sequence[Path], kind: str, column: str, label: str | None, withheld: bool
 ) -> _Index:
-    """The index of a split, made once and kept in the cache folder; labels may be ``withheld``.
+    """Index a split once, and cache the index; labels may be ``withheld``.
 
     Raises:
         AccessError: A shard can't be read now; then no index is kept.
@@ -329,7 +329,7 @@ def _names_that_occur(folder: Path, index: _Index) -> list[Any]:
 def _class_indices(
     index: _Index, classes: Sequence[Any], by_number: bool
 ) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """(samples,) class indices, and the labels that are not among the classes.
+    """Map labels to class indices (samples,), and return the unknown labels.
 
     A number is the place of its class if the classes are text.
     """

@@ -1,4 +1,4 @@
-"""Where the samples of a split are in its shards, and how their bytes are read from there."""
+"""Samples of a split in their shards, and a reader of their bytes."""
 
 import io
 import threading
@@ -21,7 +21,7 @@ WINDOW_BYTES = 2**28  # of the encoded images of a window
 
 @dataclass(frozen=True)
 class Shards:
-    """Where the samples of a split are.
+    """Positions of the samples of a split.
 
     Samples have numbers, their rows, through all shards in the order of their names. A block is
     what is read at once: a row group of parquet, or some neighbours in a tar file.
@@ -51,15 +51,15 @@ class Shards:
         return int(self.starts[-1])
 
     def blocks_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The blocks that samples are in; of several that begin with a row, the one that has it."""
+        """Return the blocks of samples; of several that begin at a row, the one that holds it."""
         return np.searchsorted(self.starts, rows, side="right") - 1
 
     def shard_of(self, row: int) -> int:
-        """The shard that a sample is in."""
+        """Return the shard of a sample."""
         return int(np.searchsorted(self.first, row, side="right")) - 1
 
     def locate(self, row: int) -> str:
-        """Where a sample is, for messages."""
+        """Describe the position of a sample, for messages."""
         shard = self.shard_of(row)
         file, number = self.files[shard], row - int(self.first[shard])
         if self.column:
@@ -67,7 +67,7 @@ class Shards:
         return f"{file} sample {number} ({tar_shards.name_at(file, int(self.spans[row, 0]))!r})"
 
     def spread(self, rows: NDArray[np.int64], count: int, blocks: int = 64) -> NDArray[np.int64]:
-        """About so many of the rows, out of a few blocks all over the shards."""
+        """Spread a sample of rows over a few blocks of all shards."""
         edges = np.searchsorted(rows, self.starts)
         there = np.flatnonzero(edges[1:] > edges[:-1])
         chosen = there[np.linspace(0, len(there) - 1, min(blocks, len(there))).astype(int)]
@@ -78,7 +78,7 @@ class Shards:
 
 
 class ShardReader:
-    """Reads encoded images out of shards.
+    """Reader of encoded images from shards.
 
     Of parquet, the row groups that were asked for last stay in memory: at most ``window`` samples
     and 256 MiB in all, but at least one row group. Of tar files nothing stays. May be used by
@@ -102,16 +102,16 @@ class ShardReader:
 
     @property
     def held(self) -> tuple[int, int]:
-        """Samples, and bytes of images, that are in memory."""
+        """Number of samples, and bytes of images, in memory."""
         parts = list(self._held.values())
         return sum(part.samples for part in parts), sum(part.bytes for part in parts)
 
     def read_one(self, row: int) -> bytes:
-        """The bytes of one image; raises as ``read``."""
+        """Read the bytes of one image; raises as ``read``."""
         return self.read(np.array([row], np.int64))[0]
 
     def read(self, rows: NDArray[np.int64]) -> list[bytes]:
-        """The bytes of images, in the order of the rows; raises as ``read_in_parts``."""
+        """Read the bytes of images, in the order of the rows; raises as ``read_in_parts``."""
         found: list[bytes] = [b""] * len(rows)
         for part in self.read_in_parts(rows):
             for i, encoded in part:
@@ -119,7 +119,7 @@ class ShardReader:
         return found
 
     def read_in_parts(self, rows: NDArray[np.int64]) -> Iterator[list[tuple[int, bytes]]]:
-        """The bytes of images with their places in ``rows``, at most 256 MiB, or one, at a time.
+        """Yield the bytes of images with their positions in ``rows``, 256 MiB or one at a time.
 
         Raises:
             AccessError: A shard can't be read now.
@@ -145,8 +145,8 @@ class ShardReader:
                 cell = cells[row - int(self.shards.starts[block])].as_py()
                 if cell is None:
                     raise DataError(
-                        f"{self.shards.locate(row)}: a label without an image in the table; images "
-                        "in files of their own are read with --data.stream false"
+                        f"{self.shards.locate(row)}: a label without an image in the table; for "
+                        f"images in separate files use --data.stream false"
                     )
                 if len(cell) > MOST_BYTES:
                     raise DataError(
@@ -177,8 +177,8 @@ class ShardReader:
         cells = parquet_shards.read_group(shards.files[shard], group, shards.column)
         if len(cells) != stop - start:
             raise DataError(
-                f"{shards.files[shard]}: row group {group} has {len(cells)} images, and "
-                f"{stop - start} when it was indexed; was the file changed meanwhile?"
+                f"{shards.files[shard]}: row group {group} has {len(cells)} images, but "
+                f"{stop - start} when indexed; the file may have changed since"
             )
         return _Held(cells, stop - start, int(shards.weights[block]))
 
@@ -197,7 +197,7 @@ class ShardReader:
 
 
 class _Held(NamedTuple):
-    """A block in memory."""
+    """Block of samples in memory."""
 
     cells: Any  # a pyarrow array of bytes
     samples: int

@@ -1,4 +1,4 @@
-"""From a folder or the hub to labelled, still encoded images."""
+"""Labelled, encoded images from a folder or the Hub."""
 
 import hashlib
 import logging
@@ -43,7 +43,7 @@ SPLIT_NAMES = {
 
 
 class Hub(NamedTuple):
-    """A data set on the Hugging Face hub."""
+    """Data set on the Hugging Face Hub."""
 
     repository: str
     label: str = "label"
@@ -51,14 +51,14 @@ class Hub(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodedSplit:
-    """Images that are still encoded, or already pixels, each with a label.
+    """Encoded images, or pixels, each with a label.
 
     Args:
         labels: (images,) class indices.
         read: The i-th image, as a file, as bytes, or as pixels (channels, height, width).
-        locate: Where the i-th image is, for messages.
+        locate: Description of the i-th image's position, for messages.
         fingerprint: Changes when the content does; "" where the images need no cache.
-        shards: Where the images are, if they can be read from there shard by shard.
+        shards: Shards of the images, if they can be read shard by shard.
         strangers: Classes that training lacks; their images are labelled ``LACKING``.
     """
 
@@ -70,7 +70,7 @@ class EncodedSplit:
     strangers: tuple[str, ...] = ()
 
     def take(self, rows: NDArray[np.int64]) -> "EncodedSplit":
-        """Those images, in that order, each to be read on its own."""
+        """Select images, in that order, each to be read on its own."""
         which = hashlib.sha256(rows.tobytes()).hexdigest()
         return EncodedSplit(
             self.labels[rows],
@@ -81,7 +81,7 @@ class EncodedSplit:
 
 
 class Source(NamedTuple):
-    """What was found: class names, and the splits that there are."""
+    """Class names and splits of a data set."""
 
     origin: str
     classes: tuple[str, ...]
@@ -90,7 +90,7 @@ class Source(NamedTuple):
 
 
 def class_texts(origin: str, names: Sequence[Any]) -> tuple[str, ...]:
-    """Class names as text, each another.
+    """Convert class names to distinct texts.
 
     Raises:
         DataError: Two that differ in how they spell their accents alone.
@@ -99,8 +99,8 @@ def class_texts(origin: str, names: Sequence[Any]) -> tuple[str, ...]:
     twice = [name for name, count in Counter(texts).items() if count > 1]
     if twice:
         raise DataError(
-            f"{origin}: two classes are '{twice[0]}', spelled in composed and in decomposed "
-            "Unicode; make them one"
+            f"{origin}: two classes are named '{twice[0]}', in composed and in decomposed "
+            f"Unicode; merge them"
         )
     return texts
 
@@ -113,27 +113,27 @@ def require_one_name(origin: str, split: str, names: Sequence[str]) -> None:
     """
     if len(set(names)) > 1:
         raise DataError(
-            f"{origin}: {' and '.join(sorted(set(names)))} are both the {split} split; make them "
-            "one, or move one away"
+            f"{origin}: {' and '.join(sorted(set(names)))} are both the {split} split; merge "
+            f"them, or move one away"
         )
 
 
 def read_hub(name: str, hub: Hub, label: str | None = None) -> Source:
-    """A named data set from the local cache of ``datasets``, or else from the hub."""
+    """Read a named data set from the local cache of ``datasets``, or else from the Hub."""
     import datasets
 
     try:
         with _offline():
             loaded = datasets.load_dataset(hub.repository)
     except Exception:  # whatever the cache lacks, the hub may have
-        log.info("asking the hub for %s", hub.repository)
+        log.info("downloading %s from the Hub", hub.repository)
         try:
             loaded = datasets.load_dataset(hub.repository)
         except Exception as error:
             raise DataError(
-                f"{name}: not in the local cache, and the hub can't be reached "
-                f"({type(error).__name__}); connect this machine, or name a folder that holds "
-                f"its parquet shards: --data.root DIR"
+                f"{name}: not in the local cache, and the Hub can't be reached "
+                f"({type(error).__name__}); go online, or pass a folder with its parquet shards: "
+                f"--data.root DIR"
             ) from error
     known = [split for split in loaded if split in SPLIT_NAMES]
     for split in known:
@@ -146,7 +146,7 @@ def read_hub(name: str, hub: Hub, label: str | None = None) -> Source:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Let ``datasets`` look at nothing but its cache."""
+    """Restrict ``datasets`` to its cache."""
     import datasets
 
     before = datasets.config.HF_HUB_OFFLINE
@@ -161,7 +161,7 @@ def _offline() -> Iterator[None]:
 
 
 def shard_files(folder: Path, ending: str = "parquet") -> dict[str, list[Path]]:
-    """Files such as ``train-00000-of-00004.parquet`` or ``train/0000.parquet``, by split."""
+    """Find files such as ``train-00000-of-00004.parquet`` or ``train/0000.parquet``, by split."""
     inner = [name for name in os.listdir(folder) if name.lower() in {"data", *SPLIT_NAMES}]
     places = [folder, *(folder / name for name in in_order(inner))]
     files = sorted(
@@ -185,14 +185,14 @@ def shard_files(folder: Path, ending: str = "parquet") -> dict[str, list[Path]]:
         require_one_name(str(folder), split, sorted(said))
     if unnamed and shards:
         raise DataError(
-            f"{unnamed[0]}: which split is this? other files here say train, validation or test "
-            "in their names, and this one does not say one of them"
+            f"{unnamed[0]}: unknown split: other files here have train, validation or test in "
+            f"their names, but this one does not"
         )
     return {TRAIN: unnamed} if unnamed else shards
 
 
 def _parts(file: Path, ending: str) -> list[Path]:
-    """The file itself, or the files in a folder of such a name, as Spark writes a table."""
+    """Return the file itself, or the files in a folder of that name, as written by Spark."""
     if not file.is_dir():
         return [file]
     return sorted(part for part in file.glob(f"*.{ending}") if not is_hidden(part.name))
@@ -201,7 +201,7 @@ def _parts(file: Path, ending: str) -> list[Path]:
 def read_parquet(
     folder: Path, shards: dict[str, list[Path]], label: str | None, default_label: str | None
 ) -> Source:
-    """The tables in parquet files, by split; raises as ``read_hub``."""
+    """Read the tables in parquet files, by split; raises as ``read_hub``."""
     import datasets
 
     from smallfry.data.parquet_bounds import rows_at_once
@@ -227,7 +227,7 @@ def read_parquet(
 def _columns(
     folder: Path, file: Path, label: str | None, default_label: str | None
 ) -> list[str] | None:
-    """The columns with images and labels, so that no other is decoded; None of a damaged file."""
+    """Return the image and label columns, to decode no others; None for a damaged file."""
     from smallfry.data.parquet_shards import features
 
     try:
@@ -248,9 +248,9 @@ def _read_tables(
     default_label: str | None = None,
     folder: Path | None = None,
 ) -> Source:
-    """Tables of the ``datasets`` library with an image and a label column."""
+    """Read tables of the ``datasets`` library with an image and a label column."""
     if TRAIN not in tables:
-        raise DataError(f"{origin}: there is no train split, only {', '.join(tables) or 'none'}")
+        raise DataError(f"{origin}: no train split, only {', '.join(tables) or 'none'}")
     features = tables[TRAIN].features
     image = find_image_column(origin, features)
     chosen = find_label_column(origin, features, image, label, default_label)
@@ -266,7 +266,7 @@ def _read_tables(
 
 
 def find_image_column(origin: str, features: Mapping[str, Any]) -> str:
-    """The column of a table that holds images: as ``datasets`` writes them, or as bytes."""
+    """Find the column of a table that holds images: as ``datasets`` writes them, or as bytes."""
     from datasets import Image as ImageFeature
 
     for name, kind in features.items():
@@ -278,18 +278,17 @@ def find_image_column(origin: str, features: Mapping[str, Any]) -> str:
         return (named or binary)[0]
     if binary:
         raise DataError(
-            f"{origin}: which column holds the images? there are bytes in {', '.join(binary)}; "
-            "call the right one 'image', or take the others out"
+            f"{origin}: unclear which column holds the images, with bytes in {', '.join(binary)}; "
+            f"rename the right one to 'image', or remove the others"
         )
     there = ", ".join(f"{name} ({getattr(kind, 'dtype', '…')})" for name, kind in features.items())
     raise DataError(
-        f"{origin}: no column holds images, as encoded bytes or as {{bytes, path}}; there are "
-        f"{there}"
+        f"{origin}: no column holds images, as encoded bytes or as {{bytes, path}}; found {there}"
     )
 
 
 def is_bytes(kind: Any) -> bool:
-    """Whether a column's feature is of raw bytes, as pandas and pyarrow write them."""
+    """Return whether a column holds raw bytes, as pandas and pyarrow write them."""
     return getattr(kind, "dtype", None) in ("binary", "large_binary")
 
 
@@ -300,7 +299,7 @@ def find_label_column(
     label: str | None,
     default: str | None,
 ) -> str:
-    """The column of a table that holds labels: the wanted one, or the only one that may."""
+    """Find the column of a table that holds labels: the requested one, or the only candidate."""
     from datasets import ClassLabel
 
     others = [name for name in features if name != image_column]
@@ -313,8 +312,8 @@ def find_label_column(
     if len(candidates) == 1:
         return candidates[0]
     raise DataError(
-        f"{origin}: which column is the label? there are {', '.join(others) or 'none'}; "
-        "name it: --data.label COLUMN"
+        f"{origin}: unclear which column is the label, of {', '.join(others) or 'none'}; select "
+        f"it: --data.label COLUMN"
     )
 
 
@@ -327,7 +326,7 @@ def _table_split(
     fingerprint: str,
     folder: Path | None,
 ) -> EncodedSplit:
-    """A split of a table, whose images may be files in ``folder`` and nowhere else."""
+    """Build a split from a table whose images may be files, only inside ``folder``."""
     from datasets import Image as ImageFeature
 
     def locate(row: int) -> str:
@@ -351,7 +350,7 @@ def _table_split(
         if folder is None or not (folder / file).resolve().is_relative_to(folder.resolve()):
             raise DataError(
                 f"{locate(row)}: its image is not in the table but in '{file}', outside the "
-                "table's folder; move it in there, or put the images into the table"
+                "table's folder; move it there, or store the images in the table"
             )
         return folder / file
 
@@ -365,7 +364,7 @@ def _table_split(
 def class_indices(
     values: Sequence[Any], classes: Sequence[Any]
 ) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """Labels (samples,) of class names or numbers, and the names that are not among the classes.
+    """Map class names or numbers to labels (samples,), and return the unknown names.
 
     None is ``UNLABELLED``, and so is −1, which stands for no label where labels are withheld.
     """
@@ -377,14 +376,14 @@ def class_indices(
 
 
 def _key(value: Any) -> Any:
-    """A label as it is compared; not a number is none."""
+    """Normalise a label for comparison; NaN is None."""
     if isinstance(value, float) and math.isnan(value):
         return None
     return text_of(value) if isinstance(value, str) else value
 
 
 def _label_values(table: Any, label_column: str) -> list[Any]:
-    """The labels of a table as class names, or as the values that stand there."""
+    """Return the labels of a table as class names, or as raw values."""
     from datasets import ClassLabel
 
     kind = table.features[label_column]
@@ -392,8 +391,8 @@ def _label_values(table: Any, label_column: str) -> list[Any]:
     if not isinstance(kind, ClassLabel):
         if any(isinstance(value, list | dict) for value in values):
             raise DataError(
-                f"the labels in '{label_column}' are lists or groups, and expected is one class "
-                "for each image; name another column: --data.label COLUMN"
+                f"the labels in '{label_column}' are lists or groups; expected one class per "
+                f"image; select another column: --data.label COLUMN"
             )
         return values
     count = len(kind.names)

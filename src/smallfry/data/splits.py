@@ -1,4 +1,4 @@
-"""Splits of images in memory, and how they are parted."""
+"""Splits of images in memory, and functions that divide them."""
 
 from dataclasses import dataclass
 
@@ -30,28 +30,28 @@ class Split:
 
     @property
     def images(self) -> Tensor:
-        """All images, (images, channels, size, size), uint8, as a copy."""
+        """Copy of all images, (images, channels, size, size), uint8."""
         return self.pixels[self.rows]
 
     def take(self, positions: Tensor) -> "Split":
-        """Those images of this split, in that order."""
+        """Select images of this split, in that order."""
         return Split(self.pixels, self.rows[positions], self.labels[positions])
 
     def relabelled(self, table: NDArray[np.int64]) -> "Split":
-        """Those images whose labels have a place in a table (classes,) of new labels."""
+        """Keep the images whose labels a table (classes,) maps to new labels."""
         labels = torch.from_numpy(table)[self.labels]
         keep = labels >= 0
         return Split(self.pixels, self.rows[keep], labels[keep])
 
     def shuffled(self, generator: torch.Generator) -> Tensor:
-        """(images,), all positions in a random order; within windows if the images are streamed."""
+        """Shuffle all positions, (images,); within windows if the images are streamed."""
         if isinstance(self.pixels, ShardPixels):
             return self.pixels.order(self.rows, generator)
         return torch.randperm(len(self), generator=generator)
 
 
 def hold_out(split: Split, share: float, seed: int) -> tuple[Split, Split]:
-    """Part a split in two, the second with about ``share`` of every class.
+    """Divide a split in two, the second with about ``share`` of every class.
 
     A class keeps at least one image in the first part, and gives at least one to the second
     if it has two.
@@ -70,7 +70,7 @@ def hold_out(split: Split, share: float, seed: int) -> tuple[Split, Split]:
 
 
 def take_some(split: Split, count: int, seed: int) -> Split:
-    """So many images of a split, every class in proportion and, while it lasts, at least one."""
+    """Take a number of images of a split, stratified by class, at least one each if possible."""
     generator = torch.Generator().manual_seed(seed)
     place = torch.empty(len(split), dtype=torch.float64)
     for members in filter(len, _by_class(split)):
@@ -81,6 +81,6 @@ def take_some(split: Split, count: int, seed: int) -> Split:
 
 
 def _by_class(split: Split) -> tuple[Tensor, ...]:
-    """The positions of the images of each class, ascending."""
+    """Return the positions of the images of each class, ascending."""
     order = split.labels.argsort(stable=True)
     return torch.split(order, torch.bincount(split.labels).tolist())

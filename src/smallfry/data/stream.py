@@ -1,4 +1,4 @@
-"""Images that are read from shards when a batch needs them, in an order that suits the shards.
+"""Streaming of images from shards, in an order that suits the shards.
 
 An epoch's order is a pure function of a seed, so a run can be resumed at any step, by any number
 of processes, and what a process makes of its share is what any other would make of it. The blocks
@@ -37,14 +37,14 @@ WORTH_THREADS = 2**20  # bytes of encoded images
 
 
 class ShardPixels:
-    """The pixels of a split that stay in its shards; indexed like a tensor, by rows.
+    """Pixels of a split that stays in its shards; indexed like a tensor, by rows.
 
     Args:
-        shards: Where the images are.
+        shards: Shards of the images.
         size: Side of the images in pixels.
         channels: 1 for grey images, 3 for RGB.
         window: Samples that are shuffled among each other, and that may be in memory at once.
-        bit_depth: Of images of more than 8 bits a channel; None if it is not known.
+        bit_depth: Bit depth of images of more than 8 bits a channel; None if unknown.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class ShardPixels:
         self.reader = ShardReader(shards, window)
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        """Pixels (..., channels, size, size), uint8, of rows of any shape.
+        """Read pixels (..., channels, size, size), uint8, of rows of any shape.
 
         Raises:
             DataError: An image can't be read; the message says where it is.
@@ -77,7 +77,7 @@ class ShardPixels:
         return torch.from_numpy(pixels).reshape(*rows.shape, *self.shape[1:])
 
     def order(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """(images,), the positions of rows, which ascend, in an order shuffled by windows."""
+        """Shuffle the positions of ascending rows by windows, (images,)."""
         shards = self.shards
         edges = np.searchsorted(rows.numpy(), shards.starts)
         there = np.flatnonzero(edges[1:] > edges[:-1])
@@ -92,11 +92,11 @@ class ShardPixels:
         return positions[place.argsort(stable=True)]
 
     def unreadable(self) -> dict[int, str]:
-        """The rows that can't be read, and why; every image is decoded once, and that is kept.
+        """Find unreadable rows with the reason; every image is decoded once, and the result cached.
 
         Raises:
             AccessError: A shard can't be read now, or memory is full; nothing is kept of that.
-            DataError: What was found can't be kept.
+            DataError: The list can't be cached.
         """
         _, channels, size, _ = self.shape
         stamps = map(stamp, self.shards.files)
@@ -108,14 +108,14 @@ class ShardPixels:
             with FileLock(file.with_suffix(".lock")):  # one of several processes looks
                 found = _load_faults(file)
                 if found is None:
-                    log.info("looking for unreadable images among %d, once", len(self.shards))
+                    log.info("checking %d images for unreadable ones, once", len(self.shards))
                     found = self._faults()
                     _keep_faults(found, file)
                 return found
         except OSError as error:
             raise DataError(
-                f"{file.parent}: which images are unreadable can't be kept there ({error}); free "
-                "space, or name another folder in the environment variable SMALLFRY_CACHE"
+                f"{file.parent}: the list of unreadable images can't be cached there ({error}); "
+                f"free space, or set another folder in the environment variable SMALLFRY_CACHE"
             ) from error
 
     def _faults(self) -> dict[int, str]:
@@ -141,17 +141,17 @@ class ShardPixels:
         except DataError as error:  # where it is takes a look into the file
             told = f"{self.shards.locate(row)}{error}"
             if error.__cause__ is not None and is_out_of_memory(error.__cause__):
-                raise AccessError(f"{told}; free memory, or take the image away") from error
+                raise AccessError(f"{told}; free memory, or remove the image") from error
             raise DataError(told) from error
 
 
 def readable_rows(pixels: ShardPixels, skip_unreadable: bool) -> Tensor:
-    """All rows, or with ``skip_unreadable`` those that can be read; a warning tells the others."""
+    """Return all rows, or with ``skip_unreadable`` the readable ones and a warning."""
     rows = torch.arange(pixels.shape[0])
     faults = pixels.unreadable() if skip_unreadable else {}
     if faults:
         warnings.warn(
-            f"{len(faults)} unreadable images left out, the first: {min(faults.items())[1]}",
+            f"{len(faults)} unreadable images skipped, the first: {min(faults.items())[1]}",
             SmallfryWarning,
             stacklevel=3,
         )
@@ -179,7 +179,7 @@ def _keep_faults(found: dict[int, str], file: Path) -> None:
 
 
 def windows_of(shards: Shards, blocks: NDArray[np.int64], window: int) -> NDArray[np.int64]:
-    """(blocks,), the window of each: as many neighbours as fit, and at least one."""
+    """Assign blocks to windows (blocks,): as many neighbours as fit, and at least one."""
     samples = np.diff(shards.starts)[blocks].tolist()
     sizes = shards.weights[blocks].tolist()
     windows, number, held, weight = [], 0, 0, 0

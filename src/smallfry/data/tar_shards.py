@@ -1,4 +1,4 @@
-"""One tar shard as WebDataset writes them: KEY.jpg beside KEY.cls or KEY.json.
+"""WebDataset tar shards: KEY.jpg beside KEY.cls or KEY.json.
 
 A tar file has no table of contents. One pass over its headers makes one: where each image starts,
 how long it is, and its label. Then any image can be read on its own, without the others.
@@ -41,7 +41,7 @@ LABEL_KEYS = ("label", "cls", "class")  # of KEY.json
 
 
 def scan(file: Path, key: str | None = None) -> Scanned:
-    """Where the images of a shard are, with their labels.
+    """Index the images of a shard, with their labels.
 
     Args:
         file: The shard.
@@ -60,13 +60,13 @@ def scan(file: Path, key: str | None = None) -> Scanned:
 
 
 def read_span(file: io.FileIO, offset: int, size: int) -> bytes:
-    """The bytes of an image.
+    """Read the bytes of an image.
 
     Raises:
         DataError: More of them than are safe, or fewer than there should be.
     """
     if size < 0 or offset < 0:
-        raise DataError("an image of a length below zero; write the file again")
+        raise DataError("an image of negative length; rewrite the file")
     if size > MOST_BYTES:
         raise DataError(
             f"an image of {size / 1e6:,.0f} MB; at most {MOST_BYTES / 1e6:.0f} are read"
@@ -76,12 +76,12 @@ def read_span(file: io.FileIO, offset: int, size: int) -> bytes:
     while len(found) < size and (more := file.read(size - len(found))):  # which may give less
         found += more
     if len(found) < size:
-        raise DataError(f"cut off, {len(found)} bytes of {size}; copy the file again")
+        raise DataError(f"truncated, {len(found)} bytes of {size}; copy the file again")
     return found
 
 
 def name_at(file: Path, offset: int) -> str:
-    """The name in the header before a member's bytes, for messages."""
+    """Read the name in the header before a member's bytes, for messages."""
     try:
         with open(file, "rb") as stream:
             stream.seek(offset - tarfile.BLOCKSIZE)
@@ -92,7 +92,7 @@ def name_at(file: Path, offset: int) -> str:
 
 
 class _Headers(io.FileIO):
-    """A file of which nobody reads much at once, whatever a header says of its length."""
+    """File with bounded reads, whatever length a header claims."""
 
     def read(self, size: int | None = -1, /) -> Any:
         if size is None or not 0 <= size <= MOST_HEADER:
@@ -101,7 +101,7 @@ class _Headers(io.FileIO):
 
 
 class _Scan:
-    """A pass over a shard."""
+    """Pass over a shard."""
 
     def __init__(self, file: Path, stream: _Headers, key: str | None) -> None:
         self.file, self.stream, self.key = file, stream, key
@@ -148,7 +148,7 @@ class _Scan:
         )
 
     def _mark(self, spans: NDArray[np.int64]) -> str:
-        """A hash of where the images are, their times, and some of their bytes."""
+        """Hash the positions of the images, their times, and some of their bytes."""
         found = hashlib.sha256(spans.tobytes() + np.array(self.times, np.float64).tobytes())
         chosen = np.linspace(0, len(spans) - 1, min(SAMPLED, len(spans))).astype(int)
         for offset, size in spans[chosen].tolist():
@@ -180,13 +180,11 @@ class _Scan:
             self.labels[ending] = self.stream.read(member.size)
         elif is_image(f"x.{ending}"):
             if self.image is not None:
-                raise DataError(
-                    f"{self.file}: there are two images under the key {key!r}; one is expected"
-                )
+                raise DataError(f"{self.file}: two images have the key {key!r}; expected one")
             self.image = member
 
     def _close(self) -> None:
-        """The sample is complete: its key does not come again."""
+        """Close a sample, whose key must not occur again."""
         if self.image is not None:
             label = self._label()
             self.codes.append(self.known.setdefault(label, len(self.known)))
@@ -210,13 +208,13 @@ class _Scan:
         raise DataError(f"{where} is an image without a label; expected a {wanted} beside it")
 
     def _require_end(self, archive: tarfile.TarFile) -> None:
-        """tarfile takes any header that it can't read for the end."""
+        """Require a proper end: tarfile takes any unreadable header for the end."""
         self.stream.seek(archive.offset)
         if self.stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("the mark that ends a tar file is missing")
 
     def _behind_the_end(self) -> str:
-        """What is wrong with what comes after the end's mark; zeros, which fill a record, are not.
+        """Describe invalid content after the end mark; zeros, which fill a record, are valid.
 
         tarfile never looks at it.
         """
@@ -249,12 +247,12 @@ def _of_json(content: bytes, key: str | None, where: str) -> Label:
     found = [name for name in keys if isinstance(told, dict) and name in told]
     if len(found) != 1:
         raise DataError(
-            f"{where}: expected one of the keys {', '.join(keys)}, found {len(found)}; name "
-            "the right one: --data.label KEY"
+            f"{where}: expected one of the keys {', '.join(keys)}, found {len(found)}; select "
+            f"one: --data.label KEY"
         )
     value = told[found[0]]
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
-        raise DataError(f"{where}: the label under '{found[0]}' is no whole number and no text")
+        raise DataError(f"{where}: the label under '{found[0]}' is neither an integer nor text")
     return value
 
 

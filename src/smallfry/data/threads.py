@@ -1,4 +1,4 @@
-"""The same for many images, in threads that can't leave the process waiting."""
+"""Thread pool for images whose threads can't block the exit of the process."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ _MISSING = object()
 
 
 def in_threads(do: Callable[[int], Result], start: int, stop: int) -> list[Result]:
-    """``do`` of every number from ``start`` to below ``stop``, on all cores, in their order.
+    """Call ``do`` for every number from ``start`` to below ``stop`` on all cores, in order.
 
     This thread works too, and no other is waited for before it has begun: without memory one may
     die at birth, for which ``Thread.start`` and ``ThreadPoolExecutor`` would wait for ever.
@@ -68,7 +68,7 @@ def in_threads(do: Callable[[int], Result], start: int, stop: int) -> list[Resul
 
 @contextmanager
 def _deaths_at_birth_unsaid() -> Iterator[None]:
-    """Without the traceback of a thread that found no memory to begin with."""
+    """Silence the traceback of a thread that ran out of memory while starting."""
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:

@@ -1,4 +1,4 @@
-"""Routes that answer an image: its bytes come in the request and are never given a name or path."""
+"""Routes that classify an image sent in the request body, never a name or path."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -22,19 +22,19 @@ PRIVATE = {"cache-control": "no-store"}
 
 
 class Shown(NamedTuple):
-    """A model of the page."""
+    """Model on the page."""
 
     origin: str  # where it came from, such as its run folder
     trained: TrainedModel
 
 
 def answer(models: Sequence[Shown], image: bytes, name: str) -> dict[str, Any]:
-    """What all models think about an image, or why that can't be.
+    """Classify an image with all models, or return the reason of the failure.
 
     Args:
         models: The models of the page.
         image: An encoded image.
-        name: Of the image, to be shown.
+        name: Displayed name of the image.
 
     Returns:
         ``status``, HTML, and ``panels``: for each model the moment of its ``answer``, its
@@ -59,10 +59,10 @@ def _panel(trained: TrainedModel, image: bytes, name: str) -> dict[str, Any]:
 
 
 class Answering:
-    """The routes; one image is answered at a time, and few may wait.
+    """Routes of the demo; one image is processed at a time, with a short queue.
 
     Args:
-        models: What thinks about each image.
+        models: Models of the page.
         examples: Images that can be asked for by their number.
     """
 
@@ -73,7 +73,7 @@ class Answering:
         self._turn = CapacityLimiter(1)
 
     def routes(self) -> list[BaseRoute]:
-        """``POST /look`` with an image as its body, and ``POST /examples/N`` without one."""
+        """Return ``POST /look`` with an image as its body, and ``POST /examples/N`` without one."""
         return [
             Route("/look", self._look, methods=["POST"]),
             Route("/examples/{number:int}", self._look_at_example, methods=["POST"]),

@@ -1,4 +1,4 @@
-"""The demo as an ASGI application: Gradio's page and the routes that answer, behind the guard."""
+"""ASGI application of the demo: Gradio's page and the routes, behind the middleware."""
 
 import traceback
 from collections.abc import Collection, Sequence
@@ -23,10 +23,10 @@ def build_application(
     examples: Sequence[Example],
     hosts: Collection[str] | None,
 ) -> Guard:
-    """The whole demo.
+    """Build the application.
 
     Args:
-        models: Where each came from, and the model.
+        models: Source and model of each panel.
         examples: Images to try.
         hosts: Names that it is asked for by; None for any.
     """

@@ -1,4 +1,4 @@
-"""HTTP connections that end: a deadline for every request, and a bound on how many there are."""
+"""HTTP connections with a deadline for every request, and a limit on their number."""
 
 import asyncio
 
@@ -10,7 +10,7 @@ MOST_CONNECTIONS = 128
 
 
 class BoundedConnection(H11Protocol):
-    """A connection of uvicorn's that is cut off when its request or its reader takes too long.
+    """Connection of uvicorn that is closed when its request or its reader takes too long.
 
     uvicorn by itself waits for ever for a first request, for the rest of a begun one and for a
     client to read an answer. A connection too many cuts off the oldest of those whose client is to
@@ -22,7 +22,7 @@ class BoundedConnection(H11Protocol):
     most_connections = MOST_CONNECTIONS
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for a request."""
+        """Start waiting for a request."""
         super().connection_made(transport)
         self._since = self.loop.time()  # the last answer, or the beginning
         self._arriving = True  # a request's head
@@ -38,14 +38,14 @@ class BoundedConnection(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes; the first ones of a request give the rest of its head a deadline."""
+        """Receive bytes; the first ones of a request start the deadline of its head."""
         if self._is_between_requests() and not self._arriving:
             self._arriving = True
             self._allow(self.head_seconds)
         super().data_received(data)
 
     def handle_events(self) -> None:
-        """Act on what has arrived; a whole head gives its request a deadline."""
+        """Handle received events; a complete head starts the deadline of its request."""
         before = self.cycle
         super().handle_events()
         if self.cycle is not before:
@@ -53,20 +53,20 @@ class BoundedConnection(H11Protocol):
             self._allow(self.request_seconds)
 
     def on_response_complete(self) -> None:
-        """Wait for the next request, and for the client to read the answer."""
+        """Wait for the next request, and for the client to read the response."""
         self._since = self.loop.time()
         self._allow(self.request_seconds)
         super().on_response_complete()
 
     def shutdown(self) -> None:
-        """Let an answer under way end, as the server stops; wait for no request to arrive."""
+        """Finish the response in progress on shutdown, without waiting for requests."""
         if self._is_between_requests() or not self.cycle.more_body:
             super().shutdown()
         else:
             self.cut_off()
 
     def cut_off(self) -> None:
-        """End the connection at once, whatever is still to be sent."""
+        """Close the connection at once, dropping unsent data."""
         self.connections.discard(self)
         self.transport.abort()
 

@@ -1,4 +1,4 @@
-"""A few images to try, out of what a run was trained on, where that is at hand."""
+"""Example images from a run's data, if it is available."""
 
 from io import BytesIO
 from typing import NamedTuple
@@ -16,14 +16,14 @@ EMBEDDED = ("digits",)  # needs neither the net nor a folder that may be gone or
 
 
 class Example(NamedTuple):
-    """An image to try."""
+    """Example image."""
 
     name: str
     png: bytes
 
 
 def find_examples(trained: TrainedModel, run: str) -> list[Example]:
-    """The test images that a model is least sure of; none if they are not at hand.
+    """Find the test images with the least confident predictions; none without the data.
 
     Args:
         trained: The model.

@@ -1,4 +1,4 @@
-"""ASGI middleware between the net and the page: a list of what can be asked, and its bounds."""
+"""ASGI middleware between network and page: an allow-list of requests with limits."""
 
 import asyncio
 from collections.abc import (
@@ -44,11 +44,11 @@ HEADERS = {
 
 
 class _Refused(Exception):
-    """A status, and a text for people."""
+    """Status of a refused request, with a text for people."""
 
 
 class Guard:
-    """ASGI middleware: only listed requests of the page's own site pass, whole and in bounds.
+    """ASGI middleware that passes only listed same-site requests, complete and within limits.
 
     Args:
         app: The application behind it.
@@ -92,7 +92,7 @@ class Guard:
     def _check(self, scope: MutableMapping[str, Any]) -> None:
         headers = scope["headers"]
         if self.hosts is not None and _host(_value(headers, b"host")) not in self.hosts:
-            raise _Refused(421, "this page is served to its own machine only")
+            raise _Refused(421, "this page is only available on its own machine")
         method, path = scope["method"], scope["path"]
         link = method == "GET" and path == "/" and _value(headers, b"sec-fetch-dest") == b"document"
         if not _same_site(headers) and not link:
@@ -100,21 +100,21 @@ class Guard:
         if method == "GET" and path in self.pages:
             return
         if path not in self.uploads:
-            raise _Refused(404, "not a part of this page")
+            raise _Refused(404, "no such page")
         if method != "POST":
-            raise _Refused(405, "this can only be posted to")
+            raise _Refused(405, "only POST is allowed here")
         if _value(headers, b"content-type") != UPLOAD_TYPE:
-            raise _Refused(415, f"a body is {UPLOAD_TYPE.decode()}")
+            raise _Refused(415, f"the body must be {UPLOAD_TYPE.decode()}")
 
     @asynccontextmanager
     async def _body(
         self, scope: MutableMapping[str, Any], receive: Receive
     ) -> AsyncIterator[bytes]:
-        """The whole body of a request, which counts as held until it is answered."""
+        """Receive the whole body of a request, counted as held until the response."""
         most = self.uploads.get(scope["path"], 0)
         declared = _value(scope["headers"], b"content-length") or b"0"
         if not declared.isdigit() or int(declared) > most:
-            raise _Refused(413, f"at most {most:,} bytes are taken")
+            raise _Refused(413, f"the limit is {most:,} bytes")
         chunks, length = [], 0
         try:
             async with _deadline(self.seconds):
@@ -122,9 +122,9 @@ class Guard:
                     length += len(chunk)
                     self.held += len(chunk)
                     if length > most:  # of a body that declared no length
-                        raise _Refused(413, f"at most {most:,} bytes are taken")
+                        raise _Refused(413, f"the limit is {most:,} bytes")
                     if self.held > self.most_held:
-                        raise _Refused(503, "too many images are being sent; try it again")
+                        raise _Refused(503, "too many images are being sent; try again")
                     chunks.append(chunk)
             body = b"".join(chunks)
             chunks.clear()
@@ -133,7 +133,7 @@ class Guard:
             self.held -= length
 
     def _paced(self, send: Send) -> Send:
-        """Add headers to an answer, and send it in pieces, each after the client took the last.
+        """Add headers to a response, and send it in pieces at the client's pace.
 
         What a client does not read would lie in memory otherwise. It counts as held.
         """
@@ -158,7 +158,7 @@ class Guard:
         return paced
 
     def _passed(self, scope: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-        """What the application sees of a request."""
+        """Filter the parts of a request that the application receives."""
         headers = [(name, value) for name, value in scope["headers"] if name in PASSED]
         query = b"" if scope["method"] == "GET" else scope["query_string"]
         return {**scope, "headers": headers, "query_string": query}
@@ -184,7 +184,7 @@ async def _chunks(receive: Receive) -> AsyncIterator[bytes]:
 
 
 def _value(headers: Collection[tuple[bytes, bytes]], name: bytes) -> bytes:
-    """All values of a header, joined as HTTP does."""
+    """Join all values of a header as HTTP does."""
     return b", ".join(value for key, value in headers if key == name)
 
 
@@ -196,7 +196,7 @@ def _host(host: bytes) -> str | None:
 
 
 def _same_site(headers: Collection[tuple[bytes, bytes]]) -> bool:
-    """False for a request that a browser sends for another site, or for another port."""
+    """Return False for a request that a browser sends for another site or port."""
     if _value(headers, b"sec-fetch-site") not in (b"", b"same-origin", b"none"):
         return False
     if not (origin := _value(headers, b"origin")):
@@ -206,7 +206,7 @@ def _same_site(headers: Collection[tuple[bytes, bytes]]) -> bool:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """The body as one message, and then what comes after it."""
+    """Replay the body as one message, followed by later messages."""
     waiting = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replayed() -> Message:

@@ -1,4 +1,4 @@
-"""The page of the demo, in Gradio: an image in, one panel for each model.
+"""Gradio page of the demo: an image in, one panel per model.
 
 Gradio draws the page and nothing else: no event has a function on the server, so that none can be
 called. What happens is in ``page.js``, which sends images to the routes of ``answers.py``.
@@ -68,10 +68,10 @@ page.</p>
 
 
 def build_page(models: Sequence[Shown], examples: Sequence[Example] = ()) -> gr.Blocks:
-    """The page for one model, or for several side by side.
+    """Build the page for one or several models.
 
     Args:
-        models: What thinks about each image.
+        models: Models of the page.
         examples: Images to try.
     """
     headings = name_models(models)
@@ -116,13 +116,13 @@ def build_page(models: Sequence[Shown], examples: Sequence[Example] = ()) -> gr.
 
 
 def page_files() -> Collection[str]:
-    """The paths of all files of Gradio's own that a page may load."""
+    """List all of Gradio's own files that the page may load."""
     files = (file for folder in SERVED for file in (FRONT / folder).rglob("*") if file.is_file())
     return {f"/{file.relative_to(FRONT).as_posix()}" for file in files}
 
 
 def name_models(models: Sequence[Shown]) -> list[str]:
-    """A heading for each model: its name, and where it came from if others have that name."""
+    """Name each model, with its source where several have the same name."""
     names = [str(shown.trained.manifest["model"]["name"]) for shown in models]
     if len(set(names)) == len(names):
         return names

@@ -1,4 +1,4 @@
-"""Serving the page: host, port, a clean stop."""
+"""Web server of the demo: host, port, clean shutdown."""
 
 import errno
 import os
@@ -50,7 +50,7 @@ def serve(
     with serving(runs, checkpoint, host, port) as address, _handling_signals(on_signal):
         print(f"watch it think: {address}   (Ctrl-C stops)", flush=True)
         if not _is_loopback(host):
-            print("everyone who reaches this machine can use the page", flush=True)
+            print("everyone who can reach this machine can use the page", flush=True)
         if open_browser:
             webbrowser.open(address)
         stop.wait()
@@ -61,7 +61,7 @@ def serve(
 def serving(
     runs: Sequence[str], checkpoint: str = "best", host: str = "127.0.0.1", port: int = 0
 ) -> Iterator[str]:
-    """The page's address, for as long as it is served; see ``serve``."""
+    """Serve the page, and yield its address; see ``serve``."""
     models = [(str(run), load_trained(run, checkpoint)) for run in runs]
     for _, trained in models:
         require_classifier(trained)
@@ -121,9 +121,9 @@ def _running(app: Any, listener: socket.socket) -> Iterator[None]:
 
 @contextmanager
 def _listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket on that host and port, had before Gradio takes its seconds to load."""
+    """Open a socket on a host and port, before the seconds in which Gradio loads."""
     if not 0 <= port <= 65535:
-        raise DemoError(f"port {port}: a port is 1 to 65535, or 0 for any that is free")
+        raise DemoError(f"port {port}: expected 1 to 65535, or 0 for any free port")
     listener = None
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -137,12 +137,13 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
             listener.close()
         if error.errno == errno.EADDRINUSE:
             raise DemoError(
-                f"port {port} of {host} is in use; choose another one with --port, or let "
-                "--port 0 pick one that is free"
+                f"port {port} of {host} is in use; choose another with --port, or use --port 0 "
+                f"for a free one"
             ) from None
         reason = error.strerror or error
         raise DemoError(
-            f"can't listen on {host}, port {port}: {reason}; --host is an address of this machine, "
+            f"can't listen on {host}, port {port}: {reason}; --host must be an address of this "
+            f"machine, "
             "such as 127.0.0.1, or 0.0.0.0 for all"
         ) from None
     try:
@@ -153,7 +154,7 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
 
 @contextmanager
 def _private_folder() -> Iterator[None]:
-    """A folder for what Gradio may write, gone with the server; Gradio's telemetry is off."""
+    """Create a temporary folder for Gradio's files, and disable its telemetry."""
     with tempfile.TemporaryDirectory(prefix="smallfry-demo-") as folder:
         wanted = {
             "GRADIO_TEMP_DIR": folder,

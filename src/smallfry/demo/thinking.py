@@ -1,4 +1,4 @@
-"""From one image to how a model's answer to it forms, latent step by latent step."""
+"""Recursion trace of one image: predictions after each latent step."""
 
 from collections.abc import Iterator
 from math import isqrt
@@ -27,14 +27,14 @@ TIMED_SECONDS = 1.0  # a large model is not run more often than this allows
 
 
 class Gaze(NamedTuple):
-    """Attention rollout from the prediction token to the image, since its recursion step began."""
+    """Attention rollout from the prediction token to the image, since the recursion step began."""
 
     patches: NDArray[np.float64]  # (side, side), row by row; sums to 1
     share: float  # of the whole rollout; the rest falls on what y and z held before
 
 
 class Moment(NamedTuple):
-    """What a model would answer at one point of its thinking."""
+    """Prediction of a model after one latent step."""
 
     recursion: int  # recursion steps begun; 0 before the first latent step
     thought: int  # latent steps taken in this recursion step
@@ -45,7 +45,7 @@ class Moment(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """How the milliseconds were taken: the model alone, on a batch of one image."""
+    """Latency per recursion step, of the model alone on a batch of one image."""
 
     runs: int  # whose median they are
     device: str
@@ -53,7 +53,7 @@ class Timing(NamedTuple):
 
 
 class Thought(NamedTuple):
-    """All that a model went through on one image."""
+    """Recursion trace of a model on one image."""
 
     pixels: NDArray[np.uint8]  # as the model sees them, (channels, size, size)
     moments: tuple[Moment, ...]  # of a model that does not recur, one
@@ -65,7 +65,7 @@ class Thought(NamedTuple):
 
 @torch.inference_mode()
 def think(trained: TrainedModel, pixels: NDArray[np.uint8], runs: int = 5) -> Thought:
-    """Follow a model's thinking on one image.
+    """Trace a model's prediction on one image.
 
     A recursive model is followed through ``steps_to_follow`` recursion steps, asked for its answer
     after every latent step, or after every recursion step if it has no latent steps.
@@ -73,7 +73,7 @@ def think(trained: TrainedModel, pixels: NDArray[np.uint8], runs: int = 5) -> Th
     Args:
         trained: The model.
         pixels: (channels, size, size), as ``smallfry_runtime.images.decode`` gives them.
-        runs: How often it is timed, at least once and at most for about a second.
+        runs: Maximum number of timed runs, within about a second.
     """
     model = trained.model
     images = trained.normalize(torch.from_numpy(pixels[None].copy()))
@@ -104,7 +104,7 @@ def think(trained: TrainedModel, pixels: NDArray[np.uint8], runs: int = 5) -> Th
 
 
 def moments_of(model: torch.nn.Module) -> int:
-    """How many moments ``think`` gives of a model."""
+    """Count the steps that ``think`` returns for a model."""
     if not isinstance(model, Recursive):
         return 1
     latent_steps = _latent_steps(model)
@@ -112,14 +112,14 @@ def moments_of(model: torch.nn.Module) -> int:
 
 
 def _latent_steps(model: Recursive) -> int:
-    """Latent steps in a recursion step; 0 of a model without them."""
+    """Return the latent steps in a recursion step; 0 for a model without them."""
     return model.latent_steps if isinstance(model, LatentRecursive) else 0
 
 
 def _follow(
     model: Recursive, images: Tensor, steps: int, look: bool
 ) -> Iterator[tuple[RecursionStep, Gaze | None]]:
-    """Every answer with what was looked at for it."""
+    """Yield every prediction with its attention."""
     if not look:
         yield from ((step, None) for step in answers(model, images, steps))
         return
@@ -141,7 +141,7 @@ def _follow(
 
 
 def _place(moment: int, latent_steps: int) -> tuple[int, int]:
-    """The recursion step of a moment, and the latent steps taken in it; (0, 0) before the first."""
+    """Return the recursion step of a moment and its latent steps; (0, 0) before the first."""
     if not latent_steps:
         return moment + 1, 0
     done, thought = divmod(moment - 1, latent_steps)
@@ -162,7 +162,7 @@ def _shares(logits: Tensor) -> tuple[float, ...]:
 
 
 def _clock_steps(model: Recursive, images: Tensor, steps: int) -> list[float]:
-    """Milliseconds from the pixels to the answer of each recursion step, as early exit computes."""
+    """Measure milliseconds from pixels to prediction per recursion step, as in early exit."""
     begin, times = perf_counter(), []
     x, state = model.embed(images), model.initial_state(len(images))
     for _ in range(steps):
@@ -178,7 +178,7 @@ def _clock_whole(model: torch.nn.Module, images: Tensor) -> list[float]:
 
 
 def _timed(runs: Iterator[list[float]]) -> list[tuple[float, ...]]:
-    """The times of all runs, for each recursion step, as long as there is time for them."""
+    """Time all runs, for each recursion step, within a time limit."""
     done, spent = [], 0.0
     for times in runs:
         done.append(times)

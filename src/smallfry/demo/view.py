@@ -1,4 +1,4 @@
-"""How one moment of a model's thinking looks: HTML and SVG, with everything foreign escaped."""
+"""HTML and SVG views of one step of a recursion trace, with all foreign text escaped."""
 
 import base64
 from collections.abc import Sequence
@@ -63,11 +63,11 @@ STYLE = """
 def show_moment(
     thought: Thought, moment: int, classes: Sequence[str], picture: str | None = None
 ) -> str:
-    """A moment of a thought: the image, what was looked at, probabilities, their curve, time.
+    """Render one step of a trace: image, attention, probabilities, their curve and times.
 
     Args:
         thought: All moments.
-        moment: Which one.
+        moment: Index of the step.
         classes: Their names.
         picture: The URL of the image; default ``picture_url``, which has all of it.
     """
@@ -88,22 +88,22 @@ def show_moment(
 
 
 def picture_url(thought: Thought) -> str:
-    """The image as the model sees it, as a URL of data."""
+    """Encode the model's input image as a data URL."""
     return _png(_picture(thought.pixels))
 
 
 def show_status(name: str) -> str:
-    """The name of an image that was answered."""
+    """Render the name of a processed image."""
     return f'<div class="sf"><p role="status">{escape(name)}</p></div>'
 
 
 def show_error(message: str) -> str:
-    """A message that screen readers say at once."""
+    """Render a message that screen readers announce at once."""
     return f'<div class="sf"><p class="sf-alert" role="alert">{escape(message)}</p></div>'
 
 
 def classes_to_show(thought: Thought) -> list[int]:
-    """The classes that come up most once the image is seen, as the answer orders them."""
+    """Choose the most frequent top classes over the steps, in the order of the prediction."""
     seen = thought.moments[bool(thought.latent_steps) :]
     peaks = np.array([moment.probabilities for moment in seen]).max(axis=0)
     shown = np.argsort(-peaks, kind="stable")[:SHOWN].tolist()
@@ -158,7 +158,7 @@ def _picture(pixels: NDArray[np.uint8]) -> Image.Image:
 
 
 def _overlay(gaze: Gaze) -> Image.Image:
-    """A pixel a patch, clear for the least attention there is and opaque for the most."""
+    """Render one pixel per patch, from clear for the least attention to opaque for the most."""
     least, most = gaze.patches.min(), gaze.patches.max()
     strength = (gaze.patches - least) / max(most - least, 1e-12)
     colours = np.empty((*gaze.patches.shape, 4), dtype=np.uint8)
@@ -223,7 +223,7 @@ def _latency(thought: Thought, now: Moment) -> str:
 
 
 def _recursions(thought: Thought) -> list[tuple[float, float, str]]:
-    """Each recursion step: the moments of its mark and of its name, and the name."""
+    """Return, per recursion step, the steps of its mark and its name, and the name."""
     last, latent = len(thought.moments) - 1, thought.latent_steps
     if not latent:  # a moment is a recursion step
         return [(i, i, f"{i + 1}{'*' * (i > thought.answer)}") for i in range(last + 1)]
@@ -235,7 +235,7 @@ def _recursions(thought: Thought) -> list[tuple[float, float, str]]:
 
 
 def _curve(thought: Thought, moment: int, shown: list[int], classes: Sequence[str]) -> str:
-    """Class probabilities and halting over all moments, with a line where we are."""
+    """Plot class probabilities and halting over all steps, with a line at the current one."""
     moments, bottom = thought.moments, HEIGHT - BOTTOM
     last = len(moments) - 1
 

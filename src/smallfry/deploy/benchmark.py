@@ -1,4 +1,4 @@
-"""How deployed models compare: latency, throughput, memory, size and accuracy, side by side.
+"""Benchmark of deployed models: latency, throughput, memory, size and accuracy.
 
 Latency is wall time from uint8 pixels to class probabilities. All contestants take turns on one
 stream of images, in an order that is shuffled once, so that an early exit meets easy and hard ones.
@@ -48,7 +48,7 @@ EVALUATED = 64  # images at a time
 
 
 class Figures(NamedTuple):
-    """What was measured of a contestant; None where it can't be had."""
+    """Measured figures of a contestant; None where not available."""
 
     model: str
     form: str
@@ -64,7 +64,7 @@ class Figures(NamedTuple):
 
 
 class Benchmark(NamedTuple):
-    """What was measured, and of what."""
+    """Results of a benchmark, with its conditions."""
 
     name: str
     figures: list[Figures]
@@ -83,7 +83,7 @@ class Images(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """A run or an export that was named."""
+    """Run or export given by the user."""
 
     given: str
     name: str
@@ -97,11 +97,11 @@ def measure(
     data: str | None = None,
     data_root: Path | None = None,
 ) -> Benchmark:
-    """Measure runs and exports side by side.
+    """Benchmark runs and exports.
 
     Args:
         models: Runs, as for ``export``, and folders of exports.
-        config: What is measured, and how.
+        config: Settings of the benchmark.
         data: A data set or folder, for accuracy and early exit; default that of the first run.
         data_root: Folder of a named data set.
 
@@ -135,7 +135,7 @@ def measure(
 
 
 class Entry(NamedTuple):
-    """A contestant with its images, or noise of their shape where there are none."""
+    """Contestant with its images, or noise of the same shape without images."""
 
     who: Contestant
     images: Images | None
@@ -178,15 +178,15 @@ def _require_one_question(subjects: Sequence[Subject]) -> None:
                 for s in (first, other)
             )
             raise UsageError(
-                f"{first.given} and {other.given} tell different classes apart, {ours} and "
-                f"{theirs}: compare models of one task"
+                f"{first.given} and {other.given} have different classes, {ours} and {theirs}: "
+                f"compare models of the same task"
             )
 
 
 def _images(
     subject: Subject, subjects: Sequence[Subject], data: str | None, root: Path | None
 ) -> Images | None:
-    """The test images, as a model takes them."""
+    """Load the test images at a model's input size."""
     trained, origin = subject.trained, subject
     if data is None and subject.is_export:
         runs = [other for other in subjects if not other.is_export]
@@ -214,8 +214,8 @@ def _require_one_test(images: Iterable[Images | None]) -> None:
     labels = [found.labels for found in images if found is not None]
     if any(not torch.equal(labels[0], others) for others in labels[1:]):
         raise UsageError(
-            "these models have different test images, so their accuracies can't be compared; "
-            "name images for all of them: --data"
+            "these models have different test images, so their accuracies can't be compared; give "
+            "the same images to all: --data"
         )
 
 
@@ -293,7 +293,7 @@ def _measured(field: Sequence[Entry], config: BenchmarkConfig) -> list[Figures]:
 
 
 def _scores(field: Sequence[Entry]) -> list[Mapping[str, float | None]]:
-    """Accuracy, macro F1, agreement and steps of each, as far as they can be had."""
+    """Compute accuracy, macro F1, agreement and steps of each contestant, where available."""
     found: list[dict[str, float | None]] = []
     answers: list[NDArray[np.int64] | None] = []
     for who, images, _ in field:
@@ -320,7 +320,7 @@ def _scores(field: Sequence[Entry]) -> list[Mapping[str, float | None]]:
 
 
 def _answered(who: Contestant, pixels: Pixels) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    """Answers to all images, in batches of one size, as a compiled model takes no other."""
+    """Predict all images, in batches of one size, as required by a compiled model."""
     said = [
         who.answer(_batch(pixels, start, EVALUATED)) for start in range(0, len(pixels), EVALUATED)
     ]
@@ -332,7 +332,7 @@ def _answered(who: Contestant, pixels: Pixels) -> tuple[NDArray[Any], NDArray[An
 
 
 def _stream(entry: Entry, size: int) -> Callable[[], Said]:
-    """What answers one batch after the other, from the beginning again after the last."""
+    """Return a function that predicts one batch after the other, in a cycle."""
     pixels = entry.pixels
     whole = [pixels[at : at + size] for at in range(0, len(pixels) - size + 1, size)]
     batches = cycle(whole or [_batch(pixels, 0, size)])
@@ -340,7 +340,7 @@ def _stream(entry: Entry, size: int) -> Callable[[], Said]:
 
 
 def _batch(pixels: Pixels, start: int, size: int) -> Pixels:
-    """So many images from a place on, from the first again after the last."""
+    """Take a number of images from a position, wrapping around."""
     batch: Pixels = pixels[np.arange(start, start + size) % len(pixels)]
     return batch
 

@@ -12,16 +12,16 @@ FORMS = ("eager", "compiled", "float32", "int8", "int8_dynamic", "exit")  # of a
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """A measurement of deployed models.
+    """Settings of a benchmark of deployed models.
 
     Args:
-        batch_sizes: Images at a time.
+        batch_sizes: Batch sizes.
         threads: CPU threads of each model.
-        seconds: Timed seconds of each model at each batch size, at least.
+        seconds: Minimum measured seconds of each model at each batch size.
         forms: Forms of a run: eager and compiled (PyTorch), float32, int8 and int8_dynamic (ONNX
             Runtime), exit (early exit).
         peers: Also benchmark untrained ViT, ResNet-18 and CCT on the same images.
-        checkpoint: The weights of a run, of its best epoch or its last step.
+        checkpoint: Weights of a run's best epoch or last step.
     """
 
     batch_sizes: tuple[int, ...] = (1, 16, 64)

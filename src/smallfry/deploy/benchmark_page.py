@@ -1,4 +1,4 @@
-"""The report of a benchmark of deployed models: a table, a picture, and a page that holds both.
+"""Report of a benchmark of deployed models: table, picture and HTML page.
 
 report.html    the page, which runs nothing and asks nothing of the net
 summary.json   the figures, with command, commit, device and versions
@@ -39,19 +39,19 @@ PADDING = 0.5  # points of accuracy above and below, at least
 
 
 def require_free(folder: Path) -> None:
-    """Make sure that a report may be written here: nothing, or an older report of this kind.
+    """Require that a report may be written here: nothing exists, or an older such report.
 
     Raises:
         RunError: There is something else.
     """
     reason = obstacle(folder, "benchmark", (SUMMARY, PAGE, PICTURE), _is_benchmark)
     if reason is not None:
-        raise RunError(f"{folder}: {reason}; name another: --folder DIR")
+        raise RunError(f"{folder}: {reason}; use another: --folder DIR")
 
 
 @contextmanager
 def new_report(folder: Path) -> Iterator[Path]:
-    """A folder to write a report into, which takes the place of an older one when all is done.
+    """Create a folder for a report that replaces an older one on completion.
 
     Raises:
         RunError: The folder holds something else, or can't be written.
@@ -72,7 +72,7 @@ def write_report(found: Benchmark, folder: Path) -> None:
 
 
 def summary_of(found: Benchmark) -> dict[str, Any]:
-    """All figures, as JSON has them; times in milliseconds, sizes in bytes, shares from 0 to 1."""
+    """Convert all figures for JSON; times in milliseconds, sizes in bytes, shares from 0 to 1."""
     return {
         "kind": KIND,
         "name": found.name,
@@ -85,7 +85,7 @@ def summary_of(found: Benchmark) -> dict[str, Any]:
 
 
 def print_tables(found: Benchmark, console: Console | None = None) -> None:
-    """Print the figures: what the models are, then how long they take."""
+    """Print the figures: first the models, then their latencies."""
     console = console or CleanConsole(highlight=False)
     if console.width < WIDTH:
         console = CleanConsole(highlight=False, width=WIDTH, file=console.file)
@@ -107,7 +107,7 @@ def print_tables(found: Benchmark, console: Console | None = None) -> None:
 
 
 def cells(found: Benchmark) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table."""
+    """Build the header and rows of the table."""
     sizes = found.config.batch_sizes
     first = sizes[0]
     head = ["model", "form", "parameters", "file, MB", "accuracy", "macro F1", "as float32"]
@@ -136,7 +136,7 @@ def cells(found: Benchmark) -> tuple[list[str], list[list[str]]]:
 
 
 def speed_up(figures: Figures, all_figures: Sequence[Figures], batch: int) -> float | None:
-    """How many times faster than the same model in eager PyTorch, by the means of latencies."""
+    """Compute the speed-up over the same model in eager PyTorch, by mean latency."""
     for other in all_figures:
         if other.form == EAGER and other.model == figures.model:
             return other.latency[batch].mean / figures.latency[batch].mean
@@ -144,12 +144,12 @@ def speed_up(figures: Figures, all_figures: Sequence[Figures], batch: int) -> fl
 
 
 def throughput(figures: Figures, batch: int) -> float:
-    """Images a second at a batch size."""
+    """Return images per second at a batch size."""
     return 1000 * batch / figures.latency[batch].mean
 
 
 def notes(found: Benchmark) -> list[str]:
-    """What one should know to read the table."""
+    """List notes needed to read the table."""
     config = found.config
     first = config.batch_sizes[0]
     s = "" if config.threads == 1 else "s"
@@ -169,7 +169,7 @@ def notes(found: Benchmark) -> list[str]:
 
 
 def page(found: Benchmark, picture: Path) -> str:
-    """The page; all names are shown as text."""
+    """Build the page, with all names escaped."""
     title = f"Deployed: {found.name}"
     head, rows = cells(found)
     sizes = found.config.batch_sizes
@@ -196,10 +196,10 @@ def page(found: Benchmark, picture: Path) -> str:
 
 
 def draw(found: Benchmark, file: Path) -> None:
-    """Draw accuracy against latency; below, the latency of what has no accuracy.
+    """Draw accuracy against latency; below, the latency of models without accuracy.
 
     Args:
-        found: What was measured.
+        found: Measured figures.
         file: The PNG to write.
     """
     first = found.config.batch_sizes[0]

@@ -1,4 +1,4 @@
-"""Who takes part in a benchmark: a run in its several forms, exports, and untrained peers.
+"""Contestants of a benchmark: a run in its several forms, exports, and untrained peers.
 
 All take pixels and give class probabilities, preprocessing and softmax included. Those of ONNX
 Runtime are written into a folder as exports, so that they run and are measured as a device would
@@ -52,14 +52,14 @@ Pixels = NDArray[np.uint8]  # (images, channels, size, size)
 
 
 class Said(NamedTuple):
-    """What a contestant answers."""
+    """Model outputs of a contestant."""
 
     probabilities: NDArray[np.float32]  # (images, classes)
     steps: NDArray[np.int64] | None = None  # (images,), recursion steps with early exit
 
 
 class Contestant(NamedTuple):
-    """Who is measured."""
+    """Model in a benchmark, ready to be timed."""
 
     model: str  # the run, export or architecture that it comes from
     form: str  # how it runs, in words
@@ -73,7 +73,7 @@ class Contestant(NamedTuple):
 
 
 class LeftOut(NamedTuple):
-    """Who can't be measured, and why."""
+    """Contestant that can't be measured, with the reason."""
 
     model: str
     form: str
@@ -81,7 +81,7 @@ class LeftOut(NamedTuple):
 
 
 class Input(NamedTuple):
-    """What the contestants are given, and what they tell apart."""
+    """Input shape and classes of the contestants."""
 
     classes: tuple[str, ...]
     image_size: int  # pixels
@@ -99,13 +99,13 @@ def of_run(
     threads: int,
     data: tuple[str | None, Path | None] = (None, None),
 ) -> Iterator[Contestant | LeftOut]:
-    """A run in PyTorch and, exported into a folder, in ONNX Runtime.
+    """Build the contestants of a run in PyTorch and, exported into a folder, in ONNX Runtime.
 
     Args:
-        run: As for ``export``.
+        run: See ``export``.
         checkpoint: ``best`` or ``last``.
-        folder: Where exports go, which stays as long as the contestants are used.
-        forms: Of ``FORMS`` in ``benchmark_config``.
+        folder: Folder of the exports, needed as long as the contestants are used.
+        forms: Forms from ``FORMS`` in ``benchmark_config``.
         batch_sizes: That the compiled model is compiled for.
         threads: CPU threads of ONNX Runtime; PyTorch's are those of the process.
         data: Name and folder of other data to calibrate with than the run's.
@@ -138,7 +138,7 @@ def of_run(
     if "exit" not in forms:
         return
     if not isinstance(trained.model, Recursive) or trained.model.recursion_steps < 2:
-        yield LeftOut(name, "early exit", "the model takes one recursion step, or none")
+        yield LeftOut(name, "early exit", "the model has at most one recursion step")
         return
     anytime = trace(run, "anytime", checkpoint, *data)
     for precision in EXIT_PRECISIONS:
@@ -147,7 +147,7 @@ def of_run(
 
 
 def of_export(export: Path, threads: int, name: str | None = None) -> Iterator[Contestant]:
-    """An export, and its early exit if it has been calibrated."""
+    """Build the contestant of an export, and of its early exit if calibrated."""
     runtime = Runtime(export, threads)
     manifest = runtime.manifest
     form = PRECISIONS[manifest.precision]
@@ -180,14 +180,14 @@ def of_export(export: Path, threads: int, name: str | None = None) -> Iterator[C
 def peers(
     wanted: Input, folder: Path, precisions: tuple[str, ...], threads: int
 ) -> Iterator[Contestant | LeftOut]:
-    """Models of others for the same images and classes, with random weights.
+    """Build other models for the same images and classes, with random weights.
 
     They are quantized on noise: how long a product takes does not depend on its range.
 
     Args:
         wanted: Images and classes.
-        folder: Where their exports go.
-        precisions: Of ``PRECISIONS``.
+        folder: Folder of the exports.
+        precisions: Precisions from ``PRECISIONS``.
         threads: CPU threads.
     """
     shape = (NOISE, wanted.channels, wanted.image_size, wanted.image_size)
@@ -231,7 +231,7 @@ def _exported(
     found = list(of_export(folder, threads, name))
     if exits_only and len(found) == 1:
         form = f"{PRECISIONS[precision]}, early exit"
-        yield LeftOut(name, form, "there are no labelled validation images to calibrate it on")
+        yield LeftOut(name, form, "no labelled validation images for calibration")
     yield from found[1:] if exits_only else found
 
 
@@ -247,7 +247,7 @@ def _ask_pytorch(trained: TrainedModel, model: Callable[..., Any], pixels: Pixel
 
 
 def _compiled(trained: TrainedModel, batch_sizes: tuple[int, ...]) -> Callable[..., Any]:
-    """The model compiled for these batch sizes; raises whatever the compiler does."""
+    """Compile the model for these batch sizes; raises whatever the compiler does."""
     compiled: Callable[..., Any] = torch.compile(trained.model, dynamic=False)
     for size in sorted(set(batch_sizes)):
         log.info("compiling for batch %d", size)
@@ -257,7 +257,7 @@ def _compiled(trained: TrainedModel, batch_sizes: tuple[int, ...]) -> Callable[.
 
 
 def _save(trained: TrainedModel, folder: Path) -> int:
-    """Write what PyTorch needs to load the model; gives the bytes of its weights."""
+    """Save the files that PyTorch loads the model from; return the bytes of its weights."""
     folder.mkdir(parents=True)
     shape = [trained.channels, trained.image_size, trained.image_size]
     content = {**trained.spec.to_dict(), "shape": shape}

@@ -1,4 +1,4 @@
-"""What ``config.json`` and ``model.safetensors`` of a shared folder say: read, judged, built.
+"""Readers of ``config.json`` and ``model.safetensors`` of a shared folder.
 
 Both may come from anyone. Nothing in them is run or unpickled, no other file is opened and nothing
 is fetched for them; what does not make a model is refused with the reason. A model that timm wrote,
@@ -36,7 +36,7 @@ OF_THE_SOURCE = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "s
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The content of ``config.json``.
+    """Read ``config.json``.
 
     Raises:
         RunError: Missing, damaged, of another library, or written by a newer smallfry.
@@ -49,14 +49,14 @@ def read_config(file: Path) -> dict[str, Any]:
         raise RunError(f"{file}: can't be read ({error})") from error
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         raise RunError(
-            f"{file}: does not describe a model of timm, as it names no architecture; of other "
-            "libraries' models smallfry reads none"
+            f"{file}: does not describe a timm model, as it has no architecture; models of other "
+            f"libraries are not supported"
         )
     facts = config.get("smallfry")
     if facts is None:
         return config
     if not isinstance(facts, dict) or not isinstance(facts.get("format"), int):
-        raise RunError(f"{file}: damaged, its entry 'smallfry' names no format")
+        raise RunError(f"{file}: damaged, its entry 'smallfry' has no format")
     if facts["format"] > FORMAT:
         raise RunError(
             f"{file.parent}: written by smallfry {facts.get('version', '?')} in format "
@@ -67,7 +67,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path, facts: Mapping[str, Any] | None) -> dict[str, Tensor]:
-    """The weights in a folder, whose hash ``facts`` tells where smallfry wrote them.
+    """Read the weights of a folder, with their hash checked against ``facts`` if present.
 
     Raises:
         RunError: Missing or damaged.
@@ -77,8 +77,8 @@ def read_weights(folder: Path, facts: Mapping[str, Any] | None) -> dict[str, Ten
         data = read_large(file)
     except FileNotFoundError:
         raise RunError(
-            f"{folder}: {WEIGHTS} is missing; smallfry reads weights from no other file, as "
-            "pickles can run code"
+            f"{folder}: {WEIGHTS} is missing; weights are read from no other file, since pickles "
+            f"can run code"
         ) from None
     except (OSError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or "out of memory"
@@ -100,20 +100,20 @@ def described(
     weights: Mapping[str, Tensor],
     where: str,
 ) -> TrainedModel:
-    """The model that ``config.json`` describes, with its weights, in evaluation mode.
+    """Build the model that ``config.json`` describes, with its weights, in evaluation mode.
 
     Args:
         config: Its content.
-        facts: Of it, what smallfry wrote; None in a model of timm.
+        facts: Metadata written by smallfry; None for a timm model.
         classes: Names of the classes, in place of its own.
         weights: Those of the folder, which bound how large the model can be.
-        where: What errors name.
+        where: Prefix of error messages.
 
     Raises:
         UsageError: No names of classes, or not as many as there are classes.
         RunError: A model that can't be built, that its weights don't fit, or that smallfry can't
             feed.
-        Exception: Of another kind where an entry is missing or of another type.
+        Exception: Another kind, if an entry is missing or of another type.
     """
     wanted = dict(config.get("pretrained_cfg", config))
     labels = _labels(config, wanted, classes, where)
@@ -122,8 +122,8 @@ def described(
     channels = arguments.get("in_chans", channels)
     if height != width or channels not in (1, 3) or not 1 <= height <= LARGEST_SIDE:
         raise RunError(
-            f"{where}: takes images of {channels}×{height}×{width}; smallfry's are square, of at "
-            f"most {LARGEST_SIDE} pixels, with 1 or 3 channels"
+            f"{where}: expects images of {channels}×{height}×{width}; smallfry supports square "
+            f"ones of at most {LARGEST_SIDE} pixels, with 1 or 3 channels"
         )
     mean, std = (tuple(map(float, wanted[key])) for key in ("mean", "std"))
     if len(mean) != channels or len(std) != channels or not all(value > 0 for value in std):
@@ -167,7 +167,7 @@ def described(
 
 
 def _data(told: Mapping[str, Any]) -> dict[str, Any]:
-    """What is said of the data; how it was split only if that is said as ``DataConfig`` has it."""
+    """Return the data's description; its split only in the form of ``DataConfig``."""
     data = {"name": UNKNOWN, "fingerprint": UNKNOWN, **told}
     splits = data.pop("splits", None)
     if isinstance(splits, dict):
@@ -184,13 +184,13 @@ def _labels(
     classes: Sequence[str] | None,
     where: str,
 ) -> tuple[str, ...]:
-    """The names of the classes, in the order of the logits."""
+    """Return the class names, in the order of the logits."""
     count = config.get("num_classes", wanted.get("num_classes"))
     told = config.get("label_names", wanted.get("label_names")) if classes is None else classes
     if told is None:
         raise UsageError(
-            f"{where}: does not tell the names of its {count} classes (label_names in {CONFIG}); "
-            "give them to from_pretrained(…, classes=[…]), or use it with timm"
+            f"{where}: does not name its {count} classes (label_names in {CONFIG}); pass them to "
+            f"from_pretrained(…, classes=[…]), or use the model with timm"
         )
     if isinstance(told, Mapping):  # from indices, as JSON has them, to names
         told = [told[key] for key in sorted(told, key=int)]
@@ -205,8 +205,8 @@ def _warn_of_another_view(wanted: Mapping[str, Any], where: str) -> None:
     seen = wanted.get("interpolation", "bicubic"), wanted.get("crop_pct", 0.875)
     if seen != (INTERPOLATION, CROP):
         warnings.warn(
-            f"{where}: was tested on images scaled {seen[0]} and cropped to {seen[1]} of their "
-            f"side; smallfry scales {INTERPOLATION} and crops none, so its figures may differ",
+            f"{where}: was evaluated on images scaled {seen[0]} and cropped to {seen[1]} of their "
+            f"side; smallfry scales {INTERPOLATION} without a crop, so results may differ",
             SmallfryWarning,
             stacklevel=4,
         )
@@ -219,7 +219,7 @@ def _build(
     weights: Mapping[str, Tensor],
     where: str,
 ) -> tuple[nn.Module, ModelSpec]:
-    """A model of timm's registry in evaluation mode, and its spec; nothing is fetched."""
+    """Build a model of timm's registry in evaluation mode, and its spec, without downloads."""
     spec = ModelSpec.from_dict(content, where)
     foreign = OF_THE_FACTORY & set(spec.arguments)
     if foreign:

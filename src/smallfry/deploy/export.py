@@ -1,4 +1,4 @@
-"""From a run to a folder that ONNX Runtime runs anywhere, with all that is needed to use it.
+"""Export of a run to a self-contained folder for ONNX Runtime.
 
     model.onnx                            the whole model (form "whole"), or
     embed.onnx  step.onnx  read_out.onnx  its parts (form "anytime"), for images to leave early
@@ -60,16 +60,16 @@ def export(
     data: str | None = None,
     data_root: Path | None = None,
 ) -> Path:
-    """Export a run's model; an export that is there already is replaced.
+    """Export a run's model, replacing an existing export.
 
     Args:
         run: A run folder, a checkpoint in it, a shared folder, ``hf_hub:USER/NAME``, or a model.
-        folder: Where the export goes. What it replaces stays whole until the new one is.
+        folder: Folder of the export. An existing export is kept until the new one is complete.
         form: ``whole``, ``anytime``, or None: anytime for a model of several recursion steps.
         precision: ``float32``, ``int8`` (static ranges) or ``int8_dynamic``.
         checkpoint: ``best`` or ``last``.
         torch_program: Also write the whole model as a ``torch.export`` program, in float32.
-        license: Of the weights, as an SPDX name; nothing is assumed.
+        license: License of the weights, as an SPDX name; none is assumed.
         data: Other data than the run's to calibrate with: a name or a folder.
         data_root: Folder of a named data set.
 
@@ -84,7 +84,7 @@ def export(
     """
     folder = Path(folder)
     if precision not in PRECISIONS:
-        raise UsageError(f"precision is one of {', '.join(PRECISIONS)}, not '{precision}'")
+        raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, not '{precision}'")
     needed = precision == "int8"
     try:
         with replacing(folder, lambda: require_free(folder)) as new:
@@ -99,7 +99,7 @@ def export(
 
 
 class Traced(NamedTuple):
-    """A model as graphs in float32, from which exports of every precision are made."""
+    """Float32 graphs of a model, the source of exports of every precision."""
 
     trained: TrainedModel
     facts: dict[str, Any]  # what is known of it
@@ -109,7 +109,7 @@ class Traced(NamedTuple):
 
     @property
     def is_labelled(self) -> bool:
-        """Whether the data has the classes of the model."""
+        """True if the data has the classes of the model."""
         return self.data is not None and self.data.classes == self.trained.classes
 
 
@@ -121,7 +121,7 @@ def trace(
     data_root: Path | None = None,
     needs_images: bool = False,
 ) -> Traced:
-    """A run's model as graphs, with the data that it is calibrated on.
+    """Trace a run's model to graphs, with its calibration data.
 
     Arguments and errors are those of ``export``; without ``needs_images``, data that can't be had
     is done without, and a warning says so.
@@ -143,7 +143,7 @@ def assemble(
     license: str | None = None,
     torch_program: bool = False,
 ) -> None:
-    """Write an export, without early exit, into a folder of the caller's; raises as ``export``."""
+    """Write an export, without early exit, into the caller's folder; raises as ``export``."""
     trained, graphs = traced.trained, traced.graphs
     files: dict[str, bytes] = {}
     if torch_program:
@@ -154,9 +154,9 @@ def assemble(
         images = calibration_images(traced)
         if precision == "int8" and 0 < len(images) < FEW_FOR_RANGES:
             warnings.warn(
-                f"the ranges of int8 are measured on {len(images)} images only, and others may go "
-                f"beyond them: calibrate with {FEW_FOR_RANGES} or more (--data), or take "
-                "int8_dynamic, which needs none",
+                f"int8 ranges were measured on only {len(images)} images, and others may exceed "
+                f"them: calibrate with {FEW_FOR_RANGES} or more (--data), or use int8_dynamic, "
+                f"which needs none",
                 SmallfryWarning,
                 stacklevel=3,
             )
@@ -173,7 +173,7 @@ def assemble(
 
 
 def calibrate(traced: Traced, folder: Path) -> None:
-    """Let an export know where images may leave the recursion, if it has parts, by its data."""
+    """Calibrate early exit of an export on its data, if it is split into graphs."""
     data = traced.data
     if traced.form != "anytime" or data is None or not traced.is_labelled:
         return
@@ -192,7 +192,7 @@ def calibrate(traced: Traced, folder: Path) -> None:
 
 
 def calibration_images(traced: Traced) -> NDArray[np.float32]:
-    """Training images spread over the split, as the graphs take them; none without data."""
+    """Return training images spread over the split, as graph inputs; none without data."""
     trained, data = traced.trained, traced.data
     if data is None:
         return np.empty((0, trained.channels, trained.image_size, trained.image_size), np.float32)
@@ -203,13 +203,13 @@ def calibration_images(traced: Traced) -> NDArray[np.float32]:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of the weights as a checkpoint has them."""
+    """Compute SHA-256 of the weights in checkpoint form."""
     weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
     return hashlib.sha256(safetensors.torch.save(weights)).hexdigest()
 
 
 def _report(traced: Traced, folder: Path, precision: str) -> None:
-    """Put into an export what its precision cost, beside the same in float32."""
+    """Report the loss of an export's precision against float32."""
     with TemporaryDirectory() as place:
         assemble(traced, Path(place))
         write_report(
@@ -226,11 +226,11 @@ def _form(model: nn.Module, form: str | None) -> str:
     if form is None:
         return "anytime" if recursive and _steps(model) > 1 else "whole"
     if form not in ("whole", "anytime"):
-        raise UsageError(f"form is whole or anytime, not '{form}'")
+        raise UsageError(f"form must be whole or anytime, not '{form}'")
     if form == "anytime" and not recursive:
         raise UsageError(
-            f"{type(model).__name__} does not recur, so it can't stop at any time; "
-            "export it with --form whole"
+            f"{type(model).__name__} is not recursive, so it has no early exit; export it with "
+            f"--form whole"
         )
     return form
 
@@ -246,7 +246,7 @@ def _data(
     root: Path | None,
     needed: bool,
 ) -> ImageData | None:
-    """The images of the run, or others; None if they can't be had and can be done without."""
+    """Load the images of the run, or others; None if they are missing and optional."""
     if isinstance(run, TrainedModel):
         run = trained.origin or "this model"
     try:
@@ -262,8 +262,8 @@ def _data(
         return None
     if loaded.classes != trained.classes:
         warnings.warn(
-            f"{loaded.origin}: has other classes than the model: it gives ranges of activations, "
-            "but neither accuracy nor early exit is measured on it",
+            f"{loaded.origin}: has other classes than the model: it is used for activation "
+            f"ranges, but not for accuracy or early exit",
             SmallfryWarning,
             stacklevel=4,
         )
@@ -314,7 +314,7 @@ def _manifest(
 
 
 def _require_agreement(trained: TrainedModel, runtime: Runtime) -> None:
-    """Compare with PyTorch on random images, in batches of sizes that were not traced."""
+    """Compare with PyTorch on random images, at batch sizes that were not traced."""
     shape = (trained.channels, trained.image_size, trained.image_size)
     pixels = np.random.default_rng(0).integers(0, 256, (8, *shape), np.uint8)
     with torch.inference_mode():

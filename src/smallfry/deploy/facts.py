@@ -1,4 +1,4 @@
-"""What of a training run is told to others: what it measured and how, but no path of a machine."""
+"""Public metadata of a training run: settings and measurements, without local paths."""
 
 import shlex
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ TOLD = (
 
 
 def facts_of_run(run: Path, checkpoint: str, trained: TrainedModel) -> dict[str, Any]:
-    """What a run says of itself, as JSON has it.
+    """Collect the metadata of a run, as JSON values.
 
     Figures of the test split are left out where other weights than the best are meant: the test
     split was read once, for those.
@@ -71,7 +71,7 @@ def facts_of_run(run: Path, checkpoint: str, trained: TrainedModel) -> dict[str,
 
 
 def facts_of_model(trained: TrainedModel) -> dict[str, Any]:
-    """What a model's manifest says of it, with its cost measured where that is missing."""
+    """Collect the metadata in a model's manifest, measuring its cost where missing."""
     facts = {name: trained.manifest[name] for name in TOLD if name in trained.manifest}
     facts["data"] = dict(facts.get("data", {}))
     if facts["data"].get("fingerprint") == UNKNOWN:
@@ -92,13 +92,13 @@ def facts_of_model(trained: TrainedModel) -> dict[str, Any]:
 
 
 def without_paths(command: str, keep_relative: bool = False) -> str:
-    """Return a command line without the folders before every file's name.
+    """Shorten the paths in a command line to file names.
 
     ``train --data /home/ann/cats --model.options={weights: a/b}`` becomes
     ``train --data cats --model.options={weights: b}``.
 
     Args:
-        command: As a shell takes it.
+        command: Command line in shell syntax.
         keep_relative: Keep paths below the working folder, so that the command can be pasted.
     """
     try:
@@ -109,7 +109,7 @@ def without_paths(command: str, keep_relative: bool = False) -> str:
 
 
 def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON has it, in one order."""
+    """Convert a value to JSON values in canonical order."""
     return dict(strict({name: facts[name] for name in TOLD if name in facts}))
 
 
@@ -144,7 +144,7 @@ def _short_leaves(tree: Any) -> Any:
 
 
 def _origin(config: DataConfig) -> dict[str, Any]:
-    """How the data was split, and where it is on the hub if it is a named data set of it."""
+    """Describe the split of the data, and its Hub name if it is a named data set."""
     splits = {name: getattr(config, name) for name in SPLITS}
     hub = {"hub": HUB[config.name].repository} if config.name in HUB else {}
     return {**hub, "splits": splits}

@@ -1,4 +1,4 @@
-"""From a model to ONNX: what each graph of an export computes, and how it is written.
+"""Graphs of an export, and their conversion to ONNX.
 
 A weight is stored once, however often the recursion applies it: unrolling repeats nodes, which
 name their weights. Weights that a node would transpose first are stored transposed, so that
@@ -29,7 +29,7 @@ ANY_SIZE = 2**40  # bytes of a constant that may be folded
 
 
 class Graph(NamedTuple):
-    """A module to export: tensors in, a tuple of tensors out, the first axis being the batch."""
+    """Module to export: tensors in, a tuple of tensors out, the first axis being the batch."""
 
     name: str
     module: nn.Module
@@ -39,40 +39,40 @@ class Graph(NamedTuple):
 
 
 class Plain(nn.Module):
-    """Images to logits (batch, classes), of any model."""
+    """Images to logits (batch, classes), for any model."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        """The model itself."""
+        """Run the model."""
         return cast(Tensor, self.model(images))
 
 
 class Whole(nn.Module):
-    """Images to the logits (batch, steps, classes) and halting (batch, steps) of every step."""
+    """Images to logits (batch, steps, classes) and halting (batch, steps) of every step."""
 
     def __init__(self, model: Recursive) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """All recursion steps, unrolled."""
+        """Run all recursion steps, unrolled."""
         steps = self.model.recurse(images)
         logits = torch.stack([step.logits for step in steps], dim=1)
         return logits, torch.stack([step.halt_logits for step in steps], dim=1).sigmoid()
 
 
 class Embed(nn.Module):
-    """Images to what every step reads, and to the tensors of the state that they start from."""
+    """Images to the input of every step, and the initial state tensors."""
 
     def __init__(self, model: Recursive) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """x, and the state: of ViTRM, y (batch, 1, dim) and z (batch, latents, dim)."""
+        """Return x and the state: of ViTRM, y (batch, 1, dim) and z (batch, latents, dim)."""
         state = self.model.initial_state(images.shape[0])
         return self.model.embed(images), *tensors(state)
 
@@ -92,13 +92,13 @@ class Step(nn.Module):
     def forward(
         self, x: Tensor, y: Tensor, z: Tensor | None = None, others: tuple[Tensor, ...] = ()
     ) -> tuple[Tensor, ...]:
-        """The tensors of the next state; of this one y is the first, and z the second if any."""
+        """Return the next state; of two tensors, the first is y and the second z."""
         before = replace_tensors(self.state, [y, *([] if z is None else [z]), *others])
         return tuple(tensors(self.model.step(x, before).state))
 
 
 class ReadOut(nn.Module):
-    """The heads' outputs of the first tensor of a state.
+    """Outputs of the heads on the first tensor of a state.
 
     Args:
         model: The model.
@@ -110,14 +110,14 @@ class ReadOut(nn.Module):
         self.model, self.state = model, state
 
     def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (batch, classes) and the halting probability (batch,)."""
+        """Return logits (batch, classes) and the halting probability (batch,)."""
         others = tensors(self.state)[1:]
         step = self.model.read_out(replace_tensors(self.state, [y, *(y for _ in others)]))
         return step.logits, step.halt_logits.sigmoid()
 
 
 class WithAnswer(nn.Module):
-    """A recursive model whose answer is a part of its state, its first tensor.
+    """Recursive model with its prediction as the first tensor of the state.
 
     So a model that gives its answer only as it takes a step has a state to read it off.
     """
@@ -127,31 +127,31 @@ class WithAnswer(nn.Module):
         self.model, self.classes = model, classes
 
     def embed(self, images: Tensor) -> Tensor:
-        """The model's own."""
+        """Embed images as the model does."""
         return self.model.embed(images)
 
     def initial_state(self, batch_size: int) -> tuple[Tensor, Any]:
-        """No answer yet, and the model's state."""
+        """Return an empty prediction with the model's state."""
         state = self.model.initial_state(batch_size)
         return tensors(state)[0].new_zeros(batch_size, self.classes + 1), state
 
     def step(self, x: Tensor, state: tuple[Tensor, Any]) -> RecursionStep:
-        """The model's step, whose logits and halting logit join the state."""
+        """Run the model's step, and add its logits and halting logit to the state."""
         step = self.model.step(x, state[1])
         answer = torch.cat([step.logits, step.halt_logits[:, None]], dim=1)
         return step._replace(state=(answer, step.state))
 
 
 class ReadAnswer(nn.Module):
-    """The answer in a state of ``WithAnswer``."""
+    """Prediction in the state of ``WithAnswer``."""
 
     def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (batch, classes) and the halting probability (batch,)."""
+        """Return logits (batch, classes) and the halting probability (batch,)."""
         return y[:, :-1], y[:, -1].sigmoid()
 
 
 def whole_graph(model: nn.Module, images: Tensor) -> Graph:
-    """The whole model as one graph; a recursive one with what it says after every step."""
+    """Build one graph of the whole model; of a recursive one, with the outputs of every step."""
     given: dict[str, Any] = {"images": images}
     if isinstance(model, Recursive):
         return Graph("model", Whole(model), given, (*given,), ("logits", "halting"))
@@ -159,7 +159,7 @@ def whole_graph(model: nn.Module, images: Tensor) -> Graph:
 
 
 def anytime_graphs(model: Recursive, images: Tensor) -> list[Graph]:
-    """The model in three graphs, for whoever decides after each step whether to go on."""
+    """Divide the model into three graphs, to decide on early exit after each step."""
     with torch.inference_mode():
         x = model.embed(images)
         if isinstance(model, LatentRecursive):
@@ -183,7 +183,7 @@ def anytime_graphs(model: Recursive, images: Tensor) -> list[Graph]:
 
 
 def exported_program(graph: Graph) -> torch.export.ExportedProgram:
-    """A graph as PyTorch's own exported program, for batches of any size.
+    """Trace a graph to PyTorch's ``ExportedProgram``, for batches of any size.
 
     Raises:
         ExportError: A module that can't be traced, or only for one size of batch.
@@ -206,7 +206,7 @@ def exported_program(graph: Graph) -> torch.export.ExportedProgram:
 
 
 def to_onnx(graph: Graph, program: torch.export.ExportedProgram) -> onnx.ModelProto:
-    """A traced graph in ONNX, checked by ONNX's checker and shape inference.
+    """Convert a traced graph to ONNX, validated by ONNX's checker and shape inference.
 
     Raises:
         ExportError: An operation that has no form in ONNX.
@@ -233,7 +233,9 @@ def to_onnx(graph: Graph, program: torch.export.ExportedProgram) -> onnx.ModelPr
                 tidy(model)
             proto = cast(onnx.ModelProto, onnx_ir.to_proto(model))
     except Exception as error:
-        raise ExportError(f"{graph.name}: has no form in ONNX ({_first_line(error)})") from error
+        raise ExportError(
+            f"{graph.name}: can't be converted to ONNX ({_first_line(error)})"
+        ) from error
     del proto.graph.value_info[:]  # what is left of shapes from before the tidying
     _name_transposed(proto, graph.module)
     proto = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
@@ -242,7 +244,7 @@ def to_onnx(graph: Graph, program: torch.export.ExportedProgram) -> onnx.ModelPr
 
 
 def _name_transposed(proto: onnx.ModelProto, module: nn.Module) -> None:
-    """Name weights that were stored transposed after the parameters that they are."""
+    """Rename weights that were stored transposed after their parameters."""
     names = {
         weight.detach().t().contiguous().numpy().tobytes(): f"{name}.transposed"
         for name, weight in module.named_parameters()
@@ -263,7 +265,7 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' remarks on what they do, which nobody can act on."""
+    """Silence the exporters' informational messages."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:

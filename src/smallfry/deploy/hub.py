@@ -1,4 +1,4 @@
-"""The Hugging Face hub: fetching and putting a shared model, and its refusals in plain words.
+"""Download and upload of shared models on the Hugging Face Hub, with readable errors.
 
 The hub's address is the environment variable ``HF_ENDPOINT``'s, the token that of ``hf auth login``
 or ``HF_TOKEN``, and files are kept in ``HF_HOME``, as everywhere with ``huggingface_hub``.
@@ -29,7 +29,7 @@ TOKEN_HELP = "make one at {}/settings/tokens and give it by hf auth login, or as
 
 
 def download(repository: str, revision: str | None, files: list[str]) -> Path:
-    """The folder in the local cache with these files of a repository; no others are fetched.
+    """Download these files of a repository, and no others; return the cache folder.
 
     Without a connection, or with HF_HUB_OFFLINE=1, what was fetched before is taken.
 
@@ -49,7 +49,7 @@ def download(repository: str, revision: str | None, files: list[str]) -> Path:
 
 
 def upload(folder: Path, repository: str, private: bool = False, message: str = "") -> str:
-    """Put a folder's files into a repository, which is made if there is none; gives its address.
+    """Upload a folder to a repository, created if needed; return its address.
 
     Raises:
         UsageError: Not a name that a repository can have.
@@ -59,7 +59,7 @@ def upload(folder: Path, repository: str, private: bool = False, message: str = 
     check_name(repository)
     if get_token() is None:
         raise HubError(
-            f"{repository}: to share on the hub takes a token that may write; "
+            f"{repository}: sharing on the Hub needs a token with write access; "
             f"{TOKEN_HELP.format(constants.ENDPOINT)}"
         )
     api = HfApi(library_name="smallfry", library_version=__version__)
@@ -68,8 +68,8 @@ def upload(folder: Path, repository: str, private: bool = False, message: str = 
         is_private = not private or api.model_info(repository).private
     if not is_private:
         raise HubError(
-            f"{repository}: is there already, and public; nothing was uploaded: make it private "
-            "on its page, or name another"
+            f"{repository}: exists already and is public; nothing was uploaded: make it private "
+            f"on its page, or use another name"
         )
     with explained("shared", repository):
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message or None)
@@ -77,22 +77,22 @@ def upload(folder: Path, repository: str, private: bool = False, message: str = 
 
 
 def check_name(repository: str) -> None:
-    """Make sure that this is USER/NAME, as a repository of the hub may be named."""
+    """Require USER/NAME, as repositories are named on the Hub."""
     if not NAME.fullmatch(repository):
         raise UsageError(
-            f"'{repository}' can't be a repository of the hub: expected USER/NAME, of letters, "
+            f"'{repository}' is not a valid repository name: expected USER/NAME, of letters, "
             "digits, '-', '_' and '.'"
         )
 
 
 @contextmanager
 def explained(done: str, repository: str, revision: str | None = None) -> Iterator[None]:
-    """Turn what ``huggingface_hub`` raises into one line that says what to do.
+    """Convert exceptions of ``huggingface_hub`` to one-line errors with a remedy.
 
     Args:
-        done: What could not be done, such as ``fetched``.
-        repository: Of which repository.
-        revision: Of which branch, tag or commit.
+        done: Action as a participle, such as ``fetched``.
+        repository: Repository of the request.
+        revision: Branch, tag or commit of the request.
     """
     failed = f"{repository}: could not be {done}"
     hub = constants.ENDPOINT
@@ -104,15 +104,15 @@ def explained(done: str, repository: str, revision: str | None = None) -> Iterat
     try:
         yield
     except HFValidationError:
-        raise UsageError(f"'{repository}' can't be a repository of the hub") from None
+        raise UsageError(f"'{repository}' is not a valid repository name") from None
     except GatedRepoError as error:
         raise HubError(
-            f"{failed}: access must be asked for at {hub}/{repository}, then {token_help}"
+            f"{failed}: request access at {hub}/{repository}, then {token_help}"
         ) from error
     except RepositoryNotFoundError as error:
         raise HubError(
-            f"{repository}: {hub} has no such model, or it is private and closed to you; check the "
-            f"name; for a private one, {token_help}"
+            f"{repository}: {hub} has no such model, or it is private; check the name; for a "
+            f"private one, {token_help}"
         ) from error
     except RevisionNotFoundError as error:
         raise HubError(f"{repository}: has no branch, tag or commit '{revision}'") from error
@@ -121,8 +121,8 @@ def explained(done: str, repository: str, revision: str | None = None) -> Iterat
     except LocalEntryNotFoundError as error:
         if constants.HF_HUB_OFFLINE:
             raise HubError(
-                f"{failed}: HF_HUB_OFFLINE is set and it was not fetched before; unset it, or use "
-                "a local folder"
+                f"{failed}: HF_HUB_OFFLINE is set and the model is not cached; unset it, or use a "
+                f"local folder"
             ) from error
         raise HubError(away) from error
     except HfHubHTTPError as error:

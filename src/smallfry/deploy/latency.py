@@ -1,4 +1,4 @@
-"""How long answers take: contestants in turns, so that a machine that slows down slows all."""
+"""Interleaved latency measurement, so that a slower phase of the machine affects all alike."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ SETTLING = 1  # calls at the beginning of a turn, after which caches hold what a
 
 
 class Latency(NamedTuple):
-    """Milliseconds of a call, over the calls that were counted."""
+    """Latency of a call in milliseconds, over the counted calls."""
 
     calls: int
     mean: float
@@ -33,13 +33,13 @@ def take_turns(
     settling: int = SETTLING,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Latency]:
-    """Time calls: in every round each contestant has a turn.
+    """Time calls in rounds, with each contestant once per round.
 
     Args:
-        contestants: What is called, by name.
-        seconds: Of counted calls for each contestant over all rounds, at least. A turn has one
+        contestants: Functions to call, by name.
+        seconds: Minimum seconds of counted calls for each contestant in all rounds. A turn has one
             counted call however long it takes, so slow contestants get more seconds.
-        rounds: How often each has its turn.
+        rounds: Number of turns of each contestant.
         warm_up: Calls of each before the first round that are not counted.
         settling: Calls at the beginning of each turn that are not counted, as others have had the
             caches meanwhile. A call that fills a turn by itself needs none.
@@ -50,7 +50,7 @@ def take_turns(
     """
     if rounds < 1 or seconds < 0:
         raise UsageError(
-            f"latency takes one round at least and no negative time, got {rounds} rounds and "
+            f"latency needs at least one round and a non-negative time, got {rounds} rounds and "
             f"{seconds} seconds"
         )
     turn = seconds / rounds

@@ -1,4 +1,4 @@
-r"""How much memory a model takes to answer, in a process that does nothing else.
+r"""Memory of inference, measured in a fresh process.
 
     python -m smallfry.deploy.memory \
         '{"kind": "export", "folder": "…", "batch_sizes": [1], "threads": 1}'
@@ -32,7 +32,7 @@ Answer = Callable[[NDArray[np.uint8]], object]
 
 
 class Memory(NamedTuple):
-    """Bytes that a process keeps in memory."""
+    """Resident memory of a process, in bytes."""
 
     libraries: int  # before the model is loaded
     peaks: dict[int, int]  # with libraries; of a batch size after all smaller ones
@@ -41,7 +41,7 @@ class Memory(NamedTuple):
 def measure_memory(
     kind: str, folder: Path, batch_sizes: Sequence[int], threads: int
 ) -> Memory | None:
-    """What a fresh process takes to load a model and to answer.
+    """Measure the memory that a fresh process needs to load and run a model.
 
     Args:
         kind: ``export``, for ONNX Runtime; or ``pytorch``, for a model in eager mode.
@@ -85,7 +85,7 @@ def main(wanted: Mapping[str, Any]) -> Memory:
 def _with_onnx_runtime(
     folder: Path, threads: int
 ) -> tuple[Callable[[], Answer], tuple[int, int, int]]:
-    """What loads the model, once the libraries are there, and the shape of an image."""
+    """Return a loader of the model, once the libraries are loaded, and the shape of an image."""
     from smallfry_runtime.manifest import Manifest
     from smallfry_runtime.runtime import Runtime
 
@@ -122,7 +122,7 @@ def _with_pytorch(folder: Path, threads: int) -> tuple[Callable[[], Answer], tup
 
 
 def _resident(name: str) -> int:
-    """Bytes of this process: ``VmRSS`` now, or ``VmHWM`` at its peak."""
+    """Read the resident memory of this process: ``VmRSS`` now, or ``VmHWM`` at its peak."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
     return 1024 * int(line.split()[1])
 

@@ -1,4 +1,4 @@
-"""The model card: what is told of a shared model, to people and, in its front matter, to the hub.
+"""Model card of a shared model, with front matter for the Hub.
 
 It is drawn from the folder's ``config.json`` alone, so that both say the same. Names of classes and
 data come from strangers' folders: they are shown as text, whatever they hold.
@@ -27,11 +27,11 @@ Z = 1.96  # standard deviations to both sides: 95 %
 
 
 def model_card(config: Mapping[str, Any], name: str, picture: str | None = None) -> str:
-    """The text of README.md.
+    """Format README.md.
 
     Args:
         config: The content of ``config.json``, as ``save_pretrained`` writes it.
-        name: What timm and smallfry load it by: ``hf_hub:USER/NAME`` or ``local-dir:FOLDER``.
+        name: Name for timm and smallfry: ``hf_hub:USER/NAME`` or ``local-dir:FOLDER``.
         picture: File name of the confusion matrix beside the card.
     """
     facts, wanted = config["smallfry"], config["pretrained_cfg"]
@@ -64,37 +64,37 @@ def model_card(config: Mapping[str, Any], name: str, picture: str | None = None)
 
 
 def as_text(value: object, longest: int = LONGEST) -> str:
-    """A value as markdown that shows it and does nothing else, for anywhere but a line's start."""
+    """Escape a value as inert markdown text, for anywhere but a line's start."""
     return MARKS.sub(r"\\\1", plain(value, longest))
 
 
 def as_code(value: object) -> str:
-    """A value as markdown's code, in a table too."""
+    """Format a value as markdown code, also inside a table."""
     shown = plain(value, LONGEST_CODE).replace("|", r"\|")
     ticks = "`" * (max(map(len, re.findall("`+", shown)), default=0) + 1)
     return f"{ticks} {shown} {ticks}" if "`" in shown else f"{ticks}{shown}{ticks}"
 
 
 def plain(value: object, longest: int = LONGEST) -> str:
-    """A value as one line, without characters that don't show or can't be saved."""
+    """Format a value as one line, without invisible or unencodable characters."""
     shown = "".join("�" if _unseen(sign) else sign for sign in " ".join(str(value).split()))
     return shown if len(shown) <= longest else f"{shown[: longest - 1]}…"
 
 
 def is_ours(architecture: str) -> bool:
-    """Whether an architecture is smallfry's own, and not of timm."""
+    """Return whether an architecture is smallfry's own, not timm's."""
     return bool(timm.model_entrypoint(architecture).__module__.startswith("smallfry."))
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share that was found in so many trials (Wilson, 1927)."""
+    """Compute the 95 % confidence interval of a proportion (Wilson, 1927)."""
     middle = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
     half = Z * math.sqrt(share * (1 - share) / count + (Z / (2 * count)) ** 2) / (1 + Z**2 / count)
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _unseen(sign: str) -> bool:
-    """Control characters, halves of a pair, and what turns the direction of writing round."""
+    """Match control characters, lone surrogates and marks that change the writing direction."""
     return unicodedata.category(sign) in ("Cc", "Cs") or unicodedata.bidirectional(sign) in TURNS
 
 
@@ -161,7 +161,7 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, str]:
         "weights": f"{which}{averaged}" if which else "",
         "started from": _start(facts),
         "compressed by": as_code(json.dumps(facts["methods"])) if facts.get("methods") else "",
-        "licence": as_text(wanted.get("license") or "not stated: ask whoever shares it"),
+        "license": as_text(wanted.get("license") or "not stated: ask whoever shares it"),
     }
     return {key: value for key, value in rows.items() if value}
 
@@ -223,7 +223,7 @@ def _data(data: Mapping[str, Any]) -> str:
 
 
 def _hub(data: Mapping[str, Any]) -> str | None:
-    """The data set's name on the hub."""
+    """Return the data set's name on the Hub."""
     told = str(data.get("hub", ""))
     return told if NAME.fullmatch(told) else None
 
@@ -315,5 +315,5 @@ def _limits(config: Mapping[str, Any]) -> list[str]:
     if measured.get("select_on") == "test" and measured.get(CHOICE) != LAST_EPOCH:
         limits.append("The best epoch was chosen on the test split itself, which flatters it.")
     if not config["pretrained_cfg"].get("license"):
-        limits.append("No licence is stated, for the weights or for the data they come from.")
+        limits.append("No license is stated for the weights or for their training data.")
     return ["\n".join(f"- {limit}" for limit in limits)]

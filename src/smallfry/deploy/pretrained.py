@@ -1,4 +1,4 @@
-"""Trained models to share: a folder, or a repository of the Hugging Face hub.
+"""Shared models: as a folder, or as a repository on the Hugging Face Hub.
 
 model.safetensors      the weights
 config.json            timm's description of the model, and under ``smallfry`` what the run says
@@ -57,18 +57,18 @@ def save_pretrained(
     license: str | None = None,
     repository: str | None = None,
 ) -> Path:
-    """Write a trained model into a new folder, ready to be given away.
+    """Write a trained model into a new folder for sharing.
 
     Args:
         run: A run folder, a checkpoint in one, a folder that was shared, or a model itself, of
             which less is known.
-        folder: Where to; it must not exist, or be empty.
+        folder: Destination; it must not exist, or be empty.
         checkpoint: The weights of the ``best`` epoch or of the ``last`` step.
-        license: The weights' licence as the hub names it, such as ``apache-2.0``; none is assumed.
+        license: License identifier of the weights, such as ``apache-2.0``; none is assumed.
         repository: USER/NAME that the card's examples load; default the folder.
 
     Raises:
-        UsageError: A licence or repository that can't be one.
+        UsageError: An invalid license or repository.
         RunError: The run can't be read, or the folder is taken or can't be written.
     """
     if repository is not None:
@@ -97,20 +97,20 @@ def push_to_hub(
     license: str | None = None,
     private: bool = False,
 ) -> str:
-    """Share a trained model on the Hugging Face hub; gives the address of its page.
+    """Upload a trained model to the Hugging Face Hub; return the address of its page.
 
     The repository is made if there is none; in one that is there, files of the same name, the
     card among them, get a new version.
 
     Args:
-        run: As for ``save_pretrained``.
+        run: See ``save_pretrained``.
         repository: USER/NAME.
-        checkpoint: As for ``save_pretrained``.
-        license: As for ``save_pretrained``.
+        checkpoint: See ``save_pretrained``.
+        license: See ``save_pretrained``.
         private: Show it to nobody else; an existing repository must be private already.
 
     Raises:
-        UsageError: A licence or repository that can't be one.
+        UsageError: An invalid license or repository.
         RunError: The run can't be read.
         HubError: No token, no permission or no connection.
     """
@@ -129,7 +129,7 @@ def push_to_hub(
 def from_pretrained(
     name: str | Path, revision: str | None = None, *, classes: Sequence[str] | None = None
 ) -> TrainedModel:
-    """A model that was shared, in evaluation mode on the CPU.
+    """Load a shared model, in evaluation mode on the CPU.
 
     Args:
         name: A folder; or USER/NAME of a repository on the hub, with or without ``hf_hub:`` before
@@ -154,7 +154,7 @@ def from_pretrained(
 
 
 def load_trained(run: str | Path, checkpoint: str = "best") -> TrainedModel:
-    """A trained model by what the command calls RUN.
+    """Load a trained model by the command's RUN argument.
 
     Args:
         run: A run folder, a checkpoint in one, a folder that was shared, or ``hf_hub:USER/NAME``.
@@ -167,14 +167,12 @@ def load_trained(run: str | Path, checkpoint: str = "best") -> TrainedModel:
     if scheme in (*HUB, LOCAL) or is_shared(Path(run)):
         return from_pretrained(run)
     if is_export(Path(run)):
-        raise RunError(
-            f"{run}: is an export, which predict and benchmark take; name the run that it is of"
-        )
+        raise RunError(f"{run}: is an export, for predict and benchmark only; pass its run instead")
     return load_run(run, checkpoint)
 
 
 def is_shared(folder: Path) -> bool:
-    """Whether a folder holds a model to share, and no run or checkpoint."""
+    """Return whether a folder holds a shared model, rather than a run or checkpoint."""
     return (folder / CONFIG).is_file() and not (folder / MANIFEST).is_file()
 
 
@@ -183,13 +181,13 @@ def is_shared(folder: Path) -> bool:
 
 def _require_free(place: Path) -> None:
     if obstacle(place) is not None:
-        raise RunError(f"{place}: there is something in this place already; name another folder")
+        raise RunError(f"{place}: not empty; use another folder")
 
 
 def gather(
     run: str | Path | TrainedModel, checkpoint: str
 ) -> tuple[TrainedModel, dict[str, Any], Path | None]:
-    """A model, what is known of it, and its picture."""
+    """Collect a model, its metadata and its picture."""
     trained = run if isinstance(run, TrainedModel) else load_trained(run, checkpoint)
     require_classifier(trained)
     if isinstance(run, TrainedModel):
@@ -210,7 +208,7 @@ def gather(
 def _write_model(
     folder: Path, trained: TrainedModel, facts: Mapping[str, Any], license: str | None
 ) -> dict[str, Any]:
-    """Write weights and ``config.json`` as timm does, and what smallfry knows; gives the latter."""
+    """Write weights and ``config.json`` as timm does, with added metadata; return the latter."""
     spec, taken = trained.spec, trained.manifest["input"]
     model: Any = copy.deepcopy(trained.model).to(memory_format=torch.contiguous_format)
     kept = ("fixed_input_size", "first_conv", "classifier")  # the rest is of timm's own weights
@@ -231,7 +229,9 @@ def _write_model(
     try:
         save_for_hf(model, folder, labels, arguments, safe_serialization=True)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise RunError(f"timm can't describe this {spec.architecture} ({error})") from error
+        raise RunError(
+            f"timm has no configuration for this {spec.architecture} ({error})"
+        ) from error
     config = read_config(folder / CONFIG)
     digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     transforms = spec.to_dict().get("transforms", [])
@@ -256,7 +256,7 @@ def _card(config: Mapping[str, Any], name: str, has_picture: bool) -> str:
     try:
         return model_card(config, name, PICTURE if has_picture else None)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RunError(f"what the run says of itself is damaged ({error!r})") from error
+        raise RunError(f"the run's metadata is damaged ({error!r})") from error
 
 
 def _checked_license(license: str | None) -> str | None:
@@ -264,7 +264,7 @@ def _checked_license(license: str | None) -> str | None:
         return None
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license.lower()):
         raise UsageError(
-            f"'{license}' can't be a licence of the hub: expected an identifier such as "
+            f"'{license}' is not a license of the Hub: expected an identifier such as "
             "apache-2.0, mit, cc-by-4.0 or other"
         )
     return license.lower()
@@ -274,20 +274,19 @@ def _checked_license(license: str | None) -> str | None:
 
 
 def _find(name: str, revision: str | None) -> Path:
-    """The folder that a name means, fetched if it is on the hub."""
+    """Return the folder of a name, downloaded if it is on the Hub."""
     scheme, colon, rest = name.partition(":")
     on_hub = bool(colon) and scheme in HUB
     folder = Path(rest if colon and scheme == LOCAL else name).expanduser()
     if not on_hub and folder.is_dir():
         if revision is not None:
-            raise UsageError(f"{name}: is a folder, which has no revision; leave it out")
+            raise UsageError(f"{name}: is a folder, which has no revision; remove the revision")
         return folder
     repository, at, tagged = (rest if on_hub else name).partition("@")
     if not on_hub and not NAME.fullmatch(repository):
         raise RunError(
-            f"{name}: there is no such folder; a model on the hub is named USER/NAME or "
-            "hf_hub:USER/NAME"
+            f"{name}: no such folder; use USER/NAME or hf_hub:USER/NAME for a model on the Hub"
         )
     if at and revision is not None:
-        raise UsageError(f"{name}: names a revision, and revision={revision!r} another")
+        raise UsageError(f"{name}: contradicts revision={revision!r} another")
     return download(repository, revision or tagged or None, [CONFIG, WEIGHTS, CARD])

@@ -1,4 +1,4 @@
-"""What eight bits cost: size, accuracy, agreement and latency, beside the same export in float32.
+"""Report on int8 quantization: size, accuracy, agreement and latency against float32.
 
 Two files join the export. ``quantization.json`` has the figures. ``quantization.png``, of static
 ranges and a model that applies a block again and again, shows how what each product is given moves
@@ -38,7 +38,7 @@ SECONDS = 0.5  # of timed answers for each precision
 
 
 class Span(NamedTuple):
-    """What a product of the shared block is given, in one application of the block."""
+    """Input range of a product of the shared block, in one application of the block."""
 
     product: str  # such as attn.qkv
     layer: int  # of the block, from 0
@@ -55,13 +55,13 @@ def write_report(
     images: NDArray[np.float32] | None,
     data: ImageData | None,
 ) -> dict[str, Any]:
-    """Compare an export in eight bits with the same in float32, and write both files.
+    """Compare an int8 export with the same in float32, and write both files.
 
     Args:
         folder: The export in eight bits.
         plain: The export in float32.
         graphs: Its graphs.
-        images: What static ranges were measured on, normalised; None of dynamic ones.
+        images: Normalised images that static ranges were measured on; None for dynamic ones.
         data: Its test split gives the accuracy; None, or no such split, gives none.
 
     Returns:
@@ -105,14 +105,14 @@ def write_report(
 def spans_of(
     measured: Mapping[str, Sequence[Sequence[CallRange]]], recursion_steps: int
 ) -> list[Span]:
-    """Ranges by application of the shared block.
+    """List ranges by application of the shared block.
 
     What a product is given in several parts in one application, as the first layer is, counts as
     one. A model without such a block has none.
 
     Args:
-        measured: As ``measured_ranges`` gives them.
-        recursion_steps: Of the model.
+        measured: Output of ``measured_ranges``.
+        recursion_steps: Recursion steps of the model.
     """
     passes = measured.get("step") or measured.get("model", [])
     calls = [(WEIGHT.search(call.weight), call) for one in passes for call in one]
@@ -135,7 +135,7 @@ def spans_of(
 
 
 def coarseness(spans: Iterable[Span]) -> list[dict[str, Any]]:
-    """How much coarser one scale for all applications would be than one for each.
+    """Compute the width of one common range relative to one range per application.
 
     For each product its layer, and the ``median`` and the ``worst`` ratio of the widths of ranges;
     eight bits divide either width into 255 parts, and both include 0.
@@ -155,7 +155,7 @@ def coarseness(spans: Iterable[Span]) -> list[dict[str, Any]]:
 
 
 def print_report(export: Path) -> None:
-    """Print what an export's ``quantization.json`` says, in short."""
+    """Print a summary of an export's ``quantization.json``."""
     report = json.loads((export / REPORT).read_text())
     before, after = report["float32"], report["eight_bits"]
     table = Table("", "float32", str(report["precision"]), box=None)
@@ -177,6 +177,6 @@ def print_report(export: Path) -> None:
 
 
 def graph_bytes(export: Path) -> int:
-    """Bytes of an export's graphs."""
+    """Sum the bytes of an export's graphs."""
     form = Manifest.read(export).form
     return sum((export / name).stat().st_size for name in GRAPHS[form])

@@ -1,4 +1,4 @@
-"""Eight-bit integers for weights and activations, by ONNX Runtime's quantizer.
+"""Int8 quantization of weights and activations with ONNX Runtime.
 
 Weights get a scale per output channel. Activations get a range per *call*: a recursive model
 applies one matrix again and again to rows whose distribution moves from call to call, so each
@@ -44,7 +44,7 @@ Floats = NDArray[np.float32]
 
 
 class CallRange(NamedTuple):
-    """What one application of a weight expects of its input."""
+    """Input range of one application of a weight."""
 
     weight: str
     call: int  # counted from 0
@@ -55,13 +55,13 @@ class CallRange(NamedTuple):
 def quantize(
     graphs: Mapping[str, bytes], precision: str, images: Floats, recursion_steps: int = 1
 ) -> dict[str, bytes]:
-    """The graphs of an export in eight bits.
+    """Quantize the graphs of an export to int8.
 
     Args:
         graphs: ONNX models by name: ``model``, or ``embed``, ``step`` and ``read_out``.
         precision: ``int8`` (static) or ``int8_dynamic``.
-        images: What static ranges are measured on, (images, channels, size, size), normalised.
-        recursion_steps: How often ``step`` is applied.
+        images: Normalised calibration images, (images, channels, size, size), for static ranges.
+        recursion_steps: Number of applications of ``step``.
 
     Raises:
         ExportError: No images to calibrate with, or a graph that can't be quantized.
@@ -69,13 +69,13 @@ def quantize(
     if precision == "int8_dynamic":
         return {name: _quantize(name, graph, None) for name, graph in graphs.items()}
     if len(images) == 0:
-        raise ExportError("static int8 needs images to measure the ranges of activations on")
+        raise ExportError("static int8 needs images to measure activation ranges")
     inputs = _inputs(graphs, images, recursion_steps)
     return {name: _quantize(name, graph, inputs[name]) for name, graph in graphs.items()}
 
 
 def call_ranges(graph: bytes) -> list[CallRange]:
-    """The range of every product's input in a statically quantized graph, in order of execution."""
+    """Read the input range of every product in a statically quantized graph, in execution order."""
     model = onnx.load_from_string(graph).graph
     constants = {tensor.name: tensor for tensor in model.initializer}
     made_by = {output: node for node in model.node for output in node.output}
@@ -101,12 +101,12 @@ def call_ranges(graph: bytes) -> list[CallRange]:
 def measured_ranges(
     graphs: Mapping[str, bytes], images: Floats, recursion_steps: int = 1
 ) -> dict[str, list[list[CallRange]]]:
-    """The range of every product's input as images pass through an export in float32.
+    """Measure the input range of every product as images pass through a float32 export.
 
     Args:
-        graphs: As for ``quantize``.
+        graphs: See ``quantize``.
         images: (images, channels, size, size), normalised.
-        recursion_steps: How often ``step`` is applied.
+        recursion_steps: Number of applications of ``step``.
 
     Returns:
         For each graph with products a list for each time that it is applied, in order of
@@ -135,7 +135,7 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
 
 
 def _with_ranges(graph: bytes) -> tuple[bytes, list[str]]:
-    """A graph that gives the least and the greatest input of every product, and their weights."""
+    """Build a graph that returns the input range of every product, and its weights."""
     model = onnx.load_from_string(graph)
     constants = {tensor.name for tensor in model.graph.initializer}
     products = [
@@ -155,7 +155,7 @@ def _with_ranges(graph: bytes) -> tuple[bytes, list[str]]:
 
 
 def _called(weights: list[str], said: NDArray[np.floating[Any]]) -> list[CallRange]:
-    """Ranges over all batches; ``said`` is (batches, 2 × products), least and greatest in turns."""
+    """Reduce ranges over all batches; ``said`` is (batches, 2 × products), min and max in turn."""
     lows, highs = said[:, ::2].min(axis=0), said[:, 1::2].max(axis=0)
     calls: dict[str, int] = defaultdict(int)
     found = []
@@ -168,7 +168,7 @@ def _called(weights: list[str], said: NDArray[np.floating[Any]]) -> list[CallRan
 def _inputs(
     graphs: Mapping[str, bytes], images: Floats, recursion_steps: int
 ) -> dict[str, list[dict[str, Floats]]]:
-    """What each graph is given when the images pass through all of them."""
+    """Collect the input of each graph as the images pass through all of them."""
     first = next(iter(graphs))
     batches = [
         {"images": images[start : start + CALIBRATION_BATCH]}
@@ -191,7 +191,7 @@ def _inputs(
 
 
 def _quantize(name: str, graph: bytes, batches: list[dict[str, Floats]] | None) -> bytes:
-    """One graph, statically with batches and dynamically without."""
+    """Quantize one graph, statically with batches and dynamically without."""
     with TemporaryDirectory() as folder, _silent():
         source, target = Path(folder, "float32.onnx"), Path(folder, "int8.onnx")
         source.write_bytes(graph if batches else _transposed_once(graph))
@@ -219,7 +219,7 @@ def _quantize(name: str, graph: bytes, batches: list[dict[str, Floats]] | None) 
 
 
 def _transposed_once(graph: bytes) -> bytes:
-    """The same graph with the weights of Gemm stored as they are multiplied.
+    """Store the weights of Gemm in the order of the multiplication.
 
     The dynamic quantizer turns every Gemm into a MatMul, and transposes its weight in place: a
     weight that a second Gemm applies would be turned back.
@@ -247,7 +247,7 @@ def _transposed_once(graph: bytes) -> bytes:
 
 
 def _compact(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same model with equal constants stored once, short names and no attributes by default.
+    """Store equal constants once, shorten names, and drop default attributes.
 
     The quantizer gives every range two constants with names of fifty letters; in a small network
     what describes it would outweigh the weights.
@@ -288,7 +288,7 @@ def _is_default(node: Any, attribute: Any, opsets: Mapping[str, int]) -> bool:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without the quantizer's advice, which it gives through the root logger."""
+    """Silence the quantizer's advice, which it logs to the root logger."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,1 +1,1 @@
-"""Files, folders, terminals and signals: the edge of the process."""
+"""Files, folders, terminals and signals."""

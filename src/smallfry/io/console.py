@@ -1,4 +1,4 @@
-"""Console of rich that shows no control characters of foreign text."""
+"""Rich console that strips control characters from foreign text."""
 
 from collections.abc import Iterable
 
@@ -9,11 +9,11 @@ from smallfry.io.terminal import printable
 
 
 class CleanConsole(Console):
-    """A console of rich's that shows all text as ``printable``, in tables and bars too."""
+    """Rich console that shows all text as ``printable``, in tables and bars too."""
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
-        """The pieces of what is printed; colours and movements of the cursor are rich's own."""
+        """Render the segments of the output; colours and cursor movements are rich's own."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))

@@ -1,4 +1,4 @@
-"""Plain data, and strict JSON of results."""
+"""Plain data, and strict JSON."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ Plain: TypeAlias = "bool | int | float | str | Sequence[Plain] | Mapping[str, Pl
 
 
 def strict(value: Any) -> Any:
-    """The value as JSON has it: named tuples are objects, what isn't finite is null."""
+    """Convert a value to JSON values: named tuples to objects, non-finite numbers to null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

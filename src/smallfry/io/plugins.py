@@ -1,4 +1,4 @@
-"""Registration by import: the modules of a package, and those of installed plugins.
+"""Registration by import: modules of a package, and of installed plugins.
 
 A third party's package names a module under ``smallfry.plugins`` in its entry points; importing
 that module registers what it brings.
@@ -14,13 +14,13 @@ PLUGINS = "smallfry.plugins"
 
 @cache
 def scan(package: str) -> None:
-    """Import the modules of a package and its packages, so that they register what they bring."""
+    """Import all modules of a package, so that they register their contents."""
     for module in pkgutil.walk_packages(import_module(package).__path__, f"{package}."):
         import_module(module.name)
 
 
 @cache
 def load_plugins() -> None:
-    """Import the modules that installed packages name as plugins."""
+    """Import the modules that installed packages declare as plugins."""
     for point in entry_points(group=PLUGINS):
         point.load()

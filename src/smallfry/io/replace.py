@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, whenever the process ends.
+"""Atomic replacement of files and folders, safe against kills at any time.
 
 New content is written beside its place, under a name that begins with ``.smallfry-`` and ends at
 random, and is brought to the disk before it is renamed. A folder takes the place of another by an
@@ -47,7 +47,7 @@ UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # of systems that can't s
 
 
 def write_whole(file: Path, data: bytes) -> None:
-    """Write a file whole or not at all; it takes the place of a link, not of what that leads to.
+    """Write a file atomically, replacing a link rather than its target.
 
     Raises:
         OSError: It could not be written; what was there is untouched.
@@ -70,7 +70,7 @@ def write_whole(file: Path, data: bytes) -> None:
 def replacing(
     folder: Path, check: Callable[[], None] = lambda: None, previous: Path | None = None
 ) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of ``folder`` when the block has ended.
+    """Yield a new folder that replaces ``folder`` when the block ends.
 
     A link is followed. A folder that can't be renamed keeps its place and gets the new entries:
     one that is mounted, that the process works in, or whose parent is not writable.
@@ -78,7 +78,7 @@ def replacing(
     Args:
         folder: The place; its parents are made.
         check: Raises if something else stands in the place; before the work, and again after it.
-        previous: Where the replaced folder goes, in place of another; default nowhere.
+        previous: Path for the replaced folder, replacing an earlier one; default none.
 
     Raises:
         OSError: It can't be written there, which is found before the block begins if it can be; the
@@ -102,10 +102,10 @@ def replacing(
 
 
 def recover(folder: Path) -> None:
-    """Undo what a killed process left of replacing a folder; what a living one does is left alone.
+    """Undo an interrupted replacement by a killed process; a running one is left alone.
 
     Raises:
-        OSError: What stood in the place can't be put back.
+        OSError: The original content can't be restored.
     """
     folder = resolved(folder)
     for stage in stages_of(folder):
@@ -116,7 +116,7 @@ def recover(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes left in a folder that the caller has locked."""
+    """Remove leftovers of killed processes in a folder that the caller has locked."""
     for entry in folder.glob(f"{MARK}*"):
         if entry.is_dir() and not entry.is_symlink():
             with _claimed(entry) as is_ours:
@@ -127,7 +127,7 @@ def sweep(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Bring a folder to the disk, with all that is in it."""
+    """Flush a folder and all its contents to disk."""
     for place, _, names in os.walk(folder):
         for path in (*(Path(place) / name for name in names), Path(place)):
             if not path.is_symlink():
@@ -135,7 +135,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk.
+    """Flush a file, or the names in a folder, to disk.
 
     Raises:
         OSError: The disk has failed.
@@ -158,7 +158,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def _stage(folder: Path, inside: bool) -> Iterator[Path]:
-    """A stage of our own; whatever happens, it is gone in the end, and the folder is whole."""
+    """Yield a stage of our own, removed at the end, with the folder left intact."""
     place = folder if inside else folder.parent
     while True:
         stage = Path(mkdtemp(prefix=prefix_of(folder), dir=place))
@@ -177,7 +177,7 @@ def _stage(folder: Path, inside: bool) -> Iterator[Path]:
 
 @contextmanager
 def _claimed(stage: Path) -> Iterator[bool]:
-    """Whether the process that made the stage has ended; then nobody else takes it meanwhile."""
+    """Try to claim a stage whose process has ended, and yield whether that worked."""
     lock = _lock(stage)
     try:
         yield lock is not None and lock.is_locked
@@ -187,7 +187,7 @@ def _claimed(stage: Path) -> Iterator[bool]:
 
 
 def _lock(stage: Path) -> FileLock | None:
-    """The lock of a stage; None if another process has it. Not held where there are no locks."""
+    """Lock a stage; None if another process holds the lock. No-op without file locks."""
     lock = FileLock(stage / LOCK)
     try:
         lock.acquire(timeout=0)
@@ -202,7 +202,7 @@ def _lock(stage: Path) -> FileLock | None:
 
 
 def _undo(stage: Path, folder: Path) -> None:
-    """Make a folder whole again that was left between two steps; the stage can be removed then."""
+    """Restore a folder left between two steps; afterwards its stage can be removed."""
     old = stage / OLD
     if stage.parent != folder:
         if old.exists() and not folder.exists():
@@ -251,7 +251,7 @@ def _take_place(stage: Path, folder: Path, previous: Path | None) -> None:
 
 
 def _exchange(new: Path, folder: Path, old: Path) -> None:
-    """Let two folders change places; by the way of ``old`` where that takes two renames."""
+    """Swap two folders, through ``old`` where that takes two renames."""
     if not _swap(new, folder):
         folder.rename(old)
         new.rename(folder)
@@ -259,7 +259,7 @@ def _exchange(new: Path, folder: Path, old: Path) -> None:
 
 
 def _keep(stage: Path, folder: Path, previous: Path) -> None:
-    """Put the new folder in its place, and what was there in that of the one before it."""
+    """Put the new folder in its place, and the previous one in that of its predecessor."""
     new = stage / NEW
     if _swap(new, folder):
         if not (previous.exists() and _swap(new, previous)):
@@ -272,7 +272,7 @@ def _keep(stage: Path, folder: Path, previous: Path) -> None:
 
 
 def _move_in(stage: Path, folder: Path) -> None:
-    """Give a folder the new entries in place of its own; a reader sees it without the last one."""
+    """Replace the entries of a folder; readers see it without the last one meanwhile."""
     new, old = stage / NEW, stage / OLD
     old.mkdir()
     for name in sorted(entries(folder), key=lambda name: name != LAST):
@@ -289,7 +289,7 @@ def _move(source: Path, folder: Path) -> None:
 
 
 def _swap(one: Path, other: Path) -> bool:
-    """Let two paths change places at one moment; False where the system can't."""
+    """Swap two paths atomically; False where the system can't."""
     renameat2 = _renameat2()
     if renameat2 is None:
         return False

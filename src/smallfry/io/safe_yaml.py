@@ -1,4 +1,4 @@
-"""YAML that may come from anyone, as jsonargparse takes it: plain values, and not too many.
+"""Bounded YAML loader for untrusted input, plain values only.
 
 A text of a kilobyte may stand for a billion values, through aliases of aliases, and jsonargparse
 imports the class that ``class_path`` names wherever it stands.
@@ -17,7 +17,7 @@ _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def load_yaml(text: str) -> Any:
-    """The value in a YAML text, as jsonargparse reads it: plain values only.
+    """Parse a YAML text as jsonargparse does, to plain values only.
 
     Raises:
         yaml.YAMLError: Not YAML; with tags of Python's objects; longer, deeper or, with its
@@ -38,7 +38,7 @@ def load_yaml(text: str) -> Any:
 
 
 def _measure(text: str) -> None:
-    """Refuse a text that stands for too much, before anything is made of it."""
+    """Refuse a text that expands too far, before building anything."""
     sizes: dict[str, int] = {}  # of what anchors name
     open_nodes: list[tuple[str | None, int]] = []  # anchor and the values counted before it
     values = 0
@@ -65,7 +65,7 @@ def _measure(text: str) -> None:
 
 
 def _refuse_duplicate_keys(node: yaml.Node | None) -> None:
-    """Refuse a key that stands twice in a mapping, where PyYAML would drop the first value."""
+    """Refuse duplicate keys in a mapping; PyYAML would drop the first value."""
     children: list[yaml.Node] = []
     if isinstance(node, yaml.MappingNode):
         lines: dict[tuple[str, str], int] = {}
@@ -86,7 +86,7 @@ def _refuse_duplicate_keys(node: yaml.Node | None) -> None:
 
 
 def _refuse_in(value: Any) -> None:
-    """Refuse NUL, which no path may hold; and classes.
+    """Refuse NUL, which is invalid in paths, and classes.
 
     jsonargparse would import, and could call, what ``class_path`` names.
     """

@@ -1,4 +1,4 @@
-"""Signals that ask for an end: Ctrl-C, SIGTERM, a closed terminal (SIGHUP), a warning (SIGUSR1).
+"""Stop signals: Ctrl-C, SIGTERM, a closed terminal (SIGHUP), a warning (SIGUSR1).
 
 The first one is an exception (``raising``), so that what was begun is cleaned up, or a note
 (``noting``), where a step must be finished and saved. A second Ctrl-C or SIGTERM ends the process
@@ -29,7 +29,7 @@ _kept: list[Callable[[], str]] = []  # what is known to be saved, by what saves;
 
 
 class Signalled(KeyboardInterrupt):
-    """A signal asked for an end; handlers of errors do not take it for one."""
+    """A stop signal; error handlers do not catch it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -41,7 +41,7 @@ class Signalled(KeyboardInterrupt):
 
 
 class Requests:
-    """The signals that came, and whether they insist.
+    """Received signals.
 
     Args:
         more_echo: Seconds beyond ``ECHO`` in which two are one.
@@ -53,7 +53,7 @@ class Requests:
         self._first: float | None = None
 
     def insist(self, number: int) -> bool:
-        """Whether this one is a second Ctrl-C or SIGTERM, and no echo of the first."""
+        """Record a signal; return True for a second Ctrl-C or SIGTERM that is not an echo."""
         if number not in INSISTENT:
             return False
         now = self._clock()
@@ -63,13 +63,13 @@ class Requests:
 
 
 def name_of(number: int) -> str:
-    """The name of a signal, as a person knows it."""
+    """Return the usual name of a signal."""
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
 @contextmanager
 def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle the signals that ask for an end; in other threads than the main one, nothing.
+    """Handle stop signals; in threads other than the main one, do nothing.
 
     A SIGHUP that is ignored, as under nohup, stays ignored.
     """
@@ -96,11 +96,12 @@ def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
 
 
 def leave_to_parent(but: Collection[int] = ()) -> None:
-    """Ignore the signals, in a process that works for another: terminals and schedulers send them
-    to all, and the parent ends what it has started.
+    """Ignore stop signals in a child process.
+
+    Terminals and schedulers send signals to all processes; the parent ends its children.
 
     Args:
-        but: Those that are to end this process, too.
+        but: Signals that still end this process.
     """
     signal.set_wakeup_fd(-1)  # of the parent, after a fork
     for number in ASKING:
@@ -109,7 +110,7 @@ def leave_to_parent(but: Collection[int] = ()) -> None:
 
 @contextmanager
 def raising() -> Iterator[None]:
-    """Turn a signal into ``Signalled``; what comes while that is cleaned up changes nothing.
+    """Raise ``Signalled`` on a signal; further ones during cleanup are ignored.
 
     Raises:
         Signalled: A signal came; or a second one, if the first had no effect.
@@ -128,11 +129,11 @@ def raising() -> Iterator[None]:
 
 
 class _CutShort(Signalled):
-    """The first signal came while a batch was waited for."""
+    """A first signal that arrived while waiting for a batch."""
 
 
 class Stop:
-    """The signal that came, if any."""
+    """Received stop signal, if any."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
@@ -150,7 +151,7 @@ class Stop:
                 raise _CutShort(number)
 
     def cutting_short(self, items: Iterator[T]) -> Iterator[T | None]:
-        """The items; a signal ends the wait for the next one, and None is the last."""
+        """Yield items; a signal interrupts the wait for the next one, and None is the last."""
         while True:
             item, cut = None, False
             try:
@@ -171,7 +172,7 @@ class Stop:
 
 @contextmanager
 def noting() -> Iterator[Stop]:
-    """Note the first signal.
+    """Record the first signal.
 
     Raises:
         Signalled: A second Ctrl-C or SIGTERM came.
@@ -183,7 +184,7 @@ def noting() -> Iterator[Stop]:
 
 @contextmanager
 def keeping(kept: Callable[[], str]) -> Iterator[None]:
-    """While this lasts, ``kept()`` is the sentence on what is saved if a signal ends the work."""
+    """Set ``kept()`` as the message on saved work if a signal stops the block."""
     _kept.append(kept)
     try:
         yield
@@ -206,7 +207,7 @@ def _joined(message: str, kept: str) -> str:
 
 @contextmanager
 def second_ends(say: Callable[[str], object]) -> Iterator[None]:
-    """End the process at once by a second Ctrl-C or SIGTERM, whatever the main thread waits for.
+    """End the process at once on a second Ctrl-C or SIGTERM, even if the main thread is blocked.
 
     Python's own handlers run in the main thread, so they can't: a thread is told of each signal.
 
@@ -239,13 +240,13 @@ def _watch(reader: int, say: Callable[[str], object]) -> None:
 
 
 def _end(number: int, say: Callable[[str], object]) -> None:
-    """End this process and those it started for work, with what there is to say."""
+    """End this process and its children, with a final message."""
     code = 128 + number
     hurry = threading.Timer(LAST_WORDS, os._exit, (code,))  # a disk or a pipe may hang
     hurry.daemon = True
     hurry.start()
     with suppress(Exception):
-        say(_joined(f"ended at once by a second {name_of(number)}", _what_is_kept()))
+        say(_joined(f"stopped at once by a second {name_of(number)}", _what_is_kept()))
         sys.stderr.flush()
     for child in multiprocessing.active_children():
         child.kill()
@@ -253,7 +254,7 @@ def _end(number: int, say: Callable[[str], object]) -> None:
 
 
 def _let_go_of_the_terminal() -> None:
-    """Write to nowhere if the terminal has been closed, where every word would be an error."""
+    """Redirect output to nowhere if the terminal was closed, since every write would fail."""
     try:
         import termios
     except ImportError:

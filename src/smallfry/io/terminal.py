@@ -1,4 +1,4 @@
-"""What a terminal may be shown of names that others gave; all that is printed goes through here."""
+"""Safe terminal output of foreign names; all printing goes through here."""
 
 import logging
 import shlex
@@ -11,7 +11,7 @@ LONGEST = 1000  # characters of a message
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print a line at once, by default on the standard output; see ``printable``.
+    """Print a line unbuffered, by default to standard output; see ``printable``.
 
     Text and line end are one write, so that lines of other threads do not get in between.
     """
@@ -19,15 +19,15 @@ def say(text: str, stream: TextIO | None = None) -> None:
 
 
 class CleanFormatter(logging.Formatter):
-    """A log's lines as ``printable``."""
+    """Log formatter that applies ``printable``."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line."""
+        """Format one record."""
         return printable(super().format(record))
 
 
 def printable(text: str) -> str:
-    """The text with control characters spelled out, so that none commands the terminal.
+    """Escape control characters in a text, so that it can't control the terminal.
 
     Also of the right-to-left kind, which let a name be read as another: ``\\x1b``, ``\\u202e``.
     """
@@ -42,7 +42,7 @@ def printable(text: str) -> str:
 
 
 def shortened(text: str) -> str:
-    """The text without its middle, if it is longer than a message may be."""
+    """Cut the middle out of a text too long for a message."""
     if len(text) <= LONGEST:
         return text
     begin, end = LONGEST * 2 // 3, LONGEST // 4
@@ -50,7 +50,7 @@ def shortened(text: str) -> str:
 
 
 def escape_unencodable() -> None:
-    """Let standard output and error write characters outside their encoding as escapes.
+    """Make standard output and error escape characters outside their encoding.
 
     A Latin-1 terminal, or a pipe under LC_ALL=C, has no "…"; by default, printing one raises
     UnicodeEncodeError.
@@ -61,7 +61,7 @@ def escape_unencodable() -> None:
 
 
 def command(*words: object) -> str:
-    """Return a command line that can be pasted into a shell, each word quoted where needed.
+    """Quote a command line for pasting into a shell.
 
     Control characters are spelled out: such a word does not name the same file any more.
     """

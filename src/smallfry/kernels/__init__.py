@@ -1,1 +1,1 @@
-"""Kernels that PyTorch has but does not offer, each behind a check that it serves."""
+"""Kernels that PyTorch contains but does not select, each behind a check."""

@@ -1,4 +1,4 @@
-"""Products of float32 matrices on a CPU with oneDNN, where PyTorch's own choice, MKL, is slower.
+"""Float32 matrix products on a CPU with oneDNN, where PyTorch's default, MKL, is slower.
 
 MKL keeps its fastest code for Intel's processors. Measured with ``benchmarks/vitrm.py``, oneDNN
 makes a whole ViTRM 1.5 to 1.7 × as fast on an AMD EPYC, 1.01 to 1.06 × on another machine, and
@@ -38,7 +38,7 @@ _HAS_ONEDNN = (
 
 
 def prefers_onednn(setting: str | None, processor: str) -> bool:
-    """Choose the library, the same on every start on a machine.
+    """Choose the library, the same at every start on a machine.
 
     Args:
         setting: Value of SMALLFRY_ONEDNN, None where it is unset.
@@ -50,7 +50,7 @@ def prefers_onednn(setting: str | None, processor: str) -> bool:
     if setting in (None, ""):
         return "GenuineIntel" not in processor
     if setting not in ("0", "1"):
-        raise UsageError(f"{VARIABLE} is 0 or 1, not {setting!r}; unset it for the default")
+        raise UsageError(f"{VARIABLE} must be 0 or 1, not {setting!r}; unset it for the default")
     return setting == "1"
 
 
@@ -65,7 +65,7 @@ _PREFERRED = prefers_onednn(os.environ.get(VARIABLE), _processor())
 
 
 def multiplies(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Decide whether oneDNN makes this product: faster here, and nothing needs PyTorch's own."""
+    """Decide whether to use oneDNN for this product: faster here, PyTorch's own not needed."""
     return bool(
         _PREFERRED
         and _HAS_ONEDNN
@@ -85,7 +85,7 @@ def multiplies(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool
 
 
 def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """rows (..., inner) @ weightᵀ + bias of a weight (outer, inner), if it ``multiplies`` them.
+    """Compute rows (..., inner) @ weightᵀ + bias of a weight (outer, inner), if ``multiplies``.
 
     Knows no gradients.
     """

@@ -1,1 +1,1 @@
-"""Layers that stand for dense ones: fewer numbers, or numbers of fewer bits."""
+"""Substitutes for dense layers, with fewer or narrower numbers."""

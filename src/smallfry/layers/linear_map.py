@@ -1,4 +1,4 @@
-"""Layers that stand for an ``nn.Linear`` or ``nn.Conv2d``, found by their names in files."""
+"""Substitutes for ``nn.Linear`` and ``nn.Conv2d``, registered by name."""
 
 from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
 
@@ -29,7 +29,7 @@ class LinearMap(Protocol):
 
     @classmethod
     def like(cls, layer: nn.Module, **settings: Plain) -> Self:
-        """Make the structure for a dense layer; its weights are loaded afterwards.
+        """Create the structure for a dense layer; weights are loaded afterwards.
 
         Raises:
             ValueError: Settings or a layer that it can't stand for.
@@ -37,13 +37,13 @@ class LinearMap(Protocol):
 
     @classmethod
     def from_dense(cls, layer: nn.Module, **settings: Plain) -> Self:
-        """Make the nearest such layer to a dense one; raises as ``like``."""
+        """Create the closest layer to a dense one; raises as ``like``."""
 
     def dense(self) -> nn.Module:
-        """The same map as an ``nn.Linear`` or ``nn.Conv2d``."""
+        """Convert to an equivalent ``nn.Linear`` or ``nn.Conv2d``."""
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """The product with a batch."""
+        """Apply the layer to a batch."""
 
 
 def register_layer(layer: T) -> T:
@@ -55,32 +55,32 @@ def register_layer(layer: T) -> T:
     name = layer.name  # type: ignore[attr-defined]
     other = _layers.setdefault(name, layer)
     if other is not layer and other.__qualname__ != layer.__qualname__:
-        raise UsageError(f"two layers are called '{name}': {other!r} and {layer!r}")
+        raise UsageError(f"two layers are named '{name}': {other!r} and {layer!r}")
     _layers[name] = layer
     return layer
 
 
 def layers() -> dict[str, Any]:
-    """All registered layers by their names."""
+    """Return all registered layers by name."""
     scan("smallfry.layers")
     load_plugins()
     return dict(_layers)
 
 
 def find_layer(name: Any) -> Any:
-    """The layer of a name.
+    """Find a registered layer by name.
 
     Raises:
         UsageError: There is none; a plugin that brings it may not be installed.
     """
     known = _layers if name in _layers else layers()
     if name not in known:
-        raise UsageError(f"there is no layer '{name}'{nearest(str(name), known)}")
+        raise UsageError(f"unknown layer '{name}'{nearest(str(name), known)}")
     return known[name]
 
 
 def require_dense(layer: nn.Module) -> None:
-    """Check that a layer is one that others can stand for.
+    """Require a layer that others can replace.
 
     Raises:
         ValueError: No linear layer or ungrouped convolution.
@@ -88,4 +88,4 @@ def require_dense(layer: nn.Module) -> None:
     if not isinstance(layer, DENSE):
         raise ValueError(f"expected nn.Linear or nn.Conv2d, got {type(layer).__name__}")
     if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
-        raise ValueError("a convolution with groups or other padding than zeros has no such form")
+        raise ValueError("convolutions with groups or non-zero padding modes are not supported")

@@ -19,7 +19,7 @@ _CONVOLUTION: Any = nn.Conv2d  # whose arguments are copied from another
 
 @register_layer
 class LowRank(nn.Module):
-    """Product of two layers of a small inner width.
+    """Product of two layers with a small inner width.
 
     Args:
         reduce: From the inputs to ``rank`` channels, without a bias.
@@ -42,7 +42,7 @@ class LowRank(nn.Module):
 
     @classmethod
     def like(cls, layer: nn.Module, **settings: Plain) -> Self:
-        """Make the structure.
+        """Create the structure for a dense layer.
 
         Args:
             layer: ``nn.Linear`` or ``nn.Conv2d``.
@@ -69,7 +69,7 @@ class LowRank(nn.Module):
     @classmethod
     @torch.no_grad()
     def from_dense(cls, layer: nn.Module, **settings: Plain) -> Self:
-        """Make the nearest layer of this rank in the Frobenius norm; raises as ``like``."""
+        """Create the nearest layer of this rank in the Frobenius norm; raises as ``like``."""
         made = cls.like(layer, **settings)
         weight = cast(Tensor, layer.weight)
         rank = _rank(layer, settings)
@@ -85,7 +85,7 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def dense(self) -> nn.Module:
-        """The same map as one layer."""
+        """Multiply the factors into one layer."""
         reduce, expand = cast(Any, self.reduce), cast(Any, self.expand)
         product = expand.weight.flatten(1) @ reduce.weight.flatten(1)
         if isinstance(self.reduce, nn.Conv2d):
@@ -102,14 +102,16 @@ class LowRank(nn.Module):
         return cast(nn.Module, layer)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Inputs as of the dense layer, to its outputs."""
+        """Map the inputs of the dense layer to its outputs."""
         return cast(Tensor, self.expand(self.reduce(inputs)))
 
 
 def _rank(layer: nn.Module, settings: Any) -> int:
     rank = settings.get("rank")
     if set(settings) != {"rank"} or type(rank) is not int:
-        raise ValueError(f"a low-rank layer has one setting, a whole rank; got {settings}")
+        raise ValueError(
+            f"a low-rank layer needs exactly one setting, an integer rank; got {settings}"
+        )
     most = min(cast(Tensor, layer.weight).flatten(1).shape)
     if not 1 <= rank <= most:
         raise ValueError(f"rank is 1 to {most} here, not {rank}")

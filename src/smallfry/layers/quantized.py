@@ -1,4 +1,4 @@
-"""Weights of few bits: whole codes q and a scale s for each output channel, w ≈ s q.
+"""Quantised weights: integer codes q and one scale s per output channel, w ≈ s q.
 
 Symmetric: Q = 2^(bits−1) − 1, s = max|w| / Q of the channel, q = clamp(round(w / s), −Q, Q) with
 halves to even; a channel of zeros has s = 1. The product is taken in floating point.
@@ -18,7 +18,7 @@ BITS = range(2, 9)
 
 
 def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a weight.
+    """Quantise a weight to codes and scales.
 
     Args:
         weight: (outputs, …).
@@ -37,11 +37,11 @@ def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 @register_layer
 class QuantizedWeight(nn.Module):
-    """Linear layer or convolution with a weight of 2 to 8 bits, and inputs in floating point.
+    """Linear layer or convolution with 2- to 8-bit weights and floating-point inputs.
 
     Args:
         dense: The layer whose shape, stride and so on it has.
-        bits: Of each number of the weight.
+        bits: Bits per weight.
 
     Example:
         >>> import torch
@@ -67,7 +67,7 @@ class QuantizedWeight(nn.Module):
 
     @classmethod
     def like(cls, layer: nn.Module, **settings: Plain) -> Self:
-        """Make the structure; raises as ``from_dense``."""
+        """Create the structure; raises as ``from_dense``."""
         return cls.from_dense(layer, **settings)
 
     @classmethod
@@ -85,17 +85,19 @@ class QuantizedWeight(nn.Module):
             raise ValueError(f"expected nn.Linear or nn.Conv2d, got {type(layer).__name__}")
         bits = settings.get("bits")
         if set(settings) != {"bits"} or type(bits) is not int or bits not in BITS:
-            raise ValueError(f"a quantized weight has one setting, bits of 2 to 8; got {settings}")
+            raise ValueError(
+                f"a quantized weight needs exactly one setting, bits from 2 to 8; got {settings}"
+            )
         return cls(layer, bits)
 
     @property
     def weight(self) -> Tensor:
-        """The weight in floating point."""
+        """Weight in floating point."""
         return self.codes.to(self.scales.dtype) * self.scales
 
     @torch.no_grad()
     def dense(self) -> nn.Module:
-        """The same map with its weight in floating point."""
+        """Convert to a layer with the floating-point weight."""
         kind = {"bias": self.bias is not None, "device": self.codes.device}
         make: Any = nn.Conv2d if self.is_convolution else nn.Linear
         layer = make(**self.shape, **kind)
@@ -105,7 +107,7 @@ class QuantizedWeight(nn.Module):
         return cast(nn.Module, layer)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Inputs as of the dense layer, to its outputs."""
+        """Map the inputs of the dense layer to its outputs."""
         weight = self.weight.to(inputs.dtype)
         if not self.is_convolution:
             return F.linear(inputs, weight, self.bias)

@@ -1,1 +1,1 @@
-"""Pictures of runs; each function draws one and writes it whole."""
+"""Plots of runs; each function draws one and writes it atomically."""

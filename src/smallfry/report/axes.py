@@ -1,4 +1,4 @@
-"""Logarithmic axes with ticks to be read."""
+"""Logarithmic axes with readable ticks."""
 
 import math
 from typing import Any
@@ -9,7 +9,7 @@ FINE = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.5, 2, 2.5, 3, 
 
 
 def log_axis(axes: Any, which: str, low: float, high: float) -> None:
-    """Make one axis, ``x`` or ``y``, logarithmic between limits, with ticks to be read."""
+    """Make one axis, ``x`` or ``y``, logarithmic between limits, with readable ticks."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     getattr(axes, f"set_{which}lim")(low, high)
     getattr(axes, f"set_{which}scale")("log")
@@ -20,7 +20,7 @@ def log_axis(axes: Any, which: str, low: float, high: float) -> None:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Four to nine round numbers between positive limits, or as near to that as there are."""
+    """Choose about four to nine round numbers between positive limits."""
     first, last = math.floor(math.log10(low)), math.floor(math.log10(high))
     decades = range(first, last + 1)
     thin = max(1, -(-len(decades) // 8))

@@ -1,4 +1,4 @@
-"""What a classifier confuses: the confusion matrix, and its surest mistakes."""
+"""Plots of a classifier's errors: confusion matrix and most confident mistakes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ WORST = 30  # classes that are drawn of more
 
 
 def confusion_matrix(logits: Tensor, labels: Tensor, classes: Sequence[str], file: Path) -> None:
-    """Draw how often each class is taken for each, with counts where there is room.
+    """Draw the confusion matrix, with counts where there is room.
 
     Of more than 100 classes, the 30 with the most mistakes are drawn.
 
@@ -61,7 +61,7 @@ def confusion_matrix(logits: Tensor, labels: Tensor, classes: Sequence[str], fil
 
 
 def surest_mistakes(logits: Tensor, labels: Tensor, most: int = 18) -> Tensor:
-    """Positions of the wrongly classified images that the model is surest of, surest first."""
+    """Return the positions of the most confident mistakes, in descending order."""
     confidence, predicted = logits.softmax(dim=1).max(dim=1)
     wrong = (predicted != labels).nonzero().squeeze(1)
     return wrong[confidence[wrong].argsort(descending=True)][:most]
@@ -70,7 +70,7 @@ def surest_mistakes(logits: Tensor, labels: Tensor, most: int = 18) -> Tensor:
 def mistakes(
     images: Tensor, logits: Tensor, labels: Tensor, classes: Sequence[str], file: Path
 ) -> None:
-    """Draw wrongly classified images, with what the model took them for.
+    """Draw misclassified images with their predicted classes.
 
     Args:
         images: (images, channels, size, size), uint8.

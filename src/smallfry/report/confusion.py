@@ -1,4 +1,4 @@
-"""Sparse confusion counts: the pairs of classes that occur.
+"""Sparse confusion matrix: only pairs of classes that occur.
 
 Of 10,000 classes there are 100 million pairs, and never more of them than there are images.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Confusions(NamedTuple):
-    """A sparse confusion matrix."""
+    """Sparse confusion matrix."""
 
     true: Tensor  # (pairs,), int64 class indices
     predicted: Tensor  # (pairs,), int64 class indices
@@ -19,17 +19,17 @@ class Confusions(NamedTuple):
 
     @property
     def mistakes(self) -> Tensor:
-        """(classes,), how many images of each class are taken for another."""
+        """Number of misclassified images of each class, (classes,)."""
         wrong = self.true != self.predicted
         found = torch.zeros(self.classes, dtype=torch.int64)
         return found.index_add_(0, self.true[wrong], self.counts[wrong])
 
     def worst(self, most: int) -> Tensor:
-        """(at most ``most``,), the classes with the most mistakes, the worst first."""
+        """Return at most ``most`` classes with the most mistakes, in descending order."""
         return self.mistakes.argsort(descending=True, stable=True)[:most]
 
     def dense(self, chosen: Tensor) -> Tensor:
-        """(chosen, chosen + 1), counts of those classes; the last column is of all others."""
+        """Count the chosen classes, (chosen, chosen + 1); the last column is of all others."""
         place = torch.full((self.classes,), len(chosen))
         place[chosen] = torch.arange(len(chosen))
         rows, columns = place[self.true], place[self.predicted]
@@ -38,24 +38,24 @@ class Confusions(NamedTuple):
 
 
 def count_confusions(predicted: Tensor, labels: Tensor, classes: int) -> Confusions:
-    """Count which classes are taken for which.
+    """Count predictions by class and predicted class.
 
     Args:
         predicted: (images,), int64 class indices.
         labels: (images,), int64 class indices.
-        classes: How many classes there are.
+        classes: Number of classes.
     """
     pairs, counts = torch.unique(labels * classes + predicted, return_counts=True)
     return Confusions(pairs // classes, pairs % classes, counts, classes)
 
 
 def macro_f1(predicted: Tensor, labels: Tensor, classes: int) -> float:
-    """The mean F1 score of all classes that occur, equal to torchmetrics' to the bit.
+    """Compute the mean F1 score of all classes that occur, bit-identical to torchmetrics.
 
     Args:
         predicted: (images,), int64 class indices.
         labels: (images,), int64 class indices.
-        classes: How many classes there are.
+        classes: Number of classes.
     """
     right = torch.bincount(labels[predicted == labels], minlength=classes)
     said = torch.bincount(predicted, minlength=classes) + torch.bincount(labels, minlength=classes)

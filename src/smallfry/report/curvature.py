@@ -1,4 +1,4 @@
-"""The diagnostics of a natural-gradient optimizer, layer by layer, as a picture."""
+"""Plot of a natural-gradient optimizer's diagnostics, layer by layer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +10,11 @@ Range = tuple[float, float] | None
 
 
 class LayerFigures(Protocol):
-    """The figures of a layer that the picture shows."""
+    """Plotted figures of a layer."""
 
     @property
     def layer(self) -> str:
-        """The name of the layer."""
+        """Name of the layer."""
 
     @property
     def inputs(self) -> Range:
@@ -46,19 +46,19 @@ class LayerFigures(Protocol):
 
 
 class OptimizerFigures(Protocol):
-    """The figures of an optimizer that the picture shows: ``smallfry.optim.Diagnosis`` is one."""
+    """Plotted figures of an optimizer; ``smallfry.optim.Diagnosis`` satisfies it."""
 
     @property
     def blocks(self) -> Sequence[LayerFigures]:
-        """One entry a layer."""
+        """One entry per layer."""
 
     @property
     def clip(self) -> float:
-        """The factor on the last step."""
+        """Clipping factor of the last step."""
 
     @property
     def divergence_ratio(self) -> float:
-        """A step's divergence, measured over modelled."""
+        """Ratio of a step's measured to its modelled divergence."""
 
 
 def curvature_overview(diagnosis: OptimizerFigures, file: Path) -> None:

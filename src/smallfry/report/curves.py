@@ -1,4 +1,4 @@
-"""Learning curves: how loss, accuracy, halting and learning rate moved."""
+"""Learning curves: loss, accuracy, halting and learning rate."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

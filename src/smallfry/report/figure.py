@@ -1,4 +1,4 @@
-"""What all pictures share: one look, and files that are written whole."""
+"""Common style and atomic saving of all plots."""
 
 import io
 from collections.abc import Sequence
@@ -26,14 +26,14 @@ STYLE: dict[Any, Any] = {
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of that size in inches."""
+    """Create a figure of a size in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def save(figure: Figure, file: Path) -> None:
-    """Write the figure as a PNG, whole or not at all; raises as ``write_whole``."""
+    """Write a figure as a PNG atomically; raises as ``write_whole``."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=130, facecolor="white")
     write_whole(file, drawn.getvalue())
@@ -52,10 +52,10 @@ def show_image(axes: Any, pixels: Tensor) -> None:
 
 
 def plain(names: Sequence[str]) -> list[str]:
-    """Names as they are written: a class may be called $_$, which is no formula."""
+    """Escape names for matplotlib: a class may be called $_$, which is not a formula."""
     return [name.replace("$", r"\$") for name in names]
 
 
 def style() -> Any:
-    """The look of all pictures, as a context."""
+    """Apply the style of all plots, as a context."""
     return rc_context(STYLE)

@@ -1,4 +1,4 @@
-"""Labels of points that cover neither each other nor a point."""
+"""Placement of point labels without overlap."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ STEP = 9.0  # pixels between two rings
 
 
 class Box(NamedTuple):
-    """A rectangle in pixels."""
+    """Rectangle in pixels."""
 
     left: float
     bottom: float
@@ -18,7 +18,7 @@ class Box(NamedTuple):
     top: float
 
     def overlaps(self, other: "Box") -> bool:
-        """Whether they share more than an edge."""
+        """Return whether two boxes share more than an edge."""
         return (
             self.left < other.right
             and other.left < self.right
@@ -27,7 +27,7 @@ class Box(NamedTuple):
         )
 
     def inside(self, other: "Box") -> bool:
-        """Whether no part of it is outside another."""
+        """Return whether the box lies inside another."""
         return (
             self.left >= other.left
             and self.right <= other.right
@@ -39,12 +39,12 @@ class Box(NamedTuple):
 def place_labels(
     sizes: Sequence[tuple[float, float]], points: Sequence[Box], frame: Box
 ) -> list[Box | None]:
-    """Where labels stand: the nearest free place to each one's point, in their order.
+    """Place labels: the nearest free position to each one's point, in order.
 
     Args:
         sizes: Width and height of each label in pixels.
         points: Each label's point with its marker.
-        frame: Where labels may be.
+        frame: Area for labels.
 
     Returns:
         None for a label that there is no room for.
@@ -69,7 +69,7 @@ def place_labels(
 def draw_labels(
     axes: Any, labels: Sequence[str], at: Sequence[tuple[float, float]], radii: Sequence[float]
 ) -> None:
-    """Write a label beside each point of finished axes, with a line to it where it stands apart.
+    """Write a label beside each point of finished axes, with a line to distant ones.
 
     What there is no room for is left out. Nothing may move the axes afterwards.
 
@@ -77,7 +77,7 @@ def draw_labels(
         axes: Whose limits and scales are set.
         labels: A line of text for each point.
         at: Points, in data.
-        radii: Of their markers, in points of 1/72 inch.
+        radii: Radii of the markers, in points of 1/72 inch.
     """
     figure = axes.figure
     figure.canvas.draw()  # now the layout is known
@@ -113,7 +113,7 @@ def draw_labels(
 
 
 def _places(size: tuple[float, float], point: Box) -> Iterator[Box]:
-    """Places around a point, the nearest first; right, left, above and below before corners."""
+    """List positions around a point, the nearest first; sides before corners."""
     width, height = size
     middle_x, middle_y = (point.left + point.right) / 2, (point.bottom + point.top) / 2
     for ring in range(RINGS):

@@ -35,7 +35,7 @@ nav a { margin-right: 1.2rem; }
 
 
 def page_of(title: str, body: Sequence[str]) -> str:
-    """A whole page, which runs nothing and asks nothing of the net."""
+    """Build a complete page, without scripts or network requests."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     head = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -47,19 +47,19 @@ def page_of(title: str, body: Sequence[str]) -> str:
 
 
 def image(file: Path, says: str) -> str:
-    """A PNG inside the page, with a description; on a narrow screen it is scrolled, not shrunk."""
+    """Embed a PNG with a description; narrow screens scroll it instead of shrinking it."""
     data = base64.b64encode(file.read_bytes()).decode()
     picture = f'<img alt="{escape(says)}" src="data:image/png;base64,{data}">'
     return f'<div class="picture">{picture}</div>'
 
 
 def words(value: Any) -> str:
-    """A value in one line."""
+    """Format a value on one line."""
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {item}" for key, item in value.items())
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def write(file: Path, text: str) -> None:
-    """Write a text file whole or not at all; raises as ``write_whole``."""
+    """Write a text file atomically; raises as ``write_whole``."""
     write_whole(file, text.encode(errors="replace"))

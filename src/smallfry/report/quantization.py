@@ -1,4 +1,4 @@
-"""How the ranges of activations move from one application of a shared block to the next."""
+"""Plot of activation ranges over the applications of a shared block."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,15 +14,15 @@ ANSWER, THOUGHT = "y", "z"  # what an application rewrites
 
 
 class Span(Protocol):
-    """What a product of the block is given, in one application of the block."""
+    """Input range of a product of the block, in one application of the block."""
 
     @property
     def product(self) -> str:
-        """Such as attn.qkv."""
+        """Name of the product, such as attn.qkv."""
 
     @property
     def layer(self) -> int:
-        """Of the block, from 0."""
+        """Layer of the block, from 0."""
 
     @property
     def step(self) -> int:
@@ -30,15 +30,15 @@ class Span(Protocol):
 
     @property
     def application(self) -> int:
-        """Of the block, from 1."""
+        """Application of the block, from 1."""
 
     @property
     def low(self) -> float:
-        """The least number."""
+        """Smallest input."""
 
     @property
     def high(self) -> float:
-        """The greatest number."""
+        """Largest input."""
 
 
 def draw_ranges(spans: Sequence[Span], file: Path) -> None:
@@ -47,7 +47,7 @@ def draw_ranges(spans: Sequence[Span], file: Path) -> None:
     Bars at the right show the range that one scale for all applications would take.
 
     Args:
-        spans: Of all products.
+        spans: Spans of all products.
         file: The PNG to write.
     """
     products = list(dict.fromkeys(span.product for span in spans))
@@ -95,7 +95,7 @@ def _draw(axes: Any, spans: Sequence[Span], applications: int) -> None:
 
 
 def _mark_steps(axes: Any, ends: Sequence[int], applications: int) -> None:
-    """Ticks that say what is rewritten, a line behind each recursion step, and its number."""
+    """Draw ticks of the rewritten variables, a line after each recursion step, and its number."""
     ticks = range(1, applications + 1)
     axes.xaxis.set_major_locator(FixedLocator(list(ticks)))
     axes.set_xticklabels([ANSWER if tick in ends else THOUGHT for tick in ticks], fontsize=8)
@@ -116,7 +116,7 @@ def _mark_steps(axes: Any, ends: Sequence[int], applications: int) -> None:
 
 
 def _ends(spans: Sequence[Span]) -> list[int]:
-    """The last application of each recursion step."""
+    """List the last application of each recursion step."""
     last: dict[int, int] = {}
     for span in spans:
         last[span.step] = max(span.application, last.get(span.step, 0))

@@ -1,4 +1,4 @@
-"""The runs of a race: a run's loss over steps, epochs and seconds, and the band of several runs.
+"""Loss curves of a race over steps, epochs and seconds, and bands over several runs.
 
 A run is a list of points, each with ``step``, ``epoch``, ``seconds``, ``train`` and
 ``validation``. Between points a loss moves in a straight line on a logarithmic axis.
@@ -20,21 +20,21 @@ TINY = 1e-300  # stands for a loss of zero, which has no logarithm
 
 
 class Run(NamedTuple):
-    """What one run did."""
+    """Loss curves of one run."""
 
     points: Points
     diverged: bool  # its loss stopped being finite; its curve ends there
 
 
 class Curve(NamedTuple):
-    """A finite loss along one axis."""
+    """Finite loss along one axis."""
 
     x: Array  # (points,), not decreasing
     loss: Array  # (points,)
 
 
 class Band(NamedTuple):
-    """Several runs as one: the median and the range of those that are still finite."""
+    """Median and range of several runs, as long as they are finite."""
 
     x: Array  # (places,)
     median: Array  # (places,)
@@ -44,7 +44,7 @@ class Band(NamedTuple):
 
 
 def time_to_reach(points: Points, target: float, loss: Loss = "train") -> float | None:
-    """Seconds until a loss is first at most the target; None if it never is."""
+    """Return the seconds until a loss first reaches the target; None if it never does."""
     x, values = curve(points, "seconds", loss)
     reached = np.flatnonzero(values <= target)
     if not len(reached):
@@ -60,7 +60,7 @@ def time_to_reach(points: Points, target: float, loss: Loss = "train") -> float 
 
 
 def at_seconds(points: Points, seconds: float, loss: Loss = "train") -> float | None:
-    """The loss at that second; None before the first point and after the last finite one."""
+    """Interpolate the loss at a second; None before the first and after the last finite point."""
     found = curve(points, "seconds", loss)
     if not len(found.x) or not found.x[0] <= seconds <= found.x[-1]:
         return None
@@ -68,7 +68,7 @@ def at_seconds(points: Points, seconds: float, loss: Loss = "train") -> float | 
 
 
 def curve(points: Points, axis: Axis, loss: Loss) -> Curve:
-    """The points up to the first loss that isn't finite; points without that loss are skipped."""
+    """Return the points up to the first non-finite loss; points without that loss are skipped."""
     x: list[float] = []
     values: list[float] = []
     for point in points:
@@ -83,7 +83,7 @@ def curve(points: Points, axis: Axis, loss: Loss) -> Curve:
 
 
 def run_of(measured: Mapping[str, Any]) -> Run:
-    """The run of a record's ``measured``; one with a loss that isn't finite has diverged."""
+    """Convert a record's ``measured`` to a run; a non-finite loss means divergence."""
     points = measured.get("points") or []
     losses = [p.get(loss) for p in points for loss in ("train", "validation")]
     broken = any(value is not None and not math.isfinite(value) for value in losses)
@@ -91,13 +91,13 @@ def run_of(measured: Mapping[str, Any]) -> Run:
 
 
 def last_second(run: Run) -> float:
-    """The second of a run's last finite training loss; 0 if there is none."""
+    """Return the second of a run's last finite training loss; 0 without one."""
     x = curve(run.points, "seconds", "train").x
     return float(x[-1]) if len(x) else 0.0
 
 
 def band(runs: Sequence[Run], axis: Axis, loss: Loss) -> Band:
-    """The median and range of runs on a common grid.
+    """Compute the median and range of runs on a common grid.
 
     A diverged run counts as infinite from its end on, so the band ends when half of the runs
     have diverged, else where the first run ends.

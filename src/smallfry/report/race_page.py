@@ -1,4 +1,4 @@
-"""The report of a race of optimizers: pictures, a summary for programs and a page for people.
+"""Report of an optimizer race: plots, a JSON summary and an HTML page.
 
 The page holds its pictures, runs nothing and asks nothing of the net; all text of records is
 escaped.
@@ -59,7 +59,7 @@ CLOCKS = {"cpu": "CPU time", "wall": "wall time"}
 
 
 class Part(NamedTuple):
-    """A piece of the page, with what the summary says of it."""
+    """Section of the page, with its part of the summary."""
 
     html: str
     summary: Any
@@ -71,12 +71,12 @@ def write_report(
     title: str,
     reported: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Path:
-    """Write ``pictures/``, ``summary.json`` and ``report.html`` of what there is so far.
+    """Write ``pictures/``, ``summary.json`` and ``report.html`` of the results so far.
 
     Args:
         records: The lines of ``trials.jsonl``; any of them may be missing.
         folder: The study's folder.
-        title: What the page is called.
+        title: Title of the page.
         reported: Figures of papers, by contestant and column.
 
     Returns:

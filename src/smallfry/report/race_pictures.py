@@ -1,4 +1,4 @@
-"""Pictures of a race of optimizers: losses, tuning and the errors of Fisher matrices."""
+"""Plots of an optimizer race: losses, tuning and errors of Fisher matrices."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +28,7 @@ MOST_LAYERS = 8
 
 
 class Look(NamedTuple):
-    """How a contestant is drawn in all pictures."""
+    """Line style of a contestant in all plots."""
 
     colour: str
     dashes: tuple[float, ...]  # none: a solid line
@@ -36,13 +36,13 @@ class Look(NamedTuple):
 
     @property
     def line(self) -> dict[str, Any]:
-        """The arguments of a line."""
+        """Arguments of a line."""
         dashes = (0, self.dashes) if self.dashes else "-"
         return {"color": self.colour, "linestyle": dashes, "linewidth": self.width}
 
 
 def looks(records: Iterable[Record]) -> dict[str, Look]:
-    """A look for every contestant: ours in colours, peers grey and dashed."""
+    """Assign a style to every contestant: ours in colours, peers grey and dashed."""
     found: dict[str, Look] = {}
     ours = peers = 0
     for contestant, group in by_contestant(records).items():
@@ -58,7 +58,7 @@ def looks(records: Iterable[Record]) -> dict[str, Look]:
 
 
 class Panel(NamedTuple):
-    """What one panel of a picture of losses shows."""
+    """Data of one loss panel."""
 
     loss: Loss
     axis: Axis
@@ -76,11 +76,11 @@ def draw_losses(
     """Draw the losses of a race; the legend is in the rows' order.
 
     Args:
-        records: Of one problem and one full phase.
-        rows: Of the same race.
+        records: Records of one problem and one full phase.
+        rows: Rows of the same race.
         panels: From left to right.
         shown: The look of every contestant.
-        clock: What the seconds are of.
+        clock: Clock of the seconds.
         file: The PNG to write.
     """
     groups = by_contestant(records)
@@ -111,10 +111,10 @@ def draw_losses(
 
 
 def draw_tuning(trials: Sequence[Trial], shown: Mapping[str, Look], file: Path) -> None:
-    """Draw what the trials reached, a row of dots for each contestant, the chosen one ringed.
+    """Draw the trials of tuning, a row of dots for each contestant, the chosen one ringed.
 
     Args:
-        trials: Of one problem.
+        trials: Trials of one problem.
         shown: The look of every contestant.
         file: The PNG to write.
     """
@@ -157,10 +157,10 @@ def draw_tuning(trials: Sequence[Trial], shown: Mapping[str, Look], file: Path) 
 
 
 def draw_fisher(errors: Sequence[LayerError], shown: Mapping[str, Look], file: Path) -> None:
-    """Draw the errors of Fisher matrices over steps, a panel for each layer, eight at most.
+    """Draw the errors of Fisher matrices over steps, one panel per layer, eight at most.
 
     Args:
-        errors: Of one problem.
+        errors: Errors of one problem.
         shown: The look of every contestant.
         file: The PNG to write.
     """
@@ -195,7 +195,7 @@ def draw_fisher(errors: Sequence[LayerError], shown: Mapping[str, Look], file: P
 
 
 def some(names: Sequence[str]) -> list[str]:
-    """The layers that are drawn: all, or eight from the first to the last, evenly spaced."""
+    """Select the layers to draw: all, or eight evenly spaced ones."""
     if len(names) <= MOST_LAYERS:
         return list(names)
     last = len(names) - 1
@@ -203,14 +203,14 @@ def some(names: Sequence[str]) -> list[str]:
 
 
 def written(names: Iterable[str]) -> list[str]:
-    """Names as a picture can hold them: short, on one line, no formula, nothing hidden."""
+    """Shorten and escape names for plots, on one line."""
     lines = [" ".join(name.split()).replace("\\", "/") for name in names]
     short = [line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…" for line in lines]
     return [f" {name}" if name.startswith("_") else name for name in plain(short)]
 
 
 def _limits(bands: Sequence[Band], start: float, share: float) -> tuple[float, float]:
-    """Limits that hold the first losses of that share of the bands from a place on.
+    """Choose limits that hold a share of the bands' first losses from a position on.
 
     What explodes later is cut.
     """

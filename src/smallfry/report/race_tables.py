@@ -1,4 +1,4 @@
-"""The tables of a race's page, as HTML in which all text is escaped."""
+"""HTML tables of a race's page, with all text escaped."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from smallfry.report.table import NONE, Html, number, table
 
 
 def cost_table(rows: Sequence[Row], shown: Mapping[str, Look]) -> Html:
-    """Final losses and what a step costs."""
+    """Tabulate final losses and the cost of a step."""
     head = ["", "settings", "training loss", "validation loss", "steps", "plain", "refresh"]
     head += ["mean", "× AdamW", "state / weights", "diverged"]
     cells = [
@@ -40,7 +40,7 @@ def cost_table(rows: Sequence[Row], shown: Mapping[str, Look]) -> Html:
 def time_table(
     reaches: Sequence[Reach], targets: Sequence[float], shown: Mapping[str, Look]
 ) -> Html:
-    """Seconds to each target, and their ratios to AdamW's and KFAC's."""
+    """Tabulate seconds to each target, with ratios to AdamW and KFAC."""
     cells = []
     for reach in reaches:
         line: list[Any] = [_name(reach.contestant, reach.label, shown)]
@@ -53,7 +53,7 @@ def time_table(
 
 
 def tuning_table(trials: Sequence[Trial], shown: Mapping[str, Look]) -> Html:
-    """Every trial; the chosen ones stand out."""
+    """Tabulate every trial, with the chosen ones highlighted."""
     cells = [
         [
             _name(trial.contestant, trial.label, shown),
@@ -70,7 +70,7 @@ def tuning_table(trials: Sequence[Trial], shown: Mapping[str, Look]) -> Html:
 
 
 def fisher_table(errors: Sequence[LayerError], shown: Mapping[str, Look]) -> Html:
-    """The median error over steps: a row for each contestant, a column for each layer."""
+    """Tabulate the median error over steps: one row per contestant, one column per layer."""
     names = layers(errors)
     known = {(error.contestant, error.layer): error.median for error in errors}
     labels = {error.contestant: error.label for error in errors}
@@ -83,7 +83,7 @@ def fisher_table(errors: Sequence[LayerError], shown: Mapping[str, Look]) -> Htm
 
 
 def reported_table(reported: Mapping[str, Mapping[str, float]], rows: Sequence[Row]) -> Html:
-    """The papers' figures, and beside them our final training losses in their own columns."""
+    """Tabulate the papers' figures beside our final training losses, in separate columns."""
     columns = list(dict.fromkeys(column for line in reported.values() for column in line))
     measured = list(dict.fromkeys((row.problem, row.phase) for row in rows if row.phase in FULL))
     cells = []
@@ -102,7 +102,7 @@ def reported_table(reported: Mapping[str, Mapping[str, float]], rows: Sequence[R
 
 
 def spread(values: Spread | None) -> Html:
-    """A median, and the range where there is one."""
+    """Format a median, with the range if there is one."""
     if values is None:
         return Html(NONE)
     text = number(values.median, 4)
@@ -113,7 +113,7 @@ def spread(values: Spread | None) -> Html:
 
 
 def settings(values: Mapping[str, Any]) -> str:
-    """Settings in one line."""
+    """Format settings on one line."""
     return ", ".join(
         f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in values.items()
@@ -127,6 +127,6 @@ def _name(contestant: str, label: str, shown: Mapping[str, Look]) -> Html:
 
 
 def _as_given(value: Any) -> str:
-    """A paper's figure with the digits that it has."""
+    """Format a paper's figure with its original digits."""
     plain = isinstance(value, int | float) and math.isfinite(value)
     return f"{value:.10g}" if plain else number(value)

@@ -1,4 +1,4 @@
-"""What the records of a race of optimizers say, as rows: pure functions of the records.
+"""Statistics of an optimizer race, as pure functions of its records.
 
 A record is one run of one contestant on one problem; its ``phase`` says what for. Seeds are
 joined by their median, in which a run that diverged counts as infinite: a contestant of whose
@@ -30,7 +30,7 @@ MAX_DIGITS = 6
 
 
 class Spread(NamedTuple):
-    """A figure over seeds; infinite where a run diverged."""
+    """Summary of a figure over seeds; infinite where a run diverged."""
 
     median: float
     low: float
@@ -38,7 +38,7 @@ class Spread(NamedTuple):
 
 
 class Row(NamedTuple):
-    """How one contestant did in one phase of one problem."""
+    """Results of one contestant in one phase of one problem."""
 
     problem: str
     phase: str
@@ -61,7 +61,7 @@ class Row(NamedTuple):
 
 
 class Reach(NamedTuple):
-    """When one contestant reached the targets; None where too few of its seeds did."""
+    """Time of one contestant to each target; None where too few seeds reached it."""
 
     contestant: str
     label: str
@@ -71,7 +71,7 @@ class Reach(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """What one setting of a contestant reached in the tuning."""
+    """Result of one tuning setting of a contestant."""
 
     contestant: str
     label: str
@@ -82,7 +82,7 @@ class Trial(NamedTuple):
 
 
 class LayerError(NamedTuple):
-    """How wrong a contestant's Fisher matrix of one layer is along the trajectory."""
+    """Error of a contestant's Fisher matrix of one layer along the trajectory."""
 
     contestant: str
     label: str
@@ -93,7 +93,7 @@ class LayerError(NamedTuple):
 
 
 def summarize(records: Sequence[Record]) -> list[Row]:
-    """Rows of all problems and full phases; within a phase the lowest training loss first."""
+    """Summarise all problems and full phases; within a phase by ascending training loss."""
     rows = []
     for problem in problems(records):
         for phase in FULL:
@@ -107,7 +107,7 @@ def summarize(records: Sequence[Record]) -> list[Row]:
 
 
 def choose_targets(rows: Sequence[Row]) -> list[float]:
-    """Up to three training losses, the easiest first, for the rows of one race.
+    """Choose up to three training losses as targets for one race, the easiest first.
 
     They are the final losses that three quarters, half and a quarter of the contestants reached,
     rounded up to two digits, or to as many more as it takes to tell the three apart; those not
@@ -127,11 +127,11 @@ def choose_targets(rows: Sequence[Row]) -> list[float]:
 
 
 def times(records: Sequence[Record], rows: Sequence[Row]) -> list[Reach]:
-    """When the contestants of one race reached its targets, in the order of the rows.
+    """Measure the time of each contestant to each target, in the order of the rows.
 
     Args:
-        records: Of one problem and one full phase.
-        rows: Of the same race.
+        records: Records of one problem and one full phase.
+        rows: Rows of the same race.
     """
     targets = choose_targets(rows)
     groups = by_contestant(records)
@@ -151,7 +151,7 @@ def times(records: Sequence[Record], rows: Sequence[Row]) -> list[Reach]:
 
 
 def tuning(records: Sequence[Record], problem: str) -> list[Trial]:
-    """The trials of a problem: the contestant with the best trial first, its best first."""
+    """List the trials of a problem: contestants by their best trial, best first."""
     full = by_contestant(select(records, problem, "tuned"))
     groups = []
     for contestant, group in by_contestant(select(records, problem, "tuning")).items():
@@ -166,7 +166,7 @@ def tuning(records: Sequence[Record], problem: str) -> list[Trial]:
 
 
 def fisher(records: Sequence[Record], problem: str) -> list[LayerError]:
-    """The errors of the Fisher matrices of a problem, by contestant, then by layer."""
+    """List the errors of the Fisher matrices of a problem, by contestant, then by layer."""
     found = []
     for contestant, group in by_contestant(select(records, problem, "fisher")).items():
         errors: dict[str, dict[float, list[float]]] = {}
@@ -185,17 +185,17 @@ def fisher(records: Sequence[Record], problem: str) -> list[LayerError]:
 
 
 def layers(errors: Iterable[LayerError]) -> list[str]:
-    """The layers that errors are known of, in their order."""
+    """List the layers with known errors, in order."""
     return sorted({error.layer for error in errors}, key=_natural)
 
 
 def problems(records: Iterable[Record]) -> list[str]:
-    """The problems there are records of, in the order of their first ones."""
+    """List the problems in the records, in order of first appearance."""
     return list(dict.fromkeys(str(record["problem"]) for record in records))
 
 
 def select(records: Iterable[Record], problem: str, phase: str) -> list[Record]:
-    """The records of a race; of a run that was made twice, the last."""
+    """Select the records of a race; of a repeated run, the last."""
     kept: dict[str, Record] = {}
     for record in records:
         if str(record["problem"]) == problem and record["phase"] == phase:
@@ -206,7 +206,7 @@ def select(records: Iterable[Record], problem: str, phase: str) -> list[Record]:
 
 
 def by_contestant(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Records by contestant, in the order of their first ones."""
+    """Group records by contestant, in order of first appearance."""
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(str(record["contestant"]), []).append(record)
@@ -214,14 +214,14 @@ def by_contestant(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def common_end(runs: Sequence[Run]) -> float:
-    """The last second that all runs got to, without those that diverged or ended before half."""
+    """Return the last second reached by all runs, without those that diverged or ended early."""
     ends = [last_second(run) for run in runs if not run.diverged]
     ends = ends or [last_second(run) for run in runs]
     return min((end for end in ends if end >= max(ends) / 2), default=0.0)
 
 
 def label(record: Record) -> str:
-    """A contestant's name for readers."""
+    """Return a contestant's display name."""
     return str(record.get("label") or record["contestant"])
 
 

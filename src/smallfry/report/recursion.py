@@ -1,4 +1,4 @@
-"""The recursion trace: how an answer forms, latent step by latent step."""
+"""Recursion trace: the prediction after each latent step."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,7 +71,7 @@ def recursion_trace(
 
 
 def interesting(logits: Tensor, labels: Tensor, most: int = 6) -> Tensor:
-    """Images worth a trace: half of them the least sure mistakes, half the least sure hits."""
+    """Choose images worth a trace: half least confident mistakes, half least confident hits."""
     top = logits.softmax(dim=1).topk(2, dim=1).values
     by_margin = (top[:, 0] - top[:, 1]).argsort()
     wrong = logits.argmax(dim=1)[by_margin] != labels[by_margin]

@@ -1,4 +1,4 @@
-"""Pictures of studies of training runs; what papers report is hollow and dashed, ours filled."""
+"""Plots of training studies; reported figures are hollow and dashed, measured ones filled."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ ACCURACY = "test accuracy, %"
 
 
 class Series(NamedTuple):
-    """Points of one kind, in the order of x."""
+    """Points of one kind, sorted by x."""
 
     label: str
     x: Sequence[float]
@@ -108,7 +108,7 @@ def _look(number_of_label: int) -> dict[str, Any]:
 
 
 class Grid(NamedTuple):
-    """Values over two settings; None where there is none."""
+    """Values over two settings; None where missing."""
 
     title: str
     rows: tuple[str, Sequence[int]]  # what it is, and its values

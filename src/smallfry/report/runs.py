@@ -1,4 +1,4 @@
-"""What the training runs of a study say: pure functions of how they ended."""
+"""Statistics of a study's training runs, as pure functions of their outcomes."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ OUT_OF_MEMORY = "out of memory"
 
 
 class Outcome(NamedTuple):
-    """How one run of a study ended.
+    """Outcome of one run of a study.
 
     ``facts`` are what the study varies, with the seed; ``summary`` and ``history`` are those of
     the run's folder. A run that failed has no summary, but a ``failure``.
@@ -24,12 +24,12 @@ class Outcome(NamedTuple):
     failure: str | None = None
 
     def measured(self, name: str) -> Any:
-        """A figure of the summary; None if the run failed."""
+        """Return a figure of the summary; None if the run failed."""
         return None if self.summary is None else self.summary["measured"].get(name)
 
     @property
     def test(self) -> float | None:
-        """Test accuracy in percent, of the one time that the test split was read."""
+        """Test accuracy in percent, from a single evaluation of the test split."""
         scores = self.measured("test")
         return None if scores is None else 100 * float(scores["accuracy"])
 
@@ -44,18 +44,18 @@ class Outcome(NamedTuple):
 
     @property
     def minutes(self) -> float | None:
-        """Of training."""
+        """Training time in minutes."""
         seconds = self.measured("training_seconds")
         return None if seconds is None else float(seconds) / 60
 
 
 def where(outcomes: Sequence[Outcome], **facts: Any) -> list[Outcome]:
-    """The runs of which all these facts hold."""
+    """Select the runs with all these facts."""
     return [o for o in outcomes if all(o.facts.get(key) == v for key, v in facts.items())]
 
 
 def mean(outcomes: Sequence[Outcome], value: Callable[[Outcome], float | None]) -> float | None:
-    """Mean over the runs that have this value; None if none has."""
+    """Compute the mean over the runs that have this value; None if none has."""
     known = [found for o in outcomes if (found := value(o)) is not None and math.isfinite(found)]
     return fmean(known) if known else None
 
@@ -63,13 +63,13 @@ def mean(outcomes: Sequence[Outcome], value: Callable[[Outcome], float | None]) 
 def deviation(
     outcomes: Sequence[Outcome], value: Callable[[Outcome], float | None]
 ) -> float | None:
-    """Standard deviation over the runs; None with fewer than two."""
+    """Compute the standard deviation over the runs; None with fewer than two."""
     known = [found for o in outcomes if (found := value(o)) is not None and math.isfinite(found)]
     return stdev(known) if len(known) > 1 else None
 
 
 def accuracy_cell(outcomes: Sequence[Outcome]) -> Html:
-    """Test accuracy of one kind of run, mean ± deviation over seeds, or why there is none."""
+    """Format test accuracy over seeds, mean ± deviation, or the reason for its absence."""
     if not outcomes:
         return Html(NONE)
     middle = mean(outcomes, lambda o: o.test)
@@ -83,7 +83,7 @@ def accuracy_cell(outcomes: Sequence[Outcome]) -> Html:
 
 
 def best_of(groups: Mapping[Any, Sequence[Outcome]]) -> Any:
-    """The key of the kind of run that the selecting split likes best; None if none has ended.
+    """Return the key with the best accuracy on the selecting split; None if no run has ended.
 
     A kind of which runs failed, such as seeds that diverged, is taken only if all kinds have such.
     Of equals it is the first.
@@ -98,12 +98,12 @@ def best_of(groups: Mapping[Any, Sequence[Outcome]]) -> Any:
 
 
 def strong(cell: Html) -> Html:
-    """A cell that stands out."""
+    """Highlight a cell."""
     return Html(f"<b>{cell}</b>")
 
 
 def protocol(outcomes: Sequence[Outcome]) -> str:
-    """How the epoch was chosen, in words."""
+    """Describe the choice of the epoch."""
     splits = {o.measured("select_on") for o in outcomes if o.summary is not None}
     words = {
         "validation": "best epoch by held-out validation, test read once",
@@ -113,7 +113,7 @@ def protocol(outcomes: Sequence[Outcome]) -> str:
 
 
 def runs_table(outcomes: Sequence[Outcome]) -> Html:
-    """Every run, with all that it takes to get its figures again."""
+    """Tabulate every run, with everything needed to reproduce it."""
     head = ["run", "test %", "chosen at %", "chosen on", "best epoch", "seed", "minutes"]
     head += ["parameters", "MMAC", "device", "commit", "data"]
     cells = []

@@ -1,4 +1,4 @@
-"""The page of a study of training runs: its sections, every run, and where the figures are from."""
+"""Page of a study of training runs: its sections, every run, and provenance."""
 
 import json
 from collections import Counter
@@ -14,7 +14,7 @@ from smallfry.report.table import Html, table
 
 
 class Section(NamedTuple):
-    """A part of a page, with what the summary says of it."""
+    """Section of a page, with its part of the summary."""
 
     title: str
     html: Sequence[str]
@@ -25,14 +25,14 @@ class Section(NamedTuple):
 def write_page(
     title: str, about: str, sections: Sequence[Section], outcomes: Sequence[Outcome], planned: int
 ) -> tuple[str, dict[str, Any]]:
-    """The page and its summary.
+    """Build the page and its summary.
 
     Args:
-        title: What the page is called.
-        about: What the study asks, and what one should know to read it.
+        title: Title of the page.
+        about: Question of the study, and notes for readers.
         sections: In their order.
         outcomes: The runs that have ended.
-        planned: How many runs there will be.
+        planned: Number of planned runs.
     """
     failed = [o for o in outcomes if o.failure is not None]
     done = f"{len(outcomes)} of {planned} runs have ended, {len(failed)} of them failed."
@@ -63,7 +63,7 @@ def write_page(
 
 
 def save_page(folder: Path, page: str, summary: Mapping[str, Any]) -> Path:
-    """Write ``report.html`` and ``summary.json``; the page is returned."""
+    """Write ``report.html`` and ``summary.json``; return the page."""
     text = json.dumps(strict(summary), indent=1, allow_nan=False)
     write(folder / "summary.json", text + "\n")
     write(folder / "report.html", page)
@@ -71,7 +71,7 @@ def save_page(folder: Path, page: str, summary: Mapping[str, Any]) -> Path:
 
 
 def _grain(outcomes: Sequence[Outcome]) -> str:
-    """What a single test image changes."""
+    """Describe the change in accuracy from a single test image."""
     counts = {(o.summary or {}).get("data", {}).get("test") for o in outcomes} - {None}
     return " ".join(f"One of {n:,} test images is {100 / n:.2g} points." for n in sorted(counts))
 

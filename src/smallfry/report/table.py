@@ -1,4 +1,4 @@
-"""Tables as HTML in which all text is escaped."""
+"""HTML tables with all text escaped."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -9,7 +9,7 @@ NONE = "–"
 
 
 class Html(str):
-    """Text that is markup already."""
+    """Trusted markup."""
 
 
 def table(
@@ -19,7 +19,7 @@ def table(
     groups: Sequence[tuple[str, int]] = (),
     marked: Collection[int] = (),
 ) -> Html:
-    """A table; cells are escaped unless they are ``Html``.
+    """Build a table; cells are escaped unless they are ``Html``.
 
     Args:
         head: A name for each column.
@@ -47,7 +47,7 @@ def table(
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """A figure with that many digits, without an exponent where it is readable so."""
+    """Format a figure with that many digits, without an exponent where readable."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return NONE
     if not isinstance(value, int | float) or isinstance(value, bool):

@@ -1,1 +1,1 @@
-"""The papers' comparisons, each re-runnable and resumable."""
+"""Reproductions of the papers' comparisons, re-runnable and resumable."""

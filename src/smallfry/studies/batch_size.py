@@ -1,4 +1,4 @@
-"""Batch size: which models keep their accuracy when the batch grows and the rate does not."""
+"""Study of accuracy at growing batch sizes with a fixed learning rate."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ ABOUT = (
 
 
 def plan(config: BatchSizeConfig) -> list[Planned]:
-    """All models with all batch sizes and seeds."""
+    """List the runs of all models with all batch sizes and seeds."""
     return [
         Planned(
             f"{name}-b{size}-s{seed}",
@@ -36,7 +36,7 @@ def plan(config: BatchSizeConfig) -> list[Planned]:
 
 
 def sections(config: BatchSizeConfig, outcomes: list[Outcome], folder: Path) -> list[Section]:
-    """The table of models by batch sizes, and its picture."""
+    """Build the table of models by batch sizes, and its plot."""
     data = reported.shown_for(config.data.name)
     theirs = reported.ACCURACY[data]
     groups = {

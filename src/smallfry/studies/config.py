@@ -10,20 +10,20 @@ from smallfry.training.config import DataConfig
 
 @dataclass(frozen=True)
 class RaceConfig:
-    """A race.
+    """Settings of an optimizer race.
 
     Args:
         problem: curves, mnist, faces, deep_linear, deep_linear_plain or convnet.
         root: Folder of the data; not needed for curves.
-        contestants: Optimizers to race; default all of the study.
+        contestants: Optimizers to race; default all.
         seconds: Training time of each full run.
         seeds: Full runs of each contestant with the tuned, and with the default settings.
         tuning_trials: Settings tried for each contestant; 0 races the defaults only.
         tuning_seconds: Training time of each trial.
-        fisher_seconds: Time to measure Fisher errors; 0 leaves them out.
-        processes: Trials at a time; default as many as there are cores, 1 on a GPU.
+        fisher_seconds: Time to measure Fisher errors; 0 skips them.
+        processes: Number of parallel trials; default one per core, 1 on a GPU.
         threads: CPU threads of each trial.
-        device: Such as cpu or cuda.
+        device: Device, such as cpu or cuda.
     """
 
     problem: str = "curves"
@@ -41,14 +41,14 @@ class RaceConfig:
 
 @dataclass(frozen=True)
 class RunsConfig:
-    """Settings of all studies of training runs.
+    """Common settings of all studies of training runs.
 
     Args:
         data: The data set.
         epochs: Epochs of every run; default the recipe's, on CIFAR the paper's 1000 and 300.
-        seeds: Runs of each kind, with seeds 0, 1, ...
-        select_on: The split that chooses the best epoch; test is the paper's protocol, and
-            flatters (with data.validation 0 it trains on all training images, as there).
+        seeds: Number of runs of each kind, with seeds 0, 1, ...
+        select_on: Split that chooses the best epoch; test is the paper's protocol, biased upwards
+            (with data.validation 0 it trains on all training images, as in the paper).
         device: auto, cpu, cuda or mps.
         precision: Lightning Fabric's precision, such as 32-true or bf16-mixed.
         compile: Compile the training step.
@@ -71,7 +71,7 @@ class BatchSizeConfig(RunsConfig):
 
     Args:
         models: Names of the study's models, or of timm's; default the paper's.
-        batch_sizes: Images a step.
+        batch_sizes: Batch sizes.
     """
 
     models: tuple[str, ...] = (
@@ -92,11 +92,11 @@ class RecursionConfig(RunsConfig):
 
     Args:
         vitrm: The ViTRM to study.
-        latent_steps: Rewritings of the latent memory in a recursion step (n).
-        supervision_steps: Recursion steps that a batch is trained on (N_sup).
-        recursion_steps: Recursion steps at inference (T). All but the first are tried with one n
-            only, the middle one.
-        batch_size: Images a step.
+        latent_steps: Latent steps per recursion step (n).
+        supervision_steps: Recursion steps per batch in training (N_sup).
+        recursion_steps: Recursion steps at inference (T). All except the first are tried with the
+            middle n only.
+        batch_size: Images per step.
     """
 
     vitrm: str = "vitrm_small"
@@ -108,14 +108,14 @@ class RecursionConfig(RunsConfig):
 
 @dataclass(frozen=True)
 class OptimizersConfig(RunsConfig):
-    """A ViTRM under many optimizers.
+    """A ViTRM trained by several optimizers.
 
     Args:
         vitrm: The ViTRM to study.
         optimizers: Optimizers to compare; default adamw, muon and all of natural gradient.
-        lr_factors: Each is tried with these multiples of its usual learning rate; the epoch and
-            the rate are chosen on the same split.
-        batch_size: Images a step.
+        lr_factors: Multiples of each optimizer's usual learning rate; the epoch and the rate are
+            chosen on the same split.
+        batch_size: Images per step.
     """
 
     vitrm: str = "vitrm_small"
@@ -130,7 +130,7 @@ class ParetoConfig(RunsConfig):
 
     Args:
         models: Names of the study's models, or of timm's.
-        batch_size: Images a step of training.
+        batch_size: Images per training step.
         latency_rounds: Timed images of each model; the models take turns.
         latency_threads: CPU threads of the timed models.
     """
@@ -167,10 +167,10 @@ RACE_SHORT: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class StudyKind:
-    """A study.
+    """Type of a study.
 
     Args:
-        purpose: Its line in the help.
+        purpose: Line in the help.
         config: Class of its settings.
         defaults: Settings that differ from the defaults of the class.
         short: Settings of the short form.
@@ -225,7 +225,7 @@ STUDIES = {
         _on_digits(6, vitrm="vitrm_micro", lr_factors=(1.0, 3.0), batch_size=64),
     ),
     "pareto": StudyKind(
-        "Set accuracy against parameters, arithmetic and latency.",
+        "Compare accuracy with parameters, MACs and latency.",
         ParetoConfig,
         {},
         _on_digits(

@@ -1,4 +1,4 @@
-"""Who races: an optimizer with default settings, and the ranges that its settings are tuned in.
+"""Contestants of a race: optimizers with default settings and tuning ranges.
 
 All train on the same mean loss. Ours have their damping in one unit, the mean eigenvalue of the
 approximated Fisher, whatever the method. "KFAC, papers' form" is KFAC as Koroko et al. ran it:
@@ -24,13 +24,13 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class Contestant:
-    """An optimizer in a race.
+    """Optimizer in a race.
 
     Args:
         label: Its name for people.
         family: "ours" or "peer".
         build: Makes it for a model and a problem, with settings.
-        defaults: What a user gets who sets nothing.
+        defaults: Settings that differ from the optimizer's own defaults.
         ranges: Lowest and highest value of each setting in the search, on a logarithmic scale.
     """
 
@@ -42,11 +42,11 @@ class Contestant:
 
 
 def propose(contestant: Contestant, trials: int) -> list[dict[str, float]]:
-    """Settings to try: the defaults, then points of a Sobol sequence in the ranges.
+    """Propose settings: the defaults, then points of a Sobol sequence in the ranges.
 
     Args:
         contestant: Whose.
-        trials: How many.
+        trials: Number of settings.
     """
     names = list(contestant.ranges)
     engine = torch.quasirandom.SobolEngine(  # type: ignore[no-untyped-call]
@@ -60,7 +60,7 @@ def propose(contestant: Contestant, trials: int) -> list[dict[str, float]]:
 
 
 def _between(limits: Range, at: float) -> float:
-    """A value on a logarithmic scale, with three significant digits."""
+    """Interpolate on a logarithmic scale, with three significant digits."""
     low, high = limits
     return float(f"{low * (high / low) ** at:.3g}")
 
@@ -77,7 +77,7 @@ def _adamw(model: nn.Module, problem: Problem, lr: float) -> torch.optim.Optimiz
 
 
 def _muon(model: nn.Module, problem: Problem, lr: float) -> torch.optim.Optimizer:
-    """timm's, with Nesterov's momentum: AdamW's steps where no matrix is, at the same rate."""
+    """Create timm's Muon with Nesterov momentum; non-matrices use AdamW at the same rate."""
     from timm.optim import create_optimizer_v2
 
     muon: torch.optim.Optimizer = create_optimizer_v2(
@@ -96,8 +96,8 @@ def _soap(model: nn.Module, problem: Problem, lr: float) -> torch.optim.Optimize
         from pytorch_optimizer import SOAP
     except ImportError as error:
         raise UsageError(
-            "the contestant 'soap' is pytorch_optimizer's: pip install 'smallfry[peers]', or name "
-            "the other contestants"
+            "the contestant 'soap' needs pytorch_optimizer: pip install 'smallfry[peers]', or "
+            "list the other contestants"
         ) from error
     soap: torch.optim.Optimizer = SOAP(model.parameters(), lr, weight_decay=0.0)
     return soap
@@ -140,7 +140,7 @@ def _ours(
 
 
 def _row(method: optim.Method) -> Contestant:
-    """A method at its settings for races."""
+    """Build the contestant of a method."""
     damping = max(float(NATURAL["damping"]), method.least_damping)
     ranges = {**NATURAL_RANGES, "damping": (0.1, 100.0)} if method.least_damping else NATURAL_RANGES
     return _ours(method.label, method.optimizer, {**NATURAL, "damping": damping}, ranges)

@@ -1,4 +1,4 @@
-"""The models that studies of training runs compare, under short names.
+"""Models of the training studies, by short name.
 
 The micro ones have about 0.1M parameters and take 8×8 grey images, so that a study can be run on
 digits in minutes. ViTRM micro and ViT micro see the same four patches.
@@ -15,12 +15,12 @@ from smallfry.errors import UsageError, nearest
 
 @dataclass(frozen=True)
 class Entrant:
-    """A model in a study.
+    """Model in a study.
 
     Args:
         label: Its name for people.
         model: Its name in timm's registry.
-        options: What it is created with, besides classes, channels and image size.
+        options: Keyword arguments, besides classes, channels and image size.
     """
 
     label: str
@@ -29,7 +29,7 @@ class Entrant:
 
     @property
     def recursive(self) -> bool:
-        """Whether it is a ViTRM."""
+        """True for a ViTRM."""
         return self.model.startswith("vitrm_")
 
 
@@ -75,7 +75,7 @@ ENTRANTS = {
 
 
 def find_entrant(name: str) -> Entrant:
-    """The entrant of that name, or any model of timm.
+    """Find the entrant of a name, or any model of timm.
 
     Raises:
         UsageError: Neither.
@@ -88,23 +88,23 @@ def find_entrant(name: str) -> Entrant:
 
 
 def find_vitrm(name: str) -> Entrant:
-    """The entrant of that name, if it recurs.
+    """Find a recursive entrant by name.
 
     Raises:
         UsageError: It does not, or there is none.
     """
     entrant = find_entrant(name)
     if not entrant.recursive:
-        raise UsageError(f"{name} is no ViTRM; vitrm_small is one")
+        raise UsageError(f"{name} is not a ViTRM; try vitrm_small")
     return entrant
 
 
 def find_entrants(names: Sequence[str]) -> dict[str, Entrant]:
-    """The entrants of these names, each once.
+    """Find the entrants of these names, each once.
 
     Raises:
         UsageError: There are none, or one is unknown.
     """
     if not names:
-        raise UsageError("models: name at least one")
+        raise UsageError("models is empty; give at least one")
     return {name: find_entrant(name) for name in names}

@@ -1,4 +1,4 @@
-"""What every study's folder needs: one writer at a time, and an end that loses nothing."""
+"""Study folders: a lock for one writer, and a clean stop."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ MARKS = (STUDY, TRIALS)  # one of which is in the folder of a study that has beg
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing; a killed process lets go of it.
+    """Lock the folder for writing; the lock of a killed process is released.
 
     Raises:
         RunError: Another process writes, or the folder can't be made or holds something else.
@@ -25,7 +25,9 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         found = [name for name in entries(folder) if not name.startswith(".")]
         if found and not {*MARKS} & {*found}:
-            raise RunError(f"{folder}: holds {found[0]}, and is no study; take another --folder")
+            raise RunError(
+                f"{folder}: not a study folder, it holds {found[0]}; use another --folder"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock")
         lock.acquire(timeout=0)
@@ -43,7 +45,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def reporting(folder: Path) -> Iterator[None]:
-    """Say of a report that can't be written what it is.
+    """Add the context of a report to an error in writing it.
 
     Raises:
         RunError: The disk is full, or the like.
@@ -56,7 +58,7 @@ def reporting(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def stoppable(message: str) -> Iterator[None]:
-    """Turn a signal that asks for an end into ``Stopped`` with this message."""
+    """Convert a stop signal to ``Stopped`` with this message."""
     try:
         with keeping(lambda: message), raising():
             yield

@@ -1,4 +1,4 @@
-"""A study of training runs: each in a folder of its own, made by the ordinary training code.
+"""Studies of training runs, each in its own folder, by the ordinary training code.
 
 What has ended stays, what was interrupted goes on where it stopped, and a run that fails is noted
 and does not stop the others.
@@ -28,7 +28,7 @@ from smallfry.training.train import resume, train
 
 
 def run_grid(study: str, planned: Sequence[Planned], folder: Path) -> list[Outcome]:
-    """Make the runs that have not ended, and say how all of them ended.
+    """Run everything that has not ended, and return all outcomes.
 
     Args:
         study: Its name.
@@ -62,7 +62,7 @@ def run_grid(study: str, planned: Sequence[Planned], folder: Path) -> list[Outco
 
 
 def _epochs_done(plan: Planned, folder: Path) -> float:
-    """Epochs that a run has saved; 0 if that can't be read, of which its resumption complains."""
+    """Count a run's saved epochs; 0 if unreadable, which resuming reports."""
     try:
         position = saved_position(RunFolder(run_path(folder, plan.name)).last)
     except RunError:
@@ -71,12 +71,12 @@ def _epochs_done(plan: Planned, folder: Path) -> float:
 
 
 def read_outcomes(planned: Sequence[Planned], folder: Path) -> list[Outcome]:
-    """How the runs ended that have."""
+    """Read the outcomes of all ended runs."""
     return [o for plan in planned if (o := read_outcome(plan, folder)) is not None]
 
 
 def read_outcome(plan: Planned, folder: Path) -> Outcome | None:
-    """How a run ended; None if it has not."""
+    """Read the outcome of a run; None if it has not ended."""
     run = RunFolder(run_path(folder, plan.name))
     summary = run.read_summary()
     if summary is not None:
@@ -89,12 +89,12 @@ def read_outcome(plan: Planned, folder: Path) -> Outcome | None:
 
 
 def run_path(folder: Path, name: str) -> Path:
-    """The folder of a run."""
+    """Return the folder of a run."""
     return folder / "runs" / name
 
 
 def _run(plan: Planned, folder: Path, reporter: Reporter) -> None:
-    """One run, begun or gone on with; its failure is written down."""
+    """Start or resume one run, and record its failure."""
     path = run_path(folder, plan.name)
     failure = None
     try:
@@ -114,7 +114,7 @@ def _run(plan: Planned, folder: Path, reporter: Reporter) -> None:
 
 
 def _follow_data(run: RunFolder, root: Path | None) -> None:
-    """Tell a run that was interrupted where its data is now; that it is the same is checked."""
+    """Update the data path of an interrupted run; its content is verified later."""
     told = read_config(run.config)
     if root is not None and root.expanduser().resolve() != told.data.root:
         moved = replace(told, data=replace(told.data, root=root.expanduser().resolve()))
@@ -122,7 +122,7 @@ def _follow_data(run: RunFolder, root: Path | None) -> None:
 
 
 def _clean_up() -> None:
-    """Leave the next run the memory and the compiler as the first one found them."""
+    """Reset memory and compiler for the next run."""
     gc.collect()
     torch.compiler.reset()
     if torch.cuda.is_available():
@@ -138,7 +138,7 @@ def _in_words(error: Exception) -> str:
 
 
 def _claim(study: str, planned: Sequence[Planned], folder: Path) -> None:
-    """Write down what the study's runs are told; refuse to mix it with something else."""
+    """Record the settings of the study's runs, and refuse to mix them with others."""
     file = folder / STUDY
     known: dict[str, Any] = {"study": study, "runs": {}}
     if file.exists():
@@ -146,9 +146,11 @@ def _claim(study: str, planned: Sequence[Planned], folder: Path) -> None:
             known = json.loads(file.read_text())
             _ = known["study"], known["runs"]
         except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{file}: not a study's ({error!r}); take another --folder") from None
+            raise UsageError(
+                f"{file}: not a study file ({error!r}); use another --folder"
+            ) from None
     if known["study"] != study:
-        raise UsageError(f"{folder} holds the study {known['study']}; take another --folder")
+        raise UsageError(f"{folder} holds the study {known['study']}; use another --folder")
     default = _told(TrainConfig())  # of settings that a study of an earlier version did not have
     for plan in planned:
         told = _told(plan.config)
@@ -157,14 +159,14 @@ def _claim(study: str, planned: Sequence[Planned], folder: Path) -> None:
             was = before.get(key, default.get(key))
             if was != told.get(key):
                 raise UsageError(
-                    f"the runs in {folder} were told {key} {was}, not "
-                    f"{told.get(key)}: give the same settings, or another --folder"
+                    f"the runs in {folder} have {key} {was}, not "
+                    f"{told.get(key)}: use the same settings, or another --folder"
                 )
     write_file(file, json.dumps(known, indent=1) + "\n")
 
 
 def _told(config: TrainConfig) -> dict[str, Any]:
-    """A run's settings with dotted names, but not where its data and its folder are."""
+    """Flatten a run's settings to dotted names, without the paths of data and folder."""
     told = dotted(with_fitting_warmup(config).to_dict())
     for place in ("run", "progress", "data.root"):
         told.pop(place, None)

@@ -1,4 +1,4 @@
-"""What a person sees of a study of training runs: which run, how far, and the time left."""
+"""Progress display of a study of training runs: current run, step, and remaining time."""
 
 import math
 import time
@@ -15,7 +15,7 @@ from smallfry.training.progress import QuietReporter, clock
 
 
 class GridProgress:
-    """Runs that have ended, and the time left.
+    """Progress bar over runs, with the remaining time.
 
     Args:
         planned: All runs of the study.
@@ -44,7 +44,7 @@ class GridProgress:
         self.heart = Heartbeat(self.console, self._standing)
 
     def __enter__(self) -> "GridProgress":
-        """Say how many runs there will be, before the first starts."""
+        """Print the number of runs before the first starts."""
         epochs = math.ceil(sum(map(self._epochs, self.waiting)))
         done = self.total - len(self.waiting)
         text = f"{self.total} runs, {done} have ended; {epochs:,} epochs to go"
@@ -60,12 +60,12 @@ class GridProgress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self.heart.stop()
         self.bar.stop()
 
     def begin(self, plan: Planned) -> "RunReporter":
-        """A run starts; what it tells goes to the reporter that is returned."""
+        """Start a run, and return its reporter."""
         self.waiting.remove(plan)
         self.began = time.monotonic()
         done = round(self.done.get(plan.name, 0))
@@ -76,7 +76,7 @@ class GridProgress:
         return self.running
 
     def during(self, plan: Planned, epoch: int, seconds: float, left: float) -> None:
-        """A run has done so many epochs."""
+        """Update the epochs of a run."""
         rate = seconds / max(1, epoch)
         text = f"{plan.name}, epoch {epoch}/{plan.config.epochs}"
         remaining = clock(left + self._left([*self.pace, (plan.facts, rate)]))
@@ -84,7 +84,7 @@ class GridProgress:
         self.standing = f"{text}; {remaining} left"
 
     def end(self, outcome: Outcome) -> None:
-        """A run has ended."""
+        """Finish a run."""
         self._learn(outcome)
         if outcome.minutes is not None:
             self.beside.append(max(0.0, time.monotonic() - self.began - 60 * outcome.minutes))
@@ -98,7 +98,7 @@ class GridProgress:
         self.bar.update(self.task, advance=1, left=left)
 
     def _left(self, pace: Sequence[tuple[Mapping[str, Any], float]]) -> float:
-        """Seconds of the runs that wait, each at the pace of the one most like it."""
+        """Estimate the seconds of the waiting runs, each at the pace of the most similar one."""
         if not pace:
             return 0.0
 
@@ -116,7 +116,7 @@ class GridProgress:
         return self.standing if run is None else f"{self.standing}; {run.steps}"
 
     def _epochs(self, plan: Planned) -> float:
-        """Those that are still to come."""
+        """Count the remaining epochs."""
         return plan.config.epochs - self.done.get(plan.name, 0.0)
 
     def _learn(self, outcome: Outcome) -> None:
@@ -125,7 +125,7 @@ class GridProgress:
 
 
 class RunReporter(QuietReporter):
-    """Tells the study's progress of the run that is trained now."""
+    """Reporter of the current run to the study's progress."""
 
     def __init__(self, progress: GridProgress, plan: Planned) -> None:
         self.progress, self.plan = progress, plan
@@ -133,17 +133,17 @@ class RunReporter(QuietReporter):
 
     @property
     def steps(self) -> str:
-        """How far the run is."""
+        """Progress of the run in steps."""
         return f"step {self._done:,} of {self._total:,}" if self._total else "loading"
 
     def start(self, total: int, done: int) -> None:
-        """Note the steps."""
+        """Record the number of steps."""
         self._total, self._done = total, done
 
     def step(self, loss: float, images_per_second: float) -> None:
-        """Note one more."""
+        """Count one step."""
         self._done += 1
 
     def epoch(self, row: Mapping[str, float], epochs: int, seconds_left: float) -> None:
-        """Move the bar's text."""
+        """Update the bar's text."""
         self.progress.during(self.plan, int(row["epoch"]), row["seconds"], seconds_left)

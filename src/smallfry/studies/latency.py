@@ -1,4 +1,4 @@
-"""How long a trained model takes for one image, with PyTorch."""
+"""Latency of a trained model on one image, with PyTorch."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -13,13 +13,13 @@ from smallfry.training.run import TrainedModel
 def measure_latency(
     trained: Mapping[str, TrainedModel], device: torch.device, rounds: int, threads: int
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds of a forward pass of one image, in float32, without compilation.
+    """Measure milliseconds of a forward pass of one image, in float32, without compilation.
 
     The models answer in turns, so that a drifting machine treats all alike.
 
     Args:
         trained: Models by name.
-        device: Where they run.
+        device: Device of the models.
         rounds: Answers of each that are counted.
         threads: CPU threads meanwhile.
 
@@ -46,7 +46,7 @@ def measure_latency(
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; auto is the machine's accelerator, where training runs too."""
+    """Resolve a device name; auto is the machine's accelerator, as in training."""
     if name != "auto":
         return torch.device(name)
     found = torch.accelerator.current_accelerator(check_available=True)

@@ -1,4 +1,4 @@
-"""The trials of a study that are done: a JSON object a line, from one writer, read at any time."""
+"""Log of finished trials: JSON lines, one writer, any number of readers."""
 
 import json
 import os
@@ -12,10 +12,10 @@ from smallfry.studies.folder import TRIALS
 
 
 class TrialLog:
-    """``trials.jsonl`` in a study's folder.
+    """File ``trials.jsonl`` in a study's folder.
 
     Args:
-        folder: Of the study; made when it is first locked.
+        folder: Folder of the study; created when first locked.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -23,7 +23,7 @@ class TrialLog:
         self.file = folder / TRIALS
 
     def read(self) -> list[dict[str, Any]]:
-        """All trials, in the order in which they ended.
+        """Read all trials, in the order in which they ended.
 
         A last line without its end is what a killed writer left: it is not taken.
 
@@ -41,13 +41,13 @@ class TrialLog:
                 record["phase"], record["problem"], record["contestant"], record["measured"]
             except (ValueError, KeyError, TypeError) as error:
                 raise RunError(
-                    f"{self.file}, line {number}: not a trial ({error!r}); mend or remove the line"
+                    f"{self.file}, line {number}: not a trial ({error!r}); fix or remove the line"
                 ) from None
             records.append(record)
         return records
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """One more trial, on the disk when this returns.
+        """Append a trial, flushed to disk.
 
         Raises:
             RunError: It could not be written; what stood there stands.
@@ -73,7 +73,7 @@ class TrialLog:
 
 
 def rounded(value: Any) -> Any:
-    """Numbers with six significant digits, and null where there is no number."""
+    """Round numbers to six significant digits, with null for non-finite ones."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if abs(value) < float("inf") else None
     if isinstance(value, Mapping):
@@ -82,7 +82,7 @@ def rounded(value: Any) -> Any:
 
 
 def _end_of_last_line(stream: Any, size: int) -> int:
-    """Where the last whole line ends."""
+    """Find the end of the last complete line."""
     end = size
     while end > 0:
         start = max(0, end - 65536)

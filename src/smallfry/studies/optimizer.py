@@ -1,4 +1,4 @@
-"""Optimizers on a recursive model: does curvature help where one block is used many times?"""
+"""Study of optimizers on a recursive model, where one block is used many times."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -31,7 +31,7 @@ ABOUT = (
     "that loses here may win with more."
 )
 LABELS = {"adamw": "AdamW", "muon": "Muon"} | {n: m.label for n, m in METHODS.items()}
-DAMPING = 1.0  # see docs/natural_gradient.md, "What was measured"
+DAMPING = 1.0  # see docs/natural_gradient.md, "Results"
 
 
 def _names(config: OptimizersConfig) -> tuple[str, ...]:
@@ -40,7 +40,7 @@ def _names(config: OptimizersConfig) -> tuple[str, ...]:
 
 
 def plan(config: OptimizersConfig) -> list[Planned]:
-    """All optimizers with all rates and seeds."""
+    """List the runs of all optimizers with all rates and seeds."""
     entrant = find_vitrm(config.vitrm)
     for name in _names(config):
         if name not in LABELS:
@@ -60,7 +60,7 @@ def plan(config: OptimizersConfig) -> list[Planned]:
 
 
 def optimizer_settings(name: str, factor: float, adamw: OptimizerConfig) -> OptimizerConfig:
-    """An optimizer in place of the recipe's AdamW, at a multiple of its usual rate.
+    """Replace the recipe's AdamW by an optimizer, at a multiple of its usual rate.
 
     Args:
         name: A key of ``LABELS``.
@@ -86,7 +86,7 @@ def optimizer_settings(name: str, factor: float, adamw: OptimizerConfig) -> Opti
 
 
 def sections(config: OptimizersConfig, outcomes: list[Outcome], folder: Path) -> list[Section]:
-    """Each optimizer at its chosen rate, its curves, and all rates."""
+    """Build the sections: each optimizer at its chosen rate, its curves, and all rates."""
     groups = {
         name: {f: where(outcomes, optimizer=name, lr_factor=f) for f in config.lr_factors}
         for name in _names(config)
@@ -158,7 +158,7 @@ def _panels(
     groups: Mapping[str, Mapping[float, list[Outcome]]],
     at_best: Mapping[str, list[Outcome]],
 ) -> list[Panel]:
-    """Accuracy of the selecting split over epochs and minutes (first seed), and by rate."""
+    """Plot accuracy of the selecting split over epochs and minutes (first seed), and by rate."""
     column = f"{config.select_on}_accuracy"
     curves: dict[str, list[Series]] = {"epoch": [], "seconds": []}
     for name, group in at_best.items():

@@ -1,4 +1,4 @@
-"""Pareto: accuracy against parameters, arithmetic and the time that one image takes."""
+"""Study of accuracy against parameters, MACs and latency."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ Latency = Mapping[str, Mapping[str, float]]
 
 
 def plan(config: ParetoConfig) -> list[Planned]:
-    """All models with all seeds."""
+    """List the runs of all models with all seeds."""
     return [
         Planned(
             f"{name}-s{seed}",
@@ -43,7 +43,7 @@ def plan(config: ParetoConfig) -> list[Planned]:
 
 
 def sections(config: ParetoConfig, outcomes: list[Outcome], folder: Path) -> list[Section]:
-    """The table of costs, the reported figures, and the picture."""
+    """Build the table of costs, the reported figures, and the plot."""
     groups = {name: where(outcomes, model=name) for name in dict.fromkeys(config.models)}
     complete = len(outcomes) == len(plan(config))
     timed = _latency(config, groups, folder) if complete else {}
@@ -86,7 +86,7 @@ def sections(config: ParetoConfig, outcomes: list[Outcome], folder: Path) -> lis
 def _latency(
     config: ParetoConfig, groups: Mapping[str, list[Outcome]], folder: Path
 ) -> dict[str, Any]:
-    """Latencies of the models that were trained, from ``latency.json`` if they stand there."""
+    """Measure latencies of the trained models, cached in ``latency.json``."""
     runs = {
         name: next((o.name for o in group if o.summary is not None), None)
         for name, group in groups.items()
@@ -162,7 +162,7 @@ def _of(data: str) -> tuple[reported.Rival, ...]:
 def _panels(
     config: ParetoConfig, groups: Mapping[str, list[Outcome]], latency: Latency, data: str
 ) -> list[Panel]:
-    """Reported points share the panel of parameters where the data set is theirs."""
+    """Plot the panels; reported points share that of parameters on the same data set."""
     points: dict[str, list[Series]] = {"parameters": [], "macs": [], "latency": []}
     for name, group in groups.items():
         test = mean(group, lambda o: o.test)

@@ -1,4 +1,4 @@
-"""What optimizers are raced on: a network, a loss and data, with the papers' batch sizes.
+"""Problems of optimizer races: network, loss and data, with the papers' batch sizes.
 
 CURVES, MNIST and FACES are the auto-encoders of Koroko et al. 2022 (arXiv 2201.10285), the deep
 linear networks and the convnet are from their 2023 paper (arXiv 2303.18083), which has
@@ -30,7 +30,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Problem:
-    """A network and what it learns.
+    """Network with its data and loss.
 
     Args:
         title: For people.
@@ -58,7 +58,7 @@ class Problem:
 
 
 class Examples(NamedTuple):
-    """Images on the device of the race, with what brings pixels to inputs."""
+    """Images on the race's device, with the conversion from pixels to inputs."""
 
     pixels: Tensor  # (images, channels, side, side), uint8
     labels: Tensor  # (images,)
@@ -66,7 +66,7 @@ class Examples(NamedTuple):
     std: float
 
     def batch(self, rows: Tensor, reconstruct: bool) -> tuple[Tensor, Tensor]:
-        """Inputs, and targets: the inputs flattened, or labels."""
+        """Return inputs, and targets: the flattened inputs, or labels."""
         inputs = (self.pixels[rows].float() / 255 - self.mean) / self.std
         return inputs, inputs.flatten(1) if reconstruct else self.labels[rows]
 
@@ -145,7 +145,7 @@ PROBLEMS = {
 def load_examples(
     problem: Problem, root: Path | None, device: torch.device
 ) -> tuple[Examples, Examples]:
-    """The training and the validation examples of a problem.
+    """Load the training and the validation examples of a problem.
 
     Raises:
         DataError: The data can't be reached or used.

@@ -1,4 +1,4 @@
-"""What a person sees of a study that runs for hours: a line for each trial, and the time left."""
+"""Progress display of a race: one line per trial, and the remaining time."""
 
 import threading
 import time
@@ -20,7 +20,7 @@ OVERHEAD = 1.3  # what evaluation and starting add to training
 
 
 def study_bar(console: Console, things: str) -> Progress:
-    """A live bar of the things done and the time left, in a terminal only."""
+    """Create a live bar with the remaining time, in a terminal only."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -32,11 +32,11 @@ def study_bar(console: Console, things: str) -> Progress:
 
 
 class Heartbeat:
-    """A line now and then where no bar moves, so that a log shows a study at work.
+    """Periodic progress line without a bar, so that a log shows activity.
 
     Args:
-        console: Where to.
-        text: What there is to say.
+        console: Output console.
+        text: Text of the line.
     """
 
     def __init__(self, console: Console, text: Callable[[], str]) -> None:
@@ -45,17 +45,17 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def start(self) -> None:
-        """Begin, outside of a terminal."""
+        """Start, unless in a terminal."""
         if not self.console.is_terminal:
             self._thread.start()
 
     def say(self, text: str) -> None:
-        """Print a line; the next one of its own accord comes a while after it."""
+        """Print a line, and postpone the next periodic one."""
         self.console.print(text, markup=False, soft_wrap=True)
         self._spoken.set()
 
     def stop(self) -> None:
-        """End."""
+        """Stop the timer."""
         self._over.set()
         self._spoken.set()
         if self._thread.is_alive():
@@ -70,11 +70,11 @@ class Heartbeat:
 
 
 class RaceProgress:
-    """Trials done, and the time left.
+    """Progress bar over trials, with the remaining time.
 
     Args:
         total: Trials to run.
-        seconds: Of training, of all of them together.
+        seconds: Total seconds of training.
         processes: Trials at a time.
     """
 
@@ -87,7 +87,7 @@ class RaceProgress:
         self.heart = Heartbeat(self.console, self._standing)
 
     def __enter__(self) -> "RaceProgress":
-        """Say how long it will take, before it starts."""
+        """Print the expected duration before the start."""
         if self.total:
             self.heart.say(
                 f"{self.total} trials, {self.processes} at a time: about {clock(self._left())}"
@@ -105,12 +105,12 @@ class RaceProgress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self.heart.stop()
         self.bar.stop()
 
     def done(self, job: Job, measured: dict[str, Any]) -> None:
-        """One more trial is done."""
+        """Count a finished trial."""
         self.finished += 1
         self.spent += job.seconds
         self.bar.update(self.task, advance=1, left=clock(self._left()))
@@ -118,7 +118,7 @@ class RaceProgress:
         self.heart.say(f"{number}  {_describe(job, measured)}; {clock(self._left())} left")
 
     def _left(self) -> float:
-        """By plan at first, then by how long what is done has taken."""
+        """Estimate the remaining time, by plan at first, then by past durations."""
         if self.finished < self.processes:
             return (self.seconds - self.spent) * OVERHEAD / self.processes
         pace = (time.monotonic() - self.began) / max(self.spent, 1e-9)

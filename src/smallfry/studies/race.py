@@ -1,4 +1,4 @@
-"""Races between optimizers: everyone tunes with the same budget, then runs for the same time.
+"""Optimizer races: equal tuning budgets, then full runs of equal time.
 
     fisher     errors of the Fisher approximations along one trajectory of AdamW's
     defaults   default settings, several seeds
@@ -54,12 +54,12 @@ APPROXIMATING = ("kfac", "ekfac", "ekfac_kpsvd", "kpsvd", "deflation", "lanczos"
 
 
 def run_race(study: str, config: RaceConfig, folder: Path) -> Path:
-    """Run what is missing of a race, and write the report.
+    """Run the missing parts of a race, and write the report.
 
     Args:
         study: "autoencoder" or "two-level"; says who takes part by default.
         config: The race.
-        folder: Where trials and report go; several problems may share it.
+        folder: Folder of trials and report; several problems may share it.
 
     Returns:
         The report, an HTML page.
@@ -135,7 +135,7 @@ def _second_jobs(
 def best_trial(
     records: Sequence[dict[str, Any]], problem: str, contestant: str, trials: int
 ) -> dict[str, Any] | None:
-    """The tuning trial with the lowest validation loss at its end; None if all diverged."""
+    """Return the tuning trial with the lowest final validation loss; None if all diverged."""
     tried = [
         r
         for r in records
@@ -151,7 +151,7 @@ def _known(records: Sequence[dict[str, Any]]) -> set[tuple[Any, ...]]:
 
 
 def _unwatched(problem: str, chosen: Sequence[str], known: set[tuple[Any, ...]]) -> list[str]:
-    """Whose Fisher approximation is still to be measured."""
+    """List the contestants whose Fisher error is not measured yet."""
     return [
         name
         for name in chosen
@@ -205,7 +205,7 @@ Outcome = tuple[str, dict[str, float], dict[str, Any]]
 def _outcomes(
     jobs: Sequence[Job], place: Place, processes: int, watching: Sequence[str]
 ) -> Iterator[tuple[Job, list[Outcome]]]:
-    """Trials as they end; one at a time here, several in processes of their own."""
+    """Yield trials as they end; one at a time here, several in separate processes."""
     if processes == 1:
         for job in jobs:
             yield job, _work(job, place, watching)
@@ -218,8 +218,8 @@ def _outcomes(
                 yield waiting[future], future.result()
         except BrokenProcessPool:
             raise TrainingError(
-                "a process of the study was killed, perhaps for lack of memory: what ended is "
-                "kept; run the same command again, with fewer --processes"
+                "a process of the study was killed, perhaps for lack of memory: finished trials "
+                "are kept; run the same command again with fewer --processes"
             ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -229,7 +229,7 @@ def _outcomes(
 
 
 def _begin(threads: int) -> None:
-    """In a new process: what a terminal sends to all is for the parent, which ends its children."""
+    """Ignore terminal signals in a worker; the parent stops its children."""
     leave_to_parent(but=(signal.SIGTERM,))
     torch.set_num_threads(threads)
 
@@ -260,7 +260,7 @@ def _processes(config: RaceConfig) -> int:
 
 
 def _check(study: str, config: RaceConfig) -> tuple[str, ...]:
-    """The contestants."""
+    """Validate the contestants."""
     if config.problem not in PROBLEMS:
         raise UsageError(f"unknown problem '{config.problem}'{nearest(config.problem, PROBLEMS)}")
     chosen = config.contestants or (AUTOENCODER if study == "autoencoder" else TWO_LEVEL)
@@ -287,7 +287,7 @@ def _check(study: str, config: RaceConfig) -> tuple[str, ...]:
     if optional and find_spec("pytorch_optimizer") is None:
         chosen = tuple(name for name in chosen if name != "soap")
         warnings.warn(
-            "SOAP does not take part: pip install 'smallfry[peers]' brings it",
+            "SOAP is skipped: install it with pip install 'smallfry[peers]'",
             SmallfryWarning,
             stacklevel=3,
         )
@@ -298,7 +298,7 @@ def _check(study: str, config: RaceConfig) -> tuple[str, ...]:
 
 
 def _check_records(records: Sequence[dict[str, Any]], config: RaceConfig, place: Place) -> None:
-    """Trials in one race must have run for the same time, by the same clock."""
+    """Require trials of one race to have the same duration and clock."""
     wanted = {
         "tuning": config.tuning_seconds,
         "tuned": config.seconds,
@@ -311,6 +311,6 @@ def _check_records(records: Sequence[dict[str, Any]], config: RaceConfig, place:
         if r["seconds"] != wanted[r["phase"]] or r["clock"] != place.clock:
             raise UsageError(
                 f"the trials in this folder ran for {r['seconds']:g} s ({r['phase']}, "
-                f"{r['clock']} time), not {wanted[r['phase']]:g} s ({place.clock} time): give the "
-                "same times, or another --folder"
+                f"{r['clock']} time), not {wanted[r['phase']]:g} s ({place.clock} time): use the "
+                f"same times, or another --folder"
             )

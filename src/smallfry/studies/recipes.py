@@ -1,4 +1,4 @@
-"""How the runs of a study are trained: the paper's recipe on CIFAR, the default job elsewhere."""
+"""Training recipes of the studies: the paper's on CIFAR, the defaults elsewhere."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,7 +23,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # CIFAR-10's, fo
 
 
 class Planned(NamedTuple):
-    """A run of a study."""
+    """Planned run of a study."""
 
     name: str  # of its folder; no two runs of a study share it
     facts: Mapping[str, Any]  # what the study varies, and the seed
@@ -31,7 +31,7 @@ class Planned(NamedTuple):
 
 
 def paper_recipe(entrant: Entrant, data: str, batch_size: int) -> TrainConfig:
-    """The recipe of arXiv 2603.19503, but with the epoch chosen on held-out training images.
+    """Build the recipe of arXiv 2603.19503, with the epoch chosen on held-out training images.
 
     One learning rate for all models and batch sizes, as there. ViTRM trains for 1000 epochs with
     averaged weights, all others for 300 without.
@@ -57,13 +57,13 @@ def paper_recipe(entrant: Entrant, data: str, batch_size: int) -> TrainConfig:
 
 
 def default_recipe(entrant: Entrant, data: str, batch_size: int) -> TrainConfig:
-    """The settings of ``smallfry train``, the same for every model."""
+    """Build the settings of ``smallfry train``, the same for every model."""
     model = ModelConfig(entrant.model, options=dict(entrant.options))
     return TrainConfig(data=DataConfig(data), model=model, batch_size=batch_size)
 
 
 def recipe(entrant: Entrant, runs: RunsConfig, batch_size: int, seed: int = 0) -> TrainConfig:
-    """What one run of a study is told.
+    """Build the training configuration of one run.
 
     Other epochs than the recipe's shorten its warm-up in proportion.
     """

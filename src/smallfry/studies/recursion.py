@@ -1,4 +1,4 @@
-"""Recursion: what more latent (n), supervision (N_sup) and recursion steps (T) bring."""
+"""Study of latent steps (n), supervision steps (N_sup) and recursion steps (T)."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ Kind = tuple[int, int, int]  # n, N_sup, T
 
 
 def plan(config: RecursionConfig) -> list[Planned]:
-    """All n by all N_sup at the first T, and the other T at the middle n."""
+    """List the runs of all n by all N_sup at the first T, and the other T at the middle n."""
     entrant = find_vitrm(config.vitrm)
     found = []
     for seed in range(config.seeds):
@@ -45,7 +45,7 @@ def plan(config: RecursionConfig) -> list[Planned]:
 
 
 def sections(config: RecursionConfig, outcomes: list[Outcome], folder: Path) -> list[Section]:
-    """Grids of accuracy and time, and the table of all kinds."""
+    """Build grids of accuracy and time, and the table of all runs."""
     groups = {
         (n, s, t): where(outcomes, latent_steps=n, supervision_steps=s, recursion_steps=t)
         for n, s, t in _kinds(config)
@@ -99,7 +99,7 @@ def sections(config: RecursionConfig, outcomes: list[Outcome], folder: Path) -> 
 
 
 def _steps(outcome: Outcome) -> float | None:
-    """Optimizer steps that a batch took, on average over the epochs."""
+    """Return the mean number of optimizer steps per batch."""
     taken = [row["supervision_steps"] for row in outcome.history if "supervision_steps" in row]
     return sum(taken) / len(taken) if taken else None
 

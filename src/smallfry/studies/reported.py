@@ -1,4 +1,4 @@
-"""What the papers report on these problems; never mixed with what is measured here.
+"""Reported figures of the papers on these problems, kept apart from measured ones.
 
 Training losses per pixel (sample, for ``deep_linear``) after so many epochs, from the published
 result files of Koroko et al. 2022 (arXiv 2201.10285; a refresh every 100 steps, a code behind a

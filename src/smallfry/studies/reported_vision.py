@@ -1,4 +1,4 @@
-"""What papers report of ViTRM and its rivals; never mixed with what is measured here.
+"""Reported figures for ViTRM and its rivals, kept apart from measured ones.
 
 Top-1 test accuracy in percent. Those of arXiv 2603.19503 are the best test epoch of one run; each
 rival names its source.
@@ -60,7 +60,7 @@ BEST_RECURSION = {"latent_steps": 3, "supervision_steps": 1}  # of that grid
 
 
 class Rival(NamedTuple):
-    """A figure of another paper."""
+    """Figure from another paper."""
 
     label: str
     source: str
@@ -86,5 +86,5 @@ RIVALS: Mapping[str, tuple[Rival, ...]] = {
 
 
 def shown_for(data: str) -> str:
-    """The data set whose reported figures stand beside measured ones of this data set."""
+    """Return the data set whose reported figures are shown with this one's measurements."""
     return data if data in ACCURACY else "cifar10"

@@ -1,4 +1,4 @@
-"""Studies of training runs by name: what is to be run, and the report of what has ended."""
+"""Training studies by name: their runs and their reports."""
 
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -18,7 +18,7 @@ from smallfry.studies.recipes import Planned
 
 
 class Study(NamedTuple):
-    """A study of training runs."""
+    """Study of training runs."""
 
     title: str
     about: str
@@ -38,12 +38,12 @@ STUDIES = {
 
 
 def run_study(name: str, config: RunsConfig, folder: Path) -> Path:
-    """Make the runs that are missing, and write the report of all that have ended.
+    """Run the missing trainings, and write the report of all finished ones.
 
     Args:
         name: A key of ``STUDIES``.
         config: That study's configuration.
-        folder: Where runs and report go.
+        folder: Folder of runs and report.
 
     Returns:
         The report, an HTML page.
@@ -77,7 +77,7 @@ def _report(
 
 
 def _each_once(config: RunsConfig) -> RunsConfig:
-    """The configuration without models, sizes and the like that are named twice."""
+    """Remove duplicates from the models, sizes and other lists of a configuration."""
     given: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(config)}
     for name, value in given.items():
         if isinstance(value, tuple):
@@ -94,7 +94,7 @@ def _check(config: RunsConfig) -> None:
     for name in lists:
         values = getattr(config, name, (1,))
         if not values or min(values) <= 0:
-            raise UsageError(f"{name}: name at least one, all above 0")
+            raise UsageError(f"{name}: give at least one, all above 0")
     if config.device != "auto":
         try:
             torch.empty(1, device=config.device)

@@ -1,4 +1,4 @@
-"""One entry of a race: a network trained by one optimizer for so many seconds.
+"""Trial of a race: one network trained by one optimizer for a fixed time.
 
 Seconds are those of forward, backward and step; evaluation stands outside. With one thread on a
 CPU they are seconds of CPU time, which other work on the machine disturbs least.
@@ -28,16 +28,16 @@ BATCH = 512  # of an evaluation
 
 @dataclass(frozen=True)
 class Job:
-    """A trial to be run.
+    """Specification of a trial.
 
     Args:
-        phase: What it is for.
+        phase: Purpose of the trial.
         problem: A key of ``PROBLEMS``.
         contestant: A key of ``CONTESTANTS``.
-        settings: Of the optimizer.
-        seed: Of initial weights, batches and sampled targets.
+        settings: Settings of the optimizer.
+        seed: Seed of initial weights, batches and sampled targets.
         trial: Number of the settings in the search.
-        seconds: Of training.
+        seconds: Seconds of training.
     """
 
     phase: Phase
@@ -50,13 +50,13 @@ class Job:
 
     @property
     def key(self) -> tuple[str, str, str, int, int]:
-        """What it is in a study; no two jobs share it."""
+        """Unique key in a study."""
         return self.phase, self.problem, self.contestant, self.seed, self.trial
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where trials run.
+    """Machine settings of trials.
 
     Args:
         root: Folder of the data, where it is needed.
@@ -70,11 +70,11 @@ class Place:
 
     @property
     def clock(self) -> Literal["cpu", "wall"]:
-        """Which seconds count."""
+        """Clock of the time limit."""
         return "cpu" if self.device == "cpu" and self.threads == 1 else "wall"
 
     def now(self) -> float:
-        """Seconds of the clock, once all that was asked for is done."""
+        """Return the clock's seconds once all pending work is done."""
         if self.clock == "cpu":
             return time.process_time()
         if torch.device(self.device).type == "cuda":
@@ -83,7 +83,7 @@ class Place:
 
 
 def run_trial(job: Job, place: Place, training: Examples, held_out: Examples) -> dict[str, Any]:
-    """Train, and measure.
+    """Train and measure.
 
     Returns:
         ``points`` (step, epoch, seconds, wall_seconds, training and validation loss), ``diverged``,
@@ -147,7 +147,7 @@ def run_trial(job: Job, place: Place, training: Examples, held_out: Examples) ->
 def fisher_errors(
     job: Job, place: Place, training: Examples, contestants: Sequence[str], every: int = 50
 ) -> dict[str, list[dict[str, Any]]]:
-    """Errors of the contestants' Fisher approximations, along one trajectory of AdamW's.
+    """Measure errors of the contestants' Fisher approximations along one AdamW trajectory.
 
     Each is made of the batch that it is compared with, of whole matrices: what a method is, without
     what running averages and few eigenpairs add.
@@ -155,7 +155,7 @@ def fisher_errors(
     Args:
         job: With the settings of AdamW.
         place: Where.
-        training: What the network learns.
+        training: Training examples.
         contestants: Those of ours whose approximation has an error to tell.
         every: Steps between two measurements.
 
@@ -185,7 +185,7 @@ def fisher_errors(
 
 
 def _layer_errors(watcher: torch.optim.Optimizer) -> dict[str, float]:
-    """Those of an optimizer that has seen one batch, without a step of the parameters."""
+    """Compute the errors of an optimizer after one batch, without a parameter step."""
     assert isinstance(watcher, NaturalGradient)
     for group in watcher.param_groups:
         group["lr"] = 0.0
@@ -205,7 +205,7 @@ def _start(job: Job, place: Place) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def _batches(count: int, size: int, seed: int, device: torch.device) -> Iterator[Tensor]:
-    """Rows of batches, epoch after epoch in another order; what does not fill a batch is left."""
+    """Yield the rows of full batches, reshuffled every epoch."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(count, generator=generator)
@@ -214,7 +214,7 @@ def _batches(count: int, size: int, seed: int, device: torch.device) -> Iterator
 
 
 def _moments(seconds: float, count: int) -> list[float]:
-    """When to evaluate: at the start, then ever more rarely until the end."""
+    """List the evaluation times, from the start at growing intervals to the end."""
     return [seconds * (i / count) ** 1.5 for i in range(count + 1)]
 
 

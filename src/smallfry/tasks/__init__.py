@@ -1,4 +1,4 @@
-"""Tasks: the meaning of a model's outputs. A module of this package that registers one adds it."""
+"""Tasks: the meaning of a model's outputs."""
 
 import importlib
 import pkgutil
@@ -13,7 +13,7 @@ _TASKS: dict[str, type[Task]] = {}
 
 
 def register(kind: type[Task]) -> type[Task]:
-    """Make a task known by its name; a class decorator.
+    """Register a task by its name; a class decorator.
 
     Raises:
         ValueError: Another task has the name.
@@ -27,7 +27,7 @@ def register(kind: type[Task]) -> type[Task]:
 
 
 def task_names() -> list[str]:
-    """Names of all registered tasks, in alphabetical order."""
+    """List the names of all registered tasks in alphabetical order."""
     _scan()
     return sorted(_TASKS)
 

@@ -1,4 +1,4 @@
-"""Classification: logits of classes, cross-entropy, and the usual scores."""
+"""Classification: class logits, cross-entropy, and the usual scores."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ __all__ = ["ClassTargets", "Classification"]
 
 
 class ClassTargets(NamedTuple):
-    """Classes of a batch."""
+    """Class targets of a batch."""
 
     labels: Tensor  # (batch,), int64, before any mixing
     shares: Tensor  # (batch, classes), the class probabilities to learn
@@ -29,7 +29,7 @@ class ClassTargets(NamedTuple):
 @register
 @dataclass(frozen=True)
 class Classification:
-    """One class of several for each input.
+    """Single-label classification.
 
     Args:
         label_smoothing: Share of the target spread over all classes.
@@ -41,27 +41,27 @@ class Classification:
 
     @classmethod
     def create(cls, label_smoothing: float = 0.0) -> "Classification":
-        """The task with settings of ``ObjectiveConfig``."""
+        """Create the task from ``ObjectiveConfig``."""
         return cls(label_smoothing)
 
     def outputs(self, classes: int) -> int:
-        """A logit a class."""
+        """Return the number of classes."""
         return classes
 
     def targets(self, labels: Tensor, shares: Tensor) -> ClassTargets:
-        """Labels, for scores, and class probabilities, for the loss."""
+        """Return labels for scores, and class probabilities for the loss."""
         return ClassTargets(labels, shares)
 
     def loss(self, outputs: Tensor, targets: ClassTargets) -> Tensor:
-        """The mean cross-entropy."""
+        """Compute the mean cross-entropy."""
         return F.cross_entropy(outputs, targets.shares, label_smoothing=self.label_smoothing)
 
     def right(self, outputs: Tensor, targets: ClassTargets) -> Tensor:
-        """Marks of the images whose likeliest class is the unmixed label."""
+        """Mark the images whose most probable class is the unmixed label."""
         return outputs.argmax(dim=1) == targets.labels
 
     def metrics(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
-        """Loss, accuracy, macro F1 and calibration error."""
+        """Compute loss, accuracy, macro F1 and calibration error."""
         classes = outputs.shape[1]
         probabilities = outputs.softmax(dim=1)
         return {
@@ -74,16 +74,16 @@ class Classification:
         }
 
     def rank(self, scores: Mapping[str, float]) -> tuple[float, ...]:
-        """By accuracy, then by loss."""
+        """Rank by accuracy, then by loss."""
         return scores["accuracy"], -scores["loss"]
 
     def decode(self, outputs: Tensor) -> list[Any]:
-        """The probability of each class."""
+        """Return the probability of each class."""
         probabilities: list[Any] = outputs.softmax(dim=1).tolist()
         return probabilities
 
     def draw(self, outputs: Tensor, split: Split, classes: Sequence[str], folder: Path) -> None:
-        """Draw the confusion matrix and the surest mistakes."""
+        """Draw the confusion matrix and the most confident mistakes."""
         from smallfry.report.classification import confusion_matrix, mistakes, surest_mistakes
 
         labels = split.labels

@@ -1,4 +1,4 @@
-"""The contract of a task: targets, loss, likelihood, scores and decoding of a model's outputs.
+"""Task interface: targets, loss, likelihood, scores and decoding of a model's outputs.
 
 The training loop, its objectives and the evaluation know no task but by this contract.
 """
@@ -19,7 +19,7 @@ __all__ = ["Batch", "Pictured", "Task", "micro_batch_sizes"]
 
 
 class Batch(NamedTuple):
-    """Inputs with their targets, which only the task looks into.
+    """Inputs with their targets, which are opaque outside the task.
 
     Both are tensors whose first dimension is the batch, in tuples, lists or dictionaries.
     """
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
     targets: Any
 
     def split(self, parts: int) -> list["Batch"]:
-        """Micro-batches of this batch, none of them empty."""
+        """Split the batch into non-empty micro-batches."""
         sizes = micro_batch_sizes(len(self.inputs), parts)
         ends = [*accumulate(sizes)]
         return [
@@ -37,19 +37,19 @@ class Batch(NamedTuple):
         ]
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on another device."""
+        """Move the batch to another device."""
         moved: Batch = map_tensors(lambda tensor: tensor.to(device, non_blocking=True), self)
         return moved
 
 
 def micro_batch_sizes(images: int, parts: int) -> list[int]:
-    """Sizes of the micro-batches of a batch: all equal but the last, which has the remainder."""
+    """Return the sizes of a batch's micro-batches: all equal but the last, with the remainder."""
     size = -(-images // parts)
     return [min(size, images - start) for start in range(0, images, size)]
 
 
 class Task(Protocol):
-    """The meaning of a model's outputs.
+    """Meaning of a model's outputs.
 
     A task is a frozen dataclass, made by ``create``, and registered with ``tasks.register``.
     """
@@ -58,7 +58,7 @@ class Task(Protocol):
 
     @classmethod
     def create(cls, label_smoothing: float = 0.0) -> "Task":
-        """The task with settings of ``ObjectiveConfig``.
+        """Create the task from ``ObjectiveConfig``.
 
         Raises:
             UsageError: A setting that it does not have.
@@ -66,13 +66,13 @@ class Task(Protocol):
 
     @property
     def likelihood(self) -> str:
-        """Density whose negative logarithm the loss is, for natural gradient."""
+        """Density whose negative logarithm is the loss, for natural gradient."""
 
     def outputs(self, classes: int) -> int:
-        """Number of a model's outputs, for data of so many classes."""
+        """Return the number of model outputs for a number of classes."""
 
     def targets(self, labels: Tensor, shares: Tensor) -> Any:
-        """Targets of a batch.
+        """Extract the targets of a batch.
 
         Args:
             labels: (batch,), int64, before any mixing of images.
@@ -80,13 +80,13 @@ class Task(Protocol):
         """
 
     def loss(self, outputs: Tensor, targets: Any) -> Tensor:
-        """The mean loss over the batch, a scalar."""
+        """Compute the mean loss over the batch, a scalar."""
 
     def right(self, outputs: Tensor, targets: Any) -> Tensor:
-        """Marks of the outputs that count as right, (batch,), bool: what halting is to predict."""
+        """Mark correct outputs, (batch,), bool: the target of halting."""
 
     def metrics(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
-        """Scores of a split, among them ``loss`` and ``accuracy``, the share that is right.
+        """Score a split; includes ``loss`` and ``accuracy``, the share of correct outputs.
 
         Args:
             outputs: (samples, outputs), float32, on the CPU.
@@ -94,15 +94,15 @@ class Task(Protocol):
         """
 
     def rank(self, scores: Mapping[str, float]) -> tuple[float, ...]:
-        """Order of scores: the epoch with the greatest is the best."""
+        """Return a sort key of scores: the epoch with the greatest is the best."""
 
     def decode(self, outputs: Tensor) -> list[Any]:
-        """Predictions of a batch as values that JSON can hold."""
+        """Decode predictions of a batch to values that JSON can hold."""
 
 
 @runtime_checkable
 class Pictured(Protocol):
-    """A task with pictures of its own for a run folder."""
+    """Task with plots of its own for a run folder."""
 
     def draw(self, outputs: Tensor, split: Split, classes: Sequence[str], folder: Path) -> None:
-        """Draw what a model gave for a split into a folder."""
+        """Draw the outputs for a split into a folder."""

@@ -1,4 +1,4 @@
-"""The one maker of models from files, which may come from anyone.
+"""Construction of models from untrusted specs and weights.
 
 Only architectures of timm's registry are made, with plain values as arguments; nothing is fetched,
 no other file is read, and a description of more weights than come with it is not followed.
@@ -36,13 +36,13 @@ def build(
     where: str = "model",
     **factory: Any,
 ) -> nn.Module:
-    """Make a model, in evaluation mode on the CPU.
+    """Build a model, in evaluation mode on the CPU.
 
     Args:
         spec: Its identity.
         weights: Its weights, which also bound how large it can be; None leaves those of its
             initialisation, and the bound, away.
-        where: What errors name.
+        where: Prefix of error messages.
         factory: Arguments of timm's factory that are not the spec's.
 
     Raises:
@@ -57,8 +57,8 @@ def build(
     name = spec.architecture
     if not timm.is_model(name) or ":" in name:
         raise RunError(
-            f"{where}: neither smallfry {__version__} nor timm {timm.__version__} has an "
-            f"architecture '{name}'{nearest(name, timm.list_models())}"
+            f"{where}: unknown architecture '{name}' for smallfry {__version__} and timm "
+            f"{timm.__version__}{nearest(name, timm.list_models())}"
         )
     _require_plain(spec.arguments, where)
     try:
@@ -68,7 +68,9 @@ def build(
                 transform.apply(model)
     except Exception as error:  # of any of timm's models, given any arguments
         reason = (str(error) or repr(error)).splitlines()[0]
-        raise RunError(f"{where}: the model can't be built as it is described: {reason}") from error
+        raise RunError(
+            f"{where}: the model can't be built from its description: {reason}"
+        ) from error
     if weights is not None:
         _fill(model, weights, where)
     return model.eval()
@@ -79,16 +81,15 @@ def _fill(model: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise RunError(
-            f"{where}: its weights don't fit the model that it describes "
-            f"({' '.join(str(error).split())[:200]})"
+            f"{where}: its weights don't fit its model ({' '.join(str(error).split())[:200]})"
         ) from error
     name = not_finite(model)
     if name is not None:
-        raise RunError(f"{where}: the weight '{name}' is not finite; take another checkpoint")
+        raise RunError(f"{where}: the weight '{name}' is not finite; use another checkpoint")
 
 
 def not_finite(model: nn.Module) -> str | None:
-    """The first weight, or running statistic of a norm, that is not finite; None if all are."""
+    """Find the first non-finite weight, or running statistic of a norm; None if all are finite."""
     running = [(n, b) for n, b in model.named_buffers() if ".running_" in f".{n}"]
     for name, tensor in (*model.named_parameters(), *running):
         if not bool(tensor.isfinite().all()):
@@ -125,7 +126,7 @@ def _most(spec: ModelSpec, weights: Mapping[str, Tensor] | None) -> _Bound | Non
 
 @contextmanager
 def _bounded(bound: _Bound | None) -> Iterator[None]:
-    """Stop a model that this thread makes once it is larger than its weights."""
+    """Abort the construction of a model once it is larger than its weights."""
     if bound is None:
         yield
         return

@@ -26,7 +26,7 @@ _described: dict[type, Describe] = {}
 
 
 def groups_of(kind: type) -> Callable[[D], D]:
-    """Describe the groups of a kind of module; a decorator of a function of the module."""
+    """Register the groups of a module class; decorates a function of the module."""
 
     def add(describe: D) -> D:
         _described[kind] = describe
@@ -36,7 +36,7 @@ def groups_of(kind: type) -> Callable[[D], D]:
 
 
 def declared_groups(model: nn.Module) -> list[ChannelGroup]:
-    """The groups of all known blocks in a model, each shared block once."""
+    """Collect the groups of all known blocks in a model, each shared block once."""
     found = []
     for name, module in model.named_modules():
         own = getattr(module, "channel_groups", None)
@@ -49,7 +49,7 @@ def declared_groups(model: nn.Module) -> list[ChannelGroup]:
 def mlp_group(
     first: str, second: str, layers: nn.Module, activation: nn.Module | None
 ) -> ChannelGroup:
-    """The hidden units between two linear layers of a block.
+    """Build the group of hidden units between two linear layers of a block.
 
     Args:
         first: Name of the layer that gives them.
@@ -66,7 +66,7 @@ def mlp_group(
 
 
 def gated_group(first: str, second: str, layers: nn.Module, gate_is_last: bool) -> ChannelGroup:
-    """The hidden units of a gated MLP whose first layer gives values and gates.
+    """Build the group of hidden units of a gated MLP whose first layer gives values and gates.
 
     A value of zero is zero after any gate, so values alone are masked; both are cut.
     """
@@ -81,7 +81,7 @@ def gated_group(first: str, second: str, layers: nn.Module, gate_is_last: bool) 
 def attention_group(
     qkv: str, proj: str, layers: nn.Module, heads: int, counts: dict[str, int]
 ) -> ChannelGroup:
-    """The heads of attention with one projection for queries, keys and values.
+    """Build the group of heads of attention with a fused projection of queries, keys and values.
 
     A head whose values are zero gives zero for every attention pattern.
     """
@@ -94,7 +94,7 @@ def attention_group(
 
 
 def rows_of(layers: nn.Module, name: str, entries: Tensor) -> tuple[Slice, ...]:
-    """Rows of a layer's weight, and of its bias if it has one."""
+    """Build slices of the rows of a layer's weight, and of its bias if present."""
     bias = layers.get_submodule(name).bias
     weight = Slice(f"{name}.weight", 0, entries)
     return (weight,) if bias is None else (weight, Slice(f"{name}.bias", 0, entries))

@@ -1,4 +1,4 @@
-"""The channel groups of a model, each verified on an example.
+"""Channel groups of a model, each verified on an example.
 
 The model with channels cut must give the outputs of the model with the channels set to zero.
 """
@@ -48,7 +48,7 @@ def find_groups(model: nn.Module, example: Tensor) -> tuple[ChannelGroup, ...]:
     if wrong:
         some = "; ".join(f"{name}: {reason}" for name, reason in [*wrong.items()][:3])
         warnings.warn(
-            f"{len(wrong)} groups of channels can't be cut and are left whole ({some})",
+            f"{len(wrong)} groups of channels can't be cut and are kept ({some})",
             SmallfryWarning,
             stacklevel=2,
         )
@@ -57,7 +57,7 @@ def find_groups(model: nn.Module, example: Tensor) -> tuple[ChannelGroup, ...]:
 
 @torch.no_grad()
 def _fault(model: nn.Module, group: ChannelGroup, example: Tensor) -> str | None:
-    """Why a group does not hold: outputs masked and cut differ; None if they are equal."""
+    """Compare a group masked and cut, and describe the difference; None if they are equal."""
     if group.channels < 2:
         return "it has one channel"
     channels = torch.arange(0, group.channels, 2)  # every other one, so that positions matter

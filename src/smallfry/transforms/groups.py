@@ -1,4 +1,4 @@
-"""Channel groups: what of a model can be cut together.
+"""Channel groups: sets of tensor slices that must be cut together.
 
 A group has a number of interchangeable channels: hidden units of an MLP, heads of attention,
 channels of convolutions that are added. Cutting one removes entries of several tensors. Blocks of
@@ -36,15 +36,15 @@ class Slice(NamedTuple):
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels that are cut together.
+    """Channels that must be cut together.
 
     Args:
         name: Qualified name of the layer that gives the channels.
         channels: Their number.
         zeroed: Entries that are zero in a channel that is masked.
         cut: Entries that a cut channel does not have any more; those of ``zeroed`` among them.
-        zero_invariant: Whether a channel that is zero changes no output by being cut.
-        counts: How much of counting attributes belongs to a channel, such as
+        zero_invariant: True if removing an all-zero channel changes no output.
+        counts: Share of counting attributes per channel, such as
             ``{"blocks.0.attn.heads": 1}``.
         divisor: Survivors are a multiple of it, where hardware wants that.
     """
@@ -58,7 +58,7 @@ class ChannelGroup:
     divisor: int = 1
 
     def within(self, prefix: str) -> "ChannelGroup":
-        """The group of a block, with names as in the model that holds it."""
+        """Prefix a block's group with the block's name in its model."""
         if not prefix:
             return self
         zeroed, cut = (
@@ -70,7 +70,7 @@ class ChannelGroup:
 
 
 def mask(model: nn.Module, group: ChannelGroup, channels: Tensor) -> None:
-    """Set channels of a group to zero, in place.
+    """Zero channels of a group, in place.
 
     Args:
         model: The model.
@@ -87,11 +87,11 @@ def mask(model: nn.Module, group: ChannelGroup, channels: Tensor) -> None:
 
 
 def cut(model: nn.Module, groups: Sequence[ChannelGroup], keep: Mapping[str, Tensor]) -> Resize:
-    """Cut all but some channels, in place.
+    """Keep only some channels, in place.
 
     Args:
         model: The model; optimizers of its parameters are to be made anew.
-        groups: Of the model.
+        groups: Groups of the model.
         keep: Numbers of the channels that stay, int64, by a group's name.
 
     Returns:
@@ -105,7 +105,7 @@ def cut(model: nn.Module, groups: Sequence[ChannelGroup], keep: Mapping[str, Ten
     counts: dict[str, int] = {}
     for name, kept in keep.items():
         if name not in by_name:
-            raise UsageError(f"there is no group of channels '{name}'{nearest(name, by_name)}")
+            raise UsageError(f"unknown group of channels '{name}'{nearest(name, by_name)}")
         group = by_name[name]
         gone = torch.ones(group.channels, dtype=torch.bool)
         gone[kept.cpu()] = False

@@ -1,4 +1,4 @@
-"""Registry of transforms, by the names that files have for them."""
+"""Registry of transforms by their names in files."""
 
 from typing import Any, TypeVar
 
@@ -19,20 +19,20 @@ def register(kind: T) -> T:
     name = kind.kind  # type: ignore[attr-defined]
     other = _kinds.setdefault(name, kind)
     if other is not kind and other.__qualname__ != kind.__qualname__:
-        raise UsageError(f"two transforms are called '{name}': {other!r} and {kind!r}")
+        raise UsageError(f"two transforms are named '{name}': {other!r} and {kind!r}")
     _kinds[name] = kind
     return kind
 
 
 def kinds() -> dict[str, Any]:
-    """All registered transforms by their kinds."""
+    """Return all registered transforms by kind."""
     scan("smallfry.transforms")
     load_plugins()
     return dict(_kinds)
 
 
 def find(name: str, where: str) -> Any:
-    """The transform of a kind.
+    """Find the transform of a kind.
 
     Raises:
         RunError: There is none; it may belong to a package that is not installed.
@@ -40,7 +40,7 @@ def find(name: str, where: str) -> Any:
     known = _kinds if name in _kinds else kinds()
     if name not in known:
         raise RunError(
-            f"{where}: has the transform '{name}', which this smallfry does not have"
-            f"{nearest(name, known)}; install the version or package that brings it"
+            f"{where}: has the unknown transform '{name}'"
+            f"{nearest(name, known)}; install the version or package that provides it"
         )
     return known[name]

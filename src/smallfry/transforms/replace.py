@@ -25,7 +25,7 @@ class Replace:
 
     Args:
         layer: Name of a registered layer, such as ``low_rank``.
-        settings: Of each replaced layer, by its qualified name, such as
+        settings: Settings of each replaced layer, by its qualified name, such as
             ``{"block.0.mlp.fc1": {"rank": 8}}``.
 
     Example:
@@ -51,7 +51,7 @@ class Replace:
 
     @property
     def stage(self) -> Stage:
-        """That of the layer: factor, adapter or bits."""
+        """Stage of the layer: factor, adapter or bits."""
         stage: Stage = find_layer(self.layer).stage
         return stage
 
@@ -61,7 +61,7 @@ class Replace:
         return replace(self, settings=kept) if kept else None
 
     def apply(self, model: nn.Module) -> None:
-        """Put the structure of the new layers in place of the old ones.
+        """Replace the old layers by the structure of the new ones.
 
         Raises:
             ValueError: A name that the model does not have, or a layer that it can't be.
@@ -71,7 +71,7 @@ class Replace:
 
 
 def replace_layers(model: nn.Module, names: Iterable[str], make: Make) -> None:
-    """Replace layers in place, with whatever shares their weights.
+    """Replace layers in place, including modules that share their weights.
 
     Args:
         model: Changed in place.
@@ -107,7 +107,7 @@ def replace_layers(model: nn.Module, names: Iterable[str], make: Make) -> None:
 
 
 def tied_layers(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """All names under which a layer's weight is used, itself among them, for each named layer."""
+    """Return all names that use each named layer's weight, its own included."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         weight = module._parameters.get("weight")
@@ -117,7 +117,7 @@ def tied_layers(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def _share(first: nn.Module, new: nn.Module) -> None:
-    """Let a layer have another's parameters but for its bias, as the dense ones had."""
+    """Share a layer's parameters except for its bias, as in the dense layers."""
     for name, parameter in first.named_parameters():
         owner, _, leaf = name.rpartition(".")
         if leaf != "bias":

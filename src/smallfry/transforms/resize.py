@@ -1,4 +1,4 @@
-"""Narrower layers: other shapes of parameters and buffers, and the attributes that count them."""
+"""Reduction of layer widths: parameter and buffer shapes, and the attributes that count them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ class Resize:
     """Widths of a model's layers, none larger than before.
 
     Args:
-        shapes: Of parameters and buffers, by qualified name.
+        shapes: Shapes of parameters and buffers, by qualified name.
         counts: New values of counting attributes, such as ``{"blocks.0.attn.heads": 3}``.
 
     Example:
@@ -55,7 +55,7 @@ class Resize:
         return replace(self, shapes=shapes)
 
     def apply(self, model: nn.Module) -> None:
-        """Give the model tensors of these shapes, with the first values of the old ones.
+        """Resize tensors to these shapes, keeping the first values.
 
         Raises:
             ValueError: A tensor or attribute that the model does not have, or one that would grow.
@@ -74,7 +74,7 @@ class Resize:
 
 
 def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
-    """Put a tensor in the place of a parameter or buffer, under all its names."""
+    """Replace a parameter or buffer under all its names."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     old = module._parameters.get(leaf)
@@ -104,7 +104,7 @@ def apply_counts(model: nn.Module, counts: Mapping[str, int]) -> None:
 
 
 def fit_attributes(model: nn.Module, names: Mapping[str, Any]) -> None:
-    """Let ``out_features``, ``num_channels`` and so on be those of the tensors named here."""
+    """Set ``out_features``, ``num_channels`` and similar attributes from the tensors."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for owner in {name.rpartition(".")[0] for name in names}:
         module: Any = modules[owner]
@@ -200,11 +200,11 @@ def _source(
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers under all their names."""
+    """Return parameters and buffers under all their names."""
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     return tensors | dict(model.named_buffers(remove_duplicate=False))
 
 
 def index_select(tensor: Tensor, dim: int, kept: Tensor) -> Tensor:
-    """The kept entries of a dimension, as a tensor of its own."""
+    """Copy the kept entries of a dimension."""
     return torch.index_select(tensor.detach(), dim, kept.to(tensor.device)).contiguous()

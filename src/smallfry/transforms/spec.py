@@ -1,4 +1,4 @@
-"""Model specs: an architecture of timm's registry, its arguments, and transforms in their order.
+"""Model specs: a timm architecture, its arguments, and an ordered list of transforms.
 
 A spec and the weights are a model. A spec is plain data, so that a file can hold it.
 """
@@ -23,11 +23,11 @@ OF_THE_FACTORY = frozenset(
 
 @runtime_checkable
 class Transform(Protocol):
-    """Change of a model's structure: a frozen dataclass of plain values, registered by its kind.
+    """Structural change of a model: a frozen dataclass of plain values, registered by kind.
 
     Attributes:
         kind: Name in files.
-        version: Of the fields; files of a later one are refused.
+        version: Version of the fields; files of a later one are refused.
         stage: Place in the order of transforms.
     """
 
@@ -36,7 +36,7 @@ class Transform(Protocol):
 
     @property
     def stage(self) -> Stage:
-        """Place in the order of transforms."""
+        """Stage in the order of transforms."""
 
     def apply(self, model: nn.Module) -> None:
         """Change the structure in place; weights are loaded afterwards.
@@ -53,7 +53,7 @@ class ModelSpec:
     Args:
         architecture: Name in timm's registry.
         arguments: Keyword arguments of ``timm.create_model``.
-        transforms: What was done to it, in order.
+        transforms: Applied transforms, in order.
 
     Example:
         >>> from smallfry.transforms import ModelSpec, build
@@ -69,7 +69,7 @@ class ModelSpec:
     transforms: tuple[Transform, ...] = ()
 
     def then(self, transform: Transform) -> "ModelSpec":
-        """The spec of the model after another transform.
+        """Append a transform to the spec.
 
         Raises:
             UsageError: The transform belongs before one that the model has already.
@@ -78,18 +78,18 @@ class ModelSpec:
             if earlier.stage > transform.stage:
                 raise UsageError(
                     f"'{transform.kind}' ({transform.stage.name.lower()}) comes before "
-                    f"'{earlier.kind}' ({earlier.stage.name.lower()}), which the model has already:"
-                    " the order is architecture, width, factor, sparse, adapter, bits"
+                    f"'{earlier.kind}' ({earlier.stage.name.lower()}), which was applied already: "
+                    f"the order is architecture, width, factor, sparse, adapter, bits"
                 )
         return replace(self, transforms=(*self.transforms, transform))
 
     def portable(self) -> "ModelSpec":
-        """The spec without arguments that name a source of weights."""
+        """Drop arguments that name a source of weights."""
         kept = {key: v for key, v in self.arguments.items() if key not in OF_THE_FACTORY}
         return replace(self, arguments=kept)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as manifests hold it."""
+        """Convert to plain data for manifests."""
         content: dict[str, Any] = {"name": self.architecture, "arguments": dict(self.arguments)}
         if self.transforms:
             content["transforms"] = [transform_to_dict(each) for each in self.transforms]
@@ -97,11 +97,11 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], where: str = "model") -> "ModelSpec":
-        """The spec in plain data, which may come from anyone.
+        """Parse a spec from untrusted plain data.
 
         Args:
-            content: As ``to_dict`` gives it.
-            where: What errors name.
+            content: Output of ``to_dict``.
+            where: Prefix of error messages.
 
         Raises:
             RunError: Damaged, or a transform that this version does not have.
@@ -109,11 +109,13 @@ class ModelSpec:
         name, arguments = content.get("name"), content.get("arguments", {})
         transforms = content.get("transforms", [])
         if not isinstance(name, str):
-            raise RunError(f"{where}: neither smallfry nor timm has an architecture {name!r}")
+            raise RunError(f"{where}: unknown architecture {name!r}")
         if not isinstance(arguments, Mapping):
             raise RunError(f"{where}: the model's arguments need names, got {arguments!r}")
         if not isinstance(transforms, list) or len(transforms) > MOST_TRANSFORMS:
-            raise RunError(f"{where}: its transforms are no list, or more than {MOST_TRANSFORMS}")
+            raise RunError(
+                f"{where}: its transforms are not a list, or more than {MOST_TRANSFORMS}"
+            )
         spec = cls(name, dict(arguments))
         for each in transforms:
             try:
@@ -127,7 +129,7 @@ MOST_TRANSFORMS = 100
 
 
 def transform_to_dict(transform: Transform) -> dict[str, Any]:
-    """A transform as plain data."""
+    """Convert a transform to plain data."""
     fields: dict[str, Any] = asdict(transform)  # type: ignore[call-overload]
     return {"kind": transform.kind, "version": transform.version, **fields}
 
@@ -136,13 +138,13 @@ def _transform(content: Any, where: str) -> Transform:
     from smallfry.transforms.registry import find  # the registry scans modules that import this one
 
     if not isinstance(content, Mapping) or not isinstance(content.get("kind"), str):
-        raise RunError(f"{where}: one of its transforms has no kind")
+        raise RunError(f"{where}: a transform has no kind")
     fields = dict(content)
     kind, version = find(fields.pop("kind"), where), fields.pop("version", None)
     if version != kind.version:
         raise RunError(
             f"{where}: has the transform '{kind.kind}' in version {version}, this smallfry reads "
-            f"version {kind.version}: install the one that wrote it"
+            f"version {kind.version}: install the version that wrote it"
         )
     try:
         transform: Transform = kind(**fields)

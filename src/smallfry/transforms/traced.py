@@ -27,7 +27,7 @@ T = TypeVar("T")
 def traced_groups(
     model: nn.Module, example: Tensor, skip: Collection[str] = (), seconds: float = SECONDS
 ) -> list[ChannelGroup]:
-    """Find groups of channels; not verified.
+    """Find groups of channels, unverified.
 
     Args:
         model: Left as it is.
@@ -46,8 +46,8 @@ def traced_groups(
     except ImportError:
         if any(isinstance(m, nn.Conv2d) for m in model.modules()):
             warnings.warn(
-                "channels of convolutions are found by Torch-Pruning, which is not installed: "
-                "pip install 'smallfry[compress]'",
+                "finding channels of convolutions needs Torch-Pruning: pip install "
+                "'smallfry[compress]'",
                 SmallfryWarning,
                 stacklevel=3,
             )
@@ -60,8 +60,8 @@ def traced_groups(
     except Exception as error:  # of a graph that does not fit it
         reason = (str(error) or type(error).__name__).splitlines()[0][:100]
     warnings.warn(
-        f"Torch-Pruning found no groups of {type(model).__name__} ({reason}): only blocks that are "
-        "known can be cut",
+        f"Torch-Pruning found no groups of {type(model).__name__} ({reason}): only known blocks "
+        f"can be cut",
         SmallfryWarning,
         stacklevel=3,
     )
@@ -85,7 +85,7 @@ def _groups(
 
 
 def _group(graph: Any, items: Any, names: dict[int, str]) -> ChannelGroup | None:
-    """A group in our terms; None if its channels are not all alike."""
+    """Convert a group to ``ChannelGroup``; None if its channels differ in kind."""
     root = items[0]
     channels = len(root.idxs)
     zeroed: list[Slice] = []
@@ -119,14 +119,14 @@ def _group(graph: Any, items: Any, names: dict[int, str]) -> ChannelGroup | None
 
 
 def _is_known(module: nn.Module) -> bool:
-    """A layer whose shape follows from its weight: grouped convolutions are depthwise or none."""
+    """Return whether a layer's shape follows from its weight: ungrouped or depthwise."""
     if isinstance(module, nn.Conv2d):
         return module.groups in (1, module.out_channels)
     return isinstance(module, nn.Linear | nn.modules.batchnorm._NormBase)
 
 
 def _entries(positions: Any, roots: Any, channels: int) -> Tensor | None:
-    """Positions by channel, (channels, positions per channel); None if channels differ in size."""
+    """Return positions by channel, (channels, positions per channel); None if uneven."""
     rows: list[list[int]] = [[] for _ in range(channels)]
     for position, root in zip(positions, roots, strict=True):
         if not 0 <= int(root) < channels:
@@ -137,7 +137,7 @@ def _entries(positions: Any, roots: Any, channels: int) -> Tensor | None:
 
 
 def _merged(slices: list[Slice]) -> tuple[Slice, ...]:
-    """Each slice once: the graph reaches a layer on several ways."""
+    """Deduplicate slices: the graph reaches a layer on several paths."""
     seen: dict[tuple[str, int, bytes], Slice] = {}
     for each in slices:
         seen.setdefault((each.tensor, each.dim, each.entries.numpy().tobytes()), each)
@@ -146,7 +146,7 @@ def _merged(slices: list[Slice]) -> tuple[Slice, ...]:
 
 @torch.no_grad()
 def _calls(model: nn.Module, example: Tensor) -> Counter[str]:
-    """How often one forward pass calls each module."""
+    """Count the calls of each module in one forward pass."""
     calls: Counter[str] = Counter()
     hooks = [
         module.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
@@ -163,7 +163,7 @@ def _calls(model: nn.Module, example: Tensor) -> Counter[str]:
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T:
-    """The result of Python code, which is ended by an exception in its thread if it takes longer.
+    """Run Python code in its thread with a time limit, enforced by an exception.
 
     Raises:
         TimeoutError: It took longer.

@@ -1,4 +1,4 @@
-"""Low-rank factors of linear layers and convolutions, by the singular value decomposition.
+"""Low-rank factorisation of linear layers and convolutions by singular value decomposition.
 
 With r = keep · m n / (m + n), a matrix of m × n has ``keep`` of its numbers in two factors. It is
 the nearest of that rank in the Frobenius norm, without data.
@@ -23,10 +23,10 @@ class LowRank:
     """Low-rank factorisation of a trained model.
 
     Args:
-        keep: Share of each layer's numbers that its factors have, below 1.
-        include: Shell patterns of the layers' names.
-        exclude: Patterns of those that stay dense.
-        smallest: Layers with fewer numbers stay dense.
+        keep: Parameters of the factors as a share of the layer's, below 1.
+        include: Shell patterns of layer names.
+        exclude: Patterns of layers to keep dense.
+        smallest: Layers with fewer parameters stay dense.
 
     Example:
         >>> import timm, smallfry
@@ -47,10 +47,10 @@ class LowRank:
 
     def __post_init__(self) -> None:
         if not 0 < self.keep < 1:
-            raise UsageError(f"low_rank.keep is a share between 0 and 1, not {self.keep}")
+            raise UsageError(f"low_rank.keep must be between 0 and 1, not {self.keep}")
 
     def start(self) -> Method:
-        """Make the method."""
+        """Create the method with these settings."""
         return _Factorise(self)
 
 
@@ -72,7 +72,7 @@ class _Factorise(Method):
         return Replace(Layer.name, ranks)
 
     def _rank(self, layer: nn.Module | None) -> int | None:
-        """The rank of a layer's factors; None if it stays dense."""
+        """Choose the rank of a layer's factors; None if it stays dense."""
         if not isinstance(layer, nn.Linear | nn.Conv2d) or getattr(layer, "groups", 1) != 1:
             return None
         rows, columns = layer.weight.flatten(1).shape

@@ -1,1 +1,1 @@
-"""Methods that cut channels."""
+"""Pruning of channels."""

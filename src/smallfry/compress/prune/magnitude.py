@@ -1,4 +1,4 @@
-"""Channels cut by the size of their weights, after training: the baseline of every finer method.
+"""One-shot channel pruning by weight magnitude: the baseline for finer methods.
 
 The size of a channel is the Euclidean norm of its entries in a group, divided by the mean of its
 group so that groups compare (Li et al., "Pruning Filters for Efficient ConvNets", arXiv 1608.08710,
@@ -25,13 +25,13 @@ from smallfry.transforms.spec import Transform
 @register_method
 @dataclass(frozen=True)
 class Magnitude:
-    """Pruning of whole channels by magnitude, once.
+    """One-shot pruning of whole channels by magnitude.
 
     Args:
-        sparsity: Share of all groups' channels that go, 0 to below 1.
-        include: Shell patterns of the groups' names, which are those of layers.
-        exclude: Patterns of those that stay whole.
-        divisible: Survivors of a group are rounded up to a multiple of it; heads are not.
+        sparsity: Share of all groups' channels to remove, in [0, 1).
+        include: Shell patterns of group names, which are layer names.
+        exclude: Patterns of groups to keep unchanged.
+        divisible: Round the remaining channels of a group, except heads, up to a multiple.
 
     Example:
         >>> import timm, torch, smallfry
@@ -53,10 +53,10 @@ class Magnitude:
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1 or self.divisible < 1:
-            raise UsageError("magnitude.sparsity is 0 to below 1, and divisible 1 or more")
+            raise UsageError("magnitude.sparsity must be in [0, 1), and divisible at least 1")
 
     def start(self) -> Method:
-        """Make the method."""
+        """Create the method with these settings."""
         return _Prune(self)
 
 
@@ -67,7 +67,9 @@ class _Prune(Method):
 
     def begin(self, model: nn.Module, setting: Setting) -> None:
         if not setting.example.numel():
-            raise UsageError("magnitude finds channels on an example: give example=, two inputs")
+            raise UsageError(
+                "magnitude needs example inputs to find channels: pass example= with two inputs"
+            )
         found = {group.name: group for group in find_groups(model, setting.example)}
         names = chosen(found, self._settings.include, self._settings.exclude, "group of channels")
         self._groups = tuple(found[name] for name in names)
@@ -80,7 +82,7 @@ class _Prune(Method):
 
 @torch.no_grad()
 def channel_sizes(model: nn.Module, group: ChannelGroup) -> Tensor:
-    """Norms of a group's channels relative to their mean, (channels,) in float64."""
+    """Compute the norms of a group's channels relative to their mean, (channels,) in float64."""
     tensors = tensors_of(model)
     total = torch.zeros(group.channels, dtype=torch.float64)
     for each in group.cut:
@@ -97,11 +99,11 @@ def channel_sizes(model: nn.Module, group: ChannelGroup) -> Tensor:
 def survivors(
     groups: Sequence[ChannelGroup], sizes: Mapping[str, Tensor], sparsity: float, divisible: int
 ) -> dict[str, Tensor]:
-    """Channels that stay, by group: the largest of all, at least one each.
+    """Choose the remaining channels per group: the largest overall, at least one each.
 
     Args:
         groups: To choose from; all compete.
-        sizes: Of their channels, comparable between groups.
+        sizes: Sizes of their channels, comparable between groups.
         sparsity: Share that goes.
         divisible: Survivors are rounded up to a multiple, in groups of more than that.
     """

@@ -1,1 +1,1 @@
-"""Methods that give numbers fewer bits."""
+"""Quantisation of weights."""

@@ -1,4 +1,4 @@
-"""Weights of 2 to 8 bits, rounded after training: the baseline of every finer method.
+"""Post-training rounding of weights to 2 to 8 bits: the baseline for finer methods.
 
 Symmetric, with a scale for each output channel; see ``smallfry.layers.quantized``.
 """
@@ -19,12 +19,12 @@ from smallfry.transforms.spec import Transform
 @register_method
 @dataclass(frozen=True)
 class RoundWeights:
-    """Rounding of a trained model's weights to few bits.
+    """Post-training rounding of a model's weights to few bits.
 
     Args:
-        bits: 2 to 8.
-        include: Shell patterns of the layers' names.
-        exclude: Patterns of those that stay in floating point.
+        bits: Bits per weight, 2 to 8.
+        include: Shell patterns of layer names.
+        exclude: Patterns of layers to keep in floating point.
 
     Example:
         >>> import timm, smallfry
@@ -44,10 +44,10 @@ class RoundWeights:
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
-            raise UsageError(f"round_weights.bits is 2 to 8, not {self.bits}")
+            raise UsageError(f"round_weights.bits must be 2 to 8, not {self.bits}")
 
     def start(self) -> Method:
-        """Make the method."""
+        """Create the method with these settings."""
         return _Round(self)
 
 
