@@ -33,7 +33,7 @@ class Options(Licensed, AsJson, OneRun):
 
 def run(options: Options) -> int:
     """Write the folder or the repository, and print how to use it."""
-    from smallfry.deploy.description import is_compressed
+    from smallfry.deploy.hub_config import is_compressed
     from smallfry.deploy.pretrained import push_to_hub, save_pretrained
 
     checkpoint, license, compressed = options.checkpoint, options.license, False
