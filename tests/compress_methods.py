@@ -1,9 +1,10 @@
-"""Two small methods: one that only observes, and one that freezes a tenth of the channels."""
+"""Small methods: to observe, to freeze channels, to penalise weights, to train another layer."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import nn
 
 from smallfry.training.method import Method, register_method
 from smallfry.transforms.declared import declared_groups
@@ -81,4 +82,74 @@ class _Freeze(Method):
         return {"frozen": self.frozen, "first": self.first}
 
     def load_state_dict(self, state):
-        self.frozen, self.first = dict(state["frozen"]), dict(state["first"])
+        self.frozen = dict(state["frozen"])
+        self.first = {name: rows.to(self.tensors[name]) for name, rows in state["first"].items()}
+
+
+@register_method
+@dataclass(frozen=True)
+class Shrink:
+    """An L2 penalty on all matrices."""
+
+    name: ClassVar[str] = "shrink"
+    trains: ClassVar[bool] = True
+
+    strength: float = 0.01
+
+    def start(self):
+        return _Shrink(self.strength)
+
+
+class _Shrink(Method):
+    def __init__(self, strength):
+        self.strength = strength
+
+    def penalty(self, model):
+        return self.strength * sum(p.square().sum() for p in model.parameters() if p.ndim > 1)
+
+
+@register_method
+@dataclass(frozen=True)
+class Scaled:
+    """Trains a linear classifier times a number, which is folded into it at the end."""
+
+    name: ClassVar[str] = "scaled"
+    trains: ClassVar[bool] = True
+
+    def start(self):
+        return _Scaled()
+
+
+class _Scaled(Method):
+    def begin(self, model, setting):
+        model.head = Times(model.head)
+        self.calibrated = [len(batch) for batch in setting.batches]
+        self.numbers, self.steps = [], setting.steps
+
+    def before_step(self, optimizer, step):
+        assert all(g["params"][0].grad is not None for g in optimizer.param_groups)
+        self.numbers.append(step)
+
+    def finish(self, model):
+        head = model.head.layer
+        with torch.no_grad():
+            head.weight *= model.head.factor
+            head.bias *= model.head.factor
+        model.head = head
+
+    def state_dict(self):
+        return {"calibrated": self.calibrated, "numbers": self.numbers, "steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.numbers = list(state["numbers"])
+
+
+class Times(nn.Module):
+    """A layer with a factor for its outputs."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.factor = layer, nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, inputs):
+        return self.factor * self.layer(inputs)

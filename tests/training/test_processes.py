@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from compress_methods import Freeze, Observe, Scaled, Shrink
 from run_helpers import TINY, StopAt, metrics
 from safetensors.torch import load_file
 from two_processes import run_pair
@@ -68,6 +69,11 @@ RUNS = {
     "kfac": {
         "optimizer": OptimizerConfig("kfac", lr=0.05, options={"statistics_every": 3}),
         "ema": EMAConfig(0.9),
+    },
+    "methods": {
+        "methods": [Observe(), Freeze(0.3), Shrink(), Scaled(), {"round_weights": {"bits": 8}}],
+        "optimizer": OptimizerConfig("sgd", lr=0.05),
+        "accumulate": 2,
     },
     "fsdp": {
         "strategy": "fsdp",
@@ -165,6 +171,7 @@ def test_a_loss_that_is_no_number_in_one_process_stops_both(folder):
         ("small", "UsageError: 2 processes can't share a batch of 1 images"),
         ("taken", "RunError: "),
         ("shared_kfac", "UsageError: kfac needs whole layers"),
+        ("shared_methods", "UsageError: methods need whole layers"),
         ("shared_uneven", "UsageError: strategy fsdp needs a batch_size"),
         ("batch_norm", "UsageError: sync_batch_norm works on GPUs only"),
     ],

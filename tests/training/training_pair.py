@@ -107,4 +107,5 @@ attempt("taken", settings(folder / "pair" / "deep_supervision"))
 attempt("batch_norm", replace(settings(folder / "pair" / "norm"), sync_batch_norm=True))
 shares = {"strategy": "fsdp", "precision": "32-true"}
 attempt("shared_kfac", settings(folder / "pair" / "one", **{**RUNS["kfac"], **shares}))
+attempt("shared_methods", settings(folder / "pair" / "m", **shares, methods=["freeze"]))
 attempt("shared_uneven", settings(folder / "pair" / "two", **shares, batch_size=33))

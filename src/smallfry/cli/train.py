@@ -64,10 +64,15 @@ def _print_summary(summary: dict[str, Any]) -> None:
     for reference in measured["references"]:
         table.add_row(escape(printable(reference["name"])), f"{reference['test_accuracy']:.2%}")
     console.print(table)
-    split = escape(printable(measured["select_on"]))
+    which = f"best epoch {measured['best_epoch']} of {measured['epochs']}, selected on "
+    which += escape(printable(measured["select_on"]))
+    if measured.get("choice") == "last epoch":
+        which = f"last epoch {measured['epochs']} of {measured['epochs']}"
+    if methods := [next(iter(each)) for each in summary.get("methods", [])]:
+        which += f", finished by {escape(printable(', '.join(methods)))}"
     data, run = summary["data"], escape(printable(summary["run"]))
     console.print(
-        f"best epoch {measured['best_epoch']} of {measured['epochs']}, selected on {split}; "
+        f"{which}; "
         f"{data['train']:,} images to train, {data['test']:,} to test; "
         f"{measured['training_seconds']:.0f} s of training",
         soft_wrap=True,

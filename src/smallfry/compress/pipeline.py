@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from smallfry.data import ImageData
 from smallfry.errors import UsageError
+from smallfry.training.calibration import EXAMPLES, CalibrationBatches
 from smallfry.training.method import MethodSettings, Running, Setting, to_dict
 from smallfry.training.run import TrainedModel
 from smallfry.transforms.spec import ModelSpec
 
 UNKNOWN = ModelSpec("unknown")
-EXAMPLES = 2  # images that groups of channels are verified on
-CALIBRATION_IMAGES, BATCH = 256, 64
 
 
 def apply(
@@ -50,14 +49,14 @@ def apply(
         >>> small = compress.apply(trained, [compress.Magnitude(sparsity=0.5)])  # doctest: +SKIP
         >>> small.save("runs/b")  # doctest: +SKIP
     """
-    batches = [trained.normalize(pixels) for pixels in _pixels(trained, data)]
+    batches: Iterable[Tensor] = ()
+    if data is None:
+        example = trained.normalize(_noise(trained))
+    else:
+        batches = CalibrationBatches(data.train, trained.normalize, trained.model)
+        example = batches.example()
     model, spec = apply_to_model(
-        trained.model,
-        methods,
-        spec=trained.spec,
-        example=batches[0][:EXAMPLES],
-        batches=batches if data is not None else (),
-        seed=seed,
+        trained.model, methods, spec=trained.spec, example=example, batches=batches, seed=seed
     )
     return trained.compressed(model, spec, [to_dict(each) for each in methods])
 
@@ -98,15 +97,9 @@ def apply_to_model(
     return small, running.finish()
 
 
-def _pixels(trained: TrainedModel, data: ImageData | None) -> list[Tensor]:
-    """Yield batches of pixels: training images spread over the split, or noise."""
-    shape = (trained.channels, trained.image_size, trained.image_size)
-    if data is None:
-        noise = np.random.default_rng(0).integers(0, 256, (EXAMPLES, *shape), np.uint8)
-        return [torch.from_numpy(noise)]
-    count = min(CALIBRATION_IMAGES, len(data.train))
-    positions = torch.linspace(0, len(data.train) - 1, count).long()
-    return [data.train.take(part).images for part in torch.split(positions, BATCH)]
+def _noise(trained: TrainedModel) -> Tensor:
+    shape = (EXAMPLES, trained.channels, trained.image_size, trained.image_size)
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
 
 
 class Session:
@@ -150,15 +143,10 @@ class Session:
         if steps < 1:
             raise UsageError(f"steps must be at least 1, got {steps}")
         self._running = Running(methods, model, Setting(spec, example, batches, steps, seed))
-        self._hooks: list[Any] = []
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Hook into every step of an optimizer, until ``finish``."""
-        running = self._running
-        self._hooks += [
-            optimizer.register_step_pre_hook(lambda opt, *_: running.before_step(opt)),
-            optimizer.register_step_post_hook(lambda opt, *_: running.after_step(opt)),
-        ]
+        """Act before and after every step of an optimizer, until ``finish``."""
+        self._running.attach(optimizer)
 
     def penalty(self) -> Tensor | float:
         """Sum the methods' loss terms; 0.0 if there are none."""
@@ -171,10 +159,8 @@ class Session:
         return self._running.finish()
 
     def detach(self) -> None:
-        """Detach the optimizers."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        """Let go of the optimizers."""
+        self._running.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""

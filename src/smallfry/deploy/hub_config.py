@@ -145,7 +145,9 @@ def described(
         },
         *(wanted, len(labels), weights, where),
     )
-    for name in ("data", "training", "measured", "provenance"):
+    if not isinstance(told.get("methods", []), list):
+        raise TypeError("smallfry.methods is no list")
+    for name in ("data", "training", "measured", "provenance", "start"):
         if not isinstance(told.get(name, {}), Mapping):
             raise TypeError(f"smallfry.{name} is no object")
     version, number = told.pop("version", None), told.pop("format", None)

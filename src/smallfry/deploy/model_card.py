@@ -16,6 +16,7 @@ import timm
 from huggingface_hub import EvalResult, ModelCardData
 
 from smallfry.deploy.hub import NAME
+from smallfry.training.compression import CHOICE, LAST_EPOCH
 
 LONGEST = 80  # characters of a class name
 LONGEST_CODE = 2000
@@ -147,6 +148,8 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, str]:
     channels, side, _ = wanted["input_size"]
     kinds = {"best": "of the best epoch", "last": "of the last step"}
     which = kinds.get(facts.get("checkpoint", ""))
+    if facts.get("checkpoint") == "best" and measured.get(CHOICE) == LAST_EPOCH:
+        which = "of the last epoch"
     averaged = ", a moving average over the steps" if training.get("ema") else ""
     given = {k: v for k, v in config["model_args"].items() if k not in ("num_classes", "in_chans")}
     rows = {
@@ -156,10 +159,19 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, str]:
         "multiply-accumulates of one image": f"{measured['macs'] / 1e6:,.1f} million",
         "input": f"{side}×{side} pixels, {'grey' if channels == 1 else 'RGB'}",
         "weights": f"{which}{averaged}" if which else "",
-        "started from": as_code(facts["base_model"]) if facts.get("base_model") else "",
+        "started from": _start(facts),
+        "compressed by": as_code(json.dumps(facts["methods"])) if facts.get("methods") else "",
         "license": as_text(wanted.get("license") or "not stated: ask whoever shares it"),
     }
     return {key: value for key, value in rows.items() if value}
+
+
+def _start(facts: Mapping[str, Any]) -> str:
+    """The model that the training started from, if it did not start from the beginning."""
+    start = facts.get("start")
+    if not start:
+        return as_code(facts["base_model"]) if facts.get("base_model") else ""
+    return f"{as_code(start.get('name'))}, weights {as_code(str(start.get('weights_sha256'))[:16])}"
 
 
 def _classes(labels: Sequence[str]) -> str:
@@ -236,11 +248,20 @@ def _figures(facts: Mapping[str, Any]) -> list[str]:
             f"for comparison: {as_text(other['name'])}": _share(other["test_accuracy"])
             for other in measured.get("references", [])
         },
-        "epochs": f"{measured['epochs']:,}, of which the best was {measured['best_epoch']:,}",
-        "best epoch chosen on": f"the {as_text(measured['select_on'])} split",
+        **_epochs(measured),
         "training": f"{measured['training_seconds']:,.0f} s, seed {measured['seed']:d}",
     }
     return [_table(rows)]
+
+
+def _epochs(measured: Mapping[str, Any]) -> dict[str, str]:
+    epochs = f"{measured['epochs']:,}"
+    if measured.get(CHOICE) == LAST_EPOCH:
+        return {"epochs": f"{epochs}, of which the last is taken"}
+    return {
+        "epochs": f"{epochs}, of which the best was {measured['best_epoch']:,}",
+        "best epoch chosen on": f"the {as_text(measured['select_on'])} split",
+    }
 
 
 def _number(value: float | None) -> str:
@@ -291,7 +312,7 @@ def _limits(config: Mapping[str, Any]) -> list[str]:
             limits.append(f"On the same images these were right more often: {', '.join(better)}.")
     if "seed" in measured:
         limits.append("It is one run with one seed; how far other seeds differ was not measured.")
-    if measured.get("select_on") == "test":
+    if measured.get("select_on") == "test" and measured.get(CHOICE) != LAST_EPOCH:
         limits.append("The best epoch was chosen on the test split itself, which flatters it.")
     if not config["pretrained_cfg"].get("license"):
         limits.append("No license is stated for the weights or for their training data.")

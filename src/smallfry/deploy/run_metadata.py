@@ -27,7 +27,16 @@ SPLITS: Mapping[str, Any] = {  # what DataConfig says of the splits, and of what
 LATER_SPLITS: Mapping[str, Any] = {"stream": None, "remove_duplicates": False}  # their defaults
 UNKNOWN = "unknown"  # name and fingerprint of the data of a model that does not tell them
 OF_THE_BEST = ("test", "best_epoch", "references")  # figures of no other weights
-TOLD = ("checkpoint", "base_model", "data", "training", "measured", "provenance")
+TOLD = (
+    "checkpoint",
+    "base_model",
+    "start",
+    "methods",
+    "data",
+    "training",
+    "measured",
+    "provenance",
+)
 
 
 def metadata_of_run(run: Path, checkpoint: str, trained: TrainedModel) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Configuration of a training run: typed, frozen data that the command and YAML mirror."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -80,6 +80,9 @@ class ModelConfig:
 
     Args:
         name: A registered model; auto takes the ViTRM that fits the size of the images.
+        start: A trained model to start from: a run folder, a checkpoint in one, a shared folder or
+            hf_hub:USER/NAME. Its architecture, transforms and weights are taken, and images are
+            prepared as it takes them; another number of classes has a new classifier.
         latent_steps: Rewritings of the latent memory in one recursion step (n; ViTRM).
         recursion_steps: Recursion steps at inference (T; ViTRM).
         latents: Latent tokens; default one per patch (ViTRM).
@@ -89,6 +92,7 @@ class ModelConfig:
     """
 
     name: str = "auto"
+    start: str | None = None
     latent_steps: int | None = None
     recursion_steps: int | None = None
     latents: int | None = None
@@ -245,6 +249,7 @@ class TrainSettings(TypedDict, total=False):
     optimizer: "OptimizerConfig | Mapping[str, Any] | str"
     schedule: "ScheduleConfig | Mapping[str, Any]"
     ema: "EMAConfig | Mapping[str, Any]"
+    methods: "Sequence[Any]"
     epochs: int
     batch_size: int
     accumulate: int
@@ -280,6 +285,8 @@ class TrainConfig:
         optimizer: The optimizer.
         schedule: Schedule of the learning rate.
         ema: Averaging of the weights.
+        methods: Compression of the model while it trains and at its end, in the order of stages:
+            each a name or NAME: {SETTING: VALUE}, such as [{round_weights: {bits: 8}}].
         epochs: Passes over the training images.
         batch_size: Images per step.
         accumulate: Micro-batches of a batch; memory falls, the step stays the same.
@@ -315,6 +322,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
+    methods: list[Any] = field(default_factory=list)
     epochs: int = 50
     batch_size: int = 64
     accumulate: int = 1
@@ -336,6 +344,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_values(self, "")
+        object.__setattr__(self, "methods", [_as_entry(each) for each in self.methods])
         for name in ("epochs", "batch_size", "accumulate"):
             _check(getattr(self, name) >= 1, f"{name} must be at least 1")
         _check(self.accumulate <= self.batch_size, "accumulate can't exceed batch_size")
@@ -368,7 +377,7 @@ def read_config(file: Path) -> TrainConfig:
     parser.add_class_arguments(TrainConfig)
     try:
         content = load_yaml(read_bytes(file, MOST_CONFIG).decode())
-        groups = [entry.name for entry in fields(TrainConfig) if entry.default is MISSING]
+        groups = [e.name for e in fields(TrainConfig) if is_dataclass(e.default_factory)]
         if not isinstance(content, dict):
             raise ValueError("expected settings by their names")
         for group in {*groups} & {*content}:
@@ -387,6 +396,15 @@ def _with_paths(content: Any) -> Any:
     if isinstance(content, str) and content.startswith(URI):
         return str(path_of(content))
     return content
+
+
+def _as_entry(method: Any) -> Any:
+    """A method in a configuration, given as such or by its settings."""
+    if not is_dataclass(method):
+        return method
+    from smallfry.training.method import to_dict  # which imports PyTorch
+
+    return to_dict(method)  # type: ignore[arg-type]
 
 
 def _check(holds: bool, message: str) -> None:

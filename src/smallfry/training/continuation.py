@@ -85,7 +85,8 @@ def changes_since(before: Mapping[str, Any], config: TrainConfig) -> list[Change
         config: The settings of now.
 
     Raises:
-        RunError: One decides which images a step takes: epochs would repeat or be left out.
+        RunError: One decides which images a step takes, so that epochs would repeat or be left
+            out; or methods, which have begun.
     """
     now = dotted(config.to_dict())
     default = dotted(TrainConfig().to_dict())  # of settings that came after the checkpoint
@@ -101,6 +102,12 @@ def changes_since(before: Mapping[str, Any], config: TrainConfig) -> list[Change
             f"config.yaml has {fixed.name} {_as_yaml(fixed.now)}, and the run was trained with "
             f"{_as_yaml(fixed.before)} so far: images would repeat or be left out; write "
             f"{_as_yaml(fixed.before)} again, or start a new run"
+        )
+    methods = next((change for change in changed if change.name == "methods"), None)
+    if methods is not None:
+        raise RunError(
+            f"config.yaml has methods {methods.now}, and the run has begun with {methods.before}: "
+            "write those again, or start a new run"
         )
     return changed
 

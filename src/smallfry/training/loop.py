@@ -4,41 +4,51 @@ import copy
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from smallfry.data import ImageData
-from smallfry.errors import RunError, Stopped, TrainingError, UsageError
+from smallfry.data import ImageData, Split
+from smallfry.errors import RunError, Stopped, TrainingError
 from smallfry.io.signals import noting
 from smallfry.io.terminal import command
 from smallfry.tasks import Batch
 from smallfry.training.augment import Augment
 from smallfry.training.batches import TrainBatches, derive_seed, resident
 from smallfry.training.checkpoint import Checkpoint, has_checkpoint, save_checkpoint
+from smallfry.training.compiling import Compiled, compiling
+from smallfry.training.compression import InTraining, MethodPlan
 from smallfry.training.config import TrainConfig
 from smallfry.training.continuation import changes_since, dotted, require_whole_epochs
 from smallfry.training.evaluation import joined, predict, require_finite, score
 from smallfry.training.events import EventWriter
 from smallfry.training.loader import TrainLoader
+from smallfry.training.method import find_methods
 from smallfry.training.objective import Objective
 from smallfry.training.optimization import (
-    NATURAL,
     WeightAverage,
     build_optimizer,
     learning_rate,
     peak_learning_rate,
+    unchecked,
 )
 from smallfry.training.processes import Processes, losing_none, start, synchronized
 from smallfry.training.progress import QuietReporter, Reporter
 from smallfry.training.run import RunFolder
-from smallfry.training.sharding import ShardedAverage, load_optimizer, load_weights, whole
+from smallfry.training.sharding import (
+    ShardedAverage,
+    load_optimizer,
+    load_weights,
+    require_shareable,
+    whole,
+)
 from smallfry.training.started import launcher_has_ended
 from smallfry.transforms.build import not_finite
+from smallfry.transforms.spec import ModelSpec
 
 
 class Result(NamedTuple):
@@ -91,7 +101,7 @@ class Trainer:
         processes: Processes | None = None,
     ) -> None:
         self.data, self.objective, self.config = data, objective, config
-        self.folder, self.manifest = folder, dict(manifest)
+        self.folder = folder
         self.normalize = augment.normalize
         processes = processes or start(config.device, config.precision, config.strategy)
         self.processes, self.fabric = processes, processes.fabric
@@ -103,16 +113,27 @@ class Trainer:
         )
         self.total_steps = config.epochs * self.batches.steps_per_epoch
         self.progress = Progress()
+        self.plan = MethodPlan(
+            find_methods(config.methods),
+            ModelSpec.from_dict(manifest["model"]).portable(),
+            data,
+            self.normalize,
+            self.total_steps * objective.supervision_steps,
+            config.seed,
+        )
+        self.manifest = {**manifest, **self.plan.unfinished()}
 
         if self.is_sharded:
-            self._require_shareable()
+            require_shareable(config, self.batches.batch_size, processes.count)
         if config.sync_batch_norm:
             model = synchronized(model, processes)
         convert = self.fabric.strategy.precision.convert_module
         self.raw_model = convert(self.fabric.to_device(model))
+        self.running = self.plan.begin(self.raw_model)
+        self.raw_model = convert(self.fabric.to_device(self.raw_model))  # with new layers
         prepared = objective.prepare(self.raw_model)
         if config.compile:
-            prepared = _Compiled(prepared)
+            prepared = Compiled(prepared)
         self.plain = copy.deepcopy(self.raw_model).cpu() if self.is_sharded else None
         self.average: WeightAverage | ShardedAverage | None = None
         if config.ema.decay and not self.is_sharded:
@@ -120,14 +141,16 @@ class Trainer:
         self.model = self.fabric.setup_module(prepared)
         if config.ema.decay and self.is_sharded:
             self.average = ShardedAverage(self.raw_model, config.ema)
+        changed = self.running.changes_gradients
         self.raw_optimizer = build_optimizer(
-            config.optimizer,
+            unchecked(config.optimizer) if changed else config.optimizer,
             self.raw_model,
             prepared,
             objective.likelihood,
             # with which Fabric can't clip gradients, and shares can't be moved
             fused=config.precision != "16-mixed" and not self.is_sharded,
         )
+        self.running.attach(self.raw_optimizer)
         self.peak_rate = peak_learning_rate(config.optimizer, self.raw_model)
         self.optimizer: Any = self.fabric.setup_optimizers(self.raw_optimizer)
         self.on_cpu = self.fabric.device.type == "cpu"
@@ -165,6 +188,8 @@ class Trainer:
         """
         with losing_none(self.processes):
             self._fit()
+            if self.plan.methods:
+                self._finish()
 
     def _fit(self) -> None:
         started = time.monotonic() - self.progress.seconds
@@ -191,7 +216,7 @@ class Trainer:
                 alone = self.processes.count == 1  # or the others would wait for this one's step
                 for batch in stop.cutting_short(batches) if alone else batches:
                     if batch is not None:
-                        with _compiling():
+                        with compiling():
                             self._step(batch)
                     self.progress.seconds = time.monotonic() - started
                     done = self.progress.step % self.batches.steps_per_epoch == 0
@@ -231,6 +256,7 @@ class Trainer:
             "weights": whole(self.raw_model.state_dict()),
             "optimizer": whole(self.raw_optimizer.state_dict()),
             "precision": self.fabric.strategy.precision.state_dict(),
+            "methods": self.running.state_dict(),
             "progress": vars(self.progress),
             "settings": dotted(self.config.to_dict()),
         }
@@ -255,6 +281,8 @@ class Trainer:
         load_weights(self.raw_model, trainer["weights"])
         load_optimizer(self.raw_optimizer, trainer["optimizer"])
         self.fabric.strategy.precision.load_state_dict(trainer["precision"])
+        if self.plan.methods:
+            self.running.load_state_dict(trainer["methods"])
         if isinstance(self.average, ShardedAverage):
             self.average.load(checkpoint.weights)
         elif self.average is not None:
@@ -295,7 +323,7 @@ class Trainer:
         parts = batch.split(self.config.accumulate)
         rounds = [self.objective(self.model, part) for part in parts]
         whole, processes = self.batches.batch_size, self.processes
-        losses = []
+        losses: list[Tensor] = []
         while True:
             self.optimizer.zero_grad()
             sums = torch.zeros(3, dtype=torch.float64, device=self.fabric.device)
@@ -310,6 +338,10 @@ class Trainer:
                 sums[1] += self.objective.task.right(step.outputs, part.targets).sum()
                 sums[2] += math.nan if step.halting is None else step.halting.mean() * share
                 last = last or step.last
+            scaler = getattr(self.fabric.strategy.precision, "scaler", None)
+            penalty = self.running.add_penalty(None if scaler is None else scaler.scale)
+            if penalty is not None:  # of the weights alone, so that all processes have the same
+                sums[0] += penalty / processes.count
             if self.config.optimizer.clip is not None:
                 self.fabric.clip_gradients(
                     self.model,
@@ -317,6 +349,7 @@ class Trainer:
                     max_norm=self.config.optimizer.clip,
                     error_if_nonfinite=False,
                 )
+            self.running.step = self.progress.step * self.objective.supervision_steps + len(losses)
             self.optimizer.step()
             if self.average is not None:
                 self.average.update(self.raw_model, self.progress.updates)
@@ -399,10 +432,26 @@ class Trainer:
             weights = self._weights()
             self.processes.once(lambda: save_checkpoint(self.folder.best, manifest, weights))
 
+    def _finish(self) -> None:
+        """Keep the model that the methods make as the best; ``last/`` stays as it trains."""
+        state = self.running.state_dict()
+        kept = InTraining(self.manifest, self._weights(), self._position(), state)
+        device = self.fabric.device
+
+        def scores(model: nn.Module) -> dict[str, float]:
+            found = predict(model, self._selecting(), self.normalize, device)
+            return score(require_finite(found), self.objective.task)
+
+        self.processes.once(lambda: self.plan.conclude(self.folder.best, kept, scores, device))
+
+    def _selecting(self) -> Split:
+        """The split that selects."""
+        return self.data.test if self.config.select_on == "test" else self.data.validation
+
     def _evaluate(self) -> dict[str, float]:
         """Scores on the split that selects, each process working off a part of it."""
         processes = self.processes
-        split = self.data.test if self.config.select_on == "test" else self.data.validation
+        split = self._selecting()
         model = self.evaluated()
         processes.copy_first(list(model.buffers()))  # of batch norms: each has its own
         part = processes.share_of(len(split))
@@ -427,21 +476,6 @@ class Trainer:
         since_best = len(self.progress.history) - self.progress.best_epoch
         return self.config.patience is not None and since_best >= self.config.patience
 
-    def _require_shareable(self) -> None:
-        config, count = self.config, self.processes.count
-        if config.optimizer.name in NATURAL:
-            raise UsageError(
-                f"{config.optimizer.name} needs whole layers, of which fsdp leaves each process a "
-                "share: take strategy ddp, or another optimizer"
-            )
-        if self.batches.batch_size % count:
-            raise UsageError(
-                f"strategy fsdp needs a batch_size that {count} processes can share evenly, not "
-                f"{self.batches.batch_size}"
-            )
-        if config.compile:
-            raise UsageError("strategy fsdp trains without compile")
-
     def _position(self) -> dict[str, Any]:
         epoch = self.progress.step / self.batches.steps_per_epoch
         return {
@@ -450,28 +484,3 @@ class Trainer:
             "select_on": self.config.select_on,
             "ema": self.average is not None,
         }
-
-
-class _Compiled(nn.Module):
-    """A module with a compiled one in it, so that hooks on it are not compiled too."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.compiled = torch.compile(module, dynamic=True)  # one graph for all batch sizes
-
-    def forward(self, *arguments: Any) -> Any:
-        return self.compiled(*arguments)
-
-
-@contextmanager
-def _compiling() -> Iterator[None]:
-    """Say of an error of torch.compile what it is."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(
-            f"torch.compile can't compile the training step ({reason}); train with compile false"
-        ) from error

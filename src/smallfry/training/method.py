@@ -5,7 +5,7 @@ entry in YAML and that in the manifest. ``start`` of the settings gives the meth
 state. Methods run over any optimizer, through torch's hooks around a step.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
@@ -29,9 +29,9 @@ class Setting:
     Args:
         spec: Identity of the model.
         example: A batch of inputs in the model's own dtype and device.
-        batches: Batches of training inputs to calibrate with, which can be read again; empty where
-            there is no data.
-        steps: Optimizer steps there will be; 0 for a method that acts once.
+        batches: Batches of training inputs to calibrate with, likewise, which can be read again;
+            empty where there is no data.
+        steps: Optimizer steps there will be at most; 0 where nothing is trained.
         seed: Of what is random.
     """
 
@@ -43,23 +43,38 @@ class Setting:
 
 
 class Method:
-    """Method at work; this one does nothing, and others override what they need."""
+    """Method at work; this one does nothing, and others override what they need.
+
+    A training run that is resumed calls ``begin`` again and then ``load_state_dict``. So does the
+    end of a run, on a copy of the model: what ``finish`` needs is in the state, or follows from
+    the settings and the spec.
+    """
 
     def begin(self, model: nn.Module, setting: Setting) -> None:
-        """Prepare: calibrate, find groups, replace layers."""
+        """Prepare: calibrate, find groups, replace layers.
+
+        Of a run that is resumed, the weights are not loaded yet: layers are replaced by what the
+        settings and the spec say alone.
+        """
 
     def penalty(self, model: nn.Module) -> Tensor | None:
-        """A term of the loss; None for none."""
+        """A term of the loss, a function of the weights; None for none."""
         return None
 
     def before_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Act on gradients before step number ``step``, from 0."""
+        """Act on gradients before step number ``step``, below ``Setting.steps``.
+
+        Numbers rise from 0; where deep supervision leaves a batch early, some are left out.
+        """
 
     def after_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Act on weights after a step: project, mask, regrow."""
 
     def finish(self, model: nn.Module) -> Transform | None:
-        """Rewrite the model in place and return the transform that its spec gets, if any."""
+        """Rewrite the model in place and return the transform that its spec gets, if any.
+
+        It may come at any step, as a run can end early.
+        """
         return None
 
     def state_dict(self) -> dict[str, Any]:
@@ -67,7 +82,7 @@ class Method:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state; ``begin`` comes before it."""
+        """Continue from a state, whose tensors are copies on the CPU; ``begin`` comes before."""
 
 
 @runtime_checkable
@@ -145,6 +160,18 @@ def from_dict(content: Any) -> MethodSettings:
     return settings
 
 
+def find_methods(contents: Sequence[Any]) -> tuple[MethodSettings, ...]:
+    """Settings in entries of a configuration.
+
+    Args:
+        contents: Each as ``from_dict`` takes it.
+
+    Raises:
+        UsageError: As ``from_dict``.
+    """
+    return tuple(from_dict(each) for each in contents)
+
+
 class Running:
     """Methods at work on one model, in their order.
 
@@ -160,16 +187,64 @@ class Running:
         self.model, self.spec, self.step = model, setting.spec, 0
         self.settings = tuple(settings)
         self._setting = setting
+        self._hooks: list[Any] = []
         self._started = [each.start() for each in settings]
         self._late = [not each.trains for each in settings]
         for method, late in zip(self._started, self._late, strict=True):
             if not late:
                 method.begin(model, setting)
 
+    @property
+    def changes_gradients(self) -> bool:
+        """Whether gradients may be others than the loss's, by a penalty or before a step."""
+        names = ("penalty", "before_step")
+        return any(
+            getattr(type(method), name) is not getattr(Method, name)
+            for method in self._training()
+            for name in names
+        )
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Act before and after every step of an optimizer, until ``detach``."""
+        if self._training():
+            self._hooks += [
+                optimizer.register_step_pre_hook(lambda opt, *_: self.before_step(opt)),
+                optimizer.register_step_post_hook(lambda opt, *_: self.after_step(opt)),
+            ]
+
+    def detach(self) -> None:
+        """Let go of the optimizers."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
     def penalty(self) -> Tensor | None:
         """The sum of their terms of the loss; None if none has one."""
         terms = [term for m in self._training() if (term := m.penalty(self.model)) is not None]
         return torch.stack(terms).sum() if terms else None
+
+    def add_penalty(self, scale: Callable[[Tensor], Tensor] | None = None) -> Tensor | None:
+        """Add the gradient of the penalty to ``.grad``; the backward pass of the loss is over.
+
+        Args:
+            scale: Of losses in half precision, as ``GradScaler.scale``.
+
+        Returns:
+            The penalty, detached; None if no method has one.
+        """
+        penalty = self.penalty()
+        if penalty is None or not penalty.requires_grad:
+            return penalty
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        term = penalty if scale is None else scale(penalty)
+        # not by backward(), whose hooks distributed training takes for those of the loss
+        found = torch.autograd.grad(term, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, found, strict=True):
+            if gradient is not None and parameter.grad is not None:
+                parameter.grad += gradient
+            elif gradient is not None:
+                parameter.grad = gradient.clone()
+        return penalty.detach()
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Act before the optimizer's next step."""
@@ -208,7 +283,18 @@ class Running:
         """
         self.step = int(state["step"])
         for method, each in zip(self._training(), state["methods"], strict=True):
-            method.load_state_dict(each)
+            method.load_state_dict(_copied(each))
 
     def _training(self) -> list[Method]:
         return [m for m, late in zip(self._started, self._late, strict=True) if not late]
+
+
+def _copied(state: Any) -> Any:
+    """A state of its own, with tensors on the CPU as those of a checkpoint."""
+    if isinstance(state, Tensor):
+        return state.detach().clone().cpu()
+    if isinstance(state, Mapping):
+        return {key: _copied(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(map(_copied, state))
+    return state

@@ -45,6 +45,10 @@ class Objective(Protocol):
         """Mean halting probability that ends a batch."""
 
     @property
+    def supervision_steps(self) -> int:
+        """Optimizer steps on a batch at most."""
+
+    @property
     def likelihood(self) -> str | dict[str, str]:
         """The density whose negative logarithm the loss is, for natural gradient."""
 
@@ -64,6 +68,11 @@ class Supervised:
 
     task: Task
     halt_threshold: float = 1.0
+
+    @property
+    def supervision_steps(self) -> int:
+        """One."""
+        return 1
 
     @property
     def likelihood(self) -> str:

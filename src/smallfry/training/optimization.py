@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
@@ -82,6 +83,16 @@ def build_optimizer(
     except (TypeError, ValueError, RuntimeError, AssertionError, ImportError) as error:
         raise UsageError(f"optimizer {config.name} can't be built: {error}") from error
     return optimizer
+
+
+def unchecked(config: OptimizerConfig) -> OptimizerConfig:
+    """The same optimizer for gradients that are not those of the loss alone.
+
+    Natural gradient compares the first gradients with those of the loss, and refuses others.
+    """
+    if config.name not in NATURAL:
+        return config
+    return replace(config, options={"check": "off", **config.options})
 
 
 def _build_natural(

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import yaml
 from filelock import FileLock, Timeout
-from torch import nn
+from torch import Tensor, nn
 
 from smallfry.errors import DataError, RunError, UsageError
 from smallfry.io.replace import sweep
@@ -32,6 +32,7 @@ from smallfry.training.checkpoint import (
     saved_position,
     write_file,
 )
+from smallfry.training.compression import UNFINISHED
 from smallfry.transforms.build import build
 from smallfry.transforms.spec import ModelSpec
 from smallfry_runtime.files import read_bytes, read_json
@@ -253,7 +254,7 @@ def load_run(run: str | Path, checkpoint: str = "best") -> TrainedModel:
         _require_input(sample, classes)
         # the weights are here already, wherever the training took them from
         spec = ModelSpec.from_dict(manifest["model"], str(folder)).portable()
-        model = build(spec, weights, where=str(folder))
+        model = _built(spec, weights, str(folder), manifest.get(UNFINISHED))
         outputs = find_task(manifest.get("task", "classification")).create().outputs(len(classes))
         if getattr(model, "num_classes", outputs) != outputs:
             raise ValueError(f"there are {len(classes)} names of classes")
@@ -269,6 +270,21 @@ def load_run(run: str | Path, checkpoint: str = "best") -> TrainedModel:
         sample.get("bit_depth"),
         path if (path / RUN_CONFIG).is_file() else path.parent,
     )
+
+
+def _built(
+    spec: ModelSpec, weights: Mapping[str, Tensor], where: str, unfinished: Any
+) -> nn.Module:
+    """A model; methods that are still at work may have given it other layers than its spec has."""
+    try:
+        return build(spec, weights, where=where)
+    except RunError as error:
+        if not unfinished:
+            raise
+        raise RunError(
+            f"{where}: the run's methods are still at work on this model, which can't be loaded "
+            "before they have finished: go on with --resume"
+        ) from error
 
 
 def _require_input(sample: Mapping[str, Any], classes: Any) -> None:

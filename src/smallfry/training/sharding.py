@@ -13,9 +13,35 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from smallfry.errors import UsageError
 from smallfry.models import Recursive
-from smallfry.training.config import EMAConfig
-from smallfry.training.optimization import average_decay
+from smallfry.training.config import EMAConfig, TrainConfig
+from smallfry.training.optimization import NATURAL, average_decay
+
+
+def require_shareable(config: TrainConfig, batch_size: int, processes: int) -> None:
+    """Make sure that a run can be trained with strategy fsdp.
+
+    Raises:
+        UsageError: It needs whole layers, a batch that can't be shared evenly, or compile.
+    """
+    if config.optimizer.name in NATURAL:
+        raise UsageError(
+            f"{config.optimizer.name} needs whole layers, of which fsdp leaves each process a "
+            "share: take strategy ddp, or another optimizer"
+        )
+    if config.methods:
+        raise UsageError(
+            "methods need whole layers, of which fsdp leaves each process a share: take strategy "
+            "ddp, or leave methods out"
+        )
+    if batch_size % processes:
+        raise UsageError(
+            f"strategy fsdp needs a batch_size that {processes} processes can share evenly, not "
+            f"{batch_size}"
+        )
+    if config.compile:
+        raise UsageError("strategy fsdp trains without compile")
 
 
 def shard(prepared: nn.Module, mesh: Any) -> nn.Module:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
-import timm
 import torch
 from torch import nn
 
@@ -20,7 +19,6 @@ from smallfry.errors import (
     SmallfryWarning,
     TrainingError,
     UsageError,
-    is_out_of_memory,
     nearest,
 )
 from smallfry.io.signals import keeping
@@ -29,12 +27,13 @@ from smallfry.models import LatentRecursive, Recursive
 from smallfry.models.trace import steps_to_follow, trace_recursion
 from smallfry.report.curves import learning_curves
 from smallfry.report.recursion import interesting, recursion_trace
-from smallfry.tasks import Pictured, Task, find_task
+from smallfry.tasks import Pictured, find_task
 from smallfry.training.augment import Augment
 from smallfry.training.batch_norm import require_enough_images
 from smallfry.training.batches import CHARACTERS, flips_by_default
 from smallfry.training.checkpoint import Checkpoint, has_checkpoint, load_checkpoint
-from smallfry.training.config import ModelConfig, TrainConfig, TrainSettings, read_config
+from smallfry.training.compression import CHOICE, DONE, LAST_EPOCH
+from smallfry.training.config import TrainConfig, TrainSettings, read_config
 from smallfry.training.continuation import (
     require_changeable,
     with_changes,
@@ -42,7 +41,10 @@ from smallfry.training.continuation import (
 )
 from smallfry.training.evaluation import Predictions, predict, require_finite, score, task_of
 from smallfry.training.evaluation_data import load_config_data, require_place
+from smallfry.training.fine_tuning import START, kept_facts, like_start, load_start
 from smallfry.training.loop import Trainer
+from smallfry.training.method import find_methods
+from smallfry.training.model_source import ModelSource, model_name
 from smallfry.training.objective import build_objective
 from smallfry.training.processes import Processes, leaving, start
 from smallfry.training.progress import Reporter, build_reporter
@@ -50,7 +52,6 @@ from smallfry.training.provenance import provenance
 from smallfry.training.references import fit_references
 from smallfry.training.run import RunFolder, TrainedModel, load_run, new_run_folder
 from smallfry.training.started import launch
-from smallfry.transforms.spec import OF_THE_FACTORY, ModelSpec
 from smallfry_runtime.names import path_of, text_of
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> dict[str, An
         Stopped: A signal came; the state is saved, ``resume`` goes on.
     """
     asked = config.schedule.warmup_epochs
+    config = replace(config, methods=list(find_methods(config.methods)))
     config = with_fitting_warmup(_with_full_paths(config))
     processes = start(config.device, config.precision, config.strategy)
     with leaving(processes):
@@ -106,11 +108,13 @@ def _train(
 ) -> dict[str, Any]:
     if config.run is not None:  # before the data is read
         processes.once(RunFolder(config.run).require_free)
+    begun = processes.together(lambda: load_start(config.model))
+    config = config if begun is None else like_start(config, begun)
     data = processes.together(lambda: _load(config))
     processes.once(lambda: _warn_of_duplicates(data))
-    name = model_name(config.model, data)
+    name = model_name(config.model, data) if begun is None else begun.spec.architecture
     with _folder(config, name, processes) as path:
-        trainer = _build(config, data, RunFolder(path), reporter, processes)
+        trainer = _build(config, data, RunFolder(path), reporter, processes, ModelSource(begun))
     folder, model = trainer.folder, trainer.manifest["model"]["name"]
     with processes.held(folder.locked()), keeping(folder.kept):
         processes.once(lambda: folder.begin(config.to_dict()))
@@ -163,6 +167,7 @@ def resume(
     folder = RunFolder(Path(run))
     folder.require()
     recorded = read_config(folder.config)
+    find_methods(recorded.methods)
     config = _with_full_paths(with_changes(recorded, changes))
     processes = start(config.device, config.precision, config.strategy)
     with leaving(processes):
@@ -190,12 +195,14 @@ def _resume(
         if processes.once(lambda: has_checkpoint(folder.last)):
             checkpoint = processes.together(lambda: load_checkpoint(folder.last))
             data = processes.together(lambda: _load(config))
-            trainer = _build(config, data, folder, reporter, processes, with_weights=False)
+            source = ModelSource(None, checkpoint.manifest)
+            trainer = _build(config, data, folder, reporter, processes, source)
             _require_same_data(checkpoint.manifest, trainer.data, folder)
             _restore(trainer, checkpoint)
         else:
+            begun = processes.together(lambda: load_start(config.model))
             data = processes.together(lambda: _load(config))
-            trainer = _build(config, data, folder, reporter, processes)
+            trainer = _build(config, data, folder, reporter, processes, ModelSource(begun))
         if config != recorded:
             processes.once(lambda: folder.reopen(config.to_dict()))
         trainer.reporter.say(f"resuming {folder.path} after step {trainer.progress.step}")
@@ -219,12 +226,6 @@ def _is_longer(config: TrainConfig, recorded: TrainConfig, summary: Mapping[str,
     return config.epochs > done and not (lost_patience and config.epochs == recorded.epochs)
 
 
-def _without_weights(config: ModelConfig) -> ModelConfig:
-    """A checkpoint holds all weights, so none are fetched to begin with."""
-    kept = {k: v for k, v in config.options.items() if not k.startswith("pretrained")}
-    return replace(config, options=kept)
-
-
 def _restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     try:
         trainer.restore(checkpoint)
@@ -244,67 +245,11 @@ def _with_full_paths(config: TrainConfig) -> TrainConfig:
     name = str(folder.resolve()) if is_folder else wanted.name
     root = None if wanted.root is None else wanted.root.expanduser().resolve()
     run = None if config.run is None else config.run.expanduser()
-    return replace(config, data=replace(wanted, name=name, root=root), run=run)
-
-
-def create_model(
-    config: ModelConfig, data: ImageData, task: Task | None = None
-) -> tuple[nn.Module, ModelSpec]:
-    """The model that a configuration names, for this data, and its spec."""
-    name = model_name(config, data)
-    if not timm.is_model(name):
-        raise UsageError(f"unknown model '{name}'{nearest(name, timm.list_models())}")
-    outputs = (task or task_of({})).outputs(len(data.classes))
-    arguments = {"num_classes": outputs, "in_chans": data.channels}
-    decided = sorted({*arguments, "img_size"} & set(config.options))
-    if decided:
-        raise UsageError(f"model.options: {decided[0]} comes from the data; see data.image_size")
-    _require_safe_options(config.options)
-    arguments |= config.arguments()
-    if timm.get_pretrained_cfg(name).fixed_input_size:
-        arguments["img_size"] = data.image_size
-    try:
-        model: nn.Module = timm.create_model(name, **arguments)
-        with torch.inference_mode():
-            size = data.image_size
-            model.eval()(torch.zeros(2, data.channels, size, size))
-    except Exception as error:  # of any of timm's models, given any options
-        if is_out_of_memory(error):
-            raise
-        reason = (str(error) or repr(error)).splitlines()[0]
-        shape = f"{data.channels}×{data.image_size}×{data.image_size}"
-        raise UsageError(f"model {name} can't be built for images of {shape}: {reason}") from error
-    if config.checkpoint_gradients:
-        try:
-            model.set_grad_checkpointing(True)  # type: ignore[operator]  # of timm's contract
-        except (AssertionError, AttributeError, TypeError):
-            raise UsageError(
-                f"{config.name} can't recompute blocks: leave out model.checkpoint_gradients, or "
-                "take a smaller batch_size and accumulate"
-            ) from None
-    return model, ModelSpec(name, arguments)
-
-
-def _require_safe_options(options: Mapping[str, Any]) -> None:
-    """Of timm's own arguments those that can't read a pickle: it may come from anyone."""
-    for name in sorted(OF_THE_FACTORY & set(options)):
-        value = options[name]
-        if name == "pretrained" and isinstance(value, bool):
-            continue
-        file = value.get("file") if isinstance(value, dict) and len(value) == 1 else None
-        if name == "pretrained_cfg_overlay" and str(file).endswith(".safetensors"):
-            continue
-        raise UsageError(
-            f"model.options: {name} can't be {str(value)[:80]!r}; weights to start from are "
-            "pretrained: true, and with it pretrained_cfg_overlay: {file: NAME.safetensors}"
-        )
-
-
-def model_name(config: ModelConfig, data: ImageData) -> str:
-    """The name of the model, ``auto`` resolved by the size of the images."""
-    if config.name != "auto":
-        return config.name
-    return "vitrm_micro_patch4_8" if data.image_size <= 16 else "vitrm_tiny_patch4_32"
+    start = config.model.start
+    if start is not None and path_of(start).expanduser().is_dir():
+        start = str(path_of(start).expanduser().resolve())
+    model, data = replace(config.model, start=start), replace(wanted, name=name, root=root)
+    return replace(config, data=data, model=model, run=run)
 
 
 def _load(config: TrainConfig) -> ImageData:
@@ -337,13 +282,12 @@ def _build(
     folder: RunFolder,
     reporter: Reporter | None,
     processes: Processes,
-    with_weights: bool = True,
+    source: ModelSource,
 ) -> Trainer:
     """Everything that can be wrong with a configuration, found before anything is written."""
     torch.manual_seed(config.seed)
-    wanted = config.model if with_weights else _without_weights(config.model)
     task = find_task(config.task).create(config.objective.label_smoothing)
-    model, spec = processes.together(lambda: create_model(wanted, data, task))
+    model, spec = processes.together(lambda: source.make(config.model, data, task))
     require_enough_images(
         model,
         torch.zeros(1, data.channels, data.image_size, data.image_size),
@@ -356,6 +300,7 @@ def _build(
     mean, std = config.data.mean or data.mean, config.data.std or data.std
     manifest = {
         "model": spec.to_dict(),
+        **source.facts(config.model),
         "task": config.task,
         "classes": list(data.classes),
         "input": {
@@ -375,7 +320,12 @@ def _build(
     )
     objective = build_objective(config.objective, model, config.task)
     reporter = reporter or build_reporter(config.progress)
-    return Trainer(model, data, objective, augment, config, folder, manifest, reporter, processes)
+    trainer = Trainer(
+        model, data, objective, augment, config, folder, manifest, reporter, processes
+    )
+    if not has_checkpoint(folder.last):
+        processes.once(trainer.plan.rehearse)
+    return trainer
 
 
 def _useful_threads(model: nn.Module, data: ImageData) -> int:
@@ -410,6 +360,7 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
     summary = {
         "run": str(folder.path),
         "model": best.manifest["model"],
+        **({DONE: best.manifest[DONE]} if DONE in best.manifest else {}),
         "task": config.task,
         "data": {
             **best.manifest["data"],
@@ -420,8 +371,9 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
         },
         "measured": {
             "test": score(predictions, trainer.objective.task),
-            "best_epoch": progress.best_epoch,
+            "best_epoch": len(progress.history) if trainer.plan.trains else progress.best_epoch,
             "select_on": config.select_on,
+            **({CHOICE: LAST_EPOCH} if trainer.plan.trains else {}),
             "epochs": len(progress.history),
             "training_seconds": round(progress.seconds, 2),
             "seed": config.seed,
@@ -431,7 +383,7 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
             "activation_bytes": spent.activation_bytes,
             "references": fit_references(data) if _has_references(config) else [],
         },
-        "provenance": evidence,
+        "provenance": {**evidence, **kept_facts({START: best.manifest.get(START)})},
     }
     try:
         draw_run(folder, progress.history, best, data.test, predictions)

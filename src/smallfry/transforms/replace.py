@@ -4,7 +4,7 @@ A module or a weight that is used under several names is replaced once, and stay
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import nn
@@ -54,6 +54,11 @@ class Replace:
         """Stage of the layer: factor, adapter or bits."""
         stage: Stage = find_layer(self.layer).stage
         return stage
+
+    def without_classifier(self, name: str, classes: int) -> "Replace | None":
+        """The same with a classifier that is left as it is; None if there was nothing else."""
+        kept = {key: each for key, each in self.settings.items() if key != name}
+        return replace(self, settings=kept) if kept else None
 
     def apply(self, model: nn.Module) -> None:
         """Replace the old layers by the structure of the new ones.

@@ -1,7 +1,7 @@
 """Reduction of layer widths: parameter and buffer shapes, and the attributes that count them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -45,6 +45,14 @@ class Resize:
         sizes = [size for shape in self.shapes.values() for size in shape]
         if not all(type(size) is int and size >= 1 for size in (*sizes, *self.counts.values())):
             raise ValueError("shapes and counts are whole numbers of 1 or more")
+
+    def without_classifier(self, name: str, classes: int) -> "Resize":
+        """The same with a classifier of other classes, as narrow as this one."""
+        shapes = {
+            key: [classes, *shape[1:]] if key.startswith(f"{name}.") else shape
+            for key, shape in self.shapes.items()
+        }
+        return replace(self, shapes=shapes)
 
     def apply(self, model: nn.Module) -> None:
         """Resize tensors to these shapes, keeping the first values.

@@ -1,0 +1,43 @@
+"""Images to calibrate with: some of a split, spread over it and without augmentation."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from smallfry.data import Split
+from smallfry.training.augment import Normalize
+
+IMAGES, BATCH = 256, 64
+EXAMPLES = 2  # images that groups of channels are verified on
+
+
+class CalibrationBatches:
+    """Batches of normalised images, read anew at each iteration.
+
+    Args:
+        split: Where they come from.
+        normalize: From uint8 to what the model takes.
+        model: Gives dtype and device.
+    """
+
+    def __init__(self, split: Split, normalize: Normalize, model: nn.Module) -> None:
+        self._split, self._normalize, self._model = split, normalize, model
+        count = min(IMAGES, len(split))
+        last = max(0, len(split) - 1)
+        self._positions = torch.linspace(0, last, count, dtype=torch.float64).long()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self._prepared(part) for part in torch.split(self._positions, BATCH))
+
+    def __len__(self) -> int:
+        return -(-len(self._positions) // BATCH)
+
+    def example(self) -> Tensor:
+        """The first images alone, (2, channels, height, width)."""
+        return self._prepared(self._positions[:EXAMPLES])
+
+    def _prepared(self, positions: Tensor) -> Tensor:
+        images = self._normalize(self._split.take(positions).images)
+        weight = next((p for p in self._model.parameters() if p.is_floating_point()), None)
+        return images if weight is None else images.to(weight.device, weight.dtype)

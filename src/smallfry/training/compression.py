@@ -1,0 +1,139 @@
+"""Methods of compression in a training run: how they begin, and how the run ends with them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from smallfry.data import ImageData
+from smallfry.errors import RunError, TrainingError, UsageError
+from smallfry.training.augment import Normalize
+from smallfry.training.calibration import CalibrationBatches
+from smallfry.training.checkpoint import load_checkpoint, save_checkpoint
+from smallfry.training.method import MethodSettings, Running, Setting, to_dict
+from smallfry.transforms.build import build
+from smallfry.transforms.spec import ModelSpec
+
+DONE, UNFINISHED = "methods", "unfinished"  # entries of a manifest: applied, and still at work
+CHOICE, LAST_EPOCH = "choice", "last epoch"  # entry of a summary's figures where no epoch is chosen
+
+
+Scores = Callable[[nn.Module], dict[str, float]]
+
+
+class InTraining(NamedTuple):
+    """A run with methods at work, as a checkpoint of it is."""
+
+    manifest: Mapping[str, Any]
+    weights: Mapping[str, Tensor]  # the average, if there is one
+    position: Mapping[str, Any]  # epoch and step
+    state: Mapping[str, Any]  # of the methods
+
+
+@dataclass(frozen=True)
+class MethodPlan:
+    """Methods of a training run, and the circumstances in which they begin.
+
+    Args:
+        methods: Their settings; may be none.
+        spec: Of the model that is trained.
+        data: Its training images are calibrated with.
+        normalize: Of the images.
+        steps: Optimizer steps of the run at most.
+        seed: Of what is random.
+    """
+
+    methods: tuple[MethodSettings, ...]
+    spec: ModelSpec
+    data: ImageData
+    normalize: Normalize
+    steps: int = 0
+    seed: int = 0
+
+    @property
+    def trains(self) -> bool:
+        """Whether a method acts at optimizer steps, so that the last weights are its result."""
+        return any(each.trains for each in self.methods)
+
+    def begin(self, model: nn.Module) -> Running:
+        """Begin on a model, in place; the random state stays as it is."""
+        if not self.methods:
+            return Running((), model, Setting(self.spec, torch.empty(0)))
+        batches = CalibrationBatches(self.data.train, self.normalize, model)
+        setting = Setting(self.spec, batches.example(), batches, self.steps, self.seed)
+        with _own_random_state():
+            return Running(self.methods, model, setting)
+
+    def rehearse(self) -> None:
+        """Begin and finish on an untrained model, so that no training ends in an error.
+
+        Raises:
+            UsageError: Layers that the model does not have, or methods in the wrong order.
+        """
+        if not self.methods:
+            return
+        with _own_random_state():
+            running = self.begin(build(self.spec))
+            try:
+                running.finish()
+            except ValueError as error:
+                raise UsageError(f"methods: {error}") from error
+
+    def finish(
+        self, state: Mapping[str, Any], weights: Mapping[str, Tensor], device: torch.device
+    ) -> tuple[nn.Module, ModelSpec]:
+        """The finished model in evaluation mode, and its spec.
+
+        Args:
+            state: Of the methods at work, as ``Running.state_dict``.
+            weights: Those to finish, of the model in training; left as they are.
+            device: Where to.
+        """
+        with _own_random_state():
+            model = build(self.spec).to(device)
+            running = self.begin(model)
+            running.load_state_dict(state)
+            model.load_state_dict(weights)
+            return model.eval(), running.finish()
+
+    def unfinished(self) -> dict[str, Any]:
+        """The entry of a manifest that names methods at work; none without methods."""
+        return {UNFINISHED: [to_dict(each) for each in self.methods]} if self.methods else {}
+
+    def conclude(self, best: Path, kept: InTraining, scores: Scores, device: torch.device) -> None:
+        """Save the finished model.
+
+        Its weights are those of the last step where a method has acted on them, and else those of
+        the best epoch.
+
+        Args:
+            best: The checkpoint of the best epoch, which the finished model replaces.
+            kept: The run at its end.
+            scores: Of the finished model, on the split that selects.
+            device: Where to finish and score it.
+
+        Raises:
+            UsageError, TrainingError: It can't be finished, or its outputs are not finite.
+        """
+        weights, position = kept.weights, kept.position
+        if not self.trains:
+            checkpoint = load_checkpoint(best)
+            if UNFINISHED not in checkpoint.manifest:  # a run that had ended and had no better one
+                return
+            weights, position = checkpoint.weights, checkpoint.manifest["training"]
+        model, spec = self.finish(kept.state, weights, device)
+        try:
+            found = scores(model)
+        except RunError as error:
+            raise TrainingError(f"the model that the methods have made: {error}") from None
+        manifest = {key: value for key, value in kept.manifest.items() if key != UNFINISHED}
+        done = [*manifest.get(DONE, []), *(to_dict(each) for each in self.methods)]
+        manifest |= {"model": spec.to_dict(), DONE: done, "training": {**position, "scores": found}}
+        save_checkpoint(best, manifest, model.state_dict())
+
+
+def _own_random_state() -> Any:
+    return torch.random.fork_rng(devices=range(torch.cuda.device_count()))

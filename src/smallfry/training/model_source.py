@@ -1,0 +1,131 @@
+"""Models of training runs: by a configuration, from another model, or as a checkpoint describes."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from torch import nn
+
+from smallfry.data import ImageData
+from smallfry.errors import UsageError, is_out_of_memory, nearest
+from smallfry.tasks import Task
+from smallfry.training.config import ModelConfig
+from smallfry.training.evaluation import task_of
+from smallfry.training.fine_tuning import START, kept_facts, make_from_start, start_facts
+from smallfry.training.run import TrainedModel
+from smallfry.transforms.build import build
+from smallfry.transforms.spec import OF_THE_FACTORY, ModelSpec
+
+
+class ModelSource(NamedTuple):
+    """Where the model of a run comes from: a configuration, unless another model or a checkpoint.
+
+    Attributes:
+        trained: A model to start from.
+        manifest: Of the checkpoint that a run is resumed from, which holds all weights.
+    """
+
+    trained: TrainedModel | None = None
+    manifest: Mapping[str, Any] | None = None
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the weights are those of an initialisation."""
+        return self.trained is None and self.manifest is None
+
+    def make(self, config: ModelConfig, data: ImageData, task: Task) -> tuple[nn.Module, ModelSpec]:
+        """The model and its spec.
+
+        Raises:
+            UsageError: It can't be made for this data.
+        """
+        if self.trained is not None:
+            made, spec = make_from_start(config, data, task, self.trained)
+        elif self.manifest is None:
+            return create_model(config, data, task)
+        elif START not in self.manifest:
+            return create_model(_without_weights(config), data, task)
+        else:
+            spec = ModelSpec.from_dict(self.manifest["model"])
+            made = build(spec)
+        _recompute_blocks(made, config)
+        return made, spec
+
+    def facts(self, config: ModelConfig) -> dict[str, Any]:
+        """Entries of the run's manifests."""
+        if self.trained is not None:
+            return start_facts(self.trained, str(config.start))
+        return kept_facts(self.manifest or {})
+
+
+def create_model(
+    config: ModelConfig, data: ImageData, task: Task | None = None
+) -> tuple[nn.Module, ModelSpec]:
+    """The model that a configuration names, for this data, and its spec."""
+    name = model_name(config, data)
+    if not timm.is_model(name):
+        raise UsageError(f"unknown model '{name}'{nearest(name, timm.list_models())}")
+    outputs = (task or task_of({})).outputs(len(data.classes))
+    arguments = {"num_classes": outputs, "in_chans": data.channels}
+    decided = sorted({*arguments, "img_size"} & set(config.options))
+    if decided:
+        raise UsageError(f"model.options: {decided[0]} comes from the data; see data.image_size")
+    _require_safe_options(config.options)
+    arguments |= config.arguments()
+    if timm.get_pretrained_cfg(name).fixed_input_size:
+        arguments["img_size"] = data.image_size
+    try:
+        model: nn.Module = timm.create_model(name, **arguments)
+        with torch.inference_mode():
+            size = data.image_size
+            model.eval()(torch.zeros(2, data.channels, size, size))
+    except Exception as error:  # of any of timm's models, given any options
+        if is_out_of_memory(error):
+            raise
+        reason = (str(error) or repr(error)).splitlines()[0]
+        shape = f"{data.channels}×{data.image_size}×{data.image_size}"
+        raise UsageError(f"model {name} can't be built for images of {shape}: {reason}") from error
+    _recompute_blocks(model, config)
+    return model, ModelSpec(name, arguments)
+
+
+def _recompute_blocks(model: nn.Module, config: ModelConfig) -> None:
+    if not config.checkpoint_gradients:
+        return
+    try:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]  # of timm's contract
+    except (AssertionError, AttributeError, TypeError):
+        raise UsageError(
+            f"{config.name} can't recompute blocks: leave out model.checkpoint_gradients, or "
+            "take a smaller batch_size and accumulate"
+        ) from None
+
+
+def _require_safe_options(options: Mapping[str, Any]) -> None:
+    """Of timm's own arguments those that can't read a pickle: it may come from anyone."""
+    for name in sorted(OF_THE_FACTORY & set(options)):
+        value = options[name]
+        if name == "pretrained" and isinstance(value, bool):
+            continue
+        file = value.get("file") if isinstance(value, dict) and len(value) == 1 else None
+        if name == "pretrained_cfg_overlay" and str(file).endswith(".safetensors"):
+            continue
+        raise UsageError(
+            f"model.options: {name} can't be {str(value)[:80]!r}; weights to start from are "
+            "pretrained: true, and with it pretrained_cfg_overlay: {file: NAME.safetensors}"
+        )
+
+
+def model_name(config: ModelConfig, data: ImageData) -> str:
+    """The name of the model, ``auto`` resolved by the size of the images."""
+    if config.name != "auto":
+        return config.name
+    return "vitrm_micro_patch4_8" if data.image_size <= 16 else "vitrm_tiny_patch4_32"
+
+
+def _without_weights(config: ModelConfig) -> ModelConfig:
+    """A checkpoint holds all weights, so none are fetched to begin with."""
+    kept = {k: v for k, v in config.options.items() if not k.startswith("pretrained")}
+    return replace(config, options=kept)

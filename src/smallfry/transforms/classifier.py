@@ -1,0 +1,61 @@
+"""Another number of classes for a model, whatever transforms it has been through."""
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from smallfry.errors import UsageError
+from smallfry.transforms.build import build
+from smallfry.transforms.spec import ModelSpec, Transform
+
+
+def with_classes(model: nn.Module, spec: ModelSpec, classes: int) -> tuple[nn.Module, ModelSpec]:
+    """The model with a classifier of other classes, which is new and not compressed.
+
+    All other weights are kept. A transform that has to do with the classifier has a method
+    ``without_classifier(name, classes)`` that gives it as it is without one, or None.
+
+    Args:
+        model: Left as it is.
+        spec: Its own.
+        classes: Their number.
+
+    Returns:
+        A model in evaluation mode on the CPU, and its spec.
+
+    Raises:
+        UsageError: The classifier can't be told from the rest of the model.
+    """
+    names = _classifier_names(model)
+    transforms: tuple[Transform, ...] = spec.transforms
+    for name in names:
+        transforms = tuple(t for each in transforms if (t := _without(each, name, classes)))
+    arguments = {**spec.arguments, "num_classes": classes}
+    new_spec = replace(spec, arguments=arguments, transforms=transforms)
+    new, old = build(new_spec), model.state_dict()
+    weights = new.state_dict()
+    fresh = {name for name in weights if any(name.startswith(f"{each}.") for each in names)}
+    for name in weights.keys() - fresh:
+        if name not in old or old[name].shape != weights[name].shape:
+            raise UsageError(
+                f"{spec.architecture}: '{name}' is another one with {classes} classes, and is no "
+                f"part of the classifier ({', '.join(names) or 'which the model does not name'}); "
+                "take data with as many classes as the model has"
+            )
+        weights[name] = old[name]
+    new.load_state_dict(weights)
+    return new, new_spec
+
+
+def _classifier_names(model: nn.Module) -> list[str]:
+    """Names of the modules that timm calls the classifier; several where it is distilled."""
+    found: Any = getattr(model, "get_classifier", lambda: ())()
+    parts = found if isinstance(found, list | tuple) else (found,)
+    return [name for name, module in model.named_modules() if any(module is p for p in parts)]
+
+
+def _without(transform: Transform, name: str, classes: int) -> Transform | None:
+    change: Any = getattr(transform, "without_classifier", None)
+    changed: Transform | None = transform if change is None else change(name, classes)
+    return changed
