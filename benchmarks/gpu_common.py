@@ -23,6 +23,7 @@ from smallfry.training import train as training
 from smallfry.training.checkpoint import load_checkpoint
 from smallfry.training.config import DataConfig, ModelConfig, TrainConfig, read_config
 from smallfry.training.loop import Trainer
+from smallfry.training.model_source import ModelSource
 from smallfry.training.processes import start
 from smallfry.training.progress import QuietReporter, Reporter
 from smallfry.training.run import RunFolder
@@ -123,7 +124,8 @@ def fit(
     config.run.mkdir(parents=True, exist_ok=True)
     processes = start(config.device, config.precision, config.strategy)
     folder = RunFolder(config.run)
-    trainer = training._build(config, data, folder, reporter or QuietReporter(), processes)
+    source = ModelSource(None, None if checkpoint is None else load_checkpoint(checkpoint).manifest)
+    trainer = training._build(config, data, folder, reporter or QuietReporter(), processes, source)
     if checkpoint is not None:
         training._restore(trainer, load_checkpoint(checkpoint))
     trainer.fit()

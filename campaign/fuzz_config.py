@@ -19,6 +19,7 @@ from campaign.command import command
 from campaign.runs import CONFIG, without_pictures
 from campaign.trials import RIGHT, TOLD, Part, Verdict, generator
 from smallfry.data.named import HUB
+from smallfry.training import model_source
 from smallfry.training import train as training
 from smallfry.training.config import TrainConfig
 
@@ -108,7 +109,7 @@ def _accept(config: TrainConfig, reporter: object = None) -> dict[str, Any]:
 def _build(config: TrainConfig, reporter: object = None) -> dict[str, Any]:
     if config.data.name in HUB or config.data.name == "faces":
         return dict(SUMMARY)  # which would be asked for over the net
-    training.create_model(config.model, training._load(training._with_full_paths(config)))
+    model_source.create_model(config.model, training._load(training._with_full_paths(config)))
     return dict(SUMMARY)
 
 

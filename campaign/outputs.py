@@ -121,10 +121,10 @@ def trial(prepared: Prepared, number: int) -> Verdict:
             ended = _disturb(way, words, to, whole, random, by_renames)
             if ended.code == HANGS or ended.code not in STOPPED:
                 return Verdict(kind, "", f"ended with {ended}"[:400])
+            if not output.replaces and to.exists():  # killed behind its last rename, or not at all
+                return _judge(output, to, before, kind, "whole when it ended")
             if ended.code == 0:
                 break
-        if ended.code == 0 and not output.replaces:
-            return _judge(output, to, before, kind, "had ended before")
         again = start(words, lambda: _begin(lambda: None, by_renames))()
         if again.code != 0:
             return Verdict(kind, "", f"does not go on: {again}"[:400])

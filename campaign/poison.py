@@ -14,6 +14,7 @@ from campaign.command import command
 from campaign.runs import of_optimizer, without_pictures, write_config
 from campaign.trials import Part, Verdict, generator
 from smallfry.errors import RunError
+from smallfry.training import model_source
 from smallfry.training import train as training
 from smallfry.training.checkpoint import load_checkpoint, save_checkpoint
 from smallfry.training.config import DataConfig, ModelConfig, ObjectiveConfig
@@ -25,7 +26,7 @@ OPTIMIZERS = ("adamw", "sgd", "lamb", *NATURAL)
 PLACES = ("loss", "gradient", "statistics", "weight", "checkpoint", "normalisation", "batch norm")
 STEPS = 9  # of a run
 
-real = training.build_objective, training.create_model, torch.autograd.grad
+real = training.build_objective, model_source.create_model, torch.autograd.grad
 
 
 def prepare(folder: Path) -> Path:
@@ -46,7 +47,7 @@ def _poisoned(folder: Path, number: int) -> Verdict:
     value, at = random.choice(VALUES), random.randrange(2, STEPS)
     run, file = folder / f"run-{number}", folder / "config.yaml"
     without_pictures()
-    training.build_objective, training.create_model, torch.autograd.grad = real
+    training.build_objective, model_source.create_model, torch.autograd.grad = real
     changes: dict[str, Any] = {"optimizer": of_optimizer(name)}
     if place == "normalisation":
         changes["data"] = DataConfig(limit=200)
@@ -139,7 +140,7 @@ def _gradient(value: float, at: int) -> None:
         next(p for p in model.parameters() if p.ndim > 1).register_hook(spoil)
         return model, spec
 
-    training.create_model = create
+    model_source.create_model = create
 
 
 def _weight(value: float, at: int) -> None:
@@ -156,7 +157,7 @@ def _weight(value: float, at: int) -> None:
         layer.register_forward_hook(spoil)
         return model, spec
 
-    training.create_model = create
+    model_source.create_model = create
 
 
 def _statistics(value: float, at: int) -> None:
@@ -185,7 +186,7 @@ def _batch_norm(value: float, at: int) -> None:
         )
         return model, spec
 
-    training.create_model = create
+    model_source.create_model = create
 
 
 POISONS: dict[str, Callable[[float, int], None]] = {

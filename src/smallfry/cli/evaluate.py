@@ -22,10 +22,12 @@ class Options(EarlyExit, AsJson, OneRun):
     Args:
         split: Split to evaluate.
         data: Data to use instead of the run's own.
+        flips: Take the mean of the logits of each image and its mirror image.
     """
 
     split: Literal["train", "validation", "test"] = "test"
     data: OtherData = field(default_factory=OtherData)
+    flips: bool = False
 
 
 def run(options: Options) -> int:
@@ -40,9 +42,17 @@ def run(options: Options) -> int:
     loaded, images, split = load_like(trained, options.run, data.name, data.root, options.split)
     require_classes(trained, loaded.classes, loaded.origin)
     threshold = _exit_threshold(options, trained)
-    predictions = predict(trained.model, images, trained.normalize, exit_threshold=threshold)
+    predictions = predict(
+        trained.model,
+        images,
+        trained.normalize,
+        exit_threshold=threshold,
+        flips=options.flips,
+    )
     scores = score(require_finite(predictions), task_of(trained.manifest))
     result = {"data": loaded.name, "split": split, "images": len(images), **scores}
+    if options.flips:
+        result["flips"] = "yes"
     if threshold is not None:
         result["exit_threshold"] = threshold
     if options.json:

@@ -1,12 +1,15 @@
 """Architectures. Importing this package registers them with timm."""
 
 from smallfry.models import baselines, cct
-from smallfry.models.contract import LatentRecursive, RecursionStep, Recursive
+from smallfry.models.contract import FromImages, LatentRecursive, RecursionStep, Recursive
+from smallfry.models.loopnet import LoopNet
 from smallfry.models.vitrm import State, ViTRM
 from smallfry.models.vitrm_plus import ViTRMPlus
 
 __all__ = [
+    "FromImages",
     "LatentRecursive",
+    "LoopNet",
     "RecursionStep",
     "Recursive",
     "State",

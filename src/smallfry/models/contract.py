@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 from torch import Tensor
 
 __all__ = [
+    "FromImages",
     "LatentRecursive",
     "RecursionStep",
     "Recursive",
@@ -54,6 +55,14 @@ class Recursive(Protocol):
 
     def advance(self, inputs: Tensor, state: Any = None) -> RecursionStep:
         """One recursion step on inputs, by default from the initial state; it is trained alone."""
+
+
+@runtime_checkable
+class FromImages(Protocol):
+    """A module with weights that depend on the training images; training begins with them."""
+
+    def initialize(self, images: Tensor) -> None:
+        """Set these weights, given normalised images (images, channels, side, side)."""
 
 
 @runtime_checkable

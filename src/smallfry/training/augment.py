@@ -35,6 +35,8 @@ class Place(NamedTuple):
     rows: Tensor  # (images,), int64, their places in the batch
     total: int  # images in the whole batch
     borrowed: int = 0  # how many of them, in front, are there for mixing only
+    mirrored: Tensor | None = None  # (images,), bool: those to mirror, where that is not by chance
+    size: int | None = None  # side to bring them to, in pixels; as they are by default
 
     def own(self, draws: Tensor) -> Tensor:
         """Of draws for all images, last dimension, those for the images at hand."""
@@ -75,8 +77,11 @@ class Augment:
         if padding is None:
             padding = image_size // 8 if image_size >= SMALLEST_CROPPED else 0
         if padding:
-            self.steps.append(partial(random_crop, padding=padding))
-        if flip if config.flip is None else config.flip:
+            self.steps.append(partial(random_crop, padding=padding, border=config.border))
+        flips = flip if config.flip is None else config.flip
+        self.alternates = flips and config.flips == "alternating"
+        self.sizes = config.sizes
+        if flips:
             self.steps.append(random_flip)
         operations = rand_augment_operations(config.randaugment_magnitude, image_size)
         self.steps += [partial(apply_one_of, operations=operations)] * config.randaugment_ops
@@ -88,6 +93,7 @@ class Augment:
         self.classes, self.targets = classes, targets
         self.mix = v2.RandomChoice(mixing) if mixing else None
         self.normalize = Normalize(mean, std)
+        self.cutout = config.cutout
 
     def needed(self, part: slice, count: int) -> Place:
         """The images that a part of a batch is made of: mixed are an image and the one before."""
@@ -103,6 +109,10 @@ class Augment:
         for step in self.steps:
             images = step(images, place=place)
         images = self.normalize(images)
+        if self.cutout:
+            images = random_cutout(images, self.cutout, place)
+        if place.size is not None and place.size != images.shape[-1]:
+            images = tv.resize(images, [place.size, place.size], antialias=True)
         if self.mix is None:
             shares = F.one_hot(labels, self.classes).to(images.dtype)
             return Batch(images, self.targets(labels, shares))
@@ -130,20 +140,53 @@ def beside(images: Tensor, drawn: Tensor) -> Tensor:
     return drawn.to(images.device, non_blocking=images.is_cuda)
 
 
-def random_crop(images: Tensor, padding: int, place: Place | None = None) -> Tensor:
-    """Images of the same size, cut out of the black-bordered ones anywhere."""
+def random_crop(
+    images: Tensor, padding: int, place: Place | None = None, border: str = "black"
+) -> Tensor:
+    """Images of the same size, cut out anywhere of those with a border of black, or of mirrors."""
     count, _, height, width = images.shape
     place = place or whole(images)
     top, left = beside(images, place.own(torch.randint(2 * padding + 1, (2, place.total))))
-    windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
+    if border == "reflect":
+        rows, columns = (mirrored(n, padding).to(images.device) for n in (height, width))
+        padded = images[:, :, rows][..., columns]
+    else:
+        padded = F.pad(images, (padding,) * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)
     return windows[torch.arange(count, device=images.device), :, top, left]
 
 
+def mirrored(pixels: int, padding: int) -> Tensor:
+    """Indices of a row of pixels continued on both sides by its mirror images."""
+    period = max(1, 2 * (pixels - 1))
+    places = torch.arange(-padding, pixels + padding).remainder(period)
+    return torch.minimum(places, period - places) if pixels > 1 else places
+
+
 def random_flip(images: Tensor, place: Place | None = None) -> Tensor:
-    """Images, half of them mirrored."""
+    """Images, half of them mirrored; those that ``place`` names, if it does."""
     place = place or whole(images)
-    mirrored = beside(images, place.own(torch.rand(place.total)) < 0.5)
-    return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+    chosen = place.mirrored
+    if chosen is None:
+        chosen = place.own(torch.rand(place.total)) < 0.5
+    return torch.where(beside(images, chosen)[:, None, None, None], images.flip(-1), images)
+
+
+def random_cutout(images: Tensor, side: int, place: Place | None = None) -> Tensor:
+    """Normalised images with a square at zero, the mean of the data, anywhere in each of them.
+
+    Source: DeVries and Taylor 2017, "Cutout", arXiv 1708.04552; part of a square can lie outside.
+    """
+    place = place or whole(images)
+    height, width = images.shape[-2:]
+    middle = beside(images, place.own(torch.rand(2, place.total)))
+    inside = []
+    for drawn, pixels in zip(middle, (height, width), strict=True):
+        first = (drawn * pixels).floor().long() - side // 2
+        at = torch.arange(pixels, device=images.device) - first[:, None]
+        inside.append((at >= 0) & (at < side))
+    blank = inside[0][:, None, :, None] & inside[1][:, None, None, :]
+    return images.masked_fill(blank, 0.0)
 
 
 def apply_one_of(

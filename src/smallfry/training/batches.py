@@ -15,7 +15,7 @@ from smallfry.data import ImageData, Split
 from smallfry.data.stream import ShardPixels
 from smallfry.errors import UsageError
 from smallfry.tasks import Batch
-from smallfry.training.augment import Augment, beside
+from smallfry.training.augment import Augment, Place, beside
 from smallfry.training.processes import share_of
 
 RESIDENT_SHARE = 0.25  # of the device's free memory that training images may take
@@ -37,6 +37,7 @@ class TrainBatches(Dataset[Batch]):
         seed: Of order and augmentation.
         rank: Which of the processes this is.
         processes: How many there are.
+        epochs: Epochs of the whole training, over which ``augment.sizes`` are spread.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class TrainBatches(Dataset[Batch]):
         seed: int,
         rank: int = 0,
         processes: int = 1,
+        epochs: int = 1,
     ) -> None:
         self.split = split
         self.augment = augment
@@ -59,7 +61,12 @@ class TrainBatches(Dataset[Batch]):
                 "fewer, or raise batch_size"
             )
         self.place = augment.needed(share_of(self.batch_size, rank, processes), self.batch_size)
+        self.epochs = epochs
         self._order: tuple[int, Tensor] | None = None
+        self._mirrored_first = torch.zeros(0, dtype=torch.bool)  # of all images, in epoch 0
+        if augment.alternates:
+            generator = torch.Generator().manual_seed(derive_seed(seed, 3))
+            self._mirrored_first = torch.rand(len(split), generator=generator) < 0.5
 
     def __getitem__(self, step: int) -> Batch:
         epoch, position = divmod(step, self.steps_per_epoch)
@@ -67,7 +74,18 @@ class TrainBatches(Dataset[Batch]):
         chosen = self.split.take(beside(self.split.rows, rows))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.seed, 1, step))
-            return self.augment(chosen.images, chosen.labels, self.place)
+            return self.augment(chosen.images, chosen.labels, self._place(step, rows))
+
+    def _place(self, step: int, rows: Tensor) -> Place:
+        """The part of this process, with what a step's number decides."""
+        place, sizes = self.place, self.augment.sizes
+        epoch = step // self.steps_per_epoch
+        if self.augment.alternates:
+            place = place._replace(mirrored=self._mirrored_first[rows] ^ bool(epoch % 2))
+        if sizes:
+            part = step * len(sizes) // (self.epochs * self.steps_per_epoch)
+            place = place._replace(size=sizes[min(part, len(sizes) - 1)])
+        return place
 
     def _order_of(self, epoch: int) -> Tensor:
         if self._order is None or self._order[0] != epoch:

@@ -121,7 +121,13 @@ class AugmentConfig:
     Args:
         crop_padding: Random crop after padding by so many pixels; default an eighth of the side,
             and none on images smaller than 16 pixels.
+        border: The padding of a crop: black, or the image mirrored at its edge (reflect).
         flip: Random horizontal flip; default yes, but not for digits and characters.
+        flips: random mirrors half of the images anew in each epoch; alternating mirrors each image
+            in every other epoch, half of them in the first (arXiv 2404.00498).
+        cutout: Side in pixels of a square that is blanked anywhere in each image; 0 turns it off.
+        sizes: Sides in pixels of the images in equal parts of the training, such as [24, 28, 32],
+            for models that take images of any size; default the full size throughout.
         randaugment_ops: RandAugment operations per image; 0 turns it off.
         randaugment_magnitude: Their magnitude, 0 to 30.
         mixup: Alpha of Mixup; 0 turns it off. With CutMix too, each batch takes one or the other.
@@ -129,7 +135,11 @@ class AugmentConfig:
     """
 
     crop_padding: int | None = None
+    border: Literal["black", "reflect"] = "black"
     flip: bool | None = None
+    flips: Literal["random", "alternating"] = "random"
+    cutout: int = 0
+    sizes: list[int] = field(default_factory=list)
     randaugment_ops: int = 0
     randaugment_magnitude: int = 9
     mixup: float = 0.2
@@ -143,6 +153,8 @@ class AugmentConfig:
         _check(0 <= self.randaugment_ops <= MOST_OPERATIONS, operations)
         _check(0 <= self.randaugment_magnitude <= 30, "augment.randaugment_magnitude is 0 to 30")
         _check(min(self.mixup, self.cutmix) >= 0, "augment.mixup and cutmix can't be negative")
+        _check(0 <= self.cutout <= MOST_PADDING, f"augment.cutout is 0 to {MOST_PADDING}")
+        _check(all(1 <= s <= MOST_PADDING for s in self.sizes), "augment.sizes must be positive")
 
 
 @dataclass(frozen=True)
@@ -180,6 +192,7 @@ class OptimizerConfig:
         weight_decay: Decoupled weight decay.
         decay: weights leaves biases, norms, positions and initial states undecayed; all is the
             paper's choice.
+        bias_rate: Factor of the learning rate of biases and of the shifts of norms.
         betas: Averaging factors, for optimizers of Adam's family.
         clip: Largest gradient norm; null does not clip.
         options: Any other argument of the optimizer, such as {damping: 0.1, statistics_every: 5}.
@@ -189,6 +202,7 @@ class OptimizerConfig:
     lr: float | None = None
     weight_decay: float = 0.05
     decay: Literal["weights", "all"] = "weights"
+    bias_rate: float = 1.0
     betas: tuple[float, float] | None = None
     clip: float | None = 1.0
     options: dict[str, Any] = field(default_factory=dict)
@@ -197,22 +211,25 @@ class OptimizerConfig:
         _check_values(self, "optimizer.")
         _check(self.lr is None or self.lr > 0, "optimizer.lr must be positive")
         _check(self.weight_decay >= 0, "optimizer.weight_decay can't be negative")
+        _check(self.bias_rate > 0, "optimizer.bias_rate must be positive")
         _check(self.clip is None or self.clip > 0, "optimizer.clip must be positive, or null")
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Learning rate: a linear warm-up, then a cosine.
+    """Learning rate: a linear warm-up, then a fall to the end of the training.
 
     Args:
         warmup_epochs: Epochs of warm-up; fractions are fine.
         min_lr: Learning rate at the end.
         per: Change it each step, or each epoch as the paper does (its first runs at rate 0).
+        shape: Of the fall: half a cosine, or linear, which makes a triangle of it with the warm-up.
     """
 
     warmup_epochs: float = 5.0
     min_lr: float = 1e-6
     per: Literal["step", "epoch"] = "step"
+    shape: Literal["cosine", "linear"] = "cosine"
 
     def __post_init__(self) -> None:
         _check_values(self, "schedule.")
@@ -261,6 +278,8 @@ class TrainSettings(TypedDict, total=False):
     strategy: Literal["auto", "ddp", "fsdp"]
     sync_batch_norm: bool
     compile: bool
+    channels_last: bool
+    test_flips: bool
     resident: bool | None
     workers: int | None
     threads: int | None
@@ -301,6 +320,10 @@ class TrainConfig:
         sync_batch_norm: Take batch norms' statistics over all processes, on GPUs; each its own
             part of the batch otherwise.
         compile: Compile the training step with torch.compile; on a CPU that needs a C++ compiler.
+        channels_last: Keep images and convolutions with the channels last in memory, which is
+            faster for convolutional networks on most devices.
+        test_flips: Test the model a second time, on the mean of the logits of each image and its
+            mirror image; the summary names those scores test_flips.
         resident: Keep the training images on the device; default if they take at most a quarter
             of its free memory. On a CPU there is nothing to move.
         workers: Processes that prepare batches; default as many as help. Fewer are started where
@@ -334,6 +357,8 @@ class TrainConfig:
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     sync_batch_norm: bool = False
     compile: bool = False
+    channels_last: bool = False
+    test_flips: bool = False
     resident: bool | None = None
     workers: int | None = None
     threads: int | None = None

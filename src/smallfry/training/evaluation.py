@@ -33,10 +33,18 @@ def predict(
     device: torch.device | None = None,
     batch_size: int = 256,
     exit_threshold: float | None = None,
+    flips: bool = False,
 ) -> Predictions:
     """Run a model over a split, in evaluation mode; its mode is restored.
 
-    With ``exit_threshold``, images whose halting probability passes it leave the recursion.
+    Args:
+        model: The model.
+        split: The images.
+        normalize: Turns pixels into inputs.
+        device: Where the model is; default the CPU.
+        batch_size: Images at a time.
+        exit_threshold: Images whose halting probability passes it leave the recursion.
+        flips: Take the mean of the logits of each image and its mirror image.
     """
     was_training = model.training
     model.eval()
@@ -45,6 +53,9 @@ def predict(
     for rows in torch.split(split.rows, batch_size):
         images = normalize(split.pixels[rows]).to(device or torch.device("cpu"), dtype)
         step_logits, halt_logits, taken = forward(model, images, exit_threshold)
+        if flips:
+            mirrored = forward(model, images.flip(-1), exit_threshold)[0]
+            step_logits = (step_logits.float() + mirrored.float()) / 2
         if taken is not None:
             steps.append(taken.cpu())
         logits.append(step_logits.float().cpu())

@@ -109,7 +109,8 @@ class Trainer:
         self.reporter = reporter if processes.is_first else QuietReporter()
         images = resident(data.train, self.fabric.device, config.resident)
         self.batches = TrainBatches(
-            images, augment, config.batch_size, config.seed, processes.rank, processes.count
+            *(images, augment, config.batch_size, config.seed),
+            *(processes.rank, processes.count, config.epochs),
         )
         self.total_steps = config.epochs * self.batches.steps_per_epoch
         self.progress = Progress()
@@ -131,6 +132,8 @@ class Trainer:
         self.raw_model = convert(self.fabric.to_device(model))
         self.running = self.plan.begin(self.raw_model)
         self.raw_model = convert(self.fabric.to_device(self.raw_model))  # with new layers
+        if config.channels_last:
+            self.raw_model.to(memory_format=torch.channels_last)
         prepared = objective.prepare(self.raw_model)
         if config.compile:
             prepared = Compiled(prepared)

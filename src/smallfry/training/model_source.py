@@ -91,6 +91,11 @@ def create_model(
     return model, ModelSpec(name, arguments)
 
 
+def is_pretrained(config: ModelConfig) -> bool:
+    """True if the model starts from weights that timm reads."""
+    return bool(config.options.get("pretrained"))
+
+
 def _recompute_blocks(model: nn.Module, config: ModelConfig) -> None:
     if not config.checkpoint_gradients:
         return

@@ -71,9 +71,12 @@ def build_optimizer(
     if fused and "fused" in signature(kind).parameters:
         arguments["fused"] = True
     decay_all = config.decay == "all"
+    moved: Any = list(model.parameters()) if decay_all else model
+    if config.bias_rate != 1.0:
+        moved = _with_fast_biases(config, model)
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
-            list(model.parameters()) if decay_all else model,
+            moved,
             opt=config.name,
             lr=peak_learning_rate(config, model),
             weight_decay=config.weight_decay,
@@ -95,11 +98,38 @@ def unchecked(config: OptimizerConfig) -> OptimizerConfig:
     return replace(config, options={"check": "off", **config.options})
 
 
+def _with_fast_biases(config: OptimizerConfig, model: nn.Module) -> list[dict[str, Any]]:
+    """Parameter groups of a model, biases and shifts of norms in groups with a rate of their own.
+
+    The loop multiplies a group's rate by its ``lr_scale``.
+    """
+    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
+    if config.decay == "weights":
+        no_decay: Any = getattr(model, "no_weight_decay", set)
+        groups = param_groups_weight_decay(
+            model, config.weight_decay, no_weight_decay_list=no_decay()
+        )
+    biases = {id(p) for name, p in model.named_parameters() if name.endswith("bias")}
+    parts = []
+    for group in groups:
+        members = [p for p in group["params"] if p.requires_grad]
+        for scale, is_bias in ((1.0, False), (config.bias_rate, True)):
+            chosen = [p for p in members if (id(p) in biases) == is_bias]
+            if chosen:
+                parts.append({**group, "params": chosen, "lr_scale": scale})
+    return parts
+
+
 def _build_natural(
     config: OptimizerConfig, model: nn.Module, forward: nn.Module | None, likelihood: Any
 ) -> NaturalGradient:
     if config.betas is not None:
         raise UsageError(f"optimizer {config.name} has no betas; its settings are in options")
+    if config.bias_rate != 1.0:
+        raise UsageError(
+            f"optimizer {config.name} moves the weights and the bias of a layer together: leave "
+            "out optimizer.bias_rate"
+        )
     params: Any = None
     if config.decay == "weights":
         no_decay: Any = getattr(model, "no_weight_decay", set)
@@ -125,7 +155,7 @@ def _build_natural(
 def learning_rate(
     config: ScheduleConfig, peak: float, step: int, steps_per_epoch: int, epochs: int
 ) -> float:
-    """The learning rate of a step: linear warm-up to the peak, then a cosine to ``min_lr``.
+    """The learning rate of a step: linear warm-up to the peak, then a fall to ``min_lr``.
 
     Per epoch, as in the paper, the first epoch runs at rate 0; per step, no step does.
     """
@@ -139,6 +169,8 @@ def learning_rate(
         return peak * now / warmup
     done = min(1.0, (now - warmup) / max(1.0, total - warmup))
     floor = min(config.min_lr, peak)
+    if config.shape == "linear":
+        return peak + (floor - peak) * done
     return floor + (peak - floor) * (1 + math.cos(math.pi * done)) / 2
 
 

@@ -23,12 +23,12 @@ from smallfry.errors import (
 )
 from smallfry.io.signals import keeping
 from smallfry.io.terminal import command
-from smallfry.models import LatentRecursive, Recursive
+from smallfry.models import FromImages, LatentRecursive, Recursive
 from smallfry.models.trace import steps_to_follow, trace_recursion
 from smallfry.report.curves import learning_curves
 from smallfry.report.recursion import interesting, recursion_trace
 from smallfry.tasks import Pictured, find_task
-from smallfry.training.augment import Augment
+from smallfry.training.augment import Augment, Normalize
 from smallfry.training.batch_norm import require_enough_images
 from smallfry.training.batches import CHARACTERS, flips_by_default
 from smallfry.training.checkpoint import Checkpoint, has_checkpoint, load_checkpoint
@@ -44,7 +44,7 @@ from smallfry.training.evaluation_data import load_config_data, require_place
 from smallfry.training.fine_tuning import START, kept_facts, like_start, load_start
 from smallfry.training.loop import Trainer
 from smallfry.training.method import find_methods
-from smallfry.training.model_source import ModelSource, model_name
+from smallfry.training.model_source import ModelSource, is_pretrained, model_name
 from smallfry.training.objective import build_objective
 from smallfry.training.processes import Processes, leaving, start
 from smallfry.training.progress import Reporter, build_reporter
@@ -56,6 +56,7 @@ from smallfry_runtime.names import path_of, text_of
 
 log = logging.getLogger(__name__)
 
+STUDIED = 4096  # training images that a model is initialised from
 SMALL_MODEL = 10_000_000  # multiply-accumulates an image
 
 
@@ -288,6 +289,7 @@ def _build(
     torch.manual_seed(config.seed)
     task = find_task(config.task).create(config.objective.label_smoothing)
     model, spec = processes.together(lambda: source.make(config.model, data, task))
+    mean, std = config.data.mean or data.mean, config.data.std or data.std
     require_enough_images(
         model,
         torch.zeros(1, data.channels, data.image_size, data.image_size),
@@ -296,8 +298,10 @@ def _build(
         processes.count,
         config.sync_batch_norm,
     )
+    if source.is_new and not is_pretrained(config.model) and isinstance(model, FromImages):
+        some = data.train.take(torch.arange(min(STUDIED, len(data.train)))).images
+        model.initialize(Normalize(mean, std)(some))
     torch.set_num_threads(config.threads or _useful_threads(model, data))
-    mean, std = config.data.mean or data.mean, config.data.std or data.std
     manifest = {
         "model": spec.to_dict(),
         **source.facts(config.model),
@@ -353,6 +357,9 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
     model = best.model.to(device)
     try:
         predictions = require_finite(predict(model, data.test, best.normalize, device))
+        flipped = None
+        if config.test_flips:
+            flipped = predict(model, data.test, best.normalize, device, flips=True)
     except RunError as error:
         raise TrainingError(f"{folder.best}: on the test images, {error}") from None
     sample = torch.zeros(1, data.channels, data.image_size, data.image_size, device=device)
@@ -371,6 +378,7 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
         },
         "measured": {
             "test": score(predictions, trainer.objective.task),
+            **({} if flipped is None else {"test_flips": score(flipped, trainer.objective.task)}),
             "best_epoch": len(progress.history) if trainer.plan.trains else progress.best_epoch,
             "select_on": config.select_on,
             **({CHOICE: LAST_EPOCH} if trainer.plan.trains else {}),

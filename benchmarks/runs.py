@@ -1,0 +1,191 @@
+"""Train a list of runs, several at a time, and keep what is worth keeping of each.
+
+    python benchmarks/runs.py LIST.yaml --out results/fast --root DIR
+    python benchmarks/runs.py LIST.yaml --out OUT --at-once 8 --seconds 300 --set device=cuda
+
+A list names runs: each has a recipe, settings that differ from it, and seeds. Runs are taken in the
+order of the list. A run that was stopped goes on where it was, one that has ended is left alone, so
+the same command continues an interrupted list. Run folders are under ``--runs``; configuration,
+metrics and summary are copied to ``--out``, with the best weights of the first seed of runs with
+``keep``.
+
+    - name: loopnet_2m
+      recipe: recipes/fast/loopnet_2m_cifar10.yaml
+      seeds: [0, 1, 2]
+      settings: {epochs: 18, optimizer.lr: 0.5}
+      keep: true
+"""
+
+import argparse
+import json
+import math
+import multiprocessing as mp
+import os
+import queue
+import shutil
+import signal
+import sys
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+KEPT = ("config.yaml", "metrics.csv", "summary.json")
+WEIGHTS = ("best/manifest.json", "best/model.safetensors")
+GRACE = 8.0  # seconds for a run to save its state
+
+
+class Run(NamedTuple):
+    """A run of the list."""
+
+    name: str
+    recipe: Path
+    settings: dict[str, Any]  # by dotted name
+    keep: bool
+
+
+def read_list(file: Path, chosen: list[str], more: dict[str, Any]) -> list[Run]:
+    """The runs of a file, one for each seed; of those named, if any are."""
+    runs = []
+    for entry in yaml.safe_load(file.read_text()):
+        unknown = set(entry) - {"name", "recipe", "seeds", "settings", "keep", "decides"}
+        if unknown:
+            raise SystemExit(f"{file}: {entry.get('name')}: unknown {', '.join(sorted(unknown))}")
+        if chosen and entry["name"] not in chosen:
+            continue
+        for seed in entry.get("seeds", [0]):
+            settings = {**entry.get("settings", {}), "seed": seed, **more}
+            recipe = ROOT / entry["recipe"]
+            name = f"{entry['name']}-seed{seed}"
+            keep = entry.get("keep", False) and seed == entry.get("seeds", [0])[0]
+            runs.append(Run(name, recipe, settings, keep))
+    return runs
+
+
+def train_one(run: Run, folder: Path, out: Path, root: Path | None) -> str:
+    """Train a run to its end, or go on with it; how it ended."""
+    from smallfry.errors import SmallfryError, Stopped
+    from smallfry.training.config import read_config
+    from smallfry.training.continuation import with_changes
+    from smallfry.training.run import RunFolder
+    from smallfry.training.train import resume, train
+
+    began = time.monotonic()
+    try:
+        if (folder / "config.yaml").is_file():
+            summary = resume(folder)
+        else:
+            config = with_changes(read_config(run.recipe), run.settings)
+            data = config.data if root is None else replace(config.data, root=root)
+            summary = train(replace(config, data=data, run=folder, references=False))
+    except Stopped as error:
+        print(f"{run.name}: {error}", flush=True)
+        raise SystemExit(0) from None  # this process was asked to end
+    except SmallfryError as error:
+        return f"{type(error).__name__}: {error}"
+    measured = summary["measured"]
+    into = out / run.name
+    for name in (*KEPT, *(WEIGHTS if run.keep else ())):
+        (into / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / name, into / name)
+    figures = {key: measured[key]["accuracy"] for key in ("test", "test_flips") if key in measured}
+    history = RunFolder(folder).read_metrics()
+    figures |= {"last validation": history[-1].get("validation_accuracy", math.nan)}
+    shown = ", ".join(f"{key} {100 * value:.2f} %" for key, value in figures.items())
+    return f"{shown}, {measured['training_seconds']:.0f} s, {time.monotonic() - began:.0f} s in all"
+
+
+def work(jobs: Any, said: Any, runs: Path, out: Path, root: Path | None) -> None:
+    """Take runs until there are none; a worker process."""
+    while True:
+        try:
+            run = jobs.get_nowait()
+        except queue.Empty:
+            return
+        try:
+            how = train_one(run, runs / run.name, out, root)
+        except Exception:
+            traceback.print_exc()
+            how = f"failed: {traceback.format_exc().strip().splitlines()[-1]}"
+        said.put((run.name, how))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("list", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="folder for what is kept")
+    parser.add_argument("--root", type=Path, help="folder of the data set's files")
+    parser.add_argument("--runs", type=Path, help="run folders; default OUT/runs")
+    parser.add_argument("--at-once", type=int, default=1)
+    parser.add_argument("--seconds", type=float, help="stop then; the same command goes on")
+    parser.add_argument("--only", nargs="+", default=[], help="names of runs in the list")
+    parser.add_argument("--set", nargs="*", default=[], help="settings of all runs: NAME=VALUE")
+    given = parser.parse_args()
+    more = {k: yaml.safe_load(v) for k, v in (pair.split("=", 1) for pair in given.set)}
+    runs = read_list(given.list, given.only, more)
+    folder = given.runs or given.out / "runs"
+    context = mp.get_context("spawn")
+    jobs, said = context.Queue(), context.Queue()
+    left = [run for run in runs if not (given.out / run.name / "summary.json").exists()]
+    for run in left:
+        jobs.put(run)
+    os.environ.setdefault("CI", "1")  # no progress bars
+    workers = [
+        context.Process(target=work, args=(jobs, said, folder, given.out, given.root))
+        for _ in range(min(given.at_once, len(left)))
+    ]
+    began = time.monotonic()
+    for worker in workers:
+        worker.start()
+    results: dict[str, str] = {}
+
+    def listen(seconds: float) -> None:
+        try:
+            name, how = said.get(timeout=seconds)
+        except queue.Empty:
+            return
+        results[name] = how
+        print(f"{time.monotonic() - began:7.1f} s  {name}: {how}", flush=True)
+        (given.out / "log.json").write_text(json.dumps(results, indent=1) + "\n")
+
+    given.out.mkdir(parents=True, exist_ok=True)
+    ends = [signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)]
+    assert ends is not None
+    try:
+        while any(worker.is_alive() for worker in workers):
+            listen(0.5)
+            if given.seconds is not None and time.monotonic() - began > given.seconds:
+                print(f"{given.seconds:.0f} s are over", flush=True)
+                break
+    except KeyboardInterrupt:
+        pass
+    finally:
+        _end(workers)
+        while len(results) < len(left) and not said.empty():
+            listen(0.1)
+    print(f"{len(results)} of {len(runs)} runs; {len(runs) - len(left)} had ended before")
+    return int(len(results) < len(left))
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _end(workers: list[Any]) -> None:
+    """Let runs save their state, and end what is left."""
+    for worker in workers:
+        if worker.is_alive():
+            worker.terminate()
+    until = time.monotonic() + GRACE
+    for worker in workers:
+        worker.join(max(0.1, until - time.monotonic()))
+        if worker.is_alive():
+            worker.kill()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
