@@ -1,4 +1,4 @@
-"""Train a list of runs, several at a time, and keep what is worth keeping of each.
+"""Train a list of runs in parallel, and keep the important files of each.
 
     python benchmarks/runs.py LIST.yaml --out results/fast --root DIR
     python benchmarks/runs.py LIST.yaml --out OUT --at-once 8 --seconds 300 --set device=cuda
@@ -40,7 +40,7 @@ GRACE = 8.0  # seconds for a run to save its state
 
 
 class Run(NamedTuple):
-    """A run of the list."""
+    """Run in the list."""
 
     name: str
     recipe: Path
@@ -49,7 +49,7 @@ class Run(NamedTuple):
 
 
 def read_list(file: Path, chosen: list[str], more: dict[str, Any]) -> list[Run]:
-    """The runs of a file, one for each seed; of those named, if any are."""
+    """List the runs of a file, one for each seed, optionally only those named."""
     runs = []
     for entry in yaml.safe_load(file.read_text()):
         unknown = set(entry) - {"name", "recipe", "seeds", "settings", "keep", "decides"}
@@ -67,7 +67,7 @@ def read_list(file: Path, chosen: list[str], more: dict[str, Any]) -> list[Run]:
 
 
 def train_one(run: Run, folder: Path, out: Path, root: Path | None) -> str:
-    """Train a run to its end, or go on with it; how it ended."""
+    """Train or resume a run, and return its outcome."""
     from smallfry.errors import SmallfryError, Stopped
     from smallfry.training.config import read_config
     from smallfry.training.continuation import with_changes
@@ -100,7 +100,7 @@ def train_one(run: Run, folder: Path, out: Path, root: Path | None) -> str:
 
 
 def work(jobs: Any, said: Any, runs: Path, out: Path, root: Path | None) -> None:
-    """Take runs until there are none; a worker process."""
+    """Train runs from the queue until it is empty, in a worker process."""
     while True:
         try:
             run = jobs.get_nowait()
@@ -176,7 +176,7 @@ def _stop(number: int, frame: Any) -> None:
 
 
 def _end(workers: list[Any]) -> None:
-    """Let runs save their state, and end what is left."""
+    """Ask runs to save their state, and kill the remaining processes."""
     for worker in workers:
         if worker.is_alive():
             worker.terminate()

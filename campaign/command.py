@@ -29,7 +29,7 @@ ArgumentParser.get_defaults = _defaults_once(ArgumentParser.get_defaults)  # typ
 UNFIT = ("an error inside smallfry", "Traceback (most recent")
 
 
-class Said(NamedTuple):
+class CommandOutput(NamedTuple):
     """Output of a command."""
 
     code: int
@@ -50,7 +50,7 @@ class Said(NamedTuple):
         return None
 
 
-def command(*arguments: str) -> Said:
+def command(*arguments: str) -> CommandOutput:
     """Run the command here; an escaping exception is a failure."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -58,4 +58,4 @@ def command(*arguments: str) -> Said:
             code = cli.main(list(arguments))
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
-    return Said(code, out.getvalue(), err.getvalue())
+    return CommandOutput(code, out.getvalue(), err.getvalue())

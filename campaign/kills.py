@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import sklearn.datasets
 
-from campaign.command import Said, command
+from campaign.command import CommandOutput, command
 from campaign.neighbours import harm, plant
 from campaign.runs import difference, of_optimizer, without_pictures, write_config
 from campaign.trials import Part, Verdict, Waiting, generator, silence
@@ -54,7 +54,7 @@ class Ended(NamedTuple):
     """Result of a command's process."""
 
     code: int  # negative: of that signal
-    said: Said | None  # unless it was killed
+    said: CommandOutput | None  # unless it was killed
 
 
 def prepare(folder: Path) -> Prepared:
@@ -212,7 +212,7 @@ def start(words: list[str], begin: Callable[[], None] = lambda: None) -> Callabl
             told += block
         os.close(reading)
         out, separator, err = told.decode(errors="replace").partition("\0")
-        return Ended(HANGS if hangs else code, Said(code, out, err) if separator else None)
+        return Ended(HANGS if hangs else code, CommandOutput(code, out, err) if separator else None)
 
     return wait
 

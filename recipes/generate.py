@@ -9,9 +9,9 @@ from pathlib import Path
 
 import yaml
 
-from smallfry.studies.entrants import ENTRANTS, PAPER, Entrant
 from smallfry.studies.recipes import BATCH_SIZES, PAPER_DATA, paper_recipe
 from smallfry.studies.reported_vision import ACCURACY, DATA
+from smallfry.studies.study_models import PAPER, STUDY_MODELS, StudyModel
 from smallfry.training.config import (
     AugmentConfig,
     EMAConfig,
@@ -45,12 +45,12 @@ def recipes() -> dict[str, str]:
 
 def paper_text(name: str, data: str, size: int) -> str:
     """A recipe of arXiv 2603.19503, with what is reported for it."""
-    entrant, figure = ENTRANTS[name], ACCURACY[data][name][size]
+    entry, figure = STUDY_MODELS[name], ACCURACY[data][name][size]
     reported = "out of memory" if figure is None else f"{figure:g} % (best test epoch of one run)"
-    config = paper_recipe(entrant, data, size)
+    config = paper_recipe(entry, data, size)
     return _text(
         f"paper/{name}_{data}_b{size}.yaml",
-        f"{entrant.label} on {DATA[data]} with batches of {size}: the recipe of arXiv 2603.19503.\n"
+        f"{entry.label} on {DATA[data]} with batches of {size}: the recipe of arXiv 2603.19503.\n"
         f"Reported there: {reported}. Here 10 % of the training images choose the\n"
         "epoch and the test split is read once; --select_on test --data.validation 0 is the\n"
         "paper's protocol, which flatters.",
@@ -60,14 +60,14 @@ def paper_text(name: str, data: str, size: int) -> str:
 
 def short_config(name: str) -> TrainConfig:
     """CIFAR-10 in minutes of one GPU; all three have the same augmentation and schedule."""
-    entrant = ENTRANTS[name]
+    entry = STUDY_MODELS[name]
     optimizer = OptimizerConfig(lr=RATES.get(name))
     if name.startswith("resnet"):
         optimizer = OptimizerConfig("sgd", 0.1, 5e-4, clip=None)
-    paper = paper_recipe(entrant, "cifar10", 128)
+    paper = paper_recipe(entry, "cifar10", 128)
     return replace(
         paper,
-        model=ModelConfig(entrant.model, **_recursion(entrant)),
+        model=ModelConfig(entry.model, **_recursion(entry)),
         augment=AugmentConfig(crop_padding=4, flip=True, mixup=0.0, cutmix=0.0),
         optimizer=optimizer,
         schedule=ScheduleConfig(2.0),
@@ -81,7 +81,7 @@ def short_text(name: str) -> str:
     """A recipe of minutes."""
     return _text(
         f"short/{name}_cifar10.yaml",
-        f"{ENTRANTS[name].label} on CIFAR-10 in minutes of one GPU. The recipes of this folder "
+        f"{STUDY_MODELS[name].label} on CIFAR-10 in minutes of one GPU. The recipes of this folder "
         "differ in model,\noptimizer and epochs; these are meant to take equally long: in inverse "
         "proportion to the\narithmetic of an image, not yet timed on a GPU. Set --epochs if yours "
         "does not agree.",
@@ -89,8 +89,8 @@ def short_text(name: str) -> str:
     )
 
 
-def _recursion(entrant: Entrant) -> dict[str, int]:
-    return {"latent_steps": 3, "recursion_steps": 1} if entrant.recursive else {}
+def _recursion(entry: StudyModel) -> dict[str, int]:
+    return {"latent_steps": 3, "recursion_steps": 1} if entry.recursive else {}
 
 
 def _text(path: str, about: str, config: TrainConfig) -> str:

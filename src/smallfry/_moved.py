@@ -1,6 +1,6 @@
-"""Import aliases for modules that 0.1 moved into packages.
+"""Import aliases for renamed and moved modules.
 
-An import of an old name gives the module of today with a DeprecationWarning. They go with 0.2.
+Importing an old name returns the current module with a DeprecationWarning, until version 0.2.
 """
 
 import sys
@@ -16,7 +16,14 @@ MOVED = {
     for old, new in {
         "answers": "smallfry_runtime.predictions",
         "confusion": "smallfry.report.confusion",
+        "data.draws": "smallfry.data.philox",
+        "data.scanned": "smallfry.data.shard_scan",
         "decoding": "smallfry_runtime.decoding",
+        "demo.answers": "smallfry.demo.routes",
+        "demo.guard": "smallfry.demo.middleware",
+        "demo.thinking": "smallfry.demo.trace",
+        "deploy.description": "smallfry.deploy.hub_config",
+        "deploy.facts": "smallfry.deploy.run_metadata",
         "deploy.manifest": "smallfry_runtime.manifest",
         "deploy.runtime": "smallfry_runtime.runtime",
         "exits": "smallfry_runtime.early_exit",
@@ -29,6 +36,7 @@ MOVED = {
         "reading": "smallfry_runtime.files",
         "report.deployment": "smallfry.deploy.benchmark_page",
         "signals": "smallfry.io.signals",
+        "studies.entrants": "smallfry.studies.study_models",
         "terminal": "smallfry.io.terminal",
         "training.rebuild": "smallfry.transforms.build",
         "writing": "smallfry.io.replace",

@@ -235,7 +235,7 @@ def test_a_subcommand_has_settings_defaults_and_presets_of_its_own(monkeypatch, 
     for words, message in (
         ([], "expected a work: one-way, limits"),
         (["on-way"], "unknown work 'on-way'; did you mean 'one-way'?"),
-        (["--x"], "smallfry work has no option 'x'; smallfry work --help lists them"),
+        (["--x"], "smallfry work has no option 'x'; see smallfry work --help"),
         (["limits", "--x"], "work limits has no option 'x'"),
     ):
         assert main(["work", *words]) == 2

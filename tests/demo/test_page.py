@@ -409,7 +409,7 @@ def test_a_server_that_is_gone_is_a_message(runs, browser, digit):
 
 def test_another_site_can_not_even_send_an_image(address, browser, monkeypatch):
     answered = []
-    monkeypatch.setattr("smallfry.demo.answers.answer", lambda *given: answered.append(given))
+    monkeypatch.setattr("smallfry.demo.routes.answer", lambda *given: answered.append(given))
     page = browser.new_page()
     page.set_default_timeout(PATIENCE)
     page.goto("data:text/html,<p>a page of another site")

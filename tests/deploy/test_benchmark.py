@@ -199,7 +199,7 @@ def test_the_command_tells_what_is_wrong_before_it_measures(int8, tmp_path, caps
     assert "batch sizes must be at least 1" in capsys.readouterr().err
     (tmp_path / "photo.jpg").write_bytes(b"mine")
     assert main(["benchmark", str(int8), "--folder", str(tmp_path)]) == 1
-    assert "no benchmark; name another" in capsys.readouterr().err
+    assert "not a benchmark; use another" in capsys.readouterr().err
 
 
 def test_a_batch_goes_on_from_the_beginning_after_the_last_image():

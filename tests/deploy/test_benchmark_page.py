@@ -12,7 +12,7 @@ from rich.console import Console
 from smallfry.deploy import benchmark_page
 from smallfry.deploy.benchmark import Benchmark, BenchmarkConfig, Figures
 from smallfry.deploy.benchmark_page import PAGE, new_report, print_tables, summary_of
-from smallfry.deploy.contestants import LeftOut
+from smallfry.deploy.contestants import Skipped
 from smallfry.deploy.latency import Latency
 from smallfry.deploy.memory import Memory
 from smallfry.errors import RunError
@@ -38,7 +38,7 @@ def found():
             figures(NASTY, "ONNX int8", 2.0, 0.9, memory),
             figures("peer", "ONNX float32", 3.0),
         ],
-        [LeftOut(NASTY, "PyTorch compiled", "no <compiler>")],
+        [Skipped(NASTY, "PyTorch compiled", "no <compiler>")],
         "359 test images of <digits>",
         BenchmarkConfig(batch_sizes=(1, 4)),
         {"command": "smallfry benchmark <run>", "commit": None, "versions": {"torch": "2"}},
@@ -97,7 +97,7 @@ def test_a_report_replaces_a_report_and_nothing_else(found, tmp_path):
     assert (tmp_path / "report" / "latency.png").stat().st_size > 1000
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "summary.json").write_text("[]")
-    with pytest.raises(RunError, match="no benchmark; name another"):
+    with pytest.raises(RunError, match="not a benchmark; use another"):
         write_report(found, tmp_path / "mine")
     assert (tmp_path / "mine" / "summary.json").read_text() == "[]"
 

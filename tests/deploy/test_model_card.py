@@ -13,7 +13,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from smallfry.cli import main
-from smallfry.deploy.facts import without_paths
 from smallfry.deploy.model_card import (
     LONGEST,
     as_code,
@@ -24,6 +23,7 @@ from smallfry.deploy.model_card import (
     wilson_interval,
 )
 from smallfry.deploy.pretrained import save_pretrained
+from smallfry.deploy.run_metadata import without_paths
 
 OPTIONS = (
     "--model.options={embed_dim: 16, num_heads: 2, mlp_hidden_dim: 16, depth: 1, latent_steps: 1}"

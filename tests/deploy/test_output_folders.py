@@ -168,7 +168,7 @@ def test_files_that_come_while_the_work_is_done_are_not_replaced(verb, tmp_path,
         return real(*arguments)
 
     monkeypatch.setattr(module, name, write)
-    with pytest.raises(SmallfryError, match=r"is there already|not empty"):
+    with pytest.raises(SmallfryError, match=r"exists and is not|not empty"):
         verb.write(place)
     assert names(place) == {"notes.txt"}
     assert names(tmp_path) == {"x"}

@@ -372,10 +372,10 @@ def test_an_absent_and_an_empty_folder_are_free_and_others_by_their_kind(tmp_pat
         (tmp_path / name / "mark").write_text("")
     (tmp_path / "more" / "notes.txt").write_text("of mine")
     assert of("absent") is of("empty") is of("ours") is None
-    assert of("theirs") == "is there already and no thing"
-    assert of("theirs/b") == of("dangling") == "is there already and no folder"
+    assert of("theirs") == "exists and is not a thing"
+    assert of("theirs/b") == of("dangling") == "exists and is not a folder"
     assert of("more") == "holds notes.txt too, which is no part of such a thing and would be lost"
-    assert obstacle(tmp_path / "ours") == "is there already and no empty folder"
+    assert obstacle(tmp_path / "ours") == "exists and is not an empty folder"
 
 
 # A file

@@ -10,9 +10,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from smallfry.data import load_data
-from smallfry.demo.answers import Shown
 from smallfry.demo.page import build_page
-from smallfry.demo.thinking import moments_of, think
+from smallfry.demo.routes import Shown
+from smallfry.demo.trace import moments_of, think
 from smallfry.demo.view import show_moment
 from smallfry.deploy import Manifest, Runtime
 from smallfry.deploy.export import export
@@ -158,19 +158,19 @@ def test_exports_give_its_answers(run, trained, images, tmp_path, form, precisio
 def test_the_demo_shows_a_moment_for_each_recursion_step(trained, images, taken):
     trained.model.recursion_steps, followed = taken, max(2, taken)
     try:
-        thought = think(trained, images.images[0].numpy(), runs=1)
+        trace = think(trained, images.images[0].numpy(), runs=1)
         steps = trained.model.recurse(trained.normalize(images.images[:1]), followed)
         page = str(build_page([Shown("a run", trained)]).config)
     finally:
         trained.model.recursion_steps = STEPS
-    assert len(thought.moments) == followed
+    assert len(trace.moments) == followed
     assert moments_of(trained.model) == STEPS
-    assert thought.answer == taken - 1
-    for number, (moment, step) in enumerate(zip(thought.moments, steps, strict=True), 1):
+    assert trace.answer == taken - 1
+    for number, (moment, step) in enumerate(zip(trace.moments, steps, strict=True), 1):
         assert moment.recursion == number
         assert moment.probabilities == pytest.approx(step.logits[0].softmax(0).tolist(), abs=1e-6)
         assert moment.halting == pytest.approx(step.halt_logits.sigmoid().item(), abs=1e-6)
-    shown = show_moment(thought, thought.answer, list("0123456789"))
+    shown = show_moment(trace, trace.answer, list("0123456789"))
     assert f"Recursion step {taken}: the model’s answer" in shown
     assert "no prediction token" in shown
     assert "latent" not in shown

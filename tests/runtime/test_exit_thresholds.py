@@ -9,9 +9,9 @@ from smallfry_runtime.early_exit import (
     most_accurate,
     most_thrifty,
     operating_points,
+    pareto_front,
     require_threshold,
     warn_of_few,
-    worthwhile,
 )
 
 # three steps, four images: one is sure and right at once, one late, one is right only at first
@@ -57,7 +57,7 @@ def test_budgets_and_thresholds_that_are_none_are_refused(wrong):
 
 def test_worthwhile_points_are_beaten_by_none_in_both_accuracy_and_steps():
     points = operating_points(TRACED)
-    kept = worthwhile(points)
+    kept = pareto_front(points)
     assert kept[-1] == points[-1]  # all steps, whatever they are worth
     for point in points:
         assert any(k.accuracy >= point.accuracy and k.steps <= point.steps for k in kept)

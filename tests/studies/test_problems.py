@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from smallfry.studies.problems import PROBLEMS, Examples, load_examples
-from smallfry.studies.trial import Job, Place, run_trial
+from smallfry.studies.trial import Job, Resources, run_trial
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "mnist"
 SHAPES = {"faces": (1, 25, 25), "convnet": (3, 32, 32)}
@@ -26,7 +26,7 @@ def test_every_problem_can_be_raced_on(
     monkeypatch.setattr("smallfry.studies.trial.EVALUATED", 64)
     settings = {"lr": 1e-3} if contestant == "adamw" else {"lr": 0.01, "damping": 1.0}
     job = Job("tuning", problem, contestant, settings, 0, 0, 0.1)
-    measured = run_trial(job, Place(), noise(problem, 1100), noise(problem, 100))
+    measured = run_trial(job, Resources(), noise(problem, 1100), noise(problem, 100))
     assert not measured["diverged"]
     assert measured["steps"] > 0
     assert ("energy" in measured) == (contestant == "two_level")

@@ -24,7 +24,7 @@ from smallfry.studies.log import TrialLog
 from smallfry.studies.problems import PROBLEMS, Examples
 from smallfry.studies.progress import RaceProgress
 from smallfry.studies.race import best_trial, run_race
-from smallfry.studies.trial import Job, Place, fisher_errors, run_trial
+from smallfry.studies.trial import Job, Resources, fisher_errors, run_trial
 
 TINY = RaceConfig(
     contestants=("adamw", "kfac"),
@@ -62,7 +62,7 @@ def examples() -> tuple[Examples, Examples]:
 @pytest.mark.parametrize("name", sorted(set(CONTESTANTS) - {"soap"}))
 def test_everyone_can_race(name: str, examples: tuple[Examples, Examples]) -> None:
     job = Job("defaults", "curves", name, dict(CONTESTANTS[name].defaults), 0, 0, 0.2)
-    measured = run_trial(job, Place(), *examples)
+    measured = run_trial(job, Resources(), *examples)
     first, last = measured["points"][0], measured["points"][-1]
     assert not measured["diverged"]
     assert first["step"] == 0
@@ -76,9 +76,9 @@ def test_training_lowers_both_losses(
     name: str, examples: tuple[Examples, Examples], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = itertools.count()  # of 40 steps, however long they take
-    monkeypatch.setattr(Place, "now", lambda self: next(clock) / 80)
+    monkeypatch.setattr(Resources, "now", lambda self: next(clock) / 80)
     job = Job("defaults", "curves", name, dict(CONTESTANTS[name].defaults), 0, 0, 1.0)
-    points = run_trial(job, Place(), *examples)["points"]
+    points = run_trial(job, Resources(), *examples)["points"]
     for split in ("train", "validation"):
         assert points[-1][split] < 0.8 * points[0][split]
 
@@ -86,7 +86,7 @@ def test_training_lowers_both_losses(
 def test_a_trial_is_a_function_of_its_seed(examples: tuple[Examples, Examples]) -> None:
     def losses(seed: int) -> list[float]:
         job = Job("defaults", "curves", "kfac", {"lr": 0.1}, seed, 0, 0.01)
-        points = run_trial(job, Place(), *examples)["points"]
+        points = run_trial(job, Resources(), *examples)["points"]
         return [points[0]["train"]]
 
     assert losses(3) == losses(3)
@@ -97,7 +97,7 @@ def test_a_run_that_blows_up_is_told_and_not_recorded_as_numbers(
     examples: tuple[Examples, Examples],
 ) -> None:
     job = Job("tuning", "curves", "sgd", {"lr": 1e30}, 0, 0, 5.0)
-    measured = run_trial(job, Place(), *examples)
+    measured = run_trial(job, Resources(), *examples)
     assert measured["diverged"]
     assert all(math.isfinite(point["train"]) for point in measured["points"])
     assert measured["points"][-1]["seconds"] < 5.0
@@ -108,7 +108,7 @@ def test_fisher_errors_are_in_the_order_of_the_theory_and_move_nothing(
 ) -> None:
     job = Job("fisher", "curves", "adamw", {"lr": 1e-3}, 0, 0, 1e-9)
     names = ["kfac", "ekfac", "kpsvd", "deflation", "kfac_corrected"]
-    found = fisher_errors(job, Place(), examples[0], names)
+    found = fisher_errors(job, Resources(), examples[0], names)
     assert all([point["step"] for point in points] == [0] for points in found.values())
     errors = {name: points[0]["layers"] for name, points in found.items()}
     assert len(errors["kpsvd"]) == 12

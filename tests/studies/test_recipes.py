@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from smallfry.studies.config import BatchSizeConfig
-from smallfry.studies.entrants import ENTRANTS, PAPER
 from smallfry.studies.recipes import BATCH_SIZES, PAPER_DATA, paper_recipe, recipe
+from smallfry.studies.study_models import PAPER, STUDY_MODELS
 from smallfry.training.config import DataConfig, TrainConfig, read_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -34,7 +34,7 @@ def test_a_recipe_says_all_that_its_configuration_does(name: str) -> None:
     for data in PAPER_DATA:
         for size in BATCH_SIZES[::2]:
             found = read_config(RECIPES / f"paper/{name}_{data}_b{size}.yaml")
-            assert found.to_dict() == paper_recipe(ENTRANTS[name], data, size).to_dict()
+            assert found.to_dict() == paper_recipe(STUDY_MODELS[name], data, size).to_dict()
 
 
 def test_every_recipe_is_a_configuration(generated: dict) -> None:
@@ -62,6 +62,6 @@ def test_fewer_epochs_shorten_the_warm_up_in_proportion() -> None:
 
 
 def test_other_data_than_cifar_takes_the_settings_of_smallfry_train() -> None:
-    told = recipe(ENTRANTS["vit_micro"], BatchSizeConfig(data=DataConfig("digits")), 64)
+    told = recipe(STUDY_MODELS["vit_micro"], BatchSizeConfig(data=DataConfig("digits")), 64)
     assert told.optimizer == TrainConfig().optimizer
     assert told.data.mean is None

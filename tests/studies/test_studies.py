@@ -22,11 +22,11 @@ from smallfry.studies.config import (
     ParetoConfig,
     RecursionConfig,
 )
-from smallfry.studies.entrants import ENTRANTS, PAPER
 from smallfry.studies.latency import choose_device, measure_latency
 from smallfry.studies.recipes import Planned
 from smallfry.studies.reported_vision import ACCURACY, MILLIONS
 from smallfry.studies.study import run_study
+from smallfry.studies.study_models import PAPER, STUDY_MODELS
 from smallfry.training.config import DataConfig
 from smallfry.training.run import load_run
 
@@ -96,12 +96,12 @@ def test_every_optimizer_decays_alike_per_step() -> None:
 def test_the_micro_models_are_of_one_size() -> None:
     import timm
 
-    for name, entrant in ENTRANTS.items():
+    for name, entry in STUDY_MODELS.items():
         if "micro" in name:
-            options = {**entrant.options, "in_chans": 1, "num_classes": 10}
-            if timm.get_pretrained_cfg(entrant.model).fixed_input_size:
+            options = {**entry.options, "in_chans": 1, "num_classes": 10}
+            if timm.get_pretrained_cfg(entry.model).fixed_input_size:
                 options["img_size"] = 8
-            model = timm.create_model(entrant.model, **options)
+            model = timm.create_model(entry.model, **options)
             assert 100_000 < sum(p.numel() for p in model.parameters()) < 135_000
             assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
 

@@ -93,7 +93,7 @@ def require_threshold(threshold: float) -> float:
     return threshold
 
 
-def worthwhile(points: Sequence[Point]) -> list[Point]:
+def pareto_front(points: Sequence[Point]) -> list[Point]:
     """Return the Pareto-optimal points in accuracy and steps, always including the last."""
     kept: list[Point] = []
     for point in sorted(points[:-1], key=lambda p: (p.steps, -p.accuracy)):

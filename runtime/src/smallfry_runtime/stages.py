@@ -40,14 +40,18 @@ def obstacle(
         is_one: Predicate for folders of that kind.
     """
     if not folder.is_dir():
-        return "is there already and no folder" if os.path.lexists(folder) else None
+        return "exists and is not a folder" if os.path.lexists(folder) else None
     found = entries(folder)
     if found and not is_one(folder):
-        return f"is there already and no {kind or 'empty folder'}"
+        return f"exists and is not {_with_article(kind or 'empty folder')}"
     for name in found:
         if name not in names:
             return f"holds {name} too, which is no part of such a {kind} and would be lost"
     return None
+
+
+def _with_article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def entries(folder: Path) -> list[str]:

@@ -145,7 +145,7 @@ class Session:
         self._running = Running(methods, model, Setting(spec, example, batches, steps, seed))
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Act before and after every step of an optimizer, until ``finish``."""
+        """Hook into every step of an optimizer, until ``finish``."""
         self._running.attach(optimizer)
 
     def penalty(self) -> Tensor | float:
@@ -159,7 +159,7 @@ class Session:
         return self._running.finish()
 
     def detach(self) -> None:
-        """Let go of the optimizers."""
+        """Detach the optimizers."""
         self._running.detach()
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,8 +8,8 @@ these are drawn anew by a recipe of our own, of the same size and number and abo
 import numpy as np
 from numpy.typing import NDArray
 
-from smallfry.data.draws import uniform
 from smallfry.data.fingerprint import digest
+from smallfry.data.philox import uniform
 from smallfry.data.sources import TEST, TRAIN, EncodedSplit, Source
 
 SIZE = 28

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from smallfry.data.cache import decoded
-from smallfry.data.draws import uniform
 from smallfry.data.fingerprint import digest
 from smallfry.data.folders import read_folder
+from smallfry.data.philox import uniform
 from smallfry.data.sources import (
     TEST,
     TRAIN,

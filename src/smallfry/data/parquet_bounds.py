@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from smallfry.data.scanned import MOST_BYTES, reached
+from smallfry.data.shard_scan import MOST_BYTES, reached
 from smallfry.errors import DataError
 
 MOST_ROWS = 2**26  # of a file

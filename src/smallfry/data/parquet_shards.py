@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from smallfry.data.fingerprint import digest
 from smallfry.data.parquet_bounds import open_bounded
-from smallfry.data.scanned import NO_SPANS, Block, Label, Scanned, reached, unreadable_shard
+from smallfry.data.shard_scan import NO_SPANS, Block, Label, Scanned, reached, unreadable_shard
 from smallfry.errors import DataError
 
 MOST_BLOCK = 2**30  # bytes of the images of one row group

@@ -23,7 +23,7 @@ from smallfry.data import parquet_shards, tar_shards
 from smallfry.data.cache import cache_folder, content_hash
 from smallfry.data.fingerprint import digest, stamp
 from smallfry.data.folders import folders_in
-from smallfry.data.scanned import Label, Scanned, reached
+from smallfry.data.shard_scan import Label, Scanned, reached
 from smallfry.data.shards import ShardReader, Shards
 from smallfry.data.sources import (
     LACKING,
@@ -48,14 +48,14 @@ CLASSES = "classes.txt"  # one class name per line, in the order of the labels' 
 COMPRESSED = ("*.tar.gz", "*.tgz", "*.tar.bz2", "*.tar.xz", "*.tar.zst")
 
 
-class Found(NamedTuple):
+class ShardFiles(NamedTuple):
     """Shards of a folder."""
 
     kind: str  # parquet or tar
     files: dict[str, list[Path]]  # by split
 
 
-def find_shards(folder: Path) -> Found | None:
+def find_shards(folder: Path) -> ShardFiles | None:
     """Find the parquet or tar files of a folder, by split; None if there are none.
 
     Raises:
@@ -63,13 +63,13 @@ def find_shards(folder: Path) -> Found | None:
     """
     files = shard_files(folder)
     if files:
-        return Found("parquet", files)
+        return ShardFiles("parquet", files)
     files = shard_files(folder, "tar")
     inside = {path.name.lower() for path in folders_in(folder)}
     if files and not (
         inside - {*SPLIT_NAMES, "data"} and _have_no_split(files, folder)
     ):  # a tar file beside class folders
-        return Found("tar", files)
+        return ShardFiles("tar", files)
     packed = sorted(file for ending in COMPRESSED for file in folder.glob(ending))
     if packed and not inside:
         raise DataError(
@@ -81,7 +81,7 @@ def find_shards(folder: Path) -> Found | None:
 
 def read_shards(
     folder: Path,
-    found: Found,
+    found: ShardFiles,
     label: str | None = None,
     default_label: str | None = None,
     skip_unreadable: bool = False,

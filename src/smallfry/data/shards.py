@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smallfry.data import parquet_shards, tar_shards
-from smallfry.data.scanned import MOST_BYTES, reached
+from smallfry.data.shard_scan import MOST_BYTES, reached
 from smallfry.errors import DataError
 
 WINDOW = 16_384  # samples

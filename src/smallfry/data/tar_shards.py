@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from smallfry.data.scanned import (
+from smallfry.data.shard_scan import (
     MOST_BYTES,
     Block,
     Label,

@@ -8,10 +8,10 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
-from smallfry.demo.answers import MOST_BYTES, Answering, Shown
 from smallfry.demo.examples import Example
-from smallfry.demo.guard import Guard
+from smallfry.demo.middleware import Guard
 from smallfry.demo.page import SCRIPT, STYLES, build_page, page_files
+from smallfry.demo.routes import MOST_BYTES, Answering, Shown
 from smallfry.training.run import TrainedModel
 
 OWN_PAGES = ("/", "/theme.css", "/manifest.json", "/favicon.ico")

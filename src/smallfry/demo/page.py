@@ -12,9 +12,9 @@ from typing import Any
 
 import gradio as gr
 
-from smallfry.demo.answers import MOST_BYTES, Shown
 from smallfry.demo.examples import Example
-from smallfry.demo.thinking import moments_of
+from smallfry.demo.routes import MOST_BYTES, Shown
+from smallfry.demo.trace import moments_of
 from smallfry.demo.view import STYLE
 from smallfry.models import LatentRecursive, Recursive
 from smallfry_runtime.images import MOST_PIXELS

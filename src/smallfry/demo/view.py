@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from smallfry.demo.thinking import Gaze, Moment, Thought
+from smallfry.demo.trace import AttentionMap, RecursionTrace, TraceStep
 
 SHOWN = 5  # classes; each has a colour in STYLE
 ATTENTION = (234, 88, 12)  # its colour; the strongest patch is covered by STRONGEST of 255
@@ -61,35 +61,35 @@ STYLE = """
 
 
 def show_moment(
-    thought: Thought, moment: int, classes: Sequence[str], picture: str | None = None
+    trace: RecursionTrace, moment: int, classes: Sequence[str], picture: str | None = None
 ) -> str:
     """Render one step of a trace: image, attention, probabilities, their curve and times.
 
     Args:
-        thought: All moments.
+        trace: All moments.
         moment: Index of the step.
         classes: Their names.
         picture: The URL of the image; default ``picture_url``, which has all of it.
     """
-    now = thought.moments[moment]
-    picture = picture or picture_url(thought)
-    shown = classes_to_show(thought)
+    now = trace.moments[moment]
+    picture = picture or picture_url(trace)
+    shown = classes_to_show(trace)
     parts = [
-        f'<p class="sf-now">{_where(thought, moment)}</p>',
+        f'<p class="sf-now">{_where(trace, moment)}</p>',
         '<div class="sf-top">',
-        f'<div class="sf-pictures">{_pictures(thought, now, picture)}</div>',
+        f'<div class="sf-pictures">{_pictures(trace, now, picture)}</div>',
         f'<div class="sf-answer">{_table(now, shown, classes)}</div>',
         "</div>",
     ]
-    if len(thought.moments) > 1:
-        parts.append(_curve(thought, moment, shown, classes))
-    parts.append(f'<p class="sf-quiet">{_latency(thought, now)}</p>')
+    if len(trace.moments) > 1:
+        parts.append(_curve(trace, moment, shown, classes))
+    parts.append(f'<p class="sf-quiet">{_latency(trace, now)}</p>')
     return f'<div class="sf">{"".join(parts)}</div>'
 
 
-def picture_url(thought: Thought) -> str:
+def picture_url(trace: RecursionTrace) -> str:
     """Encode the model's input image as a data URL."""
-    return _png(_picture(thought.pixels))
+    return _png(_picture(trace.pixels))
 
 
 def show_status(name: str) -> str:
@@ -102,51 +102,51 @@ def show_error(message: str) -> str:
     return f'<div class="sf"><p class="sf-alert" role="alert">{escape(message)}</p></div>'
 
 
-def classes_to_show(thought: Thought) -> list[int]:
+def classes_to_show(trace: RecursionTrace) -> list[int]:
     """Choose the most frequent top classes over the steps, in the order of the prediction."""
-    seen = thought.moments[bool(thought.latent_steps) :]
+    seen = trace.moments[bool(trace.latent_steps) :]
     peaks = np.array([moment.probabilities for moment in seen]).max(axis=0)
     shown = np.argsort(-peaks, kind="stable")[:SHOWN].tolist()
-    answer = thought.moments[thought.answer].probabilities
+    answer = trace.moments[trace.answer].probabilities
     return sorted(shown, key=lambda c: -answer[c])
 
 
-def _where(thought: Thought, moment: int) -> str:
-    now = thought.moments[moment]
-    if len(thought.moments) == 1:
+def _where(trace: RecursionTrace, moment: int) -> str:
+    now = trace.moments[moment]
+    if len(trace.moments) == 1:
         return "This model does not recur: it answers at once."
     if not now.recursion:
         where = "Before the first look at the image"
     else:
         where = f"Recursion step {now.recursion}"
-        if thought.latent_steps:
-            where += f", latent step {now.thought} of {thought.latent_steps}"
-    if moment == thought.answer:
+        if trace.latent_steps:
+            where += f", latent step {now.latent_step} of {trace.latent_steps}"
+    if moment == trace.answer:
         return f"<strong>{where}: the model’s answer</strong>"
-    return f"{where} (beyond its training)" if moment > thought.answer else where
+    return f"{where} (beyond its training)" if moment > trace.answer else where
 
 
 # Pictures
 
 
-def _pictures(thought: Thought, now: Moment, picture: str) -> str:
-    size = thought.pixels.shape[1]
+def _pictures(trace: RecursionTrace, now: TraceStep, picture: str) -> str:
+    size = trace.pixels.shape[1]
     kind = ' class="sf-pixels"' if size <= 64 else ""
     image = f'<img{kind} src="{picture}" alt='
     seen = (
         f'<figure><div class="sf-stack">{image}"The image as the model sees it"></div>'
         f"<figcaption>What it sees: {size} × {size} pixels</figcaption></figure>"
     )
-    if now.gaze is None:
-        why = f"No attention to show: {escape(thought.no_gaze)}." if thought.no_gaze else ""
+    if now.attention is None:
+        why = f"No attention to show: {escape(trace.no_attention)}." if trace.no_attention else ""
         why = why or "Nothing has been looked at yet."
         return f"{seen}<figure><figcaption>{why}</figcaption></figure>"
-    row, column = np.unravel_index(now.gaze.patches.argmax(), now.gaze.patches.shape)
+    row, column = np.unravel_index(now.attention.patches.argmax(), now.attention.patches.shape)
     says = f"Attention, strongest in row {row + 1}, column {column + 1} of the patches"
-    patches = now.gaze.patches
+    patches = now.attention.patches
     return (
         f'{seen}<figure><div class="sf-stack">{image}"">'
-        f'<img class="sf-pixels" src="{_png(_overlay(now.gaze))}" alt="{says}"></div>'
+        f'<img class="sf-pixels" src="{_png(_overlay(now.attention))}" alt="{says}"></div>'
         f"<figcaption>Where it looks: {patches.min():.1%} of it on the clearest patch, "
         f"{patches.max():.1%} on the most orange</figcaption>"
         "</figure>"
@@ -157,11 +157,11 @@ def _picture(pixels: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
 
 
-def _overlay(gaze: Gaze) -> Image.Image:
+def _overlay(attention: AttentionMap) -> Image.Image:
     """Render one pixel per patch, from clear for the least attention to opaque for the most."""
-    least, most = gaze.patches.min(), gaze.patches.max()
-    strength = (gaze.patches - least) / max(most - least, 1e-12)
-    colours = np.empty((*gaze.patches.shape, 4), dtype=np.uint8)
+    least, most = attention.patches.min(), attention.patches.max()
+    strength = (attention.patches - least) / max(most - least, 1e-12)
+    colours = np.empty((*attention.patches.shape, 4), dtype=np.uint8)
     colours[..., :3] = ATTENTION
     colours[..., 3] = np.rint(STRONGEST * strength)
     return Image.fromarray(colours)
@@ -176,7 +176,7 @@ def _png(image: Image.Image) -> str:
 # Numbers
 
 
-def _table(now: Moment, shown: list[int], classes: Sequence[str]) -> str:
+def _table(now: TraceStep, shown: list[int], classes: Sequence[str]) -> str:
     best = max(range(len(classes)), key=lambda c: now.probabilities[c])
     rows = [
         _row(
@@ -207,8 +207,8 @@ def _row(name: str, share: float, style: str, kind: str) -> str:
     )
 
 
-def _latency(thought: Thought, now: Moment) -> str:
-    timing = thought.timing
+def _latency(trace: RecursionTrace, now: TraceStep) -> str:
+    timing = trace.timing
     how = (
         f"median of {timing.runs} runs on the {timing.device} with {timing.threads} "
         f"{'thread' if timing.threads == 1 else 'threads'}; the model alone, one image"
@@ -222,21 +222,21 @@ def _latency(thought: Thought, now: Moment) -> str:
 # The curve
 
 
-def _recursions(thought: Thought) -> list[tuple[float, float, str]]:
+def _recursions(trace: RecursionTrace) -> list[tuple[float, float, str]]:
     """Return, per recursion step, the steps of its mark and its name, and the name."""
-    last, latent = len(thought.moments) - 1, thought.latent_steps
+    last, latent = len(trace.moments) - 1, trace.latent_steps
     if not latent:  # a moment is a recursion step
-        return [(i, i, f"{i + 1}{'*' * (i > thought.answer)}") for i in range(last + 1)]
+        return [(i, i, f"{i + 1}{'*' * (i > trace.answer)}") for i in range(last + 1)]
     word = "recursion " if last <= 4 * latent else ""
     return [
-        (start, start + latent / 2, f"{word}{start // latent + 1}{'*' * (start >= thought.answer)}")
+        (start, start + latent / 2, f"{word}{start // latent + 1}{'*' * (start >= trace.answer)}")
         for start in range(0, last, latent)
     ]
 
 
-def _curve(thought: Thought, moment: int, shown: list[int], classes: Sequence[str]) -> str:
+def _curve(trace: RecursionTrace, moment: int, shown: list[int], classes: Sequence[str]) -> str:
     """Plot class probabilities and halting over all steps, with a line at the current one."""
-    moments, bottom = thought.moments, HEIGHT - BOTTOM
+    moments, bottom = trace.moments, HEIGHT - BOTTOM
     last = len(moments) - 1
 
     def x(i: float) -> float:
@@ -259,7 +259,7 @@ def _curve(thought: Thought, moment: int, shown: list[int], classes: Sequence[st
         f'<text x="{LEFT - 6}" y="{y(s) + 4:.1f}" text-anchor="end">{s:.0%}</text>'
         for s in (0, 0.5, 1)
     ]
-    for start, middle, name in _recursions(thought):
+    for start, middle, name in _recursions(trace):
         marks.append(
             f'<line x1="{x(start):.1f}" x2="{x(start):.1f}" y1="{TOP}" y2="{bottom}" '
             f'stroke="{quiet}"/>'
@@ -277,13 +277,13 @@ def _curve(thought: Thought, moment: int, shown: list[int], classes: Sequence[st
     if len(halting) == len(moments):
         lines.append(line(halting, "--halt", ' stroke-dasharray="5 4"'))
     best = max(range(len(classes)), key=lambda c: moments[-1].probabilities[c])
-    kind = "latent" if thought.latent_steps else "recursion"
+    kind = "latent" if trace.latent_steps else "recursion"
     says = (
         f"Probabilities of {', '.join(classes[c] for c in shown)}, and halting, after each {kind} "
         f"step; in the end {classes[best]} with {moments[-1].probabilities[best]:.1%}"
     )
     note = ""
-    if thought.answer < last:
+    if trace.answer < last:
         note = '<p class="sf-quiet">* beyond its training: it answers before.</p>'
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(says)}">'

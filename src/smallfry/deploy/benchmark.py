@@ -21,17 +21,17 @@ from smallfry.deploy.contestants import (
     PEER_PRECISIONS,
     Contestant,
     Input,
-    LeftOut,
     Pixels,
-    Said,
+    Predictions,
+    Skipped,
     of_export,
     of_run,
     peers,
 )
-from smallfry.deploy.facts import without_paths
 from smallfry.deploy.latency import Latency, take_turns
 from smallfry.deploy.memory import Memory, measure_memory
 from smallfry.deploy.pretrained import load_trained
+from smallfry.deploy.run_metadata import without_paths
 from smallfry.errors import RunError, SmallfryError, UsageError
 from smallfry.training.augment import Normalize
 from smallfry.training.evaluation import score_probabilities
@@ -68,7 +68,7 @@ class Benchmark(NamedTuple):
 
     name: str
     figures: list[Figures]
-    left_out: list[LeftOut]
+    left_out: list[Skipped]
     measured_on: str | None  # what accuracy is of
     config: BenchmarkConfig
     provenance: dict[str, Any]
@@ -225,12 +225,12 @@ def _field(
     config: BenchmarkConfig,
     place: Path,
     data: tuple[str | None, Path | None],
-) -> tuple[list[Entry], list[LeftOut]]:
+) -> tuple[list[Entry], list[Skipped]]:
     entries, left_out = [], []
     for number, (subject, own) in enumerate(zip(subjects, images, strict=True)):
         pixels = own.pixels if own is not None else _noise(subject.trained)
         if subject.is_export:
-            found: Iterable[Contestant | LeftOut]
+            found: Iterable[Contestant | Skipped]
             found = of_export(Path(subject.given), config.threads, subject.name)
         else:
             found = of_run(
@@ -243,11 +243,11 @@ def _field(
                 data,
             )
         for one in found:
-            if isinstance(one, LeftOut):
+            if isinstance(one, Skipped):
                 left_out.append(one)
             elif one.leaves_early and own is None:
                 reason = "how early images leave depends on them: give some with --data"
-                left_out.append(LeftOut(one.model, one.form, reason))
+                left_out.append(Skipped(one.model, one.form, reason))
             else:
                 entries.append(Entry(one._replace(model=subject.name), own, pixels))
     if config.peers:
@@ -256,7 +256,7 @@ def _field(
         wanted = Input(first.classes, first.image_size, first.channels, mean, std)
         precisions = tuple(name for name in PEER_PRECISIONS if name in config.forms)
         for one in peers(wanted, place / "peers", precisions, config.threads):
-            if isinstance(one, LeftOut):
+            if isinstance(one, Skipped):
                 left_out.append(one)
             else:
                 entries.append(Entry(one, None, entries[0].pixels if entries else _noise(first)))
@@ -331,7 +331,7 @@ def _answered(who: Contestant, pixels: Pixels) -> tuple[NDArray[Any], NDArray[An
     return probabilities, np.concatenate(steps)[: len(pixels)] if steps else None
 
 
-def _stream(entry: Entry, size: int) -> Callable[[], Said]:
+def _stream(entry: Entry, size: int) -> Callable[[], Predictions]:
     """Return a function that predicts one batch after the other, in a cycle."""
     pixels = entry.pixels
     whole = [pixels[at : at + size] for at in range(0, len(pixels) - size + 1, size)]

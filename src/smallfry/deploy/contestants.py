@@ -51,7 +51,7 @@ EXIT_PRECISIONS = ("float32", "int8")  # of a run's early exit
 Pixels = NDArray[np.uint8]  # (images, channels, size, size)
 
 
-class Said(NamedTuple):
+class Predictions(NamedTuple):
     """Model outputs of a contestant."""
 
     probabilities: NDArray[np.float32]  # (images, classes)
@@ -63,7 +63,7 @@ class Contestant(NamedTuple):
 
     model: str  # the run, export or architecture that it comes from
     form: str  # how it runs, in words
-    answer: Callable[[Pixels], Said]
+    answer: Callable[[Pixels], Predictions]
     parameters: int
     file_bytes: int
     weights: str | None  # their hash; None of weights that were never trained
@@ -72,7 +72,7 @@ class Contestant(NamedTuple):
     alone: tuple[str, Path] | None = None  # its kind and folder, for ``measure_memory``
 
 
-class LeftOut(NamedTuple):
+class Skipped(NamedTuple):
     """Contestant that can't be measured, with the reason."""
 
     model: str
@@ -98,7 +98,7 @@ def of_run(
     batch_sizes: tuple[int, ...],
     threads: int,
     data: tuple[str | None, Path | None] = (None, None),
-) -> Iterator[Contestant | LeftOut]:
+) -> Iterator[Contestant | Skipped]:
     """Build the contestants of a run in PyTorch and, exported into a folder, in ONNX Runtime.
 
     Args:
@@ -125,7 +125,7 @@ def of_run(
         try:
             compiled = _compiled(trained, batch_sizes)
         except Exception as error:  # whatever a compiler stumbles over
-            yield LeftOut(name, "PyTorch compiled", _first_line(error))
+            yield Skipped(name, "PyTorch compiled", _first_line(error))
         else:
             answer = partial(_ask_pytorch, trained, compiled)
             yield Contestant(form="PyTorch compiled", answer=answer, file_bytes=size, **about)
@@ -138,7 +138,7 @@ def of_run(
     if "exit" not in forms:
         return
     if not isinstance(trained.model, Recursive) or trained.model.recursion_steps < 2:
-        yield LeftOut(name, "early exit", "the model has at most one recursion step")
+        yield Skipped(name, "early exit", "the model has at most one recursion step")
         return
     anytime = trace(run, "anytime", checkpoint, *data)
     for precision in EXIT_PRECISIONS:
@@ -179,7 +179,7 @@ def of_export(export: Path, threads: int, name: str | None = None) -> Iterator[C
 
 def peers(
     wanted: Input, folder: Path, precisions: tuple[str, ...], threads: int
-) -> Iterator[Contestant | LeftOut]:
+) -> Iterator[Contestant | Skipped]:
     """Build other models for the same images and classes, with random weights.
 
     They are quantized on noise: how long a product takes does not depend on its range.
@@ -197,7 +197,7 @@ def peers(
         try:
             graph, parameters = _traced_peer(name, wanted)
         except Exception as error:  # timm's models refuse sizes each in its own way
-            yield LeftOut(name, PRECISIONS["float32"], _first_line(error))
+            yield Skipped(name, PRECISIONS["float32"], _first_line(error))
             continue
         for precision in precisions:
             try:
@@ -205,7 +205,7 @@ def peers(
                 if precision != "float32":
                     graphs = quantize(graphs, precision, noise)
             except ExportError as error:
-                yield LeftOut(name, PRECISIONS[precision], str(error))
+                yield Skipped(name, PRECISIONS[precision], str(error))
                 continue
             at = folder / f"{name}-{precision}"
             _write_peer(at, name, precision, wanted, graphs["model"], parameters)
@@ -220,30 +220,30 @@ def _exported(
     precision: str,
     threads: int,
     exits_only: bool = False,
-) -> Iterator[Contestant | LeftOut]:
+) -> Iterator[Contestant | Skipped]:
     log.info("exporting %s, %s, %s", name, traced.form, precision)
     try:
         assemble(traced, folder, precision)
         calibrate(traced, folder)
     except SmallfryError as error:
-        yield LeftOut(name, PRECISIONS[precision], str(error))
+        yield Skipped(name, PRECISIONS[precision], str(error))
         return
     found = list(of_export(folder, threads, name))
     if exits_only and len(found) == 1:
         form = f"{PRECISIONS[precision]}, early exit"
-        yield LeftOut(name, form, "no labelled validation images for calibration")
+        yield Skipped(name, form, "no labelled validation images for calibration")
     yield from found[1:] if exits_only else found
 
 
-def _ask_runtime(runtime: Runtime, threshold: float | None, pixels: Pixels) -> Said:
+def _ask_runtime(runtime: Runtime, threshold: float | None, pixels: Pixels) -> Predictions:
     said = runtime.predict(pixels, threshold=threshold, batch_size=max(1, len(pixels)))
-    return Said(said.probabilities, None if threshold is None else said.steps)
+    return Predictions(said.probabilities, None if threshold is None else said.steps)
 
 
 @torch.no_grad()
-def _ask_pytorch(trained: TrainedModel, model: Callable[..., Any], pixels: Pixels) -> Said:
+def _ask_pytorch(trained: TrainedModel, model: Callable[..., Any], pixels: Pixels) -> Predictions:
     logits = model(trained.normalize(torch.from_numpy(pixels)))
-    return Said(logits.softmax(dim=1).numpy())
+    return Predictions(logits.softmax(dim=1).numpy())
 
 
 def _compiled(trained: TrainedModel, batch_sizes: tuple[int, ...]) -> Callable[..., Any]:

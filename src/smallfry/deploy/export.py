@@ -37,7 +37,7 @@ from smallfry.models import Recursive
 from smallfry.training.evaluation import forward
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.run import TrainedModel
-from smallfry_runtime.early_exit import operating_points, warn_of_few, worthwhile
+from smallfry_runtime.early_exit import operating_points, pareto_front, warn_of_few
 from smallfry_runtime.manifest import MANIFEST, PRECISIONS, PROGRAM, Manifest, require_free
 from smallfry_runtime.runtime import Runtime
 
@@ -185,7 +185,7 @@ def calibrate(traced: Traced, folder: Path) -> None:
     followed = Runtime(folder).trace(validation.images.numpy(), validation.labels.numpy())
     manifest = replace(
         Manifest.read(folder),
-        exits=tuple(worthwhile(operating_points(followed))),
+        exits=tuple(pareto_front(operating_points(followed))),
         calibrated_on=f"{len(validation):,} validation images of {Path(data.name).name}",
     )
     (folder / MANIFEST).write_text(manifest.to_json())

@@ -167,7 +167,7 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _start(facts: Mapping[str, Any]) -> str:
-    """The model that the training started from, if it did not start from the beginning."""
+    """Describe the initial model of the training, if there is one."""
     start = facts.get("start")
     if not start:
         return as_code(facts["base_model"]) if facts.get("base_model") else ""

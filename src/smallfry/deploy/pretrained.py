@@ -24,7 +24,8 @@ import torch
 from safetensors import SafetensorError
 from timm.models import save_for_hf
 
-from smallfry.deploy.description import (
+from smallfry.deploy.hub import NAME, check_name, download, upload
+from smallfry.deploy.hub_config import (
     CONFIG,
     CROP,
     FORMAT,
@@ -34,9 +35,8 @@ from smallfry.deploy.description import (
     read_config,
     read_weights,
 )
-from smallfry.deploy.facts import facts_of_model, facts_of_run
-from smallfry.deploy.hub import NAME, check_name, download, upload
 from smallfry.deploy.model_card import model_card
+from smallfry.deploy.run_metadata import metadata_of_model, metadata_of_run
 from smallfry.errors import RunError, UsageError
 from smallfry.io.replace import replacing
 from smallfry.training.checkpoint import MANIFEST, WEIGHTS, write_file
@@ -191,15 +191,15 @@ def gather(
     trained = run if isinstance(run, TrainedModel) else load_trained(run, checkpoint)
     require_classifier(trained)
     if isinstance(run, TrainedModel):
-        return run, facts_of_model(run), None
+        return run, metadata_of_model(run), None
     path, picture = Path(run), None
     if str(run).partition(":")[0] in (*HUB, LOCAL) or is_shared(path):
-        facts, picture = facts_of_model(trained), path / PICTURE
+        facts, picture = metadata_of_model(trained), path / PICTURE
     else:
         if (path / MANIFEST).is_file():
             path = path.resolve()
             path, checkpoint = path.parent, path.name.removesuffix(".previous")
-        facts = facts_of_run(path, checkpoint, trained)
+        facts = metadata_of_run(path, checkpoint, trained)
         picture = RunFolder(path).pictures / PICTURE
     shown = picture.is_file() and "test" in facts["measured"]
     return trained, facts, picture if shown else None

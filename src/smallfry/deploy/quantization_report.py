@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from smallfry.data import ImageData
-from smallfry.deploy.facts import without_paths
 from smallfry.deploy.latency import take_turns
 from smallfry.deploy.quantize import CallRange, measured_ranges
+from smallfry.deploy.run_metadata import without_paths
 from smallfry.io.console import CleanConsole
 from smallfry.io.json import strict
 from smallfry.report.quantization import draw_ranges

@@ -1,4 +1,4 @@
-"""Architectures. Importing this package registers them with timm."""
+"""Architectures, registered with timm on import."""
 
 from smallfry.models import baselines, cct
 from smallfry.models.contract import FromImages, LatentRecursive, RecursionStep, Recursive

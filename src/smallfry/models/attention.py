@@ -1,4 +1,4 @@
-"""Where the prediction token of a ViTRM looks: attention weights, and attention rollout.
+"""Attention of a ViTRM's prediction token: weights and rollout.
 
 The answer step y <- f([y; z]) never sees the image; z does, in the think steps before it. So the
 weights are composed: attention rollout (Abnar and Zuidema, "Quantifying Attention Flow in
@@ -29,7 +29,7 @@ __all__ = [
 
 
 class Attended(NamedTuple):
-    """What the rows of one call of one layer attended to."""
+    """Attention weights of one call of one layer."""
 
     weights: Tensor  # (batch, kept, context + tokens), averaged over heads; each row sums to 1
     kept: slice  # which of the tokens were given
@@ -37,13 +37,13 @@ class Attended(NamedTuple):
 
 
 def attention_layers(model: nn.Module) -> int:
-    """Number of a model's attention layers: calls of ``watch_attention`` in one latent step."""
+    """Count a model's attention layers: calls of ``watch_attention`` in one latent step."""
     return sum(isinstance(module, Attention) for module in model.modules())
 
 
 @contextmanager
 def watch_attention(model: nn.Module) -> Iterator[list[Attended]]:
-    """Collect the attention weights of every call of every layer, in their order.
+    """Collect the attention weights of every call of every layer, in order.
 
     The model computes what it always does; the weights are computed beside it.
     """
@@ -66,7 +66,7 @@ def watch_attention(model: nn.Module) -> Iterator[list[Attended]]:
 
 
 def why_no_rollout(model: nn.Module) -> str:
-    """Why attention rollout says nothing about a model; "" where it does.
+    """Return the reason why attention rollout does not apply to a model; "" if it does.
 
     It needs a recursive model whose tokens meet in attention and nowhere else; such a model has
     ``why_no_rollout``, its own reason.
@@ -78,7 +78,7 @@ def why_no_rollout(model: nn.Module) -> str:
 
 
 def rollout(layers: Sequence[Attended]) -> Tensor:
-    """How much of each input is in what a block kept, (batch, kept, context + tokens).
+    """Compute each input's share in a block's kept rows, (batch, kept, context + tokens).
 
     Args:
         layers: The calls of a block's layers, first to last; each row of the result sums to 1.
@@ -96,7 +96,7 @@ def rollout(layers: Sequence[Attended]) -> Tensor:
 def attention_on_image(
     thoughts: Sequence[Sequence[Attended]], answer: Sequence[Attended], patches: int
 ) -> Tensor:
-    """The part of y's rollout that falls on each patch, (batch, patches).
+    """Compute the share of y's rollout on each patch, (batch, patches).
 
     Its sum is the share of the image in the answer; the rest is on y and z as they were when the
     recursion step began.

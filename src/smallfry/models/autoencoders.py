@@ -1,4 +1,4 @@
-"""The auto-encoders that second-order methods are raced on, and a deep linear network.
+"""Auto-encoders for comparing second-order methods, and a deep linear network.
 
 The three of Hinton and Salakhutdinov (Science 313, 2006) as used by Martens and Grosse (2015,
 arXiv 1503.05671) and Koroko et al. (2022, arXiv 2201.10285): an encoder of ever smaller layers, a
@@ -55,17 +55,17 @@ class Autoencoder(nn.Module):
         initialize(self)
 
     def encode(self, inputs: Tensor) -> Tensor:
-        """Codes (batch, code) of inputs (batch, features) or images (batch, 1, side, side)."""
+        """Encode inputs (batch, features) or images (batch, 1, side, side) to (batch, code)."""
         code: Tensor = self.encoder(inputs.flatten(1))
         return code
 
     def decode(self, code: Tensor) -> Tensor:
-        """Outputs (batch, features) of codes (batch, code): logits, or means of a Gaussian."""
+        """Decode (batch, code) to outputs (batch, features): logits, or means of a Gaussian."""
         outputs: Tensor = self.decoder(code)
         return outputs
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Outputs (batch, features): the likelihood, Bernoulli or Gaussian, is the loss's."""
+        """Compute outputs (batch, features); the loss decides: Bernoulli or Gaussian."""
         return self.decode(self.encode(inputs))
 
 
@@ -73,9 +73,9 @@ class DeepLinear(nn.Sequential):
     """64 linear layers 784→10, then 10→10, with no activation (Koroko et al. 2023, 2303.18083).
 
     Args:
-        batch_norm: Whether batch normalisation stands between the layers, as in the paper.
+        batch_norm: Batch normalisation between the layers, as in the paper.
         inputs: Features.
-        width: Of all layers behind the first, and so the number of classes.
+        width: Width of all layers after the first, and so the number of classes.
         depth: Linear layers.
     """
 
@@ -117,7 +117,7 @@ class SmallConvNet(nn.Sequential):
 
 
 def initialize(model: nn.Module) -> None:
-    """Xavier's uniform weights, as the papers have them, and no bias."""
+    """Initialise with Xavier-uniform weights and zero bias, as in the papers."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.xavier_uniform_(module.weight)

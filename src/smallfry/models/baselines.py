@@ -1,4 +1,4 @@
-"""The larger models that ViTRM's paper compares with, and the ResNets it should have taken.
+"""Larger models of ViTRM's paper, and ResNets with the CIFAR stem, a fairer baseline.
 
 ``paper_vit_*`` and ``paper_resnet*`` have exactly the paper's sizes (arXiv 2603.19503). Its ResNets
 have the ImageNet stem, whose stride and pool leave a 1×1 map of a 32×32 image; ``resnet*_cifar``
@@ -28,7 +28,7 @@ class NormedPatches(nn.Module):
         patch_size: Side of a patch, or height and width.
         in_chans: Channels.
         embed_dim: Features of a token.
-        settings: What timm gives every such layer; not used here.
+        settings: Further arguments of timm; not used here.
 
     Raises:
         UsageError: Patches leave a rest of the images.
@@ -59,7 +59,7 @@ class NormedPatches(nn.Module):
         self.norm = nn.LayerNorm(embed_dim)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Tokens (batch, patches, embed_dim) of images (batch, channels, side, side)."""
+        """Compute tokens (batch, patches, embed_dim) of images (batch, channels, side, side)."""
         if images.shape[2:] != self.img_size:
             expected, got = (f"{h}×{w}" for h, w in (self.img_size, images.shape[2:]))
             raise ValueError(
@@ -70,12 +70,12 @@ class NormedPatches(nn.Module):
         return tokens
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of patches, by timm's name for it."""
+        """Return rows and columns of patches, under timm's name."""
         return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
 
 
 class CifarResNet(ResNet):  # type: ignore[misc]  # timm has no types
-    """timm's ResNet with a 3×3 stem of stride 1 and no pool.
+    """ResNet of timm with a 3×3 stem of stride 1 and no pooling.
 
     Args:
         block: BasicBlock or Bottleneck.
@@ -142,53 +142,53 @@ def _resnet(kind: type[Any], name: str, depth: str, pretrained: bool, kwargs: An
 
 @register_model  # type: ignore[untyped-decorator]
 def paper_vit_small_patch4_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """The paper's ViT-S: 16,876,138 parameters for 10 classes."""
+    """Build the paper's ViT-S: 16,876,138 parameters for 10 classes."""
     return _vit("paper_vit_small_patch4_32", pretrained, kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def paper_vit_base_patch4_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """The paper's ViT-B: 85,125,994 parameters for 10 classes."""
+    """Build the paper's ViT-B: 85,125,994 parameters for 10 classes."""
     return _vit("paper_vit_base_patch4_32", pretrained, kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def paper_vit_large_patch4_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """The paper's ViT-L: 302,367,850 parameters for 10 classes."""
+    """Build the paper's ViT-L: 302,367,850 parameters for 10 classes."""
     return _vit("paper_vit_large_patch4_32", pretrained, kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def paper_resnet18_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """The paper's ResNet-18, with the ImageNet stem: 11,181,642 parameters for 10 classes."""
+    """Build the paper's ResNet-18 with the ImageNet stem: 11,181,642 parameters for 10 classes."""
     return _resnet(ResNet, "paper_resnet18_32", "18", pretrained, kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def paper_resnet34_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """The paper's ResNet-34, with the ImageNet stem: 21,289,802 parameters for 10 classes."""
+    """Build the paper's ResNet-34 with the ImageNet stem: 21,289,802 parameters for 10 classes."""
     return _resnet(ResNet, "paper_resnet34_32", "34", pretrained, kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def paper_resnet50_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """The paper's ResNet-50, with the ImageNet stem: 23,528,522 parameters for 10 classes."""
+    """Build the paper's ResNet-50 with the ImageNet stem: 23,528,522 parameters for 10 classes."""
     return _resnet(ResNet, "paper_resnet50_32", "50", pretrained, kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-18 with the stem for small images: 11,173,962 parameters for 10 classes."""
+    """Build ResNet-18 with the CIFAR stem: 11,173,962 parameters for 10 classes."""
     return _resnet(CifarResNet, "resnet18_cifar", "18", pretrained, kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def resnet34_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-34 with the stem for small images: 21,282,122 parameters for 10 classes."""
+    """Build ResNet-34 with the CIFAR stem: 21,282,122 parameters for 10 classes."""
     return _resnet(CifarResNet, "resnet34_cifar", "34", pretrained, kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def resnet50_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-50 with the stem for small images: 23,520,842 parameters for 10 classes."""
+    """Build ResNet-50 with the CIFAR stem: 23,520,842 parameters for 10 classes."""
     return _resnet(CifarResNet, "resnet50_cifar", "50", pretrained, kwargs)

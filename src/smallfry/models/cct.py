@@ -33,7 +33,7 @@ TOKENIZER_CHANNELS = 64  # between two convolutions
 
 
 class CCT(nn.Module):
-    """A compact convolutional transformer.
+    """Compact convolutional transformer.
 
     Args:
         img_size: Side of the images, or height and width.
@@ -43,7 +43,7 @@ class CCT(nn.Module):
         depth: Layers.
         num_heads: Attention heads.
         mlp_ratio: Hidden features over ``embed_dim``.
-        convolutions: Of the tokenizer; each halves the side.
+        convolutions: Convolutions of the tokenizer; each halves the side.
         drop_rate: Dropout in the MLP, and before the classifier.
         attn_drop_rate: Dropout of attention weights.
         drop_path_rate: Stochastic depth of the last layer, growing from 0.
@@ -103,26 +103,26 @@ class CCT(nn.Module):
         self.apply(_initialize)
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay should leave alone."""
+        """Return the parameters without weight decay."""
         return {"pos_embed"}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep no activations inside layers, and compute them again in the backward pass."""
+        """Recompute activations inside layers in the backward pass."""
         self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
+        """Return the last linear layer."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier; sequence pooling stays whatever ``global_pool`` says."""
+        """Replace the classifier; sequence pooling stays whatever ``global_pool`` is."""
         self.num_classes = num_classes
         head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         _initialize(head)
         self.head = head.to(self.pos_embed)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Tokens (batch, tokens, embed_dim) of images (batch, channels, side, side)."""
+        """Compute tokens (batch, tokens, embed_dim) of images (batch, channels, side, side)."""
         tokens = self.tokenizer(images).flatten(2).transpose(1, 2) + self.pos_embed
         if self.grad_checkpointing and self.training:
             tokens = checkpoint_seq(self.blocks, tokens)
@@ -132,7 +132,7 @@ class CCT(nn.Module):
         return normed
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits (batch, classes), or pooled features (batch, embed_dim)."""
+        """Compute logits (batch, classes), or pooled features (batch, embed_dim)."""
         weights = F.softmax(self.attention_pool(tokens), dim=1)
         pooled: Tensor = self.head_drop((weights.transpose(1, 2) @ tokens).squeeze(1))
         if pre_logits:
@@ -141,7 +141,7 @@ class CCT(nn.Module):
         return logits
 
     def forward(self, images: Tensor) -> Tensor:
-        """Class logits (batch, classes)."""
+        """Compute class logits (batch, classes)."""
         return self.forward_head(self.forward_features(images))
 
 
@@ -161,14 +161,14 @@ class Layer(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens (batch, tokens, dim)."""
+        """Transform tokens (batch, tokens, dim)."""
         tokens = self.norm2(tokens + self.drop_path(self.attn(self.norm1(tokens))))
         hidden = self.drop(F.gelu(self.fc1(tokens)))
         out: Tensor = tokens + self.drop_path(self.drop(self.fc2(hidden)))
         return out
 
     def channel_groups(self) -> list[ChannelGroup]:
-        """Its hidden units; those of its attention are known by themselves."""
+        """Return the group of its hidden units; attention has groups of its own."""
         return [mlp_group("fc1", "fc2", self, None)]
 
 
@@ -197,7 +197,7 @@ RENAMED = {
 
 
 def checkpoint_filter_fn(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Weights under this module's names, from those of the authors' code."""
+    """Map weights from the authors' names to this module's."""
     if "classifier.positional_emb" not in state:
         return dict(state)
     renamed = {}
@@ -248,29 +248,29 @@ def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> CCT:
 
 @register_model  # type: ignore[untyped-decorator]
 def cct_2_3x2_32(pretrained: bool = False, **kwargs: Any) -> CCT:
-    """CCT-2/3×2: 283,723 parameters for 10 classes."""
+    """Build CCT-2/3×2: 283,723 parameters for 10 classes."""
     return _create("cct_2_3x2_32", pretrained, kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def cct_4_3x2_32(pretrained: bool = False, **kwargs: Any) -> CCT:
-    """CCT-4/3×2: 482,123 parameters for 10 classes."""
+    """Build CCT-4/3×2: 482,123 parameters for 10 classes."""
     return _create("cct_4_3x2_32", pretrained, kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def cct_6_3x1_32(pretrained: bool = False, **kwargs: Any) -> CCT:
-    """CCT-6/3×1: 3,233,803 parameters for 10 classes."""
+    """Build CCT-6/3×1: 3,233,803 parameters for 10 classes."""
     return _create("cct_6_3x1_32", pretrained, kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def cct_7_3x1_32(pretrained: bool = False, **kwargs: Any) -> CCT:
-    """CCT-7/3×1: 3,760,139 parameters for 10 classes."""
+    """Build CCT-7/3×1: 3,760,139 parameters for 10 classes."""
     return _create("cct_7_3x1_32", pretrained, kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def cct_7_3x2_32(pretrained: bool = False, **kwargs: Any) -> CCT:
-    """CCT-7/3×2: 3,853,259 parameters for 10 classes."""
+    """Build CCT-7/3×2: 3,853,259 parameters for 10 classes."""
     return _create("cct_7_3x2_32", pretrained, kwargs)

@@ -1,4 +1,4 @@
-"""The contract of recursive models: a state, rewritten step by step, and two heads that read it.
+"""Interface of recursive models: a state rewritten step by step, and two heads that read it.
 
 Training with deep supervision, early exit, export and the demo ask for ``Recursive``, never for a
 class. A model without this contract is one from inputs to logits, as timm's are.
@@ -24,7 +24,7 @@ __all__ = [
 
 
 class RecursionStep(NamedTuple):
-    """The outcome of one recursion step."""
+    """Outcome of one recursion step."""
 
     state: Any  # after the step; ViTRM's is y and z
     logits: Tensor  # (batch, classes)
@@ -33,7 +33,7 @@ class RecursionStep(NamedTuple):
 
 @runtime_checkable
 class Recursive(Protocol):
-    """A module that improves its answer in recursion steps.
+    """Module that refines its prediction in recursion steps.
 
     Its ``forward`` takes inputs to the logits of the last of ``recursion_steps`` steps. A step of
     an image depends on no other image, so that finished ones can leave the batch.
@@ -42,32 +42,32 @@ class Recursive(Protocol):
     recursion_steps: int  # at inference
 
     def embed(self, inputs: Tensor) -> Tensor:
-        """Features of the inputs that every step reads, (batch, ...)."""
+        """Compute the input features of every step, (batch, ...)."""
 
     def initial_state(self, batch_size: int) -> Any:
-        """The state that every input starts from."""
+        """Return the common initial state of all inputs."""
 
     def step(self, x: Tensor, state: Any) -> RecursionStep:
-        """One recursion step on embedded inputs."""
+        """Run one recursion step on embedded inputs."""
 
     def recurse(self, inputs: Tensor, steps: int | None = None) -> Sequence[RecursionStep]:
-        """All recursion steps; ``steps`` defaults to ``recursion_steps``."""
+        """Run all recursion steps; ``steps`` defaults to ``recursion_steps``."""
 
     def advance(self, inputs: Tensor, state: Any = None) -> RecursionStep:
-        """One recursion step on inputs, by default from the initial state; it is trained alone."""
+        """Run one recursion step on inputs, by default from the initial state, for training."""
 
 
 @runtime_checkable
 class FromImages(Protocol):
-    """A module with weights that depend on the training images; training begins with them."""
+    """Module with data-dependent initial weights, set before training."""
 
     def initialize(self, images: Tensor) -> None:
-        """Set these weights, given normalised images (images, channels, side, side)."""
+        """Set these weights from normalised images (images, channels, side, side)."""
 
 
 @runtime_checkable
 class LatentRecursive(Recursive, Protocol):
-    """A recursive model whose step is several latent steps and an answer step, as ViTRM's.
+    """Recursive model with several latent steps and one answer step in each step, as ViTRM.
 
     The heads read the first tensor of the state and no other.
     """
@@ -75,17 +75,17 @@ class LatentRecursive(Recursive, Protocol):
     latent_steps: int  # in a recursion step
 
     def think(self, x: Tensor, state: Any) -> Any:
-        """The state after one latent step."""
+        """Run one latent step."""
 
     def answer(self, state: Any) -> Any:
-        """The state after the answer step."""
+        """Run the answer step."""
 
     def read_out(self, state: Any) -> RecursionStep:
-        """The heads' outputs of a state."""
+        """Compute the heads' outputs of a state."""
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], state: Any) -> Any:
-    """Apply a function to every tensor of a state, or of anything of such a kind.
+    """Apply a function to every tensor of a state, or of a nested structure.
 
     Raises:
         TypeError: Something in it is neither a tensor nor a collection of them.
@@ -104,7 +104,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], state: Any) -> Any:
 
 
 def tensors(state: Any) -> list[Tensor]:
-    """The tensors of a state, in order."""
+    """Return the tensors of a state, in order."""
     found: list[Tensor] = []
 
     def collect(tensor: Tensor) -> Tensor:
@@ -116,6 +116,6 @@ def tensors(state: Any) -> list[Tensor]:
 
 
 def replace_tensors(state: Any, values: Sequence[Tensor]) -> Any:
-    """A state of the same kind that holds other tensors, as many as ``tensors`` gives of it."""
+    """Rebuild a state from as many tensors as ``tensors`` returns."""
     left = iter(values)
     return map_tensors(lambda _: next(left), state)

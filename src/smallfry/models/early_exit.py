@@ -1,4 +1,4 @@
-"""Early exit: an image leaves the recursion once the model holds its answer for right."""
+"""Early exit: stop recursing once the halting probability passes a threshold."""
 
 from operator import itemgetter
 from typing import NamedTuple
@@ -13,7 +13,7 @@ __all__ = ["Exit", "recurse_until"]
 
 
 class Exit(NamedTuple):
-    """What each image left the recursion with."""
+    """Predictions and steps of each image at its exit."""
 
     logits: Tensor  # (batch, num_classes)
     halt_logits: Tensor  # (batch,)
@@ -24,7 +24,7 @@ class Exit(NamedTuple):
 def recurse_until(
     model: Recursive, images: Tensor, threshold: float, most: int | None = None
 ) -> Exit:
-    """Recur on each image until its halting probability passes a threshold.
+    """Recurse on each image until its halting probability passes a threshold.
 
     Images that have finished leave the batch, so that nothing more is computed for them.
 

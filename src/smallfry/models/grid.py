@@ -1,4 +1,4 @@
-"""What knows that tokens lie on a grid: a tokenizer, a layer, and rotary positions.
+"""Modules that use the token grid: a tokenizer, a layer, and rotary positions.
 
 A sequence is parts laid end to end, given by their ``sizes``. A part of s² tokens lies on an s × s
 grid, row by row; a part of one token lies nowhere.
@@ -25,7 +25,7 @@ THETA = 100.0  # wavelengths up to 2π × so many patches
 
 
 def conv_tokenizer(channels: int, dim: int, patch_size: int) -> nn.Sequential:
-    """Two 3×3 convolutions from images to (batch, dim, side, side), with dim / 8 features between.
+    """Build two 3×3 convolutions from images to (batch, dim, side, side), through dim / 8 features.
 
     CCT (arXiv 2104.05704) and "Early convolutions help transformers see better" (arXiv 2106.14881).
     """
@@ -44,7 +44,7 @@ def conv_tokenizer(channels: int, dim: int, patch_size: int) -> nn.Sequential:
 
 
 class ConvSwiGLU(SwiGLU):
-    """SwiGLU whose gate looks at the 3×3 tokens around: value · silu(depthwise(gate)).
+    """SwiGLU whose gate convolves the 3×3 tokens around: value · silu(depthwise(gate)).
 
     The convolutional gated linear unit of TransNeXt (arXiv 2311.17132). Each part is convolved on
     its own grid. Starts as the identity, so a fresh one equals SwiGLU.
@@ -58,14 +58,14 @@ class ConvSwiGLU(SwiGLU):
         nn.init.dirac_(self.depthwise.weight, groups=hidden_dim)
 
     def forward(self, rows: Tensor, sizes: Sequence[int] = ()) -> Tensor:
-        """Rows (batch, tokens, dim) to rows; ``sizes`` of the parts, default one grid."""
+        """Transform rows (batch, tokens, dim); ``sizes`` of the parts, default one grid."""
         value, gate = self.fc1(rows).chunk(2, dim=-1)
         parts = gate.split(list(sizes or (rows.shape[1],)), dim=1)
         gate = torch.cat([self._look_around(part) for part in parts], dim=1)
         return cast(Tensor, self.fc2(value * F.silu(gate)))
 
     def channel_groups(self) -> list[ChannelGroup]:
-        """Its hidden units, each with its convolution of the gate."""
+        """Return the group of its hidden units, each with its convolution of the gate."""
         (group,) = super().channel_groups()
         kernels = Slice("depthwise.weight", 0, torch.arange(group.channels)[:, None])
         return [replace(group, cut=(*group.cut, kernels))]
@@ -80,7 +80,7 @@ class ConvSwiGLU(SwiGLU):
 
 
 class GridLayer(Layer):
-    """``Layer`` with layer scale (CaiT, arXiv 2103.17239) and convolution, both where wanted.
+    """``Layer`` with optional layer scale (CaiT, arXiv 2103.17239) and convolution.
 
     Args:
         dim: Width of a token.
@@ -117,7 +117,7 @@ class GridLayer(Layer):
         context: Tensor | None = None,
         sizes: Sequence[int] = (),
     ) -> Tensor:
-        """As ``Layer``; ``sizes`` are those of the parts that the kept rows consist of."""
+        """Run the layer like ``Layer``; ``sizes`` are those of the parts of the kept rows."""
         rows = rows[:, kept] + self.drop(self.scale1(self.attn(qkv, kept, context)))
         normed = self.norm2(rows)
         mixed = self.mlp(normed, sizes) if isinstance(self.mlp, ConvSwiGLU) else self.mlp(normed)
@@ -125,7 +125,7 @@ class GridLayer(Layer):
 
 
 class Rotary(nn.Module):
-    """2-D rotary positions: queries and keys turned by angles that grow with row and column.
+    """2-D rotary positions: queries and keys rotated by angles that grow with row and column.
 
     What a query sees in a key then depends on how they lie to each other. Half of a head's pairs of
     features turn with the row, half with the column (axial, RoPE-ViT, arXiv 2403.13298). A grid of
@@ -134,7 +134,7 @@ class Rotary(nn.Module):
     Args:
         head_dim: Features of a head, a multiple of 4.
         side: Patches on a side of the image.
-        sides: Of all grids that come up.
+        sides: Sides of all grids in use.
     """
 
     def __init__(self, head_dim: int, side: int, sides: Sequence[int]) -> None:
@@ -155,7 +155,7 @@ class Rotary(nn.Module):
             self.register_buffer(f"turn_{s * s}", turn, persistent=False)
 
     def forward(self, qkv: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Queries, keys and values (batch, tokens, 3 dim), with queries and keys turned."""
+        """Rotate the queries and keys of (batch, tokens, 3 dim)."""
         turns = [self.get_buffer(f"turn_{size}") for size in sizes]
         cos, sin = torch.cat(turns, dim=1)  # (tokens, 1, head_dim / 2) each
         batch, count, width = qkv.shape

@@ -1,4 +1,4 @@
-"""The layer of ViTRM's shared block: pre-norm, and only the rows that are kept."""
+"""Layer of ViTRM's shared block: pre-norm, computed for the kept rows only."""
 
 from typing import NamedTuple, cast
 
@@ -16,7 +16,7 @@ EVERY = slice(None)
 
 
 class Tokens(NamedTuple):
-    """Tokens with what the first layer makes of them, which holds for as long as they do."""
+    """Tokens with their cached projections in the first layer."""
 
     rows: Tensor  # (batch, tokens, dim)
     qkv: Tensor  # (batch, tokens, 3 dim): queries, keys and values
@@ -25,7 +25,7 @@ class Tokens(NamedTuple):
 def end_to_end(
     parts: list[Tokens], keep: slice, context: list[Tensor | None]
 ) -> tuple[Tensor, Tensor, slice]:
-    """Rows and projections of the parts as one sequence, and where the parts to keep lie in it."""
+    """Concatenate the rows and projections of parts, and locate the parts to keep."""
     there = [t.shape[:1] for t in (*(part.rows for part in parts), *context) if t is not None]
     # what is the same for all images is there once
     (batch,) = torch.broadcast_shapes(*there)  # type: ignore[no-untyped-call]
@@ -39,7 +39,7 @@ def end_to_end(
 
 
 class Layer(nn.Module):
-    """A pre-norm transformer layer; nothing normalises its output."""
+    """Pre-norm transformer layer, without a final norm."""
 
     def __init__(
         self, dim: int, heads: int, mlp_hidden_dim: int, drop: float, attn_drop: float
@@ -52,18 +52,18 @@ class Layer(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def project(self, rows: Tensor) -> Tensor:
-        """Queries, keys and values of normalised rows, (batch, tokens, 3 dim)."""
+        """Compute queries, keys and values of normalised rows, (batch, tokens, 3 dim)."""
         return cast(Tensor, self.attn.qkv(self.norm1(rows)))
 
     def forward(
         self, rows: Tensor, qkv: Tensor, kept: slice = EVERY, context: Tensor | None = None
     ) -> Tensor:
-        """The kept rows (batch, kept, dim) of the output; all rows are attended to.
+        """Compute the kept rows (batch, kept, dim) of the output; all rows are attended to.
 
         Args:
             rows: The input, (batch, tokens, dim).
             qkv: Its ``project``.
-            kept: Which rows of the output are wanted.
+            kept: Rows of the output to compute.
             context: ``project`` of further rows to attend to, (batch, further tokens, 3 dim).
         """
         rows = rows[:, kept] + self.drop(self.attn(qkv, kept, context))
@@ -81,7 +81,7 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(self, qkv: Tensor, kept: slice = EVERY, context: Tensor | None = None) -> Tensor:
-        """What the kept rows read off all rows and the context, (batch, kept, dim)."""
+        """Attend from the kept rows to all rows and the context, (batch, kept, dim)."""
         q = self._split(qkv)[0][:, :, kept]
         _, k, v = self._split(qkv if context is None else torch.cat([context, qkv], dim=1))
         drop = self.drop if self.training else 0.0
@@ -89,11 +89,11 @@ class Attention(nn.Module):
         return cast(Tensor, self.proj(attended.transpose(1, 2).flatten(2)))
 
     def channel_groups(self) -> list[ChannelGroup]:
-        """Its heads."""
+        """Return the group of its heads."""
         return [attention_group("qkv", "proj", self, self.heads, {"heads": 1})]
 
     def _split(self, qkv: Tensor) -> Tensor:
-        """Queries, keys and values, (3, batch, heads, tokens, dim / heads)."""
+        """Split into queries, keys and values, (3, batch, heads, tokens, dim / heads)."""
         batch, count, width = qkv.shape
         return qkv.view(batch, count, 3, self.heads, width // 3 // self.heads).permute(
             2, 0, 3, 1, 4
@@ -101,7 +101,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Value times silu of gate: fc1 gives the value first and the gate second."""
+    """SwiGLU, value · silu(gate): fc1 gives the value first and the gate second."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -109,10 +109,10 @@ class SwiGLU(nn.Module):
         self.fc2 = Linear(hidden_dim, dim)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Rows (batch, tokens, dim) to rows."""
+        """Transform rows (batch, tokens, dim)."""
         value, gate = self.fc1(rows).chunk(2, dim=-1)
         return cast(Tensor, self.fc2(value * F.silu(gate)))
 
     def channel_groups(self) -> list[ChannelGroup]:
-        """Its hidden units."""
+        """Return the group of its hidden units."""
         return [gated_group("fc1", "fc2", self, gate_is_last=True)]

@@ -1,4 +1,4 @@
-"""A linear layer that multiplies float32 matrices on a CPU with oneDNN where that is faster."""
+"""Linear layer that uses oneDNN for float32 products on a CPU where that is faster."""
 
 from typing import Any, cast
 
@@ -16,14 +16,14 @@ class Linear(nn.Linear):
     acts_as = nn.Linear  # so that curvature is taken of it as of any linear layer
 
     def forward(self, input: Tensor) -> Tensor:
-        """Features (..., in_features) to (..., out_features)."""
+        """Map features (..., in_features) to (..., out_features)."""
         if multiplies(input, self.weight, self.bias):
             return cast(Tensor, _Product.apply(input, self.weight, self.bias))
         return F.linear(input, self.weight, self.bias)
 
 
 class _Product(autograd.Function):
-    """rows @ weightᵀ + bias; backward and forward mode are products of the same kind."""
+    """Product rows @ weightᵀ + bias; backward and forward mode use products of the same kind."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Any:

@@ -1,4 +1,4 @@
-"""LoopNet: small convolutional networks whose layers can be used several times in a row.
+"""LoopNet: small convolutional networks with layers that can be applied repeatedly.
 
     h ← act(conv2×2(image))                            patches whitened; this convolution is frozen
     h ← act(norm(maxpool(conv3×3(h))))                 at the start of each stage
@@ -27,7 +27,7 @@ PATCH = 2  # pixels
 
 
 class LoopNet(nn.Module):
-    """A convolutional network of stages, each at half the resolution of the one before.
+    """Convolutional network of stages, each at half the resolution of the previous one.
 
     Args:
         in_chans: Channels of the images.
@@ -93,7 +93,7 @@ class LoopNet(nn.Module):
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
-        """Make the frozen first convolution whiten patches of images such as these.
+        """Set the frozen first convolution to whiten patches of such images.
 
         Args:
             images: (images, channels, height, width), normalised, a few thousand of the training
@@ -111,11 +111,11 @@ class LoopNet(nn.Module):
         self.stem.bias.zero_()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep no activations inside stages, and compute them again in the backward pass."""
+        """Recompute activations inside stages in the backward pass."""
         self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
+        """Return the last linear layer."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -124,7 +124,7 @@ class LoopNet(nn.Module):
         self.head = _classifier(self.num_features, num_classes).to(self.stem.weight)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Features (batch, widths[-1], height, width) of images (batch, channels, side, side)."""
+        """Map images (batch, channels, side, side) to (batch, widths[-1], height, width)."""
         features = self.stem_act(self.stem(images))
         for stage in self.stages:
             if self.grad_checkpointing and self.training:
@@ -134,7 +134,7 @@ class LoopNet(nn.Module):
         return cast(Tensor, features)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits (batch, classes), or pooled features (batch, widths[-1])."""
+        """Compute logits (batch, classes), or pooled features (batch, widths[-1])."""
         pooled: Tensor = self.head_drop(features.amax(dim=(2, 3)))
         if pre_logits or not self.num_classes:
             return pooled
@@ -142,12 +142,12 @@ class LoopNet(nn.Module):
         return logits
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (batch, classes) of images (batch, channels, side, side)."""
+        """Compute logits (batch, classes) of images (batch, channels, side, side)."""
         return self.forward_head(self.forward_features(images))
 
 
 class Stage(nn.Module):
-    """A layer that halves the resolution, and layers that keep it."""
+    """One layer that halves the resolution, and layers that keep it."""
 
     def __init__(
         self,
@@ -164,12 +164,12 @@ class Stage(nn.Module):
         self.layers = nn.Sequential(*(Layer(width, loops, residual, act) for _ in range(depth)))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features (batch, width, height / 2, width / 2)."""
+        """Compute features (batch, width, height / 2, width / 2)."""
         return cast(Tensor, self.layers(self.enter(features)))
 
 
 class Layer(nn.Module):
-    """A 3×3 convolution, used in several loops with a norm of its own for each."""
+    """3×3 convolution applied in several loops, with a separate norm for each."""
 
     def __init__(
         self, width: int, loops: int, residual: bool, act: Callable[[], nn.Module]
@@ -181,7 +181,7 @@ class Layer(nn.Module):
         self.act = act()
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features of the same shape."""
+        """Compute features of the same shape."""
         for norm in self.norms:
             change = self.act(norm(self.conv(features)))
             features = features + change if self.residual else change
@@ -189,7 +189,7 @@ class Layer(nn.Module):
 
 
 def _conv3(before: int, width: int, identity: bool) -> nn.Conv2d:
-    """A 3×3 convolution without bias whose first channels, if wanted, start as the identity."""
+    """Build a 3×3 convolution without bias, with first channels optionally set to the identity."""
     convolution = nn.Conv2d(before, width, 3, padding=1, bias=False)
     if identity:
         nn.init.dirac_(convolution.weight.data[:before])
@@ -246,23 +246,23 @@ def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
 
 @register_model  # type: ignore[untyped-decorator]
 def loopnet_70k(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """LoopNet of 68,616 parameters and 12.0 MMAC for 10 classes and 32×32 images."""
+    """Build LoopNet with 68,616 parameters and 12.0 MMAC for 10 classes and 32×32 images."""
     return _create("loopnet_70k", pretrained, kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def loopnet_300k(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """LoopNet of 286,648 parameters and 38.0 MMAC for 10 classes and 32×32 images."""
+    """Build LoopNet with 286,648 parameters and 38.0 MMAC for 10 classes and 32×32 images."""
     return _create("loopnet_300k", pretrained, kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def loopnet_1m(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """LoopNet of 985,400 parameters and 70.4 MMAC for 10 classes and 32×32 images."""
+    """Build LoopNet with 985,400 parameters and 70.4 MMAC for 10 classes and 32×32 images."""
     return _create("loopnet_1m", pretrained, kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def loopnet_2m(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """LoopNet of 1,972,792 parameters and 118.1 MMAC for 10 classes and 32×32 images."""
+    """Build LoopNet with 1,972,792 parameters and 118.1 MMAC for 10 classes and 32×32 images."""
     return _create("loopnet_2m", pretrained, kwargs)

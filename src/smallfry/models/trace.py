@@ -1,4 +1,4 @@
-"""The answers of a recursive model, step by step."""
+"""Predictions of a recursive model, step by step."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -10,19 +10,19 @@ from smallfry.models.contract import LatentRecursive, RecursionStep, Recursive
 
 
 class Trace(NamedTuple):
-    """The answers of a model as it recurs, in the order of ``answers``."""
+    """Predictions of a model as it recurses, in the order of ``answers``."""
 
     probabilities: Tensor  # (answers, images, classes)
     halting: Tensor  # (answers, images)
 
 
 def steps_to_follow(model: Recursive) -> int:
-    """Recursion steps worth showing: those of its training, and a second one if that was one."""
+    """Count the recursion steps worth showing: those of training, and at least two."""
     return max(2, model.recursion_steps)
 
 
 def answers(model: Recursive, images: Tensor, steps: int) -> Iterator[RecursionStep]:
-    """Answers of a model after 0, 1, 2, … latent steps; without those, after each recursion step.
+    """Yield predictions after 0, 1, 2, … latent steps; without those, after each recursion step.
 
     Args:
         model: In evaluation mode.

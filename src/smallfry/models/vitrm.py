@@ -1,4 +1,4 @@
-"""ViTRM, the Vision Tiny Recursion Model: one small block applied again and again.
+"""ViTRM, the Vision Tiny Recursion Model: one small block applied repeatedly.
 
 An image becomes tokens ``x``, once. A latent memory ``z`` and a prediction token ``y`` start from
 learned tensors, and one shared transformer block ``f`` rewrites them. One *recursion step* is
@@ -36,25 +36,25 @@ MOST_STEPS = 10_000  # rewritings of the memory for one image
 
 
 class State(NamedTuple):
-    """What a recursion carries from step to step."""
+    """Recurrent state."""
 
     y: Tensor  # the prediction token, (batch, 1, dim)
     z: Tensor  # the latent memory, (batch, latents, dim)
 
     def detach(self) -> "State":
-        """The same values, cut off from the graph (between two steps of deep supervision)."""
+        """Detach the values from the graph (between two steps of deep supervision)."""
         return State(self.y.detach(), self.z.detach())
 
 
 class Sight(NamedTuple):
-    """The image as the block sees it: beside the other rows, or across."""
+    """Image tokens as seen by the block: beside the other rows, or by cross-attention."""
 
     rows: list[Tokens]  # x in joint attention, else empty
     context: list[Tensor | None]  # for each layer its projection of x in cross-attention, else None
 
 
 class ViTRM(nn.Module):
-    """Vision Tiny Recursion Model, with the contract of a timm model.
+    """Vision Tiny Recursion Model, with timm's model interface.
 
     Args:
         img_size: Side of the square input images in pixels.
@@ -146,7 +146,7 @@ class ViTRM(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """The paper's initialisation: Xavier-normal tokens and heads, PyTorch's own elsewhere."""
+        """Initialise as in the paper: Xavier-normal tokens and heads, else PyTorch's defaults."""
         for token in (self.pos_embed, self.y_init, self.z_init):
             if token is not None:
                 nn.init.xavier_normal_(token)
@@ -161,15 +161,15 @@ class ViTRM(nn.Module):
     # The recursion, from the outside in
 
     def forward(self, images: Tensor) -> Tensor:
-        """Class logits (batch, num_classes) of images (batch, channels, height, width)."""
+        """Compute class logits (batch, num_classes) of images (batch, channels, height, width)."""
         return self.forward_head(self.forward_features(images))
 
     def recurse(self, images: Tensor, steps: int | None = None) -> list[RecursionStep]:
-        """Every recursion step of the images: its state, class logits and halting logits.
+        """Yield state, class logits and halting logits after every recursion step.
 
         Args:
             images: (batch, channels, height, width).
-            steps: How many steps; default ``recursion_steps``.
+            steps: Number of steps; default ``recursion_steps``.
         """
         x = self._look(self.embed(images))
         state = self._start(images.shape[0])
@@ -180,13 +180,13 @@ class ViTRM(nn.Module):
         return trace
 
     def advance(self, images: Tensor, state: State | None = None) -> RecursionStep:
-        """One recursion step from a state (default the initial one): what a training step sees."""
+        """Run one recursion step from a state (default the initial one), as in training."""
         return self.step(
             self.embed(images), self._start(images.shape[0]) if state is None else state
         )
 
     def embed(self, images: Tensor) -> Tensor:
-        """The image tokens x, (batch, patches, dim); the same in every step."""
+        """Compute the image tokens x, (batch, patches, dim), the same in every step."""
         if images.shape[1:] != self.input_shape:
             expected = ", ".join(map(str, self.input_shape))
             raise ValueError(
@@ -198,35 +198,35 @@ class ViTRM(nn.Module):
         return tokens if self.pos_embed is None else tokens + self.pos_embed
 
     def initial_state(self, batch_size: int) -> State:
-        """The learned state that every image starts from."""
+        """Return the learned initial state, common to all images."""
         return State(self.y_init.expand(batch_size, -1, -1), self.z_init.expand(batch_size, -1, -1))
 
     def step(self, x: Tensor, state: State) -> RecursionStep:
-        """One recursion step: ``latent_steps`` times z, once y, and the heads."""
+        """Run one recursion step: ``latent_steps`` times z, once y, and the heads."""
         return self.read_out(self._recur(self._look(x), state))
 
     def think(self, x: Tensor, state: State) -> State:
-        """One latent step: z <- f([x; y; z]), the rows of z."""
+        """Run one latent step, z <- f([x; y; z]), keeping the rows of z."""
         return State(state.y, self._think(self._look(x), self._project(state.y), state.z))
 
     def answer(self, state: State) -> State:
-        """The answer step: y <- f([y; z]), the row of y."""
+        """Run the answer step, y <- f([y; z]), keeping the row of y."""
         return State(self._answer(self._project(state.y), state.z), state.z)
 
     def read_out(self, state: State) -> RecursionStep:
-        """What both heads read off y."""
+        """Compute both heads' outputs of y."""
         y = state.y.squeeze(1)
         return RecursionStep(state, self.head(y), self.halt_head(y).squeeze(-1))
 
     def _recur(self, x: Sight, state: State) -> State:
-        """``latent_steps`` times think, once answer, with nothing projected twice."""
+        """Run ``latent_steps`` latent steps and one answer step, with nothing projected twice."""
         y, z = self._project(state.y), state.z
         for _ in range(self._thoughts()):
             z = self._think(x, y, z)
         return State(self._answer(y, z), z)
 
     def _thoughts(self) -> int:
-        """How often this recursion step rewrites z."""
+        """Return the number of latent steps in this recursion step."""
         return self.latent_steps
 
     def _think(self, x: Sight, y: Tokens, z: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ class ViTRM(nn.Module):
         return Sight([self._project(x)], [None for _ in layers])
 
     def _start(self, batch_size: int) -> State:
-        """The initial state, once for all images, or for each where a hook looks at them singly."""
+        """Return the initial state, shared, or per image where a hook needs single images."""
         projection = cast(Layer, self.blocks[0]).attn.qkv
         return self.initial_state(batch_size if projection._forward_hooks else 1)
 
@@ -252,7 +252,7 @@ class ViTRM(nn.Module):
     def _block(
         self, parts: list[Tokens], keep: slice, context: list[Tensor | None] | None = None
     ) -> Tensor:
-        """The block f on the parts laid end to end; of its output, the rows of parts ``keep``."""
+        """Apply the block f to the concatenated parts, returning the rows of parts ``keep``."""
         context = [None] * len(self.blocks) if context is None else context
         if self.grad_checkpointing and self.training:
             return checkpoint(self._run_block, parts, keep, context, use_reentrant=False)
@@ -270,19 +270,19 @@ class ViTRM(nn.Module):
     # timm's contract
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """The final tokens [y; z], (batch, 1 + latents, dim): one prefix token, as a ViT has."""
+        """Compute the final tokens [y; z], (batch, 1 + latents, dim), with one prefix token."""
         x, state = self._look(self.embed(images)), self._start(images.shape[0])
         for _ in range(self.recursion_steps):
             state = self._recur(x, state)
         return torch.cat(state, dim=1)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Class logits of ``forward_features``' tokens; ``pre_logits`` gives y itself."""
+        """Compute class logits of ``forward_features``' tokens; ``pre_logits`` gives y itself."""
         y = features[:, 0]
         return y if pre_logits else cast(Tensor, self.head(y))
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the class head by a fresh one; 0 classes remove it."""
+        """Replace the class head by a new one; 0 classes remove it."""
         if global_pool not in (None, "", "token"):
             raise ValueError(f"a ViTRM reads its answer off y ('token'), not {global_pool!r}")
         self.num_classes = num_classes
@@ -291,7 +291,7 @@ class ViTRM(nn.Module):
         self.head = head.to(self.y_init)
 
     def get_classifier(self) -> nn.Module:
-        """The class head."""
+        """Return the class head."""
         return self.head
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -299,11 +299,11 @@ class ViTRM(nn.Module):
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that an optimizer should leave undecayed, besides biases and norms."""
+        """Return the parameters without weight decay, besides biases and norms."""
         return {"pos_embed", "y_init", "z_init"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's grouping for layer-wise learning rates."""
+        """Group parameters for timm's layer-wise learning rates."""
         return {
             "stem": r"^pos_embed|^patch_embed|^y_init|^z_init",
             "blocks": [(r"^blocks\.(\d+)", None)],
@@ -311,7 +311,7 @@ class ViTRM(nn.Module):
 
 
 def checkpoint_filter_fn(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Weights under the names of the authors' implementation, under ours; ours pass unchanged."""
+    """Map weights from the authors' names to ours; ours pass unchanged."""
     renamed = (
         ("patch_embed.proj.", "patch_embed."),
         ("patch_embed.pos_embed", "pos_embed"),
@@ -349,7 +349,7 @@ def _init_head(head: nn.Module) -> None:
 
 
 def image_cfg(side: int, channels: int) -> dict[str, Any]:
-    """timm's description of a model for square images."""
+    """Build timm's configuration of a model for square images."""
     return {
         "url": "",
         "num_classes": 10,
@@ -382,27 +382,27 @@ def _create(variant: str, pretrained: bool, sizes: dict[str, Any], kwargs: dict[
 
 @register_model  # type: ignore[untyped-decorator]
 def vitrm_small_patch4_32(pretrained: bool = False, **kwargs: Any) -> ViTRM:
-    """The paper's model: 3,624,971 parameters for 10 classes of 32×32 images."""
+    """Build the paper's model: 3,624,971 parameters for 10 classes of 32×32 images."""
     return _create("vitrm_small_patch4_32", pretrained, {}, kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def vitrm_thrifty_patch4_32(pretrained: bool = False, **kwargs: Any) -> ViTRM:
-    """The paper's sizes, but 16 latent tokens that read the image across: 321 MMAC, not 1,454."""
+    """Build the paper's sizes with 16 latents that cross-attend to the image: 321 MMAC."""
     sizes = {"cross_attention": True, "latents": 16}
     return _create("vitrm_thrifty_patch4_32", pretrained, sizes, kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def vitrm_tiny_patch4_32(pretrained: bool = False, **kwargs: Any) -> ViTRM:
-    """Half the paper's width: 927,755 parameters for 10 classes of 32×32 images."""
+    """Build half the paper's width: 927,755 parameters for 10 classes of 32×32 images."""
     sizes = {"embed_dim": 192, "num_heads": 3, "mlp_hidden_dim": 256}
     return _create("vitrm_tiny_patch4_32", pretrained, sizes, kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def vitrm_micro_patch4_8(pretrained: bool = False, **kwargs: Any) -> ViTRM:
-    """For 8×8 grey images such as scikit-learn's digits: 109,131 parameters for 10 classes."""
+    """Build a model for 8×8 grey images such as scikit-learn's digits: 109,131 parameters."""
     sizes = {
         "img_size": 8,
         "patch_size": 4,

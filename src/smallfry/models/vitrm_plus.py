@@ -1,4 +1,4 @@
-"""ViTRM-plus: ViTRM with switches, each of them off or on by itself.
+"""ViTRM-plus: ViTRM with independent switches.
 
 With all of them off it is ViTRM. What each one is, where it comes from and what it costs is a table
 in ``docs/vitrm.md``; which of them the named models take follows evidence from other models, until
@@ -171,7 +171,7 @@ class ViTRMPlus(ViTRM):
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # a number, which no graph can hold
 def _draw(most: int) -> int:
-    """1 to ``most``, from torch's random state on the CPU, so that resumed runs draw the same."""
+    """Draw from 1 to ``most`` with torch's random state on the CPU, so that resuming is exact."""
     return int(torch.randint(1, most + 1, ()))
 
 
@@ -230,20 +230,20 @@ def _create(
 
 @register_model  # type: ignore[untyped-decorator]
 def vitrm_plus_small_32(pretrained: bool = False, **kwargs: Any) -> ViTRMPlus:
-    """The paper's width: 3,654,779 parameters for 10 classes of 32×32 images."""
+    """Build the paper's width: 3,654,779 parameters for 10 classes of 32×32 images."""
     return _create("vitrm_plus_small_32", pretrained, {"mlp_hidden_dim": 480}, kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def vitrm_plus_tiny_32(pretrained: bool = False, **kwargs: Any) -> ViTRMPlus:
-    """Half the paper's width: 957,011 parameters for 10 classes of 32×32 images."""
+    """Build half the paper's width: 957,011 parameters for 10 classes of 32×32 images."""
     sizes = {"embed_dim": 192, "num_heads": 3, "mlp_hidden_dim": 256}
     return _create("vitrm_plus_tiny_32", pretrained, sizes, kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def vitrm_plus_micro_8(pretrained: bool = False, **kwargs: Any) -> ViTRMPlus:
-    """For 8×8 grey images such as scikit-learn's digits: 116,467 parameters for 10 classes."""
+    """Build a model for 8×8 grey images such as scikit-learn's digits: 116,467 parameters."""
     sizes = {
         "img_size": 8,
         "patch_size": 2,

@@ -1,4 +1,4 @@
-"""Natural-gradient optimizers that replace AdamW and change nothing else.
+"""Natural-gradient optimizers as drop-in replacements for AdamW.
 
 Usable alone: they know nothing of this package's models, data or training.
 """

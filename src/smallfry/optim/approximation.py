@@ -1,4 +1,4 @@
-"""What a method says of one block of the Fisher: its statistics, their inverse, and what they cost.
+"""Interface of Fisher approximations: statistics, inverse and cost of one block.
 
 Everything else, from taking statistics to the length of a step, is the optimizer's and the same for
 all methods. State is a dictionary of tensors and plain data, one for each block, so that it can be
@@ -20,7 +20,7 @@ State = dict[str, Any]
 
 
 class Summed(NamedTuple):
-    """Of a method that ``divides``: what processes do with the samples of one block."""
+    """Sums of a method that ``divides``: the messages about one block's samples."""
 
     numbers: int  # in sums for the owner
     spread: int  # beside the state, from the owner to all
@@ -29,7 +29,7 @@ class Summed(NamedTuple):
 
 
 class Sum(NamedTuple):
-    """Asks for sums over all processes: the owner of the block gets them, the others None.
+    """Request for sums over all processes: the owner of the block gets them, the others None.
 
     Sums that become part of the state as they are, under their names, can go to all.
     """
@@ -39,7 +39,7 @@ class Sum(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """Asks for what the owner of the block makes, in all processes."""
+    """Request to broadcast the owner's result to all processes."""
 
     like: State  # tensors of the same shapes
     make: Callable[[], State]
@@ -49,7 +49,7 @@ Updating = Generator[Sum | Spread, Any, None]
 
 
 def alone(updating: Updating) -> None:
-    """Go through an update in one process, which owns everything."""
+    """Run an update in a single process, which owns everything."""
     answer: Any = None
     try:
         while True:
@@ -60,7 +60,7 @@ def alone(updating: Updating) -> None:
 
 
 class Approximation(ABC):
-    """How a block's Fisher is approximated.
+    """Approximation of a block's Fisher.
 
     Args:
         sharing: How the uses of a weight by one sample are put together, one of
@@ -90,7 +90,7 @@ class Approximation(ABC):
         Args:
             block: The block.
             state: Its state, empty at first.
-            rows: What it saw, one for each micro-batch.
+            rows: Its rows, one entry for each micro-batch.
             keep: Share of the old statistics; 0 at first.
             generator: For methods that draw.
         """
@@ -104,12 +104,12 @@ class Approximation(ABC):
         keep: float,
         generator: torch.Generator,
     ) -> Updating:
-        """``update`` from sums over samples alone, so that processes can share the samples.
+        """Update from sums over samples alone, so that processes can share the samples.
 
         Args:
             block: The block.
             state: Its state; changed in the owner, and in all by sums that go to all.
-            rows: What it saw in this process, perhaps nothing.
+            rows: Its rows in this process, possibly none.
             samples: That it saw in all processes.
             keep: Share of the old statistics.
             generator: In the same state in all processes.
@@ -118,7 +118,7 @@ class Approximation(ABC):
 
     @abstractmethod
     def invert(self, block: Block, state: State, damping: float) -> float:
-        """Make anew what ``apply`` needs.
+        """Recompute the inverse for ``apply``.
 
         Returns:
             How many times more than asked it had to be damped.
@@ -130,12 +130,12 @@ class Approximation(ABC):
     def moments(
         self, block: Block, state: State, rows: Sequence[Rows], samples: float
     ) -> Tensor | None:
-        """What depends on the new inverse, such as a diagonal in its basis: a sum over samples.
+        """Sum over samples a quantity of the new inverse, such as a diagonal in its basis.
 
         Args:
             block: The block.
             state: Its state.
-            rows: What it saw in this process, perhaps nothing.
+            rows: Its rows in this process, possibly none.
             samples: That it saw in all processes.
 
         Returns:
@@ -144,30 +144,30 @@ class Approximation(ABC):
         raise NotImplementedError("a method with ``settles`` says how")
 
     def settle(self, state: State, moments: Tensor, keep: float) -> None:
-        """Fold in the whole sum of ``moments``."""
+        """Average in the whole sum of ``moments``."""
         raise NotImplementedError("a method with ``settles`` says how")
 
     @abstractmethod
     def apply(self, block: Block, state: State, matrix: Tensor, damping: float) -> Tensor:
-        """(F̂ + λ I)⁻¹ times a matrix (groups, outputs, inputs)."""
+        """Multiply (F̂ + λ I)⁻¹ by a matrix (groups, outputs, inputs)."""
 
     @abstractmethod
     def trace(self, block: Block, state: State) -> float:
-        """tr F̂."""
+        """Compute tr F̂."""
 
     @abstractmethod
     def cost(self, block: Block, state: State) -> tuple[str, int, int]:
-        """The approximation in words, numbers kept, multiply-adds of an inversion.
+        """Describe the approximation: words, numbers kept, multiply-adds of an inversion.
 
         Before any statistics ``state`` is empty, and the numbers are those to come.
         """
 
     def summed(self, block: Block) -> Summed | None:
-        """What is summed over samples; None where the samples themselves are sent."""
+        """Describe the sums over samples; None if the samples themselves are sent."""
         return None
 
     def burden(self, block: Block) -> int:
-        """Multiply-adds of a refresh that only the block's owner does, about.
+        """Estimate the multiply-adds of a refresh for the block's owner alone.
 
         Inversion, and for all numbers kept what small decompositions take for each.
         """
@@ -175,11 +175,11 @@ class Approximation(ABC):
         return work + 100 * numbers
 
     def diagnose(self, block: Block, state: State, rows: Sequence[Rows]) -> dict[str, Any]:
-        """Eigenvalue ranges ``inputs`` and ``outputs`` and, given rows, ``fisher_error``."""
+        """Compute eigenvalue ranges ``inputs`` and ``outputs``, and from rows ``fisher_error``."""
         return {}
 
     def factors(self, state: State) -> tuple[Tensor, Tensor]:
-        """The leading A and G, each (groups, size, size).
+        """Return the leading A and G, each (groups, size, size).
 
         Raises:
             UsageError: The method has none.
@@ -187,12 +187,12 @@ class Approximation(ABC):
         raise UsageError(f"{type(self).__name__} has no Kronecker factors")
 
     def settings(self) -> dict[str, Any]:
-        """Plain data that a saved state depends on."""
+        """Return the settings that a saved state depends on, as plain data."""
         sharing = self.sharing if isinstance(self.sharing, str) else dict(self.sharing)
         return {"sharing": sharing}
 
     def check(self, blocks: Sequence[Block]) -> None:
-        """Make sure that the settings fit the blocks.
+        """Validate the settings against the blocks.
 
         Raises:
             UsageError: ``sharing`` names an unknown way or layer.
@@ -207,31 +207,31 @@ class Approximation(ABC):
                 raise UsageError(f"sharing names layer '{name}', which is not covered")
 
     def for_one_hot(self) -> "Approximation | None":
-        """The form of the method for embeddings; None where it takes one-hot inputs as they are."""
+        """Return the method for embeddings; None if it uses one-hot inputs as they are."""
         return None
 
     def takes_numbers(self, block: Block) -> bool:
-        """Whether one-hot inputs of a block are wanted by their numbers alone."""
+        """Return whether a block takes one-hot inputs as indices."""
         return False
 
     @property
     def name(self) -> str:
-        """What a saved state calls the method."""
+        """Name of the method in a saved state."""
         return type(self).__name__
 
     def sharing_of(self, block: Block) -> str:
-        """How a block's uses are put together."""
+        """Return the sharing mode of a block's uses."""
         if isinstance(self.sharing, str):
             return self.sharing
         default = self.sharing_choices[0]
         return next((self.sharing[name] for name in block.layers if name in self.sharing), default)
 
     def sums_over_uses(self, block: Block) -> bool:
-        """Whether statistics are sums over uses, so that some drawn at random can stand for all."""
+        """Return whether statistics are sums over uses, so that a sample of uses suffices."""
         return self.sharing_of(block) == "expand"
 
 
 def eigenvalue_range(matrix: Tensor) -> tuple[float, float]:
-    """Smallest and largest eigenvalue."""
+    """Compute the smallest and largest eigenvalue."""
     values = eigendecompose(matrix).values
     return float(values.min()), float(values.max())

@@ -1,4 +1,4 @@
-"""Natural gradient as an ordinary optimizer: replace AdamW, change nothing else.
+"""Natural gradient as an ordinary optimizer, a drop-in replacement for AdamW.
 
 One step, for every covered block with gradient g (of the mean negative log-likelihood):
 
@@ -66,7 +66,7 @@ class NaturalGradient(PreconditionedOptimizer):
     Args:
         model: The model, compiled or not. Its training forward passes are watched.
         lr: Learning rate of the covered parameters.
-        approximation: How a block's Fisher is approximated.
+        approximation: Approximation of a block's Fisher.
         settings: Those of ``CurvatureSettings``, and what belongs to the model:
             ``params``, the parameters to train, or groups with their own ``lr``, ``momentum`` and
             ``weight_decay``; default all that require a gradient.
@@ -156,13 +156,13 @@ class NaturalGradient(PreconditionedOptimizer):
     def _build_preconditioner(
         self, blocks: Sequence[Block], approximation: Approximation, collectives: Collectives
     ) -> Preconditioner:
-        """The preconditioner of these blocks; for methods that couple blocks."""
+        """Build the preconditioner of these blocks; overridden by methods that couple blocks."""
         return Preconditioner(blocks, approximation, self.settings, collectives)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Refresh the curvature if that is due, and move the parameters.
+        """Refresh the curvature if due, and update the parameters.
 
         Args:
             closure: Computes the loss and its gradients, if they are not there yet.
@@ -218,7 +218,7 @@ class NaturalGradient(PreconditionedOptimizer):
             self.adamw.step()
 
     def weigh(self, weights: Any) -> None:
-        """State the weights of the rows of the loss, before its ``backward()``.
+        """Set the row weights of the loss, before its ``backward()``.
 
         Needed only where the gradient can't show them: soft targets and numbers. The loss is
         Σ weight · nll over rows, with what it divides by in the weights (``w / w.sum()``).
@@ -230,27 +230,27 @@ class NaturalGradient(PreconditionedOptimizer):
         self.observer.given_weights = weights
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear gradients; a backward pass that was not stepped on is forgotten with them."""
+        """Clear gradients, and discard backward passes without a step."""
         self.observer.drop()
         super().zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Train further parameters of the model, such as layers that were frozen."""
+        """Add parameters of the model, such as layers that were frozen."""
         if hasattr(self, "observer"):
             unfreeze(self, param_group)
         else:
             super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that resuming bit for bit needs, by parameter name; plain data and tensors."""
+        """Return the complete state, by parameter name, as plain data and tensors."""
         return save_state(self)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a state; a UsageError if it belongs to another method or model."""
+        """Load a state; a UsageError if it belongs to another method or model."""
         load_state(self, state_dict)
 
     def summary(self) -> Summary:
-        """What happens to each parameter: approximation, memory, cost of a refresh."""
+        """Summarise each parameter: approximation, memory, cost of a refresh."""
         momentum = any(group.get("momentum", 0) > 0 for group in self.param_groups)
         rows = summarize(self.preconditioner, momentum, self.beside)
         parameters = {name: p for p, name in self.names.items()}
@@ -258,7 +258,7 @@ class NaturalGradient(PreconditionedOptimizer):
         return Summary(type(self).__name__, tuple(rows), self._bound())
 
     def _bound(self) -> str:
-        """What keeps a step's divergence in bounds, in words."""
+        """Describe the bound on a step's divergence."""
         if self.kl_clip is None:
             return "divergence of a step: without bound"
         allowed = f"divergence of a step: at most {self.kl_clip / 2:g} for each target"
@@ -270,7 +270,7 @@ class NaturalGradient(PreconditionedOptimizer):
         return f"{allowed}; measured {ratio:.3g} × the modelled, in {count} measurements"
 
     def diagnostics(self) -> Diagnosis:
-        """How the approximation stands; Fisher errors need ``monitor()``, cosines gradients."""
+        """Compute diagnostics; Fisher errors need ``monitor()``, cosines gradients."""
         return Diagnosis(
             diagnose_blocks(self.preconditioner),
             self.clip,
@@ -283,13 +283,13 @@ class NaturalGradient(PreconditionedOptimizer):
         )
 
     def close(self) -> None:
-        """Stop watching the model, for good."""
+        """Stop observing the model permanently."""
         self.observer.remove()
 
     # Refreshing
 
     def _due(self) -> tuple[bool, bool]:
-        """Whether statistics and inverses are due."""
+        """Return whether statistics and inverses are due."""
         step, settings = self.counters["steps"], self.settings
         early = step < settings.burn_in
         statistics = early or step % settings.statistics_every == 0
@@ -314,7 +314,7 @@ class NaturalGradient(PreconditionedOptimizer):
         self.preconditioner.draw(0, number)
 
     def _nothing_to_do(self, observations: Sequence[Observation]) -> bool:
-        """Whether a refresh is due, nothing was seen, and all gradients are zero.
+        """Return whether a refresh is due, nothing was observed, and all gradients are zero.
 
         So it is for an empty batch, and where ``torch.distributed.checkpoint`` steps only to make
         an optimizer's state.
@@ -328,10 +328,10 @@ class NaturalGradient(PreconditionedOptimizer):
     def _refresh(
         self, observations: Sequence[Observation], grads: Mapping[str, Tensor], factor: float
     ) -> None:
-        """Refresh what is due.
+        """Refresh statistics and inverses if due.
 
         Args:
-            observations: Of the current batch.
+            observations: Observations of the current batch.
             grads: ``.grad`` of the covered parameters, by name.
             factor: The training loss over the mean negative log-likelihood.
 
@@ -363,7 +363,7 @@ class NaturalGradient(PreconditionedOptimizer):
     def _prepare(
         self, tapped: Sequence[Observation], grads: Mapping[str, Tensor], factor: float
     ) -> bool:
-        """Check and weigh what was seen; False where it is not finite."""
+        """Check and weight the observations; False if they are not finite."""
         collectives, observer = self.collectives, self.observer
         weighed = weigh_rows(tapped, factor, self.loss_scale, observer.rescaled, collectives)
         warn_of_unfrozen(self.frozen)
@@ -398,13 +398,13 @@ class NaturalGradient(PreconditionedOptimizer):
         return self._factor
 
     def batch_size(self, observations: Sequence[Observation]) -> float:
-        """Samples in the batch of all processes."""
+        """Count the samples in the batch of all processes."""
         return self.collectives.sums([sum(seen.size for seen in observations)])[0]
 
     # Moving
 
     def weighed(self, observations: Sequence[Observation]) -> quadratic.Batch:
-        """The current batch, as one that can be run again; called in all processes alike."""
+        """Return the current batch in a re-runnable form; called in all processes alike."""
         factor, rescaled = self._loss_factor(observations), self.observer.rescaled
         weigh_rows(observations, factor, self.loss_scale, rescaled, self.collectives)
         parameters = {name: p for p, name in self.names.items()}
@@ -414,12 +414,12 @@ class NaturalGradient(PreconditionedOptimizer):
         )
 
     def count_targets(self, batch: quadratic.Batch) -> None:
-        """Set ``targets`` to those of a batch; padding alone, which momentum moves on, has none."""
+        """Set ``targets`` to those of a batch; a batch of padding, moved by momentum, has none."""
         hidden = self.observer.rescaled and self.grad_scaler is None
         self.targets = quadratic.targets_of(batch, hidden) or self.targets
 
     def _directions(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Preconditioned gradients, or momenta, by parameter name."""
+        """Compute preconditioned gradients, or momenta, by parameter name."""
         return self.preconditioner.directions(grads)
 
     def _move(self, grads: dict[str, Tensor], observations: Sequence[Observation]) -> None:
@@ -463,7 +463,7 @@ class NaturalGradient(PreconditionedOptimizer):
         steps: dict[str, Tensor],
         parameters: Mapping[str, nn.Parameter],
     ) -> dict[str, Tensor]:
-        """The best combination of steps and the last ones; ``clip`` bounds its divergence."""
+        """Find the best combination of steps and the last ones; ``clip`` bounds its divergence."""
         last = {name: self.state[parameters[name]].get("last_step") for name in steps}
         bases = [steps]
         if any(step is not None for step in last.values()):

@@ -1,4 +1,4 @@
-"""Rows of a block in a batch: which uses are taken, and how their weights are balanced."""
+"""Rows of a block in a batch: selection of uses, and balancing of weights."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -36,12 +36,12 @@ def rows_of_batch(
     check: Literal["error", "warn", "off"],
     uses: Callable[[Observation, int], Tensor | None],
 ) -> list[Rows]:
-    """What a block saw, one for each micro-batch in which it was called.
+    """Collect the rows of a block, one for each micro-batch in which it was called.
 
     Args:
         block: The block.
-        observations: Of the micro-batches.
-        method: How the block is approximated.
+        observations: Observations of the micro-batches.
+        method: Approximation of the block.
         check: What to do about rows that were found with other samples than by their place.
         uses: Which uses of a micro-batch to keep, given their number; None for all.
 
@@ -79,12 +79,12 @@ def rows_of(
     uses: Callable[[int], Tensor | None] | None = None,
     numbered: bool = False,
 ) -> Rows:
-    """What a block saw; zeros where it was not called.
+    """Collect the rows of a block in one forward pass; zeros if it was not called.
 
     Args:
         block: The block.
         seen: One forward pass.
-        uses: Which uses to keep, as in ``Observation.rows``.
+        uses: Uses to keep, as in ``Observation.rows``.
         numbered: One-hot inputs by their numbers, as there.
     """
     like = next(iter(block.parameters.values()))
@@ -99,7 +99,7 @@ def rows_of(
 
 
 def balanced(rows: Sequence[Rows], samples: float, mass: float) -> list[Rows]:
-    """Rows whose weights are 1 on average over all micro-batches and processes.
+    """Scale row weights to mean 1 over all micro-batches and processes.
 
     Args:
         rows: One for each micro-batch.

@@ -1,4 +1,4 @@
-"""The bound on a step's divergence: what the model of it says, corrected by measurement.
+"""Bound on a step's divergence: a model of it, corrected by measurement.
 
 ⟨v, m⟩ bounds the divergence that F̂ foretells. F̂ is of earlier batches, one block apart from the
 other, and too small along the directions of samples that it has not seen: the real divergence is
@@ -41,12 +41,12 @@ def clip_step(
     modelled: float,
     parameters: Mapping[str, nn.Parameter],
 ) -> float:
-    """ν of a step, measured if that is due.
+    """Compute the scale ν of a step, measured if due.
 
     Args:
         optimizer: The optimizer; what was measured becomes part of its state.
         observations: Of the current batch, with the arguments of the forward pass.
-        step: What is added to the parameters if ν is 1.
+        step: Change of the parameters for ν = 1.
         modelled: Twice its divergence by ⟨v, m⟩.
         parameters: Parameters by name.
     """
@@ -88,7 +88,7 @@ def divergence(
     step: Mapping[str, Tensor],
     parameters: Mapping[str, nn.Parameter],
 ) -> float:
-    """KL(before ‖ after) of a step, mean over the samples of the whole batch.
+    """Compute KL(before ‖ after) of a step, mean over the samples of the whole batch.
 
     Rows count by their weights in the loss, so that padding does not. The model runs twice, as
     compiled code, which the caller's pass may have been, draws another dropout.
@@ -122,7 +122,7 @@ def _measure(
     modelled: float,
     clip: float,
 ) -> float | None:
-    """Twice the measured divergence over the modelled; None if a step is too short to measure."""
+    """Compute twice the measured divergence over the modelled; None if a step is too short."""
     assert optimizer.kl_clip is not None
     promised = optimizer.kl_clip * optimizer.targets / 2
     if optimizer.collectives.any_process(not all(seen.unchanged for seen in observations)):
@@ -151,7 +151,7 @@ def _measure(
 
 
 def _require_repeatable(found: float, promised: float) -> None:
-    """Make sure that a model hardly diverges from itself where its parameters don't move."""
+    """Require that a model with fixed parameters hardly diverges from itself."""
     if not found <= promised / 10:
         raise UsageError(
             "the model gives other outputs when it runs again on the same batch; expected all its "
@@ -173,7 +173,7 @@ def _precise(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _autocast(seen: Observation) -> AbstractContextManager[object]:
-    """The precision that the caller's forward pass ran in."""
+    """Restore the precision of the caller's forward pass."""
     if seen.autocast is None:
         return nullcontext()
     device, dtype = seen.autocast

@@ -1,4 +1,4 @@
-"""Run-time checks of what a user told the optimizer against what the backward pass brought."""
+"""Run-time checks of the stated loss and layers against the backward pass."""
 
 import math
 import warnings
@@ -28,16 +28,16 @@ def check_first_batch(
     share: float,
     check: str,
 ) -> None:
-    """Make sure that layers and loss are what was stated; called in all processes alike.
+    """Check layers and loss against their description; called in all processes alike.
 
     Args:
         blocks: The covered blocks.
         tapped: What was seen of the batch, with the training loss's gradients.
         grads: ``.grad`` of the covered parameters, by name.
         collectives: Messages between processes.
-        likelihood: As stated.
+        likelihood: Stated likelihood.
         factor: The training loss over the mean negative log-likelihood, as stated.
-        weighed: How the rows of each output weigh.
+        weighed: Row weights of each output.
         loss_scale: The factor as it was given.
         share: Samples of a process, on average.
         check: "error", or "warn" of what is wrong.
@@ -60,7 +60,7 @@ def check_first_batch(
 
 
 def warn_of_unfrozen(frozen: dict[str, nn.Parameter]) -> None:
-    """Warn of one frozen parameter that has a gradient, and take it out."""
+    """Warn of one frozen parameter that has a gradient, and exclude it."""
     late = next((name for name, p in frozen.items() if p.grad is not None), None)
     if late is not None:
         frozen.pop(late)
@@ -71,7 +71,7 @@ def warn_of_unfrozen(frozen: dict[str, nn.Parameter]) -> None:
 
 
 def complain_unseen(counters: dict[str, int]) -> None:
-    """Count a refresh that is due without a forward pass, and warn of the first.
+    """Count a due refresh without a forward pass, and warn of the first.
 
     Raises:
         UsageError: There never was one.
@@ -93,7 +93,7 @@ def check_layers(
     grads: Mapping[str, Tensor],
     collectives: Collectives,
 ) -> float:
-    """Make sure that the taps saw every use of each covered weight.
+    """Check that the taps observed every use of each covered weight.
 
     The gradient that inputs and output gradients multiply to is compared with ``.grad``, up to a
     common factor that gradient clipping or a GradScaler may have put there.
@@ -137,7 +137,7 @@ def _both_gradients(
     grads: Mapping[str, Tensor],
     collectives: Collectives,
 ) -> list[tuple[Block, Tensor, Tensor, float]]:
-    """Of each block ``.grad``, what was seen in the backward pass, and the size of its terms.
+    """Return each block's ``.grad``, its observed gradient, and the size of its terms.
 
     All messages are sent before any process judges, as one that raised would leave the others in
     the middle of them.
@@ -168,10 +168,10 @@ def check_loss(
     rescaled: float,
     samples: float,
 ) -> None:
-    """Make sure that the loss is the stated multiple of the mean negative log-likelihood.
+    """Check that the loss is the stated multiple of the mean negative log-likelihood.
 
     Args:
-        likelihood: What the optimizer was told.
+        likelihood: Stated likelihood.
         observations: With the training loss's gradients at the outputs.
         stated: The multiple that the optimizer was told.
         rescaled: ``.grad`` over the gradient seen in the backward pass, from ``check_layers``.
@@ -244,7 +244,7 @@ def _suspect(likely: float) -> None:
 
 
 def require_model(optimizer: object, model: object) -> None:
-    """Make sure that an optimizer got a model, and one whose gradients it can take.
+    """Require a model whose gradients the optimizer can take.
 
     Raises:
         UsageError: It is something else, or has an embedding with sparse gradients.
@@ -266,7 +266,7 @@ def require_model(optimizer: object, model: object) -> None:
 
 
 def check_coverage(optimizer: object, model: nn.Module, coverage: Coverage) -> None:
-    """Warn where less than four fifths of the trained weights are in covered layers.
+    """Warn if less than four fifths of the trained weights are in covered layers.
 
     Layers that the user excludes are not counted.
 
@@ -296,5 +296,5 @@ def check_coverage(optimizer: object, model: nn.Module, coverage: Coverage) -> N
 
 
 def warn(message: str) -> None:
-    """Warn of something that training survives."""
+    """Warn of a problem that does not stop training."""
     warnings.warn(message, SmallfryWarning, stacklevel=3)

@@ -1,4 +1,4 @@
-"""Update of the states of blocks from the rows of all processes, by their owners.
+"""Update of block states by their owners, from the rows of all processes.
 
 Sums over samples are divided by samples: each process adds up its own, and the sum goes to the
 block's owner. What can't be divided so, factorisations and searches for products, is divided by
@@ -23,15 +23,15 @@ Versions = dict[str, dict[str, tuple[Tensor, int]]]
 
 
 class CollectiveUpdate:
-    """The update of some blocks in all processes at once.
+    """Update of several blocks in all processes at once.
 
     Args:
         blocks: The blocks, by name.
-        method: How they are approximated.
+        method: Their approximation.
         states: By block; changed in place.
         owners: The process of each block.
         collectives: Messages between processes.
-        generator: Of random numbers.
+        generator: Random number generator.
         reseed: Brings the generator into the state that it has in all processes for a block.
     """
 
@@ -56,10 +56,10 @@ class CollectiveUpdate:
         samples: Mapping[str, float],
         kept: Mapping[str, float],
     ) -> None:
-        """Fold a batch in.
+        """Update all states with a batch.
 
         Args:
-            rows: What each block saw in this process.
+            rows: Rows of each block in this process.
             samples: That blocks saw in all processes; those without any are left alone.
             kept: Share of each block's old statistics.
         """
@@ -98,7 +98,7 @@ class CollectiveUpdate:
     def _advance(
         self, updates: Mapping[str, Updating], requests: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Serve the requests of all blocks, and take their next ones."""
+        """Serve the requests of all blocks, and collect their next ones."""
         sums = {name: one for name, one in requests.items() if isinstance(one, Sum)}
         for_all = {name: one.parts for name, one in sums.items() if one.everywhere}
         for_owners = {name: one.parts for name, one in sums.items() if not one.everywhere}
@@ -136,7 +136,7 @@ class CollectiveUpdate:
 
 
 def versions_of(states: Mapping[str, State]) -> Versions:
-    """The tensors of all states, and how often each has been overwritten."""
+    """Return the tensors of all states, with their in-place versions."""
     return {
         name: {key: (t, t._version) for key, t in state.items() if isinstance(t, Tensor)}
         for name, state in states.items()
@@ -150,7 +150,7 @@ def share_states(
     collectives: Collectives,
     *failed: list[str],
 ) -> tuple[list[str], ...]:
-    """Send every process what the owners have changed.
+    """Broadcast the owners' changes to all processes.
 
     Args:
         states: By block, in the order of the blocks.
@@ -201,7 +201,7 @@ def share_states(
 def _room(
     old: Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """A tensor to receive into: the old one, where it fits."""
+    """Return a tensor to receive into: the old one, if it fits."""
     if old is not None and tuple(old.shape) == tuple(shape) and old.dtype == dtype:
         return old
     return torch.empty(shape, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""Collectives for distributed curvature, with byte counts; in one process they send nothing.
+"""Collectives for distributed curvature, with byte counts; a single process sends nothing.
 
 Each block has an owner, which alone does the work that can't be divided by samples. Sums over
 samples go to the owner, what it makes of them goes to all. Messages for one owner travel as one
@@ -22,12 +22,12 @@ Parts = list[tuple[str, str, torch.Size]]
 
 
 class Collectives:
-    """A group of processes; without a group, this one alone.
+    """Process group; without one, this process alone.
 
     Args:
         group: The processes whose gradients are averaged: a group of ``torch.distributed``, None
             for all there are, False for this one alone.
-        device: Where small messages are sent from.
+        device: Device of small messages.
     """
 
     def __init__(self, group: Any = None, device: torch.device | None = None) -> None:
@@ -48,31 +48,31 @@ class Collectives:
         self._rooms: dict[tuple[str, int, torch.dtype], Tensor] = {}
 
     def reset_bytes(self) -> None:
-        """Begin to count bytes anew."""
+        """Reset the byte counts."""
         self.bytes = {}
 
     # Small things, for all
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over processes, in place, for all."""
+        """Sum over processes, in place, for all."""
         if self.count > 1:
             self._count("summed for all", tensor)
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def sums(self, values: Sequence[float]) -> list[float]:
-        """The sums of some numbers."""
+        """Sum numbers over processes."""
         if self.count == 1:
             return [float(value) for value in values]
         return self.sum(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
 
     def any_process(self, holds: bool) -> bool:
-        """Whether something holds in any of the processes."""
+        """Return whether a condition holds in any process."""
         return self.sums([holds])[0] > 0
 
     @contextmanager
     def publish_failure(self) -> Iterator[None]:
-        """Raise in all processes what a block of code raises in one; the block sends no message.
+        """Raise a failure of a block of code in all processes; the block must not communicate.
 
         Raises:
             UsageError: Another process failed, with its message.
@@ -90,7 +90,7 @@ class Collectives:
     # Large things, for and from owners
 
     def sums_for_all(self, messages: Mapping[str, Message]) -> dict[str, Message]:
-        """Of each block the sum over processes, in all; ``messages`` are the room for it."""
+        """Sum each block over processes, for all; ``messages`` are buffers."""
         if self.count == 1:
             return dict(messages)
         waiting = []
@@ -105,7 +105,7 @@ class Collectives:
     def sums_to_owners(
         self, messages: Mapping[str, Message], owners: Mapping[str, int]
     ) -> dict[str, Message]:
-        """Of each block the sum over processes, in its owner, where ``messages`` are the room."""
+        """Sum each block over processes, for its owner, which uses ``messages`` as buffers."""
         if self.count == 1:
             return dict(messages)
         waiting = []
@@ -125,7 +125,7 @@ class Collectives:
     def from_owners(
         self, messages: Mapping[str, Message], owners: Mapping[str, int]
     ) -> dict[str, Message]:
-        """What each block's owner has, in all; elsewhere ``messages`` are the room for it."""
+        """Broadcast each block's data from its owner; elsewhere ``messages`` are buffers."""
         if self.count == 1:
             return dict(messages)
         waiting = []
@@ -146,7 +146,7 @@ class Collectives:
     def rows_to_owners(
         self, mine: Mapping[str, Sequence[Rows]], owners: Mapping[str, int], like: Tensor
     ) -> dict[str, list[Rows]]:
-        """The rows of all processes, in their order, in each block's owner.
+        """Gather the rows of all processes, in order, at each block's owner.
 
         Args:
             mine: By block; a process may have none.
@@ -201,7 +201,7 @@ class Collectives:
         return found
 
     def all_gather_object(self, mine: Any) -> list[Any]:
-        """Plain data of all processes, in all."""
+        """Gather plain data of all processes, for all."""
         if self.count == 1:
             return [mine]
         gathered: list[Any] = [None] * self.count
@@ -216,7 +216,7 @@ class Collectives:
         names: Sequence[str],
         filled: bool = True,
     ) -> list[tuple[Tensor, Parts]]:
-        """All tensors of some blocks as one, for each precision; or room for as much."""
+        """Concatenate all tensors of some blocks for each precision, or allocate as much."""
         found = []
         for told in _by_precision(messages, names).values():
             tensors = [tensor for _, _, tensor in told]
@@ -227,7 +227,7 @@ class Collectives:
         return found
 
     def _room(self, kind: str, owner: int, like: Tensor, numbers: int) -> Tensor:
-        """Room for a message, on a CPU the same each time.
+        """Return a message buffer, on a CPU the same each time.
 
         There malloc gives large blocks back, and to get new ones page by page takes longer than to
         fill them.

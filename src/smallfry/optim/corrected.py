@@ -1,4 +1,4 @@
-"""KFAC-corrected: the Kronecker product nearest to what KFAC misses (Koroko et al., 2201.10285).
+"""KFAC-corrected: KFAC plus the nearest Kronecker product to its error (Koroko, 2201.10285).
 
     min ‖F − A ⊗ G − P ⊗ Q‖ with KFAC's A and G
 
@@ -29,9 +29,9 @@ class KFACCorrected(NaturalGradient):
     Args:
         model: The model.
         lr: Learning rate of the covered parameters.
-        sharing: As in ``KPSVD``; "exact" corrects KFAC-expand to a sample's whole gradient.
-        inverse: As in ``KPSVD``.
-        factor_rank: As in ``KPSVD``.
+        sharing: See ``KPSVD``; "exact" corrects KFAC-expand to a sample's whole gradient.
+        inverse: See ``KPSVD``.
+        factor_rank: See ``KPSVD``.
         settings: Those of ``NaturalGradient``, with ``max_rows`` as in ``KPSVD``.
     """
 
@@ -68,7 +68,7 @@ class CorrectedProduct(NearestSum):
         keep: float,
         generator: torch.Generator,
     ) -> None:
-        """Correct what the averaged factors miss of the averaged Fisher, then average them."""
+        """Fit the correction to the error of the averaged factors, then average them."""
         seen = as_used(rows, self.sharing_of(block))._replace(weights=None)
         a, g = input_factor(seen), output_factor(seen)
         if keep:
@@ -92,5 +92,5 @@ class CorrectedProduct(NearestSum):
 
     @property
     def words(self) -> str:
-        """The sum in words."""
+        """Description of the sum."""
         return "A ⊗ G and a correction"

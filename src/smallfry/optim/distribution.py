@@ -1,4 +1,4 @@
-"""How the work of a refresh is divided over processes, and what that costs.
+"""Work assignment and communication cost of a distributed refresh.
 
 A block belongs to one process. Blocks are given away from the costliest on, each to the process
 that has least to do (LPT, Graham 1969): the longest share is never above
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Machine(NamedTuple):
-    """One of several like processors, and what joins them."""
+    """Processor and interconnect of a group of equal processes."""
 
     macs: float  # multiply-adds a second, in products of matrices
     solver_macs: float  # multiply-adds a second, in factorisations
@@ -38,7 +38,7 @@ class Traffic(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What one refresh of one block costs."""
+    """Cost of one refresh of one block."""
 
     shared: int  # multiply-adds that are divided by samples
     owned: int  # multiply-adds of the owner alone
@@ -55,12 +55,12 @@ class Refresh(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """One after the other: nothing is hidden behind anything."""
+        """Total without overlap."""
         return self.shared + self.owned + self.sending
 
 
 def assign(costs: Sequence[float], processes: int) -> list[int]:
-    """The process of each block, costliest first to whoever has least; equal in all processes."""
+    """Assign blocks to processes, the costliest to the least loaded; equal in all processes."""
     loads, owners = [0.0] * processes, [0] * len(costs)
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         owner = min(range(processes), key=lambda rank: (loads[rank], rank))
@@ -70,7 +70,7 @@ def assign(costs: Sequence[float], processes: int) -> list[int]:
 
 
 def loads(costs: Sequence[float], owners: Sequence[int], processes: int) -> list[float]:
-    """What each process has to do."""
+    """Sum the cost of each process."""
     sums = [0.0] * processes
     for cost, owner in zip(costs, owners, strict=True):
         sums[owner] += cost
@@ -78,17 +78,17 @@ def loads(costs: Sequence[float], owners: Sequence[int], processes: int) -> list
 
 
 def owners_of(blocks: "Sequence[Block]", method: "Approximation", processes: int) -> dict[str, int]:
-    """The process that owns each block."""
+    """Return the owner of each block."""
     found = assign([method.burden(block) for block in blocks], processes)
     return {block.name: owner for block, owner in zip(blocks, found, strict=True)}
 
 
 def cost_of(block: "Block", method: "Approximation", rows: int) -> Cost:
-    """What a refresh of a block costs.
+    """Compute the cost of a refresh of a block.
 
     Args:
         block: The block.
-        method: How it is approximated.
+        method: Its approximation.
         rows: Uses of all samples that statistics are taken from, in the whole batch.
     """
     groups, outputs, inputs = block.shape
@@ -106,12 +106,12 @@ def cost_of(block: "Block", method: "Approximation", rows: int) -> Cost:
 def refresh_time(
     costs: Mapping[str, Cost], processes: int, machine: Machine, messages: int = 4
 ) -> Refresh:
-    """How long a refresh takes.
+    """Estimate the duration of a refresh.
 
     Args:
-        costs: Of each block.
-        processes: How many share it.
-        machine: What each of them runs on.
+        costs: Cost of each block.
+        processes: Number of processes.
+        machine: Processor of each process.
         messages: Rounds of messages, each of one for every owner.
     """
     owned = [cost.owned for cost in costs.values()]
@@ -127,7 +127,7 @@ def refresh_time(
 
 
 def gradient_time(parameters: int, processes: int, machine: Machine) -> float:
-    """Seconds to average gradients of 4 bytes in a ring: what every data-parallel step sends."""
+    """Estimate seconds to average 4-byte gradients in a ring, as in every data-parallel step."""
     if processes == 1:
         return 0.0
     link = 2 * 4 * parameters * (processes - 1) / processes

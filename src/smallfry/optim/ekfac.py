@@ -95,7 +95,7 @@ class DiagonalInBasis(Approximation):
         return super().settings() | own
 
     def for_one_hot(self) -> Approximation:
-        """A value for each row and eigenvector."""
+        """Return a method with one value per row and eigenvector."""
         product = self.product.for_one_hot()
         assert isinstance(product, OneHotProduct)
         return OneHotDiagonal(product, sharing_of_rows(self.sharing))
@@ -108,7 +108,7 @@ class DiagonalInBasis(Approximation):
         keep: float,
         generator: torch.Generator,
     ) -> None:
-        """Average the batch's product in, and carry s over to the few vectors that it has now."""
+        """Average in the batch's product, and project s onto the current low-rank basis."""
         before = {key: state[key] for key in VECTORS.values() if key in state}
         self.product.update(block, state, rows, keep, generator)
         _follow(state, before)
@@ -122,13 +122,13 @@ class DiagonalInBasis(Approximation):
         keep: float,
         generator: torch.Generator,
     ) -> Updating:
-        """``update`` in steps, as the product's."""
+        """Run ``update`` in steps, as for the product."""
         before = {key: state[key] for key in VECTORS.values() if key in state}
         yield from self.product.updating(block, state, rows, samples, keep, generator)
         _follow(state, before)
 
     def invert(self, block: Block, state: State, damping: float) -> float:
-        """Decompose the factors kept whole, and carry s over to the new basis."""
+        """Decompose the full factors, and project s onto the new basis."""
         whole = [side for side in ("g", "a") if side in state]
         found = {side: eigendecompose(unpack(state[side])).vectors for side in whole}
         for side, vectors in found.items():
@@ -139,7 +139,7 @@ class DiagonalInBasis(Approximation):
     def moments(
         self, block: Block, state: State, rows: Sequence[Rows], samples: float
     ) -> Tensor | None:
-        """The batch's second moments in the basis."""
+        """Compute the batch's second moments in the basis."""
         if "inverted" not in state:
             return None
         bases = _bases(state)
@@ -152,23 +152,23 @@ class DiagonalInBasis(Approximation):
         return fresh
 
     def settle(self, state: State, moments: Tensor, keep: float) -> None:
-        """Average them in."""
+        """Average in the second moments."""
         state["s"] = running(state, "s", moments, keep)
 
     def apply(self, block: Block, state: State, matrix: Tensor, damping: float) -> Tensor:
-        """Into the basis, divide, and back."""
+        """Project onto the basis, divide, and project back."""
         qa, qg = _bases(state)
         return solve_diagonal(qa, qg, state["s"], matrix, damping)
 
     def trace(self, block: Block, state: State) -> float:
-        """Σ s, each as often as it has directions."""
+        """Compute Σ s, weighted by the number of directions."""
         if "s" in state:
             s = state["s"].double()
             return float((s * multiplicities(s, *block.shape[1:])).sum())
         return self.product.trace(block, state)
 
     def cost(self, block: Block, state: State) -> tuple[str, int, int]:
-        """The approximation in words, numbers kept, multiply-adds of an inversion."""
+        """Describe the approximation: words, numbers kept, multiply-adds of an inversion."""
         groups, outputs, inputs = block.shape
         kept, work, moments = 0, 0, 1
         for side, size in zip(SIDES, (inputs, outputs), strict=True):
@@ -184,7 +184,7 @@ class DiagonalInBasis(Approximation):
         return words, groups * (kept + moments), groups * work
 
     def summed(self, block: Block) -> Summed | None:
-        """What the product sums, and the second moments; their owner carries those over first."""
+        """Describe the product's sums and the second moments, which the owner projects first."""
         product = self.product.summed(block)
         if product is None:
             return None
@@ -203,7 +203,7 @@ class DiagonalInBasis(Approximation):
         )
 
     def burden(self, block: Block) -> int:
-        """Multiply-adds of whole bases and of carrying s over to them, or of few vectors."""
+        """Estimate multiply-adds of full or low-rank bases, and of projecting s onto them."""
         groups, outputs, inputs = block.shape
         turning = 0
         for side, size, other in zip(SIDES, (inputs, outputs), (outputs, inputs), strict=True):
@@ -212,11 +212,11 @@ class DiagonalInBasis(Approximation):
         return self.cost(block, {})[2] + groups * turning + self.product.burden(block)
 
     def factors(self, state: State) -> tuple[Tensor, Tensor]:
-        """Those whose eigenvectors are the basis."""
+        """Return the factors whose eigenvectors are the basis."""
         return self.product.factors(state)
 
     def diagnose(self, block: Block, state: State, rows: Sequence[Rows]) -> dict[str, Any]:
-        """Eigenvalue ranges and the Fisher error."""
+        """Compute eigenvalue ranges and the Fisher error."""
         found = self.product.diagnose(block, state, [])
         if rows and "s" in state:
             qa, qg = (vectors.double() for vectors in _bases(state))
@@ -229,27 +229,27 @@ VECTORS = {side: f"vectors_{side}" for side in SIDES}  # of factors that have a 
 
 
 def _bases(state: State) -> tuple[Tensor, Tensor]:
-    """Vectors of inputs and outputs, a few or whole."""
+    """Return the eigenvectors of inputs and outputs, low-rank or full."""
     a, g = (state[key if key in state else f"q{side}"] for side, key in VECTORS.items())
     return a, g
 
 
 def _follow(state: State, before: State) -> None:
-    """Carry s over to the vectors that an update has found, if it has."""
+    """Project s onto the basis of an update, if it has one."""
     for side, key in VECTORS.items():
         if key in before and state[key] is not before[key]:
             _turn(state, side, state[key], before[key])
 
 
 def _turn(state: State, side: str, new: Tensor, old: Tensor | None) -> None:
-    """Carry s over from one side's old vectors to new ones."""
+    """Project s from one side's old vectors onto new ones."""
     if old is not None and "s" in state:
         shares, s = overlaps(new, old), state["s"]
         state["s"] = shares @ s if side == "g" else s @ shares.transpose(1, 2)
 
 
 def _as_samples(rows: Rows, sharing: str) -> Rows:
-    """Rows whose samples are what ``sharing`` takes for one gradient."""
+    """Split rows into samples: one gradient each, according to ``sharing``."""
     if rows.uses == 1 or sharing == "exact":
         return rows
     if sharing == "reduce":
@@ -259,7 +259,7 @@ def _as_samples(rows: Rows, sharing: str) -> Rows:
 
 
 def _as_kfac(sharing: str | Mapping[str, str]) -> str | dict[str, str]:
-    """The ways of KFAC nearest to those of a diagonal."""
+    """Map diagonal sharing modes to the nearest ones of KFAC."""
     if isinstance(sharing, str):
         return "expand" if sharing == "exact" else sharing
     return {name: "expand" if way == "exact" else way for name, way in sharing.items()}

@@ -1,4 +1,4 @@
-"""Exact natural gradient: the batch's own Fisher, solved in sample space by Woodbury's identity.
+"""Exact natural gradient: the batch's own Fisher, solved in sample space (Woodbury).
 
 (F + λ I)⁻¹ m with F = (1/N) Σ vec(W_n) vec(W_n)ᵀ needs only N × N matrices and the layers' inputs
 and gradients. "full" couples all covered layers, "block" treats each by itself. Exact for every
@@ -36,7 +36,7 @@ class ExactNG(NaturalGradient):
         model: The model.
         lr: Learning rate of the covered parameters.
         scope: "full" for the whole network's Fisher, "block" for its block diagonal.
-        window: How many of the last refreshes' batches make the Fisher. Nothing is averaged:
+        window: Number of last refreshes whose batches form the Fisher. Nothing is averaged:
             ``ema_decay`` has no effect.
         settings: Those of ``NaturalGradient``. Statistics are taken on every step, and the solve
             with them. The default damping, 10, is higher than elsewhere: the Fisher of one batch
@@ -69,7 +69,7 @@ class ExactNG(NaturalGradient):
 
 
 class SamplePreconditioner(Preconditioner):
-    """A preconditioner that factors the Gram matrix of the samples, of one block or of all."""
+    """Preconditioner that factors the Gram matrix of the samples, of one block or of all."""
 
     def refresh(self, observations: Sequence[Observation], inverse: bool) -> None:
         """Take the batch's samples, and factor N λ I + JᵀJ."""
@@ -89,7 +89,7 @@ class SamplePreconditioner(Preconditioner):
             first["factor"] = factored.factor
 
     def apply(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """(F̂ + λ I)⁻¹ times the matrices of blocks."""
+        """Multiply (F̂ + λ I)⁻¹ by the matrices of blocks."""
         if not self._coupled or not gradients:
             return super().apply(gradients)
         first = next(name for name in self.blocks if self.states[name])
@@ -102,7 +102,7 @@ class SamplePreconditioner(Preconditioner):
 
 
 class LastSamples(Approximation):
-    """The samples of the last batches themselves; the arguments are those of ``ExactNG``."""
+    """Samples of the last batches; the arguments are those of ``ExactNG``."""
 
     sharing_choices = ("exact",)
     counts_absence = True  # blocks are coupled sample by sample
@@ -127,7 +127,7 @@ class LastSamples(Approximation):
         keep: float,
         generator: torch.Generator,
     ) -> None:
-        """Put the batch behind the last ones, and drop those beyond the window."""
+        """Append the batch, and drop those beyond the window."""
         # a smaller last batch counts by its samples; shorter sequences are padded by nothing
         batch = _joined(rows)
         counts = [*state.get("counts", []), batch.samples]
@@ -141,32 +141,32 @@ class LastSamples(Approximation):
         state["gram"] = gram(batch.double())
 
     def invert(self, block: Block, state: State, damping: float) -> float:
-        """Nothing: blocks are factored together."""
+        """Do nothing: blocks are factored together."""
         return 1.0
 
     def apply(self, block: Block, state: State, matrix: Tensor, damping: float) -> Tensor:
-        """Woodbury's identity for the block alone."""
+        """Apply Woodbury's identity to the block alone."""
         rows = {block.name: rows_in(state).double()}
         return _solve(rows, {block.name: matrix}, state["factor"], damping)[block.name]
 
     def trace(self, block: Block, state: State) -> float:
-        """Mean squared norm of the samples' gradients."""
+        """Compute the mean squared norm of the samples' gradients."""
         return float(state["gram"].diagonal().sum() / rows_in(state).samples)
 
     def cost(self, block: Block, state: State) -> tuple[str, int, int]:
-        """In words, and what the last batches took: it depends on them."""
+        """Describe the cost, as measured on the last batches."""
         words = f"exact, {self.scope}; memory and cost grow with the batch"
         return words, 0, len(state["gram"]) ** 3 // 3 if "gram" in state else 0
 
     def diagnose(self, block: Block, state: State, rows: Sequence[Rows]) -> dict[str, Any]:
-        """Range of the Gram matrix's eigenvalues, over samples."""
+        """Compute the eigenvalue range of the Gram matrix over samples."""
         values = torch.linalg.eigvalsh(state["gram"]).clamp_min(0) / rows_in(state).samples
         spread = (float(values.min()), float(values.max()))
         return {"samples": spread} | ({"fisher_error": 0.0} if rows else {})
 
 
 def rows_in(state: State) -> Rows:
-    """The samples kept."""
+    """Return the stored samples."""
     return Rows(state["inputs"], state["gradients"])
 
 
@@ -180,7 +180,7 @@ def _solve(
 
 
 def _joined(parts: Sequence[Rows]) -> Rows:
-    """Batches one after the other; uses that a batch has fewer of are zero rows."""
+    """Concatenate batches, padding missing uses with zero rows."""
     uses = max(part.uses for part in parts)
     inputs = [F.pad(part.inputs, (0, 0, 0, uses - part.uses)) for part in parts]
     gradients = [F.pad(part.gradients, (0, 0, 0, uses - part.uses)) for part in parts]

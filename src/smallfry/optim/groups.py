@@ -1,4 +1,4 @@
-"""Parameter groups: which parameter moves by natural gradient, which by the AdamW inside."""
+"""Parameter groups: natural gradient for covered parameters, AdamW for the others."""
 
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -19,7 +19,7 @@ def natural_groups(
     weight_decay: float,
     fallback_lr: float,
 ) -> list[Group]:
-    """Complete groups of the parameters to train.
+    """Complete the groups of the parameters to train.
 
     Args:
         model: Whose parameters they are.
@@ -62,7 +62,7 @@ def natural_groups(
 def split_groups(
     groups: Iterable[Group], covered: Collection[nn.Parameter]
 ) -> tuple[list[Group], list[Group]]:
-    """Groups of the covered parameters, and groups of the others for AdamW."""
+    """Split groups into covered parameters and those for AdamW."""
     natural, rest = [], []
     for group in groups:
         mine = [p for p in group["params"] if p in covered]
@@ -80,5 +80,5 @@ def split_groups(
 
 
 def build_adamw(groups: list[Group]) -> torch.optim.AdamW | None:
-    """The AdamW inside; None where everything is covered."""
+    """Build the inner AdamW; None if everything is covered."""
     return torch.optim.AdamW(groups) if groups else None

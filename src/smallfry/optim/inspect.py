@@ -1,4 +1,4 @@
-"""What an optimizer tells of itself: a summary before training, diagnostics during it."""
+"""Introspection of an optimizer: summary, diagnostics and distribution."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from smallfry.optim.preconditioner import Preconditioner
 
 
 class SummaryRow(NamedTuple):
-    """What happens to one block, or to one parameter that is in none."""
+    """Treatment of one block, or of one uncovered parameter."""
 
     layer: str
     parameters: int
@@ -21,7 +21,7 @@ class SummaryRow(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """What happens to each parameter of a model; ``str()`` is a table."""
+    """Treatment of each parameter of a model; ``str()`` is a table."""
 
     method: str
     rows: tuple[SummaryRow, ...]
@@ -48,7 +48,7 @@ class Summary(NamedTuple):
 
 
 class BlockDiagnosis(NamedTuple):
-    """How the approximation of one block stands."""
+    """Diagnostics of one block."""
 
     layer: str
     inputs: tuple[float, float] | None  # eigenvalues of A, smallest and largest
@@ -62,7 +62,7 @@ class BlockDiagnosis(NamedTuple):
 
 
 class Diagnosis(NamedTuple):
-    """How an optimizer stands; ``str()`` is a table."""
+    """Diagnostics of an optimizer; ``str()`` is a table."""
 
     blocks: tuple[BlockDiagnosis, ...]
     clip: float  # factor on the last step
@@ -95,7 +95,7 @@ class Diagnosis(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What one process does of a refresh, beside its part of the samples."""
+    """Share of one process in a refresh, besides its part of the samples."""
 
     process: int
     layers: tuple[str, ...]
@@ -103,7 +103,7 @@ class Share(NamedTuple):
 
 
 class Distribution(NamedTuple):
-    """How refreshes are divided over processes; ``str()`` is a table."""
+    """Distribution of refreshes over processes; ``str()`` is a table."""
 
     shares: tuple[Share, ...]
     sent: dict[str, int]  # bytes of this process's messages in the last refresh, by kind
@@ -115,7 +115,7 @@ class Distribution(NamedTuple):
 
 
 def distribution(preconditioner: Preconditioner) -> Distribution:
-    """Which process refreshes which layers, and what the last refresh sent."""
+    """Describe the owner of each layer, and the messages of the last refresh."""
     method, collectives, shares = preconditioner.approximation, preconditioner.collectives, []
     for process in range(collectives.count):
         owners = preconditioner.owners
@@ -126,11 +126,11 @@ def distribution(preconditioner: Preconditioner) -> Distribution:
 
 
 def summarize(preconditioner: Preconditioner, momentum: bool, beside: str) -> list[SummaryRow]:
-    """What happens to each block: approximation, memory, cost of a refresh.
+    """Summarise each block: approximation, memory, cost of a refresh.
 
     Args:
-        preconditioner: Of the blocks.
-        momentum: Whether gradients are averaged, which takes as much memory as the weights.
+        preconditioner: Preconditioner of the blocks.
+        momentum: True if gradients are averaged, which takes as much memory as the weights.
         beside: Further words for each block.
     """
     rows = []
@@ -152,7 +152,7 @@ def left_out_rows(
     uncovered: Mapping[str, str],
     frozen: Mapping[str, torch.Tensor],
 ) -> list[SummaryRow]:
-    """Parameters in no block: those that AdamW trains, with the reason, and those nobody does."""
+    """List uncovered parameters: trained by AdamW, with the reason, or untrained."""
     rows = []
     for name, reason in uncovered.items():
         p = parameters[name]
@@ -165,7 +165,7 @@ def left_out_rows(
 
 @torch.no_grad()
 def diagnose_blocks(preconditioner: Preconditioner) -> tuple[BlockDiagnosis, ...]:
-    """Look at every block that has statistics."""
+    """Diagnose every block that has statistics."""
     found = []
     for name, block in preconditioner.blocks.items():
         state = preconditioner.states[name]

@@ -106,7 +106,7 @@ class KroneckerProduct(Approximation):
         return super().settings() | own
 
     def for_one_hot(self) -> Approximation:
-        """Frequencies and G."""
+        """Return a method of frequencies and G."""
         return OneHotProduct("expand", self.damping_split)
 
     def update(
@@ -117,7 +117,7 @@ class KroneckerProduct(Approximation):
         keep: float,
         generator: torch.Generator,
     ) -> None:
-        """Average the batch's A and G in."""
+        """Average in the batch's A and G."""
         alone(self.updating(block, state, rows, samples_of(rows), keep, generator))
 
     def updating(
@@ -129,7 +129,7 @@ class KroneckerProduct(Approximation):
         keep: float,
         generator: torch.Generator,
     ) -> Updating:
-        """``update``: sums of factors, or of their products with a few directions."""
+        """Update from sums of factors, or of their products with a few directions."""
         seen = folded(rows, self.sharing_of(block) == "reduce", samples)
         ranks = {side: self.rank_of(block, side) for side in SIDES}
         few = {
@@ -162,7 +162,7 @@ class KroneckerProduct(Approximation):
         state |= fresh
 
     def invert(self, block: Block, state: State, damping: float) -> float:
-        """Invert the factors, damped apart, or decompose them."""
+        """Invert the factors, each damped, or decompose them."""
         if self.damping_split == "tikhonov":
             ea, eg = eigendecompose(unpack(state["a"])), eigendecompose(unpack(state["g"]))
             state |= {"qa": ea.vectors, "la": ea.values, "qg": eg.vectors, "lg": eg.values}
@@ -181,7 +181,7 @@ class KroneckerProduct(Approximation):
         return raised
 
     def apply(self, block: Block, state: State, matrix: Tensor, damping: float) -> Tensor:
-        """Two products with inverses, thin ones where factors have a rank."""
+        """Multiply by both inverses, thin ones for low-rank factors."""
         if self.damping_split == "tikhonov":
             a, g = Eigen(state["la"], state["qa"]), Eigen(state["lg"], state["qg"])
             return solve_tikhonov(a, g, matrix, damping)
@@ -195,12 +195,12 @@ class KroneckerProduct(Approximation):
         return solve_sides(low["a"], low["g"], matrix, state["da"], state["dg"])
 
     def trace(self, block: Block, state: State) -> float:
-        """tr A · tr G."""
+        """Compute tr A · tr G."""
         a, g = (self._mean(block, state, side).double() for side in SIDES)
         return float((a * g).sum()) * block.shape[1] * block.shape[2]
 
     def cost(self, block: Block, state: State) -> tuple[str, int, int]:
-        """The approximation in words, numbers kept, multiply-adds of an inversion."""
+        """Describe the approximation: words, numbers kept, multiply-adds of an inversion."""
         groups, outputs, inputs = block.shape
         kept = work = 0
         for side, size in zip(SIDES, (inputs, outputs), strict=True):
@@ -219,7 +219,7 @@ class KroneckerProduct(Approximation):
         return words, groups * kept, groups * work
 
     def summed(self, block: Block) -> Summed | None:
-        """Factors, or their products with a few directions, and what those take."""
+        """Describe the summed factors, or their products with a few directions."""
         groups, outputs, inputs = block.shape
         numbers = spread = everywhere = macs = 0
         ranked = any(self.rank_of(block, side) is not None for side in SIDES)
@@ -238,7 +238,7 @@ class KroneckerProduct(Approximation):
         return Summed(*(groups * each for each in (numbers, spread, everywhere, macs)))
 
     def burden(self, block: Block) -> int:
-        """Multiply-adds of inversions, and of the bases of factors that have a rank."""
+        """Estimate multiply-adds of inversions, and of the bases of low-rank factors."""
         groups, outputs, inputs = block.shape
         bases = 0
         for side, size in zip(SIDES, (inputs, outputs), strict=True):
@@ -247,7 +247,7 @@ class KroneckerProduct(Approximation):
         return self.cost(block, {})[2] + groups * bases
 
     def diagnose(self, block: Block, state: State, rows: Sequence[Rows]) -> dict[str, Any]:
-        """Eigenvalue ranges and the Fisher error."""
+        """Compute eigenvalue ranges and the Fisher error."""
         found: dict[str, Any] = {"inputs": _range(state, "a"), "outputs": _range(state, "g")}
         if rows:
             a, g = self.dense(state, "a"), self.dense(state, "g")
@@ -255,17 +255,17 @@ class KroneckerProduct(Approximation):
         return found
 
     def factors(self, state: State) -> tuple[Tensor, Tensor]:
-        """A and G, whole."""
+        """Return A and G as full matrices."""
         return self.dense(state, "a"), self.dense(state, "g")
 
     def rank_of(self, block: Block, side: str) -> int | None:
-        """Pairs kept of a factor; None for all."""
+        """Return the number of eigenpairs kept of a factor; None for all."""
         size = block.shape[2 if side == "a" else 1]
         rank = self.factor_rank
         return rank if rank is not None and size > 2 * rank else None
 
     def _mean(self, block: Block, state: State, side: str) -> Tensor:
-        """Mean eigenvalue of a factor, (groups,)."""
+        """Compute the mean eigenvalue of a factor, (groups,)."""
         low = low_rank(state, side)
         if low is None:
             return packed_mean(state[side])
@@ -276,36 +276,36 @@ class KroneckerProduct(Approximation):
         return unpack(inverse) if packs_inverse(block.shape) else inverse
 
     def dense(self, state: State, side: str) -> Tensor:
-        """A or G as last averaged, (groups, size, size)."""
+        """Form A or G as last averaged, (groups, size, size)."""
         low = low_rank(state, side)
         return unpack(state[side]) if low is None else low.dense()
 
 
 class FewPairs(NamedTuple):
-    """A factor that is kept as a few eigenpairs, of the rows of one process."""
+    """Low-rank factor, updated from the rows of one process."""
 
     rows: Tensor  # (groups, rows, size), whose Gram matrix is the factor
     average: Average
 
     def sums(self, side: str, directions: Tensor) -> State:
-        """Sums over rows: the factor times directions, and its trace."""
+        """Sum over rows: the factor times directions, and its trace."""
         products = gram_times(self.rows, directions)
         return {f"first_{side}": products, f"trace_{side}": (self.rows**2).sum((1, 2))}
 
 
 def factor_of(block: Block, rows: Sequence[Rows], side: str) -> Tensor:
-    """A = E[a aᵀ] or G = E[g gᵀ] of a block, packed."""
+    """Compute A = E[a aᵀ] or G = E[g gᵀ] of a block, packed."""
     factor = input_factor if side == "a" else output_factor
     return pack(sum_over(rows, factor, _nothing(block, side)))
 
 
 def samples_of(rows: Sequence[Rows]) -> int:
-    """Samples in all micro-batches."""
+    """Count the samples in all micro-batches."""
     return sum(part.samples for part in rows)
 
 
 def folded(rows: Sequence[Rows], reduce: bool, samples: float) -> list[Rows]:
-    """Micro-batches, weighted so that all factors add up to those of so many samples."""
+    """Weight micro-batches so that all factors add up to those of a number of samples."""
     seen = []
     for part in rows:
         one = reduced(part) if reduce and part.uses > 1 else part
@@ -317,14 +317,14 @@ def folded(rows: Sequence[Rows], reduce: bool, samples: float) -> list[Rows]:
 
 
 def sum_over(rows: Sequence[Rows], factor: Any, nothing: Tensor) -> Tensor:
-    """The sum of a factor over micro-batches."""
+    """Sum a factor over micro-batches."""
     parts = [factor(part) for part in rows]
     total: Tensor = sum(parts[1:], start=parts[0]) if parts else nothing
     return total
 
 
 def running(state: State, key: str, fresh: Tensor, keep: float) -> Tensor:
-    """keep · old + (1 − keep) · fresh."""
+    """Compute keep · old + (1 − keep) · fresh."""
     if key not in state:
         return fresh
     old: Tensor = state[key]
@@ -332,14 +332,14 @@ def running(state: State, key: str, fresh: Tensor, keep: float) -> Tensor:
 
 
 def low_rank(state: State, side: str) -> LowRank | None:
-    """A factor that is kept as a few eigenpairs; None if it is kept whole, or not there yet."""
+    """Return a low-rank factor; None if it is full, or absent so far."""
     if f"vectors_{side}" not in state:
         return None
     return LowRank(*(state[f"{name}_{side}"] for name in LowRank._fields))
 
 
 def _range(state: State, side: str) -> tuple[float, float]:
-    """Smallest and largest eigenvalue of a factor."""
+    """Compute the smallest and largest eigenvalue of a factor."""
     low = low_rank(state, side)
     if low is None:
         return eigenvalue_range(unpack(state[side]))
@@ -348,13 +348,13 @@ def _range(state: State, side: str) -> tuple[float, float]:
 
 
 def packs_inverse(shape: tuple[int, int, int]) -> bool:
-    """Whether full inverses beside packed factors would pass four times the weights."""
+    """Return whether full inverses with packed factors would exceed four times the weights."""
     _, outputs, inputs = shape
     return 1.5 * (outputs**2 + inputs**2) > 4 * outputs * inputs
 
 
 def _rows(block: Block, rows: Sequence[Rows], side: str) -> Tensor:
-    """Rows whose Gram matrix is the factor, (groups, rows, size)."""
+    """Return the rows whose Gram matrix is the factor, (groups, rows, size)."""
     if not rows:
         return _nothing(block, side)[:, :0]
     if side == "a":
@@ -370,7 +370,7 @@ def _rows(block: Block, rows: Sequence[Rows], side: str) -> Tensor:
 
 
 def _nothing(block: Block, side: str) -> Tensor:
-    """The factor of no samples."""
+    """Return the factor of no samples."""
     groups, outputs, inputs = block.shape
     size = inputs if side == "a" else outputs
     like = next(iter(block.parameters.values()))

@@ -1,4 +1,4 @@
-"""KPSVD: the Kronecker products nearest to a block's Fisher (Koroko et al. 2022, arXiv 2201.10285).
+"""KPSVD: nearest Kronecker products to a block's Fisher (Koroko et al. 2022, 2201.10285).
 
     min ‖F − Σ_k R_k ⊗ S_k‖ over sums of ``rank`` products
 
@@ -74,7 +74,7 @@ class KPSVD(NaturalGradient):
         sharing: Of a weight's uses: "exact" takes a sample's whole gradient, "expand" treats uses
             as samples, "reduce" averages inputs; for all layers or by layer name.
         damping_split: For one product, as in ``KFAC``.
-        factor_rank: As in ``KFAC``; of each matrix of two products, whole with "pcg".
+        factor_rank: See ``KFAC``; of each matrix of two products, whole with "pcg".
         inverse: For two products: "clamped", or "pcg" for conjugate gradients with the exact λ,
             which more than two need.
         settings: Those of ``NaturalGradient``. The default ``max_rows`` is 512: the search for
@@ -112,7 +112,7 @@ class KPSVD(NaturalGradient):
 
 
 class Deflation(KPSVD):
-    """The nearest sum of two products, one after the other; arguments as in ``KPSVD``."""
+    """Nearest sum of two products, found one after the other; arguments as in ``KPSVD``."""
 
     def __init__(
         self, model: nn.Module, lr: float = 1e-2, **settings: Unpack[ProductSettings]
@@ -121,7 +121,7 @@ class Deflation(KPSVD):
 
 
 class Lanczos(Deflation):
-    """The same sum as ``Deflation``'s, both products from one Krylov space."""
+    """Nearest sum of two products, found in one Krylov space."""
 
     solver: Solver = "lanczos"
 
@@ -142,11 +142,11 @@ class NearestProduct(KroneckerProduct):
         super().__init__(damping_split, sharing, factor_rank)
 
     def summed(self, block: Block) -> Summed | None:
-        """Nothing: the nearest product is no function of sums."""
+        """Return None: the nearest product is not a function of sums."""
         return None
 
     def for_one_hot(self) -> Approximation:
-        """The nearest product with a diagonal factor of inputs."""
+        """Return the nearest product with a diagonal factor of inputs."""
         return OneHotNearest(sharing_of_rows(self.sharing), self.damping_split)
 
     def update(
@@ -157,7 +157,7 @@ class NearestProduct(KroneckerProduct):
         keep: float,
         generator: torch.Generator,
     ) -> None:
-        """The product nearest to the old one and the batch together."""
+        """Find the nearest product to the old one and the batch together."""
         seen = as_used(rows, self.sharing_of(block))
         kept = self.rank_of(block, "a"), self.rank_of(block, "g")
         if seen.uses == 1 and kept != (None, None):
@@ -213,7 +213,7 @@ class NearestSum(Approximation):
         return super().settings() | own
 
     def for_one_hot(self) -> Approximation:
-        """One product: a sum of several has no cheap inverse there."""
+        """Return a single product: a sum of several has no cheap inverse there."""
         return OneHotNearest(sharing_of_rows(self.sharing))
 
     def update(
@@ -224,7 +224,7 @@ class NearestSum(Approximation):
         keep: float,
         generator: torch.Generator,
     ) -> None:
-        """The sum nearest to the old one and the batch together."""
+        """Find the nearest sum to the old one and the batch together."""
         seen = as_used(rows, self.sharing_of(block))
         if seen.uses == 1 and self.few(block):
             self._update_few(state, seen, keep, generator)
@@ -234,7 +234,7 @@ class NearestSum(Approximation):
         self.store(block, state, found, generator)
 
     def invert(self, block: Block, state: State, damping: float) -> float:
-        """Factor the sum, its first product damped; or decompose that for conjugate gradients."""
+        """Factor the sum with its first product damped, or decompose it for conjugate gradients."""
         if self.few(block):
             return self._invert_few(state, damping)
         terms = self.terms(state)
@@ -251,7 +251,7 @@ class NearestSum(Approximation):
         return 1.0
 
     def apply(self, block: Block, state: State, matrix: Tensor, damping: float) -> Tensor:
-        """Into the common eigenbasis and back; or conjugate gradients."""
+        """Solve in the common eigenbasis, or by conjugate gradients."""
         if self.few(block):
             inputs, outputs = (
                 PencilSide(
@@ -269,12 +269,12 @@ class NearestSum(Approximation):
         return solve_sum(factored, matrix)
 
     def trace(self, block: Block, state: State) -> float:
-        """Σ tr R_k · tr S_k, or of the first product alone where that is more."""
+        """Compute Σ tr R_k · tr S_k, or that of the first product alone if it is larger."""
         r, s = (m.diagonal(dim1=2, dim2=3).sum(2).double() for m in self.terms(state).products)
         return float(torch.maximum((r * s).sum(0), r[0] * s[0]).sum())
 
     def cost(self, block: Block, state: State) -> tuple[str, int, int]:
-        """The approximation in words, numbers kept, multiply-adds of an inversion."""
+        """Describe the approximation: words, numbers kept, multiply-adds of an inversion."""
         groups, outputs, inputs = block.shape
         sizes = (inputs, outputs)
         words = f"{self.words}, {self.sharing_of(block)}, {self.inverse}"
@@ -290,7 +290,7 @@ class NearestSum(Approximation):
         return words, groups * kept, groups * 12 * sum(n**3 for n in sizes)
 
     def diagnose(self, block: Block, state: State, rows: Sequence[Rows]) -> dict[str, Any]:
-        """Eigenvalue ranges of the first product, and the Fisher error."""
+        """Compute eigenvalue ranges of the first product, and the Fisher error."""
         terms = self.terms(state)
         found: dict[str, Any] = {
             "inputs": eigenvalue_range(terms.inputs[0]),
@@ -306,12 +306,12 @@ class NearestSum(Approximation):
         return found
 
     def factors(self, state: State) -> tuple[Tensor, Tensor]:
-        """The first product's."""
+        """Return the factors of the first product."""
         terms = self.terms(state)
         return terms.inputs[0], terms.outputs[0]
 
     def terms(self, state: State) -> Terms:
-        """The sum as last averaged."""
+        """Return the sum as last averaged."""
         sides = []
         for side in SIDES:
             if side in state:
@@ -323,11 +323,11 @@ class NearestSum(Approximation):
         return Terms(sides[0], sides[1], state["values"], state["squared_norm"])
 
     def few(self, block: Block) -> bool:
-        """Whether matrices are kept as a few eigenpairs."""
+        """Return whether matrices are stored as a few eigenpairs."""
         return self.factor_rank is not None and max(block.shape[1:]) > 2 * self.factor_rank
 
     def store(self, block: Block, state: State, terms: Terms, generator: torch.Generator) -> None:
-        """Keep the sum for the next average."""
+        """Store the sum for the next average."""
         for side, matrices in zip(SIDES, terms.products, strict=True):
             if not self.few(block):
                 state[side] = pack(matrices.flatten(0, 1))
@@ -377,7 +377,7 @@ class NearestSum(Approximation):
 
     @property
     def words(self) -> str:
-        """The sum in words."""
+        """Description of the sum."""
         return f"nearest sum of {self.rank} products"
 
 
@@ -385,7 +385,7 @@ FLOOR = 0.05  # of 1 + s₂ s₁ᵀ in the clamped inverse
 
 
 def as_used(rows: Sequence[Rows], sharing: str) -> Rows:
-    """All micro-batches, with a weight's uses put together."""
+    """Join all micro-batches, with a weight's uses combined."""
     if sharing == "exact" or max(part.uses for part in rows) == 1:
         return joined(rows)
     if sharing == "reduce":
@@ -394,19 +394,19 @@ def as_used(rows: Sequence[Rows], sharing: str) -> Rows:
 
 
 def _factor(state: State, name: str) -> Factor:
-    """A matrix as it is kept."""
+    """Return a matrix in its stored form."""
     few = low_rank(state, name)
     return unpack(state[name]) if few is None else few
 
 
 def _as_state(name: str, factor: Factor) -> State:
-    """What is kept of a matrix."""
+    """Convert a matrix to its stored form."""
     if isinstance(factor, LowRank):
         return {f"{part}_{name}": t for part, t in factor._asdict().items()}
     return {name: pack(factor)}
 
 
 def _unknown(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Values and norm of terms of which only the matrices count."""
+    """Return placeholder values and norm of terms of which only the matrices count."""
     groups = matrices.shape[1]
     return matrices.new_zeros(groups, 1), matrices.new_zeros(groups)

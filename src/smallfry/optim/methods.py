@@ -1,4 +1,4 @@
-"""Table of the natural-gradient optimizers, which training, studies, docs and tests read.
+"""Table of the natural-gradient optimizers, for training, studies, docs and tests.
 
 A method that is added here is one everywhere.
 """
@@ -17,7 +17,7 @@ from smallfry.optim.two_level import TwoLevel
 
 
 class Method(NamedTuple):
-    """A natural-gradient optimizer."""
+    """Natural-gradient optimizer in the table."""
 
     name: str  # in configurations
     label: str  # in tables

@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The precision of statistics of parameters of a precision: float32 at least."""
+    """Return the precision of statistics for parameters: float32 or higher."""
     return dtype if dtype == torch.float64 else torch.float32
 
 
 def finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether all numbers of all tensors are finite."""
+    """Return whether all tensors are finite."""
     found = list(tensors)
     if not found:
         return True

@@ -1,4 +1,4 @@
-"""Embeddings in every method: their inputs are one-hot, so that input factors are diagonal.
+"""Embeddings in every method: one-hot inputs make input factors diagonal.
 
     KFAC       diag(p) ⊗ G, with p the frequencies of rows
     EKFAC      a value for each row and each eigenvector of G: all of A's eigenvectors are one-hot
@@ -74,7 +74,7 @@ class OneHotProduct(Approximation):
         keep: float,
         generator: torch.Generator,
     ) -> None:
-        """Average the batch's p and G in."""
+        """Average in the batch's p and G."""
         alone(self.updating(block, state, rows, _samples(rows), keep, generator))
 
     def updating(
@@ -86,7 +86,7 @@ class OneHotProduct(Approximation):
         keep: float,
         generator: torch.Generator,
     ) -> Updating:
-        """``update``: sums that all processes need."""
+        """Update from sums over all processes."""
         p, g = _zero(block, block.shape[2]), _zero(block, block.shape[1], block.shape[1])
         for part in rows:
             share = part.samples / samples
@@ -97,7 +97,7 @@ class OneHotProduct(Approximation):
             state[key] = state[key].lerp_(totals[key], 1 - keep) if key in state else totals[key]
 
     def invert(self, block: Block, state: State, damping: float) -> float:
-        """Invert G, or decompose it."""
+        """Invert or decompose G."""
         g = unpack(state["g"])
         if self.damping_split == "tikhonov":
             eigen = eigendecompose(g)
@@ -109,7 +109,7 @@ class OneHotProduct(Approximation):
         return inverse.raised
 
     def apply(self, block: Block, state: State, matrix: Tensor, damping: float) -> Tensor:
-        """One product, and a division of each row's gradient; or two products."""
+        """Multiply by one inverse and divide each row's gradient, or multiply twice."""
         p: Tensor = state["p"][:, None]
         if self.damping_split == "tikhonov":
             vectors: Tensor = state["qg"]
@@ -121,23 +121,23 @@ class OneHotProduct(Approximation):
         return inverse @ matrix / damped
 
     def trace(self, block: Block, state: State) -> float:
-        """Σ p · tr G."""
+        """Compute Σ p · tr G."""
         mean = packed_mean(state["g"]).double()
         return float(state["p"].double().sum() * mean) * block.shape[1]
 
     def cost(self, block: Block, state: State) -> tuple[str, int, int]:
-        """The approximation in words, numbers kept, multiply-adds of an inversion."""
+        """Describe the approximation: words, numbers kept, multiply-adds of an inversion."""
         _, outputs, inputs = block.shape
         kept = inputs + outputs * (outputs + 1) // 2 + outputs**2
         return f"{self.words}, {self.damping_split}", kept, outputs**3
 
     def summed(self, block: Block) -> Summed | None:
-        """p and G."""
+        """Describe p and G."""
         _, outputs, inputs = block.shape
         return Summed(0, 0, inputs + outputs * (outputs + 1) // 2, outputs**2)
 
     def diagnose(self, block: Block, state: State, rows: Sequence[Rows]) -> dict[str, Any]:
-        """Ranges of eigenvalues, and the Fisher error where there are not many rows."""
+        """Compute eigenvalue ranges, and the Fisher error unless there are many rows."""
         p = state["p"]
         found: dict[str, Any] = {
             "inputs": (float(p.min()), float(p.max())),
@@ -150,7 +150,7 @@ class OneHotProduct(Approximation):
         return found
 
     def factors(self, state: State) -> tuple[Tensor, Tensor]:
-        """diag(p) and G."""
+        """Return diag(p) and G."""
         return torch.diag_embed(state["p"]), unpack(state["g"])
 
 
@@ -168,19 +168,19 @@ class OneHotNearest(OneHotProduct):
         keep: float,
         generator: torch.Generator,
     ) -> None:
-        """The product nearest to the old one and the batch together."""
+        """Find the nearest product to the old one and the batch together."""
         old = DiagonalProduct(state["p"], unpack(state["g"])) if "p" in state else None
         sums, samples = _sums(block, rows, self.sharing == "exact"), _samples(rows)
         found = nearest_product(sums, block.shape[2], samples, old, keep if old else 0.0)
         state |= {"p": found.inputs, "g": pack(found.outputs)}
 
     def summed(self, block: Block) -> Summed | None:
-        """Nothing: the nearest product is no function of sums."""
+        """Return None: the nearest product is not a function of sums."""
         return None
 
 
 class OneHotDiagonal(OneHotProduct):
-    """A value for each row and each eigenvector of G.
+    """Diagonal with one value per row and eigenvector of G.
 
     Args:
         product: Of whose G they are.
@@ -201,11 +201,11 @@ class OneHotDiagonal(OneHotProduct):
         keep: float,
         generator: torch.Generator,
     ) -> None:
-        """The product's."""
+        """Update the product."""
         self.product.update(block, state, rows, keep, generator)
 
     def invert(self, block: Block, state: State, damping: float) -> float:
-        """Decompose G, and carry the values over to its new vectors."""
+        """Decompose G, and project the values onto its new vectors."""
         vectors = eigendecompose(unpack(state["g"])).vectors
         if "s" in state:
             state["s"] = overlaps(vectors, state["qg"]) @ state["s"]
@@ -215,7 +215,7 @@ class OneHotDiagonal(OneHotProduct):
     def moments(
         self, block: Block, state: State, rows: Sequence[Rows], samples: float
     ) -> Tensor | None:
-        """The batch's second moments."""
+        """Compute the batch's second moments."""
         if "qg" not in state:
             return None
         if not rows:
@@ -224,39 +224,39 @@ class OneHotDiagonal(OneHotProduct):
         return second_moments(sums, state["qg"], block.shape[2], samples)
 
     def settle(self, state: State, moments: Tensor, keep: float) -> None:
-        """Average them in."""
+        """Average in the second moments."""
         state["s"] = state["s"].lerp_(moments, 1 - keep) if "s" in state else moments
 
     def apply(self, block: Block, state: State, matrix: Tensor, damping: float) -> Tensor:
-        """Into the basis, divide, and back."""
+        """Project onto the basis, divide, and project back."""
         vectors: Tensor = state["qg"]
         values: Tensor = state["s"] + damping
         return vectors @ (vectors.transpose(1, 2) @ matrix / values)
 
     def trace(self, block: Block, state: State) -> float:
-        """Σ s."""
+        """Compute Σ s."""
         return float(state["s"].double().sum()) if "s" in state else super().trace(block, state)
 
     def cost(self, block: Block, state: State) -> tuple[str, int, int]:
-        """The approximation in words, numbers kept, multiply-adds of an inversion."""
+        """Describe the approximation: words, numbers kept, multiply-adds of an inversion."""
         _, outputs, inputs = block.shape
         kept = inputs + outputs * (outputs + 1) // 2 + outputs**2 + outputs * inputs
         words = f"diagonal in one-hot inputs and the basis of G, {self.sharing}"
         return words, kept, 9 * outputs**3
 
     def summed(self, block: Block) -> Summed | None:
-        """The product's, and the values."""
+        """Describe the product's sums, and the values."""
         found = self.product.summed(block)
         size = block.shape[1] * block.shape[2]
         return found and found._replace(everywhere=found.everywhere + size)
 
     def diagnose(self, block: Block, state: State, rows: Sequence[Rows]) -> dict[str, Any]:
-        """Ranges of eigenvalues."""
+        """Compute eigenvalue ranges."""
         return super().diagnose(block, state, [])
 
 
 class OneHotInputs(OneHotProduct):
-    """diag(p), whatever the outputs."""
+    """Diagonal diag(p), independent of the outputs."""
 
     words = "frequencies"
 
@@ -269,7 +269,7 @@ class OneHotInputs(OneHotProduct):
         keep: float,
         generator: torch.Generator,
     ) -> Updating:
-        """``update``: the frequencies."""
+        """Update the frequencies."""
         p = _zero(block, block.shape[2])
         for part in rows:
             p = p + frequencies(part, block.shape[2]) * part.samples / samples
@@ -277,33 +277,33 @@ class OneHotInputs(OneHotProduct):
         state["p"] = state["p"].lerp_(totals["p"], 1 - keep) if "p" in state else totals["p"]
 
     def invert(self, block: Block, state: State, damping: float) -> float:
-        """Nothing."""
+        """Do nothing."""
         return 1.0
 
     def apply(self, block: Block, state: State, matrix: Tensor, damping: float) -> Tensor:
-        """A division of each row's gradient."""
+        """Divide each row's gradient."""
         p: Tensor = state["p"][:, None]
         return matrix / (p + damping)
 
     def trace(self, block: Block, state: State) -> float:
-        """Of all outputs."""
+        """Compute the trace over all outputs."""
         return float(state["p"].double().sum()) * block.shape[1]
 
     def cost(self, block: Block, state: State) -> tuple[str, int, int]:
-        """The approximation in words, numbers kept, nothing to invert."""
+        """Describe the approximation: words, numbers kept, no inversion."""
         return self.words, block.shape[2], 0
 
     def summed(self, block: Block) -> Summed | None:
-        """p."""
+        """Describe p."""
         return Summed(0, 0, block.shape[2], 1)
 
     def diagnose(self, block: Block, state: State, rows: Sequence[Rows]) -> dict[str, Any]:
-        """Range of frequencies."""
+        """Compute the range of frequencies."""
         return {"inputs": (float(state["p"].min()), float(state["p"].max()))}
 
 
 class WithEmbeddings(Approximation):
-    """A method for a model with embeddings: each block goes to the form that suits its inputs.
+    """Method for a model with embeddings, which picks the form for each block's inputs.
 
     Args:
         method: Of all other blocks; it has a form for ``one_hot`` inputs.
@@ -320,90 +320,90 @@ class WithEmbeddings(Approximation):
 
     @property
     def name(self) -> str:
-        """Of the method."""
+        """Name of the method."""
         return self.method.name
 
     def of(self, block: Block) -> Approximation:
-        """What a block is approximated by."""
+        """Return the approximation of a block."""
         return self.one_hot if block.one_hot else self.method
 
     def takes_numbers(self, block: Block) -> bool:
-        """Of one-hot inputs."""
+        """Return the choice of the block's approximation."""
         return block.one_hot
 
     def check(self, blocks: Sequence[Block]) -> None:
-        """Make sure that the settings fit the blocks."""
+        """Validate the settings against the blocks."""
         self.method.check(blocks)
 
     def settings(self) -> dict[str, Any]:
-        """Those of the method."""
+        """Return the settings of the method."""
         return self.method.settings()
 
     def sharing_of(self, block: Block) -> str:
-        """How a block's uses are put together."""
+        """Return the sharing mode of a block's uses."""
         return self.of(block).sharing_of(block)
 
     def sums_over_uses(self, block: Block) -> bool:
-        """Whether rows need to belong to no sample."""
+        """Return whether rows need not belong to samples."""
         return self.of(block).sums_over_uses(block)
 
     def update(self, block: Block, *arguments: Any) -> None:
-        """As ``of`` the block, and so are the others."""
+        """Delegate to the block's approximation, as the other methods do."""
         self.of(block).update(block, *arguments)
 
     def updating(self, block: Block, *arguments: Any) -> Updating:
-        """Of the block."""
+        """Delegate to the block's approximation."""
         return self.of(block).updating(block, *arguments)
 
     def invert(self, block: Block, state: State, damping: float) -> float:
-        """Of the block."""
+        """Delegate to the block's approximation."""
         return self.of(block).invert(block, state, damping)
 
     def moments(self, block: Block, *arguments: Any) -> Tensor | None:
-        """Of the block."""
+        """Delegate to the block's approximation."""
         return self.of(block).moments(block, *arguments)
 
     def settle(self, state: State, moments: Tensor, keep: float) -> None:
-        """The same for all blocks."""
+        """Delegate to the method, the same for all blocks."""
         self.method.settle(state, moments, keep)
 
     def apply(self, block: Block, state: State, matrix: Tensor, damping: float) -> Tensor:
-        """Of the block."""
+        """Delegate to the block's approximation."""
         return self.of(block).apply(block, state, matrix, damping)
 
     def trace(self, block: Block, state: State) -> float:
-        """Of the block."""
+        """Delegate to the block's approximation."""
         return self.of(block).trace(block, state)
 
     def cost(self, block: Block, state: State) -> tuple[str, int, int]:
-        """Of the block."""
+        """Delegate to the block's approximation."""
         return self.of(block).cost(block, state)
 
     def summed(self, block: Block) -> Summed | None:
-        """Of the block."""
+        """Delegate to the block's approximation."""
         return self.of(block).summed(block)
 
     def burden(self, block: Block) -> int:
-        """Of the block."""
+        """Delegate to the block's approximation."""
         return self.of(block).burden(block)
 
     def diagnose(self, block: Block, state: State, rows: Sequence[Rows]) -> dict[str, Any]:
-        """Of the block."""
+        """Delegate to the block's approximation."""
         return self.of(block).diagnose(block, state, rows)
 
     def factors(self, state: State) -> tuple[Tensor, Tensor]:
-        """The leading A and G."""
+        """Return the leading A and G."""
         return (self.one_hot if "p" in state else self.method).factors(state)
 
 
 def sharing_of_rows(sharing: str | Mapping[str, str]) -> str:
-    """How uses of a row are put together where layers have so: of rows, a mean says nothing."""
+    """Map the layers' sharing mode to rows, for which a mean is meaningless."""
     ways = {sharing} if isinstance(sharing, str) else set(sharing.values())
     return "exact" if "exact" in ways or not isinstance(sharing, str) else "expand"
 
 
 def with_embeddings(method: Approximation, blocks: Sequence[Block]) -> Approximation:
-    """A method that can take all blocks of a model."""
+    """Wrap a method so that it accepts all blocks of a model."""
     there = any(block.one_hot for block in blocks)
     if not there or isinstance(method, WithEmbeddings) or method.for_one_hot() is None:
         return method

@@ -14,7 +14,7 @@ from smallfry.optim.preconditioner import Preconditioner
 
 
 class PreconditionedOptimizer(torch.optim.Optimizer):
-    """Optimizer with a preconditioner, which belongs to one model and can't be copied."""
+    """Optimizer with a preconditioner, bound to one model and not copyable."""
 
     preconditioner: Preconditioner
 
@@ -29,12 +29,12 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """The covered blocks."""
+        """Covered blocks."""
         return tuple(self.preconditioner.blocks.values())
 
     @property
     def approximation(self) -> Approximation:
-        """How a block's Fisher is approximated."""
+        """Approximation of a block's Fisher."""
         return self.preconditioner.approximation
 
     @property
@@ -49,27 +49,27 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
 
     @property
     def counters(self) -> dict[str, int]:
-        """Steps, refreshes, measurements, and those that failed."""
+        """Counts of steps, refreshes, measurements and failures."""
         return self.preconditioner.counters
 
     @property
     def collectives(self) -> Collectives:
-        """Messages between the processes that share a batch."""
+        """Communication between the processes that share a batch."""
         return self.preconditioner.collectives
 
     @property
     def owners(self) -> dict[str, int]:
-        """The process that refreshes each block."""
+        """Process that refreshes each block."""
         return self.preconditioner.owners
 
     @property
     def generator(self) -> torch.Generator:
-        """Of sampled targets, uses and directions."""
+        """Generator of sampled targets, uses and directions."""
         return self.preconditioner.generator
 
     @property
     def damping_factor(self) -> float:
-        """What adaptive damping multiplies ``damping`` with."""
+        """Factor of adaptive damping on ``damping``."""
         return self.preconditioner.damping_factor
 
     @damping_factor.setter
@@ -86,13 +86,13 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         self.preconditioner.damping = damping
 
     def distribution(self) -> Distribution:
-        """Which process refreshes which layers, and what the last refresh sent."""
+        """Describe the owner of each layer, and the messages of the last refresh."""
         return distribution(self.preconditioner)
 
     def costs(self, rows: int) -> dict[str, Cost]:
-        """What a refresh of each block costs, for so many ``rows``: uses by the whole batch."""
+        """Compute the cost of a refresh of each block, for ``rows`` uses by the whole batch."""
         return {b.name: cost_of(b, self.approximation, rows) for b in self.blocks}
 
     def monitor(self, on: bool = True) -> None:
-        """Keep the rows of the last refresh, so that diagnostics can tell the Fisher error."""
+        """Keep the rows of the last refresh, so that diagnostics can compute the Fisher error."""
         self.preconditioner.monitoring, self.preconditioner.latest = on, {}

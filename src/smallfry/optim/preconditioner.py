@@ -38,11 +38,11 @@ FLAGS = ("damping_factor", "damping", "seed")  # of the state, beside tensors an
 
 
 class Preconditioner:
-    """The curvature of blocks, and products with its inverse.
+    """Curvature of blocks, and products with its inverse.
 
     Args:
-        blocks: What is preconditioned.
-        approximation: How a block's Fisher is approximated.
+        blocks: Preconditioned blocks.
+        approximation: Approximation of a block's Fisher.
         settings: Damping, averaging, and how many rows are taken.
         collectives: Messages between the processes that share a batch, and their device.
     """
@@ -67,7 +67,7 @@ class Preconditioner:
         self.cover(blocks, ())
 
     def cover(self, blocks: Sequence[Block], kept: Sequence[str]) -> None:
-        """Precondition other blocks from now on; the states of those kept stay."""
+        """Change the preconditioned blocks; the states of remaining ones are kept."""
         self.approximation.check(blocks)
         self.blocks = {block.name: block for block in blocks}
         self._numbers = {name: number for number, name in enumerate(self.blocks)}
@@ -77,7 +77,7 @@ class Preconditioner:
         self.needs_identity = not all(map(self.approximation.sums_over_uses, blocks))
 
     def draw(self, *purpose: int) -> None:
-        """Let the generator begin the random numbers of a purpose in this step.
+        """Seed the generator for a purpose in this step.
 
         They don't depend on what was drawn before, so that processes can't fall out of step.
         """
@@ -88,7 +88,7 @@ class Preconditioner:
     # Refreshing
 
     def refresh(self, observations: Sequence[Observation], inverse: bool) -> None:
-        """Take statistics, set λ, and make inverses; called in all processes alike.
+        """Update statistics, λ and inverses; called in all processes alike.
 
         Args:
             observations: Of the batch's micro-batches; none leaves the statistics as they are.
@@ -123,7 +123,7 @@ class Preconditioner:
         self.counters["inverses"] += inverse
 
     def _portions(self) -> Iterator[list[str]]:
-        """Blocks whose rows are held at a time: one, or all where messages should be few."""
+        """Group blocks whose rows are held at a time: one, or all to send few messages."""
         if self.collectives.count > 1:
             yield list(self.blocks)
         else:
@@ -137,7 +137,7 @@ class Preconditioner:
         samples: dict[str, float],
         kept: Mapping[str, float],
     ) -> CollectiveUpdate:
-        """Fold a batch into the states of some blocks; ``rows`` and ``samples`` are filled in."""
+        """Update the states of some blocks; ``rows`` and ``samples`` are filled in."""
         began = time.perf_counter()
         with self.collectives.publish_failure():
             mine = {name: self._rows(name, observations) for name in names}
@@ -171,7 +171,7 @@ class Preconditioner:
         return update
 
     def _rows(self, name: str, observations: Sequence[Observation]) -> list[Rows]:
-        """What a block saw.
+        """Collect the rows of a block.
 
         Each block has random numbers of its own: it does not matter which process refreshes it.
         """
@@ -179,7 +179,7 @@ class Preconditioner:
         self.draw(1, self._numbers[name])
 
         def some(seen: Observation, uses: int) -> Tensor | None:
-            """Which uses to take, where there are more than needed."""
+            """Select uses, if there are more than needed."""
             count = seen.samples * self.collectives.count  # about, where shares are uneven
             enough = settings.max_rows is None or count * uses <= settings.max_rows
             if settings.max_rows is None or enough or not self.approximation.sums_over_uses(block):
@@ -192,11 +192,11 @@ class Preconditioner:
         return rows
 
     def _reseed(self, name: str) -> None:
-        """Begin the random numbers of a block's update, the same in all processes."""
+        """Seed the random numbers of a block's update, the same in all processes."""
         self.draw(2, self._numbers[name])
 
     def _invert(self, every: bool) -> list[str]:
-        """Make the inverses of this process's blocks; those that failed keep the last one."""
+        """Compute the inverses of this process's blocks; those that fail keep the last one."""
         failed = []
         for name, block in self.blocks.items():
             state, began = self.states[name], time.perf_counter()
@@ -220,7 +220,7 @@ class Preconditioner:
         samples: Mapping[str, float],
         kept: Mapping[str, float],
     ) -> None:
-        """Fold in what depends on the new inverses."""
+        """Update the quantities that depend on the new inverses."""
         found: dict[str, dict[str, Tensor]] = {}
         for name in samples if self.approximation.settles else ():
             block, state = self.blocks[name], self.states[name]
@@ -231,7 +231,7 @@ class Preconditioner:
             self.approximation.settle(self.states[name], sums["moments"], kept[name])
 
     def _set_lambdas(self) -> None:
-        """Set λ of each block from the traces of all, each of which its owner has."""
+        """Set λ of each block from all traces, each held by its owner."""
         mine: dict[str, float] = {}
         for name, block in self.blocks.items():
             if self.states[name] and self.owners[name] == self.collectives.rank:
@@ -253,16 +253,16 @@ class Preconditioner:
     # Applying
 
     def apply(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """(F̂ + λ I)⁻¹ times the matrices (groups, outputs, inputs) of blocks."""
+        """Multiply (F̂ + λ I)⁻¹ by the matrices (groups, outputs, inputs) of blocks."""
         return {name: self.solve(name, matrix) for name, matrix in gradients.items()}
 
     def solve(self, name: str, matrix: Tensor) -> Tensor:
-        """(F̂ + λ I)⁻¹ of one block times a matrix."""
+        """Multiply (F̂ + λ I)⁻¹ of one block by a matrix."""
         block, state = self.blocks[name], self.states[name]
         return self.approximation.apply(block, state, matrix, self.lambdas[name])
 
     def directions(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Preconditioned gradients, or momenta, by parameter name."""
+        """Compute preconditioned gradients, or momenta, by parameter name."""
         matrices, directions = {}, dict[str, Tensor]()
         for block in self.blocks.values():
             present = [name for name in block.parameters if name in grads]
@@ -281,7 +281,7 @@ class Preconditioner:
         return directions
 
     def damping_of_parameters(self) -> dict[str, float]:
-        """λ of each parameter's block, where it is known."""
+        """Return λ of each parameter's block, where known."""
         return {
             parameter: self.lambdas[block.name]
             for block in self.blocks.values()
@@ -295,7 +295,7 @@ class Preconditioner:
         grads: Mapping[str, Tensor],
         rates: Mapping[str, float],
     ) -> float:
-        """Twice the divergence of a step that F̂ foretells, or more.
+        """Predict twice the divergence of a step from F̂, or more.
 
         Args:
             directions: Preconditioned gradients by parameter name.
@@ -308,7 +308,7 @@ class Preconditioner:
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain data; tensors are the preconditioner's own."""
+        """Return tensors and plain data; tensors are not copied."""
         return {
             "curvature": {name: dict(state) for name, state in self.states.items()},
             "lambdas": dict(self.lambdas),
@@ -318,7 +318,7 @@ class Preconditioner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state of the same blocks, copying its tensors."""
+        """Load a state of the same blocks, copying its tensors."""
         for name, block in self.blocks.items():
             device = next(iter(block.parameters.values())).device
             self.states[name] = {k: copied(v, device) for k, v in state["curvature"][name].items()}
@@ -330,7 +330,7 @@ class Preconditioner:
 
 
 def copied(value: Any, device: torch.device) -> Any:
-    """A copy of a tensor, of a list of them, or of plain data."""
+    """Copy a tensor, a list of them, or plain data."""
     if isinstance(value, Tensor):
         return value.detach().to(device, copy=True)
     if isinstance(value, list):

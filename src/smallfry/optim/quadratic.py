@@ -1,4 +1,4 @@
-"""The exact quadratic model of a step: M(Δ) = ∇Lᵀ Δ + ½ Δᵀ (GGN + λ I) Δ, on the current batch.
+"""Exact quadratic model of a step on the batch: M(Δ) = ∇Lᵀ Δ + ½ Δᵀ (GGN + λ I) Δ.
 
 The generalised Gauss-Newton matrix is Jᵀ H J with J the Jacobian of the network's outputs and H
 the likelihood's Hessian there; J Δ takes one forward-mode pass over the batch, without gradients.
@@ -26,7 +26,7 @@ Outputs = tuple[Tensor, ...]
 
 
 class Batch(NamedTuple):
-    """The current batch, whose forward passes can be run again; its rows have their weights."""
+    """Current batch with row weights, whose forward passes can be rerun."""
 
     observations: Sequence[Observation]  # with the arguments of the forward passes
     observer: Observer  # of the model
@@ -37,7 +37,7 @@ class Batch(NamedTuple):
 
 
 class QuadraticStep(NamedTuple):
-    """The minimum of M over some directions."""
+    """Minimum of M over a set of directions."""
 
     step: dict[str, Tensor]  # by parameter name
     curvature: float  # of the step: twice its divergence
@@ -49,7 +49,7 @@ def best_step(
     bases: Sequence[Mapping[str, Tensor]],
     damping: Mapping[str, float],
 ) -> QuadraticStep:
-    """The combination of directions that minimises M.
+    """Find the combination of directions that minimises M.
 
     Args:
         batch: The current batch.
@@ -83,7 +83,7 @@ def best_step(
 
 
 def adapted_damping(factor: float, ratio: float | None, steps: int) -> float:
-    """λ falls where M foretold the change of the loss, else rises (Levenberg and Marquardt).
+    """Adapt λ (Levenberg–Marquardt): lower it if M predicted the loss well, else raise it.
 
     Args:
         factor: That damping is multiplied by so far.
@@ -101,7 +101,7 @@ def adapted_damping(factor: float, ratio: float | None, steps: int) -> float:
 def reduction_ratio(
     batch: Batch, step: Mapping[str, Tensor], damping: Mapping[str, float]
 ) -> float | None:
-    """How much of the fall of the loss that M foretells really comes.
+    """Compute the ratio of the actual to the predicted decrease of the loss.
 
     −∞ if M foretells a rise and it comes; None if there is nothing to learn from.
 
@@ -132,7 +132,7 @@ def reduction_ratio(
 
 
 def targets_of(batch: Batch, hidden: bool) -> float:
-    """Targets to a sample, by the weights of their rows, over the whole batch.
+    """Count the targets per sample, weighted by rows, over the whole batch.
 
     Args:
         batch: The current batch.
@@ -154,7 +154,7 @@ def push_forward(
     direction: Mapping[str, Tensor],
     parameters: Mapping[str, nn.Parameter],
 ) -> tuple[Outputs, Outputs]:
-    """The outputs of an observed forward pass, and J Δ there."""
+    """Compute the outputs of an observed forward pass, and J Δ."""
     function, chosen, tangents = _as_function(observer, seen, parameters, direction)
 
     def pushed() -> tuple[Outputs, Outputs]:
@@ -178,13 +178,13 @@ def run(
     step: Mapping[str, Tensor],
     kernels: Sequence[SDPBackend] = (SDPBackend.MATH,),
 ) -> Outputs:
-    """The outputs of an observed forward pass with moved parameters.
+    """Rerun an observed forward pass with moved parameters.
 
     Args:
-        observer: Of the model.
+        observer: Observer of the model.
         seen: The forward pass.
         parameters: Parameters by name.
-        step: What is added to them.
+        step: Change of the parameters.
         kernels: Attention's, such as ``push_forward`` has; none given takes what is fastest.
     """
     function, chosen, moves = _as_function(observer, seen, parameters, step)
@@ -204,7 +204,7 @@ def _as_function(
     parameters: Mapping[str, nn.Parameter],
     direction: Mapping[str, Tensor],
 ) -> tuple[Callable[[dict[str, Tensor]], Outputs], dict[str, Tensor], dict[str, Tensor]]:
-    """The watched module as a function of some parameters, with their values and a direction."""
+    """Express the module as a function of some parameters, with their values and a direction."""
     root: Any = observer.root
     root = getattr(root, "_orig_mod", root)
     paths = {p: path for path, p in root.named_parameters()}

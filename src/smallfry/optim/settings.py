@@ -1,4 +1,4 @@
-"""Settings that all natural-gradient optimizers share."""
+"""Common settings of all natural-gradient optimizers."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ Likely = str | Likelihood | Mapping[str | int, Any] | Callable[[Any], Any]
 
 @dataclass(frozen=True, kw_only=True)
 class CurvatureSettings:
-    """Settings of the step and of the curvature, checked.
+    """Validated settings of the step and of the curvature.
 
     Args:
         lr: Learning rate of the covered parameters.
@@ -48,7 +48,7 @@ class CurvatureSettings:
         fallback_lr: Learning rate of the AdamW inside, for what is not covered.
         check: What to do if the first gradients are not those of the stated loss and layers:
             "error", "warn", or "off" for a loss with further terms, such as a weight penalty.
-        seed: Of the sampled targets.
+        seed: Seed of the sampled targets.
 
     Raises:
         UsageError: A setting makes no sense.
@@ -77,7 +77,7 @@ class CurvatureSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Make sure that the settings make sense."""
+        """Validate the settings."""
         scale = self.loss_scale
         _require(
             self.lr >= 0 and self.fallback_lr >= 0,

@@ -76,7 +76,7 @@ class InputMetric(Approximation):
         self._hidden: set[str] = set()
 
     def for_one_hot(self) -> Approximation:
-        """Frequencies."""
+        """Return a method of frequencies."""
         return OneHotInputs()
 
     def settings(self) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class InputMetric(Approximation):
         return {"variant": self.variant}
 
     def check(self, blocks: Sequence[Block]) -> None:
-        """Make sure that the metrics of all neurons are not too large."""
+        """Validate the size of the metrics of all neurons."""
         if self.variant == "input":
             return
         self._hidden = {block.name for block in blocks[1:-1]}
@@ -106,7 +106,7 @@ class InputMetric(Approximation):
         keep: float,
         generator: torch.Generator,
     ) -> None:
-        """Average the batch's metric in."""
+        """Average in the batch's metric."""
         alone(self.updating(block, state, rows, 0, keep, generator))
 
     def updating(
@@ -118,7 +118,7 @@ class InputMetric(Approximation):
         keep: float,
         generator: torch.Generator,
     ) -> Updating:
-        """``update``: the sum of the metrics of all uses, and their number."""
+        """Update from the sum of the metrics of all uses, and their number."""
         like = next(iter(block.parameters.values()))
         neurons = block.shape[1] if block.name in self._hidden else 1
         size = block.shape[2]
@@ -156,7 +156,7 @@ class InputMetric(Approximation):
         return inverse.raised
 
     def apply(self, block: Block, state: State, matrix: Tensor, damping: float) -> Tensor:
-        """Each neuron's row times its inverse."""
+        """Multiply each neuron's row by its inverse."""
         inverse = unpack(state["inverse"])
         if block.name not in self._hidden:
             return matrix @ inverse
@@ -164,24 +164,24 @@ class InputMetric(Approximation):
         return (rows @ inverse).reshape(matrix.shape)
 
     def trace(self, block: Block, state: State) -> float:
-        """Of all neurons' metrics."""
+        """Compute the trace of all neurons' metrics."""
         means = packed_mean(state["metric"]).double()
         neurons = 1 if block.name in self._hidden else block.shape[1]
         return float(means.sum()) * block.shape[2] * neurons
 
     def cost(self, block: Block, state: State) -> tuple[str, int, int]:
-        """The approximation in words, numbers kept, multiply-adds of an inversion."""
+        """Describe the approximation: words, numbers kept, multiply-adds of an inversion."""
         groups, outputs, inputs = block.shape
         count = groups * (outputs if block.name in self._hidden else 1)
         words = "a metric for each neuron" if block.name in self._hidden else "metric of inputs"
         return words, count * inputs * (inputs + 1), count * inputs**3
 
     def summed(self, block: Block) -> Summed:
-        """The metrics, and the number of uses."""
+        """Describe the metrics, and the number of uses."""
         groups, outputs, inputs = block.shape
         count = groups * (outputs if block.name in self._hidden else 1)
         return Summed(count * inputs * (inputs + 1) // 2 + 1, 0, 0, count * inputs**2)
 
     def diagnose(self, block: Block, state: State, rows: Sequence[Rows]) -> dict[str, Any]:
-        """Eigenvalue range over all metrics."""
+        """Compute the eigenvalue range over all metrics."""
         return {"inputs": eigenvalue_range(unpack(state["metric"]))}

@@ -29,7 +29,7 @@ FLAGS = (
 
 
 def save_state(optimizer: "NaturalGradient") -> dict[str, Any]:
-    """Everything that the next step depends on.
+    """Save everything that the next step depends on.
 
     Returns:
         Dictionaries, lists, numbers, strings and tensors, which ``torch.load`` takes with
@@ -59,7 +59,7 @@ def save_state(optimizer: "NaturalGradient") -> dict[str, Any]:
 
 
 def load_state(optimizer: "NaturalGradient", given: Mapping[str, Any]) -> None:
-    """Put a state in place; nothing is changed if it does not fit.
+    """Load a state, unchanged if it does not fit.
 
     Raises:
         UsageError: It belongs to another method or model.
@@ -90,7 +90,7 @@ def load_state(optimizer: "NaturalGradient", given: Mapping[str, Any]) -> None:
 
 
 def _as_saved(optimizer: "NaturalGradient", given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A state as ``save_state`` gave it, from one that torch.distributed.checkpoint has had.
+    """Restore the ``save_state`` form of a state from torch.distributed.checkpoint.
 
     It numbers parameters through all groups, and keeps what is in the groups.
     """

@@ -1,4 +1,4 @@
-"""Two-level natural gradient: a coarse level for what a block-diagonal inverse misses.
+"""Two-level natural gradient: a coarse level couples the blocks of a block-diagonal inverse.
 
 With u the gradient, M the damped blocks of any other method here and z₁ = M⁻¹ u, a few directions
 R₀ are corrected for the whole network's Fisher, layers coupled (Koroko et al. 2023, arXiv
@@ -71,7 +71,7 @@ class TwoLevel(NaturalGradient):
             Tselepidis et al. 2020, here with the exact F); several of these; or a function from a
             ``FineLevel`` and M⁻¹ to vectors.
         form: "residual" minimises the energy; "additive" puts u for u − F• z₁, and may raise it.
-        krylov: Whether M⁻¹ of each direction is one more.
+        krylov: Add M⁻¹ of each direction as another direction.
         coarse_samples: Samples of a batch that F is made of; None for all.
         settings: Those of ``NaturalGradient``.
     """
@@ -117,7 +117,7 @@ class TwoLevel(NaturalGradient):
 
     @property
     def energy(self) -> float | None:
-        """What the last step's coarse level changed ½ ‖z − F•⁻¹ u‖² by; None where it had none."""
+        """Change of ½ ‖z − F•⁻¹ u‖² by the last step's coarse level; None without one."""
         return self._two_level.energy
 
     @property
@@ -148,10 +148,10 @@ class CoarseLevel(NamedTuple):
 
 
 class TwoLevelPreconditioner(Preconditioner):
-    """A preconditioner with a coarse level on the steps that take statistics.
+    """Preconditioner with a coarse level on the steps that update statistics.
 
     Args:
-        blocks: As in ``Preconditioner``, as are the following.
+        blocks: See ``Preconditioner``, also for the following.
         approximation: The fine level.
         settings: Damping, averaging, and how many rows are taken.
         collectives: Of one process alone.
@@ -174,7 +174,7 @@ class TwoLevelPreconditioner(Preconditioner):
         self._samples: dict[str, Rows] = {}  # of the last step's batch, if it took statistics
 
     def begin_step(self) -> None:
-        """Forget the last batch's samples; what is applied from now on makes a step."""
+        """Discard the last batch's samples, and start accumulating a step."""
         self.stepping, self._samples = True, {}
 
     def refresh(self, observations: Sequence[Observation], inverse: bool) -> None:
@@ -189,7 +189,7 @@ class TwoLevelPreconditioner(Preconditioner):
             self._samples[name] = cut
 
     def apply(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The fine level's solution, corrected by the coarse level's."""
+        """Apply the fine level, corrected by the coarse level."""
         fine = super().apply(gradients)
         if not fine or not self._samples:
             if self.stepping:
@@ -224,7 +224,7 @@ class TwoLevelPreconditioner(Preconditioner):
         grads: Mapping[str, Tensor],
         rates: Mapping[str, float],
     ) -> float:
-        """⟨z, u⟩, or zᵀ F z where that is more.
+        """Compute ⟨z, u⟩, or zᵀ F z if that is larger.
 
         The former bounds the latter for z = M⁻¹ u, not for what the coarse level adds.
         """

@@ -1,4 +1,4 @@
-"""Layers that begin to be trained after the optimizer was built."""
+"""Unfreezing of layers after the optimizer was built."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def unfreeze(optimizer: "NaturalGradient", group: dict[str, Any]) -> None:
-    """Train further parameters of the model; the curvature of other layers stays.
+    """Add parameters of the model; the curvature of other layers stays.
 
     Args:
         optimizer: The optimizer.

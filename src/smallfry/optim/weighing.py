@@ -18,7 +18,7 @@ from smallfry.optim.collectives import Collectives
 
 
 class Weighing(NamedTuple):
-    """The rows of one output in a batch, over all micro-batches and processes."""
+    """Row weights of one output in a batch, over all micro-batches and processes."""
 
     weighted: bool  # some rows weigh less than others, or nothing
     within: bool  # so they do within some process
@@ -30,7 +30,7 @@ class Weighing(NamedTuple):
     unit: float  # mean ρ of the samples, where it is known
 
     def counted(self, loss_scale: float | str) -> float:
-        """Samples that a stated loss would be the mean over."""
+        """Number of samples in the mean of the stated loss."""
         if not self.weighted or loss_scale == "sum":
             return self.samples
         return self.rows if loss_scale == "mean" else self.size
@@ -39,10 +39,10 @@ class Weighing(NamedTuple):
 def weighings(
     observations: Sequence[Observation], rescaled: bool, collectives: Collectives
 ) -> dict[int, Weighing]:
-    """How the rows of each output weigh; called in all processes alike.
+    """Compute the row weights of each output; called in all processes alike.
 
     Args:
-        observations: Of the current batch.
+        observations: Observations of the current batch.
         rescaled: The gradients may be those of a loss that was scaled by an unknown number.
         collectives: Messages between processes.
     """
@@ -68,7 +68,7 @@ def weighings(
 
 
 def _weighing(terms: Sequence[float], dtype: torch.dtype) -> Weighing:
-    """How rows weigh, from sums over micro-batches, or over those of all processes.
+    """Compute row weights from sums over micro-batches, or over those of all processes.
 
     Args:
         terms: Parts that have unequal weights, soft targets, a scaled loss; samples as counted;
@@ -94,10 +94,10 @@ def weigh_rows(
     rescaled: bool,
     collectives: Collectives,
 ) -> dict[int, Weighing]:
-    """Give the rows of all micro-batches their weights in the batch's Fisher.
+    """Set the row weights of all micro-batches in the batch's Fisher.
 
     Args:
-        observations: Of the current batch; called in all processes alike.
+        observations: Observations of the current batch; called in all processes alike.
         factor: The training loss over the mean negative log-likelihood.
         loss_scale: The same as it was stated.
         rescaled: The gradients may be those of a loss that was scaled by an unknown number.
@@ -121,7 +121,7 @@ def weigh_rows(
 
 
 def _counted(one: RowWeights | None, samples: int) -> tuple[float, float]:
-    """Samples by the mean weight of their rows, and rows by their weights over rows a sample."""
+    """Sum samples by the mean weight of their rows, and rows by weight over rows per sample."""
     if one is None:
         return 0.0, 0.0
     means = one.of_samples(samples)

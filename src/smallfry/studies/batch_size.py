@@ -10,8 +10,8 @@ from smallfry.report.runs_page import Section
 from smallfry.report.table import NONE, Html, table
 from smallfry.studies import reported_vision as reported
 from smallfry.studies.config import BatchSizeConfig
-from smallfry.studies.entrants import ENTRANTS, find_entrants
 from smallfry.studies.recipes import Planned, recipe
+from smallfry.studies.study_models import STUDY_MODELS, find_study_models
 
 TITLE = "Batch size"
 ABOUT = (
@@ -27,10 +27,10 @@ def plan(config: BatchSizeConfig) -> list[Planned]:
         Planned(
             f"{name}-b{size}-s{seed}",
             {"model": name, "batch_size": size, "seed": seed},
-            recipe(entrant, config, size, seed),
+            recipe(entry, config, size, seed),
         )
         for seed in range(config.seeds)
-        for name, entrant in find_entrants(config.models).items()
+        for name, entry in find_study_models(config.models).items()
         for size in config.batch_sizes
     ]
 
@@ -119,4 +119,4 @@ def _test(outcome: Outcome) -> float | None:
 
 
 def _label(name: str) -> str:
-    return ENTRANTS[name].label if name in ENTRANTS else name
+    return STUDY_MODELS[name].label if name in STUDY_MODELS else name

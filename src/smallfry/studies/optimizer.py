@@ -16,8 +16,8 @@ from smallfry.report.runs_page import Section
 from smallfry.report.table import NONE, number, table
 from smallfry.studies import reported_vision as reported
 from smallfry.studies.config import OptimizersConfig
-from smallfry.studies.entrants import find_vitrm
 from smallfry.studies.recipes import Planned, recipe
+from smallfry.studies.study_models import find_vitrm
 from smallfry.training.config import OptimizerConfig
 from smallfry.training.optimization import peak_learning_rate
 
@@ -41,18 +41,18 @@ def _names(config: OptimizersConfig) -> tuple[str, ...]:
 
 def plan(config: OptimizersConfig) -> list[Planned]:
     """List the runs of all optimizers with all rates and seeds."""
-    entrant = find_vitrm(config.vitrm)
+    entry = find_vitrm(config.vitrm)
     for name in _names(config):
         if name not in LABELS:
             raise UsageError(f"unknown optimizer '{name}'{nearest(name, LABELS)}")
-    adamw = recipe(entrant, config, config.batch_size).optimizer
-    model = timm.create_model(entrant.model, **entrant.options)
+    adamw = recipe(entry, config, config.batch_size).optimizer
+    model = timm.create_model(entry.model, **entry.options)
     adamw = replace(adamw, lr=peak_learning_rate(adamw, model))
     found = []
     for seed in range(config.seeds):
         for name in _names(config):
             for factor in config.lr_factors:
-                told = recipe(entrant, config, config.batch_size, seed)
+                told = recipe(entry, config, config.batch_size, seed)
                 told = replace(told, optimizer=optimizer_settings(name, factor, adamw))
                 facts = {"optimizer": name, "lr_factor": factor, "seed": seed}
                 found.append(Planned(f"{name}-lr{factor:g}-s{seed}", facts, told))

@@ -12,10 +12,10 @@ from smallfry.report.runs_page import Section
 from smallfry.report.table import NONE, number, table
 from smallfry.studies import reported_vision as reported
 from smallfry.studies.config import ParetoConfig
-from smallfry.studies.entrants import ENTRANTS, find_entrants
 from smallfry.studies.grid import run_path
 from smallfry.studies.latency import choose_device, measure_latency
 from smallfry.studies.recipes import Planned, recipe
+from smallfry.studies.study_models import STUDY_MODELS, find_study_models
 from smallfry.training.checkpoint import write_file
 from smallfry.training.provenance import provenance
 from smallfry.training.run import load_run
@@ -35,10 +35,10 @@ def plan(config: ParetoConfig) -> list[Planned]:
         Planned(
             f"{name}-s{seed}",
             {"model": name, "seed": seed},
-            recipe(entrant, config, config.batch_size, seed),
+            recipe(entry, config, config.batch_size, seed),
         )
         for seed in range(config.seeds)
-        for name, entrant in find_entrants(config.models).items()
+        for name, entry in find_study_models(config.models).items()
     ]
 
 
@@ -211,4 +211,4 @@ def _milliseconds(timed: Mapping[str, float]) -> str:
 
 
 def _label(name: str) -> str:
-    return ENTRANTS[name].label if name in ENTRANTS else name
+    return STUDY_MODELS[name].label if name in STUDY_MODELS else name

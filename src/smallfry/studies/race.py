@@ -33,7 +33,7 @@ from smallfry.studies.log import TrialLog
 from smallfry.studies.problems import PROBLEMS, Examples, load_examples
 from smallfry.studies.progress import RaceProgress
 from smallfry.studies.reported import REPORTED
-from smallfry.studies.trial import Job, Place, fisher_errors, run_trial
+from smallfry.studies.trial import Job, Resources, fisher_errors, run_trial
 from smallfry.training.config import MOST_WORKERS
 from smallfry.training.provenance import provenance
 
@@ -69,11 +69,11 @@ def run_race(study: str, config: RaceConfig, folder: Path) -> Path:
         Stopped: A signal came; finished trials are kept.
     """
     chosen = _check(study, config)
-    place = Place(config.root, config.device, config.threads)
+    resources = Resources(config.root, config.device, config.threads)
     log = TrialLog(folder)
     with locked(folder):
         records = log.read()
-        _check_records(records, config, place)
+        _check_records(records, config, resources)
         processes = config.processes or _processes(config)
         known = _known(records)
         watching = _unwatched(config.problem, chosen, known)
@@ -94,9 +94,9 @@ def run_race(study: str, config: RaceConfig, folder: Path) -> Path:
             RaceProgress(len(first) + max(0, later), expected, processes) as progress,
             stoppable(f"finished trials are in {folder}, the same command goes on"),
         ):
-            records += _run(study, first, place, processes, log, progress, watching)
+            records += _run(study, first, resources, processes, log, progress, watching)
             second = [job for job in _second_jobs(config, chosen, records) if job.key not in known]
-            records += _run(study, second, place, processes, log, progress, watching)
+            records += _run(study, second, resources, processes, log, progress, watching)
     title = f"Race: {PROBLEMS[config.problem].title}"
     with reporting(folder):
         return write_report(records, folder, title, REPORTED.get(config.problem))
@@ -165,7 +165,7 @@ def _unwatched(problem: str, chosen: Sequence[str], known: set[tuple[Any, ...]])
 def _run(
     study: str,
     jobs: Sequence[Job],
-    place: Place,
+    resources: Resources,
     processes: int,
     log: TrialLog,
     progress: RaceProgress,
@@ -173,10 +173,10 @@ def _run(
 ) -> list[dict[str, Any]]:
     if not jobs:
         return []
-    torch.set_num_threads(place.threads)  # which provenance tells
-    origin = provenance(torch.device(place.device))
+    torch.set_num_threads(resources.threads)  # which provenance tells
+    origin = provenance(torch.device(resources.device))
     records: list[dict[str, Any]] = []
-    for job, outcomes in _outcomes(jobs, place, processes, watching):
+    for job, outcomes in _outcomes(jobs, resources, processes, watching):
         for contestant, settings, measured in outcomes:
             record: dict[str, Any] = {
                 "study": study,
@@ -189,7 +189,7 @@ def _run(
                 "seed": job.seed,
                 "trial": job.trial,
                 "seconds": job.seconds,
-                "clock": place.clock,
+                "clock": resources.clock,
                 "measured": measured,
                 "provenance": origin,
             }
@@ -203,17 +203,17 @@ Outcome = tuple[str, dict[str, float], dict[str, Any]]
 
 
 def _outcomes(
-    jobs: Sequence[Job], place: Place, processes: int, watching: Sequence[str]
+    jobs: Sequence[Job], resources: Resources, processes: int, watching: Sequence[str]
 ) -> Iterator[tuple[Job, list[Outcome]]]:
     """Yield trials as they end; one at a time here, several in separate processes."""
     if processes == 1:
         for job in jobs:
-            yield job, _work(job, place, watching)
+            yield job, _work(job, resources, watching)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, _begin, (place.threads,)) as pool:
+    with ProcessPoolExecutor(processes, context, _begin, (resources.threads,)) as pool:
         try:
-            waiting = {pool.submit(_work, job, place, watching): job for job in jobs}
+            waiting = {pool.submit(_work, job, resources, watching): job for job in jobs}
             for future in as_completed(waiting):
                 yield waiting[future], future.result()
         except BrokenProcessPool:
@@ -234,11 +234,11 @@ def _begin(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _work(job: Job, place: Place, watching: Sequence[str]) -> list[Outcome]:
-    training, held_out = _examples(job.problem, place)
+def _work(job: Job, resources: Resources, watching: Sequence[str]) -> list[Outcome]:
+    training, held_out = _examples(job.problem, resources)
     if job.phase != "fisher":
-        return [(job.contestant, job.settings, run_trial(job, place, training, held_out))]
-    found = fisher_errors(job, place, training, watching)
+        return [(job.contestant, job.settings, run_trial(job, resources, training, held_out))]
+    found = fisher_errors(job, resources, training, watching)
     return [
         (name, dict(CONTESTANTS[name].defaults), {"points": points})
         for name, points in found.items()
@@ -246,8 +246,8 @@ def _work(job: Job, place: Place, watching: Sequence[str]) -> list[Outcome]:
 
 
 @lru_cache(maxsize=1)
-def _examples(problem: str, place: Place) -> tuple[Examples, Examples]:
-    return load_examples(PROBLEMS[problem], place.root, torch.device(place.device))
+def _examples(problem: str, resources: Resources) -> tuple[Examples, Examples]:
+    return load_examples(PROBLEMS[problem], resources.root, torch.device(resources.device))
 
 
 def _processes(config: RaceConfig) -> int:
@@ -297,7 +297,9 @@ def _check(study: str, config: RaceConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys(chosen))
 
 
-def _check_records(records: Sequence[dict[str, Any]], config: RaceConfig, place: Place) -> None:
+def _check_records(
+    records: Sequence[dict[str, Any]], config: RaceConfig, resources: Resources
+) -> None:
     """Require trials of one race to have the same duration and clock."""
     wanted = {
         "tuning": config.tuning_seconds,
@@ -308,9 +310,9 @@ def _check_records(records: Sequence[dict[str, Any]], config: RaceConfig, place:
     for r in records:
         if r["problem"] != config.problem or r["phase"] not in wanted:
             continue
-        if r["seconds"] != wanted[r["phase"]] or r["clock"] != place.clock:
+        if r["seconds"] != wanted[r["phase"]] or r["clock"] != resources.clock:
             raise UsageError(
                 f"the trials in this folder ran for {r['seconds']:g} s ({r['phase']}, "
-                f"{r['clock']} time), not {wanted[r['phase']]:g} s ({place.clock} time): use the "
-                f"same times, or another --folder"
+                f"{r['clock']} time), not {wanted[r['phase']]:g} s ({resources.clock} time): "
+                f"use the same times, or another --folder"
             )

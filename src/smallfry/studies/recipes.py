@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from smallfry.studies.config import RunsConfig
-from smallfry.studies.entrants import Entrant
+from smallfry.studies.study_models import StudyModel
 from smallfry.training.config import (
     AugmentConfig,
     DataConfig,
@@ -30,21 +30,21 @@ class Planned(NamedTuple):
     config: TrainConfig
 
 
-def paper_recipe(entrant: Entrant, data: str, batch_size: int) -> TrainConfig:
+def paper_recipe(entry: StudyModel, data: str, batch_size: int) -> TrainConfig:
     """Build the recipe of arXiv 2603.19503, with the epoch chosen on held-out training images.
 
     One learning rate for all models and batch sizes, as there. ViTRM trains for 1000 epochs with
     averaged weights, all others for 300 without.
     """
-    recursive = entrant.recursive
+    recursive = entry.recursive
     return TrainConfig(
         data=DataConfig(data, mean=list(MEAN), std=list(STD)),
         model=ModelConfig(
-            entrant.model,
+            entry.model,
             latent_steps=3 if recursive else None,
             recursion_steps=1 if recursive else None,
             drop_rate=0.1 if recursive else None,
-            options=dict(entrant.options),
+            options=dict(entry.options),
         ),
         augment=AugmentConfig(crop_padding=4, flip=True, randaugment_ops=2),
         objective=ObjectiveConfig("deep_supervision" if recursive else "cross_entropy"),
@@ -56,20 +56,20 @@ def paper_recipe(entrant: Entrant, data: str, batch_size: int) -> TrainConfig:
     )
 
 
-def default_recipe(entrant: Entrant, data: str, batch_size: int) -> TrainConfig:
+def default_recipe(entry: StudyModel, data: str, batch_size: int) -> TrainConfig:
     """Build the settings of ``smallfry train``, the same for every model."""
-    model = ModelConfig(entrant.model, options=dict(entrant.options))
+    model = ModelConfig(entry.model, options=dict(entry.options))
     return TrainConfig(data=DataConfig(data), model=model, batch_size=batch_size)
 
 
-def recipe(entrant: Entrant, runs: RunsConfig, batch_size: int, seed: int = 0) -> TrainConfig:
+def recipe(entry: StudyModel, runs: RunsConfig, batch_size: int, seed: int = 0) -> TrainConfig:
     """Build the training configuration of one run.
 
     Other epochs than the recipe's shorten its warm-up in proportion.
     """
     data = runs.data
     known = data.name in PAPER_DATA
-    base = (paper_recipe if known else default_recipe)(entrant, data.name, batch_size)
+    base = (paper_recipe if known else default_recipe)(entry, data.name, batch_size)
     epochs = runs.epochs or base.epochs
     warmup = base.schedule.warmup_epochs * epochs / base.epochs
     if data.mean is None:

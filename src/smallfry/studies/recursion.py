@@ -10,8 +10,8 @@ from smallfry.report.runs_page import Section
 from smallfry.report.table import NONE, number, table
 from smallfry.studies import reported_vision as reported
 from smallfry.studies.config import RecursionConfig
-from smallfry.studies.entrants import find_vitrm
 from smallfry.studies.recipes import Planned, recipe
+from smallfry.studies.study_models import find_vitrm
 
 TITLE = "Recursion"
 ABOUT = (
@@ -26,11 +26,11 @@ Kind = tuple[int, int, int]  # n, N_sup, T
 
 def plan(config: RecursionConfig) -> list[Planned]:
     """List the runs of all n by all N_sup at the first T, and the other T at the middle n."""
-    entrant = find_vitrm(config.vitrm)
+    entry = find_vitrm(config.vitrm)
     found = []
     for seed in range(config.seeds):
         for n, supervised, t in _kinds(config):
-            told = recipe(entrant, config, config.batch_size, seed)
+            told = recipe(entry, config, config.batch_size, seed)
             told = replace(
                 told,
                 model=replace(told.model, latent_steps=n, recursion_steps=t),

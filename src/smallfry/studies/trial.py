@@ -55,7 +55,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Place:
+class Resources:
     """Machine settings of trials.
 
     Args:
@@ -82,7 +82,9 @@ class Place:
         return time.perf_counter()
 
 
-def run_trial(job: Job, place: Place, training: Examples, held_out: Examples) -> dict[str, Any]:
+def run_trial(
+    job: Job, resources: Resources, training: Examples, held_out: Examples
+) -> dict[str, Any]:
     """Train and measure.
 
     Returns:
@@ -91,7 +93,7 @@ def run_trial(job: Job, place: Place, training: Examples, held_out: Examples) ->
         ``state_over_weights``; for two-level methods the median ``energy`` of a coarse step.
     """
     problem = PROBLEMS[job.problem]
-    model, optimizer = _start(job, place)
+    model, optimizer = _start(job, resources)
     batches = _batches(len(training.pixels), problem.batch_size, job.seed, training.pixels.device)
     plain: list[float] = []
     refresh: list[float] = []
@@ -103,14 +105,14 @@ def run_trial(job: Job, place: Place, training: Examples, held_out: Examples) ->
     for due in _moments(job.seconds, evaluations):
         while seconds < due and not diverged:
             seen = _refreshes(optimizer)
-            start = place.now()
+            start = resources.now()
             inputs, targets = training.batch(next(batches), problem.reconstruct)
             loss = problem.loss(model(inputs), targets)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             diverged = not math.isfinite(loss.item())
-            spent = place.now() - start
+            spent = resources.now() - start
             (plain if _refreshes(optimizer) == seen else refresh).append(spent)
             seconds, steps = seconds + spent, steps + 1
             if isinstance(optimizer, TwoLevel) and optimizer.energy is not None:
@@ -145,7 +147,7 @@ def run_trial(job: Job, place: Place, training: Examples, held_out: Examples) ->
 
 
 def fisher_errors(
-    job: Job, place: Place, training: Examples, contestants: Sequence[str], every: int = 50
+    job: Job, resources: Resources, training: Examples, contestants: Sequence[str], every: int = 50
 ) -> dict[str, list[dict[str, Any]]]:
     """Measure errors of the contestants' Fisher approximations along one AdamW trajectory.
 
@@ -154,7 +156,7 @@ def fisher_errors(
 
     Args:
         job: With the settings of AdamW.
-        place: Where.
+        resources: Data folder, device and threads.
         training: Training examples.
         contestants: Those of ours whose approximation has an error to tell.
         every: Steps between two measurements.
@@ -163,12 +165,12 @@ def fisher_errors(
         For each contestant its points: step, and the relative Frobenius error by layer.
     """
     problem = PROBLEMS[job.problem]
-    model, adamw = _start(job, place)
+    model, adamw = _start(job, resources)
     batches = _batches(len(training.pixels), problem.batch_size, job.seed, training.pixels.device)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
-    steps, began = 0, place.now()
+    steps, began = 0, resources.now()
     model.train()
-    while place.now() - began < job.seconds or steps == 0:
+    while resources.now() - began < job.seconds or steps == 0:
         watching = {}
         for name in contestants if steps % every == 0 else ():
             settings = {**CONTESTANTS[name].defaults, "factor_rank": None, "seed": job.seed}
@@ -196,10 +198,10 @@ def _layer_errors(watcher: torch.optim.Optimizer) -> dict[str, float]:
     return {b.layer: b.fisher_error for b in blocks if b.fisher_error is not None}
 
 
-def _start(job: Job, place: Place) -> tuple[nn.Module, torch.optim.Optimizer]:
+def _start(job: Job, resources: Resources) -> tuple[nn.Module, torch.optim.Optimizer]:
     problem, contestant = PROBLEMS[job.problem], CONTESTANTS[job.contestant]
     torch.manual_seed(job.seed)
-    model = problem.build().to(place.device)
+    model = problem.build().to(resources.device)
     seed = {"seed": job.seed} if contestant.family == "ours" else {}
     return model, contestant.build(model, problem, **job.settings, **seed)
 

@@ -1,1 +1,1 @@
-"""How a model is fitted: configuration, objectives, the loop, checkpoints and run folders."""
+"""Training: configuration, objectives, the loop, checkpoints and run folders."""

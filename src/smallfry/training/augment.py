@@ -1,4 +1,4 @@
-"""What training images go through, a whole batch at once, on the device where they are.
+"""Augmentation of whole batches of images, on their device.
 
 Each image takes random choices of its own: they are drawn on the CPU, from PyTorch's global random
 state, and images with the same choice are then worked on together. So a batch is the same wherever
@@ -27,7 +27,7 @@ Operation = Callable[[Tensor], Tensor]
 
 
 class Place(NamedTuple):
-    """Which images of a batch are at hand, where several processes share one.
+    """Part of a batch held by one of several processes.
 
     Random choices are drawn for the whole batch, so that they don't depend on how it is shared.
     """
@@ -39,25 +39,25 @@ class Place(NamedTuple):
     size: int | None = None  # side to bring them to, in pixels; as they are by default
 
     def own(self, draws: Tensor) -> Tensor:
-        """Of draws for all images, last dimension, those for the images at hand."""
+        """Select the draws of the local images, along the last dimension."""
         return draws[..., self.rows]
 
 
 def whole(images: Tensor) -> Place:
-    """All images of a batch are at hand."""
+    """Describe a batch with all images local."""
     return Place(torch.arange(len(images)), len(images))
 
 
 class Augment:
-    """Turns uint8 images into a batch to train on.
+    """Augmentation of uint8 images to a training batch.
 
     Args:
-        config: What to do.
+        config: Augmentation settings.
         image_size: Side of the images in pixels.
         classes: Number of classes.
         mean: Mean per channel, on the scale 0 to 1.
         std: Standard deviation per channel.
-        flip: Whether ``config.flip`` unset means yes.
+        flip: Default for an unset ``config.flip``.
         targets: Targets of labels and class shares, as ``Task.targets``; default those of
             classification.
     """
@@ -96,12 +96,12 @@ class Augment:
         self.cutout = config.cutout
 
     def needed(self, part: slice, count: int) -> Place:
-        """The images that a part of a batch is made of: mixed are an image and the one before."""
+        """Return the images that a part of a batch needs, including the mixing partners."""
         borrowed = int(self.mix is not None and part.stop - part.start < count)
         return Place(torch.arange(part.start - borrowed, part.stop) % count, count, borrowed)
 
     def __call__(self, images: Tensor, labels: Tensor, place: Place | None = None) -> Batch:
-        """The batch of images (batch, channels, size, size), uint8, with int64 labels.
+        """Augment images (batch, channels, size, size), uint8, with int64 labels.
 
         Where ``place`` is a part of a batch, what ``needed`` borrowed for it is left out.
         """
@@ -122,20 +122,20 @@ class Augment:
 
 
 class Normalize:
-    """uint8 images to floats with mean 0 and deviation 1 per channel."""
+    """Normalisation of uint8 images to mean 0 and deviation 1 per channel."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         self.scale = torch.tensor([1 / (255 * s) for s in std]).view(-1, 1, 1)
         self.shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(-1, 1, 1)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images (..., channels, height, width)."""
+        """Normalise images (..., channels, height, width)."""
         scale, shift = beside(images, self.scale), beside(images, self.shift)
         return images.to(torch.float32).mul_(scale).add_(shift)
 
 
 def beside(images: Tensor, drawn: Tensor) -> Tensor:
-    """A few numbers of the CPU, where the images are; a GPU is not waited for."""
+    """Move a few numbers to the images' device, without waiting for a GPU."""
     # CUDA takes pageable memory in before it returns, so the numbers may be freed
     return drawn.to(images.device, non_blocking=images.is_cuda)
 
@@ -143,7 +143,7 @@ def beside(images: Tensor, drawn: Tensor) -> Tensor:
 def random_crop(
     images: Tensor, padding: int, place: Place | None = None, border: str = "black"
 ) -> Tensor:
-    """Images of the same size, cut out anywhere of those with a border of black, or of mirrors."""
+    """Crop images at random offsets with black or reflected borders, keeping their size."""
     count, _, height, width = images.shape
     place = place or whole(images)
     top, left = beside(images, place.own(torch.randint(2 * padding + 1, (2, place.total))))
@@ -157,14 +157,14 @@ def random_crop(
 
 
 def mirrored(pixels: int, padding: int) -> Tensor:
-    """Indices of a row of pixels continued on both sides by its mirror images."""
+    """Return indices of a row of pixels with reflected borders."""
     period = max(1, 2 * (pixels - 1))
     places = torch.arange(-padding, pixels + padding).remainder(period)
     return torch.minimum(places, period - places) if pixels > 1 else places
 
 
 def random_flip(images: Tensor, place: Place | None = None) -> Tensor:
-    """Images, half of them mirrored; those that ``place`` names, if it does."""
+    """Mirror half of the images, at random or as given by ``place``."""
     place = place or whole(images)
     chosen = place.mirrored
     if chosen is None:
@@ -173,7 +173,7 @@ def random_flip(images: Tensor, place: Place | None = None) -> Tensor:
 
 
 def random_cutout(images: Tensor, side: int, place: Place | None = None) -> Tensor:
-    """Normalised images with a square at zero, the mean of the data, anywhere in each of them.
+    """Set a random square of each normalised image to zero, the mean of the data.
 
     Source: DeVries and Taylor 2017, "Cutout", arXiv 1708.04552; part of a square can lie outside.
     """
@@ -192,7 +192,7 @@ def random_cutout(images: Tensor, side: int, place: Place | None = None) -> Tens
 def apply_one_of(
     images: Tensor, operations: Sequence[Operation], place: Place | None = None
 ) -> Tensor:
-    """Every image through one of the operations, all of them equally likely."""
+    """Apply one of the operations to every image, all equally likely."""
     place = place or whole(images)
     choice = place.own(torch.randint(len(operations), (place.total,)))
     order = choice.argsort(stable=True)
@@ -205,7 +205,7 @@ def apply_one_of(
 
 
 def rand_augment_operations(magnitude: int, size: int) -> list[Operation]:
-    """RandAugment's operations, signed ones in both directions and others twice.
+    """List RandAugment's operations, signed ones in both directions and others twice.
 
     Source: Cubuk et al., "RandAugment", arXiv 1909.13719, with the ranges of torchvision.
 

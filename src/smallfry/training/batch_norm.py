@@ -1,4 +1,4 @@
-"""Batch norm needs more than one value a channel to train: found before training begins."""
+"""Check for batch norms with one value per channel, which can't train."""
 
 from typing import Any
 
@@ -19,14 +19,14 @@ def require_enough_images(
     processes: int = 1,
     is_synchronized: bool = False,
 ) -> None:
-    """Refuse a batch of which a batch norm would be given one value a channel.
+    """Refuse a batch in which a batch norm would get one value per channel.
 
     Args:
         model: The model.
         sample: Images of the shape that it takes, (any, channels, size, size).
         batch_size: Images of a batch, of all processes together.
         accumulate: Micro-batches that each process works its share off in.
-        processes: How many processes share a batch.
+        processes: Number of processes that share a batch.
         is_synchronized: Batch norms take the values of all processes.
 
     Raises:
@@ -56,7 +56,7 @@ def require_enough_images(
 
 
 def _norm_of_one_value(model: nn.Module, sample: Tensor) -> str | None:
-    """The first batch norm that is given one value a channel of each image; None if none is."""
+    """Find the first batch norm with one value per channel of each image; None if none."""
     found: list[str] = []
 
     def look(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Batches as a pure function of seed and step, so that a resumed run sees what it would have seen.
+"""Batches as a pure function of seed and step, which makes resuming exact.
 
 Batch number ``step`` of a run, its images, their order, crops, flips, RandAugment, Mixup and
 CutMix, depends on the seed and the step alone: not on earlier batches, worker processes, where the
@@ -23,20 +23,20 @@ CHARACTERS = frozenset({"digits", "mnist"})
 
 
 def derive_seed(*key: int) -> int:
-    """A seed for the random stream that ``key`` names, independent of all other streams."""
+    """Derive a seed for the random stream of ``key``, independent of all other streams."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class TrainBatches(Dataset[Batch]):
-    """The batches of a run, by step number; of several processes, the part of one.
+    """Batches of a run by step number, or the part of one of several processes.
 
     Args:
         split: The training images.
-        augment: What they go through.
+        augment: Augmentation of the images.
         batch_size: Images in a whole batch.
-        seed: Of order and augmentation.
-        rank: Which of the processes this is.
-        processes: How many there are.
+        seed: Seed of order and augmentation.
+        rank: Rank of this process.
+        processes: Number of processes.
         epochs: Epochs of the whole training, over which ``augment.sizes`` are spread.
     """
 
@@ -77,7 +77,7 @@ class TrainBatches(Dataset[Batch]):
             return self.augment(chosen.images, chosen.labels, self._place(step, rows))
 
     def _place(self, step: int, rows: Tensor) -> Place:
-        """The part of this process, with what a step's number decides."""
+        """Return this process's part of a step, with its step-dependent choices."""
         place, sizes = self.place, self.augment.sizes
         epoch = step // self.steps_per_epoch
         if self.augment.alternates:
@@ -95,12 +95,12 @@ class TrainBatches(Dataset[Batch]):
 
 
 def resident(split: Split, device: torch.device, wanted: bool | None) -> Split:
-    """The split with its images on the device, if that is wanted, or by default if they fit well.
+    """Move the split's images to the device if requested, or by default if they fit well.
 
     Args:
         split: The split.
-        device: Where batches are needed.
-        wanted: Whether to move the images; None to decide by the device's free memory.
+        device: Device of the batches.
+        wanted: True to move the images; None decides by the device's free memory.
 
     Raises:
         UsageError: It is wanted of images that are streamed.
@@ -125,5 +125,5 @@ def resident(split: Split, device: torch.device, wanted: bool | None) -> Split:
 
 
 def flips_by_default(data: ImageData) -> bool:
-    """Whether a mirrored image of this data set still belongs to its class."""
+    """Return whether mirrored images of this data set keep their class."""
     return data.name not in CHARACTERS

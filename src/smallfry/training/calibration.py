@@ -1,4 +1,4 @@
-"""Images to calibrate with: some of a split, spread over it and without augmentation."""
+"""Calibration images: a spread sample of a split, without augmentation."""
 
 from collections.abc import Iterator
 
@@ -13,10 +13,10 @@ EXAMPLES = 2  # images that groups of channels are verified on
 
 
 class CalibrationBatches:
-    """Batches of normalised images, read anew at each iteration.
+    """Batches of normalised images, reread in each iteration.
 
     Args:
-        split: Where they come from.
+        split: Split of the images.
         normalize: From uint8 to what the model takes.
         model: Gives dtype and device.
     """
@@ -34,7 +34,7 @@ class CalibrationBatches:
         return -(-len(self._positions) // BATCH)
 
     def example(self) -> Tensor:
-        """The first images alone, (2, channels, height, width)."""
+        """Return the first two images, (2, channels, height, width)."""
         return self._prepared(self._positions[:EXAMPLES])
 
     def _prepared(self, positions: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A checkpoint: a folder that is either whole or not there.
+"""Checkpoints: folders that are complete or absent.
 
 ``model.safetensors`` holds the weights to use (the average, if there is one), ``manifest.json``
 what they are, ``trainer.pt`` what the loop needs to go on. A checkpoint is written beside its
@@ -42,7 +42,7 @@ LASTING = (errno.ENOENT, errno.EINVAL, errno.EFBIG, errno.ELOOP, errno.EISDIR, e
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint holds."""
+    """Content of a checkpoint."""
 
     manifest: dict[str, Any]
     weights: dict[str, Tensor]
@@ -55,7 +55,7 @@ def save_checkpoint(
     weights: Mapping[str, Tensor],
     trainer: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint; at every moment the folder or ``<name>.previous`` is whole.
+    """Write a checkpoint; at every moment the folder or ``<name>.previous`` is complete.
 
     Raises:
         RunError: It could not be written; the old checkpoint is untouched.
@@ -85,7 +85,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint, or the one before it if a crash left only that.
+    """Read a checkpoint, or its predecessor if a crash left only that.
 
     A run may save the next one meanwhile.
 
@@ -97,12 +97,12 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether there is a checkpoint, or the one before it."""
+    """Return whether a checkpoint, or its predecessor, exists."""
     return folder.exists() or _previous(folder).exists()
 
 
 def saved_position(folder: Path) -> dict[str, Any] | None:
-    """Epoch and step of a checkpoint, or of the one before it; None if there is neither.
+    """Read epoch and step of a checkpoint or of its predecessor; None without either.
 
     Raises:
         RunError: It is damaged, or of another format.
@@ -115,7 +115,7 @@ def saved_position(folder: Path) -> dict[str, Any] | None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint folder, if it is one that this version reads.
+    """Read the manifest of a checkpoint folder, if this version supports it.
 
     Raises:
         RunError: Missing, damaged, or of another format.
@@ -125,7 +125,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def write_file(file: Path, text: str) -> None:
-    """Write a text file whole or not at all.
+    """Write a text file atomically.
 
     Raises:
         RunError: It could not be written; what was there is untouched.
@@ -139,7 +139,7 @@ def write_file(file: Path, text: str) -> None:
 
 
 class _Damaged(RunError):
-    """A checkpoint of which it is sure that it never can be read."""
+    """A permanently unreadable checkpoint."""
 
 
 def _load(folder: Path) -> Checkpoint:
@@ -160,7 +160,7 @@ def _load(folder: Path) -> Checkpoint:
 
 
 def _read(folder: Path) -> Checkpoint:
-    """All files of a checkpoint, opened before one is read: another may take its place then."""
+    """Read all files of a checkpoint, opened first, as it may be replaced meanwhile."""
     names = {MANIFEST: MOST_TEXT, WEIGHTS: MOST_WEIGHTS, TRAINER: MOST_WEIGHTS}
     with ExitStack() as stack:
         streams = {name: _opened(folder / name, most, stack) for name, most in names.items()}
@@ -186,7 +186,7 @@ def _read(folder: Path) -> Checkpoint:
 
 
 def _opened(file: Path, most: int, stack: ExitStack) -> BinaryIO | OSError:
-    """A file to read from, or why there is none."""
+    """Open a file, or return the reason of the failure."""
     try:
         return stack.enter_context(opened(file, most))
     except OSError as error:
@@ -194,7 +194,7 @@ def _opened(file: Path, most: int, stack: ExitStack) -> BinaryIO | OSError:
 
 
 def _checked(file: Path, stream: BinaryIO | OSError, digest: str) -> bytes:
-    """The content of a file, if it has the hash that the manifest says."""
+    """Read a file and check its hash against the manifest."""
     try:
         if isinstance(stream, OSError):
             raise stream

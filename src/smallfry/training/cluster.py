@@ -1,4 +1,4 @@
-"""How the processes of a run find each other: an address, a port, and a wait that ends.
+"""Rendezvous of the processes of a run: address, port, and a timeout.
 
 Lightning's own environment for SLURM asks for ``--ntasks-per-node`` and takes the number of tasks
 of the job for that of the step; this one reads what ``srun`` says of the step.
@@ -27,7 +27,7 @@ _meetings = 0
 
 
 class Cluster(ClusterEnvironment):
-    """Processes that torchrun or SLURM has started, as Lightning wants to be told of them."""
+    """Lightning cluster environment of processes started by torchrun or SLURM."""
 
     def __init__(self, started: Launch) -> None:
         super().__init__()
@@ -35,49 +35,49 @@ class Cluster(ClusterEnvironment):
 
     @property
     def creates_processes_externally(self) -> bool:
-        """Nothing is left to start."""
+        """True: all processes are running already."""
         return True
 
     @property
     def main_address(self) -> str:
-        """The machine of the first process."""
+        """Machine of the first process."""
         return address(self.started)
 
     @property
     def main_port(self) -> int:
-        """Where the first process listens."""
+        """Port of the first process."""
         return port(self.started)
 
     @staticmethod
     def detect() -> bool:
-        """Never by itself: ``processes.start`` picks it."""
+        """Never detect automatically: ``processes.start`` selects it."""
         return False
 
     def world_size(self) -> int:
-        """The number of processes."""
+        """Return the number of processes."""
         return self.started.processes
 
     def set_world_size(self, size: int) -> None:
-        """Known already."""
+        """Do nothing; known already."""
 
     def global_rank(self) -> int:
-        """This process's number among all."""
+        """Return this process's global rank."""
         return self.started.rank
 
     def set_global_rank(self, rank: int) -> None:
-        """Known already."""
+        """Do nothing; known already."""
 
     def local_rank(self) -> int:
-        """This process's number on its machine."""
+        """Return this process's rank on its machine."""
         return self.started.local_rank
 
     def node_rank(self) -> int:
-        """The machine's number."""
+        """Return the machine's rank."""
         return self.started.rank // self.started.here
 
 
 def address(started: Launch) -> str:
-    """The machine of the first process; MASTER_ADDR overrides."""
+    """Return the machine of the first process; MASTER_ADDR overrides."""
     given = os.environ.get("MASTER_ADDR")
     hosts = os.environ.get("SLURM_STEP_NODELIST")
     if given or started.nodes == 1 or not hosts:
@@ -86,7 +86,7 @@ def address(started: Launch) -> str:
 
 
 def port(started: Launch) -> int:
-    """Where the first process listens: one for each step of each job; MASTER_PORT overrides."""
+    """Return the first process's port, one per step of each job; MASTER_PORT overrides."""
     numbers = {}
     for name in ("MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID"):
         text = os.environ.get(name, "").strip() or "0"
@@ -100,7 +100,7 @@ def port(started: Launch) -> int:
 
 
 def join(started: Launch, device: torch.device) -> bool:
-    """Make PyTorch's group of all processes; whether there was none.
+    """Create PyTorch's group of all processes; return whether there was none.
 
     Raises:
         TrainingError: The others did not come.
@@ -143,7 +143,7 @@ def _meet(started: Launch) -> Any:
 
 
 def tell_why(rank: int, error: BaseException) -> None:
-    """Leave word for the others of what ended this process's part."""
+    """Publish the reason why this process failed."""
     reason = f"process {rank} failed: {type(error).__name__}: {error}"[:2000]
     try:
         PrefixStore(f"smallfry {_meetings}", _store).set("why", reason)
@@ -152,7 +152,7 @@ def tell_why(rank: int, error: BaseException) -> None:
 
 
 def why() -> str:
-    """What another process said of its end, if it could."""
+    """Read the failure of another process, if it published one."""
     try:
         store = PrefixStore(f"smallfry {_meetings}", _store)
         return store.get("why").decode(errors="replace") if store.check(["why"]) else ""
@@ -161,7 +161,7 @@ def why() -> str:
 
 
 def let_go(error: BaseException | None) -> None:
-    """Forget what the frames of an error hold, so that connections can be closed.
+    """Clear the frames of an error, so that connections can be closed.
 
     A group of processes hangs up when nothing uses it any more, and until then the others wait.
     """

@@ -11,20 +11,20 @@ from smallfry.errors import UsageError
 
 
 class Compiled(nn.Module):
-    """A module with a compiled one in it, so that hooks on it are not compiled too."""
+    """Wrapper of a compiled module, which keeps hooks out of the compiled code."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.compiled = torch.compile(module, dynamic=True)  # one graph for all batch sizes
 
     def forward(self, *arguments: Any) -> Any:
-        """What the module gives."""
+        """Run the compiled module."""
         return self.compiled(*arguments)
 
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Say of an error of torch.compile what it is."""
+    """Translate an error of torch.compile."""
     try:
         yield
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Methods of compression in a training run: how they begin, and how the run ends with them."""
+"""Compression methods in a training run, from their start to the final model."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ Scores = Callable[[nn.Module], dict[str, float]]
 
 
 class InTraining(NamedTuple):
-    """A run with methods at work, as a checkpoint of it is."""
+    """Checkpoint of a run with active methods."""
 
     manifest: Mapping[str, Any]
     weights: Mapping[str, Tensor]  # the average, if there is one
@@ -35,15 +35,15 @@ class InTraining(NamedTuple):
 
 @dataclass(frozen=True)
 class MethodPlan:
-    """Methods of a training run, and the circumstances in which they begin.
+    """Methods of a training run, with the context of their start.
 
     Args:
         methods: Their settings; may be none.
-        spec: Of the model that is trained.
+        spec: Spec of the trained model.
         data: Its training images are calibrated with.
-        normalize: Of the images.
+        normalize: Normalisation of the images.
         steps: Optimizer steps of the run at most.
-        seed: Of what is random.
+        seed: Random seed.
     """
 
     methods: tuple[MethodSettings, ...]
@@ -55,11 +55,11 @@ class MethodPlan:
 
     @property
     def trains(self) -> bool:
-        """Whether a method acts at optimizer steps, so that the last weights are its result."""
+        """True if a method acts at optimizer steps, so that the last weights are its result."""
         return any(each.trains for each in self.methods)
 
     def begin(self, model: nn.Module) -> Running:
-        """Begin on a model, in place; the random state stays as it is."""
+        """Start the methods on a model, in place; the random state is unchanged."""
         if not self.methods:
             return Running((), model, Setting(self.spec, torch.empty(0)))
         batches = CalibrationBatches(self.data.train, self.normalize, model)
@@ -68,7 +68,7 @@ class MethodPlan:
             return Running(self.methods, model, setting)
 
     def rehearse(self) -> None:
-        """Begin and finish on an untrained model, so that no training ends in an error.
+        """Start and finish on an untrained model, to detect errors before training.
 
         Raises:
             UsageError: Layers that the model does not have, or methods in the wrong order.
@@ -85,12 +85,12 @@ class MethodPlan:
     def finish(
         self, state: Mapping[str, Any], weights: Mapping[str, Tensor], device: torch.device
     ) -> tuple[nn.Module, ModelSpec]:
-        """The finished model in evaluation mode, and its spec.
+        """Return the final model in evaluation mode, and its spec.
 
         Args:
             state: Of the methods at work, as ``Running.state_dict``.
             weights: Those to finish, of the model in training; left as they are.
-            device: Where to.
+            device: Target device.
         """
         with _own_random_state():
             model = build(self.spec).to(device)
@@ -100,11 +100,11 @@ class MethodPlan:
             return model.eval(), running.finish()
 
     def unfinished(self) -> dict[str, Any]:
-        """The entry of a manifest that names methods at work; none without methods."""
+        """Return the manifest entry of active methods; empty without methods."""
         return {UNFINISHED: [to_dict(each) for each in self.methods]} if self.methods else {}
 
     def conclude(self, best: Path, kept: InTraining, scores: Scores, device: torch.device) -> None:
-        """Save the finished model.
+        """Save the final model.
 
         Its weights are those of the last step where a method has acted on them, and else those of
         the best epoch.
@@ -112,8 +112,8 @@ class MethodPlan:
         Args:
             best: The checkpoint of the best epoch, which the finished model replaces.
             kept: The run at its end.
-            scores: Of the finished model, on the split that selects.
-            device: Where to finish and score it.
+            scores: Scores of the final model on the selecting split.
+            device: Device for finishing and scoring.
 
         Raises:
             UsageError, TrainingError: It can't be finished, or its outputs are not finite.

@@ -1,4 +1,4 @@
-"""Configuration of a training run: typed, frozen data that the command and YAML mirror."""
+"""Configuration of a training run: typed, frozen data, available as options and YAML."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ MOST_OPERATIONS = 100  # of RandAugment on one image
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The data set; see ``smallfry.data.load_data``.
+    """Data set; see ``smallfry.data.load_data``.
 
     Args:
         name: A data set (digits, cifar10, cifar100, mnist, fashion_mnist) or a folder with parquet
@@ -76,7 +76,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model, by its name in timm's registry.
+    """Model, by its name in timm's registry.
 
     Args:
         name: A registered model; auto takes the ViTRM that fits the size of the images.
@@ -104,7 +104,7 @@ class ModelConfig:
         _check_values(self, "model.")
 
     def arguments(self) -> dict[str, Any]:
-        """What the model is created with, besides classes and image size."""
+        """Return the model's keyword arguments, besides classes and image size."""
         named = {
             "latent_steps": self.latent_steps,
             "recursion_steps": self.recursion_steps,
@@ -116,7 +116,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Augmentation of training images; those of evaluation stay as they are.
+    """Augmentation of training images; evaluation images are left as they are.
 
     Args:
         crop_padding: Random crop after padding by so many pixels; default an eighth of the side,
@@ -159,7 +159,7 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """The loss, and the recursion steps that are trained.
+    """Loss and number of trained recursion steps.
 
     Args:
         name: deep_supervision (recursive models), cross_entropy (any), or auto for the first
@@ -182,7 +182,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer and its settings.
+    """Optimizer and its settings.
 
     Args:
         name: kfac, ekfac, kpsvd, deflation, lanczos, kfac_corrected, two_level, sngd or exact_ng;
@@ -217,7 +217,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Learning rate: a linear warm-up, then a fall to the end of the training.
+    """Learning rate schedule: linear warm-up, then decay until the end of training.
 
     Args:
         warmup_epochs: Epochs of warm-up; fractions are fine.
@@ -239,7 +239,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class EMAConfig:
-    """Exponential moving average of the weights; it is what gets evaluated and kept.
+    """Exponential moving average of the weights, which is evaluated and saved.
 
     Args:
         decay: Share kept at each optimizer step; 0 turns the average off.
@@ -291,7 +291,7 @@ class TrainSettings(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run.
+    """Configuration of a training run.
 
     Groups of settings may be given as mappings, and those with a name by it: ``data="digits"``.
 
@@ -386,7 +386,7 @@ class TrainConfig:
         _check(0 <= self.seed < MOST_SEED, "seed is 0 to below 2**63")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that YAML and JSON can hold."""
+        """Convert to plain values for YAML and JSON."""
 
         def plain(value: Any) -> Any:
             if isinstance(value, dict):
@@ -399,7 +399,7 @@ class TrainConfig:
 
 
 def read_config(file: Path) -> TrainConfig:
-    """The configuration in a YAML file, which may come from anyone; no other file is read for it.
+    """Read a configuration from an untrusted YAML file, without reading other files.
 
     Raises:
         RunError: Not a configuration of this version.
@@ -421,7 +421,7 @@ def read_config(file: Path) -> TrainConfig:
 
 
 def _with_paths(content: Any) -> Any:
-    """Settings with the paths that ``storable`` had to spell otherwise."""
+    """Restore paths that ``storable`` encoded."""
     if isinstance(content, dict):
         return {key: _with_paths(value) for key, value in content.items()}
     if isinstance(content, str) and content.startswith(URI):
@@ -430,7 +430,7 @@ def _with_paths(content: Any) -> Any:
 
 
 def _as_entry(method: Any) -> Any:
-    """A method in a configuration, given as such or by its settings."""
+    """Convert a method or its settings to a configuration entry."""
     if not is_dataclass(method):
         return method
     from smallfry.training.method import to_dict  # which imports PyTorch
@@ -444,7 +444,7 @@ def _check(holds: bool, message: str) -> None:
 
 
 def _check_values(config: Any, group: str) -> None:
-    """Refuse what no setting can be, before a library is given it."""
+    """Refuse values that no setting can have, before a library gets them."""
     settle(config, group)
     for entry in fields(config):
         name, value = f"{group}{entry.name}", getattr(config, entry.name)

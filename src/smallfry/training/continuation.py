@@ -1,4 +1,4 @@
-"""Settings of a run that follow from others, and those that change before it is continued.
+"""Derived settings of a run, and changes of settings on resuming.
 
 A batch is a function of seed and step, so the settings that decide which images a step takes are
 fixed once a run has begun. The others may be changed, in ``config.yaml`` or beside ``--resume``.
@@ -19,7 +19,7 @@ UNREPORTED = ("run", "progress", "checkpoint_seconds", "data.name", "data.root")
 
 
 class Change(NamedTuple):
-    """A setting that is another one than at the last checkpoint."""
+    """Setting that differs from the last checkpoint."""
 
     name: str  # dotted, such as "optimizer.lr"
     before: Any
@@ -39,7 +39,7 @@ def dotted(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_changeable(names: Iterable[str]) -> None:
-    """Make sure that settings may be given beside ``--resume``.
+    """Require that settings may be given with ``--resume``.
 
     Raises:
         UsageError: One can't be changed any more.
@@ -53,7 +53,7 @@ def require_changeable(names: Iterable[str]) -> None:
 
 
 def with_changes(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
-    """Return a configuration with other values, which are given by dotted name.
+    """Return a configuration with values replaced by dotted name.
 
     Data of another name has no ``data.root``, unless that is given too.
     """
@@ -78,7 +78,7 @@ def with_fitting_warmup(config: TrainConfig) -> TrainConfig:
 
 
 def changes_since(before: Mapping[str, Any], config: TrainConfig) -> list[Change]:
-    """Return what has changed since a checkpoint was saved.
+    """Return the changes since a checkpoint was saved.
 
     Args:
         before: The settings of then, by dotted name.
@@ -113,7 +113,7 @@ def changes_since(before: Mapping[str, Any], config: TrainConfig) -> list[Change
 
 
 def require_whole_epochs(step: int, epochs: int, steps_per_epoch: int, where: str) -> None:
-    """Make sure that a saved position fits the number of steps that an epoch has now.
+    """Require that a saved position fits the current number of steps in an epoch.
 
     Args:
         step: Steps done.

@@ -1,4 +1,4 @@
-"""What a model says of a split, and how right that is."""
+"""Predictions of a model on a split, and their scores."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from smallfry_runtime.predictions import NOT_FINITE
 
 
 class Predictions(NamedTuple):
-    """What a model says of a split."""
+    """Predictions of a model on a split."""
 
     logits: Tensor  # (images, outputs), float32, on the CPU
     labels: Tensor  # (images,), int64
@@ -73,7 +73,7 @@ def predict(
 def forward(
     model: nn.Module, images: Tensor, exit_threshold: float | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Class logits; halting logits of a recursive model; with early exit, the steps taken.
+    """Compute class logits, halting logits of a recursive model, and steps with early exit.
 
     Raises:
         UsageError: Early exit from a model that does not recur.
@@ -89,7 +89,7 @@ def forward(
 
 
 def joined(parts: Sequence[Predictions]) -> Predictions:
-    """What is said of several parts of a split, as one."""
+    """Concatenate the predictions on parts of a split."""
     halting = [part.halting for part in parts if part.halting is not None]
     steps = [part.steps for part in parts if part.steps is not None]
     return Predictions(
@@ -101,7 +101,7 @@ def joined(parts: Sequence[Predictions]) -> Predictions:
 
 
 def require_finite(predictions: Predictions) -> Predictions:
-    """The same predictions.
+    """Require finite predictions and return them.
 
     Raises:
         RunError: A logit is not a number, so that no score means anything.
@@ -112,7 +112,7 @@ def require_finite(predictions: Predictions) -> Predictions:
 
 
 def task_of(manifest: Mapping[str, Any]) -> Task:
-    """The task that a model's manifest names; classification in manifests without one.
+    """Return the task in a model's manifest; classification in manifests without one.
 
     Raises:
         UsageError: This version has no such task.
@@ -121,7 +121,7 @@ def task_of(manifest: Mapping[str, Any]) -> Task:
 
 
 def score(predictions: Predictions, task: Task | None = None) -> dict[str, float]:
-    """Scores of a task, by default classification; means of halting and of early exit's steps."""
+    """Compute the scores of a task, by default classification, and means of halting and steps."""
     logits, labels, halting, steps = predictions
     scores = (task or task_of({})).metrics(logits, labels)
     if halting is not None:
@@ -132,5 +132,5 @@ def score(predictions: Predictions, task: Task | None = None) -> dict[str, float
 
 
 def score_probabilities(probabilities: NDArray[Any], labels: Tensor) -> dict[str, float]:
-    """The same of class probabilities (images, classes), whatever gave them."""
+    """Compute the scores of class probabilities (images, classes)."""
     return score(Predictions(torch.from_numpy(probabilities).clamp(min=1e-30).log(), labels, None))

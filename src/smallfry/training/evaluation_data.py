@@ -1,4 +1,4 @@
-"""The data that a trained model is evaluated on: its own, known by fingerprint, or other data."""
+"""Evaluation data of a trained model: its own, known by fingerprint, or other data."""
 
 import warnings
 from dataclasses import fields, replace
@@ -23,7 +23,7 @@ def load_like(
     root: Path | None = None,
     split: str = "test",
 ) -> tuple[ImageData, Split, str]:
-    """Load a data set as a trained model takes it, and one split of it.
+    """Load a data set in the form that a trained model takes, and one split of it.
 
     Images are brought to the model's size, labels to the order of its classes.
 
@@ -59,14 +59,14 @@ def load_like(
 
 
 def load_config_data(wanted: DataConfig, min_classes: int = 2) -> ImageData:
-    """Load the data set that a configuration describes."""
+    """Load the data set of a configuration."""
     given = {field.name: getattr(wanted, field.name) for field in fields(wanted)}
     name, root, _, _ = (given.pop(key) for key in ("name", "root", "mean", "std"))
     return load_data(name, root, min_classes=min_classes, **given)
 
 
 def require_place(wanted: DataConfig, remedy: str) -> None:
-    """Make sure that a run's data folder is where it was.
+    """Require that a run's data folder is still in place.
 
     Raises:
         DataError: It is not; ``remedy`` says what to do.
@@ -118,7 +118,7 @@ def _named_data(
 def _its_own_data(
     trained: TrainedModel, before: DataConfig | None, name: str, root: Path | None
 ) -> ImageData | None:
-    """The data that a model was trained on, with its splits; None if this is other data."""
+    """Load a model's own training data with its splits; None for other data."""
     known = trained.manifest["data"]
     if before is None and "splits" not in known:
         return None
@@ -139,7 +139,7 @@ def _its_own_data(
 
 
 def _sized(wanted: DataConfig, trained: TrainedModel) -> DataConfig:
-    """A configuration whose images are brought to what the model takes."""
+    """Adapt a configuration to the model's image size."""
     if trained.bit_depth is not None:
         wanted = replace(wanted, bit_depth=trained.bit_depth)
     return replace(wanted, image_size=trained.image_size, channels=trained.channels)
@@ -153,7 +153,7 @@ def _is_same_place(name: str, other: str) -> bool:
 
 
 def _warn_of_training_images(data: ImageData, before: DataConfig | None) -> None:
-    """Warn if other data to test on holds images of the training, as far as those are at hand."""
+    """Warn if test data contain training images, as far as those are available."""
     chosen = data.test if data.test_count else data.train
     if before is None or not (before.name in NO_ROOT or path_of(before.name).is_dir()):
         return

@@ -1,4 +1,4 @@
-"""TensorBoard's files of a run, which repeat ``metrics.csv``: no fault of theirs costs the run."""
+"""TensorBoard event files, a copy of ``metrics.csv`` whose faults never stop a run."""
 
 import threading
 import warnings
@@ -12,10 +12,10 @@ WRITERS = "_AsyncWriterThread"  # of TensorBoard, each of which writes a file
 
 
 class EventWriter:
-    """A writer of scalars; a disk that is full, or a folder that is gone, is a warning.
+    """Writer of scalars that turns a full disk or a missing folder into a warning.
 
     Args:
-        folder: Where TensorBoard's files go.
+        folder: Folder of TensorBoard's files.
         first: The first step that will be written; later ones that stand there are not shown.
     """
 
@@ -25,7 +25,7 @@ class EventWriter:
         self.writer = SummaryWriter(str(folder), purge_step=first)
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
-        """Write a number; nothing once writing has failed."""
+        """Write a number, unless writing has failed."""
         if self.failed:
             return
         try:
@@ -34,7 +34,7 @@ class EventWriter:
             self._fail(error)
 
     def close(self) -> None:
-        """Write what is pending, and close the file."""
+        """Flush and close the file."""
         try:
             self.writer.close()
         except OSError as error:
@@ -47,7 +47,7 @@ class EventWriter:
 
 
 def _keep_quiet() -> None:
-    """Print no traceback of TensorBoard's threads: they hand their error to who writes next."""
+    """Silence tracebacks of TensorBoard's threads, whose errors reappear in the next write."""
     shown = threading.excepthook
     if getattr(shown, "quiet", False):
         return

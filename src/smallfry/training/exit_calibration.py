@@ -1,4 +1,4 @@
-"""What a model would say after each recursion step, for the calibration of early exit."""
+"""Predictions after each recursion step, to calibrate early exit."""
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from smallfry_runtime.early_exit import Trace, warn_of_few
 
 @torch.inference_mode()
 def trace(model: nn.Module, split: Split, normalize: Normalize, batch_size: int = 256) -> Trace:
-    """Follow every image of a split through all recursion steps of a model, on its device.
+    """Run every image of a split through all recursion steps of a model, on its device.
 
     Raises:
         UsageError: A model that takes one step, or none.

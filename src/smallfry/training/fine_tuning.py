@@ -26,7 +26,7 @@ START = "start"  # entry of manifests and of provenance
 
 
 def load_start(config: ModelConfig) -> TrainedModel | None:
-    """The model that training starts from; None where it starts from the beginning.
+    """Load the initial model of training; None without one.
 
     Raises:
         UsageError: Settings that contradict it.
@@ -50,7 +50,7 @@ def load_start(config: ModelConfig) -> TrainedModel | None:
 
 
 def like_start(config: TrainConfig, trained: TrainedModel) -> TrainConfig:
-    """A configuration whose images are prepared as those of the model to start from.
+    """Adapt a configuration's image preprocessing to the initial model.
 
     Size, channels, bit depth, mean and standard deviation that are given stay.
     """
@@ -70,7 +70,7 @@ def like_start(config: TrainConfig, trained: TrainedModel) -> TrainConfig:
 def make_from_start(
     config: ModelConfig, data: ImageData, task: Task, trained: TrainedModel
 ) -> tuple[nn.Module, ModelSpec]:
-    """The model of a run that starts from another, with its weights, and its spec.
+    """Build a run's model and spec from another trained model.
 
     The classifier is a new one where the number of classes is another.
 
@@ -115,7 +115,7 @@ def make_from_start(
 
 
 def start_facts(trained: TrainedModel, name: str) -> dict[str, Any]:
-    """Entries of a manifest: the model that was started from, and the methods done to it."""
+    """Return manifest entries on the initial model and the methods applied to it."""
     manifest = trained.manifest
     noted = manifest.get("files", {}).get(WEIGHTS) or manifest.get("weights", {}).get("sha256")
     on_hub = name.partition(":")[0] in ("hf_hub", "hf-hub")
@@ -130,7 +130,7 @@ def start_facts(trained: TrainedModel, name: str) -> dict[str, Any]:
 
 
 def kept_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Those entries of a manifest, as a run goes on with them when it is resumed."""
+    """Return those entries of a manifest on resuming."""
     return {name: manifest[name] for name in (START, DONE) if manifest.get(name)}
 
 

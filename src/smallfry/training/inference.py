@@ -1,4 +1,4 @@
-"""A trained model as it answers for images, with PyTorch."""
+"""Inference with a trained model in PyTorch."""
 
 from collections.abc import Iterable, Iterator
 
@@ -18,7 +18,7 @@ def classify(
     top_k: int = 3,
     exit_threshold: float | None = None,
 ) -> Iterator[Answer]:
-    """Answers in the order of the images; an image that can't be read gives an ``error``.
+    """Classify images in order; an image that can't be read gives an ``error``.
 
     With ``exit_threshold``, images leave the recursion at that halting probability.
 

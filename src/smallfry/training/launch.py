@@ -1,4 +1,4 @@
-"""Starts a command in several processes on this machine, watches them, and passes signals on.
+"""Launcher of several local processes, with supervision and signal forwarding.
 
 torchrun's machinery could do it too, but it has one limit of time for a stop and for an accident:
 what is stopped may need minutes to save, and what has lost a process must not be waited for. It
@@ -29,7 +29,7 @@ Worker: TypeAlias = "subprocess.Popen[bytes]"
 
 
 def run_in_processes(arguments: Sequence[str], processes: int) -> int:
-    """Run ``smallfry`` with these arguments in so many processes; the exit code.
+    """Run ``smallfry`` with these arguments in several processes; return the exit code.
 
     A first signal stops them, however long they take to save; a second Ctrl-C or SIGTERM ends them
     at once.
@@ -87,7 +87,7 @@ def run_in_processes(arguments: Sequence[str], processes: int) -> int:
 
 
 def command(arguments: Sequence[str]) -> list[str]:
-    """What each process runs: nothing is imported from the folder that it is started in."""
+    """Build the command of each process, which imports nothing from its working folder."""
     return [sys.executable, "-P", "-m", "smallfry.cli", *arguments]
 
 
@@ -111,7 +111,7 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
 
 
 def _watch(workers: Sequence[Worker], signals: Sequence[int]) -> tuple[int, int] | None:
-    """Wait for all to end, passing signals on; the first that failed, and its code."""
+    """Wait for all processes, forwarding signals; return the first failure and its code."""
     passed, failed, deadline, requests = 0, None, math.inf, Requests(MORE_ECHO)
     while running := [worker for worker in workers if worker.poll() is None]:
         now = time.monotonic()
@@ -132,6 +132,6 @@ def _watch(workers: Sequence[Worker], signals: Sequence[int]) -> tuple[int, int]
 
 
 def _first_failure(workers: Sequence[Worker]) -> tuple[int, int] | None:
-    """Of several in one look, one that was killed is the cause."""
+    """Return the cause of simultaneous failures, preferring a killed process."""
     codes = [(rank, worker.returncode) for rank, worker in enumerate(workers) if worker.returncode]
     return min(codes, key=lambda each: each[1] > 0, default=None)

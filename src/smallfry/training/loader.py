@@ -1,4 +1,4 @@
-"""Batches that worker processes prepare ahead, none of which is lost with a worker.
+"""Batches prefetched by worker processes, without loss if a worker dies.
 
 A worker sends batches through shared memory, of which a container has 64 MiB by default. No more
 workers are started than fit into it, and where one ends or finds it full, the training process
@@ -38,19 +38,19 @@ COULD_NOT_SEND = 75  # exit code of a worker
 
 
 class _WorkerLost(Exception):
-    """A worker has ended, and batches with it."""
+    """A worker has died with its batches."""
 
 
 class TrainLoader:
-    """The batches of some steps, prepared ahead by worker processes.
+    """Batches of a range of steps, prefetched by worker processes.
 
     Closing an iterator ends its workers.
 
     Args:
         batches: All batches.
-        steps: Which of them.
+        steps: Step numbers of the batches.
         workers: Number of worker processes; None for as many as help.
-        pin_memory: Whether batches go to a GPU.
+        pin_memory: True if batches go to a GPU.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class TrainLoader:
         self.workers = _with_room(workers, _bytes_of(batches))
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        """The batches in order.
+        """Yield the batches in order.
 
         Raises:
             DataError: An image can't be read.
@@ -127,14 +127,14 @@ class TrainLoader:
 
 
 def _bytes_of(batches: TrainBatches) -> int:
-    """Memory of a batch that a worker sends: float32 images and targets, int64 labels."""
+    """Compute the memory of a worker's batch: float32 images and targets, int64 labels."""
     classes = batches.augment.classes
     an_image = 4 * math.prod(batches.split.pixels.shape[1:]) + 4 * classes + 8
     return len(batches.place.rows) * an_image
 
 
 def _with_room(workers: int, batch_bytes: int) -> int:
-    """So many workers as shared memory has room for the batches of."""
+    """Limit the number of workers by shared memory for their batches."""
     try:
         free = shutil.disk_usage(SHARED_MEMORY).free // launch().here
     except OSError:  # a system that has it elsewhere
@@ -152,7 +152,7 @@ def _with_room(workers: int, batch_bytes: int) -> int:
 
 
 def _code_of_the_ended(workers: Sequence[Any]) -> int:
-    """The exit code of a worker that has ended, or is about to, by an accident; else 0."""
+    """Return the exit code of a worker that died, or is dying, by accident; else 0."""
     ending = wait([worker.sentinel for worker in workers], ENDING)
     for worker in workers:
         if worker.sentinel in ending:
@@ -161,13 +161,13 @@ def _code_of_the_ended(workers: Sequence[Any]) -> int:
 
 
 def _begin(_: int) -> None:
-    """In a new worker: batches in preparation are still wanted when a signal comes."""
+    """Set up a new worker, which keeps preparing batches after a signal."""
     leave_to_parent()
     Queue._on_queue_feeder_error = staticmethod(_end_unsent)  # type: ignore[attr-defined]
 
 
 def _end_unsent(error: Exception, batch: object) -> None:
-    """End a worker that could not send a batch, which Python would drop without a word."""
+    """End a worker that failed to send a batch, which Python would drop silently."""
     os._exit(COULD_NOT_SEND)
 
 
@@ -180,7 +180,7 @@ def _reason(exit_code: int) -> str:
 
 
 def _of_worker(error: DataError) -> DataError:
-    """A worker's error as if it had been raised here."""
+    """Re-raise a worker's error in this process."""
     kind = type(error)
     if not str(error).startswith(f"Caught {kind.__name__} in DataLoader worker"):
         return error
@@ -190,7 +190,7 @@ def _of_worker(error: DataError) -> DataError:
 
 @contextmanager
 def _no_errors_of_children() -> Iterator[None]:
-    """Keep PyTorch from raising errors wherever this process is when a worker ends.
+    """Stop PyTorch from raising errors asynchronously when a worker ends.
 
     It does so in a handler of SIGCHLD, which may interrupt a step or a checkpoint. Who waits for a
     batch learns of it anyway.

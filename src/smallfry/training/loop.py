@@ -1,4 +1,4 @@
-"""The training loop: fit, stop anywhere, go on exactly."""
+"""Training loop that can stop anywhere and resume exactly."""
 
 import copy
 import math
@@ -52,7 +52,7 @@ from smallfry.transforms.spec import ModelSpec
 
 
 class Result(NamedTuple):
-    """How one batch went."""
+    """Outcome of one batch."""
 
     loss: Tensor  # scalar, mean over its optimizer steps
     correct: Tensor  # scalar, samples whose last outputs are right
@@ -62,7 +62,7 @@ class Result(NamedTuple):
 
 @dataclass
 class Progress:
-    """Where a run stands: all that the loop needs to go on, besides weights and optimizer."""
+    """Position of a run: all state of the loop besides weights and optimizer."""
 
     step: int = 0  # batches done
     updates: int = 0  # optimizer steps done
@@ -74,17 +74,17 @@ class Progress:
 
 
 class Trainer:
-    """Fits a model.
+    """Training of a model.
 
     Args:
         model: The model, on any device.
-        data: What it is fitted to.
-        objective: What is minimised.
-        augment: What training images go through.
+        data: Training data.
+        objective: Training objective.
+        augment: Augmentation of training images.
         config: Everything else.
-        folder: Where checkpoints and metrics go.
-        manifest: What describes the model in its checkpoints.
-        reporter: Who is told how it goes.
+        folder: Run folder for checkpoints and metrics.
+        manifest: Description of the model in its checkpoints.
+        reporter: Receiver of training progress.
         processes: Those that train together; default this one and those it was started with.
     """
 
@@ -162,11 +162,11 @@ class Trainer:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each process holds a share of the model."""
+        """True if each process holds a shard of the model."""
         return self.processes.count > 1 and self.config.strategy == "fsdp"
 
     def evaluated(self) -> nn.Module:
-        """The model that counts: the average, if there is one; whole, in all processes."""
+        """Return the model to evaluate, the average if present; complete in all processes."""
         if self.plain is not None:
             self.plain.load_state_dict(self._weights())
             return self.plain.to(self.fabric.device)
@@ -176,14 +176,14 @@ class Trainer:
         return self.raw_model
 
     def _weights(self) -> dict[str, Tensor]:
-        """The weights that count, whole."""
+        """Return the weights to evaluate, unsharded."""
         if isinstance(self.average, ShardedAverage):
             return cast(dict[str, Tensor], whole(self.average.weights))
         model = self.raw_model if self.average is None else self.average.module
         return cast(dict[str, Tensor], whole(model.state_dict()))
 
     def fit(self) -> None:
-        """Train to the end, or to the end of patience.
+        """Train until the last epoch, or until patience runs out.
 
         Raises:
             Stopped: A signal asked for an end; the state is saved.
@@ -268,7 +268,7 @@ class Trainer:
         self.processes.once(lambda: save_checkpoint(self.folder.last, manifest, weights, trainer))
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint that ``save`` wrote."""
+        """Load a checkpoint of ``save``."""
         trainer = checkpoint.trainer
         if trainer is None:
             raise TrainingError(f"{self.folder.last}: holds weights only, nothing to resume from")
@@ -363,7 +363,7 @@ class Trainer:
                 return Result(torch.stack(losses).mean(), correct, halting, len(losses))
 
     def _settle(self) -> None:
-        """Add the results that are pending to the sums of the epoch."""
+        """Add pending results to the sums of the epoch."""
         for number, count, result in self._pending:
             loss = result.loss.item()
             if not math.isfinite(loss):
@@ -436,7 +436,7 @@ class Trainer:
             self.processes.once(lambda: save_checkpoint(self.folder.best, manifest, weights))
 
     def _finish(self) -> None:
-        """Keep the model that the methods make as the best; ``last/`` stays as it trains."""
+        """Save the final model of the methods as the best; ``last/`` keeps the training state."""
         state = self.running.state_dict()
         kept = InTraining(self.manifest, self._weights(), self._position(), state)
         device = self.fabric.device
@@ -448,11 +448,11 @@ class Trainer:
         self.processes.once(lambda: self.plan.conclude(self.folder.best, kept, scores, device))
 
     def _selecting(self) -> Split:
-        """The split that selects."""
+        """Return the selecting split."""
         return self.data.test if self.config.select_on == "test" else self.data.validation
 
     def _evaluate(self) -> dict[str, float]:
-        """Scores on the split that selects, each process working off a part of it."""
+        """Score the selecting split, each process evaluating a part of it."""
         processes = self.processes
         split = self._selecting()
         model = self.evaluated()

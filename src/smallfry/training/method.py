@@ -1,4 +1,4 @@
-"""Methods: something done to a model while it trains, or once, that ends in a transform.
+"""Methods: actions on a model during or after training that end in a transform.
 
 A method's settings are a frozen dataclass, registered by name: at once the Python argument, the
 entry in YAML and that in the manifest. ``start`` of the settings gives the method itself, which has
@@ -24,7 +24,7 @@ _methods: dict[str, Any] = {}
 
 @dataclass(frozen=True)
 class Setting:
-    """Circumstances in which a method begins.
+    """Context in which a method starts.
 
     Args:
         spec: Identity of the model.
@@ -32,7 +32,7 @@ class Setting:
         batches: Batches of training inputs to calibrate with, likewise, which can be read again;
             empty where there is no data.
         steps: Optimizer steps there will be at most; 0 where nothing is trained.
-        seed: Of what is random.
+        seed: Random seed.
     """
 
     spec: ModelSpec
@@ -43,7 +43,7 @@ class Setting:
 
 
 class Method:
-    """Method at work; this one does nothing, and others override what they need.
+    """Running method; the base class does nothing.
 
     A training run that is resumed calls ``begin`` again and then ``load_state_dict``. So does the
     end of a run, on a copy of the model: what ``finish`` needs is in the state, or follows from
@@ -58,7 +58,7 @@ class Method:
         """
 
     def penalty(self, model: nn.Module) -> Tensor | None:
-        """A term of the loss, a function of the weights; None for none."""
+        """Return a loss term, a function of the weights; None for none."""
         return None
 
     def before_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -71,18 +71,18 @@ class Method:
         """Act on weights after a step: project, mask, regrow."""
 
     def finish(self, model: nn.Module) -> Transform | None:
-        """Rewrite the model in place and return the transform that its spec gets, if any.
+        """Rewrite the model in place and return its transform, if any.
 
         It may come at any step, as a run can end early.
         """
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """State for a checkpoint: tensors and plain values."""
+        """Return the state for a checkpoint: tensors and plain values."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state, whose tensors are copies on the CPU; ``begin`` comes before."""
+        """Load a state with its tensors on the CPU, after ``begin``."""
 
 
 @runtime_checkable
@@ -91,14 +91,14 @@ class MethodSettings(Protocol):
 
     Attributes:
         name: Name in configurations and manifests.
-        trains: Whether it needs optimizer steps.
+        trains: True if it needs optimizer steps.
     """
 
     name: ClassVar[str]
     trains: ClassVar[bool]
 
     def start(self) -> Method:
-        """Make the method with these settings."""
+        """Create the method with these settings."""
 
 
 def register_method(kind: T) -> T:
@@ -119,20 +119,20 @@ def register_method(kind: T) -> T:
 
 
 def methods() -> dict[str, Any]:
-    """Settings of all methods by their names."""
+    """Return the settings of all methods by name."""
     scan(PACKAGE)
     load_plugins()
     return dict(_methods)
 
 
 def to_dict(settings: MethodSettings) -> dict[str, dict[str, Any]]:
-    """Settings as an entry of a configuration: ``{"low_rank": {"keep": 0.5}}``."""
+    """Convert settings to an entry of a configuration: ``{"low_rank": {"keep": 0.5}}``."""
     each: Any = settings
     return {settings.name: {f.name: getattr(each, f.name) for f in fields(each)}}
 
 
 def from_dict(content: Any) -> MethodSettings:
-    """Settings in an entry of a configuration: a name, or a name with values.
+    """Parse an entry of a configuration: a name, or a name with values.
 
     Raises:
         UsageError: An unknown method, or settings that it does not have.
@@ -161,22 +161,22 @@ def from_dict(content: Any) -> MethodSettings:
 
 
 def find_methods(contents: Sequence[Any]) -> tuple[MethodSettings, ...]:
-    """Settings in entries of a configuration.
+    """Parse the methods in entries of a configuration.
 
     Args:
         contents: Each as ``from_dict`` takes it.
 
     Raises:
-        UsageError: As ``from_dict``.
+        UsageError: See ``from_dict``.
     """
     return tuple(from_dict(each) for each in contents)
 
 
 class Running:
-    """Methods at work on one model, in their order.
+    """Ordered methods running on one model.
 
     Args:
-        settings: Of the methods.
+        settings: Settings of the methods.
         model: Changed in place.
         setting: Circumstances; its spec is that of the model.
     """
@@ -196,7 +196,7 @@ class Running:
 
     @property
     def changes_gradients(self) -> bool:
-        """Whether gradients may be others than the loss's, by a penalty or before a step."""
+        """True if gradients may differ from those of the loss, by a penalty or a hook."""
         names = ("penalty", "before_step")
         return any(
             getattr(type(method), name) is not getattr(Method, name)
@@ -205,7 +205,7 @@ class Running:
         )
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Act before and after every step of an optimizer, until ``detach``."""
+        """Hook into every step of an optimizer, until ``detach``."""
         if self._training():
             self._hooks += [
                 optimizer.register_step_pre_hook(lambda opt, *_: self.before_step(opt)),
@@ -213,21 +213,21 @@ class Running:
             ]
 
     def detach(self) -> None:
-        """Let go of the optimizers."""
+        """Detach the optimizers."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
     def penalty(self) -> Tensor | None:
-        """The sum of their terms of the loss; None if none has one."""
+        """Sum the loss terms; None without any."""
         terms = [term for m in self._training() if (term := m.penalty(self.model)) is not None]
         return torch.stack(terms).sum() if terms else None
 
     def add_penalty(self, scale: Callable[[Tensor], Tensor] | None = None) -> Tensor | None:
-        """Add the gradient of the penalty to ``.grad``; the backward pass of the loss is over.
+        """Add the gradient of the penalty to ``.grad``, after the backward pass of the loss.
 
         Args:
-            scale: Of losses in half precision, as ``GradScaler.scale``.
+            scale: Loss scale in half precision, as ``GradScaler.scale``.
 
         Returns:
             The penalty, detached; None if no method has one.
@@ -252,7 +252,7 @@ class Running:
             method.before_step(optimizer, self.step)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Act after it, and count it."""
+        """Act after a step, and count it."""
         for method in self._training():
             method.after_step(optimizer, self.step)
         self.step += 1
@@ -272,11 +272,11 @@ class Running:
         return self.spec
 
     def state_dict(self) -> dict[str, Any]:
-        """Step and states, for a checkpoint."""
+        """Return the step and the states, for a checkpoint."""
         return {"step": self.step, "methods": [m.state_dict() for m in self._training()]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint.
+        """Load a checkpoint.
 
         Raises:
             ValueError: It is of other methods.
@@ -290,7 +290,7 @@ class Running:
 
 
 def _copied(state: Any) -> Any:
-    """A state of its own, with tensors on the CPU as those of a checkpoint."""
+    """Copy a state, with tensors on the CPU as in a checkpoint."""
     if isinstance(state, Tensor):
         return state.detach().clone().cpu()
     if isinstance(state, Mapping):

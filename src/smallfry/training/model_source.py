@@ -1,4 +1,4 @@
-"""Models of training runs: by a configuration, from another model, or as a checkpoint describes."""
+"""Model of a training run: from a configuration, another model, or a checkpoint."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,7 +20,7 @@ from smallfry.transforms.spec import OF_THE_FACTORY, ModelSpec
 
 
 class ModelSource(NamedTuple):
-    """Where the model of a run comes from: a configuration, unless another model or a checkpoint.
+    """Source of a run's model: a configuration, another model or a checkpoint.
 
     Attributes:
         trained: A model to start from.
@@ -32,11 +32,11 @@ class ModelSource(NamedTuple):
 
     @property
     def is_new(self) -> bool:
-        """Whether the weights are those of an initialisation."""
+        """True if the weights are newly initialised."""
         return self.trained is None and self.manifest is None
 
     def make(self, config: ModelConfig, data: ImageData, task: Task) -> tuple[nn.Module, ModelSpec]:
-        """The model and its spec.
+        """Build the model and its spec.
 
         Raises:
             UsageError: It can't be made for this data.
@@ -54,7 +54,7 @@ class ModelSource(NamedTuple):
         return made, spec
 
     def facts(self, config: ModelConfig) -> dict[str, Any]:
-        """Entries of the run's manifests."""
+        """Return entries of the run's manifests."""
         if self.trained is not None:
             return start_facts(self.trained, str(config.start))
         return kept_facts(self.manifest or {})
@@ -63,7 +63,7 @@ class ModelSource(NamedTuple):
 def create_model(
     config: ModelConfig, data: ImageData, task: Task | None = None
 ) -> tuple[nn.Module, ModelSpec]:
-    """The model that a configuration names, for this data, and its spec."""
+    """Create the configured model for this data, with its spec."""
     name = model_name(config, data)
     if not timm.is_model(name):
         raise UsageError(f"unknown model '{name}'{nearest(name, timm.list_models())}")
@@ -109,7 +109,7 @@ def _recompute_blocks(model: nn.Module, config: ModelConfig) -> None:
 
 
 def _require_safe_options(options: Mapping[str, Any]) -> None:
-    """Of timm's own arguments those that can't read a pickle: it may come from anyone."""
+    """Refuse arguments of timm that would read a pickle, as a configuration is untrusted."""
     for name in sorted(OF_THE_FACTORY & set(options)):
         value = options[name]
         if name == "pretrained" and isinstance(value, bool):
@@ -124,13 +124,13 @@ def _require_safe_options(options: Mapping[str, Any]) -> None:
 
 
 def model_name(config: ModelConfig, data: ImageData) -> str:
-    """The name of the model, ``auto`` resolved by the size of the images."""
+    """Return the model's name, with ``auto`` resolved by image size."""
     if config.name != "auto":
         return config.name
     return "vitrm_micro_patch4_8" if data.image_size <= 16 else "vitrm_tiny_patch4_32"
 
 
 def _without_weights(config: ModelConfig) -> ModelConfig:
-    """A checkpoint holds all weights, so none are fetched to begin with."""
+    """Skip pretrained weights on resuming, since a checkpoint holds all weights."""
     kept = {k: v for k, v in config.options.items() if not k.startswith("pretrained")}
     return replace(config, options=kept)

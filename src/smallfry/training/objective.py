@@ -1,4 +1,4 @@
-"""What is minimised, as a value that the loop is given.
+"""Training objectives: loss functions with one or several steps per batch.
 
 An objective turns a batch into one or more steps. The loop takes an optimizer step on the loss of
 each before it asks for the next, so an objective that works on a batch for several steps, as deep
@@ -22,7 +22,7 @@ __all__ = ["Batch", "DeepSupervision", "Objective", "Step", "Supervised", "build
 
 
 class Step(NamedTuple):
-    """What an objective gives for one optimizer step."""
+    """Loss of an objective for one optimizer step."""
 
     loss: Tensor  # scalar, mean over the batch
     outputs: Tensor  # (batch, ...), detached
@@ -31,14 +31,14 @@ class Step(NamedTuple):
 
 
 class Objective(Protocol):
-    """A value that the training loop minimises.
+    """Training objective.
 
     The batch is left early once the mean of ``Step.halting`` passes ``halt_threshold``.
     """
 
     @property
     def task(self) -> Task:
-        """The meaning of the model's outputs."""
+        """Meaning of the model's outputs."""
 
     @property
     def halt_threshold(self) -> float:
@@ -46,45 +46,45 @@ class Objective(Protocol):
 
     @property
     def supervision_steps(self) -> int:
-        """Optimizer steps on a batch at most."""
+        """Maximum number of optimizer steps per batch."""
 
     @property
     def likelihood(self) -> str | dict[str, str]:
-        """The density whose negative logarithm the loss is, for natural gradient."""
+        """Density whose negative logarithm is the loss, for natural gradient."""
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """The module whose ``forward`` is all that the objective calls.
+        """Return the module through which the objective calls the model.
 
         Mixed precision and distribution act on ``forward`` alone, so nothing may go past it.
         """
 
     def __call__(self, prepared: nn.Module, batch: Batch) -> Iterator[Step]:
-        """One step after the other; the loop updates the model between them."""
+        """Yield the steps of a batch; the loop updates the model between them."""
 
 
 @dataclass(frozen=True)
 class Supervised:
-    """The loss of a task on a model's outputs: one step per batch."""
+    """Loss of a task on a model's outputs: one step per batch."""
 
     task: Task
     halt_threshold: float = 1.0
 
     @property
     def supervision_steps(self) -> int:
-        """One."""
+        """Always one."""
         return 1
 
     @property
     def likelihood(self) -> str:
-        """The task's own."""
+        """Likelihood of the task."""
         return self.task.likelihood
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """The model itself: inputs to outputs."""
+        """Return the model itself."""
         return model
 
     def __call__(self, prepared: nn.Module, batch: Batch) -> Iterator[Step]:
-        """The single step of a batch."""
+        """Yield the single step of a batch."""
         outputs = prepared(batch.inputs)
         yield Step(self.task.loss(outputs, batch.targets), outputs.detach())
 
@@ -109,15 +109,15 @@ class DeepSupervision:
 
     @property
     def likelihood(self) -> dict[str, str]:
-        """Both heads: given their outputs they are independent, and their losses add."""
+        """Joint likelihood of both heads, independent given their outputs."""
         return {"logits": self.task.likelihood, "halt_logits": "bernoulli"}
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """One recursion step of a recursive model."""
+        """Return a module for one recursion step."""
         return _Advance(model)
 
     def __call__(self, prepared: nn.Module, batch: Batch) -> Iterator[Step]:
-        """The steps of a batch."""
+        """Yield the steps of a batch."""
         state = None
         for number in range(1, self.supervision_steps + 1):
             step = prepared(batch.inputs, state)
@@ -134,7 +134,7 @@ class DeepSupervision:
 
 
 class _Advance(nn.Module):
-    """``model.advance`` as a module's forward."""
+    """Module whose forward is ``model.advance``."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class _Advance(nn.Module):
 def build_objective(
     config: ObjectiveConfig, model: nn.Module, task: str = "classification"
 ) -> Objective:
-    """The objective that a configuration names, for this model and a task by its name."""
+    """Build the configured objective for this model and task."""
     meaning = find_task(task).create(config.label_smoothing)
     recursive = isinstance(model, Recursive)
     name = config.name

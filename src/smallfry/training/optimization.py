@@ -1,4 +1,4 @@
-"""How weights move: optimizer, learning rate, and their moving average."""
+"""Optimizer, learning rate schedule and moving average of weights."""
 
 import math
 from collections.abc import Callable
@@ -28,7 +28,7 @@ RATE_TIMES_WIDTH = 0.192  # found on digits at width 64; wider layers take small
 
 
 def peak_learning_rate(config: OptimizerConfig, model: nn.Module) -> float:
-    """The learning rate after warm-up: that of the configuration, or one that suits the model."""
+    """Return the peak learning rate: the configured one, or a default for the model."""
     if config.lr is not None:
         return config.lr
     if config.name in METHODS:
@@ -44,7 +44,7 @@ def build_optimizer(
     likelihood: Any = "categorical",
     fused: bool = False,
 ) -> torch.optim.Optimizer:
-    """A natural-gradient optimizer, or one of timm's registry.
+    """Build a natural-gradient optimizer, or one of timm's registry.
 
     Undecayed are biases, norms and ``no_weight_decay()``.
 
@@ -89,7 +89,7 @@ def build_optimizer(
 
 
 def unchecked(config: OptimizerConfig) -> OptimizerConfig:
-    """The same optimizer for gradients that are not those of the loss alone.
+    """Disable the loss check, for gradients with terms besides the loss.
 
     Natural gradient compares the first gradients with those of the loss, and refuses others.
     """
@@ -99,7 +99,7 @@ def unchecked(config: OptimizerConfig) -> OptimizerConfig:
 
 
 def _with_fast_biases(config: OptimizerConfig, model: nn.Module) -> list[dict[str, Any]]:
-    """Parameter groups of a model, biases and shifts of norms in groups with a rate of their own.
+    """Build parameter groups, with a separate learning rate for biases and shifts of norms.
 
     The loop multiplies a group's rate by its ``lr_scale``.
     """
@@ -155,7 +155,7 @@ def _build_natural(
 def learning_rate(
     config: ScheduleConfig, peak: float, step: int, steps_per_epoch: int, epochs: int
 ) -> float:
-    """The learning rate of a step: linear warm-up to the peak, then a fall to ``min_lr``.
+    """Compute the learning rate of a step: linear warm-up to the peak, then decay to ``min_lr``.
 
     Per epoch, as in the paper, the first epoch runs at rate 0; per step, no step does.
     """
@@ -175,7 +175,7 @@ def learning_rate(
 
 
 class WeightAverage(ModelEmaV3):  # type: ignore[misc]  # timm has no types
-    """timm's moving average of the weights, with the decay that ``EMAConfig`` describes.
+    """timm's moving average of the weights, with the decay of ``EMAConfig``.
 
     Weights of half precision are averaged in float32: in their own, timm rounds by chance, from
     a state that no checkpoint holds.
@@ -187,11 +187,11 @@ class WeightAverage(ModelEmaV3):  # type: ignore[misc]  # timm has no types
         super().__init__(model, decay=config.decay, use_warmup=config.warmup, **apart)
 
     def get_decay(self, step: int | None = None) -> float:
-        """Share of the average kept at the t-th optimizer step, counted from 0."""
+        """Return the share of the average kept at the t-th optimizer step, counted from 0."""
         config = EMAConfig(float(self.decay), warmup=self.use_warmup and step is not None)
         return average_decay(config, step or 0)
 
 
 def average_decay(config: EMAConfig, step: int) -> float:
-    """Share of the average kept at the t-th optimizer step, counted from 0."""
+    """Return the share of the average kept at the t-th optimizer step, counted from 0."""
     return min(config.decay, (1 + step) / (10 + step)) if config.warmup else config.decay

@@ -1,4 +1,4 @@
-"""The processes that train one model: how they find each other, and what they decide together.
+"""Process group of a training run, with collective decisions.
 
 ``torchrun`` or SLURM's ``srun`` starts the same command several times and says in the environment
 which one each is; nothing else needs to be told. The first process alone writes files and speaks.
@@ -33,7 +33,7 @@ PATIENCE = timedelta(hours=2)  # a process may test a model while the others wai
 
 
 class Processes:
-    """The processes of a run, one of them or many.
+    """Processes of a run, one or several.
 
     Args:
         fabric: Lightning's Fabric, which has launched already.
@@ -52,11 +52,11 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """True for the process that writes files and messages."""
         return self.rank == 0
 
     def once(self, act: Callable[[], T]) -> T:
-        """Do something in the first process; all get its result, or its error."""
+        """Run a function in the first process; all get its result or its error."""
         if self.count == 1:
             return act()
         outcome: list[Any] = [None, None]
@@ -74,7 +74,7 @@ class Processes:
         return cast(T, outcome[0])
 
     def together(self, act: Callable[[], T]) -> T:
-        """Do something in every process, without talk among them; if one fails, all do."""
+        """Run a non-communicating function in every process; if one fails, all do."""
         if self.count == 1:
             return act()
         result, error = None, None
@@ -93,7 +93,7 @@ class Processes:
 
     @contextmanager
     def held(self, lock: AbstractContextManager[Any]) -> Iterator[None]:
-        """The first process holds something for all."""
+        """Enter a context in the first process on behalf of all."""
         with ExitStack() as stack:
 
             def enter() -> None:
@@ -103,7 +103,7 @@ class Processes:
             yield
 
     def largest(self, values: Sequence[int]) -> list[int]:
-        """The largest of each over all processes."""
+        """Return the maximum of each number over all processes."""
         if self.count == 1:
             return list(values)
         found = torch.tensor(values, dtype=torch.int64)
@@ -111,13 +111,13 @@ class Processes:
         return [int(value) for value in found]
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over all processes, on the device, without waiting for it."""
+        """Sum over all processes, on the device, asynchronously."""
         if self.count > 1:
             dist.all_reduce(values)
         return values
 
     def collect(self, mine: T) -> list[T]:
-        """What all processes have, in the first one; an empty list in the others."""
+        """Gather values in the first process; an empty list in the others."""
         if self.count == 1:
             return [mine]
         found: list[Any] = [None] * self.count if self.is_first else []
@@ -125,17 +125,17 @@ class Processes:
         return found
 
     def share_of(self, count: int) -> slice:
-        """Which of ``count`` things are this process's: as even as can be, none lost or twice."""
+        """Return this process's share of ``count`` items, disjoint and as even as possible."""
         return share_of(count, self.rank, self.count)
 
     def copy_first(self, tensors: Sequence[Tensor]) -> None:
-        """Make tensors what they are in the first process."""
+        """Broadcast tensors from the first process."""
         if self.count > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
     def leave(self, error: BaseException | None = None) -> None:
-        """Close the connections; when only this process has failed, the others hear why."""
+        """Close the connections; a failure of this process alone is sent to the others."""
         if self.count == 1 or not dist.is_initialized():
             return
         if error is not None and not (self._agreed or isinstance(error, Stopped)):
@@ -150,7 +150,7 @@ class Processes:
 
 
 def _told(rank: int, error: BaseException) -> TrainingError | Stopped:
-    """An error of one process, for the others."""
+    """Serialise an error of one process for the others."""
     if isinstance(error, Signalled):
         return Stopped(error.signal_number, str(error))
     who = "the first process" if rank == 0 else f"process {rank}"
@@ -158,14 +158,14 @@ def _told(rank: int, error: BaseException) -> TrainingError | Stopped:
 
 
 def share_of(count: int, rank: int, processes: int) -> slice:
-    """The part of ``range(count)`` that belongs to one process; parts differ by one at most."""
+    """Divide ``range(count)`` among processes; parts differ by one at most."""
     size, more = divmod(count, processes)
     start = rank * size + min(rank, more)
     return slice(start, start + size + (rank < more))
 
 
 def start(device: str, precision: Any, strategy: str) -> Processes:
-    """Join the other processes, if there are any.
+    """Join the other processes, if any.
 
     Args:
         device: Fabric's accelerator.
@@ -210,7 +210,7 @@ def _shares(count: int) -> ModelParallelStrategy:
 
 @contextmanager
 def leaving(processes: Processes) -> Iterator[None]:
-    """Train, and part from the others whatever happens; as ``losing_none`` raises."""
+    """Run training, and leave the group on exit; raises as ``losing_none``."""
     try:
         with losing_none(processes):
             yield
@@ -222,7 +222,7 @@ def leaving(processes: Processes) -> Iterator[None]:
 
 @contextmanager
 def losing_none(processes: Processes) -> Iterator[None]:
-    """Say of a lost connection what it is.
+    """Translate connection errors.
 
     Raises:
         TrainingError: Another process has ended.
@@ -243,7 +243,7 @@ def losing_none(processes: Processes) -> Iterator[None]:
 
 
 def synchronized(model: nn.Module, processes: Processes) -> nn.Module:
-    """The model with batch norms that see the whole batch.
+    """Convert batch norms to synchronised ones.
 
     Raises:
         UsageError: PyTorch has them on GPUs only.

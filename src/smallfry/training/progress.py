@@ -1,4 +1,4 @@
-"""What a person sees while a model trains: a live bar, plain lines, or nothing."""
+"""Progress display of training: a live bar, plain lines, or nothing."""
 
 import os
 from collections.abc import Mapping
@@ -14,57 +14,57 @@ Mode = Literal["auto", "rich", "plain", "quiet"]
 
 
 class Reporter(Protocol):
-    """Who is told how training goes."""
+    """Receiver of training progress."""
 
     def start(self, total: int, done: int) -> None:
-        """Training begins at step ``done`` of ``total``."""
+        """Start at step ``done`` of ``total``."""
 
     def step(self, loss: float, images_per_second: float) -> None:
-        """One more step is done."""
+        """Count a step."""
 
     def epoch(self, row: Mapping[str, float], epochs: int, seconds_left: float) -> None:
-        """An epoch is done; ``row`` is its row of ``metrics.csv``."""
+        """Report an epoch; ``row`` is its row of ``metrics.csv``."""
 
     def say(self, message: str) -> None:
-        """Something that is worth a line."""
+        """Print a message."""
 
     def close(self) -> None:
-        """Training is over, in whatever way."""
+        """Close the display after training, whatever the outcome."""
 
 
 class QuietReporter:
-    """Says nothing."""
+    """Reporter without output."""
 
     def start(self, total: int, done: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def step(self, loss: float, images_per_second: float) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def epoch(self, row: Mapping[str, float], epochs: int, seconds_left: float) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def say(self, message: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class PlainReporter(QuietReporter):
-    """A line per epoch, for logs."""
+    """Line per epoch, for logs."""
 
     def epoch(self, row: Mapping[str, float], epochs: int, seconds_left: float) -> None:
-        """One line."""
+        """Print one line."""
         self.say(f"{describe(row, epochs)}  {clock(seconds_left)} left")
 
     def say(self, message: str) -> None:
-        """One line."""
+        """Print one line."""
         say(message)
 
 
 class RichReporter(QuietReporter):
-    """A live bar in a terminal, and a line for every tenth of the epochs."""
+    """Live bar in a terminal, with a line for every tenth of the epochs."""
 
     def __init__(self) -> None:
         self.console = CleanConsole(highlight=False)
@@ -86,12 +86,12 @@ class RichReporter(QuietReporter):
         self.progress.start()
 
     def step(self, loss: float, images_per_second: float) -> None:
-        """Move the bar."""
+        """Advance the bar."""
         status = f"loss {loss:.3f}{self.accuracy}  {images_per_second:,.0f} images/s"
         self.progress.update(self.task, advance=1, status=status)
 
     def epoch(self, row: Mapping[str, float], epochs: int, seconds_left: float) -> None:
-        """Now and then a line that stays."""
+        """Print an occasional permanent line."""
         number = int(row["epoch"])
         selected = [key for key in row if key.endswith("_accuracy") and key != "train_accuracy"]
         self.accuracy = f"  accuracy {row[selected[0]]:.2%}" if selected else ""
@@ -99,16 +99,16 @@ class RichReporter(QuietReporter):
             self.say(describe(row, epochs))
 
     def say(self, message: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         self.console.print(message, markup=False)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self.progress.stop()
 
 
 def build_reporter(mode: Mode) -> Reporter:
-    """The reporter of a mode; auto takes quiet under CI, rich in a terminal, else plain.
+    """Build the reporter of a mode; auto is quiet under CI, rich in a terminal, else plain.
 
     A notebook shows a bar through ipywidgets only; without it, rich is plain.
     """
@@ -121,7 +121,7 @@ def build_reporter(mode: Mode) -> Reporter:
 
 
 def describe(row: Mapping[str, float], epochs: int) -> str:
-    """A row of ``metrics.csv`` as a line."""
+    """Format a row of ``metrics.csv`` as a line."""
     parts = [f"epoch {int(row['epoch']):>{len(str(epochs))}}/{epochs}"]
     parts.append(f"loss {row['train_loss']:.3f}")
     for split in ("validation", "test"):
@@ -132,7 +132,7 @@ def describe(row: Mapping[str, float], epochs: int) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as 0:07, 12:30 or 3:05:00."""
+    """Format seconds as 0:07, 12:30 or 3:05:00."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

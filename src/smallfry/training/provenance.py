@@ -1,4 +1,4 @@
-"""What is needed to get a measured figure again."""
+"""Provenance of measured figures."""
 
 import platform
 import shlex
@@ -16,7 +16,7 @@ LIBRARIES = ("torch", "torchvision", "timm", "lightning", "datasets", "scikit-le
 
 
 def provenance(device: torch.device) -> dict[str, object]:
-    """Command, commit, device, versions and date of what runs now."""
+    """Collect command, commit, device, versions and date of this run."""
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": _commit(),
@@ -46,7 +46,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of a source checkout, with a + if it has changes; None when installed."""
+    """Return the commit of a source checkout, with + for changes; None when installed."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""Honest reference points: what a classical method makes of the same images."""
+"""Reference accuracies of classical methods on the same images."""
 
 import time
 from typing import Any
@@ -12,7 +12,7 @@ MOST_CLASSES = 200  # of which a support vector machine tells each pair apart
 
 
 def fit_references(data: ImageData) -> list[dict[str, Any]]:
-    """Test accuracy of classical classifiers fitted on the training images of a data set.
+    """Measure the test accuracy of classical classifiers fitted on a data set.
 
     scikit-learn's default settings, pixels scaled to 0 to 1; nothing is tuned. An empty list if
     the images are too many or too large, or the classes too many.

@@ -1,4 +1,4 @@
-"""The run folder: its layout, who may write into it, and how it is read.
+"""Run folder: layout, locking, reading and writing.
 
 config.yaml     the whole configuration; ``smallfry train --config`` takes it
 metrics.csv     one row per epoch; TensorBoard, in tensorboard/, holds the same numbers
@@ -45,7 +45,7 @@ FAILURE = "failure.json"  # of a study's run that could not begin
 
 
 class RunFolder:
-    """The files of one training run."""
+    """Files of one training run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -59,7 +59,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from training in this folder; a killed process lets go of it."""
+        """Lock the folder for training; the lock of a killed process is released."""
         try:
             str(self.path).encode()
         except UnicodeEncodeError:
@@ -86,7 +86,7 @@ class RunFolder:
             lock.release()
 
     def require_free(self) -> None:
-        """Make sure that a new run may be written here: there is nothing that it would overwrite.
+        """Require that a new run here would overwrite nothing.
 
         Raises:
             RunError: There is a run, or something else.
@@ -112,7 +112,7 @@ class RunFolder:
         write_file(self.config, yaml.safe_dump(dict(config), sort_keys=False))
 
     def reopen(self, config: Mapping[str, Any]) -> None:
-        """Continue a run with other settings; one that had ended has not any more.
+        """Continue a run with other settings, marked as unfinished.
 
         The summary goes first: without it, a run that is killed here ends as before.
         """
@@ -120,14 +120,14 @@ class RunFolder:
         write_file(self.config, yaml.safe_dump(dict(config), sort_keys=False))
 
     def require(self) -> None:
-        """Make sure that there is a run here."""
+        """Require a run here."""
         if not self.path.is_dir():
             raise RunError(f"{self.path}: there is no such run folder")
         if not self.config.is_file():
             raise RunError(f"{self.path}: not a run folder, config.yaml is missing")
 
     def kept(self) -> str:
-        """The sentence on what is saved of a run that ends now."""
+        """Describe the saved state of a run that ends now."""
         saved, position = "no step is saved yet", saved_position(self.last)
         if position is not None:
             saved = f"what is saved ends with step {position['step']}"
@@ -144,7 +144,7 @@ class RunFolder:
         write_file(self.metrics, text.getvalue())
 
     def read_metrics(self) -> list[dict[str, float]]:
-        """The rows of ``metrics.csv``; none before the first epoch has ended."""
+        """Read the rows of ``metrics.csv``; none before the first epoch has ended."""
         try:
             text = read_bytes(self.metrics).decode()
             return [
@@ -161,7 +161,7 @@ class RunFolder:
         write_file(self.summary, json.dumps(summary, indent=2) + "\n")
 
     def read_summary(self) -> dict[str, Any] | None:
-        """``summary.json``, or None while the run has not ended."""
+        """Read ``summary.json``; None while the run has not ended."""
         try:
             summary: dict[str, Any] = read_json(self.summary)
             _require_summary(summary)
@@ -175,7 +175,7 @@ class RunFolder:
 
 
 class TrainedModel(NamedTuple):
-    """A trained model and what it needs to be used."""
+    """Trained model with the metadata for its use."""
 
     model: nn.Module  # in evaluation mode, on the CPU
     classes: tuple[str, ...]  # names, in the order of the logits
@@ -188,13 +188,13 @@ class TrainedModel(NamedTuple):
 
     @property
     def spec(self) -> ModelSpec:
-        """Identity of the model, without where its weights once came from."""
+        """Spec of the model, without the source of its initial weights."""
         return ModelSpec.from_dict(self.manifest["model"]).portable()
 
     def compressed(
         self, model: nn.Module, spec: ModelSpec, methods: Sequence[Mapping[str, Any]]
     ) -> "TrainedModel":
-        """The same classes and images with a model that methods made of this one.
+        """Return the same classes and images with a compressed model.
 
         Figures of the test split stay behind: they are of other weights.
         """
@@ -204,7 +204,7 @@ class TrainedModel(NamedTuple):
         return self._replace(model=model, manifest=manifest)
 
     def require_savable(self, run: str | Path) -> str:
-        """Check that ``save`` can write a run here and return its ``config.yaml``; raises as it."""
+        """Require that ``save`` can write here, and return its ``config.yaml``; raises as it."""
         if self.origin is None or not RunFolder(self.origin).config.is_file():
             raise UsageError(
                 "this model was loaded from no run folder: deploy.pretrained.save_pretrained "
@@ -214,7 +214,7 @@ class TrainedModel(NamedTuple):
         return RunFolder(self.origin).config.read_text()
 
     def save(self, run: str | Path) -> Path:
-        """Write a run folder, which every command takes.
+        """Write a run folder, usable by every command.
 
         Args:
             run: A new or empty folder.
@@ -233,7 +233,7 @@ class TrainedModel(NamedTuple):
 
 
 def load_run(run: str | Path, checkpoint: str = "best") -> TrainedModel:
-    """The model of a run, in evaluation mode on the CPU.
+    """Load the model of a run, in evaluation mode on the CPU.
 
     Args:
         run: A run folder, or a checkpoint folder in it.
@@ -277,7 +277,7 @@ def load_run(run: str | Path, checkpoint: str = "best") -> TrainedModel:
 def _built(
     spec: ModelSpec, weights: Mapping[str, Tensor], where: str, unfinished: Any
 ) -> nn.Module:
-    """A model; methods that are still at work may have given it other layers than its spec has."""
+    """Build a model, whose active methods may have other layers than its spec."""
     try:
         return build(spec, weights, where=where)
     except RunError as error:
@@ -290,7 +290,7 @@ def _built(
 
 
 def _require_input(sample: Mapping[str, Any], classes: Any) -> None:
-    """Make sure that a manifest's words on images and classes can be meant."""
+    """Validate a manifest's description of images and classes."""
     size, channels = sample["size"], sample["channels"]
     if type(size) is not int or not 1 <= size <= LARGEST_SIDE or channels not in (1, 3):
         raise ValueError(f"images of {channels}×{size}×{size} are none that smallfry reads")
@@ -307,7 +307,7 @@ def _require_input(sample: Mapping[str, Any], classes: Any) -> None:
 
 
 def _require_summary(summary: Any) -> None:
-    """Make sure that a summary holds what the command prints of it."""
+    """Validate the printed values of a summary."""
     measured = summary["measured"]
     texts = (summary["model"]["name"], summary["run"], measured["select_on"])
     counts = (
@@ -333,7 +333,7 @@ def _require_summary(summary: Any) -> None:
 
 
 def require_classes(trained: TrainedModel, classes: Sequence[str], origin: str) -> None:
-    """Make sure that a data set has the classes that a model was trained on, in their order."""
+    """Require a data set with a model's classes, in the same order."""
     if tuple(classes) == trained.classes:
         return
     ours, theirs = ", ".join(trained.classes[:4]), ", ".join(classes[:4])
@@ -344,7 +344,7 @@ def require_classes(trained: TrainedModel, classes: Sequence[str], origin: str) 
 
 
 def require_classifier(trained: TrainedModel) -> None:
-    """Make sure that a model is a classifier, where nothing else is served yet.
+    """Require a classifier, where nothing else is supported yet.
 
     Raises:
         UsageError: It was trained for another task.
@@ -358,7 +358,7 @@ def require_classifier(trained: TrainedModel) -> None:
 
 
 def new_run_folder(data: str, model: str) -> Path:
-    """Make a folder under ``runs/``, named after data, model and time; nobody else has it.
+    """Create a new, unique folder under ``runs/``, named after data, model and time.
 
     Raises:
         RunError: It can't be made.

@@ -1,4 +1,4 @@
-"""Values of a configuration's fields: what is natural in Python is taken, all else refused."""
+"""Strict conversion of configuration values to the fields' types."""
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -15,14 +15,14 @@ PLAIN = {int: "a whole number", float: "a number", bool: "True or False", str: "
 
 
 def settle(config: Any, group: str) -> None:
-    """Give the fields of a frozen dataclass values of their types, as its ``__post_init__`` does.
+    """Convert the fields of a frozen dataclass to their types, in its ``__post_init__``.
 
     A string is taken for a path, and for a group of settings that has a name, such as
     ``data="digits"``; a mapping is taken for any group.
 
     Args:
         config: The dataclass.
-        group: What precedes a field's name in messages, such as "data.".
+        group: Prefix of field names in messages, such as "data.".
 
     Raises:
         UsageError: A value of another type.
@@ -34,7 +34,7 @@ def settle(config: Any, group: str) -> None:
 
 
 def _fitting(value: Any, kind: Any, name: str) -> Any:
-    """The value as one of a type."""
+    """Convert a value to a type."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         if value is None:

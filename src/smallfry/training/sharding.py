@@ -1,4 +1,4 @@
-"""Models of which each process holds a share: PyTorch's FSDP2, and what that asks of the loop.
+"""Sharded models with PyTorch's FSDP2, and their support in the loop.
 
 Parameters, gradients and the optimizer's state are divided; a block's weights are together only
 while it runs. What leaves the loop, a checkpoint or the model to evaluate, is whole, so that it can
@@ -20,7 +20,7 @@ from smallfry.training.optimization import NATURAL, average_decay
 
 
 def require_shareable(config: TrainConfig, batch_size: int, processes: int) -> None:
-    """Make sure that a run can be trained with strategy fsdp.
+    """Require that a run can be trained with strategy fsdp.
 
     Raises:
         UsageError: It needs whole layers, a batch that can't be shared evenly, or compile.
@@ -45,7 +45,7 @@ def require_shareable(config: TrainConfig, batch_size: int, processes: int) -> N
 
 
 def shard(prepared: nn.Module, mesh: Any) -> nn.Module:
-    """Divide a module over the processes of a mesh, block by block.
+    """Shard a module over the processes of a mesh, block by block.
 
     A recursive model calls parts of its blocks as well as blocks, and is one unit.
     """
@@ -58,7 +58,7 @@ def shard(prepared: nn.Module, mesh: Any) -> nn.Module:
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The members of the lists of modules, such as a transformer's blocks."""
+    """List the members of module lists, such as a transformer's blocks."""
     for child in model.children():
         if isinstance(child, nn.Sequential | nn.ModuleList):
             yield from (m for m in child if next(m.parameters(), None) is not None)
@@ -67,12 +67,12 @@ def _blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's share of a tensor."""
+    """Return this process's shard of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(state: Any) -> Any:
-    """A state with all shares put together, on the CPU; called in all processes alike."""
+    """Gather a state on the CPU, unsharded; called in all processes alike."""
     if isinstance(state, DTensor):
         parts: Any = state.detach()
         return parts.full_tensor().cpu()
@@ -84,7 +84,7 @@ def whole(state: Any) -> Any:
 
 
 def divided(value: Any, like: Tensor) -> Any:
-    """A whole tensor, divided as another is; what is of another shape stays as it is."""
+    """Shard a tensor like another; tensors of another shape are returned unchanged."""
     if isinstance(like, DTensor) and isinstance(value, Tensor) and value.shape == like.shape:
         there = value.to(like.device, like.dtype)
         return distribute_tensor(there, like.device_mesh, like.placements)
@@ -92,13 +92,13 @@ def divided(value: Any, like: Tensor) -> Any:
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Put whole weights into a model that may be divided."""
+    """Load unsharded weights into a model that may be sharded."""
     own = model.state_dict()
     model.load_state_dict({name: divided(value, own[name]) for name, value in weights.items()})
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Put a whole state into an optimizer whose parameters may be divided."""
+    """Load an unsharded state into an optimizer whose parameters may be sharded."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if not any(isinstance(p, DTensor) for p in parameters):
         optimizer.load_state_dict(cast(dict[str, Any], state))
@@ -114,7 +114,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
 
 
 def _arrange(optimizer: torch.optim.Optimizer) -> None:
-    """Lay a state out in memory as the parameters are, as fused optimizers expect it."""
+    """Match the memory layout of a state to the parameters, as fused optimizers require."""
     for parameter, kept in optimizer.state.items():
         for key, value in kept.items():
             alike = isinstance(value, Tensor) and value.shape == parameter.shape
@@ -123,11 +123,11 @@ def _arrange(optimizer: torch.optim.Optimizer) -> None:
 
 
 class ShardedAverage:
-    """The moving average of a divided model's weights, divided as they are.
+    """Moving average of a sharded model's weights, sharded alike.
 
     Args:
         model: The model, divided already.
-        config: How fast the average moves.
+        config: Settings of the average.
     """
 
     def __init__(self, model: nn.Module, config: EMAConfig) -> None:
@@ -136,7 +136,7 @@ class ShardedAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take the weights behind the t-th optimizer step, counted from 0, in."""
+        """Average in the weights after the t-th optimizer step, counted from 0."""
         share = 1 - average_decay(self.config, step)
         for name, value in model.state_dict().items():
             mine, fresh = local(self.weights[name]), local(value)
@@ -146,5 +146,5 @@ class ShardedAverage:
                 mine.copy_(fresh)
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Go on from a whole average."""
+        """Load an unsharded average."""
         self.weights = {k: divided(v, self.weights[k]) for k, v in weights.items()}

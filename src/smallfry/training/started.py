@@ -1,4 +1,4 @@
-"""Who started this process, and how many there are: torchrun, SLURM, smallfry, or nobody.
+"""Launch environment: torchrun, SLURM, smallfry's launcher, or none.
 
 All of it is read from the environment, in this one place, without PyTorch.
 """
@@ -13,7 +13,7 @@ LAUNCHER = "SMALLFRY_LAUNCHER"  # the process that started this one for --proces
 
 
 class Launch(NamedTuple):
-    """Who started this process, and which one of how many it is."""
+    """Launcher of this process, with its rank and world size."""
 
     by: Literal["torchrun", "slurm", ""]
     rank: int = 0  # of all
@@ -23,12 +23,12 @@ class Launch(NamedTuple):
 
     @property
     def nodes(self) -> int:
-        """How many machines there are."""
+        """Number of machines."""
         return self.processes // self.here
 
 
 def launch() -> Launch:
-    """What the environment says of how this process was started.
+    """Read the launch environment.
 
     Raises:
         UsageError: It says one half, or what can't be.
@@ -45,7 +45,7 @@ def launch() -> Launch:
 
 
 def rank() -> int:
-    """Which of several processes this is; 0 where the environment can't be meant."""
+    """Return this process's rank; 0 in an invalid environment."""
     try:
         return launch().rank
     except UsageError:
@@ -53,12 +53,12 @@ def rank() -> int:
 
 
 def is_launched() -> bool:
-    """Whether ``smallfry train --processes`` started this process."""
+    """Return whether ``smallfry train --processes`` started this process."""
     return _given(LAUNCHER) != ""
 
 
 def launcher_has_ended() -> bool:
-    """Whether the process that ``--processes`` made to watch over this one is gone."""
+    """Return whether the supervising process of ``--processes`` has ended."""
     return is_launched() and os.getppid() != _number(LAUNCHER)
 
 

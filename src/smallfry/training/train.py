@@ -1,4 +1,4 @@
-"""A whole training run: from a configuration to a folder with a model, its numbers and pictures."""
+"""Training run: from a configuration to a folder with model, metrics and plots."""
 
 import logging
 import warnings
@@ -82,10 +82,10 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> dict[str, An
 
 
 def run(config: TrainConfig | None = None, /, **settings: Unpack[TrainSettings]) -> dict[str, Any]:
-    """Train by a configuration, or by the settings of one.
+    """Train with a configuration, or with its settings.
 
     Args:
-        config: As ``TrainConfig``; or None, and ``settings`` are its arguments.
+        config: Configuration; if None, ``settings`` are its arguments.
         settings: Groups of settings can be mappings, such as ``data={"name": "digits"}``.
 
     Returns:
@@ -136,7 +136,7 @@ def _train(
 
 @contextmanager
 def _folder(config: TrainConfig, model: str, processes: Processes) -> Iterator[Path]:
-    """The folder of a new run; if it was made here, it is removed where the run can't begin."""
+    """Create the folder of a new run; it is removed if the run can't begin."""
     path = config.run or processes.once(lambda: new_run_folder(config.data.name, model))
     try:
         yield path
@@ -150,7 +150,7 @@ def _folder(config: TrainConfig, model: str, processes: Processes) -> Iterator[P
 def resume(
     run: str | Path, reporter: Reporter | None = None, changes: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Continue a run that was stopped, exactly as if it had not been.
+    """Resume a stopped run exactly.
 
     A run that has ended gives its summary, unless ``changes`` has more epochs or another patience.
 
@@ -213,7 +213,7 @@ def _resume(
 
 
 def _is_longer(config: TrainConfig, recorded: TrainConfig, summary: Mapping[str, Any]) -> bool:
-    """Whether a run that has ended is to go on, by its configuration of now.
+    """Return whether a finished run has epochs left under its current configuration.
 
     Raises:
         UsageError: It has done more epochs than that.
@@ -239,7 +239,7 @@ def _restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
 
 
 def _with_full_paths(config: TrainConfig) -> TrainConfig:
-    """So that the run can be resumed and evaluated from any folder."""
+    """Make paths absolute, so that the run can be resumed and evaluated from any folder."""
     wanted = config.data
     folder = path_of(wanted.name)
     is_folder = wanted.name not in NAMED and folder.is_dir()
@@ -285,7 +285,7 @@ def _build(
     processes: Processes,
     source: ModelSource,
 ) -> Trainer:
-    """Everything that can be wrong with a configuration, found before anything is written."""
+    """Build everything that a configuration can get wrong, before writing any file."""
     torch.manual_seed(config.seed)
     task = find_task(config.task).create(config.objective.label_smoothing)
     model, spec = processes.together(lambda: source.make(config.model, data, task))
@@ -333,7 +333,7 @@ def _build(
 
 
 def _useful_threads(model: nn.Module, data: ImageData) -> int:
-    """One for a small model: more gain it little, and stall it wherever cores are shared."""
+    """Limit the threads of a small model; more gain little and stall on shared cores."""
     sample = torch.zeros(1, data.channels, data.image_size, data.image_size)
     shared = max(1, torch.get_num_threads() // launch().here)
     return 1 if cost(model, sample).macs < SMALL_MODEL else shared
@@ -350,7 +350,7 @@ def _require_same_data(manifest: dict[str, Any], data: ImageData, folder: RunFol
 
 
 def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
-    """Test the best weights, once; draw the pictures; write the summary."""
+    """Test the best weights once, draw the plots, and write the summary."""
     config, data, progress = trainer.config, trainer.data, trainer.progress
     folder, device = trainer.folder, trainer.fabric.device
     best = load_run(folder.path, "best")
@@ -406,7 +406,7 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
 
 
 def _has_references(config: TrainConfig) -> bool:
-    """Decide whether to fit reference classifiers, which are of use to classification alone."""
+    """Return whether to fit reference classifiers, used for classification only."""
     return config.references and config.task == "classification"
 
 
@@ -417,7 +417,7 @@ def draw_run(
     split: Split,
     predictions: Predictions,
 ) -> None:
-    """Draw all pictures of a run into its folder."""
+    """Draw all plots of a run into its folder."""
     logits, labels, classes = predictions.logits, predictions.labels, trained.classes
     pictures, task = folder.pictures, task_of(trained.manifest)
     pictures.mkdir(exist_ok=True)

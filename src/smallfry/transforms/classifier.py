@@ -1,4 +1,4 @@
-"""Another number of classes for a model, whatever transforms it has been through."""
+"""Replacement of a model's classifier, after any transforms."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,7 +11,7 @@ from smallfry.transforms.spec import ModelSpec, Transform
 
 
 def with_classes(model: nn.Module, spec: ModelSpec, classes: int) -> tuple[nn.Module, ModelSpec]:
-    """The model with a classifier of other classes, which is new and not compressed.
+    """Replace a model's classifier by a new, uncompressed one for other classes.
 
     All other weights are kept. A transform that has to do with the classifier has a method
     ``without_classifier(name, classes)`` that gives it as it is without one, or None.
@@ -57,7 +57,7 @@ def with_classes(model: nn.Module, spec: ModelSpec, classes: int) -> tuple[nn.Mo
 
 
 def _classifier_names(model: nn.Module) -> list[str]:
-    """Names of the modules that timm calls the classifier; several where it is distilled."""
+    """List the names of timm's classifier modules; several for a distilled model."""
     found: Any = getattr(model, "get_classifier", lambda: ())()
     parts = found if isinstance(found, list | tuple) else (found,)
     return [name for name, module in model.named_modules() if any(module is p for p in parts)]

@@ -26,21 +26,21 @@ from smallfry.training.run import TrainedModel
 TIMED_SECONDS = 1.0  # a large model is not run more often than this allows
 
 
-class Gaze(NamedTuple):
+class AttentionMap(NamedTuple):
     """Attention rollout from the prediction token to the image, since the recursion step began."""
 
     patches: NDArray[np.float64]  # (side, side), row by row; sums to 1
     share: float  # of the whole rollout; the rest falls on what y and z held before
 
 
-class Moment(NamedTuple):
+class TraceStep(NamedTuple):
     """Prediction of a model after one latent step."""
 
     recursion: int  # recursion steps begun; 0 before the first latent step
-    thought: int  # latent steps taken in this recursion step
+    latent_step: int  # latent steps taken in this recursion step
     probabilities: tuple[float, ...]  # of each class
     halting: float | None  # the model's own probability that this is right; None without that head
-    gaze: Gaze | None  # None where nothing was looked at, or where rollout says nothing
+    attention: AttentionMap | None  # None without attention, or where rollout is undefined
     milliseconds: float | None  # to the end of this recursion step, see ``Timing``
 
 
@@ -52,19 +52,19 @@ class Timing(NamedTuple):
     threads: int
 
 
-class Thought(NamedTuple):
+class RecursionTrace(NamedTuple):
     """Recursion trace of a model on one image."""
 
     pixels: NDArray[np.uint8]  # as the model sees them, (channels, size, size)
-    moments: tuple[Moment, ...]  # of a model that does not recur, one
+    moments: tuple[TraceStep, ...]  # of a model that does not recur, one
     answer: int  # which moment is the model's answer; what follows it never saw training
     latent_steps: int  # in a recursion step; 0 if there are none, as where it does not recur
-    no_gaze: str  # why there is no attention to show; "" if there is
+    no_attention: str  # why there is no attention to show; "" if there is
     timing: Timing
 
 
 @torch.inference_mode()
-def think(trained: TrainedModel, pixels: NDArray[np.uint8], runs: int = 5) -> Thought:
+def think(trained: TrainedModel, pixels: NDArray[np.uint8], runs: int = 5) -> RecursionTrace:
     """Trace a model's prediction on one image.
 
     A recursive model is followed through ``steps_to_follow`` recursion steps, asked for its answer
@@ -77,30 +77,32 @@ def think(trained: TrainedModel, pixels: NDArray[np.uint8], runs: int = 5) -> Th
     """
     model = trained.model
     images = trained.normalize(torch.from_numpy(pixels[None].copy()))
-    no_gaze = why_no_rollout(model)
+    no_attention = why_no_rollout(model)
     if not isinstance(model, Recursive):
         logits = forward(model, images)[0]
         times = _timed(_clock_whole(model, images) for _ in range(runs))
-        moment = Moment(0, 0, _shares(logits), None, None, median(times[0]))
-        return Thought(pixels, (moment,), 0, 0, no_gaze, _timing(times))
+        moment = TraceStep(0, 0, _shares(logits), None, None, median(times[0]))
+        return RecursionTrace(pixels, (moment,), 0, 0, no_attention, _timing(times))
     steps = steps_to_follow(model)
-    followed = list(_follow(model, images, steps, look=not no_gaze))
+    followed = list(_follow(model, images, steps, look=not no_attention))
     times = _timed(_clock_steps(model, images, steps) for _ in range(runs))
     latent_steps, moments = _latent_steps(model), []
-    for i, (step, gaze) in enumerate(followed):
-        recursion, thought = _place(i, latent_steps)
+    for i, (step, attention) in enumerate(followed):
+        recursion, latent_step = _place(i, latent_steps)
         moments.append(
-            Moment(
+            TraceStep(
                 recursion,
-                thought,
+                latent_step,
                 _shares(step.logits),
                 step.halt_logits.sigmoid().item(),
-                gaze,
+                attention,
                 median(times[recursion - 1]) if recursion else None,
             )
         )
     answer = model.recursion_steps * latent_steps if latent_steps else model.recursion_steps - 1
-    return Thought(pixels, tuple(moments), answer, latent_steps, no_gaze, _timing(times))
+    return RecursionTrace(
+        pixels, tuple(moments), answer, latent_steps, no_attention, _timing(times)
+    )
 
 
 def moments_of(model: torch.nn.Module) -> int:
@@ -118,40 +120,40 @@ def _latent_steps(model: Recursive) -> int:
 
 def _follow(
     model: Recursive, images: Tensor, steps: int, look: bool
-) -> Iterator[tuple[RecursionStep, Gaze | None]]:
+) -> Iterator[tuple[RecursionStep, AttentionMap | None]]:
     """Yield every prediction with its attention."""
     if not look:
         yield from ((step, None) for step in answers(model, images, steps))
         return
     assert isinstance(model, nn.Module)
     latent_steps, layers = _latent_steps(model), attention_layers(model)
-    thoughts: list[list[Attended]] = []
+    latents: list[list[Attended]] = []
     with watch_attention(model) as seen:
         for i, step in enumerate(answers(model, images, steps)):
-            thought, answer = seen[:-layers], seen[-layers:]
+            latent, answer = seen[:-layers], seen[-layers:]
             seen.clear()
             if _place(i, latent_steps)[1] == 1:
-                thoughts.clear()
-            thoughts += [thought] if thought else []
-            gaze = None
-            if thoughts:
+                latents.clear()
+            latents += [latent] if latent else []
+            attention = None
+            if latents:
                 patches = model.embed(images).shape[1]
-                gaze = _gaze(attention_on_image(thoughts, answer, patches)[0])
-            yield step, gaze
+                attention = _attention_map(attention_on_image(latents, answer, patches)[0])
+            yield step, attention
 
 
 def _place(moment: int, latent_steps: int) -> tuple[int, int]:
     """Return the recursion step of a moment and its latent steps; (0, 0) before the first."""
     if not latent_steps:
         return moment + 1, 0
-    done, thought = divmod(moment - 1, latent_steps)
-    return (done + 1, thought + 1) if moment else (0, 0)
+    done, latent_step = divmod(moment - 1, latent_steps)
+    return (done + 1, latent_step + 1) if moment else (0, 0)
 
 
-def _gaze(parts: Tensor) -> Gaze:
+def _attention_map(parts: Tensor) -> AttentionMap:
     side = isqrt(len(parts))
     share = parts.sum().item()
-    return Gaze((parts.double() / parts.double().sum()).view(side, side).numpy(), share)
+    return AttentionMap((parts.double() / parts.double().sum()).view(side, side).numpy(), share)
 
 
 def _shares(logits: Tensor) -> tuple[float, ...]:

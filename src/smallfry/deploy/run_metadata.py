@@ -39,7 +39,7 @@ TOLD = (
 )
 
 
-def facts_of_run(run: Path, checkpoint: str, trained: TrainedModel) -> dict[str, Any]:
+def metadata_of_run(run: Path, checkpoint: str, trained: TrainedModel) -> dict[str, Any]:
     """Collect the metadata of a run, as JSON values.
 
     Figures of the test split are left out where other weights than the best are meant: the test
@@ -55,7 +55,7 @@ def facts_of_run(run: Path, checkpoint: str, trained: TrainedModel) -> dict[str,
     """
     folder = RunFolder(run)
     summary = folder.read_summary() or {}
-    facts = {**facts_of_model(trained), "checkpoint": checkpoint}
+    facts = {**metadata_of_model(trained), "checkpoint": checkpoint}
     facts["data"] |= summary.get("data", {})
     if folder.config.is_file():
         facts["data"] |= _origin(read_config(folder.config).data)
@@ -70,7 +70,7 @@ def facts_of_run(run: Path, checkpoint: str, trained: TrainedModel) -> dict[str,
     return _plain(facts)
 
 
-def facts_of_model(trained: TrainedModel) -> dict[str, Any]:
+def metadata_of_model(trained: TrainedModel) -> dict[str, Any]:
     """Collect the metadata in a model's manifest, measuring its cost where missing."""
     facts = {name: trained.manifest[name] for name in TOLD if name in trained.manifest}
     facts["data"] = dict(facts.get("data", {}))

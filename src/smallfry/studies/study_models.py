@@ -14,7 +14,7 @@ from smallfry.errors import UsageError, nearest
 
 
 @dataclass(frozen=True)
-class Entrant:
+class StudyModel:
     """Model in a study.
 
     Args:
@@ -34,77 +34,77 @@ class Entrant:
 
 
 PAPER = {
-    "vitrm_small": Entrant("ViTRM small", "vitrm_small_patch4_32"),
-    "vit_small": Entrant("ViT-S", "paper_vit_small_patch4_32"),
-    "vit_base": Entrant("ViT-B", "paper_vit_base_patch4_32"),
-    "vit_large": Entrant("ViT-L", "paper_vit_large_patch4_32"),
-    "resnet18": Entrant("ResNet-18, 7×7 stem", "paper_resnet18_32"),
-    "resnet34": Entrant("ResNet-34, 7×7 stem", "paper_resnet34_32"),
-    "resnet50": Entrant("ResNet-50, 7×7 stem", "paper_resnet50_32"),
+    "vitrm_small": StudyModel("ViTRM small", "vitrm_small_patch4_32"),
+    "vit_small": StudyModel("ViT-S", "paper_vit_small_patch4_32"),
+    "vit_base": StudyModel("ViT-B", "paper_vit_base_patch4_32"),
+    "vit_large": StudyModel("ViT-L", "paper_vit_large_patch4_32"),
+    "resnet18": StudyModel("ResNet-18, 7×7 stem", "paper_resnet18_32"),
+    "resnet34": StudyModel("ResNet-34, 7×7 stem", "paper_resnet34_32"),
+    "resnet50": StudyModel("ResNet-50, 7×7 stem", "paper_resnet50_32"),
 }
 MICRO = {
-    "vitrm_micro": Entrant("ViTRM micro", "vitrm_micro_patch4_8"),
-    "vit_micro": Entrant(
+    "vitrm_micro": StudyModel("ViTRM micro", "vitrm_micro_patch4_8"),
+    "vit_micro": StudyModel(
         "ViT micro",
         "paper_vit_small_patch4_32",
         {"embed_dim": 64, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0},
     ),
-    "cct_micro": Entrant(
+    "cct_micro": StudyModel(
         "CCT micro",
         "cct_2_3x2_32",
         {"convolutions": 1, "embed_dim": 64, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0},
     ),
-    "resnet_micro": Entrant(
+    "resnet_micro": StudyModel(
         "ResNet-10 micro, 3×3 stem",
         "resnet18_cifar",
         {"layers": [1, 1, 1, 1], "channels": [16, 32, 48, 64]},
     ),
-    "vitrm_micro_thrifty": Entrant(
+    "vitrm_micro_thrifty": StudyModel(
         "ViTRM micro, thrifty", "vitrm_micro_patch4_8", {"cross_attention": True, "latents": 1}
     ),
 }
-ENTRANTS = {
+STUDY_MODELS = {
     **PAPER,
-    "vitrm_thrifty": Entrant("ViTRM thrifty", "vitrm_thrifty_patch4_32"),
-    "vitrm_tiny": Entrant("ViTRM tiny", "vitrm_tiny_patch4_32"),
-    "cct_6_3x1": Entrant("CCT-6/3×1", "cct_6_3x1_32"),
-    "cct_7_3x1": Entrant("CCT-7/3×1", "cct_7_3x1_32"),
-    "resnet18_cifar": Entrant("ResNet-18, 3×3 stem", "resnet18_cifar"),
+    "vitrm_thrifty": StudyModel("ViTRM thrifty", "vitrm_thrifty_patch4_32"),
+    "vitrm_tiny": StudyModel("ViTRM tiny", "vitrm_tiny_patch4_32"),
+    "cct_6_3x1": StudyModel("CCT-6/3×1", "cct_6_3x1_32"),
+    "cct_7_3x1": StudyModel("CCT-7/3×1", "cct_7_3x1_32"),
+    "resnet18_cifar": StudyModel("ResNet-18, 3×3 stem", "resnet18_cifar"),
     **MICRO,
 }
 
 
-def find_entrant(name: str) -> Entrant:
-    """Find the entrant of a name, or any model of timm.
+def find_study_model(name: str) -> StudyModel:
+    """Find the study model of a name, or any model of timm.
 
     Raises:
         UsageError: Neither.
     """
-    if name in ENTRANTS:
-        return ENTRANTS[name]
+    if name in STUDY_MODELS:
+        return STUDY_MODELS[name]
     if not timm.is_model(name):
-        raise UsageError(f"unknown model '{name}'{nearest(name, ENTRANTS)}")
-    return Entrant(name, name)
+        raise UsageError(f"unknown model '{name}'{nearest(name, STUDY_MODELS)}")
+    return StudyModel(name, name)
 
 
-def find_vitrm(name: str) -> Entrant:
-    """Find a recursive entrant by name.
+def find_vitrm(name: str) -> StudyModel:
+    """Find a recursive study model by name.
 
     Raises:
         UsageError: It does not, or there is none.
     """
-    entrant = find_entrant(name)
-    if not entrant.recursive:
+    entry = find_study_model(name)
+    if not entry.recursive:
         raise UsageError(f"{name} is not a ViTRM; try vitrm_small")
-    return entrant
+    return entry
 
 
-def find_entrants(names: Sequence[str]) -> dict[str, Entrant]:
-    """Find the entrants of these names, each once.
+def find_study_models(names: Sequence[str]) -> dict[str, StudyModel]:
+    """Find the study models of these names, each once.
 
     Raises:
         UsageError: There are none, or one is unknown.
     """
     if not names:
         raise UsageError("models is empty; give at least one")
-    return {name: find_entrant(name) for name in names}
+    return {name: find_study_model(name) for name in names}

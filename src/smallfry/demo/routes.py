@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from smallfry.demo.examples import Example
-from smallfry.demo.thinking import think
+from smallfry.demo.trace import think
 from smallfry.demo.view import PICTURE, picture_url, show_error, show_moment, show_status
 from smallfry.errors import SmallfryError
 from smallfry.training.run import TrainedModel
@@ -50,12 +50,11 @@ def answer(models: Sequence[Shown], image: bytes, name: str) -> dict[str, Any]:
 
 def _panel(trained: TrainedModel, image: bytes, name: str) -> dict[str, Any]:
     pixels = decode(image, name, trained.image_size, trained.channels, trained.bit_depth)
-    thought = think(trained, pixels)
+    trace = think(trained, pixels)
     views = [
-        show_moment(thought, moment, trained.classes, PICTURE)
-        for moment in range(len(thought.moments))
+        show_moment(trace, moment, trained.classes, PICTURE) for moment in range(len(trace.moments))
     ]
-    return {"answer": thought.answer, "picture": picture_url(thought), "views": views}
+    return {"answer": trace.answer, "picture": picture_url(trace), "views": views}
 
 
 class Answering:

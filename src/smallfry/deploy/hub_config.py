@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from smallfry.deploy.facts import LATER_SPLITS, SPLITS, UNKNOWN
+from smallfry.deploy.run_metadata import LATER_SPLITS, SPLITS, UNKNOWN
 from smallfry.errors import RunError, SmallfryWarning, UsageError
 from smallfry.training.augment import Normalize
 from smallfry.training.checkpoint import WEIGHTS

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from smallfry.demo.guard import Guard
+from smallfry.demo.middleware import Guard
 
 JSON_TYPE = "application/json"
 

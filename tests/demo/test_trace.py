@@ -8,7 +8,7 @@ import torch
 from demo_runs import TINY, untrained
 from PIL import Image
 
-from smallfry.demo.thinking import moments_of, think
+from smallfry.demo.trace import moments_of, think
 from smallfry.demo.view import classes_to_show, show_error, show_moment
 from smallfry.training.inference import classify
 from smallfry.training.run import load_run
@@ -37,8 +37,8 @@ def encoded(pixels):
 @pytest.mark.parametrize("recursion_steps", [1, 3])
 def test_the_answer_is_that_of_predict(thinker, pixels, recursion_steps):
     trained = thinker(**TINY, recursion_steps=recursion_steps)
-    thought = think(trained, decode(encoded(pixels), "it", 8, 1))
-    answer = thought.moments[thought.answer]
+    trace = think(trained, decode(encoded(pixels), "it", 8, 1))
+    answer = trace.moments[trace.answer]
     [said] = classify(trained, [Found("it", encoded(pixels))], top_k=10)
     assert {trained.classes[i]: p for i, p in enumerate(answer.probabilities)} == pytest.approx(
         dict(said.top), abs=1e-6
@@ -48,65 +48,65 @@ def test_the_answer_is_that_of_predict(thinker, pixels, recursion_steps):
 
 def test_every_latent_step_has_its_moment(thinker, pixels):
     trained = thinker(**TINY, recursion_steps=3)
-    thought = think(trained, pixels)
-    places = [(moment.recursion, moment.thought) for moment in thought.moments]
+    trace = think(trained, pixels)
+    places = [(moment.recursion, moment.latent_step) for moment in trace.moments]
     assert places == [(0, 0), (1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)]
     assert len(places) == moments_of(trained.model)
     steps = trained.model.recurse(trained.normalize(torch.from_numpy(pixels[None])))
-    for moment, step in zip(thought.moments[2::2], steps, strict=True):
+    for moment, step in zip(trace.moments[2::2], steps, strict=True):
         wanted = step.logits[0].softmax(0).tolist()
         assert moment.probabilities == pytest.approx(wanted, abs=1e-6)
-    assert len({moment.probabilities for moment in thought.moments}) == 7
+    assert len({moment.probabilities for moment in trace.moments}) == 7
 
 
 def test_a_model_of_one_recursion_step_is_followed_beyond_it(thinker, pixels):
-    thought = think(thinker(**TINY), pixels)
-    assert (thought.answer, len(thought.moments)) == (2, 5)
-    assert "beyond its training" in show_moment(thought, 3, list("0123456789"))
-    assert "the model’s answer" in show_moment(thought, 2, list("0123456789"))
+    trace = think(thinker(**TINY), pixels)
+    assert (trace.answer, len(trace.moments)) == (2, 5)
+    assert "beyond its training" in show_moment(trace, 3, list("0123456789"))
+    assert "the model’s answer" in show_moment(trace, 2, list("0123456789"))
 
 
 @pytest.mark.parametrize("cross_attention", [False, True])
 def test_attention_is_a_square_of_shares_from_the_first_look_on(thinker, pixels, cross_attention):
     trained = thinker(**TINY, patch_size=2, cross_attention=cross_attention)
     first, *others = think(trained, pixels).moments
-    assert first.gaze is None
+    assert first.attention is None
     for moment in others:
-        assert moment.gaze.patches.shape == (4, 4)
-        assert moment.gaze.patches.sum() == pytest.approx(1)
-        assert 0 < moment.gaze.share < 1
+        assert moment.attention.patches.shape == (4, 4)
+        assert moment.attention.patches.sum() == pytest.approx(1)
+        assert 0 < moment.attention.share < 1
 
 
 def test_attention_counts_from_the_start_of_each_recursion_step(thinker, pixels):
     moments = think(thinker(**TINY | {"latent_steps": 3}), pixels).moments[1:]
-    shares = [moment.gaze.share for moment in moments]
+    shares = [moment.attention.share for moment in moments]
     assert shares[0] < shares[1] < shares[2]  # half of what is not the image yet becomes it
     assert shares[3] < shares[2]
 
 
 def test_a_model_whose_attention_says_nothing_says_why(thinker, pixels):
-    thought = think(thinker(name="vitrm_plus_micro_8"), pixels)
-    assert all(moment.gaze is None for moment in thought.moments)
-    assert thought.no_gaze in show_moment(thought, 1, list("0123456789"))
+    trace = think(thinker(name="vitrm_plus_micro_8"), pixels)
+    assert all(moment.attention is None for moment in trace.moments)
+    assert trace.no_attention in show_moment(trace, 1, list("0123456789"))
 
 
 def test_a_model_that_does_not_recur_has_one_moment(thinker):
     trained = thinker(name="resnet18_cifar", size=32, channels=3)
-    thought = think(trained, np.zeros((3, 32, 32), dtype=np.uint8), runs=2)
-    [moment] = thought.moments
-    assert (moment.halting, moment.gaze, thought.answer) == (None, None, 0)
+    trace = think(trained, np.zeros((3, 32, 32), dtype=np.uint8), runs=2)
+    [moment] = trace.moments
+    assert (moment.halting, moment.attention, trace.answer) == (None, None, 0)
     assert sum(moment.probabilities) == pytest.approx(1)
     assert moment.milliseconds > 0
-    assert "<svg" not in show_moment(thought, 0, list("0123456789"))
+    assert "<svg" not in show_moment(trace, 0, list("0123456789"))
 
 
 def test_time_grows_with_every_recursion_step_and_says_how_it_was_taken(thinker, pixels):
-    thought = think(thinker(**TINY, recursion_steps=4), pixels, runs=3)
-    first, *times = [moment.milliseconds for moment in thought.moments[::2]]
+    trace = think(thinker(**TINY, recursion_steps=4), pixels, runs=3)
+    first, *times = [moment.milliseconds for moment in trace.moments[::2]]
     assert first is None
     assert 0 < times[0] < times[1] < times[2] < times[3]
-    assert thought.timing == (3, "CPU", 1)
-    shown = show_moment(thought, 4, list("0123456789"))
+    assert trace.timing == (3, "CPU", 1)
+    shown = show_moment(trace, 4, list("0123456789"))
     assert f"{times[1]:.1f} ms" in shown
     assert "median of 3 runs on the CPU with 1 thread" in shown
 
@@ -115,26 +115,26 @@ def test_time_grows_with_every_recursion_step_and_says_how_it_was_taken(thinker,
 
 
 def test_class_names_are_escaped(thinker, pixels):
-    thought = think(thinker(**TINY, classes=NASTY), pixels)
-    for moment in range(len(thought.moments)):
-        shown = show_moment(thought, moment, NASTY)
+    trace = think(thinker(**TINY, classes=NASTY), pixels)
+    for moment in range(len(trace.moments)):
+        shown = show_moment(trace, moment, NASTY)
         assert "<script" not in shown
         assert 'a"b' not in shown
-    everything = show_moment(thought, 0, [NASTY[0]] * 7)
+    everything = show_moment(trace, 0, [NASTY[0]] * 7)
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in everything
     assert "<script" not in show_error(NASTY[0])
 
 
 def test_the_classes_shown_stay_in_place_while_the_numbers_change(thinker, pixels):
-    thought = think(thinker(**TINY), pixels)
-    shown = classes_to_show(thought)
-    answer = thought.moments[thought.answer].probabilities
+    trace = think(thinker(**TINY), pixels)
+    shown = classes_to_show(trace)
+    answer = trace.moments[trace.answer].probabilities
     assert len(set(shown)) == 5
     assert max(range(10), key=lambda c: answer[c]) in shown
     assert [answer[c] for c in shown] == sorted((answer[c] for c in shown), reverse=True)
 
 
 def test_a_model_of_two_classes_is_shown_whole(thinker, pixels):
-    thought = think(thinker(**TINY, classes=("yes", "no")), pixels)
-    assert sorted(classes_to_show(thought)) == [0, 1]
-    assert "the other" not in show_moment(thought, 1, ("yes", "no"))
+    trace = think(thinker(**TINY, classes=("yes", "no")), pixels)
+    assert sorted(classes_to_show(trace)) == [0, 1]
+    assert "the other" not in show_moment(trace, 1, ("yes", "no"))

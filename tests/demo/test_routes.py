@@ -13,9 +13,9 @@ from PIL import Image
 
 pytest.importorskip("gradio", reason="the demo's extra is not installed")
 
-from smallfry.demo import answers
-from smallfry.demo.answers import MOST_WAITING, Shown, answer
+from smallfry.demo import routes
 from smallfry.demo.page import build_page, name_models
+from smallfry.demo.routes import MOST_WAITING, Shown, answer
 from smallfry.demo.serve import serving
 from smallfry.training.run import load_run
 
@@ -67,7 +67,7 @@ class Slow:
 @pytest.fixture
 def slow(monkeypatch):
     slow = Slow()
-    monkeypatch.setattr(answers, "answer", slow)
+    monkeypatch.setattr(routes, "answer", slow)
     yield slow
     slow.go.set()
 
@@ -151,7 +151,7 @@ def test_an_error_inside_is_printed_where_the_server_runs(run, monkeypatch, caps
     def fail(models, image, name):
         raise ValueError("a fault of ours")
 
-    monkeypatch.setattr(answers, "answer", fail)
+    monkeypatch.setattr(routes, "answer", fail)
     with serving([str(run)]) as address:
         status, said = Asking(address).answer()
         assert (status, "please report it" in said) == (500, True)

@@ -1,0 +1,50 @@
+"""First lines of docstrings: index entries, not questions or half sentences."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ["src", "runtime/src", "campaign", "benchmarks"]
+EVASIVE = re.compile(r"(What|Whether|How|Who|Whose|Where|Which|When|Why|The way|As)\b")
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def first_lines(source: str) -> Iterator[tuple[int, str]]:
+    """Yield the line number and the first line of every docstring."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, DOCUMENTED) and (text := ast.get_docstring(node)) is not None:
+            yield node.body[0].lineno, text.partition("\n")[0]
+
+
+def fault(line: str) -> str | None:
+    """Describe the fault of a first line; None if it has none."""
+    if EVASIVE.match(line):
+        return "begin with the term (class, property, module) or an imperative (function)"
+    if not line.endswith("."):
+        return "end the first line with a period"
+    return None
+
+
+def test_first_lines_of_docstrings_are_index_entries() -> None:
+    files = [file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py"))]
+    found = [
+        f"{file.relative_to(ROOT)}:{number}: {line!r}: {reason}"
+        for file in files
+        for number, line in first_lines(file.read_text(encoding="utf-8"))
+        if (reason := fault(line)) is not None
+    ]
+    assert len(files) > 200
+    assert found == []
+
+
+def test_faults_are_found() -> None:
+    source = '"""What a run holds."""\ndef rate():\n    """Return the rate,\n\n    in Hz."""\n'
+    assert [(number, fault(line) is not None) for number, line in first_lines(source)] == [
+        (1, True),
+        (3, True),
+    ]
+    assert fault("As JSON.") is not None
+    assert fault("Assignment of blocks to processes.") is None
+    assert fault("Wherever it lies.") is None
