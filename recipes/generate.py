@@ -99,7 +99,7 @@ def _text(path: str, about: str, config: TrainConfig) -> str:
         section: {
             key: value
             for key, value in told[section].items()
-            if key == "clip" or (value not in (None, {}) and key not in LEFT_OUT)
+            if key == "clip" or (value not in (None, {}, []) and key not in LEFT_OUT)
         }
         for section in SECTIONS
     }
