@@ -13,7 +13,6 @@ from demo_runs import TINY, untrained
 
 from smallfry.cli import main
 from smallfry.demo.serve import serving
-from smallfry.errors import DemoError
 
 pytest.importorskip("gradio", reason="the demo's extra is not installed")
 
@@ -79,12 +78,14 @@ def test_a_broken_run_is_an_error(model, tmp_path, capsys):
     assert "not a run folder" in capsys.readouterr().err
 
 
-def test_without_gradio_it_says_how_to_get_it(model, monkeypatch):
+def test_without_gradio_the_error_names_what_to_install(model, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     for module in ("application", "page"):
         monkeypatch.delitem(sys.modules, f"smallfry.demo.{module}", raising=False)
-    with pytest.raises(DemoError, match=r"pip install 'smallfry\[demo\]'"), serving([model]):
-        pass
+    assert main(["demo", model, "--port", "0"]) == 1
+    assert "gradio is needed here and not installed: pip install 'smallfry[demo]'" in (
+        capsys.readouterr().err
+    )
 
 
 def test_the_environment_is_as_it_was(model, monkeypatch):

@@ -20,6 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import smallfry
+from smallfry import compress
 from smallfry.cli import main
 from smallfry.deploy.pretrained import from_pretrained, load_trained, push_to_hub, save_pretrained
 from smallfry.errors import HubError, RunError, SmallfryError, SmallfryWarning, UsageError
@@ -309,6 +311,17 @@ def test_what_is_pushed_is_what_is_saved_and_comes_back(run, shared, hub, tmp_pa
     assert not [path for _, path in hub.requests if path.endswith((".bin", ".png"))]
     assert main(["evaluate", "hf_hub:ann/digits", "--data", "digits", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 359
+
+
+def test_a_compressed_model_of_the_hub_is_loaded_by_smallfry(run, hub, tmp_path, capsys):
+    small = compress.apply(load_run(run), [compress.RoundWeights()])
+    small.save(tmp_path / "small")
+    assert main(["share", str(tmp_path / "small"), "--hub", "ann/small"]) == 0
+    out = capsys.readouterr().out
+    assert "smallfry.load('hf_hub:ann/small').model" in out
+    assert "timm" not in out
+    images = small.normalize(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
+    assert torch.equal(smallfry.load("hf_hub:ann/small").model(images), small.model(images))
 
 
 def test_a_private_model_is_never_uploaded_to_a_public_repository(run, hub):

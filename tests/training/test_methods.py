@@ -15,7 +15,7 @@ from smallfry import compress
 from smallfry.cli import main
 from smallfry.errors import RunError, Stopped, UsageError
 from smallfry.training import train as training
-from smallfry.training.checkpoint import load_checkpoint
+from smallfry.training.checkpoint import load_checkpoint, save_checkpoint
 from smallfry.training.config import (
     EMAConfig,
     ModelConfig,
@@ -253,6 +253,25 @@ def test_methods_can_not_change_once_they_have_begun(variant, tmp_path):
     file.write_text(yaml.safe_dump(content))
     with pytest.raises(RunError, match=r"methods .*0\.2.*begun with .*0\.1"):
         resume(variant().run)
+
+
+@pytest.mark.parametrize("methods", [3, [3], [[]], [{}], [[5]]])
+def test_methods_that_a_stranger_has_written_are_refused(variant, methods):
+    train(variant(methods=[ROUND], epochs=1))
+    file = variant().run / "summary.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "methods": methods}))
+    with pytest.raises(RunError, match="damaged"):
+        resume(variant().run)
+
+
+def test_a_manifest_whose_methods_are_no_list_is_damaged(variant):
+    train(variant(methods=[ROUND], epochs=1))
+    best = load_checkpoint(variant().run / "best")
+    kept = {k: v for k, v in best.manifest.items() if k not in ("files", "digest")}
+    save_checkpoint(variant().run / "best", {**kept, "methods": 3}, best.weights)
+    with pytest.raises(RunError, match=r"manifest is damaged.*methods are no list"):
+        load_run(variant().run)
 
 
 def test_a_configuration_holds_methods_in_full(variant, tmp_path):

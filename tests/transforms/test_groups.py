@@ -204,6 +204,37 @@ def test_the_head_and_the_features_of_a_cut_timm_model_still_fit(found):
         assert small(example).shape == (2, 7)
 
 
+def channels(features):
+    """Of maps (batch, channels, height, width) or tokens (batch, tokens, channels)."""
+    return features.shape[1 if features.ndim == 4 else -1]
+
+
+def test_attributes_of_a_cut_model_count_what_there_is(found):
+    spec, model, example, groups = found
+    small = copy.deepcopy(model)
+    resize = cut(small, groups, {group.name: some(group) for group in groups})
+    seen = {}
+    infos = getattr(small, "feature_info", [])
+    for info in infos:
+        small.get_submodule(info["module"]).register_forward_hook(
+            lambda module, inputs, output, name=info["module"]: seen.update({name: output})
+        )
+    features = small.forward_features(example)
+    assert small.num_features == channels(features)
+    assert small.head_hidden_size == small.forward_head(features, pre_logits=True).shape[-1]
+    assert [info["num_chs"] for info in infos] == [channels(seen[i["module"]]) for i in infos]
+    again = build(spec.then(resize))
+    for name in ("num_features", "head_hidden_size", "feature_info"):
+        assert getattr(again, name, None) == getattr(small, name, None)
+    if spec.architecture.startswith(("resnet", "mobilenet")):
+        before = build(spec)
+        assert small.num_features < before.num_features
+        assert all(
+            one["num_chs"] < other["num_chs"]
+            for one, other in zip(infos[1:], before.feature_info[1:], strict=True)
+        )
+
+
 def test_groups_need_no_classifier():
     model = timm.create_model("resnet10t", num_classes=0)
     assert find_groups(model, torch.zeros(2, 3, 32, 32))

@@ -33,10 +33,10 @@ class Options(Licensed, AsJson, OneRun):
 
 def run(options: Options) -> int:
     """Write the folder or the repository, and print how to use it."""
-    from smallfry.deploy.hub_config import is_compressed
-    from smallfry.deploy.pretrained import push_to_hub, save_pretrained
+    from smallfry.deploy.pretrained import load_trained, push_to_hub, save_pretrained
 
-    checkpoint, license, compressed = options.checkpoint, options.license, False
+    checkpoint, license = options.checkpoint, options.license
+    compressed = bool(load_trained(options.run, checkpoint).spec.transforms)
     if options.hub is not None:
         name = timm_name = f"hf_hub:{options.hub}"
         where = push_to_hub(
@@ -50,13 +50,14 @@ def run(options: Options) -> int:
         assert options.to is not None
         folder = save_pretrained(options.run, options.to, checkpoint=checkpoint, license=license)
         name = where = str(folder)
-        compressed = is_compressed(folder)
         timm_name = f"local-dir:{where}"
     if options.json:
         say(json.dumps({"shared": where, "timm": None if compressed else timm_name}))
         return 0
     say(f"shared:  {where}\nuse it:  {command('smallfry', 'predict', name)} IMAGE…")
-    if not compressed:  # timm does not apply the transforms of a compressed model
+    if compressed:  # timm does not apply transforms
+        say(f"or:      smallfry.load({name!r}).model")
+    else:
         say(f"or:      timm.create_model({timm_name!r}, pretrained=True)")
     if license is None:
         say(

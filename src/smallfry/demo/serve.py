@@ -39,7 +39,7 @@ def serve(
         open_browser: Open the page there too.
 
     Raises:
-        DemoError: The port is taken, the host is none of this machine's, or gradio is missing.
+        DemoError: The port is taken, or the host is none of this machine's.
         RunError: A run that can't be used.
     """
     stop = threading.Event()
@@ -66,14 +66,8 @@ def serving(
     for _, trained in models:
         require_classifier(trained)
     with _listening(host, port) as listener, _private_folder():
-        try:
-            from smallfry.demo.application import build_application
-        except ModuleNotFoundError as error:
-            if (error.name or "smallfry").startswith("smallfry"):
-                raise
-            raise DemoError(
-                f"the demo needs {error.name}, which is not installed: pip install 'smallfry[demo]'"
-            ) from error
+        from smallfry.demo.application import build_application
+
         hosts = {"localhost", "127.0.0.1", "::1", host} if _is_loopback(host) else None
         examples = find_examples(models[0][1], runs[0])
         with _running(build_application(models, examples, hosts), listener):

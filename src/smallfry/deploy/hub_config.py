@@ -66,12 +66,6 @@ def read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def is_compressed(folder: Path) -> bool:
-    """Return whether a shared folder's description has transforms, which timm does not apply."""
-    file = folder / CONFIG
-    return file.is_file() and bool((read_config(file).get("smallfry") or {}).get("transforms"))
-
-
 def read_weights(folder: Path, facts: Mapping[str, Any] | None) -> dict[str, Tensor]:
     """Read the weights of a folder, with their hash checked against ``facts`` if present.
 

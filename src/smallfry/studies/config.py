@@ -112,26 +112,14 @@ class OptimizersConfig(RunsConfig):
 
     Args:
         vitrm: The ViTRM to study.
-        optimizers: Optimizers to compare: adamw, muon and the natural-gradient ones.
+        optimizers: Optimizers to compare; default adamw, muon and all of natural gradient.
         lr_factors: Multiples of each optimizer's usual learning rate; the epoch and the rate are
             chosen on the same split.
         batch_size: Images per step.
     """
 
     vitrm: str = "vitrm_small"
-    optimizers: tuple[str, ...] = (
-        "adamw",
-        "muon",
-        "kfac",
-        "ekfac",
-        "kpsvd",
-        "deflation",
-        "lanczos",
-        "kfac_corrected",
-        "two_level",
-        "sngd",
-        "exact_ng",
-    )
+    optimizers: tuple[str, ...] | None = None
     lr_factors: tuple[float, ...] = (0.3, 1.0, 3.0)
     batch_size: int = 128
 

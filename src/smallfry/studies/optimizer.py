@@ -34,10 +34,15 @@ LABELS = {"adamw": "AdamW", "muon": "Muon"} | {n: m.label for n, m in METHODS.it
 DAMPING = 1.0  # see docs/natural_gradient.md, "Results"
 
 
+def _names(config: OptimizersConfig) -> tuple[str, ...]:
+    """List the optimizers to compare, each once."""
+    return tuple(dict.fromkeys(config.optimizers or LABELS))
+
+
 def plan(config: OptimizersConfig) -> list[Planned]:
     """List the runs of all optimizers with all rates and seeds."""
     entry = find_vitrm(config.vitrm)
-    for name in config.optimizers:
+    for name in _names(config):
         if name not in LABELS:
             raise UsageError(f"unknown optimizer '{name}'{nearest(name, LABELS)}")
     adamw = recipe(entry, config, config.batch_size).optimizer
@@ -45,7 +50,7 @@ def plan(config: OptimizersConfig) -> list[Planned]:
     adamw = replace(adamw, lr=peak_learning_rate(adamw, model))
     found = []
     for seed in range(config.seeds):
-        for name in dict.fromkeys(config.optimizers):
+        for name in _names(config):
             for factor in config.lr_factors:
                 told = recipe(entry, config, config.batch_size, seed)
                 told = replace(told, optimizer=optimizer_settings(name, factor, adamw))
@@ -84,7 +89,7 @@ def sections(config: OptimizersConfig, outcomes: list[Outcome], folder: Path) ->
     """Build the sections: each optimizer at its chosen rate, its curves, and all rates."""
     groups = {
         name: {f: where(outcomes, optimizer=name, lr_factor=f) for f in config.lr_factors}
-        for name in dict.fromkeys(config.optimizers)
+        for name in _names(config)
     }
     chosen = {name: best_of(rates) for name, rates in groups.items()}
     at_best = {name: groups[name][f] for name, f in chosen.items() if f is not None}

@@ -24,6 +24,7 @@ import torch
 
 from smallfry.errors import SmallfryWarning, TrainingError, UsageError, nearest
 from smallfry.io.signals import leave_to_parent
+from smallfry.optim import METHODS
 from smallfry.report.race_page import write_report
 from smallfry.studies.config import RaceConfig
 from smallfry.studies.contestants import CONTESTANTS, propose
@@ -36,23 +37,7 @@ from smallfry.studies.trial import Job, Resources, fisher_errors, run_trial
 from smallfry.training.config import MOST_WORKERS
 from smallfry.training.provenance import provenance
 
-AUTOENCODER = (
-    "sgd",
-    "adamw",
-    "muon",
-    "soap",
-    "kfac_papers",
-    "kfac",
-    "ekfac",
-    "ekfac_kpsvd",
-    "kpsvd",
-    "deflation",
-    "lanczos",
-    "kfac_corrected",
-    "two_level",
-    "sngd",
-    "exact_ng",
-)
+AUTOENCODER = ("sgd", "adamw", "muon", "soap", "kfac_papers", "ekfac_kpsvd", *METHODS)
 TWO_LEVEL = (
     "sgd",
     "adamw",

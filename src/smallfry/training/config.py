@@ -295,6 +295,12 @@ class TrainConfig:
 
     Groups of settings may be given as mappings, and those with a name by it: ``data="digits"``.
 
+    Example:
+        >>> from smallfry import compress
+        >>> config = TrainConfig(methods=[compress.RoundWeights(bits=6)], model={"start": "runs/a"})
+        >>> config.methods
+        [{'round_weights': {'bits': 6, 'include': ('*',), 'exclude': ()}}]
+
     Args:
         data: The data set.
         model: The model.

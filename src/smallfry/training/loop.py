@@ -130,10 +130,10 @@ class Trainer:
             model = synchronized(model, processes)
         convert = self.fabric.strategy.precision.convert_module
         self.raw_model = convert(self.fabric.to_device(model))
-        self.running = self.plan.begin(self.raw_model)
-        self.raw_model = convert(self.fabric.to_device(self.raw_model))  # with new layers
         if config.channels_last:
             self.raw_model.to(memory_format=torch.channels_last)
+        self.running = self.plan.begin(self.raw_model)
+        self.raw_model = convert(self.fabric.to_device(self.raw_model))  # with new layers
         prepared = objective.prepare(self.raw_model)
         if config.compile:
             prepared = Compiled(prepared)

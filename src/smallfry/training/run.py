@@ -167,7 +167,7 @@ class RunFolder:
             _require_summary(summary)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
             raise RunError(
                 f"{self.summary}: damaged ({error!r}); delete it, then --resume makes it again"
             ) from error
@@ -252,6 +252,8 @@ def load_run(run: str | Path, checkpoint: str = "best") -> TrainedModel:
     try:
         sample, classes = manifest["input"], manifest["classes"]
         _require_input(sample, classes)
+        if not isinstance(manifest.get("methods", []), list):
+            raise TypeError("methods are no list")
         # the weights are here already, wherever the training took them from
         spec = ModelSpec.from_dict(manifest["model"], str(folder)).portable()
         model = _built(spec, weights, str(folder), manifest.get(UNFINISHED))
@@ -312,6 +314,7 @@ def _require_summary(summary: Any) -> None:
         *(measured[name] for name in ("parameters", "best_epoch", "epochs")),
         *(summary["data"][name] for name in ("train", "test")),
     )
+    methods = [next(iter(each)) for each in summary.get("methods", [])]
     references = measured["references"]
     is_classifier = summary.get("task", "classification") == "classification"
     scores = ("accuracy", "macro_f1") if is_classifier else measured["test"]
@@ -320,7 +323,7 @@ def _require_summary(summary: Any) -> None:
         *(measured[name] for name in ("macs", "training_seconds")),
         *(reference["test_accuracy"] for reference in references),
     )
-    names = (*texts, *(reference["name"] for reference in references))
+    names = (*texts, *methods, *(reference["name"] for reference in references))
     if not all(isinstance(text, str) for text in names):
         raise TypeError("a name is no text")
     if not all(type(count) is int for count in counts):

@@ -24,6 +24,14 @@ def with_classes(model: nn.Module, spec: ModelSpec, classes: int) -> tuple[nn.Mo
     Returns:
         A model in evaluation mode on the CPU, and its spec.
 
+    Example:
+        >>> from smallfry.transforms import ModelSpec, build
+        >>> from smallfry.transforms.classifier import with_classes
+        >>> spec = ModelSpec("resnet18", {"num_classes": 10})
+        >>> tuned, spec = with_classes(build(spec), spec, 3)
+        >>> tuned.fc.out_features, spec.arguments["num_classes"]
+        (3, 3)
+
     Raises:
         UsageError: The classifier can't be told from the rest of the model.
     """

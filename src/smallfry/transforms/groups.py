@@ -17,9 +17,9 @@ from smallfry.errors import UsageError, nearest
 from smallfry.transforms.resize import (
     Resize,
     apply_counts,
-    classifier_width,
+    feature_widths,
     fit_attributes,
-    fit_classifier,
+    fit_features,
     index_select,
     set_tensor,
     tensors_of,
@@ -117,11 +117,11 @@ def cut(model: nn.Module, groups: Sequence[ChannelGroup], keep: Mapping[str, Ten
             owner, _, leaf = attribute.rpartition(".")
             now = counts.get(attribute, getattr(model.get_submodule(owner), leaf))
             counts[attribute] = now - each_count * int(gone.sum())
-    width = classifier_width(model)
+    widths = feature_widths(model)
     shapes = _cut_tensors(model, removed)
     apply_counts(model, counts)
     fit_attributes(model, shapes)
-    fit_classifier(model, width)
+    fit_features(model, widths)
     return Resize(shapes, counts)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class Resize:
         Raises:
             ValueError: A tensor or attribute that the model does not have, or one that would grow.
         """
-        tensors, width = tensors_of(model), classifier_width(model)
+        tensors, widths = tensors_of(model), feature_widths(model)
         for name, shape in self.shapes.items():
             old = tensors.get(name)
             if old is None or old.ndim != len(shape):
@@ -70,7 +70,7 @@ class Resize:
             set_tensor(model, name, old.detach()[tuple(slice(size) for size in shape)].clone())
         apply_counts(model, self.counts)
         fit_attributes(model, self.shapes)
-        fit_classifier(model, width)
+        fit_features(model, widths)
 
 
 def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
@@ -121,19 +121,82 @@ def fit_attributes(model: nn.Module, names: Mapping[str, Any]) -> None:
             module.num_features = len(next(t for t in module.state_dict().values() if t.ndim))
 
 
-def classifier_width(model: nn.Module) -> int | None:
-    """Return the input features of a timm model's classifier."""
-    classifier = getattr(model, "get_classifier", lambda: None)()
-    weight = getattr(classifier, "weight", None)
-    return int(weight.shape[1]) if isinstance(weight, Tensor) and weight.ndim > 1 else None
+class Width(NamedTuple):
+    """Dimension of a tensor that an attribute of the model counts."""
+
+    tensor: str  # qualified name
+    dim: int
 
 
-def fit_classifier(model: Any, before: int | None) -> None:
-    """Update timm's ``reset_classifier`` for the current number of features."""
-    now = classifier_width(model)
-    for name in ("num_features", "head_hidden_size"):
-        if before is not None and now != before and getattr(model, name, None) == before:
-            setattr(model, name, now)
+def feature_widths(model: nn.Module) -> dict[str | int, Width]:
+    """Return the widths in timm's attributes: ``num_features``, ``head_hidden_size`` and features.
+
+    Args:
+        model: Before its tensors change.
+
+    Returns:
+        By the name of an attribute, or the number of an entry of ``feature_info``.
+    """
+    found: dict[str | int, Width] = {}
+    tensors = list(tensors_of(model).items())
+    for number, entry in enumerate(_features(model)):
+        if (source := _source(model, tensors, entry)) is not None:
+            found[number] = source
+    classifier: Any = getattr(model, "get_classifier", lambda: None)()
+    name = next((n for n, module in model.named_modules() if module is classifier), None)
+    sources = [Width(f"{name}.weight", 1)] if name is not None else []
+    sources += [found[number] for number in [len(_features(model)) - 1] if number in found]
+    sizes = {key: tensor.shape for key, tensor in tensors if tensor.ndim}
+    for attribute in ("num_features", "head_hidden_size"):
+        for source in sources:
+            shape = sizes.get(source.tensor, ())
+            if source.dim < len(shape) and getattr(model, attribute, None) == shape[source.dim]:
+                found.setdefault(attribute, source)
+    return found
+
+
+def fit_features(model: Any, widths: Mapping[str | int, Width]) -> None:
+    """Let those attributes count what there is now, as ``reset_classifier`` and others read them.
+
+    Args:
+        model: With tensors of other shapes.
+        widths: As ``feature_widths`` gave it before.
+    """
+    tensors = tensors_of(model)
+    entries = [dict(entry) for entry in _features(model)]
+    for key, (name, dim) in widths.items():
+        width = int(tensors[name].shape[dim])
+        if isinstance(key, int):
+            entries[key]["num_chs"] = width
+        else:
+            setattr(model, key, width)
+    if entries:
+        model.feature_info = entries
+
+
+def _features(model: Any) -> list[dict[str, Any]]:
+    entries = getattr(model, "feature_info", None)
+    return entries if isinstance(entries, list) else []
+
+
+def _source(
+    model: nn.Module, tensors: Sequence[tuple[str, Tensor]], entry: Mapping[str, Any]
+) -> Width | None:
+    """The last tensor of a feature's module that has as many rows as the feature has channels.
+
+    A module without tensors, such as an activation, has the channels of the one before it.
+    """
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    module = entry.get("module")
+    if module not in names:
+        return None
+    owned = [t for t in tensors if t[0].startswith(f"{module}.")]
+    owners = {name.rpartition(".")[0] for name, _ in tensors}
+    last = next((n for n in reversed(names[: names.index(module)]) if n in owners), None)
+    for name, tensor in reversed(owned or [t for t in tensors if t[0].rpartition(".")[0] == last]):
+        if tensor.ndim and len(tensor) == entry.get("num_chs"):
+            return Width(name, 0)
+    return None
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
