@@ -35,7 +35,7 @@ DAMPING = 1.0  # see docs/natural_gradient.md, "Results"
 
 
 def _names(config: OptimizersConfig) -> tuple[str, ...]:
-    """The optimizers to compare, each once."""
+    """List the optimizers to compare, each once."""
     return tuple(dict.fromkeys(config.optimizers or LABELS))
 
 

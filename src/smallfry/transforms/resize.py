@@ -129,7 +129,7 @@ class Width(NamedTuple):
 
 
 def feature_widths(model: nn.Module) -> dict[str | int, Width]:
-    """Find the dimensions that timm's attributes count: ``num_features``, ``head_hidden_size`` and features.
+    """Return the widths in timm's attributes: ``num_features``, ``head_hidden_size`` and features.
 
     Args:
         model: Before its tensors change.
