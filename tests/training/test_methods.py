@@ -25,6 +25,7 @@ from smallfry.training.config import (
     read_config,
 )
 from smallfry.training.evaluation_data import load_like
+from smallfry.training.method import Running, Setting
 from smallfry.training.run import load_run
 from smallfry.training.train import resume, train
 
@@ -212,6 +213,25 @@ def test_a_penalty_counts_once_whatever_the_micro_batches(variant, tmp_path, opt
     losses = [float(metrics(tmp_path / n)[0]["train_loss"]) for n in ("1", "3", "without")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert losses[0] > losses[2] + 0.1
+
+
+def test_the_gradient_of_a_penalty_is_added_scaled_and_the_penalty_returned_as_it_is():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+    setting = Setting(smallfry.transforms.ModelSpec("unknown"), torch.zeros(1, 3))
+    running = Running([Shrink(0.5), Observe()], model, setting)
+    first, second = model[0].weight, model[1].weight
+    first.grad = torch.ones_like(first)
+    found = running.add_penalty(lambda term: 8 * term)
+    squares = first.detach().square().sum() + second.detach().square().sum()
+    assert found.item() == pytest.approx(0.5 * float(squares))
+    assert not found.requires_grad
+    torch.testing.assert_close(first.grad, 1 + 8 * first.detach())
+    torch.testing.assert_close(second.grad, 8 * second.detach())
+    assert model[0].bias.grad is None
+    assert Running([Observe()], model, setting).add_penalty() is None
+    first.requires_grad_(False)
+    second.requires_grad_(False)
+    assert running.add_penalty().item() == pytest.approx(found.item())
 
 
 @pytest.mark.parametrize(
