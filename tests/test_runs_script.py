@@ -1,0 +1,99 @@
+"""benchmarks/runs.py: a list of runs is trained, continued where it was stopped, and kept."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+FILE = Path(__file__).parents[1] / "benchmarks" / "runs.py"
+RECIPE = "recipes/vitrm_micro_digits.yaml"
+SMALL = {"data.limit": 100, "epochs": 2, "batch_size": 50, "progress": "quiet", "threads": 1}
+
+
+def start(folder, runs, *words):
+    file = folder / "list.yaml"
+    file.write_text(yaml.safe_dump(runs))
+    command = [sys.executable, str(FILE), str(file), "--out", str(folder / "out"), *words]
+    environment = os.environ | {"SMALLFRY_CACHE": str(folder / "cache")}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.slow
+def test_a_list_is_trained_once_and_the_best_weights_of_the_first_seed_are_kept(tmp_path):
+    runs = [
+        {"name": "a", "recipe": RECIPE, "settings": SMALL, "seeds": [0, 1], "keep": True},
+        {"name": "b", "recipe": RECIPE, "settings": {**SMALL, "epochs": 0}, "decides": "nothing"},
+        {"name": "c", "recipe": RECIPE, "settings": SMALL},
+    ]
+    words = ("--at-once", "2", "--only", "a", "b", "--set", "schedule.shape=linear")
+    first = start(tmp_path, runs, *words)
+    said, _ = first.communicate()
+    out = tmp_path / "out"
+    assert "b-seed0: UsageError: epochs must be at least 1" in said
+    assert "a-seed0: test " in said
+    assert {p.name for p in out.glob("*/summary.json")} == {"summary.json"}
+    assert {p.parent.name for p in out.glob("*/summary.json")} == {"a-seed0", "a-seed1"}
+    assert (out / "a-seed0" / "best" / "model.safetensors").is_file()
+    assert not (out / "a-seed1" / "best").exists()
+    config = yaml.safe_load((out / "a-seed1" / "config.yaml").read_text())
+    assert (config["seed"], config["epochs"], config["schedule"]["shape"]) == (1, 2, "linear")
+    assert json.loads((out / "log.json").read_text()).keys() == {"a-seed0", "a-seed1", "b-seed0"}
+    again, _ = start(tmp_path, runs, *words).communicate()
+    assert "a-seed" not in again
+    assert "2 had ended before" in again
+
+
+@pytest.mark.slow
+def test_a_list_that_is_stopped_goes_on_where_it_was(tmp_path):
+    settings = {**SMALL, "epochs": 400, "checkpoint_seconds": 600}
+    runs = [{"name": "long", "recipe": RECIPE, "settings": settings}]
+    begun = start(tmp_path, runs)
+    metrics = tmp_path / "out" / "runs" / "long-seed0" / "metrics.csv"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
+        assert begun.poll() is None
+        time.sleep(0.05)
+    begun.send_signal(signal.SIGTERM)
+    said, _ = begun.communicate()
+    assert "long-seed0: stopped after step" in said
+    assert begun.returncode == 1
+    done = len(list(csv.DictReader(metrics.open())))
+    assert 2 <= done < 400
+    words = ("--resume", str(metrics.parent), "--epochs", str(done + 1))
+    command = [sys.executable, "-m", "smallfry", "train", *words]
+    subprocess.run(
+        command, check=True, env=os.environ | {"SMALLFRY_CACHE": str(tmp_path / "cache")}
+    )
+    said, _ = start(tmp_path, runs).communicate()
+    assert "long-seed0: test " in said
+    assert len(list(csv.DictReader(metrics.open()))) == done + 1
+
+
+def test_an_unknown_key_is_refused(tmp_path):
+    begun = start(tmp_path, [{"name": "a", "recipe": RECIPE, "setings": {}}])
+    begun.communicate()
+    assert begun.returncode != 0
+
+
+@pytest.mark.parametrize(
+    "file", sorted((FILE.parent / "lists").glob("*.yaml")), ids=lambda f: f.stem
+)
+def test_lists_name_recipes_and_settings_that_exist(file):
+    sys.path.insert(0, str(FILE.parent))
+    try:
+        from runs import read_list
+    finally:
+        sys.path.remove(str(FILE.parent))
+    from smallfry.training.config import read_config
+    from smallfry.training.continuation import with_changes
+
+    runs = read_list(file, [], {})
+    assert len({run.name for run in runs}) == len(runs) > 10
+    for run in runs:
+        with_changes(read_config(run.recipe), run.settings)
