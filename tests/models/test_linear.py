@@ -47,7 +47,7 @@ def test_intel_keeps_mkl_and_a_variable_decides_otherwise():
     assert onednn.prefers_onednn("", amd)
     assert onednn.prefers_onednn("1", intel)
     assert not onednn.prefers_onednn("0", amd)
-    with pytest.raises(UsageError, match="SMALLFRY_ONEDNN is 0 or 1, not 'yes'"):
+    with pytest.raises(UsageError, match="SMALLFRY_ONEDNN must be 0 or 1, not 'yes'"):
         onednn.prefers_onednn("yes", amd)
 
 

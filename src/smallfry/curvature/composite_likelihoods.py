@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from smallfry._torch import tree_flatten, tree_unflatten
 from smallfry.curvature.likelihoods import (
     Bernoulli,
     Categorical,

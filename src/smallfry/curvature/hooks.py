@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.graph import GradientEdge
 
+from smallfry._torch import disable_dynamo
 from smallfry.curvature.taps import Observation
 
 
@@ -41,7 +42,7 @@ class WeakHook:
     def __init__(self, method: Callable[..., Any] | None = None) -> None:
         self.method = None if method is None else weakref.WeakMethod(method)
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @disable_dynamo
     def __call__(self, *arguments: Any) -> None:
         """Call the method if its owner still exists."""
         method = None if self.method is None else self.method()

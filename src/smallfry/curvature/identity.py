@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smallfry._torch import BatchNorm
 from smallfry.curvature.layers import is_linear
 
 
@@ -108,5 +109,4 @@ def position_first(tensor: Tensor, samples: int) -> Tensor | None:
 
 def mixes_samples(model: nn.Module) -> bool:
     """Return whether a batch norm uses batch statistics."""
-    norm = torch.nn.modules.batchnorm._BatchNorm
-    return any(isinstance(module, norm) and module.training for module in model.modules())
+    return any(isinstance(module, BatchNorm) and module.training for module in model.modules())

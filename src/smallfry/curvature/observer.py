@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_map
 
+from smallfry._torch import current_autograd_node, is_functorch_wrapped_tensor, tree_map
 from smallfry.curvature.hooks import EagerStance, Root, WeakHook, upstream
 from smallfry.curvature.identity import (
     belongs,
@@ -320,7 +319,7 @@ class Observer:
         if seen.likelihood is None or not seen.likelihood.is_density(seen.outputs):
             return  # nothing can be sampled from such a density: no draws, no statistics
         weights = seen.weights[root.which]
-        node: Any = torch._C._current_autograd_node()
+        node: Any = current_autograd_node()
         place = GradientEdge(node, root.output)
         if self._unsure(seen):
             self._probe(seen, root, place)

@@ -3,9 +3,9 @@
 from collections.abc import Collection
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+
+from smallfry._torch import current_graph_task_id, tree_leaves
 
 
 class Passes(dict[int, Tensor]):
@@ -35,5 +35,5 @@ def versions_of(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[i
 
 def backward_pass() -> int:
     """Return the number of the current backward pass."""
-    number: int = torch._C._current_graph_task_id()
+    number: int = current_graph_task_id()
     return number

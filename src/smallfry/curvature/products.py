@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smallfry._torch import has_forward_hooks
+
 
 def is_transposed(module: nn.Module) -> bool:
     """Return whether a module is x W + b with W (inputs, outputs), as transformers' ``Conv1D``."""
@@ -30,7 +32,12 @@ def same_product(module: nn.Module, kind: type[nn.Module]) -> bool:
         kind: Its parent, or the class of the parent where ``is_transposed``.
     """
     names = {name for name, p in module._parameters.items() if p is not None}
-    if not names <= {"weight", "bias"} or module._buffers or module._modules or _hooked(module):
+    if (
+        not names <= {"weight", "bias"}
+        or module._buffers
+        or module._modules
+        or has_forward_hooks(module)
+    ):
         return False
     weight: Any = module._parameters.get("weight")
     if not isinstance(weight, nn.Parameter) or isinstance(
@@ -51,10 +58,6 @@ def same_product(module: nn.Module, kind: type[nn.Module]) -> bool:
     except Exception:  # whatever a foreign forward does with numbers that it does not expect
         return False
     return True
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _examples(module: nn.Module, weight: Tensor) -> list[Tensor]:

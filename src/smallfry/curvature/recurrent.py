@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from smallfry._torch import flat_weight_names
 from smallfry.curvature.spelled import Host, Part
 
 State = tuple[Tensor, ...]  # (batch, features) each: h, and of an LSTM c
@@ -29,7 +30,7 @@ def is_recurrent(module: nn.Module) -> bool:
         kind is not None
         and type(module).forward is kind.forward
         and "forward" not in module.__dict__
-        and all(name in module._parameters for name in cast(Any, module)._flat_weights_names)
+        and all(name in module._parameters for name in flat_weight_names(cast(nn.RNNBase, module)))
     )
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
+from smallfry._torch import is_transformed
 from smallfry.errors import UsageError
 
 __all__ = ["VARIABLE", "multiplies", "multiply", "prefers_onednn"]
@@ -80,7 +81,7 @@ def multiplies(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_exporting()
         and not _JIT.is_tracing()
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not is_transformed()
     )
 
 

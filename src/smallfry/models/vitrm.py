@@ -25,6 +25,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from smallfry._torch import has_forward_hooks
 from smallfry.models.contract import RecursionStep
 from smallfry.models.layers import EVERY, Layer, Tokens, end_to_end
 
@@ -244,7 +245,7 @@ class ViTRM(nn.Module):
     def _start(self, batch_size: int) -> State:
         """Return the initial state, shared, or per image where a hook needs single images."""
         projection = cast(Layer, self.blocks[0]).attn.qkv
-        return self.initial_state(batch_size if projection._forward_hooks else 1)
+        return self.initial_state(batch_size if has_forward_hooks(projection) else 1)
 
     def _project(self, rows: Tensor) -> Tokens:
         return Tokens(rows, cast(Layer, self.blocks[0]).project(rows))

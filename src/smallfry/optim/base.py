@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from smallfry._torch import disable_dynamo
 from smallfry.curvature import Block, Observation, Taps, as_likelihood, cover
 from smallfry.curvature.observer import Observer
 from smallfry.errors import UsageError
@@ -159,7 +160,7 @@ class NaturalGradient(PreconditionedOptimizer):
         """Build the preconditioner of these blocks; overridden by methods that couple blocks."""
         return Preconditioner(blocks, approximation, self.settings, collectives)
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Refresh the curvature if due, and update the parameters.

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from smallfry._torch import foreach_norm
+
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the precision of statistics for parameters: float32 or higher."""
@@ -16,5 +18,5 @@ def finite(tensors: Iterable[Tensor]) -> bool:
     found = list(tensors)
     if not found:
         return True
-    norms = torch._foreach_norm(found)
+    norms = foreach_norm(found)
     return bool(torch.stack([n.float() for n in norms]).isfinite().all())

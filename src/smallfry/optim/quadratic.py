@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map
 
+from smallfry._torch import tree_map
 from smallfry.curvature import Observation
 from smallfry.curvature.observer import Observer
 from smallfry.optim.collectives import Collectives

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from smallfry._torch import BatchNorm
 from smallfry.errors import UsageError
 from smallfry.tasks.task import micro_batch_sizes
 from smallfry.training.processes import share_of
@@ -69,7 +69,7 @@ def _norm_of_one_value(model: nn.Module, sample: Tensor) -> str | None:
     hooks = [
         module.register_forward_pre_hook(look(name))
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm)
+        if isinstance(module, BatchNorm)
     ]
     was_training = model.training
     try:

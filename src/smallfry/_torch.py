@@ -1,0 +1,46 @@
+"""Private names of PyTorch, all of them here: what a new version moves is mended in one file.
+
+``tests/test_private_torch.py`` names what is missing, and what is used elsewhere.
+"""
+
+from typing import Any, cast
+
+from torch import _disable_dynamo as disable_dynamo  # type: ignore[attr-defined]
+from torch import _foreach_norm as foreach_norm
+from torch import nn
+from torch._C import _current_autograd_node as current_autograd_node
+from torch._C import _current_graph_task_id as current_graph_task_id
+from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+__all__ = [
+    "BatchNorm",
+    "current_autograd_node",
+    "current_graph_task_id",
+    "disable_dynamo",
+    "flat_weight_names",
+    "foreach_norm",
+    "has_forward_hooks",
+    "is_functorch_wrapped_tensor",
+    "is_transformed",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "tree_unflatten",
+]
+
+
+def is_transformed() -> bool:
+    """True inside a transform of ``torch.func``, such as ``vmap``."""
+    return peek_interpreter_stack() is not None
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """True if a forward hook or a forward pre-hook is registered on a module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def flat_weight_names(module: nn.RNNBase) -> list[str]:
+    """Return the names of a recurrent layer's weights, in PyTorch's order."""
+    return list(cast(Any, module)._flat_weights_names)
