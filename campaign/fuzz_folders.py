@@ -25,7 +25,7 @@ from campaign.fuzz_config import wild
 from campaign.trials import RIGHT, TOLD, Part, Verdict, generator
 from smallfry.errors import SmallfryError
 from smallfry.training.checkpoint import load_checkpoint
-from smallfry_runtime.files import sealed
+from smallfry_runtime.files import with_digest
 
 HOSTILE_NAMES = (
     *("hf_hub:a/b", "hf-hub:a/b", "local-dir:/etc", "../x", "os.system", "resnet18.a1_in1k"),
@@ -77,7 +77,7 @@ def _make_hashes_fit(folder: Path, target: Target) -> None:
                 told["weights"]["sha256"] = digest
             elif target.place != "shared" and file.name in told["files"]:
                 told["files"][file.name] = digest
-        content = content if target.place == "shared" else sealed(content)
+        content = content if target.place == "shared" else with_digest(content)
         text = json.dumps(content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return  # the manifest itself is what was changed

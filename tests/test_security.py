@@ -32,7 +32,7 @@ from smallfry.training.checkpoint import load_checkpoint
 from smallfry.training.config import read_config
 from smallfry.training.run import load_run
 from smallfry.training.train import resume
-from smallfry_runtime.files import sealed
+from smallfry_runtime.files import with_digest
 from smallfry_runtime.images import READ, decode
 from smallfry_runtime.inputs import images_below
 
@@ -76,7 +76,7 @@ def reseal(folder, change=lambda manifest: None):
     change(manifest)
     for name in manifest["files"]:
         manifest["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    file.write_text(json.dumps(sealed(manifest)))
+    file.write_text(json.dumps(with_digest(manifest)))
 
 
 # Nothing that is loaded runs code
@@ -245,7 +245,7 @@ def test_a_manifest_lists_no_other_files(run, name):
     file = run / "best" / "manifest.json"
     manifest = json.loads(file.read_text())
     manifest["files"][name] = "0" * 64
-    file.write_text(json.dumps(sealed(manifest)))
+    file.write_text(json.dumps(with_digest(manifest)))
     with pytest.raises(RunError, match="lists other files"):
         load_run(run)
 

@@ -38,6 +38,7 @@ MOVED = {
         "signals": "smallfry.io.signals",
         "studies.entrants": "smallfry.studies.study_models",
         "terminal": "smallfry.io.terminal",
+        "training.started": "smallfry.training.launch_env",
         "training.rebuild": "smallfry.transforms.build",
         "writing": "smallfry.io.replace",
     }.items()

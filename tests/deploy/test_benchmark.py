@@ -12,7 +12,7 @@ from smallfry.deploy.memory import Memory
 from smallfry.errors import ExportError, RunError, UsageError
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.run import load_run
-from smallfry_runtime.files import sealed
+from smallfry_runtime.files import with_digest
 
 pytestmark = pytest.mark.slow
 
@@ -138,7 +138,7 @@ def test_exports_of_one_name_are_told_apart(int8, tmp_path):
 def with_classes(export, target, classes):
     shutil.copytree(export, target)
     content = json.loads((target / "manifest.json").read_text()) | {"classes": classes}
-    (target / "manifest.json").write_text(json.dumps(sealed(content)))
+    (target / "manifest.json").write_text(json.dumps(with_digest(content)))
     return str(target)
 
 

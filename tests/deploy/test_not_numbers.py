@@ -14,7 +14,7 @@ from PIL import Image
 from smallfry.cli import main
 from smallfry.deploy import Runtime, benchmark
 from smallfry.errors import ExportError
-from smallfry_runtime.files import sealed
+from smallfry_runtime.files import with_digest
 from smallfry_runtime.inputs import Found
 from smallfry_runtime.predictions import NOT_FINITE, Outputs, answers
 
@@ -24,7 +24,7 @@ def resealed(folder, names):
     manifest = json.loads(file.read_text())
     for name in names:
         manifest["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    file.write_text(json.dumps(sealed(manifest)))
+    file.write_text(json.dumps(with_digest(manifest)))
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from smallfry.errors import HubError, RunError, SmallfryError, SmallfryWarning, 
 from smallfry.training.augment import Normalize
 from smallfry.training.inference import classify
 from smallfry.training.run import TrainedModel, load_run
-from smallfry_runtime.files import sealed
+from smallfry_runtime.files import with_digest
 from smallfry_runtime.inputs import Found
 
 FAST = [
@@ -227,7 +227,7 @@ def test_loading_a_run_of_fine_tuned_weights_fetches_nothing(run, tmp_path, monk
     file = tuned / "best/manifest.json"
     manifest = json.loads(file.read_text())
     manifest["model"]["arguments"]["pretrained"] = True
-    file.write_text(json.dumps(sealed(manifest)))
+    file.write_text(json.dumps(with_digest(manifest)))
     folder = save_pretrained(tuned, tmp_path / "out")
     assert "pretrained" not in from_pretrained(folder).manifest["model"]["arguments"]
     by_timm = timm.create_model(f"local-dir:{folder}", pretrained=True)

@@ -28,7 +28,7 @@ from smallfry.training.config import DataConfig, ModelConfig, TrainConfig
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.run import load_run
 from smallfry.training.train import train
-from smallfry_runtime.files import sealed
+from smallfry_runtime.files import with_digest
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +228,7 @@ def test_scores_that_are_no_numbers_are_no_answer(form, value, request, tmp_path
     (copied / name).write_bytes(graph.SerializeToString())
     content = json.loads((copied / "manifest.json").read_text())
     content["files"][name] = hashlib.sha256((copied / name).read_bytes()).hexdigest()
-    (copied / "manifest.json").write_text(json.dumps(sealed(content)))
+    (copied / "manifest.json").write_text(json.dumps(with_digest(content)))
     runtime = Runtime(copied, threads=1)
     shape = (3, runtime.manifest.channels, *[runtime.manifest.image_size] * 2)
     for options in ({}, {"threshold": 0.5}) if form == "anytime" else ({},):
@@ -278,7 +278,7 @@ def damaged(export, tmp_path, **changes):
     copy = tmp_path / "damaged"
     shutil.copytree(export, copy)
     content = json.loads((copy / "manifest.json").read_text()) | changes
-    (copy / "manifest.json").write_text(json.dumps(sealed(content)))
+    (copy / "manifest.json").write_text(json.dumps(with_digest(content)))
     return copy
 
 
@@ -295,7 +295,9 @@ def test_an_export_of_an_earlier_format_is_read(anytime, tmp_path, pixels, form)
     copied = damaged(anytime, tmp_path, format=form)
     content = json.loads((copied / "manifest.json").read_text())
     del content["bit_depth"], content["digest"]
-    (copied / "manifest.json").write_text(json.dumps(content if form == 1 else sealed(content)))
+    (copied / "manifest.json").write_text(
+        json.dumps(content if form == 1 else with_digest(content))
+    )
     old = Runtime(copied, threads=1)
     assert old.manifest.bit_depth is None
     new = Runtime(anytime, threads=1).predict(pixels[:3]).probabilities

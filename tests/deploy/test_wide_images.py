@@ -16,7 +16,7 @@ from smallfry.training.config import DataConfig, ModelConfig, TrainConfig
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.inference import classify
 from smallfry.training.train import train
-from smallfry_runtime.files import sealed
+from smallfry_runtime.files import with_digest
 from smallfry_runtime.images import decode
 from smallfry_runtime.inputs import Found
 from smallfry_runtime.manifest import Manifest
@@ -114,7 +114,9 @@ def test_a_run_without_a_depth_is_read_and_a_wrong_one_refused(place, tmp_path):
             del content["input"]["bit_depth"]
         else:
             content["input"]["bit_depth"] = value
-        file.write_text(json.dumps(sealed({k: v for k, v in content.items() if k != "digest"})))
+        file.write_text(
+            json.dumps(with_digest({k: v for k, v in content.items() if k != "digest"}))
+        )
         if value is None:
             assert load_trained(run).bit_depth is None
         else:

@@ -12,7 +12,14 @@ from smallfry.errors import ExportError, SmallfryError
 from smallfry.io.safe_yaml import load_yaml
 from smallfry.io.terminal import printable
 from smallfry_runtime import files
-from smallfry_runtime.files import is_whole, read_bytes, read_json, read_large, sealed, settled
+from smallfry_runtime.files import (
+    has_valid_digest,
+    read_bytes,
+    read_json,
+    read_large,
+    settled,
+    with_digest,
+)
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -50,14 +57,14 @@ def test_a_sparse_file_is_not_read(tmp_path):
 
 @given(st.dictionaries(st.text(), JSON))
 def test_what_was_sealed_is_whole_after_a_way_through_json(content):
-    written = json.loads(json.dumps(sealed({**content, "format": 2})))
-    assert is_whole(written)
-    assert not is_whole({**written, "format": 3})
+    written = json.loads(json.dumps(with_digest({**content, "format": 2})))
+    assert has_valid_digest(written)
+    assert not has_valid_digest({**written, "format": 3})
 
 
 def test_a_seal_can_not_be_left_out():
-    assert not is_whole({"format": 2, "a": 1})
-    assert is_whole({"format": 1, "a": 1})  # which had none
+    assert not has_valid_digest({"format": 2, "a": 1})
+    assert has_valid_digest({"format": 1, "a": 1})  # which had none
 
 
 def test_json_that_is_nested_too_deeply_is_told(tmp_path):

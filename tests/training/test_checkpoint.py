@@ -194,16 +194,16 @@ def test_a_checkpoint_is_read_while_another_process_saves_the_next_ones(
 def saved_while_it_is_read(monkeypatch, folder, before, times):
     """Save the next checkpoint as often when a file of that name is about to be opened."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # which takes time
-    real, left = module.opened, times
+    real, left = module.open_regular, times
 
-    def opened(file, most):
+    def open_regular(file, most):
         nonlocal left
         if file.name == before and left:
             left -= 1
             save(folder, 10.0 + times - left, {"step": left})
         return real(file, most)
 
-    monkeypatch.setattr(module, "opened", opened)
+    monkeypatch.setattr(module, "open_regular", open_regular)
 
 
 @pytest.mark.parametrize("before", ["manifest.json", "model.safetensors", "trainer.pt"])
@@ -228,14 +228,14 @@ def test_what_is_replaced_again_and_again_is_no_reason_to_delete_anything(tmp_pa
 def test_what_can_not_be_read_now_is_not_called_damaged(tmp_path, monkeypatch, name, number):
     for value in (1.0, 2.0):
         save(tmp_path / "last", value, {"step": 1})
-    real = module.opened
+    real = module.open_regular
 
-    def opened(file, most):
+    def open_regular(file, most):
         if file.name == name:
             raise OSError(number, os.strerror(number), str(file))
         return real(file, most)
 
-    monkeypatch.setattr(module, "opened", opened)
+    monkeypatch.setattr(module, "open_regular", open_regular)
     with pytest.raises(RunError, match=rf"{name}: can't be read") as caught:
         load_checkpoint(tmp_path / "last")
     assert "last.previous" in str(caught.value)

@@ -21,7 +21,7 @@ from smallfry.training.evaluation import predict, score
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.run import load_run, new_run_folder, require_classes
 from smallfry.training.train import resume, train
-from smallfry_runtime.files import DIGEST, sealed
+from smallfry_runtime.files import DIGEST, with_digest
 
 CAFE = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]
 LATIN_1 = os.fsdecode("thé".encode("latin-1"))
@@ -329,7 +329,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_names_as_they_were_then(on, tm
     earlier = load_data(str(photos))._fingerprint((CAFE[1], "tea"))
     assert earlier != manifest["data"]["fingerprint"]
     manifest["data"]["fingerprint"] = earlier
-    file.write_text(json.dumps(sealed(manifest)))
+    file.write_text(json.dumps(with_digest(manifest)))
     resume(tmp_path / "run")
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 

@@ -47,7 +47,7 @@ from smallfry.training.progress import (
 )
 from smallfry.training.run import load_run, require_classes
 from smallfry.training.train import resume, train
-from smallfry_runtime.files import sealed
+from smallfry_runtime.files import with_digest
 
 # What a run leaves
 
@@ -381,7 +381,7 @@ def test_folders_that_are_no_runs_are_named(tmp_path):
 
 
 def resealed(manifest, text):
-    manifest.write_text(json.dumps(sealed(json.loads(text))))
+    manifest.write_text(json.dumps(with_digest(json.loads(text))))
 
 
 def test_damaged_weights_and_foreign_manifests_are_refused(config):

@@ -26,7 +26,7 @@ ATTEMPTS, PAUSE = 50, 0.001  # to read what is replaced meanwhile; seconds betwe
 
 
 @contextmanager
-def opened(file: Path, most: int) -> Iterator[BinaryIO]:
+def open_regular(file: Path, most: int) -> Iterator[BinaryIO]:
     """Open a regular file for reading.
 
     Raises:
@@ -47,8 +47,8 @@ def opened(file: Path, most: int) -> Iterator[BinaryIO]:
 
 
 def read_bytes(file: Path, most: int = MOST_TEXT) -> bytes:
-    """Read a whole file; raises as ``opened``."""
-    with opened(file, most) as stream:
+    """Read a whole file; raises as ``open_regular``."""
+    with open_regular(file, most) as stream:
         return stream.read()
 
 
@@ -56,9 +56,9 @@ def read_large(file: Path) -> bytes:
     """Read a whole file of weights (safetensors) or of optimizer state (zip).
 
     Raises:
-        OSError: See ``opened`` and ``read_stream``.
+        OSError: See ``open_regular`` and ``read_stream``.
     """
-    with opened(file, MOST_WEIGHTS) as stream:
+    with open_regular(file, MOST_WEIGHTS) as stream:
         return read_stream(stream, file)
 
 
@@ -82,7 +82,7 @@ def read_json(file: Path) -> Any:
 
     Raises:
         FileNotFoundError: There is no such file.
-        OSError: See ``opened``.
+        OSError: See ``open_regular``.
         ValueError: Not JSON, not UTF-8, or nested too deeply.
     """
     return parse_json(read_bytes(file))
@@ -136,20 +136,20 @@ def _version(file: Path) -> tuple[int, int, int, bytes] | None:
     ``st_ctime`` can't be chosen by a user.
     """
     try:
-        with opened(file, MOST_TEXT) as stream:
+        with open_regular(file, MOST_TEXT) as stream:
             found = os.fstat(stream.fileno())
             return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, stream.read()
     except OSError:
         return None
 
 
-def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Add a digest to the content of a manifest, which ``is_whole`` checks."""
+def with_digest(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Add a digest to the content of a manifest, which ``has_valid_digest`` checks."""
     written = json.loads(json.dumps(dict(content)))  # in which all keys are text
     return {**written, DIGEST: _digest(written)}
 
 
-def is_whole(content: Mapping[str, Any]) -> bool:
+def has_valid_digest(content: Mapping[str, Any]) -> bool:
     """Verify the digest of a manifest; format 1 has none and passes."""
     if DIGEST not in content:
         return content.get("format") == 1

@@ -25,7 +25,7 @@ from smallfry_runtime.decoding import (
 )
 from smallfry_runtime.decoding import MOST_PIXELS as MOST_PIXELS
 from smallfry_runtime.errors import DataError, SmallfryError, SmallfryWarning
-from smallfry_runtime.files import opened
+from smallfry_runtime.files import open_regular
 
 Encoded = bytes | Path | Image.Image
 
@@ -177,7 +177,7 @@ def _open(encoded: Encoded, where: str) -> Iterator[Image.Image]:
             _require_bounded(encoded.width * encoded.height, where)
             yield _copy_of(encoded, where)
         elif isinstance(encoded, Path):
-            with opened(encoded, MOST_BYTES) as stream, _image_in(stream, where) as image:
+            with open_regular(encoded, MOST_BYTES) as stream, _image_in(stream, where) as image:
                 yield image
         else:
             if len(encoded) > MOST_BYTES:

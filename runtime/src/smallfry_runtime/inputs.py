@@ -10,7 +10,7 @@ from PIL import Image
 
 from smallfry_runtime.artifacts import is_artifact
 from smallfry_runtime.errors import DataError
-from smallfry_runtime.files import opened
+from smallfry_runtime.files import open_regular
 from smallfry_runtime.images import IMAGE_EXTENSIONS, MOST_BYTES, Encoded
 from smallfry_runtime.names import text_of
 
@@ -122,7 +122,7 @@ def _is_unread_picture(file: Path) -> bool:
     if file.suffix:
         return file.suffix.lower() in UNREAD
     try:
-        with opened(file, MOST_BYTES) as stream:
+        with open_regular(file, MOST_BYTES) as stream:
             return stream.read(8).startswith(SIGNATURES)
     except OSError:
         return False

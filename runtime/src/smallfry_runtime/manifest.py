@@ -14,7 +14,7 @@ from typing import Any
 
 from smallfry_runtime.early_exit import Point
 from smallfry_runtime.errors import ExportError
-from smallfry_runtime.files import is_whole, opened, read_json, sealed, settled
+from smallfry_runtime.files import has_valid_digest, open_regular, read_json, settled, with_digest
 from smallfry_runtime.images import is_bit_depth
 from smallfry_runtime.stages import interrupted, obstacle
 from smallfry_runtime.version import __version__
@@ -78,7 +78,7 @@ class Manifest:
         """Serialise to the text of ``manifest.json``."""
         content = asdict(self) | {"exits": [point._asdict() for point in self.exits]}
         head = {"format": FORMAT, "smallfry": __version__}
-        return json.dumps(sealed({**head, **content}), indent=2) + "\n"
+        return json.dumps(with_digest({**head, **content}), indent=2) + "\n"
 
     @staticmethod
     def read(folder: Path) -> "Manifest":
@@ -138,7 +138,9 @@ def _read_export(folder: Path) -> tuple[Manifest, dict[str, bytes]]:
     with ExitStack() as stack:
         names = GRAPHS[manifest.form]
         try:  # all are opened before one is read: later, another export may be in their place
-            streams = [stack.enter_context(opened(folder / name, MOST_GRAPH)) for name in names]
+            streams = [
+                stack.enter_context(open_regular(folder / name, MOST_GRAPH)) for name in names
+            ]
             contents = [stream.read() for stream in streams]
         except (OSError, MemoryError) as error:
             reason = getattr(error, "strerror", None) or "out of memory"
@@ -168,7 +170,7 @@ def _checked(content: Any, file: Path) -> Manifest:
             f"{content['format']}; this is smallfry {__version__}, which reads format {FORMAT}: "
             "export the run again with this version, or install that one"
         )
-    if not is_whole(content):
+    if not has_valid_digest(content):
         raise ExportError(
             f"{file}: damaged, its digest is not that of its content; export the run again"
         )

@@ -19,7 +19,7 @@ from smallfry.cli._parser import Command, expand_home, read
 from smallfry.errors import SmallfryError, Stopped, UsageError, is_out_of_memory, refusal
 from smallfry.io.signals import Signalled, raising, second_ends
 from smallfry.io.terminal import escape_unencodable, say
-from smallfry.training.started import is_launched, launch, rank
+from smallfry.training.launch_env import is_launched, launch, rank
 
 
 def run(arguments: Sequence[str]) -> int:

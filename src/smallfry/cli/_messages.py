@@ -6,7 +6,7 @@ import sys
 from typing import Any, TextIO
 
 from smallfry.io.terminal import CleanFormatter, printable, say, shortened
-from smallfry.training.started import rank
+from smallfry.training.launch_env import rank
 
 FAILED, MISUSED = 1, 2  # exit codes; a run that a signal stopped gives 128 + its number
 CHATTY = (

@@ -11,7 +11,7 @@ from smallfry.cli._fields import given_settings, option, process_count, settings
 from smallfry.io.console import CleanConsole
 from smallfry.io.terminal import command, printable
 from smallfry.training.config import TrainConfig
-from smallfry.training.started import rank
+from smallfry.training.launch_env import rank
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,7 @@ from smallfry.data.sources import (
     shard_files,
 )
 from smallfry.errors import DataError, SmallfryWarning
-from smallfry_runtime.files import DIGEST, is_whole, sealed
+from smallfry_runtime.files import DIGEST, has_valid_digest, with_digest
 from smallfry_runtime.names import text_of
 
 log = logging.getLogger(__name__)
@@ -239,7 +239,7 @@ def _keep_index(index: _Index, folder: Path) -> None:
         for name, array in arrays.items():
             np.save(part / f"{name}.npy", array, allow_pickle=False)
         told["hashes"] = {name: content_hash(array) for name, array in arrays.items()}
-        (part / "index.json").write_text(json.dumps(sealed(told)))
+        (part / "index.json").write_text(json.dumps(with_digest(told)))
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         os.rename(part, folder)
     finally:
@@ -249,7 +249,7 @@ def _keep_index(index: _Index, folder: Path) -> None:
 def _load_index(folder: Path) -> _Index | None:
     try:
         told = json.loads((folder / "index.json").read_text())
-        if not is_whole(told):
+        if not has_valid_digest(told):
             return None
         del told[DIGEST]
         hashes = told.pop("hashes")

@@ -28,7 +28,7 @@ from smallfry.data.fingerprint import digest, stamp
 from smallfry.data.shards import WINDOW_BYTES, ShardReader, Shards
 from smallfry.data.threads import in_threads
 from smallfry.errors import AccessError, DataError, SmallfryWarning, is_out_of_memory
-from smallfry_runtime.files import is_whole, sealed
+from smallfry_runtime.files import has_valid_digest, with_digest
 from smallfry_runtime.images import decode
 
 log = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ def readable_rows(pixels: ShardPixels, skip_unreadable: bool) -> Tensor:
 def _load_faults(file: Path) -> dict[int, str] | None:
     try:
         told = json.loads(file.read_text())
-        if not is_whole(told):
+        if not has_valid_digest(told):
             return None
         return {int(row): str(reason) for row, reason in told["faults"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -174,7 +174,7 @@ def _load_faults(file: Path) -> dict[int, str] | None:
 def _keep_faults(found: dict[int, str], file: Path) -> None:
     with tempfile.TemporaryDirectory(dir=file.parent, suffix=".part") as place:
         part = Path(place) / file.name
-        part.write_text(json.dumps(sealed({"faults": found})))
+        part.write_text(json.dumps(with_digest({"faults": found})))
         part.replace(file)
 
 

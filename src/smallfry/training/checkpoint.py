@@ -26,12 +26,12 @@ from smallfry.version import __version__
 from smallfry_runtime.files import (
     MOST_TEXT,
     MOST_WEIGHTS,
-    is_whole,
-    opened,
+    has_valid_digest,
+    open_regular,
     parse_json,
     read_stream,
-    sealed,
     settled,
+    with_digest,
 )
 
 FORMAT = 3  # 2 had no transforms of the model, 1 no digest of the manifest
@@ -72,7 +72,7 @@ def save_checkpoint(
 
     files = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
     head = {"format": FORMAT, "smallfry": __version__, **manifest, "files": files}
-    contents[MANIFEST] = json.dumps(sealed(head), indent=2).encode()
+    contents[MANIFEST] = json.dumps(with_digest(head), indent=2).encode()
     try:
         with replacing(folder, check, _previous(folder)) as new:
             for name, data in contents.items():
@@ -188,7 +188,7 @@ def _read(folder: Path) -> Checkpoint:
 def _opened(file: Path, most: int, stack: ExitStack) -> BinaryIO | OSError:
     """Open a file, or return the reason of the failure."""
     try:
-        return stack.enter_context(opened(file, most))
+        return stack.enter_context(open_regular(file, most))
     except OSError as error:
         return error
 
@@ -229,7 +229,7 @@ def _manifest(folder: Path, stream: BinaryIO | OSError) -> dict[str, Any]:
             f"{folder}: written by smallfry {manifest.get('smallfry', '?')} in format "
             f"{manifest['format']}; this is smallfry {__version__}, which reads format {FORMAT}"
         )
-    if not is_whole(manifest):
+    if not has_valid_digest(manifest):
         raise _Damaged(f"{file}: damaged, its digest is not that of its content")
     files = manifest["files"]
     if not isinstance(files, dict) or not {WEIGHTS} <= {*files} <= {WEIGHTS, TRAINER}:

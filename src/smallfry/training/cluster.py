@@ -17,7 +17,7 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from smallfry.errors import TrainingError, UsageError
-from smallfry.training.started import Launch
+from smallfry.training.launch_env import Launch
 
 MEETING = timedelta(minutes=5)  # until all processes are there
 STEP = timedelta(minutes=30)  # as PyTorch's own, until all are through with a sum

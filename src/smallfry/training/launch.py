@@ -18,7 +18,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from smallfry.errors import Stopped, TrainingError, UsageError
 from smallfry.io.signals import Requests, handling, name_of
-from smallfry.training.started import LAUNCHER, launch
+from smallfry.training.launch_env import LAUNCHER, launch
 
 LAST_WORDS = 30.0  # seconds for the others to end by themselves after one has failed
 AT_ONCE = 3.0  # seconds to end in after a second signal

@@ -27,7 +27,7 @@ from smallfry.errors import DataError, SmallfryWarning
 from smallfry.io.signals import leave_to_parent
 from smallfry.tasks import Batch
 from smallfry.training.batches import TrainBatches
-from smallfry.training.started import launch
+from smallfry.training.launch_env import launch
 
 SHARED_MEMORY = Path("/dev/shm")
 AHEAD = 2  # batches that a worker prepares ahead

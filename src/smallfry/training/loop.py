@@ -26,6 +26,7 @@ from smallfry.training.config import TrainConfig
 from smallfry.training.continuation import changes_since, dotted, require_whole_epochs
 from smallfry.training.evaluation import joined, predict, require_finite, score
 from smallfry.training.events import EventWriter
+from smallfry.training.launch_env import launcher_has_ended
 from smallfry.training.loader import TrainLoader
 from smallfry.training.method import find_methods
 from smallfry.training.objective import Objective
@@ -46,7 +47,6 @@ from smallfry.training.sharding import (
     require_shareable,
     whole,
 )
-from smallfry.training.started import launcher_has_ended
 from smallfry.transforms.build import not_finite
 from smallfry.transforms.spec import ModelSpec
 

@@ -26,7 +26,7 @@ from torch import distributed as dist
 from smallfry.errors import SmallfryError, Stopped, TrainingError, UsageError
 from smallfry.io.signals import Signalled
 from smallfry.training.cluster import Cluster, join, let_go, tell_why, why
-from smallfry.training.started import launch
+from smallfry.training.launch_env import launch
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # a process may test a model while the others wait

@@ -42,6 +42,7 @@ from smallfry.training.continuation import (
 from smallfry.training.evaluation import Predictions, predict, require_finite, score, task_of
 from smallfry.training.evaluation_data import load_config_data, require_place
 from smallfry.training.fine_tuning import START, kept_facts, like_start, load_start
+from smallfry.training.launch_env import launch
 from smallfry.training.loop import Trainer
 from smallfry.training.method import find_methods
 from smallfry.training.model_source import ModelSource, is_pretrained, model_name
@@ -51,7 +52,6 @@ from smallfry.training.progress import Reporter, build_reporter
 from smallfry.training.provenance import provenance
 from smallfry.training.references import fit_references
 from smallfry.training.run import RunFolder, TrainedModel, load_run, new_run_folder
-from smallfry.training.started import launch
 from smallfry_runtime.names import path_of, text_of
 
 log = logging.getLogger(__name__)

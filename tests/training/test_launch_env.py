@@ -10,8 +10,8 @@ from smallfry.cli import main
 from smallfry.errors import TrainingError, UsageError
 from smallfry.optim.collectives import Collectives
 from smallfry.training import cluster, started
+from smallfry.training.launch_env import LAUNCHER, Launch, launch, launcher_has_ended, rank
 from smallfry.training.processes import start
-from smallfry.training.started import LAUNCHER, Launch, launch, launcher_has_ended, rank
 
 STEP = {
     **{"SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4"},
