@@ -52,6 +52,7 @@ KINDS = (KFAC, EKFAC, KPSVD, Deflation, Lanczos, KFACCorrected, TwoLevel, SNGD, 
 METHODS: dict[str, Any] = {kind.__name__: kind for kind in KINDS}
 LEADERS = ("KFAC", "EKFAC", "KPSVD")
 PROMISED = 0.005  # κ/2 of the default
+MEASURED = 7  # steps; no divisor of the period of refreshes, so that all phases are seen
 Loss = Callable[[Any, Tensor], Tensor]
 
 
@@ -269,7 +270,7 @@ def train(name: str, method: str, seed: int, steps: int | None = None) -> dict[s
             z = output.detach().requires_grad_()
             (residual,) = torch.autograd.grad(task.loss(z, targets), z)
             optimizer.step()
-            if step % 5 == 2:
+            if step % MEASURED == 2:
                 moved.append(
                     _divergence(task, likelihood, inputs, output.detach(), residual, random)
                 )
