@@ -206,8 +206,9 @@ def autoencoder(of: str) -> Task:
         images = digits(nn.Identity()).inputs.flatten(1)
         sizes: Sequence[int] = (64, 100, 50, 10)
     else:
-        found = read_curves().splits["train"].images[:2000]
-        images = torch.tensor(found, dtype=torch.float32).flatten(1) / 255
+        train = read_curves().splits["train"]
+        drawn = [torch.as_tensor(train.read(i)) for i in range(2000)]
+        images = torch.stack(drawn).float().flatten(1) / 255
         sizes = (784, 200, 100, 50, 6)
     return Task(Autoencoder(sizes), images, images, loss, {"likelihood": "bernoulli"})
 

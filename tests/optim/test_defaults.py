@@ -47,6 +47,19 @@ def test_no_method_diverges_at_its_defaults(defaults, name):
     assert defaults.failures(results(defaults, name, 60, defaults.METHODS)) == []
 
 
+KINDS = ("cnn 4", "lstm", "bert 6", "gpt2", "vit", "autoencoder curves", "regression")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_models_fit_their_data(defaults, name):
+    if name.split()[0] in ("bert", "gpt2"):
+        pytest.importorskip("transformers", reason="the model is of transformers")
+    task = defaults.CELLS[name].make()
+    loss = task.loss(task.model(task.inputs[:4]), task.targets[:4])
+    assert loss.isfinite()
+    assert len(task.inputs) == len(task.targets)
+
+
 def test_failures_are_named(defaults):
     adamw = {"start": 2.0, "loss": 1.0, "divergence": 0.1}
     found = defaults.failures(
