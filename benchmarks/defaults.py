@@ -52,6 +52,7 @@ KINDS = (KFAC, EKFAC, KPSVD, Deflation, Lanczos, KFACCorrected, TwoLevel, SNGD, 
 METHODS: dict[str, Any] = {kind.__name__: kind for kind in KINDS}
 LEADERS = ("KFAC", "EKFAC", "KPSVD")
 PROMISED = 0.005  # κ/2 of the default
+MEASURED = 7  # steps; no divisor of the period of refreshes, so that all phases are seen
 Loss = Callable[[Any, Tensor], Tensor]
 
 
@@ -205,8 +206,9 @@ def autoencoder(of: str) -> Task:
         images = digits(nn.Identity()).inputs.flatten(1)
         sizes: Sequence[int] = (64, 100, 50, 10)
     else:
-        found = read_curves().splits["train"].images[:2000]
-        images = torch.tensor(found, dtype=torch.float32).flatten(1) / 255
+        train = read_curves().splits["train"]
+        drawn = [torch.as_tensor(train.read(i)) for i in range(2000)]
+        images = torch.stack(drawn).float().flatten(1) / 255
         sizes = (784, 200, 100, 50, 6)
     return Task(Autoencoder(sizes), images, images, loss, {"likelihood": "bernoulli"})
 
@@ -269,7 +271,7 @@ def train(name: str, method: str, seed: int, steps: int | None = None) -> dict[s
             z = output.detach().requires_grad_()
             (residual,) = torch.autograd.grad(task.loss(z, targets), z)
             optimizer.step()
-            if step % 5 == 2:
+            if step % MEASURED == 2:
                 moved.append(
                     _divergence(task, likelihood, inputs, output.detach(), residual, random)
                 )

@@ -8,6 +8,7 @@ import pytest
 import torch
 from dense_fisher import dense_fisher
 from mixed_net import Net
+from small_network import D, batch, divergence, moved, network, step, vector
 from torch import nn
 from torch.distributions import Laplace, Normal, Poisson, VonMises
 from torch.nn import functional as F
@@ -15,43 +16,7 @@ from torch.nn import functional as F
 from smallfry.curvature import as_likelihood
 from smallfry.curvature.likelihoods import Bernoulli, Categorical, Gaussian
 from smallfry.errors import SmallfryWarning, UsageError
-from smallfry.optim import EKFAC, KFAC, KPSVD
-
-D = torch.float64
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3)).to(D)
-
-
-def batch(size=8, seed=0):
-    random = torch.Generator().manual_seed(seed)
-    x = torch.randn(size, 3, dtype=D, generator=random)
-    return x, torch.randint(3, (size,), generator=random)
-
-
-def vector(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def step(model, optimizer, x, y):
-    optimizer.zero_grad()
-    F.cross_entropy(model(x), y).backward()
-    optimizer.step()
-
-
-def divergence(before, after):
-    return float(Categorical().divergence((before,), (after,)).mean())
-
-
-def moved(model, optimizer, x, y):
-    """The divergence of a step on its own batch."""
-    with torch.no_grad():
-        before = model(x)
-    step(model, optimizer, x, y)
-    with torch.no_grad():
-        return divergence(before, model(x))
+from smallfry.optim import EKFAC, KFAC, KPSVD, bound
 
 
 @pytest.mark.parametrize("kind", [KFAC, EKFAC, KPSVD])
@@ -207,7 +172,7 @@ def test_a_resumed_optimizer_clips_as_before_and_old_states_load():
         step(other, resumed, *batch(8, seed))
     assert torch.equal(vector(model), vector(other))
     old = optimizer.state_dict()
-    for name in ("divergence_ratio", "targets", "measuring", "measured_size"):
+    for name in ("divergence_ratio", "targets", "measuring", "measured_size", "fallback_ratio"):
         del old["flags"][name]
     del old["counters"]["measurements"]
     resumed = KFAC(other, lr=0.5, burn_in=2)
@@ -229,6 +194,55 @@ def test_what_was_measured_is_reported():
     assert shown in str(optimizer.diagnostics())
     assert "without bound" in str(KFAC(network(), kl_clip=None).summary())
     assert "exact quadratic" in str(KFAC(network(), step_length="quadratic").summary())
+
+
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+def test_no_divergence_comes_from_dropout_or_batch_statistics(kind, monkeypatch):
+    torch.manual_seed(0)
+    body = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.5, batch_first=True)
+    model = nn.Sequential(nn.Linear(3, 8), body, nn.Flatten(), nn.BatchNorm1d(32), nn.Linear(32, 3))
+    model, found, measured = model.to(D), [], bound.divergence
+
+    def measure(optimizer, observations, step, parameters, **given):
+        idle = {name: torch.zeros_like(part) for name, part in step.items()}
+        found.append(measured(optimizer, observations, idle, parameters))
+        return measured(optimizer, observations, step, parameters, **given)
+
+    monkeypatch.setattr(bound, "divergence", measure)
+    optimizer = kind(model, lr=0.1)
+    for seed in range(3):
+        x = torch.randn(6, 4, 3, dtype=D, generator=torch.Generator().manual_seed(seed))
+        step(model, optimizer, x, torch.arange(6) % 3)
+    assert len(found) >= 6
+    assert found == [0.0] * len(found)
+
+
+# A gradient that the curvature knows nothing of
+
+
+def test_a_surprise_leaves_momentum_with_the_step():
+    model = network()
+    settings = {"burn_in": 0, "statistics_every": 100, "kl_clip": 1e-5, "damping": 1e-2}
+    optimizer = KFAC(model, lr=1.0, **settings)
+    x, y = batch()
+    for _ in range(20):
+        step(model, optimizer, x, y)
+    assert not optimizer.measuring
+    old = {p: optimizer.state[p]["momentum"].clone() for p in model.parameters()}
+    known, ratio = 2 * optimizer.measured_size, optimizer.divergence_ratio
+    sizes, modelled = [], optimizer.preconditioner.divergence
+    optimizer.preconditioner.divergence = lambda *given: sizes.append(modelled(*given)) or sizes[-1]
+    with torch.no_grad():
+        wrong = model(x).argmin(1)
+    step(model, optimizer, 30 * x, wrong)
+    growth = sizes[-1] / known
+    assert growth > 3
+    assert optimizer.clip == pytest.approx((1e-5 / (ratio * growth * sizes[-1])) ** 0.5)
+    for p in model.parameters():
+        expected = (0.9 * old[p] + p.grad) / growth
+        torch.testing.assert_close(optimizer.state[p]["momentum"], expected)
+    step(model, optimizer, x, y)
+    assert sizes[-1] < 3 * known  # it does not come back
 
 
 # Targets

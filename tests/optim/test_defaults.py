@@ -5,6 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from smallfry.curvature import as_likelihood
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "defaults.py"
 SHORT = {"mlp 4": 250, "mlp 16": 150, "mlp 64": 100, "mlp 512": 40, "cnn 16": 60, "bert 6": 40,
@@ -44,6 +47,19 @@ def test_no_method_diverges_at_its_defaults(defaults, name):
     assert defaults.failures(results(defaults, name, 60, defaults.METHODS)) == []
 
 
+KINDS = ("cnn 4", "lstm", "bert 6", "gpt2", "vit", "autoencoder curves", "regression")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_models_fit_their_data(defaults, name):
+    if name.split()[0] in ("bert", "gpt2"):
+        pytest.importorskip("transformers", reason="the model is of transformers")
+    task = defaults.CELLS[name].make()
+    loss = task.loss(task.model(task.inputs[:4]), task.targets[:4])
+    assert loss.isfinite()
+    assert len(task.inputs) == len(task.targets)
+
+
 def test_failures_are_named(defaults):
     adamw = {"start": 2.0, "loss": 1.0, "divergence": 0.1}
     found = defaults.failures(
@@ -67,3 +83,18 @@ def test_a_run_can_be_told_from_its_record(defaults):
     table = defaults.table({"mlp 16/KFAC/0": run, "gpt2/SNGD/0": {"refused": "no layer"}})
     assert f"{run['loss']:.3g}" in table
     assert "refused" in table
+
+
+def test_no_divergence_is_measured_where_nothing_moved(defaults):
+    pytest.importorskip("transformers", reason="the model is of transformers")
+    torch.manual_seed(0)
+    task = defaults.bert(32)
+    random = torch.get_rng_state()
+    output = task.model(task.inputs).detach()  # with dropout
+    assert not torch.equal(output, task.model(task.inputs))
+    likelihood, residual = as_likelihood("categorical"), torch.zeros_like(output)
+    given = (task, likelihood, task.inputs, output, residual, random)
+    assert defaults._divergence(*given) == 0.0
+    with torch.no_grad():
+        task.model.classifier.bias[0] += 1.0
+    assert defaults._divergence(*given) > 0.01

@@ -33,7 +33,7 @@ from smallfry.curvature.observer import Observer
 from smallfry.errors import UsageError
 from smallfry.optim import quadratic
 from smallfry.optim.approximation import Approximation
-from smallfry.optim.bound import clip_step
+from smallfry.optim.bound import clip_step, fallback_share, step_fallback
 from smallfry.optim.checks import (
     check_coverage,
     check_first_batch,
@@ -129,6 +129,7 @@ class NaturalGradient(PreconditionedOptimizer):
         self.clip = 1.0
         self.divergence_ratio = self.targets = 1.0
         self.measuring, self.measurable, self.measured_size = True, True, 0.0
+        self.measured, self.fallback_ratio = False, 0.0
         self.reduction_ratio: float | None = None
         self.kl_clip, self.loss_scale = self.settings.kl_clip, self.settings.loss_scale
         self._factor = 1.0
@@ -213,10 +214,9 @@ class NaturalGradient(PreconditionedOptimizer):
         if factor != 1.0:
             covered = {name: grad / factor for name, grad in covered.items()}
         self._move(covered, observations)
+        step_fallback(self, observations)
         if self.counters["statistics"] > refreshed:
             self.measuring = True  # the next batch is one that F̂ has not seen
-        if self.adamw is not None:
-            self.adamw.step()
 
     def weigh(self, weights: Any) -> None:
         """Set the row weights of the loss, before its ``backward()``.
@@ -268,7 +268,8 @@ class NaturalGradient(PreconditionedOptimizer):
         if not self.measurable:
             return f"{allowed}, by the model alone"
         ratio, count = self.divergence_ratio, self.counters["measurements"]
-        return f"{allowed}; measured {ratio:.3g} × the modelled, in {count} measurements"
+        share = f"; {fallback_share(self):.2g} of it by the AdamW inside" if self.adamw else ""
+        return f"{allowed}{share}; measured {ratio:.3g} × the modelled, in {count} measurements"
 
     def diagnostics(self) -> Diagnosis:
         """Compute diagnostics; Fisher errors need ``monitor()``, cosines gradients."""
@@ -281,6 +282,7 @@ class NaturalGradient(PreconditionedOptimizer):
             dict(self.counters),
             self.divergence_ratio,
             self.targets,
+            fallback_share(self),
         )
 
     def close(self) -> None:

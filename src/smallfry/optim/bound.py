@@ -11,12 +11,19 @@ parameters, and
 is averaged. All steps are then clipped by ν = min(1, √(κ n / (r̄ lr² ⟨v, m⟩))), n targets to a
 sample: the mean divergence of steps is κ/2 for each target. A step that is measured also keeps to
 its own r. ``r̄`` is at least 1: a step is never longer than without measurement.
+
+Where ⟨v, m⟩ is far more than at the last measurement, the step is as much shorter, and the gradient
+leaves momentum again.
+
+The AdamW inside has no model. Its step is measured on the same batch, once the natural gradient's
+is made: 2 KL = a lr², averaged into ā. Its rate is lowered until ā lr² is at most half of κ n, and
+the natural gradient has what is left of κ n.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +38,7 @@ if TYPE_CHECKING:
 
 KEPT = 0.8  # of the old ratios, at most
 GROWTH = 2.0  # of ⟨v, m⟩ since the last measurement, at which the next one is due
+SHARE = 0.5  # of the promised divergence, at most, for what the AdamW inside moves
 TRIES = 8  # each shortens a step tenfold at most, until its divergence is nearly quadratic
 
 
@@ -50,36 +58,125 @@ def clip_step(
         modelled: Twice its divergence by ⟨v, m⟩.
         parameters: Parameters by name.
     """
-    kappa = optimizer.kl_clip
+    kappa, optimizer.measured = optimizer.kl_clip, False
     if kappa is None or not modelled > 0:
         return 1.0
     due = optimizer.measuring or modelled > GROWTH * optimizer.measured_size
     due = due and optimizer.measurable
     if not due or optimizer.collectives.any_process(not _kept(observations)):
         optimizer.measuring = due  # on the next step, which is then observed
-        growth = modelled / (GROWTH * optimizer.measured_size) if optimizer.measured_size else 1.0
-        ratio = optimizer.divergence_ratio * max(1.0, growth)
-        return _clip(kappa * optimizer.targets, ratio * modelled)
+        ratio = optimizer.divergence_ratio * _growth(optimizer, modelled)
+        return _clip(_left(optimizer), ratio * modelled)
     optimizer.measuring, optimizer.measured_size = False, modelled
     optimizer.count_targets(optimizer.weighed(observations))
-    allowed, ratio = kappa * optimizer.targets, optimizer.divergence_ratio
+    allowed, ratio = _left(optimizer), optimizer.divergence_ratio
     clip = _clip(allowed, ratio * modelled)
     try:
         found = _measure(optimizer, observations, step, parameters, modelled, clip)
     except UsageError as error:
-        optimizer.measurable = False
-        warn(f"steps are bounded by the model of their divergence alone: {error}")
+        _give_up(optimizer, error)
         return clip
+    optimizer.measured = True
     if found is None:
         return clip
     if not math.isfinite(found):
         optimizer.measuring = True
         return 0.0  # however short a step is, it breaks the model
-    count = optimizer.counters["measurements"] + 1
-    kept = min(1 - 1 / count, KEPT)
-    optimizer.counters["measurements"] = count
-    optimizer.divergence_ratio = kept * ratio + (1 - kept) * max(found, 1.0)
+    optimizer.counters["measurements"] += 1
+    optimizer.divergence_ratio = _averaged(optimizer, ratio, max(found, 1.0))
     return _clip(allowed, max(found, optimizer.divergence_ratio) * modelled)
+
+
+def step_fallback(optimizer: "NaturalGradient", observations: Sequence[Observation]) -> None:
+    """Let the AdamW inside move what is not covered, no farther than its share of the divergence.
+
+    Args:
+        optimizer: The optimizer, whose natural-gradient step is made; what was measured becomes
+            part of its state.
+        observations: Of the current batch.
+    """
+    adamw = optimizer.adamw
+    if adamw is None:
+        return
+    scale = fallback_size(optimizer).scale
+    rates = [group["lr"] for group in adamw.param_groups]
+    rate = scale * max(float(one) for one in rates)
+    moved = {optimizer.names[p]: p for g in adamw.param_groups for p in g["params"]}
+    moved = {name: p for name, p in moved.items() if p.grad is not None and optimizer.measured}
+    old = {name: p.detach().clone() for name, p in moved.items()}
+    for group in adamw.param_groups if scale < 1 else ():
+        group["lr"] = group["lr"] * scale
+    adamw.step()
+    for group, one in zip(adamw.param_groups, rates, strict=True):
+        group["lr"] = one
+    if moved and rate > 0:
+        back = {name: old[name] - p.detach() for name, p in moved.items()}
+        try:
+            kept = _measure_fallback(optimizer, observations, back, moved, rate)
+        except UsageError as error:
+            _give_up(optimizer, error)
+            return
+        for name, p in moved.items() if kept < 1 else ():
+            p.copy_(old[name]).sub_(back[name], alpha=kept)
+
+
+def _measure_fallback(
+    optimizer: "NaturalGradient",
+    observations: Sequence[Observation],
+    back: Mapping[str, Tensor],
+    moved: Mapping[str, nn.Parameter],
+    rate: float,
+) -> float:
+    """The part of a step of the AdamW inside that it may make; its divergence is averaged in.
+
+    Args:
+        optimizer: The optimizer.
+        observations: Of the current batch.
+        back: From the parameters as they are to those before the step.
+        moved: The parameters.
+        rate: The learning rate.
+    """
+    promised, found, kept = SHARE * _promised(optimizer), math.inf, 1.0
+    for attempt in range(TRIES):
+        less = {name: (1 - kept) * part for name, part in back.items()}
+        found = divergence(optimizer, observations, less, moved, start=back)
+        if attempt == 0 and not found <= promised:
+            again = divergence(optimizer, observations, back, moved, start=back)
+            _require_repeatable(again, promised)
+        if found <= 4 * promised:
+            break
+        kept *= max((promised / found) ** 0.5, 0.1) if math.isfinite(found) else 0.1
+    if not math.isfinite(found):
+        return 0.0
+    ratio, found = optimizer.fallback_ratio, 2 * found / (kept * rate) ** 2
+    optimizer.fallback_ratio = _averaged(optimizer, ratio, found) if ratio else found
+    return kept * _clip(2 * promised, found * (kept * rate) ** 2)
+
+
+class FallbackSize(NamedTuple):
+    """Scale and share of the inner AdamW on the next step."""
+
+    scale: float  # factor on its rate
+    size: float  # twice the divergence that is expected
+
+
+def fallback_size(optimizer: "NaturalGradient") -> FallbackSize:
+    """The rate and the divergence of the AdamW inside, by what was measured of its last steps."""
+    if optimizer.adamw is None or optimizer.kl_clip is None or not optimizer.measurable:
+        return FallbackSize(1.0, 0.0)
+    if not optimizer.fallback_ratio:  # the first step leaves room for whatever it will be
+        first = not optimizer.counters["measurements"]
+        return FallbackSize(1.0, 2 * SHARE * _promised(optimizer) if first else 0.0)
+    rate = max(float(group["lr"]) for group in optimizer.adamw.param_groups)
+    size = optimizer.fallback_ratio * rate**2
+    scale = _clip(2 * SHARE * _promised(optimizer), size)
+    return FallbackSize(scale, scale**2 * size)
+
+
+def fallback_share(optimizer: "NaturalGradient") -> float:
+    """The part of the promised divergence that the AdamW inside is expected to take."""
+    size = fallback_size(optimizer).size
+    return size / (2 * _promised(optimizer)) if size else 0.0
 
 
 def divergence(
@@ -87,23 +184,32 @@ def divergence(
     observations: Sequence[Observation],
     step: Mapping[str, Tensor],
     parameters: Mapping[str, nn.Parameter],
+    start: Mapping[str, Tensor] | None = None,
 ) -> float:
     """Compute KL(before ‖ after) of a step, mean over the samples of the whole batch.
 
     Rows count by their weights in the loss, so that padding does not. The model runs twice, as
     compiled code, which the caller's pass may have been, draws another dropout.
 
+    Args:
+        optimizer: The optimizer.
+        observations: Of the current batch, with the arguments of the forward pass.
+        step: What is added to the parameters after it.
+        parameters: Parameters by name.
+        start: What is added to them before it; nothing by default.
+
     Raises:
         UsageError: The model, or the likelihood, can't be had again; in all processes alike.
     """
     total, samples, failed = 0.0, optimizer.batch_size(observations), ""
-    idle = {name: torch.zeros_like(part) for name, part in step.items()}
+    if start is None:
+        start = {name: torch.zeros_like(part) for name, part in step.items()}
     for seen in observations:
         try:  # whatever a foreign forward does when it is called again
             with _autocast(seen):
                 before, after = (
                     _precise(quadratic.run(optimizer.observer, seen, parameters, one, kernels=()))
-                    for one in (idle, step)
+                    for one in (start, step)
                 )
             found = optimizer.likelihood.divergence(before, after, seen.row_shares)
             total += float(found.double().sum())
@@ -123,8 +229,7 @@ def _measure(
     clip: float,
 ) -> float | None:
     """Compute twice the measured divergence over the modelled; None if a step is too short."""
-    assert optimizer.kl_clip is not None
-    promised = optimizer.kl_clip * optimizer.targets / 2
+    promised = _promised(optimizer)
     if optimizer.collectives.any_process(not all(seen.unchanged for seen in observations)):
         raise UsageError(
             "the model overwrites its arguments, or they were overwritten before step(); expected "
@@ -162,6 +267,43 @@ def _require_repeatable(found: float, promised: float) -> None:
 
 def _kept(observations: Sequence[Observation]) -> bool:
     return bool(observations) and all(seen.arguments or seen.keywords for seen in observations)
+
+
+def _give_up(optimizer: "NaturalGradient", error: UsageError) -> None:
+    optimizer.measurable = False
+    warn(f"steps are bounded by the model of their divergence alone: {error}")
+
+
+def _growth(optimizer: "NaturalGradient", modelled: float) -> float:
+    """⟨v, m⟩ over the most that measurements speak for, at least 1; momentum is divided by it.
+
+    A gradient that F̂ knows nothing of would else go on for as long as momentum lasts, measured on
+    batches that may not show what it does.
+    """
+    known = GROWTH * optimizer.measured_size
+    if not known or modelled <= known:
+        return 1.0
+    for state in optimizer.state.values():
+        if "momentum" in state:
+            state["momentum"].div_(modelled / known)
+    return modelled / known
+
+
+def _promised(optimizer: "NaturalGradient") -> float:
+    """κ n / 2, the divergence that a step may have."""
+    assert optimizer.kl_clip is not None
+    return optimizer.kl_clip * optimizer.targets / 2
+
+
+def _left(optimizer: "NaturalGradient") -> float:
+    """κ n less what the AdamW inside takes of it."""
+    return 2 * _promised(optimizer) - fallback_size(optimizer).size
+
+
+def _averaged(optimizer: "NaturalGradient", old: float, new: float) -> float:
+    """The running mean of measurements: of all so far at first."""
+    kept = min(1 - 1 / max(1, optimizer.counters["measurements"]), KEPT)
+    return kept * old + (1 - kept) * new
 
 
 def _clip(allowed: float, size: float) -> float:

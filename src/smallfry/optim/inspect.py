@@ -72,6 +72,7 @@ class Diagnosis(NamedTuple):
     counters: dict[str, int]
     divergence_ratio: float = 1.0  # of a step: measured over modelled, running average
     targets: float = 1.0  # of a sample, each of which may diverge by κ/2
+    fallback_share: float = 0.0  # of the promised divergence, expected of the AdamW inside
 
     def __str__(self) -> str:
         head = ("layer", "A", "G", "λ", "λ / largest", "Fisher error", "cosine", "ms")
@@ -91,6 +92,7 @@ class Diagnosis(NamedTuple):
         counted = ", ".join(f"{k} {v}" for k, v in self.counters.items())
         energy = "" if self.energy is None else f"coarse energy {self.energy:.3g}; "
         standing = f"clip {self.clip:.3g}; divergence {self.divergence_ratio:.3g} × modelled"
+        standing += f", AdamW inside {self.fallback_share:.2g} of the promised"
         return f"{_table(head, lines)}\n{standing}; {energy}{counted}"
 
 

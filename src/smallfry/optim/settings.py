@@ -31,7 +31,8 @@ class CurvatureSettings:
         momentum: μ.
         weight_decay: Decoupled weight decay.
         kl_clip: κ, twice the divergence of a step for each target of a sample (a class, a pixel, a
-            token), as measured on batches that the curvature has not seen; None does not clip.
+            token), as measured on batches that the curvature has not seen; the AdamW inside may
+            take half of it. None does not clip.
         step_length: "lr", or "quadratic" for the minimum of the exact quadratic model over the
             natural gradient and (with momentum) the last step, times ``lr``; costs two forward-mode
             passes a step.
@@ -45,7 +46,8 @@ class CurvatureSettings:
         max_rows: Samples times uses that a layer's statistics are taken from, where they are sums
             over uses (sharing="expand"); more uses are drawn at random. None takes all.
         exclude: Modules to leave to AdamW, by name or pattern.
-        fallback_lr: Learning rate of the AdamW inside, for what is not covered.
+        fallback_lr: Learning rate of the AdamW inside, for what is not covered; less where its
+            steps diverge more than ``kl_clip`` leaves to them.
         check: What to do if the first gradients are not those of the stated loss and layers:
             "error", "warn", or "off" for a loss with further terms, such as a weight penalty.
         seed: Seed of the sampled targets.

@@ -24,6 +24,7 @@ FLAGS = (
     "measuring",
     "measurable",
     "measured_size",
+    "fallback_ratio",
     "_factor",
 )  # and those of the preconditioner
 
