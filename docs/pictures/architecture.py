@@ -30,7 +30,9 @@ def packages() -> Graph:
     edges: dict[str, set[str]] = {}
     for module in graph.modules:
         edges.setdefault(package_of(module), set()).update(
-            package_of(other) for other in graph.find_modules_directly_imported_by(module)
+            package
+            for other in graph.find_modules_directly_imported_by(module)
+            if not (package := package_of(other)).startswith("_")
         )
     names = sorted(name for name in edges if name != OWN and not name.startswith("_"))
     return {name: frozenset(edges[name] - {name, OWN}) for name in names}

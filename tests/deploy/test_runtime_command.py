@@ -43,7 +43,7 @@ def test_an_image_that_is_none_fails_and_the_others_are_classified(anytime, pict
     ("options", "code", "message"),
     [
         (["--top_k", "0"], 2, "top_k"),
-        (["--exit_steps", "0.1"], 2, "recursion step"),
+        (["--exit_steps", "0.1"], 2, "exit_steps must be at least 1"),
     ],
 )
 def test_wrong_options_are_explained(anytime, pictures, capsys, options, code, message):

@@ -37,7 +37,7 @@ def write(folder, tops, count=20):
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wide")
     write(folder / "photos", {"dark": 1500, "light": 4096})
-    with pytest.warns(SmallfryWarning, match="taken for 12 bits"):
+    with pytest.warns(SmallfryWarning, match="12 bits are assumed"):
         train(
             TrainConfig(
                 data=DataConfig(str(folder / "photos")),

@@ -4,6 +4,7 @@ import ast
 import io
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -16,6 +17,7 @@ from smallfry.cli import benchmark, export, main, share, study
 from smallfry.cli._messages import StderrHandler, log_to_stderr
 from smallfry.io.console import CleanConsole
 from smallfry.io.terminal import CleanFormatter, say
+from smallfry.transforms.spec import ModelSpec
 
 SOURCES = [Path(package.__file__).parent for package in (smallfry, smallfry_runtime)]
 NASTY = "a\x1b]0;owned\x07\u202e[red]b"
@@ -114,6 +116,8 @@ def test_verbs_that_write_show_names_as_text(monkeypatch, tmp_path, capsys):
     folder = tmp_path / NASTY
     monkeypatch.setattr("smallfry.deploy.export.export", lambda *_: folder)
     monkeypatch.setattr(pretrained, "save_pretrained", lambda *_, **__: folder)
+    plain = SimpleNamespace(spec=ModelSpec("m", {}))
+    monkeypatch.setattr(pretrained, "load_trained", lambda *_: plain)
     monkeypatch.setattr("smallfry.studies.study.run_study", lambda *_: folder / "report.html")
     for verb, options in (
         (export, export.Options(run="run", to=folder)),

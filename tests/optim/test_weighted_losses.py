@@ -442,7 +442,7 @@ def test_two_classes_of_unequal_weight_are_not_answered_by_one_batchs_number():
     ("weights", "message"),
     [
         (torch.ones(3), r"weights of shape \(3,\) .* expected \(5, 4\), or \(5,\)"),
-        (-torch.ones(B), "not negative"),
+        (-torch.ones(B), "non-negative"),
         (torch.zeros(B), "not all zero"),
         (torch.full((B,), torch.nan), "finite"),
     ],

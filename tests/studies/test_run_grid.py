@@ -259,7 +259,7 @@ def test_a_study_of_an_earlier_version_has_the_defaults_of_later_settings(
     (tmp_path / "study.json").write_text(before)
     grid._claim("toy", planned(0), tmp_path)
     data = replace(CONFIG.data, remove_duplicates=True)
-    with pytest.raises(UsageError, match=r"told data\.remove_duplicates False, not True"):
+    with pytest.raises(UsageError, match=r"have data\.remove_duplicates False, not True"):
         grid._claim("toy", planned(0, data=data), tmp_path)
 
 

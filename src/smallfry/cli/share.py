@@ -36,7 +36,6 @@ def run(options: Options) -> int:
     from smallfry.deploy.pretrained import load_trained, push_to_hub, save_pretrained
 
     checkpoint, license = options.checkpoint, options.license
-    compressed = bool(load_trained(options.run, checkpoint).spec.transforms)
     if options.hub is not None:
         name = timm_name = f"hf_hub:{options.hub}"
         where = push_to_hub(
@@ -51,6 +50,7 @@ def run(options: Options) -> int:
         folder = save_pretrained(options.run, options.to, checkpoint=checkpoint, license=license)
         name = where = str(folder)
         timm_name = f"local-dir:{where}"
+    compressed = bool(load_trained(options.run, checkpoint).spec.transforms)
     if options.json:
         say(json.dumps({"shared": where, "timm": None if compressed else timm_name}))
         return 0
