@@ -10,7 +10,7 @@ from markupsafe import Markup
 from PIL import Image
 
 import smallfry
-from smallfry.report.page import _environment, image, png_url, render
+from smallfry.report.page import TEMPLATES, image, png_url, render
 from smallfry.report.race_tables import spread
 from smallfry.report.races import Spread
 from smallfry.report.runs import strong
@@ -18,7 +18,7 @@ from smallfry.report.runs_page import Section, write_page
 from smallfry.report.table import table
 
 HOSTILE = "<script>alert(\"1\", '2')</script> & co"
-TEMPLATES = sorted(Path(smallfry.__file__).parent.rglob("templates/*.html"))
+FILES = sorted(Path(smallfry.__file__).parent.rglob("templates/*.html"))
 
 
 class Parsed(HTMLParser):
@@ -40,22 +40,22 @@ class Parsed(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-@pytest.mark.parametrize("file", TEMPLATES, ids=lambda file: f"{file.parts[-3]}/{file.name}")
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parts[-3]}/{file.name}")
 def test_every_template_escapes_and_can_be_loaded(file):
-    environment = _environment(f"smallfry.{file.parts[-3]}")
-    assert environment.autoescape is True
-    assert environment.get_template(file.name).filename == str(file)
+    name = "/".join(file.parts[-3:])
+    assert TEMPLATES.autoescape is True
+    assert TEMPLATES.get_template(name).filename == str(file)
     assert not re.search(r"\|\s*safe|autoescape", file.read_text())
 
 
 def test_a_template_that_lacks_a_variable_fails():
     with pytest.raises(UndefinedError, match="'says' is undefined"):
-        render("smallfry.report", "image.html", url="x")
+        render("report/templates/image.html", url="x")
 
 
 def test_a_template_of_another_package_extends_the_page():
     given = {"notes": [HOSTILE], "picture": "", "figures": "", "batches": "", "provenance": None}
-    page = Parsed(render("smallfry.deploy", "benchmark.html", title=HOSTILE, **given))
+    page = Parsed(render("deploy/templates/benchmark.html", title=HOSTILE, **given))
     assert page.texts.count(HOSTILE) == 3  # title, heading, note
     assert "Unknown." in page.texts
     assert page.of("meta")[1]["content"].startswith("default-src 'none'; img-src data:;")

@@ -5,7 +5,6 @@ called. What happens is in ``page.js``, which sends images to the routes of ``ro
 """
 
 from collections.abc import Collection, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from smallfry_runtime.images import MOST_PIXELS
 FRONT = Path(gr.__file__).parent / "templates" / "frontend"
 SERVED = ("assets", "static")  # folders there, of files that the page loads
 
-_render = partial(render, "smallfry.demo")
 HERE = Path(__file__).parent
 STYLES = (HERE / "page.css").read_text("utf-8")
 SCRIPT = f"<script>{(HERE / 'page.js').read_text('utf-8')}</script>"
@@ -48,7 +46,7 @@ def build_page(models: Sequence[Shown], examples: Sequence[Example] = ()) -> gr.
             image = gr.HTML(DROP, js_on_load=LISTEN, elem_id="sf-image")
             with gr.Column(visible=bool(examples), elem_id="sf-examples"):
                 pictures = [(e.name, png_url(e.png)) for e in examples]
-                gr.HTML(_render("examples.html", examples=pictures))
+                gr.HTML(render("demo/templates/examples.html", examples=pictures))
         status = gr.HTML(elem_id="sf-status")
         play = gr.Button("▶ Watch it think", elem_id="sf-play", visible=recursive)
         with gr.Row(equal_height=False):
@@ -56,7 +54,8 @@ def build_page(models: Sequence[Shown], examples: Sequence[Example] = ()) -> gr.
                 _panel(*panel) for panel in zip(range(len(models)), models, headings, strict=True)
             ]
         with gr.Accordion("What is shown here", open=False):
-            gr.HTML(_render("about.html", most_bytes=MOST_BYTES, most_pixels=MOST_PIXELS))
+            limits = {"most_bytes": MOST_BYTES, "most_pixels": MOST_PIXELS}
+            gr.HTML(render("demo/templates/about.html", **limits))
 
         sliders, views = (list(parts) for parts in zip(*panels, strict=True))
         outputs = [status, *sliders, *views]
@@ -118,8 +117,8 @@ def _panel(number: int, shown: Shown, heading: str) -> tuple[gr.Slider, gr.HTML]
 
 def _heading(shown: Shown, heading: str) -> str:
     trained, model = shown.trained, shown.trained.model
-    return _render(
-        "heading.html",
+    return render(
+        "demo/templates/heading.html",
         heading=heading,
         origin=shown.origin,
         parameters=sum(parameter.numel() for parameter in model.parameters()),

@@ -1,7 +1,6 @@
 """HTML and SVG views of one step of a recursion trace; their words are in ``templates``."""
 
 from collections.abc import Sequence
-from functools import partial
 from io import BytesIO
 
 import numpy as np
@@ -12,13 +11,11 @@ from PIL import Image
 from smallfry.demo.trace import RecursionTrace
 from smallfry.report.page import png_url, render
 
-_render = partial(render, "smallfry.demo")
-
 SHOWN = 5  # classes; each has a colour in page.css
 ATTENTION = (234, 88, 12)  # its colour; the strongest patch is covered by STRONGEST of 255
 STRONGEST = 210
 PICTURE = "#picture"  # stands for the picture where many views share it
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 190, 58, 8, 16, 26  # of the curve
+LEFT, RIGHT, TOP, BOTTOM = 58, 552, 16, 164  # edges of the curve in its drawing, 560 by 190
 
 
 def show_moment(
@@ -34,8 +31,8 @@ def show_moment(
     """
     shown = classes_to_show(trace)
     now = trace.moments[moment]
-    return _render(
-        "moment.html",
+    return render(
+        "demo/templates/moment.html",
         trace=trace,
         moment=moment,
         now=now,
@@ -57,12 +54,12 @@ def picture_url(trace: RecursionTrace) -> str:
 
 def show_status(name: str) -> str:
     """Render the name of a processed image."""
-    return _render("status.html", name=name)
+    return render("demo/templates/status.html", name=name)
 
 
 def show_error(message: str) -> str:
     """Render a message that screen readers announce at once."""
-    return _render("error.html", message=message)
+    return render("demo/templates/error.html", message=message)
 
 
 def classes_to_show(trace: RecursionTrace) -> list[int]:
@@ -95,11 +92,10 @@ def _overlay(patches: NDArray[np.float64]) -> Image.Image:
 
 def _curve(trace: RecursionTrace, moment: int, classes: Sequence[str], shown: list[int]) -> Markup:
     """Plot class probabilities and halting over all steps, with a line at the current one."""
-    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
     last = trace.moments[-1].probabilities
     halting = [m.halting for m in trace.moments if m.halting is not None]
-    return _render(
-        "curve.html",
+    return render(
+        "demo/templates/curve.html",
         trace=trace,
         moment=moment,
         shown=[classes[c] for c in shown],
@@ -107,14 +103,8 @@ def _curve(trace: RecursionTrace, moment: int, classes: Sequence[str], shown: li
         best=(classes[int(np.argmax(last))], max(last)),
         halting=halting if len(halting) == len(trace.moments) else None,
         recursions=_recursions(trace),
-        x=lambda step: round(LEFT + (right - LEFT) * step / (len(trace.moments) - 1), 1),
-        y=lambda share: round(TOP + (bottom - TOP) * (1 - share), 1),
-        width=WIDTH,
-        height=HEIGHT,
-        left=LEFT,
-        right=right,
-        top=TOP,
-        bottom=bottom,
+        x=lambda step: round(LEFT + (RIGHT - LEFT) * step / (len(trace.moments) - 1), 1),
+        y=lambda share: round(TOP + (BOTTOM - TOP) * (1 - share), 1),
     )
 
 

@@ -177,8 +177,7 @@ def page(found: Benchmark, picture: Path) -> str:
     groups.append(("memory, MB: libraries, and peak by batch size", 1 + len(sizes)))
     origin = [[name, words(value)] for name, value in found.provenance.items()]
     return render(
-        "smallfry.deploy",
-        "benchmark.html",
+        "deploy/templates/benchmark.html",
         title=f"Deployed: {found.name}",
         notes=notes(found),
         picture=image(picture, "accuracy against latency"),

@@ -2,34 +2,35 @@
 
 import base64
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from smallfry.io.replace import write_whole
 
+TEMPLATES = Environment(
+    loader=PackageLoader("smallfry", ""),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
-def render(package: str, template: str, **data: Any) -> Markup:
-    """Render a template with all text escaped that is not ``Markup``.
 
-    Args:
-        package: Package whose folder ``templates`` has the template; it may extend and import
-            those of ``smallfry.report``.
-        template: Name of the file.
-        data: Variables of the template.
+def render(template: str, **data: Any) -> Markup:
+    """Render a template of the package, by its path; text that is not ``Markup`` is escaped.
 
     Raises:
         jinja2.UndefinedError: The template uses a variable that ``data`` lacks.
     """
-    return Markup(_environment(package).get_template(template).render(data))
+    return Markup(TEMPLATES.get_template(template).render(data))
 
 
 def image(file: Path, says: str) -> Markup:
     """Embed a PNG with a description; narrow screens scroll it instead of shrinking it."""
-    return render("smallfry.report", "image.html", url=png_url(file.read_bytes()), says=says)
+    return render("report/templates/image.html", url=png_url(file.read_bytes()), says=says)
 
 
 def png_url(png: bytes) -> str:
@@ -47,15 +48,3 @@ def words(value: Any) -> str:
 def write(file: Path, text: str) -> None:
     """Write a text file atomically; raises as ``write_whole``."""
     write_whole(file, text.encode(errors="replace"))
-
-
-@cache
-def _environment(package: str) -> Environment:
-    packages = dict.fromkeys([package, "smallfry.report"])
-    return Environment(
-        loader=ChoiceLoader([PackageLoader(name) for name in packages]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )

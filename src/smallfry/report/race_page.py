@@ -101,15 +101,9 @@ def write_report(
     }
     write(folder / "summary.json", json.dumps(strict(summary), indent=1, allow_nan=False) + "\n")
     page = folder / "report.html"
-    html = render(
-        "smallfry.report",
-        "race.html",
-        title=title,
-        sections=sections,
-        reported=reported_table(reported, rows) if reported else None,
-        provenance=provenance.shown,
-    )
-    write(page, html)
+    theirs = reported_table(reported, rows) if reported else None
+    given = {"title": title, "sections": sections, "provenance": provenance.shown}
+    write(page, render("report/templates/race.html", **given, reported=theirs))
     return page
 
 
@@ -193,8 +187,8 @@ def _provenance(records: Sequence[Record]) -> Part:
     if dates:
         span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
         rows.append(["dates", span, len(dates)])
-    found_table = table(["what", "value", "runs"], rows, text=(0, 1)) if rows else None
-    return Part(found_table, {**found, "dates": [dates[0], dates[-1]] if dates else []})
+    shown = table(["what", "value", "runs"], rows, text=(0, 1)) if rows else None
+    return Part(shown, {**found, "dates": [dates[0], dates[-1]] if dates else []})
 
 
 def _budgets(records: Sequence[Record]) -> list[str]:

@@ -40,8 +40,7 @@ def write_page(
     """
     failures = [[o.name, o.failure] for o in outcomes if o.failure is not None]
     html = render(
-        "smallfry.report",
-        "runs.html",
+        "report/templates/runs.html",
         title=title,
         about=about,
         outcomes=outcomes,

@@ -28,13 +28,7 @@ def table(
         marked: Rows that stand out.
     """
     return render(
-        "smallfry.report",
-        "table.html",
-        head=head,
-        rows=rows,
-        text=text,
-        groups=groups,
-        marked=marked,
+        "report/templates/table.html", head=head, rows=rows, text=text, groups=groups, marked=marked
     )
 
 
