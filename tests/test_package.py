@@ -43,6 +43,17 @@ def test_importing_it_does_not_import_pytorch() -> None:
     assert in_a_fresh_python(code).strip() == "False"
 
 
+def test_neither_importing_it_nor_its_help_needs_templates():
+    code = (
+        "import sys, smallfry\n"
+        "from smallfry.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print('jinja2' in sys.modules)"
+    )
+    assert in_a_fresh_python(code).splitlines()[-1] == "False"
+
+
 def projects():
     return [
         tomllib.loads((ROOT / folder / "pyproject.toml").read_text())["project"]

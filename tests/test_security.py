@@ -24,7 +24,7 @@ from smallfry.deploy import Runtime
 from smallfry.deploy.export import export
 from smallfry.deploy.pretrained import from_pretrained, save_pretrained
 from smallfry.errors import DataError, ExportError, RunError, UsageError
-from smallfry.report.page import image, page_of
+from smallfry.report.page import image
 from smallfry.report.runs import Outcome
 from smallfry.report.runs_page import Section, write_page
 from smallfry.report.table import table
@@ -325,7 +325,9 @@ def test_reports_escape_every_name():
 
 def test_pictures_in_reports_escape_what_they_say(tmp_path):
     Image.new("L", (2, 2)).save(tmp_path / "x.png")
-    text = page_of(HOSTILE, [image(tmp_path / "x.png", HOSTILE + '" onload="alert(1)')])
+    picture = image(tmp_path / "x.png", HOSTILE + '" onload="alert(1)')
+    section = Section(HOSTILE, [picture, HOSTILE], None)
+    text, _ = write_page(HOSTILE, HOSTILE, [section], [], 1)
     assert "<script" not in text
     assert '" onload' not in text
 

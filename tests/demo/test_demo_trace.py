@@ -1,5 +1,6 @@
 """What the page tells of a model's thinking is what the model thinks."""
 
+from html.parser import HTMLParser
 from io import BytesIO
 
 import numpy as np
@@ -9,7 +10,13 @@ from demo_runs import TINY, untrained
 from PIL import Image
 
 from smallfry.demo.trace import moments_of, think
-from smallfry.demo.view import classes_to_show, show_error, show_moment
+from smallfry.demo.view import (
+    PICTURE,
+    classes_to_show,
+    show_error,
+    show_moment,
+    show_status,
+)
 from smallfry.training.inference import classify
 from smallfry.training.run import load_run
 from smallfry_runtime.images import decode
@@ -114,15 +121,70 @@ def test_time_grows_with_every_recursion_step_and_says_how_it_was_taken(thinker,
 # How it looks
 
 
+class View(HTMLParser):
+    """Tags of a view with their attributes, and its texts."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.texts = [], []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.texts.append(" ".join(data.split()))
+
+    def of(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
 def test_class_names_are_escaped(thinker, pixels):
     trace = think(thinker(**TINY, classes=NASTY), pixels)
     for moment in range(len(trace.moments)):
         shown = show_moment(trace, moment, NASTY)
         assert "<script" not in shown
         assert 'a"b' not in shown
-    everything = show_moment(trace, 0, [NASTY[0]] * 7)
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in everything
-    assert "<script" not in show_error(NASTY[0])
+    view = View(show_moment(trace, 0, [NASTY[0]] * 7))
+    assert view.texts.count(NASTY[0]) == 5
+    [drawing] = view.of("svg")
+    assert drawing["aria-label"].startswith(f"Probabilities of {', '.join([NASTY[0]] * 5)}, and")
+    assert View(show_error(NASTY[0])).texts == View(show_status(NASTY[0])).texts == [NASTY[0]]
+
+
+def test_the_curve_has_a_line_and_a_mark_of_each_class_and_of_halting(thinker, pixels):
+    trace = think(thinker(**TINY, recursion_steps=3), pixels)
+    view = View(show_moment(trace, 2, list("0123456789"), PICTURE))
+    styles = [group["style"] for group in view.of("g")]
+    assert styles == [
+        f"--line: var({c})" for c in ("--c4", "--c3", "--c2", "--c1", "--c0", "--halt")
+    ]
+    first = classes_to_show(trace)[0]
+    points = [point.split(",") for point in view.of("polyline")[4]["points"].split()]
+    heights = [16 + 148 * (1 - moment.probabilities[first]) for moment in trace.moments]
+    assert [float(y) for _, y in points] == pytest.approx(heights, abs=0.051)
+    assert [float(x) for x, _ in points] == pytest.approx(
+        [58 + 494 * i / 6 for i in range(7)], abs=0.051
+    )
+    assert view.of("circle")[4] == {"cx": points[2][0], "cy": points[2][1], "r": "4"}
+    assert [line.get("stroke-dasharray") for line in view.of("polyline")] == [None] * 5 + ["5 4"]
+    assert [text for text in view.texts if text.startswith("recursion ")] == [
+        *(f"recursion {step}" for step in (1, 2, 3))
+    ]
+
+
+def test_a_view_has_the_picture_with_attention_over_it(thinker, pixels):
+    trace = think(thinker(**TINY), pixels)
+    for moment, sources in ((0, [PICTURE]), (1, [PICTURE, PICTURE, None])):
+        pictures = View(show_moment(trace, moment, list("0123456789"), PICTURE)).of("img")
+        assert all(picture["class"] == "sf-pixels" for picture in pictures)
+        assert len(pictures) == len(sources)
+        for picture, source in zip(pictures, sources, strict=True):
+            assert picture["src"] == source or picture["src"].startswith("data:image/png;base64,")
+    patches = trace.moments[1].attention.patches
+    row, column = np.unravel_index(patches.argmax(), patches.shape)
+    assert f"strongest in row {row + 1}, column {column + 1} of" in pictures[-1]["alt"]
 
 
 def test_the_classes_shown_stay_in_place_while_the_numbers_change(thinker, pixels):

@@ -157,6 +157,21 @@ def test_hostile_names_stay_text(tmp_path):
     assert len(drawn(tmp_path / "study" / "pictures")) == 5
 
 
+def test_runs_that_cannot_be_compared_are_named(tmp_path):
+    budgets = ((0, 1.0, "cpu"), (1, 2.0, "wall"))
+    records = [
+        record("kfac", phase, [1.0, 0.5], seed=seed, seconds=seconds, clock=clock)
+        for seed, seconds, clock in budgets
+        for phase in ("tuned", "tuning")
+    ]
+    text = " ".join(write_report(records, tmp_path, "Odd").read_text().split())
+    assert "Every run had 1 or 2 seconds of CPU time and wall time. <b>The budgets differ" in text
+    assert "<b>The clocks differ; these seconds can't be compared.</b> Losses are" in text
+    assert "2 trials of 1 or 2 seconds of CPU time and wall time, judged by" in text
+    write_report(records[:1], tmp_path, "Even")
+    assert "<b>" not in (tmp_path / "report.html").read_text()
+
+
 @pytest.mark.parametrize("phase", ["tuning", "tuned", "defaults", "fisher"])
 def test_any_phase_alone_makes_a_page(tmp_path, study, phase):
     kept = [r for r in study if r["phase"] == phase][:1]

@@ -1,12 +1,10 @@
 """Gradio page of the demo: an image in, one panel per model.
 
 Gradio draws the page and nothing else: no event has a function on the server, so that none can be
-called. What happens is in ``page.js``, which sends images to the routes of ``answers.py``.
+called. What happens is in ``page.js``, which sends images to the routes of ``routes.py``.
 """
 
-import base64
 from collections.abc import Collection, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,56 +13,20 @@ import gradio as gr
 from smallfry.demo.examples import Example
 from smallfry.demo.routes import MOST_BYTES, Shown
 from smallfry.demo.trace import moments_of
-from smallfry.demo.view import STYLE
 from smallfry.models import LatentRecursive, Recursive
+from smallfry.report.page import png_url, render
 from smallfry_runtime.images import MOST_PIXELS
 
 FRONT = Path(gr.__file__).parent / "templates" / "frontend"
 SERVED = ("assets", "static")  # folders there, of files that the page loads
 
-STYLES = f"""{STYLE}
-.gradio-container {{ max-width: 1240px !important; margin: 0 auto !important; }}
-.gradio-container:not(:has(#sf-panel-1)) {{ max-width: 860px !important; }}
-.gradio-container .column, .gradio-container .gap {{ gap: .7rem; }}
-.gradio-container h1 {{ margin: .3rem 0; font-size: 1.5rem; }}
-.gradio-container :focus-visible, .sf-drop:has(:focus-visible) {{
-  outline: 3px solid var(--sf-focus) !important; outline-offset: 2px; }}
-:root {{ --sf-focus: #1d4ed8; }}
-.dark {{ --sf-focus: #93c5fd; }}
-.sf-drop {{ display: grid; place-items: center; min-height: 170px; padding: 1rem;
-  border: 2px dashed var(--border-color-primary); border-radius: 8px; text-align: center;
-  cursor: pointer; background: var(--background-fill-secondary); }}
-.sf-drop:hover {{ border-color: var(--sf-focus); }}
-.sf-drop input {{ position: absolute; width: 1px; height: 1px; opacity: 0; }}
-.sf-examples {{ display: grid; gap: .4rem; grid-template-columns: repeat(4, minmax(0, 1fr)); }}
-.sf-examples button {{ display: grid; place-content: start center; place-items: center;
-  gap: .3rem; margin: 0 !important; padding: .4rem .1rem; font-size: .72rem; font-weight: 400;
-  border: 1px solid var(--border-color-primary); border-radius: 8px;
-  background: var(--background-fill-secondary); }}
-.sf-examples button:hover {{ border-color: var(--sf-focus); }}
-.sf-examples img {{ width: 48px; height: 48px; margin: 0; image-rendering: pixelated; }}
-.sf-panel {{ min-width: min(100%, 320px) !important; }}
-"""
-SCRIPT = f"<script>{(Path(__file__).parent / 'page.js').read_text('utf-8')}</script>"
+HERE = Path(__file__).parent
+STYLES = (HERE / "page.css").read_text("utf-8")
+SCRIPT = f"<script>{(HERE / 'page.js').read_text('utf-8')}</script>"
 
 DROP = """<label class="sf-drop"><span><strong>Image: drop, pick or paste one</strong></span>
 <input type="file" accept="image/*"></label>"""
 LISTEN = f"smallfry.listen(element, {MOST_BYTES}, () => trigger('submit'));"
-
-ABOUT = f"""
-<div class="sf">
-<p><strong>Where it looks</strong> is attention rollout (Abnar and Zuidema 2020, arXiv 2005.00928).
-The prediction token reads the memory, and the memory reads the image, so the attention weights of
-all layers are multiplied through, averaged over heads, half of each layer being the path around it.
-It counts from the start of the recursion step, and is stretched so that the strongest patch is
-orange. It says where information can have come from. It is no proof of what caused the answer.</p>
-<p><strong>Halting</strong> is the model’s own estimate that its answer is right, which it was
-trained to give.</p>
-<p>Images are brought to the model’s size as in training. Files of at most {MOST_BYTES // 2**20} MiB
-and {MOST_PIXELS // 10**6} megapixels are taken. Nothing leaves the machine that serves this
-page.</p>
-</div>
-"""
 
 
 def build_page(models: Sequence[Shown], examples: Sequence[Example] = ()) -> gr.Blocks:
@@ -83,7 +45,8 @@ def build_page(models: Sequence[Shown], examples: Sequence[Example] = ()) -> gr.
         with gr.Row(equal_height=False):
             image = gr.HTML(DROP, js_on_load=LISTEN, elem_id="sf-image")
             with gr.Column(visible=bool(examples), elem_id="sf-examples"):
-                gr.HTML(_examples(examples))
+                pictures = [(e.name, png_url(e.png)) for e in examples]
+                gr.HTML(render("demo/templates/examples.html", examples=pictures))
         status = gr.HTML(elem_id="sf-status")
         play = gr.Button("▶ Watch it think", elem_id="sf-play", visible=recursive)
         with gr.Row(equal_height=False):
@@ -91,7 +54,8 @@ def build_page(models: Sequence[Shown], examples: Sequence[Example] = ()) -> gr.
                 _panel(*panel) for panel in zip(range(len(models)), models, headings, strict=True)
             ]
         with gr.Accordion("What is shown here", open=False):
-            gr.HTML(ABOUT)
+            limits = {"most_bytes": MOST_BYTES, "most_pixels": MOST_PIXELS}
+            gr.HTML(render("demo/templates/about.html", **limits))
 
         sliders, views = (list(parts) for parts in zip(*panels, strict=True))
         outputs = [status, *sliders, *views]
@@ -152,27 +116,14 @@ def _panel(number: int, shown: Shown, heading: str) -> tuple[gr.Slider, gr.HTML]
 
 
 def _heading(shown: Shown, heading: str) -> str:
-    model, size = shown.trained.model, shown.trained.image_size
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    facts = (
-        f"{parameters:,} parameters, {len(shown.trained.classes)} classes, {size} × {size} pixels"
+    trained, model = shown.trained, shown.trained.model
+    return render(
+        "demo/templates/heading.html",
+        heading=heading,
+        origin=shown.origin,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        classes=len(trained.classes),
+        size=trained.image_size,
+        steps=model.recursion_steps if isinstance(model, Recursive) else None,
+        latent_steps=model.latent_steps if isinstance(model, LatentRecursive) else None,
     )
-    if isinstance(model, Recursive):
-        steps = model.recursion_steps
-        facts += f", {steps} recursion {'step' if steps == 1 else 'steps'}"
-    if isinstance(model, LatentRecursive):
-        facts += f" of {model.latent_steps} latent steps"
-    return (
-        f'<div class="sf"><h2>{escape(heading)}</h2>'
-        f'<p class="sf-quiet">{facts}; from {escape(shown.origin)}</p></div>'
-    )
-
-
-def _examples(examples: Sequence[Example]) -> str:
-    buttons = "".join(
-        f'<button type="button" data-example="{number}">'
-        f'<img src="data:image/png;base64,{base64.b64encode(example.png).decode()}" alt="">'
-        f"{escape(example.name)}</button>"
-        for number, example in enumerate(examples)
-    )
-    return f'<div class="sf"><p>Or one of these:</p><div class="sf-examples">{buttons}</div></div>'

@@ -8,7 +8,6 @@ latency.png    accuracy against latency
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from smallfry.io.replace import replacing
 from smallfry.report.axes import log_axis
 from smallfry.report.figure import COLOURS, GREY, new_figure, plain, save, style
 from smallfry.report.labels import draw_labels
-from smallfry.report.page import image, page_of, words
+from smallfry.report.page import image, render, words
 from smallfry.report.table import NONE, number, table
 from smallfry_runtime.stages import obstacle
 
@@ -170,29 +169,22 @@ def notes(found: Benchmark) -> list[str]:
 
 def page(found: Benchmark, picture: Path) -> str:
     """Build the page, with all names escaped."""
-    title = f"Deployed: {found.name}"
     head, rows = cells(found)
     sizes = found.config.batch_sizes
-    body = [f"<h1>{escape(title)}</h1>"]
-    body += [f"<p>{escape(line)}</p>" for line in notes(found)]
-    body += [image(picture, "accuracy against latency"), "<h2>Figures</h2>"]
-    body.append(table(head, rows, text=(0, 1)))
-    body.append("<h2>Every batch size</h2>")
     times = ["calls", "mean", "p50", "p95"]
-    heads = [
-        "model",
-        "form",
-        *(name for _ in sizes for name in times),
-        "libraries",
-        *map(str, sizes),
-    ]
+    heads = ["model", "form", *times * len(sizes), "libraries", *map(str, sizes)]
     groups = [("", 2), *((f"batch {size}, ms", len(times)) for size in sizes)]
     groups.append(("memory, MB: libraries, and peak by batch size", 1 + len(sizes)))
-    body.append(table(heads, [_times(f, sizes) for f in found.figures], (0, 1), groups))
-    body.append("<h2>Provenance</h2>")
-    rows = [[name, words(value)] for name, value in found.provenance.items()]
-    body.append(table(["what", "value"], rows, text=(0, 1)))
-    return page_of(title, body)
+    origin = [[name, words(value)] for name, value in found.provenance.items()]
+    return render(
+        "deploy/templates/benchmark.html",
+        title=f"Deployed: {found.name}",
+        notes=notes(found),
+        picture=image(picture, "accuracy against latency"),
+        figures=table(head, rows, text=(0, 1)),
+        batches=table(heads, [_times(f, sizes) for f in found.figures], (0, 1), groups),
+        provenance=table(["what", "value"], origin, text=(0, 1)),
+    )
 
 
 def draw(found: Benchmark, file: Path) -> None:

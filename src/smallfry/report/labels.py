@@ -1,4 +1,8 @@
-"""Placement of point labels without overlap."""
+"""Placement of point labels without overlap.
+
+adjustText 1.4 was tried instead: in a picture with 18 points it left labels on each other and on
+markers after 3,000 iterations and 11 seconds; this takes half a second and leaves none there.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple

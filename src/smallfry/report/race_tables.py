@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
+
+from markupsafe import Markup
 
 from smallfry.report.race_pictures import Look
 from smallfry.report.races import FULL, LayerError, Reach, Row, Spread, Trial, layers
-from smallfry.report.table import NONE, Html, number, table
+from smallfry.report.table import NONE, number, table
 
 
-def cost_table(rows: Sequence[Row], shown: Mapping[str, Look]) -> Html:
+def cost_table(rows: Sequence[Row], shown: Mapping[str, Look]) -> Markup:
     """Tabulate final losses and the cost of a step."""
     head = ["", "settings", "training loss", "validation loss", "steps", "plain", "refresh"]
     head += ["mean", "× AdamW", "state / weights", "diverged"]
@@ -39,7 +40,7 @@ def cost_table(rows: Sequence[Row], shown: Mapping[str, Look]) -> Html:
 
 def time_table(
     reaches: Sequence[Reach], targets: Sequence[float], shown: Mapping[str, Look]
-) -> Html:
+) -> Markup:
     """Tabulate seconds to each target, with ratios to AdamW and KFAC."""
     cells = []
     for reach in reaches:
@@ -52,7 +53,7 @@ def time_table(
     return table(head, cells, groups=groups)
 
 
-def tuning_table(trials: Sequence[Trial], shown: Mapping[str, Look]) -> Html:
+def tuning_table(trials: Sequence[Trial], shown: Mapping[str, Look]) -> Markup:
     """Tabulate every trial, with the chosen ones highlighted."""
     cells = [
         [
@@ -69,7 +70,7 @@ def tuning_table(trials: Sequence[Trial], shown: Mapping[str, Look]) -> Html:
     return table(head, cells, text=(0, 2, 4), marked=marked)
 
 
-def fisher_table(errors: Sequence[LayerError], shown: Mapping[str, Look]) -> Html:
+def fisher_table(errors: Sequence[LayerError], shown: Mapping[str, Look]) -> Markup:
     """Tabulate the median error over steps: one row per contestant, one column per layer."""
     names = layers(errors)
     known = {(error.contestant, error.layer): error.median for error in errors}
@@ -82,7 +83,7 @@ def fisher_table(errors: Sequence[LayerError], shown: Mapping[str, Look]) -> Htm
     return table(head, cells)
 
 
-def reported_table(reported: Mapping[str, Mapping[str, float]], rows: Sequence[Row]) -> Html:
+def reported_table(reported: Mapping[str, Mapping[str, float]], rows: Sequence[Row]) -> Markup:
     """Tabulate the papers' figures beside our final training losses, in separate columns."""
     columns = list(dict.fromkeys(column for line in reported.values() for column in line))
     measured = list(dict.fromkeys((row.problem, row.phase) for row in rows if row.phase in FULL))
@@ -101,15 +102,14 @@ def reported_table(reported: Mapping[str, Mapping[str, float]], rows: Sequence[R
     return table(head, cells, groups=[group for group in groups if group[1]])
 
 
-def spread(values: Spread | None) -> Html:
+def spread(values: Spread | None) -> str:
     """Format a median, with the range if there is one."""
     if values is None:
-        return Html(NONE)
-    text = number(values.median, 4)
+        return NONE
+    median, low, high = (number(value, 4) for value in values)
     if values.low == values.high:
-        return Html(text)
-    span = f"{number(values.low, 4)} .. {number(values.high, 4)}"
-    return Html(f"{text} <span class=range>({span})</span>")
+        return median
+    return Markup("{} <span class=range>({} .. {})</span>").format(median, low, high)
 
 
 def settings(values: Mapping[str, Any]) -> str:
@@ -120,10 +120,10 @@ def settings(values: Mapping[str, Any]) -> str:
     )
 
 
-def _name(contestant: str, label: str, shown: Mapping[str, Look]) -> Html:
+def _name(contestant: str, label: str, shown: Mapping[str, Look]) -> Markup:
     look = shown[contestant]
     line = f"border-top: 3px {'dashed' if look.dashes else 'solid'} {look.colour}"
-    return Html(f'<span class=line style="{line}"></span>{escape(label)}')
+    return Markup('<span class=line style="{}"></span>{}').format(line, label)
 
 
 def _as_given(value: Any) -> str:

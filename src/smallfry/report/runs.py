@@ -5,7 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from smallfry.report.table import NONE, Html, number, table
+from markupsafe import Markup
+
+from smallfry.report.table import NONE, number, table
 
 OUT_OF_MEMORY = "out of memory"
 
@@ -68,18 +70,20 @@ def deviation(
     return stdev(known) if len(known) > 1 else None
 
 
-def accuracy_cell(outcomes: Sequence[Outcome]) -> Html:
+def accuracy_cell(outcomes: Sequence[Outcome]) -> str:
     """Format test accuracy over seeds, mean ± deviation, or the reason for its absence."""
     if not outcomes:
-        return Html(NONE)
+        return NONE
     middle = mean(outcomes, lambda o: o.test)
     failed = [o for o in outcomes if o.failure is not None]
     if middle is None:
-        return Html("out of memory" if OUT_OF_MEMORY in str(failed[0].failure) else "failed")
+        return "out of memory" if OUT_OF_MEMORY in str(failed[0].failure) else "failed"
     spread = deviation(outcomes, lambda o: o.test)
     text = f"{middle:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
-    note = f" ({len(failed)} of {len(outcomes)} failed)" if failed else ""
-    return Html(f"{text}{f'<span class=range>{note}</span>' if note else ''}")
+    if not failed:
+        return text
+    cell = Markup("{} <span class=range>({} of {} failed)</span>")
+    return cell.format(text, len(failed), len(outcomes))
 
 
 def best_of(groups: Mapping[Any, Sequence[Outcome]]) -> Any:
@@ -97,9 +101,9 @@ def best_of(groups: Mapping[Any, Sequence[Outcome]]) -> Any:
     return max(known, key=lambda key: known[key]) if known else None
 
 
-def strong(cell: Html) -> Html:
+def strong(cell: str) -> Markup:
     """Highlight a cell."""
-    return Html(f"<b>{cell}</b>")
+    return Markup("<b>{}</b>").format(cell)
 
 
 def protocol(outcomes: Sequence[Outcome]) -> str:
@@ -112,7 +116,7 @@ def protocol(outcomes: Sequence[Outcome]) -> str:
     return " and ".join(words[split] for split in sorted(splits)) or "nothing has ended yet"
 
 
-def runs_table(outcomes: Sequence[Outcome]) -> Html:
+def runs_table(outcomes: Sequence[Outcome]) -> Markup:
     """Tabulate every run, with everything needed to reproduce it."""
     head = ["run", "test %", "chosen at %", "chosen on", "best epoch", "seed", "minutes"]
     head += ["parameters", "MMAC", "device", "commit", "data"]

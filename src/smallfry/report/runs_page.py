@@ -3,18 +3,22 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from markupsafe import Markup
+
 from smallfry.io.json import strict
-from smallfry.report.page import page_of, words, write
+from smallfry.report.page import render, words, write
 from smallfry.report.runs import Outcome, protocol, runs_table
-from smallfry.report.table import Html, table
+from smallfry.report.table import table
 
 
 class Section(NamedTuple):
-    """Section of a page, with its part of the summary."""
+    """Section of a page, with its part of the summary.
+
+    ``html`` are its parts: ``Markup``, or the text of a paragraph.
+    """
 
     title: str
     html: Sequence[str]
@@ -34,23 +38,21 @@ def write_page(
         outcomes: The runs that have ended.
         planned: Number of planned runs.
     """
-    failed = [o for o in outcomes if o.failure is not None]
-    done = f"{len(outcomes)} of {planned} runs have ended, {len(failed)} of them failed."
-    body = [f"<h1>{escape(title)}</h1>", f"<p>{about}</p>"]
-    done += f" Protocol of what is measured here: {protocol(outcomes)}. {_grain(outcomes)}"
-    body.append(f"<p>{escape(done)}</p>")
-    for section in sections:
-        body += [f"<h2>{escape(section.title)}</h2>", *section.html]
-    if failed:
-        body.append("<h2>Failed runs</h2>")
-        rows = [[o.name, o.failure] for o in failed]
-        body.append(table(["run", "what it said"], rows, text=(0, 1)))
-    body.append("<h2>Every run</h2>")
-    body.append(
-        "<p>A run's folder is <code>runs/NAME</code> beside this page; <code>smallfry train "
-        "--config runs/NAME/config.yaml --run OTHER</code> makes it again.</p>"
+    failures = [[o.name, o.failure] for o in outcomes if o.failure is not None]
+    html = render(
+        "report/templates/runs.html",
+        title=title,
+        about=about,
+        outcomes=outcomes,
+        planned=planned,
+        failures=failures,
+        failed=table(["run", "what it said"], failures, text=(0, 1)),
+        protocol=protocol(outcomes),
+        test_images=_test_images(outcomes),
+        sections=sections,
+        runs=runs_table(outcomes),
+        provenance=_provenance(outcomes),
     )
-    body += [runs_table(outcomes), "<h2>Provenance</h2>", _provenance(outcomes)]
     summary = {
         "title": title,
         "planned": planned,
@@ -59,7 +61,7 @@ def write_page(
         "reported": {s.title: s.reported for s in sections if s.reported is not None},
         "runs": [_told(o) for o in outcomes],
     }
-    return page_of(title, body), summary
+    return html, summary
 
 
 def save_page(folder: Path, page: str, summary: Mapping[str, Any]) -> Path:
@@ -70,10 +72,9 @@ def save_page(folder: Path, page: str, summary: Mapping[str, Any]) -> Path:
     return folder / "report.html"
 
 
-def _grain(outcomes: Sequence[Outcome]) -> str:
-    """Describe the change in accuracy from a single test image."""
-    counts = {(o.summary or {}).get("data", {}).get("test") for o in outcomes} - {None}
-    return " ".join(f"One of {n:,} test images is {100 / n:.2g} points." for n in sorted(counts))
+def _test_images(outcomes: Sequence[Outcome]) -> list[int]:
+    """List the different numbers of test images, the fewest first."""
+    return sorted({(o.summary or {}).get("data", {}).get("test") for o in outcomes} - {None})
 
 
 def _told(outcome: Outcome) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def _told(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _provenance(outcomes: Sequence[Outcome]) -> Html:
+def _provenance(outcomes: Sequence[Outcome]) -> Markup | None:
     counts: Counter[tuple[str, str]] = Counter()
     for outcome in outcomes:
         origin = (outcome.summary or {}).get("provenance") or {}
@@ -100,6 +101,6 @@ def _provenance(outcomes: Sequence[Outcome]) -> Html:
         if origin.get("date"):
             counts["day", str(origin["date"])[:10]] += 1
     if not counts:
-        return Html("<p>Unknown.</p>")
+        return None
     rows = [[name, value, count] for (name, value), count in sorted(counts.items())]
     return table(["what", "value", "runs"], rows, text=(0, 1))

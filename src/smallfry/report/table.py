@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Collection, Sequence
-from html import escape
 from typing import Any
 
+from markupsafe import Markup
+
+from smallfry.report.page import render
+
 NONE = "–"
-
-
-class Html(str):
-    """Trusted markup."""
 
 
 def table(
@@ -18,8 +17,8 @@ def table(
     text: Collection[int] = (0,),
     groups: Sequence[tuple[str, int]] = (),
     marked: Collection[int] = (),
-) -> Html:
-    """Build a table; cells are escaped unless they are ``Html``.
+) -> Markup:
+    """Build a table; cells are escaped unless they are ``Markup``.
 
     Args:
         head: A name for each column.
@@ -28,21 +27,8 @@ def table(
         groups: A line above the head: a name and how many columns it spans.
         marked: Rows that stand out.
     """
-
-    def cells(tag: str, values: Sequence[Any]) -> str:
-        return "".join(
-            f"<{tag}{' class=text' if i in text else ''}>{_cell(value)}</{tag}>"
-            for i, value in enumerate(values)
-        )
-
-    above = "".join(f"<th class=group colspan={n}>{escape(name)}</th>" for name, n in groups)
-    body = "\n".join(
-        f"<tr{' class=chosen' if i in marked else ''}>{cells('td', row)}</tr>"
-        for i, row in enumerate(rows)
-    )
-    return Html(
-        f"<div class=wide><table><thead>{f'<tr>{above}</tr>' if above else ''}"
-        f"<tr>{cells('th', head)}</tr></thead>\n<tbody>{body}</tbody></table></div>"
+    return render(
+        "report/templates/table.html", head=head, rows=rows, text=text, groups=groups, marked=marked
     )
 
 
@@ -56,7 +42,3 @@ def number(value: Any, digits: int = 3) -> str:
         places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
         return f"{value:,.{places}f}"
     return f"{value:.{digits}g}"
-
-
-def _cell(value: Any) -> str:
-    return value if isinstance(value, Html) else escape(str(value))

@@ -7,7 +7,7 @@ from smallfry.report.page import image
 from smallfry.report.run_pictures import Panel, Series, draw_panels
 from smallfry.report.runs import Outcome, accuracy_cell, best_of, deviation, mean, strong, where
 from smallfry.report.runs_page import Section
-from smallfry.report.table import NONE, Html, table
+from smallfry.report.table import NONE, table
 from smallfry.studies import reported_vision as reported
 from smallfry.studies.config import BatchSizeConfig
 from smallfry.studies.recipes import Planned, recipe
@@ -105,7 +105,7 @@ def _reported(name: str, theirs: Any) -> list[str]:
 
 def _measured(
     name: str, config: BatchSizeConfig, groups: dict[tuple[str, int], list[Outcome]]
-) -> list[Html]:
+) -> list[str]:
     own = {size: groups.get((name, size), []) for size in config.batch_sizes}
     best = best_of(own)
     return [

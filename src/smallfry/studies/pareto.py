@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from smallfry.report.page import image
 from smallfry.report.run_pictures import Panel, Series, draw_panels
 from smallfry.report.runs import Outcome, accuracy_cell, deviation, mean, where
@@ -54,10 +56,10 @@ def sections(config: ParetoConfig, outcomes: list[Outcome], folder: Path) -> lis
     where_timed = timed.get("where", "not measured yet")
     html = [
         image(file, "accuracy against cost"),
-        f"<p>Latency: one image, float32, median of {config.latency_rounds} (and the middle half), "
-        f"{where_timed}, all models in turns.</p>",
+        f"Latency: one image, float32, median of {config.latency_rounds} (and the middle half), "
+        f"{where_timed}, all models in turns.",
         _measured_table(config, groups, latency, data),
-        "<h3>Reported rivals</h3>",
+        Markup("<h3>Reported rivals</h3>"),
         _rivals(data),
     ]
     measured = [
