@@ -135,7 +135,7 @@ def test_an_export_replaces_an_export_and_nothing_else(run, whole, tmp_path):
     other = tmp_path / "photos"
     other.mkdir()
     (other / "cat.jpg").write_bytes(b"meow")
-    with pytest.raises(ExportError, match="no export; use another folder"):
+    with pytest.raises(ExportError, match="exists and is not an export; use another folder"):
         export(run, other)
     assert (other / "cat.jpg").read_bytes() == b"meow"
 
