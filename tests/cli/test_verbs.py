@@ -145,6 +145,7 @@ def test_an_ended_run_is_lengthened_even_to_the_default_number_of_epochs(run, tm
     assert options.given == {"epochs": 50}  # although it is the default
 
 
+@pytest.mark.slow
 def test_what_is_printed_to_be_pasted_is_quoted(run, tmp_path, capsys):
     spaced = tmp_path / "my run"
     shutil.copytree(run, spaced)
@@ -255,6 +256,7 @@ def test_top_k_is_at_most_the_number_of_classes_and_adds_up(run, tmp_path, capsy
     assert sum(guess["probability"] for guess in top) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_standard_input_is_an_image_or_a_list_of_files(run, tmp_path, capsys, monkeypatch):
     file = pictures(tmp_path, 1)[0]
     arguments = ["predict", str(run), "-", "--json"]

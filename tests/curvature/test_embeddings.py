@@ -338,6 +338,7 @@ def test_every_method_trains_a_text_model(method, tied):
     assert "text.embedding" in str(optimizer.summary())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("places", ["one row", "bare", "expanded"])
 @pytest.mark.parametrize("samples", [4, 5])  # positions are 4: as many as samples, or not
 @pytest.mark.parametrize("method", [KFAC, EKFAC])

@@ -321,6 +321,7 @@ def test_the_full_solver_is_refused_for_shared_weights():
         nearest_terms(make(1, 1, 3, 2, 2, 4, 0), solver="full")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("uses", [1, 3])
 def test_lower_precision_is_as_good_as_its_rows(dtype, uses):

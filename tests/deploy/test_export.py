@@ -32,6 +32,7 @@ def images(run):
     return load_like(load_run(run), run, split="train")[1].images[:1000]
 
 
+@pytest.mark.slow
 def test_every_form_equals_pytorch(run, anytime, whole, images):
     wanted, halting = pytorch_says(run, images)
     for folder in (anytime, whole):
@@ -157,6 +158,7 @@ def test_wrong_wishes_are_told(run, tmp_path):
     assert not (tmp_path / "export").exists()
 
 
+@pytest.mark.slow
 def test_the_command_exports_and_predicts(run, tmp_path, capsys):
     target = tmp_path / "export"
     arguments = ["export", str(run), "--to", str(target), "--precision", "int8_dynamic"]

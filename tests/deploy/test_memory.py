@@ -14,6 +14,7 @@ needs_linux = pytest.mark.skipif(not os.access(CLEAR, os.W_OK), reason="/proc is
 MIB = 2**20
 
 
+@pytest.mark.slow
 @needs_linux
 def test_the_peak_of_an_export_is_its_own_and_not_its_parents(int8):
     ballast = np.ones(800 * MIB, np.uint8)  # ru_maxrss of the child would begin with this

@@ -57,6 +57,7 @@ def test_the_nearest_product_is_nearer_than_kfacs_and_no_product_is_exact(drawn)
     assert kfac > nearest > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["natural_gradient", "recursion"])
 def test_scripts_draw_the_pictures_of_their_name(name, tmp_path, monkeypatch):
     module = script(name)

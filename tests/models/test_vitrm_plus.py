@@ -269,6 +269,7 @@ def test_every_switch_runs_in_bfloat16(switch):
 CONCAT = {"injection": "concat", "pool": "both", "state_norm": "layer", "drop_path": 0.3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switches", [ALL_ON, ALL_ON | CONCAT], ids=["add", "concat"])
 def test_all_switches_but_random_depth_compile_to_one_graph(switches):
     torch.compiler.reset()

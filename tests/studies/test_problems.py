@@ -18,6 +18,7 @@ def noise(problem: str, count: int) -> Examples:
     return Examples(pixels, torch.randint(10, (count,), generator=generator), mean, std)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("contestant", ["adamw", "kfac", "two_level"])
 def test_every_problem_can_be_raced_on(

@@ -90,6 +90,7 @@ def test_what_has_ended_is_not_made_again_and_more_can_be_asked_for(
     assert "3 runs, 2 have ended; 2 epochs to go" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_stopped_study_goes_on_where_it_was(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals

@@ -141,6 +141,7 @@ def test_it_trains_and_is_scored_as_the_task_says(run):
     assert 0 < rows[-1]["train_accuracy"] < 1
 
 
+@pytest.mark.slow
 def test_the_command_prints_its_scores_and_compresses_it(run, tmp_path, capsys):
     wanted = RunFolder(run).read_summary()["measured"]["test"]
     assert main(["evaluate", str(run), "--json"]) == 0
