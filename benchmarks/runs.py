@@ -153,8 +153,8 @@ def main() -> int:
         (given.out / "log.json").write_text(json.dumps(results, indent=1) + "\n")
 
     given.out.mkdir(parents=True, exist_ok=True)
-    ends = [signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)]
-    assert ends is not None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
     try:
         while any(worker.is_alive() for worker in workers):
             listen(0.5)

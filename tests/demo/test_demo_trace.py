@@ -1,12 +1,12 @@
 """What the page tells of a model's thinking is what the model thinks."""
 
-from html.parser import HTMLParser
 from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
 from demo_runs import TINY, untrained
+from html_view import View
 from PIL import Image
 
 from smallfry.demo.trace import moments_of, think
@@ -119,25 +119,6 @@ def test_time_grows_with_every_recursion_step_and_says_how_it_was_taken(thinker,
 
 
 # How it looks
-
-
-class View(HTMLParser):
-    """Tags of a view with their attributes, and its texts."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.texts = [], []
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_data(self, data):
-        self.texts.append(" ".join(data.split()))
-
-    def of(self, tag):
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 def test_class_names_are_escaped(thinker, pixels):

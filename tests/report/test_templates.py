@@ -1,10 +1,10 @@
 """Pages are made of templates that escape all text and lack nothing."""
 
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from html_view import View
 from jinja2 import UndefinedError
 from markupsafe import Markup
 from PIL import Image
@@ -19,25 +19,6 @@ from smallfry.report.table import table
 
 HOSTILE = "<script>alert(\"1\", '2')</script> & co"
 FILES = sorted(Path(smallfry.__file__).parent.rglob("templates/*.html"))
-
-
-class Parsed(HTMLParser):
-    """Texts between tags, and the tags with their attributes."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.texts, self.tags = [], []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_data(self, data):
-        self.texts.append(" ".join(data.split()))
-
-    def of(self, tag):
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parts[-3]}/{file.name}")
@@ -55,7 +36,7 @@ def test_a_template_that_lacks_a_variable_fails():
 
 def test_a_template_of_another_package_extends_the_page():
     given = {"notes": [HOSTILE], "picture": "", "figures": "", "batches": "", "provenance": None}
-    page = Parsed(render("deploy/templates/benchmark.html", title=HOSTILE, **given))
+    page = View(render("deploy/templates/benchmark.html", title=HOSTILE, **given))
     assert page.texts.count(HOSTILE) == 3  # title, heading, note
     assert "Unknown." in page.texts
     assert page.of("meta")[1]["content"].startswith("default-src 'none'; img-src data:;")
@@ -64,7 +45,7 @@ def test_a_template_of_another_package_extends_the_page():
 
 def test_a_picture_is_in_the_page_with_its_description(tmp_path):
     Image.new("L", (2, 2)).save(tmp_path / "x.png")
-    [picture] = Parsed(image(tmp_path / "x.png", HOSTILE)).of("img")
+    [picture] = View(image(tmp_path / "x.png", HOSTILE)).of("img")
     assert picture == {"alt": HOSTILE, "src": png_url((tmp_path / "x.png").read_bytes())}
 
 
@@ -72,13 +53,13 @@ def test_a_table_has_its_groups_words_and_marks():
     given = table(
         ["", HOSTILE], [[HOSTILE, None], [1, Markup("<b>2</b>")]], (0,), [(HOSTILE, 2)], [1]
     )
-    shown = Parsed(given)
+    shown = View(given)
     assert [text for text in shown.texts if text] == [HOSTILE, HOSTILE, HOSTILE, "None", "1", "2"]
     assert shown.of("th") == [{"class": "group", "colspan": "2"}, {"class": "text"}, {}]
     assert shown.of("td") == [{"class": "text"}, {}] * 2
     assert shown.of("tr") == [{}, {}, {}, {"class": "chosen"}]
     assert shown.of("b") == [{}]
-    assert Parsed(table(["a"], [])).of("tr") == [{}]
+    assert View(table(["a"], [])).of("tr") == [{}]
 
 
 def test_only_what_is_markup_is_not_escaped():

@@ -8,7 +8,6 @@ import pytest
 import torch
 import yaml
 from run_helpers import StopAt, assert_same_run
-from torch.nn import functional as F
 
 from smallfry.data import load_data
 from smallfry.errors import Stopped, UsageError
@@ -131,6 +130,13 @@ def test_sizes_grow_over_equal_parts_of_the_training(digits):
     assert batches[sides.index(6)].inputs.shape == (400, 1, 6, 6)
 
 
+def test_sizes_are_refused_for_models_of_one_size(fast):
+    vitrm = replace(fast, model=ModelConfig("vitrm_micro_patch4_8"), objective=ObjectiveConfig())
+    with pytest.raises(UsageError, match=r"takes images of one size: leave out augment\.sizes"):
+        train(vitrm)
+    assert not fast.run.exists()
+
+
 def test_a_linear_fall_makes_a_triangle():
     config = ScheduleConfig(warmup_epochs=2, min_lr=0.0, shape="linear")
     rates = [learning_rate(config, 3.0, step, 10, 8) for step in range(80)]
@@ -216,7 +222,7 @@ def replace_pixels(split):
 def test_the_first_convolution_whitens_the_training_images_and_stays(fast):
     train(fast)
     trained = load_run(fast.run)
-    images = F.pad(torch.randn(2, 1, 8, 8), (0, 0, 0, 0))
+    images = torch.randn(2, 1, 8, 8)
     weight = trained.model.stem.weight
     half = len(weight) // 2
     torch.testing.assert_close(weight[:half], -weight[half:])

@@ -52,7 +52,7 @@ def run(options: Options) -> int:
     scores = score(require_finite(predictions), task_of(trained.manifest))
     result = {"data": loaded.name, "split": split, "images": len(images), **scores}
     if options.flips:
-        result["flips"] = "yes"
+        result["flips"] = True
     if threshold is not None:
         result["exit_threshold"] = threshold
     if options.json:

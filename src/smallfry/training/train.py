@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
+import timm
 import torch
 from torch import nn
 
@@ -289,6 +290,8 @@ def _build(
     torch.manual_seed(config.seed)
     task = find_task(config.task).create(config.objective.label_smoothing)
     model, spec = processes.together(lambda: source.make(config.model, data, task))
+    if config.augment.sizes and timm.get_pretrained_cfg(spec.architecture).fixed_input_size:
+        raise UsageError(f"{spec.architecture} takes images of one size: leave out augment.sizes")
     mean, std = config.data.mean or data.mean, config.data.std or data.std
     require_enough_images(
         model,
