@@ -102,7 +102,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if not any(isinstance(p, DTensor) for p in parameters):
         optimizer.load_state_dict(cast(dict[str, Any], state))
-        _arrange(optimizer)
         return
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     owner = dict(zip(numbers, parameters, strict=True))
@@ -111,15 +110,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
         for number, kept in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": shares})
-
-
-def _arrange(optimizer: torch.optim.Optimizer) -> None:
-    """Match the memory layout of a state to the parameters, as fused optimizers require."""
-    for parameter, kept in optimizer.state.items():
-        for key, value in kept.items():
-            alike = isinstance(value, Tensor) and value.shape == parameter.shape
-            if alike and value.stride() != parameter.stride():
-                kept[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 class ShardedAverage:
