@@ -87,6 +87,28 @@ def test_a_column_whose_name_is_no_text_is_damage(tmp_path):
         assert numbers(load(tmp_path, skip_unreadable=True).train.images) == list(range(6))
 
 
+def test_a_changed_byte_is_damage_or_leaves_cells_of_bytes(tmp_path):
+    file = tmp_path / "train-00000.parquet"
+    with pq.ParquetWriter(file, TABLE, compression="none") as writer:
+        cells = [{"bytes": picture(i % 2)} for i in range(12)]
+        writer.write_table(pa.table({"image": cells, "label": [i % 2 for i in range(12)]}, TABLE))
+    content, refused = file.read_bytes(), 0
+    labels = pq.read_metadata(file).row_group(0).column(1).dictionary_page_offset
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    for place in range(footer):
+        file.write_bytes(content[:place] + b"\2" + content[place + 1 :])
+        try:  # what lies outside a dictionary is found before it is looked up
+            cells = parquet_shards.read_group(file, 0, "image").to_pylist()
+        except DataError:
+            refused += 1
+        else:
+            assert all(cell is None or isinstance(cell, bytes) for cell in cells)
+        if place >= labels:
+            scanned = parquet_shards.scan(file, "image", "label")
+            assert scanned.damage or len(scanned.codes) == 12
+    assert refused > 20
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     st.lists(st.lists(st.integers(0, 4), max_size=5), min_size=1, max_size=5),

@@ -97,6 +97,7 @@ def read_group(file: Path, group: int, image: str) -> pa.ChunkedArray:
             inside = pa.types.is_struct(shard.schema_arrow.field(image).type)
             column = f"{image}.bytes" if inside else image
             table = shard.read_row_group(group, columns=[column], use_threads=False)
+            table.validate(full=True)  # reading leaves indices into dictionaries unchecked
         return pc.struct_field(table.column(0), [0]) if inside else table.column(0)
     except FAULTS as error:
         raise DataError(f"{file}: row group {group} is damaged ({_first_line(error)})") from error
@@ -110,6 +111,7 @@ def _labels(
     parts = [np.empty(0, np.int32)]
     done = 0
     for batch in shard.iter_batches(LABELS_AT_ONCE, columns=[column], use_threads=False):
+        batch.validate(full=True)
         values = batch.column(0)
         if not isinstance(values, pa.DictionaryArray):
             values = values.dictionary_encode()
