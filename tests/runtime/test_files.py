@@ -14,6 +14,7 @@ from smallfry.io.terminal import printable
 from smallfry_runtime import files
 from smallfry_runtime.files import (
     has_valid_digest,
+    parse_json,
     read_bytes,
     read_json,
     read_large,
@@ -73,6 +74,13 @@ def test_json_that_is_nested_too_deeply_is_told(tmp_path):
         read_json(tmp_path / "deep.json")
 
 
+@pytest.mark.parametrize("number", ["9" * 309, "-1" + "0" * 400, "1" + "0" * 5000])
+def test_json_with_an_integer_that_no_float_holds_is_refused(number):
+    assert parse_json(b'{"mean": [' + b"9" * 308 + b"]}") == {"mean": [int("9" * 308)]}
+    with pytest.raises(ValueError, match=f"a number of {len(number):,} digits"):
+        parse_json(f'{{"mean": [{number}]}}'.encode())
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -83,10 +91,22 @@ def test_json_that_is_nested_too_deeply_is_told(tmp_path):
         ("a: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
         ("a: {b: [{class_path: subprocess.Popen}]}", "names a class"),
         ("a: 2001-99-99T99:99:99Z\nb: " + "9" * 5000, "can't be read"),
+        ("a: [-" + "9" * 400 + "]", "larger than any setting"),
         ("model:\n  x: 1\nepochs: 2\nmodel:\n  y: 2", "'model' stands twice, in lines 1 and 4"),
         ("a: [{b: 1, b: 2}]", "'b' stands twice, in lines 1 and 1"),
     ],
-    ids=["bomb", "recursion", "depth", "length", "tag", "class", "number", "twice", "inside"],
+    ids=[
+        "bomb",
+        "recursion",
+        "depth",
+        "length",
+        "tag",
+        "class",
+        "number",
+        "large",
+        "twice",
+        "inside",
+    ],
 )
 def test_yaml_that_is_no_configuration_is_refused(text, message):
     with pytest.raises(yaml.YAMLError, match=message):

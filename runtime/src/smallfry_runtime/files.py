@@ -83,7 +83,7 @@ def read_json(file: Path) -> Any:
     Raises:
         FileNotFoundError: There is no such file.
         OSError: See ``open_regular``.
-        ValueError: Not JSON, not UTF-8, or nested too deeply.
+        ValueError: Not JSON, not UTF-8, nested too deeply, or with a number beyond all floats.
     """
     return parse_json(read_bytes(file))
 
@@ -92,12 +92,19 @@ def parse_json(data: bytes) -> Any:
     """Parse a JSON text.
 
     Raises:
-        ValueError: Not JSON, not UTF-8, or nested too deeply.
+        ValueError: Not JSON, not UTF-8, nested too deeply, or with a number beyond all floats.
     """
     try:
-        return json.loads(data)
+        return json.loads(data, parse_int=_integer)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def _integer(text: str) -> int:
+    """Parse an integer that a float can hold, as readers compare and convert numbers freely."""
+    if len(text) > 308:  # the digits of the largest float, less one
+        raise ValueError(f"a number of {len(text):,} digits")
+    return int(text)
 
 
 def settled(read: Callable[[], T], *manifests: Path) -> T:

@@ -4,6 +4,7 @@ A text of a kilobyte may stand for a billion values, through aliases of aliases,
 imports the class that ``class_path`` names wherever it stands.
 """
 
+import sys
 from typing import Any
 
 import jsonargparse
@@ -86,12 +87,14 @@ def _refuse_duplicate_keys(node: yaml.Node | None) -> None:
 
 
 def _refuse_in(value: Any) -> None:
-    """Refuse NUL, which is invalid in paths, and classes.
+    """Refuse NUL, which is invalid in paths, integers beyond all floats, and classes.
 
     jsonargparse would import, and could call, what ``class_path`` names.
     """
     if isinstance(value, str) and "\0" in value:
         raise yaml.YAMLError("a text has the character NUL in it, which no setting may have")
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise yaml.YAMLError("a number is larger than any setting may be")
     if isinstance(value, dict):
         if "class_path" in value:
             raise yaml.YAMLError("'class_path' names a class, and a configuration may name none")
