@@ -1,10 +1,12 @@
-"""Architectures, registered with timm on import."""
+"""Architectures: each module of this package registers its own with timm."""
 
-from smallfry.models import baselines, cct
+from smallfry.io.plugins import scan
 from smallfry.models.contract import FromImages, LatentRecursive, RecursionStep, Recursive
 from smallfry.models.loopnet import LoopNet
 from smallfry.models.vitrm import State, ViTRM
 from smallfry.models.vitrm_plus import ViTRMPlus
+
+scan(__name__)
 
 __all__ = [
     "FromImages",
@@ -15,6 +17,4 @@ __all__ = [
     "State",
     "ViTRM",
     "ViTRMPlus",
-    "baselines",
-    "cct",
 ]
