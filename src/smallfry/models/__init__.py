@@ -1,6 +1,6 @@
 """Architectures, registered with timm on import."""
 
-from smallfry.models import baselines, cct
+from smallfry.models import baselines, cct, small_resnets
 from smallfry.models.contract import FromImages, LatentRecursive, RecursionStep, Recursive
 from smallfry.models.loopnet import LoopNet
 from smallfry.models.vitrm import State, ViTRM
@@ -17,4 +17,5 @@ __all__ = [
     "ViTRMPlus",
     "baselines",
     "cct",
+    "small_resnets",
 ]
