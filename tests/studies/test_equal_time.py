@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import timm
+import yaml
 
 from smallfry.errors import Stopped, UsageError
 from smallfry.studies import deployed, equal_time, speed
@@ -22,8 +23,10 @@ from smallfry.studies.speed import SpeedReporter, cores_of, epochs_within, measu
 from smallfry.studies.study import run_study
 from smallfry.studies.study_models import STUDY_MODELS, StudyModel
 from smallfry.training.config import DataConfig, read_config
+from smallfry.training.continuation import with_changes
 from smallfry.training.run import RunFolder
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 RECIPES = Path(__file__).parents[2] / "recipes" / "fast"
 SMALL = ParetoConfig(
     data=DataConfig("digits", limit=60),
@@ -60,21 +63,13 @@ def rows(folder: Path) -> dict[str, dict[str, Any]]:
 # Recipes
 
 
-def test_the_recipe_of_loopnet_is_that_of_the_recipes_folder() -> None:
-    config = ParetoConfig(data=DataConfig("cifar10", validation=0.02), threads=2)
-    made = fast_recipe(STUDY_MODELS["loopnet_2m"], config, 19, 0)
-    kept = read_config(RECIPES / "loopnet_2m_cifar10.yaml")
-    made = replace(made, threads=None, progress=kept.progress)
-    made = replace(made, schedule=replace(made.schedule, warmup_epochs=2.0))  # of 1.9
-    assert replace(made, augment=replace(made.augment, flip=True)) == kept
-
-
-@pytest.mark.parametrize("size", ["70k", "300k"])
-def test_rates_of_the_smaller_loopnets_are_those_of_their_recipes(size: str) -> None:
-    made = fast_recipe(STUDY_MODELS[f"loopnet_{size}"], ParetoConfig(threads=2), 19, 0)
+@pytest.mark.parametrize("size", ["2m", "300k", "70k"])
+def test_recipes_of_loopnet_are_those_of_the_recipes_folder(size: str) -> None:
     kept = read_config(RECIPES / f"loopnet_{size}_cifar10.yaml")
-    assert made.optimizer == kept.optimizer
-    assert (made.batch_size, made.objective) == (kept.batch_size, kept.objective)
+    config = ParetoConfig(data=kept.data, threads=2)
+    made = fast_recipe(STUDY_MODELS[f"loopnet_{size}"], config, kept.epochs, 0)
+    made = replace(made, threads=None, progress=kept.progress, schedule=kept.schedule)
+    assert replace(made, augment=replace(made.augment, flip=True)) == kept
 
 
 def test_other_models_are_trained_as_their_kind_is() -> None:
@@ -179,9 +174,7 @@ def test_a_study_stopped_while_it_measures_keeps_what_it_has(
 
     with monkeypatch.context() as patch:
         patch.setattr(SpeedReporter, "step", stop)
-        with pytest.raises(
-            Stopped, match=r"what ended is in .*, the same command goes on"
-        ):
+        with pytest.raises(Stopped, match=r"what ended is in .*, the same command goes on"):
             run_study("pareto", config, folder)
     known = json.loads((folder / "speed.json").read_text())["models"]
     assert list(known) == ["resnet_micro"]
@@ -289,3 +282,16 @@ def test_a_model_is_on_the_front_if_none_is_as_cheap_and_better() -> None:
         "unknown": {"macs": None, "test": 99.0},
     }
     assert [n for n in given if is_on_front(n, "macs", given)] == ["cheap", "good", "twin"]
+
+
+def test_the_queues_front_is_the_studys() -> None:
+    entries = yaml.safe_load((BENCHMARKS / "lists" / "cpu.yaml").read_text())
+    front = [entry for entry in entries if entry["name"].startswith("front_")]
+    assert {entry["name"].removeprefix("front_") for entry in front} == set(MODELS)
+    config = ParetoConfig(data=DataConfig("cifar10", validation=0.02), threads=1)
+    for entry in front:
+        model = STUDY_MODELS[entry["name"].removeprefix("front_")]
+        listed = with_changes(read_config(BENCHMARKS.parent / entry["recipe"]), entry["settings"])
+        made = fast_recipe(model, config, listed.epochs, 0)
+        made = replace(made, augment=replace(made.augment, flip=True), progress=listed.progress)
+        assert listed == made, entry["name"]
