@@ -153,12 +153,15 @@ def smaller(config: TrainConfig) -> TrainConfig:
     model = replace(config.model, options=TINY) if name.startswith("vitrm") else config.model
     if name.startswith("cct"):
         model = ModelConfig("cct_2_3x2_32")
+    if name.startswith("loopnet"):
+        model = ModelConfig("loopnet_70k")
     return replace(
         config,
         model=model,
         data=replace(config.data, limit=200),
         batch_size=min(config.batch_size // 8, 64),
         precision="32-true",
+        test_flips=False,
         workers=None if config.resident is None else 1,
     )
 
