@@ -1,11 +1,12 @@
 """First measurements on one GPU: parts in order, within a time budget.
 
-    python benchmarks/gpu.py --root DIR --out results/gpu --budget 540
+    python benchmarks/gpu.py --root DIR --out results/gpu --budget 720
     python benchmarks/gpu.py --rehearse --root DIR --out OUT   # on a CPU, tiny, every part
 
     smoke       optimizers, models, training and exact resumption on CUDA, held against the CPU
     speed       images a second of the training loop, and its share of the GPU's peak
     accuracy    ViTRM small on CIFAR-10 for the seconds that are left, then the test split
+    fast        LoopNet 2m in more and more epochs, until it has 94 %
     optimizers  the ratios of benchmarks/optim.py
     rivals      another model, as long as the budget lasts
     tests       the tests of optimizers and curvature, and one process of NCCL
@@ -44,11 +45,12 @@ PARTS = {
     "smoke": Part("gpu_smoke.py", 30, 150),
     "speed": Part("gpu_parts.py", 30, 150),
     "accuracy": Part("gpu_parts.py", 90, 450, grace=15),
+    "fast": Part("gpu_parts.py", 30, 150, reserved=75),
     "optimizers": Part("gpu_parts.py", 20, 75, reserved=60),
     "rivals": Part("gpu_parts.py", 90, 600, grace=15),
     "tests": Part("gpu_parts.py", 30, 200),
 }
-FIRST = ["smoke", "speed", "accuracy", "optimizers", "rivals"]
+FIRST = ["smoke", "speed", "accuracy", "fast", "optimizers", "rivals"]
 
 
 def seconds_for(part: str, left: float, later: list[str]) -> float:
@@ -159,7 +161,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, help="folder of CIFAR-10's parquet files")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--budget", type=float, default=540.0, help="seconds in all")
+    parser.add_argument("--budget", type=float, default=720.0, help="seconds in all")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=FIRST)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--model", help="of rivals, such as resnet18_cifar")

@@ -29,7 +29,7 @@ from smallfry.training.progress import QuietReporter, Reporter
 from smallfry.training.run import RunFolder
 
 HERE = Path(__file__).parents[1]
-RECIPES = HERE / "recipes" / "short"
+RECIPES = HERE / "recipes"
 TINY = {"embed_dim": 32, "num_heads": 2, "mlp_hidden_dim": 32, "depth": 1, "latent_steps": 1}
 LONGEST = 6000  # characters of an error
 
@@ -133,7 +133,7 @@ def fit(
 
 
 def recipe(settings: Settings, name: str, **changes: Any) -> TrainConfig:
-    """Load a recipe of recipes/short for the device, with the local images."""
+    """Load a recipe for the device, with the local images."""
     config = read_config(RECIPES / f"{name}.yaml")
     config = replace(
         config,
@@ -153,12 +153,15 @@ def smaller(config: TrainConfig) -> TrainConfig:
     model = replace(config.model, options=TINY) if name.startswith("vitrm") else config.model
     if name.startswith("cct"):
         model = ModelConfig("cct_2_3x2_32")
+    if name.startswith("loopnet"):
+        model = ModelConfig("loopnet_70k")
     return replace(
         config,
         model=model,
         data=replace(config.data, limit=200),
         batch_size=min(config.batch_size // 8, 64),
         precision="32-true",
+        test_flips=False,
         workers=None if config.resident is None else 1,
     )
 

@@ -1,4 +1,4 @@
-"""Measuring parts of benchmarks/gpu.py: speed, accuracy, optimizers, rivals, tests."""
+"""Measuring parts of benchmarks/gpu.py: speed, accuracy, fast, optimizers, rivals, tests."""
 
 import contextlib
 import json
@@ -44,13 +44,16 @@ DATASHEET = 989e12  # operations a second of an H100 in bfloat16, without sparsi
 PAPER_ACCURACY = 0.931  # reported, best test epoch of 1,000
 STRONG = AugmentConfig(crop_padding=4, flip=True, randaugment_ops=1, mixup=0.2, cutmix=1.0)
 RECIPES_BATCH = 128  # that the rates of recipes/short are for
+FAST_EPOCHS = (12, 19, 30, 45)  # of LoopNet, until one reaches FAST_ACCURACY
+FAST_ACCURACY = 0.94  # without flips at the test
+FAST_OVERHEAD = 12.0  # seconds of a run beside its epochs
 OVERHEAD = 55.0  # seconds beside the epochs: start, compilation, test, pictures, grace
 MOST_FILE = 15 * 2**20  # bytes of what is handed back in one file
 
 
 def forms(settings: Settings) -> dict[str, TrainConfig]:
     """List the forms of ViTRM small to time, all through the training loop."""
-    short = recipe(settings, "vitrm_small_cifar10", batch_size=512)
+    short = recipe(settings, "short/vitrm_small_cifar10", batch_size=512)
     paper = replace(short, augment=replace(STRONG, randaugment_ops=2))
     strong = replace(short, augment=STRONG, model=replace(short.model, drop_rate=0.0))
     return {
@@ -98,7 +101,7 @@ def speed(settings: Settings, record: Record) -> None:
     found = record.attempt("peaks", lambda: peaks(settings))
     peak = (found or {}).get("bf16", DATASHEET)
     try:
-        config = recipe(settings, "vitrm_small_cifar10")
+        config = recipe(settings, "short/vitrm_small_cifar10")
         data = training.load_config_data(config.data)
     except Exception as error:
         record["noise instead of CIFAR-10"] = repr(error)
@@ -245,8 +248,35 @@ def rivals(settings: Settings, record: Record) -> None:
     """Train another model of recipes/short in the remaining time, equally augmented."""
     record.attempt("data", lambda: readable(settings))
     name = settings.model or "cct_7_3x1"
-    rival = recipe(settings, f"{name}_cifar10", augment=STRONG, batch_size=512, resident=False)
+    rival = recipe(
+        settings, f"short/{name}_cifar10", augment=STRONG, batch_size=512, resident=False
+    )
     _train_for(settings, record, *_timed(settings, record, rival))
+
+
+def fast(settings: Settings, record: Record) -> None:
+    """Train LoopNet 2m by the fast recipe in more and more epochs, until it is good enough."""
+    record.attempt("data", lambda: readable(settings))
+    form = recipe(settings, "fast/loopnet_2m_cifar10", compile=False)
+    epoch = 0.0  # seconds, at least; known after the first run
+    for epochs in (1, 2) if settings.rehearse else FAST_EPOCHS:
+        if settings.left < FAST_OVERHEAD + epochs * epoch:
+            record[f"{epochs} epochs"] = {"error": "left out: out of seconds"}
+            return
+        run = settings.scratch / f"fast-{epochs}-{os.getpid()}"
+        config = replace(form, epochs=epochs, run=run)
+        found = record.attempt(f"{epochs} epochs", lambda c=config: _fast(c))
+        if found is None or found["test"]["accuracy"] >= FAST_ACCURACY:
+            return
+        epoch = found["seconds"] / epochs
+
+
+def _fast(config: TrainConfig) -> dict[str, Any]:
+    found = _train(config)
+    seconds, test = found["rows"][-1]["seconds"], found["test"]["accuracy"]
+    flips = found.get("summary", {}).get("test_flips", {}).get("accuracy")
+    brief = f"test accuracy {test:.2%}" + ("" if flips is None else f", with flips {flips:.2%}")
+    return found | {"seconds": seconds, "brief": f"{brief}, {seconds:.1f} s of training"}
 
 
 def _train_for(settings: Settings, record: Record, form: TrainConfig, epoch: float) -> None:
@@ -413,7 +443,7 @@ def tests(settings: Settings, record: Record) -> None:
     record.attempt("pytest", lambda: {"brief": _call(pytest, settings.left - 5).splitlines()[-1]})
 
 
-PARTS = {each.__name__: each for each in (speed, accuracy, optimizers, rivals, tests)}
+PARTS = {each.__name__: each for each in (speed, accuracy, fast, optimizers, rivals, tests)}
 
 
 def main() -> int:

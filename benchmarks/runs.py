@@ -28,6 +28,7 @@ import sys
 import time
 import traceback
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,13 +50,13 @@ class Run(NamedTuple):
 
 
 def read_list(file: Path, chosen: list[str], more: dict[str, Any]) -> list[Run]:
-    """List the runs of a file, one for each seed, optionally only those named."""
+    """List the runs of a file, one for each seed, optionally only those of some names (``a_*``)."""
     runs = []
     for entry in yaml.safe_load(file.read_text()):
         unknown = set(entry) - {"name", "recipe", "seeds", "settings", "keep", "decides"}
         if unknown:
             raise SystemExit(f"{file}: {entry.get('name')}: unknown {', '.join(sorted(unknown))}")
-        if chosen and entry["name"] not in chosen:
+        if chosen and not any(fnmatchcase(entry["name"], pattern) for pattern in chosen):
             continue
         for seed in entry.get("seeds", [0]):
             settings = {**entry.get("settings", {}), "seed": seed, **more}
@@ -122,7 +123,7 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, help="run folders; default OUT/runs")
     parser.add_argument("--at-once", type=int, default=1)
     parser.add_argument("--seconds", type=float, help="stop then; the same command goes on")
-    parser.add_argument("--only", nargs="+", default=[], help="names of runs in the list")
+    parser.add_argument("--only", nargs="+", default=[], help="names in the list, also as a_*")
     parser.add_argument("--set", nargs="*", default=[], help="settings of all runs: NAME=VALUE")
     given = parser.parse_args()
     more = {k: yaml.safe_load(v) for k, v in (pair.split("=", 1) for pair in given.set)}

@@ -150,9 +150,11 @@ def test_every_part_runs_in_a_rehearsal(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     log = (tmp_path / "out" / "log.txt").read_text()
     assert done.returncode == 0, done.stdout + log[-5000:]
-    for part in ("smoke", "speed", "accuracy", "optimizers", "rivals"):
+    for part in ("smoke", "speed", "accuracy", "fast", "optimizers", "rivals"):
         assert found(tmp_path, part)["process"]["ended"] == "by itself"
     assert (tmp_path / "out" / "accuracy_run.tar.gz").exists()
+    fast = found(tmp_path, "fast")
+    assert [fast[f"{epochs} epochs"]["error"] for epochs in (1, 2) if "error" in fast] == []
 
 
 def write_images(root: Path) -> None:
@@ -175,3 +177,31 @@ def write_images(root: Path) -> None:
         rows = {"img": images, "label": [number % 10 for number in range(count)]}
         table = datasets.Dataset.from_dict(rows, features=features)
         table.to_parquet(root / f"{split}-00000-of-00001.parquet")
+
+
+def test_the_fast_part_takes_more_epochs_until_they_suffice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(FILE.parent))
+    import gpu_common
+    import gpu_parts
+
+    from smallfry.training.config import TrainConfig
+
+    reached = {12: 0.92, 19: 0.935, 30: 0.941, 45: 0.95}
+
+    def train(config: TrainConfig) -> dict[str, object]:
+        return {"test": {"accuracy": reached[config.epochs]}, "seconds": 2.0 * config.epochs}
+
+    def taken(seconds: float) -> dict[str, dict[str, object]]:
+        places = (tmp_path / "fast.json", tmp_path, "cpu", None, False, False, None, None)
+        settings = gpu_common.Settings("fast", time.time() + seconds, *places)
+        gpu_parts.fast(settings, gpu_common.Record(settings))
+        return json.loads((tmp_path / "fast.json").read_text())
+
+    monkeypatch.setattr(gpu_parts, "readable", lambda _: {})
+    monkeypatch.setattr(gpu_parts, "_fast", train)
+    assert list(taken(1000)) == ["data", "12 epochs", "19 epochs", "30 epochs"]
+    short = taken(gpu_parts.FAST_OVERHEAD + 55)  # enough for 19 epochs, not for 30
+    assert list(short) == ["data", "12 epochs", "19 epochs", "30 epochs"]
+    assert short["30 epochs"] == {"error": "left out: out of seconds"}

@@ -55,5 +55,6 @@ def test_an_export_gives_the_probabilities_it_gave(old, expected, pixels, name):
 def test_a_run_is_continued_and_exported(old, pixels, tmp_path):
     summary = resume(old / "run", changes={"epochs": 2})
     assert summary["measured"]["epochs"] == 2
+    assert "cpu_seconds" not in summary["measured"]  # its first epoch's are not known
     export(old / "run", tmp_path / "new")
     assert Runtime(tmp_path / "new").predict(pixels).probabilities.shape == (8, 10)

@@ -81,6 +81,22 @@ def test_an_unknown_key_is_refused(tmp_path):
     assert begun.returncode != 0
 
 
+def test_runs_are_chosen_by_name_or_pattern():
+    file = FILE.parent / "lists" / "cpu.yaml"
+    sys.path.insert(0, str(FILE.parent))
+    try:
+        from runs import read_list
+    finally:
+        sys.path.remove(str(FILE.parent))
+    assert [run.name for run in read_list(file, ["loopnet_2m_c*"], {})] == [
+        f"loopnet_2m_cpu-seed{seed}" for seed in range(3)
+    ]
+    chosen = {run.name for run in read_list(file, ["fast_*", "loopnet_300k"], {"epochs": 1})}
+    assert len(chosen) == 7
+    assert {"loopnet_300k-seed0", "fast_kfac_0.1-seed0"} < chosen
+    assert read_list(file, ["fast"], {}) == []
+
+
 @pytest.mark.parametrize(
     "file", sorted((FILE.parent / "lists").glob("*.yaml")), ids=lambda f: f.stem
 )

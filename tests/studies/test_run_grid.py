@@ -258,10 +258,10 @@ def test_a_study_of_an_earlier_version_has_the_defaults_of_later_settings(
     del told["runs"]["s0"]["data.remove_duplicates"]
     before = json.dumps(told)
     (tmp_path / "study.json").write_text(before)
-    grid._claim("toy", planned(0), tmp_path)
+    grid.claim("toy", planned(0), tmp_path)
     data = replace(CONFIG.data, remove_duplicates=True)
     with pytest.raises(UsageError, match=r"have data\.remove_duplicates False, not True"):
-        grid._claim("toy", planned(0, data=data), tmp_path)
+        grid.claim("toy", planned(0, data=data), tmp_path)
 
 
 def test_an_interrupted_run_follows_its_data_to_another_folder(

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from smallfry.errors import Stopped
 from smallfry.training.batches import TrainBatches
+from smallfry.training.checkpoint import load_checkpoint
 from smallfry.training.config import EMAConfig, ModelConfig, ObjectiveConfig
 from smallfry.training.continuation import with_fitting_warmup
 from smallfry.training.progress import QuietReporter
@@ -42,7 +43,8 @@ def test_a_run_stopped_by_a_signal_and_resumed_equals_an_undisturbed_one(
     with pytest.raises(Stopped, match=rf"after step {step} of 12 .*--resume") as stop:
         train(variant(run=tmp_path / "parted"), StopAt(step, number))
     assert stop.value.signal_number == number
-    resume(tmp_path / "parted")
+    spent = load_checkpoint(tmp_path / "parted" / "last").trainer["progress"]["cpu_seconds"]
+    assert resume(tmp_path / "parted")["measured"]["cpu_seconds"] >= round(spent, 2) > 0
     assert_same_run(tmp_path / "whole", tmp_path / "parted")
 
 

@@ -1,6 +1,7 @@
 """Whole runs: what they leave, what settings change, and how they fail."""
 
 import json
+import time
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -92,6 +93,12 @@ def test_the_summary_says_how_to_get_the_figure_again(config):
     assert summary["measured"]["seed"] == config.seed
     assert summary["data"]["fingerprint"]
     assert {"command", "commit", "device", "versions", "date"} <= set(summary["provenance"])
+
+
+def test_the_summary_counts_the_seconds_of_the_processor(config):
+    before = time.process_time()
+    summary = train(config)
+    assert 0 < summary["measured"]["cpu_seconds"] <= time.process_time() - before
 
 
 def test_the_reported_accuracy_is_that_of_the_saved_best_weights(config):

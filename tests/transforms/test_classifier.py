@@ -14,6 +14,7 @@ MODELS = {
     "vitrm_micro_patch4_8": ({}, (1, 8, 8)),
     "cct_2_3x2_32": ({}, (3, 32, 32)),
     "resnet18_cifar": ({}, (3, 32, 32)),
+    "resnet20_he": ({}, (3, 32, 32)),
     "mobilenetv3_small_050": ({}, (3, 32, 32)),
     "deit_tiny_distilled_patch16_224": ({"img_size": 32, "depth": 1}, (3, 32, 32)),
 }

@@ -50,9 +50,10 @@ class RunsConfig:
         select_on: Split that chooses the best epoch; test is the paper's protocol, biased upwards
             (with data.validation 0 it trains on all training images, as in the paper).
         device: auto, cpu, cuda or mps.
-        precision: Lightning Fabric's precision, such as 32-true or bf16-mixed.
+        precision: Lightning Fabric's precision, such as bf16-mixed; default 32-true, and the fast
+            recipe's at equal time.
         compile: Compile the training step.
-        threads: CPU threads; default that of smallfry train.
+        threads: CPU threads; default that of smallfry train, and PyTorch's at equal time.
     """
 
     data: DataConfig = field(default_factory=lambda: DataConfig("cifar10"))
@@ -60,7 +61,7 @@ class RunsConfig:
     seeds: int = 1
     select_on: Literal["validation", "test"] = "validation"
     device: str = "auto"
-    precision: str = "32-true"
+    precision: str | None = None
     compile: bool = False
     threads: int | None = None
 
@@ -129,24 +130,21 @@ class ParetoConfig(RunsConfig):
     """Accuracy against cost.
 
     Args:
-        models: Names of the study's models, or of timm's.
+        models: Names of the study's models, or of timm's; default those of the papers, and at
+            equal time the small ones. With ``finished``: names of its runs, default all.
+        minutes: Train each model as long, by the fast recipe: minutes of ``threads`` cores, from
+            which epochs follow by a measured speed; ``epochs`` and ``batch_size`` are not used.
+        finished: Folder of runs that have ended, NAME-seedN, to report on without training.
+        speed_seconds: CPU seconds to measure a model's speed, at equal time.
         batch_size: Images per training step.
         latency_rounds: Timed images of each model; the models take turns.
         latency_threads: CPU threads of the timed models.
     """
 
-    models: tuple[str, ...] = (
-        "vitrm_small",
-        "vitrm_thrifty",
-        "vit_small",
-        "vit_base",
-        "resnet18",
-        "resnet34",
-        "resnet50",
-        "resnet18_cifar",
-        "cct_6_3x1",
-        "cct_7_3x1",
-    )
+    models: tuple[str, ...] | None = None
+    minutes: float | None = None
+    finished: Path | None = None
+    speed_seconds: float = 10.0
     batch_size: int = 128
     latency_rounds: int = 50
     latency_threads: int = 1
@@ -225,7 +223,7 @@ STUDIES = {
         _on_digits(6, vitrm="vitrm_micro", lr_factors=(1.0, 3.0), batch_size=64),
     ),
     "pareto": StudyKind(
-        "Compare accuracy with parameters, MACs and latency.",
+        "Compare accuracy with parameters, MACs and latency, after equal epochs or equal time.",
         ParetoConfig,
         {},
         _on_digits(

@@ -39,7 +39,7 @@ def run_grid(study: str, planned: Sequence[Planned], folder: Path) -> list[Outco
         UsageError: The folder holds another study, or runs with other settings.
         Stopped: A signal came; the interrupted run is saved.
     """
-    _claim(study, planned, folder)
+    claim(study, planned, folder)
     ended = {p.name: o for p in planned if (o := read_outcome(p, folder)) is not None}
     note = f"what ended is in {folder}, the same command goes on"
     threads = torch.get_num_threads()
@@ -137,7 +137,7 @@ def _in_words(error: Exception) -> str:
     return f"{OUT_OF_MEMORY}: {first}" if memory else first
 
 
-def _claim(study: str, planned: Sequence[Planned], folder: Path) -> None:
+def claim(study: str, planned: Sequence[Planned], folder: Path) -> None:
     """Record the settings of the study's runs, and refuse to mix them with others."""
     file = folder / STUDY
     known: dict[str, Any] = {"study": study, "runs": {}}

@@ -28,6 +28,10 @@ ABOUT = (
     "model is drawn against all three. Reported figures, hollow, are of the data set and protocol "
     "that they name, and are drawn against the papers' own parameter counts."
 )
+MODELS = (
+    *("vitrm_small", "vitrm_thrifty", "vit_small", "vit_base", "resnet18", "resnet34", "resnet50"),
+    *("resnet18_cifar", "cct_6_3x1", "cct_7_3x1"),
+)
 Latency = Mapping[str, Mapping[str, float]]
 
 
@@ -40,13 +44,17 @@ def plan(config: ParetoConfig) -> list[Planned]:
             recipe(entry, config, config.batch_size, seed),
         )
         for seed in range(config.seeds)
-        for name, entry in find_study_models(config.models).items()
+        for name, entry in find_study_models(_names(config)).items()
     ]
+
+
+def _names(config: ParetoConfig) -> tuple[str, ...]:
+    return MODELS if config.models is None else config.models
 
 
 def sections(config: ParetoConfig, outcomes: list[Outcome], folder: Path) -> list[Section]:
     """Build the table of costs, the reported figures, and the plot."""
-    groups = {name: where(outcomes, model=name) for name in dict.fromkeys(config.models)}
+    groups = {name: where(outcomes, model=name) for name in dict.fromkeys(_names(config))}
     complete = len(outcomes) == len(plan(config))
     timed = _latency(config, groups, folder) if complete else {}
     latency: Latency = timed.get("models", {})

@@ -1,5 +1,6 @@
 """Training studies by name: their runs and their reports."""
 
+import math
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,7 +12,8 @@ from smallfry.errors import Stopped, UsageError
 from smallfry.report.runs import Outcome
 from smallfry.report.runs_page import Section, save_page, write_page
 from smallfry.studies import batch_size, optimizer, pareto, recursion
-from smallfry.studies.config import RunsConfig
+from smallfry.studies.config import ParetoConfig, RunsConfig
+from smallfry.studies.equal_time import run_equal_time
 from smallfry.studies.folder import locked, reporting
 from smallfry.studies.grid import read_outcomes, run_grid
 from smallfry.studies.recipes import Planned
@@ -55,6 +57,8 @@ def run_study(name: str, config: RunsConfig, folder: Path) -> Path:
     study = STUDIES[name]
     _check(config)
     config = _each_once(config)
+    if isinstance(config, ParetoConfig) and (config.minutes or config.finished) is not None:
+        return run_equal_time(config, folder)
     planned = list({plan.name: plan for plan in study.plan(config)}.values())
     with locked(folder):
         try:
@@ -90,6 +94,12 @@ def _check(config: RunsConfig) -> None:
         given = getattr(config, name, None)
         if given is not None and given < 1:
             raise UsageError(f"{name} must be at least 1, got {given}")
+    for name in ("minutes", "speed_seconds"):
+        given = getattr(config, name, None)
+        if given is not None and not 0 < given < math.inf:
+            raise UsageError(f"{name} must be more than 0 and finite, got {given}")
+    if isinstance(config, ParetoConfig) and None not in (config.minutes, config.finished):
+        raise UsageError("minutes are for training, and finished runs are not trained: give one")
     lists = ("batch_sizes", "latent_steps", "supervision_steps", "recursion_steps", "lr_factors")
     for name in lists:
         values = getattr(config, name, (1,))

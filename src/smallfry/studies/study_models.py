@@ -63,13 +63,21 @@ MICRO = {
         "ViTRM micro, thrifty", "vitrm_micro_patch4_8", {"cross_attention": True, "latents": 1}
     ),
 }
+LOOPNETS = ("70k", "300k", "1m", "2m")
 STUDY_MODELS = {
     **PAPER,
     "vitrm_thrifty": StudyModel("ViTRM thrifty", "vitrm_thrifty_patch4_32"),
     "vitrm_tiny": StudyModel("ViTRM tiny", "vitrm_tiny_patch4_32"),
+    "cct_2_3x2": StudyModel("CCT-2/3×2", "cct_2_3x2_32"),
+    "cct_4_3x2": StudyModel("CCT-4/3×2", "cct_4_3x2_32"),
     "cct_6_3x1": StudyModel("CCT-6/3×1", "cct_6_3x1_32"),
     "cct_7_3x1": StudyModel("CCT-7/3×1", "cct_7_3x1_32"),
     "resnet18_cifar": StudyModel("ResNet-18, 3×3 stem", "resnet18_cifar"),
+    "resnet8_mlperf_tiny": StudyModel("ResNet-8 of MLPerf Tiny", "resnet8_mlperf_tiny"),
+    "resnet20_he": StudyModel("ResNet-20", "resnet20_he"),
+    "mobilenetv3_small": StudyModel("MobileNetV3 small", "mobilenetv3_small_100"),
+    "simplenet_310k": StudyModel("SimpleNet 310k", "simplenet_cifar_310k"),
+    **{f"loopnet_{n}": StudyModel(f"LoopNet {n}", f"loopnet_{n}") for n in LOOPNETS},
     **MICRO,
 }
 

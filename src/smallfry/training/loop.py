@@ -67,6 +67,7 @@ class Progress:
     step: int = 0  # batches done
     updates: int = 0  # optimizer steps done
     seconds: float = 0.0  # spent training
+    cpu_seconds: float = 0.0  # of all threads of this process meanwhile; nan if not known
     history: list[dict[str, float]] = field(default_factory=list)  # rows of metrics.csv
     best_epoch: int = 0
     best_score: tuple[float, ...] = (-math.inf,)  # the task's rank of its scores
@@ -196,6 +197,7 @@ class Trainer:
 
     def _fit(self) -> None:
         started = time.monotonic() - self.progress.seconds
+        cpu_started = time.process_time() - self.progress.cpu_seconds
         saved = time.monotonic()
         remaining = range(self.progress.step, self.total_steps)
         if self._out_of_patience():
@@ -204,6 +206,10 @@ class Trainer:
             self.batches, remaining, self.config.workers, pin_memory=not self.on_cpu
         )
         writer: EventWriter | None = None
+
+        def measure() -> None:
+            self.progress.seconds = time.monotonic() - started
+            self.progress.cpu_seconds = time.process_time() - cpu_started
 
         def begin() -> None:
             nonlocal writer
@@ -221,7 +227,7 @@ class Trainer:
                     if batch is not None:
                         with compiling():
                             self._step(batch)
-                    self.progress.seconds = time.monotonic() - started
+                    measure()
                     done = self.progress.step % self.batches.steps_per_epoch == 0
                     if done and batch is not None:
                         self._end_epoch(writer)
@@ -234,7 +240,7 @@ class Trainer:
                     if (finished or due or asked) and self.progress.step:
                         self.save()
                         saved = time.monotonic()
-                    self.progress.seconds = time.monotonic() - started
+                    measure()
                     self._stamp = time.monotonic()  # what came since the step was not its time
                     if asked:
                         saved_too = " and saved" if self.progress.step else ""
@@ -290,7 +296,8 @@ class Trainer:
             self.average.load(checkpoint.weights)
         elif self.average is not None:
             self.average.module.load_state_dict(checkpoint.weights)
-        self.progress = Progress(**trainer["progress"])
+        earlier = {"cpu_seconds": math.nan}  # missing in checkpoints of earlier versions
+        self.progress = Progress(**(earlier | trainer["progress"]))
         if changed:
             self.reporter.say(f"changed settings: {', '.join(map(str, changed))}")
 

@@ -1,6 +1,7 @@
 """Training run: from a configuration to a folder with model, metrics and plots."""
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -367,6 +368,7 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
         raise TrainingError(f"{folder.best}: on the test images, {error}") from None
     sample = torch.zeros(1, data.channels, data.image_size, data.image_size, device=device)
     spent = cost(model, sample)
+    cpu = progress.cpu_seconds
     summary = {
         "run": str(folder.path),
         "model": best.manifest["model"],
@@ -387,6 +389,7 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
             **({CHOICE: LAST_EPOCH} if trainer.plan.trains else {}),
             "epochs": len(progress.history),
             "training_seconds": round(progress.seconds, 2),
+            **({} if math.isnan(cpu) else {"cpu_seconds": round(cpu, 2)}),
             "seed": config.seed,
             "parameters": spent.parameters,
             "macs": spent.macs,
