@@ -3,6 +3,7 @@
 from smallfry.models import baselines, cct
 from smallfry.models.contract import FromImages, LatentRecursive, RecursionStep, Recursive
 from smallfry.models.loopnet import LoopNet
+from smallfry.models.simplenet import SimpleNet
 from smallfry.models.vitrm import State, ViTRM
 from smallfry.models.vitrm_plus import ViTRMPlus
 
@@ -12,6 +13,7 @@ __all__ = [
     "LoopNet",
     "RecursionStep",
     "Recursive",
+    "SimpleNet",
     "State",
     "ViTRM",
     "ViTRMPlus",
