@@ -2,12 +2,14 @@
 
 from smallfry.models import baselines, cct
 from smallfry.models.contract import FromImages, LatentRecursive, RecursionStep, Recursive
+from smallfry.models.dhvt import DHVT
 from smallfry.models.loopnet import LoopNet
 from smallfry.models.simplenet import SimpleNet
 from smallfry.models.vitrm import State, ViTRM
 from smallfry.models.vitrm_plus import ViTRMPlus
 
 __all__ = [
+    "DHVT",
     "FromImages",
     "LatentRecursive",
     "LoopNet",
