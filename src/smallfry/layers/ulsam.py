@@ -10,7 +10,7 @@ the identity, and doubles what has a single position. Saini, Jha et al., WACV 20
 import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ class ULSAM(nn.Module):
         channels: Channels.
         groups: Groups of channels with a map each.
         bn_momentum: Weight of a new batch in running statistics; the authors' code has 0.9.
+        device: Of the weights.
+        dtype: Of the weights.
 
     Raises:
         UsageError: Groups don't divide the channels.
@@ -41,15 +43,23 @@ class ULSAM(nn.Module):
         torch.Size([2, 64, 7, 5])
     """
 
-    def __init__(self, channels: int, groups: int = 4, bn_momentum: float = 0.1) -> None:
+    def __init__(
+        self,
+        channels: int,
+        groups: int = 4,
+        bn_momentum: float = 0.1,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        factory: Any = {"device": device, "dtype": dtype}
         if groups < 1 or channels % groups:
             raise UsageError(f"{groups} groups don't divide {channels} channels")
         self.groups = groups
-        self.conv_dws = nn.Conv2d(channels, channels, 1, groups=channels)
-        self.bn_dws = nn.BatchNorm2d(channels, momentum=bn_momentum)
-        self.conv_point = nn.Conv2d(channels, groups, 1, groups=groups)
-        self.bn_point = nn.BatchNorm2d(groups, momentum=bn_momentum)
+        self.conv_dws = nn.Conv2d(channels, channels, 1, groups=channels, **factory)
+        self.bn_dws = nn.BatchNorm2d(channels, momentum=bn_momentum, **factory)
+        self.conv_point = nn.Conv2d(channels, groups, 1, groups=groups, **factory)
+        self.bn_point = nn.BatchNorm2d(groups, momentum=bn_momentum, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (batch, channels, height, width)."""
@@ -156,7 +166,7 @@ def _shapes(
             lambda _, given, out, name=name: found.update({name: (given[0].shape, out.shape)})
         )
     with torch.no_grad():
-        copy(example.to("meta"))
+        copy(example.to("meta", next(model.parameters()).dtype))
     for name in names:
         if name not in found or len(found[name][1]) != 4:
             raise UsageError(f"{name} gives no map (batch, channels, height, width)")
@@ -170,4 +180,4 @@ def _set(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _like(layer: nn.Module, model: nn.Module) -> nn.Module:
     weight = next(model.parameters())
-    return cast(nn.Module, layer.to(weight.device, weight.dtype)).train(model.training)
+    return layer.to(weight.device, weight.dtype).train(model.training)

@@ -1,6 +1,6 @@
 """Architectures, registered with timm on import."""
 
-from smallfry.models import baselines, cct
+from smallfry.models import baselines, cct, mobilenet_ulsam
 from smallfry.models.contract import FromImages, LatentRecursive, RecursionStep, Recursive
 from smallfry.models.dhvt import DHVT
 from smallfry.models.loopnet import LoopNet
@@ -21,4 +21,5 @@ __all__ = [
     "ViTRMPlus",
     "baselines",
     "cct",
+    "mobilenet_ulsam",
 ]

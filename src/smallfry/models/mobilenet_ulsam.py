@@ -7,9 +7,11 @@ the last of them here.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import timm
+import torch
 from timm.models import generate_default_cfgs
 from torch import nn
 
@@ -33,7 +35,7 @@ def block_name(model: nn.Module, number: int) -> str:
     Raises:
         UsageError: There are fewer.
     """
-    stages = cast(nn.Module, model.get_submodule("blocks"))
+    stages = model.get_submodule("blocks")
     names = [
         f"blocks.{stage}.{block}"
         for stage, blocks in stages.named_children()
@@ -66,23 +68,18 @@ def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     if pretrained:
         raise UsageError(f"there are no pretrained weights of {name}")
     base, replaced = SIZES[name]
-    given = {key: value for key, value in kwargs.items() if not key.startswith("pretrained_cfg")}
+    given = dict(kwargs)
     blocks: Sequence[int] = given.pop("blocks", replaced)
     after: Sequence[int] = given.pop("after", ())
     settings = {key: given.pop(key) for key in ("groups", "bn_momentum") if key in given}
-    for key in ("cache_dir", "scriptable", "exportable", "no_jit"):
-        given.pop(key, None)
-    if settings.get("groups", 4) < 1:
-        raise UsageError("groups must be at least 1")
+    cfg = replace(given.get("pretrained_cfg") or default_cfgs[name].default, architecture=name)
+    given["pretrained_cfg"] = cfg
     model: Any = timm.create_model(base, **given)
-    cfg = kwargs.get("pretrained_cfg") or default_cfgs[name].default
-    size = (given.get("in_chans", 3), *cfg.input_size[1:])
-    example = model.conv_stem.weight.new_empty((2, *size))
-    replaced_names = [block_name(model, number) for number in blocks]
-    after_names = [block_name(model, number) for number in after]
-    replace_with_ulsam(model, replaced_names, example=example, **settings)
-    insert_ulsam(model, after_names, example=example, **settings)
-    model.pretrained_cfg = model.default_cfg = cfg.to_dict()
+    side = cfg.input_size[1:]
+    example = torch.empty(2, given.get("in_chans", cfg.input_size[0]), *side, device="meta")
+    old, followed = ([block_name(model, number) for number in some] for some in (blocks, after))
+    insert_ulsam(model, followed, example=example, **settings)
+    replace_with_ulsam(model, old, example=example, **settings)
     return cast(nn.Module, model)
 
 
