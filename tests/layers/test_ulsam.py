@@ -107,7 +107,7 @@ def test_weights_of_other_layers_pass_the_filter() -> None:
 
 
 def test_timms_attention_factory_takes_it() -> None:
-    model = timm.create_model("resnet18", block_args={"attn_layer": ULSAM}, num_classes=3)
+    model = timm.create_model("resnet18", block_args={"attn_layer": ULSAM}, num_classes=3).eval()
     assert sum(isinstance(m, ULSAM) for m in model.modules()) == 8
     assert model(torch.rand(1, 3, 32, 32)).shape == (1, 3)
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import timm
 import torch
-from timm.models import generate_default_cfgs
+from timm.models import PretrainedCfg, generate_default_cfgs
 from torch import nn
 
 from smallfry.errors import UsageError
@@ -72,7 +72,8 @@ def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     blocks: Sequence[int] = given.pop("blocks", replaced)
     after: Sequence[int] = given.pop("after", ())
     settings = {key: given.pop(key) for key in ("groups", "bn_momentum") if key in given}
-    cfg = replace(given.get("pretrained_cfg") or default_cfgs[name].default, architecture=name)
+    cfg = given.get("pretrained_cfg") or default_cfgs[name].default
+    cfg = replace(PretrainedCfg(**cfg) if isinstance(cfg, dict) else cfg, architecture=name)
     given["pretrained_cfg"] = cfg
     model: Any = timm.create_model(base, **given)
     side = cfg.input_size[1:]
