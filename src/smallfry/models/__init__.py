@@ -5,6 +5,7 @@ from smallfry.models.contract import FromImages, LatentRecursive, RecursionStep,
 from smallfry.models.dhvt import DHVT
 from smallfry.models.loopnet import LoopNet
 from smallfry.models.simplenet import SimpleNet
+from smallfry.models.skipblocknet import SkipblockNet
 from smallfry.models.vitrm import State, ViTRM
 from smallfry.models.vitrm_plus import ViTRMPlus
 
@@ -16,6 +17,7 @@ __all__ = [
     "RecursionStep",
     "Recursive",
     "SimpleNet",
+    "SkipblockNet",
     "State",
     "ViTRM",
     "ViTRMPlus",

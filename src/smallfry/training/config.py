@@ -162,20 +162,28 @@ class ObjectiveConfig:
     """Loss and number of trained recursion steps.
 
     Args:
-        name: deep_supervision (recursive models), cross_entropy (any), or auto for the first
-            where the model recurs and the second elsewhere.
+        name: deep_supervision (recursive models), cross_entropy (any), bias (cross-entropy weighed
+            by the variety of features, arXiv 2107.11170), or auto for the first where the model
+            recurs and the second elsewhere.
         supervision_steps: Recursion steps on a batch, each with an optimizer step (N_sup).
         halt_threshold: Leave the batch once the mean halting probability passes this.
         label_smoothing: Share of the target spread over all classes.
+        alpha: Factor of the variance of features in the weights of bias.
+        beta: What is taken off these weights.
+        normalization: Lowest variance of bias: that of each batch, or the running minimum.
     """
 
-    name: Literal["auto", "deep_supervision", "cross_entropy"] = "auto"
+    name: Literal["auto", "deep_supervision", "cross_entropy", "bias"] = "auto"
     supervision_steps: int = 1
     halt_threshold: float = 0.5
     label_smoothing: float = 0.0
+    alpha: float = 0.3
+    beta: float = 0.3
+    normalization: Literal["batch", "running"] = "batch"
 
     def __post_init__(self) -> None:
         _check_values(self, "objective.")
+        _check(self.alpha >= 0 <= self.beta < 1, "objective.alpha is at least 0, beta 0 to below 1")
         _check(self.supervision_steps >= 1, "objective.supervision_steps must be at least 1")
         _check(0 <= self.label_smoothing < 1, "objective.label_smoothing is 0 to below 1")
 
