@@ -198,13 +198,13 @@ def test_half_precision_resumes_exactly_too(variant, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "parted")
 
 
-@pytest.mark.slow
 RUNNING_BIAS = {  # the running minimum is in the checkpoint
     "objective": ObjectiveConfig("bias", normalization="running"),
     "model": ModelConfig("resnet10t", options={"stem_width": 8}),
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

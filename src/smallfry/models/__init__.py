@@ -3,6 +3,7 @@
 from smallfry.models import baselines, cct, mobilenet_ulsam
 from smallfry.models.contract import FromImages, LatentRecursive, RecursionStep, Recursive
 from smallfry.models.dhvt import DHVT
+from smallfry.models.gated_mlp import GatedMLP
 from smallfry.models.loopnet import LoopNet
 from smallfry.models.simplenet import SimpleNet
 from smallfry.models.skipblocknet import SkipblockNet
@@ -12,6 +13,7 @@ from smallfry.models.vitrm_plus import ViTRMPlus
 __all__ = [
     "DHVT",
     "FromImages",
+    "GatedMLP",
     "LatentRecursive",
     "LoopNet",
     "RecursionStep",
