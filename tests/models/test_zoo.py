@@ -98,6 +98,7 @@ def test_kfac_covers_every_linear_layer_and_convolution(name: str) -> None:
     fixed = timm.get_pretrained_cfg(name).fixed_input_size
     size = {"img_size": 32} if fixed else {}
     model = timm.create_model(name, num_classes=3, in_chans=1, **ZOO[name], **size)
+    nn.init.normal_(model.get_classifier().weight, std=0.01)  # no probability of exactly one
     optimizer = KFAC(model, 0.01, likelihood="categorical")
     images, labels = torch.rand(6, 1, 32, 32), torch.arange(6) % 3
     F.cross_entropy(model(images), labels).backward()
