@@ -146,7 +146,7 @@ class CCT(nn.Module):
         """Compute tokens (batch, tokens, embed_dim) of images (batch, channels, side, side)."""
         tokens = self.tokenizer(images).flatten(2).transpose(1, 2)
         if self.class_token is not None:
-            tokens = torch.cat([self.class_token.expand(len(tokens), -1, -1), tokens], dim=1)
+            tokens = torch.cat([self.class_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         if self.pos_embed is not None:
             tokens = tokens + self.pos_embed
         if self.grad_checkpointing and self.training:

@@ -117,7 +117,7 @@ class DHVT(nn.Module):
         if images.shape[2] != images.shape[3]:
             raise ValueError(f"expected square images, got {images.shape[2]}×{images.shape[3]}")
         tokens = self.patch_embed(images).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         if self.grad_checkpointing and self.training:
             tokens = checkpoint_seq(self.blocks, tokens)
         else:
