@@ -305,8 +305,13 @@ def test_models_lists_what_they_cost(capsys):
     small = next(row for row in rows if row["model"] == "vitrm_small_patch4_32")
     assert small["parameters"] == 3_624_971
     assert small["macs"] == pytest.approx(1.4541e9, rel=1e-3)
-    assert main(["models"]) == 0
-    assert "3,624,971" in capsys.readouterr().out
+    assert small["paper"] == "Akazan et al. 2026, arXiv 2603.19503"
+    assert main(["models", "dhvt_tiny*"]) == 0
+    shown = capsys.readouterr().out
+    assert "6,008,650" in shown
+    assert "Apache-2.0" in shown
+    assert main(["models", "tinynet_e", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] == 2_042_972
     assert main(["models", "nothing*"]) == 2
 
 

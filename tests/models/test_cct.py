@@ -129,7 +129,14 @@ def test_timms_contract_holds() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"img_size": 2, "convolutions": 2}, {"convolutions": 0}, {"num_heads": 5}]
+    "wrong",
+    [
+        {"img_size": 2, "convolutions": 2},
+        {"convolutions": 0},
+        {"num_heads": 5},
+        {"positions": "x"},
+        {"patch_size": 9},
+    ],
 )
 def test_wrong_sizes_are_named(wrong: dict) -> None:
     with pytest.raises(UsageError):

@@ -144,6 +144,21 @@ def test_a_linear_fall_makes_a_triangle():
     assert rates[19:] == pytest.approx([3.0 * (79 - step) / 60 for step in range(19, 80)])
 
 
+def test_steps_divide_the_rate_after_their_epochs():
+    settings = {"min_lr": 0.002, "shape": "steps", "milestones": [3, 5]}
+    config = ScheduleConfig(warmup_epochs=1, **settings)
+    rates = [learning_rate(config, 1.0, step, 10, 8) for step in range(80)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert rates[10:] == pytest.approx([1.0] * 20 + [0.1] * 20 + [0.01] * 30)
+    lower = ScheduleConfig(0, 0.05, shape="steps", milestones=[1, 2])
+    assert learning_rate(lower, 1.0, 79, 10, 8) == 0.05
+    for wrong in ({"shape": "steps"}, {"milestones": [3]}):
+        with pytest.raises(UsageError, match="go together"):
+            ScheduleConfig(**wrong)
+    with pytest.raises(UsageError, match="must be positive"):
+        ScheduleConfig(shape="steps", milestones=[0])
+
+
 def test_biases_and_shifts_have_a_rate_of_their_own():
     model = LoopNet(**NET)
     for decay in ("weights", "all"):

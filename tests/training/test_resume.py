@@ -200,6 +200,12 @@ def test_half_precision_resumes_exactly_too(variant, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "parted")
 
 
+RUNNING_BIAS = {  # the running minimum is in the checkpoint
+    "objective": ObjectiveConfig("bias", normalization="running"),
+    "model": ModelConfig("resnet10t", options={"stem_width": 8}),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
@@ -210,6 +216,7 @@ def test_half_precision_resumes_exactly_too(variant, tmp_path):
         {"objective": ObjectiveConfig("cross_entropy")},
         {"model": ModelConfig("resnet10t", options={"stem_width": 8})},
         {"model": ModelConfig("vitrm_plus_micro_8", options=CHANCE)},
+        RUNNING_BIAS,
     ],
     ids=lambda settings: next(iter(settings)),
 )

@@ -1,1 +1,1 @@
-"""Substitutes for dense layers, with fewer or narrower numbers."""
+"""Layers for any network: substitutes for dense layers, and parts of compact architectures."""

@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smallfry.errors import UsageError
+from smallfry.models.sources import Source
 
+SOURCE = {
+    "paper_*": Source("Akazan et al. 2026, arXiv 2603.19503"),
+    "resnet*": Source("He et al. 2016, arXiv 1512.03385"),
+}
 STEM = 64  # channels
 
 

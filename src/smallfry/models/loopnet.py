@@ -19,8 +19,11 @@ from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs,
 from torch import Tensor, nn
 
 from smallfry.errors import UsageError
+from smallfry.models.sources import Source
 
 __all__ = ["LoopNet"]
+
+SOURCE = Source("after Jordan 2024, arXiv 2404.00498")
 
 SMALLEST_VARIANCE = 5e-4  # added to those of patches: directions without variance stay small
 PATCH = 2  # pixels

@@ -28,8 +28,11 @@ from torch.utils.checkpoint import checkpoint
 from smallfry._torch import has_forward_hooks
 from smallfry.models.contract import RecursionStep
 from smallfry.models.layers import EVERY, Layer, Tokens, end_to_end
+from smallfry.models.sources import Source
 
 __all__ = ["State", "ViTRM"]
+
+SOURCE = Source("Akazan et al. 2026, arXiv 2603.19503")
 
 FIRST, LAST = slice(0, 1), slice(-1, None)
 

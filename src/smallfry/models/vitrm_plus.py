@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from smallfry.errors import UsageError
 from smallfry.models.grid import GridLayer, Rotary, conv_tokenizer
 from smallfry.models.layers import EVERY, Tokens, end_to_end
+from smallfry.models.sources import Source
 from smallfry.models.vitrm import (
     FIRST,
     LAST,
@@ -28,6 +29,8 @@ from smallfry.models.vitrm import (
 )
 
 __all__ = ["ViTRMPlus"]
+
+SOURCE = Source("after Akazan et al. 2026, arXiv 2603.19503")
 
 CHOICES = {  # none is a word: timm takes a None for an argument that was not given
     "tokenizer": ("patch", "conv"),

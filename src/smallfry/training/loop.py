@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from smallfry.data import ImageData, Split
-from smallfry.errors import RunError, Stopped, TrainingError
+from smallfry.errors import RunError, Stopped, TrainingError, UsageError
 from smallfry.io.signals import noting
 from smallfry.io.terminal import command
 from smallfry.tasks import Batch
@@ -29,7 +29,7 @@ from smallfry.training.events import EventWriter
 from smallfry.training.launch_env import launcher_has_ended
 from smallfry.training.loader import TrainLoader
 from smallfry.training.method import find_methods
-from smallfry.training.objective import Objective
+from smallfry.training.objective import Objective, Stateful
 from smallfry.training.optimization import (
     WeightAverage,
     build_optimizer,
@@ -269,6 +269,8 @@ class Trainer:
             "progress": vars(self.progress),
             "settings": dotted(self.config.to_dict()),
         }
+        if isinstance(self.objective, Stateful):  # each process has its own part of a batch
+            trainer["objective"] = self.processes.collect(self.objective.state_dict())
         manifest = {**self.manifest, "training": self._position()}
         weights = self._weights()
         self.processes.once(lambda: save_checkpoint(self.folder.last, manifest, weights, trainer))
@@ -296,6 +298,15 @@ class Trainer:
             self.average.load(checkpoint.weights)
         elif self.average is not None:
             self.average.module.load_state_dict(checkpoint.weights)
+        if isinstance(self.objective, Stateful):
+            states = trainer["objective"]
+            if len(states) != self.processes.count:
+                raise UsageError(
+                    f"the objective's state is that of {len(states)} processes, not "
+                    f"{self.processes.count}: start as many"
+                )
+            like = self.batches[0].to(self.fabric.device)
+            self.objective.load_state_dict(states[self.processes.rank], like)
         earlier = {"cpu_seconds": math.nan}  # missing in checkpoints of earlier versions
         self.progress = Progress(**(earlier | trainer["progress"]))
         if changed:

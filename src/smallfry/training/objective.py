@@ -7,7 +7,7 @@ supervision does, is a generator that carries its state along.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,18 +16,19 @@ from smallfry.errors import UsageError
 from smallfry.models import Recursive
 from smallfry.models.contract import map_tensors
 from smallfry.tasks import Batch, Task, find_task
+from smallfry.training.bias_loss import BiasLoss, RunningBiasLoss
 from smallfry.training.config import ObjectiveConfig
+from smallfry.training.objective_steps import Step
 
-__all__ = ["Batch", "DeepSupervision", "Objective", "Step", "Supervised", "build_objective"]
-
-
-class Step(NamedTuple):
-    """Loss of an objective for one optimizer step."""
-
-    loss: Tensor  # scalar, mean over the batch
-    outputs: Tensor  # (batch, ...), detached
-    halting: Tensor | None = None  # (batch,), probability of having finished, detached
-    last: bool = True  # the objective has nothing more to do on this batch
+__all__ = [
+    "Batch",
+    "DeepSupervision",
+    "Objective",
+    "Stateful",
+    "Step",
+    "Supervised",
+    "build_objective",
+]
 
 
 class Objective(Protocol):
@@ -60,6 +61,17 @@ class Objective(Protocol):
 
     def __call__(self, prepared: nn.Module, batch: Batch) -> Iterator[Step]:
         """Yield the steps of a batch; the loop updates the model between them."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Objective with a state of its own, which is in the checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain values and tensors."""
+
+    def load_state_dict(self, state: dict[str, Any], batch: Batch) -> None:
+        """Restore it; ``batch`` is one of the training, on its device."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +168,9 @@ def build_objective(
         name = "deep_supervision" if recursive else "cross_entropy"
     if name == "cross_entropy":
         return Supervised(meaning)
+    if name == "bias":
+        kind = RunningBiasLoss if config.normalization == "running" else BiasLoss
+        return kind(meaning, config.alpha, config.beta)
     if not recursive:
         raise UsageError(
             f"deep_supervision needs a model that recurs, and {type(model).__name__} does not; "

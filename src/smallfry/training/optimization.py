@@ -167,8 +167,11 @@ def learning_rate(
         warmup, total = config.warmup_epochs * steps_per_epoch, float(epochs * steps_per_epoch)
     if now < warmup:
         return peak * now / warmup
-    done = min(1.0, (now - warmup) / max(1.0, total - warmup))
     floor = min(config.min_lr, peak)
+    if config.shape == "steps":
+        passed = sum(step >= milestone * steps_per_epoch for milestone in config.milestones)
+        return max(floor, peak * 10.0**-passed)
+    done = min(1.0, (now - warmup) / max(1.0, total - warmup))
     if config.shape == "linear":
         return peak + (floor - peak) * done
     return floor + (peak - floor) * (1 + math.cos(math.pi * done)) / 2

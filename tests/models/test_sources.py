@@ -1,0 +1,46 @@
+"""Every model names its paper, and timm's networks of the zoo are those of the tables."""
+
+import pytest
+import timm
+from zoo_golden import GOLDEN, measured
+
+import smallfry.models
+from smallfry.models.sources import TIMM, source_of
+
+OWN = [
+    name
+    for name in timm.list_models()
+    if timm.model_entrypoint(name).__module__.startswith("smallfry.")
+]
+ZOO = [n for n in GOLDEN["timm"] if n.startswith(("tinynet", "fbnetv3", "efficientnet"))]
+
+
+def test_every_model_has_a_paper() -> None:
+    assert len(OWN) > 50
+    for name in OWN:
+        source = source_of(name)
+        assert source is not None, name
+        assert "arXiv" in source.paper
+        assert bool(source.code) == bool(source.licence)
+    assert source_of("tinynet_a") == TIMM["tinynet_*"]
+    assert source_of("resnet18") is None
+
+
+def test_registered_functions_are_in_their_modules() -> None:
+    entry = timm.model_entrypoint("dhvt_tiny_cifar_patch4")
+    assert entry is smallfry.models.dhvt.dhvt_tiny_cifar_patch4
+    assert entry.__doc__ == "Build ``dhvt_tiny_cifar_patch4``."
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n[0] in "fe" else []) for n in ZOO]
+)
+def test_timms_networks_are_those_of_the_tables(name: str) -> None:
+    entry = GOLDEN["timm"][name]
+    found = measured(name, entry["input"])
+    assert (found.parameters, found.macs) == (entry["n_params"], entry["macs"])
+    if "macs_test" in entry:
+        assert measured(name, entry["test_input"]).macs == entry["macs_test"]
+    cfg = timm.get_pretrained_cfg(name)
+    assert cfg.interpolation == entry["interp"]
+    assert cfg.crop_pct == entry["crop_pct"]
