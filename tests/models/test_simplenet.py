@@ -17,8 +17,7 @@ from zoo_golden import (
 )
 
 from smallfry.errors import UsageError
-from smallfry.models.simplenet import SimpleNet
-from smallfry.models.simplenet import checkpoint_filter_fn
+from smallfry.models.simplenet import SimpleNet, checkpoint_filter_fn
 
 NAMES = [name for name in MODELS if name.startswith("simplenet")]
 

@@ -7,8 +7,7 @@ from torch import nn
 from zoo_golden import MODELS, assert_summary, images, load, measured, own_tensors, tensors
 
 from smallfry.errors import UsageError
-from smallfry.models.skipblocknet import SkipblockNet
-from smallfry.models.skipblocknet import InvertedResidual
+from smallfry.models.skipblocknet import InvertedResidual, SkipblockNet
 
 ENTRY = MODELS["skipblocknet_m"]
 
