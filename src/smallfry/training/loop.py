@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from smallfry.data import ImageData, Split
-from smallfry.errors import RunError, Stopped, TrainingError
+from smallfry.errors import RunError, Stopped, TrainingError, UsageError
 from smallfry.io.signals import noting
 from smallfry.io.terminal import command
 from smallfry.tasks import Batch
-from smallfry.training.augment import Augment
+from smallfry.training.augment import Augmentation
 from smallfry.training.batches import TrainBatches, derive_seed, resident
 from smallfry.training.checkpoint import Checkpoint, has_checkpoint, save_checkpoint
 from smallfry.training.compiling import Compiled, compiling
@@ -29,7 +29,7 @@ from smallfry.training.events import EventWriter
 from smallfry.training.launch_env import launcher_has_ended
 from smallfry.training.loader import TrainLoader
 from smallfry.training.method import find_methods
-from smallfry.training.objective import Objective
+from smallfry.training.objective import Objective, Stateful
 from smallfry.training.optimization import (
     WeightAverage,
     build_optimizer,
@@ -93,7 +93,7 @@ class Trainer:
         model: nn.Module,
         data: ImageData,
         objective: Objective,
-        augment: Augment,
+        augment: Augmentation,
         config: TrainConfig,
         folder: RunFolder,
         manifest: Mapping[str, Any],
@@ -263,6 +263,8 @@ class Trainer:
             "progress": vars(self.progress),
             "settings": dotted(self.config.to_dict()),
         }
+        if isinstance(self.objective, Stateful):  # each process has its own part of a batch
+            trainer["objective"] = self.processes.collect(self.objective.state_dict())
         manifest = {**self.manifest, "training": self._position()}
         weights = self._weights()
         self.processes.once(lambda: save_checkpoint(self.folder.last, manifest, weights, trainer))
@@ -290,6 +292,15 @@ class Trainer:
             self.average.load(checkpoint.weights)
         elif self.average is not None:
             self.average.module.load_state_dict(checkpoint.weights)
+        if isinstance(self.objective, Stateful):
+            states = trainer["objective"]
+            if len(states) != self.processes.count:
+                raise UsageError(
+                    f"the run's slots are those of {len(states)} processes, not "
+                    f"{self.processes.count}: start as many"
+                )
+            like = self.batches[0].to(self.fabric.device)
+            self.objective.load_state_dict(states[self.processes.rank], like)
         self.progress = Progress(**trainer["progress"])
         if changed:
             self.reporter.say(f"changed settings: {', '.join(map(str, changed))}")
@@ -338,7 +349,8 @@ class Trainer:
                     # gradients are averaged over processes, and this is a share of a sum
                     self.fabric.backward(step.loss * (share * processes.count))
                 sums[0] += step.loss.detach() * share
-                sums[1] += self.objective.task.right(step.outputs, part.targets).sum()
+                targets = part.targets if step.targets is None else step.targets
+                sums[1] += self.objective.task.right(step.outputs, targets).sum()
                 sums[2] += math.nan if step.halting is None else step.halting.mean() * share
                 last = last or step.last
             scaler = getattr(self.fabric.strategy.precision, "scaler", None)

@@ -7,7 +7,7 @@ supervision does, is a generator that carries its state along.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,19 +15,20 @@ from torch.nn import functional as F
 from smallfry.errors import UsageError
 from smallfry.models import Recursive
 from smallfry.models.contract import map_tensors
-from smallfry.tasks import Batch, Task, find_task
+from smallfry.tasks import Batch, HasDefaults, Task, find_task
 from smallfry.training.config import ObjectiveConfig
+from smallfry.training.objective_steps import Advance, Step
+from smallfry.training.slots import SlotSupervision
 
-__all__ = ["Batch", "DeepSupervision", "Objective", "Step", "Supervised", "build_objective"]
-
-
-class Step(NamedTuple):
-    """Loss of an objective for one optimizer step."""
-
-    loss: Tensor  # scalar, mean over the batch
-    outputs: Tensor  # (batch, ...), detached
-    halting: Tensor | None = None  # (batch,), probability of having finished, detached
-    last: bool = True  # the objective has nothing more to do on this batch
+__all__ = [
+    "Batch",
+    "DeepSupervision",
+    "Objective",
+    "Stateful",
+    "Step",
+    "Supervised",
+    "build_objective",
+]
 
 
 class Objective(Protocol):
@@ -60,6 +61,17 @@ class Objective(Protocol):
 
     def __call__(self, prepared: nn.Module, batch: Batch) -> Iterator[Step]:
         """Yield the steps of a batch; the loop updates the model between them."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Objective with a state of its own, which is in the checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain values and tensors."""
+
+    def load_state_dict(self, state: dict[str, Any], batch: Batch) -> None:
+        """Restore it; ``batch`` is one of the training, on its device."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +126,7 @@ class DeepSupervision:
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Return a module for one recursion step."""
-        return _Advance(model)
+        return Advance(model)
 
     def __call__(self, prepared: nn.Module, batch: Batch) -> Iterator[Step]:
         """Yield the steps of a batch."""
@@ -133,32 +145,24 @@ class DeepSupervision:
             state = map_tensors(Tensor.detach, step.state)
 
 
-class _Advance(nn.Module):
-    """Module whose forward is ``model.advance``."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor, state: Any) -> Any:
-        model: Any = self.model
-        return model.advance(images, state)
-
-
 def build_objective(
-    config: ObjectiveConfig, model: nn.Module, task: str = "classification"
+    config: ObjectiveConfig, model: nn.Module, task: str = "classification", parts: int = 1
 ) -> Objective:
-    """Build the configured objective for this model and task."""
+    """Build the configured objective for this model and task, and micro-batches of a batch."""
     meaning = find_task(task).create(config.label_smoothing)
     recursive = isinstance(model, Recursive)
-    name = config.name
+    name: str = config.name
+    if name == "auto" and recursive and isinstance(meaning, HasDefaults):
+        name = meaning.defaults.objective
     if name == "auto":
         name = "deep_supervision" if recursive else "cross_entropy"
     if name == "cross_entropy":
         return Supervised(meaning)
     if not recursive:
         raise UsageError(
-            f"deep_supervision needs a model that recurs, and {type(model).__name__} does not; "
-            "take objective.name cross_entropy"
+            f"{name} needs a model that recurs, and {type(model).__name__} does not; take "
+            "objective.name cross_entropy"
         )
+    if name == "slots":
+        return SlotSupervision(meaning, config.supervision_steps, config.exploration, parts)
     return DeepSupervision(meaning, config.supervision_steps, config.halt_threshold)
