@@ -1,7 +1,13 @@
 """Architectures, registered with timm on import."""
 
 from smallfry.models import baselines, cct
-from smallfry.models.contract import FromImages, LatentRecursive, RecursionStep, Recursive
+from smallfry.models.contract import (
+    FromImages,
+    LatentRecursive,
+    ReadsOut,
+    RecursionStep,
+    Recursive,
+)
 from smallfry.models.loopnet import LoopNet
 from smallfry.models.trm import TRM
 from smallfry.models.vitrm import State, ViTRM
@@ -12,6 +18,7 @@ __all__ = [
     "FromImages",
     "LatentRecursive",
     "LoopNet",
+    "ReadsOut",
     "RecursionStep",
     "Recursive",
     "State",

@@ -178,7 +178,7 @@ class TRM(nn.Module):
             grids: (batch, 1, side, side).
             steps: Number of steps; default ``recursion_steps``.
         """
-        x, state = self.embed(grids), self.initial_state(len(grids))
+        x, state = self.embed(grids), self.initial_state(grids.shape[0])
         trace = []
         for _ in range(self.recursion_steps if steps is None else steps):
             trace.append(self.step(x, state))
@@ -188,7 +188,7 @@ class TRM(nn.Module):
     def advance(self, grids: Tensor, state: State | None = None) -> RecursionStep:
         """Run one improvement step from a state (default the initial one), as in training."""
         return self.step(
-            self.embed(grids), self.initial_state(len(grids)) if state is None else state
+            self.embed(grids), self.initial_state(grids.shape[0]) if state is None else state
         )
 
     def embed(self, grids: Tensor, puzzles: Tensor | None = None) -> Tensor:
@@ -206,7 +206,7 @@ class TRM(nn.Module):
             )
         cells = self.embed_cells(grids.flatten(1).round().long())
         first = self.embed_puzzle[:1] if puzzles is None else self.embed_puzzle[puzzles]
-        rows = F.pad(first[:, None], (0, 0, 0, self.prefix - 1)).expand(len(grids), -1, -1)
+        rows = F.pad(first[:, None], (0, 0, 0, self.prefix - 1)).expand(grids.shape[0], -1, -1)
         e = torch.cat([rows, cells], dim=1)
         if self.pos_embed is not None:
             e = LEARNED_SCALE * (e + self.pos_embed)
@@ -250,7 +250,7 @@ class TRM(nn.Module):
 
     def forward_features(self, grids: Tensor) -> Tensor:
         """Compute the final answer y, (batch, prefix + cells, dim)."""
-        x, state = self.embed(grids), self.initial_state(len(grids))
+        x, state = self.embed(grids), self.initial_state(grids.shape[0])
         for _ in range(self.recursion_steps):
             state = self.step(x, state).state
         return state.y

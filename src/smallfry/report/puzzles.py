@@ -61,7 +61,7 @@ def _draw_one(place: Any, cells: Sequence[NDArray[np.int64]], symbols: Sequence[
         if answered[cell] != right[cell]:
             colour, text = WRONG, f"{text}/{symbols[right[cell]]}"
         place.add_patch(Rectangle((column, row), 1, 1, facecolor=colour, edgecolor=GREY, lw=0.4))
-        size = max(3.0, 72 / side / max(1, len(text)))
+        size = 130 / side / max(1, len(text))
         place.text(column + 0.5, row + 0.52, text, ha="center", va="center", fontsize=min(10, size))
 
 
