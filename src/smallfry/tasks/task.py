@@ -118,7 +118,7 @@ class Pictured(Protocol):
 
 
 class TaskDefaults(NamedTuple):
-    """What a task takes where the configuration says auto."""
+    """Model and objective of a task where the configuration says auto."""
 
     models: Mapping[int, str]  # by the side of the images
     model: str  # of images of any other side

@@ -27,7 +27,7 @@ HALT_WEIGHT = 0.5  # of the halting loss
 
 
 class Carry(NamedTuple):
-    """What the slots keep from one batch to the next."""
+    """State of the slots between two batches."""
 
     state: Any  # of the model, detached
     inputs: Tensor  # (slots, ...)
