@@ -41,7 +41,7 @@ class Mixture(NamedTuple):
 class Sums(NamedTuple):
     """Moments of descriptors under posteriors."""
 
-    count: Tensor  # (..., components), sum of q
+    total: Tensor  # (..., components), sum of q
     first: Tensor  # (..., components, dim), sum of q x
     second: Tensor  # (..., components, dim), sum of q x^2
 
@@ -75,7 +75,7 @@ def fisher_vector(sums: Sums, mixture: Mixture, number: int | Tensor) -> Tensor:
         number: Descriptors in the sums (N).
     """
     weights, sigma = mixture.logits.softmax(0)[:, None], mixture.log_sigma.exp()
-    means, count = mixture.means, sums.count[..., None]
+    means, count = mixture.means, sums.total[..., None]
     first = (sums.first - means * count) / (number * sigma * weights.sqrt())
     spread = sums.second - 2 * means * sums.first + (means.square() - sigma.square()) * count
     second = spread / (number * sigma.square() * (2 * weights).sqrt())
@@ -124,8 +124,8 @@ def fit_mixture(
 
 
 def _maximized(sums: Sums, floor: Tensor) -> Mixture:
-    weights = (sums.count / sums.count.sum()).clamp(min=LEAST_WEIGHT)
-    count = sums.count.clamp(min=LEAST_WEIGHT)[:, None]
+    weights = (sums.total / sums.total.sum()).clamp(min=LEAST_WEIGHT)
+    count = sums.total.clamp(min=LEAST_WEIGHT)[:, None]
     means = sums.first / count
     variances = (sums.second / count - means.square()).maximum(floor)
     return Mixture(weights.log(), means, variances.log() / 2)
