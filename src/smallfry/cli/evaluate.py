@@ -14,6 +14,8 @@ from smallfry.io.terminal import printable, say
 if TYPE_CHECKING:
     from smallfry.training.run import TrainedModel
 
+PERCENT = ("accuracy", "macro_f1", "cell_accuracy")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options(EarlyExit, AsJson, OneRun):
@@ -23,17 +25,20 @@ class Options(EarlyExit, AsJson, OneRun):
         split: Split to evaluate.
         data: Data to use instead of the run's own.
         flips: Take the mean of the logits of each image and its mirror image.
+        by_step: Score the prediction after each recursion step too; of puzzles, always.
     """
 
     split: Literal["train", "validation", "test"] = "test"
     data: OtherData = field(default_factory=OtherData)
     flips: bool = False
+    by_step: bool = False
 
 
 def run(options: Options) -> int:
     """Evaluate, and print the scores."""
     from smallfry.deploy.pretrained import load_trained
-    from smallfry.training.evaluation import predict, require_finite, score, task_of
+    from smallfry.tasks import ScoredByStep
+    from smallfry.training.evaluation import predict, require_finite, score, score_steps, task_of
     from smallfry.training.evaluation_data import load_like
     from smallfry.training.run import require_classes
 
@@ -49,23 +54,39 @@ def run(options: Options) -> int:
         exit_threshold=threshold,
         flips=options.flips,
     )
-    scores = score(require_finite(predictions), task_of(trained.manifest))
+    task = task_of(trained.manifest)
+    scores = score(require_finite(predictions), task)
     result = {"data": loaded.name, "split": split, "images": len(images), **scores}
     if options.flips:
         result["flips"] = True
     if threshold is not None:
         result["exit_threshold"] = threshold
+    steps = []
+    if options.by_step or (isinstance(task, ScoredByStep) and task.scored_by_step):
+        steps = score_steps(trained.model, images, trained.normalize, task)
+        result["steps"] = steps
     if options.json:
         say(json.dumps(result))
         return 0
+    result.pop("steps", None)
     table = Table("", "", show_header=False, box=None)
     for name, value in result.items():
-        percent = name in ("accuracy", "macro_f1")
-        shown = value if isinstance(value, str | int) else f"{value:.4f}"
-        cell = f"{value:.2%}" if percent else escape(printable(str(shown)))
-        table.add_row(name.replace("_", " "), cell)
+        table.add_row(name.replace("_", " "), escape(printable(_shown(name, value))))
     CleanConsole().print(table)
+    if steps:
+        titles = [name.replace("_", " ") for name in steps[0]]
+        table = Table("step", *titles, box=None)
+        for number, row in enumerate(steps, 1):
+            table.add_row(str(number), *(_shown(name, value) for name, value in row.items()))
+        CleanConsole().print(table)
     return 0
+
+
+def _shown(name: str, value: object) -> str:
+    """Format a value of the result."""
+    if name in PERCENT:
+        return f"{value:.2%}"
+    return str(value) if isinstance(value, str | int) else f"{value:.4f}"
 
 
 def _exit_threshold(options: Options, trained: "TrainedModel") -> float | None:

@@ -1,25 +1,35 @@
-"""Classify images."""
+"""Classify images, or solve puzzles."""
 
 import json
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from smallfry.cli._messages import FAILED, complain
 from smallfry.cli._shared import AsJson, EarlyExit, OneRun
-from smallfry.errors import UsageError
+from smallfry.errors import DataError, UsageError
 from smallfry.io.terminal import say
+from smallfry_runtime.files import MOST_TEXT, read_bytes
 from smallfry_runtime.inputs import Found, find_images
+from smallfry_runtime.names import path_of
 from smallfry_runtime.predictions import Answer
+
+if TYPE_CHECKING:
+    from smallfry.training.puzzle_inference import Solved
+    from smallfry.training.run import TrainedModel
+
+LINE = 100  # characters
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(EarlyExit, AsJson, OneRun):
-    """Classify images with a trained model or an export.
+    """Classify images with a trained model or an export; solve puzzles with one for puzzles.
 
     Args:
-        inputs: Image files, folders, globs, or - for an image or a list of files on standard input.
+        inputs: Image files, folders, globs, or - for an image or a list of files on standard input;
+            of a model for puzzles, text or JSON files, or - for such text.
         exit_threshold: Exit at this halting probability.
         top_k: Number of classes to print per image.
     """
@@ -35,7 +45,20 @@ class Options(EarlyExit, AsJson, OneRun):
 
 
 def run(options: Options) -> int:
-    """Print the classes of each image; the exit code is 1 if one could not be read."""
+    """Print the classes of each image; the exit code is 1 if one could not be read.
+
+    Of a model for puzzles, print the answer to each after every recursion step.
+    """
+    from smallfry_runtime.manifest import is_export
+
+    if not is_export(Path(options.run)):
+        from smallfry.deploy.pretrained import load_trained
+        from smallfry.tasks import ReadsText
+        from smallfry.training.evaluation import task_of
+
+        trained = load_trained(options.run, options.checkpoint)
+        if isinstance(task_of(trained.manifest), ReadsText):
+            return _solve_files(options, trained)
     images = find_images(options.inputs, sys.stdin.buffer)
     code = 0
     for answer in _answers(options, images):
@@ -47,6 +70,47 @@ def run(options: Options) -> int:
             guesses = "  ".join(f"{name} {share:.1%}" for name, share in answer.top)
             say(f"{answer.name}: {guesses}")
     return code
+
+
+def _solve_files(options: Options, trained: "TrainedModel") -> int:
+    """Print the puzzles of files with the answers to them."""
+    from smallfry.training.puzzle_inference import solve
+
+    code = 0
+    for name in options.inputs:
+        try:
+            content = sys.stdin.buffer.read(MOST_TEXT) if name == "-" else read_bytes(path_of(name))
+            for number, solved in enumerate(
+                solve(trained, content.decode(), options.exit_threshold), 1
+            ):
+                if options.json:
+                    say(json.dumps({"file": name, "puzzle": number, **solved.to_dict()}))
+                else:
+                    say(_side_by_side(f"{name}, puzzle {number}", solved))
+        except (OSError, DataError, UnicodeDecodeError) as error:
+            code = complain(f"{name}: {error}", FAILED)
+    return code
+
+
+def _side_by_side(title: str, solved: "Solved") -> str:
+    """Arrange the puzzle and its answers in columns, as many as fit a line."""
+    columns = [["given", "", *solved.given]]
+    before = solved.given
+    for number, (answer, halting) in enumerate(solved.steps, 1):
+        cells = zip("".join(before), "".join(answer), strict=True)
+        changed = sum(old != new for old, new in cells)
+        columns.append([f"step {number}", f"{changed} new {halting:.0%}", *answer])
+        before = answer
+    width = max(len(cell) for column in columns for cell in column) + 2
+    across = max(1, LINE // width)
+    lines = [f"{title}: cells that are new, and the model's own probability of being right"]
+    for start in range(0, len(columns), across):
+        part = columns[start : start + across]
+        lines += [
+            "".join(cell.ljust(width) for cell in row).rstrip() for row in zip(*part, strict=True)
+        ]
+        lines.append("")
+    return "\n".join(lines)
 
 
 def _answers(options: Options, images: Iterable[Found]) -> Iterable[Answer]:

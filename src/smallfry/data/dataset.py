@@ -4,7 +4,9 @@ import hashlib
 import logging
 import math
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +19,10 @@ from smallfry.data.decoded import (
 )
 from smallfry.data.fingerprint import digest, stamp
 from smallfry.data.folders import folders_in
+from smallfry.data.generators import generate, generated_names
 from smallfry.data.image_data import ImageData
 from smallfry.data.labels import with_known_labels
-from smallfry.data.named import NOTHING_TO_TELL_APART, find_source
+from smallfry.data.named import NOTHING_TO_TELL_APART, find_source, require_no_root
 from smallfry.data.shards import WINDOW
 from smallfry.data.sources import (
     TEST,
@@ -59,6 +62,7 @@ def load_data(
     window: int = WINDOW,
     remove_duplicates: bool = False,
     bit_depth: int | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> ImageData:
     """Load a data set.
 
@@ -97,6 +101,21 @@ def load_data(
         DataError: A source that can't be reached or used.
     """
     _check_options(image_size, channels, validation, test, limit, window, bit_depth)
+    place = None if root is None else Path(root)
+    if name in generated_names():
+        require_no_root(name, place)
+        return generate(
+            name,
+            options or {},
+            *(validation, test, split_seed, limit),
+            image_size=image_size,
+            channels=channels,
+            label=label,
+            stream=stream,
+            bit_depth=bit_depth,
+        )
+    if options:
+        raise UsageError(f"data.options are of generated data sets, and {name} is none")
     if min_classes > 1 and name in NOTHING_TO_TELL_APART:
         raise UsageError(
             f"{name} has no classes to distinguish: {NOTHING_TO_TELL_APART[name]}; it is meant "
@@ -107,7 +126,6 @@ def load_data(
         above: float = LARGEST_DECODED // ((channels or 3) * (image_size or 64) ** 2)
     else:
         above = 0 if stream else math.inf
-    place = None if root is None else Path(root)
     source = with_known_labels(find_source(name, place, label, above, skip_unreadable))
     count = len(source.classes)
     if count < min_classes:

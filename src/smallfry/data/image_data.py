@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from smallfry.data.sources import (
 )
 from smallfry.data.splits import Split
 from smallfry.data.stream import ShardPixels
+from smallfry.data.symmetry import Symmetry
 from smallfry.errors import SmallfryWarning
 from smallfry_runtime.names import text_of
 
@@ -50,6 +52,9 @@ class ImageData:
         validation: The validation split; empty if none was wanted.
         bit_depth: Bits of the values in images of more than 8 bits a channel, the scale that they
             were brought to 8 bits from; None if no training image has more.
+        moments: Mean and standard deviation to normalise with; default those of the pixels.
+        symmetries: Random symmetries of so many training grids of symbols, for their augmentation.
+        generated: Settings of a generated data set; None of real images.
     """
 
     name: str
@@ -64,6 +69,9 @@ class ImageData:
     _spelled: tuple[str, ...] = field(default=(), repr=False)  # classes as the source has them
     _locate: Mapping[str, Callable[[int], str]] = field(default_factory=dict, repr=False)
     bit_depth: int | None = None
+    moments: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    symmetries: Callable[[int], Symmetry] | None = field(default=None, repr=False)
+    generated: Mapping[str, Any] | None = None
 
     @property
     def test_count(self) -> int:
@@ -93,6 +101,8 @@ class ImageData:
 
     @cached_property
     def _moments(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        if self.moments is not None:
+            return self.moments
         total = torch.zeros(2, self.channels, dtype=torch.float64)
         chosen = self.train.rows
         if isinstance(self.train.pixels, ShardPixels):
@@ -126,9 +136,9 @@ class ImageData:
     def duplicates(self) -> list[str]:
         """Describe identical images in several splits or under several labels.
 
-        Streamed images are not compared.
+        Streamed images are not compared, and generated puzzles are distinct.
         """
-        if isinstance(self.train.pixels, ShardPixels):
+        if isinstance(self.train.pixels, ShardPixels) or self.generated is not None:
             return []
         return describe_duplicates(self.origin, self._hashed(), self.classes)
 

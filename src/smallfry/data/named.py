@@ -10,6 +10,7 @@ import numpy as np
 from smallfry.data.curves import read_curves
 from smallfry.data.faces import read_faces
 from smallfry.data.folders import read_folder
+from smallfry.data.generators import generated_names
 from smallfry.data.parquet_shards import count_rows
 from smallfry.data.shard_index import find_shards, read_shards
 from smallfry.data.sources import TRAIN, EncodedSplit, Hub, Source, read_hub
@@ -22,8 +23,11 @@ HUB: Mapping[str, Hub] = {
     "mnist": Hub("ylecun/mnist"),
     "fashion_mnist": Hub("zalando-datasets/fashion_mnist"),
 }
-NAMED = ("digits", "curves", "faces", *HUB)
-NO_ROOT: Mapping[str, str] = {"digits": "comes with scikit-learn", "curves": "is generated"}
+NAMED = ("digits", "curves", "faces", *HUB, *generated_names())
+NO_ROOT: Mapping[str, str] = {
+    "digits": "comes with scikit-learn",
+    **dict.fromkeys(("curves", *generated_names()), "is generated"),
+}
 NOTHING_TO_TELL_APART: Mapping[str, str] = {
     "curves": "all its images are of one class",
     "faces": "its validation and test images show other people than its training images",
@@ -62,8 +66,7 @@ def find_source(
             SmallfryWarning,
             stacklevel=3,
         )
-    if root is not None and name in NO_ROOT:
-        raise UsageError(f"{name} {NO_ROOT[name]} and does not use data.root")
+    require_no_root(name, root)
     if root is not None:
         root = root.expanduser()
         if not root.is_dir():
@@ -80,6 +83,16 @@ def find_source(
     inner = root / name
     folder = inner if inner.is_dir() else root
     return _read(folder, label, hub.label, stream_above, skip_unreadable)
+
+
+def require_no_root(name: str, root: Path | None) -> None:
+    """Refuse a folder for a data set that needs none.
+
+    Raises:
+        UsageError: There is one.
+    """
+    if root is not None and name in NO_ROOT:
+        raise UsageError(f"{name} {NO_ROOT[name]} and does not use data.root")
 
 
 def read_digits() -> Source:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from smallfry.errors import ExportError
-from smallfry.models import LatentRecursive, RecursionStep, Recursive
+from smallfry.models import ReadsOut, RecursionStep, Recursive
 from smallfry.models.contract import replace_tensors, tensors
 
 __all__ = ["OPSET", "Graph", "anytime_graphs", "exported_program", "to_onnx", "whole_graph"]
@@ -105,7 +105,7 @@ class ReadOut(nn.Module):
         state: Any state of it, for its kind.
     """
 
-    def __init__(self, model: LatentRecursive, state: Any) -> None:
+    def __init__(self, model: ReadsOut, state: Any) -> None:
         super().__init__()
         self.model, self.state = model, state
 
@@ -162,7 +162,7 @@ def anytime_graphs(model: Recursive, images: Tensor) -> list[Graph]:
     """Divide the model into three graphs, to decide on early exit after each step."""
     with torch.inference_mode():
         x = model.embed(images)
-        if isinstance(model, LatentRecursive):
+        if isinstance(model, ReadsOut):
             state = model.initial_state(len(images))
             read_out: nn.Module = ReadOut(model, state)
         else:

@@ -15,6 +15,7 @@ from torch import Tensor
 __all__ = [
     "FromImages",
     "LatentRecursive",
+    "ReadsOut",
     "RecursionStep",
     "Recursive",
     "map_tensors",
@@ -66,11 +67,16 @@ class FromImages(Protocol):
 
 
 @runtime_checkable
-class LatentRecursive(Recursive, Protocol):
-    """Recursive model with several latent steps and one answer step in each step, as ViTRM.
+class ReadsOut(Recursive, Protocol):
+    """Recursive model whose heads read the first tensor of the state and no other, as TRM."""
 
-    The heads read the first tensor of the state and no other.
-    """
+    def read_out(self, state: Any) -> RecursionStep:
+        """Compute the heads' outputs of a state."""
+
+
+@runtime_checkable
+class LatentRecursive(ReadsOut, Protocol):
+    """The same with several latent steps and one answer step in each step, as ViTRM."""
 
     latent_steps: int  # in a recursion step
 
@@ -79,9 +85,6 @@ class LatentRecursive(Recursive, Protocol):
 
     def answer(self, state: Any) -> Any:
         """Run the answer step."""
-
-    def read_out(self, state: Any) -> RecursionStep:
-        """Compute the heads' outputs of a state."""
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], state: Any) -> Any:

@@ -3,6 +3,7 @@
 Usable alone: they know nothing of this package's models, data or training.
 """
 
+from smallfry.optim.adam_atan2 import AdamATan2
 from smallfry.optim.approximation import Approximation
 from smallfry.optim.base import NaturalGradient
 from smallfry.optim.corrected import CorrectedProduct, KFACCorrected
@@ -23,6 +24,7 @@ __all__ = [
     "KPSVD",
     "METHODS",
     "SNGD",
+    "AdamATan2",
     "Approximation",
     "BlockDiagnosis",
     "CorrectedProduct",

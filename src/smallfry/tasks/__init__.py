@@ -5,9 +5,19 @@ import pkgutil
 from functools import cache
 
 from smallfry.errors import UsageError, nearest
-from smallfry.tasks.task import Batch, Pictured, Task
+from smallfry.tasks.task import Batch, HasDefaults, Pictured, ReadsText, ScoredByStep, Task
 
-__all__ = ["Batch", "Pictured", "Task", "find_task", "register", "task_names"]
+__all__ = [
+    "Batch",
+    "HasDefaults",
+    "Pictured",
+    "ReadsText",
+    "ScoredByStep",
+    "Task",
+    "find_task",
+    "register",
+    "task_names",
+]
 
 _TASKS: dict[str, type[Task]] = {}
 

@@ -15,7 +15,16 @@ from torch import Tensor
 from smallfry.data import Split
 from smallfry.models.contract import map_tensors
 
-__all__ = ["Batch", "Pictured", "Task", "micro_batch_sizes"]
+__all__ = [
+    "Batch",
+    "HasDefaults",
+    "Pictured",
+    "ReadsText",
+    "ScoredByStep",
+    "Task",
+    "TaskDefaults",
+    "micro_batch_sizes",
+]
 
 
 class Batch(NamedTuple):
@@ -106,3 +115,37 @@ class Pictured(Protocol):
 
     def draw(self, outputs: Tensor, split: Split, classes: Sequence[str], folder: Path) -> None:
         """Draw the outputs for a split into a folder."""
+
+
+class TaskDefaults(NamedTuple):
+    """Model and objective of a task where the configuration says auto."""
+
+    models: Mapping[int, str]  # by the side of the images
+    model: str  # of images of any other side
+    objective: str
+
+
+@runtime_checkable
+class HasDefaults(Protocol):
+    """Task with a model and an objective of its own."""
+
+    defaults: ClassVar[TaskDefaults]
+
+
+@runtime_checkable
+class ReadsText(Protocol):
+    """Task whose inputs are read from text files."""
+
+    def read(self, text: str, classes: Sequence[str], side: int) -> Tensor:
+        """Read the inputs of a file, (inputs, channels, side, side), uint8.
+
+        Raises:
+            DataError: Text of another form.
+        """
+
+
+@runtime_checkable
+class ScoredByStep(Protocol):
+    """Task whose evaluation scores every recursion step."""
+
+    scored_by_step: ClassVar[bool]

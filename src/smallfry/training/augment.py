@@ -8,7 +8,7 @@ it is made, and made for much less than image by image. The operations are torch
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -48,6 +48,21 @@ def whole(images: Tensor) -> Place:
     return Place(torch.arange(len(images)), len(images))
 
 
+class Augmentation(Protocol):
+    """Training batches from images and labels."""
+
+    alternates: bool  # mirrors an image in every other epoch
+    sizes: Sequence[int]  # sides of the images in equal parts of the training; none for full size
+    classes: int
+    normalize: "Normalize"
+
+    def needed(self, part: slice, count: int) -> Place:
+        """Return the images that a part of a batch needs."""
+
+    def __call__(self, images: Tensor, labels: Tensor, place: Place | None = None) -> Batch:
+        """Make a batch of uint8 images with int64 labels."""
+
+
 class Augment:
     """Augmentation of uint8 images to a training batch.
 
@@ -80,7 +95,7 @@ class Augment:
             self.steps.append(partial(random_crop, padding=padding, border=config.border))
         flips = flip if config.flip is None else config.flip
         self.alternates = flips and config.flips == "alternating"
-        self.sizes = config.sizes
+        self.sizes: Sequence[int] = config.sizes
         if flips:
             self.steps.append(random_flip)
         operations = rand_augment_operations(config.randaugment_magnitude, image_size)

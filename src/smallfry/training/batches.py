@@ -15,7 +15,7 @@ from smallfry.data import ImageData, Split
 from smallfry.data.stream import ShardPixels
 from smallfry.errors import UsageError
 from smallfry.tasks import Batch
-from smallfry.training.augment import Augment, Place, beside
+from smallfry.training.augment import Augmentation, Place, beside
 from smallfry.training.processes import share_of
 
 RESIDENT_SHARE = 0.25  # of the device's free memory that training images may take
@@ -43,7 +43,7 @@ class TrainBatches(Dataset[Batch]):
     def __init__(
         self,
         split: Split,
-        augment: Augment,
+        augment: Augmentation,
         batch_size: int,
         seed: int,
         rank: int = 0,

@@ -26,8 +26,9 @@ class DataConfig:
     """Data set; see ``smallfry.data.load_data``.
 
     Args:
-        name: A data set (digits, cifar10, cifar100, mnist, fashion_mnist) or a folder with parquet
-            shards, WebDataset tar files or one folder per class.
+        name: A data set (digits, cifar10, cifar100, mnist, fashion_mnist; puzzles: sudoku4,
+            sudoku6, sudoku9, maze9 to maze30) or a folder with parquet shards, WebDataset tar
+            files or one folder per class.
         root: Folder of a named data set; without one, the local cache and then the hub are asked.
         image_size: Side of the images in pixels; default the native size up to 64, else 32.
         channels: 1 (grey) or 3 (RGB); default 1 if all images are grey.
@@ -46,6 +47,7 @@ class DataConfig:
             split too.
         bit_depth: Bits of the values in images of more than 8 bits a channel, such as 12; default
             what the values of all images need, with a warning where that is a guess.
+        options: Settings of generated puzzles, such as {puzzles: 1000, seed: 0, split: class}.
     """
 
     name: str = "digits"
@@ -64,6 +66,7 @@ class DataConfig:
     window: int = 16_384
     remove_duplicates: bool = False
     bit_depth: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_values(self, "data.")
@@ -162,21 +165,25 @@ class ObjectiveConfig:
     """Loss and number of trained recursion steps.
 
     Args:
-        name: deep_supervision (recursive models), cross_entropy (any), bias (cross-entropy weighed
-            by the variety of features, arXiv 2107.11170), or auto for the first where the model
-            recurs and the second elsewhere.
-        supervision_steps: Recursion steps on a batch, each with an optimizer step (N_sup).
+        name: deep_supervision (recursive models), slots (the same, where each image halts by
+            itself and the next takes its place), cross_entropy (any), bias (cross-entropy weighed
+            by the variety of features, arXiv 2107.11170), or auto for the task's own, else
+            deep_supervision where the model recurs and cross_entropy elsewhere.
+        supervision_steps: Recursion steps on a batch, each with an optimizer step (N_sup); of
+            slots, the most on an image.
         halt_threshold: Leave the batch once the mean halting probability passes this.
         label_smoothing: Share of the target spread over all classes.
+        exploration: Chance that an image in a slot may not halt before a random step.
         alpha: Factor of the variance of features in the weights of bias.
         beta: What is taken off these weights.
         normalization: Lowest variance of bias: that of each batch, or the running minimum.
     """
 
-    name: Literal["auto", "deep_supervision", "cross_entropy", "bias"] = "auto"
+    name: Literal["auto", "deep_supervision", "slots", "cross_entropy", "bias"] = "auto"
     supervision_steps: int = 1
     halt_threshold: float = 0.5
     label_smoothing: float = 0.0
+    exploration: float = 0.1
     alpha: float = 0.3
     beta: float = 0.3
     normalization: Literal["batch", "running"] = "batch"
@@ -186,6 +193,7 @@ class ObjectiveConfig:
         _check(self.alpha >= 0 <= self.beta < 1, "objective.alpha is at least 0, beta 0 to below 1")
         _check(self.supervision_steps >= 1, "objective.supervision_steps must be at least 1")
         _check(0 <= self.label_smoothing < 1, "objective.label_smoothing is 0 to below 1")
+        _check(0 <= self.exploration <= 1, "objective.exploration is 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -194,7 +202,7 @@ class OptimizerConfig:
 
     Args:
         name: kfac, ekfac, kpsvd, deflation, lanczos, kfac_corrected, two_level, sngd or exact_ng;
-            or an optimizer of timm's registry, such as adamw, sgd, lamb or muon.
+            adam_atan2; or an optimizer of timm's registry, such as adamw, sgd, lamb or muon.
         lr: Peak learning rate; default 0.192 divided by the model's width, which is 3e-3 at 64
             and 5e-4 at 384, and 0.1 for natural gradient.
         weight_decay: Decoupled weight decay.

@@ -88,6 +88,30 @@ def forward(
     return step.logits, step.halt_logits, None
 
 
+@torch.inference_mode()
+def score_steps(
+    model: nn.Module, split: Split, normalize: Normalize, task: Task, batch_size: int = 256
+) -> list[dict[str, float]]:
+    """Score the predictions after each recursion step; arguments as ``predict``.
+
+    Raises:
+        UsageError: The model does not recur.
+    """
+    if not isinstance(model, Recursive):
+        raise UsageError(f"{type(model).__name__} does not recur: it has no steps to score")
+    model.eval()
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    batches = []
+    for rows in torch.split(split.rows, batch_size):
+        steps = model.recurse(normalize(split.pixels[rows]).to(dtype))
+        batches.append([(step.logits.float(), step.halt_logits.float()) for step in steps])
+    found = []
+    for parts in zip(*batches, strict=True):
+        logits, halting = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+        found.append(score(Predictions(logits, split.labels, halting.sigmoid()), task))
+    return found
+
+
 def joined(parts: Sequence[Predictions]) -> Predictions:
     """Concatenate the predictions on parts of a split."""
     halting = [part.halting for part in parts if part.halting is not None]

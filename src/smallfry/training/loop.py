@@ -17,7 +17,7 @@ from smallfry.errors import RunError, Stopped, TrainingError, UsageError
 from smallfry.io.signals import noting
 from smallfry.io.terminal import command
 from smallfry.tasks import Batch
-from smallfry.training.augment import Augment
+from smallfry.training.augment import Augmentation
 from smallfry.training.batches import TrainBatches, derive_seed, resident
 from smallfry.training.checkpoint import Checkpoint, has_checkpoint, save_checkpoint
 from smallfry.training.compiling import Compiled, compiling
@@ -94,7 +94,7 @@ class Trainer:
         model: nn.Module,
         data: ImageData,
         objective: Objective,
-        augment: Augment,
+        augment: Augmentation,
         config: TrainConfig,
         folder: RunFolder,
         manifest: Mapping[str, Any],
@@ -356,7 +356,8 @@ class Trainer:
                     # gradients are averaged over processes, and this is a share of a sum
                     self.fabric.backward(step.loss * (share * processes.count))
                 sums[0] += step.loss.detach() * share
-                sums[1] += self.objective.task.right(step.outputs, part.targets).sum()
+                targets = part.targets if step.targets is None else step.targets
+                sums[1] += self.objective.task.right(step.outputs, targets).sum()
                 sums[2] += math.nan if step.halting is None else step.halting.mean() * share
                 last = last or step.last
             scaler = getattr(self.fabric.strategy.precision, "scaler", None)

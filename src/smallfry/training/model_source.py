@@ -10,7 +10,7 @@ from torch import nn
 
 from smallfry.data import ImageData
 from smallfry.errors import UsageError, is_out_of_memory, nearest
-from smallfry.tasks import Task
+from smallfry.tasks import HasDefaults, Task
 from smallfry.training.config import ModelConfig
 from smallfry.training.evaluation import task_of
 from smallfry.training.fine_tuning import START, kept_facts, make_from_start, start_facts
@@ -64,7 +64,7 @@ def create_model(
     config: ModelConfig, data: ImageData, task: Task | None = None
 ) -> tuple[nn.Module, ModelSpec]:
     """Create the configured model for this data, with its spec."""
-    name = model_name(config, data)
+    name = model_name(config, data, task)
     if not timm.is_model(name):
         raise UsageError(f"unknown model '{name}'{nearest(name, timm.list_models())}")
     outputs = (task or task_of({})).outputs(len(data.classes))
@@ -123,10 +123,12 @@ def _require_safe_options(options: Mapping[str, Any]) -> None:
         )
 
 
-def model_name(config: ModelConfig, data: ImageData) -> str:
-    """Return the model's name, with ``auto`` resolved by image size."""
+def model_name(config: ModelConfig, data: ImageData, task: Task | None = None) -> str:
+    """Return the model's name, with ``auto`` resolved by task and image size."""
     if config.name != "auto":
         return config.name
+    if isinstance(task, HasDefaults):
+        return task.defaults.models.get(data.image_size, task.defaults.model)
     return "vitrm_micro_patch4_8" if data.image_size <= 16 else "vitrm_tiny_patch4_32"
 
 

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from smallfry.errors import UsageError
 from smallfry.models import Recursive
 from smallfry.models.contract import map_tensors
-from smallfry.tasks import Batch, Task, find_task
+from smallfry.tasks import Batch, HasDefaults, Task, find_task
 from smallfry.training.bias_loss import BiasLoss, RunningBiasLoss
 from smallfry.training.config import ObjectiveConfig
-from smallfry.training.objective_steps import Step
+from smallfry.training.objective_steps import Advance, Step
+from smallfry.training.slots import SlotSupervision
 
 __all__ = [
     "Batch",
@@ -126,7 +127,7 @@ class DeepSupervision:
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Return a module for one recursion step."""
-        return _Advance(model)
+        return Advance(model)
 
     def __call__(self, prepared: nn.Module, batch: Batch) -> Iterator[Step]:
         """Yield the steps of a batch."""
@@ -145,25 +146,15 @@ class DeepSupervision:
             state = map_tensors(Tensor.detach, step.state)
 
 
-class _Advance(nn.Module):
-    """Module whose forward is ``model.advance``."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor, state: Any) -> Any:
-        model: Any = self.model
-        return model.advance(images, state)
-
-
 def build_objective(
-    config: ObjectiveConfig, model: nn.Module, task: str = "classification"
+    config: ObjectiveConfig, model: nn.Module, task: str = "classification", parts: int = 1
 ) -> Objective:
-    """Build the configured objective for this model and task."""
+    """Build the configured objective for this model and task, and micro-batches of a batch."""
     meaning = find_task(task).create(config.label_smoothing)
     recursive = isinstance(model, Recursive)
-    name = config.name
+    name: str = config.name
+    if name == "auto" and recursive and isinstance(meaning, HasDefaults):
+        name = meaning.defaults.objective
     if name == "auto":
         name = "deep_supervision" if recursive else "cross_entropy"
     if name == "cross_entropy":
@@ -173,7 +164,9 @@ def build_objective(
         return kind(meaning, config.alpha, config.beta)
     if not recursive:
         raise UsageError(
-            f"deep_supervision needs a model that recurs, and {type(model).__name__} does not; "
-            "take objective.name cross_entropy"
+            f"{name} needs a model that recurs, and {type(model).__name__} does not; take "
+            "objective.name cross_entropy"
         )
+    if name == "slots":
+        return SlotSupervision(meaning, config.supervision_steps, config.exploration, parts)
     return DeepSupervision(meaning, config.supervision_steps, config.halt_threshold)

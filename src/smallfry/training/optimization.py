@@ -18,12 +18,13 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from smallfry.errors import UsageError, nearest
-from smallfry.optim import METHODS, NaturalGradient
+from smallfry.optim import METHODS, AdamATan2, NaturalGradient
 from smallfry.training.config import EMAConfig, OptimizerConfig, ScheduleConfig
 
 NATURAL: dict[str, Callable[..., NaturalGradient]] = {
     name: method.optimizer for name, method in METHODS.items()
 }
+OWN: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam_atan2": AdamATan2}
 RATE_TIMES_WIDTH = 0.192  # found on digits at width 64; wider layers take smaller steps
 
 
@@ -44,7 +45,7 @@ def build_optimizer(
     likelihood: Any = "categorical",
     fused: bool = False,
 ) -> torch.optim.Optimizer:
-    """Build a natural-gradient optimizer, or one of timm's registry.
+    """Build a natural-gradient optimizer, one of timm's registry, or another of ours.
 
     Undecayed are biases, norms and ``no_weight_decay()``.
 
@@ -59,11 +60,13 @@ def build_optimizer(
         UsageError: An unknown name, or settings that the optimizer does not take.
     """
     known = [n for n in list_optimizers() if not get_optimizer_info(n).second_order]
-    known += NATURAL
+    known += [*NATURAL, *OWN]
     if config.name not in known:
         raise UsageError(f"unknown optimizer '{config.name}'{nearest(config.name, known)}")
     if config.name in NATURAL:
         return _build_natural(config, model, forward, likelihood)
+    if config.name in OWN:
+        return _build_own(config, model)
     if config.betas is not None and not get_optimizer_info(config.name).has_betas:
         raise UsageError(f"optimizer {config.name} has no betas; its settings are in options")
     arguments: dict[str, Any] = {} if config.betas is None else {"betas": tuple(config.betas)}
@@ -118,6 +121,19 @@ def _with_fast_biases(config: OptimizerConfig, model: nn.Module) -> list[dict[st
             if chosen:
                 parts.append({**group, "params": chosen, "lr_scale": scale})
     return parts
+
+
+def _build_own(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+    given: dict[str, Any] = {
+        "lr": peak_learning_rate(config, model),
+        "weight_decay": config.weight_decay,
+    }
+    if config.betas is not None:
+        given["betas"] = tuple(config.betas)
+    try:
+        return OWN[config.name](_with_fast_biases(config, model), **(given | config.options))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"optimizer {config.name} can't be built: {error}") from error
 
 
 def _build_natural(

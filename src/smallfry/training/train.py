@@ -30,9 +30,10 @@ from smallfry.models.trace import steps_to_follow, trace_recursion
 from smallfry.report.curves import learning_curves
 from smallfry.report.recursion import interesting, recursion_trace
 from smallfry.tasks import Pictured, find_task
-from smallfry.training.augment import Augment, Normalize
+from smallfry.training.augment import Normalize
+from smallfry.training.augment_grids import build_augment
 from smallfry.training.batch_norm import require_enough_images
-from smallfry.training.batches import CHARACTERS, flips_by_default
+from smallfry.training.batches import CHARACTERS
 from smallfry.training.checkpoint import Checkpoint, has_checkpoint, load_checkpoint
 from smallfry.training.compression import CHOICE, DONE, LAST_EPOCH
 from smallfry.training.config import TrainConfig, TrainSettings, read_config
@@ -115,7 +116,8 @@ def _train(
     config = config if begun is None else like_start(config, begun)
     data = processes.together(lambda: _load(config))
     processes.once(lambda: _warn_of_duplicates(data))
-    name = model_name(config.model, data) if begun is None else begun.spec.architecture
+    task = find_task(config.task).create(config.objective.label_smoothing)
+    name = model_name(config.model, data, task) if begun is None else begun.spec.architecture
     with _folder(config, name, processes) as path:
         trainer = _build(config, data, RunFolder(path), reporter, processes, ModelSource(begun))
     folder, model = trainer.folder, trainer.manifest["model"]["name"]
@@ -319,14 +321,14 @@ def _build(
             "bit_depth": data.bit_depth,
         },
         # the name alone: manifests are published, and the paths of this machine are nobody's
-        "data": {"name": text_of(path_of(data.name).name), "fingerprint": data.fingerprint},
+        "data": {
+            "name": text_of(path_of(data.name).name),
+            "fingerprint": data.fingerprint,
+            **({} if data.generated is None else {"generated": dict(data.generated)}),
+        },
     }
-    augment = Augment(
-        *(config.augment, data.image_size, len(data.classes), mean, std),
-        flip=flips_by_default(data),
-        targets=task.targets,
-    )
-    objective = build_objective(config.objective, model, config.task)
+    augment = build_augment(config, data, task)
+    objective = build_objective(config.objective, model, config.task, config.accumulate)
     reporter = reporter or build_reporter(config.progress)
     trainer = Trainer(
         model, data, objective, augment, config, folder, manifest, reporter, processes
@@ -431,7 +433,7 @@ def draw_run(
     if not isinstance(task, Pictured):
         return
     task.draw(logits, split, classes, pictures)
-    if isinstance(trained.model, Recursive):
+    if isinstance(trained.model, Recursive) and labels.ndim == 1:  # one prediction an image
         shown, model = split.take(interesting(logits, labels)), trained.model
         trained.model.cpu()
         recursion_trace(

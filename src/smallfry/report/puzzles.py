@@ -1,0 +1,86 @@
+"""Pictures of puzzles: the grid, the prediction and its wrong cells; accuracy by recursion step."""
+
+from collections.abc import Sequence
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from smallfry.report.figure import COLOURS, GREY, new_figure, save, style
+
+__all__ = ["draw_puzzles", "draw_steps"]
+
+GIVEN, WRONG, PLAIN = "#e5e7eb", "#fecaca", "white"
+ACROSS = 4
+OPEN = "."
+
+
+def draw_puzzles(
+    grids: Tensor, solutions: Tensor, answers: Tensor, symbols: Sequence[str], file: Path
+) -> None:
+    """Draw puzzles with their predictions; givens are grey, wrong cells red with the right symbol.
+
+    Args:
+        grids: (puzzles, side, side), numbers of symbols.
+        solutions: (puzzles, cells).
+        answers: (puzzles, cells).
+        symbols: One character each.
+        file: The PNG to write.
+    """
+    count = len(grids)
+    rows = -(-count // ACROSS)
+    with style():
+        figure = new_figure(2.6 * ACROSS, 2.8 * rows)
+        axes = figure.subplots(rows, ACROSS, squeeze=False).flat
+        for number, place in enumerate(axes):
+            place.set_axis_off()
+            if number < count:
+                cells = (part[number].flatten() for part in (grids, answers, solutions))
+                _draw_one(place, [c.numpy() for c in cells], symbols)
+        save(figure, file)
+
+
+def _draw_one(place: Any, cells: Sequence[NDArray[np.int64]], symbols: Sequence[str]) -> None:
+    from matplotlib.patches import Rectangle
+
+    given, answered, right = cells
+    side = isqrt(len(given))
+    wrong = int((answered != right).sum())
+    place.set_title("solved" if wrong == 0 else f"{wrong} wrong", fontsize=9)
+    place.set_xlim(0, side)
+    place.set_ylim(side, 0)
+    place.set_aspect("equal")
+    for cell in range(side * side):
+        row, column = divmod(cell, side)
+        open_cell = symbols[given[cell]] == OPEN
+        colour = PLAIN if open_cell else GIVEN
+        text = symbols[answered[cell]]
+        if answered[cell] != right[cell]:
+            colour, text = WRONG, f"{text}/{symbols[right[cell]]}"
+        place.add_patch(Rectangle((column, row), 1, 1, facecolor=colour, edgecolor=GREY, lw=0.4))
+        size = 130 / side / max(1, len(text))
+        place.text(column + 0.5, row + 0.52, text, ha="center", va="center", fontsize=min(10, size))
+
+
+def draw_steps(curves: Sequence[tuple[str, Sequence[float]]], file: Path) -> None:
+    """Draw the share of solved puzzles after each recursion step.
+
+    Args:
+        curves: A label and the shares after 1, 2, … steps.
+        file: The PNG to write.
+    """
+    with style():
+        figure = new_figure(6, 3.6)
+        axes = figure.subplots()
+        for colour, (label, shares) in zip(COLOURS, curves, strict=False):
+            steps = range(1, len(shares) + 1)
+            axes.plot(steps, [100 * s for s in shares], color=colour, label=label, marker=".")
+        axes.set_xlabel("improvement step")
+        axes.set_ylabel("puzzles solved, %")
+        axes.set_ylim(-2, 102)
+        axes.set_xticks(range(1, max(len(shares) for _, shares in curves) + 1))
+        axes.legend(fontsize=8)
+        save(figure, file)
