@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from smallfry.data import load_data
-from smallfry.models.deep_fisher import DeepFisherNet
+from smallfry.estimators.deep_fisher import DeepFisherNet
 from smallfry.training.provenance import provenance
 
 

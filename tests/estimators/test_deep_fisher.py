@@ -8,7 +8,7 @@ from sklearn.svm import LinearSVC
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
 from smallfry.errors import UsageError
-from smallfry.models.deep_fisher import DeepFisherNet
+from smallfry.estimators.deep_fisher import DeepFisherNet
 
 SMALL = {"components": (8, 8), "patch": 3, "patch_features": 8, "window": 3, "projected": 16}
 
