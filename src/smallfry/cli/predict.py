@@ -10,7 +10,7 @@ from smallfry.cli._messages import FAILED, complain
 from smallfry.cli._shared import AsJson, EarlyExit, OneRun
 from smallfry.errors import UsageError
 from smallfry.io.terminal import say
-from smallfry_runtime.inputs import Found, find_images
+from smallfry_runtime.inputs import InputImage, find_images
 from smallfry_runtime.predictions import Answer
 
 
@@ -49,7 +49,7 @@ def run(options: Options) -> int:
     return code
 
 
-def _answers(options: Options, images: Iterable[Found]) -> Iterable[Answer]:
+def _answers(options: Options, images: Iterable[InputImage]) -> Iterable[Answer]:
     """Classify with PyTorch or, for an export, with ONNX Runtime alone."""
     from smallfry_runtime.manifest import is_export
 

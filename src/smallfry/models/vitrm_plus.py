@@ -21,7 +21,7 @@ from smallfry.models.layers import EVERY, Tokens, end_to_end
 from smallfry.models.vitrm import (
     FIRST,
     LAST,
-    Sight,
+    ImageTokens,
     ViTRM,
     checkpoint_filter_fn,
     image_cfg,
@@ -125,7 +125,7 @@ class ViTRMPlus(ViTRM):
         most = 2 * self.latent_steps - 1
         return _draw(most) if self.random_depth and self.training else self.latent_steps
 
-    def _think(self, x: Sight, y: Tokens, z: Tensor) -> Tensor:
+    def _think(self, x: ImageTokens, y: Tokens, z: Tensor) -> Tensor:
         if self.injection == "add":
             thought = self._block([self._project(x.rows[0].rows + y.rows + z)], keep=EVERY)
         else:
@@ -143,11 +143,11 @@ class ViTRMPlus(ViTRM):
             rows = (weights * rows).sum(dim=1, keepdim=True)
         return cast(Tensor, self.y_norm(rows))
 
-    def _look(self, x: Tensor) -> Sight:
+    def _image_tokens(self, x: Tensor) -> ImageTokens:
         if self.injection == "add":  # x is never a part of its own, so nothing is projected
-            return Sight([Tokens(x, x[..., :0])], [])
-        rows, context = super()._look(x)
-        return Sight(rows, [c if c is None else self._turn(c, [c.shape[1]]) for c in context])
+            return ImageTokens([Tokens(x, x[..., :0])], [])
+        rows, context = super()._image_tokens(x)
+        return ImageTokens(rows, [c if c is None else self._turn(c, [c.shape[1]]) for c in context])
 
     def _project(self, rows: Tensor) -> Tokens:
         rows, qkv = super()._project(rows)
