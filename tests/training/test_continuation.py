@@ -120,7 +120,7 @@ def test_a_run_goes_on_where_its_data_is_now(variant, tmp_path):
     with pytest.raises(Stopped):
         train(variant(run=tmp_path / "parted", data=data), StopAt(2))
     folder.rename(moved)
-    with pytest.raises(DataError, match=r"is not there any more; if it was moved: .*--data FOLDER"):
+    with pytest.raises(DataError, match=r"is missing; if it was moved: .*--data FOLDER"):
         resume(tmp_path / "parted")
     resume(tmp_path / "parted", changes={"data.name": str(moved)})
     assert_same_run(tmp_path / "whole", tmp_path / "parted")
@@ -206,6 +206,6 @@ def test_no_link_in_a_run_folder_is_followed(variant, tmp_path, name):
     (foreign / "thesis.txt").write_text("mine")
     shutil.rmtree(run / name, ignore_errors=True)
     (run / name).symlink_to(foreign)
-    with pytest.raises(RunError, match="a link; what it leads to is no part of the run"):
+    with pytest.raises(RunError, match="a link, expected a folder of the run itself"):
         resume(run)
     assert (foreign / "thesis.txt").read_text() == "mine"

@@ -185,7 +185,10 @@ def test_a_shared_folder_is_a_start_too(started, source, tmp_path, capsys):
     ("changes", "message"),
     [
         ({"model": {"name": "resnet18"}}, "is a vitrm.*leave model.name out"),
-        ({"model": {"options": {"pretrained": True}}}, "pretrained names weights"),
+        (
+            {"model": {"options": {"pretrained": True}}},
+            "pretrained and model.start both name weights",
+        ),
         ({"model": {"options": {"embed_dim": 32}}}, "leave out embed_dim"),
         ({"model": {"options": {"num_classes": 3}}}, "num_classes comes from"),
         ({"data": {"image_size": 16}}, "takes images of 8 pixels, not 16"),

@@ -70,11 +70,14 @@ class CCT(nn.Module):
         height, width = to_2tuple(img_size)
         if convolutions < 1 or min(height, width) < 2**convolutions:
             raise UsageError(
-                f"{convolutions} convolutions leave no tokens of {height}×{width} images"
+                f"{convolutions} convolutions leave no tokens of {height}×{width} images: "
+                "take fewer, or larger images"
             )
         tokens = prod(ceil(pixels / 2**convolutions) for pixels in (height, width))
         if embed_dim % num_heads:
-            raise UsageError(f"{num_heads} heads don't divide {embed_dim} features")
+            raise UsageError(
+                f"{num_heads} heads don't divide {embed_dim} features: choose another num_heads"
+            )
         self.num_classes, self.num_features = num_classes, embed_dim
         self.head_hidden_size = embed_dim
         self.grad_checkpointing = False

@@ -118,8 +118,8 @@ class ViTRM(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {count}")
         if latent_steps * recursion_steps > MOST_STEPS:
             raise ValueError(
-                f"{latent_steps} latent steps in {recursion_steps} recursion steps have no end in "
-                f"sight; at most {MOST_STEPS:,} together"
+                f"{latent_steps} latent steps in {recursion_steps} recursion steps are "
+                f"too many; at most {MOST_STEPS:,} together"
             )
 
         self.input_shape = (in_chans, side, side)
@@ -285,7 +285,7 @@ class ViTRM(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the class head by a new one; 0 classes remove it."""
         if global_pool not in (None, "", "token"):
-            raise ValueError(f"a ViTRM reads its answer off y ('token'), not {global_pool!r}")
+            raise ValueError(f"global_pool of a ViTRM is 'token', not {global_pool!r}")
         self.num_classes = num_classes
         head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
         _init_head(head)

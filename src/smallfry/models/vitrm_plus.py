@@ -94,8 +94,7 @@ class ViTRMPlus(ViTRM):
         rotary = positions != "learned"
         if (rotary or depthwise) and isqrt(latents) ** 2 != latents:
             raise UsageError(
-                f"depthwise and rotary positions need latents on a square grid, and {latents} is "
-                "no square number"
+                f"depthwise and rotary positions need a square number of latents, not {latents}"
             )
         if injection == "add" and latents != side**2:
             raise UsageError(
@@ -103,7 +102,9 @@ class ViTRMPlus(ViTRM):
                 f"{latents}; take injection 'concat'"
             )
         if injection == "add" and self.cross_attention:
-            raise UsageError("injection 'add' leaves nothing for cross_attention to read")
+            raise UsageError(
+                "injection 'add' works without cross_attention only: leave one of them out"
+            )
 
         self.injection, self.pool = injection, pool
         self.drop_path, self.random_depth = drop_path, random_depth

@@ -116,7 +116,7 @@ class Approximation(ABC):
             keep: Share of the old statistics.
             generator: In the same state in all processes.
         """
-        raise NotImplementedError("a method that ``divides`` says how")
+        raise NotImplementedError("a method with ``divides`` has its own")
 
     @abstractmethod
     def invert(self, block: Block, state: State, damping: float) -> float:
@@ -143,11 +143,11 @@ class Approximation(ABC):
         Returns:
             This process's part of the sum; None while there is no inverse.
         """
-        raise NotImplementedError("a method with ``settles`` says how")
+        raise NotImplementedError("a method with ``settles`` has its own")
 
     def settle(self, state: State, moments: Tensor, keep: float) -> None:
         """Average in the whole sum of ``moments``."""
-        raise NotImplementedError("a method with ``settles`` says how")
+        raise NotImplementedError("a method with ``settles`` has its own")
 
     @abstractmethod
     def apply(self, block: Block, state: State, matrix: Tensor, damping: float) -> Tensor:

@@ -158,7 +158,7 @@ def build_objective(
         return Supervised(meaning)
     if not recursive:
         raise UsageError(
-            f"deep_supervision needs a model that recurs, and {type(model).__name__} does not; "
+            f"deep_supervision needs a recursive model, not {type(model).__name__}; "
             "take objective.name cross_entropy"
         )
     return DeepSupervision(meaning, config.supervision_steps, config.halt_threshold)
