@@ -111,7 +111,7 @@ def test_without_switches_the_papers_size_costs_and_starts_as_vitrm():
 # With switches, their definition
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     tokenizer=st.sampled_from(["patch", "conv"]),
     depthwise=st.booleans(),

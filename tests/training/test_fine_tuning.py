@@ -116,7 +116,9 @@ def test_another_number_of_classes_has_a_new_classifier(started, source, stripes
 
 
 @pytest.mark.filterwarnings("ignore::smallfry.errors.SmallfryWarning")
-@pytest.mark.parametrize("name", ["vitrm_micro_patch4_8", "resnet10t"])
+@pytest.mark.parametrize(
+    "name", ["vitrm_micro_patch4_8", pytest.param("resnet10t", marks=pytest.mark.slow)]
+)
 def test_a_compressed_model_is_tuned_for_other_classes(variant, stripes, tmp_path, name):
     pytest.importorskip("torch_pruning")
     options = {"depth": 1} if name.startswith("vitrm") else {"stem_width": 8}

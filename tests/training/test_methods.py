@@ -69,8 +69,10 @@ def assert_resumes(variant, tmp_path, step, **settings):
     assert manifests[0] == manifests[1]
 
 
-@pytest.mark.parametrize("step", [1, 8])
-@pytest.mark.parametrize("methods", [TWO, ALL], ids=["two", "all"])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize(
+    "methods", [pytest.param(TWO, id="two", marks=pytest.mark.slow), pytest.param(ALL, id="all")]
+)
 def test_a_run_that_is_stopped_in_mid_method_equals_an_undisturbed_one(
     variant, tmp_path, step, methods
 ):
@@ -81,11 +83,14 @@ def test_a_run_that_is_stopped_in_mid_method_equals_an_undisturbed_one(
     "settings",
     [
         {"accumulate": 3},
-        {"ema": EMAConfig(0.0)},
-        {"precision": "bf16-mixed"},
-        {"precision": "bf16-true"},
+        pytest.param({"ema": EMAConfig(0.0)}, marks=pytest.mark.slow),
+        pytest.param({"precision": "bf16-mixed"}, marks=pytest.mark.slow),
+        pytest.param({"precision": "bf16-true"}, marks=pytest.mark.slow),
         {"optimizer": OptimizerConfig("kfac")},
-        {"optimizer": OptimizerConfig("sgd"), "objective": ObjectiveConfig("cross_entropy")},
+        pytest.param(
+            {"optimizer": OptimizerConfig("sgd"), "objective": ObjectiveConfig("cross_entropy")},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda settings: "-".join(map(str, settings)),
 )

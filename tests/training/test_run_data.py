@@ -71,7 +71,14 @@ def evaluated(run: Path, name: str | None = None, split: str = "test"):
 # Its own data
 
 
-@pytest.mark.parametrize("data", [{}, {"limit": 12}, {"test": 0.5, "split_seed": 3}])
+@pytest.mark.parametrize(
+    "data",
+    [
+        {},
+        pytest.param({"limit": 12}, marks=pytest.mark.slow),
+        pytest.param({"test": 0.5, "split_seed": 3}, marks=pytest.mark.slow),
+    ],
+)
 def test_the_data_of_the_training_is_known_however_it_is_named(
     on, photos, tmp_path, monkeypatch, data
 ):
@@ -243,7 +250,7 @@ def test_identical_images_in_two_splits_are_told_and_left_out_on_request(on, tmp
 # Resuming
 
 
-@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("by_hand", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_goes_on_exactly_with_its_data_in_another_place_only(
     on, photos, tmp_path, monkeypatch, by_hand
 ):
@@ -293,7 +300,7 @@ def test_the_place_of_the_data_is_not_written_down_before_it_is_found_to_be_righ
     assert read_config(tmp_path / "run" / "config.yaml").data.name == str(photos)
 
 
-@pytest.mark.parametrize("step", [2, 5])
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 5])
 def test_a_run_goes_on_exactly_under_a_cache_whose_pixels_were_changed(
     on, photos, tmp_path, monkeypatch, step
 ):

@@ -119,6 +119,7 @@ def test_references_are_fitted_on_the_same_split(variant):
     assert set(found) == {"RBF support vector machine", "logistic regression"}
 
 
+@pytest.mark.slow
 def test_training_learns(variant):
     summary = train(
         variant(
