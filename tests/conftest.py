@@ -43,6 +43,14 @@ def _no_pictures():
     training.draw_run = DRAW_RUN
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _unsynced():
+    """No power fails here, and processes that die lose nothing: syncing only takes time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture
 def pictures_drawn(monkeypatch):
     """Let runs draw their pictures."""

@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch.func import functional_call, hessian, jacrev
+from torch.func import functional_call, hessian, jacrev, vmap
 from torch.nn import functional as F
 
 from smallfry.curvature import Taps
@@ -25,14 +25,17 @@ def dense_fisher(model, inputs, likelihood, names=None):
     def output(chosen, x):
         return functional_call(model, parameters | chosen, (x[None],))[0]
 
-    total = 0
-    for x in inputs:
+    def derivatives(x):
         z = output({}, x)
-        jacobian = jacrev(lambda chosen, x=x: output(chosen, x))({n: parameters[n] for n in names})
+        jacobian = jacrev(lambda chosen: output(chosen, x))({n: parameters[n] for n in names})
         j = torch.cat([jacobian[n].reshape(z.numel(), -1) for n in names], 1)
-        h = hessian(NLL[likelihood])(z).reshape(z.numel(), z.numel())
-        total = total + j.T @ h @ j
-    return total / len(inputs)
+        return j, hessian(NLL[likelihood])(z).reshape(z.numel(), z.numel()) @ j
+
+    try:
+        j, hj = vmap(derivatives)(inputs)
+    except (RuntimeError, ValueError, NotImplementedError):  # such as what asks a tensor's value
+        j, hj = map(torch.stack, zip(*map(derivatives, inputs), strict=True))
+    return j.flatten(0, 1).T @ hj.flatten(0, 1) / len(inputs)
 
 
 def observe(model, coverage, inputs, likelihood, fisher="exact", generator=None, draws=1):

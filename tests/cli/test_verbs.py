@@ -227,7 +227,7 @@ def test_other_data_is_evaluated_whole_if_its_classes_are_the_models(run, tmp_pa
     for name in ("ten", "eleven"):
         pictures(tmp_path / "others" / name, 3)
     assert main(["evaluate", str(run), "--data", str(tmp_path / "others")]) == 1
-    assert "the model knows 10 classes" in capsys.readouterr().err
+    assert "the model has 10 classes" in capsys.readouterr().err
 
 
 # predict

@@ -145,7 +145,7 @@ def test_what_is_no_plain_recurrent_module_is_left_out():
 
 
 @pytest.mark.parametrize("method", [KFAC, EKFAC, KPSVD, Deflation, SNGD, ExactNG])
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("kind", [nn.LSTM, pytest.param(nn.GRU, marks=pytest.mark.slow)])
 def test_every_method_trains_them(method, kind):
     torch.manual_seed(0)
 

@@ -380,6 +380,7 @@ def test_impossible_requests_are_refused(arguments, message):
         load_data(**arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "cifar10").is_dir(), reason="no CIFAR-10 beside the project")
 def test_the_real_cifar10_from_parquet():
     data = load_data("cifar10", SHARED)

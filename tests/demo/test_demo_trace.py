@@ -20,7 +20,7 @@ from smallfry.demo.view import (
 from smallfry.training.inference import classify
 from smallfry.training.run import load_run
 from smallfry_runtime.images import decode
-from smallfry_runtime.inputs import Found
+from smallfry_runtime.inputs import InputImage
 
 NASTY = ("<script>alert(1)</script>", 'a"b', "c & d", "$e$", "f", "g", "h")
 
@@ -46,7 +46,7 @@ def test_the_answer_is_that_of_predict(thinker, pixels, recursion_steps):
     trained = thinker(**TINY, recursion_steps=recursion_steps)
     trace = think(trained, decode(encoded(pixels), "it", 8, 1))
     answer = trace.moments[trace.answer]
-    [said] = classify(trained, [Found("it", encoded(pixels))], top_k=10)
+    [said] = classify(trained, [InputImage("it", encoded(pixels))], top_k=10)
     assert {trained.classes[i]: p for i, p in enumerate(answer.probabilities)} == pytest.approx(
         dict(said.top), abs=1e-6
     )

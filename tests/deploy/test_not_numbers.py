@@ -15,7 +15,7 @@ from smallfry.cli import main
 from smallfry.deploy import Runtime, benchmark
 from smallfry.errors import ExportError
 from smallfry_runtime.files import with_digest
-from smallfry_runtime.inputs import Found
+from smallfry_runtime.inputs import InputImage
 from smallfry_runtime.predictions import NOT_FINITE, Outputs, answers
 
 
@@ -107,7 +107,7 @@ def test_an_image_with_an_answer_gets_it_beside_one_without(picture):
     def run(pixels):
         return Outputs(np.array([[np.nan, np.nan], [0.25, 0.75]], np.float32))
 
-    images = [Found(name, picture, None) for name in ("a", "b")]
+    images = [InputImage(name, picture, None) for name in ("a", "b")]
     first, second = answers(run, images, ("x", "y"), 8, 1)
     assert first.error == f"a: {NOT_FINITE}"
     assert second.top == [("y", 0.75), ("x", 0.25)]
@@ -117,5 +117,5 @@ def test_a_halting_probability_that_is_no_number_is_no_answer(picture):
     def run(pixels):
         return Outputs(np.ones((1, 1), np.float32), np.array([np.nan], np.float32))
 
-    (answer,) = answers(run, [Found("a", picture, None)], ("x",), 8, 1)
+    (answer,) = answers(run, [InputImage("a", picture, None)], ("x",), 8, 1)
     assert answer.error is not None

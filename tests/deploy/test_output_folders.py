@@ -44,7 +44,6 @@ def pretend(new, names, content):
 
 @pytest.fixture(params=["export", "share", "benchmark"])
 def verb(request, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     if request.param == "export":
         monkeypatch.setattr(exports, "trace", lambda *_, **__: None)
         monkeypatch.setattr(exports, "calibrate", lambda *_: None)
@@ -251,7 +250,6 @@ def made(folder, form, text):
 
 @pytest.mark.parametrize("exchanges", [True, False])
 def test_an_export_is_read_whole_while_others_take_its_place(tmp_path, monkeypatch, exchanges):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     if not exchanges:
         monkeypatch.setattr(replace, "_renameat2", lambda: None)
     stop, forms = Event(), ("whole", "anytime")

@@ -29,7 +29,7 @@ from smallfry.training.augment import Normalize
 from smallfry.training.inference import classify
 from smallfry.training.run import TrainedModel, load_run
 from smallfry_runtime.files import with_digest
-from smallfry_runtime.inputs import Found
+from smallfry_runtime.inputs import InputImage
 
 FAST = [
     "--model.options={embed_dim: 16, num_heads: 2, mlp_hidden_dim: 16, depth: 1, latent_steps: 1}",
@@ -188,7 +188,7 @@ def test_timm_prepares_pictures_as_smallfry_does(shared, tmp_path, side):
     """With the very code of the card; beyond the model's size, for square pictures."""
     pixels = np.random.default_rng(0).integers(0, 256, (side, side), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "image.png")
-    answer = next(classify(from_pretrained(shared), [Found("", tmp_path / "image.png")], 1))
+    answer = next(classify(from_pretrained(shared), [InputImage("", tmp_path / "image.png")], 1))
     text = (shared / "README.md").read_text()
     code = text.partition("```python\n")[2].partition("```")[0]
     code = code.replace("local-dir:digits", f"local-dir:{shared}")

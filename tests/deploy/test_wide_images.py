@@ -18,7 +18,7 @@ from smallfry.training.inference import classify
 from smallfry.training.train import train
 from smallfry_runtime.files import with_digest
 from smallfry_runtime.images import decode
-from smallfry_runtime.inputs import Found
+from smallfry_runtime.inputs import InputImage
 from smallfry_runtime.manifest import Manifest
 
 TINY = {"embed_dim": 16, "num_heads": 2, "mlp_hidden_dim": 16, "depth": 1, "latent_steps": 1}
@@ -73,7 +73,7 @@ def test_run_shared_folder_and_export_answer_alike(place):
     assert runtime.predict([file]).probabilities[0].tolist() == pytest.approx(wanted, abs=1e-4)
     with Image.open(file) as image:
         assert runtime.predict([image]).probabilities[0].tolist() == pytest.approx(wanted, abs=1e-4)
-    found = Found(str(file), file)
+    found = InputImage(str(file), file)
     for said in (
         *runtime.classify([found]),
         *classify(trained, [found]),

@@ -10,6 +10,7 @@ from markdown_blocks import ROOT, UntestedBlockError, blocks_of, check, commands
 FIRST = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 PAGES = [*FIRST, *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+LONG = ROOT / "docs/tutorial/photos_to_device.md"  # its blocks take as long as a sixth of all
 
 
 class Reader:
@@ -41,7 +42,11 @@ def readers():
     return {}
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+def marked(block):
+    return pytest.param(block, marks=pytest.mark.slow) if block.page == LONG else block
+
+
+@pytest.mark.parametrize("block", map(marked, BLOCKS), ids=lambda block: block.name)
 def test_code_block(block, readers, tmp_path_factory, monkeypatch):
     if block.wish == "not run":
         pytest.skip(f"not run: {block.detail}")

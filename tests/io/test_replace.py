@@ -20,13 +20,7 @@ NEIGHBOURS = ("x.old", "x.new", "x.tmp", "x.part", "x.previous", ".x", ".smallfr
 NAMES = ("manifest.json", "b", "sub")
 
 
-@pytest.fixture(autouse=True)
-def _unsynced(monkeypatch):
-    """A process that dies takes nothing from the disk's cache, so syncing only takes time."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
-@pytest.fixture(params=["exchange", "renames"])
+@pytest.fixture(params=["exchange", pytest.param("renames", marks=pytest.mark.slow)])
 def way(request, monkeypatch):
     """With the system's exchange of names, and without."""
     if request.param == "renames":
@@ -280,6 +274,7 @@ def test_the_current_folder_keeps_its_place_and_gets_the_new_entries(tmp_path, m
     assert sorted(os.listdir(".")) == ["b", "manifest.json", "sub"]
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_in_the_current_folder_leaves_the_old_or_the_new(tmp_path):
     place = tmp_path / "place"
 

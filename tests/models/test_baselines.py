@@ -44,7 +44,7 @@ def test_vit_refuses_images_that_its_patches_do_not_cover() -> None:
     model = timm.create_model("paper_vit_small_patch4_32", depth=1).eval()
     with pytest.raises(ValueError, match="expected images of 32×32, got 35×35"):
         model(torch.rand(1, 3, 35, 35))  # its last rows would be dropped
-    with pytest.raises(UsageError, match="patches of 4×4 leave a rest of images of 34×32"):
+    with pytest.raises(UsageError, match="patches of 4×4 don't divide images of 34×32"):
         timm.create_model("paper_vit_small_patch4_32", img_size=(34, 32))
 
 

@@ -505,7 +505,7 @@ def test_settings_that_make_no_sense_are_refused():
         (lambda: TwoLevel(model, coarse=()), "at least one space"),
         (lambda: TwoLevel(model, form="multiplicative"), "form is"),
         (lambda: TwoLevel(model, coarse_samples=0), "coarse_samples"),
-        (lambda: TwoLevel(model, fine=SNGD(nn.Linear(2, 2)).approximation), "takes no gradients"),
+        (lambda: TwoLevel(model, fine=SNGD(nn.Linear(2, 2)).approximation), "takes none"),
         (lambda: SNGD(model, variant="output"), "variant is"),
         (lambda: SNGD(model, variant="rfim"), "0.9 GB"),
         (lambda: KFAC(model, factor_rank=0), "factor_rank"),

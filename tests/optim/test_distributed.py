@@ -168,7 +168,7 @@ def test_methods_that_need_all_samples_say_that_they_work_alone(folder):
 
 def test_a_wrong_loss_scale_in_one_process_stops_both(folder):
     said = [(folder / f"scale-{rank}.txt").read_text() for rank in range(2)]
-    assert said[0].startswith("in another process the loss is not what")
+    assert said[0].startswith("in another process the loss does not match")
     assert said[1].startswith("the loss is 8 times the mean")
 
 

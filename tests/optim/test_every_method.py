@@ -278,7 +278,9 @@ def test_a_copied_model_has_no_part_in_the_optimizer(method, problem):
 # Resuming
 
 
-@pytest.mark.parametrize("phase", range(7))
+@pytest.mark.parametrize(
+    "phase", [1, 3, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 2, 4, 5, 6))]
+)
 def test_it_resumes_bit_for_bit_at_every_phase(method, problem, phase):
     every = {"statistics_every": 3}
     if method.kind is not ExactNG:

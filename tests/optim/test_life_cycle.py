@@ -112,7 +112,7 @@ def test_what_can_not_be_added_is_named():
         optimizer.add_param_group({"params": model[0].parameters()})
     with pytest.raises(UsageError, match=r"'5.weight' is trained by this optimizer already"):
         optimizer.add_param_group({"params": model[5].weight})
-    with pytest.raises(UsageError, match="not one of the model's"):
+    with pytest.raises(UsageError, match="of another model"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
 
 

@@ -33,13 +33,17 @@ def bce(reduction="mean"):
 
 
 def test_a_sum_where_a_mean_was_told_is_named():
-    with pytest.raises(UsageError, match=r"16 times .* told 1: .*16 is the number of samples"):
+    with pytest.raises(
+        UsageError, match=r"16 times .* loss_scale is 1: .*16 is the number of samples"
+    ):
         once(model := net(), KFAC(model), cross_entropy("sum"))
     once(model := net(), KFAC(model, loss_scale="sum"), cross_entropy("sum"))
 
 
 def test_a_mean_over_outputs_is_named():
-    with pytest.raises(UsageError, match=r"0\.333.* told 1.*1/3 looks like a mean over outputs"):
+    with pytest.raises(
+        UsageError, match=r"0\.333.* loss_scale is 1.*1/3 looks like a mean over outputs"
+    ):
         once(model := net(), KFAC(model, likelihood="bernoulli"), bce())
     once(model := net(), KFAC(model, likelihood="bernoulli", loss_scale="mean"), bce())
 
@@ -82,7 +86,7 @@ def test_a_model_without_a_coverable_layer_is_refused():
         ({"sharing": "exact"}, "sharing is expand or reduce for this method, not 'exact'"),
         ({"sharing": {"9": "reduce"}}, "sharing names layer '9'"),
         ({"exclude": ["nothing"]}, "no such module"),
-        ({"params": [nn.Parameter(torch.zeros(1))]}, "not one of the model's"),
+        ({"params": [nn.Parameter(torch.zeros(1))]}, "of another model"),
     ],
 )
 def test_settings_that_make_no_sense_are_named(settings, message):

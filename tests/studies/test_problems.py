@@ -43,6 +43,7 @@ def test_curves_are_split_as_in_the_paper() -> None:
     assert 0 <= float(inputs.min()) <= float(inputs.max()) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="MNIST's files are not on this machine")
 def test_whitened_inputs_have_mean_0_and_variance_1() -> None:
     training, _ = load_examples(PROBLEMS["deep_linear"], SHARED, torch.device("cpu"))

@@ -265,6 +265,7 @@ def test_reported_figures_are_of_the_papers_models() -> None:
 # Whole
 
 
+@pytest.mark.slow
 def test_pareto_runs_end_to_end_and_measures_latency_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -189,7 +189,7 @@ def test_natural_gradient_takes_its_likelihood(config, tmp_path, monkeypatch, na
 
 
 def test_what_serves_classifiers_alone_refuses_it(run, tmp_path):
-    with pytest.raises(UsageError, match="trained for size_of_a_digit: only classifiers are"):
+    with pytest.raises(UsageError, match="trained for size_of_a_digit: only classifiers can be"):
         export(run, tmp_path / "export")
     assert not (tmp_path / "export").exists()
     with pytest.raises(UsageError, match="only classifiers"):

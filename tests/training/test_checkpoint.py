@@ -170,7 +170,6 @@ def test_a_checkpoint_is_read_while_another_process_saves_the_next_ones(
 ):
     if not exchanges:
         monkeypatch.setattr(replace, "_renameat2", lambda: None)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # so that it saves more often
     context = multiprocessing.get_context("fork")
     stop = context.Event()
     save(tmp_path / "last", 0.0, trainer={"v": 0.0})
@@ -193,7 +192,6 @@ def test_a_checkpoint_is_read_while_another_process_saves_the_next_ones(
 
 def saved_while_it_is_read(monkeypatch, folder, before, times):
     """Save the next checkpoint as often when a file of that name is about to be opened."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # which takes time
     real, left = module.open_regular, times
 
     def open_regular(file, most):

@@ -30,7 +30,7 @@ def test_evaluate_and_predict_take_an_early_exit(config, capsys):
 
 def test_models_that_do_not_recur_have_no_early_exit():
     linear = torch.nn.Linear(2, 2)
-    with pytest.raises(UsageError, match="Linear does not recur"):
+    with pytest.raises(UsageError, match="Linear is not recursive"):
         forward(linear, torch.zeros(1, 2), exit_threshold=0.5)
     with pytest.raises(UsageError, match="several recursion steps"):
         trace(linear, None, None)

@@ -200,7 +200,7 @@ def fast(tmp_path):
     )
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_a_fast_run_stopped_and_resumed_equals_an_undisturbed_one(fast, tmp_path, optimizer):
     if optimizer != "sgd":
         other = OptimizerConfig(optimizer, 1e-2, clip=None)

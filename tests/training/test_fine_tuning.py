@@ -116,7 +116,9 @@ def test_another_number_of_classes_has_a_new_classifier(started, source, stripes
 
 
 @pytest.mark.filterwarnings("ignore::smallfry.errors.SmallfryWarning")
-@pytest.mark.parametrize("name", ["vitrm_micro_patch4_8", "resnet10t"])
+@pytest.mark.parametrize(
+    "name", ["vitrm_micro_patch4_8", pytest.param("resnet10t", marks=pytest.mark.slow)]
+)
 def test_a_compressed_model_is_tuned_for_other_classes(variant, stripes, tmp_path, name):
     pytest.importorskip("torch_pruning")
     options = {"depth": 1} if name.startswith("vitrm") else {"stem_width": 8}
@@ -185,7 +187,10 @@ def test_a_shared_folder_is_a_start_too(started, source, tmp_path, capsys):
     ("changes", "message"),
     [
         ({"model": {"name": "resnet18"}}, "is a vitrm.*leave model.name out"),
-        ({"model": {"options": {"pretrained": True}}}, "pretrained names weights"),
+        (
+            {"model": {"options": {"pretrained": True}}},
+            "pretrained and model.start both name weights",
+        ),
         ({"model": {"options": {"embed_dim": 32}}}, "leave out embed_dim"),
         ({"model": {"options": {"num_classes": 3}}}, "num_classes comes from"),
         ({"data": {"image_size": 16}}, "takes images of 8 pixels, not 16"),

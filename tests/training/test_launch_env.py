@@ -60,7 +60,7 @@ def test_half_of_torchruns_variables_mean_nothing(environment, left_over):
         ({"RANK": "0", "WORLD_SIZE": "2"}, "set LOCAL_RANK"),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": " "}, "set LOCAL_RANK"),
         ({"RANK": "0", "WORLD_SIZE": "two", "LOCAL_RANK": "0"}, "WORLD_SIZE"),
-        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "can't be"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "a contradiction"),
         (
             {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"},
             "as many on each",

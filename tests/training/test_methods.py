@@ -69,8 +69,10 @@ def assert_resumes(variant, tmp_path, step, **settings):
     assert manifests[0] == manifests[1]
 
 
-@pytest.mark.parametrize("step", [1, 8])
-@pytest.mark.parametrize("methods", [TWO, ALL], ids=["two", "all"])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize(
+    "methods", [pytest.param(TWO, id="two", marks=pytest.mark.slow), pytest.param(ALL, id="all")]
+)
 def test_a_run_that_is_stopped_in_mid_method_equals_an_undisturbed_one(
     variant, tmp_path, step, methods
 ):
@@ -81,11 +83,14 @@ def test_a_run_that_is_stopped_in_mid_method_equals_an_undisturbed_one(
     "settings",
     [
         {"accumulate": 3},
-        {"ema": EMAConfig(0.0)},
-        {"precision": "bf16-mixed"},
-        {"precision": "bf16-true"},
+        pytest.param({"ema": EMAConfig(0.0)}, marks=pytest.mark.slow),
+        pytest.param({"precision": "bf16-mixed"}, marks=pytest.mark.slow),
+        pytest.param({"precision": "bf16-true"}, marks=pytest.mark.slow),
         {"optimizer": OptimizerConfig("kfac")},
-        {"optimizer": OptimizerConfig("sgd"), "objective": ObjectiveConfig("cross_entropy")},
+        pytest.param(
+            {"optimizer": OptimizerConfig("sgd"), "objective": ObjectiveConfig("cross_entropy")},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda settings: "-".join(map(str, settings)),
 )
@@ -146,7 +151,7 @@ def test_the_best_checkpoint_is_finished_and_the_last_is_not(variant):
     assert summary["measured"]["parameters"] == sum(p.numel() for p in model.parameters()) + sum(
         b.numel() for n, b in model.named_buffers() if n.endswith("codes")
     )
-    with pytest.raises(RunError, match=r"still at work on this model.*--resume"):
+    with pytest.raises(RunError, match=r"before the run's methods have finished.*--resume"):
         load_run(variant().run, "last")
 
 
@@ -271,7 +276,7 @@ def test_methods_can_not_change_once_they_have_begun(variant, tmp_path):
     content = yaml.safe_load(file.read_text())
     content["methods"][0]["freeze"]["share"] = 0.2
     file.write_text(yaml.safe_dump(content))
-    with pytest.raises(RunError, match=r"methods .*0\.2.*begun with .*0\.1"):
+    with pytest.raises(RunError, match=r"methods .*0\.2.*began with .*0\.1"):
         resume(variant().run)
 
 
@@ -290,7 +295,7 @@ def test_a_manifest_whose_methods_are_no_list_is_damaged(variant):
     best = load_checkpoint(variant().run / "best")
     kept = {k: v for k, v in best.manifest.items() if k not in ("files", "digest")}
     save_checkpoint(variant().run / "best", {**kept, "methods": 3}, best.weights)
-    with pytest.raises(RunError, match=r"manifest is damaged.*methods are no list"):
+    with pytest.raises(RunError, match=r"manifest is damaged.*methods must be a list"):
         load_run(variant().run)
 
 

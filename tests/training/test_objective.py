@@ -97,5 +97,5 @@ def test_auto_takes_deep_supervision_where_the_model_recurs(model):
     assert isinstance(build_objective(ObjectiveConfig(), model), DeepSupervision)
     assert isinstance(build_objective(ObjectiveConfig(), nn.Linear(2, 2)), Supervised)
     assert isinstance(build_objective(ObjectiveConfig("cross_entropy"), model), Supervised)
-    with pytest.raises(UsageError, match="needs a model that recurs"):
+    with pytest.raises(UsageError, match="needs a recursive model"):
         build_objective(ObjectiveConfig("deep_supervision"), nn.Linear(2, 2))

@@ -190,6 +190,7 @@ def test_micro_batches_change_memory_not_the_step(variant, tmp_path):
         torch.testing.assert_close(weight, three[name], atol=1e-8, rtol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pictures_drawn")
 def test_half_precision_resumes_exactly_too(variant, tmp_path):
     half = {"precision": "bf16-true"}

@@ -71,7 +71,14 @@ def evaluated(run: Path, name: str | None = None, split: str = "test"):
 # Its own data
 
 
-@pytest.mark.parametrize("data", [{}, {"limit": 12}, {"test": 0.5, "split_seed": 3}])
+@pytest.mark.parametrize(
+    "data",
+    [
+        {},
+        pytest.param({"limit": 12}, marks=pytest.mark.slow),
+        pytest.param({"test": 0.5, "split_seed": 3}, marks=pytest.mark.slow),
+    ],
+)
 def test_the_data_of_the_training_is_known_however_it_is_named(
     on, photos, tmp_path, monkeypatch, data
 ):
@@ -129,9 +136,9 @@ def test_images_of_the_training_in_other_data_are_counted(on, photos, tmp_path):
 def test_data_that_is_gone_says_how_to_name_its_place(on, photos, tmp_path):
     train(on(photos))
     photos.rename(tmp_path / "moved")
-    with pytest.raises(DataError, match=r"is not there any more; if it was moved.*--data FOLDER"):
+    with pytest.raises(DataError, match=r"is missing; if it was moved.*--data FOLDER"):
         evaluated(tmp_path / "run")
-    with pytest.raises(UsageError, match="does not say where its data is; give --data"):
+    with pytest.raises(UsageError, match="the location of its data is not recorded; give --data"):
         evaluated(tmp_path / "run" / "best")
 
 
@@ -177,7 +184,7 @@ def test_other_data_may_lack_a_class_and_have_one_more(on, photos, tmp_path, qui
 def test_data_of_none_of_the_models_classes_is_refused(on, photos, tmp_path):
     train(on(photos))
     write(tmp_path / "others", names=("emu", "yak"), first=50)
-    with pytest.raises(DataError, match=r"the model knows 2 classes \(cat, dog"):
+    with pytest.raises(DataError, match=r"the model has 2 classes \(cat, dog"):
         evaluated(tmp_path / "run", str(tmp_path / "others"))
 
 
@@ -243,7 +250,7 @@ def test_identical_images_in_two_splits_are_told_and_left_out_on_request(on, tmp
 # Resuming
 
 
-@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("by_hand", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_goes_on_exactly_with_its_data_in_another_place_only(
     on, photos, tmp_path, monkeypatch, by_hand
 ):
@@ -260,9 +267,7 @@ def test_a_run_goes_on_exactly_with_its_data_in_another_place_only(
     with pytest.raises(Stopped):
         train(on(photos), StopAt(3))
     photos.rename(tmp_path / "moved")
-    with pytest.raises(
-        DataError, match=r"not there any more; if it was moved: .*--resume .*--data FOLDER"
-    ):
+    with pytest.raises(DataError, match=r"is missing; if it was moved: .*--resume .*--data FOLDER"):
         resume(tmp_path / "run")
     write(tmp_path / "others", first=50)
     monkeypatch.chdir(tmp_path)
@@ -295,7 +300,7 @@ def test_the_place_of_the_data_is_not_written_down_before_it_is_found_to_be_righ
     assert read_config(tmp_path / "run" / "config.yaml").data.name == str(photos)
 
 
-@pytest.mark.parametrize("step", [2, 5])
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 5])
 def test_a_run_goes_on_exactly_under_a_cache_whose_pixels_were_changed(
     on, photos, tmp_path, monkeypatch, step
 ):
@@ -359,7 +364,7 @@ def test_data_whose_names_are_not_utf_8_is_trained_on_gone_on_with_and_evaluated
 def test_a_run_folder_whose_name_is_not_utf_8_is_refused_before_anything_is_written(
     config, tmp_path
 ):
-    with pytest.raises(RunError, match="a folder whose name is not UTF-8 holds no run"):
+    with pytest.raises(RunError, match="the folder's name is not UTF-8"):
         train(replace(config, run=tmp_path / LATIN_1))
     assert list(tmp_path.iterdir()) == []
     assert new_run_folder(f"/photos/{LATIN_1}", "vit").name.startswith("thé-vit-")

@@ -151,7 +151,7 @@ def test_it_is_built_by_name_and_is_the_tasks_own(model):
     assert isinstance(named, DeepSupervision)
     plain = torch.nn.Linear(2, 2)
     assert isinstance(build_objective(ObjectiveConfig(), plain, "puzzle"), Supervised)
-    with pytest.raises(UsageError, match="slots needs a model that recurs, and Linear does not"):
+    with pytest.raises(UsageError, match="slots needs a recursive model, not Linear"):
         build_objective(ObjectiveConfig("slots"), plain)
 
 

@@ -31,7 +31,9 @@ def streamed(variant, tmp_path):
     return build
 
 
-@pytest.mark.parametrize(("kind", "step"), [("parquet", 4), ("tar", 9)])
+@pytest.mark.parametrize(
+    ("kind", "step"), [("parquet", 4), pytest.param("tar", 9, marks=pytest.mark.slow)]
+)
 def test_a_stopped_run_goes_on_exactly_with_another_number_of_workers(
     streamed, tmp_path, kind, step
 ):

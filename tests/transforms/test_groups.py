@@ -40,7 +40,13 @@ def perturbed(model):
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=MODELS)
+LONG = ("vitrm_plus_micro_8", "resnet18_cifar", "vit_tiny_patch16_224")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(m, marks=pytest.mark.slow) if m in LONG else m for m in MODELS],
+)
 def found(request):
     """A model with its spec, an example in float64, and its groups."""
     arguments, shape = MODELS[request.param]

@@ -48,7 +48,7 @@ UNREAD = (  # of pictures, but none that are read
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*")
 
 
-class Found(NamedTuple):
+class InputImage(NamedTuple):
     """An input image, or the reason why it is missing."""
 
     name: str
@@ -56,7 +56,7 @@ class Found(NamedTuple):
     error: str | None = None
 
 
-def find_images(inputs: Sequence[str], stdin: BinaryIO) -> Iterator[Found]:
+def find_images(inputs: Sequence[str], stdin: BinaryIO) -> Iterator[InputImage]:
     """Find the images named by files, folders (recursively), globs and ``-``.
 
     ``-`` is one image, or else a list of inputs, one per line.
@@ -150,39 +150,39 @@ def is_image(name: str) -> bool:
     return not name.startswith(".") and Path(name).suffix.lower() in IMAGE_EXTENSIONS
 
 
-def _from_path(given: str) -> Iterator[Found]:
+def _from_path(given: str) -> Iterator[InputImage]:
     path = Path(given).expanduser()
     if path.is_file():
-        yield Found(given, path)
+        yield InputImage(given, path)
     elif path.is_dir():
         try:
             images, others, _ = list_folder(path)
         except DataError as error:
-            yield Found(given, None, str(error))
+            yield InputImage(given, None, str(error))
             return
         unread = unread_pictures(others)
-        yield from (Found(str(file), file) for file in images)
+        yield from (InputImage(str(file), file) for file in images)
         for file in unread:
-            yield Found(str(file), None, f"{file}: of a format that is not read; convert it")
+            yield InputImage(str(file), None, f"{file}: of a format that is not read; convert it")
         if not images and not unread:
-            yield Found(given, None, f"{given}: there are no images in this folder")
+            yield InputImage(given, None, f"{given}: there are no images in this folder")
     else:
         matches = sorted(glob.glob(given, recursive=True)) if glob.has_magic(given) else []
         for match in matches:
             yield from _from_path(match)
         if not matches:
-            yield Found(given, None, f"{given}: there is no such file or folder")
+            yield InputImage(given, None, f"{given}: there is no such file or folder")
 
 
-def _from_stdin(stdin: BinaryIO) -> Iterator[Found]:
+def _from_stdin(stdin: BinaryIO) -> Iterator[InputImage]:
     content = stdin.read()
     try:
         lines = content.decode().splitlines()
     except UnicodeDecodeError:  # no text, so it is meant to be an image
-        yield Found(STDIN, content)
+        yield InputImage(STDIN, content)
         return
     inputs = [line.strip() for line in lines if line.strip()]
     if not inputs:
-        yield Found(STDIN, None, f"{STDIN}: empty; expected an image, or one file per line")
+        yield InputImage(STDIN, None, f"{STDIN}: empty; expected an image, or one file per line")
     for line in inputs:
         yield from _from_path(line)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from smallfry_runtime.errors import DataError
 from smallfry_runtime.images import decode
-from smallfry_runtime.inputs import Found
+from smallfry_runtime.inputs import InputImage
 
 BATCH = 64
 NOT_FINITE = (
@@ -54,7 +54,7 @@ class Outputs(NamedTuple):
 
 def answers(
     run: Callable[[NDArray[np.uint8]], Outputs],
-    found: Iterable[Found],
+    images: Iterable[InputImage],
     classes: Sequence[str],
     image_size: int,
     channels: int,
@@ -67,15 +67,15 @@ def answers(
 
     Args:
         run: From pixels (images, channels, size, size) to outputs.
-        found: The images.
+        images: The images.
         classes: Names of the model's classes.
         image_size: Side that the images are brought to, in pixels.
         channels: 1 (grey) or 3 (RGB).
         top_k: Classes to name for each image, at most all.
         bit_depth: Bit depth of 16-bit images; see ``smallfry_runtime.images.decode``.
     """
-    images = iter(found)
-    while chunk := list(islice(images, BATCH)):
+    remaining = iter(images)
+    while chunk := list(islice(remaining, BATCH)):
         pixels: list[NDArray[np.uint8]] = []
         errors: list[str | None] = []
         for name, encoded, error in chunk:

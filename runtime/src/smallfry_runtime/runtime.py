@@ -18,7 +18,7 @@ from PIL import Image
 from smallfry_runtime.early_exit import NEVER, Trace, most_accurate, most_thrifty, require_threshold
 from smallfry_runtime.errors import DataError, ExportError, UsageError
 from smallfry_runtime.images import Encoded, decode
-from smallfry_runtime.inputs import Found
+from smallfry_runtime.inputs import InputImage
 from smallfry_runtime.manifest import read_export
 from smallfry_runtime.predictions import NOT_FINITE, Answer, Outputs, answers
 
@@ -118,12 +118,12 @@ class Runtime:
         return predictions
 
     def classify(
-        self, found: Iterable[Found], top_k: int = 3, threshold: float | None = None
+        self, images: Iterable[InputImage], top_k: int = 3, threshold: float | None = None
     ) -> Iterator[Answer]:
         """Classify images in order; an image that can't be read gives an ``error``."""
         size, channels = self.manifest.image_size, self.manifest.channels
         run = partial(self._outputs, self.exit_threshold(threshold=threshold))
-        return answers(run, found, self.classes, size, channels, top_k, self.manifest.bit_depth)
+        return answers(run, images, self.classes, size, channels, top_k, self.manifest.bit_depth)
 
     def preprocess(self, pixels: NDArray[np.uint8]) -> Floats:
         """Convert pixels (images, channels, size, size) to the input of the graphs."""

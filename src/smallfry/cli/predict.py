@@ -12,7 +12,7 @@ from smallfry.cli._shared import AsJson, EarlyExit, OneRun
 from smallfry.errors import DataError, UsageError
 from smallfry.io.terminal import say
 from smallfry_runtime.files import MOST_TEXT, read_bytes
-from smallfry_runtime.inputs import Found, find_images
+from smallfry_runtime.inputs import InputImage, find_images
 from smallfry_runtime.names import path_of
 from smallfry_runtime.predictions import Answer
 
@@ -113,7 +113,7 @@ def _side_by_side(title: str, solved: "Solved") -> str:
     return "\n".join(lines)
 
 
-def _answers(options: Options, images: Iterable[Found]) -> Iterable[Answer]:
+def _answers(options: Options, images: Iterable[InputImage]) -> Iterable[Answer]:
     """Classify with PyTorch or, for an export, with ONNX Runtime alone."""
     from smallfry_runtime.manifest import is_export
 

@@ -53,7 +53,7 @@ class NormedPatches(nn.Module):
         (height, width), (rows, columns) = self.img_size, self.patch_size
         if height % rows or width % columns:
             raise UsageError(
-                f"patches of {rows}×{columns} leave a rest of images of {height}×{width}: choose "
+                f"patches of {rows}×{columns} don't divide images of {height}×{width}: choose "
                 "another patch_size or img_size"
             )
         self.grid_size = self.dynamic_feat_size(self.img_size)

@@ -84,7 +84,9 @@ class CCT(nn.Module):
     ) -> None:
         super().__init__()
         if embed_dim % num_heads:
-            raise UsageError(f"{num_heads} heads don't divide {embed_dim} features")
+            raise UsageError(
+                f"{num_heads} heads don't divide {embed_dim} features: choose another num_heads"
+            )
         if positions not in POSITIONS:
             raise UsageError(f"positions are {', '.join(POSITIONS)}, not '{positions}'")
         self.num_classes, self.num_features = num_classes, embed_dim
@@ -225,7 +227,9 @@ def _token_grid(
             grid = (rows + 1) // 2, (columns + 1) // 2
     if min(grid) < 1:
         what = f"{convolutions} convolutions" if patch is None else f"patches of {patch} pixels"
-        raise UsageError(f"{what} leave no tokens of {height}×{width} images")
+        raise UsageError(
+            f"{what} leave no tokens of {height}×{width} images: take fewer, or larger images"
+        )
     return grid
 
 

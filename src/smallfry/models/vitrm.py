@@ -50,8 +50,8 @@ class State(NamedTuple):
         return State(self.y.detach(), self.z.detach())
 
 
-class Sight(NamedTuple):
-    """Image tokens as seen by the block: beside the other rows, or by cross-attention."""
+class ImageTokens(NamedTuple):
+    """Image tokens in the form that the block takes: as rows, or for cross-attention."""
 
     rows: list[Tokens]  # x in joint attention, else empty
     context: list[Tensor | None]  # for each layer its projection of x in cross-attention, else None
@@ -121,8 +121,8 @@ class ViTRM(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {count}")
         if latent_steps * recursion_steps > MOST_STEPS:
             raise ValueError(
-                f"{latent_steps} latent steps in {recursion_steps} recursion steps have no end in "
-                f"sight; at most {MOST_STEPS:,} together"
+                f"{latent_steps} latent steps in {recursion_steps} recursion steps are "
+                f"too many; at most {MOST_STEPS:,} together"
             )
 
         self.input_shape = (in_chans, side, side)
@@ -175,7 +175,7 @@ class ViTRM(nn.Module):
             images: (batch, channels, height, width).
             steps: Number of steps; default ``recursion_steps``.
         """
-        x = self._look(self.embed(images))
+        x = self._image_tokens(self.embed(images))
         state = self._start(images.shape[0])
         trace = []
         for _ in range(self.recursion_steps if steps is None else steps):
@@ -207,11 +207,11 @@ class ViTRM(nn.Module):
 
     def step(self, x: Tensor, state: State) -> RecursionStep:
         """Run one recursion step: ``latent_steps`` times z, once y, and the heads."""
-        return self.read_out(self._recur(self._look(x), state))
+        return self.read_out(self._recur(self._image_tokens(x), state))
 
     def think(self, x: Tensor, state: State) -> State:
         """Run one latent step, z <- f([x; y; z]), keeping the rows of z."""
-        return State(state.y, self._think(self._look(x), self._project(state.y), state.z))
+        return State(state.y, self._think(self._image_tokens(x), self._project(state.y), state.z))
 
     def answer(self, state: State) -> State:
         """Run the answer step, y <- f([y; z]), keeping the row of y."""
@@ -222,7 +222,7 @@ class ViTRM(nn.Module):
         y = state.y.squeeze(1)
         return RecursionStep(state, self.head(y), self.halt_head(y).squeeze(-1))
 
-    def _recur(self, x: Sight, state: State) -> State:
+    def _recur(self, x: ImageTokens, state: State) -> State:
         """Run ``latent_steps`` latent steps and one answer step, with nothing projected twice."""
         y, z = self._project(state.y), state.z
         for _ in range(self._thoughts()):
@@ -233,17 +233,17 @@ class ViTRM(nn.Module):
         """Return the number of latent steps in this recursion step."""
         return self.latent_steps
 
-    def _think(self, x: Sight, y: Tokens, z: Tensor) -> Tensor:
+    def _think(self, x: ImageTokens, y: Tokens, z: Tensor) -> Tensor:
         return self._block([*x.rows, y, self._project(z)], keep=LAST, context=x.context)
 
     def _answer(self, y: Tokens, z: Tensor) -> Tensor:
         return self._block([y, self._project(z)], keep=FIRST)
 
-    def _look(self, x: Tensor) -> Sight:
+    def _image_tokens(self, x: Tensor) -> ImageTokens:
         layers = cast(Iterable[Layer], self.blocks)
         if self.cross_attention:
-            return Sight([], [layer.project(x) for layer in layers])
-        return Sight([self._project(x)], [None for _ in layers])
+            return ImageTokens([], [layer.project(x) for layer in layers])
+        return ImageTokens([self._project(x)], [None for _ in layers])
 
     def _start(self, batch_size: int) -> State:
         """Return the initial state, shared, or per image where a hook needs single images."""
@@ -275,7 +275,7 @@ class ViTRM(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Compute the final tokens [y; z], (batch, 1 + latents, dim), with one prefix token."""
-        x, state = self._look(self.embed(images)), self._start(images.shape[0])
+        x, state = self._image_tokens(self.embed(images)), self._start(images.shape[0])
         for _ in range(self.recursion_steps):
             state = self._recur(x, state)
         return torch.cat(state, dim=1)
@@ -288,7 +288,7 @@ class ViTRM(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the class head by a new one; 0 classes remove it."""
         if global_pool not in (None, "", "token"):
-            raise ValueError(f"a ViTRM reads its answer off y ('token'), not {global_pool!r}")
+            raise ValueError(f"global_pool of a ViTRM is 'token', not {global_pool!r}")
         self.num_classes = num_classes
         head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
         _init_head(head)

@@ -22,7 +22,7 @@ from smallfry.models.sources import Source
 from smallfry.models.vitrm import (
     FIRST,
     LAST,
-    Sight,
+    ImageTokens,
     ViTRM,
     checkpoint_filter_fn,
     image_cfg,
@@ -97,8 +97,7 @@ class ViTRMPlus(ViTRM):
         rotary = positions != "learned"
         if (rotary or depthwise) and isqrt(latents) ** 2 != latents:
             raise UsageError(
-                f"depthwise and rotary positions need latents on a square grid, and {latents} is "
-                "no square number"
+                f"depthwise and rotary positions need a square number of latents, not {latents}"
             )
         if injection == "add" and latents != side**2:
             raise UsageError(
@@ -106,7 +105,9 @@ class ViTRMPlus(ViTRM):
                 f"{latents}; take injection 'concat'"
             )
         if injection == "add" and self.cross_attention:
-            raise UsageError("injection 'add' leaves nothing for cross_attention to read")
+            raise UsageError(
+                "injection 'add' works without cross_attention only: leave one of them out"
+            )
 
         self.injection, self.pool = injection, pool
         self.drop_path, self.random_depth = drop_path, random_depth
@@ -128,7 +129,7 @@ class ViTRMPlus(ViTRM):
         most = 2 * self.latent_steps - 1
         return _draw(most) if self.random_depth and self.training else self.latent_steps
 
-    def _think(self, x: Sight, y: Tokens, z: Tensor) -> Tensor:
+    def _think(self, x: ImageTokens, y: Tokens, z: Tensor) -> Tensor:
         if self.injection == "add":
             thought = self._block([self._project(x.rows[0].rows + y.rows + z)], keep=EVERY)
         else:
@@ -146,11 +147,11 @@ class ViTRMPlus(ViTRM):
             rows = (weights * rows).sum(dim=1, keepdim=True)
         return cast(Tensor, self.y_norm(rows))
 
-    def _look(self, x: Tensor) -> Sight:
+    def _image_tokens(self, x: Tensor) -> ImageTokens:
         if self.injection == "add":  # x is never a part of its own, so nothing is projected
-            return Sight([Tokens(x, x[..., :0])], [])
-        rows, context = super()._look(x)
-        return Sight(rows, [c if c is None else self._turn(c, [c.shape[1]]) for c in context])
+            return ImageTokens([Tokens(x, x[..., :0])], [])
+        rows, context = super()._image_tokens(x)
+        return ImageTokens(rows, [c if c is None else self._turn(c, [c.shape[1]]) for c in context])
 
     def _project(self, rows: Tensor) -> Tokens:
         rows, qkv = super()._project(rows)

@@ -38,23 +38,23 @@ class Sum(NamedTuple):
     everywhere: bool = False
 
 
-class Spread(NamedTuple):
+class Broadcast(NamedTuple):
     """Request to broadcast the owner's result to all processes."""
 
     like: State  # tensors of the same shapes
     make: Callable[[], State]
 
 
-Updating = Generator[Sum | Spread, Any, None]
+Updating = Generator[Sum | Broadcast, Any, None]
 
 
-def alone(updating: Updating) -> None:
+def run_locally(updating: Updating) -> None:
     """Run an update in a single process, which owns everything."""
-    answer: Any = None
+    result: Any = None
     try:
         while True:
-            asked = updating.send(answer)
-            answer = asked.parts if isinstance(asked, Sum) else asked.make()
+            request = updating.send(result)
+            result = request.parts if isinstance(request, Sum) else request.make()
     except StopIteration:
         return
 
@@ -76,7 +76,6 @@ class Approximation(ABC):
     def __init__(self, sharing: str | Mapping[str, str]) -> None:
         self.sharing = sharing
 
-    @abstractmethod
     def update(
         self,
         block: Block,
@@ -87,6 +86,8 @@ class Approximation(ABC):
     ) -> None:
         """Fold a batch into the running statistics.
 
+        The default runs ``updating``; methods that without ``divides`` have their own.
+
         Args:
             block: The block.
             state: Its state, empty at first.
@@ -94,6 +95,7 @@ class Approximation(ABC):
             keep: Share of the old statistics; 0 at first.
             generator: For methods that draw.
         """
+        run_locally(self.updating(block, state, rows, samples_of(rows), keep, generator))
 
     def updating(
         self,
@@ -114,7 +116,7 @@ class Approximation(ABC):
             keep: Share of the old statistics.
             generator: In the same state in all processes.
         """
-        raise NotImplementedError("a method that ``divides`` says how")
+        raise NotImplementedError("a method with ``divides`` has its own")
 
     @abstractmethod
     def invert(self, block: Block, state: State, damping: float) -> float:
@@ -141,11 +143,11 @@ class Approximation(ABC):
         Returns:
             This process's part of the sum; None while there is no inverse.
         """
-        raise NotImplementedError("a method with ``settles`` says how")
+        raise NotImplementedError("a method with ``settles`` has its own")
 
     def settle(self, state: State, moments: Tensor, keep: float) -> None:
         """Average in the whole sum of ``moments``."""
-        raise NotImplementedError("a method with ``settles`` says how")
+        raise NotImplementedError("a method with ``settles`` has its own")
 
     @abstractmethod
     def apply(self, block: Block, state: State, matrix: Tensor, damping: float) -> Tensor:
@@ -235,3 +237,16 @@ def eigenvalue_range(matrix: Tensor) -> tuple[float, float]:
     """Compute the smallest and largest eigenvalue."""
     values = eigendecompose(matrix).values
     return float(values.min()), float(values.max())
+
+
+def samples_of(rows: Sequence[Rows]) -> int:
+    """Count the samples in all micro-batches."""
+    return sum(part.samples for part in rows)
+
+
+def running(state: State, key: str, fresh: Tensor, keep: float) -> Tensor:
+    """Compute keep · old + (1 − keep) · fresh."""
+    if key not in state:
+        return fresh
+    old: Tensor = state[key]
+    return old.lerp_(fresh, 1 - keep)

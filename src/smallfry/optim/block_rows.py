@@ -14,18 +14,18 @@ from smallfry.optim.checks import warn
 from smallfry.optim.numerics import statistics_dtype
 
 ASTRAY = (
-    "layer '{layer}': the rows that it was called on belong to other samples than their place says:"
+    "layer '{layer}': its rows are not in the order of the samples:"
     " one sample's output sends its gradient to rows of others, as with windows or tokens folded "
     "position first, routed rows, or layers that mix samples. Fold them sample by sample; or give "
     "sharing='expand', for all layers or as {{'{layer}': 'expand'}}, where the method has it "
     "(KFAC's default), or exclude=['{layer}']"
 )
 ANONYMOUS = (
-    "layer '{layer}' was called on rows that are no multiple of the {samples} samples that the "
-    "network saw, so that they belong to none by their place, as those of a mixture of experts; "
-    "this method needs to know. Give sharing='expand', for all layers or as a mapping "
-    "{{'{layer}': 'expand'}}, which does not (KFAC's default); or exclude=['{layer}']; or bring "
-    "the samples into the first dimension"
+    "layer '{layer}' was called on a number of rows that the {samples} samples of the "
+    "network don't divide, as in a mixture of experts, and this method needs the sample of each "
+    "row. Give sharing='expand', for all layers or as a mapping {{'{layer}': 'expand'}} (KFAC's "
+    "default), which works without; or exclude=['{layer}']; or "
+    "bring the samples into the first dimension"
 )
 
 

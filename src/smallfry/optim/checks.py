@@ -56,7 +56,7 @@ def check_first_batch(
     if wrong is not None and check == "warn":
         warn(str(wrong))
     if collectives.any_process(wrong is not None) and check == "error":
-        raise wrong or UsageError("in another process the loss is not what the optimizer was told")
+        raise wrong or UsageError("in another process the loss does not match loss_scale")
 
 
 def warn_of_unfrozen(frozen: dict[str, nn.Parameter]) -> None:
@@ -78,9 +78,9 @@ def complain_unseen(counters: dict[str, int]) -> None:
     """
     if counters["statistics"] == 0:
         raise UsageError(
-            "no training forward pass was seen, so there is no curvature to step with: call "
-            "the model that the optimizer was given (model.train(), with gradients), or name "
-            "the module that is called with forward=; give the compiled model if it is compiled"
+            "no training forward pass was seen, and a step needs its curvature: call the "
+            "optimizer's model (model.train(), with gradients), or name the called module "
+            "with forward=; give the compiled model if it is compiled"
         )
     counters["missed_refreshes"] += 1
     if counters["missed_refreshes"] == 1:
@@ -190,8 +190,8 @@ def check_loss(
         if not scale.fits:
             raise UsageError(
                 f"the likelihood '{type(likelihood).__name__.lower()}' does not fit the loss: no "
-                "targets give the gradients that arrived at the model's output. Name the "
-                "likelihood that the loss is the negative logarithm of (categorical for "
+                "targets give the gradients at the model's output. Name the "
+                "likelihood of the loss, its negative logarithm (categorical for "
                 "cross_entropy, bernoulli for binary_cross_entropy_with_logits, gaussian for "
                 "mse_loss), or give a function to a torch.distributions object"
             )
@@ -210,7 +210,7 @@ def check_loss(
         return
     if not found.even:
         raise UsageError(
-            "the rows of the loss have unequal weights, which the gradient does not give away: "
+            "the rows of the loss have unequal weights, which the gradient does not determine: "
             "for class or sample weights and certain targets give "
             "likelihood=Categorical(hard=True) or Bernoulli(hard=True); for soft targets call "
             "weigh(weights) before each backward(). Else the likelihood does not fit the loss, or "
@@ -220,7 +220,7 @@ def check_loss(
     hint = _reduction_hint(found.factor, samples)
     raise UsageError(
         f"the loss is {found.factor:.4g} times the mean over samples of the negative "
-        f"log-likelihood, but the optimizer was told {stated:.4g}: its curvature and damping would "
+        f"log-likelihood, but loss_scale is {stated:.4g}: the curvature and damping would "
         f"be off by that.{hint} Give loss_scale={found.factor:.4g}, or loss_scale='mean' or 'sum' "
         "for what PyTorch calls reduction; or the likelihood does not fit the loss"
     )
@@ -252,7 +252,7 @@ def require_model(optimizer: object, model: object) -> None:
     name = type(optimizer).__name__
     if not isinstance(model, nn.Module):
         raise UsageError(
-            f"{name} watches the model and needs it: pass the model, not "
+            f"{name} needs the model itself: pass it, not "
             f"{type(model).__name__} of its parameters: {name}(model, lr=…), or {name}(model, "
             "params=groups, lr=…) for groups or some of its parameters"
         )
@@ -260,7 +260,7 @@ def require_model(optimizer: object, model: object) -> None:
         weight = getattr(module, "weight", None)
         if getattr(module, "sparse", False) and weight is not None and weight.requires_grad:
             raise UsageError(
-                f"layer '{path}' has sparse gradients, which AdamW inside can't take: build it "
+                f"layer '{path}' has sparse gradients, and the inner AdamW takes none: build it "
                 "with sparse=False, or freeze it here and train it by torch.optim.SparseAdam"
             )
 

@@ -40,8 +40,8 @@ class Collectives:
         self.rank = 0 if alone else dist.get_rank(self.group)
         if self.rank < 0:
             raise UsageError(
-                "process_group= must be a group that this process is a member of; create the "
-                "optimizer in the members alone"
+                "process_group= must contain this process; create the optimizer only in the "
+                "members of the group"
             )
         self.count = 1 if alone else dist.get_world_size(self.group)
         self.bytes: dict[str, int] = {}  # by kind of message, since the last ``reset_bytes``

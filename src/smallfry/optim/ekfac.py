@@ -27,9 +27,9 @@ from smallfry.curvature.diagonal import (
 )
 from smallfry.curvature.kronecker import eigendecompose, reduced, unpack
 from smallfry.errors import UsageError
-from smallfry.optim.approximation import Approximation, State, Summed, Updating
+from smallfry.optim.approximation import Approximation, State, Summed, Updating, running
 from smallfry.optim.base import NaturalGradient
-from smallfry.optim.kfac import SIDES, KroneckerProduct, running
+from smallfry.optim.kfac import SIDES, KroneckerProduct
 from smallfry.optim.kpsvd import NearestProduct
 from smallfry.optim.one_hot import OneHotDiagonal, OneHotProduct, sharing_of_rows
 from smallfry.optim.settings import Settings

@@ -48,7 +48,7 @@ def natural_groups(
         listed = [p[1] if isinstance(p, tuple) else p for p in listed]
         for p in listed:
             if p not in own:
-                raise UsageError("params= holds a parameter that is not one of the model's")
+                raise UsageError("params= holds a parameter of another model")
             if p in seen:
                 raise UsageError("params= holds a parameter twice")
             seen.add(p)

@@ -34,13 +34,13 @@ from smallfry.curvature.low_rank import OVERSAMPLING, Average, LowRank, gram_tim
 from smallfry.errors import UsageError
 from smallfry.optim.approximation import (
     Approximation,
-    Spread,
+    Broadcast,
     State,
     Sum,
     Summed,
     Updating,
-    alone,
     eigenvalue_range,
+    running,
 )
 from smallfry.optim.base import NaturalGradient
 from smallfry.optim.numerics import statistics_dtype
@@ -109,17 +109,6 @@ class KroneckerProduct(Approximation):
         """Return a method of frequencies and G."""
         return OneHotProduct("expand", self.damping_split)
 
-    def update(
-        self,
-        block: Block,
-        state: State,
-        rows: Sequence[Rows],
-        keep: float,
-        generator: torch.Generator,
-    ) -> None:
-        """Average in the batch's A and G."""
-        alone(self.updating(block, state, rows, samples_of(rows), keep, generator))
-
     def updating(
         self,
         block: Block,
@@ -144,7 +133,7 @@ class KroneckerProduct(Approximation):
         totals = yield Sum(parts, everywhere=not few)
         bases, products = State(), State()
         if few:
-            bases = yield Spread(
+            bases = yield Broadcast(
                 first,
                 lambda: {
                     s: m.average.basis(first[s], totals[f"first_{s}"]) for s, m in few.items()
@@ -299,11 +288,6 @@ def factor_of(block: Block, rows: Sequence[Rows], side: str) -> Tensor:
     return pack(sum_over(rows, factor, _nothing(block, side)))
 
 
-def samples_of(rows: Sequence[Rows]) -> int:
-    """Count the samples in all micro-batches."""
-    return sum(part.samples for part in rows)
-
-
 def folded(rows: Sequence[Rows], reduce: bool, samples: float) -> list[Rows]:
     """Weight micro-batches so that all factors add up to those of a number of samples."""
     seen = []
@@ -321,14 +305,6 @@ def sum_over(rows: Sequence[Rows], factor: Any, nothing: Tensor) -> Tensor:
     parts = [factor(part) for part in rows]
     total: Tensor = sum(parts[1:], start=parts[0]) if parts else nothing
     return total
-
-
-def running(state: State, key: str, fresh: Tensor, keep: float) -> Tensor:
-    """Compute keep · old + (1 − keep) · fresh."""
-    if key not in state:
-        return fresh
-    old: Tensor = state[key]
-    return old.lerp_(fresh, 1 - keep)
 
 
 def low_rank(state: State, side: str) -> LowRank | None:

@@ -42,8 +42,9 @@ from smallfry.optim.approximation import (
     Sum,
     Summed,
     Updating,
-    alone,
     eigenvalue_range,
+    running,
+    samples_of,
 )
 
 LARGEST = 1024  # one-hot inputs, of which the error of a block's Fisher is still told
@@ -66,17 +67,6 @@ class OneHotProduct(Approximation):
         super().__init__(sharing)
         self.damping_split = damping_split
 
-    def update(
-        self,
-        block: Block,
-        state: State,
-        rows: Sequence[Rows],
-        keep: float,
-        generator: torch.Generator,
-    ) -> None:
-        """Average in the batch's p and G."""
-        alone(self.updating(block, state, rows, _samples(rows), keep, generator))
-
     def updating(
         self,
         block: Block,
@@ -94,7 +84,7 @@ class OneHotProduct(Approximation):
             g = g + output_factor(part) * share
         totals = yield Sum({"p": p, "g": pack(g)}, everywhere=True)
         for key in ("p", "g"):
-            state[key] = state[key].lerp_(totals[key], 1 - keep) if key in state else totals[key]
+            state[key] = running(state, key, totals[key], keep)
 
     def invert(self, block: Block, state: State, damping: float) -> float:
         """Invert or decompose G."""
@@ -170,7 +160,7 @@ class OneHotNearest(OneHotProduct):
     ) -> None:
         """Find the nearest product to the old one and the batch together."""
         old = DiagonalProduct(state["p"], unpack(state["g"])) if "p" in state else None
-        sums, samples = _sums(block, rows, self.sharing == "exact"), _samples(rows)
+        sums, samples = _sums(block, rows, self.sharing == "exact"), samples_of(rows)
         found = nearest_product(sums, block.shape[2], samples, old, keep if old else 0.0)
         state |= {"p": found.inputs, "g": pack(found.outputs)}
 
@@ -204,6 +194,18 @@ class OneHotDiagonal(OneHotProduct):
         """Update the product."""
         self.product.update(block, state, rows, keep, generator)
 
+    def updating(
+        self,
+        block: Block,
+        state: State,
+        rows: Sequence[Rows],
+        samples: float,
+        keep: float,
+        generator: torch.Generator,
+    ) -> Updating:
+        """Run ``update`` in steps, as for the product."""
+        return self.product.updating(block, state, rows, samples, keep, generator)
+
     def invert(self, block: Block, state: State, damping: float) -> float:
         """Decompose G, and project the values onto its new vectors."""
         vectors = eigendecompose(unpack(state["g"])).vectors
@@ -225,7 +227,7 @@ class OneHotDiagonal(OneHotProduct):
 
     def settle(self, state: State, moments: Tensor, keep: float) -> None:
         """Average in the second moments."""
-        state["s"] = state["s"].lerp_(moments, 1 - keep) if "s" in state else moments
+        state["s"] = running(state, "s", moments, keep)
 
     def apply(self, block: Block, state: State, matrix: Tensor, damping: float) -> Tensor:
         """Project onto the basis, divide, and project back."""
@@ -274,7 +276,7 @@ class OneHotInputs(OneHotProduct):
         for part in rows:
             p = p + frequencies(part, block.shape[2]) * part.samples / samples
         totals = yield Sum({"p": p}, everywhere=True)
-        state["p"] = state["p"].lerp_(totals["p"], 1 - keep) if "p" in state else totals["p"]
+        state["p"] = running(state, "p", totals["p"], keep)
 
     def invert(self, block: Block, state: State, damping: float) -> float:
         """Do nothing."""
@@ -412,10 +414,6 @@ def with_embeddings(method: Approximation, blocks: Sequence[Block]) -> Approxima
 
 def _sums(block: Block, rows: Sequence[Rows], whole: bool) -> RowSums:
     return joined_sums([row_sums(part, block.shape[2], whole) for part in rows])
-
-
-def _samples(rows: Sequence[Rows]) -> int:
-    return sum(part.samples for part in rows)
 
 
 def _zero(block: Block, *shape: int) -> Tensor:

@@ -20,7 +20,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         raise UsageError(
-            "a natural-gradient optimizer belongs to the model it watches and can't be copied or "
+            "a natural-gradient optimizer is bound to its model and can't be copied or "
             "pickled: build a new one for the new model, and load_state_dict()"
         )
 

@@ -27,11 +27,10 @@ from smallfry.optim.approximation import (
     Sum,
     Summed,
     Updating,
-    alone,
     eigenvalue_range,
+    running,
 )
 from smallfry.optim.base import NaturalGradient
-from smallfry.optim.kfac import running
 from smallfry.optim.numerics import statistics_dtype
 from smallfry.optim.one_hot import OneHotInputs
 from smallfry.optim.settings import Settings
@@ -97,17 +96,6 @@ class InputMetric(Approximation):
                     f"{inputs}² numbers, {4 * size / 1e9:.1f} GB: take variant='input', or "
                     "exclude it"
                 )
-
-    def update(
-        self,
-        block: Block,
-        state: State,
-        rows: Sequence[Rows],
-        keep: float,
-        generator: torch.Generator,
-    ) -> None:
-        """Average in the batch's metric."""
-        alone(self.updating(block, state, rows, 0, keep, generator))
 
     def updating(
         self,

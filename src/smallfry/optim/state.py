@@ -117,8 +117,8 @@ def _require_fit(optimizer: "NaturalGradient", given: Mapping[str, Any]) -> None
     method = type(optimizer).__name__
     if given.get("format") != FORMAT or "curvature" not in given:
         raise UsageError(
-            "this is not the state of a natural-gradient optimizer of this version; expected what "
-            f"{method}.state_dict() gave"
+            "this is not the state of a natural-gradient optimizer of this version; expected "
+            f"the result of {method}.state_dict()"
         )
     if given["method"] != method:
         raise UsageError(f"this is the state of {given['method']}, not of {method}")

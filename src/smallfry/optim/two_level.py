@@ -111,7 +111,10 @@ class TwoLevel(NaturalGradient):
         method = FINE[fine]() if isinstance(fine, str) else fine
         if not method.needs_gradients:
             name = type(method).__name__
-            raise UsageError(f"{name} takes no gradients, which the coarse level needs")
+            raise UsageError(
+                f"the coarse level needs gradients, and {name} takes none: choose "
+                "another fine level"
+            )
         self.level = CoarseLevel(spaces, form, krylov, coarse_samples)
         super().__init__(model, lr, method, **settings)
 

@@ -177,7 +177,7 @@ def _read(folder: Path) -> Checkpoint:
             name, state = TRAINER, io.BytesIO(contents[TRAINER])
             trainer = torch.load(state, map_location="cpu", weights_only=True)
             if not isinstance(trainer, dict):
-                raise ValueError("it holds no state of a training run")
+                raise ValueError("it has no training state")
     except Exception as error:  # a stranger's bytes, with the right hash, raise almost anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         kind = RunError if is_out_of_memory(error) else _Damaged

@@ -135,9 +135,8 @@ def _meet(started: Launch) -> Any:
             raise TrainingError(
                 f"process {started.rank} waited up to {MEETING.seconds // 60} minutes for "
                 f"{started.processes} processes to meet at {where}, port {number} "
-                f"({str(error).splitlines()[0][:200]}). Were all of them started? In a shell that "
-                "only looks like one of several, unset WORLD_SIZE, or use srun; if the port is "
-                "taken, set MASTER_PORT"
+                f"({str(error).splitlines()[0][:200]}). Were all of them started? For a single "
+                "process unset WORLD_SIZE, or use srun; if the port is taken, set MASTER_PORT"
             ) from error
     return _store
 

@@ -128,7 +128,7 @@ class MethodPlan:
         try:
             found = scores(model)
         except RunError as error:
-            raise TrainingError(f"the model that the methods have made: {error}") from None
+            raise TrainingError(f"after the methods: {error}") from None
         manifest = {key: value for key, value in kept.manifest.items() if key != UNFINISHED}
         done = [*manifest.get(DONE, []), *(to_dict(each) for each in self.methods)]
         manifest |= {"model": spec.to_dict(), DONE: done, "training": {**position, "scores": found}}

@@ -106,7 +106,7 @@ def changes_since(before: Mapping[str, Any], config: TrainConfig) -> list[Change
     methods = next((change for change in changed if change.name == "methods"), None)
     if methods is not None:
         raise RunError(
-            f"config.yaml has methods {methods.now}, and the run has begun with {methods.before}: "
+            f"config.yaml has methods {methods.now}, and the run began with {methods.before}: "
             "write those again, or start a new run"
         )
     return changed
@@ -127,8 +127,8 @@ def require_whole_epochs(step: int, epochs: int, steps_per_epoch: int, where: st
     if step // steps_per_epoch != epochs:
         raise RunError(
             f"{where}: {epochs} epochs had ended after step {step}, and with this config.yaml "
-            f"they would be {step // steps_per_epoch}: batch_size or data are not those of the "
-            "run; restore the file that it was begun with, or start a new run"
+            f"they would be {step // steps_per_epoch}: batch_size or data differ from the "
+            "run's; restore the original file, or start a new run"
         )
 
 

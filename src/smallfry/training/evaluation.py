@@ -80,7 +80,7 @@ def forward(
     """
     if not isinstance(model, Recursive):
         if exit_threshold is not None:
-            raise UsageError(f"{type(model).__name__} does not recur: it has no early exit")
+            raise UsageError(f"{type(model).__name__} is not recursive: leave early exit out")
         return model(images), None, None
     if exit_threshold is not None:
         return recurse_until(model, images, exit_threshold)

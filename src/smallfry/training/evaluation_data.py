@@ -73,7 +73,7 @@ def require_place(wanted: DataConfig, remedy: str) -> None:
     """
     folder = path_of(wanted.name)
     if wanted.name not in NAMED and folder.is_absolute() and not folder.is_dir():
-        raise DataError(f"{folder}: the data of the run is not there any more; {remedy}")
+        raise DataError(f"{folder}: the run's data is missing; {remedy}")
 
 
 def _data_of_the_run(
@@ -84,7 +84,7 @@ def _data_of_the_run(
     split: str,
 ) -> ImageData:
     if before is None:
-        raise UsageError(f"{run}: does not say where its data is; give --data")
+        raise UsageError(f"{run}: the location of its data is not recorded; give --data")
     require_place(before, "if it was moved, name its new place: --data FOLDER")
     data = load_config_data(before if root is None else replace(before, root=root))
     if not data.matches(trained.manifest["data"]["fingerprint"]):

@@ -44,7 +44,7 @@ def load_start(config: ModelConfig) -> TrainedModel | None:
         )
     if chosen := sorted(OF_THE_FACTORY & set(config.options)):
         raise UsageError(
-            f"model.options: {chosen[0]} names weights, and so does model.start; leave one out"
+            f"model.options: {chosen[0]} and model.start both name weights; leave one out"
         )
     return trained
 
@@ -105,8 +105,8 @@ def make_from_start(
         if not changes:
             raise
         raise UsageError(
-            f"model.start: {error}; leave out {', '.join(sorted(changes))}, or take values that "
-            "change no weights"
+            f"model.start: {error}; leave out {', '.join(sorted(changes))}, or choose values "
+            "that keep the weights"
         ) from error
     outputs = task.outputs(len(data.classes))
     if getattr(model, "num_classes", outputs) != outputs:

@@ -8,13 +8,13 @@ from numpy.typing import NDArray
 
 from smallfry.training.evaluation import forward
 from smallfry.training.run import TrainedModel, require_classifier
-from smallfry_runtime.inputs import Found
+from smallfry_runtime.inputs import InputImage
 from smallfry_runtime.predictions import Answer, Outputs, answers
 
 
 def classify(
     trained: TrainedModel,
-    found: Iterable[Found],
+    images: Iterable[InputImage],
     top_k: int = 3,
     exit_threshold: float | None = None,
 ) -> Iterator[Answer]:
@@ -25,7 +25,6 @@ def classify(
     Raises:
         UsageError: The model is no classifier.
     """
-
     require_classifier(trained)
 
     @torch.inference_mode()
@@ -39,4 +38,4 @@ def classify(
         )
 
     size, channels = trained.image_size, trained.channels
-    return answers(run, found, trained.classes, size, channels, top_k, trained.bit_depth)
+    return answers(run, images, trained.classes, size, channels, top_k, trained.bit_depth)

@@ -89,8 +89,8 @@ def _checked(found: Launch) -> Launch:
     _, rank, count, local, here = found
     if not (0 <= rank < count and 0 <= local < here):
         raise UsageError(
-            f"the environment says process {rank} of {count}, and {local} of {here} on this "
-            "machine, which can't be: look at RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE"
+            f"the environment has process {rank} of {count}, and {local} of {here} on this "
+            "machine, a contradiction: check RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE"
         )
     if count % here:
         raise UsageError(

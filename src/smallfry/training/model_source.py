@@ -118,8 +118,8 @@ def _require_safe_options(options: Mapping[str, Any]) -> None:
         if name == "pretrained_cfg_overlay" and str(file).endswith(".safetensors"):
             continue
         raise UsageError(
-            f"model.options: {name} can't be {str(value)[:80]!r}; weights to start from are "
-            "pretrained: true, and with it pretrained_cfg_overlay: {file: NAME.safetensors}"
+            f"model.options: {name} can't be {str(value)[:80]!r}; initial weights are "
+            "pretrained: true, with pretrained_cfg_overlay: {file: NAME.safetensors}"
         )
 
 

@@ -164,8 +164,8 @@ def build_objective(
         return kind(meaning, config.alpha, config.beta)
     if not recursive:
         raise UsageError(
-            f"{name} needs a model that recurs, and {type(model).__name__} does not; take "
-            "objective.name cross_entropy"
+            f"{name} needs a recursive model, not {type(model).__name__}; "
+            "take objective.name cross_entropy"
         )
     if name == "slots":
         return SlotSupervision(meaning, config.supervision_steps, config.exploration, parts)

@@ -64,8 +64,8 @@ class RunFolder:
             str(self.path).encode()
         except UnicodeEncodeError:
             raise RunError(
-                f"{self.path}: a folder whose name is not UTF-8 holds no run, as TensorBoard can't "
-                "write into it; name another folder (--run DIR)"
+                f"{self.path}: the folder's name is not UTF-8, and TensorBoard can't write into "
+                "it; name another folder (--run DIR)"
             ) from None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,9 @@ class RunFolder:
         try:
             for each in (self.last, self.best, self.pictures, self.tensorboard):
                 if each.is_symlink():
-                    raise RunError(f"{each}: a link; what it leads to is no part of the run")
+                    raise RunError(
+                        f"{each}: a link, expected a folder of the run itself; remove the link"
+                    )
             for folder in (self.path, self.pictures):
                 sweep(folder)
             yield
@@ -207,8 +209,8 @@ class TrainedModel(NamedTuple):
         """Require that ``save`` can write here, and return its ``config.yaml``; raises as it."""
         if self.origin is None or not RunFolder(self.origin).config.is_file():
             raise UsageError(
-                "this model was loaded from no run folder: deploy.pretrained.save_pretrained "
-                "writes it as a shared folder"
+                "this model has no run folder: write it as a shared folder with "
+                "deploy.pretrained.save_pretrained"
             )
         RunFolder(Path(run).expanduser()).require_free()
         return RunFolder(self.origin).config.read_text()
@@ -253,7 +255,7 @@ def load_run(run: str | Path, checkpoint: str = "best") -> TrainedModel:
         sample, classes = manifest["input"], manifest["classes"]
         _require_input(sample, classes)
         if not isinstance(manifest.get("methods", []), list):
-            raise TypeError("methods are no list")
+            raise TypeError("methods must be a list")
         # the weights are here already, wherever the training took them from
         spec = ModelSpec.from_dict(manifest["model"], str(folder)).portable()
         model = _built(spec, weights, str(folder), manifest.get(UNFINISHED))
@@ -284,8 +286,8 @@ def _built(
         if not unfinished:
             raise
         raise RunError(
-            f"{where}: the run's methods are still at work on this model, which can't be loaded "
-            "before they have finished: go on with --resume"
+            f"{where}: the model can't be loaded before the run's methods have finished: go on "
+            "with --resume"
         ) from error
 
 
@@ -293,7 +295,7 @@ def _require_input(sample: Mapping[str, Any], classes: Any) -> None:
     """Validate a manifest's description of images and classes."""
     size, channels = sample["size"], sample["channels"]
     if type(size) is not int or not 1 <= size <= LARGEST_SIDE or channels not in (1, 3):
-        raise ValueError(f"images of {channels}×{size}×{size} are none that smallfry reads")
+        raise ValueError(f"images of {channels}×{size}×{size} are not supported")
     for name in ("mean", "std"):
         values = sample[name]
         if len(values) != channels or not all(map(math.isfinite, values)):
@@ -303,7 +305,7 @@ def _require_input(sample: Mapping[str, Any], classes: Any) -> None:
     if not is_bit_depth(sample.get("bit_depth")):
         raise ValueError(f"bit_depth is 1 to {FULL_DEPTH}, or null")
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise TypeError("classes are no list of names")
+        raise TypeError("classes must be a list of names")
 
 
 def _require_summary(summary: Any) -> None:
@@ -325,11 +327,11 @@ def _require_summary(summary: Any) -> None:
     )
     names = (*texts, *methods, *(reference["name"] for reference in references))
     if not all(isinstance(text, str) for text in names):
-        raise TypeError("a name is no text")
+        raise TypeError("a name must be text")
     if not all(type(count) is int for count in counts):
-        raise TypeError("a count is no number")
+        raise TypeError("a count must be a number")
     if not all(type(number) in (int, float) for number in numbers):
-        raise TypeError("a figure is no number")
+        raise TypeError("a figure must be a number")
 
 
 def require_classes(trained: TrainedModel, classes: Sequence[str], origin: str) -> None:
@@ -338,8 +340,8 @@ def require_classes(trained: TrainedModel, classes: Sequence[str], origin: str) 
         return
     ours, theirs = ", ".join(trained.classes[:4]), ", ".join(classes[:4])
     raise DataError(
-        f"the model knows {len(trained.classes)} classes ({ours}, …), {origin} has "
-        f"{len(classes)} ({theirs}, …); evaluate it on data with the classes of its training"
+        f"the model has {len(trained.classes)} classes ({ours}, …), {origin} has "
+        f"{len(classes)} ({theirs}, …); evaluate it on data with its own classes"
     )
 
 
@@ -352,8 +354,9 @@ def require_classifier(trained: TrainedModel) -> None:
     task = trained.manifest.get("task", "classification")
     if task != "classification":
         raise UsageError(
-            f"the model was trained for {task}: only classifiers are exported, shared, benchmarked "
-            "and asked about images; tasks.find_task(NAME).create().decode reads its outputs"
+            f"the model was trained for {task}: only classifiers can be exported, shared, "
+            "benchmarked and used for predictions; "
+            "tasks.find_task(NAME).create().decode reads its outputs"
         )
 
 

@@ -27,18 +27,17 @@ def require_shareable(config: TrainConfig, batch_size: int, processes: int) -> N
     """
     if config.optimizer.name in NATURAL:
         raise UsageError(
-            f"{config.optimizer.name} needs whole layers, of which fsdp leaves each process a "
-            "share: take strategy ddp, or another optimizer"
+            f"{config.optimizer.name} needs whole layers, and fsdp shards them: take "
+            "strategy ddp, or another optimizer"
         )
     if config.methods:
         raise UsageError(
-            "methods need whole layers, of which fsdp leaves each process a share: take strategy "
-            "ddp, or leave methods out"
+            "methods need whole layers, and fsdp shards them: take strategy ddp, or leave methods "
+            "out"
         )
     if batch_size % processes:
         raise UsageError(
-            f"strategy fsdp needs a batch_size that {processes} processes can share evenly, not "
-            f"{batch_size}"
+            f"strategy fsdp needs a batch_size divisible by {processes} processes, not {batch_size}"
         )
     if config.compile:
         raise UsageError("strategy fsdp trains without compile")

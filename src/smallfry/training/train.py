@@ -238,7 +238,7 @@ def _restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise RunError(
             f"{trainer.folder.last}: its state does not fit the run's config.yaml ({reason}); "
-            "restore the file that the run was begun with, or start a new run"
+            "restore the original file, or start a new run"
         ) from error
 
 
