@@ -213,6 +213,13 @@ def test_mixed_precision_reaches_the_model(variant, monkeypatch, supervised):
 # Failures
 
 
+@pytest.mark.filterwarnings("ignore:You passed")
+def test_half_precision_is_refused_where_another_would_take_its_place(variant):
+    with pytest.raises(UsageError, match="16-mixed needs a GPU: take bf16-mixed"):
+        train(variant(precision="16-mixed", device="cpu"))
+    assert not variant().run.exists()
+
+
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(variant):
     wild = variant(
         optimizer=OptimizerConfig("sgd", lr=1e18, clip=None),

@@ -188,6 +188,9 @@ def start(device: str, precision: Any, strategy: str) -> Processes:
         settings["strategy"] = _shares(started.processes) if strategy == "fsdp" else _copies()
     try:
         fabric = Fabric(**settings)
+        used = str(fabric.strategy.precision.precision)
+        if used.startswith("bf16") and not str(precision).startswith("bf16"):
+            raise UsageError(f"precision {precision} needs a GPU: take {used} on this device")
         if started.processes > 1:
             joined = join(started, fabric.strategy.root_device)
         fabric.launch()
