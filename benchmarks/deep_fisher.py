@@ -1,6 +1,6 @@
 """Accuracy of one and of two Fisher layers on CIFAR-10.
 
-    python benchmarks/deep_fisher.py --root DIR --limit 2000 --tested 1000 --out results/deep_fisher.json
+    python benchmarks/deep_fisher.py --root DIR --limit 2000 --tested 1000 --out FILE
     python benchmarks/deep_fisher.py --root DIR --components 32 64 --features 64 --seeds 3
 
 The same images, descriptors and first mixture for both; two layers add the second layer's vector.
