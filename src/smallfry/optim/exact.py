@@ -28,7 +28,7 @@ class ExactNG(NaturalGradient):
 
     Warning:
         A batch has no more directions than samples, and along all others a step is gradient over λ:
-        with batches of a few samples, or of few beside the classes, this is slower than AdamW.
+        with batches of a few samples, or of few beside the classes, this can be slower than AdamW.
         Its steps don't diverge more than promised all the same. Take 64 samples or more, or
         a larger ``window``.
 

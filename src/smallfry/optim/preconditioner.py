@@ -3,9 +3,11 @@
 It owns the blocks' states, λ, and who of several processes refreshes which block. A refresh folds
 a batch into the running statistics, sets λ and makes the inverses; its result in n processes that
 share a batch is that of one with the whole. λ is ``damping`` times the mean eigenvalue of F̂, so
-that it means the same whatever the batch size and the reduction of the loss.
+that it means the same whatever the batch size and the reduction of the loss; a layer counts for at
+most ``LARGEST`` times as much as those of the outputs.
 """
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -34,7 +36,8 @@ COUNTERS = (
     "missed_refreshes",  # no forward pass was seen when one was due
     "measurements",  # of a step's divergence
 )
-FLAGS = ("damping_factor", "damping", "seed")  # of the state, beside tensors and counters
+FLAGS = ("damping_factor", "damping", "seed", "last_called")  # beside tensors and counters
+LARGEST = 10.0  # trace of a layer over that of the output's, as it counts for λ
 
 
 class Preconditioner:
@@ -61,6 +64,7 @@ class Preconditioner:
         self.counters = dict.fromkeys(COUNTERS, 0)
         self.states: dict[str, State] = {}
         self.lambdas: dict[str, float] = {}
+        self.last_called: list[str] = []  # blocks of the outputs, in all processes
         self.milliseconds: dict[str, float] = {}  # of each block's last refresh
         self.monitoring = False  # keep the rows of the last refresh
         self.latest: dict[str, list[Rows]] = {}
@@ -111,6 +115,7 @@ class Preconditioner:
                 now = self.states[name].get(key)
                 if now is not None:
                     before[name][key] = now, now._version
+        self.last_called = last_called(observations) or self.last_called
         self._set_lambdas()
         uninverted = self._invert(inverse)
         failed, uninverted = share_states(
@@ -236,19 +241,30 @@ class Preconditioner:
         for name, block in self.blocks.items():
             if self.states[name] and self.owners[name] == self.collectives.rank:
                 mine[name] = self.approximation.trace(block, self.states[name])
-        values = [mine.get(name, 0.0) for name in self.blocks]
-        values = self.collectives.sums(values + [float(name in mine) for name in self.blocks])
-        known = zip(
-            self.blocks, values[: len(self.blocks)], values[len(self.blocks) :], strict=True
-        )
-        traces = {name: value for name, value, there in known if there}
+        count, names = len(self.blocks), list(self.blocks)
+        values = [mine.get(name, 0.0) for name in names] + [float(name in mine) for name in names]
+        values = self.collectives.sums(values + [float(n in self.last_called) for n in names])
+        traces = {n: v for n, v, there in zip(names, values, values[count:], strict=False) if there}
+        self.last_called = [n for n, last in zip(names, values[2 * count :], strict=True) if last]
         relative = self.damping * self.damping_factor
-        mean = sum(traces.values()) / max(1, sum(self.blocks[name].size for name in traces))
+        mean = self._mean_eigenvalue(traces)
         for name, trace in traces.items():
             per_layer = self.settings.damping_per == "layer"
             unit = trace / self.blocks[name].size if per_layer else mean
             # without any curvature a step is none: gradients are zero too
             self.lambdas[name] = max(relative * unit, 1e-30)
+
+    def _mean_eigenvalue(self, traces: Mapping[str, float]) -> float:
+        """Compute the mean eigenvalue of F̂, to which no layer contributes without limit.
+
+        A normalisation of nearly constant features multiplies derivatives, and the Fisher of a
+        layer before it, a million times and more. A λ relative to that would stop all others.
+        """
+        last = max((traces.get(name, 0.0) for name in self.last_called), default=0.0)
+        bounded = self.approximation.needs_gradients and last > 0
+        limit = LARGEST * last if bounded else math.inf
+        size = sum(self.blocks[name].size for name in traces)
+        return sum(min(trace, limit) for trace in traces.values()) / max(1, size)
 
     # Applying
 
@@ -327,6 +343,15 @@ class Preconditioner:
         self.generator.set_state(state["generator"].cpu())
         for name in FLAGS:
             setattr(self, name, state["flags"].get(name, getattr(self, name)))
+
+
+def last_called(observations: Sequence[Observation]) -> list[str]:
+    """Find the blocks called last in each forward pass, as many as it has outputs."""
+    found: dict[str, None] = {}
+    for seen in observations:
+        order = dict.fromkeys(call.block.name for call in reversed(seen.calls))
+        found |= dict.fromkeys(list(order)[: max(1, len(seen.outputs))])
+    return list(found)
 
 
 def copied(value: Any, device: torch.device) -> Any:
