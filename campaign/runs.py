@@ -24,6 +24,7 @@ from smallfry.training.config import (
 
 TINY = {"embed_dim": 16, "num_heads": 2, "mlp_hidden_dim": 16, "depth": 1, "latent_steps": 1}
 TIMINGS = ("images_per_second", "seconds")
+ROUNDING = 1e-3  # what rounding of float32 becomes in 9 steps
 CONFIG = TrainConfig(
     data=DataConfig(limit=200),
     model=ModelConfig(options=TINY, drop_rate=0.1),
@@ -64,6 +65,27 @@ def difference(one: Path, other: Path) -> str | None:
             return f"{name}: {found}"
     left = [entry for entry in os.listdir(other) if entry.startswith(MARK)]
     return f"{left[0]} is left" if left else None
+
+
+def rounds_alike(one: Path, other: Path) -> bool:
+    """Return whether two runs have equal rows and weights up to rounding."""
+    if len(_rows(one)) != len(_rows(other)):
+        return False
+    pairs = zip(_rows(one), _rows(other), strict=True)
+    if not all(_close(a[key], b[key]) for a, b in pairs for key in a):
+        return False
+    for name in ("last", "best"):
+        first, second = (load_checkpoint(run / name) for run in (one, other))
+        if first.manifest["training"] != second.manifest["training"]:
+            return False
+        for key, weight in first.weights.items():
+            if (weight - second.weights[key]).norm() > ROUNDING * (1 + weight.norm()):
+                return False
+    return True
+
+
+def _close(one: str, other: str) -> bool:
+    return one == other or math.isclose(float(one), float(other), rel_tol=ROUNDING)
 
 
 def _differs(one: Checkpoint, other: Checkpoint) -> str | None:

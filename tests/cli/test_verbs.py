@@ -13,11 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 import yaml
 from PIL import Image
 
 from smallfry.cli import main
+from smallfry.cli import models as models_verb
 from smallfry.cli._parser import expand_home, read
+from smallfry.costing import cost
 from smallfry.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -309,10 +313,19 @@ def test_models_lists_what_they_cost(capsys):
     assert main(["models", "dhvt_tiny*"]) == 0
     shown = capsys.readouterr().out
     assert "6,008,650" in shown
+    assert "Lu et al. 2022, arXiv 2210.05958" in shown
     assert "Apache-2.0" in shown
     assert main(["models", "tinynet_e", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["parameters"] == 2_042_972
     assert main(["models", "nothing*"]) == 2
+
+
+def test_models_measures_few_recursion_steps_of_many():
+    with torch.device("meta"):
+        model = timm.create_model("trm_sudoku4_micro", recursion_steps=6)
+        image = torch.zeros(1, *timm.get_pretrained_cfg("trm_sudoku4_micro").input_size)
+        assert models_verb.measure(model, image) == cost(model, image)
+        assert model.recursion_steps == 6
 
 
 # Wrong usage: one line, the right name, the right code

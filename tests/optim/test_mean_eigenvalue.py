@@ -41,14 +41,14 @@ def traces(model, x):
 
 
 @pytest.mark.parametrize("method", [EKFAC, ExactNG])  # their traces are exact
-def test_a_layer_counts_for_ten_times_the_last_one_at_most(method):
+def test_a_layer_counts_for_a_thousand_times_the_last_one_at_most(method):
     model, (x, y) = amplifying(), batch()
     dense = traces(model, x)
     assert dense["0"] > 1e10 * dense["2"]
     damping = {} if method is EKFAC else {"damping": 0.1}
     optimizer = method(model, **EVERY, **damping)
     step(model, optimizer, x, y)
-    mean = (10 * dense["2"] + dense["2"]) / (15 + 18)
+    mean = (1000 * dense["2"] + dense["2"]) / (15 + 18)
     assert optimizer.lambdas == pytest.approx(
         {"0.weight": 0.1 * mean, "2.weight": 0.1 * mean}, rel=1e-6
     )
@@ -66,7 +66,7 @@ def test_the_other_layers_still_move(method, monkeypatch):
 
     limited = moved()
     monkeypatch.setattr(preconditioners, "LARGEST", float("inf"))
-    assert limited > 0.1
+    assert limited > 0.001
     assert moved() < 1e-6
 
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -11,6 +12,12 @@ from smallfry.cli._shared import AsJson
 from smallfry.errors import UsageError
 from smallfry.io.console import CleanConsole
 from smallfry.io.terminal import say
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from smallfry.costing import Cost
+    from smallfry.models.sources import Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +35,14 @@ class Options(AsJson):
     pattern: str = argument("*")
 
 
+FEW = (2, 3)  # recursion steps, of which the second costs as much as each after it
+
+
 def run(options: Options) -> int:
     """Print the models that match the pattern."""
     import timm
     import torch
 
-    from smallfry import cost
     from smallfry.models.sources import TIMM, Source, source_of
 
     names = [
@@ -44,13 +53,15 @@ def run(options: Options) -> int:
     ]
     if not names:
         raise UsageError(f"no model of smallfry matches '{options.pattern}'")
-    columns = ("model", "parameters", "MMAC", "activations", "input", "paper", "code", "licence")
-    table = Table(*columns, box=None)
+    table = Table("model", "parameters", "MMAC", "activations", "input", box=None)
+    table.columns[0].no_wrap = True
+    origins: dict[Source, list[str]] = {}
     for name in names:
         shape = timm.get_pretrained_cfg(name).input_size
-        source = source_of(name) or Source("–")
+        source = source_of(name) or Source("")
+        origins.setdefault(source, []).append(name)
         with torch.device("meta"):  # the largest have no need to be filled with numbers
-            spent = cost(timm.create_model(name), torch.zeros(1, *shape))
+            spent = measure(timm.create_model(name), torch.zeros(1, *shape))
         if options.json:
             facts = {"model": name, "input": list(shape), **spent._asdict(), **source._asdict()}
             say(json.dumps(facts))
@@ -60,10 +71,36 @@ def run(options: Options) -> int:
             f"{spent.macs / 1e6:,.0f}",
             f"{spent.activation_bytes / 2**20:,.1f} MiB",
             "×".join(map(str, shape)),
-            source.paper,
-            source.code or "–",
-            source.licence or "–",
         )
     if not options.json:
         CleanConsole().print(table)
+        for source, members in origins.items():
+            if source.paper:
+                say(_origin(source, members))
     return 0
+
+
+def _origin(source: "Source", names: list[str]) -> str:
+    """Describe the origin of models in a line."""
+    code = f"; {source.code}, {source.licence}" if source.code else ""
+    return f"{source.paper}{code}: {', '.join(names)}"
+
+
+def measure(model: "nn.Module", input: "Tensor") -> "Cost":
+    """Measure a model; one of many recursion steps on few, as each costs the same."""
+    from smallfry import cost
+    from smallfry.models import Recursive
+
+    if not isinstance(model, Recursive) or model.recursion_steps <= FEW[1]:
+        return cost(model, input)
+    steps, costs = model.recursion_steps, []
+    for model.recursion_steps in FEW:
+        costs.append(cost(model, input))
+    model.recursion_steps = steps
+    few, more = costs
+    rest = steps - FEW[1]
+    return more._replace(
+        macs=more.macs + rest * (more.macs - few.macs),
+        activation_bytes=more.activation_bytes
+        + rest * (more.activation_bytes - few.activation_bytes),
+    )

@@ -18,9 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smallfry.errors import UsageError
+from smallfry.models.sources import Source
 
 __all__ = ["SmallResNet"]
 
+SOURCE = {
+    "resnet8*": Source("Banbury et al. 2021, arXiv 2106.07597"),
+    "resnet20*": Source("He et al. 2016, arXiv 1512.03385"),
+}
 Shortcut = Literal["convolution", "zeros"]
 
 

@@ -29,11 +29,15 @@ from torch.utils.checkpoint import checkpoint
 
 from smallfry.models.contract import RecursionStep
 from smallfry.models.linear import Linear
+from smallfry.models.sources import Source
 from smallfry.models.trm_layers import Attention, GatedMLP, Layer, TokenMLP, truncated_normal
 from smallfry.models.vitrm import MOST_STEPS, State
 
 __all__ = ["TRM", "checkpoint_filter_fn"]
 
+SOURCE = Source(
+    "Jolicoeur-Martineau 2025, arXiv 2510.04871", "SamsungSAILMontreal/TinyRecursiveModels", "MIT"
+)
 HALT_BIAS = -5.0  # first value of the halting logits
 LEARNED_SCALE = 0.707106781  # of cells and their learned positions
 

@@ -37,7 +37,7 @@ COUNTERS = (
     "measurements",  # of a step's divergence
 )
 FLAGS = ("damping_factor", "damping", "seed", "last_called")  # beside tensors and counters
-LARGEST = 10.0  # trace of a layer over that of the output's, as it counts for λ
+LARGEST = 1000.0  # trace of a layer over that of the output's, as it counts for λ
 
 
 class Preconditioner:

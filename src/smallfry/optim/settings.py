@@ -25,7 +25,7 @@ class CurvatureSettings:
         loss_scale: The loss over the mean over samples of the negative log-likelihood, summed
             over outputs. "mean" is PyTorch's reduction over all entries, "sum" a sum over samples.
         damping: λ over the mean eigenvalue of the approximated Fisher, in which a layer counts for
-            at most ten times the trace of the layer called last.
+            at most 1,000 times the trace of the layer called last.
         damping_per: That mean is over the whole "network", or each "layer" has its own λ.
         adaptive_damping: Adapt λ by Levenberg and Marquardt's rule on refreshing steps, from how
             the loss of the batch changes; costs two more forward passes there.
