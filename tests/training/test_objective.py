@@ -8,7 +8,13 @@ from smallfry.errors import UsageError
 from smallfry.models import ViTRM
 from smallfry.tasks.classification import Classification, ClassTargets
 from smallfry.training.config import ObjectiveConfig
-from smallfry.training.objective import Batch, DeepSupervision, Supervised, build_objective
+from smallfry.training.objective import (
+    Batch,
+    DeepSupervision,
+    Supervised,
+    build_objective,
+    part_of,
+)
 
 
 def with_shares(batch, shares):
@@ -99,3 +105,10 @@ def test_auto_takes_deep_supervision_where_the_model_recurs(model):
     assert isinstance(build_objective(ObjectiveConfig("cross_entropy"), model), Supervised)
     with pytest.raises(UsageError, match="needs a recursive model"):
         build_objective(ObjectiveConfig("deep_supervision"), nn.Linear(2, 2))
+
+
+def test_each_process_takes_its_own_part_of_an_objectives_state():
+    states = [{"lowest": 1}, {"lowest": 2}]
+    assert part_of(states, 1, 2) == {"lowest": 2}
+    with pytest.raises(UsageError, match="that of 2 processes, not 3: start as many"):
+        part_of(states, 0, 3)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from smallfry.data import ImageData, Split
-from smallfry.errors import RunError, Stopped, TrainingError, UsageError
+from smallfry.errors import RunError, Stopped, TrainingError
 from smallfry.io.signals import noting
 from smallfry.io.terminal import command
 from smallfry.tasks import Batch
@@ -29,7 +29,7 @@ from smallfry.training.events import EventWriter
 from smallfry.training.launch_env import launcher_has_ended
 from smallfry.training.loader import TrainLoader
 from smallfry.training.method import find_methods
-from smallfry.training.objective import Objective, Stateful
+from smallfry.training.objective import Objective, Stateful, part_of
 from smallfry.training.optimization import (
     WeightAverage,
     build_optimizer,
@@ -269,7 +269,7 @@ class Trainer:
             "progress": vars(self.progress),
             "settings": dotted(self.config.to_dict()),
         }
-        if isinstance(self.objective, Stateful):  # each process has its own part of a batch
+        if isinstance(self.objective, Stateful):  # of each process
             trainer["objective"] = self.processes.collect(self.objective.state_dict())
         manifest = {**self.manifest, "training": self._position()}
         weights = self._weights()
@@ -299,14 +299,8 @@ class Trainer:
         elif self.average is not None:
             self.average.module.load_state_dict(checkpoint.weights)
         if isinstance(self.objective, Stateful):
-            states = trainer["objective"]
-            if len(states) != self.processes.count:
-                raise UsageError(
-                    f"the objective's state is that of {len(states)} processes, not "
-                    f"{self.processes.count}: start as many"
-                )
-            like = self.batches[0].to(self.fabric.device)
-            self.objective.load_state_dict(states[self.processes.rank], like)
+            own = part_of(trainer["objective"], self.processes.rank, self.processes.count)
+            self.objective.load_state_dict(own, self.batches[0].to(self.fabric.device))
         earlier = {"cpu_seconds": math.nan}  # missing in checkpoints of earlier versions
         self.progress = Progress(**(earlier | trainer["progress"]))
         if changed:
@@ -364,12 +358,9 @@ class Trainer:
             penalty = self.running.add_penalty(None if scaler is None else scaler.scale)
             if penalty is not None:  # of the weights alone, so that all processes have the same
                 sums[0] += penalty / processes.count
-            if self.config.optimizer.clip is not None:
+            if (clip := self.config.optimizer.clip) is not None:
                 self.fabric.clip_gradients(
-                    self.model,
-                    self.optimizer,
-                    max_norm=self.config.optimizer.clip,
-                    error_if_nonfinite=False,
+                    self.model, self.optimizer, max_norm=clip, error_if_nonfinite=False
                 )
             self.running.step = self.progress.step * self.objective.supervision_steps + len(losses)
             self.optimizer.step()

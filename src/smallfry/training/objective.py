@@ -5,7 +5,7 @@ each before it asks for the next, so an objective that works on a batch for seve
 supervision does, is a generator that carries its state along.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -29,6 +29,7 @@ __all__ = [
     "Step",
     "Supervised",
     "build_objective",
+    "part_of",
 ]
 
 
@@ -73,6 +74,19 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state: dict[str, Any], batch: Batch) -> None:
         """Restore it; ``batch`` is one of the training, on its device."""
+
+
+def part_of(states: Sequence[dict[str, Any]], rank: int, count: int) -> dict[str, Any]:
+    """Return a process's part of the state of an objective.
+
+    Raises:
+        UsageError: There were more or fewer processes.
+    """
+    if len(states) != count:
+        raise UsageError(
+            f"the objective's state is that of {len(states)} processes, not {count}: start as many"
+        )
+    return states[rank]
 
 
 @dataclass(frozen=True)
