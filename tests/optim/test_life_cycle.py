@@ -37,7 +37,7 @@ def weights(model):
 
 @pytest.mark.parametrize("kind", [KFAC, ExactNG])
 def test_parameters_instead_of_the_model_are_answered_with_the_line_to_write(kind):
-    line = rf"pass the model, not generator.*{kind.__name__}\(model, lr=…\).*params=groups"
+    line = rf"model itself: pass it, not generator.*{kind.__name__}\(model, lr=…\).*params=groups"
     with pytest.raises(UsageError, match=line):
         kind(net().parameters(), lr=0.1)
     with pytest.raises(UsageError, match="not list"):

@@ -309,7 +309,8 @@ def test_throughput_is_that_of_training_alone(variant, monkeypatch):
 
         return work
 
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    clock = {name: lambda: now[0] for name in ("monotonic", "process_time")}
+    monkeypatch.setattr(loop, "time", SimpleNamespace(**clock))
     monkeypatch.setattr(loop.Trainer, "_fit_batch", passing(1.0, fit))
     monkeypatch.setattr(loop, "predict", passing(1000.0, predict))
     train(variant(epochs=3))

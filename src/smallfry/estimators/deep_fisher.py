@@ -1,8 +1,7 @@
-"""Deep Fisher Networks: one or two layers of Fisher vectors of local descriptors, without
-back-propagation through images, as a scikit-learn classifier.
+"""Deep Fisher Networks: one or two layers of Fisher vectors, as a scikit-learn classifier.
 
-Descriptors are whitened patches with their positions. The first layer pools them over the whole
-image and its quarters. For two layers, Fisher vectors of local windows are projected by a low-rank
+There is no back-propagation through images. Descriptors are whitened patches with their positions.
+The first layer pools them over the whole image and its quarters. For two layers, Fisher vectors of local windows are projected by a low-rank
 classifier of their mean, 2×2 neighbours are stacked, whitened and pooled by a second mixture; both
 poolings are the features of a linear support vector machine.
 
