@@ -1,9 +1,10 @@
 """Deep Fisher Networks: one or two layers of Fisher vectors, as a scikit-learn classifier.
 
 There is no back-propagation through images. Descriptors are whitened patches with their positions.
-The first layer pools them over the whole image and its quarters. For two layers, Fisher vectors of local windows are projected by a low-rank
-classifier of their mean, 2×2 neighbours are stacked, whitened and pooled by a second mixture; both
-poolings are the features of a linear support vector machine.
+The first layer pools them over the whole image and its quarters. For two layers, Fisher vectors of
+local windows are projected by a low-rank classifier of their mean, 2×2 neighbours are stacked,
+whitened and pooled by a second mixture; both poolings are the features of a linear support vector
+machine.
 
 Source: Simonyan, Vedaldi, Zisserman, "Deep Fisher Networks for Large-Scale Image Classification",
 NIPS 2013; sizes for small images are ours.
