@@ -4,7 +4,7 @@
 # make oldest   tests with the oldest versions of libraries that pyproject.toml allows, in .oldest
 # make docs     builds the documentation into site/; make docs-serve shows it while you write
 # make bench    how fast the training loop is
-# make campaign  kills runs, damages files and feeds in hostile ones: about an hour
+# make campaign  kills runs, damages files and feeds in hostile ones: hours
 # make recipes  writes recipes/paper and recipes/short
 # Each works alone on a machine that has Python 3.11 or newer and make. ARGS reach the command.
 
