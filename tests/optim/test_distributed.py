@@ -145,7 +145,7 @@ def test_the_model_of_cost_foretells_the_bytes_that_are_sent(folder):
             foretold = facts["foretold"].values()
             assert facts["wire"].get("reduce", 0) == sum(t[0] for t in foretold)
             assert facts["wire"]["broadcast"] == sum(t[1] for t in foretold)
-            small = 8 * 20 * len(facts["owners"])  # traces, numbers of samples and the like
+            small = 8 * 24 * len(facts["owners"])  # traces, order of calls, numbers of samples
             assert 0 <= facts["wire"]["all_reduce"] - sum(t[3] for t in foretold) <= small
             assert "isend" not in facts["wire"]
             assert facts["counted"].get("summed for owners", 0) == facts["wire"].get("reduce", 0)
