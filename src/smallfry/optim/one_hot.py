@@ -183,17 +183,6 @@ class OneHotDiagonal(OneHotProduct):
         super().__init__(sharing)
         self.product, self.divides = product, product.divides
 
-    def update(
-        self,
-        block: Block,
-        state: State,
-        rows: Sequence[Rows],
-        keep: float,
-        generator: torch.Generator,
-    ) -> None:
-        """Update the product."""
-        self.product.update(block, state, rows, keep, generator)
-
     def updating(
         self,
         block: Block,
@@ -203,7 +192,7 @@ class OneHotDiagonal(OneHotProduct):
         keep: float,
         generator: torch.Generator,
     ) -> Updating:
-        """Run ``update`` in steps, as for the product."""
+        """Update the product."""
         return self.product.updating(block, state, rows, samples, keep, generator)
 
     def invert(self, block: Block, state: State, damping: float) -> float:
