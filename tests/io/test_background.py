@@ -97,3 +97,50 @@ def test_errors_of_threads_are_printed_except_those_of_missing_memory(monkeypatc
             while isinstance(error, ValueError) and not seen and time.monotonic() < until:
                 time.sleep(0.001)
     assert seen == [ValueError]
+
+
+STARVED = """
+import os, random, resource, threading
+from smallfry.io.background import BackgroundThread, silent_thread_deaths
+
+def address_space():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+def starve(spare):
+    resource.setrlimit(resource.RLIMIT_AS, (address_space() + spare,) * 2)
+    kept = []
+    for size in (2**14, 300):
+        try:
+            while True:
+                kept.append(bytearray(size))
+        except MemoryError:
+            pass
+    del kept[-20:]
+    with silent_thread_deaths():
+        thread = BackgroundThread(lambda: None)
+        thread.start()
+        thread.join()
+
+threading.stack_size(2**16)
+spares = random.Random(1)
+for _ in range(40):
+    spare = spares.randrange(400_000)
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        try:
+            starve(spare)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+print("none hangs")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space")
+def test_no_start_hangs_without_memory():
+    """With ``threading.Thread`` about one in fifteen of these children never ends."""
+    command = [sys.executable, "-c", STARVED]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert (ended.returncode, ended.stdout) == (0, "none hangs\n"), ended.stderr
