@@ -484,7 +484,13 @@ def test_a_configuration_that_is_no_text_is_told(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "error",
-    [MemoryError(), RuntimeError("can't start new thread"), OSError(errno.ENOMEM, "no memory")],
+    [
+        MemoryError(),
+        OSError(errno.ENOMEM, "no memory"),
+        *map(RuntimeError, ("can't start new thread", "can't allocate lock")),
+        RuntimeError("can't allocate read lock"),  # of an open file
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes"),
+    ],
     ids=lambda error: type(error).__name__,
 )
 def test_full_memory_is_told_with_a_way_out(error, monkeypatch, capsys):

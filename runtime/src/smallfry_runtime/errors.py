@@ -36,7 +36,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     told = (
-        *("can't allocate memory", "not enough memory", "can't start new thread", "bad_alloc"),
+        "can't allocate",  # memory, in PyTorch; a lock or a read lock, in Python
+        *("not enough memory", "can't start new thread", "bad_alloc"),
         "could not create a primitive",  # oneDNN
     )
     return isinstance(error, RuntimeError) and any(words in str(error) for words in told)
