@@ -34,7 +34,7 @@ from smallfry.training.run import load_run
 from smallfry.training.train import resume
 from smallfry_runtime.files import with_digest
 from smallfry_runtime.images import READ, decode
-from smallfry_runtime.inputs import images_below
+from smallfry_runtime.inputs import list_folder
 
 FAST = [
     "--model.options={embed_dim: 16, num_heads: 2, mlp_hidden_dim: 16, depth: 1, latent_steps: 1}",
@@ -296,7 +296,7 @@ def test_links_that_lead_back_have_an_end(tmp_path):
         Image.new("L", (8, 8)).save(tmp_path / name / "x.png")
         for i in range(3):
             (tmp_path / name / f"back{i}").symlink_to(tmp_path)
-    assert len(images_below(tmp_path)) == 2
+    assert len(list_folder(tmp_path).images) == 2
 
 
 @pytest.mark.parametrize("place", ["/etc/hostname", "../outside.png", "link.png"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from best_scale import best_scale
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -122,7 +123,7 @@ def test_no_product_of_factors_with_these_vectors_is_nearer(seed, uses):
     a, g = (average(None, side / len(side[0]) ** 0.5, 0.0, 4, random) for side in sides)
     mine = dg.basis_second_moments(rows, a.vectors, g.vectors)
     error = dg.diagonal_error(rows, a.vectors, g.vectors, mine)
-    scaled = a.dense() * kr.best_scale(rows, a.dense(), g.dense())
+    scaled = a.dense() * best_scale(rows, a.dense(), g.dense())
     assert error <= kr.kronecker_error(rows, scaled, g.dense()) + 1e-9
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from best_scale import best_scale
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -98,7 +99,7 @@ def test_errors_are_ordered_as_the_methods_are(sizes):
     rows = make(1, *sizes[1:])
     a, g = kr.input_factor(rows), kr.output_factor(rows)
     kfac = kr.kronecker_error(rows, a, g)
-    scaled = kr.kronecker_error(rows, a * kr.best_scale(rows, a, g), g)
+    scaled = kr.kronecker_error(rows, a * best_scale(rows, a, g), g)
     errors = [nearest_terms(rows, rank).error for rank in (1, 2, 3)]
     correction = kfac_correction(rows)
     both = torch.linalg.norm(

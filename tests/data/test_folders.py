@@ -13,7 +13,7 @@ from PIL import Image
 from smallfry.data import load_data
 from smallfry.errors import DataError, SmallfryWarning
 from smallfry_runtime.artifacts import is_artifact
-from smallfry_runtime.inputs import SYSTEM, find_images, images_below, list_folder, unread_pictures
+from smallfry_runtime.inputs import SYSTEM, find_images, list_folder, unread_pictures
 from smallfry_runtime.names import path_of, storable, text_of
 
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
@@ -412,8 +412,8 @@ def test_images_in_a_run_can_be_named_themselves(tmp_path):
     write(tmp_path / "run" / "pictures", 2)
     for name in ("config.yaml", ".lock"):
         (tmp_path / "run" / name).touch()
-    assert len(images_below(tmp_path / "run")) == 2
-    assert images_below(tmp_path) == []
+    assert len(list_folder(tmp_path / "run").images) == 2
+    assert list_folder(tmp_path).images == []
 
 
 def test_an_archive_of_latin_1_names_is_read_as_it_unpacks(tmp_path):

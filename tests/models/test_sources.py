@@ -1,11 +1,15 @@
 """Every model names its paper, and timm's networks of the zoo are those of the tables."""
 
+import sys
+import types
+
 import pytest
 import timm
 from zoo_golden import GOLDEN, measured
 
 import smallfry.models
-from smallfry.models.sources import TIMM, source_of
+from smallfry.models import sources
+from smallfry.models.sources import TIMM, register_sizes, source_of
 
 OWN = [
     name
@@ -44,3 +48,25 @@ def test_timms_networks_are_those_of_the_tables(name: str) -> None:
     cfg = timm.get_pretrained_cfg(name)
     assert cfg.interpolation == entry["interp"]
     assert cfg.crop_pct == entry["crop_pct"]
+
+
+def test_all_models_of_smallfry_are_registered_by_their_sizes() -> None:
+    """A size is a function of its module, with the name and configuration that timm has."""
+    for name in OWN:
+        entry = timm.model_entrypoint(name)
+        module = sys.modules[entry.__module__]
+        assert getattr(module, name) is entry
+        assert entry.__doc__ == f"Build ``{name}``."
+        assert name in module.default_cfgs
+
+
+def test_sizes_are_functions_of_their_module_that_build_what_it_creates(monkeypatch) -> None:
+    made: list[tuple[object, ...]] = []
+    module = types.ModuleType("sizes_of_a_test")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(sources, "register_model", lambda entry: entry)  # timm keeps no table
+    register_sizes(module.__name__, ["one", "two"], lambda *given: made.append(given))
+    module.one(True, width=2)
+    module.two()
+    assert made == [("one", True, {"width": 2}), ("two", False, {})]
+    assert (module.one.__name__, module.one.__module__) == ("one", "sizes_of_a_test")

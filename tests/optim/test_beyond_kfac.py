@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+from best_scale import best_scale
 from dense_fisher import dense_fisher, inverted_fisher
 from torch import nn
 from torch.nn import functional as F
 
 from smallfry.curvature.fisher_layers import Metric, insert_fisher_layers
-from smallfry.curvature.kronecker import best_scale
 from smallfry.errors import UsageError
 from smallfry.optim import (
     EKFAC,

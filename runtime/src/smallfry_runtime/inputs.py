@@ -108,11 +108,6 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (text_of(name), name))
 
 
-def images_below(folder: Path) -> list[Path]:
-    """Find all images below a folder; raises as ``list_folder``."""
-    return list_folder(folder).images
-
-
 def unread_pictures(files: Iterable[Path]) -> list[Path]:
     """Return pictures in unsupported formats, by extension or, without one, by first bytes."""
     return [file for file in files if _is_unread_picture(file)]

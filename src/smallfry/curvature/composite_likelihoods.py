@@ -263,6 +263,8 @@ def _part(output: Any, key: str | int) -> Any:
     try:
         if isinstance(key, str) and hasattr(output, key):
             return getattr(output, key)
+        if isinstance(output, Tensor):  # whose indices are samples
+            raise KeyError(key)
         return output[key]
     except (KeyError, IndexError, TypeError):
         raise UsageError(

@@ -73,18 +73,6 @@ def gram(rows: Rows) -> Tensor:
     return total
 
 
-def fisher_product(rows: Mapping[K, Rows], x: Mapping[K, Tensor]) -> dict[K, Tensor]:
-    """Multiply x by the whole-network Fisher, blocks coupled.
-
-    Args:
-        rows: Rows of the blocks, from the same batch.
-        x: A matrix for each block.
-    """
-    samples = _samples(rows)
-    inner = torch.stack([projections(rows[key], x[key]) for key in rows]).sum(0)
-    return {key: combine(rows[key], inner) / samples for key in rows}
-
-
 class Woodbury(NamedTuple):
     """Factorisation of N λ I + JᵀJ, with its J."""
 
@@ -122,7 +110,3 @@ def damped_solve(rows: Mapping[K, Rows], x: Mapping[K, Tensor], w: Woodbury) -> 
     inner = torch.stack([projections(rows[key], x[key]).double() for key in rows]).sum(0)
     v = torch.cholesky_solve(inner[:, None], w.factor)[:, 0]
     return {key: (x[key] - combine(rows[key], v.to(x[key].dtype))) / w.damping for key in rows}
-
-
-def _samples(rows: Mapping[K, Rows]) -> int:
-    return next(iter(rows.values())).samples

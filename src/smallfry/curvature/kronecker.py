@@ -175,11 +175,6 @@ def kronecker_error(rows: Rows, a: Tensor, g: Tensor) -> float:
     return relative_error(error, fisher)
 
 
-def best_scale(rows: Rows, a: Tensor, g: Tensor) -> Tensor:
-    """Compute the scalar c that minimises ‖F − c A ⊗ G‖."""
-    return inner_product(rows, a, g) / squared_norm(a, g)
-
-
 def pack(matrix: Tensor) -> Tensor:
     """Pack symmetric matrices without their repeated half, (groups, size (size + 1) / 2).
 

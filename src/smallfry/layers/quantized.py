@@ -60,6 +60,8 @@ class QuantizedWeight(nn.Module):
         self.bits = bits
         self.shape = {name: getattr(dense, name) for name in _shape_of(dense)}
         self.is_convolution = isinstance(dense, nn.Conv2d)
+        # of both sides of each dimension, as PyTorch computes them for every kind of padding
+        self.sides = tuple(getattr(dense, "_reversed_padding_repeated_twice", ()))
         codes, scales = quantize(weight, bits)
         self.codes = nn.Parameter(codes, requires_grad=False)
         self.scales = nn.Parameter(scales.to(weight.device), requires_grad=False)
@@ -112,11 +114,15 @@ class QuantizedWeight(nn.Module):
         if not self.is_convolution:
             return F.linear(inputs, weight, self.bias)
         names = ("stride", "padding", "dilation", "groups")
-        return F.conv2d(inputs, weight, self.bias, **{n: self.shape[n] for n in names})
+        how = {n: self.shape[n] for n in names}
+        if self.shape["padding_mode"] != "zeros":
+            inputs = F.pad(inputs, self.sides, mode=self.shape["padding_mode"])
+            how["padding"] = 0
+        return F.conv2d(inputs, weight, self.bias, **how)
 
 
 def _shape_of(layer: nn.Module) -> tuple[str, ...]:
     if not isinstance(layer, nn.Conv2d):
         return ("in_features", "out_features")
     kernel = ("in_channels", "out_channels", "kernel_size")
-    return (*kernel, "stride", "padding", "dilation", "groups")
+    return (*kernel, "stride", "padding", "dilation", "groups", "padding_mode")

@@ -76,6 +76,8 @@ def accuracy_cell(outcomes: Sequence[Outcome]) -> str:
         return NONE
     middle = mean(outcomes, lambda o: o.test)
     failed = [o for o in outcomes if o.failure is not None]
+    if middle is None and not failed:
+        return NONE
     if middle is None:
         return "out of memory" if OUT_OF_MEMORY in str(failed[0].failure) else "failed"
     spread = deviation(outcomes, lambda o: o.test)

@@ -39,6 +39,7 @@ def number(value: Any, digits: int = 3) -> str:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return str(value)
     if value and 1e-4 <= abs(value) < 1e6:
-        places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+        rounded = abs(float(f"{value:.{digits - 1}e}"))  # 9.999 is 10.0 in three digits
+        places = max(0, digits - 1 - math.floor(math.log10(rounded)))
         return f"{value:,.{places}f}"
     return f"{value:.{digits}g}"

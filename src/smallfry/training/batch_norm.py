@@ -9,6 +9,7 @@ from smallfry._torch import BatchNorm
 from smallfry.errors import UsageError
 from smallfry.tasks.task import micro_batch_sizes
 from smallfry.training.processes import share_of
+from smallfry.transforms.modes import evaluating
 
 
 def require_enough_images(
@@ -71,13 +72,11 @@ def _norm_of_one_value(model: nn.Module, sample: Tensor) -> str | None:
         for name, module in model.named_modules()
         if isinstance(module, BatchNorm)
     ]
-    was_training = model.training
     try:
         if hooks:
-            with torch.inference_mode():
-                model.eval()(sample)
+            with torch.inference_mode(), evaluating(model):
+                model(sample)
     finally:
-        model.train(was_training)
         for hook in hooks:
             hook.remove()
     return found[0] if found else None

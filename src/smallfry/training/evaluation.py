@@ -13,6 +13,7 @@ from smallfry.models import Recursive
 from smallfry.models.early_exit import recurse_until
 from smallfry.tasks import Task, find_task
 from smallfry.training.augment import Normalize
+from smallfry.transforms.modes import evaluating
 from smallfry_runtime.predictions import NOT_FINITE
 
 
@@ -46,22 +47,20 @@ def predict(
         exit_threshold: Images whose halting probability passes it leave the recursion.
         flips: Take the mean of the logits of each image and its mirror image.
     """
-    was_training = model.training
-    model.eval()
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     logits, halting, steps = [], [], []
-    for rows in torch.split(split.rows, batch_size):
-        images = normalize(split.pixels[rows]).to(device or torch.device("cpu"), dtype)
-        step_logits, halt_logits, taken = forward(model, images, exit_threshold)
-        if flips:
-            mirrored = forward(model, images.flip(-1), exit_threshold)[0]
-            step_logits = (step_logits.float() + mirrored.float()) / 2
-        if taken is not None:
-            steps.append(taken.cpu())
-        logits.append(step_logits.float().cpu())
-        if halt_logits is not None:
-            halting.append(halt_logits.float().sigmoid().cpu())
-    model.train(was_training)
+    with evaluating(model):
+        for rows in torch.split(split.rows, batch_size):
+            images = normalize(split.pixels[rows]).to(device or torch.device("cpu"), dtype)
+            step_logits, halt_logits, taken = forward(model, images, exit_threshold)
+            if flips:
+                mirrored = forward(model, images.flip(-1), exit_threshold)[0]
+                step_logits = (step_logits.float() + mirrored.float()) / 2
+            if taken is not None:
+                steps.append(taken.cpu())
+            logits.append(step_logits.float().cpu())
+            if halt_logits is not None:
+                halting.append(halt_logits.float().sigmoid().cpu())
     return Predictions(
         torch.cat(logits),
         split.labels,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from smallfry.errors import SmallfryWarning
 from smallfry.io.background import BackgroundThread
 from smallfry.transforms.groups import ChannelGroup, Slice
+from smallfry.transforms.modes import evaluating
 
 SECONDS = 20.0
 LAYERS = (nn.Conv2d, nn.Linear)
@@ -152,11 +153,10 @@ def _calls(model: nn.Module, example: Tensor) -> Counter[str]:
         module.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
         for name, module in model.named_modules()
     ]
-    was_training = model.training
     try:
-        model.eval()(example)
+        with evaluating(model):
+            model(example)
     finally:
-        model.train(was_training)
         for hook in hooks:
             hook.remove()
     return calls

@@ -1,0 +1,128 @@
+"""Parameter groups of natural gradient and of the AdamW inside."""
+
+import pytest
+import torch
+from torch import nn
+
+from smallfry.errors import UsageError
+from smallfry.optim.groups import build_adamw, natural_groups, split_groups
+from smallfry.optim.numerics import finite, statistics_dtype
+
+DEFAULTS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "fallback_lr": 1e-3}
+
+
+@pytest.fixture
+def net():
+    return nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2), nn.Linear(2, 1))
+
+
+def groups_of(net, params=None, **given):
+    return natural_groups(net, params, **(DEFAULTS | given))
+
+
+def test_without_groups_all_trained_parameters_are_one(net):
+    net[0].weight.requires_grad_(False)
+    (group,) = groups_of(net)
+    assert {k: v for k, v in group.items() if k != "params"} == DEFAULTS
+    assert len(group["params"]) == 5
+    assert all(p.requires_grad for p in group["params"])
+
+
+@pytest.mark.parametrize("form", ["list", "iterator", "named", "tensor"])
+def test_parameters_may_be_given_in_any_form_of_torch(net, form):
+    weight = net[0].weight
+    given = {
+        "list": [weight, net[0].bias],
+        "iterator": iter([weight, net[0].bias]),
+        "named": list(net[0].named_parameters()),
+        "tensor": [{"params": weight}, {"params": net[0].bias}],
+    }[form]
+    found = groups_of(net, given)
+    assert [p for group in found for p in group["params"]] == [weight, net[0].bias]
+
+
+def test_a_groups_own_settings_win(net):
+    one, two = groups_of(net, [{"params": [net[0].weight], "lr": 7.0}, {"params": [net[0].bias]}])
+    assert (one["lr"], two["lr"]) == (7.0, 0.1)
+    assert one["momentum"] == 0.9
+
+
+def test_groups_of_frozen_parameters_vanish(net):
+    net[2].requires_grad_(False)
+    assert (
+        len(groups_of(net, [{"params": net[0].parameters()}, {"params": net[2].parameters()}])) == 1
+    )
+    net.requires_grad_(False)
+    assert groups_of(net) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (lambda net: nn.Linear(2, 2).parameters(), "a parameter of another model"),
+        (lambda net: [net[0].weight, net[0].weight], "a parameter twice"),
+        (lambda net: [{"params": net[0].weight}, {"params": net[0].weight}], "a parameter twice"),
+        (lambda net: [], "there are no parameters to train"),
+        (lambda net: [{"params": []}], "there are no parameters to train"),
+    ],
+)
+def test_wrong_parameters_are_refused(net, given, message):
+    with pytest.raises(UsageError, match=message):
+        groups_of(net, given(net))
+
+
+def test_covered_and_other_parameters_part(net):
+    covered = {net[0].weight, net[2].weight}
+    natural, rest = split_groups(groups_of(net, lr=0.5), covered)
+    assert natural[0]["params"] == [net[0].weight, net[2].weight]
+    assert natural[0]["momentum"] == 0.9
+    assert "fallback_lr" not in natural[0]
+    (adam,) = rest
+    assert len(adam["params"]) == 4
+    assert (adam["lr"], adam["lr_scale"], adam["weight_decay"]) == (1e-3, 1e-3 / 0.5, 0.01)
+    assert "momentum" not in adam
+
+
+def test_a_scale_of_the_rate_is_multiplied(net):
+    _, (adam,) = split_groups(
+        groups_of(net, [{"params": net.parameters(), "lr_scale": 3.0}]), set()
+    )
+    assert adam["lr_scale"] == pytest.approx(3.0 * 1e-3 / 0.1)
+    _, (adam,) = split_groups(groups_of(net, lr=0.0), set())
+    assert adam["lr_scale"] == 1.0  # of a rate of zero nothing follows
+
+
+def test_everything_or_nothing_is_covered(net):
+    natural, rest = split_groups(groups_of(net), set(net.parameters()))
+    assert len(natural) == 1
+    assert rest == []
+    assert build_adamw(rest) is None
+    natural, rest = split_groups(groups_of(net), set())
+    assert natural == []
+    adamw = build_adamw(rest)
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert adamw.param_groups[0]["lr"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wanted"),
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ],
+)
+def test_statistics_are_float32_at_least(dtype, wanted):
+    assert statistics_dtype(dtype) == wanted
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_one_number_that_is_not_finite_is_found_among_many_tensors(bad, dtype):
+    tensors = [torch.ones(3), torch.zeros(2, 2, dtype=dtype), torch.ones(1)]
+    assert finite(tensors)
+    tensors[1][1, 0] = bad
+    assert not finite(tensors)
+    assert finite([])
+    assert finite(iter([torch.zeros(())]))
