@@ -71,7 +71,12 @@ def assert_resumes(variant, tmp_path, step, **settings):
 
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize(
-    "methods", [pytest.param(TWO, id="two", marks=pytest.mark.slow), pytest.param(ALL, id="all")]
+    "methods",
+    [
+        pytest.param(TWO, id="two", marks=pytest.mark.slow),
+        pytest.param(ALL, id="all"),
+        pytest.param([compress.LSQ(), Observe()], id="lsq"),
+    ],
 )
 def test_a_run_that_is_stopped_in_mid_method_equals_an_undisturbed_one(
     variant, tmp_path, step, methods

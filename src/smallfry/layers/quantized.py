@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from smallfry.io.json import Plain
 from smallfry.layers.linear_map import register_layer
@@ -199,7 +200,7 @@ class CallReset:
             layer.called = 0
 
 
-def number_calls(model: nn.Module, first: str | None = None) -> None:
+def number_calls(model: nn.Module, first: str | None = None) -> list[RemovableHandle]:
     """Let layers count their calls from the start of each pass of a model.
 
     Args:
@@ -207,19 +208,21 @@ def number_calls(model: nn.Module, first: str | None = None) -> None:
         first: A layer that every pass calls exactly once, before those that are called more than
             once: a recursion may start without a call of the model itself.
 
+    Returns:
+        Handles of the hooks.
+
     Raises:
         ValueError: The model has no such layer.
     """
     layers = [m for m in model.modules() if getattr(m, "calls", 1) > 1 and hasattr(m, "called")]
     if not layers:
-        return
+        return []
     modules = dict(model.named_modules())
     if first is not None and first not in modules:
         raise ValueError(f"the model has no layer '{first}'")
     reset = CallReset(layers)
-    model.register_forward_pre_hook(reset)
-    if first:
-        modules[first].register_forward_pre_hook(reset)
+    begun = [model, modules[first]] if first else [model]
+    return [module.register_forward_pre_hook(reset) for module in begun]
 
 
 def _is_count(value: Any, allowed: range) -> bool:
