@@ -27,12 +27,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from smallfry.data import ImageData
+from smallfry.deploy.few_bits import few_bits_graph
 from smallfry.deploy.graphs import Graph, anytime_graphs, exported_program, to_onnx, whole_graph
 from smallfry.deploy.pretrained import gather
 from smallfry.deploy.quantization_report import write_report
 from smallfry.deploy.quantize import quantize
 from smallfry.errors import ExportError, SmallfryError, SmallfryWarning, UsageError
 from smallfry.io.replace import replacing
+from smallfry.layers.quantized import QuantizedWeight
 from smallfry.models import Recursive
 from smallfry.training.evaluation import forward
 from smallfry.training.evaluation_data import load_like
@@ -66,7 +68,8 @@ def export(
         run: A run folder, a checkpoint in it, a shared folder, ``hf_hub:USER/NAME``, or a model.
         folder: Folder of the export. An existing export is kept until the new one is complete.
         form: ``whole``, ``anytime``, or None: anytime for a model of several recursion steps.
-        precision: ``float32``, ``int8`` (static ranges) or ``int8_dynamic``.
+        precision: ``float32``, ``int8`` (static ranges), ``int8_dynamic``, or ``own_bits``: codes
+            and ranges of a model that is quantised already.
         checkpoint: ``best`` or ``last``.
         torch_program: Also write the whole model as a ``torch.export`` program, in float32.
         license: License of the weights, as an SPDX name; none is assumed.
@@ -89,9 +92,11 @@ def export(
     try:
         with replacing(folder, lambda: require_free(folder)) as new:
             traced = trace(run, form, checkpoint, data, data_root, needs_images=needed)
+            if precision == "own_bits":
+                _require_own_bits(traced)
             assemble(traced, new, precision, license, torch_program)
             calibrate(traced, new)
-            if precision != "float32":
+            if precision not in ("float32", "own_bits"):
                 _report(traced, new, precision)
     except OSError as error:
         raise ExportError(f"{folder}: the export could not be written ({error})") from error
@@ -149,7 +154,9 @@ def assemble(
     if torch_program:
         log.info("tracing model.pt2")
         files[PROGRAM] = _saved(exported_program(whole_graph(trained.model, _images(trained))))
-    if precision != "float32":
+    if precision == "own_bits":
+        graphs = {g.name: few_bits_graph(g) for g in _graphs(trained, traced.form)}
+    elif precision != "float32":
         log.info("quantizing")
         images = calibration_images(traced)
         if precision == "int8" and 0 < len(images) < FEW_FOR_RANGES:
@@ -206,6 +213,20 @@ def weights_digest(model: nn.Module) -> str:
     """Compute SHA-256 of the weights in checkpoint form."""
     weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
     return hashlib.sha256(safetensors.torch.save(weights)).hexdigest()
+
+
+def _require_own_bits(traced: Traced) -> None:
+    layers = [m for m in traced.trained.model.modules() if isinstance(m, QuantizedWeight)]
+    if not layers:
+        raise UsageError(
+            "precision own_bits is for quantised models: compress this one first "
+            "(smallfry compress RUN --methods [quantize]), or take int8"
+        )
+    if traced.form == "anytime" and any(m.calls > 1 for m in layers):
+        raise UsageError(
+            "a graph for each step can't have a range for each call: export with --form whole, or "
+            "quantise with per_call: false"
+        )
 
 
 def _report(traced: Traced, folder: Path, precision: str) -> None:

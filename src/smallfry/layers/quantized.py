@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from smallfry.io.json import Plain
 from smallfry.layers.linear_map import register_layer
+from smallfry.layers.onnx_codes import dequantized, emits_codes, rounded
 from smallfry.layers.quantizers import (
     BITS,
     encode,
@@ -173,15 +174,21 @@ class QuantizedWeight(nn.Module):
         if self.input_bits is None:
             return inputs
         scale, zero = self.input_scales[call], self.input_zeros[call]
+        if emits_codes():
+            return rounded(inputs, scale, zero, self.input_bits)
         return round_affine(inputs, scale.to(inputs.dtype), zero.to(inputs.dtype), self.input_bits)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map the inputs of the dense layer to its outputs."""
-        weight, rounded = self.weight.to(inputs.dtype), self.round_inputs(inputs)
+        rows = self.round_inputs(inputs)
+        if emits_codes():
+            weight = dequantized(self.codes, self.scales, self.group)
+        else:
+            weight = self.weight.to(inputs.dtype)
         if not self.is_convolution:
-            return F.linear(rounded, weight, self.bias)
+            return F.linear(rows, weight, self.bias)
         names = ("stride", "padding", "dilation", "groups")
-        return F.conv2d(rounded, weight, self.bias, **{n: self.shape[n] for n in names})
+        return F.conv2d(rows, weight, self.bias, **{n: self.shape[n] for n in names})
 
 
 class CallReset:
