@@ -91,9 +91,8 @@ def export(
     needed = precision == "int8"
     try:
         with replacing(folder, lambda: require_free(folder)) as new:
-            traced = trace(run, form, checkpoint, data, data_root, needs_images=needed)
-            if precision == "own_bits":
-                _require_own_bits(traced)
+            own_bits = precision == "own_bits"
+            traced = trace(run, form, checkpoint, data, data_root, needed, own_bits)
             assemble(traced, new, precision, license, torch_program)
             calibrate(traced, new)
             if precision not in ("float32", "own_bits"):
@@ -104,7 +103,7 @@ def export(
 
 
 class Traced(NamedTuple):
-    """Float32 graphs of a model, the source of exports of every precision."""
+    """Graphs of a model, in float32 or with its own bits, the source of exports."""
 
     trained: TrainedModel
     facts: dict[str, Any]  # what is known of it
@@ -125,19 +124,26 @@ def trace(
     data: str | None = None,
     data_root: Path | None = None,
     needs_images: bool = False,
+    own_bits: bool = False,
 ) -> Traced:
     """Trace a run's model to graphs, with its calibration data.
 
-    Arguments and errors are those of ``export``; without ``needs_images``, data that can't be had
-    is done without, and a warning says so.
+    Arguments and errors are those of ``export``; with ``own_bits``, graphs hold the codes of a
+    quantised model, and are for that precision alone. Without ``needs_images``, data that can't be
+    had is done without, and a warning says so.
     """
     trained, facts, _ = gather(run, checkpoint)
     form = _form(trained.model, form)
+    if own_bits:
+        _require_own_bits(trained.model, form)
     images = _data(trained, run, data, data_root, needs_images)
     graphs = {}
     for graph in _graphs(trained, form):
         log.info("tracing %s", graph.name)
-        graphs[graph.name] = to_onnx(graph, exported_program(graph)).SerializeToString()
+        if own_bits:
+            graphs[graph.name] = few_bits_graph(graph)
+        else:
+            graphs[graph.name] = to_onnx(graph, exported_program(graph)).SerializeToString()
     return Traced(trained, facts, form, graphs, images)
 
 
@@ -154,9 +160,7 @@ def assemble(
     if torch_program:
         log.info("tracing model.pt2")
         files[PROGRAM] = _saved(exported_program(whole_graph(trained.model, _images(trained))))
-    if precision == "own_bits":
-        graphs = {g.name: few_bits_graph(g) for g in _graphs(trained, traced.form)}
-    elif precision != "float32":
+    if precision not in ("float32", "own_bits"):
         log.info("quantizing")
         images = calibration_images(traced)
         if precision == "int8" and 0 < len(images) < FEW_FOR_RANGES:
@@ -215,14 +219,14 @@ def weights_digest(model: nn.Module) -> str:
     return hashlib.sha256(safetensors.torch.save(weights)).hexdigest()
 
 
-def _require_own_bits(traced: Traced) -> None:
-    layers = [m for m in traced.trained.model.modules() if isinstance(m, QuantizedWeight)]
+def _require_own_bits(model: nn.Module, form: str) -> None:
+    layers = [m for m in model.modules() if isinstance(m, QuantizedWeight)]
     if not layers:
         raise UsageError(
             "precision own_bits is for quantised models: compress this one first "
             "(smallfry compress RUN --methods [quantize]), or take int8"
         )
-    if traced.form == "anytime" and any(m.calls > 1 for m in layers):
+    if form == "anytime" and any(m.calls > 1 for m in layers):
         raise UsageError(
             "a graph for each step can't have a range for each call: export with --form whole, or "
             "quantise with per_call: false"
