@@ -62,3 +62,22 @@ def test_a_folder_that_is_taken_is_refused_before_the_work(run, capsys):
     Path("mine/file").write_text("of mine")
     assert main(["compress", run, "--methods", ROUND, "--to", "mine"]) == 1
     assert "is no run folder" in capsys.readouterr().err
+
+
+def test_mixed_precision_is_reported_and_drawn(run, capsys):
+    methods = "[{quantize: {budget: 5, choices: [4, 5, 8], activations: 8}}]"
+    assert main(["compress", run, "--methods", methods, "--to", "small", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (report,) = found["reports"]
+    assert report["mixed"]["average_bits"] <= 5
+    assert {each["bits"] for each in report["layers"]} <= {4, 5, 8}
+    assert json.loads(Path("small/compression.json").read_text())["reports"] == [report]
+    assert Path("small/pictures/bits.png").is_file()
+    assert found["file_bytes"]["after"] < found["file_bytes"]["before"]
+
+
+def test_a_budget_that_can_not_be_met_writes_nothing(run, capsys):
+    methods = "[{quantize: {budget: 1.5}}]"
+    assert main(["compress", run, "--methods", methods, "--to", "small"]) == 2
+    assert "1.5 bits per weight" in capsys.readouterr().err
+    assert not Path("small").exists()

@@ -61,7 +61,7 @@ def test_pruned_factorised_quantised_and_exported(name, tmp_path):
     trained = trained_like(name)
     small = compress.apply(trained, THREE)
     kinds = [each.kind for each in small.spec.transforms]
-    assert kinds == ["resize", "replace", "replace"]
+    assert kinds == ["resize", "replace", "bits"]
     assert small.manifest["methods"] == [to_dict(each) for each in THREE]
     images = torch.rand(2, trained.channels, trained.image_size, trained.image_size)
     expected = small.model(images)

@@ -159,7 +159,7 @@ def test_a_tuned_run_has_methods_of_its_own(started, source, tmp_path):
     assert [next(iter(each)) for each in trained.manifest["methods"]] == [
         *("low_rank", "round_weights")
     ]
-    assert [each.kind for each in trained.spec.transforms] == ["replace", "replace"]
+    assert [each.kind for each in trained.spec.transforms] == ["replace", "bits"]
     assert trained.manifest["start"]["name"] == "small"
 
 

@@ -71,7 +71,12 @@ def assert_resumes(variant, tmp_path, step, **settings):
 
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize(
-    "methods", [pytest.param(TWO, id="two", marks=pytest.mark.slow), pytest.param(ALL, id="all")]
+    "methods",
+    [
+        pytest.param(TWO, id="two", marks=pytest.mark.slow),
+        pytest.param(ALL, id="all"),
+        pytest.param([compress.LSQ(), Observe()], id="lsq"),
+    ],
 )
 def test_a_run_that_is_stopped_in_mid_method_equals_an_undisturbed_one(
     variant, tmp_path, step, methods
@@ -138,7 +143,7 @@ def test_a_method_is_given_data_and_rising_numbers_of_steps(variant):
 def test_the_best_checkpoint_is_finished_and_the_last_is_not(variant):
     summary = train(variant(methods=ALL))
     best, last = (load_checkpoint(variant().run / name) for name in ("best", "last"))
-    assert [each["kind"] for each in best.manifest["model"]["transforms"]] == ["resize", "replace"]
+    assert [each["kind"] for each in best.manifest["model"]["transforms"]] == ["resize", "bits"]
     assert [next(iter(each)) for each in best.manifest["methods"]] == [
         *("observe", "freeze", "shrink", "scaled", "magnitude", "round_weights")
     ]
@@ -338,7 +343,7 @@ def test_a_run_with_methods_is_exported_and_shared(small):
     assert "freeze" in card
     for model in ("run", "shared"):
         trained = smallfry.load(model)
-        assert [each.kind for each in trained.spec.transforms] == ["replace"]
+        assert [each.kind for each in trained.spec.transforms] == ["bits"]
         assert [next(iter(each)) for each in trained.manifest["methods"]] == [
             *("freeze", "round_weights")
         ]

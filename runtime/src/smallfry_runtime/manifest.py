@@ -29,7 +29,7 @@ GRAPHS = {
 PROGRAM = "model.pt2"
 QUANTIZATION, RANGES = "quantization.json", "quantization.png"
 FILES = {MANIFEST, PROGRAM, QUANTIZATION, RANGES, *GRAPHS["whole"], *GRAPHS["anytime"]}
-PRECISIONS = ("float32", "int8", "int8_dynamic")
+PRECISIONS = ("float32", "int8", "int8_dynamic", "own_bits")
 MOST_STEPS = 10_000
 MOST_GRAPH = 2**31  # bytes of a graph, which is the most that ONNX's own format can hold
 
@@ -40,7 +40,7 @@ class Manifest:
 
     Args:
         form: ``whole``, one graph; or ``anytime``, the graphs embed, step and read_out.
-        precision: ``float32``, ``int8`` or ``int8_dynamic``.
+        precision: ``float32``, ``int8``, ``int8_dynamic`` or ``own_bits``, of a quantised model.
         model: Its name, parameters and multiply-accumulates.
         classes: Names of the classes, in the order of the logits.
         image_size: Side of the square images in pixels.

@@ -61,11 +61,17 @@ def run(options: Options) -> int:
     place = options.to or Path(f"{str(options.run).rstrip('/')}-small")
     trained.require_savable(place)
     data, *_ = load_like(trained, options.run, options.data.name, options.data.root, "train")
-    small = apply(trained, methods, data, options.settings.seed)
+    reports: list[dict[str, Any]] = []
+    small = apply(trained, methods, data, options.settings.seed, reports)
     is_classifier = trained.manifest.get("task", "classification") == "classification"
     found = compare(trained, small, data.validation if is_classifier else None)
     folder = small.save(place)
-    summary = to_dict(found, small.manifest["methods"])
+    summary = to_dict(found, small.manifest["methods"]) | {"reports": reports}
+    for mixed in (each["mixed"] for each in reports if each.get("mixed")):
+        from smallfry.report.bits import draw_trade_off  # matplotlib takes a second
+
+        (folder / "pictures").mkdir(exist_ok=True)
+        draw_trade_off(mixed, folder / "pictures" / "bits.png")
     write_file(folder / "compression.json", json.dumps(summary, indent=2) + "\n")
     if options.json:
         say(json.dumps({"run": str(folder), **summary}))

@@ -18,14 +18,14 @@ class Options(Licensed, OneRun):
         form: One graph, or three for early exit from the recursion; default anytime for a model of
             several recursion steps.
         precision: int8 uses activation ranges of training images, int8_dynamic computes them for
-            each batch.
+            each batch; own_bits keeps the codes and ranges of a model that is quantised already.
         torch_program: Also write model.pt2 for torch.export.
         data: Images to calibrate with, instead of the run's own.
     """
 
     to: Path | None = option(metavar="DIR")
     form: Literal["whole", "anytime"] | None = None
-    precision: Literal["float32", "int8", "int8_dynamic"] = "float32"
+    precision: Literal["float32", "int8", "int8_dynamic", "own_bits"] = "float32"
     torch_program: bool = False
     data: OtherData = field(default_factory=OtherData)
 
@@ -48,7 +48,7 @@ def run(options: Options) -> int:
         options.data.root,
     )
     size = sum(file.stat().st_size for file in folder.glob("*.onnx"))
-    if precision != "float32":
+    if precision not in ("float32", "own_bits"):
         from smallfry.deploy.quantization_report import print_report
 
         print_report(folder)

@@ -27,6 +27,7 @@ def apply(
     methods: Sequence[MethodSettings],
     data: ImageData | None = None,
     seed: int = 0,
+    reports: list[dict[str, Any]] | None = None,
 ) -> TrainedModel:
     """Compress a trained model without training.
 
@@ -35,6 +36,7 @@ def apply(
         methods: Settings, in the order of their stages.
         data: To calibrate with, as ``smallfry.data.load_data`` gives it; random pixels without it.
         seed: Random seed.
+        reports: Filled with plain data on what methods have done, such as bits of each layer.
 
     Returns:
         The compressed model, whose ``save`` writes a run folder.
@@ -56,7 +58,13 @@ def apply(
         batches = CalibrationBatches(data.train, trained.normalize, trained.model)
         example = batches.example()
     model, spec = apply_to_model(
-        trained.model, methods, spec=trained.spec, example=example, batches=batches, seed=seed
+        trained.model,
+        methods,
+        spec=trained.spec,
+        example=example,
+        batches=batches,
+        seed=seed,
+        reports=reports,
     )
     return trained.compressed(model, spec, [to_dict(each) for each in methods])
 
@@ -69,6 +77,7 @@ def apply_to_model(
     example: Tensor | None = None,
     batches: Iterable[Tensor] = (),
     seed: int = 0,
+    reports: list[dict[str, Any]] | None = None,
 ) -> tuple[nn.Module, ModelSpec]:
     """Compress a copy of any model without training.
 
@@ -79,6 +88,7 @@ def apply_to_model(
         example: A batch of inputs; needed by methods that cut channels or calibrate.
         batches: More inputs to calibrate with.
         seed: Random seed.
+        reports: Filled with plain data on what methods have done.
 
     Returns:
         The compressed model in evaluation mode, and its spec.
@@ -94,7 +104,10 @@ def apply_to_model(
     small = deepcopy(model).eval()
     inputs = torch.empty(0) if example is None else example
     running = Running(methods, small, Setting(spec, inputs, batches, 0, seed))
-    return small, running.finish()
+    found = running.finish()
+    if reports is not None:
+        reports += running.reports
+    return small, found
 
 
 def _noise(trained: TrainedModel) -> Tensor:

@@ -42,7 +42,12 @@ from smallfry_runtime.runtime import Runtime
 log = logging.getLogger(__name__)
 
 PEERS = ("paper_vit_small_patch4_32", "resnet18_cifar", "cct_7_3x1_32")
-PRECISIONS = {"float32": "ONNX float32", "int8": "ONNX int8", "int8_dynamic": "ONNX int8 dynamic"}
+PRECISIONS = {
+    "float32": "ONNX float32",
+    "int8": "ONNX int8",
+    "int8_dynamic": "ONNX int8 dynamic",
+    "own_bits": "ONNX, own bits",
+}
 DROPS = (0.0, 0.003)  # shares of accuracy that early exit may cost on the calibration images
 PEER_PRECISIONS = ("float32", "int8")
 NOISE = 32  # images that peers are quantized on

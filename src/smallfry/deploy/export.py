@@ -27,12 +27,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from smallfry.data import ImageData
+from smallfry.deploy.few_bits import few_bits_graph
 from smallfry.deploy.graphs import Graph, anytime_graphs, exported_program, to_onnx, whole_graph
 from smallfry.deploy.pretrained import gather
 from smallfry.deploy.quantization_report import write_report
 from smallfry.deploy.quantize import quantize
 from smallfry.errors import ExportError, SmallfryError, SmallfryWarning, UsageError
 from smallfry.io.replace import replacing
+from smallfry.layers.quantized import QuantizedWeight
 from smallfry.models import Recursive
 from smallfry.training.evaluation import forward
 from smallfry.training.evaluation_data import load_like
@@ -66,7 +68,8 @@ def export(
         run: A run folder, a checkpoint in it, a shared folder, ``hf_hub:USER/NAME``, or a model.
         folder: Folder of the export. An existing export is kept until the new one is complete.
         form: ``whole``, ``anytime``, or None: anytime for a model of several recursion steps.
-        precision: ``float32``, ``int8`` (static ranges) or ``int8_dynamic``.
+        precision: ``float32``, ``int8`` (static ranges), ``int8_dynamic``, or ``own_bits``: codes
+            and ranges of a model that is quantised already.
         checkpoint: ``best`` or ``last``.
         torch_program: Also write the whole model as a ``torch.export`` program, in float32.
         license: License of the weights, as an SPDX name; none is assumed.
@@ -88,10 +91,11 @@ def export(
     needed = precision == "int8"
     try:
         with replacing(folder, lambda: require_free(folder)) as new:
-            traced = trace(run, form, checkpoint, data, data_root, needs_images=needed)
+            own_bits = precision == "own_bits"
+            traced = trace(run, form, checkpoint, data, data_root, needed, own_bits)
             assemble(traced, new, precision, license, torch_program)
             calibrate(traced, new)
-            if precision != "float32":
+            if precision not in ("float32", "own_bits"):
                 _report(traced, new, precision)
     except OSError as error:
         raise ExportError(f"{folder}: the export could not be written ({error})") from error
@@ -99,7 +103,7 @@ def export(
 
 
 class Traced(NamedTuple):
-    """Float32 graphs of a model, the source of exports of every precision."""
+    """Graphs of a model, in float32 or with its own bits, the source of exports."""
 
     trained: TrainedModel
     facts: dict[str, Any]  # what is known of it
@@ -120,19 +124,26 @@ def trace(
     data: str | None = None,
     data_root: Path | None = None,
     needs_images: bool = False,
+    own_bits: bool = False,
 ) -> Traced:
     """Trace a run's model to graphs, with its calibration data.
 
-    Arguments and errors are those of ``export``; without ``needs_images``, data that can't be had
-    is done without, and a warning says so.
+    Arguments and errors are those of ``export``; with ``own_bits``, graphs hold the codes of a
+    quantised model, and are for that precision alone. Without ``needs_images``, data that can't be
+    had is done without, and a warning says so.
     """
     trained, facts, _ = gather(run, checkpoint)
     form = _form(trained.model, form)
+    if own_bits:
+        _require_own_bits(trained.model, form)
     images = _data(trained, run, data, data_root, needs_images)
     graphs = {}
     for graph in _graphs(trained, form):
         log.info("tracing %s", graph.name)
-        graphs[graph.name] = to_onnx(graph, exported_program(graph)).SerializeToString()
+        if own_bits:
+            graphs[graph.name] = few_bits_graph(graph)
+        else:
+            graphs[graph.name] = to_onnx(graph, exported_program(graph)).SerializeToString()
     return Traced(trained, facts, form, graphs, images)
 
 
@@ -149,7 +160,7 @@ def assemble(
     if torch_program:
         log.info("tracing model.pt2")
         files[PROGRAM] = _saved(exported_program(whole_graph(trained.model, _images(trained))))
-    if precision != "float32":
+    if precision not in ("float32", "own_bits"):
         log.info("quantizing")
         images = calibration_images(traced)
         if precision == "int8" and 0 < len(images) < FEW_FOR_RANGES:
@@ -206,6 +217,20 @@ def weights_digest(model: nn.Module) -> str:
     """Compute SHA-256 of the weights in checkpoint form."""
     weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
     return hashlib.sha256(safetensors.torch.save(weights)).hexdigest()
+
+
+def _require_own_bits(model: nn.Module, form: str) -> None:
+    layers = [m for m in model.modules() if isinstance(m, QuantizedWeight)]
+    if not layers:
+        raise UsageError(
+            "precision own_bits is for quantised models: compress this one first "
+            "(smallfry compress RUN --methods [quantize]), or take int8"
+        )
+    if form == "anytime" and any(m.calls > 1 for m in layers):
+        raise UsageError(
+            "a graph for each step can't have a range for each call: export with --form whole, or "
+            "quantise with per_call: false"
+        )
 
 
 def _report(traced: Traced, folder: Path, precision: str) -> None:

@@ -32,7 +32,7 @@ from onnxruntime.quantization import (
 
 from smallfry.errors import ExportError
 
-__all__ = ["CallRange", "call_ranges", "measured_ranges", "quantize"]
+__all__ = ["CallRange", "call_ranges", "compact", "measured_ranges", "quantize"]
 
 PRODUCTS = ["MatMul", "Gemm", "Conv"]  # where the arithmetic is; the rest stays in float32
 DYNAMIC_PRODUCTS = ["MatMul", "Gemm"]  # a dynamic convolution runs slower than a float32 one
@@ -212,7 +212,7 @@ def _quantize(name: str, graph: bytes, batches: list[dict[str, Floats]] | None) 
         except Exception as error:  # the quantizer raises anything
             reason = " ".join(str(error).split())[:200]
             raise ExportError(f"{name}: can't be quantized ({reason})") from error
-        model = _compact(onnx.load(target))
+        model = compact(onnx.load(target))
         onnx.checker.check_model(model, full_check=True)
         content: bytes = model.SerializeToString()
         return content
@@ -246,7 +246,7 @@ def _transposed_once(graph: bytes) -> bytes:
     return content
 
 
-def _compact(model: onnx.ModelProto) -> onnx.ModelProto:
+def compact(model: onnx.ModelProto) -> onnx.ModelProto:
     """Store equal constants once, shorten names, and drop default attributes.
 
     The quantizer gives every range two constants with names of fifty letters; in a small network

@@ -58,12 +58,13 @@ class MethodPlan:
         """True if a method acts at optimizer steps, so that the last weights are its result."""
         return any(each.trains for each in self.methods)
 
-    def begin(self, model: nn.Module) -> Running:
+    def begin(self, model: nn.Module, rehearsal: bool = False) -> Running:
         """Start the methods on a model, in place; the random state is unchanged."""
         if not self.methods:
             return Running((), model, Setting(self.spec, torch.empty(0)))
         batches = CalibrationBatches(self.data.train, self.normalize, model)
-        setting = Setting(self.spec, batches.example(), batches, self.steps, self.seed)
+        given = (self.spec, batches.example(), batches, self.steps, self.seed)
+        setting = Setting(*given, rehearsal)
         with _own_random_state():
             return Running(self.methods, model, setting)
 
@@ -76,7 +77,7 @@ class MethodPlan:
         if not self.methods:
             return
         with _own_random_state():
-            running = self.begin(build(self.spec))
+            running = self.begin(build(self.spec), rehearsal=True)
             try:
                 running.finish()
             except ValueError as error:

@@ -33,6 +33,7 @@ class Setting:
             empty where there is no data.
         steps: Optimizer steps there will be at most; 0 where nothing is trained.
         seed: Random seed.
+        rehearsal: True where only errors are looked for, on an untrained model: spare the work.
     """
 
     spec: ModelSpec
@@ -40,6 +41,7 @@ class Setting:
     batches: Iterable[Tensor] = ()
     steps: int = 0
     seed: int = 0
+    rehearsal: bool = False
 
 
 class Method:
@@ -75,6 +77,10 @@ class Method:
 
         It may come at any step, as a run can end early.
         """
+        return None
+
+    def report(self) -> dict[str, Any] | None:
+        """Return plain data on what ``finish`` has done, for the report; None for nothing."""
         return None
 
     def state_dict(self) -> dict[str, Any]:
@@ -188,6 +194,7 @@ class Running:
         self.settings = tuple(settings)
         self._setting = setting
         self._hooks: list[Any] = []
+        self.reports: list[dict[str, Any]] = []  # of the methods that have finished
         self._started = [each.start() for each in settings]
         self._late = [not each.trains for each in settings]
         for method, late in zip(self._started, self._late, strict=True):
@@ -267,6 +274,9 @@ class Running:
             if late:  # of the model as the ones before it leave it
                 method.begin(self.model, replace(self._setting, spec=self.spec))
             transform = method.finish(self.model)
+            report = method.report()
+            if report is not None:
+                self.reports.append(report)
             if transform is not None:
                 self.spec = self.spec.then(transform)
         return self.spec

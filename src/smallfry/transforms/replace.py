@@ -117,10 +117,11 @@ def tied_layers(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def _share(first: nn.Module, new: nn.Module) -> None:
-    """Share a layer's parameters except for its bias, as in the dense layers."""
+    """Share a layer's parameters except for its bias, as in the dense layers, and ``unshared``."""
+    unshared = getattr(new, "unshared", ("bias",))
     for name, parameter in first.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        if leaf != "bias":
+        if leaf not in unshared:
             setattr(new.get_submodule(owner), leaf, parameter)
 
 

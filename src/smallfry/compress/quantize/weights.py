@@ -1,25 +1,18 @@
-"""Post-training rounding of weights to 2 to 8 bits: the baseline for finer methods.
-
-Symmetric, with a scale for each output channel; see ``smallfry.layers.quantized``.
-"""
+"""Rounding of weights by min-max scales: the baseline for finer settings of ``quantize``."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
-
-from smallfry.compress.select import dense_layers
+from smallfry.compress.quantize.ptq import Quantize
 from smallfry.errors import UsageError
-from smallfry.layers.quantized import BITS, QuantizedWeight
+from smallfry.layers.quantizers import BITS
 from smallfry.training.method import Method, register_method
-from smallfry.transforms.replace import Replace, replace_layers, tied_layers
-from smallfry.transforms.spec import Transform
 
 
 @register_method
 @dataclass(frozen=True)
 class RoundWeights:
-    """Post-training rounding of a model's weights to few bits.
+    """Post-training rounding of a model's weights to few bits: ``Quantize`` without data.
 
     Args:
         bits: Bits per weight, 2 to 8.
@@ -48,17 +41,6 @@ class RoundWeights:
 
     def start(self) -> Method:
         """Create the method with these settings."""
-        return _Round(self)
-
-
-class _Round(Method):
-    def __init__(self, settings: RoundWeights) -> None:
-        self._settings = settings
-
-    def finish(self, model: nn.Module) -> Transform:
-        ties = tied_layers(model)
-        found = dense_layers(model, self._settings.include, self._settings.exclude)
-        names = dict.fromkeys(tied for one in found for tied in ties[one])
-        setting = {"bits": self._settings.bits}
-        replace_layers(model, names, lambda old, _: QuantizedWeight.from_dense(old, **setting))
-        return Replace(QuantizedWeight.name, {name: dict(setting) for name in names})
+        return Quantize(
+            self.bits, weight_range="minmax", include=self.include, exclude=self.exclude
+        ).start()
