@@ -11,6 +11,8 @@ words of all states are in one stream. A stream is the number of states (16 bits
 (64 bits each) and the words (32 bits), little-endian. Source: J. Duda, arXiv 1311.2540.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -94,6 +96,24 @@ class Decoder:
         """
         if self._position != len(self._words) or bool((self._states != LEAST).any()):
             raise DataError("the coded stream is damaged: it doesn't end with its last symbol")
+
+
+def quantized(probabilities: NDArray[Any], total: int = TOTAL) -> Cumulative:
+    """Quantise distributions to sums of integer frequencies, each at least 1.
+
+    Args:
+        probabilities: Non-negative, (…, symbols); need not sum to one.
+        total: Sum of the frequencies, at least the number of symbols.
+
+    Returns:
+        (…, symbols + 1), from 0 to ``total``. Only additions in order, multiplications and
+        divisions are used, so that every processor gives the same integers.
+    """
+    sums = np.cumsum(probabilities, axis=-1, dtype=np.float64)
+    symbols = sums.shape[-1]
+    inner = np.floor(sums / sums[..., -1:] * (total - symbols)).astype(np.int64)
+    inner += np.arange(1, symbols + 1)
+    return np.concatenate([np.zeros_like(inner[..., :1]), inner], axis=-1)
 
 
 def find(cumulative: Cumulative, slots: NDArray[np.int64]) -> NDArray[np.int64]:

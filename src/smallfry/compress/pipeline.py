@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from smallfry.data import ImageData
 from smallfry.errors import UsageError
 from smallfry.training.calibration import EXAMPLES, CalibrationBatches
-from smallfry.training.method import MethodSettings, Running, Setting, to_dict
+from smallfry.training.method import MethodSettings, Running, Setting, packing_of, to_dict
 from smallfry.training.run import TrainedModel
 from smallfry.transforms.spec import ModelSpec
 
@@ -58,7 +58,8 @@ def apply(
     model, spec = apply_to_model(
         trained.model, methods, spec=trained.spec, example=example, batches=batches, seed=seed
     )
-    return trained.compressed(model, spec, [to_dict(each) for each in methods])
+    small = trained.compressed(model, spec, [to_dict(each) for each in methods])
+    return small._replace(packing=packing_of(methods))
 
 
 def apply_to_model(

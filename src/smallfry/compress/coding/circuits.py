@@ -23,11 +23,11 @@ from torch import Tensor
 
 from smallfry.compress.coding.chow_liu import levels, mutual_information, spanning_tree
 from smallfry.compress.coding.em import EMConfig, learn
-from smallfry.compress.coding.rans import encode, quantized, states_for
+from smallfry.compress.coding.rans import encode, states_for
 from smallfry.compress.coding.tree_likelihood import Tables, log_probability, logs_of
 from smallfry.errors import DataError, UsageError
 from smallfry_runtime.latent_trees import Floats, LatentTree
-from smallfry_runtime.rans import TOTAL
+from smallfry_runtime.rans import TOTAL, quantized
 
 MAGIC = b"HCLT\x01"
 BATCH = 1024  # samples whose probabilities are computed at a time
@@ -158,26 +158,7 @@ class HCLT:
             UsageError: Values out of range, or another number of variables.
         """
         values = self._require(samples).numpy()
-        width = states_for(values.size)
-        blocks = -(-len(values) // width)
-        starts = np.zeros((blocks, len(self.parents), width), np.int64)
-        frequencies = np.full_like(starts, TOTAL)
-        # encoding needs no rows of its own: blocks are as independent as samples
-        entered = [event.variable for event in self.tree.events if not event.is_return]
-        place = {variable: k for k, variable in enumerate(entered)}
-        block, lane = np.divmod(np.arange(len(values)), width)
-        for first in range(0, len(values), BATCH):
-            part = slice(first, first + BATCH)
-
-            def visit(variable: int, belief: Floats, part: slice = part) -> NDArray[np.int64]:
-                symbols: NDArray[np.int64] = values[part, variable]
-                found = self.tree.interval(variable, belief, symbols)
-                at = (block[part], place[variable], lane[part])
-                starts[at], frequencies[at] = found
-                return symbols
-
-            self.tree.walk(len(values[part]), visit)
-        stream = encode(starts.reshape(-1, width), frequencies.reshape(-1, width))
+        stream = encode_samples(self.tree, values)
         body = self.fingerprint + len(values).to_bytes(4, "little") + stream
         return MAGIC + zlib.crc32(body).to_bytes(4, "little") + body
 
@@ -221,3 +202,25 @@ def require_samples(samples: NDArray[np.integer], categories: int | None) -> int
     if least < 0 or most >= count:
         raise UsageError(f"values must be 0 to {count - 1}, got {least} to {most}")
     return count
+
+
+def encode_samples(tree: LatentTree, samples: NDArray[np.int64]) -> bytes:
+    """Encode samples (samples, variables) to a stream, which ``tree.decode`` reads."""
+    width = states_for(samples.size)
+    blocks = -(-len(samples) // width)
+    starts = np.zeros((blocks, len(tree.parents), width), np.int64)
+    frequencies = np.full_like(starts, TOTAL)
+    entered = [event.variable for event in tree.events if not event.is_return]
+    place = {variable: k for k, variable in enumerate(entered)}
+    block, lane = np.divmod(np.arange(len(samples)), width)
+    for first in range(0, len(samples), BATCH):
+        part = slice(first, first + BATCH)
+
+        def visit(variable: int, belief: Floats, part: slice = part) -> NDArray[np.int64]:
+            symbols: NDArray[np.int64] = samples[part, variable]
+            at = (block[part], place[variable], lane[part])
+            starts[at], frequencies[at] = tree.interval(variable, belief, symbols)
+            return symbols
+
+        tree.walk(len(samples[part]), visit)
+    return encode(starts.reshape(-1, width), frequencies.reshape(-1, width))

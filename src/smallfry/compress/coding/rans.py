@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from smallfry_runtime.rans import LEAST, MOST_STATES, PRECISION, TOTAL, WORD, Cumulative, Integers
 
-SYMBOLS_A_STATE = 8192  # so that the 64 bits of a state are below 0.1 % of a stream
+SYMBOLS_A_STATE = 4096  # so that the 64 bits of a state are about 0.2 % of a stream
 MOST_AT_ONCE = 256  # states, with which NumPy's cost of a call is small
 
 
@@ -71,7 +71,7 @@ def encode_symbols(
         symbols: (count,).
         tables: Sums of frequencies from 0 to 2²⁸: (tables, symbols + 1).
         rows: Table of each symbol, (count,); None for the first.
-        states: States; by default one for 8,192 symbols, 256 at most.
+        states: States; by default one for 4,096 symbols, 256 at most.
     """
     own = np.zeros(len(symbols), np.int64) if rows is None else rows
     starts = tables[own, symbols]
@@ -86,20 +86,3 @@ def in_rows(
     missing = -len(starts) % width
     first = np.pad(starts, (0, missing)).reshape(-1, width)
     return first, np.pad(frequencies, (0, missing), constant_values=TOTAL).reshape(-1, width)
-
-
-def quantized(probabilities: NDArray[np.float64]) -> Cumulative:
-    """Quantise distributions to sums of frequencies, each at least 1.
-
-    Args:
-        probabilities: Non-negative, (…, symbols); need not sum to one.
-
-    Returns:
-        (…, symbols + 1), from 0 to 2²⁸. Only additions in order, multiplications and divisions are
-        used, so that every processor gives the same integers.
-    """
-    sums = np.cumsum(probabilities, axis=-1)
-    symbols = sums.shape[-1]
-    inner = np.floor(sums / sums[..., -1:] * (TOTAL - symbols)).astype(np.int64)
-    inner += np.arange(1, symbols + 1)
-    return np.concatenate([np.zeros_like(inner[..., :1]), inner], axis=-1)
