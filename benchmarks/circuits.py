@@ -3,7 +3,7 @@
     python benchmarks/circuits.py --out results/circuits.json [--root DIR]
 
 Digits of scikit-learn (1,438 images to fit, 359 to test); MNIST (all 60,000, 10,000 to test) with
---root, which takes about 20 minutes of one core. Compared with independent pixels, zlib and lzma.
+--root, which takes about 17 minutes of one core. Compared with independent pixels, zlib and lzma.
 All test images are coded, decoded and compared.
 """
 
