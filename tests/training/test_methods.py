@@ -103,6 +103,15 @@ def test_methods_run_in_every_kind_of_run(variant, tmp_path, settings):
     assert_resumes(variant, tmp_path, 7, methods=ALL, **settings)
 
 
+@pytest.mark.parametrize("step", [2, 10])
+def test_binary_layers_resume_in_either_stage(variant, tmp_path, step):
+    model = ModelConfig("resnet20_biper", options={"widths": [8, 16], "depth": 1})
+    methods = [compress.BiPer(second_stage=0.5)]
+    objective = ObjectiveConfig("cross_entropy")
+    assert_resumes(variant, tmp_path, step, methods=methods, model=model, objective=objective)
+    assert states(tmp_path / "whole")[0]["methods"] == [{"stage": 2}]
+
+
 def test_a_method_that_only_observes_changes_nothing(variant, tmp_path):
     plain, observed = tmp_path / "plain", tmp_path / "observed"
     train(variant(run=plain))

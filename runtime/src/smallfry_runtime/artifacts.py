@@ -6,6 +6,7 @@ RUN = "config.yaml"
 OF_A_RUN = frozenset({".lock", "last", "best", "metrics.csv"})
 PAIRS = (
     frozenset({"manifest.json", "model.safetensors"}),  # a checkpoint
+    frozenset({"manifest.json", "model.packed"}),  # likewise
     frozenset({"config.json", "model.safetensors"}),  # a shared model
     frozenset({"report.html", "summary.json"}),  # a benchmark
     frozenset({"study.json"}),

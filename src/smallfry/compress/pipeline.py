@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from smallfry.data import ImageData
 from smallfry.errors import UsageError
 from smallfry.training.calibration import EXAMPLES, CalibrationBatches
-from smallfry.training.method import MethodSettings, Running, Setting, to_dict
+from smallfry.training.method import MethodSettings, Running, Setting, packing_of, to_dict
 from smallfry.training.run import TrainedModel
 from smallfry.transforms.spec import ModelSpec
 
@@ -66,7 +66,8 @@ def apply(
         seed=seed,
         reports=reports,
     )
-    return trained.compressed(model, spec, [to_dict(each) for each in methods])
+    small = trained.compressed(model, spec, [to_dict(each) for each in methods])
+    return small._replace(packing=packing_of(methods))
 
 
 def apply_to_model(

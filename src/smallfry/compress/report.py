@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-from torch import nn
 
 from smallfry.costing import cost
 from smallfry.data import Split
@@ -19,7 +18,7 @@ class Comparison(NamedTuple):
 
     parameters: tuple[int, int]
     macs: tuple[int, int]  # of all calls for one image
-    file_bytes: tuple[int, int]  # of the weights as safetensors
+    file_bytes: tuple[int, int]  # of the weights as safetensors, or packed
     accuracy: tuple[float, float] | None  # on the images compared on
     agreement: float | None  # share of images with the parent's class
     divergence: float | None  # mean KL(parent ‖ compressed) of the class probabilities, nats
@@ -37,7 +36,7 @@ def compare(parent: TrainedModel, small: TrainedModel, split: Split | None) -> C
     """
     sample = torch.zeros(1, parent.channels, parent.image_size, parent.image_size)
     costs = [cost(each.model, sample) for each in (parent, small)]
-    sizes = [_file_bytes(each.model) for each in (parent, small)]
+    sizes = [_file_bytes(each) for each in (parent, small)]
     accuracy = agreement = divergence = None
     if split is not None and len(split):
         said = [predict(each.model, split, each.normalize) for each in (parent, small)]
@@ -95,6 +94,7 @@ def _line(name: str, pair: tuple[int, int], form: str) -> tuple[str, str, str, s
     return name, before, after, f"× {pair[1] / pair[0]:.3f}" if pair[0] else ""
 
 
-def _file_bytes(model: nn.Module) -> int:
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    return len(safetensors.torch.save(weights))
+def _file_bytes(trained: TrainedModel) -> int:
+    weights = {name: each.contiguous() for name, each in trained.model.state_dict().items()}
+    plain = safetensors.torch.save(weights)
+    return len(plain if trained.packing is None else trained.packing(plain))

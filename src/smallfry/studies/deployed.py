@@ -95,7 +95,7 @@ def _timed(
 
 
 def _subject(run: Path, root: Path | None) -> Subject:
-    if not (run / "best" / "model.safetensors").is_file():
+    if not (run / "best" / "manifest.json").is_file():
         return _untrained(run)
     trained = load_run(run)
     data, _, _ = load_like(trained, run, root=root, split="train")

@@ -1,17 +1,17 @@
 """Checkpoints: folders that are complete or absent.
 
-``model.safetensors`` holds the weights to use (the average, if there is one), ``manifest.json``
-what they are, ``trainer.pt`` what the loop needs to go on. A checkpoint is written beside its
-place and renamed into it, and the one before it stays as ``<name>.previous``; every file's hash is
-in the manifest, and the manifest's own too, so a damaged one is never loaded. It may be read while
-the next one is saved.
+``model.safetensors`` holds the weights to use (the average, if there is one), or ``model.packed``
+the same file packed; ``manifest.json`` what they are, ``trainer.pt`` what the loop needs to go on.
+A checkpoint is written beside its place and renamed into it, and the one before it stays as
+``<name>.previous``; every file's hash is in the manifest, and the manifest's own too, so a damaged
+one is never loaded. It may be read while the next one is saved.
 """
 
 import errno
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -33,10 +33,12 @@ from smallfry_runtime.files import (
     settled,
     with_digest,
 )
+from smallfry_runtime.packed import unpack
 
 FORMAT = 3  # 2 had no transforms of the model, 1 no digest of the manifest
 READ = (1, 2, FORMAT)
 WEIGHTS, TRAINER, MANIFEST = "model.safetensors", "trainer.pt", "manifest.json"
+PACKED = "model.packed"
 # what the system says of a file that is missing, too large, or no file
 LASTING = (errno.ENOENT, errno.EINVAL, errno.EFBIG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR)
 
@@ -54,13 +56,22 @@ def save_checkpoint(
     manifest: Mapping[str, Any],
     weights: Mapping[str, Tensor],
     trainer: Mapping[str, Any] | None = None,
+    packing: Callable[[bytes], bytes] | None = None,
 ) -> None:
     """Write a checkpoint; at every moment the folder or ``<name>.previous`` is complete.
+
+    Args:
+        folder: The checkpoint.
+        manifest: Description of the model.
+        weights: Its weights.
+        trainer: What the loop needs to go on.
+        packing: Packing of the file of weights; None for safetensors.
 
     Raises:
         RunError: It could not be written; the old checkpoint is untouched.
     """
-    contents = {WEIGHTS: safetensors.torch.save({k: v.contiguous() for k, v in weights.items()})}
+    plain = safetensors.torch.save({k: v.contiguous() for k, v in weights.items()})
+    contents = {WEIGHTS: plain} if packing is None else {PACKED: packing(plain)}
     if trainer is not None:
         buffer = io.BytesIO()
         torch.save(dict(trainer), buffer)
@@ -161,7 +172,7 @@ def _load(folder: Path) -> Checkpoint:
 
 def _read(folder: Path) -> Checkpoint:
     """Read all files of a checkpoint, opened first, as it may be replaced meanwhile."""
-    names = {MANIFEST: MOST_TEXT, WEIGHTS: MOST_WEIGHTS, TRAINER: MOST_WEIGHTS}
+    names = {MANIFEST: MOST_TEXT} | dict.fromkeys((WEIGHTS, PACKED, TRAINER), MOST_WEIGHTS)
     with ExitStack() as stack:
         streams = {name: _opened(folder / name, most, stack) for name, most in names.items()}
         manifest = _manifest(folder, streams[MANIFEST])
@@ -169,9 +180,10 @@ def _read(folder: Path) -> Checkpoint:
             name: _checked(folder / name, streams[name], digest)
             for name, digest in manifest["files"].items()
         }
-    name = WEIGHTS
+    name = PACKED if PACKED in contents else WEIGHTS
     try:
-        weights = safetensors.torch.load(contents[WEIGHTS])
+        plain = unpack(contents[PACKED]) if name == PACKED else contents[WEIGHTS]
+        weights = safetensors.torch.load(plain)
         trainer = None
         if TRAINER in contents:
             name, state = TRAINER, io.BytesIO(contents[TRAINER])
@@ -232,7 +244,7 @@ def _manifest(folder: Path, stream: BinaryIO | OSError) -> dict[str, Any]:
     if not has_valid_digest(manifest):
         raise _Damaged(f"{file}: damaged, its digest is not that of its content")
     files = manifest["files"]
-    if not isinstance(files, dict) or not {WEIGHTS} <= {*files} <= {WEIGHTS, TRAINER}:
+    if not isinstance(files, dict) or {*files} - {TRAINER} not in ({WEIGHTS}, {PACKED}):
         raise _Damaged(f"{file}: damaged, it lists other files than those of a checkpoint")
     return manifest
 

@@ -13,7 +13,7 @@ from smallfry.errors import RunError, TrainingError, UsageError
 from smallfry.training.augment import Normalize
 from smallfry.training.calibration import CalibrationBatches
 from smallfry.training.checkpoint import load_checkpoint, save_checkpoint
-from smallfry.training.method import MethodSettings, Running, Setting, to_dict
+from smallfry.training.method import MethodSettings, Running, Setting, packing_of, to_dict
 from smallfry.transforms.build import build
 from smallfry.transforms.spec import ModelSpec
 
@@ -133,7 +133,8 @@ class MethodPlan:
         manifest = {key: value for key, value in kept.manifest.items() if key != UNFINISHED}
         done = [*manifest.get(DONE, []), *(to_dict(each) for each in self.methods)]
         manifest |= {"model": spec.to_dict(), DONE: done, "training": {**position, "scores": found}}
-        save_checkpoint(best, manifest, model.state_dict())
+        packing = packing_of(self.methods)
+        save_checkpoint(best, manifest, model.state_dict(), packing=packing)
 
 
 def _own_random_state() -> Any:

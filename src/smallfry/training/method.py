@@ -178,6 +178,12 @@ def find_methods(contents: Sequence[Any]) -> tuple[MethodSettings, ...]:
     return tuple(from_dict(each) for each in contents)
 
 
+def packing_of(settings: Sequence[MethodSettings]) -> Callable[[bytes], bytes] | None:
+    """Return the packing of the file of weights, ``write`` of the last settings that have it."""
+    found = [write for each in settings if (write := getattr(each, "write", None)) is not None]
+    return found[-1] if found else None
+
+
 class Running:
     """Ordered methods running on one model.
 

@@ -11,7 +11,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -187,6 +187,7 @@ class TrainedModel(NamedTuple):
     manifest: dict[str, Any]  # of the checkpoint
     bit_depth: int | None = None  # of training images of more than 8 bits a channel, if any
     origin: Path | None = None  # the run folder that it was loaded from, or compressed of
+    packing: Callable[[bytes], bytes] | None = None  # of the file that ``save`` writes, if any
 
     @property
     def spec(self) -> ModelSpec:
@@ -203,7 +204,7 @@ class TrainedModel(NamedTuple):
         kept = {k: v for k, v in self.manifest.items() if k not in ("files", "measured", "digest")}
         done = [*self.manifest.get("methods", []), *map(dict, methods)]
         manifest = {**kept, "model": spec.to_dict(), "methods": done}
-        return self._replace(model=model, manifest=manifest)
+        return self._replace(model=model, manifest=manifest, packing=None)
 
     def require_savable(self, run: str | Path) -> str:
         """Require that ``save`` can write here, and return its ``config.yaml``; raises as it."""
@@ -230,7 +231,7 @@ class TrainedModel(NamedTuple):
         with folder.locked():
             write_file(folder.config, config)
             head = {k: v for k, v in self.manifest.items() if k not in ("format", "smallfry")}
-            save_checkpoint(folder.best, head, self.model.state_dict())
+            save_checkpoint(folder.best, head, self.model.state_dict(), packing=self.packing)
         return folder.path
 
 

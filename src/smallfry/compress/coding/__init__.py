@@ -1,0 +1,1 @@
+"""Lossless coding: probabilistic circuits, rANS and packed files."""

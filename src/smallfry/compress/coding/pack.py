@@ -1,0 +1,60 @@
+"""Packing of a compressed model's file: fewer bytes, the same weights to the bit."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from smallfry.compress.coding.packing import ENTROPIES, Entropy, pack
+from smallfry.errors import UsageError
+from smallfry.training.method import Method, register_method
+from smallfry.transforms.spec import Transform
+
+
+@register_method
+@dataclass(frozen=True)
+class Pack:
+    """Lossless coding of integer weights in the run's file, after ``round_weights`` or the like.
+
+    Args:
+        entropies: Coders to try: ``static`` (a histogram), ``laplace`` (and Gauss, with a scale for
+            each channel) and ``circuit``. The smallest of each tensor is taken.
+
+    Example:
+        >>> from smallfry import compress
+        >>> compress.Pack(entropies=("static", "laplace")).trains
+        False
+    """
+
+    name: ClassVar[str] = "pack"
+    trains: ClassVar[bool] = False
+
+    entropies: tuple[Entropy, ...] = ENTROPIES
+
+    def __post_init__(self) -> None:
+        unknown = [each for each in self.entropies if each not in ENTROPIES]
+        if unknown or not self.entropies:
+            raise UsageError(f"pack.entropies are of {', '.join(ENTROPIES)}, not {unknown}")
+
+    def start(self) -> Method:
+        """Create the method with these settings."""
+        return _Pack()
+
+    def write(self, weights: bytes) -> bytes:
+        """Pack the content of a file of weights."""
+        return _packed(weights, self.entropies)
+
+
+@lru_cache(maxsize=1)  # the comparison with the parent and the run need the same file
+def _packed(weights: bytes, entropies: tuple[Entropy, ...]) -> bytes:
+    return pack(weights, entropies=entropies).data
+
+
+class _Pack(Method):
+    def finish(self, model: nn.Module) -> Transform | None:
+        kinds = (torch.int8, torch.uint8)
+        if not any(parameter.dtype in kinds for parameter in model.parameters()):
+            raise UsageError("pack needs a model with integer weights: put round_weights before it")
+        return None
