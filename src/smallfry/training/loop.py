@@ -362,6 +362,7 @@ class Trainer:
                 self.fabric.clip_gradients(
                     self.model, self.optimizer, max_norm=clip, error_if_nonfinite=False
                 )
+            self.running.observe(lambda: processes.total(sums[:1].clone())[0])  # noqa: B023
             self.running.step = self.progress.step * self.objective.supervision_steps + len(losses)
             self.optimizer.step()
             if self.average is not None:
