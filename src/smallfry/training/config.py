@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 
 from smallfry.errors import RunError, UsageError
 from smallfry.io.safe_yaml import MOST_CONFIG, YAML_MODE, load_yaml
+from smallfry.training.distillation_config import DistillationConfig
 from smallfry.training.settings import settle
 from smallfry_runtime.files import read_bytes
 from smallfry_runtime.names import URI, path_of, storable
@@ -287,6 +288,7 @@ class TrainSettings(TypedDict, total=False):
     augment: "AugmentConfig | Mapping[str, Any]"
     task: str
     objective: "ObjectiveConfig | Mapping[str, Any] | str"
+    distillation: "DistillationConfig | Mapping[str, Any]"
     optimizer: "OptimizerConfig | Mapping[str, Any] | str"
     schedule: "ScheduleConfig | Mapping[str, Any]"
     ema: "EMAConfig | Mapping[str, Any]"
@@ -332,6 +334,7 @@ class TrainConfig:
         augment: Augmentation of the training images.
         task: Meaning of the model's outputs, by the name of a registered task.
         objective: The loss.
+        distillation: A teacher's part in the loss.
         optimizer: The optimizer.
         schedule: Schedule of the learning rate.
         ema: Averaging of the weights.
@@ -375,6 +378,7 @@ class TrainConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     task: str = "classification"
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)

@@ -145,7 +145,7 @@ class Trainer:
         self.model = self.fabric.setup_module(prepared)
         if config.ema.decay and self.is_sharded:
             self.average = ShardedAverage(self.raw_model, config.ema)
-        changed = self.running.changes_gradients
+        changed = self.running.changes_gradients or getattr(objective, "changes_gradients", False)
         self.raw_optimizer = build_optimizer(
             unchecked(config.optimizer) if changed else config.optimizer,
             self.raw_model,

@@ -95,6 +95,7 @@ class MethodSettings(Protocol):
     Attributes:
         name: Name in configurations and manifests.
         trains: True if it needs optimizer steps.
+        tunable: Optional: True if it acts once and its result is to be trained further.
     """
 
     name: ClassVar[str]

@@ -46,6 +46,7 @@ class Magnitude:
 
     name: ClassVar[str] = "magnitude"
     trains: ClassVar[bool] = False
+    tunable: ClassVar[bool] = True
 
     sparsity: float = 0.5
     include: tuple[str, ...] = ("*",)
