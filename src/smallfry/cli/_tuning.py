@@ -73,7 +73,7 @@ def fine_tune(
         if first and not folder.config.exists():  # nothing to go on with
             shutil.rmtree(start, ignore_errors=True)
             with suppress(OSError):  # of other files, such as a lock
-                config.run.rmdir()
+                start.parent.rmdir()
         raise
 
 
