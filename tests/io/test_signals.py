@@ -11,7 +11,7 @@ import time
 import pytest
 
 from smallfry.errors import Stopped
-from smallfry.io import signals
+from smallfry.io import background, signals
 from smallfry.io.signals import (
     ASKING,
     Requests,
@@ -170,6 +170,17 @@ def test_what_stops_the_first_process_is_no_error_of_the_others():
     stop = _told(0, Signalled(TERM))
     assert isinstance(stop, Stopped)
     assert (stop.signal_number, str(stop)) == (TERM, "stopped by SIGTERM")
+
+
+def test_a_run_goes_on_where_there_is_no_memory_for_the_watching_thread(monkeypatch):
+    monkeypatch.setattr(background, "start_new_thread", lambda work, arguments: None)
+    before = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(before)
+    said = []
+    with signals.second_ends(said.append):
+        pass
+    assert said == []
+    assert signal.set_wakeup_fd(before) == before
 
 
 # At once, in processes of their own

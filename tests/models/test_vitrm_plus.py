@@ -14,8 +14,9 @@ from smallfry.models import State, ViTRM, ViTRMPlus
 from smallfry.models.early_exit import recurse_until
 from smallfry.models.trace import trace_recursion
 from smallfry.tasks.classification import ClassTargets
+from smallfry.training.build_objective import build_objective
 from smallfry.training.config import ObjectiveConfig
-from smallfry.training.objective import Batch, DeepSupervision, build_objective
+from smallfry.training.objective import Batch, DeepSupervision
 
 SMALL = {"img_size": 8, "patch_size": 2, "embed_dim": 16, "num_heads": 2, "mlp_hidden_dim": 12}
 OFF = {

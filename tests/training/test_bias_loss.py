@@ -18,8 +18,9 @@ from smallfry.training.bias_loss import (
     feature_variances,
     sample_weights,
 )
+from smallfry.training.build_objective import build_objective
 from smallfry.training.config import ObjectiveConfig
-from smallfry.training.objective import Stateful, build_objective
+from smallfry.training.objective import Stateful
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 from zoo_golden import GOLDEN, images

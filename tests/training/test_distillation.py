@@ -13,6 +13,7 @@ from smallfry.errors import DataError, RunError, Stopped, UsageError
 from smallfry.tasks import Batch
 from smallfry.tasks.classification import ClassTargets
 from smallfry.training.augment import Normalize
+from smallfry.training.build_objective import build_objective
 from smallfry.training.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from smallfry.training.distillation import (
     Distilled,
@@ -21,7 +22,6 @@ from smallfry.training.distillation import (
     similarity_distance,
 )
 from smallfry.training.distillation_config import DistillationConfig
-from smallfry.training.objective import build_objective
 from smallfry.training.run import TrainedModel, load_run
 from smallfry.training.train import resume, train
 from smallfry.transforms import ModelSpec, build

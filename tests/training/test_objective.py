@@ -7,12 +7,12 @@ from torch.testing import assert_close
 from smallfry.errors import UsageError
 from smallfry.models import ViTRM
 from smallfry.tasks.classification import Classification, ClassTargets
+from smallfry.training.build_objective import build_objective
 from smallfry.training.config import ObjectiveConfig
 from smallfry.training.objective import (
     Batch,
     DeepSupervision,
     Supervised,
-    build_objective,
     part_of,
 )
 

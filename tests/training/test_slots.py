@@ -11,8 +11,9 @@ from smallfry.models.contract import map_tensors
 from smallfry.tasks import Batch
 from smallfry.tasks.classification import Classification, ClassTargets
 from smallfry.tasks.puzzle import Puzzle
+from smallfry.training.build_objective import build_objective
 from smallfry.training.config import ObjectiveConfig
-from smallfry.training.objective import DeepSupervision, Stateful, Supervised, build_objective
+from smallfry.training.objective import DeepSupervision, Stateful, Supervised
 from smallfry.training.slots import SlotSupervision
 
 

@@ -16,8 +16,8 @@ from smallfry.curvature.likelihoods import (
     Gaussian,
     Likelihood,
     Outputs,
-    Scale,
 )
+from smallfry.curvature.loss_scale import Scale
 from smallfry.curvature.row_weights import RowWeights
 from smallfry.errors import UsageError, nearest
 
@@ -134,10 +134,12 @@ class Joint(Likelihood):
             start += len(z)
         return total
 
-    def loss_factor(self, outputs: Outputs, gradients: Outputs) -> Scale | None:
+    def loss_factor(
+        self, outputs: Outputs, gradients: Outputs, stated: float = 1.0
+    ) -> Scale | None:
         """Return the factor of the part that is farthest from 1."""
         pairs = zip(self._each(outputs), self._each(gradients), strict=True)
-        found = [part.loss_factor(z, g) for (part, z), (_, g) in pairs]
+        found = [part.loss_factor(z, g, stated) for (part, z), (_, g) in pairs]
         scales = [scale for scale in found if scale is not None]
         wrong = [scale for scale in scales if not scale.fits]
         if wrong or not scales:

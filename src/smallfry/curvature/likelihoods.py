@@ -17,12 +17,13 @@ with g the gradient of the actual loss: how much a step gained is known without 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from smallfry.curvature.loss_scale import Scale, infer_scale, rounding_of_probabilities
 from smallfry.curvature.row_weights import (
     RowWeights,
     certain_rows,
@@ -30,19 +31,11 @@ from smallfry.curvature.row_weights import (
     given_weights,
     read_weights,
     rounding_of,
+    with_certain_rows,
 )
 from smallfry.errors import UsageError
 
 Outputs = tuple[Tensor, ...]
-
-
-class Scale(NamedTuple):
-    """Scale of the training loss, inferred from the gradients at the outputs."""
-
-    factor: float  # the loss is at least so many times the mean negative log-likelihood
-    hard: bool  # targets are mostly certain, so that ``factor`` is exact
-    fits: bool  # whether any targets explain the gradients
-    even: bool = True  # all certain targets have one factor
 
 
 class Likelihood(ABC):
@@ -121,8 +114,20 @@ class Likelihood(ABC):
         """
         return 1.0
 
-    def loss_factor(self, outputs: Outputs, gradients: Outputs) -> Scale | None:
-        """Infer the factor of the loss from output gradients times samples; None if unknown."""
+    def loss_factor(
+        self, outputs: Outputs, gradients: Outputs, stated: float = 1.0
+    ) -> Scale | None:
+        """Infer the factor of the loss.
+
+        Args:
+            outputs: Outputs of the model.
+            gradients: Gradients of the training loss there, times samples.
+            stated: Expected factor. Rounding gives probabilities near 1 an error of about
+                machine epsilon, and the gradients one of so many times that.
+
+        Returns:
+            None if the gradients are rounding errors, or do not depend on the factor.
+        """
         return None
 
     def mean_factor(self, outputs: Outputs) -> float:
@@ -193,6 +198,8 @@ class Categorical(_Family):
                 bool(told.any()) or common_weight(rows.rho[counts], rows.error[counts]) is not None
             )
         found = read_weights(rows.rho, counts, certain, rows.error)
+        if not self.hard:
+            found = with_certain_rows(found, p, outputs[0].dtype)
         return _unsqueezed(found, self.dim)
 
     def given_weights(self, outputs: Outputs, index: int, given: Any) -> RowWeights:
@@ -244,13 +251,21 @@ class Categorical(_Family):
         terms = torch.where(old.isneginf(), 0.0, old.exp() * (old - new)).movedim(-1, self.dim)
         return _by_sample(_weighted(terms, weights)).sum(1)
 
-    def loss_factor(self, outputs: Outputs, gradients: Outputs) -> Scale | None:
+    def loss_factor(
+        self, outputs: Outputs, gradients: Outputs, stated: float = 1.0
+    ) -> Scale | None:
         """Infer the factor from classes with target 0, where the gradient is the factor times p."""
         self._find(gradients[0])
         p, g = self._probabilities(outputs), gradients[0].movedim(self.dim, -1)
-        balanced = bool((g.sum(-1).abs() <= 0.02 * g.abs().sum(-1) + 1e-30).all())
+        rounding = rounding_of_probabilities(outputs[0], p.shape[-1])
         likely = p > 0.01 / p.shape[-1]
-        return _factor(g[likely].to(p), p[likely], balanced)
+        scale = infer_scale(g[likely].to(p), p[likely], stated * rounding)
+        most = stated if scale is None else max(stated, scale.factor)
+        g = g.to(p)
+        balanced = (g.sum(-1).abs() <= 0.02 * g.abs().sum(-1) + most * rounding).all()
+        if bool(balanced) or not bool(g.isfinite().all()):
+            return scale
+        return (scale or Scale(most, False, False))._replace(fits=False)
 
     def targets(
         self,
@@ -337,14 +352,18 @@ class Bernoulli(_Family):
         no = (1 - old) * ((1 - old).clamp_min(tiny) / (1 - new).clamp_min(tiny)).log()
         return _by_sample(_weighted(yes + no, weights)).sum(1)
 
-    def loss_factor(self, outputs: Outputs, gradients: Outputs) -> Scale | None:
+    def loss_factor(
+        self, outputs: Outputs, gradients: Outputs, stated: float = 1.0
+    ) -> Scale | None:
         """Infer the factor from certain targets, with a gradient of the factor times p or 1 − p."""
         p, g = self._probabilities(outputs), gradients[0]
-        if self.inputs == "probabilities":
-            g = g * p * (1 - p)
         expected = torch.where(g > 0, p, 1 - p)
         likely = expected > 0.01
-        return _factor(g[likely].abs().to(p), expected[likely], True)
+        if self.inputs == "probabilities":
+            slope = p * (1 - p)  # PyTorch bounds the division by it in the gradient
+            g, likely = g * slope, likely & (slope > 1e-12)
+        rounding = stated * rounding_of_probabilities(outputs[0])
+        return infer_scale(g[likely].abs().to(p), expected[likely], rounding)
 
     def targets(
         self,
@@ -430,19 +449,6 @@ class Gaussian(_Family):
     def mean_factor(self, outputs: Outputs) -> float:
         """Return 2 / outputs: ``F.mse_loss`` has no ½."""
         return 2.0 * self.variance / outputs[0][0].numel()
-
-
-def _factor(g: Tensor, expected: Tensor, fits: bool) -> Scale | None:
-    """Return the largest ratio of the gradient to that of certain targets."""
-    if g.numel() == 0 or not bool(g.isfinite().all()):
-        return None
-    ratio = g / expected
-    ratio = ratio[ratio > 0]
-    if ratio.numel() == 0:
-        return None
-    factor = float(ratio.max())
-    certain = (ratio > 0.98 * factor).double().mean()
-    return Scale(factor, bool(certain > 0.4), fits, bool(certain > 0.98))
 
 
 def _one_by_one(root: Tensor) -> Iterator[Outputs]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 EQUAL = 1e-3  # relative difference of weights that rounding explains
 
@@ -143,3 +144,19 @@ def certain_rows(p: Tensor, g: Tensor, dtype: torch.dtype) -> CertainRows:
     # with two classes, or one left of them, any ratio is that of a certain target
     telling = ((p * up).amax(-1) < 0.999 * mass) & (mass > max(1e-4, torch.finfo(dtype).eps))
     return CertainRows(rho, error / mass, fits, telling)
+
+
+def with_certain_rows(found: RowWeights | None, p: Tensor, dtype: torch.dtype) -> RowWeights | None:
+    """Count rows of certain predictions whose gradient underflows; they have no curvature.
+
+    Args:
+        found: Row weights of a categorical likelihood, (…).
+        p: Probabilities, (…, classes).
+        dtype: Precision of the gradient.
+    """
+    if found is None or found.values is None:
+        return found
+    others = 1 - one_hot(p.argmax(-1), p.shape[-1])
+    certain = (p * others).sum(-1) < torch.finfo(dtype).smallest_normal
+    values = torch.where(certain & (found.values == 0), 1.0, found.values)
+    return found._replace(values=None if bool((values == 1).all()) else values)

@@ -1,11 +1,11 @@
 """Thread pool for images whose threads can't block the exit of the process."""
 
 import os
-import sys
 from _thread import LockType, allocate_lock, start_new_thread
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+from smallfry.io.background import silent_thread_deaths
 
 Result = TypeVar("Result")
 _MISSING = object()
@@ -43,7 +43,7 @@ def in_threads(do: Callable[[int], Result], start: int, stop: int) -> list[Resul
         finally:
             done.release()
 
-    with _deaths_at_birth_unsaid():
+    with silent_thread_deaths():
         try:
             for _ in range(min(os.cpu_count() or 1, stop - start) - 1):
                 done = allocate_lock()
@@ -64,19 +64,3 @@ def in_threads(do: Callable[[int], Result], start: int, stop: int) -> list[Resul
     if any(result is _MISSING for result in results):
         raise MemoryError("a thread ended before its work was done")
     return cast(list[Result], results)
-
-
-@contextmanager
-def _deaths_at_birth_unsaid() -> Iterator[None]:
-    """Silence the traceback of a thread that ran out of memory while starting."""
-    before = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        if unraisable.exc_type is not MemoryError:
-            before(unraisable)
-
-    sys.unraisablehook = hook
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before

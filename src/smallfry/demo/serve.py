@@ -6,7 +6,6 @@ import signal
 import socket
 import tempfile
 import threading
-import time
 import webbrowser
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import Any
 from smallfry.demo.examples import find_examples
 from smallfry.deploy.pretrained import load_trained
 from smallfry.errors import DemoError
+from smallfry.io.background import BackgroundThread
 from smallfry.training.run import require_classifier
 
 STOP_SECONDS = 8  # for answers under way; clients that still have to send are not waited for
@@ -104,19 +104,16 @@ def _running(app: Any, listener: socket.socket) -> Iterator[None]:
         timeout_graceful_shutdown=STOP_SECONDS,
     )
     server = uvicorn.Server(config)
-    thread = threading.Thread(
-        target=server.run, args=([listener],), name="smallfry-demo", daemon=True
-    )
-    thread.start()
+    thread = BackgroundThread(lambda: server.run([listener]))
     try:
+        begun = thread.start()
         while not server.started:
-            if not thread.is_alive():
+            if not begun or thread.wait(0.01):
                 raise DemoError("the server of the demo did not start; please report it")
-            time.sleep(0.01)
         yield
     finally:
         server.should_exit = True
-        thread.join(STOP_SECONDS + 2)
+        thread.wait(STOP_SECONDS + 2)
 
 
 @contextmanager

@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TypeVar
 
+from smallfry.io.background import BackgroundThread, silent_thread_deaths
+
 T = TypeVar("T")
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 ASKING = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
@@ -220,10 +222,11 @@ def second_ends(say: Callable[[str], object]) -> Iterator[None]:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    watch = threading.Thread(target=_watch, args=(reader, say), daemon=True)
-    watch.start()
+    watch = BackgroundThread(lambda: _watch(reader, say))
     try:
-        yield
+        with silent_thread_deaths():
+            watch.start()
+            yield
     finally:
         signal.set_wakeup_fd(before)
         os.write(writer, b"\0")
@@ -242,9 +245,12 @@ def _watch(reader: int, say: Callable[[str], object]) -> None:
 def _end(number: int, say: Callable[[str], object]) -> None:
     """End this process and its children, with a final message."""
     code = 128 + number
-    hurry = threading.Timer(LAST_WORDS, os._exit, (code,))  # a disk or a pipe may hang
-    hurry.daemon = True
-    hurry.start()
+
+    def hurry() -> None:
+        time.sleep(LAST_WORDS)
+        os._exit(code)
+
+    BackgroundThread(hurry).start()  # a disk or a pipe may hang
     with suppress(Exception):
         say(_joined(f"stopped at once by a second {name_of(number)}", _what_is_kept()))
         sys.stderr.flush()

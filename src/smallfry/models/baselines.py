@@ -9,14 +9,14 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from timm.layers import to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smallfry.errors import UsageError
-from smallfry.models.sources import Source
+from smallfry.models.sources import Source, register_sizes
 
 SOURCE = {
     "paper_*": Source("Akazan et al. 2026, arXiv 2603.19503"),
@@ -111,21 +111,23 @@ def _cfg(first: str, head: str) -> dict[str, Any]:
     }
 
 
-VITS = {  # dim, depth, heads, hidden features
-    "paper_vit_small_patch4_32": (512, 8, 8, 1024),
-    "paper_vit_base_patch4_32": (768, 12, 12, 3072),
-    "paper_vit_large_patch4_32": (1024, 24, 16, 4096),
+VITS = {  # dim, depth, heads, hidden features; parameters for 10 classes
+    "paper_vit_small_patch4_32": (512, 8, 8, 1024),  # 16,876,138
+    "paper_vit_base_patch4_32": (768, 12, 12, 3072),  # 85,125,994
+    "paper_vit_large_patch4_32": (1024, 24, 16, 4096),  # 302,367,850
 }
-RESNETS: dict[str, tuple[Any, tuple[int, ...]]] = {
-    "18": (BasicBlock, (2, 2, 2, 2)),
-    "34": (BasicBlock, (3, 4, 6, 3)),
-    "50": (Bottleneck, (3, 4, 6, 3)),
+RESNETS: dict[str, tuple[Any, Any, tuple[int, ...]]] = {
+    "paper_resnet18_32": (ResNet, BasicBlock, (2, 2, 2, 2)),  # 11,181,642
+    "paper_resnet34_32": (ResNet, BasicBlock, (3, 4, 6, 3)),  # 21,289,802
+    "paper_resnet50_32": (ResNet, Bottleneck, (3, 4, 6, 3)),  # 23,528,522
+    "resnet18_cifar": (CifarResNet, BasicBlock, (2, 2, 2, 2)),  # 11,173,962
+    "resnet34_cifar": (CifarResNet, BasicBlock, (3, 4, 6, 3)),  # 21,282,122
+    "resnet50_cifar": (CifarResNet, Bottleneck, (3, 4, 6, 3)),  # 23,520,842
 }
 
 default_cfgs = generate_default_cfgs(
     {name: _cfg("patch_embed.proj", "head") | {"fixed_input_size": True} for name in VITS}
-    | {f"paper_resnet{depth}_32": _cfg("conv1", "fc") for depth in RESNETS}
-    | {f"resnet{depth}_cifar": _cfg("conv1", "fc") for depth in RESNETS}
+    | {name: _cfg("conv1", "fc") for name in RESNETS}
 )
 
 
@@ -139,61 +141,11 @@ def _vit(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     return build(VisionTransformer, name, pretrained, feature_cfg=features, **settings)
 
 
-def _resnet(kind: type[Any], name: str, depth: str, pretrained: bool, kwargs: Any) -> nn.Module:
-    block, layers = RESNETS[depth]
+def _resnet(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    kind, block, layers = RESNETS[name]
     build = cast(Callable[..., nn.Module], build_model_with_cfg)
     return build(kind, name, pretrained, **({"block": block, "layers": layers} | kwargs))
 
 
-@register_model  # type: ignore[untyped-decorator]
-def paper_vit_small_patch4_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build the paper's ViT-S: 16,876,138 parameters for 10 classes."""
-    return _vit("paper_vit_small_patch4_32", pretrained, kwargs)
-
-
-@register_model  # type: ignore[untyped-decorator]
-def paper_vit_base_patch4_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build the paper's ViT-B: 85,125,994 parameters for 10 classes."""
-    return _vit("paper_vit_base_patch4_32", pretrained, kwargs)
-
-
-@register_model  # type: ignore[untyped-decorator]
-def paper_vit_large_patch4_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build the paper's ViT-L: 302,367,850 parameters for 10 classes."""
-    return _vit("paper_vit_large_patch4_32", pretrained, kwargs)
-
-
-@register_model  # type: ignore[untyped-decorator]
-def paper_resnet18_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build the paper's ResNet-18 with the ImageNet stem: 11,181,642 parameters for 10 classes."""
-    return _resnet(ResNet, "paper_resnet18_32", "18", pretrained, kwargs)
-
-
-@register_model  # type: ignore[untyped-decorator]
-def paper_resnet34_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build the paper's ResNet-34 with the ImageNet stem: 21,289,802 parameters for 10 classes."""
-    return _resnet(ResNet, "paper_resnet34_32", "34", pretrained, kwargs)
-
-
-@register_model  # type: ignore[untyped-decorator]
-def paper_resnet50_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build the paper's ResNet-50 with the ImageNet stem: 23,528,522 parameters for 10 classes."""
-    return _resnet(ResNet, "paper_resnet50_32", "50", pretrained, kwargs)
-
-
-@register_model  # type: ignore[untyped-decorator]
-def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build ResNet-18 with the CIFAR stem: 11,173,962 parameters for 10 classes."""
-    return _resnet(CifarResNet, "resnet18_cifar", "18", pretrained, kwargs)
-
-
-@register_model  # type: ignore[untyped-decorator]
-def resnet34_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build ResNet-34 with the CIFAR stem: 21,282,122 parameters for 10 classes."""
-    return _resnet(CifarResNet, "resnet34_cifar", "34", pretrained, kwargs)
-
-
-@register_model  # type: ignore[untyped-decorator]
-def resnet50_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build ResNet-50 with the CIFAR stem: 23,520,842 parameters for 10 classes."""
-    return _resnet(CifarResNet, "resnet50_cifar", "50", pretrained, kwargs)
+register_sizes(__name__, VITS, _vit)
+register_sizes(__name__, RESNETS, _resnet)

@@ -15,11 +15,11 @@ from typing import Any, cast
 
 import torch
 from timm.layers import get_act_layer
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs
 from torch import Tensor, nn
 
 from smallfry.errors import UsageError
-from smallfry.models.sources import Source
+from smallfry.models.sources import Source, register_sizes
 
 __all__ = ["LoopNet"]
 
@@ -230,11 +230,13 @@ def _cfg() -> dict[str, Any]:
     }
 
 
-SIZES: dict[str, dict[str, Any]] = {
+SIZES: dict[str, dict[str, Any]] = {  # parameters and MMAC for 10 classes of 32×32 images
+    # 68,616 and 12.0
     "loopnet_70k": {"widths": (24, 48), "depths": (2, 2), "loops": (1, 1), "residual": True},
+    # 286,648 and 38.0
     "loopnet_300k": {"widths": (48, 64, 64), "depths": (3, 3, 1), "residual": True},
-    "loopnet_1m": {"widths": (64, 160, 192)},
-    "loopnet_2m": {"widths": (64, 256, 256)},
+    "loopnet_1m": {"widths": (64, 160, 192)},  # 985,400 and 70.4
+    "loopnet_2m": {"widths": (64, 256, 256)},  # 1,972,792 and 118.1
 }
 default_cfgs = generate_default_cfgs({name: _cfg() for name in SIZES})
 
@@ -247,25 +249,4 @@ def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     return build(LoopNet, name, pretrained, feature_cfg=features, **settings)
 
 
-@register_model  # type: ignore[untyped-decorator]
-def loopnet_70k(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build LoopNet with 68,616 parameters and 12.0 MMAC for 10 classes and 32×32 images."""
-    return _create("loopnet_70k", pretrained, kwargs)
-
-
-@register_model  # type: ignore[untyped-decorator]
-def loopnet_300k(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build LoopNet with 286,648 parameters and 38.0 MMAC for 10 classes and 32×32 images."""
-    return _create("loopnet_300k", pretrained, kwargs)
-
-
-@register_model  # type: ignore[untyped-decorator]
-def loopnet_1m(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build LoopNet with 985,400 parameters and 70.4 MMAC for 10 classes and 32×32 images."""
-    return _create("loopnet_1m", pretrained, kwargs)
-
-
-@register_model  # type: ignore[untyped-decorator]
-def loopnet_2m(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build LoopNet with 1,972,792 parameters and 118.1 MMAC for 10 classes and 32×32 images."""
-    return _create("loopnet_2m", pretrained, kwargs)
+register_sizes(__name__, SIZES, _create)

@@ -13,12 +13,12 @@ with zero channels, so that it has no parameters.
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smallfry.errors import UsageError
-from smallfry.models.sources import Source
+from smallfry.models.sources import Source, register_sizes
 
 __all__ = ["SmallResNet"]
 
@@ -182,7 +182,9 @@ def _require_sizes(widths: Sequence[int], depth: int, shortcut: str) -> None:
 
 
 SIZES: dict[str, dict[str, Any]] = {
+    # 78,186 parameters and 12.5 MMAC for 10 classes
     "resnet8_mlperf_tiny": {"depth": 1, "shortcut": "convolution", "bias": True},
+    # option A: 269,722 parameters and 40.6 MMAC
     "resnet20_he": {"depth": 3, "shortcut": "zeros", "bias": False},
 }
 default_cfgs = generate_default_cfgs(
@@ -210,13 +212,4 @@ def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     return build(SmallResNet, name, pretrained, feature_cfg=features, **settings)
 
 
-@register_model  # type: ignore[untyped-decorator]
-def resnet8_mlperf_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build MLPerf Tiny's ResNet-8: 78,186 parameters and 12.5 MMAC for 10 classes."""
-    return _create("resnet8_mlperf_tiny", pretrained, kwargs)
-
-
-@register_model  # type: ignore[untyped-decorator]
-def resnet20_he(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build He et al.'s ResNet-20 with option A: 269,722 parameters and 40.6 MMAC, 10 classes."""
-    return _create("resnet20_he", pretrained, kwargs)
+register_sizes(__name__, SIZES, _create)

@@ -22,14 +22,14 @@ from contextlib import nullcontext
 from typing import Any, Literal, cast
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from smallfry.models.contract import RecursionStep
 from smallfry.models.linear import Linear
-from smallfry.models.sources import Source
+from smallfry.models.sources import Source, register_sizes
 from smallfry.models.trm_layers import Attention, GatedMLP, Layer, TokenMLP, truncated_normal
 from smallfry.models.vitrm import MOST_STEPS, State
 
@@ -349,12 +349,12 @@ MICRO: dict[str, Any] = {
     **{"embed_dim": 64, "num_heads": 2, "token_mlp": True, "prefix": 1, "mlp_hidden_dim": 128},
     **{"latent_steps": 2, "rounds": 2, "recursion_steps": 4},
 }
-SIZES: dict[str, dict[str, Any]] = {
+SIZES: dict[str, dict[str, Any]] = {  # the larger ones are the paper's, with a prefix row
     "trm_sudoku4_micro": {"img_size": 4, "num_classes": 6, "token_hidden_dim": 32} | MICRO,
     "trm_sudoku6_micro": {"img_size": 6, "num_classes": 8, "token_hidden_dim": 64} | MICRO,
-    "trm_sudoku9_mlp": {"token_mlp": True},
-    "trm_sudoku9_attention": {},
-    "trm_maze30": {"img_size": 30, "num_classes": 6, "latent_steps": 4},
+    "trm_sudoku9_mlp": {"token_mlp": True},  # 5,028,866 parameters
+    "trm_sudoku9_attention": {},  # 6,828,034
+    "trm_maze30": {"img_size": 30, "num_classes": 6, "latent_steps": 4},  # 6,822,914
 }
 
 
@@ -389,31 +389,4 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> TRM:
     return build(TRM, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **sizes)
 
 
-@register_model  # type: ignore[untyped-decorator]
-def trm_sudoku4_micro(pretrained: bool = False, **kwargs: Any) -> TRM:
-    """Build an attention-free model of width 64 for 4×4 Sudoku."""
-    return _create("trm_sudoku4_micro", pretrained, kwargs)
-
-
-@register_model  # type: ignore[untyped-decorator]
-def trm_sudoku6_micro(pretrained: bool = False, **kwargs: Any) -> TRM:
-    """Build an attention-free model of width 64 for 6×6 Sudoku, or another small grid."""
-    return _create("trm_sudoku6_micro", pretrained, kwargs)
-
-
-@register_model  # type: ignore[untyped-decorator]
-def trm_sudoku9_mlp(pretrained: bool = False, **kwargs: Any) -> TRM:
-    """Build the paper's attention-free model for Sudoku: 5,028,866 parameters and a prefix row."""
-    return _create("trm_sudoku9_mlp", pretrained, kwargs)
-
-
-@register_model  # type: ignore[untyped-decorator]
-def trm_sudoku9_attention(pretrained: bool = False, **kwargs: Any) -> TRM:
-    """Build the paper's attention model for Sudoku: 6,828,034 parameters and a prefix row."""
-    return _create("trm_sudoku9_attention", pretrained, kwargs)
-
-
-@register_model  # type: ignore[untyped-decorator]
-def trm_maze30(pretrained: bool = False, **kwargs: Any) -> TRM:
-    """Build the paper's model for 30×30 mazes: 6,822,914 parameters and a prefix row."""
-    return _create("trm_maze30", pretrained, kwargs)
+register_sizes(__name__, SIZES, _create)

@@ -21,14 +21,14 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from smallfry._torch import has_forward_hooks
 from smallfry.models.contract import RecursionStep
 from smallfry.models.layers import EVERY, Layer, Tokens, end_to_end
-from smallfry.models.sources import Source
+from smallfry.models.sources import Source, register_sizes
 
 __all__ = ["State", "ViTRM"]
 
@@ -367,52 +367,33 @@ def image_cfg(side: int, channels: int) -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        "vitrm_small_patch4_32": image_cfg(32, 3),
-        "vitrm_thrifty_patch4_32": image_cfg(32, 3),
-        "vitrm_tiny_patch4_32": image_cfg(32, 3),
-        "vitrm_micro_patch4_8": image_cfg(8, 1),
-    }
-)
-
-
-def _create(variant: str, pretrained: bool, sizes: dict[str, Any], kwargs: dict[str, Any]) -> ViTRM:
-    build = cast(Callable[..., ViTRM], build_model_with_cfg)
-    return build(
-        ViTRM, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **(sizes | kwargs)
-    )
-
-
-@register_model  # type: ignore[untyped-decorator]
-def vitrm_small_patch4_32(pretrained: bool = False, **kwargs: Any) -> ViTRM:
-    """Build the paper's model: 3,624,971 parameters for 10 classes of 32×32 images."""
-    return _create("vitrm_small_patch4_32", pretrained, {}, kwargs)
-
-
-@register_model  # type: ignore[untyped-decorator]
-def vitrm_thrifty_patch4_32(pretrained: bool = False, **kwargs: Any) -> ViTRM:
-    """Build the paper's sizes with 16 latents that cross-attend to the image: 321 MMAC."""
-    sizes = {"cross_attention": True, "latents": 16}
-    return _create("vitrm_thrifty_patch4_32", pretrained, sizes, kwargs)
-
-
-@register_model  # type: ignore[untyped-decorator]
-def vitrm_tiny_patch4_32(pretrained: bool = False, **kwargs: Any) -> ViTRM:
-    """Build half the paper's width: 927,755 parameters for 10 classes of 32×32 images."""
-    sizes = {"embed_dim": 192, "num_heads": 3, "mlp_hidden_dim": 256}
-    return _create("vitrm_tiny_patch4_32", pretrained, sizes, kwargs)
-
-
-@register_model  # type: ignore[untyped-decorator]
-def vitrm_micro_patch4_8(pretrained: bool = False, **kwargs: Any) -> ViTRM:
-    """Build a model for 8×8 grey images such as scikit-learn's digits: 109,131 parameters."""
-    sizes = {
+SIZES: dict[str, dict[str, Any]] = {  # parameters for 10 classes
+    "vitrm_small_patch4_32": {},  # the paper's: 3,624,971
+    # the paper's sizes with 16 latents that cross-attend to the image: 321 MMAC
+    "vitrm_thrifty_patch4_32": {"cross_attention": True, "latents": 16},
+    # half the paper's width: 927,755
+    "vitrm_tiny_patch4_32": {"embed_dim": 192, "num_heads": 3, "mlp_hidden_dim": 256},
+    "vitrm_micro_patch4_8": {  # for 8×8 grey images such as scikit-learn's digits: 109,131
         "img_size": 8,
         "patch_size": 4,
         "in_chans": 1,
         "embed_dim": 64,
         "num_heads": 4,
         "mlp_hidden_dim": 96,
+    },
+}
+default_cfgs = generate_default_cfgs(
+    {
+        name: image_cfg(sizes.get("img_size", 32), sizes.get("in_chans", 3))
+        for name, sizes in SIZES.items()
     }
-    return _create("vitrm_micro_patch4_8", pretrained, sizes, kwargs)
+)
+
+
+def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> ViTRM:
+    build = cast(Callable[..., ViTRM], build_model_with_cfg)
+    sizes = SIZES[variant] | kwargs
+    return build(ViTRM, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **sizes)
+
+
+register_sizes(__name__, SIZES, _create)

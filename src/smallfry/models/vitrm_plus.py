@@ -11,14 +11,14 @@ from math import isqrt
 from typing import Any, Literal, cast
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smallfry.errors import UsageError
 from smallfry.models.grid import GridLayer, Rotary, conv_tokenizer
 from smallfry.models.layers import EVERY, Tokens, end_to_end
-from smallfry.models.sources import Source
+from smallfry.models.sources import Source, register_sizes
 from smallfry.models.vitrm import (
     FIRST,
     LAST,
@@ -207,53 +207,32 @@ CHOSEN: dict[str, Any] = {
     "layer_scale": 0.1,
 }
 
-default_cfgs = generate_default_cfgs(
-    {
-        name: image_cfg(side, channels) | {"first_conv": "patch_embed.0"}
-        for name, side, channels in (
-            ("vitrm_plus_small_32", 32, 3),
-            ("vitrm_plus_tiny_32", 32, 3),
-            ("vitrm_plus_micro_8", 8, 1),
-        )
-    }
-)
-
-
-def _create(
-    variant: str, pretrained: bool, sizes: dict[str, Any], kwargs: dict[str, Any]
-) -> ViTRMPlus:
-    build = cast(Callable[..., ViTRMPlus], build_model_with_cfg)
-    return build(
-        ViTRMPlus,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        **(CHOSEN | sizes | kwargs),
-    )
-
-
-@register_model  # type: ignore[untyped-decorator]
-def vitrm_plus_small_32(pretrained: bool = False, **kwargs: Any) -> ViTRMPlus:
-    """Build the paper's width: 3,654,779 parameters for 10 classes of 32×32 images."""
-    return _create("vitrm_plus_small_32", pretrained, {"mlp_hidden_dim": 480}, kwargs)
-
-
-@register_model  # type: ignore[untyped-decorator]
-def vitrm_plus_tiny_32(pretrained: bool = False, **kwargs: Any) -> ViTRMPlus:
-    """Build half the paper's width: 957,011 parameters for 10 classes of 32×32 images."""
-    sizes = {"embed_dim": 192, "num_heads": 3, "mlp_hidden_dim": 256}
-    return _create("vitrm_plus_tiny_32", pretrained, sizes, kwargs)
-
-
-@register_model  # type: ignore[untyped-decorator]
-def vitrm_plus_micro_8(pretrained: bool = False, **kwargs: Any) -> ViTRMPlus:
-    """Build a model for 8×8 grey images such as scikit-learn's digits: 116,467 parameters."""
-    sizes = {
+SIZES: dict[str, dict[str, Any]] = {  # parameters for 10 classes
+    "vitrm_plus_small_32": {"mlp_hidden_dim": 480},  # the paper's width: 3,654,779
+    # half the paper's width: 957,011
+    "vitrm_plus_tiny_32": {"embed_dim": 192, "num_heads": 3, "mlp_hidden_dim": 256},
+    "vitrm_plus_micro_8": {  # for 8×8 grey images such as scikit-learn's digits: 116,467
         "img_size": 8,
         "patch_size": 2,
         "in_chans": 1,
         "embed_dim": 64,
         "num_heads": 4,
         "mlp_hidden_dim": 96,
+    },
+}
+default_cfgs = generate_default_cfgs(
+    {
+        name: image_cfg(sizes.get("img_size", 32), sizes.get("in_chans", 3))
+        | {"first_conv": "patch_embed.0"}
+        for name, sizes in SIZES.items()
     }
-    return _create("vitrm_plus_micro_8", pretrained, sizes, kwargs)
+)
+
+
+def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> ViTRMPlus:
+    build = cast(Callable[..., ViTRMPlus], build_model_with_cfg)
+    sizes = CHOSEN | SIZES[variant] | kwargs
+    return build(ViTRMPlus, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **sizes)
+
+
+register_sizes(__name__, SIZES, _create)

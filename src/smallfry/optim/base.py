@@ -390,36 +390,7 @@ class NaturalGradient(PreconditionedOptimizer):
         tame = drawn and finite(t for seen in tapped for t in seen.tensors())
         return not collectives.any_process(not tame)
 
-    def _loss_factor(self, observations: Sequence[Observation]) -> float:
-        if not isinstance(self.loss_scale, str):
-            return float(self.loss_scale)
-        if self.loss_scale == "sum":
-            samples = self.batch_size(observations)
-            self._factor = samples / self.collectives.count if samples else self._factor
-        elif observations:
-            self._factor = self.likelihood.mean_factor(observations[0].outputs)
-        return self._factor
-
-    def batch_size(self, observations: Sequence[Observation]) -> float:
-        """Count the samples in the batch of all processes."""
-        return self.collectives.sums([sum(seen.size for seen in observations)])[0]
-
     # Moving
-
-    def weighed(self, observations: Sequence[Observation]) -> quadratic.Batch:
-        """Return the current batch in a re-runnable form; called in all processes alike."""
-        factor, rescaled = self._loss_factor(observations), self.observer.rescaled
-        weigh_rows(observations, factor, self.loss_scale, rescaled, self.collectives)
-        parameters = {name: p for p, name in self.names.items()}
-        size = self.batch_size(observations)
-        return quadratic.Batch(
-            observations, self.observer, parameters, size, factor, self.collectives
-        )
-
-    def count_targets(self, batch: quadratic.Batch) -> None:
-        """Set ``targets`` to those of a batch; a batch of padding, moved by momentum, has none."""
-        hidden = self.observer.rescaled and self.grad_scaler is None
-        self.targets = quadratic.targets_of(batch, hidden) or self.targets
 
     def _directions(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute preconditioned gradients, or momenta, by parameter name."""

@@ -23,7 +23,7 @@ the natural gradient has what is left of κ n.
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,7 @@ from smallfry.curvature import Observation
 from smallfry.errors import UsageError
 from smallfry.optim import quadratic
 from smallfry.optim.checks import warn
-
-if TYPE_CHECKING:
-    from smallfry.optim.base import NaturalGradient
+from smallfry.optim.preconditioned import PreconditionedOptimizer
 
 KEPT = 0.8  # of the old ratios, at most
 GROWTH = 2.0  # of ⟨v, m⟩ since the last measurement, at which the next one is due
@@ -43,7 +41,7 @@ TRIES = 8  # each shortens a step tenfold at most, until its divergence is nearl
 
 
 def clip_step(
-    optimizer: "NaturalGradient",
+    optimizer: PreconditionedOptimizer,
     observations: Sequence[Observation],
     step: Mapping[str, Tensor],
     modelled: float,
@@ -87,7 +85,7 @@ def clip_step(
     return _clip(allowed, max(found, optimizer.divergence_ratio) * modelled)
 
 
-def step_fallback(optimizer: "NaturalGradient", observations: Sequence[Observation]) -> None:
+def step_fallback(optimizer: PreconditionedOptimizer, observations: Sequence[Observation]) -> None:
     """Let the AdamW inside move what is not covered, no farther than its share of the divergence.
 
     Args:
@@ -121,7 +119,7 @@ def step_fallback(optimizer: "NaturalGradient", observations: Sequence[Observati
 
 
 def _measure_fallback(
-    optimizer: "NaturalGradient",
+    optimizer: PreconditionedOptimizer,
     observations: Sequence[Observation],
     back: Mapping[str, Tensor],
     moved: Mapping[str, nn.Parameter],
@@ -160,7 +158,7 @@ class FallbackSize(NamedTuple):
     size: float  # twice the divergence that is expected
 
 
-def fallback_size(optimizer: "NaturalGradient") -> FallbackSize:
+def fallback_size(optimizer: PreconditionedOptimizer) -> FallbackSize:
     """The rate and the divergence of the AdamW inside, by what was measured of its last steps."""
     if optimizer.adamw is None or optimizer.kl_clip is None or not optimizer.measurable:
         return FallbackSize(1.0, 0.0)
@@ -173,14 +171,14 @@ def fallback_size(optimizer: "NaturalGradient") -> FallbackSize:
     return FallbackSize(scale, scale**2 * size)
 
 
-def fallback_share(optimizer: "NaturalGradient") -> float:
+def fallback_share(optimizer: PreconditionedOptimizer) -> float:
     """The part of the promised divergence that the AdamW inside is expected to take."""
     size = fallback_size(optimizer).size
     return size / (2 * _promised(optimizer)) if size else 0.0
 
 
 def divergence(
-    optimizer: "NaturalGradient",
+    optimizer: PreconditionedOptimizer,
     observations: Sequence[Observation],
     step: Mapping[str, Tensor],
     parameters: Mapping[str, nn.Parameter],
@@ -221,7 +219,7 @@ def divergence(
 
 
 def _measure(
-    optimizer: "NaturalGradient",
+    optimizer: PreconditionedOptimizer,
     observations: Sequence[Observation],
     step: Mapping[str, Tensor],
     parameters: Mapping[str, nn.Parameter],
@@ -269,12 +267,12 @@ def _kept(observations: Sequence[Observation]) -> bool:
     return bool(observations) and all(seen.arguments or seen.keywords for seen in observations)
 
 
-def _give_up(optimizer: "NaturalGradient", error: UsageError) -> None:
+def _give_up(optimizer: PreconditionedOptimizer, error: UsageError) -> None:
     optimizer.measurable = False
     warn(f"steps are bounded by the model of their divergence alone: {error}")
 
 
-def _growth(optimizer: "NaturalGradient", modelled: float) -> float:
+def _growth(optimizer: PreconditionedOptimizer, modelled: float) -> float:
     """⟨v, m⟩ over the most that measurements speak for, at least 1; momentum is divided by it.
 
     A gradient that F̂ knows nothing of would else go on for as long as momentum lasts, measured on
@@ -289,18 +287,18 @@ def _growth(optimizer: "NaturalGradient", modelled: float) -> float:
     return modelled / known
 
 
-def _promised(optimizer: "NaturalGradient") -> float:
+def _promised(optimizer: PreconditionedOptimizer) -> float:
     """κ n / 2, the divergence that a step may have."""
     assert optimizer.kl_clip is not None
     return optimizer.kl_clip * optimizer.targets / 2
 
 
-def _left(optimizer: "NaturalGradient") -> float:
+def _left(optimizer: PreconditionedOptimizer) -> float:
     """κ n less what the AdamW inside takes of it."""
     return 2 * _promised(optimizer) - fallback_size(optimizer).size
 
 
-def _averaged(optimizer: "NaturalGradient", old: float, new: float) -> float:
+def _averaged(optimizer: PreconditionedOptimizer, old: float, new: float) -> float:
     """The running mean of measurements: of all so far at first."""
     kept = min(1 - 1 / max(1, optimizer.counters["measurements"]), KEPT)
     return kept * old + (1 - kept) * new

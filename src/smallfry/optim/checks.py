@@ -184,7 +184,7 @@ def check_loss(
     for seen in observations:
         pairs = zip(seen.output_gradients, seen.outputs, strict=True)
         gradients = tuple((torch.zeros_like(z) if g is None else g) * samples for g, z in pairs)
-        scale = likelihood.loss_factor(seen.outputs, gradients)
+        scale = likelihood.loss_factor(seen.outputs, gradients, max(stated, stated / rescaled))
         if scale is None:
             continue
         if not scale.fits:

@@ -1,16 +1,14 @@
 """State of a natural-gradient optimizer as plain data, keyed by parameter name."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from smallfry.errors import UsageError
+from smallfry.optim.preconditioned import PreconditionedOptimizer
 from smallfry.optim.preconditioner import copied
-
-if TYPE_CHECKING:
-    from smallfry.optim.base import NaturalGradient
 
 FORMAT = 2
 OWN = "natural_gradient"  # in the first group, all that is not a parameter's or a group's
@@ -29,7 +27,7 @@ FLAGS = (
 )  # and those of the preconditioner
 
 
-def save_state(optimizer: "NaturalGradient") -> dict[str, Any]:
+def save_state(optimizer: PreconditionedOptimizer) -> dict[str, Any]:
     """Save everything that the next step depends on.
 
     Returns:
@@ -59,7 +57,7 @@ def save_state(optimizer: "NaturalGradient") -> dict[str, Any]:
     return {**own, "state": per_parameter, "param_groups": groups}
 
 
-def load_state(optimizer: "NaturalGradient", given: Mapping[str, Any]) -> None:
+def load_state(optimizer: PreconditionedOptimizer, given: Mapping[str, Any]) -> None:
     """Load a state, unchanged if it does not fit.
 
     Raises:
@@ -90,7 +88,7 @@ def load_state(optimizer: "NaturalGradient", given: Mapping[str, Any]) -> None:
     optimizer.observer.drop()
 
 
-def _as_saved(optimizer: "NaturalGradient", given: Mapping[str, Any]) -> Mapping[str, Any]:
+def _as_saved(optimizer: PreconditionedOptimizer, given: Mapping[str, Any]) -> Mapping[str, Any]:
     """Restore the ``save_state`` form of a state from torch.distributed.checkpoint.
 
     It numbers parameters through all groups, and keeps what is in the groups.
@@ -113,7 +111,7 @@ def _as_saved(optimizer: "NaturalGradient", given: Mapping[str, Any]) -> Mapping
     }
 
 
-def _require_fit(optimizer: "NaturalGradient", given: Mapping[str, Any]) -> None:
+def _require_fit(optimizer: PreconditionedOptimizer, given: Mapping[str, Any]) -> None:
     method = type(optimizer).__name__
     if given.get("format") != FORMAT or "curvature" not in given:
         raise UsageError(

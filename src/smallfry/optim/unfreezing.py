@@ -1,17 +1,15 @@
 """Unfreezing of layers after the optimizer was built."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from smallfry.curvature import Block, Taps, cover
 from smallfry.errors import UsageError
 from smallfry.optim.groups import build_adamw, natural_groups, split_groups
 from smallfry.optim.one_hot import with_embeddings
-
-if TYPE_CHECKING:
-    from smallfry.optim.base import NaturalGradient
+from smallfry.optim.preconditioned import PreconditionedOptimizer
 
 
-def unfreeze(optimizer: "NaturalGradient", group: dict[str, Any]) -> None:
+def unfreeze(optimizer: PreconditionedOptimizer, group: dict[str, Any]) -> None:
     """Add parameters of the model; the curvature of other layers stays.
 
     Args:

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from smallfry.io.background import BackgroundThread
 from smallfry.io.console import CleanConsole
 from smallfry.studies.contestants import CONTESTANTS
 from smallfry.studies.trial import Job
@@ -42,7 +43,7 @@ class Heartbeat:
     def __init__(self, console: Console, text: Callable[[], str]) -> None:
         self.console, self.text = console, text
         self._spoken, self._over = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread = BackgroundThread(self._beat)
 
     def start(self) -> None:
         """Start, unless in a terminal."""
@@ -58,8 +59,7 @@ class Heartbeat:
         """Stop the timer."""
         self._over.set()
         self._spoken.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        self._thread.join()
 
     def _beat(self) -> None:
         while not self._over.is_set():

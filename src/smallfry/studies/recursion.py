@@ -12,6 +12,7 @@ from smallfry.studies import reported_vision as reported
 from smallfry.studies.config import RecursionConfig
 from smallfry.studies.recipes import Planned, recipe
 from smallfry.studies.study_models import find_vitrm
+from smallfry.training.config import ObjectiveConfig
 
 TITLE = "Recursion"
 ABOUT = (
@@ -34,9 +35,7 @@ def plan(config: RecursionConfig) -> list[Planned]:
             told = replace(
                 told,
                 model=replace(told.model, latent_steps=n, recursion_steps=t),
-                objective=replace(
-                    told.objective, name="deep_supervision", supervision_steps=supervised
-                ),
+                objective=ObjectiveConfig("deep_supervision", supervision_steps=supervised),
             )
             facts = {"latent_steps": n, "supervision_steps": supervised, "recursion_steps": t}
             name = f"n{n}-sup{supervised}-t{t}-s{seed}"

@@ -8,15 +8,15 @@ from typing import Any, Literal, TypedDict
 
 from jsonargparse import ArgumentParser
 
-from smallfry.errors import RunError, UsageError
+from smallfry.errors import RunError
 from smallfry.io.safe_yaml import MOST_CONFIG, YAML_MODE, load_yaml
 from smallfry.training.distillation_config import DistillationConfig
-from smallfry.training.settings import settle
+from smallfry.training.objective_config import ObjectiveConfig as ObjectiveConfig
+from smallfry.training.settings import check, check_values
 from smallfry_runtime.files import read_bytes
 from smallfry_runtime.names import URI, path_of, storable
 
 MOST_SEED = 2**63  # above which PyTorch takes none
-MOST_NUMBER = 2**31  # of other whole numbers; PyTorch counts much with 32 bits
 MOST_WORKERS = 1024  # processes, or threads; more end a process without a word
 MOST_PADDING = 4096  # pixels, as of an image's side
 MOST_OPERATIONS = 100  # of RandAugment on one image
@@ -70,12 +70,12 @@ class DataConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_values(self, "data.")
-        _check((self.mean is None) == (self.std is None), "data.mean and data.std go together")
-        _check(all(s > 0 for s in self.std or ()), "data.std must be positive")
-        _check(0 <= self.split_seed < MOST_SEED, "data.split_seed is 0 to below 2**63")
+        check_values(self, "data.")
+        check((self.mean is None) == (self.std is None), "data.mean and data.std go together")
+        check(all(s > 0 for s in self.std or ()), "data.std must be positive")
+        check(0 <= self.split_seed < MOST_SEED, "data.split_seed is 0 to below 2**63")
         numbers = (*(self.mean or ()), *(self.std or ()))
-        _check(all(map(math.isfinite, numbers)), "data.mean and data.std must be finite numbers")
+        check(all(map(math.isfinite, numbers)), "data.mean and data.std must be finite numbers")
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class ModelConfig:
     checkpoint_gradients: bool = False
 
     def __post_init__(self) -> None:
-        _check_values(self, "model.")
+        check_values(self, "model.")
 
     def arguments(self) -> dict[str, Any]:
         """Return the model's keyword arguments, besides classes and image size."""
@@ -150,51 +150,15 @@ class AugmentConfig:
     cutmix: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_values(self, "augment.")
+        check_values(self, "augment.")
         padding = f"augment.crop_padding is 0 to {MOST_PADDING}"
-        _check(0 <= (self.crop_padding or 0) <= MOST_PADDING, padding)
+        check(0 <= (self.crop_padding or 0) <= MOST_PADDING, padding)
         operations = f"augment.randaugment_ops is 0 to {MOST_OPERATIONS}"
-        _check(0 <= self.randaugment_ops <= MOST_OPERATIONS, operations)
-        _check(0 <= self.randaugment_magnitude <= 30, "augment.randaugment_magnitude is 0 to 30")
-        _check(min(self.mixup, self.cutmix) >= 0, "augment.mixup and cutmix can't be negative")
-        _check(0 <= self.cutout <= MOST_PADDING, f"augment.cutout is 0 to {MOST_PADDING}")
-        _check(all(1 <= s <= MOST_PADDING for s in self.sizes), "augment.sizes must be positive")
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """Loss and number of trained recursion steps.
-
-    Args:
-        name: deep_supervision (recursive models), slots (the same, where each image halts by
-            itself and the next takes its place), cross_entropy (any), bias (cross-entropy weighed
-            by the variety of features, arXiv 2107.11170), or auto for the task's own, else
-            deep_supervision where the model recurs and cross_entropy elsewhere.
-        supervision_steps: Recursion steps on a batch, each with an optimizer step (N_sup); of
-            slots, the most on an image.
-        halt_threshold: Leave the batch once the mean halting probability passes this.
-        label_smoothing: Share of the target spread over all classes.
-        exploration: Chance that an image in a slot may not halt before a random step.
-        alpha: Factor of the variance of features in the weights of bias.
-        beta: What is taken off these weights.
-        normalization: Lowest variance of bias: that of each batch, or the running minimum.
-    """
-
-    name: Literal["auto", "deep_supervision", "slots", "cross_entropy", "bias"] = "auto"
-    supervision_steps: int = 1
-    halt_threshold: float = 0.5
-    label_smoothing: float = 0.0
-    exploration: float = 0.1
-    alpha: float = 0.3
-    beta: float = 0.3
-    normalization: Literal["batch", "running"] = "batch"
-
-    def __post_init__(self) -> None:
-        _check_values(self, "objective.")
-        _check(self.alpha >= 0 <= self.beta < 1, "objective.alpha is at least 0, beta 0 to below 1")
-        _check(self.supervision_steps >= 1, "objective.supervision_steps must be at least 1")
-        _check(0 <= self.label_smoothing < 1, "objective.label_smoothing is 0 to below 1")
-        _check(0 <= self.exploration <= 1, "objective.exploration is 0 to 1")
+        check(0 <= self.randaugment_ops <= MOST_OPERATIONS, operations)
+        check(0 <= self.randaugment_magnitude <= 30, "augment.randaugment_magnitude is 0 to 30")
+        check(min(self.mixup, self.cutmix) >= 0, "augment.mixup and cutmix can't be negative")
+        check(0 <= self.cutout <= MOST_PADDING, f"augment.cutout is 0 to {MOST_PADDING}")
+        check(all(1 <= s <= MOST_PADDING for s in self.sizes), "augment.sizes must be positive")
 
 
 @dataclass(frozen=True)
@@ -225,11 +189,11 @@ class OptimizerConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_values(self, "optimizer.")
-        _check(self.lr is None or self.lr > 0, "optimizer.lr must be positive")
-        _check(self.weight_decay >= 0, "optimizer.weight_decay can't be negative")
-        _check(self.bias_rate > 0, "optimizer.bias_rate must be positive")
-        _check(self.clip is None or self.clip > 0, "optimizer.clip must be positive, or null")
+        check_values(self, "optimizer.")
+        check(self.lr is None or self.lr > 0, "optimizer.lr must be positive")
+        check(self.weight_decay >= 0, "optimizer.weight_decay can't be negative")
+        check(self.bias_rate > 0, "optimizer.bias_rate must be positive")
+        check(self.clip is None or self.clip > 0, "optimizer.clip must be positive, or null")
 
 
 @dataclass(frozen=True)
@@ -252,14 +216,14 @@ class ScheduleConfig:
     milestones: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        _check_values(self, "schedule.")
-        _check(self.warmup_epochs >= 0, "schedule.warmup_epochs can't be negative")
-        _check(self.min_lr >= 0, "schedule.min_lr can't be negative")
-        _check(
+        check_values(self, "schedule.")
+        check(self.warmup_epochs >= 0, "schedule.warmup_epochs can't be negative")
+        check(self.min_lr >= 0, "schedule.min_lr can't be negative")
+        check(
             (self.shape == "steps") == bool(self.milestones),
             "schedule.shape steps and schedule.milestones go together",
         )
-        _check(min(self.milestones, default=1) > 0, "schedule.milestones must be positive")
+        check(min(self.milestones, default=1) > 0, "schedule.milestones must be positive")
 
 
 @dataclass(frozen=True)
@@ -276,8 +240,8 @@ class EMAConfig:
     warmup: bool = True
 
     def __post_init__(self) -> None:
-        _check_values(self, "ema.")
-        _check(0 <= self.decay < 1, "ema.decay is 0 to below 1")
+        check_values(self, "ema.")
+        check(0 <= self.decay < 1, "ema.decay is 0 to below 1")
 
 
 class TrainSettings(TypedDict, total=False):
@@ -406,16 +370,16 @@ class TrainConfig:
     reported: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_values(self, "")
+        check_values(self, "")
         object.__setattr__(self, "methods", [_as_entry(each) for each in self.methods])
         for name in ("epochs", "batch_size", "accumulate"):
-            _check(getattr(self, name) >= 1, f"{name} must be at least 1")
-        _check(self.accumulate <= self.batch_size, "accumulate can't exceed batch_size")
-        _check(self.patience is None or self.patience >= 1, "patience must be at least 1, or null")
-        _check(0 <= (self.workers or 0) <= MOST_WORKERS, f"workers is 0 to {MOST_WORKERS}")
+            check(getattr(self, name) >= 1, f"{name} must be at least 1")
+        check(self.accumulate <= self.batch_size, "accumulate can't exceed batch_size")
+        check(self.patience is None or self.patience >= 1, "patience must be at least 1, or null")
+        check(0 <= (self.workers or 0) <= MOST_WORKERS, f"workers is 0 to {MOST_WORKERS}")
         threads = 1 if self.threads is None else self.threads
-        _check(1 <= threads <= MOST_WORKERS, f"threads is 1 to {MOST_WORKERS}")
-        _check(0 <= self.seed < MOST_SEED, "seed is 0 to below 2**63")
+        check(1 <= threads <= MOST_WORKERS, f"threads is 1 to {MOST_WORKERS}")
+        check(0 <= self.seed < MOST_SEED, "seed is 0 to below 2**63")
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain values for YAML and JSON."""
@@ -427,7 +391,8 @@ class TrainConfig:
                 return [plain(inner) for inner in value]
             return storable(str(value)) if isinstance(value, Path | str) else value
 
-        return {key: plain(value) for key, value in asdict(self).items()}
+        values = asdict(self) | {"objective": self.objective.to_dict()}
+        return {key: plain(value) for key, value in values.items()}
 
 
 def read_config(file: Path) -> TrainConfig:
@@ -468,20 +433,3 @@ def _as_entry(method: Any) -> Any:
     from smallfry.training.method import to_dict  # which imports PyTorch
 
     return to_dict(method)  # type: ignore[arg-type]
-
-
-def _check(holds: bool, message: str) -> None:
-    if not holds:
-        raise UsageError(message)
-
-
-def _check_values(config: Any, group: str) -> None:
-    """Refuse values that no setting can have, before a library gets them."""
-    settle(config, group)
-    for entry in fields(config):
-        name, value = f"{group}{entry.name}", getattr(config, entry.name)
-        for number in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(number, float):
-                _check(not math.isnan(number), f"{name} is not a number (NaN)")
-            elif isinstance(number, int) and not name.endswith("seed"):
-                _check(abs(number) < MOST_NUMBER, f"{name} must be below 2**31")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from smallfry.errors import RunError, UsageError
 from smallfry.training.config import TrainConfig
+from smallfry.training.objective_config import ObjectiveConfig
 
 CHANGEABLE = (
     *("epochs", "patience", "device", "workers", "threads", "resident", "checkpoint_seconds"),
@@ -89,6 +90,7 @@ def changes_since(before: Mapping[str, Any], config: TrainConfig) -> list[Change
             out; or methods, which have begun.
     """
     now = dotted(config.to_dict())
+    before = _effective(before)
     default = dotted(TrainConfig().to_dict())  # of settings that came after the checkpoint
     names = [name for name in (*before, *now) if name not in UNREPORTED]
     changes = [
@@ -110,6 +112,14 @@ def changes_since(before: Mapping[str, Any], config: TrainConfig) -> list[Change
             "write those again, or start a new run"
         )
     return changed
+
+
+def _effective(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out settings that the objective of the name does not have."""
+    start = "objective."
+    given = {k.removeprefix(start): v for k, v in settings.items() if k.startswith(start)}
+    others = {key: value for key, value in settings.items() if not key.startswith(start)}
+    return others | dotted({"objective": ObjectiveConfig(**given).to_dict()})
 
 
 def require_whole_epochs(step: int, epochs: int, steps_per_epoch: int, where: str) -> None:

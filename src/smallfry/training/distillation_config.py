@@ -3,8 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from smallfry.errors import UsageError
-from smallfry.training.settings import settle
+from smallfry.training.settings import check, check_values
 
 
 @dataclass(frozen=True)
@@ -27,10 +26,9 @@ class DistillationConfig:
     features: float = 0.0
 
     def __post_init__(self) -> None:
-        settle(self, "distillation.")
-        if not 0 <= self.weight <= 1:
-            raise UsageError(f"distillation.weight is 0 to 1, not {self.weight}")
-        if not 0 < self.temperature < math.inf:
-            raise UsageError(f"distillation.temperature must be positive, not {self.temperature}")
-        if not 0 <= self.features < math.inf:
-            raise UsageError(f"distillation.features is 0 or more, not {self.features}")
+        check_values(self, "distillation.")
+        check(0 <= self.weight <= 1, f"distillation.weight is 0 to 1, not {self.weight}")
+        positive = 0 < self.temperature < math.inf
+        check(positive, f"distillation.temperature must be positive, not {self.temperature}")
+        enough = 0 <= self.features < math.inf
+        check(enough, f"distillation.features is 0 or more, not {self.features}")

@@ -13,13 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smallfry.errors import UsageError
-from smallfry.models import Recursive
 from smallfry.models.contract import map_tensors
-from smallfry.tasks import Batch, HasDefaults, Task, find_task
-from smallfry.training.bias_loss import BiasLoss, RunningBiasLoss
-from smallfry.training.config import ObjectiveConfig
+from smallfry.tasks import Batch, Task
 from smallfry.training.objective_steps import Advance, Step
-from smallfry.training.slots import SlotSupervision
 
 __all__ = [
     "Batch",
@@ -28,7 +24,6 @@ __all__ = [
     "Stateful",
     "Step",
     "Supervised",
-    "build_objective",
     "part_of",
 ]
 
@@ -158,29 +153,3 @@ class DeepSupervision:
                 last=number == self.supervision_steps,
             )
             state = map_tensors(Tensor.detach, step.state)
-
-
-def build_objective(
-    config: ObjectiveConfig, model: nn.Module, task: str = "classification", parts: int = 1
-) -> Objective:
-    """Build the configured objective for this model and task, and micro-batches of a batch."""
-    meaning = find_task(task).create(config.label_smoothing)
-    recursive = isinstance(model, Recursive)
-    name: str = config.name
-    if name == "auto" and recursive and isinstance(meaning, HasDefaults):
-        name = meaning.defaults.objective
-    if name == "auto":
-        name = "deep_supervision" if recursive else "cross_entropy"
-    if name == "cross_entropy":
-        return Supervised(meaning)
-    if name == "bias":
-        kind = RunningBiasLoss if config.normalization == "running" else BiasLoss
-        return kind(meaning, config.alpha, config.beta)
-    if not recursive:
-        raise UsageError(
-            f"{name} needs a recursive model, not {type(model).__name__}; "
-            "take objective.name cross_entropy"
-        )
-    if name == "slots":
-        return SlotSupervision(meaning, config.supervision_steps, config.exploration, parts)
-    return DeepSupervision(meaning, config.supervision_steps, config.halt_threshold)

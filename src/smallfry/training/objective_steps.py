@@ -5,9 +5,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from smallfry.errors import UsageError
+from smallfry.models import Recursive
 from smallfry.models.contract import replace_tensors, tensors
 
-__all__ = ["Advance", "Step", "choose"]
+__all__ = ["Advance", "Step", "choose", "require_recursive"]
 
 
 class Step(NamedTuple):
@@ -48,3 +50,16 @@ def choose(rows: Tensor, first: Any, second: Any) -> Any:
         for a, b in zip(tensors(first), tensors(second), strict=True)
     ]
     return replace_tensors(first, merged)
+
+
+def require_recursive(model: nn.Module, name: str) -> None:
+    """Require a recursive model for the objective of this name.
+
+    Raises:
+        UsageError: It is not.
+    """
+    if not isinstance(model, Recursive):
+        raise UsageError(
+            f"{name} needs a recursive model, not {type(model).__name__}; "
+            "take objective.name cross_entropy"
+        )

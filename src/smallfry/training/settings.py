@@ -1,5 +1,6 @@
 """Strict conversion of configuration values to the fields' types."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -10,8 +11,27 @@ import numpy as np
 
 from smallfry.errors import UsageError
 
+MOST_NUMBER = 2**31  # of whole numbers but seeds; PyTorch counts much with 32 bits
 NUMPY = (np.number, np.bool_)
 PLAIN = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+
+
+def check(holds: bool, message: str) -> None:
+    """Raise a UsageError unless a condition holds."""
+    if not holds:
+        raise UsageError(message)
+
+
+def check_values(config: Any, group: str) -> None:
+    """Refuse values that no setting can have, before a library gets them; as ``settle``."""
+    settle(config, group)
+    for entry in fields(config):
+        name, value = f"{group}{entry.name}", getattr(config, entry.name)
+        for number in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(number, float):
+                check(not math.isnan(number), f"{name} is not a number (NaN)")
+            elif isinstance(number, int) and not name.endswith("seed"):
+                check(abs(number) < MOST_NUMBER, f"{name} must be below 2**31")
 
 
 def settle(config: Any, group: str) -> None:

@@ -34,6 +34,7 @@ from smallfry.training.augment import Normalize
 from smallfry.training.augment_grids import build_augment
 from smallfry.training.batch_norm import require_enough_images
 from smallfry.training.batches import CHARACTERS
+from smallfry.training.build_objective import build_objective
 from smallfry.training.checkpoint import Checkpoint, has_checkpoint, load_checkpoint
 from smallfry.training.compression import CHOICE, DONE, LAST_EPOCH
 from smallfry.training.config import TrainConfig, TrainSettings, read_config
@@ -50,7 +51,6 @@ from smallfry.training.launch_env import launch
 from smallfry.training.loop import Trainer
 from smallfry.training.method import find_methods
 from smallfry.training.model_source import ModelSource, is_pretrained, model_name
-from smallfry.training.objective import build_objective
 from smallfry.training.processes import Processes, leaving, start
 from smallfry.training.progress import Reporter, build_reporter
 from smallfry.training.provenance import provenance

@@ -7,7 +7,6 @@ the caller. Torch-Pruning (MIT) is optional: ``pip install 'smallfry[compress]'`
 
 import copy
 import ctypes
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from smallfry.errors import SmallfryWarning
+from smallfry.io.background import BackgroundThread
 from smallfry.transforms.groups import ChannelGroup, Slice
 
 SECONDS = 20.0
@@ -177,13 +177,17 @@ def _within(seconds: float, work: Callable[[], T]) -> T:
         except BaseException as error:
             errors.append(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    while thread.is_alive():
+    thread = BackgroundThread(run)
+    if not thread.start():
+        raise MemoryError("no memory for another thread")
+    ended = thread.wait(seconds)
+    while not ended and thread.ident is not None:
         raised = ctypes.py_object(TimeoutError)
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), raised)
-        thread.join(0.1)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), raised)
+        ended = thread.wait(0.1)
+    thread.join()
     if errors:
         raise errors[0]
+    if not results:
+        raise TimeoutError("a thread did not begin")
     return results[0]

@@ -1,0 +1,32 @@
+"""Choice of the configured objective for a model and a task."""
+
+from torch import nn
+
+from smallfry.models import Recursive
+from smallfry.tasks import HasDefaults, find_task
+from smallfry.training.objective import Objective
+from smallfry.training.objective_config import AUTO, ObjectiveConfig
+
+
+def build_objective(
+    config: ObjectiveConfig, model: nn.Module, task: str = "classification", parts: int = 1
+) -> Objective:
+    """Build the configured objective.
+
+    Args:
+        config: Its name and settings.
+        model: The model that will be trained.
+        task: Name of the task.
+        parts: Micro-batches of a batch.
+
+    Raises:
+        UsageError: The objective does not fit the task or the model.
+    """
+    meaning = find_task(task).create(config.label_smoothing)
+    name, recursive = config.name, isinstance(model, Recursive)
+    if name == AUTO and recursive and isinstance(meaning, HasDefaults):
+        name = meaning.defaults.objective
+    if name == AUTO:
+        name = "deep_supervision" if recursive else "cross_entropy"
+    objective: Objective = config.settings(name).build(meaning, model, parts)
+    return objective
