@@ -86,6 +86,7 @@ def test_a_method_that_trains_has_a_budget_in_epochs(run, capsys):
     assert main(["compress", run, *words, "--tuning", FAST, "--distill", "0.5"]) == 0
     found = figures(capsys)
     assert found["macs"]["after"] < found["macs"]["before"]
+    assert found["zeros"] is None  # every layer is rounded
     assert [next(iter(each)) for each in found["methods"]] == ["hesso", "round_weights"]
     config = yaml.safe_load(Path("small/config.yaml").read_text())
     assert config["epochs"] == 2
@@ -115,7 +116,14 @@ def test_a_budget_in_minutes_becomes_epochs(run, capsys):
     words = ["--methods", f"[{HESSO}]", "--minutes", "0.02", "--to", "small", "--json"]
     assert main(["compress", run, *words, "--tuning", FAST]) == 0
     assert yaml.safe_load(Path("small/config.yaml").read_text())["epochs"] >= 1
-    assert figures(capsys)["macs"]["after"] > 0
+    assert main(["evaluate", "small", "--json"]) == 0
+    capsys.readouterr()
+    words = ["--methods", "[{snip: {sparsity: 0.9}}]", "--epochs", "1", "--to", "sparse", "--json"]
+    assert main(["compress", run, *words, "--tuning", FAST]) == 0
+    zeros = figures(capsys)["zeros"]
+    assert 0.5 * zeros["weights"] < zeros["zeros"] < zeros["weights"]
+    assert zeros["zero_macs"] < zeros["macs"]
+    assert zeros["smallest_bytes"] < zeros["dense_bytes"]
 
 
 def test_a_tuning_that_can_not_begin_leaves_nothing(run, capsys):

@@ -77,7 +77,10 @@ class Options(AsJson, OneRun):
 
 def run(options: Options) -> int:
     """Write the run folder of the compressed model, and print the comparison."""
+    import torch
+
     from smallfry.compress.report import compare, rows, to_dict
+    from smallfry.compress.sparse.report import zero_sums
     from smallfry.deploy.pretrained import load_trained
     from smallfry.training.checkpoint import write_file
     from smallfry.training.evaluation_data import load_like
@@ -97,7 +100,9 @@ def run(options: Options) -> int:
     small, folder = _compressed(options, trained, methods, data, place)
     is_classifier = trained.manifest.get("task", "classification") == "classification"
     found = compare(trained, small, data.validation if is_classifier else None)
-    summary = to_dict(found, small.manifest["methods"])
+    sample = torch.zeros(1, small.channels, small.image_size, small.image_size)
+    zeros = zero_sums(small.model, sample)
+    summary = {**to_dict(found, small.manifest["methods"]), "zeros": zeros}
     write_file(folder / "compression.json", json.dumps(summary, indent=2) + "\n")
     if options.json:
         say(json.dumps({"run": str(folder), **summary}))
@@ -105,6 +110,9 @@ def run(options: Options) -> int:
     table = Table("", "before", "after", "", box=None)
     for row in rows(found):
         table.add_row(*row)
+    if zeros is not None:
+        share = zeros["zeros"] / zeros["weights"]
+        table.add_row("zeros stored in dense layers", "", f"{share:.2%}", "")
     CleanConsole(highlight=False).print(table)
     say(f"run:    {folder}\nuse it: {command('smallfry', 'evaluate', folder)}")
     return 0

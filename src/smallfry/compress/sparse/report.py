@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from smallfry.compress.select import dense_layers
 from smallfry.compress.sparse.schedules import n_of_m
+from smallfry.errors import UsageError
 
 INDEX_BYTES = 4  # of a column, and of a row's begin, in compressed sparse rows
 
@@ -130,6 +131,20 @@ def sparsity_report(model: nn.Module, example: Tensor) -> SparsityReport:
     return SparsityReport(
         tuple(_layer(name, model.get_submodule(name), positions[name]) for name in names)
     )
+
+
+def zero_sums(model: nn.Module, example: Tensor) -> dict[str, int] | None:
+    """Return the sums of the report for JSON; None for a model without dense layers."""
+    try:
+        report = sparsity_report(model, example)
+    except UsageError:
+        return None
+    names = ("weights", "zeros", "macs", "zero_macs")
+    return {name: getattr(report, name) for name in names} | {
+        "dense_bytes": sum(each.dense_bytes for each in report.layers),
+        "smallest_bytes": report.smallest_bytes(),
+        "zero_rows": sum(each.zero_rows for each in report.layers),
+    }
 
 
 def _layer(name: str, layer: nn.Module, calls: int) -> LayerZeros:
