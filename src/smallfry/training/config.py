@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 
 from smallfry.errors import RunError
 from smallfry.io.safe_yaml import MOST_CONFIG, YAML_MODE, load_yaml
+from smallfry.training.adversarial_config import AdversarialConfig
 from smallfry.training.distillation_config import DistillationConfig
 from smallfry.training.objective_config import ObjectiveConfig as ObjectiveConfig
 from smallfry.training.settings import check, check_values
@@ -253,6 +254,7 @@ class TrainSettings(TypedDict, total=False):
     task: str
     objective: "ObjectiveConfig | Mapping[str, Any] | str"
     distillation: "DistillationConfig | Mapping[str, Any]"
+    adversarial: "AdversarialConfig | Mapping[str, Any]"
     optimizer: "OptimizerConfig | Mapping[str, Any] | str"
     schedule: "ScheduleConfig | Mapping[str, Any]"
     ema: "EMAConfig | Mapping[str, Any]"
@@ -299,6 +301,7 @@ class TrainConfig:
         task: Meaning of the model's outputs, by the name of a registered task.
         objective: The loss.
         distillation: A teacher's part in the loss.
+        adversarial: Attack on the training images.
         optimizer: The optimizer.
         schedule: Schedule of the learning rate.
         ema: Averaging of the weights.
@@ -343,6 +346,7 @@ class TrainConfig:
     task: str = "classification"
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)

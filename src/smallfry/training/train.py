@@ -30,6 +30,7 @@ from smallfry.models.trace import steps_to_follow, trace_recursion
 from smallfry.report.curves import learning_curves
 from smallfry.report.recursion import interesting, recursion_trace
 from smallfry.tasks import Pictured, find_task
+from smallfry.training.adversarial import adversarial
 from smallfry.training.augment import Normalize
 from smallfry.training.augment_grids import build_augment
 from smallfry.training.batch_norm import require_enough_images
@@ -338,6 +339,7 @@ def _build(
     objective, teacher = processes.together(
         lambda: distilled(config.distillation, objective, data, augment.normalize)
     )
+    objective = adversarial(config.adversarial, objective, augment.normalize)
     manifest |= teacher
     reporter = reporter or build_reporter(config.progress)
     trainer = Trainer(
