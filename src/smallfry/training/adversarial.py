@@ -38,22 +38,22 @@ class Adversarial:
 
     @property
     def halt_threshold(self) -> float:
-        """As of the wrapped objective."""
+        """Mean halting probability that ends a batch."""
         return self.objective.halt_threshold
 
     @property
     def supervision_steps(self) -> int:
-        """As of the wrapped objective."""
+        """Maximum number of optimizer steps per batch."""
         return self.objective.supervision_steps
 
     @property
     def likelihood(self) -> str | dict[str, str]:
-        """As of the wrapped objective."""
+        """Likelihood of the wrapped objective."""
         return self.objective.likelihood
 
     @property
     def changes_gradients(self) -> bool:
-        """As of the wrapped objective: the loss is its, on other images."""
+        """True if the wrapped objective's gradients are not those of its likelihood."""
         return bool(getattr(self.objective, "changes_gradients", False))
 
     def prepare(self, model: nn.Module) -> nn.Module:

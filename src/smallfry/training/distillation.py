@@ -98,17 +98,17 @@ class Distilled:
 
     @property
     def halt_threshold(self) -> float:
-        """As of the wrapped objective."""
+        """Mean halting probability that ends a batch."""
         return self.objective.halt_threshold
 
     @property
     def supervision_steps(self) -> int:
-        """As of the wrapped objective."""
+        """Maximum number of optimizer steps per batch."""
         return self.objective.supervision_steps
 
     @property
     def likelihood(self) -> str | dict[str, str]:
-        """As of the wrapped objective."""
+        """Likelihood of the wrapped objective."""
         return self.objective.likelihood
 
     def prepare(self, model: nn.Module) -> nn.Module:
