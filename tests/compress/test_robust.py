@@ -8,7 +8,7 @@ from pruning_golden import GOLDEN
 from torch import nn
 
 from smallfry import compress
-from smallfry.compress.prune.robust import (
+from smallfry.compress.sparse.robust import (
     log_am_gm,
     log_condition,
     log_condition_bound,
