@@ -31,12 +31,14 @@ def cost(model: nn.Module, input: Tensor) -> Cost:
         return Cost(
             parameters=sum(p.numel() for p in model.parameters()),
             bytes=sum(t.numel() * t.element_size() for t in tensors),
-            macs=_macs(deepcopy(model), input),
+            macs=macs(model, input),
             activation_bytes=_activation_bytes(deepcopy(model), input),
         )
 
 
-def _macs(model: nn.Module, input: Tensor) -> int:
+def macs(model: nn.Module, input: Tensor) -> int:
+    """Count the multiply-accumulates of all calls on an input; the model stays untouched."""
+    model = deepcopy(model)
     model.eval().requires_grad_(False)  # FlopCounterMode stumbles over views of parameters
     counter = FlopCounterMode(display=False)
     # the plain form of attention: not every PyTorch counts the fused ones

@@ -5,11 +5,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from smallfry.cli import main
 
 RUN = Path(__file__).parents[1] / "fixtures" / "format_2" / "run"
 ROUND = "[{round_weights: {bits: 8}}]"
+TUNED = ["--methods", "[{magnitude: {divisible: 2}}]", "--epochs", "1"]
+HESSO = "{hesso: {sparsity: 0.4, divisible: 2, begin: 0, end: 0.8, periods: 2}}"
+FAST = "{optimizer.name: adamw, augment.mixup: 0.0, batch_size: 32}"
 
 
 @pytest.fixture
@@ -49,6 +53,15 @@ def test_methods_come_from_a_file_too(run, capsys):
         (["--methods", "[]"], "at least one"),
         ([], "methods"),
         (["--methods", "[round_weights, low_rank]"], "no linear layer or convolution left"),
+        (["--methods", "[hesso]"], "'hesso' acts during training: give a budget, --epochs N"),
+        (["--methods", ROUND, "--distill", "0.5"], "need a budget"),
+        (["--methods", ROUND, "--epochs", "1", "--minutes", "1"], "excludes"),
+        (["--methods", ROUND, "--epochs", "0"], "at least 1"),
+        (["--methods", ROUND, "--epochs", "1", "--distill", "2"], "0 to 1"),
+        ([*TUNED, "--tuning", "{optimiser.lr: 1}"], "did you mean 'optimizer.lr'"),
+        ([*TUNED, "--tuning", "{epochs: 3}"], "the command sets it"),
+        ([*TUNED, "--tuning", "{optimizer.name: adamv}"], "did you mean"),
+        (["--methods", "[{hesso: {sparsity: 2}}]", "--epochs", "1"], r"must be in [0, 1)"),
     ],
 )
 def test_what_can_not_be_meant_is_refused_and_nothing_is_written(run, capsys, words, message):
@@ -80,4 +93,59 @@ def test_a_budget_that_can_not_be_met_writes_nothing(run, capsys):
     methods = "[{quantize: {budget: 1.5}}]"
     assert main(["compress", run, "--methods", methods, "--to", "small"]) == 2
     assert "1.5 bits per weight" in capsys.readouterr().err
+    assert not Path("small").exists()
+
+
+def figures(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_a_method_that_trains_has_a_budget_in_epochs(run, capsys):
+    words = ["--methods", f"[{HESSO}, round_weights]", "--epochs", "2", "--to", "small", "--json"]
+    assert main(["compress", run, *words, "--tuning", FAST, "--distill", "0.5"]) == 0
+    found = figures(capsys)
+    assert found["macs"]["after"] < found["macs"]["before"]
+    assert found["zeros"] is None  # every layer is rounded
+    assert [next(iter(each)) for each in found["methods"]] == ["hesso", "round_weights"]
+    config = yaml.safe_load(Path("small/config.yaml").read_text())
+    assert config["epochs"] == 2
+    assert config["batch_size"] == 32
+    assert config["distillation"]["weight"] == 0.5
+    assert config["optimizer"]["lr"] == pytest.approx(0.1 * 0.1)  # a tenth of kfac's
+    assert json.loads(Path("small/compression.json").read_text())["macs"] == found["macs"]
+    assert main(["evaluate", "small", "--json"]) == 0
+    assert main(["train", "--resume", "small"]) == 0
+
+
+@pytest.mark.slow
+def test_what_is_cut_once_is_tuned_after_it_and_rounded_at_the_end(run, capsys):
+    methods = "[{magnitude: {sparsity: 0.3, divisible: 2}}, round_weights]"
+    words = ["--methods", methods, "--epochs", "1", "--to", "small", "--json"]
+    assert main(["compress", run, *words, "--tuning", FAST]) == 0
+    found = figures(capsys)
+    assert [next(iter(each)) for each in found["methods"]] == ["magnitude", "round_weights"]
+    manifest = json.loads(Path("small/best/manifest.json").read_text())
+    assert [each["kind"] for each in manifest["model"]["transforms"]] == ["resize", "replace"]
+    assert manifest["training"]["step"] > 0
+    assert main(["evaluate", "small", "--json"]) == 0
+
+
+@pytest.mark.slow
+def test_a_budget_in_minutes_becomes_epochs(run, capsys):
+    words = ["--methods", f"[{HESSO}]", "--minutes", "0.02", "--to", "small", "--json"]
+    assert main(["compress", run, *words, "--tuning", FAST]) == 0
+    assert yaml.safe_load(Path("small/config.yaml").read_text())["epochs"] >= 1
+    assert main(["evaluate", "small", "--json"]) == 0
+    capsys.readouterr()
+    words = ["--methods", "[{snip: {sparsity: 0.9}}]", "--epochs", "1", "--to", "sparse", "--json"]
+    assert main(["compress", run, *words, "--tuning", FAST]) == 0
+    zeros = figures(capsys)["zeros"]
+    assert 0.5 * zeros["weights"] < zeros["zeros"] < zeros["weights"]
+    assert zeros["zero_macs"] < zeros["macs"]
+    assert zeros["smallest_bytes"] < zeros["dense_bytes"]
+
+
+def test_a_tuning_that_can_not_begin_leaves_nothing(run, capsys):
+    words = [*TUNED, "--tuning", "{optimizer.name: adamv}", "--to", "small"]
+    assert main(["compress", run, *words]) == 2
     assert not Path("small").exists()

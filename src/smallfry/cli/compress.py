@@ -1,9 +1,10 @@
 """Compress a trained model."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -13,6 +14,11 @@ from smallfry.errors import UsageError
 from smallfry.io.console import CleanConsole
 from smallfry.io.terminal import command, say
 
+if TYPE_CHECKING:
+    from smallfry.data import ImageData
+    from smallfry.training.method import MethodSettings
+    from smallfry.training.run import TrainedModel
+
 
 @dataclass(frozen=True)
 class CompressConfig:
@@ -21,15 +27,37 @@ class CompressConfig:
     Args:
         methods: Methods in the order of their stages, as NAME or NAME: {SETTING: VALUE}, such as
             [{magnitude: {sparsity: 0.5}}, {round_weights: {bits: 8}}].
+        epochs: Budget of fine-tuning in epochs, which methods that train need.
+        minutes: Budget in minutes instead, met to the nearest epoch by a short measurement.
+        distill: Share of the loss that compares with the model before, 0 to 1.
+        tuning: Settings of the fine-tuning by dotted name, over those of the model's own training
+            with a tenth of its learning rate, such as {optimizer.lr: 0.01, batch_size: 128}.
         seed: Random seed.
     """
 
     methods: list[Any]
+    epochs: int | None = None
+    minutes: float | None = None
+    distill: float = 0.0
+    tuning: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.methods:
             raise UsageError("methods is empty; give at least one, such as [round_weights]")
+        if self.epochs is not None and self.minutes is not None:
+            raise UsageError("epochs excludes minutes; give one budget")
+        if (self.epochs is not None and self.epochs < 1) or (self.minutes or 1) <= 0:
+            raise UsageError("epochs must be at least 1, and minutes above 0")
+        if not 0 <= self.distill <= 1:
+            raise UsageError(f"distill is 0 to 1, not {self.distill}")
+        if not self.tunes and (self.distill or self.tuning):
+            raise UsageError("distill and tuning need a budget: --epochs N or --minutes M")
+
+    @property
+    def tunes(self) -> bool:
+        """True if there is a budget of fine-tuning."""
+        return self.epochs is not None or self.minutes is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,24 +77,33 @@ class Options(AsJson, OneRun):
 
 def run(options: Options) -> int:
     """Write the run folder of the compressed model, and print the comparison."""
-    from smallfry.compress.pipeline import apply
+    import torch
+
     from smallfry.compress.report import compare, rows, to_dict
+    from smallfry.compress.sparse.report import zero_sums
     from smallfry.deploy.pretrained import load_trained
     from smallfry.training.checkpoint import write_file
     from smallfry.training.evaluation_data import load_like
     from smallfry.training.method import from_dict
 
     methods = [from_dict(each) for each in options.settings.methods]
+    training = [method.name for method in methods if method.trains]
+    if training and not options.settings.tunes:
+        raise UsageError(
+            f"'{training[0]}' acts during training: give a budget, --epochs N or --minutes M"
+        )
     trained = load_trained(options.run, options.checkpoint)
     place = options.to or Path(f"{str(options.run).rstrip('/')}-small")
-    trained.require_savable(place)
+    if not options.settings.tunes:
+        trained.require_savable(place)
     data, *_ = load_like(trained, options.run, options.data.name, options.data.root, "train")
     reports: list[dict[str, Any]] = []
-    small = apply(trained, methods, data, options.settings.seed, reports)
+    small, folder = _compressed(options, trained, methods, data, place, reports)
     is_classifier = trained.manifest.get("task", "classification") == "classification"
     found = compare(trained, small, data.validation if is_classifier else None)
-    folder = small.save(place)
-    summary = to_dict(found, small.manifest["methods"]) | {"reports": reports}
+    sample = torch.zeros(1, small.channels, small.image_size, small.image_size)
+    zeros = zero_sums(small.model, sample)
+    summary = to_dict(found, small.manifest["methods"]) | {"zeros": zeros, "reports": reports}
     for mixed in (each["mixed"] for each in reports if each.get("mixed")):
         from smallfry.report.bits import draw_trade_off  # matplotlib takes a second
 
@@ -79,6 +116,41 @@ def run(options: Options) -> int:
     table = Table("", "before", "after", "", box=None)
     for row in rows(found):
         table.add_row(*row)
+    if zeros is not None:
+        share = zeros["zeros"] / zeros["weights"]
+        table.add_row("zeros stored in dense layers", "", f"{share:.2%}", "")
     CleanConsole(highlight=False).print(table)
     say(f"run:    {folder}\nuse it: {command('smallfry', 'evaluate', folder)}")
     return 0
+
+
+def _compressed(
+    options: Options,
+    trained: "TrainedModel",
+    methods: "Sequence[MethodSettings]",
+    data: "ImageData",
+    place: Path,
+    reports: list[dict[str, Any]],
+) -> "tuple[TrainedModel, Path]":
+    """Write the run folder of the compressed model, and return both; add the methods' reports."""
+    from smallfry.compress.pipeline import apply
+    from smallfry.training.config import DataConfig
+    from smallfry.training.run import load_run
+
+    settings = options.settings
+    if not settings.tunes:
+        small = apply(trained, methods, data, settings.seed, reports)
+        return small, small.save(place)
+    from smallfry.cli._tuning import fine_tune, tuning_config
+
+    other = None
+    if options.data.name is not None:
+        other = DataConfig(options.data.name, options.data.root)
+    config = tuning_config(
+        *(trained, options.run, place, other, settings.epochs or 1, settings.seed),
+        *(settings.distill, settings.tuning),
+    )
+    if options.json:
+        config = replace(config, progress="quiet")
+    fine_tune(trained, options.run, methods, config, data, settings.minutes)
+    return load_run(place), place

@@ -12,9 +12,10 @@ from smallfry.io.console import CleanConsole
 from smallfry.io.terminal import printable, say
 
 if TYPE_CHECKING:
+    from smallfry.data import Split
     from smallfry.training.run import TrainedModel
 
-PERCENT = ("accuracy", "macro_f1", "cell_accuracy")
+PERCENT = ("accuracy", "macro_f1", "cell_accuracy", "accuracy_under_attack")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +27,18 @@ class Options(EarlyExit, AsJson, OneRun):
         data: Data to use instead of the run's own.
         flips: Take the mean of the logits of each image and its mirror image.
         by_step: Score the prediction after each recursion step too; of puzzles, always.
+        attack: Score the images changed to mislead the model, too: pgd, projected gradient descent.
+        eps: Largest change of a pixel in an attack, of images in [0, 1], such as 8/255.
+        attack_steps: Steps of the attack, each a quarter of eps.
     """
 
     split: Literal["train", "validation", "test"] = "test"
     data: OtherData = field(default_factory=OtherData)
     flips: bool = False
     by_step: bool = False
+    attack: Literal["pgd"] | None = None
+    eps: str = "8/255"
+    attack_steps: int = 20
 
 
 def run(options: Options) -> int:
@@ -57,6 +64,8 @@ def run(options: Options) -> int:
     task = task_of(trained.manifest)
     scores = score(require_finite(predictions), task)
     result = {"data": loaded.name, "split": split, "images": len(images), **scores}
+    if options.attack is not None:
+        result |= _attacked(options, trained, images)
     if options.flips:
         result["flips"] = True
     if threshold is not None:
@@ -80,6 +89,17 @@ def run(options: Options) -> int:
             table.add_row(str(number), *(_shown(name, value) for name, value in row.items()))
         CleanConsole().print(table)
     return 0
+
+
+def _attacked(options: Options, trained: "TrainedModel", images: "Split") -> dict[str, float]:
+    """Measure the accuracy under attack."""
+    from smallfry.training.attack import PGD, accuracy_under_attack, parse_eps
+    from smallfry.training.run import require_classifier
+
+    require_classifier(trained)
+    attack = PGD(parse_eps(options.eps), steps=options.attack_steps)
+    accuracy = accuracy_under_attack(trained.model, images, trained.normalize, attack)
+    return {"accuracy_under_attack": accuracy, "eps": attack.eps}
 
 
 def _shown(name: str, value: object) -> str:

@@ -167,6 +167,10 @@ class Session:
         penalty = self._running.penalty()
         return 0.0 if penalty is None else penalty
 
+    def observe(self, loss: Tensor) -> None:
+        """Pass the loss before the optimizer's step, for methods that need it, such as CRIC."""
+        self._running.observe(loss.detach)
+
     def finish(self) -> ModelSpec:
         """Convert the model to its compressed form, return its spec and detach the optimizers."""
         self.detach()

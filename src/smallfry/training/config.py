@@ -10,6 +10,8 @@ from jsonargparse import ArgumentParser
 
 from smallfry.errors import RunError
 from smallfry.io.safe_yaml import MOST_CONFIG, YAML_MODE, load_yaml
+from smallfry.training.adversarial_config import AdversarialConfig
+from smallfry.training.distillation_config import DistillationConfig
 from smallfry.training.objective_config import ObjectiveConfig as ObjectiveConfig
 from smallfry.training.settings import check, check_values
 from smallfry_runtime.files import read_bytes
@@ -251,6 +253,8 @@ class TrainSettings(TypedDict, total=False):
     augment: "AugmentConfig | Mapping[str, Any]"
     task: str
     objective: "ObjectiveConfig | Mapping[str, Any] | str"
+    distillation: "DistillationConfig | Mapping[str, Any]"
+    adversarial: "AdversarialConfig | Mapping[str, Any]"
     optimizer: "OptimizerConfig | Mapping[str, Any] | str"
     schedule: "ScheduleConfig | Mapping[str, Any]"
     ema: "EMAConfig | Mapping[str, Any]"
@@ -296,6 +300,8 @@ class TrainConfig:
         augment: Augmentation of the training images.
         task: Meaning of the model's outputs, by the name of a registered task.
         objective: The loss.
+        distillation: A teacher's part in the loss.
+        adversarial: Attack on the training images.
         optimizer: The optimizer.
         schedule: Schedule of the learning rate.
         ema: Averaging of the weights.
@@ -339,6 +345,8 @@ class TrainConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     task: str = "classification"
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)

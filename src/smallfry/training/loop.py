@@ -145,7 +145,7 @@ class Trainer:
         self.model = self.fabric.setup_module(prepared)
         if config.ema.decay and self.is_sharded:
             self.average = ShardedAverage(self.raw_model, config.ema)
-        changed = self.running.changes_gradients
+        changed = self.running.changes_gradients or getattr(objective, "changes_gradients", False)
         self.raw_optimizer = build_optimizer(
             unchecked(config.optimizer) if changed else config.optimizer,
             self.raw_model,
@@ -362,6 +362,7 @@ class Trainer:
                 self.fabric.clip_gradients(
                     self.model, self.optimizer, max_norm=clip, error_if_nonfinite=False
                 )
+            self.running.observe(lambda: processes.total(sums[:1].clone())[0])  # noqa: B023
             self.running.step = self.progress.step * self.objective.supervision_steps + len(losses)
             self.optimizer.step()
             if self.average is not None:

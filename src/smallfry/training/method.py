@@ -63,6 +63,9 @@ class Method:
         """Return a loss term, a function of the weights; None for none."""
         return None
 
+    def observe(self, loss: Tensor) -> None:
+        """Take the loss of the step that comes, detached; before ``before_step``."""
+
     def before_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Act on gradients before step number ``step``, below ``Setting.steps``.
 
@@ -98,6 +101,7 @@ class MethodSettings(Protocol):
     Attributes:
         name: Name in configurations and manifests.
         trains: True if it needs optimizer steps.
+        tunable: Optional: True if it acts once and its result is to be trained further.
     """
 
     name: ClassVar[str]
@@ -216,6 +220,14 @@ class Running:
             for method in self._training()
             for name in names
         )
+
+    def observe(self, loss: Callable[[], Tensor]) -> None:
+        """Pass the loss of the next step to methods that take it; it is computed for them alone."""
+        takers = [m for m in self._training() if type(m).observe is not Method.observe]
+        if takers:
+            value = loss()
+            for method in takers:
+                method.observe(value)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Hook into every step of an optimizer, until ``detach``."""

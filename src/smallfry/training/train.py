@@ -30,6 +30,7 @@ from smallfry.models.trace import steps_to_follow, trace_recursion
 from smallfry.report.curves import learning_curves
 from smallfry.report.recursion import interesting, recursion_trace
 from smallfry.tasks import Pictured, find_task
+from smallfry.training.adversarial import adversarial
 from smallfry.training.augment import Normalize
 from smallfry.training.augment_grids import build_augment
 from smallfry.training.batch_norm import require_enough_images
@@ -43,6 +44,7 @@ from smallfry.training.continuation import (
     with_changes,
     with_fitting_warmup,
 )
+from smallfry.training.distillation import distilled, require_same_teacher
 from smallfry.training.evaluation import Predictions, predict, require_finite, score, task_of
 from smallfry.training.evaluation_data import load_config_data, require_place
 from smallfry.training.fine_tuning import START, kept_facts, like_start, load_start
@@ -203,6 +205,7 @@ def _resume(
             source = ModelSource(None, checkpoint.manifest)
             trainer = _build(config, data, folder, reporter, processes, source)
             _require_same_data(checkpoint.manifest, trainer.data, folder)
+            require_same_teacher(checkpoint.manifest, trainer.manifest, str(folder.path))
             _restore(trainer, checkpoint)
         else:
             begun = processes.together(lambda: load_start(config.model))
@@ -254,7 +257,11 @@ def _with_full_paths(config: TrainConfig) -> TrainConfig:
     if start is not None and path_of(start).expanduser().is_dir():
         start = str(path_of(start).expanduser().resolve())
     model, data = replace(config.model, start=start), replace(wanted, name=name, root=root)
-    return replace(config, data=data, model=model, run=run)
+    teacher = config.distillation.teacher
+    if teacher is not None and path_of(teacher).expanduser().is_dir():
+        teacher = str(path_of(teacher).expanduser().resolve())
+    distillation = replace(config.distillation, teacher=teacher)
+    return replace(config, data=data, model=model, run=run, distillation=distillation)
 
 
 def _load(config: TrainConfig) -> ImageData:
@@ -329,6 +336,11 @@ def _build(
     }
     augment = build_augment(config, data, task)
     objective = build_objective(config.objective, model, config.task, config.accumulate)
+    objective, teacher = processes.together(
+        lambda: distilled(config.distillation, objective, data, augment.normalize)
+    )
+    objective = adversarial(config.adversarial, objective, augment.normalize)
+    manifest |= teacher
     reporter = reporter or build_reporter(config.progress)
     trainer = Trainer(
         model, data, objective, augment, config, folder, manifest, reporter, processes

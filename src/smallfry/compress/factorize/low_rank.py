@@ -39,6 +39,7 @@ class LowRank:
 
     name: ClassVar[str] = "low_rank"
     trains: ClassVar[bool] = False
+    tunable: ClassVar[bool] = True
 
     keep: float = 0.5
     include: tuple[str, ...] = ("*",)

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from smallfry.compress.prune.selection import block_size
 from smallfry.compress.select import chosen
 from smallfry.errors import UsageError
 from smallfry.training.method import Method, Setting, register_method
@@ -45,6 +46,7 @@ class Magnitude:
 
     name: ClassVar[str] = "magnitude"
     trains: ClassVar[bool] = False
+    tunable: ClassVar[bool] = True
 
     sparsity: float = 0.5
     include: tuple[str, ...] = ("*",)
@@ -112,8 +114,7 @@ def survivors(
     threshold = every[kept_in_all - 1]
     keep = {}
     for group in groups:
-        step = 1 if group.counts or group.channels <= divisible else divisible
-        step = max(step, group.divisor)
+        step = block_size(group, divisible)
         count = max(1, int((sizes[group.name] >= threshold).sum()))
         count = min(group.channels, step * ceil(count / step))
         order = sizes[group.name].sort(descending=True, stable=True).indices
