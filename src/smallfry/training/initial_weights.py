@@ -16,6 +16,7 @@ from smallfry.transforms.spec import OF_THE_FACTORY
 from smallfry_runtime.names import path_of, text_of
 
 SUFFIX = ".safetensors"
+PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".tar")
 WAITING = 5.0  # seconds for the first answer of the hub
 IMAGE = 224  # pixels, of weights that state no size
 
@@ -63,6 +64,11 @@ def find_weights(config: ModelConfig) -> InitialWeights | None:
         UsageError: No architecture for them, no such file, or weights that can't be had.
         RunError: The file is damaged.
     """
+    if path_of(str(config.start)).suffix in PICKLES:
+        raise UsageError(
+            f"model.start {config.start}: pickled files are not read, as they can run code; save "
+            f"their weights with safetensors.torch.save_file as NAME{SUFFIX}"
+        )
     if not names_weights(config):
         return None
     if chosen := sorted(OF_THE_FACTORY & set(config.options)):

@@ -118,6 +118,8 @@ def create_model(
         if is_out_of_memory(error):
             raise
         reason = " ".join((str(error) or repr(error)).split())[:MOST_REASON]
+        if weights:
+            raise UsageError(f"model.start: the weights do not fit {name}: {reason}") from error
         shape = f"{data.channels}×{data.image_size}×{data.image_size}"
         raise UsageError(f"model {name} can't be built for images of {shape}: {reason}") from error
     _recompute_blocks(model, config)

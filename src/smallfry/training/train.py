@@ -113,10 +113,10 @@ def _train(
 ) -> dict[str, Any]:
     if config.run is not None:  # before the data is read
         processes.once(RunFolder(config.run).require_free)
-    begun = processes.together(lambda: load_start(config.model))
-    config = config if begun is None else like_start(config, begun)
     weights = processes.together(lambda: find_weights(config.model))
     config = config if weights is None else like_weights(config, weights)
+    begun = processes.together(lambda: load_start(config.model))
+    config = config if begun is None else like_start(config, begun)
     source = ModelSource(begun, weights)
     data = processes.together(lambda: _load(config))
     processes.once(lambda: _warn_of_duplicates(data))
