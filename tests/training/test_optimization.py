@@ -100,3 +100,70 @@ def test_the_average_is_of_weights_and_buffers():
     average.update(model, 0)
     assert average.module.weight.tolist() == pytest.approx([2.0, 2.0])
     assert average.module.running_mean.tolist() == pytest.approx([1.0, 1.0])
+
+
+def scales(model, **settings):
+    """The factor of the learning rate of each parameter."""
+    optimizer = build_optimizer(OptimizerConfig(lr=0.1, **settings), model)
+    named = {id(p): name for name, p in model.named_parameters()}
+    return {
+        named[id(p)]: group.get("lr_scale", 1.0)
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "kfac", "adam_atan2"])
+def test_the_classifier_can_have_a_rate_of_its_own(name):
+    model = timm.create_model("resnet10t", num_classes=3)
+    found = scales(model, name=name, head_rate=5.0)
+    assert found.keys() == dict(model.named_parameters()).keys()
+    assert {n for n, scale in found.items() if scale == 5.0} == {"fc.weight", "fc.bias"}
+    if name != "kfac":  # which gives the AdamW of its other parameters a hundredth of the rate
+        assert {*found.values()} == {1.0, 5.0}
+
+
+@pytest.mark.parametrize("name", ["adamw", "kfac", "adam_atan2"])
+def test_rates_fall_from_each_group_of_layers_to_the_one_before(name):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3, depth=3)
+    found = scales(model, name=name, layer_decay=0.5)
+    assert found["patch_embed.proj.weight"] == 0.5**4
+    for block in range(3):
+        assert found[f"blocks.{block}.attn.qkv.weight"] == 0.5 ** (3 - block)
+        assert found[f"blocks.{block}.mlp.fc1.bias"] == 0.5 ** (3 - block)
+    assert found["head.weight"] == found["head.bias"] == 1.0
+    others = 0.01 if name == "kfac" else 1.0  # factor of the AdamW of other parameters
+    assert found["norm.weight"] == pytest.approx(0.5 * others)
+    assert found["cls_token"] == pytest.approx(0.5**4 * others)
+
+
+def test_rates_multiply():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3, depth=2)
+    found = scales(model, layer_decay=0.5, head_rate=3.0, bias_rate=2.0)
+    assert found["head.bias"] == 6.0
+    assert found["head.weight"] == 3.0
+    assert found["blocks.0.mlp.fc1.bias"] == 2.0 * 0.25
+
+
+def test_layer_decay_leaves_weight_decay_as_it_is():
+    model = timm.create_model("vitrm_micro_patch4_8", num_classes=3)
+
+    def decayed(**settings):
+        optimizer = build_optimizer(OptimizerConfig(lr=0.1, **settings), model)
+        named = {id(p): name for name, p in model.named_parameters()}
+        groups = optimizer.param_groups
+        return {named[id(p)] for g in groups if g["weight_decay"] for p in g["params"]}
+
+    for decay in ("weights", "all"):
+        assert decayed(decay=decay, layer_decay=0.9) == decayed(decay=decay)
+
+
+def test_a_model_without_a_classifier_has_no_rate_for_it():
+    with pytest.raises(UsageError, match="names no classifier"):
+        build_optimizer(OptimizerConfig(lr=0.1, head_rate=2.0), nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("name", ["head_rate", "layer_decay", "bias_rate"])
+def test_rates_are_positive(name):
+    with pytest.raises(UsageError, match=f"{name} must be positive"):
+        OptimizerConfig(**{name: 0.0})

@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from jsonargparse import ArgumentError
 
+from smallfry.cli._aliases import like_named
 from smallfry.errors import UsageError, nearest
 
 OF_ALL = ("help", "debug", "config", "print_config")  # options that jsonargparse or all verbs have
@@ -35,7 +36,9 @@ def explain(
         # "Option 'nmae' is not accepted", or "Group 'data' does not accept option 'nmae'"
         unknown = ".".join(re.findall(r"'([\w.]+)'", message))
     if unknown:
-        hint = nearest(unknown, _known(options)) or f"; smallfry {command} --help lists them"
+        hint = "" if "." in unknown else like_named(unknown, options)
+        hint = hint or nearest(unknown, _known(options))
+        hint = hint or f"; smallfry {command} --help lists them"
         return f"{command} has no option '{unknown}'{hint}"
     # 'Parser key "data.limit": … Got value: x', at the end of which a union has 'Given value: x'
     match = re.fullmatch(r'Parser key "([\w.]+)":? ?(.*)', message)

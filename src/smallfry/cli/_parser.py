@@ -15,6 +15,7 @@ from docstring_parser import DocstringStyle
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from smallfry.cli._aliases import expand_aliases
 from smallfry.cli._explain import explain, unreadable
 from smallfry.cli._fields import METAVAR, ROLE, Choice
 from smallfry.cli._verbs import Verb, load_verb, verb_names
@@ -93,15 +94,16 @@ def expand_home(arguments: Sequence[str]) -> list[str]:
 
 
 def expand_shorthand(arguments: Sequence[str], options: Iterable[str]) -> list[str]:
-    """Expand ``--data cifar10`` to ``--data.name cifar10``, for all groups with a name.
+    """Expand ``--data cifar10`` to ``--data.name cifar10``, and the options of ``_aliases``.
 
     Args:
         arguments: A command line behind the verb.
         options: The options there are.
     """
-    groups = {f"--{name.removesuffix('.name')}" for name in options if name.endswith(".name")}
+    names = {*options}
+    groups = {f"--{name.removesuffix('.name')}" for name in names if name.endswith(".name")}
     expanded = []
-    for argument in arguments:
+    for argument in expand_aliases(arguments, names):
         name, equals, value = argument.partition("=")
         expanded.append(f"{name}.name{equals}{value}" if name in groups else argument)
     return expanded

@@ -6,6 +6,8 @@ run was stopped, or how many processes train on it. The random state of the augm
 for each batch. Of several processes each makes its own part of a batch, and no more.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,6 +27,15 @@ CHARACTERS = frozenset({"digits", "mnist"})
 def derive_seed(*key: int) -> int:
     """Derive a seed for the random stream of ``key``, independent of all other streams."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class Result(NamedTuple):
+    """Outcome of training on one batch."""
+
+    loss: Tensor  # scalar, mean over its optimizer steps
+    correct: Tensor  # scalar, samples whose last outputs are right
+    halting: Tensor  # scalar, mean halting probability of the last step; nan where there is none
+    steps: int  # optimizer steps taken
 
 
 class TrainBatches(Dataset[Batch]):

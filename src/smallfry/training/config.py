@@ -87,7 +87,11 @@ class ModelConfig:
         name: A registered model; auto takes the ViTRM that fits the size of the images.
         start: A trained model to start from: a run folder, a checkpoint in one, a shared folder or
             hf_hub:USER/NAME. Its architecture, transforms and weights are taken, and images are
-            prepared as it takes them; another number of classes has a new classifier.
+            prepared as it takes them; another number of classes has a new classifier. Or weights
+            of the named model: a file NAME.safetensors, or true for timm's.
+        freeze: Parts that are not trained: backbone is all but the classifier; otherwise shell
+            patterns of parameters' names, such as [stem.*, stages.0.*].
+        freeze_epochs: Epochs until they are trained too; null never trains them.
         latent_steps: Rewritings of the latent memory in one recursion step (n; ViTRM).
         recursion_steps: Recursion steps at inference (T; ViTRM).
         latents: Latent tokens; default one per patch (ViTRM).
@@ -97,7 +101,9 @@ class ModelConfig:
     """
 
     name: str = "auto"
-    start: str | None = None
+    start: str | bool | None = None
+    freeze: list[str] = field(default_factory=list)
+    freeze_epochs: float | None = None
     latent_steps: int | None = None
     recursion_steps: int | None = None
     latents: int | None = None
@@ -106,7 +112,16 @@ class ModelConfig:
     checkpoint_gradients: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.start, bool):
+            object.__setattr__(self, "start", "true" if self.start else None)
+        if isinstance(self.freeze, str):
+            object.__setattr__(self, "freeze", [self.freeze])
         check_values(self, "model.")
+        check((self.freeze_epochs or 0) >= 0, "model.freeze_epochs can't be negative")
+        check(
+            self.freeze_epochs is None or bool(self.freeze),
+            "model.freeze_epochs needs model.freeze, such as model.freeze backbone",
+        )
 
     def arguments(self) -> dict[str, Any]:
         """Return the model's keyword arguments, besides classes and image size."""
@@ -175,6 +190,9 @@ class OptimizerConfig:
         decay: weights leaves biases, norms, positions and initial states undecayed; all is the
             paper's choice.
         bias_rate: Factor of the learning rate of biases and of the shifts of norms.
+        head_rate: Factor of the learning rate of the classifier.
+        layer_decay: Factor of the learning rate from each of timm's groups of layers to the one
+            before it, towards the input; 1 gives all the same rate.
         betas: Averaging factors, for optimizers of Adam's family.
         clip: Largest gradient norm; null does not clip.
         options: Any other argument of the optimizer, such as {damping: 0.1, statistics_every: 5}.
@@ -185,6 +203,8 @@ class OptimizerConfig:
     weight_decay: float = 0.05
     decay: Literal["weights", "all"] = "weights"
     bias_rate: float = 1.0
+    head_rate: float = 1.0
+    layer_decay: float = 1.0
     betas: tuple[float, float] | None = None
     clip: float | None = 1.0
     options: dict[str, Any] = field(default_factory=dict)
@@ -193,7 +213,8 @@ class OptimizerConfig:
         check_values(self, "optimizer.")
         check(self.lr is None or self.lr > 0, "optimizer.lr must be positive")
         check(self.weight_decay >= 0, "optimizer.weight_decay can't be negative")
-        check(self.bias_rate > 0, "optimizer.bias_rate must be positive")
+        for name in ("bias_rate", "head_rate", "layer_decay"):
+            check(getattr(self, name) > 0, f"optimizer.{name} must be positive")
         check(self.clip is None or self.clip > 0, "optimizer.clip must be positive, or null")
 
 

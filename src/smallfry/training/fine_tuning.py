@@ -16,6 +16,7 @@ from smallfry.tasks import Task
 from smallfry.training.checkpoint import WEIGHTS
 from smallfry.training.compression import DONE
 from smallfry.training.config import ModelConfig, TrainConfig
+from smallfry.training.initial_weights import names_weights
 from smallfry.training.run import TrainedModel
 from smallfry.transforms.build import build
 from smallfry.transforms.classifier import with_classes
@@ -32,10 +33,10 @@ def load_start(config: ModelConfig) -> TrainedModel | None:
         UsageError: Settings that contradict it.
         RunError: It can't be read.
     """
-    if config.start is None:
+    if config.start is None or names_weights(config):
         return None
     # shared folders and the hub are read above this package, by what users call smallfry.load
-    trained: TrainedModel = import_module("smallfry").load(config.start)
+    trained: TrainedModel = import_module("smallfry").load(str(config.start))
     architecture = trained.spec.architecture
     if config.name not in ("auto", architecture):
         raise UsageError(

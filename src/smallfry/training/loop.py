@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from smallfry.io.signals import noting
 from smallfry.io.terminal import command
 from smallfry.tasks import Batch
 from smallfry.training.augment import Augmentation
-from smallfry.training.batches import TrainBatches, derive_seed, resident
+from smallfry.training.batches import Result, TrainBatches, derive_seed, resident
 from smallfry.training.checkpoint import Checkpoint, has_checkpoint, save_checkpoint
 from smallfry.training.compiling import Compiled, compiling
 from smallfry.training.compression import InTraining, MethodPlan
@@ -26,6 +26,7 @@ from smallfry.training.config import TrainConfig
 from smallfry.training.continuation import changes_since, dotted, require_whole_epochs
 from smallfry.training.evaluation import joined, predict, require_finite, score
 from smallfry.training.events import EventWriter
+from smallfry.training.freezing import freeze
 from smallfry.training.launch_env import launcher_has_ended
 from smallfry.training.loader import TrainLoader
 from smallfry.training.method import find_methods
@@ -49,15 +50,6 @@ from smallfry.training.sharding import (
 )
 from smallfry.transforms.build import not_finite
 from smallfry.transforms.spec import ModelSpec
-
-
-class Result(NamedTuple):
-    """Outcome of one batch."""
-
-    loss: Tensor  # scalar, mean over its optimizer steps
-    correct: Tensor  # scalar, samples whose last outputs are right
-    halting: Tensor  # scalar, mean halting probability of the last step; nan where there is none
-    steps: int  # optimizer steps taken
 
 
 @dataclass
@@ -135,6 +127,8 @@ class Trainer:
             self.raw_model.to(memory_format=torch.channels_last)
         self.running = self.plan.begin(self.raw_model)
         self.raw_model = convert(self.fabric.to_device(self.raw_model))  # with new layers
+        steps = self.batches.steps_per_epoch
+        self.freezing = freeze(self.raw_model, config.model, steps, processes)
         prepared = objective.prepare(self.raw_model)
         if config.compile:
             prepared = Compiled(prepared)
@@ -159,6 +153,7 @@ class Trainer:
         self.optimizer: Any = self.fabric.setup_optimizers(self.raw_optimizer)
         self.on_cpu = self.fabric.device.type == "cpu"
         self._pending: list[tuple[int, int, Result]] = []
+        self._rate = self.peak_rate  # of the last step
         self._stamp = 0.0  # when the last step, or what had to be done after it, ended
 
     @property
@@ -319,9 +314,11 @@ class Trainer:
         )
         for group in self.raw_optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
+        self._rate = rate
         others = (self.processes.rank,) if self.processes.rank else ()
         torch.manual_seed(derive_seed(config.seed, 2, progress.step, *others))  # dropout
         self.model.train()
+        self.freezing.at(progress.step)
         result = self._fit_batch(batch.to(self.fabric.device))
         progress.step += 1
         images = self.batches.batch_size
@@ -415,7 +412,7 @@ class Trainer:
         row = {
             "epoch": epoch,
             "step": progress.step,
-            "learning_rate": self.raw_optimizer.param_groups[0]["lr"],
+            "learning_rate": self._rate,
             "train_loss": sums["loss"] / sums["images"],
             "train_accuracy": sums["correct"] / sums["images"],
         }

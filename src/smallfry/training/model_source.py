@@ -10,30 +10,36 @@ from torch import nn
 
 from smallfry.data import ImageData
 from smallfry.errors import UsageError, is_out_of_memory, nearest
+from smallfry.io.terminal import printable
 from smallfry.tasks import HasDefaults, Task
 from smallfry.training.config import ModelConfig
 from smallfry.training.evaluation import task_of
 from smallfry.training.fine_tuning import START, kept_facts, make_from_start, start_facts
+from smallfry.training.initial_weights import InitialWeights
 from smallfry.training.run import TrainedModel
 from smallfry.transforms.build import build
 from smallfry.transforms.spec import OF_THE_FACTORY, ModelSpec
 
+MOST_REASON = 300  # characters of a library's error
+
 
 class ModelSource(NamedTuple):
-    """Source of a run's model: a configuration, another model or a checkpoint.
+    """Source of a run's model: a configuration, another model, weights or a checkpoint.
 
     Attributes:
         trained: A model to start from.
+        weights: Weights of an architecture to start from.
         manifest: Of the checkpoint that a run is resumed from, which holds all weights.
     """
 
     trained: TrainedModel | None = None
+    weights: InitialWeights | None = None
     manifest: Mapping[str, Any] | None = None
 
     @property
     def is_new(self) -> bool:
         """True if the weights are newly initialised."""
-        return self.trained is None and self.manifest is None
+        return self.trained is None and self.weights is None and self.manifest is None
 
     def make(self, config: ModelConfig, data: ImageData, task: Task) -> tuple[nn.Module, ModelSpec]:
         """Build the model and its spec.
@@ -43,6 +49,9 @@ class ModelSource(NamedTuple):
         """
         if self.trained is not None:
             made, spec = make_from_start(config, data, task, self.trained)
+        elif self.weights is not None:
+            made, spec = create_model(config, data, task, self.weights.arguments)
+            return made, spec.portable()
         elif self.manifest is None:
             return create_model(config, data, task)
         elif START not in self.manifest:
@@ -53,17 +62,41 @@ class ModelSource(NamedTuple):
         _recompute_blocks(made, config)
         return made, spec
 
+    def note(self, config: ModelConfig, outputs: int) -> str | None:
+        """Describe the initial weights for the log; None without any."""
+        if self.trained is None and self.weights is None:
+            return None
+        if self.weights is not None:
+            name, had = self.weights.name, self.weights.classes
+        else:
+            assert self.trained is not None
+            name, had = str(config.start), len(self.trained.classes)
+        kept = "classifier kept" if had == outputs else f"new classifier of {outputs} classes"
+        return f"starting from {printable(name)}: {kept}"
+
     def facts(self, config: ModelConfig) -> dict[str, Any]:
         """Return entries of the run's manifests."""
         if self.trained is not None:
             return start_facts(self.trained, str(config.start))
+        if self.weights is not None:
+            return {START: self.weights.facts(config.name)}
         return kept_facts(self.manifest or {})
 
 
 def create_model(
-    config: ModelConfig, data: ImageData, task: Task | None = None
+    config: ModelConfig,
+    data: ImageData,
+    task: Task | None = None,
+    weights: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, ModelSpec]:
-    """Create the configured model for this data, with its spec."""
+    """Create the configured model for this data, with its spec.
+
+    Args:
+        config: Its name and arguments.
+        data: Gives classes, channels and size.
+        task: Gives the number of outputs; default classification.
+        weights: Arguments of timm's factory that name initial weights.
+    """
     name = model_name(config, data, task)
     if not timm.is_model(name):
         raise UsageError(f"unknown model '{name}'{nearest(name, timm.list_models())}")
@@ -73,7 +106,7 @@ def create_model(
     if decided:
         raise UsageError(f"model.options: {decided[0]} comes from the data; see data.image_size")
     _require_safe_options(config.options)
-    arguments |= config.arguments()
+    arguments |= config.arguments() | dict(weights or {})
     if timm.get_pretrained_cfg(name).fixed_input_size:
         arguments["img_size"] = data.image_size
     try:
@@ -84,7 +117,9 @@ def create_model(
     except Exception as error:  # of any of timm's models, given any options
         if is_out_of_memory(error):
             raise
-        reason = (str(error) or repr(error)).splitlines()[0]
+        reason = " ".join((str(error) or repr(error)).split())[:MOST_REASON]
+        if weights:
+            raise UsageError(f"model.start: the weights do not fit {name}: {reason}") from error
         shape = f"{data.channels}×{data.image_size}×{data.image_size}"
         raise UsageError(f"model {name} can't be built for images of {shape}: {reason}") from error
     _recompute_blocks(model, config)

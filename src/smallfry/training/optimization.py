@@ -12,6 +12,7 @@ from timm.optim import (
     get_optimizer_class,
     get_optimizer_info,
     list_optimizers,
+    param_groups_layer_decay,
     param_groups_weight_decay,
 )
 from timm.utils import ModelEmaV3
@@ -20,6 +21,7 @@ from torch import nn
 from smallfry.errors import UsageError, nearest
 from smallfry.optim import METHODS, AdamATan2, NaturalGradient
 from smallfry.training.config import EMAConfig, OptimizerConfig, ScheduleConfig
+from smallfry.transforms.classifier import classifier_names
 
 NATURAL: dict[str, Callable[..., NaturalGradient]] = {
     name: method.optimizer for name, method in METHODS.items()
@@ -75,8 +77,8 @@ def build_optimizer(
         arguments["fused"] = True
     decay_all = config.decay == "all"
     moved: Any = list(model.parameters()) if decay_all else model
-    if config.bias_rate != 1.0:
-        moved = _with_fast_biases(config, model)
+    if (config.bias_rate, config.head_rate, config.layer_decay) != (1.0, 1.0, 1.0):
+        moved = _with_rates(config, model)
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             moved,
@@ -101,26 +103,47 @@ def unchecked(config: OptimizerConfig) -> OptimizerConfig:
     return replace(config, options={"check": "off", **config.options})
 
 
-def _with_fast_biases(config: OptimizerConfig, model: nn.Module) -> list[dict[str, Any]]:
-    """Build parameter groups, with a separate learning rate for biases and shifts of norms.
+def _with_rates(config: OptimizerConfig, model: nn.Module) -> list[dict[str, Any]]:
+    """Build parameter groups with the rates of biases, of the classifier and of groups of layers.
 
     The loop multiplies a group's rate by its ``lr_scale``.
     """
-    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
-    if config.decay == "weights":
-        no_decay: Any = getattr(model, "no_weight_decay", set)
+    biases = {id(p) for name, p in model.named_parameters() if name.endswith("bias")}
+    heads = {id(p) for n in classifier_names(model) for p in model.get_submodule(n).parameters()}
+    if config.head_rate != 1.0 and not heads:
+        raise UsageError(
+            f"{type(model).__name__} names no classifier: leave out optimizer.head_rate"
+        )
+    parts = []
+    for group in _decay_groups(config, model):
+        chosen: dict[float, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            scale = config.bias_rate if id(parameter) in biases else 1.0
+            scale *= config.head_rate if id(parameter) in heads else 1.0
+            if parameter.requires_grad:
+                chosen.setdefault(scale, []).append(parameter)
+        for scale, some in sorted(chosen.items(), key=lambda entry: entry[0] != 1.0):
+            parts.append({**group, "params": some, "lr_scale": scale * group.get("lr_scale", 1.0)})
+    return parts
+
+
+def _decay_groups(config: OptimizerConfig, model: nn.Module) -> list[dict[str, Any]]:
+    """Build parameter groups by weight decay, and by timm's groups of layers if they differ."""
+    no_decay: Any = getattr(model, "no_weight_decay", set)
+    chosen, groups = config.decay == "weights", [{"params": list(model.parameters())}]
+    if config.layer_decay != 1.0:
+        groups = param_groups_layer_decay(
+            model,
+            config.weight_decay,
+            no_weight_decay_list=no_decay() if chosen else (),
+            weight_decay_exclude_1d=chosen,
+            layer_decay=config.layer_decay,
+        )
+    elif chosen:
         groups = param_groups_weight_decay(
             model, config.weight_decay, no_weight_decay_list=no_decay()
         )
-    biases = {id(p) for name, p in model.named_parameters() if name.endswith("bias")}
-    parts = []
-    for group in groups:
-        members = [p for p in group["params"] if p.requires_grad]
-        for scale, is_bias in ((1.0, False), (config.bias_rate, True)):
-            chosen = [p for p in members if (id(p) in biases) == is_bias]
-            if chosen:
-                parts.append({**group, "params": chosen, "lr_scale": scale})
-    return parts
+    return groups
 
 
 def _build_own(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -131,7 +154,7 @@ def _build_own(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimiz
     if config.betas is not None:
         given["betas"] = tuple(config.betas)
     try:
-        return OWN[config.name](_with_fast_biases(config, model), **(given | config.options))
+        return OWN[config.name](_with_rates(config, model), **(given | config.options))
     except (TypeError, ValueError) as error:
         raise UsageError(f"optimizer {config.name} can't be built: {error}") from error
 
@@ -147,11 +170,10 @@ def _build_natural(
             "out optimizer.bias_rate"
         )
     params: Any = None
-    if config.decay == "weights":
-        no_decay: Any = getattr(model, "no_weight_decay", set)
-        params = param_groups_weight_decay(
-            model, config.weight_decay, no_weight_decay_list=no_decay()
-        )
+    if (config.head_rate, config.layer_decay) != (1.0, 1.0):
+        params = _with_rates(config, model)
+    elif config.decay == "weights":
+        params = _decay_groups(config, model)
     try:
         return NATURAL[config.name](
             model,

@@ -48,6 +48,7 @@ from smallfry.training.distillation import distilled, require_same_teacher
 from smallfry.training.evaluation import Predictions, predict, require_finite, score, task_of
 from smallfry.training.evaluation_data import load_config_data, require_place
 from smallfry.training.fine_tuning import START, kept_facts, like_start, load_start
+from smallfry.training.initial_weights import find_weights, like_weights
 from smallfry.training.launch_env import launch
 from smallfry.training.loop import Trainer
 from smallfry.training.method import find_methods
@@ -114,14 +115,17 @@ def _train(
 ) -> dict[str, Any]:
     if config.run is not None:  # before the data is read
         processes.once(RunFolder(config.run).require_free)
+    weights = processes.together(lambda: find_weights(config.model))
+    config = config if weights is None else like_weights(config, weights)
     begun = processes.together(lambda: load_start(config.model))
     config = config if begun is None else like_start(config, begun)
+    source = ModelSource(begun, weights)
     data = processes.together(lambda: _load(config))
     processes.once(lambda: _warn_of_duplicates(data))
     task = find_task(config.task).create(config.objective.label_smoothing)
     name = model_name(config.model, data, task) if begun is None else begun.spec.architecture
     with _folder(config, name, processes) as path:
-        trainer = _build(config, data, RunFolder(path), reporter, processes, ModelSource(begun))
+        trainer = _build(config, data, RunFolder(path), reporter, processes, source)
     folder, model = trainer.folder, trainer.manifest["model"]["name"]
     with processes.held(folder.locked()), keeping(folder.kept):
         processes.once(lambda: folder.begin(config.to_dict()))
@@ -129,6 +133,8 @@ def _train(
         trainer.reporter.say(
             f"training {model} ({parameters:,} parameters) on {data.name} into {folder.path}"
         )
+        if note := source.note(config.model, task.outputs(len(data.classes))):
+            trainer.reporter.say(note)
         warmup = config.schedule.warmup_epochs
         if warmup != asked_warmup and processes.is_first:
             log.info(
@@ -202,15 +208,17 @@ def _resume(
         if processes.once(lambda: has_checkpoint(folder.last)):
             checkpoint = processes.together(lambda: load_checkpoint(folder.last))
             data = processes.together(lambda: _load(config))
-            source = ModelSource(None, checkpoint.manifest)
+            source = ModelSource(manifest=checkpoint.manifest)
             trainer = _build(config, data, folder, reporter, processes, source)
             _require_same_data(checkpoint.manifest, trainer.data, folder)
             require_same_teacher(checkpoint.manifest, trainer.manifest, str(folder.path))
             _restore(trainer, checkpoint)
         else:
             begun = processes.together(lambda: load_start(config.model))
+            weights = processes.together(lambda: find_weights(config.model))
             data = processes.together(lambda: _load(config))
-            trainer = _build(config, data, folder, reporter, processes, ModelSource(begun))
+            source = ModelSource(begun, weights)
+            trainer = _build(config, data, folder, reporter, processes, source)
         if config != recorded:
             processes.once(lambda: folder.reopen(config.to_dict()))
         trainer.reporter.say(f"resuming {folder.path} after step {trainer.progress.step}")
@@ -254,7 +262,7 @@ def _with_full_paths(config: TrainConfig) -> TrainConfig:
     root = None if wanted.root is None else wanted.root.expanduser().resolve()
     run = None if config.run is None else config.run.expanduser()
     start = config.model.start
-    if start is not None and path_of(start).expanduser().is_dir():
+    if isinstance(start, str) and path_of(start).expanduser().exists():
         start = str(path_of(start).expanduser().resolve())
     model, data = replace(config.model, start=start), replace(wanted, name=name, root=root)
     teacher = config.distillation.teacher

@@ -35,7 +35,7 @@ def with_classes(model: nn.Module, spec: ModelSpec, classes: int) -> tuple[nn.Mo
     Raises:
         UsageError: The classifier can't be told from the rest of the model.
     """
-    names = _classifier_names(model)
+    names = classifier_names(model)
     transforms: tuple[Transform, ...] = spec.transforms
     for name in names:
         transforms = tuple(t for each in transforms if (t := _without(each, name, classes)))
@@ -56,7 +56,7 @@ def with_classes(model: nn.Module, spec: ModelSpec, classes: int) -> tuple[nn.Mo
     return new, new_spec
 
 
-def _classifier_names(model: nn.Module) -> list[str]:
+def classifier_names(model: nn.Module) -> list[str]:
     """List the names of timm's classifier modules; several for a distilled model."""
     found: Any = getattr(model, "get_classifier", lambda: ())()
     parts = found if isinstance(found, list | tuple) else (found,)

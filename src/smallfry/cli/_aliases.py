@@ -1,0 +1,83 @@
+"""Short names of options, and suggestions for names that other tools have."""
+
+from collections.abc import Collection, Iterable, Sequence
+from difflib import get_close_matches
+from typing import NamedTuple
+
+
+class Alias(NamedTuple):
+    """Short name of an option.
+
+    Attributes:
+        option: Its full name.
+        default: The value if none is given.
+        is_list: A single value becomes a list.
+    """
+
+    option: str
+    default: str
+    is_list: bool = False
+
+
+ALIASES = {
+    "pretrained": Alias("model.start", "true"),
+    "freeze": Alias("model.freeze", "backbone", is_list=True),
+    "freeze_epochs": Alias("model.freeze_epochs", ""),
+}
+ELSEWHERE = {  # names in timm, Lightning and ultralytics that are not alike
+    "learning_rate": "optimizer.lr",
+    "opt": "optimizer.name",
+    "arch": "model.name",
+    "imgsz": "data.image_size",
+    "input_size": "data.image_size",
+    "batch": "batch_size",
+    "max_epochs": "epochs",
+    "smoothing": "objective.label_smoothing",
+    "aa": "augment.randaugment_ops",
+}
+
+
+def expand_aliases(arguments: Sequence[str], options: Collection[str]) -> list[str]:
+    """Replace short names by those of the options.
+
+    Args:
+        arguments: A command line behind the verb.
+        options: The options there are; an alias of none of them stays as it is.
+
+    Example:
+        >>> expand_aliases(["--freeze", "--pretrained", "w.safetensors"], ["model.freeze"])
+        ['--model.freeze', '[backbone]', '--pretrained', 'w.safetensors']
+    """
+    expanded: list[str] = []
+    left = list(arguments)
+    while left:
+        argument = left.pop(0)
+        name, equals, value = argument.removeprefix("--").partition("=")
+        alias = ALIASES.get(name) if argument.startswith("--") else None
+        if alias is None or alias.option not in options:
+            expanded.append(argument)
+            continue
+        if not equals:
+            value = left.pop(0) if left and not left[0].startswith("--") else alias.default
+        if alias.is_list and not value.startswith("["):
+            value = f"[{value}]"
+        expanded += [f"--{alias.option}", *([value] if value else [])]
+    return expanded
+
+
+def like_named(name: str, options: Iterable[str]) -> str:
+    """Return a hint for an option's name that is close to the last part of others; or nothing.
+
+    Example:
+        >>> like_named("img-size", ["data.image_size", "data.name"])
+        "; did you mean 'data.image_size'?"
+    """
+    plain = name.replace("-", "_").rpartition(".")[2]
+    full: dict[str, list[str]] = {}
+    for option in options:
+        full.setdefault(option.rpartition(".")[2], []).append(option)
+    found = [each for each in (ELSEWHERE.get(plain),) if each in {*options}]
+    found = found or full.get(plain, [])
+    if not found:
+        found = [o for part in get_close_matches(plain, full, n=1, cutoff=0.75) for o in full[part]]
+    return f"; did you mean {' or '.join(map(repr, sorted(found)))}?" if found else ""

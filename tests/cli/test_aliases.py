@@ -1,0 +1,69 @@
+"""Short names of options, and hints for the names of other tools."""
+
+import pytest
+
+from smallfry.cli import main
+from smallfry.cli._aliases import ALIASES, ELSEWHERE, expand_aliases, like_named
+from smallfry.cli._parser import expand_shorthand, read
+
+OPTIONS = ["model.name", "model.start", "model.freeze", "model.freeze_epochs", "optimizer.lr"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--pretrained"], ["--model.start", "true"]),
+        (["--pretrained", "--freeze"], ["--model.start", "true", "--model.freeze", "[backbone]"]),
+        (["--pretrained", "runs/a"], ["--model.start", "runs/a"]),
+        (["--pretrained=a=b"], ["--model.start", "a=b"]),
+        (["--freeze", "stem.*"], ["--model.freeze", "[stem.*]"]),
+        (["--freeze", "[a, b]"], ["--model.freeze", "[a, b]"]),
+        (["--freeze_epochs", "3"], ["--model.freeze_epochs", "3"]),
+        (["--model", "--pretrainedx", "freeze"], ["--model.name", "--pretrainedx", "freeze"]),
+    ],
+)
+def test_short_names_become_options(given, expected):
+    assert expand_shorthand(given, OPTIONS) == expected
+
+
+def test_a_verb_without_the_option_keeps_the_word():
+    assert expand_aliases(["--freeze", "x"], ["data.name"]) == ["--freeze", "x"]
+
+
+def test_every_alias_and_every_hint_is_an_option_of_training():
+    options = vars(read(["train"]).options.settings)
+    for name in (*(alias.option for alias in ALIASES.values()), *ELSEWHERE.values()):
+        group, _, leaf = name.partition(".")
+        assert hasattr(options[group], leaf) if leaf else group in options
+
+
+def test_short_names_are_read():
+    command = ["train", "--model", "resnet18", "--pretrained", "--freeze", "--freeze_epochs", "2"]
+    model = read(command).options.settings.model
+    assert (model.start, model.freeze, model.freeze_epochs) == ("true", ["backbone"], 2.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("img-size", "data.image_size"),
+        ("img_size", "data.image_size"),
+        ("imgsz", "data.image_size"),
+        ("lr", "optimizer.lr"),
+        ("learning-rate", "optimizer.lr"),
+        ("batch-size", "batch_size"),
+        ("weight-decay", "optimizer.weight_decay"),
+        ("label-smoothing", "objective.label_smoothing"),
+        ("max_epochs", "epochs"),
+    ],
+)
+def test_names_of_other_tools_get_the_right_one(name, hint, capsys):
+    assert main(["train", f"--{name}", "1"]) == 2
+    assert f"train has no option '{name}'; did you mean '{hint}'?" in capsys.readouterr().err
+
+
+def test_a_name_like_none_gets_no_hint():
+    assert like_named("xyzzy", OPTIONS) == ""
+    assert like_named("name", ["model.name", "data.name"]) == (
+        "; did you mean 'data.name' or 'model.name'?"
+    )
