@@ -125,7 +125,7 @@ def test_what_is_cut_once_is_tuned_after_it_and_rounded_at_the_end(run, capsys):
     found = figures(capsys)
     assert [next(iter(each)) for each in found["methods"]] == ["magnitude", "round_weights"]
     manifest = json.loads(Path("small/best/manifest.json").read_text())
-    assert [each["kind"] for each in manifest["model"]["transforms"]] == ["resize", "replace"]
+    assert [each["kind"] for each in manifest["model"]["transforms"]] == ["resize", "bits"]
     assert manifest["training"]["step"] > 0
     assert main(["evaluate", "small", "--json"]) == 0
 
