@@ -123,12 +123,12 @@ def test_numbers_of_every_size_are_rounded_to_their_own_scale():
     [
         (nn.Conv1d(2, 2, 1), {"bits": 4}, "expected nn.Linear or nn.Conv2d, got Conv1d"),
         (nn.LayerNorm(3), {"bits": 4}, "got LayerNorm"),
-        (nn.Linear(2, 2), {"bits": 9}, "exactly one setting, bits from 2 to 8"),
+        (nn.Linear(2, 2), {"bits": 9}, "bits from 2 to 8"),
         (nn.Linear(2, 2), {"bits": 1}, "bits from 2 to 8"),
         (nn.Linear(2, 2), {"bits": True}, "bits from 2 to 8"),
         (nn.Linear(2, 2), {"bits": 4.0}, "bits from 2 to 8"),
         (nn.Linear(2, 2), {}, "bits from 2 to 8"),
-        (nn.Linear(2, 2), {"bits": 4, "rank": 1}, "exactly one setting"),
+        (nn.Linear(2, 2), {"bits": 4, "rank": 1}, "may have group, input_bits, calls and bias"),
     ],
 )
 def test_what_cannot_be_quantized_is_refused(layer, settings, message):

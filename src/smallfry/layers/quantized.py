@@ -133,8 +133,6 @@ class QuantizedWeight(nn.Module):
         """
         if not isinstance(layer, nn.Linear | nn.Conv2d):
             raise ValueError(f"expected nn.Linear or nn.Conv2d, got {type(layer).__name__}")
-        if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
-            raise ValueError("convolutions with non-zero padding modes are not supported")
         if not set(settings) <= SETTINGS or not _is_count(settings.get("bits"), BITS):
             raise ValueError(
                 "a quantized weight needs bits from 2 to 8, and may have group, input_bits, "

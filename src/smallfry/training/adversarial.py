@@ -5,20 +5,20 @@ take the attack for data; the wrapped objective then trains on the changed image
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch import Tensor, nn
 
 from smallfry.errors import UsageError
-from smallfry.tasks import Batch, Task
+from smallfry.tasks import Batch
 from smallfry.training.adversarial_config import AdversarialConfig
 from smallfry.training.attack import PGD
 from smallfry.training.augment import Normalize
-from smallfry.training.objective import Objective, Stateful
+from smallfry.training.objective import Objective
 from smallfry.training.objective_steps import Step
+from smallfry.training.wrapped_objective import WrappedObjective
 
 
-class Adversarial:
+class Adversarial(WrappedObjective):
     """Objective on attacked images.
 
     Args:
@@ -28,38 +28,14 @@ class Adversarial:
     """
 
     def __init__(self, objective: Objective, attack: PGD, normalize: Normalize) -> None:
-        self.objective, self.attack, self.normalize = objective, attack, normalize
+        super().__init__(objective)
+        self.attack, self.normalize = attack, normalize
         self._model: nn.Module = nn.Identity()
-
-    @property
-    def task(self) -> Task:
-        """Meaning of the model's outputs."""
-        return self.objective.task
-
-    @property
-    def halt_threshold(self) -> float:
-        """Mean halting probability that ends a batch."""
-        return self.objective.halt_threshold
-
-    @property
-    def supervision_steps(self) -> int:
-        """Maximum number of optimizer steps per batch."""
-        return self.objective.supervision_steps
-
-    @property
-    def likelihood(self) -> str | dict[str, str]:
-        """Likelihood of the wrapped objective."""
-        return self.objective.likelihood
-
-    @property
-    def changes_gradients(self) -> bool:
-        """True if the wrapped objective's gradients are not those of its likelihood."""
-        return bool(getattr(self.objective, "changes_gradients", False))
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Return the module of the wrapped objective."""
         self._model = model
-        return self.objective.prepare(model)
+        return super().prepare(model)
 
     def __call__(self, prepared: nn.Module, batch: Batch) -> Iterator[Step]:
         """Attack the batch, and yield the wrapped objective's steps on it."""
@@ -74,15 +50,6 @@ class Adversarial:
         finally:
             self._model.train(was_training)
         yield from self.objective(prepared, batch._replace(inputs=attacked))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of the wrapped objective, if it has one."""
-        return self.objective.state_dict() if isinstance(self.objective, Stateful) else {}
-
-    def load_state_dict(self, state: dict[str, Any], batch: Batch) -> None:
-        """Restore the state of the wrapped objective."""
-        if isinstance(self.objective, Stateful):
-            self.objective.load_state_dict(state, batch)
 
 
 def adversarial(config: AdversarialConfig, objective: Objective, normalize: Normalize) -> Objective:

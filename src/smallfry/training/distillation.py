@@ -17,13 +17,14 @@ from torch.nn import functional as F
 
 from smallfry.data import ImageData
 from smallfry.errors import RunError, UsageError
-from smallfry.tasks import Batch, Task
+from smallfry.tasks import Batch
 from smallfry.training.augment import Normalize
 from smallfry.training.distillation_config import DistillationConfig
 from smallfry.training.fine_tuning import START, start_facts
-from smallfry.training.objective import Objective, Stateful
+from smallfry.training.objective import Objective
 from smallfry.training.objective_steps import Step
 from smallfry.training.run import TrainedModel, require_classes
+from smallfry.training.wrapped_objective import WrappedObjective
 
 TEACHER = "teacher"  # entry of manifests
 
@@ -76,7 +77,7 @@ class Teacher:
         return logits, self._features[-1]
 
 
-class Distilled:
+class Distilled(WrappedObjective):
     """Objective with a teacher; works with every objective for classification.
 
     Args:
@@ -85,38 +86,22 @@ class Distilled:
         config: Weights and temperature.
     """
 
-    changes_gradients = True  # natural gradient can't compare them with its likelihood
-
     def __init__(self, objective: Objective, teacher: Teacher, config: DistillationConfig) -> None:
-        self.objective, self.teacher, self.config = objective, teacher, config
+        super().__init__(objective)
+        self.teacher, self.config = teacher, config
         self._features: list[Tensor] = []
 
     @property
-    def task(self) -> Task:
-        """Meaning of the student's outputs."""
-        return self.objective.task
-
-    @property
-    def halt_threshold(self) -> float:
-        """Mean halting probability that ends a batch."""
-        return self.objective.halt_threshold
-
-    @property
-    def supervision_steps(self) -> int:
-        """Maximum number of optimizer steps per batch."""
-        return self.objective.supervision_steps
-
-    @property
-    def likelihood(self) -> str | dict[str, str]:
-        """Likelihood of the wrapped objective."""
-        return self.objective.likelihood
+    def changes_gradients(self) -> bool:
+        """Always True: the teacher is in the loss."""
+        return True
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Return the module of the wrapped objective, and move the teacher to its device."""
         self.teacher.to(next(model.parameters()).device)
         if self.config.features:
             self._features = _classifier_inputs(model, training=True)
-        return self.objective.prepare(model)
+        return super().prepare(model)
 
     def __call__(self, prepared: nn.Module, batch: Batch) -> Iterator[Step]:
         """Yield the wrapped objective's steps, with the teacher in their losses."""
@@ -135,15 +120,6 @@ class Distilled:
                 loss = loss + self.config.features * similarity_distance(features, answer[1])
             self._features.clear()
             yield step._replace(loss=loss)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of the wrapped objective, if it has one."""
-        return self.objective.state_dict() if isinstance(self.objective, Stateful) else {}
-
-    def load_state_dict(self, state: dict[str, Any], batch: Batch) -> None:
-        """Restore the state of the wrapped objective."""
-        if isinstance(self.objective, Stateful):
-            self.objective.load_state_dict(state, batch)
 
 
 class _Calls:

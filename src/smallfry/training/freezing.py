@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from smallfry._torch import BatchNorm
 from smallfry.errors import UsageError, nearest
 from smallfry.training.config import ModelConfig
 from smallfry.training.processes import Processes
@@ -48,7 +48,7 @@ class Freezing:
         self.norms = [
             module
             for prefix, module in model.named_modules()
-            if isinstance(module, _BatchNorm) and _is_frozen(module, prefix, patterns, names)
+            if isinstance(module, BatchNorm) and _is_frozen(module, prefix, patterns, names)
         ]
         self.steps = steps
 
