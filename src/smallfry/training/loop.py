@@ -249,8 +249,6 @@ class Trainer:
                         break
         finally:
             self.reporter.close()
-            if writer is not None:
-                writer.close()
 
     def save(self) -> None:
         """Write the state into ``last/``."""
