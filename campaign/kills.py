@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -192,10 +193,13 @@ def start(words: list[str], begin: Callable[[], None] = lambda: None) -> Callabl
             begin()
             said = command(*words)
             code = said.code
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+            for limited in (resource.RLIMIT_FSIZE, resource.RLIMIT_AS):
+                resource.setrlimit(limited, (resource.RLIM_INFINITY,) * 2)
             os.write(writing, f"{said.out[-1000:]}\0{said.err[-3000:]}".encode())
         except BaseException as error:
-            os.write(writing, f"\0an error inside smallfry (escaped): {error!r}".encode())
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+            where = "".join(traceback.format_exception(error)[-6:])
+            os.write(writing, f"\0an error inside smallfry (escaped): {where}".encode())
         finally:
             os._exit(code & 0xFF)
     os.close(writing)

@@ -18,8 +18,10 @@ import torch
 import yaml
 from PIL import Image
 
+import smallfry.cli._messages
 from smallfry.cli import main
 from smallfry.cli import models as models_verb
+from smallfry.cli._main import OUT_OF_MEMORY
 from smallfry.cli._parser import expand_home, read
 from smallfry.costing import cost
 from smallfry.training.config import TrainConfig
@@ -500,3 +502,25 @@ def test_full_memory_is_told_with_a_way_out(error, monkeypatch, capsys):
     monkeypatch.setattr("smallfry.training.train.train", full)
     assert main(["train"]) == 1
     assert "out of memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("failures", [1, 2], ids=["once", "to the end"])
+def test_memory_that_is_full_while_the_error_is_reported(failures, monkeypatch, capfd):
+    def full(*arguments):
+        raise MemoryError
+
+    def say(*arguments):
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            raise MemoryError
+        spoken(*arguments)
+
+    spoken = smallfry.cli._messages.say
+    monkeypatch.setattr("smallfry.training.train.train", full)
+    monkeypatch.setattr("smallfry.cli._messages.say", say)
+    assert main(["train"]) == 1
+    assert capfd.readouterr().err == f"smallfry: {OUT_OF_MEMORY}\n"
+    failures = 1
+    with pytest.raises(MemoryError):
+        main(["train", "--debug"])

@@ -21,6 +21,12 @@ from smallfry.io.signals import Signalled, raising, second_ends
 from smallfry.io.terminal import escape_unencodable, say
 from smallfry.training.launch_env import is_launched, launch, rank
 
+OUT_OF_MEMORY = (
+    "out of memory; take a smaller batch_size, accumulate, or a smaller model; a saved run "
+    "continues with --resume"
+)
+NO_MEMORY_AT_ALL = f"smallfry: {OUT_OF_MEMORY}\n".encode()  # made while there is memory
+
 
 def run(arguments: Sequence[str]) -> int:
     """Run a command line and return its exit code.
@@ -28,6 +34,19 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         ModuleNotFoundError: A package is missing that no extra of smallfry provides.
     """
+    try:
+        return _run_or_complain(arguments)
+    except MemoryError:  # of the report: the frames of the error before it still hold the memory
+        if "--debug" in arguments:
+            raise
+    try:
+        return complain(OUT_OF_MEMORY, FAILED)  # here those frames are gone
+    except MemoryError:
+        os.write(2, NO_MEMORY_AT_ALL)
+        return FAILED
+
+
+def _run_or_complain(arguments: Sequence[str]) -> int:
     arguments = expand_home(arguments)
     escape_unencodable()
     log_to_stderr()
@@ -84,10 +103,7 @@ def _message(error: Exception) -> Exception | str:
         return missing
     if is_out_of_memory(error):
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        return (
-            f"out of memory ({reason}); take a smaller batch_size, accumulate, or a smaller "
-            "model; a saved run continues with --resume"
-        )
+        return OUT_OF_MEMORY.replace(";", f" ({reason});", 1)
     if isinstance(error, OSError) and (refused := refusal(error)) is not None:
         return refused
     return (
