@@ -1,7 +1,7 @@
 """Accuracy of quantised CIFAR-10 models, without training, beside other quantisers.
 
     python benchmarks/bits.py --root DIR [--out results/bits.json] [--models loopnet_70k loopnet_2m]
-        [--images 2000] [--only int8 int4 mixed lsq]
+        [--images 2000] [--only int8 int4 mixed adaptive lsq]
 
 Trained models of ``results/models``; 256 training images calibrate, and the first ``--images`` of
 the test split measure. Every figure is of one deterministic calibration: nothing is trained, so
@@ -41,6 +41,7 @@ from smallfry.training.evaluation import forward
 
 MODELS = Path(__file__).parents[1] / "results" / "models"
 CHOICES, AVERAGES, GROUP = (2, 3, 4, 8), (3.0, 4.0), 32
+FINE_CHOICES = (2, 3, 4, 5, 6, 8)
 PROBES, HESSIAN_IMAGES = 20, 64
 ITERATIONS = 500  # of AdaRound, per layer
 TRAINING_IMAGES = 2560  # loaded, of which 256 calibrate; 20,000 for training
@@ -169,6 +170,29 @@ def mixed(bench: Bench) -> None:
             bench.ours(f"mixed {average:g} bits: {measure}", *methods, **more)
 
 
+def adaptive(bench: Bench) -> None:
+    """Measure four bits on average with AdaRound: uniform, and mixed from more choices."""
+    rounding = {"rounding": "adaround", "iterations": ITERATIONS}
+    bench.ours("uniform 4 bits, adaround", Quantize(4, **rounding))
+    errors = {
+        name: {
+            b: rounding_error(bench.model.get_submodule(name).weight.detach(), b)
+            for b in FINE_CHOICES
+        }
+        for name in bench.layers
+    }
+    for measure in ("kronecker", "hessian"):
+        if measure == "hessian":
+            found = _hessian(bench, errors)
+        else:
+            found = sensitivities(bench.model, errors, measure, bench.batches)
+        chosen = choose_bits(bench.model, errors, 4.0, measured=found)
+        more = {"bits": chosen.bits, "predicted": chosen.report["loss"]}
+        start = f"mixed 4 bits of {len(FINE_CHOICES)} choices: {measure}"
+        bench.ours(start, *_by_bits(chosen.bits), **more)
+        bench.ours(f"{start}, adaround", *_by_bits(chosen.bits, **rounding), **more)
+
+
 def lsq(bench: Bench) -> None:
     """Measure four bits of weights and inputs, before and after training with learned steps.
 
@@ -277,7 +301,7 @@ def _torchao_int4(matrix: Tensor) -> Tensor:
 
 def main() -> None:
     """Run the parts that were asked for."""
-    parts = {"int8": int8, "int4": int4, "mixed": mixed, "lsq": lsq}
+    parts = {"int8": int8, "int4": int4, "mixed": mixed, "adaptive": adaptive, "lsq": lsq}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("results/bits.json"))

@@ -1,5 +1,6 @@
 """Quantised models on ONNX Runtime, in integers, and as torchao's tensors."""
 
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -267,14 +268,13 @@ def test_torchaos_tensors_compute_the_same_and_stay_shared():
         with torch.no_grad():
             torch.testing.assert_close(other(rows), small(rows), rtol=1e-5, atol=1e-5)
         assert type(other[0].weight).__name__ == "IntxUnpackedToInt8Tensor"
+        assert isinstance(small[0], QuantizedWeight)  # left as it was
 
 
 def test_without_torchao_or_layers_for_it_the_reason_is_named(monkeypatch):
     small = nn.Sequential(nn.ReLU())
-    try:
-        import torchao  # noqa: F401
-    except ImportError:
-        with pytest.raises(UsageError, match="pip install torchao"):
+    if importlib.util.find_spec("torchao") is None:
+        with pytest.raises(UsageError, match=r"pip install 'smallfry\[torchao\]'"):
             to_torchao(small)
     else:
         with pytest.raises(UsageError, match="no layer can have torchao's tensors"):

@@ -29,17 +29,17 @@ def to_torchao(model: nn.Module) -> nn.Module:
         )
     except ImportError as error:
         raise UsageError(
-            f"torchao's tensors need torchao: pip install torchao ({error})"
+            f"torchao's tensors need torchao: pip install 'smallfry[torchao]' ({error})"
         ) from error
     small = deepcopy(model)
     made: dict[int, nn.Module] = {}
     for parent in list(small.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # a shared one by every name
             if _is_convertible(child):
                 layer = cast(QuantizedWeight, child)
                 if id(layer) not in made:
                     made[id(layer)] = _converted(tensors.IntxUnpackedToInt8Tensor, layer)
-                setattr(parent, name, made[id(layer)])
+                parent._modules[name] = made[id(layer)]
     if not made:
         raise UsageError(
             "no layer can have torchao's tensors: they are of linear layers with quantised weights "
@@ -48,7 +48,7 @@ def to_torchao(model: nn.Module) -> nn.Module:
     return small
 
 
-def _is_convertible(child: nn.Module) -> bool:
+def _is_convertible(child: nn.Module | None) -> bool:
     return (
         isinstance(child, QuantizedWeight)
         and not child.is_convolution
