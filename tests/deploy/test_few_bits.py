@@ -16,7 +16,6 @@ from torch import nn
 from smallfry import compress
 from smallfry.cli import main
 from smallfry.compress.quantize.integer import (
-    MOST_INPUTS,
     linear,
     multiplier,
     patches,
@@ -205,10 +204,10 @@ def test_the_simulation_is_within_one_code_of_integers(dense, bits):
 
 
 def test_a_sum_that_does_not_fit_is_refused():
-    ones = np.ones(1)
-    fits = np.full((1, MOST_INPUTS), 255), 0, np.full((1, MOST_INPUTS), 127)
+    ones, most = np.ones(1), (2**31 - 1) // (255 * 127)
+    fits = np.full((1, most), 255), 0, np.full((1, most), 127)
     assert linear(*fits, None, 1e-9 * ones, 0).tolist() == [[2]]
-    wide = np.full((1, MOST_INPUTS + 1), 255), 0, np.full((1, MOST_INPUTS + 1), 127)
+    wide = np.full((1, most + 1), 255), 0, np.full((1, most + 1), 127)
     with pytest.raises(OverflowError, match="does not fit 32 bits"):
         linear(*wide, None, ones, 0)
 

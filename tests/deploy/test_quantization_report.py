@@ -3,6 +3,7 @@ import shutil
 
 import numpy as np
 import pytest
+from graph_ranges import call_ranges
 from PIL import Image
 
 from smallfry.cli import main
@@ -16,7 +17,7 @@ from smallfry.deploy.quantization_report import (
     print_report,
     spans_of,
 )
-from smallfry.deploy.quantize import CallRange, call_ranges, measured_ranges
+from smallfry.deploy.quantize import CallRange, measured_ranges
 from smallfry.report.quantization import draw_ranges
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.run import load_run

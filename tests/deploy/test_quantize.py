@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from graph_ranges import call_ranges
 from onnxruntime import InferenceSession
 from PIL import Image
 
@@ -11,7 +12,7 @@ from smallfry.cli import main
 from smallfry.deploy import Runtime
 from smallfry.deploy.export import export
 from smallfry.deploy.graphs import exported_program, to_onnx, whole_graph
-from smallfry.deploy.quantize import call_ranges, quantize
+from smallfry.deploy.quantize import quantize
 from smallfry.errors import ExportError, SmallfryWarning
 from smallfry.models import ViTRM
 from smallfry.training.config import DataConfig, ModelConfig, ObjectiveConfig, TrainConfig

@@ -12,7 +12,7 @@ from smallfry.data import load_data
 from smallfry.data.generators.sudoku import Boxes, Sudoku
 from smallfry.errors import DataError, Stopped, UsageError
 from smallfry.models import TRM
-from smallfry.report.puzzles import draw_puzzles, draw_steps
+from smallfry.report.puzzles import draw_puzzles
 from smallfry.tasks import HasDefaults, ReadsText, find_task
 from smallfry.tasks.puzzle import Puzzle, cell_losses, log_stablemax, puzzle_texts, text_of_grid
 from smallfry.training.augment import Normalize, Place
@@ -255,7 +255,6 @@ def test_pictures_are_drawn(tmp_path):
     Puzzle().draw(torch.randn(len(data.test), 16, 6), data.test, data.classes, tmp_path / "run")
     (tmp_path / "run" / "puzzles.png").rename(tmp_path / "drawn.png")
     (tmp_path / "run").rmdir()
-    draw_steps([("early", [0.1, 0.5]), ("late", [0.9, 1.0])], tmp_path / "steps.png")
     assert min(file.stat().st_size for file in tmp_path.iterdir()) > 1000
 
 

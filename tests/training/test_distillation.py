@@ -47,7 +47,8 @@ def batch():
 
 
 def objective(name, student, supervision_steps=2):
-    config = ObjectiveConfig(name, supervision_steps=supervision_steps)
+    steps = None if name == "cross_entropy" else supervision_steps
+    config = ObjectiveConfig(name, supervision_steps=steps)
     return build_objective(config, student)
 
 

@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import timm
 import yaml
+from torch import nn
 
+from smallfry.cli import main
 from smallfry.errors import UsageError
 from smallfry.tasks.classification import Classification
 from smallfry.training import objectives as package
 from smallfry.training.build_objective import build_objective
 from smallfry.training.config import ObjectiveConfig, TrainConfig, read_config
 from smallfry.training.continuation import changes_since, dotted
+from smallfry.training.objective import Supervised
 from smallfry.training.objectives.registry import objectives, register_objective
 
 # what every run recorded before the table, whatever its objective
@@ -90,10 +94,85 @@ def test_what_is_given_survives_files_processes_and_replacement(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(TrainConfig(objective=given).to_dict()))
     assert read_config(file).objective == given
-    slots = replace(given, name="slots")
+    slots = replace(given, name="slots", halt_threshold=None)
     assert slots.to_dict() == {
         "name": "slots", "label_smoothing": 0.0, "supervision_steps": 3, "exploration": 0.1
     }  # fmt: skip
+    with pytest.raises(UsageError, match="objective slots has no setting 'halt_threshold'"):
+        replace(given, name="slots")
+
+
+# a value other than the default of every setting
+OTHER = {
+    "supervision_steps": 3,
+    "halt_threshold": 0.25,
+    "exploration": 0.5,
+    "alpha": 0.1,
+    "beta": 0.2,
+    "normalization": "running",
+}
+
+
+@pytest.mark.parametrize("setting", OTHER)
+@pytest.mark.parametrize("name", sorted({*EFFECTIVE} - {"auto"}))
+def test_a_setting_of_another_objective_is_refused(name, setting):
+    """Every objective with every setting: it is taken, or refused with what would be."""
+    given = {"name": name, setting: OTHER[setting]}
+    if setting in EFFECTIVE[name]:
+        assert ObjectiveConfig(**given).to_dict()[setting] == OTHER[setting]
+        return
+    with pytest.raises(UsageError) as error:
+        TrainConfig(objective=given)
+    owners = [n for n in sorted(EFFECTIVE) if setting in EFFECTIVE[n]]
+    assert str(error.value) == (
+        f"objective {name} has no setting '{setting}', which {' and '.join(owners)} "
+        f"{'has' if len(owners) == 1 else 'have'}: remove objective.{setting} "
+        f"({name} takes {', '.join(['label_smoothing', *EFFECTIVE[name]])})"
+    )
+
+
+def test_the_command_refuses_a_setting_of_another_objective(tmp_path, capsys):
+    run, recipe = tmp_path / "run", tmp_path / "recipe.yaml"
+    options = ["train", "--run", str(run), "--objective", "bias", "--objective.exploration", "0.5"]
+    assert main(options) != 0
+    expected = "objective bias has no setting 'exploration', which slots has"
+    assert expected in capsys.readouterr().err
+    recipe.write_text("objective: {name: cross_entropy, halt_threshold: 0.3}")
+    assert main(["train", "--run", str(run), "--config", str(recipe)]) != 0
+    expected = "objective cross_entropy has no setting 'halt_threshold', which deep_supervision has"
+    assert expected in capsys.readouterr().err
+    assert not run.exists()
+
+
+def test_auto_refuses_what_the_models_objective_does_not_take():
+    """Which objective auto is, is known with the model; runs of earlier versions go on."""
+    model, given = nn.Linear(2, 2), ObjectiveConfig(supervision_steps=3, label_smoothing=0.1)
+    with pytest.raises(UsageError, match="objective cross_entropy has no setting 'supervision_"):
+        build_objective(given, model)
+    resumed = build_objective(given, model, resumed=True)
+    assert type(resumed) is Supervised
+    assert resumed.task == Classification(0.1)
+
+
+def test_auto_takes_the_settings_of_the_tasks_own_objective():
+    model = timm.create_model("trm_sudoku4_micro", num_classes=5)
+    built = build_objective(ObjectiveConfig(exploration=0.5), model, "puzzle")
+    assert built.exploration == 0.5
+    with pytest.raises(UsageError, match="objective slots has no setting 'halt_threshold'"):
+        build_objective(ObjectiveConfig(halt_threshold=0.25), model, "puzzle")
+    with pytest.raises(UsageError, match="objective deep_supervision has no setting 'exploration'"):
+        build_objective(ObjectiveConfig(exploration=0.5), model)
+
+
+def test_a_run_of_before_with_settings_that_had_no_effect_is_read(tmp_path):
+    """Earlier versions took and recorded settings of every objective."""
+    before = {"name": "cross_entropy", **RECORDED, "supervision_steps": 4, "alpha": 0.9}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"objective": before}))
+    now = read_config(file)
+    assert now == TrainConfig(objective="cross_entropy")
+    recorded = dotted(TrainConfig(objective="cross_entropy").to_dict() | {"objective": before})
+    assert changes_since(recorded, now) == []
 
 
 @pytest.mark.parametrize(
@@ -147,6 +226,7 @@ def test_a_new_objective_is_a_file_of_its_own(tmp_path):
     (tmp_path / "doubled.py").write_text(
         '''from dataclasses import dataclass
 from typing import ClassVar
+from smallfry.training.objective import Supervised
 from smallfry.training.objectives.registry import register_objective
 
 @register_objective

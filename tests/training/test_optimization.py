@@ -47,6 +47,71 @@ def test_other_optimizers_of_timm_can_be_named():
         build_optimizer(OptimizerConfig("adamww"), MODEL)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("adamw", {"momentum": 0.9}),  # the three that timm drops in silence
+        ("sgd", {"eps": 1e-3}),
+        ("sgd", {"betas": (0.8, 0.9)}),
+        ("adamw", {"layer_decay": 0.5}),  # of timm's factory, not of the optimizer
+        ("adamw", {"fallback_list": ["head"]}),
+        ("lion", {"eps": 1e-3}),
+        ("lamb", {"damping": 0.1}),
+        ("adamw", {"params": []}),
+    ],
+)
+def test_an_option_that_an_optimizer_does_not_take_is_refused(name, options):
+    with pytest.raises(UsageError) as error:
+        build_optimizer(OptimizerConfig(name, options=options), MODEL)
+    (option,) = options
+    refusal = f"optimizer {name} has no setting '{option}': remove it from optimizer.options ("
+    assert str(error.value).startswith(refusal)
+    taken = str(error.value).partition(" takes ")[2].rstrip(")").split(", ")
+    assert option not in taken
+    assert len(taken) > 2
+
+
+@pytest.mark.parametrize("name", ["kfac", "sngd", "two_level", "adam_atan2"])
+@pytest.mark.parametrize("option", ["momentun", "supervision_steps"])
+def test_an_unknown_option_of_our_own_optimizers_is_refused(name, option):
+    with pytest.raises(UsageError, match=f"optimizer {name} can't be built: .*'{option}'"):
+        build_optimizer(OptimizerConfig(name, options={option: 1}), MODEL)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "muon", "kfac", "adam_atan2"])
+def test_the_rate_and_the_decay_have_settings_of_their_own(name):
+    for option in ("lr", "weight_decay"):
+        config = OptimizerConfig(name, options={option: 0.1})
+        with pytest.raises(UsageError, match=f"has {option}: give it as optimizer.{option}"):
+            build_optimizer(config, MODEL)
+
+
+def test_every_option_that_is_taken_reaches_the_optimizer():
+    given = {
+        "sgd": {"momentum": 0.7, "nesterov": True},
+        "adamw": {"eps": 1e-3, "betas": (0.8, 0.9), "amsgrad": True},
+        "lamb": {"eps": 1e-3, "trust_clip": True},
+        "adadelta": {"rho": 0.7, "eps": 1e-2},
+        "muon": {"momentum": 0.7, "ns_steps": 3},
+        "kfac": {"momentum": 0.7, "damping": 0.3},
+        "adam_atan2": {"scale": 1.27},
+    }
+    for name, options in given.items():
+        optimizer = build_optimizer(OptimizerConfig(name, options=options), MODEL)
+        settings = getattr(optimizer, "settings", None)
+        for option, value in options.items():
+            got = optimizer.defaults.get(option, getattr(settings, option, None))
+            assert got == value, (name, option)
+
+
+def test_muon_leaves_the_named_parameters_to_adamw():
+    model = timm.create_model("resnet10t", num_classes=3)
+    config = OptimizerConfig("muon", options={"fallback_list": ["fc.*"]})
+    optimizer = build_optimizer(config, model)
+    left = {id(p) for g in optimizer.param_groups if g.get("use_fallback") for p in g["params"]}
+    assert {n for n, p in model.named_parameters() if id(p) in left} == {"fc.weight", "fc.bias"}
+
+
 def test_the_default_rate_falls_with_the_width_of_the_model():
     assert peak_learning_rate(OptimizerConfig(), timm.create_model("vitrm_micro_patch4_8")) == 3e-3
     assert peak_learning_rate(OptimizerConfig(), timm.create_model("vitrm_small_patch4_32")) == 5e-4

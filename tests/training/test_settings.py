@@ -84,3 +84,34 @@ def test_a_run_is_trained_from_names_alone(tmp_path):
         )
     )
     assert summary["run"] == str(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("group", "given", "said"),
+    [
+        ("adversarial", {"steps": 3}, "adversarial.steps needs adversarial.eps, such as 0.0314"),
+        ("adversarial", {"step": 0.1}, "adversarial.step needs adversarial.eps, such as 0.0314"),
+        ("distillation", {"weight": 0.4}, "distillation.weight needs distillation.teacher, such"),
+        ("distillation", {"temperature": 2.0}, "distillation.temperature needs distillation.tea"),
+        ("distillation", {"features": 0.1}, "distillation.features needs distillation.teacher"),
+        ("model", {"freeze_epochs": 1.0}, "model.freeze_epochs needs model.freeze, such as"),
+    ],
+)
+def test_settings_of_what_is_off_are_refused(group, given, said):
+    with pytest.raises(UsageError) as error:
+        TrainConfig(**{group: given})
+    assert str(error.value).startswith(said)
+    switch = {
+        "adversarial": {"eps": 0.1},
+        "distillation": {"teacher": "t"},
+        "model": {"freeze": "x"},
+    }
+    ((name, value),) = given.items()
+    assert getattr(getattr(TrainConfig(**{group: given | switch[group]}), group), name) == value
+
+
+def test_defaults_of_what_is_off_are_no_fault():
+    """A recorded configuration holds all settings."""
+    for group in ("adversarial", "distillation"):
+        recorded = TrainConfig().to_dict()[group]
+        assert getattr(TrainConfig(**{group: recorded}), group) == getattr(TrainConfig(), group)

@@ -46,7 +46,8 @@ def obstacle(
         return f"exists and is not {_with_article(kind or 'empty folder')}"
     for name in found:
         if name not in names:
-            return f"holds {name} too, which is no part of such a {kind} and would be lost"
+            such = _with_article(kind)
+            return f"holds {name} too, which is no part of such {such} and would be lost"
     return None
 
 

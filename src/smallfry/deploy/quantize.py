@@ -32,7 +32,7 @@ from onnxruntime.quantization import (
 
 from smallfry.errors import ExportError
 
-__all__ = ["CallRange", "call_ranges", "compact", "measured_ranges", "quantize"]
+__all__ = ["CallRange", "compact", "measured_ranges", "quantize"]
 
 PRODUCTS = ["MatMul", "Gemm", "Conv"]  # where the arithmetic is; the rest stays in float32
 DYNAMIC_PRODUCTS = ["MatMul", "Gemm"]  # a dynamic convolution runs slower than a float32 one
@@ -72,30 +72,6 @@ def quantize(
         raise ExportError("static int8 needs images to measure activation ranges")
     inputs = _inputs(graphs, images, recursion_steps)
     return {name: _quantize(name, graph, inputs[name]) for name, graph in graphs.items()}
-
-
-def call_ranges(graph: bytes) -> list[CallRange]:
-    """Read the input range of every product in a statically quantized graph, in execution order."""
-    model = onnx.load_from_string(graph).graph
-    constants = {tensor.name: tensor for tensor in model.initializer}
-    made_by = {output: node for node in model.node for output in node.output}
-    calls: dict[str, int] = defaultdict(int)
-    found = []
-    for node in model.node:
-        if node.op_type not in PRODUCTS:
-            continue
-        source, weight = (made_by.get(name) for name in node.input[:2])
-        if source is None or weight is None or weight.op_type != "DequantizeLinear":
-            continue
-        if weight.input[0] not in constants or source.op_type != "DequantizeLinear":
-            continue
-        scale, zero = (numpy_helper.to_array(constants[name]) for name in source.input[1:3])
-        limits = np.iinfo(zero.dtype)
-        low, high = ((limit - int(zero)) * float(scale) for limit in (limits.min, limits.max))
-        name = weight.input[0].removesuffix(QUANTIZED)
-        found.append(CallRange(name, calls[name], low, high))
-        calls[name] += 1
-    return found
 
 
 def measured_ranges(

@@ -17,3 +17,7 @@ class CleanConsole(Console):
         """Render the segments of the output; colours and cursor movements are rich's own."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+    def on_broken_pipe(self) -> None:
+        """Leave a closed output to the caller; rich would end the process with exit code 1."""
+        raise BrokenPipeError

@@ -6,12 +6,9 @@ the last word are 0 on both sides.
 """
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 Words = NDArray[np.uint64]
-_COUNTS = torch.tensor([bin(number).count("1") for number in range(2**16)], dtype=torch.uint8)
 
 
 def pack_signs(values: NDArray[np.floating]) -> Words:
@@ -72,23 +69,6 @@ def binary_conv2d(
             distance = _distance(part.reshape(-1, words), weight[:, i, j])
             outputs[:, ys, xs] += channels - 2 * distance.reshape(*part.shape[:3], -1)
     return outputs
-
-
-def torch_binary_linear(inputs: Tensor, weight: Tensor, features: int) -> Tensor:
-    """Multiply packed rows in PyTorch, with a table of 16-bit counts.
-
-    Args:
-        inputs: int64 words, (batch, words), as ``torch.from_numpy(words.view("int64"))``.
-        weight: (outputs, words).
-        features: n.
-    """
-    distance = torch.zeros(len(inputs), len(weight), dtype=torch.int64)
-    table = _COUNTS.to(inputs.device)
-    for word in range(inputs.shape[1]):
-        differing = inputs[:, None, word] ^ weight[None, :, word]
-        for shift in range(0, 64, 16):
-            distance += table[(differing >> shift) & 0xFFFF]
-    return features - 2 * distance
 
 
 def _distance(inputs: Words, weight: Words) -> NDArray[np.int64]:

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from smallfry.report.figure import COLOURS, GREY, new_figure, save, style
+from smallfry.report.figure import GREY, new_figure, save, style
 
-__all__ = ["draw_puzzles", "draw_steps"]
+__all__ = ["draw_puzzles"]
 
 GIVEN, WRONG, PLAIN = "#e5e7eb", "#fecaca", "white"
 ACROSS = 4
@@ -63,24 +63,3 @@ def _draw_one(place: Any, cells: Sequence[NDArray[np.int64]], symbols: Sequence[
         place.add_patch(Rectangle((column, row), 1, 1, facecolor=colour, edgecolor=GREY, lw=0.4))
         size = 130 / side / max(1, len(text))
         place.text(column + 0.5, row + 0.52, text, ha="center", va="center", fontsize=min(10, size))
-
-
-def draw_steps(curves: Sequence[tuple[str, Sequence[float]]], file: Path) -> None:
-    """Draw the share of solved puzzles after each recursion step.
-
-    Args:
-        curves: A label and the shares after 1, 2, … steps.
-        file: The PNG to write.
-    """
-    with style():
-        figure = new_figure(6, 3.6)
-        axes = figure.subplots()
-        for colour, (label, shares) in zip(COLOURS, curves, strict=False):
-            steps = range(1, len(shares) + 1)
-            axes.plot(steps, [100 * s for s in shares], color=colour, label=label, marker=".")
-        axes.set_xlabel("improvement step")
-        axes.set_ylabel("puzzles solved, %")
-        axes.set_ylim(-2, 102)
-        axes.set_xticks(range(1, max(len(shares) for _, shares in curves) + 1))
-        axes.legend(fontsize=8)
-        save(figure, file)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from smallfry.training.settings import check, check_values
+from smallfry.training.settings import check, check_switched_on, check_values
 
 
 @dataclass(frozen=True)
@@ -24,3 +24,4 @@ class AdversarialConfig:
         check(0 <= self.eps <= 1, f"adversarial.eps is 0 to 1, not {self.eps}")
         check(self.step is None or self.step > 0, "adversarial.step must be positive")
         check(self.steps >= 1, "adversarial.steps must be at least 1")
+        check_switched_on(self, "adversarial.", "eps", "0.0314")

@@ -9,7 +9,11 @@ from smallfry.training.objective_config import AUTO, ObjectiveConfig
 
 
 def build_objective(
-    config: ObjectiveConfig, model: nn.Module, task: str = "classification", parts: int = 1
+    config: ObjectiveConfig,
+    model: nn.Module,
+    task: str = "classification",
+    parts: int = 1,
+    resumed: bool = False,
 ) -> Objective:
     """Build the configured objective.
 
@@ -18,9 +22,10 @@ def build_objective(
         model: The model that will be trained.
         task: Name of the task.
         parts: Micro-batches of a batch.
+        resumed: Settings that the objective does not take are ignored, as earlier versions did.
 
     Raises:
-        UsageError: The objective does not fit the task or the model.
+        UsageError: The objective does not fit the task or the model, or does not take a setting.
     """
     meaning = find_task(task).create(config.label_smoothing)
     name, recursive = config.name, isinstance(model, Recursive)
@@ -28,5 +33,7 @@ def build_objective(
         name = meaning.defaults.objective
     if name == AUTO:
         name = "deep_supervision" if recursive else "cross_entropy"
+    if not resumed:
+        config.require_taken(name)
     objective: Objective = config.settings(name).build(meaning, model, parts)
     return objective

@@ -13,6 +13,7 @@ from smallfry.io.safe_yaml import MOST_CONFIG, YAML_MODE, load_yaml
 from smallfry.training.adversarial_config import AdversarialConfig
 from smallfry.training.distillation_config import DistillationConfig
 from smallfry.training.objective_config import ObjectiveConfig as ObjectiveConfig
+from smallfry.training.objective_config import taken_settings
 from smallfry.training.settings import check, check_values
 from smallfry_runtime.files import read_bytes
 from smallfry_runtime.names import URI, path_of, storable
@@ -436,6 +437,8 @@ def read_config(file: Path) -> TrainConfig:
         for group in {*groups} & {*content}:
             if not isinstance(content[group], dict):  # or jsonargparse takes it for a file's name
                 raise ValueError(f"{group}: expected settings by their names")
+        if "objective" in content:
+            content = content | {"objective": taken_settings(content["objective"])}
         return TrainConfig(**vars(parser.instantiate(parser.parse_object(_with_paths(content)))))
     except Exception as error:  # jsonargparse raises almost anything, given a stranger's file
         reason = " ".join(str(error).split())

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from smallfry.errors import RunError, UsageError
 from smallfry.training.config import TrainConfig
-from smallfry.training.objective_config import ObjectiveConfig
+from smallfry.training.objective_config import ObjectiveConfig, taken_settings
 
 CHANGEABLE = (
     *("epochs", "patience", "device", "workers", "threads", "resident", "checkpoint_seconds"),
@@ -119,7 +119,7 @@ def _effective(settings: Mapping[str, Any]) -> dict[str, Any]:
     start = "objective."
     given = {k.removeprefix(start): v for k, v in settings.items() if k.startswith(start)}
     others = {key: value for key, value in settings.items() if not key.startswith(start)}
-    return others | dotted({"objective": ObjectiveConfig(**given).to_dict()})
+    return others | dotted({"objective": ObjectiveConfig(**taken_settings(given)).to_dict()})
 
 
 def require_whole_epochs(step: int, epochs: int, steps_per_epoch: int, where: str) -> None:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from smallfry.training.settings import check, check_values
+from smallfry.training.settings import check, check_switched_on, check_values
 
 
 @dataclass(frozen=True)
@@ -32,3 +32,4 @@ class DistillationConfig:
         check(positive, f"distillation.temperature must be positive, not {self.temperature}")
         enough = 0 <= self.features < math.inf
         check(enough, f"distillation.features is 0 or more, not {self.features}")
+        check_switched_on(self, "distillation.", "teacher", "runs/a")

@@ -3,6 +3,7 @@
 The fields are made from the table of objectives, so that each setting is an option of the command.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, make_dataclass
 from inspect import cleandoc
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_type_hints
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_type_hints
 from docstring_parser import DocstringStyle
 from docstring_parser import parse as parse_docstring
 
+from smallfry.errors import UsageError
 from smallfry.training.objectives.registry import ObjectiveSettings, objectives
 from smallfry.training.settings import check, check_values
 
@@ -19,7 +21,7 @@ TABLE = objectives()
 
 @dataclass(frozen=True)
 class _Common:
-    """Loss, and the settings of the named objective; those of another one have no effect.
+    """Loss, and the settings of the named objective; those of another one are refused.
 
     Args:
         name: An objective, or auto for the task's own, else deep_supervision where the model recurs
@@ -34,11 +36,34 @@ class _Common:
         check_values(self, "objective.")
         check(0 <= self.label_smoothing < 1, "objective.label_smoothing is 0 to below 1")
         each = {name: self.settings(name) for name in TABLE if self.name in (name, AUTO)}
+        if self.name != AUTO:
+            self.require_taken(self.name)
         for name, setting in SETTINGS.items():
             value = getattr(each.get(self.name), name, None)
             if self.name == AUTO and {getattr(self, name)} != set(setting.defaults):
                 value = getattr(self, name)
             object.__setattr__(self, name, value)
+
+    def require_taken(self, objective: str) -> None:
+        """Require that an objective takes the settings that are given.
+
+        A default of another objective passes: runs of earlier versions recorded all of them.
+
+        Args:
+            objective: Name of the chosen objective.
+
+        Raises:
+            UsageError: It does not take one.
+        """
+        own = [entry.name for entry in fields(TABLE[objective])]  # type: ignore[arg-type]
+        for name, setting in SETTINGS.items():
+            if name not in own and getattr(self, name) not in (None, *setting.defaults):
+                others = [k for k, kind in TABLE.items() if hasattr(kind, name)]
+                raise UsageError(
+                    f"objective {objective} has no setting '{name}', which {' and '.join(others)} "
+                    f"{'has' if len(others) == 1 else 'have'}: remove objective.{name} "
+                    f"({objective} takes {', '.join(['label_smoothing', *own])})"
+                )
 
     def settings(self, name: str) -> ObjectiveSettings:
         """Return the settings of an objective, with its defaults where none are given."""
@@ -50,6 +75,13 @@ class _Common:
     def to_dict(self) -> dict[str, Any]:
         """Return the settings that have an effect."""
         return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+def taken_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out settings that the named objective does not take, as earlier versions recorded."""
+    kind: Any = TABLE.get(str(given.get("name")))
+    others = set() if kind is None else {*SETTINGS} - {entry.name for entry in fields(kind)}
+    return {name: value for name, value in given.items() if name not in others}
 
 
 class _Setting(NamedTuple):

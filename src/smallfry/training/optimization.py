@@ -65,6 +65,8 @@ def build_optimizer(
     known += [*NATURAL, *OWN]
     if config.name not in known:
         raise UsageError(f"unknown optimizer '{config.name}'{nearest(config.name, known)}")
+    for name in {"lr", "weight_decay"} & {*config.options}:
+        raise UsageError(f"optimizer.options has {name}: give it as optimizer.{name}")
     if config.name in NATURAL:
         return _build_natural(config, model, forward, likelihood)
     if config.name in OWN:
@@ -73,6 +75,7 @@ def build_optimizer(
         raise UsageError(f"optimizer {config.name} has no betas; its settings are in options")
     arguments: dict[str, Any] = {} if config.betas is None else {"betas": tuple(config.betas)}
     kind = get_optimizer_class(config.name, bind_defaults=False)
+    _require_taken(config, kind)
     if fused and "fused" in signature(kind).parameters:
         arguments["fused"] = True
     decay_all = config.decay == "all"
@@ -91,6 +94,19 @@ def build_optimizer(
     except (TypeError, ValueError, RuntimeError, AssertionError, ImportError) as error:
         raise UsageError(f"optimizer {config.name} can't be built: {error}") from error
     return optimizer
+
+
+def _require_taken(config: OptimizerConfig, kind: Callable[..., Any]) -> None:
+    """Require that an optimizer of timm's registry takes its options; timm drops some of others."""
+    taken = [n for n in signature(kind).parameters if n not in ("params", "lr", "weight_decay")]
+    if "fallback_lr_scale" in taken:  # of two optimizers, between which timm divides parameters
+        taken += ["fallback_list", "fallback_no_weight_decay"]
+    for name in config.options:
+        if name not in taken:
+            raise UsageError(
+                f"optimizer {config.name} has no setting '{name}': remove it from "
+                f"optimizer.options ({config.name} takes {', '.join(taken)})"
+            )
 
 
 def unchecked(config: OptimizerConfig) -> OptimizerConfig:

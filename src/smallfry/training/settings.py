@@ -34,6 +34,20 @@ def check_values(config: Any, group: str) -> None:
                 check(abs(number) < MOST_NUMBER, f"{name} must be below 2**31")
 
 
+def check_switched_on(config: Any, group: str, switch: str, example: str) -> None:
+    """Refuse settings other than the defaults where what they belong to is switched off.
+
+    Args:
+        config: A frozen dataclass.
+        group: Prefix of field names in messages, such as "data.".
+        switch: The field that switches it on.
+        example: Value of it, for the message.
+    """
+    for entry in fields(config):
+        if not getattr(config, switch) and getattr(config, entry.name) not in (None, entry.default):
+            raise UsageError(f"{group}{entry.name} needs {group}{switch}, such as {example}")
+
+
 def settle(config: Any, group: str) -> None:
     """Convert the fields of a frozen dataclass to their types, in its ``__post_init__``.
 

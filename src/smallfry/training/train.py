@@ -343,7 +343,8 @@ def _build(
         },
     }
     augment = build_augment(config, data, task)
-    objective = build_objective(config.objective, model, config.task, config.accumulate)
+    resumed = has_checkpoint(folder.last)
+    objective = build_objective(config.objective, model, config.task, config.accumulate, resumed)
     objective, teacher = processes.together(
         lambda: distilled(config.distillation, objective, data, augment.normalize)
     )
@@ -353,7 +354,7 @@ def _build(
     trainer = Trainer(
         model, data, objective, augment, config, folder, manifest, reporter, processes
     )
-    if not has_checkpoint(folder.last):
+    if not resumed:
         processes.once(trainer.plan.rehearse)
     return trainer
 

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
-MOST_INPUTS = (2**31 - 1) // (255 * 127)
 
 
 class Multiplier(NamedTuple):
