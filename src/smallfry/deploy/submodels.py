@@ -101,7 +101,7 @@ def measure(
         small = extract(trained.model, submodel)[0].eval()
         graph = whole_graph(small, image.repeat(2, 1, 1, 1))
         content: bytes = to_onnx(graph, exported_program(graph)).SerializeToString()
-        calls[str(submodel)] = partial(_session(content).run, None, {"images": image.numpy()})
+        calls[str(submodel)] = partial(session(content).run, None, {"images": image.numpy()})
         found[str(submodel)] = {
             "accuracy": score(said)["accuracy"],
             "macs": macs(small, image),
@@ -258,7 +258,8 @@ def _note(
     (folder / MANIFEST).write_text(manifest.to_json())
 
 
-def _session(content: bytes) -> ort.InferenceSession:
+def session(content: bytes) -> ort.InferenceSession:
+    """Start a graph on one thread."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
