@@ -12,3 +12,4 @@ class Stage(IntEnum):
     SPARSE = 4
     ADAPTER = 5
     BITS = 6
+    NEST = 7

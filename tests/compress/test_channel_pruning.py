@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from smallfry import compress
 from smallfry.compress.prune.saliency import directions, is_decoupled
-from smallfry.compress.prune.selection import lowest, lowest_blocks, without
+from smallfry.compress.prune.selection import give_back, lowest, lowest_blocks, without
 from smallfry.costing import cost, macs
 from smallfry.errors import SmallfryWarning, UsageError
 from smallfry.optim import EKFAC, KFAC, SNGD
@@ -134,7 +134,7 @@ def test_a_stopped_run_continues_to_the_bit(method, optimizer, stop):
 
 
 def test_a_share_of_the_arithmetic_is_met_from_below():
-    method = compress.HESSO(0.5, of="macs", begin=2, end=20, periods=2)
+    method = compress.HESSO(0.5, of="macs", begin=2, end=20, periods=2, divisible=4)
     model, running, inner = begin(method, "loopnet", "sgd")
     example = torch.zeros(1, 3, 16, 16)
     before = macs(model, example)
@@ -148,7 +148,7 @@ def test_macs_of_a_shared_block_count_at_every_call():
     (method,) = running._started
     none = [[] for _ in method.groups]
     one = [[0], *none[1:]]
-    saved = method.macs_without(none) - method.macs_without(one)
+    saved = method.cost_without(none) - method.cost_without(one)
     fc1, rows = model.get_submodule(method.groups[0].name), []
     fc1.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0][..., 0].numel()))
     model.eval()(torch.zeros(1, 1, 8, 8))
@@ -214,7 +214,7 @@ def test_a_run_that_ends_early_says_so():
         (lambda: compress.HESSO(periods=0), "periods at least 1"),
         (lambda: compress.HESSO(weights=(1.0,)), "5 numbers"),
         (lambda: compress.HESSO(cosine_sign=0), "1 or -1"),
-        (lambda: compress.HESSO(of="bytes"), "channels or macs"),
+        (lambda: compress.HESSO(of="bytes"), "channels, macs or ms"),
         (lambda: compress.HESSO(of="macs", reference_selection=True), "goes with of channels"),
         (lambda: compress.CRIC(divisible=0), "cric.divisible"),
         (lambda: compress.CRIC(cycles=0), "at least 1"),
@@ -269,13 +269,27 @@ def test_directions_are_gradients_of_sgd_and_leave_decoupled_decay_out():
 
 def test_the_lowest_go_and_a_block_of_each_group_stays():
     scores = [torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([5.0, 6.0, 7.0, 8.0])]
-    assert lowest(scores, [[], []], 3, [1, 1]) == [[0, 1, 2], []]
-    assert lowest(scores, [[0], []], 4, [2, 1]) == [[1], [0, 1, 2]]
+    assert lowest(scores, [[0, 1, 3], [0, 2]], 4) == [[0, 1, 3], [0]]
+    assert lowest(scores, [[1, 3], [2]], 99) == [[1, 3], [2]]
     assert lowest_blocks(scores, [[], []], 4, [2, 2]) == [[0, 1], [0, 1]]
     assert lowest_blocks(scores, [[0], []], 3, [2, 1]) == [[1], [0]]
     assert lowest_blocks(scores, [[], []], 0, [2, 2]) == [[], []]
     assert lowest_blocks(scores, [[], []], 99, [3, 4]) == [[0], []]
     assert without([1, 2], 4).tolist() == [0, 3]
+
+
+def test_the_most_salient_blocks_come_back_while_the_rest_fits():
+    scores = [torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([5.0, 6.0, 7.0, 8.0])]
+    chosen = [[0, 1, 2], [0, 1]]
+
+    def least(number):
+        return lambda trial: sum(map(len, trial)) >= number
+
+    assert give_back(scores, chosen, [1, 1], least(3)) == [[0, 1, 2], []]
+    assert give_back(scores, chosen, [1, 2], least(4)) == [[0, 1], [0, 1]]
+    assert give_back(scores, chosen, [1, 1], least(0)) == [[], []]
+    assert give_back(scores, chosen, [1, 1], least(9)) == chosen
+    assert give_back(scores, chosen, [4, 4], least(0)) == chosen  # of which no block is whole
 
 
 def test_random_choices_meet_their_number_within_half_a_block():
@@ -284,9 +298,10 @@ def test_random_choices_meet_their_number_within_half_a_block():
         sizes = torch.randint(3, 40, (4,)).tolist()
         steps = [min(size, s) for size, s in zip(sizes, (1, 2, 4, 8), strict=True)]
         scores = [torch.rand(size) for size in sizes]
-        gone = lowest(scores, [[] for _ in sizes], int(torch.randint(0, 10, ())), steps)
         most = sum(size - step for size, step in zip(sizes, steps, strict=True))
-        number = int(torch.randint(sum(map(len, gone)), most + 1, ()))
+        number = int(torch.randint(0, most + 1, ()))
+        plan = lowest_blocks(scores, [[] for _ in sizes], number, steps)
+        gone = lowest(scores, plan, len(plan) // 2)
         more = lowest_blocks(scores, gone, number, steps)
         both = [sorted(a + b) for a, b in zip(gone, more, strict=True)]
         for size, step, out in zip(sizes, steps, both, strict=True):
@@ -294,9 +309,7 @@ def test_random_choices_meet_their_number_within_half_a_block():
             left = size - len(out)
             assert left >= step
             assert not out or left % step == 0
-        assert sum(map(len, both)) >= number - 8
-        rounding = sum(step - 1 for step, out in zip(steps, gone, strict=True) if out)
-        assert sum(map(len, both)) <= number + 8 + rounding
+        assert abs(sum(map(len, both)) - number) <= 8
 
 
 def test_zero_sparsity_changes_nothing():

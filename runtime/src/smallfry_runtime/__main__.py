@@ -19,6 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.top_k < 1:
             raise UsageError(f"top_k must be at least 1, got {options.top_k}")
         runtime = Runtime(options.export, options.threads)
+        if options.budget_ms is not None:
+            runtime = runtime.within(options.budget_ms)
         threshold = runtime.exit_threshold(
             options.exit_steps, options.exit_drop, options.exit_threshold
         )
@@ -41,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("inputs", nargs="+", help="Image files, folders, globs, or - for stdin.")
     parser.add_argument("--threads", type=int, help="CPU threads; default all cores.")
     parser.add_argument("--top_k", type=int, default=3, help="Classes to name per image.")
+    parser.add_argument("--budget_ms", type=float, help="Best sub-model within this time.")
     early = parser.add_mutually_exclusive_group()
     early.add_argument("--exit_drop", type=float, help="Early exit at this loss of accuracy.")
     early.add_argument("--exit_steps", type=float, help="Early exit at this average of steps.")

@@ -17,6 +17,7 @@ from smallfry_runtime.errors import ExportError
 from smallfry_runtime.files import has_valid_digest, open_regular, read_json, settled, with_digest
 from smallfry_runtime.images import is_bit_depth
 from smallfry_runtime.stages import interrupted, obstacle
+from smallfry_runtime.variants import FOLDER, FULL, Variant, read_variants
 from smallfry_runtime.version import __version__
 
 FORMAT = 3  # 2 had no bit depth, and 1 no digest of the manifest
@@ -28,7 +29,7 @@ GRAPHS = {
 }
 PROGRAM = "model.pt2"
 QUANTIZATION, RANGES = "quantization.json", "quantization.png"
-FILES = {MANIFEST, PROGRAM, QUANTIZATION, RANGES, *GRAPHS["whole"], *GRAPHS["anytime"]}
+FILES = {MANIFEST, PROGRAM, QUANTIZATION, RANGES, FOLDER, *GRAPHS["whole"], *GRAPHS["anytime"]}
 PRECISIONS = ("float32", "int8", "int8_dynamic", "own_bits")
 MOST_STEPS = 10_000
 MOST_GRAPH = 2**31  # bytes of a graph, which is the most that ONNX's own format can hold
@@ -54,7 +55,8 @@ class Manifest:
         training: Measured figures of the run, with data and provenance.
         license: License of the weights, as an SPDX name; None if not stated.
         source: SHA-256 of the weights that were exported.
-        files: SHA-256 of every other file.
+        files: SHA-256 of every other file, of sub-models that of the manifests.
+        submodels: Sub-models to choose from, the full model among them; empty without any.
     """
 
     form: str
@@ -73,10 +75,14 @@ class Manifest:
     license: str | None = None
     source: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    submodels: tuple[Variant, ...] = ()
 
     def to_json(self) -> str:
         """Serialise to the text of ``manifest.json``."""
-        content = asdict(self) | {"exits": [point._asdict() for point in self.exits]}
+        content = asdict(self) | {
+            "exits": [point._asdict() for point in self.exits],
+            "submodels": [each._asdict() for each in self.submodels],
+        }
         head = {"format": FORMAT, "smallfry": __version__}
         return json.dumps(with_digest({**head, **content}), indent=2) + "\n"
 
@@ -110,6 +116,11 @@ def is_export(folder: Path) -> bool:
     return isinstance(content, dict) and "form" in content
 
 
+def manifest_of(variant: Variant) -> str:
+    """Return the path of a sub-model's manifest in its export."""
+    return f"{FOLDER}/{variant.place}/{MANIFEST}"
+
+
 def require_free(folder: Path) -> None:
     """Require that an export may be written here: nothing exists, or only an export.
 
@@ -117,6 +128,10 @@ def require_free(folder: Path) -> None:
         ExportError: There is something else.
     """
     reason = obstacle(folder, "export", FILES, is_export)
+    if reason is None:
+        nested = sorted((folder / FOLDER).glob("*"))
+        others = [each for each in nested if obstacle(each, "export", FILES, is_export)]
+        reason = f"holds {FOLDER}/{others[0].name} too, which is no export" if others else None
     if reason is not None:
         raise ExportError(f"{folder}: {reason}; use another folder")
 
@@ -175,10 +190,11 @@ def _checked(content: Any, file: Path) -> Manifest:
             f"{file}: damaged, its digest is not that of its content; export the run again"
         )
     try:
-        content = {"bit_depth": None, **content}
+        content = {"bit_depth": None, "submodels": [], **content}
         values = {entry.name: content[entry.name] for entry in fields(Manifest)}
         values |= {name: tuple(values[name]) for name in ("classes", "mean", "std")}
         values["exits"] = tuple(Point(**point) for point in values["exits"])
+        values["submodels"] = read_variants(values["submodels"])
         manifest = Manifest(**values)
         problem = _problem(manifest)
     except (KeyError, TypeError, AttributeError) as error:
@@ -212,6 +228,11 @@ def _problem(manifest: Manifest) -> str | None:
         "source": not _is_mapping(manifest.source),
     }
     lacking = [name for name in GRAPHS.get(manifest.form, ()) if name not in manifest.files]
+    lacking += [
+        name
+        for each in manifest.submodels
+        if each.place != FULL and (name := manifest_of(each)) not in manifest.files
+    ]
     wrong[f"no hash of {', '.join(lacking)}"] = bool(lacking)
     if manifest.form == "anytime":
         wrong["an anytime form without recursion"] = steps is None

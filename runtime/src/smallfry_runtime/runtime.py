@@ -4,6 +4,7 @@ In the anytime form each image leaves the recursion once the model holds its ans
 what is left is packed into full batches for the next step.
 """
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -19,8 +20,9 @@ from smallfry_runtime.early_exit import NEVER, Trace, most_accurate, most_thrift
 from smallfry_runtime.errors import DataError, ExportError, UsageError
 from smallfry_runtime.images import Encoded, decode
 from smallfry_runtime.inputs import InputImage
-from smallfry_runtime.manifest import read_export
+from smallfry_runtime.manifest import manifest_of, read_export
 from smallfry_runtime.predictions import NOT_FINITE, Answer, Outputs, answers
+from smallfry_runtime.variants import FULL, Variant, best_within
 
 NO_OTHER_FILES = "session.model_external_initializers_file_folder_path"
 Floats = NDArray[np.float32]
@@ -57,6 +59,7 @@ class Runtime:
     ) -> None:
         folder = Path(export)
         self._arguments = (folder.absolute(), threads, tuple(providers))
+        self._submodels: dict[str, Runtime] = {}  # those in use
         self.manifest, contents = read_export(folder)
         self.file_bytes = sum(map(len, contents.values()))  # of the graphs
         self.classes = self.manifest.classes
@@ -77,6 +80,42 @@ class Runtime:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Runtime, self._arguments
+
+    def within(self, budget_ms: float) -> "Runtime":
+        """Return the runtime of the most accurate sub-model within a budget of time.
+
+        A sub-model is read once, when it is first asked for, so that a budget can change from
+        image to image. Latencies are those of the machine that exported.
+
+        Args:
+            budget_ms: Milliseconds for one image on one thread.
+
+        Raises:
+            ExportError: The sub-model is missing, damaged, or another one.
+            UsageError: The export has no sub-models, or none that is as fast.
+        """
+        chosen = best_within(self.manifest.submodels, budget_ms)
+        if chosen.place == FULL:
+            return self
+        if chosen.place not in self._submodels:
+            self._submodels[chosen.place] = self._submodel(chosen)
+        return self._submodels[chosen.place]
+
+    def _submodel(self, variant: Variant) -> "Runtime":
+        folder, threads, providers = self._arguments
+        name = manifest_of(variant)
+        found = Runtime((folder / name).parent, threads, providers)
+        try:
+            digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        except OSError as error:
+            raise ExportError(f"{folder / name}: can't be read ({error.strerror})") from error
+        ours, its = self.manifest, found.manifest
+        alike = ("classes", "image_size", "channels", "mean", "std", "bit_depth")
+        if digest != ours.files[name] or any(getattr(ours, a) != getattr(its, a) for a in alike):
+            raise ExportError(
+                f"{folder / name}: not the sub-model that was exported; export the run again"
+            )
+        return found
 
     def predict(
         self,

@@ -30,6 +30,8 @@ class Options(EarlyExit, AsJson, OneRun):
         attack: Score the images changed to mislead the model, too: pgd, projected gradient descent.
         eps: Largest change of a pixel in an attack, of images in [0, 1], such as 8/255.
         attack_steps: Steps of the attack, each a quarter of eps.
+        submodels: Measure the sub-models of a nested run on the validation split instead, and keep
+            their figures in the run's submodels.json.
     """
 
     split: Literal["train", "validation", "test"] = "test"
@@ -39,6 +41,7 @@ class Options(EarlyExit, AsJson, OneRun):
     attack: Literal["pgd"] | None = None
     eps: str = "8/255"
     attack_steps: int = 20
+    submodels: bool = False
 
 
 def run(options: Options) -> int:
@@ -51,6 +54,8 @@ def run(options: Options) -> int:
 
     trained = load_trained(options.run, options.checkpoint)
     data = options.data
+    if options.submodels:
+        return _submodels(options, trained)
     loaded, images, split = load_like(trained, options.run, data.name, data.root, options.split)
     require_classes(trained, loaded.classes, loaded.origin)
     threshold = _exit_threshold(options, trained)
@@ -88,6 +93,32 @@ def run(options: Options) -> int:
         for number, row in enumerate(steps, 1):
             table.add_row(str(number), *(_shown(name, value) for name, value in row.items()))
         CleanConsole().print(table)
+    return 0
+
+
+def _submodels(options: Options, trained: "TrainedModel") -> int:
+    """Measure all sub-models, keep their figures with the run, and print them."""
+    from smallfry.deploy.submodels import FIGURES, measure, write_table
+    from smallfry.training.evaluation_data import load_like
+    from smallfry.transforms.nested import nest_of
+
+    nest_of(trained.model)
+    data = options.data
+    _, images, _ = load_like(trained, options.run, data.name, data.root, "validation")
+    rows = measure(trained, images)
+    if trained.origin is not None:
+        write_table(rows, trained, trained.origin)
+    found = [
+        {"name": str(row.submodel), **{name: getattr(row, name) for name in FIGURES}}
+        for row in rows
+    ]
+    if options.json:
+        say(json.dumps({"split": "validation", "images": len(images), "submodels": found}))
+        return 0
+    table = Table("sub-model", *FIGURES, box=None)
+    for row in found:
+        table.add_row(*(_shown(name, value) for name, value in row.items()))
+    CleanConsole().print(table)
     return 0
 
 

@@ -20,6 +20,8 @@ class Options(Licensed, OneRun):
         precision: int8 uses activation ranges of training images, int8_dynamic computes them for
             each batch; own_bits keeps the codes and ranges of a model that is quantised already.
         torch_program: Also write model.pt2 for torch.export.
+        submodels: Sub-models of a nested run to export beside the full one, for predict with
+            --budget_ms; the best by accuracy and latency.
         data: Images to calibrate with, instead of the run's own.
     """
 
@@ -27,6 +29,7 @@ class Options(Licensed, OneRun):
     form: Literal["whole", "anytime"] | None = None
     precision: Literal["float32", "int8", "int8_dynamic", "own_bits"] = "float32"
     torch_program: bool = False
+    submodels: int = 0
     data: OtherData = field(default_factory=OtherData)
 
 
@@ -46,8 +49,9 @@ def run(options: Options) -> int:
         options.license,
         options.data.name,
         options.data.root,
+        options.submodels,
     )
-    size = sum(file.stat().st_size for file in folder.glob("*.onnx"))
+    size = sum(file.stat().st_size for file in folder.rglob("*.onnx"))
     if precision not in ("float32", "own_bits"):
         from smallfry.deploy.quantization_report import print_report
 

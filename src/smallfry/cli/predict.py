@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from smallfry.cli._fields import option
 from smallfry.cli._messages import FAILED, complain
 from smallfry.cli._shared import AsJson, EarlyExit, OneRun
 from smallfry.errors import DataError, UsageError
@@ -32,11 +33,14 @@ class Options(EarlyExit, AsJson, OneRun):
             of a model for puzzles, text or JSON files, or - for such text.
         exit_threshold: Exit at this halting probability.
         top_k: Number of classes to print per image.
+        budget_ms: Use the most accurate sub-model of an export within this latency of one image, in
+            milliseconds on the machine that exported.
     """
 
     inputs: tuple[str, ...]
     exit_threshold: float | None = None
     top_k: int = 3
+    budget_ms: float | None = option(metavar="MS")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,11 +126,17 @@ def _answers(options: Options, images: Iterable[InputImage]) -> Iterable[Answer]
         from smallfry_runtime.runtime import Runtime
 
         runtime = Runtime(options.run)
+        if options.budget_ms is not None:
+            runtime = runtime.within(options.budget_ms)
         threshold = runtime.exit_threshold(options.exit_steps, options.exit_drop, threshold)
         return runtime.classify(images, options.top_k, threshold)
     from smallfry.deploy.pretrained import load_trained
     from smallfry.training.inference import classify
 
+    if options.budget_ms is not None:
+        raise UsageError(
+            "budget_ms needs an export with sub-models: export the run with --submodels N first"
+        )
     if options.exit_drop is not None or options.exit_steps is not None:
         raise UsageError(
             "exit_drop and exit_steps need an export's calibrated thresholds; evaluate the run "

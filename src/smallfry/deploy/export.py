@@ -5,6 +5,7 @@
     model.pt2                             the whole model for torch.export.load, if asked for
     manifest.json                         classes, preprocessing, exits, figures, hashes
     quantization.json  quantization.png   what eight bits cost, of an export in eight bits
+    submodels/                            exports of sub-models of a nested run, if asked for
 
 The form "whole" gives the logits of every recursion step, and repeats in nodes, not in weights,
 what recurs.
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from smallfry.data import ImageData
 from smallfry.deploy.few_bits import few_bits_graph
 from smallfry.deploy.graphs import Graph, anytime_graphs, exported_program, to_onnx, whole_graph
-from smallfry.deploy.pretrained import gather
+from smallfry.deploy.pretrained import gather, load_trained
 from smallfry.deploy.quantization_report import write_report
 from smallfry.deploy.quantize import quantize
 from smallfry.errors import ExportError, SmallfryError, SmallfryWarning, UsageError
@@ -39,6 +40,7 @@ from smallfry.models import Recursive
 from smallfry.training.evaluation import forward
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.run import TrainedModel
+from smallfry.transforms.nested import nest_of
 from smallfry_runtime.early_exit import operating_points, pareto_front, warn_of_few
 from smallfry_runtime.manifest import MANIFEST, PRECISIONS, PROGRAM, Manifest, require_free
 from smallfry_runtime.runtime import Runtime
@@ -61,6 +63,7 @@ def export(
     license: str | None = None,
     data: str | None = None,
     data_root: Path | None = None,
+    submodels: int = 0,
 ) -> Path:
     """Export a run's model, replacing an existing export.
 
@@ -75,6 +78,7 @@ def export(
         license: License of the weights, as an SPDX name; none is assumed.
         data: Other data than the run's to calibrate with: a name or a folder.
         data_root: Folder of a named data set.
+        submodels: Sub-models of a nested run to export beside the full one, at most.
 
     Returns:
         The folder.
@@ -92,11 +96,18 @@ def export(
     try:
         with replacing(folder, lambda: require_free(folder)) as new:
             own_bits = precision == "own_bits"
+            if submodels:
+                given = run if isinstance(run, TrainedModel) else load_trained(run, checkpoint)
+                nest_of(given.model)
             traced = trace(run, form, checkpoint, data, data_root, needed, own_bits)
             assemble(traced, new, precision, license, torch_program)
             calibrate(traced, new)
             if precision not in ("float32", "own_bits"):
                 _report(traced, new, precision)
+            if submodels:
+                from smallfry.deploy.submodels import add_submodels
+
+                add_submodels(traced, new, precision, license, submodels)
     except OSError as error:
         raise ExportError(f"{folder}: the export could not be written ({error})") from error
     return folder
@@ -137,6 +148,11 @@ def trace(
     if own_bits:
         _require_own_bits(trained.model, form)
     images = _data(trained, run, data, data_root, needs_images)
+    return Traced(trained, facts, form, trace_graphs(trained, form, own_bits), images)
+
+
+def trace_graphs(trained: TrainedModel, form: str, own_bits: bool = False) -> dict[str, bytes]:
+    """Trace a model to the graphs of a form; arguments as ``trace``."""
     graphs = {}
     for graph in _graphs(trained, form):
         log.info("tracing %s", graph.name)
@@ -144,7 +160,7 @@ def trace(
             graphs[graph.name] = few_bits_graph(graph)
         else:
             graphs[graph.name] = to_onnx(graph, exported_program(graph)).SerializeToString()
-    return Traced(trained, facts, form, graphs, images)
+    return graphs
 
 
 def assemble(

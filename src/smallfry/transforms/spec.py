@@ -79,7 +79,8 @@ class ModelSpec:
                 raise UsageError(
                     f"'{transform.kind}' ({transform.stage.name.lower()}) comes before "
                     f"'{earlier.kind}' ({earlier.stage.name.lower()}), which was applied already: "
-                    f"the order is architecture, width, factor, sparse, adapter, bits"
+                    f"the order is architecture, width, factor, sparse, adapter, bits, "
+                    "nest"
                 )
         return replace(self, transforms=(*self.transforms, transform))
 

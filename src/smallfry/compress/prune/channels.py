@@ -1,24 +1,30 @@
 """Base of methods that remove channels while a model trains: groups, budget, state and cut."""
 
-import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from smallfry.compress.prune.budget import (
+    Budget,
+    LatencyBudget,
+    LatencyTable,
+    MacsBudget,
+    prices,
+)
 from smallfry.compress.prune.saliency import SCORES
 from smallfry.compress.prune.selection import (
     Chosen,
     block_size,
     can_lose,
     fewest_within,
+    give_back,
     lowest_blocks,
     without,
 )
 from smallfry.compress.select import chosen
-from smallfry.costing import macs
 from smallfry.errors import UsageError
 from smallfry.training.method import Method, Setting
 from smallfry.transforms.find import find_groups
@@ -26,7 +32,7 @@ from smallfry.transforms.groups import ChannelGroup, Slice, cut, mask
 from smallfry.transforms.resize import tensors_of
 from smallfry.transforms.spec import Transform
 
-Of = Literal["channels", "macs"]
+Of = Literal["channels", "macs", "ms"]
 
 
 class PruneSettings(Protocol):
@@ -43,6 +49,10 @@ class PruneSettings(Protocol):
     @property
     def of(self) -> Of:
         """Unit of the share."""
+
+    @property
+    def table(self) -> str | None:
+        """File of measured latencies, of a share of them."""
 
     @property
     def divisible(self) -> int:
@@ -66,8 +76,10 @@ def require_prunable(settings: PruneSettings) -> None:
     name = settings.name
     if not 0 <= settings.sparsity < 1:
         raise UsageError(f"{name}.sparsity must be in [0, 1), not {settings.sparsity}")
-    if settings.of not in ("channels", "macs"):
-        raise UsageError(f"{name}.of must be channels or macs, not {settings.of!r}")
+    if settings.of not in ("channels", "macs", "ms"):
+        raise UsageError(f"{name}.of must be channels, macs or ms, not {settings.of!r}")
+    if (settings.table is None) == (settings.of == "ms"):
+        raise UsageError(f"{name}.of ms goes with table, a file of measured latencies")
     if settings.divisible < 1:
         raise UsageError(f"{name}.divisible must be at least 1, not {settings.divisible}")
 
@@ -139,12 +151,14 @@ class ChannelMethod(Method):
         self.model, self.groups = model, tuple(groups)
         self.tensors = tensors_of(model)
         self.gone = [[] for _ in groups]
-        self._template: nn.Module | None = None
+        self.budget: Budget | None = None
+        self._latencies: LatencyTable | None = None
         if self._shared.of == "macs":
-            self._template = copy.deepcopy(model).cpu().float().eval()
-            self._example = setting.example[:1].cpu().float()
-            self._macs: dict[tuple[int, ...], int] = {}
-            self._require_reachable()
+            self.budget = MacsBudget(model, setting.example, groups)
+        elif self._shared.table is not None:
+            self._latencies = LatencyTable.read(self._shared.table)
+            self.budget = LatencyBudget(self._latencies, groups)
+        self._require_reachable()
 
     @property
     def blocks(self) -> list[int]:
@@ -152,50 +166,90 @@ class ChannelMethod(Method):
         return [block_size(group, self._shared.divisible) for group in self.groups]
 
     @property
+    def scored(self) -> list[ChannelGroup]:
+        """Groups with the entries that saliency is computed from.
+
+        These are the zeroed ones. Of a group whose zeroed weights are all frozen, they are the
+        weights that are applied to its channels: their gradient times their value is the effect of
+        the channel, too.
+        """
+        found = []
+        for group in self.groups:
+            slices = [each for each in group.zeroed if self.tensors[each.tensor].requires_grad]
+            if not slices:
+                slices = [each for each in group.cut if self.tensors[each.tensor].requires_grad]
+            found.append(replace(group, zeroed=tuple(slices)) if slices else group)
+        return found
+
+    @property
+    def moved(self) -> set[str]:
+        """Names of the parameters that saliency is computed from."""
+        return {each.tensor for group in self.scored for each in group.zeroed}
+
+    @property
     def zeroed(self) -> set[str]:
         """Names of the parameters with zeroed entries."""
         return {each.tensor for group in self.groups for each in group.zeroed}
 
+    def priced(self, scores: list[Tensor]) -> list[Tensor]:
+        """Divide saliencies by what a channel saves, where the target is a cost."""
+        if self.budget is None:
+            return scores
+        each_saves = prices(self.budget, list(map(len, self.gone)), self.blocks)
+        return [score / price for score, price in zip(scores, each_saves, strict=True)]
+
     def target(self, scores: list[Tensor]) -> int:
-        """Return how many channels are to go in all, given their saliencies."""
+        """Return how many channels are to go in all, given their saliencies as ``priced``."""
         total = sum(group.channels for group in self.groups)
-        sparsity = min(self._shared.sparsity, 0.999)
-        if self._template is None:
-            return int(total * sparsity)
-        most = (1 - sparsity) * self.macs_without([[] for _ in self.groups])
-        blocks = self.blocks
+        if self.budget is None:
+            return int(total * min(self._shared.sparsity, 0.999))
 
         def choose(number: int) -> Chosen:
-            more = lowest_blocks(scores, self.gone, number, blocks)
+            more = lowest_blocks(scores, self.gone, number, self.blocks)
             return [a + b for a, b in zip(self.gone, more, strict=True)]
 
-        return fewest_within(choose, self.macs_without, most, total)
+        return fewest_within(choose, self.cost_without, self._most, total)
 
-    def macs_without(self, gone: Chosen) -> int:
-        """Count the multiply-accumulates of the model without such numbers of channels."""
-        counts = tuple(map(len, gone))
-        if counts not in self._macs:
-            small = copy.deepcopy(self._template)
-            assert small is not None
-            keep = {
-                group.name: torch.arange(group.channels - count)
-                for group, count in zip(self.groups, counts, strict=True)
-            }
-            cut(small, self.groups, keep)
-            self._macs[counts] = macs(small, self._example)
-        return self._macs[counts]
+    def choose_rest(self, scores: list[Tensor]) -> Chosen:
+        """Choose all further channels up to the target, so that survivors are multiples.
+
+        Blocks are larger than what is left to save: the most salient of those chosen stay after
+        all, where the target is met without them.
+        """
+        chosen = lowest_blocks(scores, self.gone, self.target(scores), self.blocks)
+        if self.budget is None:
+            return chosen
+
+        def fits(trial: Chosen) -> bool:
+            return self.cost_without([a + b for a, b in zip(self.gone, trial, strict=True)]) <= (
+                self._most
+            )
+
+        return give_back(scores, chosen, self.blocks, fits)
+
+    @property
+    def _most(self) -> float:
+        whole = self.cost_without([[] for _ in self.groups])
+        return (1 - min(self._shared.sparsity, 0.999)) * whole
+
+    def cost_without(self, gone: Chosen) -> float:
+        """Return the cost of the model without such numbers of channels."""
+        assert self.budget is not None
+        return self.budget.without(list(map(len, gone)))
 
     def _require_reachable(self) -> None:
-        whole = self.macs_without([[] for _ in self.groups])
-        least = self.macs_without(
+        if self.budget is None:
+            return
+        whole = self.cost_without([[] for _ in self.groups])
+        least = self.cost_without(
             [[*range(g.channels - b)] for g, b in zip(self.groups, self.blocks, strict=True)]
         )
         possible = 1 - least / whole
         if self._shared.sparsity > possible:
             wanted = f"{self._shared.name}.sparsity {self._shared.sparsity}"
             raise UsageError(
-                f"{wanted} of the macs is out of reach: the groups allow {possible:.3f}; take "
-                "less, or a smaller divisible"
+                f"{wanted} of the {self._shared.of} is out of reach: the groups allow "
+                f"{possible:.3f}; take less, or a smaller divisible"
             )
 
     def finish(self, model: nn.Module) -> Transform | None:
@@ -214,12 +268,16 @@ class ChannelMethod(Method):
         return {
             "groups": [_plain(group) for group in self.groups],
             "gone": [list(each) for each in self.gone],
+            "latencies": None if self._latencies is None else asdict(self._latencies),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state, with its groups."""
         self.groups = tuple(map(_group, state["groups"]))
         self.gone = [list(each) for each in state["gone"]]
+        if (latencies := state.get("latencies")) is not None:  # not in earlier versions' states
+            self._latencies = LatencyTable(**latencies)
+            self.budget = LatencyBudget(self._latencies, self.groups)
         for group in self.groups:
             for each in group.cut:
                 if each.tensor not in self.tensors:

@@ -35,7 +35,7 @@ from smallfry.compress.prune.saliency import (
     saliencies,
     scale_channels,
 )
-from smallfry.compress.prune.selection import Chosen, lowest_blocks
+from smallfry.compress.prune.selection import Chosen
 from smallfry.errors import SmallfryWarning, UsageError
 from smallfry.training.method import Method, Setting, register_method
 from smallfry.transforms.groups import ChannelGroup
@@ -55,8 +55,10 @@ class CRIC:
 
     Args:
         sparsity: Share to remove, in [0, 1).
-        of: Unit of the share: channels of all groups, or macs, multiply-accumulates of all calls
-            for one image, which the result doesn't exceed.
+        of: Unit of the share: channels of all groups; macs, multiply-accumulates of all calls for
+            one image; or ms, by a table of latencies. The result doesn't exceed the last two, and
+            the channels that go are the least salient for what they save.
+        table: File of measured latencies, of ms.
         begin: When the search begins, as a share of the run up to 1, or in steps above 1.
         shrinking: Duration of the shrinking after it, likewise.
         sampling_steps: Steps of a sampling cycle (S).
@@ -80,6 +82,7 @@ class CRIC:
 
     sparsity: float = 0.5
     of: Of = "channels"
+    table: str | None = None
     begin: float = 0.1
     shrinking: float = 0.3
     sampling_steps: int = 10
@@ -189,7 +192,7 @@ class RunningCRIC(ChannelMethod):
         self._loss = None
 
     def _score(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-        before = {name: self._before[name] for name in self.zeroed}
+        before = {name: self._before[name] for name in self.moved}
         moved = directions(optimizer, before, self.tensors)
         found = [
             channel_scores(
@@ -197,13 +200,13 @@ class RunningCRIC(ChannelMethod):
                 channel_vectors(group, moved),
                 self._settings.cosine_sign,
             )
-            for group in self.groups
+            for group in self.scored
         ]
         totals, _ = saliencies(found, self._settings.weights)
         for total, fresh in zip(self._sums, totals, strict=True):
             total += fresh
         self._count += 1
-        return totals
+        return self.priced(totals)
 
     def _project(self, totals: list[Tensor], relative: float) -> None:
         """Set the least salient channels of one group to zero, and note the loss a step later."""
@@ -263,8 +266,7 @@ class RunningCRIC(ChannelMethod):
     def _conclude(self, optimizer: torch.optim.Optimizer) -> None:
         """End the search: choose the redundant channels, and put weights and moments back."""
         final = self.final_scores()
-        number = self.target(final)
-        self.redundant = lowest_blocks(final, self.gone, number, self.blocks)
+        self.redundant = self.choose_rest(self.priced(final))
         self._restore(self._cache)
         _set_moments(optimizer, self.model, self._moments)
         self._ended, self._cache, self._moments = self._t, {}, {}

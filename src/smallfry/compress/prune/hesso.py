@@ -9,6 +9,7 @@ the training (Chen et al., arXiv 2409.09085; schedule after only_train_once, MIT
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any, ClassVar
 
 import torch
@@ -30,7 +31,7 @@ from smallfry.compress.prune.saliency import (
     saliencies,
     scale_channels,
 )
-from smallfry.compress.prune.selection import Chosen, lowest, lowest_blocks, reference_choice
+from smallfry.compress.prune.selection import Chosen, lowest, reference_choice
 from smallfry.errors import SmallfryWarning, UsageError
 from smallfry.training.method import Method, Setting, register_method
 from smallfry.transforms.groups import ChannelGroup
@@ -44,8 +45,10 @@ class HESSO:
 
     Args:
         sparsity: Share to remove, in [0, 1).
-        of: Unit of the share: channels of all groups, or macs, multiply-accumulates of all calls
-            for one image, which the result doesn't exceed.
+        of: Unit of the share: channels of all groups; macs, multiply-accumulates of all calls for
+            one image; or ms, by a table of latencies. The result doesn't exceed the last two, and
+            the channels that go are the least salient for what they save.
+        table: File of measured latencies, of ms.
         begin: When pruning begins, as a share of the run up to 1, or in steps above 1.
         end: When the last channel is zero, likewise; the rest of the run recovers.
         periods: Times at which channels are chosen; fewer in a shorter run.
@@ -80,6 +83,7 @@ class HESSO:
 
     sparsity: float = 0.5
     of: Of = "channels"
+    table: str | None = None
     begin: float = 0.1
     end: float = 0.6
     periods: int = 10
@@ -140,7 +144,7 @@ class RunningHESSO(ChannelMethod):
         """Copy the weights of channels where a period begins."""
         period, _ = self._place(step + 1)
         if period > self._period:
-            self._before = {name: self.tensors[name].detach().clone() for name in self.zeroed}
+            self._before = {name: self.tensors[name].detach().clone() for name in self.moved}
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -184,9 +188,10 @@ class RunningHESSO(ChannelMethod):
                 channel_vectors(group, moved),
                 self._settings.cosine_sign,
             )
-            for group in self.groups
+            for group in self.scored
         ]
         totals, self.scores = saliencies(found, self._settings.weights)
+        totals = self.priced(totals)
         self._period, self._position = period, -1
         if self._settings.reference_selection:
             self.active = self._reference(totals, period)
@@ -195,11 +200,8 @@ class RunningHESSO(ChannelMethod):
         self._ever = [a + b for a, b in zip(self._ever, self.active, strict=True)]
 
     def _lowest(self, totals: list[Tensor], period: int) -> Chosen:
-        number, left = self.target(totals), self._periods - period
-        if left == 1:
-            return lowest_blocks(totals, self.gone, number, self.blocks)
-        due = max(0, number - sum(map(len, self.gone))) // left
-        return lowest(totals, self.gone, due, self.blocks)
+        plan, left = self.choose_rest(totals), self._periods - period
+        return lowest(totals, plan, ceil(sum(map(len, plan)) / left))
 
     def _reference(self, totals: list[Tensor], period: int) -> Chosen:
         if self._total is None:

@@ -1,8 +1,9 @@
 """Choice of redundant channels by their saliency, with survivors rounded to multiples.
 
-Ours takes the lowest of all groups and rounds once, at the end: blocks of channels go from the
-groups where they are least salient until the number is met within half a block. The authors' rule
-rounds up in each period and takes channels by their index, and removes fewer than asked for.
+Ours plans to the end in each period: blocks of channels go from the groups where they are least
+salient until the number is met within half a block, or the cost; the lowest of them go first. The
+authors' rule rounds up in each period and takes channels by their index, and removes fewer than
+asked for.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -27,26 +28,22 @@ def can_lose(group: ChannelGroup, divisible: int) -> bool:
     return group.zero_invariant and group.channels > max(least, group.divisor)
 
 
-def lowest(scores: Sequence[Tensor], gone: Chosen, number: int, steps: Sequence[int]) -> Chosen:
-    """Choose the least salient channels that are left, keeping a block in each group.
+def lowest(scores: Sequence[Tensor], among: Chosen, number: int) -> Chosen:
+    """Choose the least salient of some channels.
 
     Args:
         scores: Saliencies of each group, (channels,).
-        gone: Channels that are not there any more.
-        number: How many to choose.
-        steps: Block size of each group.
+        among: Channels to choose from.
+        number: How many to choose, at most all.
     """
-    room = [
-        max(0, len(score) - len(out) - step)
-        for score, out, step in zip(scores, gone, steps, strict=True)
-    ]
+    every = sorted(
+        (float(score[channel]), group, channel)
+        for group, (score, channels) in enumerate(zip(scores, among, strict=True))
+        for channel in channels
+    )
     chosen: Chosen = [[] for _ in scores]
-    for group, channel in _ascending(scores, gone):
-        if number <= 0:
-            break
-        if len(chosen[group]) < room[group]:
-            chosen[group].append(channel)
-            number -= 1
+    for _, group, channel in every[:number]:
+        chosen[group].append(channel)
     return [sorted(each) for each in chosen]
 
 
@@ -86,6 +83,33 @@ def lowest_blocks(
         _take(chosen[best], queues[best], blocks[best])
         total += blocks[best]
     return [sorted(each) for each in chosen]
+
+
+def give_back(
+    scores: Sequence[Tensor], chosen: Chosen, steps: Sequence[int], fits: Callable[[Chosen], bool]
+) -> Chosen:
+    """Return chosen blocks as long as the rest still fits, the most salient first.
+
+    Args:
+        scores: Saliencies of each group, (channels,).
+        chosen: Channels of each group.
+        steps: Block size of each group.
+        fits: Predicate of a choice.
+    """
+    queues = [
+        sorted(channels, key=lambda c: float(score[c]))
+        for score, channels in zip(scores, chosen, strict=True)
+    ]
+    open_groups = {g for g, queue in enumerate(queues) if len(queue) >= steps[g]}
+    while open_groups:
+        means = {g: float(scores[g][queues[g][-steps[g] :]].mean()) for g in open_groups}
+        best = max(means, key=lambda group: (means[group], -group))
+        trial = [q[: len(q) - steps[best]] if g == best else q for g, q in enumerate(queues)]
+        if fits([sorted(each) for each in trial]):
+            queues = trial
+        if queues is not trial or len(queues[best]) < steps[best]:
+            open_groups.discard(best)
+    return [sorted(each) for each in queues]
 
 
 def fewest_within(
@@ -144,17 +168,6 @@ def _reference_room(channels: int, gone: int, active: int, divisible: int) -> in
         return active
     keep = min(channels, max((left // divisible + 1) * divisible, divisible))
     return max(0, channels - gone - keep)
-
-
-def _ascending(scores: Sequence[Tensor], gone: Chosen) -> list[tuple[int, int]]:
-    taken = [set(each) for each in gone]
-    every = [
-        (value, group, channel)
-        for group, score in enumerate(scores)
-        for channel, value in enumerate(score.tolist())
-        if channel not in taken[group]
-    ]
-    return [(group, channel) for _, group, channel in sorted(every)]
 
 
 def _take(chosen: list[int], queue: list[int], count: int) -> None:

@@ -1,0 +1,1 @@
+"""Sub-models that share one model's weights."""
