@@ -1,15 +1,22 @@
 """Choice of the configured objective for a model and a task."""
 
+from dataclasses import replace
+
 from torch import nn
 
 from smallfry.models import Recursive
 from smallfry.tasks import HasDefaults, find_task
+from smallfry.tasks.classification import Classification
 from smallfry.training.objective import Objective
 from smallfry.training.objective_config import AUTO, ObjectiveConfig
 
 
 def build_objective(
-    config: ObjectiveConfig, model: nn.Module, task: str = "classification", parts: int = 1
+    config: ObjectiveConfig,
+    model: nn.Module,
+    task: str = "classification",
+    parts: int = 1,
+    weights: tuple[float, ...] = (),
 ) -> Objective:
     """Build the configured objective.
 
@@ -18,11 +25,14 @@ def build_objective(
         model: The model that will be trained.
         task: Name of the task.
         parts: Micro-batches of a batch.
+        weights: Weights of the classes in the loss, if they differ.
 
     Raises:
         UsageError: The objective does not fit the task or the model.
     """
     meaning = find_task(task).create(config.label_smoothing)
+    if weights and isinstance(meaning, Classification):
+        meaning = replace(meaning, weights=weights)
     name, recursive = config.name, isinstance(model, Recursive)
     if name == AUTO and recursive and isinstance(meaning, HasDefaults):
         name = meaning.defaults.objective

@@ -33,6 +33,7 @@ from smallfry.tasks import Pictured, find_task
 from smallfry.training.adversarial import adversarial
 from smallfry.training.augment import Normalize
 from smallfry.training.augment_grids import build_augment
+from smallfry.training.balance import class_weights, describe_small_classes
 from smallfry.training.batch_norm import require_enough_images
 from smallfry.training.batches import CHARACTERS
 from smallfry.training.build_objective import build_objective
@@ -58,6 +59,7 @@ from smallfry.training.progress import Reporter, build_reporter
 from smallfry.training.provenance import provenance
 from smallfry.training.references import fit_references
 from smallfry.training.run import RunFolder, TrainedModel, load_run, new_run_folder
+from smallfry.training.selection import require_choice
 from smallfry_runtime.names import path_of, text_of
 
 log = logging.getLogger(__name__)
@@ -121,7 +123,7 @@ def _train(
     config = config if begun is None else like_start(config, begun)
     source = ModelSource(begun, weights)
     data = processes.together(lambda: _load(config))
-    processes.once(lambda: _warn_of_duplicates(data))
+    processes.once(lambda: _warn(data, config))
     task = find_task(config.task).create(config.objective.label_smoothing)
     name = model_name(config.model, data, task) if begun is None else begun.spec.architecture
     with _folder(config, name, processes) as path:
@@ -291,8 +293,12 @@ def _load(config: TrainConfig) -> ImageData:
     return data
 
 
-def _warn_of_duplicates(data: ImageData) -> None:
-    for sentence in data.duplicates():
+def _warn(data: ImageData, config: TrainConfig) -> None:
+    """Warn of duplicates, and of small classes unless a limit asks for them."""
+    small = []
+    if config.data.limit is None:
+        small = describe_small_classes(data, config.select_on == "validation")
+    for sentence in (*data.duplicates(), *small):
         warnings.warn(sentence, SmallfryWarning, stacklevel=4)
 
 
@@ -307,6 +313,8 @@ def _build(
     """Build everything that a configuration can get wrong, before writing any file."""
     torch.manual_seed(config.seed)
     task = find_task(config.task).create(config.objective.label_smoothing)
+    require_choice(task, config.select_by)
+    weights = class_weights(config.balance, data, task, config.optimizer.name)
     model, spec = processes.together(lambda: source.make(config.model, data, task))
     if config.augment.sizes and timm.get_pretrained_cfg(spec.architecture).fixed_input_size:
         raise UsageError(f"{spec.architecture} takes images of one size: leave out augment.sizes")
@@ -343,7 +351,7 @@ def _build(
         },
     }
     augment = build_augment(config, data, task)
-    objective = build_objective(config.objective, model, config.task, config.accumulate)
+    objective = build_objective(config.objective, model, config.task, config.accumulate, weights)
     objective, teacher = processes.together(
         lambda: distilled(config.distillation, objective, data, augment.normalize)
     )
@@ -408,6 +416,7 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
             **({} if flipped is None else {"test_flips": score(flipped, trainer.objective.task)}),
             "best_epoch": len(progress.history) if trainer.plan.trains else progress.best_epoch,
             "select_on": config.select_on,
+            **({} if config.select_by is None else {"select_by": config.select_by}),
             **({CHOICE: LAST_EPOCH} if trainer.plan.trains else {}),
             "epochs": len(progress.history),
             "training_seconds": round(progress.seconds, 2),
