@@ -20,6 +20,8 @@ from smallfry.tasks import register
 
 __all__ = ["ClassTargets", "Classification"]
 
+TOP = 5  # most probable classes that ``top_5_accuracy`` looks at
+
 
 class ClassTargets(NamedTuple):
     """Class targets of a batch."""
@@ -79,13 +81,14 @@ class Classification:
         return outputs.argmax(dim=1) == targets.labels
 
     def metrics(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
-        """Compute loss, accuracy, macro F1, balanced accuracy and calibration error."""
+        """Compute loss, accuracies, macro F1 and calibration error."""
         classes, predicted = outputs.shape[1], outputs.argmax(dim=1)
         probabilities = outputs.softmax(dim=1)
         return {
             "loss": F.cross_entropy(outputs, labels).item(),
             "accuracy": multiclass_accuracy(outputs, labels, classes, average="micro").item(),
             "macro_f1": macro_f1(predicted, labels, classes),
+            **_top_k(outputs, labels),
             "balanced_accuracy": balanced_accuracy(predicted, labels, classes),
             "calibration_error": multiclass_calibration_error(
                 probabilities, labels, classes
@@ -102,14 +105,24 @@ class Classification:
         return probabilities
 
     def draw(self, outputs: Tensor, split: Split, classes: Sequence[str], folder: Path) -> None:
-        """Draw the confusion matrix and the most confident mistakes."""
+        """Draw the confusion matrix, reliability and the most confident mistakes."""
         from smallfry.report.classification import confusion_matrix, mistakes, surest_mistakes
+        from smallfry.report.per_class import reliability_diagram
 
         labels = split.labels
+        reliability_diagram(outputs, labels, folder / "reliability.png")
         confusion_matrix(outputs, labels, classes, folder / "confusion_matrix.png")
         wrong = surest_mistakes(outputs, labels)
         shown = split.take(wrong).images
         mistakes(shown, outputs[wrong], labels[wrong], classes, folder / "mistakes.png")
+
+
+def _top_k(outputs: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return the share of images with the label among the 5 most probable of more classes."""
+    if outputs.shape[1] <= TOP:
+        return {}
+    found = (outputs.topk(TOP, dim=1).indices == labels[:, None]).any(dim=1)
+    return {"top_5_accuracy": found.double().mean().item()}
 
 
 @lru_cache(maxsize=8)

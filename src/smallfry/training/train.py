@@ -28,6 +28,7 @@ from smallfry.io.terminal import command
 from smallfry.models import FromImages, LatentRecursive, Recursive
 from smallfry.models.trace import steps_to_follow, trace_recursion
 from smallfry.report.curves import learning_curves
+from smallfry.report.per_class import class_scores, scores_dict
 from smallfry.report.recursion import interesting, recursion_trace
 from smallfry.tasks import Pictured, find_task
 from smallfry.training.adversarial import adversarial
@@ -48,6 +49,7 @@ from smallfry.training.continuation import (
 from smallfry.training.distillation import distilled, require_same_teacher
 from smallfry.training.evaluation import Predictions, predict, require_finite, score, task_of
 from smallfry.training.evaluation_data import load_config_data, require_place
+from smallfry.training.evaluation_report import write_tables
 from smallfry.training.fine_tuning import START, kept_facts, like_start, load_start
 from smallfry.training.initial_weights import find_weights, like_weights
 from smallfry.training.launch_env import launch
@@ -65,6 +67,7 @@ from smallfry_runtime.names import path_of, text_of
 log = logging.getLogger(__name__)
 
 STUDIED = 4096  # training images that a model is initialised from
+PER_CLASS = "per_class"  # entry of summaries
 SMALL_MODEL = 10_000_000  # multiply-accumulates an image
 
 
@@ -428,10 +431,14 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
             "activation_bytes": spent.activation_bytes,
             "references": fit_references(data) if _has_references(config) else [],
         },
+        **_per_class(predictions, best),
         "provenance": {**evidence, **kept_facts({START: best.manifest.get(START)})},
     }
     try:
         draw_run(folder, progress.history, best, data.test, predictions)
+        if PER_CLASS in summary:
+            where = (folder.path, best, data, ("test", data.test), predictions)
+            write_tables(*where, summary["provenance"], folder.pictures)
     except Exception as error:  # a picture must not cost the result
         warnings.warn(
             f"{folder.pictures}: not all pictures could be drawn ({error})",
@@ -440,6 +447,14 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
         )
     folder.write_summary(summary)
     return summary
+
+
+def _per_class(predictions: Predictions, trained: TrainedModel) -> dict[str, Any]:
+    """Return the scores of each class, for classification only."""
+    if trained.manifest.get("task") != "classification":
+        return {}
+    found = class_scores(predictions.logits, predictions.labels, trained.classes)
+    return {PER_CLASS: scores_dict(found)}
 
 
 def _has_references(config: TrainConfig) -> bool:
