@@ -68,6 +68,7 @@ def test_a_run_leaves_its_configuration_metrics_checkpoints_summary_and_pictures
         "learning_curves.png",
         "confusion_matrix.png",
         "mistakes.png",
+        "reliability.png",
         "recursion_trace.png",
     }
     for picture in (run / "pictures").iterdir():

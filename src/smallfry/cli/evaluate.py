@@ -1,12 +1,15 @@
 """Evaluate a trained model."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.markup import escape
 from rich.table import Table
 
+from smallfry.cli._fields import option
 from smallfry.cli._shared import AsJson, EarlyExit, OneRun, OtherData
 from smallfry.io.console import CleanConsole
 from smallfry.io.terminal import printable, say
@@ -15,7 +18,10 @@ if TYPE_CHECKING:
     from smallfry.data import Split
     from smallfry.training.run import TrainedModel
 
-PERCENT = ("accuracy", "macro_f1", "cell_accuracy", "accuracy_under_attack")
+PERCENT = (
+    *("accuracy", "macro_f1", "balanced_accuracy", "top_5_accuracy", "cell_accuracy"),
+    *("accuracy_under_attack", "precision", "recall", "f1"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +33,9 @@ class Options(EarlyExit, AsJson, OneRun):
         data: Data to use instead of the run's own.
         flips: Take the mean of the logits of each image and its mirror image.
         by_step: Score the prediction after each recursion step too; of puzzles, always.
+        per_class: Print precision, recall and F1 score of each class too.
+        report: New folder for the scores of classes and the confusion matrix as CSV, plots, and an
+            HTML page with the misclassified images by class pair.
         attack: Score the images changed to mislead the model, too: pgd, projected gradient descent.
         eps: Largest change of a pixel in an attack, of images in [0, 1], such as 8/255.
         attack_steps: Steps of the attack, each a quarter of eps.
@@ -38,6 +47,8 @@ class Options(EarlyExit, AsJson, OneRun):
     data: OtherData = field(default_factory=OtherData)
     flips: bool = False
     by_step: bool = False
+    per_class: bool = False
+    report: Path | None = option(metavar="DIR")
     attack: Literal["pgd"] | None = None
     eps: str = "8/255"
     attack_steps: int = 20
@@ -47,10 +58,12 @@ class Options(EarlyExit, AsJson, OneRun):
 def run(options: Options) -> int:
     """Evaluate, and print the scores."""
     from smallfry.deploy.pretrained import load_trained
+    from smallfry.report.per_class import class_scores, scores_dict
     from smallfry.tasks import ScoredByStep
     from smallfry.training.evaluation import predict, require_finite, score, score_steps, task_of
     from smallfry.training.evaluation_data import load_like
-    from smallfry.training.run import require_classes
+    from smallfry.training.evaluation_report import write_report
+    from smallfry.training.run import require_classes, require_classifier
 
     trained = load_trained(options.run, options.checkpoint)
     data = options.data
@@ -68,13 +81,23 @@ def run(options: Options) -> int:
     )
     task = task_of(trained.manifest)
     scores = score(require_finite(predictions), task)
-    result = {"data": loaded.name, "split": split, "images": len(images), **scores}
+    result: dict[str, Any] = {"data": loaded.name, "split": split, "images": len(images), **scores}
     if options.attack is not None:
         result |= _attacked(options, trained, images)
     if options.flips:
         result["flips"] = True
     if threshold is not None:
         result["exit_threshold"] = threshold
+    if options.per_class:
+        require_classifier(trained)
+        found = class_scores(predictions.logits, images.labels, trained.classes)
+        result["per_class"] = scores_dict(found)
+    if options.report is not None:
+        facts = {"model": options.run, "data": loaded.origin, "split": split}
+        page = write_report(
+            *(options.report.expanduser(), trained, loaded, (split, images), predictions, facts)
+        )
+        result["report"] = str(page)
     steps = []
     if options.by_step or (isinstance(task, ScoredByStep) and task.scored_by_step):
         steps = score_steps(trained.model, images, trained.normalize, task)
@@ -83,16 +106,21 @@ def run(options: Options) -> int:
         say(json.dumps(result))
         return 0
     result.pop("steps", None)
+    per_class = result.pop("per_class", {})
+    page = result.pop("report", None)
     table = Table("", "", show_header=False, box=None)
     for name, value in result.items():
         table.add_row(name.replace("_", " "), escape(printable(_shown(name, value))))
     CleanConsole().print(table)
+    if per_class:
+        print_per_class(per_class)
     if steps:
-        titles = [name.replace("_", " ") for name in steps[0]]
-        table = Table("step", *titles, box=None)
+        table = Table("step", *_titles(steps[0]), box=None)
         for number, row in enumerate(steps, 1):
             table.add_row(str(number), *(_shown(name, value) for name, value in row.items()))
         CleanConsole().print(table)
+    if page is not None:
+        CleanConsole().print(f"report: {escape(printable(str(page)))}", soft_wrap=True)
     return 0
 
 
@@ -120,6 +148,18 @@ def _submodels(options: Options, trained: "TrainedModel") -> int:
         table.add_row(*(_shown(name, value) for name, value in row.items()))
     CleanConsole().print(table)
     return 0
+
+
+def print_per_class(scores: Mapping[str, Mapping[str, float]]) -> None:
+    """Print the scores of classes, worst F1 score first."""
+    table = Table("class", *_titles(next(iter(scores.values()))), box=None)
+    for name, row in sorted(scores.items(), key=lambda each: each[1]["f1"]):
+        table.add_row(escape(printable(name)), *(_shown(key, v) for key, v in row.items()))
+    CleanConsole().print(table)
+
+
+def _titles(row: Mapping[str, float]) -> list[str]:
+    return [name.replace("_", " ") for name in row]
 
 
 def _attacked(options: Options, trained: "TrainedModel", images: "Split") -> dict[str, float]:

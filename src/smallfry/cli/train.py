@@ -13,6 +13,8 @@ from smallfry.io.terminal import command, printable
 from smallfry.training.config import TrainConfig
 from smallfry.training.launch_env import rank
 
+WORST = 5  # classes whose scores are printed
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -77,6 +79,20 @@ def _print_summary(summary: dict[str, Any]) -> None:
         f"{measured['training_seconds']:.0f} s of training",
         soft_wrap=True,
     )
+    _print_worst(summary.get("per_class") or {})
     console.print(f"pictures: {run}/pictures", soft_wrap=True)
+    if summary.get("per_class"):
+        console.print(f"mistakes: {run}/report.html", soft_wrap=True)
     use = escape(command("smallfry", "predict", summary["run"]))
     console.print(f"use it:   {use} IMAGE…", soft_wrap=True)
+
+
+def _print_worst(scores: Mapping[str, Mapping[str, float]]) -> None:
+    """Print the classes with the lowest F1 scores, of more than two."""
+    from smallfry.cli.evaluate import print_per_class
+
+    worst = sorted(scores, key=lambda name: scores[name]["f1"])[:WORST]
+    if len(scores) > 2:
+        if len(scores) > WORST:
+            CleanConsole().print(f"the {WORST} worst of {len(scores)} classes:")
+        print_per_class({name: scores[name] for name in worst})

@@ -89,6 +89,20 @@ class ImageData:
             self.bit_depth,
         )
 
+    def locate(self, split: str, position: int) -> str:
+        """Describe the source of an image, such as its file.
+
+        Args:
+            split: train, validation or test; all is train.
+            position: Of the image in its split.
+        """
+        kind = TRAIN if split == "all" else split
+        found = {TRAIN: self.train, VALIDATION: self.validation, TEST: self.test}[kind]
+        row = int(found.rows[position])
+        if kind == TEST and isinstance(self._held_out, EncodedSplit):
+            return self._held_out.locate(row)
+        return self._locate[kind](row) if kind in self._locate else f"{self.name}[{row}]"
+
     @cached_property
     def mean(self) -> tuple[float, ...]:
         """Per-channel mean of the training pixels, or of 4,096 streamed ones, from 0 to 1."""

@@ -63,3 +63,17 @@ def macro_f1(predicted: Tensor, labels: Tensor, classes: int) -> float:
     scores = torch.where(said > 0, 2.0 * right / said.float(), 0.0)
     total = occurs.sum()
     return (occurs * scores / total).sum().item() if total > 0 else 0.0
+
+
+def balanced_accuracy(predicted: Tensor, labels: Tensor, classes: int) -> float:
+    """Compute the mean recall of all classes that have images, as scikit-learn.
+
+    Args:
+        predicted: (images,), int64 class indices.
+        labels: (images,), int64 class indices.
+        classes: Number of classes.
+    """
+    right = torch.bincount(labels[predicted == labels], minlength=classes)
+    count = torch.bincount(labels, minlength=classes)
+    recall = right[count > 0] / count[count > 0].double()
+    return recall.mean().item() if len(recall) else 0.0

@@ -5,10 +5,19 @@ import pkgutil
 from functools import cache
 
 from smallfry.errors import UsageError, nearest
-from smallfry.tasks.task import Batch, HasDefaults, Pictured, ReadsText, ScoredByStep, Task
+from smallfry.tasks.task import (
+    Batch,
+    HasChoices,
+    HasDefaults,
+    Pictured,
+    ReadsText,
+    ScoredByStep,
+    Task,
+)
 
 __all__ = [
     "Batch",
+    "HasChoices",
     "HasDefaults",
     "Pictured",
     "ReadsText",

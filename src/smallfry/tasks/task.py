@@ -17,6 +17,7 @@ from smallfry.models.contract import map_tensors
 
 __all__ = [
     "Batch",
+    "HasChoices",
     "HasDefaults",
     "Pictured",
     "ReadsText",
@@ -107,6 +108,16 @@ class Task(Protocol):
 
     def decode(self, outputs: Tensor) -> list[Any]:
         """Decode predictions of a batch to values that JSON can hold."""
+
+
+@runtime_checkable
+class HasChoices(Protocol):
+    """Task whose best epoch can be chosen by one of several scores.
+
+    The lower the better of names that end in ``loss`` or ``error``, otherwise the higher.
+    """
+
+    choices: ClassVar[tuple[str, ...]]
 
 
 @runtime_checkable

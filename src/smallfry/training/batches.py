@@ -18,6 +18,8 @@ from smallfry.data.stream import ShardPixels
 from smallfry.errors import UsageError
 from smallfry.tasks import Batch
 from smallfry.training.augment import Augmentation, Place, beside
+from smallfry.training.balance import class_draws
+from smallfry.training.balance_config import SAMPLERS
 from smallfry.training.processes import share_of
 
 RESIDENT_SHARE = 0.25  # of the device's free memory that training images may take
@@ -49,6 +51,7 @@ class TrainBatches(Dataset[Batch]):
         rank: Rank of this process.
         processes: Number of processes.
         epochs: Epochs of the whole training, over which ``augment.sizes`` are spread.
+        sampler: Name of one of ``SAMPLERS``; otherwise an epoch has every image once.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class TrainBatches(Dataset[Batch]):
         rank: int = 0,
         processes: int = 1,
         epochs: int = 1,
+        sampler: str = "none",
     ) -> None:
         self.split = split
         self.augment = augment
@@ -72,7 +76,7 @@ class TrainBatches(Dataset[Batch]):
                 "fewer, or raise batch_size"
             )
         self.place = augment.needed(share_of(self.batch_size, rank, processes), self.batch_size)
-        self.epochs = epochs
+        self.epochs, self.sampler = epochs, sampler
         self._order: tuple[int, Tensor] | None = None
         self._mirrored_first = torch.zeros(0, dtype=torch.bool)  # of all images, in epoch 0
         if augment.alternates:
@@ -101,7 +105,12 @@ class TrainBatches(Dataset[Batch]):
     def _order_of(self, epoch: int) -> Tensor:
         if self._order is None or self._order[0] != epoch:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, 0, epoch))
-            self._order = (epoch, self.split.shuffled(generator))
+            split, draws = self.split, None
+            if self.sampler in SAMPLERS:
+                draws = class_draws(split.labels, SAMPLERS[self.sampler], generator)
+                split = split.take(beside(split.rows, draws))
+            order = split.shuffled(generator)
+            self._order = (epoch, order if draws is None else draws[order])
         return self._order[1]
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn import functional as F
 
 from smallfry.errors import UsageError
 from smallfry.models import Recursive
@@ -96,9 +95,7 @@ class BiasLoss:
         """Yield the single step of a batch."""
         features, logits = prepared(batch.inputs)
         weights = self.weights(features).to(logits)
-        smoothing = self.task.label_smoothing
-        shares = batch.targets.shares
-        losses = F.cross_entropy(logits, shares, reduction="none", label_smoothing=smoothing)
+        losses = self.task.losses(logits, batch.targets)
         yield Step((weights * losses).mean(), logits.detach())
 
     def weights(self, features: Tensor) -> Tensor:

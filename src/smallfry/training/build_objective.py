@@ -1,9 +1,12 @@
 """Choice of the configured objective for a model and a task."""
 
+from dataclasses import replace
+
 from torch import nn
 
 from smallfry.models import Recursive
 from smallfry.tasks import HasDefaults, find_task
+from smallfry.tasks.classification import Classification
 from smallfry.training.objective import Objective
 from smallfry.training.objective_config import AUTO, ObjectiveConfig
 
@@ -14,6 +17,7 @@ def build_objective(
     task: str = "classification",
     parts: int = 1,
     resumed: bool = False,
+    weights: tuple[float, ...] = (),
 ) -> Objective:
     """Build the configured objective.
 
@@ -23,11 +27,14 @@ def build_objective(
         task: Name of the task.
         parts: Micro-batches of a batch.
         resumed: Settings that the objective does not take are ignored, as earlier versions did.
+        weights: Weights of the classes in the loss, if they differ.
 
     Raises:
         UsageError: The objective does not fit the task or the model, or does not take a setting.
     """
     meaning = find_task(task).create(config.label_smoothing)
+    if weights and isinstance(meaning, Classification):
+        meaning = replace(meaning, weights=weights)
     name, recursive = config.name, isinstance(model, Recursive)
     if name == AUTO and recursive and isinstance(meaning, HasDefaults):
         name = meaning.defaults.objective

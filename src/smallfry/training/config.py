@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser
 from smallfry.errors import RunError
 from smallfry.io.safe_yaml import MOST_CONFIG, YAML_MODE, load_yaml
 from smallfry.training.adversarial_config import AdversarialConfig
+from smallfry.training.balance_config import BalanceConfig as BalanceConfig
 from smallfry.training.distillation_config import DistillationConfig
 from smallfry.training.objective_config import ObjectiveConfig as ObjectiveConfig
 from smallfry.training.objective_config import taken_settings
@@ -273,6 +274,7 @@ class TrainSettings(TypedDict, total=False):
     data: "DataConfig | Mapping[str, Any] | str"
     model: "ModelConfig | Mapping[str, Any] | str"
     augment: "AugmentConfig | Mapping[str, Any]"
+    balance: "BalanceConfig | Mapping[str, Any]"
     task: str
     objective: "ObjectiveConfig | Mapping[str, Any] | str"
     distillation: "DistillationConfig | Mapping[str, Any]"
@@ -286,6 +288,7 @@ class TrainSettings(TypedDict, total=False):
     accumulate: int
     patience: int | None
     select_on: Literal["validation", "test"]
+    select_by: str | None
     seed: int
     device: str
     precision: str
@@ -320,6 +323,7 @@ class TrainConfig:
         data: The data set.
         model: The model.
         augment: Augmentation of the training images.
+        balance: Treatment of classes with different numbers of images.
         task: Meaning of the model's outputs, by the name of a registered task.
         objective: The loss.
         distillation: A teacher's part in the loss.
@@ -335,6 +339,8 @@ class TrainConfig:
         patience: Stop after so many epochs without a better selection; null never does.
         select_on: The split that chooses the best epoch. test is the paper's protocol, and
             flatters; the summary says which was used.
+        select_by: The score that chooses it: accuracy, balanced_accuracy, macro_f1, loss or
+            calibration_error; default the task's own rank, accuracy and then loss.
         seed: Seed of the initialisation, the order and the augmentation.
         device: auto, cpu, cuda or mps.
         precision: Lightning Fabric's precision, such as 32-true, bf16-mixed or 16-mixed.
@@ -365,6 +371,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
     task: str = "classification"
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
@@ -378,6 +385,7 @@ class TrainConfig:
     accumulate: int = 1
     patience: int | None = None
     select_on: Literal["validation", "test"] = "validation"
+    select_by: str | None = None
     seed: int = 0
     device: str = "auto"
     precision: str = "32-true"

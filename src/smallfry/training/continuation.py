@@ -144,7 +144,8 @@ def require_whole_epochs(step: int, epochs: int, steps_per_epoch: int, where: st
 
 def _decides_batches(name: str) -> bool:
     known = ("data.bit_depth",)  # which the fingerprint of the pixels covers
-    return name in ("batch_size", "seed") or (name.startswith("data.") and name not in known)
+    others = ("batch_size", "seed", "balance.sampler")
+    return name in others or (name.startswith("data.") and name not in known)
 
 
 def _as_yaml(value: Any) -> Any:

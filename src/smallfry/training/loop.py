@@ -41,6 +41,7 @@ from smallfry.training.optimization import (
 from smallfry.training.processes import Processes, losing_none, start, synchronized
 from smallfry.training.progress import QuietReporter, Reporter
 from smallfry.training.run import RunFolder
+from smallfry.training.selection import rank
 from smallfry.training.sharding import (
     ShardedAverage,
     load_optimizer,
@@ -103,7 +104,7 @@ class Trainer:
         images = resident(data.train, self.fabric.device, config.resident)
         self.batches = TrainBatches(
             *(images, augment, config.batch_size, config.seed),
-            *(processes.rank, processes.count, config.epochs),
+            *(processes.rank, processes.count, config.epochs, config.balance.sampler),
         )
         self.total_steps = config.epochs * self.batches.steps_per_epoch
         self.progress = Progress()
@@ -434,7 +435,7 @@ class Trainer:
         self.processes.once(write)
         left = progress.seconds / progress.step * (self.total_steps - progress.step)
         self.reporter.epoch(row, self.config.epochs, left)
-        reached = self.objective.task.rank(scores)
+        reached = rank(self.objective.task, scores, self.config.select_by)
         if reached > tuple(progress.best_score):
             progress.best_epoch, progress.best_score = epoch, reached
             manifest = {**self.manifest, "training": {**self._position(), "scores": scores}}

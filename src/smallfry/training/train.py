@@ -28,11 +28,13 @@ from smallfry.io.terminal import command
 from smallfry.models import FromImages, LatentRecursive, Recursive
 from smallfry.models.trace import steps_to_follow, trace_recursion
 from smallfry.report.curves import learning_curves
+from smallfry.report.per_class import class_scores, scores_dict
 from smallfry.report.recursion import interesting, recursion_trace
 from smallfry.tasks import Pictured, find_task
 from smallfry.training.adversarial import adversarial
 from smallfry.training.augment import Normalize
 from smallfry.training.augment_grids import build_augment
+from smallfry.training.balance import class_weights, describe_small_classes
 from smallfry.training.batch_norm import require_enough_images
 from smallfry.training.batches import CHARACTERS
 from smallfry.training.build_objective import build_objective
@@ -47,6 +49,7 @@ from smallfry.training.continuation import (
 from smallfry.training.distillation import distilled, require_same_teacher
 from smallfry.training.evaluation import Predictions, predict, require_finite, score, task_of
 from smallfry.training.evaluation_data import load_config_data, require_place
+from smallfry.training.evaluation_report import write_tables
 from smallfry.training.fine_tuning import START, kept_facts, like_start, load_start
 from smallfry.training.initial_weights import find_weights, like_weights
 from smallfry.training.launch_env import launch
@@ -58,11 +61,13 @@ from smallfry.training.progress import Reporter, build_reporter
 from smallfry.training.provenance import provenance
 from smallfry.training.references import fit_references
 from smallfry.training.run import RunFolder, TrainedModel, load_run, new_run_folder
+from smallfry.training.selection import require_choice
 from smallfry_runtime.names import path_of, text_of
 
 log = logging.getLogger(__name__)
 
 STUDIED = 4096  # training images that a model is initialised from
+PER_CLASS = "per_class"  # entry of summaries
 SMALL_MODEL = 10_000_000  # multiply-accumulates an image
 
 
@@ -121,7 +126,7 @@ def _train(
     config = config if begun is None else like_start(config, begun)
     source = ModelSource(begun, weights)
     data = processes.together(lambda: _load(config))
-    processes.once(lambda: _warn_of_duplicates(data))
+    processes.once(lambda: _warn(data, config))
     task = find_task(config.task).create(config.objective.label_smoothing)
     name = model_name(config.model, data, task) if begun is None else begun.spec.architecture
     with _folder(config, name, processes) as path:
@@ -291,8 +296,12 @@ def _load(config: TrainConfig) -> ImageData:
     return data
 
 
-def _warn_of_duplicates(data: ImageData) -> None:
-    for sentence in data.duplicates():
+def _warn(data: ImageData, config: TrainConfig) -> None:
+    """Warn of duplicates, and of small classes unless a limit asks for them."""
+    small = []
+    if config.data.limit is None:
+        small = describe_small_classes(data, config.select_on == "validation")
+    for sentence in (*data.duplicates(), *small):
         warnings.warn(sentence, SmallfryWarning, stacklevel=4)
 
 
@@ -307,6 +316,8 @@ def _build(
     """Build everything that a configuration can get wrong, before writing any file."""
     torch.manual_seed(config.seed)
     task = find_task(config.task).create(config.objective.label_smoothing)
+    require_choice(task, config.select_by)
+    weights = class_weights(config.balance, data, task, config.optimizer.name)
     model, spec = processes.together(lambda: source.make(config.model, data, task))
     if config.augment.sizes and timm.get_pretrained_cfg(spec.architecture).fixed_input_size:
         raise UsageError(f"{spec.architecture} takes images of one size: leave out augment.sizes")
@@ -344,7 +355,9 @@ def _build(
     }
     augment = build_augment(config, data, task)
     resumed = has_checkpoint(folder.last)
-    objective = build_objective(config.objective, model, config.task, config.accumulate, resumed)
+    objective = build_objective(
+        config.objective, model, config.task, config.accumulate, resumed, weights
+    )
     objective, teacher = processes.together(
         lambda: distilled(config.distillation, objective, data, augment.normalize)
     )
@@ -409,6 +422,7 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
             **({} if flipped is None else {"test_flips": score(flipped, trainer.objective.task)}),
             "best_epoch": len(progress.history) if trainer.plan.trains else progress.best_epoch,
             "select_on": config.select_on,
+            **({} if config.select_by is None else {"select_by": config.select_by}),
             **({CHOICE: LAST_EPOCH} if trainer.plan.trains else {}),
             "epochs": len(progress.history),
             "training_seconds": round(progress.seconds, 2),
@@ -420,10 +434,14 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
             "activation_bytes": spent.activation_bytes,
             "references": fit_references(data) if _has_references(config) else [],
         },
+        **_per_class(predictions, best),
         "provenance": {**evidence, **kept_facts({START: best.manifest.get(START)})},
     }
     try:
         draw_run(folder, progress.history, best, data.test, predictions)
+        if PER_CLASS in summary:
+            where = (folder.path, best, data, ("test", data.test), predictions)
+            write_tables(*where, summary["provenance"], folder.pictures)
     except Exception as error:  # a picture must not cost the result
         warnings.warn(
             f"{folder.pictures}: not all pictures could be drawn ({error})",
@@ -432,6 +450,14 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
         )
     folder.write_summary(summary)
     return summary
+
+
+def _per_class(predictions: Predictions, trained: TrainedModel) -> dict[str, Any]:
+    """Return the scores of each class, for classification only."""
+    if trained.manifest.get("task") != "classification":
+        return {}
+    found = class_scores(predictions.logits, predictions.labels, trained.classes)
+    return {PER_CLASS: scores_dict(found)}
 
 
 def _has_references(config: TrainConfig) -> bool:

@@ -1,0 +1,26 @@
+"""CSV that spreadsheets read as it is: a cell of text is never a formula."""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")  # how formulas begin
+
+
+def harmless(cell: Any) -> Any:
+    """Put an apostrophe before text that a spreadsheet would run as a formula.
+
+    Example:
+        >>> harmless("=1+1"), harmless("cat"), harmless(-0.5)
+        ("'=1+1", 'cat', -0.5)
+    """
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell
+
+
+def csv_text(rows: Iterable[Sequence[Any]]) -> str:
+    """Format rows as CSV with ``harmless`` cells; numbers have all their digits."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([harmless(cell) for cell in row] for row in rows)
+    return text.getvalue()

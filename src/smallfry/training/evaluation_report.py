@@ -1,0 +1,89 @@
+"""Report on a classifier's predictions: tables, plots and a page of its mistakes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from smallfry.data import ImageData, Split
+from smallfry.errors import RunError
+from smallfry.io.replace import replacing
+from smallfry.report.mistakes_page import class_pairs, mistakes_page
+from smallfry.report.page import write
+from smallfry.report.per_class import class_scores, confusion_csv, scores_csv
+from smallfry.tasks.classification import Classification
+from smallfry.training.evaluation import Predictions, score, task_of
+from smallfry.training.run import TrainedModel, require_classifier
+from smallfry_runtime.names import path_of, text_of
+from smallfry_runtime.stages import obstacle
+
+CLASSES, CONFUSION, PAGE = "classes.csv", "confusion_matrix.csv", "report.html"
+FILES = (CLASSES, CONFUSION, PAGE, "confusion_matrix.png", "mistakes.png", "reliability.png")
+
+
+def write_tables(
+    folder: Path,
+    trained: TrainedModel,
+    data: ImageData,
+    split: tuple[str, Split],
+    predictions: Predictions,
+    facts: Mapping[str, Any],
+    pictures: Path,
+) -> None:
+    """Write ``classes.csv``, ``confusion_matrix.csv`` and ``report.html``.
+
+    Args:
+        folder: Where to.
+        trained: The classifier.
+        data: The data set.
+        split: Name and images of the split.
+        predictions: On the split.
+        facts: What was evaluated, by name.
+        pictures: Folder of plots, which are in the page.
+    """
+    name, images = split
+    outputs, labels = predictions.logits, images.labels
+    per_class = class_scores(outputs, labels, trained.classes)
+    write(folder / CLASSES, scores_csv(per_class))
+    write(folder / CONFUSION, confusion_csv(outputs, labels, trained.classes))
+    page = mistakes_page(
+        f"{len(labels):,}{'' if name == 'all' else f' {name}'} images of "
+        f"{text_of(path_of(data.name).name)}",
+        score(predictions, task_of(trained.manifest)),
+        per_class,
+        class_pairs(outputs, labels),
+        lambda chosen: images.take(chosen).images,
+        lambda i: data.locate(name, i),
+        pictures,
+        facts,
+    )
+    write(folder / PAGE, page)
+
+
+def write_report(
+    folder: Path,
+    trained: TrainedModel,
+    data: ImageData,
+    split: tuple[str, Split],
+    predictions: Predictions,
+    facts: Mapping[str, Any],
+) -> Path:
+    """Write the tables with all plots into a new folder, and return the page.
+
+    Raises:
+        RunError: The folder holds something else than such a report, or can't be written.
+        UsageError: The model is no classifier.
+    """
+    require_classifier(trained)
+
+    def require_free() -> None:
+        reason = obstacle(folder, "report", FILES, lambda place: (place / CLASSES).is_file())
+        if reason is not None:
+            raise RunError(f"{folder}: {reason}; use another: --report DIR")
+
+    try:
+        with replacing(folder, require_free) as new:
+            Classification().draw(predictions.logits, split[1], trained.classes, new)
+            write_tables(new, trained, data, split, predictions, facts, new)
+    except OSError as error:
+        raise RunError(f"{folder}: the report could not be written ({error})") from error
+    return folder / PAGE
