@@ -4,6 +4,7 @@ from smallfry_runtime.errors import (
     AccessError,
     DataError,
     ExportError,
+    ServerError,
     SmallfryError,
     SmallfryWarning,
     UsageError,
@@ -15,10 +16,10 @@ from smallfry_runtime.errors import (
 __all__ = [
     "AccessError",
     "DataError",
-    "DemoError",
     "ExportError",
     "HubError",
     "RunError",
+    "ServerError",
     "SmallfryError",
     "SmallfryWarning",
     "Stopped",
@@ -36,10 +37,6 @@ class RunError(SmallfryError):
 
 class TrainingError(SmallfryError):
     """Training that can't continue, such as after a NaN loss."""
-
-
-class DemoError(SmallfryError):
-    """A failure to serve the demo's page: a missing package, or a port in use."""
 
 
 class HubError(SmallfryError):

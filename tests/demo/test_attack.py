@@ -27,10 +27,10 @@ pytestmark = [
 
 from smallfry.cli import main  # noqa: E402
 from smallfry.demo.application import OWN_PAGES, build_application  # noqa: E402
-from smallfry.demo.middleware import MOST_HELD  # noqa: E402
 from smallfry.demo.page import page_files  # noqa: E402
 from smallfry.demo.routes import MOST_BYTES  # noqa: E402
 from smallfry.training.run import load_run  # noqa: E402
+from smallfry_runtime.serving.guard import MOST_HELD  # noqa: E402
 
 PATIENCE = 600  # seconds after which a test takes something to hang
 OCTETS = {"Content-Type": "application/octet-stream"}

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from smallfry.errors import Stopped
-from smallfry.io import background, signals
+from smallfry.io import signals
 from smallfry.io.signals import (
     ASKING,
     Requests,
@@ -20,6 +20,7 @@ from smallfry.io.signals import (
     noting,
     raising,
 )
+from smallfry_runtime import background
 
 INT, TERM, HUP, USR1 = ASKING
 

@@ -23,8 +23,8 @@ SOURCES = [Path(package.__file__).parent for package in (smallfry, smallfry_runt
 NASTY = "a\x1b]0;owned\x07\u202e[red]b"
 SHOWN = r"a\x1b]0;owned\x07\u202e[red]b"
 OF_RICH = r"a\x1b]0;owned"  # which leaves a bell out, and cuts a cell that has become longer
-PRINTS = {"io/terminal.py"}  # what cleans all that is printed
-PROTOCOLS = {"deploy/memory.py", "__main__.py"}  # print JSON, in which no character is raw
+PRINTS = {"terminal.py"}  # what cleans all that is printed
+PROTOCOLS = {"deploy/memory.py"}  # print JSON, in which no character is raw
 WITHOUT_NAMES = {"demo/serve.py"}  # prints its own address
 
 

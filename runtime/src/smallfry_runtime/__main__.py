@@ -9,6 +9,7 @@ from pathlib import Path
 from smallfry_runtime.errors import SmallfryError, UsageError
 from smallfry_runtime.inputs import find_images
 from smallfry_runtime.runtime import Runtime
+from smallfry_runtime.terminal import say
 from smallfry_runtime.version import __version__
 
 
@@ -29,9 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for answer in runtime.classify(images, options.top_k, threshold):
             failed |= answer.error is not None
             content = answer.to_dict() if answer.error is None else {"error": answer.error}
-            print(json.dumps(content), flush=True)
+            say(json.dumps(content))
     except SmallfryError as error:
-        print(f"smallfry-runtime: {error}", file=sys.stderr)
+        say(f"smallfry-runtime: {error}", sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     return int(failed)
 

@@ -25,6 +25,10 @@ class ExportError(SmallfryError):
     """An export that can't be made or used: damaged, foreign, or of another version."""
 
 
+class ServerError(SmallfryError):
+    """A failure to serve: a port in use, an address of another machine, a missing package."""
+
+
 class SmallfryWarning(UserWarning):
     """A warning about something handled in a way that the user should know of."""
 

@@ -161,7 +161,7 @@ class Runtime:
     ) -> Iterator[Answer]:
         """Classify images in order; an image that can't be read gives an ``error``."""
         size, channels = self.manifest.image_size, self.manifest.channels
-        run = partial(self._outputs, self.exit_threshold(threshold=threshold))
+        run = partial(self.outputs, self.exit_threshold(threshold=threshold))
         return answers(run, images, self.classes, size, channels, top_k, self.manifest.bit_depth)
 
     def preprocess(self, pixels: NDArray[np.uint8]) -> Floats:
@@ -240,7 +240,8 @@ class Runtime:
             pixels.append(decode(image, name, size, channels, manifest.bit_depth))
         return np.stack(pixels) if pixels else self._no_pixels()
 
-    def _outputs(self, threshold: float | None, pixels: NDArray[np.uint8]) -> Outputs:
+    def outputs(self, threshold: float | None, pixels: NDArray[np.uint8]) -> Outputs:
+        """Compute the outputs for pixels (images, channels, size, size) in one batch."""
         predictions = self._run(self.preprocess(pixels), threshold, len(pixels))
         return Outputs(*predictions[:2], predictions.steps if threshold is not None else None)
 

@@ -5,7 +5,7 @@ from _thread import LockType, allocate_lock, start_new_thread
 from collections.abc import Callable
 from typing import TypeVar, cast
 
-from smallfry.io.background import silent_thread_deaths
+from smallfry_runtime.background import silent_thread_deaths
 
 Result = TypeVar("Result")
 _MISSING = object()

@@ -9,10 +9,10 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
 from smallfry.demo.examples import Example
-from smallfry.demo.middleware import Guard
 from smallfry.demo.page import SCRIPT, STYLES, build_page, page_files
 from smallfry.demo.routes import MOST_BYTES, Answering, Shown
 from smallfry.training.run import TrainedModel
+from smallfry_runtime.serving.guard import Guard
 
 OWN_PAGES = ("/", "/theme.css", "/manifest.json", "/favicon.ico")
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}

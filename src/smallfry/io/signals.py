@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TypeVar
 
-from smallfry.io.background import BackgroundThread, silent_thread_deaths
+from smallfry_runtime.background import BackgroundThread, silent_thread_deaths
 
 T = TypeVar("T")
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")

@@ -1,21 +1,13 @@
-"""Safe terminal output of foreign names; all printing goes through here."""
+"""Log format, shortened messages and encodings of terminal output."""
 
 import logging
 import shlex
 import sys
-import unicodedata
-from typing import TextIO
 
-KEPT = "\n\t"
+from smallfry_runtime.terminal import printable as printable
+from smallfry_runtime.terminal import say as say
+
 LONGEST = 1000  # characters of a message
-
-
-def say(text: str, stream: TextIO | None = None) -> None:
-    """Print a line unbuffered, by default to standard output; see ``printable``.
-
-    Text and line end are one write, so that lines of other threads do not get in between.
-    """
-    print(f"{printable(text)}\n", end="", file=stream or sys.stdout, flush=True)
 
 
 class CleanFormatter(logging.Formatter):
@@ -24,21 +16,6 @@ class CleanFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Format one record."""
         return printable(super().format(record))
-
-
-def printable(text: str) -> str:
-    """Escape control characters in a text, so that it can't control the terminal.
-
-    Also of the right-to-left kind, which let a name be read as another: ``\\x1b``, ``\\u202e``.
-    """
-    if text.isprintable():
-        return text
-    return "".join(
-        character
-        if character in KEPT or unicodedata.category(character) not in ("Cc", "Cf", "Cs")
-        else character.encode("unicode_escape", "surrogatepass").decode()
-        for character in text
-    )
 
 
 def shortened(text: str) -> str:

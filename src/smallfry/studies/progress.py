@@ -10,11 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from smallfry.io.background import BackgroundThread
 from smallfry.io.console import CleanConsole
 from smallfry.studies.contestants import CONTESTANTS
 from smallfry.studies.trial import Job
 from smallfry.training.progress import clock
+from smallfry_runtime.background import BackgroundThread
 
 SECONDS_A_LINE = 30.0  # outside of a terminal, where no bar moves
 OVERHEAD = 1.3  # what evaluation and starting add to training

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from smallfry.errors import SmallfryWarning
-from smallfry.io.background import BackgroundThread
 from smallfry.transforms.groups import ChannelGroup, Slice
 from smallfry.transforms.modes import evaluating
+from smallfry_runtime.background import BackgroundThread
 
 SECONDS = 20.0
 LAYERS = (nn.Conv2d, nn.Linear)

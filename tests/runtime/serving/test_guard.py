@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from smallfry.demo.middleware import Guard
+from smallfry_runtime.serving.guard import Guard
 
 JSON_TYPE = "application/json"
 

@@ -1,4 +1,4 @@
-"""ASGI middleware between network and page: an allow-list of requests with limits."""
+"""ASGI middleware between network and application: an allow-list of requests with limits."""
 
 import asyncio
 from collections.abc import (
@@ -21,9 +21,9 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 BODY_SECONDS = 30.0  # for a request's body to arrive in
 MOST_HELD = 64 * 2**20  # bytes of all bodies and unread answers together
 PIECE_BYTES = 2**16  # of an answer
-UPLOAD_TYPE = b"application/octet-stream"  # one that other sites can't send without being asked
+UPLOAD_TYPES = (b"application/octet-stream",)  # which other sites can't send without being asked
 
-# Headers that the page needs to see. Gradio believes those of proxies, and answers ranges.
+# Headers that applications need to see. Gradio believes those of proxies, and answers ranges.
 PASSED = frozenset({b"host", b"accept-encoding", b"if-none-match", b"if-modified-since"})
 
 # Gradio's page makes functions of strings and styles of its own; what matters is 'self': a browser
@@ -59,6 +59,7 @@ class Guard:
         seconds: For a body to arrive in.
         most_held: Bytes of all bodies and unread answers together; while there are more, no body
             is taken.
+        types: Media types that a body may have; None for any, as for programs that send images.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Guard:
         hosts: Collection[str] | None = None,
         seconds: float = BODY_SECONDS,
         most_held: int = MOST_HELD,
+        types: Collection[bytes] | None = UPLOAD_TYPES,
     ) -> None:
         self.app = app
         self.pages = pages
@@ -76,6 +78,7 @@ class Guard:
         self.hosts = hosts
         self.seconds = seconds
         self.most_held = most_held
+        self.types = types
         self.held = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -103,8 +106,8 @@ class Guard:
             raise _Refused(404, "no such page")
         if method != "POST":
             raise _Refused(405, "only POST is allowed here")
-        if _value(headers, b"content-type") != UPLOAD_TYPE:
-            raise _Refused(415, f"the body must be {UPLOAD_TYPE.decode()}")
+        if self.types is not None and _value(headers, b"content-type") not in self.types:
+            raise _Refused(415, f"the body must be {b' or '.join(self.types).decode()}")
 
     @asynccontextmanager
     async def _body(
@@ -159,7 +162,8 @@ class Guard:
 
     def _passed(self, scope: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         """Filter the parts of a request that the application receives."""
-        headers = [(name, value) for name, value in scope["headers"] if name in PASSED]
+        passed = PASSED if self.types else PASSED | {b"content-type"}
+        headers = [(name, value) for name, value in scope["headers"] if name in passed]
         query = b"" if scope["method"] == "GET" else scope["query_string"]
         return {**scope, "headers": headers, "query_string": query}
 

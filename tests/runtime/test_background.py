@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from smallfry.io import background
-from smallfry.io.background import BackgroundThread, silent_thread_deaths
+import smallfry_runtime.background as background
+from smallfry_runtime.background import BackgroundThread, silent_thread_deaths
 
 
 def test_work_is_done_in_another_thread():
@@ -73,7 +73,7 @@ def test_a_thread_that_was_not_started_can_be_joined():
 
 def test_the_process_ends_beside_a_thread_that_does_not():
     code = (
-        "import time; from smallfry.io.background import BackgroundThread;"
+        "import time; from smallfry_runtime.background import BackgroundThread;"
         "BackgroundThread(lambda: time.sleep(10**6)).start(); print('end')"
     )
     command = [sys.executable, "-c", code]
@@ -101,7 +101,7 @@ def test_errors_of_threads_are_printed_except_those_of_missing_memory(monkeypatc
 
 STARVED = """
 import os, random, resource, threading
-from smallfry.io.background import BackgroundThread, silent_thread_deaths
+from smallfry_runtime.background import BackgroundThread, silent_thread_deaths
 
 def address_space():
     with open("/proc/self/statm") as file:

@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("gradio", reason="the demo's extra is not installed")
 
-from smallfry.demo import serve
-from smallfry.demo.connections import BoundedConnection
-from smallfry.demo.serve import _listening, _running
+from smallfry_runtime.serving import listening as of_servers
+from smallfry_runtime.serving.connections import BoundedConnection
+from smallfry_runtime.serving.listening import listening, running
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 LONG = 64 * 2**20  # more than the buffers of two sockets hold
@@ -47,7 +47,7 @@ def server(monkeypatch, finished=None, slowly=None, **bounds):
             if finished is not None:
                 finished.set()
 
-    with _listening("127.0.0.1", 0) as listener, _running(application, listener):
+    with listening("127.0.0.1", 0) as listener, running(application, listener):
         yield listener.getsockname()
 
 
@@ -150,7 +150,7 @@ def test_an_answer_under_way_is_sent_before_the_server_stops(monkeypatch):
     [b"", b"GET / HT", b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nx"],
 )
 def test_a_server_that_stops_waits_for_no_request(monkeypatch, begun):
-    monkeypatch.setattr(serve, "STOP_SECONDS", PATIENCE)
+    monkeypatch.setattr(of_servers, "STOP_SECONDS", PATIENCE)
     with contextlib.ExitStack() as stack:
         with server(monkeypatch) as address:
             late = [stack.enter_context(connect(address)) for _ in range(3)]
