@@ -7,14 +7,11 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics.functional.classification import (
-    multiclass_accuracy,
-    multiclass_calibration_error,
-)
 
 from smallfry.data import Split
 from smallfry.report.confusion import macro_f1
 from smallfry.tasks import register
+from smallfry.tasks.scores import accuracy, calibration_error
 
 __all__ = ["ClassTargets", "Classification"]
 
@@ -63,14 +60,12 @@ class Classification:
     def metrics(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
         """Compute loss, accuracy, macro F1 and calibration error."""
         classes = outputs.shape[1]
-        probabilities = outputs.softmax(dim=1)
+        predicted = outputs.argmax(dim=1)
         return {
             "loss": F.cross_entropy(outputs, labels).item(),
-            "accuracy": multiclass_accuracy(outputs, labels, classes, average="micro").item(),
-            "macro_f1": macro_f1(outputs.argmax(dim=1), labels, classes),
-            "calibration_error": multiclass_calibration_error(
-                probabilities, labels, classes
-            ).item(),
+            "accuracy": accuracy(predicted, labels),
+            "macro_f1": macro_f1(predicted, labels, classes),
+            "calibration_error": calibration_error(outputs.softmax(dim=1), labels),
         }
 
     def rank(self, scores: Mapping[str, float]) -> tuple[float, ...]:
