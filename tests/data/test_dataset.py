@@ -407,3 +407,13 @@ def test_holding_out_parts_a_split_and_never_takes_a_class_whole(labels, share, 
     for label in set(labels):
         total, out = labels.count(label), int((held.labels == label).sum())
         assert out == (min(total - 1, max(1, round(share * total))) if share else 0)
+
+
+def test_an_empty_name_is_not_the_current_folder(tmp_path, monkeypatch):
+    """As of a variable of the shell that is not set."""
+    monkeypatch.chdir(tmp_path)
+    for label in ("cat", "dog"):
+        write_images(tmp_path / label, 3)
+    assert len(load_data(".").classes) == 2
+    with pytest.raises(UsageError, match=r"data.name is empty: expected a data set or a folder"):
+        load_data("")

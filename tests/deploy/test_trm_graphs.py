@@ -13,7 +13,8 @@ from smallfry.deploy.graphs import anytime_graphs, exported_program, to_onnx
 @pytest.mark.parametrize("token_mlp", [True, False])
 def test_a_step_as_a_graph_gives_the_models_answers(token_mlp):
     torch.manual_seed(0)
-    sizes = {"embed_dim": 16, "mlp_hidden_dim": 16, "token_hidden_dim": 16}
+    sizes = {"embed_dim": 16, "mlp_hidden_dim": 16, "token_hidden_dim": 16, "depth": 1}
+    sizes |= {"latent_steps": 2, "rounds": 2, "recursion_steps": 3}  # each is a part of the graph
     model = timm.create_model("trm_sudoku4_micro", token_mlp=token_mlp, **sizes).eval()
     torch.nn.init.normal_(model.halt_head.weight)
     graphs = anytime_graphs(model, torch.ones(2, 1, 4, 4))

@@ -43,7 +43,7 @@ def weights(model):
 def test_the_training_loop_does_not_change_and_the_model_learns(method, problem):
     model = Net()
     optimizer = method(model, lr=0.1, statistics_every=2)
-    losses = train(model, optimizer, problem, 75)
+    losses = train(model, optimizer, problem, 52)
     assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
 
 

@@ -285,7 +285,7 @@ def test_a_picture_that_can_not_be_drawn_does_not_cost_the_result(config, monkey
     def broken(*_):
         raise ValueError("no ink")
 
-    monkeypatch.setattr("smallfry.training.train.learning_curves", broken)
+    monkeypatch.setattr("smallfry.report.curves.learning_curves", broken)
     with pytest.warns(SmallfryWarning, match="no ink"):
         train(config)
     assert (config.run / "summary.json").exists()

@@ -147,7 +147,9 @@ def is_image(name: str) -> bool:
 
 def _from_path(given: str) -> Iterator[InputImage]:
     path = Path(given).expanduser()
-    if path.is_file():
+    if not given:  # which is the current folder to pathlib
+        yield InputImage(given, None, "an input has no name; expected a file or folder")
+    elif path.is_file():
         yield InputImage(given, path)
     elif path.is_dir():
         try:

@@ -53,7 +53,8 @@ def same_product(module: nn.Module, kind: type[nn.Module]) -> bool:
                 if not isinstance(found, Tensor) or found.shape != expected.shape:
                     return False
                 scale = expected.abs().max().clamp_min(1e-30)
-                if not bool((found - expected).abs().max() <= 1e-3 * scale):
+                tolerance = max(1e-3, 4 * torch.finfo(expected.dtype).eps)
+                if not bool((found - expected).abs().max() <= tolerance * scale):
                     return False
     except Exception:  # whatever a foreign forward does with numbers that it does not expect
         return False

@@ -110,6 +110,8 @@ def read_digits() -> Source:
 
 
 def _find_folder(name: str, root: Path | None) -> Path:
+    if not name:  # which is the current folder to pathlib
+        raise UsageError("data.name is empty: expected a data set or a folder")
     folder = path_of(name)
     if root is not None:
         raise UsageError(

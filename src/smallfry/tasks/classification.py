@@ -9,10 +9,6 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics.functional.classification import (
-    multiclass_accuracy,
-    multiclass_calibration_error,
-)
 
 from smallfry.data import Split
 from smallfry.report.confusion import balanced_accuracy, macro_f1
@@ -82,6 +78,12 @@ class Classification:
 
     def metrics(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
         """Compute loss, accuracies, macro F1 and calibration error."""
+        # it imports scipy and transformers, which takes seconds
+        from torchmetrics.functional.classification import (
+            multiclass_accuracy,
+            multiclass_calibration_error,
+        )
+
         classes, predicted = outputs.shape[1], outputs.argmax(dim=1)
         probabilities = outputs.softmax(dim=1)
         return {

@@ -27,9 +27,7 @@ from smallfry.io.signals import keeping
 from smallfry.io.terminal import command
 from smallfry.models import FromImages, LatentRecursive, Recursive
 from smallfry.models.trace import steps_to_follow, trace_recursion
-from smallfry.report.curves import learning_curves
 from smallfry.report.per_class import class_scores, scores_dict
-from smallfry.report.recursion import interesting, recursion_trace
 from smallfry.tasks import Pictured, find_task
 from smallfry.training.adversarial import adversarial
 from smallfry.training.augment import Normalize
@@ -473,6 +471,9 @@ def draw_run(
     predictions: Predictions,
 ) -> None:
     """Draw all plots of a run into its folder."""
+    from smallfry.report.curves import learning_curves  # here, as matplotlib is slow to import
+    from smallfry.report.recursion import interesting, recursion_trace
+
     logits, labels, classes = predictions.logits, predictions.labels, trained.classes
     pictures, task = folder.pictures, task_of(trained.manifest)
     pictures.mkdir(exist_ok=True)
