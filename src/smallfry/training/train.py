@@ -33,6 +33,7 @@ from smallfry.report.recursion import interesting, recursion_trace
 from smallfry.tasks import Pictured, find_task
 from smallfry.training.adversarial import adversarial
 from smallfry.training.augment import Normalize
+from smallfry.training.augment_defaults import with_fitting_crop
 from smallfry.training.augment_grids import build_augment
 from smallfry.training.balance import class_weights, describe_small_classes
 from smallfry.training.batch_norm import require_enough_images
@@ -127,6 +128,7 @@ def _train(
     source = ModelSource(begun, weights)
     data = processes.together(lambda: _load(config))
     processes.once(lambda: _warn(data, config))
+    config = with_fitting_crop(config, data.image_size)
     task = find_task(config.task).create(config.objective.label_smoothing)
     name = model_name(config.model, data, task) if begun is None else begun.spec.architecture
     with _folder(config, name, processes) as path:
