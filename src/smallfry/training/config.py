@@ -236,7 +236,7 @@ class EMAConfig:
 class TrainSettings(TypedDict, total=False):
     """Keywords of ``smallfry.train``, as ``TrainConfig``; a group may be a mapping, or a name."""
 
-    data: "DataConfig | Mapping[str, Any] | str"
+    data: Any  # DataConfig, its settings, a name, or objects; see data.own.write_data
     model: "ModelConfig | Mapping[str, Any] | str"
     augment: "AugmentConfig | Mapping[str, Any]"
     balance: "BalanceConfig | Mapping[str, Any]"

@@ -15,6 +15,7 @@ from torch import nn
 
 from smallfry.costing import cost
 from smallfry.data import NAMED, ImageData, Split
+from smallfry.data.own import is_own, keep_data
 from smallfry.errors import (
     DataError,
     RunError,
@@ -63,6 +64,7 @@ from smallfry.training.provenance import provenance
 from smallfry.training.references import fit_references
 from smallfry.training.run import RunFolder, TrainedModel, load_run, new_run_folder
 from smallfry.training.selection import require_choice
+from smallfry.training.trained_run import TrainedRun
 from smallfry_runtime.names import path_of, text_of
 
 log = logging.getLogger(__name__)
@@ -93,15 +95,16 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> dict[str, An
         return _train(config, asked, reporter, processes)
 
 
-def run(config: TrainConfig | None = None, /, **settings: Unpack[TrainSettings]) -> dict[str, Any]:
+def run(config: TrainConfig | None = None, /, **settings: Unpack[TrainSettings]) -> TrainedRun:
     """Train with a configuration, or with its settings.
 
     Args:
         config: Configuration; if None, ``settings`` are its arguments.
-        settings: Groups of settings can be mappings, such as ``data={"name": "digits"}``.
+        settings: Groups of settings can be mappings, such as ``data={"name": "digits"}``. Data can
+            be images and labels, or a Dataset: ``smallfry.data.own.write_data``.
 
     Returns:
-        The summary, as ``train``, whose errors it raises.
+        The summary, as ``train``, whose errors it raises, with the model.
 
     Example:
         >>> import smallfry
@@ -113,7 +116,10 @@ def run(config: TrainConfig | None = None, /, **settings: Unpack[TrainSettings])
     for name in settings:
         if name not in known:
             raise UsageError(f"train has no setting '{name}'{nearest(name, known)}")
-    return train(config or TrainConfig(**settings))  # type: ignore[arg-type]  # made of mappings
+    if is_own(settings.get("data")):
+        settings["data"] = str(keep_data(settings["data"]))
+    made = config or TrainConfig(**settings)  # type: ignore[arg-type]  # made of mappings
+    return TrainedRun(train(made))
 
 
 def _train(
