@@ -42,6 +42,7 @@ from smallfry_runtime.names import text_of
 from smallfry_runtime.predictions import Answer
 from smallfry_runtime.stages import entries
 
+USE = "smallfry.training.use"  # which imports this module
 LOCK, RUN_CONFIG = ".lock", "config.yaml"
 FAILURE = "failure.json"  # of a study's run that could not begin
 
@@ -220,9 +221,8 @@ class TrainedModel(NamedTuple):
             UsageError: The model is no classifier.
             DataError: An image can't be read.
         """
-        from smallfry.training.use import predict_images
-
-        return predict_images(self, images, top_k)
+        found: list[Answer] = import_module(USE).predict_images(self, images, top_k)
+        return found
 
     def evaluate(self, data: Any = None, split: str = "test") -> dict[str, Any]:
         """Score the model on a split of its data, or of other data.
@@ -236,9 +236,8 @@ class TrainedModel(NamedTuple):
             UsageError: No data is known, or it is of another kind.
             DataError: It can't be used.
         """
-        from smallfry.training.use import evaluate_on
-
-        return evaluate_on(self, data, split)
+        found: dict[str, Any] = import_module(USE).evaluate_on(self, data, split)
+        return found
 
     def export(self, folder: str | Path, **settings: Any) -> Path:
         """Export the model to ONNX; see ``smallfry.export``."""
