@@ -7,13 +7,14 @@ import warnings
 from pathlib import Path
 
 import pytest
+import yaml
 from image_files import write_images
 
 from smallfry.cli import main
 from smallfry.data import load_data
 from smallfry.data.label_files import LabelColumns, read_label_file
 from smallfry.errors import DataError, SmallfryWarning, UsageError
-from smallfry.training.config import DataConfig
+from smallfry.training.config import DataConfig, TrainConfig, read_config
 
 TINY = "--model.options={embed_dim: 16, num_heads: 2, mlp_hidden_dim: 16, depth: 1}"
 
@@ -216,3 +217,27 @@ def test_the_command_trains_resumes_evaluates_and_predicts(folder, tmp_path, cap
     assert main(["evaluate", str(run), "--data", str(tmp_path / "other"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 6
     assert main(["train", "--resume", str(run), "--data", str(moved), "--epochs", "2"]) == 0
+
+
+def test_a_file_in_a_subfolder_names_images_beside_it_or_in_the_folder(folder):
+    write_images(folder / "more", 3, seed=8)
+    rows = [("000.png", "a"), ("more/001.png", "b")]
+    write_csv(folder, rows, name="more/labels.csv")
+    source = read_label_file(folder, Path("more/labels.csv"))
+    assert [source.splits["train"].locate(i) for i in range(2)] == [
+        str(folder / "more" / "000.png"),
+        str(folder / "more" / "001.png"),
+    ]
+
+
+def test_the_settings_are_written_and_read_again(folder, tmp_path):
+    config = TrainConfig(
+        data=DataConfig(str(folder), labels="l.csv", image_column="photo", split_column="fold")
+    )
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    again = read_config(tmp_path / "config.yaml").data
+    assert (again.labels, again.image_column, again.split_column) == (
+        Path("l.csv"),
+        "photo",
+        "fold",
+    )

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,13 +18,16 @@ from smallfry.cli import main
 from smallfry.data import Split, load_data
 from smallfry.errors import RunError, Stopped, UsageError
 from smallfry.report.batch import draw_batch
+from smallfry.tasks import find_task
 from smallfry.training import augment_regions as regions
 from smallfry.training.augment import Augment, Place, whole
 from smallfry.training.augment_defaults import with_fitting_crop
+from smallfry.training.augment_grids import build_augment
 from smallfry.training.augment_policies import POLICIES, RandomPolicy, jitter_operations
 from smallfry.training.batches import TrainBatches
 from smallfry.training.config import (
     AugmentConfig,
+    BalanceConfig,
     DataConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -231,6 +235,7 @@ def test_a_run_with_everything_resumes_to_the_bit(variant, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "parted")
 
 
+@pytest.mark.slow
 def test_a_run_records_its_crop(photographs, tmp_path):
     with pytest.raises(Stopped):
         train(photographs(), StopAt(1))
@@ -279,6 +284,41 @@ def test_a_picture_of_few_images_and_odd_names_is_drawn(tmp_path):
     images = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
     draw_batch(images, shares, ["$_$", "a" * 60], "mixup $0.2", tmp_path / "b.png")
     assert np.asarray(Image.open(tmp_path / "b.png")).std() > 5
+
+
+def test_the_picture_has_the_form_that_a_start_takes(tmp_path, monkeypatch, quiet_warnings):
+    drawn = []
+    monkeypatch.setattr("smallfry.training.show_batch.draw_batch", lambda *a: drawn.append(a))
+    for seed, name in enumerate("abc"):
+        write_images(tmp_path / "photos" / name, 8, size=(20, 20), seed=seed)
+    start = Path(__file__).parents[1] / "fixtures" / "format_2" / "run"
+    config = TrainConfig(
+        data=DataConfig(str(tmp_path / "photos")),
+        model=ModelConfig(start=str(start)),
+        balance=BalanceConfig(sampler="balanced"),
+        batch_size=6,
+    )
+    show_batch(config, tmp_path / "b.png")
+    images, shares, classes, _, _ = drawn[0]
+    assert images.shape[1:] == (1, 8, 8)  # of digits, which the start was trained on
+    assert classes == ("a", "b", "c")
+    assert shares.shape == (12, 3)
+    with pytest.raises(UsageError, match="neither a folder nor a known data set"):
+        show_batch(TrainConfig(data=DataConfig("nothing")), tmp_path / "b.png")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="can't be written"):
+        show_batch(config, tmp_path / "file" / "b.png")
+
+
+def test_grids_of_symbols_have_no_crops_and_no_repeats():
+    config = TrainConfig(data=DataConfig("sudoku4", options={"puzzles": 20}), task="puzzle")
+    data = load_data("sudoku4", options={"puzzles": 20})
+    task = find_task("puzzle").create()
+    augment = build_augment(with_fitting_crop(config, 64), data, task)
+    assert augment.repeats == 1
+    changed = replace(config, augment=AugmentConfig(erasing=0.5))
+    with pytest.raises(UsageError, match="holds symbols, not images: leave out augment"):
+        build_augment(changed, data, task)
 
 
 # Wrong settings
