@@ -1,5 +1,7 @@
 """Short names of options, and hints for the names of other tools."""
 
+from pathlib import Path
+
 import pytest
 
 from smallfry.cli import main
@@ -31,10 +33,17 @@ def test_a_verb_without_the_option_keeps_the_word():
 
 
 def test_every_alias_and_every_hint_is_an_option_of_training():
-    options = vars(read(["train"]).options.settings)
+    given = read(["train"]).options
+    options = vars(given.settings) | vars(given)
     for name in (*(alias.option for alias in ALIASES.values()), *ELSEWHERE.values()):
         group, _, leaf = name.partition(".")
         assert hasattr(options[group], leaf) if leaf else group in options
+
+
+def test_the_picture_of_a_batch_has_a_default_name():
+    assert read(["train", "--show_batch"]).options.show_batch == Path("batch.png")
+    assert read(["train", "--show_batch", "x.png"]).options.show_batch == Path("x.png")
+    assert read(["train"]).options.show_batch is None
 
 
 def test_short_names_are_read():

@@ -208,7 +208,7 @@ def test_a_score_ranks_epochs_and_the_task_decides_between_equals():
         require_choice(find_task("puzzle").create(), "accuracy")
 
 
-@pytest.mark.parametrize("by", ["loss", "macro_f1", "balanced_accuracy"])
+@pytest.mark.parametrize("by", ["loss", pytest.param("macro_f1", marks=pytest.mark.slow)])
 def test_a_run_keeps_the_best_epoch_of_the_chosen_score(by, variant, tmp_path):
     summary = train(variant(select_by=by, epochs=4, run=tmp_path / by))
     sign = -1 if by == "loss" else 1
@@ -248,6 +248,7 @@ def test_a_stopped_run_with_a_sampler_resumes_to_the_bit(unequal, tmp_path):
         resume(tmp_path / "parted", changes={"epochs": 5})
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::smallfry.errors.SmallfryWarning")
 def test_natural_gradient_takes_samplers_but_no_weights(unequal):
     optimizer = OptimizerConfig("kfac", lr=0.05)

@@ -10,6 +10,7 @@ from image_files import write_images
 from sklearn.metrics import top_k_accuracy_score
 
 from smallfry.cli import main
+from smallfry.cli.train import _print_worst
 from smallfry.data import load_data
 from smallfry.tasks.classification import Classification
 from smallfry.training.config import DataConfig
@@ -120,3 +121,35 @@ def test_images_are_located_in_every_split(folder, tmp_path):
     parted = load_data(str(tmp_path / "d"))
     assert "test/b/003.png" in parted.locate("test", 7)
     assert load_data("digits").locate("test", 0).startswith("digits")
+
+
+@pytest.mark.parametrize("classes", [2, 7])
+def test_the_worst_classes_of_a_run_are_printed(classes, capsys):
+    scores = {f"c{i}": {"precision": 0.5, "recall": 0.5, "f1": i / 10} for i in range(classes)}
+    _print_worst(scores)
+    printed = capsys.readouterr().out
+    if classes == 2:
+        assert printed == ""
+        return
+    assert "the 5 worst of 7 classes:" in printed
+    assert [word for word in printed.split() if word[:1] == "c" and word[1:].isdigit()] == [
+        f"c{i}" for i in range(5)
+    ]
+    _print_worst(dict(list(scores.items())[:4]))
+    assert "worst" not in capsys.readouterr().out
+
+
+def test_models_of_other_tasks_have_no_report(tmp_path, capsys):
+    options = ["--model.options", "{embed_dim: 16, mlp_hidden_dim: 16, token_hidden_dim: 16}"]
+    data = ["--data", "sudoku4", "--data.options", "{puzzles: 30, extra_clues: 4}"]
+    asked = ["train", "--task", "puzzle", *data, *options, "--epochs", "1", "--batch_size", "8"]
+    run = tmp_path / "run"
+    assert main([*asked, "--progress", "quiet", "--run", str(run)]) == 0
+    assert not (run / "report.html").exists()
+    assert "per_class" not in json.loads((run / "summary.json").read_text())
+    for option in (["--per_class"], ["--report", str(tmp_path / "report")]):
+        assert main(["evaluate", str(run), *option]) == 2
+        assert "the model was trained for puzzle: only classifiers" in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
+    assert main(["predict", str(run), "x.txt", "--csv", str(tmp_path / "o.csv")]) == 2
+    assert "csv is for classifiers" in capsys.readouterr().err

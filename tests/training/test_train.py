@@ -24,6 +24,7 @@ from smallfry.errors import (
 )
 from smallfry.models.vitrm import Layer
 from smallfry.training import progress
+from smallfry.training.augment_defaults import with_fitting_crop
 from smallfry.training.checkpoint import load_checkpoint
 from smallfry.training.config import (
     AugmentConfig,
@@ -57,7 +58,8 @@ from smallfry_runtime.files import with_digest
 def test_a_run_leaves_its_configuration_metrics_checkpoints_summary_and_pictures(config):
     summary = train(config)
     run = config.run
-    assert read_config(run / "config.yaml") == with_fitting_warmup(config)
+    chosen = with_fitting_crop(with_fitting_warmup(config), 8)
+    assert read_config(run / "config.yaml") == chosen
     rows = metrics(run)
     assert [int(row["epoch"]) for row in rows] == [1, 2]
     assert {"train_loss", "validation_accuracy", "validation_macro_f1", "learning_rate"} <= set(

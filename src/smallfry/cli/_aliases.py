@@ -22,6 +22,7 @@ class Alias(NamedTuple):
 ALIASES = {
     "pretrained": Alias("model.start", "true"),
     "freeze": Alias("model.freeze", "backbone", is_list=True),
+    "show_batch": Alias("show_batch", "batch.png"),
     "freeze_epochs": Alias("model.freeze_epochs", ""),
 }
 ELSEWHERE = {  # names in timm, Lightning and ultralytics that are not alike

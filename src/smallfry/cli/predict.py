@@ -2,15 +2,17 @@
 
 import json
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smallfry.cli._fields import option
 from smallfry.cli._messages import FAILED, complain
 from smallfry.cli._shared import AsJson, EarlyExit, OneRun
-from smallfry.errors import DataError, UsageError
+from smallfry.errors import DataError, RunError, UsageError
+from smallfry.io.csv_text import csv_text
+from smallfry.io.replace import write_whole
 from smallfry.io.terminal import say
 from smallfry_runtime.files import MOST_TEXT, read_bytes
 from smallfry_runtime.inputs import InputImage, find_images
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from smallfry.training.run import TrainedModel
 
 LINE = 100  # characters
+MOST_CLASSES = 2**31 - 1  # all that a model has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +38,14 @@ class Options(EarlyExit, AsJson, OneRun):
         top_k: Number of classes to print per image.
         budget_ms: Use the most accurate sub-model of an export within this latency of one image, in
             milliseconds on the machine that exported.
+        csv: Write the class of each image and the probabilities of all classes into this file.
     """
 
     inputs: tuple[str, ...]
     exit_threshold: float | None = None
     top_k: int = 3
     budget_ms: float | None = option(metavar="MS")
+    csv: Path | None = option(metavar="FILE")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,8 +67,12 @@ def run(options: Options) -> int:
 
         trained = load_trained(options.run, options.checkpoint)
         if isinstance(task_of(trained.manifest), ReadsText):
+            if options.csv is not None:
+                raise UsageError("csv is for classifiers; take --json for puzzles")
             return _solve_files(options, trained)
     images = find_images(options.inputs, sys.stdin.buffer)
+    if options.csv is not None:
+        return _write_csv(options, options.csv.expanduser(), images)
     code = 0
     for answer in _answers(options, images):
         if answer.error is not None:
@@ -74,6 +83,35 @@ def run(options: Options) -> int:
             guesses = "  ".join(f"{name} {share:.1%}" for name, share in answer.top)
             say(f"{answer.name}: {guesses}")
     return code
+
+
+def _write_csv(options: Options, file: Path, images: Iterable[InputImage]) -> int:
+    """Write the answers as CSV; images that can't be read have empty cells."""
+    code, found = 0, []
+    for answer in _answers(replace(options, top_k=MOST_CLASSES), images):
+        if answer.error is not None:
+            code = complain(answer.error, FAILED)
+        found.append(answer)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, csv_text(table_of(found)).encode(errors="replace"))
+    except OSError as error:
+        raise RunError(f"{file}: can't be written ({error})") from error
+    say(f"predictions: {file}")
+    return code
+
+
+def table_of(answers: Sequence[Answer]) -> Iterator[list[object]]:
+    """Yield column names, and a row for each image with the probabilities of all classes."""
+    classes = sorted({name for answer in answers for name, _ in answer.top})
+    known = {name for answer in answers for name, v in answer._asdict().items() if v is not None}
+    extra = [name for name in ("halting", "steps") if name in known]
+    yield ["image", "class", "probability", *extra, *(f"p({name})" for name in classes)]
+    for answer in answers:
+        shares = dict(answer.top)
+        best: tuple[object, object] = answer.top[0] if answer.top else ("", "")
+        others = [getattr(answer, name) for name in extra]
+        yield [answer.name, *best, *others, *(shares.get(name, "") for name in classes)]
 
 
 def _solve_files(options: Options, trained: "TrainedModel") -> int:

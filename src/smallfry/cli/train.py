@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
 from smallfry.cli._fields import given_settings, option, process_count, settings_of
+from smallfry.errors import UsageError
 from smallfry.io.console import CleanConsole
-from smallfry.io.terminal import command, printable
+from smallfry.io.terminal import command, printable, say
 from smallfry.training.config import TrainConfig
 from smallfry.training.launch_env import rank
 
@@ -22,6 +24,8 @@ class Options:
 
     Args:
         resume: Resume an interrupted run exactly; --epochs N extends it.
+        show_batch: Draw the first augmented images into this PNG, batch.png by default, instead of
+            training.
         processes: Number of processes on this machine, such as one per GPU; for several machines,
             start the command with torchrun or SLURM instead.
         settings: Settings of a new run.
@@ -29,6 +33,7 @@ class Options:
     """
 
     resume: str | None = option(metavar="RUN")
+    show_batch: Path | None = option(metavar="FILE")
     processes: int | None = process_count()
     settings: TrainConfig = settings_of(TrainConfig)
     given: Mapping[str, Any] = given_settings(beside="resume")
@@ -39,12 +44,24 @@ def run(options: Options) -> int:
     from smallfry.training import train as training
     from smallfry.training.continuation import dotted
 
+    if options.show_batch is not None:
+        return _show_batch(options, options.show_batch)
     if options.resume is not None:
         summary = training.resume(options.resume, changes=dotted(options.given))
     else:
         summary = training.train(options.settings)
     if rank() == 0:
         _print_summary(summary)
+    return 0
+
+
+def _show_batch(options: Options, file: Path) -> int:
+    """Draw the first images of a run instead of training."""
+    from smallfry.training.show_batch import show_batch
+
+    if options.resume is not None:
+        raise UsageError("show_batch draws images of a new run: leave out resume")
+    say(f"images: {show_batch(options.settings, file)}")
     return 0
 
 

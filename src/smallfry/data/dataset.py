@@ -21,8 +21,9 @@ from smallfry.data.fingerprint import digest, stamp
 from smallfry.data.folders import folders_in
 from smallfry.data.generators import generate, generated_names
 from smallfry.data.image_data import ImageData
+from smallfry.data.label_files import LabelColumns, read_label_file
 from smallfry.data.labels import with_known_labels
-from smallfry.data.named import NOTHING_TO_TELL_APART, find_source, require_no_root
+from smallfry.data.named import NOTHING_TO_TELL_APART, find_folder, find_source, require_no_root
 from smallfry.data.shards import WINDOW
 from smallfry.data.sources import (
     TEST,
@@ -56,6 +57,9 @@ def load_data(
     split_seed: int = 0,
     limit: int | None = None,
     label: str | None = None,
+    labels: str | Path | None = None,
+    image_column: str | None = None,
+    split_column: str | None = None,
     skip_unreadable: bool = False,
     min_classes: int = 2,
     stream: bool | None = None,
@@ -80,6 +84,9 @@ def load_data(
         limit: Use only so many training images, stratified by class; no others are decoded, but
             with ``skip_unreadable``, as unreadable ones are not counted.
         label: Name of the label column, where a table has several.
+        labels: CSV or JSON-lines file of a folder's labels; see ``label_files.read_label_file``.
+        image_column: Its column of image files.
+        split_column: Its column of splits.
         skip_unreadable: Leave unreadable images out with a warning instead of stopping.
         min_classes: Minimum number of classes; 1 where the labels don't matter, as with an
             auto-encoder.
@@ -126,7 +133,12 @@ def load_data(
         above: float = LARGEST_DECODED // ((channels or 3) * (image_size or 64) ** 2)
     else:
         above = 0 if stream else math.inf
-    source = with_known_labels(find_source(name, place, label, above, skip_unreadable))
+    if labels is None:
+        source = find_source(name, place, label, above, skip_unreadable)
+    else:
+        columns = LabelColumns(image_column, label, split_column)
+        source = read_label_file(find_folder(name, place), Path(labels), columns)
+    source = with_known_labels(source)
     count = len(source.classes)
     if count < min_classes:
         found = f"is one class, '{source.classes[0]}'" if count == 1 else f"are {count} classes"

@@ -59,7 +59,7 @@ def find_source(
         DataError: The source can't be reached, or what is there can't be used.
     """
     if name not in NAMED:
-        return _read(_find_folder(name, root), label, None, stream_above, skip_unreadable)
+        return _read(find_folder(name, root), label, None, stream_above, skip_unreadable)
     if Path(name).is_dir() and root is None:
         warnings.warn(
             f"'{name}' selects the data set of that name; for the folder use './{name}'",
@@ -109,7 +109,12 @@ def read_digits() -> Source:
     return Source("scikit-learn", tuple(map(str, range(10))), {TRAIN: split})
 
 
-def _find_folder(name: str, root: Path | None) -> Path:
+def find_folder(name: str, root: Path | None) -> Path:
+    """Find a folder by its name.
+
+    Raises:
+        UsageError: There is none, the name is empty, or a root is given too.
+    """
     if not name:  # which is the current folder to pathlib
         raise UsageError("data.name is empty: expected a data set or a folder")
     folder = path_of(name)

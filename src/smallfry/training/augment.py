@@ -8,7 +8,7 @@ it is made, and made for much less than image by image. The operations are torch
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,11 @@ from torchvision.transforms.v2 import functional as tv
 
 from smallfry.tasks import Batch
 from smallfry.tasks.classification import ClassTargets
+from smallfry.training.augment_place import Place as Place
+from smallfry.training.augment_place import beside as beside
+from smallfry.training.augment_place import whole as whole
+from smallfry.training.augment_policies import POLICIES, RandomPolicy, jitter_operations
+from smallfry.training.augment_regions import random_erasing, random_resized_crop
 from smallfry.training.config import AugmentConfig
 
 SMALLEST_CROPPED = 16  # on an 8×8 image a pixel is an eighth of it, and shifting it hurts
@@ -26,33 +31,12 @@ MAGNITUDES = 31  # of RandAugment, from 0 to 30
 Operation = Callable[[Tensor], Tensor]
 
 
-class Place(NamedTuple):
-    """Part of a batch held by one of several processes.
-
-    Random choices are drawn for the whole batch, so that they don't depend on how it is shared.
-    """
-
-    rows: Tensor  # (images,), int64, their places in the batch
-    total: int  # images in the whole batch
-    borrowed: int = 0  # how many of them, in front, are there for mixing only
-    mirrored: Tensor | None = None  # (images,), bool: those to mirror, where that is not by chance
-    size: int | None = None  # side to bring them to, in pixels; as they are by default
-
-    def own(self, draws: Tensor) -> Tensor:
-        """Select the draws of the local images, along the last dimension."""
-        return draws[..., self.rows]
-
-
-def whole(images: Tensor) -> Place:
-    """Describe a batch with all images local."""
-    return Place(torch.arange(len(images)), len(images))
-
-
 class Augmentation(Protocol):
     """Training batches from images and labels."""
 
     alternates: bool  # mirrors an image in every other epoch
     sizes: Sequence[int]  # sides of the images in equal parts of the training; none for full size
+    repeats: int  # how often an image of a batch is in it
     classes: int
     normalize: "Normalize"
 
@@ -89,17 +73,24 @@ class Augment:
     ) -> None:
         self.steps: list[Callable[..., Tensor]] = []
         padding = config.crop_padding
-        if padding is None:
+        if config.resized_crop:
+            self.steps.append(partial(random_resized_crop, smallest=config.resized_crop))
+        elif padding is None:
             padding = image_size // 8 if image_size >= SMALLEST_CROPPED else 0
         if padding:
             self.steps.append(partial(random_crop, padding=padding, border=config.border))
         flips = flip if config.flip is None else config.flip
         self.alternates = flips and config.flips == "alternating"
         self.sizes: Sequence[int] = config.sizes
+        self.repeats = config.repeats
         if flips:
             self.steps.append(random_flip)
         operations = rand_augment_operations(config.randaugment_magnitude, image_size)
         self.steps += [partial(apply_one_of, operations=operations)] * config.randaugment_ops
+        if config.policy in POLICIES:
+            self.steps.append(RandomPolicy(config.policy, image_size))
+        for each in jitter_operations(config.color_jitter):
+            self.steps.append(partial(apply_one_of, operations=each))
         mixing = []
         if config.mixup:
             mixing.append(v2.MixUp(alpha=config.mixup, num_classes=classes))
@@ -108,7 +99,7 @@ class Augment:
         self.classes, self.targets = classes, targets
         self.mix = v2.RandomChoice(mixing) if mixing else None
         self.normalize = Normalize(mean, std)
-        self.cutout = config.cutout
+        self.cutout, self.erasing = config.cutout, config.erasing
 
     def needed(self, part: slice, count: int) -> Place:
         """Return the images that a part of a batch needs, including the mixing partners."""
@@ -126,6 +117,8 @@ class Augment:
         images = self.normalize(images)
         if self.cutout:
             images = random_cutout(images, self.cutout, place)
+        if self.erasing:
+            images = random_erasing(images, self.erasing, place)
         if place.size is not None and place.size != images.shape[-1]:
             images = tv.resize(images, [place.size, place.size], antialias=True)
         if self.mix is None:
@@ -147,12 +140,6 @@ class Normalize:
         """Normalise images (..., channels, height, width)."""
         scale, shift = beside(images, self.scale), beside(images, self.shift)
         return images.to(torch.float32).mul_(scale).add_(shift)
-
-
-def beside(images: Tensor, drawn: Tensor) -> Tensor:
-    """Move a few numbers to the images' device, without waiting for a GPU."""
-    # CUDA takes pageable memory in before it returns, so the numbers may be freed
-    return drawn.to(images.device, non_blocking=images.is_cuda)
 
 
 def random_crop(

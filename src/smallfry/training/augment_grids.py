@@ -1,6 +1,7 @@
 """Augmentation of grids of symbols: a random symmetry of each puzzle and its solution."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class GridAugment:
 
     alternates: bool = False
     sizes: Sequence[int] = ()
+    repeats: int = 1
 
     def __init__(
         self,
@@ -68,7 +70,7 @@ def build_augment(config: TrainConfig, data: ImageData, task: Task) -> Augmentat
             flip=flips_by_default(data),
             targets=task.targets,
         )
-    if config.augment != AugmentConfig():
+    if replace(config.augment, resized_crop=None) != AugmentConfig():
         raise UsageError(
             f"{data.name} holds symbols, not images: leave out augment; data.options.symmetries "
             "turns its symmetries off"

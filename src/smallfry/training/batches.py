@@ -110,6 +110,8 @@ class TrainBatches(Dataset[Batch]):
                 draws = class_draws(split.labels, SAMPLERS[self.sampler], generator)
                 split = split.take(beside(split.rows, draws))
             order = split.shuffled(generator)
+            if self.augment.repeats > 1:
+                order = order.repeat_interleave(self.augment.repeats)[: len(order)]
             self._order = (epoch, order if draws is None else draws[order])
         return self._order[1]
 

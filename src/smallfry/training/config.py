@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser
 from smallfry.errors import RunError
 from smallfry.io.safe_yaml import MOST_CONFIG, YAML_MODE, load_yaml
 from smallfry.training.adversarial_config import AdversarialConfig
+from smallfry.training.augment_config import AugmentConfig as AugmentConfig
 from smallfry.training.balance_config import BalanceConfig as BalanceConfig
 from smallfry.training.distillation_config import DistillationConfig
 from smallfry.training.objective_config import ObjectiveConfig as ObjectiveConfig
@@ -21,8 +22,6 @@ from smallfry_runtime.names import URI, path_of, storable
 
 MOST_SEED = 2**63  # above which PyTorch takes none
 MOST_WORKERS = 1024  # processes, or threads; more end a process without a word
-MOST_PADDING = 4096  # pixels, as of an image's side
-MOST_OPERATIONS = 100  # of RandAugment on one image
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,10 @@ class DataConfig:
         split_seed: Seed of both held-out shares, apart from the run's seed.
         limit: Use only so many training images, stratified by class.
         label: Name of the label column, where a table has several.
+        labels: CSV or JSON-lines file of a folder's labels, relative to the folder, with a row for
+            each image.
+        image_column: Its column of image files; default one with a usual name, such as image.
+        split_column: Its column of splits; default split, where it has one.
         skip_unreadable: Leave unreadable images out with a warning instead of stopping.
         mean: Mean per channel that the images are normalised with; default that of training.
         std: Standard deviation per channel; default that of training.
@@ -63,6 +66,9 @@ class DataConfig:
     split_seed: int = 0
     limit: int | None = None
     label: str | None = None
+    labels: Path | None = None
+    image_column: str | None = None
+    split_column: str | None = None
     skip_unreadable: bool = False
     mean: list[float] | None = None
     std: list[float] | None = None
@@ -74,6 +80,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_values(self, "data.")
+        for column in ("image_column", "split_column"):
+            lone = getattr(self, column) is not None and self.labels is None
+            check(not lone, f"data.{column} is of the file data.labels, which is not given")
         check((self.mean is None) == (self.std is None), "data.mean and data.std go together")
         check(all(s > 0 for s in self.std or ()), "data.std must be positive")
         check(0 <= self.split_seed < MOST_SEED, "data.split_seed is 0 to below 2**63")
@@ -134,49 +143,6 @@ class ModelConfig:
             "drop_rate": self.drop_rate,
         }
         return {key: value for key, value in named.items() if value is not None} | self.options
-
-
-@dataclass(frozen=True)
-class AugmentConfig:
-    """Augmentation of training images; evaluation images are left as they are.
-
-    Args:
-        crop_padding: Random crop after padding by so many pixels; default an eighth of the side,
-            and none on images smaller than 16 pixels.
-        border: The padding of a crop: black, or the image mirrored at its edge (reflect).
-        flip: Random horizontal flip; default yes, but not for digits and characters.
-        flips: random mirrors half of the images anew in each epoch; alternating mirrors each image
-            in every other epoch, half of them in the first (arXiv 2404.00498).
-        cutout: Side in pixels of a square that is blanked anywhere in each image; 0 turns it off.
-        sizes: Sides in pixels of the images in equal parts of the training, such as [24, 28, 32],
-            for models that take images of any size; default the full size throughout.
-        randaugment_ops: RandAugment operations per image; 0 turns it off.
-        randaugment_magnitude: Their magnitude, 0 to 30.
-        mixup: Alpha of Mixup; 0 turns it off. With CutMix too, each batch takes one or the other.
-        cutmix: Alpha of CutMix; 0 turns it off.
-    """
-
-    crop_padding: int | None = None
-    border: Literal["black", "reflect"] = "black"
-    flip: bool | None = None
-    flips: Literal["random", "alternating"] = "random"
-    cutout: int = 0
-    sizes: list[int] = field(default_factory=list)
-    randaugment_ops: int = 0
-    randaugment_magnitude: int = 9
-    mixup: float = 0.2
-    cutmix: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_values(self, "augment.")
-        padding = f"augment.crop_padding is 0 to {MOST_PADDING}"
-        check(0 <= (self.crop_padding or 0) <= MOST_PADDING, padding)
-        operations = f"augment.randaugment_ops is 0 to {MOST_OPERATIONS}"
-        check(0 <= self.randaugment_ops <= MOST_OPERATIONS, operations)
-        check(0 <= self.randaugment_magnitude <= 30, "augment.randaugment_magnitude is 0 to 30")
-        check(min(self.mixup, self.cutmix) >= 0, "augment.mixup and cutmix can't be negative")
-        check(0 <= self.cutout <= MOST_PADDING, f"augment.cutout is 0 to {MOST_PADDING}")
-        check(all(1 <= s <= MOST_PADDING for s in self.sizes), "augment.sizes must be positive")
 
 
 @dataclass(frozen=True)
@@ -271,7 +237,7 @@ class EMAConfig:
 class TrainSettings(TypedDict, total=False):
     """Keywords of ``smallfry.train``, as ``TrainConfig``; a group may be a mapping, or a name."""
 
-    data: "DataConfig | Mapping[str, Any] | str"
+    data: Any  # DataConfig, its settings, a name, or objects; see data.own.write_data
     model: "ModelConfig | Mapping[str, Any] | str"
     augment: "AugmentConfig | Mapping[str, Any]"
     balance: "BalanceConfig | Mapping[str, Any]"

@@ -144,7 +144,7 @@ def require_whole_epochs(step: int, epochs: int, steps_per_epoch: int, where: st
 
 def _decides_batches(name: str) -> bool:
     known = ("data.bit_depth",)  # which the fingerprint of the pixels covers
-    others = ("batch_size", "seed", "balance.sampler")
+    others = ("batch_size", "seed", "balance.sampler", "augment.repeats")
     return name in others or (name.startswith("data.") and name not in known)
 
 

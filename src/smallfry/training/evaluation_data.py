@@ -109,6 +109,13 @@ def _named_data(
         return _data_of_the_run(trained, "", before, root, split)
     label = None if before is None else before.label
     other = DataConfig(name, root, validation=0.0, test=0.0, label=label)
+    if (
+        before is not None
+        and before.labels is not None
+        and (path_of(name) / before.labels).is_file()
+    ):
+        columns = {key: getattr(before, key) for key in ("labels", "image_column", "split_column")}
+        other = replace(other, **columns)
     data = load_config_data(_sized(other, trained), min_classes=1)
     if split == "test":
         _warn_of_training_images(data, before)

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,8 +39,10 @@ from smallfry.transforms.spec import ModelSpec
 from smallfry_runtime.files import read_bytes, read_json
 from smallfry_runtime.images import FULL_DEPTH, LARGEST_SIDE, is_bit_depth
 from smallfry_runtime.names import text_of
+from smallfry_runtime.predictions import Answer
 from smallfry_runtime.stages import entries
 
+USE = "smallfry.training.use"  # which imports this module
 LOCK, RUN_CONFIG = ".lock", "config.yaml"
 FAILURE = "failure.json"  # of a study's run that could not begin
 
@@ -205,6 +208,41 @@ class TrainedModel(NamedTuple):
         done = [*self.manifest.get("methods", []), *map(dict, methods)]
         manifest = {**kept, "model": spec.to_dict(), "methods": done}
         return self._replace(model=model, manifest=manifest, packing=None)
+
+    def predict(self, images: Any, top_k: int = 3) -> list[Answer]:
+        """Classify images.
+
+        Args:
+            images: A file, folder or glob, an image of Pillow, pixels of one (height, width,
+                channels or channels first) or of several images, uint8; or a list of these.
+            top_k: Number of classes in each answer.
+
+        Raises:
+            UsageError: The model is no classifier.
+            DataError: An image can't be read.
+        """
+        found: list[Answer] = import_module(USE).predict_images(self, images, top_k)
+        return found
+
+    def evaluate(self, data: Any = None, split: str = "test") -> dict[str, Any]:
+        """Score the model on a split of its data, or of other data.
+
+        Args:
+            data: A name, folder or objects, as for ``smallfry.train``; default the run's own. Other
+                data is scored on its test split, or on all images if it has none.
+            split: train, validation or test.
+
+        Raises:
+            UsageError: No data is known, or it is of another kind.
+            DataError: It can't be used.
+        """
+        found: dict[str, Any] = import_module(USE).evaluate_on(self, data, split)
+        return found
+
+    def export(self, folder: str | Path, **settings: Any) -> Path:
+        """Export the model to ONNX; see ``smallfry.export``."""
+        exported: Path = import_module("smallfry").export(self, folder, **settings)
+        return exported
 
     def require_savable(self, run: str | Path) -> str:
         """Require that ``save`` can write here, and return its ``config.yaml``; raises as it."""

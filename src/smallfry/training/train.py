@@ -15,6 +15,7 @@ from torch import nn
 
 from smallfry.costing import cost
 from smallfry.data import NAMED, ImageData, Split
+from smallfry.data.own import is_own, keep_data
 from smallfry.errors import (
     DataError,
     RunError,
@@ -31,6 +32,7 @@ from smallfry.report.per_class import class_scores, scores_dict
 from smallfry.tasks import Pictured, find_task
 from smallfry.training.adversarial import adversarial
 from smallfry.training.augment import Normalize
+from smallfry.training.augment_defaults import with_fitting_crop
 from smallfry.training.augment_grids import build_augment
 from smallfry.training.balance import class_weights, describe_small_classes
 from smallfry.training.batch_norm import require_enough_images
@@ -60,6 +62,7 @@ from smallfry.training.provenance import provenance
 from smallfry.training.references import fit_references
 from smallfry.training.run import RunFolder, TrainedModel, load_run, new_run_folder
 from smallfry.training.selection import require_choice
+from smallfry.training.trained_run import TrainedRun
 from smallfry_runtime.names import path_of, text_of
 
 log = logging.getLogger(__name__)
@@ -90,15 +93,16 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> dict[str, An
         return _train(config, asked, reporter, processes)
 
 
-def run(config: TrainConfig | None = None, /, **settings: Unpack[TrainSettings]) -> dict[str, Any]:
+def run(config: TrainConfig | None = None, /, **settings: Unpack[TrainSettings]) -> TrainedRun:
     """Train with a configuration, or with its settings.
 
     Args:
         config: Configuration; if None, ``settings`` are its arguments.
-        settings: Groups of settings can be mappings, such as ``data={"name": "digits"}``.
+        settings: Groups of settings can be mappings, such as ``data={"name": "digits"}``. Data can
+            be images and labels, or a Dataset: ``smallfry.data.own.write_data``.
 
     Returns:
-        The summary, as ``train``, whose errors it raises.
+        The summary, as ``train``, whose errors it raises, with the model.
 
     Example:
         >>> import smallfry
@@ -110,7 +114,10 @@ def run(config: TrainConfig | None = None, /, **settings: Unpack[TrainSettings])
     for name in settings:
         if name not in known:
             raise UsageError(f"train has no setting '{name}'{nearest(name, known)}")
-    return train(config or TrainConfig(**settings))  # type: ignore[arg-type]  # made of mappings
+    if is_own(settings.get("data")):
+        settings["data"] = str(keep_data(settings["data"]))
+    made = config or TrainConfig(**settings)  # type: ignore[arg-type]  # made of mappings
+    return TrainedRun(train(made))
 
 
 def _train(
@@ -125,6 +132,7 @@ def _train(
     source = ModelSource(begun, weights)
     data = processes.together(lambda: _load(config))
     processes.once(lambda: _warn(data, config))
+    config = with_fitting_crop(config, data.image_size)
     task = find_task(config.task).create(config.objective.label_smoothing)
     name = model_name(config.model, data, task) if begun is None else begun.spec.architecture
     with _folder(config, name, processes) as path:

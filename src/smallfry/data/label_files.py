@@ -1,0 +1,210 @@
+"""Labels of images in a CSV or JSON-lines file beside them."""
+
+import csv
+import io
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from smallfry.data.fingerprint import digest, stamp
+from smallfry.data.sources import (
+    LACKING,
+    SPLIT_NAMES,
+    TRAIN,
+    UNLABELLED,
+    EncodedSplit,
+    Source,
+    class_texts,
+)
+from smallfry.errors import DataError, UsageError, nearest
+from smallfry_runtime.files import open_regular
+from smallfry_runtime.inputs import in_order, list_folder
+
+log = logging.getLogger(__name__)
+
+MOST_BYTES = 2**30  # of a file of labels
+IMAGE_NAMES = ("image", "file", "filename", "file_name", "path", "image_path", "image_id", "id")
+LABEL_NAMES = ("label", "class", "category", "target", "class_name")
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # that names may lack
+JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
+DELIMITERS = ",;\t|"
+
+
+class LabelColumns(NamedTuple):
+    """Names of the columns of a file of labels; None for the usual ones."""
+
+    image: str | None = None
+    label: str | None = None
+    split: str | None = None
+
+
+class _Row(NamedTuple):
+    where: str  # for messages
+    image: Path
+    label: str  # "" for none
+    split: str
+
+
+def read_label_file(folder: Path, file: Path, columns: LabelColumns | None = None) -> Source:
+    """Read a data set of images that a file names, with a label each.
+
+    Args:
+        folder: Folder of the images.
+        file: CSV with a line of column names, separated by commas, semicolons, tabs or bars; or
+            JSON lines (.jsonl), or a list in JSON (.json), of an object for each image. Its
+            place is relative to ``folder``. Images are relative to the file, or to the folder;
+            their names may lack the extension.
+        columns: Names of its columns. Without a column of splits, all images are for training.
+
+    Raises:
+        UsageError: No such column, or several that could be meant.
+        DataError: The file, or what it names, can't be used; the message has the line.
+    """
+    place = folder / file
+    rows = list(_rows(folder, place, columns or LabelColumns()))
+    seen: dict[Path, str] = {}
+    for row in rows:
+        if row.image in seen:
+            raise DataError(f"{row.where}: {row.image} has a row before ({seen[row.image]})")
+        seen[row.image] = row.where
+    train = [row for row in rows if row.split == TRAIN]
+    if not train:
+        raise DataError(f"{place}: no row is of the train split")
+    classes = in_order({row.label for row in train if row.label})
+    splits = {
+        split: _encoded([row for row in rows if row.split == split], classes)
+        for split in dict.fromkeys(row.split for row in rows)
+    }
+    if unlisted := len({*list_folder(folder).images} - {*seen}):
+        log.info("%s: ignored %d images that %s does not list", folder, unlisted, place.name)
+    return Source(str(place), class_texts(str(place), classes), splits, tuple(classes))
+
+
+def _encoded(rows: Sequence[_Row], classes: Sequence[str]) -> EncodedSplit:
+    places = {name: label for label, name in enumerate(classes)} | {"": UNLABELLED}
+    labels = np.array([places.get(row.label, LACKING) for row in rows], np.int64)
+    return EncodedSplit(
+        labels,
+        lambda i: rows[i].image,
+        lambda i: str(rows[i].image),
+        digest(*(stamp(row.image) for row in rows)),
+        strangers=tuple(in_order({row.label for row in rows} - {*places})),
+    )
+
+
+def _rows(folder: Path, place: Path, columns: LabelColumns) -> Iterator[_Row]:
+    """Yield the rows of a file with their images found."""
+    try:
+        with open_regular(place, MOST_BYTES) as stream:
+            text = stream.read().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(
+            f"{place}: no such file of labels; data.labels is relative to the data's folder"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{place}: can't be read as UTF-8 text ({error})") from error
+    is_json = place.suffix.lower() in JSON_ENDINGS
+    records = list(_json_records(place, text) if is_json else _csv_records(place, text))
+    if not records:
+        raise DataError(f"{place}: holds no images; expected column names and a row for each image")
+    names = list(dict.fromkeys(name for _, record in records for name in record))
+    image = _column(place, names, columns.image, "image_column", IMAGE_NAMES)
+    others = [name for name in names if name not in (image, columns.split or "split")]
+    usual = LABEL_NAMES if len(others) != 1 else tuple(others)
+    label = _column(place, names, columns.label, "label", usual)
+    split = None
+    if columns.split is not None or "split" in names:
+        split = _column(place, names, columns.split, "split_column", ("split",))
+    for where, record in records:
+        said = _text(where, record.get(split)).lower() if split is not None else ""
+        if said and said not in SPLIT_NAMES:
+            known = ", ".join(SPLIT_NAMES)
+            raise DataError(f"{where}: unknown split '{said}'; expected one of {known}")
+        found = _image(folder, place, _text(where, record.get(image)), where)
+        yield _Row(where, found, _text(where, record.get(label)), SPLIT_NAMES.get(said, TRAIN))
+
+
+def _column(
+    place: Path, names: Sequence[str], given: str | None, option: str, usual: Sequence[str]
+) -> str:
+    """Choose a column by the option, or else the one with a usual name.
+
+    Raises:
+        UsageError: There is none, or there are several.
+    """
+    if given is not None:
+        if given not in names:
+            hint = nearest(given, names)
+            raise UsageError(f"data.{option}: {place} has no column '{given}'{hint}")
+        return given
+    found = [name for name in names if name.lower() in usual or name in usual]
+    if len(found) == 1:
+        return found[0]
+    which = f"{' and '.join(found)} could be it" if found else "none has a usual name"
+    raise UsageError(
+        f"{place}: name its column with data.{option}: {which}; there are {', '.join(names)}"
+    )
+
+
+def _image(folder: Path, place: Path, name: str, where: str) -> Path:
+    """Find an image by its name in a row.
+
+    Raises:
+        DataError: It is missing, or outside the folder.
+    """
+    if not name:
+        raise DataError(f"{where}: names no image")
+    top = os.path.normpath(os.path.abspath(folder))
+    for base in dict.fromkeys((place.parent, folder)):
+        path = Path(os.path.normpath(os.path.abspath(base / name)))
+        if os.path.commonpath([top, path]) != top:
+            raise DataError(f"{where}: '{name}' is outside {folder}; move the images into it")
+        for each in (path, *(path.with_name(path.name + ending) for ending in ENDINGS)):
+            if each.is_file():
+                return each
+    raise DataError(f"{where}: no image '{name}' in {folder}")
+
+
+def _csv_records(place: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    head = text.split("\n", 1)[0]
+    delimiter = max(DELIMITERS, key=head.count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        names = [name.strip() for name in reader.fieldnames or ()]
+        reader.fieldnames = names
+        if len({*names}) != len(names):
+            raise DataError(f"{place}: two columns have one name: {', '.join(names)}")
+        for record in reader:
+            where = f"{place}, line {reader.line_num}"
+            if None in record or None in record.values():
+                raise DataError(f"{where}: {len(names)} cells were expected, as in the first line")
+            yield where, record
+    except csv.Error as error:
+        raise DataError(f"{place}, line {reader.line_num}: not CSV ({error})") from error
+
+
+def _json_records(place: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    try:
+        if place.suffix.lower() == ".json":
+            records = [(f"{place}, entry {n}", r) for n, r in enumerate(json.loads(text), 1)]
+        else:
+            lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+            records = [(f"{place}, line {n}", json.loads(line)) for n, line in lines]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"{place}: not JSON, or not a list or lines of it ({error})") from error
+    for where, record in records:
+        if not isinstance(record, dict):
+            raise DataError(f'{where}: expected an object, such as {{"image": …, "label": …}}')
+        yield where, record
+
+
+def _text(where: str, value: Any) -> str:
+    """Convert a cell to text; None is empty."""
+    if isinstance(value, list | dict):
+        raise DataError(f"{where}: a cell holds several values ({value!r}); expected one")
+    return "" if value is None else str(value).strip()

@@ -1,0 +1,207 @@
+"""Data sets made of objects in Python, written as parquet shards that every command reads."""
+
+import hashlib
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from PIL import Image
+
+from smallfry.data.cache import cache_folder
+from smallfry.data.sources import SPLIT_NAMES, TRAIN
+from smallfry.errors import DataError, UsageError
+from smallfry.io.replace import replacing
+
+EXPECTED = (
+    "expected a folder, a pair of images and labels, a torch or Hugging Face Dataset, or a mapping "
+    "of these with train, and validation or test"
+)
+
+
+def is_own(data: Any) -> bool:
+    """Return whether data is an object to be written, not a name or settings."""
+    if isinstance(data, Mapping):
+        return bool(data) and {*data} <= {*SPLIT_NAMES}
+    sized = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    return sized and not isinstance(data, str)
+
+
+def keep_data(data: Any, classes: Sequence[str] | None = None) -> Path:
+    """Write data into the cache folder, once, and return its folder.
+
+    Args:
+        data: As ``write_data``.
+        classes: As ``write_data``.
+
+    Raises:
+        UsageError, DataError: As ``write_data``.
+    """
+    tables = {split: _table(part, classes) for split, part in _splits(data).items()}
+    seen = hashlib.sha256()
+    for split, table in sorted(tables.items()):
+        seen.update(split.encode())
+        for batch in table.with_format("arrow").iter(batch_size=256):
+            content = io.BytesIO()
+            with pa.ipc.new_stream(content, batch.schema) as stream:
+                stream.write_table(batch.combine_chunks())
+            seen.update(content.getbuffer())
+    folder = cache_folder() / "own" / seen.hexdigest()[:24]
+    if not folder.is_dir():
+        _write(tables, folder)
+    return folder
+
+
+def write_data(data: Any, folder: str | Path, classes: Sequence[str] | None = None) -> Path:
+    """Write data as parquet shards into a new folder, which ``train`` and all commands read.
+
+    Args:
+        data: A pair of images and labels: images (images, height, width), (images, height, width,
+            3) or (images, channels, height, width), uint8, or a list of Pillow images; labels,
+            whole numbers or names. Or a torch Dataset of such pairs, whose ``classes`` are taken,
+            or a Hugging Face Dataset with a column of images. Or a mapping of these by train,
+            validation and test.
+        folder: It must not exist, or be empty.
+        classes: Names of the classes, where labels are numbers.
+
+    Raises:
+        UsageError: Data of another kind, or a folder that is taken.
+        DataError: Images or labels that can't be used, or a folder that can't be written.
+    """
+    place = Path(folder).expanduser()
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise UsageError(f"{place}: exists and is not an empty folder; name another")
+    _write({split: _table(part, classes) for split, part in _splits(data).items()}, place)
+    return place
+
+
+def _write(tables: Mapping[str, Any], folder: Path) -> None:
+    try:
+        with replacing(folder) as new:
+            for split, table in tables.items():
+                table.to_parquet(new / f"{split}-00000-of-00001.parquet")
+    except OSError as error:
+        raise DataError(f"{folder}: the images can't be written there ({error})") from error
+
+
+def _splits(data: Any) -> dict[str, Any]:
+    """Return the parts of data by split."""
+    if not is_own(data):
+        raise UsageError(f"data of the type {type(data).__name__}: {EXPECTED}")
+    if not isinstance(data, Mapping):
+        return {TRAIN: data}
+    parts = {SPLIT_NAMES[name]: part for name, part in data.items()}
+    if len(parts) < len(data) or TRAIN not in parts:
+        raise UsageError(f"data has the splits {', '.join(data)}: expected train, and each once")
+    return parts
+
+
+def _table(part: Any, classes: Sequence[str] | None) -> Any:
+    """Convert a split to a table of Hugging Face ``datasets``."""
+    import datasets
+
+    if isinstance(part, datasets.Dataset):
+        if not any(isinstance(each, datasets.Image) for each in part.features.values()):
+            columns = ", ".join(part.features)
+            raise DataError(f"the data set has no column of images; there are {columns}")
+        return part
+    if isinstance(part, tuple) and len(part) == 2:
+        images, labels = part
+        if len(images) != len(labels):
+            raise DataError(f"{len(images)} images, but {len(labels)} labels")
+        pairs: Iterable[tuple[Any, Any]] = zip(images, labels, strict=True)
+    elif hasattr(part, "__getitem__") and hasattr(part, "__len__"):
+        pairs = _samples(part)
+        classes = classes or getattr(part, "classes", None)
+    else:
+        raise UsageError(f"data of the type {type(part).__name__}: {EXPECTED}")
+    encoded, found = [], []
+    for number, (image, label) in enumerate(pairs):
+        encoded.append({"bytes": _png(image, f"image {number}"), "path": None})
+        found.append(_label(label, number))
+    if not found:
+        raise DataError("the data holds no images")
+    kind = _kind(datasets, found, classes)
+    features = datasets.Features({"image": datasets.Image(), "label": kind})
+    return datasets.Dataset.from_dict({"image": encoded, "label": found}, features=features)
+
+
+def _samples(data: Any) -> Iterator[tuple[Any, Any]]:
+    for number in range(len(data)):
+        sample = data[number]
+        if not isinstance(sample, tuple | list) or len(sample) != 2:
+            raise DataError(f"sample {number} is no pair of an image and a label: {type(sample)}")
+        yield sample[0], sample[1]
+
+
+def _kind(datasets: Any, labels: Sequence[int | str], classes: Sequence[str] | None) -> Any:
+    """Return the type of the column of labels."""
+    if len({type(label) for label in labels}) > 1:
+        raise DataError("some labels are numbers and some are names; take one of them")
+    if isinstance(labels[0], str):
+        return datasets.Value("string")
+    numbers = sorted({int(label) for label in labels})
+    lowest, highest = numbers[0], numbers[-1]
+    if classes is not None and not 0 <= lowest <= highest < len(classes):
+        raise DataError(f"labels are {lowest} to {highest}, and there are {len(classes)} classes")
+    names = [str(name) for name in classes or numbers]
+    if classes is None and (lowest, highest) != (0, len(names) - 1):
+        raise DataError(
+            f"labels are {lowest} to {highest}, of which {len(names)} occur: expected 0 to "
+            f"{len(names) - 1}, or classes, or names as labels"
+        )
+    return datasets.ClassLabel(names=names)
+
+
+def _label(label: Any, number: int) -> int | str:
+    if isinstance(label, str):
+        return label
+    value = np.asarray(label)
+    if value.size != 1 or not np.issubdtype(value.dtype, np.integer):
+        raise DataError(f"label {number} must be a whole number or a name, not {label!r}")
+    return int(value.reshape(()))
+
+
+def as_picture(image: Any, where: str) -> Image.Image:
+    """Convert pixels to an image of Pillow.
+
+    Args:
+        image: Of Pillow, or uint8 (height, width), (height, width, 1 or 3) or (1 or 3, height,
+            width), as an array or a tensor.
+        where: Its name in messages.
+
+    Raises:
+        DataError: Pixels of another type or shape.
+    """
+    if isinstance(image, Image.Image):
+        return image
+    pixels: NDArray[Any] = np.asarray(image)
+    if pixels.dtype != np.uint8:
+        raise DataError(
+            f"{where}: pixels are {pixels.dtype}, expected uint8 from 0 to 255; of images from 0 "
+            "to 1, (255 * images).round().astype('uint8')"
+        )
+    if pixels.ndim == 3 and pixels.shape[-1] not in (1, 3) and pixels.shape[0] in (1, 3):
+        pixels = pixels.transpose(1, 2, 0)
+    if pixels.ndim == 3 and pixels.shape[-1] == 1:
+        pixels = pixels[..., 0]
+    if not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[-1] == 3)) or not pixels.size:
+        raise DataError(
+            f"{where}: has the shape {tuple(np.shape(image))}, expected height × width, and 1 or 3 "
+            "channels before or behind"
+        )
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def _png(image: Any, where: str) -> bytes:
+    if isinstance(image, str | Path):
+        try:
+            return Path(image).read_bytes()
+        except OSError as error:
+            raise DataError(f"{image}: can't be read ({error})") from error
+    encoded = io.BytesIO()
+    as_picture(image, where).save(encoded, format="png", compress_level=1)
+    return encoded.getvalue()

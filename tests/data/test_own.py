@@ -1,0 +1,155 @@
+"""Data sets of arrays, tensors, Datasets and mappings of them."""
+
+import re
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from smallfry.data import load_data
+from smallfry.data.own import as_picture, is_own, keep_data, write_data
+from smallfry.errors import DataError, UsageError
+
+RANDOM = np.random.default_rng(0)
+GREY = RANDOM.integers(0, 256, (30, 8, 8), dtype=np.uint8)
+COLOUR = RANDOM.integers(0, 256, (30, 8, 8, 3), dtype=np.uint8)
+LABELS = np.arange(30) % 3
+
+
+class Pairs(torch.utils.data.Dataset):
+    """As torchvision has them: images with numbers, and the names of classes."""
+
+    classes = ("ant", "bee", "cat")
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i], LABELS[i]
+
+
+def every_image(data):
+    parts = (data.train, data.validation, data.test)
+    return {
+        (image.numpy().tobytes(), data.classes[label])
+        for part in parts
+        for image, label in zip(part.images, part.labels.tolist(), strict=True)
+    }
+
+
+def wanted(images, names):
+    """Images channels first with the names of their classes."""
+    images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
+    return {(im.tobytes(), names[k]) for im, k in zip(images, LABELS, strict=True)}
+
+
+KINDS = {
+    "grey arrays": ((GREY, LABELS), GREY, "012"),
+    "colour arrays": ((COLOUR, LABELS.astype(np.uint8)), COLOUR, "012"),
+    "channels first": ((COLOUR.transpose(0, 3, 1, 2), LABELS.tolist()), COLOUR, "012"),
+    "one channel": ((GREY[..., None], LABELS), GREY, "012"),
+    "tensors": ((torch.tensor(GREY)[:, None], torch.tensor(LABELS)), GREY, "012"),
+    "names": ((GREY, ["xyz"[k] for k in LABELS]), GREY, "xyz"),
+    "pillow": (([Image.fromarray(x) for x in COLOUR], LABELS), COLOUR, "012"),
+    "torch Dataset": (Pairs(COLOUR), COLOUR, Pairs.classes),
+    "pairs": ([(x, int(k)) for x, k in zip(GREY, LABELS, strict=True)], GREY, "012"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_and_labels_are_kept_to_the_bit(kind):
+    given, images, names = KINDS[kind]
+    assert is_own(given)
+    folder = keep_data(given)
+    data = load_data(str(folder))
+    assert data.classes == tuple(names)
+    assert every_image(data) == wanted(images, names)
+    assert keep_data(given) == folder  # written once
+
+
+def test_hugging_face_data_sets_keep_their_columns_and_splits(tmp_path):
+    label = datasets.ClassLabel(names=["no", "yes"])
+    features = datasets.Features({"photo": datasets.Image(), "label": label})
+    pictures = [Image.fromarray(x) for x in COLOUR]
+    table = datasets.Dataset.from_dict(
+        {"photo": pictures, "label": [i % 2 for i in range(30)]}, features=features
+    )
+    parts = datasets.DatasetDict(train=table.select(range(20)), test=table.select(range(20, 30)))
+    folder = write_data(parts, tmp_path / "new" / "set")
+    data = load_data(str(folder))
+    assert (data.classes, data.test_count) == (("no", "yes"), 10)
+    assert load_data(str(keep_data(table))).classes == ("no", "yes")
+    with pytest.raises(DataError, match="no column of images; there are x"):
+        keep_data(datasets.Dataset.from_dict({"x": [1, 2]}))
+
+
+def test_splits_are_those_of_a_mapping(tmp_path):
+    parts = {"train": (GREY[:20], LABELS[:20]), "val": Pairs(GREY[20:])}
+    assert is_own(parts)
+    data = load_data(str(write_data(parts, tmp_path / "d", classes=Pairs.classes)))
+    assert data.classes == Pairs.classes
+    assert len(data.validation) == 10
+    assert len(data.train) + data.test_count == 20
+    with pytest.raises(UsageError, match="splits test: expected train"):
+        keep_data({"test": (GREY, LABELS)})
+    with pytest.raises(UsageError, match="expected train, and each once"):
+        keep_data({"train": (GREY, LABELS), "val": (GREY, LABELS), "dev": (GREY, LABELS)})
+
+
+def test_other_data_has_another_folder():
+    folder = keep_data((GREY, LABELS))
+    changed = GREY.copy()
+    changed[7, 3, 3] ^= 1
+    assert keep_data((changed, LABELS)) != folder
+    assert keep_data((GREY, (LABELS + 1) % 3)) != folder
+    assert keep_data({"test": (GREY[:3], LABELS[:3]), "train": (GREY, LABELS)}) != folder
+
+
+def test_names_and_settings_are_no_data():
+    for given in ("digits", {"name": "digits"}, {}, None, 5):
+        assert not is_own(given)
+    with pytest.raises(UsageError, match="data of the type int: expected a folder, a pair of im"):
+        keep_data(5)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ((GREY / 255, LABELS), "image 0: pixels are float64, expected uint8 from 0 to 255"),
+        ((GREY, LABELS[:5]), "30 images, but 5 labels"),
+        ((GREY, LABELS / 1.0), "label 0 must be a whole number or a name"),
+        ((GREY, ["a", *LABELS[1:]]), "some labels are numbers and some are names"),
+        ((GREY, LABELS + 1), "labels are 1 to 3, of which 3 occur: expected 0 to 2"),
+        ((GREY[:0], LABELS[:0]), "holds no images"),
+        ((COLOUR.reshape(30, 8, 4, 6), LABELS), "image 0: has the shape (8, 4, 6), expected"),
+        (GREY, "sample 0 is no pair of an image and a label"),
+        ((["missing.png"], ["a"]), "missing.png: can't be read"),
+    ],
+)
+def test_other_images_and_labels_are_refused(given, said):
+    with pytest.raises(DataError, match=re.escape(said)):
+        keep_data(given)
+
+
+def test_labels_beyond_the_classes_and_taken_folders_are_refused(tmp_path):
+    with pytest.raises(DataError, match="labels are 0 to 2, and there are 2 classes"):
+        write_data((GREY, LABELS), tmp_path / "d", classes=["a", "b"])
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "notes").write_text("")
+    with pytest.raises(UsageError, match="exists and is not an empty folder"):
+        write_data((GREY, LABELS), tmp_path / "x")
+    with pytest.raises(DataError, match="can't be written there"):
+        write_data((GREY, LABELS), tmp_path / "x" / "notes" / "d")
+
+
+def test_pixels_become_pictures():
+    for pixels in (COLOUR[0], COLOUR[0].transpose(2, 0, 1), torch.tensor(COLOUR[0])):
+        assert np.array_equal(np.asarray(as_picture(pixels, "")), COLOUR[0])
+    assert np.array_equal(np.asarray(as_picture(GREY[0][None], "")), GREY[0])
+    picture = Image.new("RGB", (2, 2))
+    assert as_picture(picture, "") is picture
