@@ -14,7 +14,7 @@ from pruning_golden import (
 )
 
 from smallfry.compress import HESSO
-from smallfry.compress.prune.saliency import SCORES
+from smallfry.compress.prune.saliency import EQUAL, SCORES
 
 RUNS = GOLDEN["hesso"]["runs"]
 
@@ -27,6 +27,7 @@ def golden_method(settings, model):
         end=first + settings["pruning_steps"],
         periods=settings["pruning_periods"],
         divisible=settings["group_divisible"],
+        weights=EQUAL,
         reference_selection=True,
     )
     method = hesso.start()

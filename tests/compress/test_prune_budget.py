@@ -75,8 +75,11 @@ def test_savings_of_several_groups_add_up():
     assert budget.without([0, 0]) == 4.0
     assert budget.without([20, 20]) == pytest.approx(4.0 - 1.0 - 2.0)
     assert budget.without([12, 10]) == pytest.approx(3.0)
-    assert prices(budget, [0, 0], [4, 4]) == [1e-3, 1.0]  # a channel of the first saves nothing
-    assert prices(budget, [12, 0], [4, 4]) == [1.0, pytest.approx(0.8)]
+    assert prices(budget, [0, 0], [4, 4], [24, 24]) == [
+        1e-3,
+        1.0,
+    ]  # a channel of the first saves nothing
+    assert prices(budget, [12, 0], [4, 4], [24, 24]) == [1.0, pytest.approx(0.8)]
     with pytest.raises(UsageError, match=f"lacks the group '{SECOND}'"):
         LatencyBudget(LatencyTable(4.0, {FIRST: {"4": 3.0}}), groups)
 
@@ -91,9 +94,16 @@ def test_macs_are_those_of_the_cut_model_and_a_channel_has_its_share():
     keep = {g.name: torch.arange(r, g.channels) for g, r in zip(groups, removed, strict=True)}
     cut(model, groups, keep)
     assert found == macs(model, example[:1])
-    shares = prices(budget, [0] * len(groups), [1] * len(groups))
+    sizes = [group.channels for group in groups]
+    shares = prices(
+        MacsBudget(build(SPEC), example, groups), [0] * len(groups), [1] * len(groups), sizes
+    )
     assert max(shares) == 1.0
     assert min(shares) < 0.5  # a hidden unit saves less than a head
+    one_left = [size - 1 if group.counts else 0 for group, size in zip(groups, sizes, strict=True)]
+    shares = prices(budget, one_left, [1] * len(groups), sizes)
+    heads = [share for group, share in zip(groups, shares, strict=True) if group.counts]
+    assert heads == [1.0, 1.0]
 
 
 def test_pruning_takes_what_saves_measured_time(table):

@@ -26,12 +26,12 @@ from smallfry.deploy.export import (
     assemble,
     calibrate,
     trace,
-    weights_digest,
 )
 from smallfry.deploy.graphs import exported_program, to_onnx, whole_graph
 from smallfry.deploy.memory import MODEL, WEIGHTS
 from smallfry.deploy.pretrained import gather
 from smallfry.deploy.quantize import quantize
+from smallfry.deploy.run_metadata import weights_digest
 from smallfry.errors import ExportError, SmallfryError
 from smallfry.models import Recursive
 from smallfry.training.run import TrainedModel

@@ -22,7 +22,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -33,6 +32,8 @@ from smallfry.deploy.graphs import Graph, anytime_graphs, exported_program, to_o
 from smallfry.deploy.pretrained import gather, load_trained
 from smallfry.deploy.quantization_report import write_report
 from smallfry.deploy.quantize import quantize
+from smallfry.deploy.run_metadata import weights_digest
+from smallfry.deploy.submodels import Row, add_submodels
 from smallfry.errors import ExportError, SmallfryError, SmallfryWarning, UsageError
 from smallfry.io.replace import replacing
 from smallfry.layers.quantized import QuantizedWeight
@@ -105,9 +106,7 @@ def export(
             if precision not in ("float32", "own_bits"):
                 _report(traced, new, precision)
             if submodels:
-                from smallfry.deploy.submodels import add_submodels
-
-                add_submodels(traced, new, precision, license, submodels)
+                _add_submodels(traced, new, precision, license, submodels)
     except OSError as error:
         raise ExportError(f"{folder}: the export could not be written ({error})") from error
     return folder
@@ -229,10 +228,23 @@ def calibration_images(traced: Traced) -> NDArray[np.float32]:
     return images
 
 
-def weights_digest(model: nn.Module) -> str:
-    """Compute SHA-256 of the weights in checkpoint form."""
-    weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
-    return hashlib.sha256(safetensors.torch.save(weights)).hexdigest()
+def _add_submodels(
+    traced: Traced, folder: Path, precision: str, license: str | None, most: int
+) -> None:
+    """Write exports of sub-models into an export."""
+    data = traced.data
+
+    def write(small: TrainedModel, row: Row, place: Path) -> None:
+        facts = {**traced.facts, "measured": {"macs": row.macs, "parameters": row.parameters}}
+        form = traced.form if _steps(small.model) > 1 else "whole"
+        graphs = trace_graphs(small, form, precision == "own_bits")
+        part = Traced(small, facts, form, graphs, data)
+        assemble(part, place, precision, license)
+        calibrate(part, place)
+
+    split = data.validation if data is not None and traced.is_labelled else None
+    macs = traced.facts["measured"]["macs"]
+    add_submodels(traced.trained, macs, split, folder, most, write)
 
 
 def _require_own_bits(model: nn.Module, form: str) -> None:

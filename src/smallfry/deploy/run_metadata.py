@@ -1,12 +1,15 @@
 """Public metadata of a training run: settings and measurements, without local paths."""
 
+import hashlib
 import shlex
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import safetensors.torch
 import torch
 import yaml
+from torch import nn
 
 from smallfry.costing import cost
 from smallfry.data.named import HUB
@@ -148,3 +151,9 @@ def _origin(config: DataConfig) -> dict[str, Any]:
     splits = {name: getattr(config, name) for name in SPLITS}
     hub = {"hub": HUB[config.name].repository} if config.name in HUB else {}
     return {**hub, "splits": splits}
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Compute SHA-256 of the weights in checkpoint form."""
+    weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
+    return hashlib.sha256(safetensors.torch.save(weights)).hexdigest()

@@ -10,7 +10,7 @@ thread, all sub-models in turns.
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -22,15 +22,14 @@ import torch
 
 from smallfry.costing import macs
 from smallfry.data import Split
-from smallfry.deploy.export import Traced, assemble, calibrate, trace_graphs, weights_digest
 from smallfry.deploy.graphs import exported_program, to_onnx, whole_graph
 from smallfry.deploy.latency import take_turns
+from smallfry.deploy.run_metadata import weights_digest
 from smallfry.errors import RunError, UsageError
 from smallfry.io.replace import write_whole
 from smallfry.training.evaluation import predict, score
 from smallfry.training.run import TrainedModel
 from smallfry.transforms.nested import Nested, SubModel, active, extract, nest_of
-from smallfry.transforms.shorten import steps_of
 from smallfry_runtime.files import read_json
 from smallfry_runtime.manifest import MANIFEST, Manifest, manifest_of
 from smallfry_runtime.runtime import Runtime
@@ -186,43 +185,41 @@ def _row(content: dict[str, Any]) -> Row:
 
 
 def add_submodels(
-    traced: Traced, folder: Path, precision: str, license: str | None, most: int
+    trained: TrainedModel,
+    macs: int,
+    split: Split | None,
+    folder: Path,
+    most: int,
+    write: Callable[[TrainedModel, Row, Path], None],
 ) -> None:
     """Export the best sub-models into an export, with their figures.
 
     Args:
-        traced: The full model.
+        trained: The full model.
+        macs: Its multiply-accumulates.
+        split: Labelled validation images, if there are any.
         folder: Its export.
-        precision: Precision of the graphs.
-        license: License of the weights.
         most: Sub-models beside the full one.
+        write: Writes an export of a sub-model into a folder.
 
     Raises:
         UsageError: No sub-models, or no labelled validation images.
     """
-    trained, data = traced.trained, traced.data
-    if data is None or not traced.is_labelled or len(data.validation) == 0:
+    if split is None or len(split) == 0:
         raise UsageError(
             "sub-models are chosen on validation images of the model's classes: export the run "
             "where its data is, or give --data"
         )
     rows = None if trained.origin is None else read_table(trained, trained.origin)
-    rows = front(measure(trained, data.validation) if rows is None else rows)
+    rows = front(measure(trained, split) if rows is None else rows)
     rows = [row for row in rows if row.submodel != SubModel()]
-    places = {FULL: folder}
-    names = {FULL: str(SubModel())}
-    costs = {FULL: traced.facts["measured"]["macs"]}
+    places, names, costs = {FULL: folder}, {FULL: str(SubModel())}, {FULL: macs}
     for number, row in enumerate(_spread(rows, most), 1):
-        small = extracted(trained, row.submodel)
-        facts = {**traced.facts, "measured": {"macs": row.macs, "parameters": row.parameters}}
         place = str(number)
         places[place], names[place] = folder / FOLDER / place, str(row.submodel)
         costs[place] = row.macs
-        form = traced.form if steps_of(small.model, "recursion_steps") > 1 else "whole"
-        part = Traced(small, facts, form, trace_graphs(small, form, precision == "own_bits"), data)
-        assemble(part, places[place], precision, license)
-        calibrate(part, places[place])
-    _note(folder, places, names, costs, data.validation)
+        write(extracted(trained, row.submodel), row, places[place])
+    _note(folder, places, names, costs, split)
 
 
 def _spread(rows: Sequence[Row], most: int) -> list[Row]:

@@ -145,18 +145,22 @@ class LatencyBudget:
         return max(0.0, self._table.whole - sum(saved))
 
 
-def prices(budget: Budget, removed: Sequence[int], blocks: Sequence[int]) -> list[float]:
+def prices(
+    budget: Budget, removed: Sequence[int], blocks: Sequence[int], sizes: Sequence[int]
+) -> list[float]:
     """Return what a channel of each group saves next, relative to the dearest, at least 0.001.
 
     Args:
         budget: The cost.
         removed: Channels of each group that are gone.
         blocks: Channels of each group that go together.
+        sizes: Channels of each group in the full model; one without a block to spare costs 1.
     """
     now, saved = budget.without(removed), []
-    for number, block in enumerate(blocks):
+    for number, (block, size) in enumerate(zip(blocks, sizes, strict=True)):
         more: list[Any] = [*removed]
         more[number] += block
-        saved.append(max(0.0, now - budget.without(more)) / block)
-    most = max(saved)
-    return [max(1e-3, each / most) if most else 1.0 for each in saved]
+        has_room = more[number] < size
+        saved.append(max(0.0, now - budget.without(more)) / block if has_room else None)
+    most = max((each for each in saved if each is not None), default=0.0)
+    return [1.0 if each is None or not most else max(1e-3, each / most) for each in saved]

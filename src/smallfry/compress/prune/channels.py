@@ -195,7 +195,8 @@ class ChannelMethod(Method):
         """Divide saliencies by what a channel saves, where the target is a cost."""
         if self.budget is None:
             return scores
-        each_saves = prices(self.budget, list(map(len, self.gone)), self.blocks)
+        sizes = [group.channels for group in self.groups]
+        each_saves = prices(self.budget, list(map(len, self.gone)), self.blocks, sizes)
         return [score / price for score, price in zip(scores, each_saves, strict=True)]
 
     def target(self, scores: list[Tensor]) -> int:

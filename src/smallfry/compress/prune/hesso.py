@@ -23,7 +23,7 @@ from smallfry.compress.prune.channels import (
     steps_of,
 )
 from smallfry.compress.prune.saliency import (
-    EQUAL,
+    TAYLOR,
     channel_scores,
     channel_vectors,
     clear_moments,
@@ -53,7 +53,8 @@ class HESSO:
         end: When the last channel is zero, likewise; the rest of the run recovers.
         periods: Times at which channels are chosen; fewer in a shorter run.
         divisible: Survivors of a group are a multiple, or all; heads go one by one.
-        weights: Weights of the scores magnitude, mean magnitude, cosine, Taylor and its square.
+        weights: Weights of the scores magnitude, mean magnitude, cosine, Taylor and its square; the
+            authors have 0.2 of each, which was less accurate (docs/pruning.md).
         cosine_sign: 1 as in the authors' code; −1 prefers channels that steps move towards zero.
         reference_selection: Choose by the authors' rule, which rounds in each period and removes
             fewer channels than asked for.
@@ -88,7 +89,7 @@ class HESSO:
     end: float = 0.6
     periods: int = 10
     divisible: int = 8
-    weights: tuple[float, ...] = EQUAL
+    weights: tuple[float, ...] = TAYLOR
     cosine_sign: int = 1
     reference_selection: bool = False
     include: tuple[str, ...] = ("*",)

@@ -16,7 +16,8 @@ from smallfry.optim import AdamATan2, NaturalGradient
 from smallfry.transforms.groups import ChannelGroup, Slice
 
 SCORES = ("magnitude", "mean_magnitude", "cosine", "taylor", "squared_taylor")
-EQUAL = (0.2,) * len(SCORES)
+EQUAL = (0.2,) * len(SCORES)  # the authors' weights
+TAYLOR = (0.0, 0.0, 0.0, 1.0, 0.0)
 TINY = 1e-8
 
 # optimizers whose weight decay is part of the gradient, unless their group says otherwise
