@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from smallfry.costing import cost
-from smallfry.data import NAMED, ImageData, Split
+from smallfry.data import NAMED, ImageData
 from smallfry.data.own import is_own, keep_data
 from smallfry.errors import (
     DataError,
@@ -26,10 +26,9 @@ from smallfry.errors import (
 )
 from smallfry.io.signals import keeping
 from smallfry.io.terminal import command
-from smallfry.models import FromImages, LatentRecursive, Recursive
-from smallfry.models.trace import steps_to_follow, trace_recursion
+from smallfry.models import FromImages
 from smallfry.report.per_class import class_scores, scores_dict
-from smallfry.tasks import Pictured, find_task
+from smallfry.tasks import find_task
 from smallfry.training.adversarial import adversarial
 from smallfry.training.augment import Normalize
 from smallfry.training.augment_defaults import with_fitting_crop
@@ -47,7 +46,8 @@ from smallfry.training.continuation import (
     with_fitting_warmup,
 )
 from smallfry.training.distillation import distilled, require_same_teacher
-from smallfry.training.evaluation import Predictions, predict, require_finite, score, task_of
+from smallfry.training.draw_run import draw_run
+from smallfry.training.evaluation import Predictions, predict, require_finite, score
 from smallfry.training.evaluation_data import load_config_data, require_place
 from smallfry.training.evaluation_report import write_tables
 from smallfry.training.fine_tuning import START, kept_facts, like_start, load_start
@@ -469,35 +469,3 @@ def _per_class(predictions: Predictions, trained: TrainedModel) -> dict[str, Any
 def _has_references(config: TrainConfig) -> bool:
     """Return whether to fit reference classifiers, used for classification only."""
     return config.references and config.task == "classification"
-
-
-def draw_run(
-    folder: RunFolder,
-    history: list[dict[str, float]],
-    trained: TrainedModel,
-    split: Split,
-    predictions: Predictions,
-) -> None:
-    """Draw all plots of a run into its folder."""
-    from smallfry.report.curves import learning_curves  # here, as matplotlib is slow to import
-    from smallfry.report.recursion import interesting, recursion_trace
-
-    logits, labels, classes = predictions.logits, predictions.labels, trained.classes
-    pictures, task = folder.pictures, task_of(trained.manifest)
-    pictures.mkdir(exist_ok=True)
-    learning_curves(history, pictures / "learning_curves.png")
-    if not isinstance(task, Pictured):
-        return
-    task.draw(logits, split, classes, pictures)
-    if isinstance(trained.model, Recursive) and labels.ndim == 1:  # one prediction an image
-        shown, model = split.take(interesting(logits, labels)), trained.model
-        trained.model.cpu()
-        recursion_trace(
-            trace_recursion(model, trained.normalize(shown.images), steps_to_follow(model)),
-            shown.images,
-            shown.labels,
-            classes,
-            pictures / "recursion_trace.png",
-            latent_steps=model.latent_steps if isinstance(model, LatentRecursive) else None,
-            recursion_steps=model.recursion_steps,
-        )
