@@ -8,7 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from smallfry.cli._fields import given_settings, option, process_count, settings_of
+from smallfry.cli._fields import command_only, given_settings, option, process_count, settings_of
 from smallfry.errors import UsageError
 from smallfry.io.console import CleanConsole
 from smallfry.io.terminal import command, printable, say
@@ -26,6 +26,8 @@ class Options:
         resume: Resume an interrupted run exactly; --epochs N extends it.
         show_batch: Draw the first augmented images into this PNG, batch.png by default, instead of
             training.
+        code: Python file or module with your own losses, metrics and callbacks, which settings name
+            as MODULE:NAME; repeat it for several. No configuration can import code by itself.
         processes: Number of processes on this machine, such as one per GPU; for several machines,
             start the command with torchrun or SLURM instead.
         settings: Settings of a new run.
@@ -34,6 +36,7 @@ class Options:
 
     resume: str | None = option(metavar="RUN")
     show_batch: Path | None = option(metavar="FILE")
+    code: tuple[str, ...] = command_only(metavar="FILE")
     processes: int | None = process_count()
     settings: TrainConfig = settings_of(TrainConfig)
     given: Mapping[str, Any] = given_settings(beside="resume")
@@ -43,13 +46,15 @@ def run(options: Options) -> int:
     """Train, and print the result with its baselines."""
     from smallfry.training import train as training
     from smallfry.training.continuation import dotted
+    from smallfry.training.own_code import load_code
 
     if options.show_batch is not None:
         return _show_batch(options, options.show_batch)
+    code = load_code(options.code)
     if options.resume is not None:
-        summary = training.resume(options.resume, changes=dotted(options.given))
+        summary = training.resume(options.resume, changes=dotted(options.given), code=code)
     else:
-        summary = training.train(options.settings)
+        summary = training.train(options.settings, None, code)
     if rank() == 0:
         _print_summary(summary)
     return 0

@@ -16,6 +16,7 @@ from smallfry.training.balance_config import BalanceConfig as BalanceConfig
 from smallfry.training.distillation_config import DistillationConfig
 from smallfry.training.objective_config import ObjectiveConfig as ObjectiveConfig
 from smallfry.training.objective_config import taken_settings
+from smallfry.training.own_code import require_path
 from smallfry.training.settings import check, check_values
 from smallfry_runtime.files import read_bytes
 from smallfry_runtime.names import URI, path_of, storable
@@ -249,6 +250,9 @@ class TrainSettings(TypedDict, total=False):
     schedule: "ScheduleConfig | Mapping[str, Any]"
     ema: "EMAConfig | Mapping[str, Any]"
     methods: "Sequence[Any]"
+    callbacks: "Sequence[Any]"
+    metrics: "Sequence[Any]"
+    code: Any  # the user's own code, see ``own_code.take_objects``
     epochs: int
     batch_size: int
     accumulate: int
@@ -299,6 +303,8 @@ class TrainConfig:
         ema: Averaging of the weights.
         methods: Compression of the model while it trains and at its end, in the order of stages:
             each a name or NAME: {SETTING: VALUE}, such as [{round_weights: {bits: 8}}].
+        callbacks: Your own callbacks, each MODULE:NAME of code given with --code.
+        metrics: Your own metrics, likewise.
         epochs: Passes over the training images.
         batch_size: Images per step.
         accumulate: Micro-batches of a batch; memory falls, the step stays the same.
@@ -346,6 +352,8 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     methods: list[Any] = field(default_factory=list)
+    callbacks: list[str] = field(default_factory=list)
+    metrics: list[str] = field(default_factory=list)
     epochs: int = 50
     batch_size: int = 64
     accumulate: int = 1
@@ -372,6 +380,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_values(self, "")
         object.__setattr__(self, "methods", [_as_entry(each) for each in self.methods])
+        for name in ("callbacks", "metrics"):
+            for path in getattr(self, name):
+                require_path(path, name)
         for name in ("epochs", "batch_size", "accumulate"):
             check(getattr(self, name) >= 1, f"{name} must be at least 1")
         check(self.accumulate <= self.batch_size, "accumulate can't exceed batch_size")

@@ -14,7 +14,7 @@ from smallfry.training.objective_config import ObjectiveConfig, taken_settings
 
 CHANGEABLE = (
     *("epochs", "patience", "device", "workers", "threads", "resident", "checkpoint_seconds"),
-    *("progress", "data.name", "data.root"),
+    *("progress", "callbacks", "data.name", "data.root"),
 )
 UNREPORTED = ("run", "progress", "checkpoint_seconds", "data.name", "data.root")
 

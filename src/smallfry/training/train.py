@@ -37,6 +37,7 @@ from smallfry.training.balance import class_weights, describe_small_classes
 from smallfry.training.batch_norm import require_enough_images
 from smallfry.training.batches import CHARACTERS
 from smallfry.training.build_objective import build_objective
+from smallfry.training.callbacks import build_callbacks
 from smallfry.training.checkpoint import Checkpoint, has_checkpoint, load_checkpoint
 from smallfry.training.compression import CHOICE, DONE, LAST_EPOCH
 from smallfry.training.config import TrainConfig, TrainSettings, read_config
@@ -56,6 +57,8 @@ from smallfry.training.launch_env import launch
 from smallfry.training.loop import Trainer
 from smallfry.training.method import find_methods
 from smallfry.training.model_source import ModelSource, is_pretrained, model_name
+from smallfry.training.own_code import OwnCode, take_objects
+from smallfry.training.own_task import facts, with_own
 from smallfry.training.processes import Processes, leaving, start
 from smallfry.training.progress import Reporter, build_reporter
 from smallfry.training.provenance import provenance
@@ -68,12 +71,19 @@ from smallfry_runtime.names import path_of, text_of
 log = logging.getLogger(__name__)
 
 STUDIED = 4096  # training images that a model is initialised from
-PER_CLASS = "per_class"  # entry of summaries
+PER_CLASS, STOPPED_BY = "per_class", "stopped_by"  # entries of summaries
 SMALL_MODEL = 10_000_000  # multiply-accumulates an image
 
 
-def train(config: TrainConfig, reporter: Reporter | None = None) -> dict[str, Any]:
+def train(
+    config: TrainConfig, reporter: Reporter | None = None, code: OwnCode | None = None
+) -> dict[str, Any]:
     """Train a model from the beginning.
+
+    Args:
+        config: Its configuration.
+        reporter: Receiver of progress; default that of the configuration.
+        code: Code that the configuration may name.
 
     Returns:
         The summary that is also in ``summary.json`` of the run folder.
@@ -90,7 +100,7 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> dict[str, An
     config = with_fitting_warmup(_with_full_paths(config))
     processes = start(config.device, config.precision, config.strategy)
     with leaving(processes):
-        return _train(config, asked, reporter, processes)
+        return _train(config, asked, reporter, processes, code or OwnCode())
 
 
 def run(config: TrainConfig | None = None, /, **settings: Unpack[TrainSettings]) -> TrainedRun:
@@ -99,7 +109,8 @@ def run(config: TrainConfig | None = None, /, **settings: Unpack[TrainSettings])
     Args:
         config: Configuration; if None, ``settings`` are its arguments.
         settings: Groups of settings can be mappings, such as ``data={"name": "digits"}``. Data can
-            be images and labels, or a Dataset: ``smallfry.data.own.write_data``.
+            be images and labels, or a Dataset: ``smallfry.data.own.write_data``. Callbacks, metrics
+            and ``objective["loss"]`` can be functions and objects.
 
     Returns:
         The summary, as ``train``, whose errors it raises, with the model.
@@ -116,12 +127,16 @@ def run(config: TrainConfig | None = None, /, **settings: Unpack[TrainSettings])
             raise UsageError(f"train has no setting '{name}'{nearest(name, known)}")
     if is_own(settings.get("data")):
         settings["data"] = str(keep_data(settings["data"]))
-    made = config or TrainConfig(**settings)  # type: ignore[arg-type]  # made of mappings
-    return TrainedRun(train(made))
+    plain, code = take_objects(settings)
+    return TrainedRun(train(config or TrainConfig(**plain), code=code))
 
 
 def _train(
-    config: TrainConfig, asked_warmup: float, reporter: Reporter | None, processes: Processes
+    config: TrainConfig,
+    asked_warmup: float,
+    reporter: Reporter | None,
+    processes: Processes,
+    code: OwnCode,
 ) -> dict[str, Any]:
     if config.run is not None:  # before the data is read
         processes.once(RunFolder(config.run).require_free)
@@ -136,7 +151,7 @@ def _train(
     task = find_task(config.task).create(config.objective.label_smoothing)
     name = model_name(config.model, data, task) if begun is None else begun.spec.architecture
     with _folder(config, name, processes) as path:
-        trainer = _build(config, data, RunFolder(path), reporter, processes, source)
+        trainer = _build(config, data, RunFolder(path), reporter, processes, source, code)
     folder, model = trainer.folder, trainer.manifest["model"]["name"]
     with processes.held(folder.locked()), keeping(folder.kept):
         processes.once(lambda: folder.begin(config.to_dict()))
@@ -171,7 +186,10 @@ def _folder(config: TrainConfig, model: str, processes: Processes) -> Iterator[P
 
 
 def resume(
-    run: str | Path, reporter: Reporter | None = None, changes: Mapping[str, Any] | None = None
+    run: str | Path,
+    reporter: Reporter | None = None,
+    changes: Mapping[str, Any] | None = None,
+    code: OwnCode | None = None,
 ) -> dict[str, Any]:
     """Resume a stopped run exactly.
 
@@ -182,6 +200,7 @@ def resume(
         reporter: Receiver of progress; default that of the run's configuration.
         changes: New values of settings by dotted name, such as {"epochs": 100}; those of
             ``continuation.CHANGEABLE``. They are written into ``config.yaml``.
+        code: Code that the configuration may name; none is imported because it does.
 
     Raises:
         UsageError: A setting that can't change any more; otherwise as ``train``.
@@ -195,7 +214,7 @@ def resume(
     config = _with_full_paths(with_changes(recorded, changes))
     processes = start(config.device, config.precision, config.strategy)
     with leaving(processes):
-        return _resume(config, recorded, folder, reporter, processes)
+        return _resume(config, recorded, folder, reporter, processes, code or OwnCode())
 
 
 def _resume(
@@ -204,6 +223,7 @@ def _resume(
     folder: RunFolder,
     reporter: Reporter | None,
     processes: Processes,
+    code: OwnCode,
 ) -> dict[str, Any]:
     processes.last = folder.last
     if config.data.name != recorded.data.name and config.augment.flip is None:
@@ -220,7 +240,7 @@ def _resume(
             checkpoint = processes.together(lambda: load_checkpoint(folder.last))
             data = processes.together(lambda: _load(config))
             source = ModelSource(manifest=checkpoint.manifest)
-            trainer = _build(config, data, folder, reporter, processes, source)
+            trainer = _build(config, data, folder, reporter, processes, source, code)
             _require_same_data(checkpoint.manifest, trainer.data, folder)
             require_same_teacher(checkpoint.manifest, trainer.manifest, str(folder.path))
             _restore(trainer, checkpoint)
@@ -229,7 +249,7 @@ def _resume(
             weights = processes.together(lambda: find_weights(config.model))
             data = processes.together(lambda: _load(config))
             source = ModelSource(begun, weights)
-            trainer = _build(config, data, folder, reporter, processes, source)
+            trainer = _build(config, data, folder, reporter, processes, source, code)
         if config != recorded:
             processes.once(lambda: folder.reopen(config.to_dict()))
         trainer.reporter.say(f"resuming {folder.path} after step {trainer.progress.step}")
@@ -249,8 +269,9 @@ def _is_longer(config: TrainConfig, recorded: TrainConfig, summary: Mapping[str,
         raise UsageError(
             f"the run has done {done} epochs: expected as many at least, not {config.epochs}"
         )
-    lost_patience = recorded.patience is not None and config.patience == recorded.patience
-    return config.epochs > done and not (lost_patience and config.epochs == recorded.epochs)
+    ended = recorded.patience is not None and config.patience == recorded.patience
+    ended = ended or STOPPED_BY in summary["measured"]
+    return config.epochs > done and not (ended and config.epochs == recorded.epochs)
 
 
 def _restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
@@ -318,10 +339,13 @@ def _build(
     reporter: Reporter | None,
     processes: Processes,
     source: ModelSource,
+    code: OwnCode,
 ) -> Trainer:
     """Build everything that a configuration can get wrong, before writing any file."""
     torch.manual_seed(config.seed)
-    task = find_task(config.task).create(config.objective.label_smoothing)
+    plain = find_task(config.task).create(config.objective.label_smoothing)
+    task = with_own(plain, config, code)
+    callbacks = build_callbacks(config.callbacks, code)
     require_choice(task, config.select_by)
     weights = class_weights(config.balance, data, task, config.optimizer.name)
     model, spec = processes.together(lambda: source.make(config.model, data, task))
@@ -361,18 +385,15 @@ def _build(
     }
     augment = build_augment(config, data, task)
     resumed = has_checkpoint(folder.last)
-    objective = build_objective(
-        config.objective, model, config.task, config.accumulate, resumed, weights
-    )
+    objective = build_objective(config.objective, model, task, config.accumulate, resumed, weights)
     objective, teacher = processes.together(
         lambda: distilled(config.distillation, objective, data, augment.normalize)
     )
     objective = adversarial(config.adversarial, objective, augment.normalize)
     manifest |= teacher
     reporter = reporter or build_reporter(config.progress)
-    trainer = Trainer(
-        model, data, objective, augment, config, folder, manifest, reporter, processes
-    )
+    where = folder, manifest, reporter, processes, callbacks
+    trainer = Trainer(model, data, objective, augment, config, *where)
     if not resumed:
         processes.once(trainer.plan.rehearse)
     return trainer
@@ -431,6 +452,7 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
             **({} if config.select_by is None else {"select_by": config.select_by}),
             **({CHOICE: LAST_EPOCH} if trainer.plan.trains else {}),
             "epochs": len(progress.history),
+            **({STOPPED_BY: progress.stopping} if progress.stopping else {}),
             "training_seconds": round(progress.seconds, 2),
             **({} if math.isnan(cpu) else {"cpu_seconds": round(cpu, 2)}),
             "seed": config.seed,
@@ -441,6 +463,7 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
             "references": fit_references(data) if _has_references(config) else [],
         },
         **_per_class(predictions, best),
+        **facts(config),
         "provenance": {**evidence, **kept_facts({START: best.manifest.get(START)})},
     }
     try:
@@ -455,6 +478,7 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
             stacklevel=2,
         )
     folder.write_summary(summary)
+    trainer.callbacks.call("on_end", summary)
     return summary
 
 
