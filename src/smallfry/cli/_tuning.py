@@ -123,6 +123,7 @@ def tuning_config(
         patience=None,
         callbacks=[],  # code of the run's own, which is not here
         metrics=[],
+        loggers=[],
         references=False,
         seed=seed,
         run=place,

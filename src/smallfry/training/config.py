@@ -252,6 +252,7 @@ class TrainSettings(TypedDict, total=False):
     methods: "Sequence[Any]"
     callbacks: "Sequence[Any]"
     metrics: "Sequence[Any]"
+    loggers: "Sequence[str]"
     code: Any  # the user's own code, see ``own_code.take_objects``
     epochs: int
     batch_size: int
@@ -305,6 +306,8 @@ class TrainConfig:
             each a name or NAME: {SETTING: VALUE}, such as [{round_weights: {bits: 8}}].
         callbacks: Your own callbacks, each MODULE:NAME of code given with --code.
         metrics: Your own metrics, likewise.
+        loggers: Experiment trackers besides metrics.csv and TensorBoard, through Lightning's
+            loggers: mlflow and wandb, whose own environment variables say where they write.
         epochs: Passes over the training images.
         batch_size: Images per step.
         accumulate: Micro-batches of a batch; memory falls, the step stays the same.
@@ -354,6 +357,7 @@ class TrainConfig:
     methods: list[Any] = field(default_factory=list)
     callbacks: list[str] = field(default_factory=list)
     metrics: list[str] = field(default_factory=list)
+    loggers: list[Literal["mlflow", "wandb"]] = field(default_factory=list)
     epochs: int = 50
     batch_size: int = 64
     accumulate: int = 1

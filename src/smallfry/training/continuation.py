@@ -14,9 +14,9 @@ from smallfry.training.objective_config import ObjectiveConfig, taken_settings
 
 CHANGEABLE = (
     *("epochs", "patience", "device", "workers", "threads", "resident", "checkpoint_seconds"),
-    *("progress", "callbacks", "data.name", "data.root"),
+    *("progress", "callbacks", "loggers", "data.name", "data.root"),
 )
-UNREPORTED = ("run", "progress", "checkpoint_seconds", "data.name", "data.root")
+UNREPORTED = ("run", "progress", "loggers", "checkpoint_seconds", "data.name", "data.root")
 
 
 class Change(NamedTuple):

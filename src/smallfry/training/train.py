@@ -37,7 +37,6 @@ from smallfry.training.balance import class_weights, describe_small_classes
 from smallfry.training.batch_norm import require_enough_images
 from smallfry.training.batches import CHARACTERS
 from smallfry.training.build_objective import build_objective
-from smallfry.training.callbacks import build_callbacks
 from smallfry.training.checkpoint import Checkpoint, has_checkpoint, load_checkpoint
 from smallfry.training.compression import CHOICE, DONE, LAST_EPOCH
 from smallfry.training.config import TrainConfig, TrainSettings, read_config
@@ -54,6 +53,7 @@ from smallfry.training.evaluation_report import write_tables
 from smallfry.training.fine_tuning import START, kept_facts, like_start, load_start
 from smallfry.training.initial_weights import find_weights, like_weights
 from smallfry.training.launch_env import launch
+from smallfry.training.loggers import build_observers
 from smallfry.training.loop import Trainer
 from smallfry.training.method import find_methods
 from smallfry.training.model_source import ModelSource, is_pretrained, model_name
@@ -345,7 +345,7 @@ def _build(
     torch.manual_seed(config.seed)
     plain = find_task(config.task).create(config.objective.label_smoothing)
     task = with_own(plain, config, code)
-    callbacks = build_callbacks(config.callbacks, code)
+    callbacks = build_observers(config, code)
     require_choice(task, config.select_by)
     weights = class_weights(config.balance, data, task, config.optimizer.name)
     model, spec = processes.together(lambda: source.make(config.model, data, task))
