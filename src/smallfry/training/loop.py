@@ -298,21 +298,9 @@ class Trainer:
 
     def _step(self, batch: Batch) -> None:
         config, progress = self.config, self.progress
-        rate = learning_rate(
-            config.schedule,
-            self.peak_rate,
-            progress.step,
-            self.batches.steps_per_epoch,
-            config.epochs,
-        )
-        for group in self.raw_optimizer.param_groups:
-            group["lr"] = rate * group.get("lr_scale", 1.0)
-        self._rate = rate
-        others = (self.processes.rank,) if self.processes.rank else ()
-        torch.manual_seed(derive_seed(config.seed, 2, progress.step, *others))  # dropout
-        self.model.train()
-        self.freezing.at(progress.step)
-        result = self._fit_batch(batch.to(self.fabric.device))
+        where = progress.step, self.batches.steps_per_epoch, config.epochs
+        rate = self._rate = learning_rate(config.schedule, self.peak_rate, *where)
+        result = self.train_on(batch, rate)
         progress.step += 1
         images = self.batches.batch_size
         self._pending.append((progress.step, images, result))
@@ -328,6 +316,17 @@ class Trainer:
         done = StepDone(*where, loss, rate, speed, self.raw_model)
         asked = self.callbacks.call("on_step", done)
         progress.stopping = progress.stopping or asked
+
+    def train_on(self, batch: Batch, rate: float) -> Result:
+        """Take the optimizer's steps on a batch at a learning rate, without counting a step."""
+        step, rank = self.progress.step, self.processes.rank
+        for group in self.raw_optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        others = (rank,) if rank else ()
+        torch.manual_seed(derive_seed(self.config.seed, 2, step, *others))  # dropout
+        self.model.train()
+        self.freezing.at(step)
+        return self._fit_batch(batch.to(self.fabric.device))
 
     def _fit_batch(self, batch: Batch) -> Result:
         parts = batch.split(self.config.accumulate)

@@ -48,7 +48,7 @@ from smallfry.training.continuation import (
 from smallfry.training.distillation import distilled, require_same_teacher
 from smallfry.training.draw_run import draw_run
 from smallfry.training.evaluation import Predictions, predict, require_finite, score
-from smallfry.training.evaluation_data import load_config_data, require_place
+from smallfry.training.evaluation_data import load_config_data, require_place, require_same_data
 from smallfry.training.evaluation_report import write_tables
 from smallfry.training.fine_tuning import START, kept_facts, like_start, load_start
 from smallfry.training.initial_weights import find_weights, like_weights
@@ -97,7 +97,7 @@ def train(
     """
     asked = config.schedule.warmup_epochs
     config = replace(config, methods=list(find_methods(config.methods)))
-    config = with_fitting_warmup(_with_full_paths(config))
+    config = with_fitting_warmup(with_full_paths(config))
     processes = start(config.device, config.precision, config.strategy)
     with leaving(processes):
         return _train(config, asked, reporter, processes, code or OwnCode())
@@ -138,6 +138,32 @@ def _train(
     processes: Processes,
     code: OwnCode,
 ) -> dict[str, Any]:
+    trainer, note = build_new(config, reporter, processes, code)
+    config, data, folder = trainer.config, trainer.data, trainer.folder
+    model = trainer.manifest["model"]["name"]
+    with processes.held(folder.locked()), keeping(folder.kept):
+        processes.once(lambda: folder.begin(config.to_dict()))
+        parameters = sum(p.numel() for p in trainer.raw_model.parameters())
+        trainer.reporter.say(
+            f"training {model} ({parameters:,} parameters) on {data.name} into {folder.path}"
+        )
+        if note:
+            trainer.reporter.say(note)
+        warmup = config.schedule.warmup_epochs
+        if warmup != asked_warmup and processes.is_first:
+            log.info(
+                "warm-up shortened from %g to %g epochs, as the run has %d",
+                *(asked_warmup, warmup, config.epochs),
+            )
+        evidence = provenance(trainer.fabric.device)  # of the code that runs, as it starts
+        trainer.fit()
+        return processes.once(lambda: _conclude(trainer, evidence))
+
+
+def build_new(
+    config: TrainConfig, reporter: Reporter | None, processes: Processes, code: OwnCode
+) -> tuple[Trainer, str | None]:
+    """Build the trainer of a new run, and a note on its weights; no file is written yet."""
     if config.run is not None:  # before the data is read
         processes.once(RunFolder(config.run).require_free)
     weights = processes.together(lambda: find_weights(config.model))
@@ -152,24 +178,7 @@ def _train(
     name = model_name(config.model, data, task) if begun is None else begun.spec.architecture
     with _folder(config, name, processes) as path:
         trainer = _build(config, data, RunFolder(path), reporter, processes, source, code)
-    folder, model = trainer.folder, trainer.manifest["model"]["name"]
-    with processes.held(folder.locked()), keeping(folder.kept):
-        processes.once(lambda: folder.begin(config.to_dict()))
-        parameters = sum(p.numel() for p in trainer.raw_model.parameters())
-        trainer.reporter.say(
-            f"training {model} ({parameters:,} parameters) on {data.name} into {folder.path}"
-        )
-        if note := source.note(config.model, task.outputs(len(data.classes))):
-            trainer.reporter.say(note)
-        warmup = config.schedule.warmup_epochs
-        if warmup != asked_warmup and processes.is_first:
-            log.info(
-                "warm-up shortened from %g to %g epochs, as the run has %d",
-                *(asked_warmup, warmup, config.epochs),
-            )
-        evidence = provenance(trainer.fabric.device)  # of the code that runs, as it starts
-        trainer.fit()
-        return processes.once(lambda: _conclude(trainer, evidence))
+    return trainer, source.note(config.model, task.outputs(len(data.classes)))
 
 
 @contextmanager
@@ -211,7 +220,7 @@ def resume(
     folder.require()
     recorded = read_config(folder.config)
     find_methods(recorded.methods)
-    config = _with_full_paths(with_changes(recorded, changes))
+    config = with_full_paths(with_changes(recorded, changes))
     processes = start(config.device, config.precision, config.strategy)
     with leaving(processes):
         return _resume(config, recorded, folder, reporter, processes, code or OwnCode())
@@ -241,7 +250,7 @@ def _resume(
             data = processes.together(lambda: _load(config))
             source = ModelSource(manifest=checkpoint.manifest)
             trainer = _build(config, data, folder, reporter, processes, source, code)
-            _require_same_data(checkpoint.manifest, trainer.data, folder)
+            require_same_data(checkpoint.manifest, trainer.data, folder)
             require_same_teacher(checkpoint.manifest, trainer.manifest, str(folder.path))
             _restore(trainer, checkpoint)
         else:
@@ -285,7 +294,7 @@ def _restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
         ) from error
 
 
-def _with_full_paths(config: TrainConfig) -> TrainConfig:
+def with_full_paths(config: TrainConfig) -> TrainConfig:
     """Make paths absolute, so that the run can be resumed and evaluated from any folder."""
     wanted = config.data
     folder = path_of(wanted.name)
@@ -406,16 +415,6 @@ def _useful_threads(model: nn.Module, data: ImageData) -> int:
     return 1 if cost(model, sample).macs < SMALL_MODEL else shared
 
 
-def _require_same_data(manifest: dict[str, Any], data: ImageData, folder: RunFolder) -> None:
-    trained_on = manifest["data"]["fingerprint"]
-    classes = list(map(text_of, manifest["classes"]))
-    if classes != list(data.classes) or not data.matches(trained_on):
-        raise DataError(
-            f"{folder.path}: was trained on other data than {data.origin} gives now (fingerprint "
-            f"{trained_on}, now {data.fingerprint}); bring that data back, or start a new run"
-        )
-
-
 def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
     """Test the best weights once, draw the plots, and write the summary."""
     config, data, progress = trainer.config, trainer.data, trainer.progress
@@ -460,7 +459,7 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
             "macs": spent.macs,
             "weight_bytes": spent.bytes,
             "activation_bytes": spent.activation_bytes,
-            "references": fit_references(data) if _has_references(config) else [],
+            "references": _references(config, data),
         },
         **_per_class(predictions, best),
         **facts(config),
@@ -490,6 +489,7 @@ def _per_class(predictions: Predictions, trained: TrainedModel) -> dict[str, Any
     return {PER_CLASS: scores_dict(found)}
 
 
-def _has_references(config: TrainConfig) -> bool:
-    """Return whether to fit reference classifiers, used for classification only."""
-    return config.references and config.task == "classification"
+def _references(config: TrainConfig, data: ImageData) -> list[dict[str, Any]]:
+    """Fit reference classifiers, for classification only."""
+    wanted = config.references and config.task == "classification"
+    return fit_references(data) if wanted else []
