@@ -253,7 +253,6 @@ class TrainSettings(TypedDict, total=False):
     callbacks: "Sequence[Any]"
     metrics: "Sequence[Any]"
     loggers: "Sequence[str]"
-    code: Any  # the user's own code, see ``own_code.take_objects``
     epochs: int
     batch_size: int
     accumulate: int
@@ -317,7 +316,7 @@ class TrainConfig:
         select_by: The score that chooses it: accuracy, balanced_accuracy, macro_f1, loss or
             calibration_error; default the task's own rank, accuracy and then loss.
         seed: Seed of the initialisation, the order and the augmentation.
-        device: auto, cpu, cuda or mps.
+        device: auto, cpu, cuda or mps, or one of several GPUs, such as cuda:1.
         precision: Lightning Fabric's precision, such as 32-true, bf16-mixed or 16-mixed.
         strategy: Of several processes, which torchrun or SLURM starts: ddp has the whole model in
             each, fsdp a share of it; auto is ddp.

@@ -82,19 +82,19 @@ def require_path(path: Any, setting: str) -> None:
         raise UsageError(f"{setting}: expected MODULE:NAME, such as {EXAMPLE}, not {path!r}")
 
 
-def take_objects(settings: Mapping[str, Any]) -> tuple[dict[str, Any], OwnCode]:
+def take_objects(settings: Mapping[str, Any], code: Any = None) -> tuple[dict[str, Any], OwnCode]:
     """Replace functions and objects in the keywords of ``smallfry.train`` by their import paths.
 
     Args:
-        settings: Keywords; ``code`` names files as ``load_code``, or is an ``OwnCode``.
+        settings: Keywords.
+        code: Files or modules as ``load_code`` takes them, one or several; or an ``OwnCode``.
 
     Returns:
         Settings of ``TrainConfig``, and the code that they name.
     """
     left, objects = dict(settings), dict[str, Any]()
-    code = left.pop("code", None) or ()
     if not isinstance(code, OwnCode):
-        code = load_code([code] if isinstance(code, str | Path) else list(code))
+        code = load_code([code] if isinstance(code, str | Path) else list(code or ()))
 
     def path_of(value: Any) -> Any:
         if isinstance(value, str):

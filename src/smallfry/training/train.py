@@ -103,11 +103,14 @@ def train(
         return _train(config, asked, reporter, processes, code or OwnCode())
 
 
-def run(config: TrainConfig | None = None, /, **settings: Unpack[TrainSettings]) -> TrainedRun:
+def run(
+    config: TrainConfig | None = None, /, code: Any = None, **settings: Unpack[TrainSettings]
+) -> TrainedRun:
     """Train with a configuration, or with its settings.
 
     Args:
         config: Configuration; if None, ``settings`` are its arguments.
+        code: Files or modules with code of the user that the configuration names, or an OwnCode.
         settings: Groups of settings can be mappings, such as ``data={"name": "digits"}``. Data can
             be images and labels, or a Dataset: ``smallfry.data.own.write_data``. Callbacks, metrics
             and ``objective["loss"]`` can be functions and objects.
@@ -127,8 +130,8 @@ def run(config: TrainConfig | None = None, /, **settings: Unpack[TrainSettings])
             raise UsageError(f"train has no setting '{name}'{nearest(name, known)}")
     if is_own(settings.get("data")):
         settings["data"] = str(keep_data(settings["data"]))
-    plain, code = take_objects(settings)
-    return TrainedRun(train(config or TrainConfig(**plain), code=code))
+    plain, own = take_objects(settings, code)
+    return TrainedRun(train(config or TrainConfig(**plain), code=own))
 
 
 def _train(
