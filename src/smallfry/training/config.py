@@ -154,7 +154,7 @@ class OptimizerConfig:
         name: kfac, ekfac, kpsvd, deflation, lanczos, kfac_corrected, two_level, sngd or exact_ng;
             adam_atan2; or an optimizer of timm's registry, such as adamw, sgd, lamb or muon.
         lr: Peak learning rate; default 0.192 divided by the model's width, which is 3e-3 at 64
-            and 5e-4 at 384, and 0.1 for natural gradient.
+            and 5e-4 at 384; 0.1 for natural gradient; and 0.02 for SGD.
         weight_decay: Decoupled weight decay.
         decay: weights leaves biases, norms, positions and initial states undecayed; all is the
             paper's choice.

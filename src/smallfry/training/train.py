@@ -44,6 +44,7 @@ from smallfry.training.continuation import (
     require_changeable,
     with_changes,
     with_fitting_warmup,
+    with_sgd_rate,
 )
 from smallfry.training.distillation import distilled, require_same_teacher
 from smallfry.training.draw_run import draw_run
@@ -97,7 +98,7 @@ def train(
     """
     asked = config.schedule.warmup_epochs
     config = replace(config, methods=list(find_methods(config.methods)))
-    config = with_fitting_warmup(with_full_paths(config))
+    config = with_sgd_rate(with_fitting_warmup(with_full_paths(config)))
     processes = start(config.device, config.precision, config.strategy)
     with leaving(processes):
         return _train(config, asked, reporter, processes, code or OwnCode())
