@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,12 @@ from smallfry.training.config import (
     read_config,
 )
 from smallfry.training.continuation import (
+    SGD_RATE,
     changes_since,
     dotted,
     require_changeable,
     with_changes,
+    with_sgd_rate,
 )
 from smallfry.training.train import resume, train
 
@@ -210,3 +213,35 @@ def test_no_link_in_a_run_folder_is_followed(variant, tmp_path):
         with pytest.raises(RunError, match="a link, expected a folder of the run itself"):
             resume(run)
         assert (foreign / "thesis.txt").read_text() == "mine"
+
+
+# The rate of SGD
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "sgdw", "csgdw", "sgdp", "nesterov"])
+def test_sgd_has_a_default_rate_of_its_own(name):
+    config = TrainConfig(optimizer=OptimizerConfig(name))
+    assert with_sgd_rate(config).optimizer.lr == SGD_RATE
+    given = TrainConfig(optimizer=OptimizerConfig(name, lr=0.3))
+    assert with_sgd_rate(given) is given
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "muon", "sngd", "kfac", "adam_atan2", "rmsprop"])
+def test_other_optimizers_keep_theirs(name):
+    config = TrainConfig(optimizer=OptimizerConfig(name))
+    assert with_sgd_rate(config) is config
+
+
+def test_the_rate_of_sgd_is_recorded_so_that_earlier_runs_keep_theirs(variant):
+    config = variant(optimizer=OptimizerConfig("sgd"))
+    with pytest.raises(Stopped):
+        train(config, StopAt(2))
+    file = config.run / "config.yaml"
+    recorded = read_config(file)
+    assert recorded.optimizer.lr == SGD_RATE
+    plain = replace(recorded, optimizer=OptimizerConfig("sgd"))  # as earlier versions recorded it
+    file.write_text(yaml.safe_dump(plain.to_dict()))
+    resume(config.run)
+    assert read_config(file).optimizer.lr is None
+    rates = [float(row["learning_rate"]) for row in metrics(config.run)]
+    assert max(rates) < 0.192 / 16 < SGD_RATE

@@ -23,6 +23,7 @@ ALIASES = {
     "pretrained": Alias("model.start", "true"),
     "freeze": Alias("model.freeze", "backbone", is_list=True),
     "show_batch": Alias("show_batch", "batch.png"),
+    "find_lr": Alias("find_lr", "learning_rate.png"),
     "freeze_epochs": Alias("model.freeze_epochs", ""),
 }
 ELSEWHERE = {  # names in timm, Lightning and ultralytics that are not alike

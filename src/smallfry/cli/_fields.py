@@ -61,6 +61,14 @@ def settings_of(kind: type) -> Any:
     return field(default_factory=kind, metadata={ROLE: "settings"})
 
 
+def command_only(*, metavar: str) -> Any:
+    """Declare an option that only the command line may set, never a file; it can be repeated.
+
+    The field is of type ``tuple[str, ...]``, and empty without the option.
+    """
+    return field(default=(), metadata={ROLE: "command_only", METAVAR: metavar})
+
+
 def given_settings(beside: str) -> Any:
     """Declare the settings given on the command line or in its file, without defaults.
 

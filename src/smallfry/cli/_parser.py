@@ -4,6 +4,7 @@ jsonargparse parses types and YAML; the verb, and the subcommand of a verb that 
 here, so that only the parser of the one that runs is made.
 """
 
+import argparse
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -64,15 +65,17 @@ def read(arguments: Sequence[str]) -> Command:
     choice = _choices(verb.module.Options)[1][words[1]] if len(words) > 1 else None
     presets = frozenset(each for each in (choice.presets if choice else ()) if f"--{each}" in rest)
     form = _form(words, presets)
+    special: dict[str | None, Any] = {"choice": words[-1]}
+    rest, special["command_only"] = _command_only(form.kind, rest)
     rest = expand_shorthand(rest, form.types)
     parsed = _parsed(form, rest, " ".join(words))
     for preset in choice.presets if choice else ():
         if parsed[preset] and preset not in presets:
-            raise UsageError(
-                f"{preset} can't be set in a file; give it on the command line: --{preset}"
-            )
+            raise _not_in_file(preset)
+    for name in special["command_only"]:
+        if parsed[name] is not None:
+            raise _not_in_file(name)
     marked = {entry.metadata.get(ROLE): entry for entry in fields(form.kind)}
-    special: dict[str | None, Any] = {"choice": words[-1]}
     if "given" in marked and parsed[marked["given"].metadata["beside"]] is not None:
         special["given"] = _given(form, rest)
     options = _instance(form, form.kind, parsed, special)
@@ -107,6 +110,29 @@ def expand_shorthand(arguments: Sequence[str], options: Iterable[str]) -> list[s
         name, equals, value = argument.partition("=")
         expanded.append(f"{name}.name{equals}{value}" if name in groups else argument)
     return expanded
+
+
+def _not_in_file(name: str) -> UsageError:
+    return UsageError(f"{name} can't be set in a file; give it on the command line: --{name}")
+
+
+def _command_only(
+    kind: type, arguments: Sequence[str]
+) -> tuple[list[str], dict[str, tuple[str, ...]]]:
+    """Take options that no file may set off a command line, before files are read.
+
+    Returns:
+        The rest, and the values of each option.
+    """
+    names = [entry.name for entry in fields(kind) if entry.metadata.get(ROLE) == "command_only"]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in names:
+        parser.add_argument(f"--{name}", action="append", default=[])
+    try:
+        found, rest = parser.parse_known_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise UsageError(f"{error.argument_name}: {error.message}") from error
+    return rest, {name: tuple(getattr(found, name)) for name in names}
 
 
 # Verbs and subcommands
@@ -229,6 +255,8 @@ def _add_options(container: Any, kind: Any, types: dict[str, Any], prefix: str =
 
 def _details(entry: "Field[Any]", hint: Any, positional: bool) -> dict[str, Any]:
     """Build the arguments of ``add_argument`` for a field."""
+    if entry.metadata.get(ROLE) == "command_only":
+        return {"metavar": entry.metadata[METAVAR], "default": None}
     if hint is bool:
         return {"action": "store_true"}
     details: dict[str, Any] = {}
@@ -303,6 +331,8 @@ def _instance(
         if role == "settings":
             assert form.settings is not None
             values[entry.name] = _configuration(form.parser, parsed, form.settings)
+        elif role == "command_only":
+            values[entry.name] = special[role][entry.name]
         elif role in ("choice", "given"):
             values |= {entry.name: special[role]} if role in special else {}
         elif is_dataclass(hint):

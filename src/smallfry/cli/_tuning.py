@@ -121,6 +121,9 @@ def tuning_config(
         distillation=DistillationConfig(run if distill else None, distill or 0.5),
         epochs=epochs,
         patience=None,
+        callbacks=[],  # code of the run's own, which is not here
+        metrics=[],
+        loggers=[],
         references=False,
         seed=seed,
         run=place,

@@ -3,17 +3,20 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from smallfry.cli._fields import given_settings, option, process_count, settings_of
+from smallfry.cli._fields import command_only, given_settings, option, process_count, settings_of
 from smallfry.errors import UsageError
 from smallfry.io.console import CleanConsole
 from smallfry.io.terminal import command, printable, say
 from smallfry.training.config import TrainConfig
 from smallfry.training.launch_env import rank
+
+if TYPE_CHECKING:
+    from smallfry.training.own_code import OwnCode
 
 WORST = 5  # classes whose scores are printed
 
@@ -26,6 +29,10 @@ class Options:
         resume: Resume an interrupted run exactly; --epochs N extends it.
         show_batch: Draw the first augmented images into this PNG, batch.png by default, instead of
             training.
+        find_lr: Test learning rates on the model, optimizer and data, suggest one, and draw the
+            losses into this PNG, learning_rate.png by default, instead of training.
+        code: Python file or module with your own losses, metrics and callbacks, which settings name
+            as MODULE:NAME; repeat it for several. No configuration can import code by itself.
         processes: Number of processes on this machine, such as one per GPU; for several machines,
             start the command with torchrun or SLURM instead.
         settings: Settings of a new run.
@@ -34,6 +41,8 @@ class Options:
 
     resume: str | None = option(metavar="RUN")
     show_batch: Path | None = option(metavar="FILE")
+    find_lr: Path | None = option(metavar="FILE")
+    code: tuple[str, ...] = command_only(metavar="FILE")
     processes: int | None = process_count()
     settings: TrainConfig = settings_of(TrainConfig)
     given: Mapping[str, Any] = given_settings(beside="resume")
@@ -43,13 +52,17 @@ def run(options: Options) -> int:
     """Train, and print the result with its baselines."""
     from smallfry.training import train as training
     from smallfry.training.continuation import dotted
+    from smallfry.training.own_code import load_code
 
     if options.show_batch is not None:
         return _show_batch(options, options.show_batch)
+    code = load_code(options.code)
+    if options.find_lr is not None:
+        return _find_lr(options, options.find_lr, code)
     if options.resume is not None:
-        summary = training.resume(options.resume, changes=dotted(options.given))
+        summary = training.resume(options.resume, changes=dotted(options.given), code=code)
     else:
-        summary = training.train(options.settings)
+        summary = training.train(options.settings, None, code)
     if rank() == 0:
         _print_summary(summary)
     return 0
@@ -62,6 +75,17 @@ def _show_batch(options: Options, file: Path) -> int:
     if options.resume is not None:
         raise UsageError("show_batch draws images of a new run: leave out resume")
     say(f"images: {show_batch(options.settings, file)}")
+    return 0
+
+
+def _find_lr(options: Options, file: Path, code: "OwnCode") -> int:
+    """Suggest a learning rate instead of training."""
+    from smallfry.training.find_lr import find_learning_rate
+
+    if options.resume is not None:
+        raise UsageError("find_lr tests the rates of a new run: leave out resume")
+    found = find_learning_rate(options.settings, file, code)
+    say(f"{found.describe()}\npicture: {file}")
     return 0
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from torch import nn
 
 from smallfry.models import Recursive
-from smallfry.tasks import HasDefaults, find_task
+from smallfry.tasks import HasDefaults, Task, find_task
 from smallfry.tasks.classification import Classification
 from smallfry.training.objective import Objective
 from smallfry.training.objective_config import AUTO, ObjectiveConfig
@@ -14,7 +14,7 @@ from smallfry.training.objective_config import AUTO, ObjectiveConfig
 def build_objective(
     config: ObjectiveConfig,
     model: nn.Module,
-    task: str = "classification",
+    task: str | Task = "classification",
     parts: int = 1,
     resumed: bool = False,
     weights: tuple[float, ...] = (),
@@ -24,7 +24,7 @@ def build_objective(
     Args:
         config: Its name and settings.
         model: The model that will be trained.
-        task: Name of the task.
+        task: The task, or its name.
         parts: Micro-batches of a batch.
         resumed: Settings that the objective does not take are ignored, as earlier versions did.
         weights: Weights of the classes in the loss, if they differ.
@@ -32,7 +32,7 @@ def build_objective(
     Raises:
         UsageError: The objective does not fit the task or the model, or does not take a setting.
     """
-    meaning = find_task(task).create(config.label_smoothing)
+    meaning = find_task(task).create(config.label_smoothing) if isinstance(task, str) else task
     if weights and isinstance(meaning, Classification):
         meaning = replace(meaning, weights=weights)
     name, recursive = config.name, isinstance(model, Recursive)

@@ -16,6 +16,7 @@ from smallfry.training.balance_config import BalanceConfig as BalanceConfig
 from smallfry.training.distillation_config import DistillationConfig
 from smallfry.training.objective_config import ObjectiveConfig as ObjectiveConfig
 from smallfry.training.objective_config import taken_settings
+from smallfry.training.own_code import require_path
 from smallfry.training.settings import check, check_values
 from smallfry_runtime.files import read_bytes
 from smallfry_runtime.names import URI, path_of, storable
@@ -153,7 +154,7 @@ class OptimizerConfig:
         name: kfac, ekfac, kpsvd, deflation, lanczos, kfac_corrected, two_level, sngd or exact_ng;
             adam_atan2; or an optimizer of timm's registry, such as adamw, sgd, lamb or muon.
         lr: Peak learning rate; default 0.192 divided by the model's width, which is 3e-3 at 64
-            and 5e-4 at 384, and 0.1 for natural gradient.
+            and 5e-4 at 384; 0.1 for natural gradient; and 0.02 for SGD.
         weight_decay: Decoupled weight decay.
         decay: weights leaves biases, norms, positions and initial states undecayed; all is the
             paper's choice.
@@ -249,6 +250,9 @@ class TrainSettings(TypedDict, total=False):
     schedule: "ScheduleConfig | Mapping[str, Any]"
     ema: "EMAConfig | Mapping[str, Any]"
     methods: "Sequence[Any]"
+    callbacks: "Sequence[Any]"
+    metrics: "Sequence[Any]"
+    loggers: "Sequence[str]"
     epochs: int
     batch_size: int
     accumulate: int
@@ -299,6 +303,10 @@ class TrainConfig:
         ema: Averaging of the weights.
         methods: Compression of the model while it trains and at its end, in the order of stages:
             each a name or NAME: {SETTING: VALUE}, such as [{round_weights: {bits: 8}}].
+        callbacks: Your own callbacks, each MODULE:NAME of code given with --code.
+        metrics: Your own metrics, likewise.
+        loggers: Experiment trackers besides metrics.csv and TensorBoard, through Lightning's
+            loggers: mlflow and wandb, whose own environment variables say where they write.
         epochs: Passes over the training images.
         batch_size: Images per step.
         accumulate: Micro-batches of a batch; memory falls, the step stays the same.
@@ -308,7 +316,7 @@ class TrainConfig:
         select_by: The score that chooses it: accuracy, balanced_accuracy, macro_f1, loss or
             calibration_error; default the task's own rank, accuracy and then loss.
         seed: Seed of the initialisation, the order and the augmentation.
-        device: auto, cpu, cuda or mps.
+        device: auto, cpu, cuda or mps, or one of several GPUs, such as cuda:1.
         precision: Lightning Fabric's precision, such as 32-true, bf16-mixed or 16-mixed.
         strategy: Of several processes, which torchrun or SLURM starts: ddp has the whole model in
             each, fsdp a share of it; auto is ddp.
@@ -346,6 +354,9 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     methods: list[Any] = field(default_factory=list)
+    callbacks: list[str] = field(default_factory=list)
+    metrics: list[str] = field(default_factory=list)
+    loggers: list[Literal["mlflow", "wandb"]] = field(default_factory=list)
     epochs: int = 50
     batch_size: int = 64
     accumulate: int = 1
@@ -372,6 +383,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_values(self, "")
         object.__setattr__(self, "methods", [_as_entry(each) for each in self.methods])
+        for name in ("callbacks", "metrics"):
+            for path in getattr(self, name):
+                require_path(path, name)
         for name in ("epochs", "batch_size", "accumulate"):
             check(getattr(self, name) >= 1, f"{name} must be at least 1")
         check(self.accumulate <= self.batch_size, "accumulate can't exceed batch_size")

@@ -4,6 +4,7 @@ A batch is a function of seed and step, so the settings that decide which images
 fixed once a run has begun. The others may be changed, in ``config.yaml`` or beside ``--resume``.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -14,9 +15,11 @@ from smallfry.training.objective_config import ObjectiveConfig, taken_settings
 
 CHANGEABLE = (
     *("epochs", "patience", "device", "workers", "threads", "resident", "checkpoint_seconds"),
-    *("progress", "data.name", "data.root"),
+    *("progress", "callbacks", "loggers", "data.name", "data.root"),
 )
-UNREPORTED = ("run", "progress", "checkpoint_seconds", "data.name", "data.root")
+UNREPORTED = ("run", "progress", "loggers", "checkpoint_seconds", "data.name", "data.root")
+SGD = re.compile("sgd|momentum|nesterov")  # in timm's registry
+SGD_RATE = 0.02  # 6 epochs of digits: ViTRM 77 %, a small ResNet 94 %; 65 and 43 with AdamW's
 
 
 class Change(NamedTuple):
@@ -76,6 +79,17 @@ def with_fitting_warmup(config: TrainConfig) -> TrainConfig:
     if 2 * config.schedule.warmup_epochs <= config.epochs:
         return config
     return replace(config, schedule=replace(config.schedule, warmup_epochs=config.epochs / 10))
+
+
+def with_sgd_rate(config: TrainConfig) -> TrainConfig:
+    """Set the learning rate of SGD where none is given, so that it is recorded.
+
+    AdamW's is far too low for it. Runs of earlier versions, which recorded none, keep AdamW's.
+    """
+    optimizer = config.optimizer
+    if optimizer.lr is not None or SGD.search(optimizer.name) is None:
+        return config
+    return replace(config, optimizer=replace(optimizer, lr=SGD_RATE))
 
 
 def changes_since(before: Mapping[str, Any], config: TrainConfig) -> list[Change]:

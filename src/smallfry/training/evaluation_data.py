@@ -1,8 +1,10 @@
 """Evaluation data of a trained model: its own, known by fingerprint, or other data."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -13,7 +15,7 @@ from smallfry.data.named import NO_ROOT
 from smallfry.errors import AccessError, DataError, SmallfryError, SmallfryWarning, UsageError
 from smallfry.training.config import DataConfig, read_config
 from smallfry.training.run import RunFolder, TrainedModel
-from smallfry_runtime.names import path_of
+from smallfry_runtime.names import path_of, text_of
 
 
 def load_like(
@@ -180,4 +182,19 @@ def _warn_of_training_images(data: ImageData, before: DataConfig | None) -> None
             "the model was trained on, so the scores flatter",
             SmallfryWarning,
             stacklevel=4,
+        )
+
+
+def require_same_data(manifest: Mapping[str, Any], data: ImageData, folder: RunFolder) -> None:
+    """Require the data that a checkpoint was trained on.
+
+    Raises:
+        DataError: It is other data.
+    """
+    trained_on = manifest["data"]["fingerprint"]
+    classes = list(map(text_of, manifest["classes"]))
+    if classes != list(data.classes) or not data.matches(trained_on):
+        raise DataError(
+            f"{folder.path}: was trained on other data than {data.origin} gives now (fingerprint "
+            f"{trained_on}, now {data.fingerprint}); bring that data back, or start a new run"
         )

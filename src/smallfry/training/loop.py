@@ -6,7 +6,6 @@ import signal
 import time
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -19,6 +18,7 @@ from smallfry.io.terminal import command
 from smallfry.tasks import Batch
 from smallfry.training.augment import Augmentation
 from smallfry.training.batches import Result, TrainBatches, derive_seed, resident
+from smallfry.training.callbacks import Callbacks, EpochDone, Started, StepDone
 from smallfry.training.checkpoint import Checkpoint, has_checkpoint, save_checkpoint
 from smallfry.training.compiling import Compiled, compiling
 from smallfry.training.compression import InTraining, MethodPlan
@@ -38,6 +38,7 @@ from smallfry.training.optimization import (
     peak_learning_rate,
     unchecked,
 )
+from smallfry.training.position import Progress, divergence
 from smallfry.training.processes import Processes, losing_none, start, synchronized
 from smallfry.training.progress import QuietReporter, Reporter
 from smallfry.training.run import RunFolder
@@ -53,20 +54,6 @@ from smallfry.transforms.build import not_finite
 from smallfry.transforms.spec import ModelSpec
 
 
-@dataclass
-class Progress:
-    """Position of a run: all state of the loop besides weights and optimizer."""
-
-    step: int = 0  # batches done
-    updates: int = 0  # optimizer steps done
-    seconds: float = 0.0  # spent training
-    cpu_seconds: float = 0.0  # of all threads of this process meanwhile; nan if not known
-    history: list[dict[str, float]] = field(default_factory=list)  # rows of metrics.csv
-    best_epoch: int = 0
-    best_score: tuple[float, ...] = (-math.inf,)  # the task's rank of its scores
-    sums: dict[str, float] = field(default_factory=dict)  # over the epoch in progress
-
-
 class Trainer:
     """Training of a model.
 
@@ -80,6 +67,7 @@ class Trainer:
         manifest: Description of the model in its checkpoints.
         reporter: Receiver of training progress.
         processes: Those that train together; default this one and those it was started with.
+        callbacks: Observers of the run.
     """
 
     def __init__(
@@ -93,6 +81,7 @@ class Trainer:
         manifest: Mapping[str, Any],
         reporter: Reporter,
         processes: Processes | None = None,
+        callbacks: Callbacks | None = None,
     ) -> None:
         self.data, self.objective, self.config = data, objective, config
         self.folder = folder
@@ -101,6 +90,7 @@ class Trainer:
         self.processes, self.fabric = processes, processes.fabric
         processes.last = folder.last
         self.reporter = reporter if processes.is_first else QuietReporter()
+        self.callbacks = (callbacks if processes.is_first else None) or Callbacks()
         images = resident(data.train, self.fabric.device, config.resident)
         self.batches = TrainBatches(
             *(images, augment, config.batch_size, config.seed),
@@ -196,7 +186,7 @@ class Trainer:
         cpu_started = time.process_time() - self.progress.cpu_seconds
         saved = time.monotonic()
         remaining = range(self.progress.step, self.total_steps)
-        if self._out_of_patience():
+        if self._ends_early():
             remaining = range(0)
         loader = TrainLoader(
             self.batches, remaining, self.config.workers, pin_memory=not self.on_cpu
@@ -215,6 +205,8 @@ class Trainer:
 
         self.processes.once(begin)
         self.reporter.start(self.total_steps, self.progress.step)
+        about = self.config.to_dict(), self.config.epochs, self.progress.history
+        self.callbacks.call("on_start", Started(self.folder.path, *about, self.raw_model))
         self._stamp = time.monotonic()
         try:
             with noting() as stop, closing(iter(loader)) as batches:
@@ -227,7 +219,7 @@ class Trainer:
                     done = self.progress.step % self.batches.steps_per_epoch == 0
                     if done and batch is not None:
                         self._end_epoch(writer)
-                    finished = self.progress.step == self.total_steps or self._out_of_patience()
+                    finished = self.progress.step == self.total_steps or self._ends_early()
                     late = time.monotonic() - saved >= self.config.checkpoint_seconds
                     # what has a best epoch can go on
                     late = late or (done and not has_checkpoint(self.folder.last))
@@ -297,6 +289,8 @@ class Trainer:
             self.objective.load_state_dict(own, self.batches[0].to(self.fabric.device))
         earlier = {"cpu_seconds": math.nan}  # missing in checkpoints of earlier versions
         self.progress = Progress(**(earlier | trainer["progress"]))
+        if any(change.name in ("epochs", "callbacks") for change in changed):
+            self.progress.stopping = ""
         if changed:
             self.reporter.say(f"changed settings: {', '.join(map(str, changed))}")
 
@@ -304,21 +298,9 @@ class Trainer:
 
     def _step(self, batch: Batch) -> None:
         config, progress = self.config, self.progress
-        rate = learning_rate(
-            config.schedule,
-            self.peak_rate,
-            progress.step,
-            self.batches.steps_per_epoch,
-            config.epochs,
-        )
-        for group in self.raw_optimizer.param_groups:
-            group["lr"] = rate * group.get("lr_scale", 1.0)
-        self._rate = rate
-        others = (self.processes.rank,) if self.processes.rank else ()
-        torch.manual_seed(derive_seed(config.seed, 2, progress.step, *others))  # dropout
-        self.model.train()
-        self.freezing.at(progress.step)
-        result = self._fit_batch(batch.to(self.fabric.device))
+        where = progress.step, self.batches.steps_per_epoch, config.epochs
+        rate = self._rate = learning_rate(config.schedule, self.peak_rate, *where)
+        result = self.train_on(batch, rate)
         progress.step += 1
         images = self.batches.batch_size
         self._pending.append((progress.step, images, result))
@@ -328,7 +310,23 @@ class Trainer:
         now = time.monotonic()
         took, self._stamp = now - self._stamp, now
         progress.sums["seconds"] = progress.sums.get("seconds", 0.0) + took
-        self.reporter.step(loss, images / max(1e-9, took))
+        speed = images / max(1e-9, took)
+        self.reporter.step(loss, speed)
+        where = progress.step, self.total_steps, len(progress.history) + 1
+        done = StepDone(*where, loss, rate, speed, self.raw_model)
+        asked = self.callbacks.call("on_step", done)
+        progress.stopping = progress.stopping or asked
+
+    def train_on(self, batch: Batch, rate: float) -> Result:
+        """Take the optimizer's steps on a batch at a learning rate, without counting a step."""
+        step, rank = self.progress.step, self.processes.rank
+        for group in self.raw_optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        others = (rank,) if rank else ()
+        torch.manual_seed(derive_seed(self.config.seed, 2, step, *others))  # dropout
+        self.model.train()
+        self.freezing.at(step)
+        return self._fit_batch(batch.to(self.fabric.device))
 
     def _fit_batch(self, batch: Batch) -> Result:
         parts = batch.split(self.config.accumulate)
@@ -394,12 +392,7 @@ class Trainer:
 
     def _diverged(self, what: str, step: int) -> TrainingError:
         epoch = (step - 1) // self.batches.steps_per_epoch + 1
-        kept = "the last good checkpoint is kept" if self.folder.last.exists() else "none was saved"
-        return TrainingError(
-            f"step {step} (epoch {epoch}): {what} a finite number; training stopped, {kept}. "
-            "Try a lower optimizer.lr, optimizer.clip 1, a longer schedule.warmup_epochs, or "
-            "precision 32-true"
-        )
+        return divergence(what, step, epoch, self.folder.last.exists())
 
     # One epoch
 
@@ -436,11 +429,16 @@ class Trainer:
         left = progress.seconds / progress.step * (self.total_steps - progress.step)
         self.reporter.epoch(row, self.config.epochs, left)
         reached = rank(self.objective.task, scores, self.config.select_by)
-        if reached > tuple(progress.best_score):
+        is_best = reached > tuple(progress.best_score)
+        if is_best:
             progress.best_epoch, progress.best_score = epoch, reached
             manifest = {**self.manifest, "training": {**self._position(), "scores": scores}}
             weights = self._weights()
             self.processes.once(lambda: save_checkpoint(self.folder.best, manifest, weights))
+        model = self.evaluated() if self.plain is None else self.plain
+        done = EpochDone(epoch, self.config.epochs, {**row}, is_best, model, self.folder.path)
+        asked = self.callbacks.call("on_epoch", done)
+        progress.stopping = self.processes.once(lambda: progress.stopping or asked)
 
     def _finish(self) -> None:
         """Save the final model of the methods as the best; ``last/`` keeps the training state."""
@@ -482,7 +480,10 @@ class Trainer:
 
         return processes.once(scored)
 
-    def _out_of_patience(self) -> bool:
+    def _ends_early(self) -> bool:
+        """Return whether patience has run out, or a callback has asked for an end."""
+        if self.progress.stopping and self.progress.step % self.batches.steps_per_epoch == 0:
+            return True
         since_best = len(self.progress.history) - self.progress.best_epoch
         return self.config.patience is not None and since_best >= self.config.patience
 

@@ -13,6 +13,7 @@ from docstring_parser import parse as parse_docstring
 
 from smallfry.errors import UsageError
 from smallfry.training.objectives.registry import ObjectiveSettings, objectives
+from smallfry.training.own_code import require_path
 from smallfry.training.settings import check, check_values
 
 AUTO = "auto"
@@ -27,13 +28,17 @@ class _Common:
         name: An objective, or auto for the task's own, else deep_supervision where the model recurs
             and cross_entropy elsewhere.
         label_smoothing: Share of the target spread over all classes.
+        loss: Your own loss instead of cross-entropy, as MODULE:NAME of code given with --code.
     """
 
     name: str = AUTO
     label_smoothing: float = 0.0
+    loss: str | None = None
 
     def __post_init__(self) -> None:
         check_values(self, "objective.")
+        if self.loss is not None:
+            require_path(self.loss, "objective.loss")
         check(0 <= self.label_smoothing < 1, "objective.label_smoothing is 0 to below 1")
         each = {name: self.settings(name) for name in TABLE if self.name in (name, AUTO)}
         if self.name != AUTO:
@@ -120,7 +125,11 @@ if TYPE_CHECKING:
         """Objective by its name, with settings of the table."""
 
         def __init__(
-            self, name: str = AUTO, label_smoothing: float = 0.0, **settings: float | str | None
+            self,
+            name: str = AUTO,
+            label_smoothing: float = 0.0,
+            loss: str | None = None,
+            **settings: float | str | None,
         ) -> None: ...
 
 else:

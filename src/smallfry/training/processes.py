@@ -26,6 +26,7 @@ from torch import distributed as dist
 from smallfry.errors import SmallfryError, Stopped, TrainingError, UsageError
 from smallfry.io.signals import Signalled
 from smallfry.training.cluster import Cluster, join, let_go, tell_why, why
+from smallfry.training.device import find_device
 from smallfry.training.launch_env import launch
 
 T = TypeVar("T")
@@ -168,7 +169,7 @@ def start(device: str, precision: Any, strategy: str) -> Processes:
     """Join the other processes, if any.
 
     Args:
-        device: Fabric's accelerator.
+        device: Its name, as ``find_device`` takes it.
         precision: Fabric's precision.
         strategy: "auto" or "ddp" for a copy of the model in each of several processes, "fsdp" for
             a share.
@@ -179,7 +180,9 @@ def start(device: str, precision: Any, strategy: str) -> Processes:
         TrainingError: The others did not come.
     """
     started = launch()
-    settings: dict[str, Any] = {"accelerator": device, "devices": 1, "precision": precision}
+    accelerator, devices = find_device(device, started.processes)
+    settings: dict[str, Any] = {"accelerator": accelerator, "devices": devices}
+    settings["precision"] = precision
     settings["plugins"] = [LightningEnvironment()]  # or it looks for SLURM by itself
     joined = False
     if started.processes > 1:

@@ -44,18 +44,22 @@ from smallfry.training.continuation import (
     require_changeable,
     with_changes,
     with_fitting_warmup,
+    with_sgd_rate,
 )
 from smallfry.training.distillation import distilled, require_same_teacher
 from smallfry.training.draw_run import draw_run
 from smallfry.training.evaluation import Predictions, predict, require_finite, score
-from smallfry.training.evaluation_data import load_config_data, require_place
+from smallfry.training.evaluation_data import load_config_data, require_place, require_same_data
 from smallfry.training.evaluation_report import write_tables
 from smallfry.training.fine_tuning import START, kept_facts, like_start, load_start
 from smallfry.training.initial_weights import find_weights, like_weights
 from smallfry.training.launch_env import launch
+from smallfry.training.loggers import build_observers
 from smallfry.training.loop import Trainer
 from smallfry.training.method import find_methods
 from smallfry.training.model_source import ModelSource, is_pretrained, model_name
+from smallfry.training.own_code import OwnCode, take_objects
+from smallfry.training.own_task import facts, with_own
 from smallfry.training.processes import Processes, leaving, start
 from smallfry.training.progress import Reporter, build_reporter
 from smallfry.training.provenance import provenance
@@ -68,12 +72,19 @@ from smallfry_runtime.names import path_of, text_of
 log = logging.getLogger(__name__)
 
 STUDIED = 4096  # training images that a model is initialised from
-PER_CLASS = "per_class"  # entry of summaries
+PER_CLASS, STOPPED_BY = "per_class", "stopped_by"  # entries of summaries
 SMALL_MODEL = 10_000_000  # multiply-accumulates an image
 
 
-def train(config: TrainConfig, reporter: Reporter | None = None) -> dict[str, Any]:
+def train(
+    config: TrainConfig, reporter: Reporter | None = None, code: OwnCode | None = None
+) -> dict[str, Any]:
     """Train a model from the beginning.
+
+    Args:
+        config: Its configuration.
+        reporter: Receiver of progress; default that of the configuration.
+        code: Code that the configuration may name.
 
     Returns:
         The summary that is also in ``summary.json`` of the run folder.
@@ -87,19 +98,23 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> dict[str, An
     """
     asked = config.schedule.warmup_epochs
     config = replace(config, methods=list(find_methods(config.methods)))
-    config = with_fitting_warmup(_with_full_paths(config))
+    config = with_sgd_rate(with_fitting_warmup(with_full_paths(config)))
     processes = start(config.device, config.precision, config.strategy)
     with leaving(processes):
-        return _train(config, asked, reporter, processes)
+        return _train(config, asked, reporter, processes, code or OwnCode())
 
 
-def run(config: TrainConfig | None = None, /, **settings: Unpack[TrainSettings]) -> TrainedRun:
+def run(
+    config: TrainConfig | None = None, /, code: Any = None, **settings: Unpack[TrainSettings]
+) -> TrainedRun:
     """Train with a configuration, or with its settings.
 
     Args:
         config: Configuration; if None, ``settings`` are its arguments.
+        code: Files or modules with code of the user that the configuration names, or an OwnCode.
         settings: Groups of settings can be mappings, such as ``data={"name": "digits"}``. Data can
-            be images and labels, or a Dataset: ``smallfry.data.own.write_data``.
+            be images and labels, or a Dataset: ``smallfry.data.own.write_data``. Callbacks, metrics
+            and ``objective["loss"]`` can be functions and objects.
 
     Returns:
         The summary, as ``train``, whose errors it raises, with the model.
@@ -116,13 +131,43 @@ def run(config: TrainConfig | None = None, /, **settings: Unpack[TrainSettings])
             raise UsageError(f"train has no setting '{name}'{nearest(name, known)}")
     if is_own(settings.get("data")):
         settings["data"] = str(keep_data(settings["data"]))
-    made = config or TrainConfig(**settings)  # type: ignore[arg-type]  # made of mappings
-    return TrainedRun(train(made))
+    plain, own = take_objects(settings, code)
+    return TrainedRun(train(config or TrainConfig(**plain), code=own))
 
 
 def _train(
-    config: TrainConfig, asked_warmup: float, reporter: Reporter | None, processes: Processes
+    config: TrainConfig,
+    asked_warmup: float,
+    reporter: Reporter | None,
+    processes: Processes,
+    code: OwnCode,
 ) -> dict[str, Any]:
+    trainer, note = build_new(config, reporter, processes, code)
+    config, data, folder = trainer.config, trainer.data, trainer.folder
+    model = trainer.manifest["model"]["name"]
+    with processes.held(folder.locked()), keeping(folder.kept):
+        processes.once(lambda: folder.begin(config.to_dict()))
+        parameters = sum(p.numel() for p in trainer.raw_model.parameters())
+        trainer.reporter.say(
+            f"training {model} ({parameters:,} parameters) on {data.name} into {folder.path}"
+        )
+        if note:
+            trainer.reporter.say(note)
+        warmup = config.schedule.warmup_epochs
+        if warmup != asked_warmup and processes.is_first:
+            log.info(
+                "warm-up shortened from %g to %g epochs, as the run has %d",
+                *(asked_warmup, warmup, config.epochs),
+            )
+        evidence = provenance(trainer.fabric.device)  # of the code that runs, as it starts
+        trainer.fit()
+        return processes.once(lambda: _conclude(trainer, evidence))
+
+
+def build_new(
+    config: TrainConfig, reporter: Reporter | None, processes: Processes, code: OwnCode
+) -> tuple[Trainer, str | None]:
+    """Build the trainer of a new run, and a note on its weights; no file is written yet."""
     if config.run is not None:  # before the data is read
         processes.once(RunFolder(config.run).require_free)
     weights = processes.together(lambda: find_weights(config.model))
@@ -136,25 +181,8 @@ def _train(
     task = find_task(config.task).create(config.objective.label_smoothing)
     name = model_name(config.model, data, task) if begun is None else begun.spec.architecture
     with _folder(config, name, processes) as path:
-        trainer = _build(config, data, RunFolder(path), reporter, processes, source)
-    folder, model = trainer.folder, trainer.manifest["model"]["name"]
-    with processes.held(folder.locked()), keeping(folder.kept):
-        processes.once(lambda: folder.begin(config.to_dict()))
-        parameters = sum(p.numel() for p in trainer.raw_model.parameters())
-        trainer.reporter.say(
-            f"training {model} ({parameters:,} parameters) on {data.name} into {folder.path}"
-        )
-        if note := source.note(config.model, task.outputs(len(data.classes))):
-            trainer.reporter.say(note)
-        warmup = config.schedule.warmup_epochs
-        if warmup != asked_warmup and processes.is_first:
-            log.info(
-                "warm-up shortened from %g to %g epochs, as the run has %d",
-                *(asked_warmup, warmup, config.epochs),
-            )
-        evidence = provenance(trainer.fabric.device)  # of the code that runs, as it starts
-        trainer.fit()
-        return processes.once(lambda: _conclude(trainer, evidence))
+        trainer = _build(config, data, RunFolder(path), reporter, processes, source, code)
+    return trainer, source.note(config.model, task.outputs(len(data.classes)))
 
 
 @contextmanager
@@ -171,7 +199,10 @@ def _folder(config: TrainConfig, model: str, processes: Processes) -> Iterator[P
 
 
 def resume(
-    run: str | Path, reporter: Reporter | None = None, changes: Mapping[str, Any] | None = None
+    run: str | Path,
+    reporter: Reporter | None = None,
+    changes: Mapping[str, Any] | None = None,
+    code: OwnCode | None = None,
 ) -> dict[str, Any]:
     """Resume a stopped run exactly.
 
@@ -182,6 +213,7 @@ def resume(
         reporter: Receiver of progress; default that of the run's configuration.
         changes: New values of settings by dotted name, such as {"epochs": 100}; those of
             ``continuation.CHANGEABLE``. They are written into ``config.yaml``.
+        code: Code that the configuration may name; none is imported because it does.
 
     Raises:
         UsageError: A setting that can't change any more; otherwise as ``train``.
@@ -192,10 +224,10 @@ def resume(
     folder.require()
     recorded = read_config(folder.config)
     find_methods(recorded.methods)
-    config = _with_full_paths(with_changes(recorded, changes))
+    config = with_full_paths(with_changes(recorded, changes))
     processes = start(config.device, config.precision, config.strategy)
     with leaving(processes):
-        return _resume(config, recorded, folder, reporter, processes)
+        return _resume(config, recorded, folder, reporter, processes, code or OwnCode())
 
 
 def _resume(
@@ -204,6 +236,7 @@ def _resume(
     folder: RunFolder,
     reporter: Reporter | None,
     processes: Processes,
+    code: OwnCode,
 ) -> dict[str, Any]:
     processes.last = folder.last
     if config.data.name != recorded.data.name and config.augment.flip is None:
@@ -220,8 +253,8 @@ def _resume(
             checkpoint = processes.together(lambda: load_checkpoint(folder.last))
             data = processes.together(lambda: _load(config))
             source = ModelSource(manifest=checkpoint.manifest)
-            trainer = _build(config, data, folder, reporter, processes, source)
-            _require_same_data(checkpoint.manifest, trainer.data, folder)
+            trainer = _build(config, data, folder, reporter, processes, source, code)
+            require_same_data(checkpoint.manifest, trainer.data, folder)
             require_same_teacher(checkpoint.manifest, trainer.manifest, str(folder.path))
             _restore(trainer, checkpoint)
         else:
@@ -229,7 +262,7 @@ def _resume(
             weights = processes.together(lambda: find_weights(config.model))
             data = processes.together(lambda: _load(config))
             source = ModelSource(begun, weights)
-            trainer = _build(config, data, folder, reporter, processes, source)
+            trainer = _build(config, data, folder, reporter, processes, source, code)
         if config != recorded:
             processes.once(lambda: folder.reopen(config.to_dict()))
         trainer.reporter.say(f"resuming {folder.path} after step {trainer.progress.step}")
@@ -249,8 +282,9 @@ def _is_longer(config: TrainConfig, recorded: TrainConfig, summary: Mapping[str,
         raise UsageError(
             f"the run has done {done} epochs: expected as many at least, not {config.epochs}"
         )
-    lost_patience = recorded.patience is not None and config.patience == recorded.patience
-    return config.epochs > done and not (lost_patience and config.epochs == recorded.epochs)
+    ended = recorded.patience is not None and config.patience == recorded.patience
+    ended = ended or STOPPED_BY in summary["measured"]
+    return config.epochs > done and not (ended and config.epochs == recorded.epochs)
 
 
 def _restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
@@ -264,7 +298,7 @@ def _restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
         ) from error
 
 
-def _with_full_paths(config: TrainConfig) -> TrainConfig:
+def with_full_paths(config: TrainConfig) -> TrainConfig:
     """Make paths absolute, so that the run can be resumed and evaluated from any folder."""
     wanted = config.data
     folder = path_of(wanted.name)
@@ -318,10 +352,13 @@ def _build(
     reporter: Reporter | None,
     processes: Processes,
     source: ModelSource,
+    code: OwnCode,
 ) -> Trainer:
     """Build everything that a configuration can get wrong, before writing any file."""
     torch.manual_seed(config.seed)
-    task = find_task(config.task).create(config.objective.label_smoothing)
+    plain = find_task(config.task).create(config.objective.label_smoothing)
+    task = with_own(plain, config, code)
+    callbacks = build_observers(config, code)
     require_choice(task, config.select_by)
     weights = class_weights(config.balance, data, task, config.optimizer.name)
     model, spec = processes.together(lambda: source.make(config.model, data, task))
@@ -361,18 +398,15 @@ def _build(
     }
     augment = build_augment(config, data, task)
     resumed = has_checkpoint(folder.last)
-    objective = build_objective(
-        config.objective, model, config.task, config.accumulate, resumed, weights
-    )
+    objective = build_objective(config.objective, model, task, config.accumulate, resumed, weights)
     objective, teacher = processes.together(
         lambda: distilled(config.distillation, objective, data, augment.normalize)
     )
     objective = adversarial(config.adversarial, objective, augment.normalize)
     manifest |= teacher
     reporter = reporter or build_reporter(config.progress)
-    trainer = Trainer(
-        model, data, objective, augment, config, folder, manifest, reporter, processes
-    )
+    where = folder, manifest, reporter, processes, callbacks
+    trainer = Trainer(model, data, objective, augment, config, *where)
     if not resumed:
         processes.once(trainer.plan.rehearse)
     return trainer
@@ -383,16 +417,6 @@ def _useful_threads(model: nn.Module, data: ImageData) -> int:
     sample = torch.zeros(1, data.channels, data.image_size, data.image_size)
     shared = max(1, torch.get_num_threads() // launch().here)
     return 1 if cost(model, sample).macs < SMALL_MODEL else shared
-
-
-def _require_same_data(manifest: dict[str, Any], data: ImageData, folder: RunFolder) -> None:
-    trained_on = manifest["data"]["fingerprint"]
-    classes = list(map(text_of, manifest["classes"]))
-    if classes != list(data.classes) or not data.matches(trained_on):
-        raise DataError(
-            f"{folder.path}: was trained on other data than {data.origin} gives now (fingerprint "
-            f"{trained_on}, now {data.fingerprint}); bring that data back, or start a new run"
-        )
 
 
 def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
@@ -431,6 +455,7 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
             **({} if config.select_by is None else {"select_by": config.select_by}),
             **({CHOICE: LAST_EPOCH} if trainer.plan.trains else {}),
             "epochs": len(progress.history),
+            **({STOPPED_BY: progress.stopping} if progress.stopping else {}),
             "training_seconds": round(progress.seconds, 2),
             **({} if math.isnan(cpu) else {"cpu_seconds": round(cpu, 2)}),
             "seed": config.seed,
@@ -438,9 +463,10 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
             "macs": spent.macs,
             "weight_bytes": spent.bytes,
             "activation_bytes": spent.activation_bytes,
-            "references": fit_references(data) if _has_references(config) else [],
+            "references": _references(config, data),
         },
         **_per_class(predictions, best),
+        **facts(config),
         "provenance": {**evidence, **kept_facts({START: best.manifest.get(START)})},
     }
     try:
@@ -455,6 +481,7 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
             stacklevel=2,
         )
     folder.write_summary(summary)
+    trainer.callbacks.call("on_end", summary)
     return summary
 
 
@@ -466,6 +493,7 @@ def _per_class(predictions: Predictions, trained: TrainedModel) -> dict[str, Any
     return {PER_CLASS: scores_dict(found)}
 
 
-def _has_references(config: TrainConfig) -> bool:
-    """Return whether to fit reference classifiers, used for classification only."""
-    return config.references and config.task == "classification"
+def _references(config: TrainConfig, data: ImageData) -> list[dict[str, Any]]:
+    """Fit reference classifiers, for classification only."""
+    wanted = config.references and config.task == "classification"
+    return fit_references(data) if wanted else []
