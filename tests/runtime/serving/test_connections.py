@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-pytest.importorskip("gradio", reason="the demo's extra is not installed")
+pytest.importorskip("uvicorn", reason="the serve extra is not installed")
 
 from smallfry_runtime.serving import listening as of_servers
 from smallfry_runtime.serving.connections import BoundedConnection

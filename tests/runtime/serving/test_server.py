@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -25,6 +24,9 @@ from smallfry_runtime.serving import __main__ as command
 from smallfry_runtime.serving.limits import Limits
 from smallfry_runtime.serving.listening import listening
 from smallfry_runtime.serving.server import serving
+
+httpx = pytest.importorskip("httpx", reason="httpx is not installed, which gradio brings")
+pytest.importorskip("prometheus_client", reason="the serve extra is not installed")
 
 EXPORT = Path(__file__).parents[2] / "fixtures" / "format_2" / "exports" / "float32"
 

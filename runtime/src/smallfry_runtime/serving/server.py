@@ -209,6 +209,7 @@ class Service:
 
     async def _images(self, request: Any) -> list[InputImage]:
         """Read the images of a request, from a form or from its body."""
+        from python_multipart.exceptions import FormParserError
         from starlette.exceptions import HTTPException
 
         most = self.limits.images
@@ -223,10 +224,9 @@ class Service:
                 if len(files) < len(parts) or not files:
                     raise DataError("the form must have files, and nothing else")
                 return [InputImage(f.filename or "image", await f.read(), None) for f in files]
-        except HTTPException as error:
-            raise DataError(
-                f"the form can't be read: {error.detail} (at most {most} files)"
-            ) from error
+        except (HTTPException, FormParserError) as error:
+            reason = getattr(error, "detail", error)
+            raise DataError(f"the form can't be read: {reason} (at most {most} files)") from error
 
 
 STATUS = ((Busy, 503), (Late, 504), (DataError, 400), (UsageError, 400))
