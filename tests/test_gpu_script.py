@@ -179,6 +179,7 @@ def write_images(root: Path) -> None:
         table.to_parquet(root / f"{split}-00000-of-00001.parquet")
 
 
+@pytest.mark.slow
 def test_the_fast_part_takes_more_epochs_until_they_suffice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,6 +97,7 @@ def test_runs_are_chosen_by_name_or_pattern():
     assert read_list(file, ["fast"], {}) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "file", sorted((FILE.parent / "lists").glob("*.yaml")), ids=lambda f: f.stem
 )

@@ -110,7 +110,13 @@ def test_channels_reach_zero_and_the_cut_model_equals_the_trained_one(name):
             assert model.get_submodule(group.name).out_features // 2 % 4 == 0
 
 
-@pytest.mark.parametrize(("name", "stop"), [("sgd", 2), ("adamw", 8), ("sgd", 12)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("name", "stop"),
+    [pytest.param("sgd", 2, marks=SLOW), ("adamw", 8), pytest.param("sgd", 12, marks=SLOW)],
+)
 def test_a_stopped_run_continues_to_the_bit(name, stop):
     whole, running, inner = begin(name)
     train(whole, running, inner, 0, 16)

@@ -130,7 +130,7 @@ def assert_erased_equals_zeroed(seed):
 
 
 @pytest.mark.parametrize(
-    "seeds", [range(60), pytest.param(range(60, 1000), marks=pytest.mark.slow)]
+    "seeds", [range(25), pytest.param(range(25, 1000), marks=pytest.mark.slow)]
 )
 def test_random_networks_stay_connected_and_equal(seeds):
     found = [assert_erased_equals_zeroed(seed) for seed in seeds]
@@ -268,7 +268,10 @@ def train(model, optimizer, start, end, shape=(3, 16, 16)):
 METHOD = compress.EraseOperators(0.5, begin=2, end=10)
 
 
-@pytest.mark.parametrize("name", ["resnet8_mlperf_tiny", "vitrm_micro_patch4_8"])
+@pytest.mark.parametrize(
+    "name",
+    ["resnet8_mlperf_tiny", pytest.param("vitrm_micro_patch4_8", marks=pytest.mark.slow)],
+)
 def test_a_trained_model_equals_the_erased_one(name):
     shape = ZOO[name][1]
     model, running, inner = begin(METHOD, name)
@@ -284,7 +287,10 @@ def test_a_trained_model_equals_the_erased_one(name):
     assert torch.equal(build(spec, model.state_dict())(images), model(images))
 
 
-@pytest.mark.parametrize("stop", [1, 6, 12])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("stop", [pytest.param(1, marks=SLOW), 6, pytest.param(12, marks=SLOW)])
 def test_a_stopped_run_continues_to_the_bit(stop):
     whole, running, inner = begin(METHOD)
     train(whole, inner, 0, 16)

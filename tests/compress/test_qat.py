@@ -116,6 +116,7 @@ def test_a_stopped_session_goes_on_to_the_bit():
         assert torch.equal(tensor, again.state_dict()[name])
 
 
+@pytest.mark.slow
 def test_natural_gradient_trains_quantised_layers():
     make = lambda model: KFAC(model, lr=0.02, likelihood="categorical")  # noqa: E731
     model, session, optimizer = begin(compress.LSQ(weights=4, activations=8), make=make)

@@ -44,22 +44,17 @@ def test_survivors_are_multiples_and_heads_go_one_by_one(given_group, divisible,
 
 def test_the_lowest_of_all_groups_go_first():
     scores = [torch.tensor([5.0, 1.0, 4.0]), torch.tensor([2.0, 3.0, 9.0])]
-    assert lowest(scores, [[], []], 1, [1, 1]) == [[1], []]
-    assert lowest(scores, [[], []], 3, [1, 1]) == [[1], [0, 1]]
-    assert lowest(scores, [[1], []], 2, [1, 1]) == [[], [0, 1]]
-    assert lowest(scores, [[], []], 0, [1, 1]) == [[], []]
-    assert lowest(scores, [[], []], -1, [1, 1]) == [[], []]
-
-
-def test_each_group_keeps_a_block_whatever_is_asked_for():
-    scores = [torch.zeros(6), torch.ones(4)]
-    chosen = lowest(scores, [[], []], 100, [2, 3])
-    assert [len(each) for each in chosen] == [4, 1]
-    assert lowest(scores, [[0, 1, 2, 3], []], 100, [2, 3]) == [[], [0]]
+    every = [[0, 1, 2], [0, 1, 2]]
+    assert lowest(scores, every, 1) == [[1], []]
+    assert lowest(scores, every, 3) == [[1], [0, 1]]
+    assert lowest(scores, [[0, 2], [0, 1, 2]], 2) == [[], [0, 1]]
+    assert lowest(scores, every, 0) == [[], []]
+    assert lowest(scores, [[], []], 0) == [[], []]
+    assert lowest(scores, every, 6) == every
 
 
 def test_of_equal_channels_the_first_goes():
-    assert lowest([torch.zeros(4)], [[]], 2, [1]) == [[0, 1]]
+    assert lowest([torch.zeros(4)], [[0, 1, 2, 3]], 2) == [[0, 1]]
     assert lowest_blocks([torch.zeros(4)], [[]], 2, [2]) == [[0, 1]]
 
 
@@ -88,18 +83,15 @@ def prepared(problem):
 @settings(deadline=None)
 @given(PROBLEM)
 def test_no_channel_that_stays_is_below_one_that_goes(problem):
-    scores, gone, number, steps = prepared(problem)
-    chosen = lowest(scores, gone, number, steps)
-    assert sum(map(len, chosen)) <= number
-    room = [max(0, len(s) - len(g) - step) for s, g, step in zip(scores, gone, steps, strict=True)]
-    assert sum(map(len, chosen)) == min(number, sum(room))
+    scores, gone, number, _ = prepared(problem)
+    among = [[c for c in range(len(s)) if c not in g] for s, g in zip(scores, gone, strict=True)]
+    number = min(number, sum(map(len, among)))
+    chosen = lowest(scores, among, number)
+    assert sum(map(len, chosen)) == number
+    assert all(each == sorted({*each} & {*own}) for each, own in zip(chosen, among, strict=True))
     taken = [scores[g][c].item() for g, each in enumerate(chosen) for c in each]
-    for g, each in enumerate(chosen):
-        assert each == sorted({*each} - {*gone[g]})
-        assert len(each) <= room[g]
-        left = [c for c in range(len(scores[g])) if c not in each and c not in gone[g]]
-        if len(each) < room[g] and taken:  # the group had room: what stays is no lower
-            assert min(scores[g][c].item() for c in left) >= max(taken)
+    left = [scores[g][c].item() for g, own in enumerate(among) for c in {*own} - {*chosen[g]}]
+    assert max(taken, default=-1.0) <= min(left, default=31.0)
 
 
 @settings(deadline=None)

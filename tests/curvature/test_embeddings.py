@@ -364,6 +364,7 @@ def test_positions_have_the_same_fisher_however_they_are_called(method, places, 
         assert float((found - dense).norm() / dense.norm()) < 0.1
 
 
+@pytest.mark.slow
 def test_columns_of_the_exact_fisher_have_random_signs_where_samples_share_rows():
     torch.manual_seed(3)
     model, words = Text(places="one row").to(D), words_of(5, 4)

@@ -200,6 +200,7 @@ def test_a_lazy_layer_is_named():
     KFAC(model)
 
 
+@pytest.mark.slow
 def test_gpt_2_from_its_configuration_is_covered_and_learns():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

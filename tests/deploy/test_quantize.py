@@ -60,6 +60,7 @@ def test_weights_have_a_scale_for_each_output_channel(int8):
         assert sizes[node.input[1]] in ([sizes[node.input[0]][0]], [sizes[node.input[0]][1]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recursion_steps", [1, 2])
 def test_dynamic_heads_are_right_however_often_they_are_applied(recursion_steps):
     sizes = {"embed_dim": 16, "num_heads": 2, "depth": 1, "latent_steps": 1, "mlp_hidden_dim": 16}

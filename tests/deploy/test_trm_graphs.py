@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from smallfry.deploy.graphs import anytime_graphs, exported_program, to_onnx
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("token_mlp", [True, False])
 def test_a_step_as_a_graph_gives_the_models_answers(token_mlp):
     torch.manual_seed(0)

@@ -104,6 +104,7 @@ def test_a_process_that_dies_never_leaves_no_folder_where_names_can_be_exchanged
         assert content(place / "x") in (whole("new"), whole("old"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["renames"], indirect=True)
 def test_a_kill_between_two_renames_is_seen_and_undone(tmp_path, way):
     place = tmp_path / "place"

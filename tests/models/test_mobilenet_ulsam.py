@@ -35,6 +35,7 @@ def test_output() -> None:
     assert (found.parameters, found.macs) == (entry["n_params"], entry["macs_one_image"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "blocks", "after", "parameters", "macs"), COSTS)
 def test_costs(name: str, blocks: tuple, after: tuple, parameters: int, macs: float) -> None:
     found = measured(name, (3, 224, 224), blocks=blocks, after=after)

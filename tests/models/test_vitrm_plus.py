@@ -112,6 +112,7 @@ def test_without_switches_the_papers_size_costs_and_starts_as_vitrm():
 # With switches, their definition
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     tokenizer=st.sampled_from(["patch", "conv"]),

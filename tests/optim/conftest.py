@@ -24,7 +24,7 @@ TESTED = {
     "two-level, many": (TwoLevel, {"coarse": ("z1", "residual", "previous"), "fine": "ekfac"}),
     "sngd, rfim": (SNGD, {"variant": "rfim"}),
     "exact, block": (ExactNG, {"scope": "block"}),
-    "exact, window": (ExactNG, {"window": 3}),
+    "exact, window": (ExactNG, {"window": 3, "momentum": 0.9}),
 }
 
 

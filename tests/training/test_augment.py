@@ -43,6 +43,8 @@ def test_each_operation_is_torchvisions_on_every_image(magnitude, size, channels
             )
             assert found.dtype == torch.uint8
             apart = (found.int() - wanted.int()).abs() > 1  # a rounding; more is another place
+            if name == "Solarize":  # the threshold itself, which they compute in float32
+                apart &= (image - 255 * value).abs() > 1e-3
             assert apart.float().mean() < 0.02, (name, sign)
 
 

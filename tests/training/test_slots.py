@@ -136,7 +136,8 @@ def test_a_learned_start_has_a_gradient_in_refilled_slots():
     run(slots, prepared, batch)
     next(slots(prepared, batch)).loss.backward()
     assert model.y_init.grad.abs().sum() > 0
-    assert slots.likelihood == {"logits": "categorical", "halt_logits": "bernoulli"}
+    assert slots.likelihood["logits"] == "categorical"
+    assert slots.likelihood["halt_logits"].factor == 0.5
     kept = map_tensors(torch.clone, slots.state_dict()["carries"][0]["targets"])
     assert torch.equal(kept[0], labels)
 

@@ -36,7 +36,7 @@ def host_of_attention(attention: nn.MultiheadAttention) -> Host:
 def _spelled_out(attention: nn.MultiheadAttention, projection: Part) -> Callable[..., Any]:
     """Build a forward that calls an attention's projections as layers."""
 
-    def forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **settings: Any) -> Any:
+    def forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Any:
         size, found = attention.embed_dim, dict[int, Tensor]()
         parts = []
         for number, x in enumerate((query, key, value)):
@@ -54,7 +54,7 @@ def _spelled_out(attention: nn.MultiheadAttention, projection: Part) -> Callable
         own["out_proj"] = SimpleNamespace(weight=same, bias=None)
         inner: Any = SimpleNamespace(**own)
         run: Any = nn.MultiheadAttention.forward
-        output, weights = run(inner, *parts, *rest, **settings)
+        output, weights = run(inner, *parts, *rest, **named)
         projected = attention.out_proj(output)
         if attention.batch_first and projected.ndim == 3:
             # in memory as PyTorch's own, for a dropout behind it draws in that order

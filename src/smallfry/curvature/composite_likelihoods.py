@@ -19,6 +19,8 @@ from smallfry.curvature.likelihoods import (
 )
 from smallfry.curvature.loss_scale import Scale
 from smallfry.curvature.row_weights import RowWeights
+from smallfry.curvature.scaled import Scaled
+from smallfry.curvature.stablemax import StableMax
 from smallfry.errors import UsageError, nearest
 
 
@@ -229,6 +231,8 @@ class FromDistribution(Likelihood):
 
 NAMED: dict[str, Callable[[], Likelihood]] = {
     "categorical": Categorical,
+    "stablemax": StableMax,
+    "stablemax_mean": lambda: Scaled(StableMax(), "mean"),  # over the positions of a sample
     "bernoulli": Bernoulli,
     "bernoulli_probabilities": lambda: Bernoulli("probabilities"),
     "gaussian": Gaussian,

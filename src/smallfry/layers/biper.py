@@ -10,7 +10,7 @@ sign(0) = +1 everywhere, as one bit has no third value. Source: Vargas et al., B
 """
 
 import math
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -79,9 +79,18 @@ class BinaryConv2d(nn.Conv2d, _Binary):
     """Convolution of binary activations with periodic weights, without bias.
 
     Args:
+        in_channels: Channels of the inputs.
+        out_channels: Channels of the outputs.
+        kernel_size: As ``nn.Conv2d``.
+        stride: As ``nn.Conv2d``.
+        padding: As ``nn.Conv2d``.
+        dilation: As ``nn.Conv2d``.
+        groups: As ``nn.Conv2d``.
+        padding_mode: As ``nn.Conv2d``.
         frequency: ω.
         generator: Of the initial α, uniform in [0, 1).
-        settings: As ``nn.Conv2d``, without bias.
+        device: Device of the weights.
+        dtype: Type of the weights.
 
     Example:
         >>> import torch
@@ -94,12 +103,24 @@ class BinaryConv2d(nn.Conv2d, _Binary):
 
     def __init__(
         self,
-        *sizes: Any,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        *,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         frequency: float = 20.0,
         generator: torch.Generator | None = None,
-        **settings: Any,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(*sizes, **settings | {"bias": False})
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
+            bias=False, padding_mode=padding_mode, device=device, dtype=dtype,
+        )  # fmt: skip
         self._begin(frequency, generator)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -117,7 +138,8 @@ class BinaryLinear(nn.Linear, _Binary):
         out_features: Outputs.
         frequency: ω.
         generator: Of the initial α, uniform in [0, 1).
-        settings: ``device`` and ``dtype``.
+        device: Device of the weights.
+        dtype: Type of the weights.
 
     Example:
         >>> import torch
@@ -132,9 +154,10 @@ class BinaryLinear(nn.Linear, _Binary):
         out_features: int,
         frequency: float = 20.0,
         generator: torch.Generator | None = None,
-        **settings: Any,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, bias=False, **settings)
+        super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
         self._begin(frequency, generator)
 
     def forward(self, inputs: Tensor) -> Tensor:

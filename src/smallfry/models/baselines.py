@@ -33,7 +33,7 @@ class NormedPatches(nn.Module):
         patch_size: Side of a patch, or height and width.
         in_chans: Channels.
         embed_dim: Features of a token.
-        settings: Further arguments of timm; not used here.
+        unused: Further arguments that timm passes.
 
     Raises:
         UsageError: Patches leave a rest of the images.
@@ -45,7 +45,7 @@ class NormedPatches(nn.Module):
         patch_size: int | tuple[int, int] = 4,
         in_chans: int = 3,
         embed_dim: int = 512,
-        **settings: Any,
+        **unused: object,
     ) -> None:
         super().__init__()
         self.img_size: tuple[int, int] = to_2tuple(img_size)
@@ -86,11 +86,11 @@ class CifarResNet(ResNet):  # type: ignore[misc]  # timm has no types
         block: BasicBlock or Bottleneck.
         layers: Blocks of each stage.
         in_chans: Channels.
-        settings: Those of timm's ResNet.
+        of_timm: Those of timm's ResNet.
     """
 
-    def __init__(self, block: Any, layers: tuple[int, ...], in_chans: int = 3, **settings: Any):
-        super().__init__(block, layers, in_chans=in_chans, **settings)
+    def __init__(self, block: Any, layers: tuple[int, ...], in_chans: int = 3, **of_timm: Any):
+        super().__init__(block, layers, in_chans=in_chans, **of_timm)
         self.conv1 = nn.Conv2d(in_chans, STEM, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         self.maxpool = nn.Identity()

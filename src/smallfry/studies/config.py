@@ -150,7 +150,7 @@ class ParetoConfig(RunsConfig):
     latency_threads: int = 1
 
 
-def _on_digits(epochs: int, **settings: Any) -> Mapping[str, Any]:
+def _on_digits(epochs: int, **settings: object) -> Mapping[str, Any]:
     return {"data.name": "digits", "epochs": epochs, **settings}
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from smallfry.curvature.stablemax import log_stable
 from smallfry.data import Split
 from smallfry.errors import DataError, UsageError
 from smallfry.tasks import register
@@ -39,7 +40,7 @@ class Puzzle:
     """
 
     name: ClassVar[str] = "puzzle"
-    likelihood: ClassVar[str] = "stablemax"
+    likelihood: ClassVar[str] = "stablemax_mean"
     defaults: ClassVar[TaskDefaults] = TaskDefaults(
         {4: "trm_sudoku4_micro", 6: "trm_sudoku6_micro", 9: "trm_sudoku9_mlp"},
         "trm_maze30",
@@ -134,7 +135,7 @@ class Puzzle:
 
 def log_stablemax(logits: Tensor) -> Tensor:
     """Compute logarithms of stable-max probabilities, along the last dimension."""
-    return (logits.sign() * logits.abs().log1p()).log_softmax(dim=-1)
+    return log_stable(logits).log_softmax(dim=-1)
 
 
 def cell_losses(outputs: Tensor, targets: Tensor) -> Tensor:

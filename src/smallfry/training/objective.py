@@ -47,7 +47,7 @@ class Objective(Protocol):
         """Maximum number of optimizer steps per batch."""
 
     @property
-    def likelihood(self) -> str | dict[str, str]:
+    def likelihood(self) -> str | dict[str, Any]:
         """Density whose negative logarithm is the loss, for natural gradient."""
 
     def prepare(self, model: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import yaml
 from filelock import FileLock, Timeout
@@ -34,6 +34,7 @@ from smallfry.training.checkpoint import (
     write_file,
 )
 from smallfry.training.compression import UNFINISHED
+from smallfry.training.export_settings import ExportSettings
 from smallfry.transforms.build import build
 from smallfry.transforms.spec import ModelSpec
 from smallfry_runtime.files import read_bytes, read_json
@@ -239,7 +240,7 @@ class TrainedModel(NamedTuple):
         found: dict[str, Any] = import_module(USE).evaluate_on(self, data, split)
         return found
 
-    def export(self, folder: str | Path, **settings: Any) -> Path:
+    def export(self, folder: str | Path, **settings: Unpack[ExportSettings]) -> Path:
         """Export the model to ONNX; see ``smallfry.export``."""
         exported: Path = import_module("smallfry").export(self, folder, **settings)
         return exported

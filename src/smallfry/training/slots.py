@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smallfry.curvature.likelihoods import Bernoulli
+from smallfry.curvature.scaled import Scaled
 from smallfry.errors import UsageError
 from smallfry.models.contract import map_tensors, replace_tensors, tensors
 from smallfry.tasks import Batch, Task
@@ -65,9 +67,10 @@ class SlotSupervision:
         return 1
 
     @property
-    def likelihood(self) -> dict[str, str]:
+    def likelihood(self) -> dict[str, Any]:
         """Joint likelihood of both heads, independent given their outputs."""
-        return {"logits": self.task.likelihood, "halt_logits": "bernoulli"}
+        halting = Scaled(Bernoulli(), HALT_WEIGHT)
+        return {"logits": self.task.likelihood, "halt_logits": halting}
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Return a module for one recursion step."""

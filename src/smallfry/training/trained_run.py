@@ -2,10 +2,11 @@
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from markupsafe import Markup
 
+from smallfry.training.export_settings import ExportSettings
 from smallfry.training.run import TrainedModel, load_run
 from smallfry_runtime.predictions import Answer
 
@@ -41,7 +42,7 @@ class TrainedRun(dict[str, Any]):
         """Score the model; see ``TrainedModel.evaluate``."""
         return self.model.evaluate(data, split)
 
-    def export(self, folder: str | Path, **settings: Any) -> Path:
+    def export(self, folder: str | Path, **settings: Unpack[ExportSettings]) -> Path:
         """Export the model to ONNX; see ``smallfry.export``."""
         return self.model.export(folder, **settings)
 

@@ -36,7 +36,7 @@ class WrappedObjective:
         return self.objective.supervision_steps
 
     @property
-    def likelihood(self) -> str | dict[str, str]:
+    def likelihood(self) -> str | dict[str, Any]:
         """Likelihood of the wrapped objective."""
         return self.objective.likelihood
 

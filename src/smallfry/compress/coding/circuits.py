@@ -14,7 +14,7 @@ import math
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smallfry.compress.coding.chow_liu import levels, mutual_information, spanning_tree
-from smallfry.compress.coding.em import EMConfig, learn
+from smallfry.compress.coding.em import EMConfig, EMSettings, learn
 from smallfry.compress.coding.rans import encode, states_for
 from smallfry.compress.coding.tree_likelihood import Tables, log_probability, logs_of
 from smallfry.errors import DataError, UsageError
@@ -73,7 +73,7 @@ class HCLT:
         epochs: int = 50,
         *,
         categories: int | None = None,
-        **settings: Any,
+        **settings: Unpack[EMSettings],
     ) -> "HCLT":
         """Learn the tree and its parameters.
 

@@ -8,6 +8,7 @@ batches, θ ← (1 − γ) θ + γ θ_batch with falling γ.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -20,6 +21,20 @@ from smallfry.errors import UsageError
 from smallfry_runtime.latent_trees import MOST_LATENT
 
 FULL_BATCH = 512  # samples whose gradients are computed at a time, if a step takes all
+
+
+class EMSettings(TypedDict, total=False):
+    """Settings of ``EMConfig`` besides states and epochs."""
+
+    batch: int | None
+    full_epochs: int
+    first_rate: float
+    last_rate: float
+    pseudo_count: float
+    tied: bool
+    spread: float
+    single: bool
+    seed: int
 
 
 @dataclass(frozen=True)

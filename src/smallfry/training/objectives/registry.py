@@ -21,8 +21,6 @@ class ObjectiveSettings(Protocol):
 
     name: ClassVar[str]
 
-    def __init__(self, **settings: Any) -> None: ...
-
     def build(self, task: Any, model: Any, parts: int) -> Any:
         """Build the objective.
 
