@@ -163,6 +163,7 @@ def test_layers_keep_their_share_of_the_rate_and_frozen_ones_stay(variant, tmp_p
     assert rate == pytest.approx(np.geomspace(1e-6, 10, 4)[min(len(found.rates), 3)])
 
 
+@pytest.mark.slow
 def test_own_losses_are_tested_too(variant, tmp_path):
     calls = []
 

@@ -166,6 +166,7 @@ def test_a_run_of_someone_else_imports_no_code(evil, config, capsys):
 # Losses
 
 
+@pytest.mark.slow
 def test_a_loss_of_a_user_trains_as_the_same_loss_of_ours(code, variant, tmp_path):
     name = "cross_entropy"
     plain = train(variant(run=tmp_path / "plain"))
