@@ -90,6 +90,7 @@ def test_a_callback_ends_the_training_after_an_epoch(when, variant):
     assert again.calls == []  # it has ended
 
 
+@pytest.mark.slow
 def test_a_run_that_a_callback_ended_can_be_extended(variant):
     config = variant(callbacks=["test:log"], epochs=3)
     train(config, code=code_of(log=Log([("epoch", 2)])))

@@ -281,6 +281,7 @@ def test_functions_are_given_in_python(tmp_path):
     assert "validation_right" in metrics(tmp_path / "run")[0]
 
 
+@pytest.mark.slow
 def test_a_run_with_own_code_resumes_exactly(code, variant, tmp_path):
     settings = {
         "objective": ObjectiveConfig(supervision_steps=2, loss="own_code:cross_entropy"),
