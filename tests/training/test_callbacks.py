@@ -90,6 +90,7 @@ def test_a_callback_ends_the_training_after_an_epoch(when, variant):
     assert again.calls == []  # it has ended
 
 
+@pytest.mark.slow
 def test_a_run_that_a_callback_ended_can_be_extended(variant):
     config = variant(callbacks=["test:log"], epochs=3)
     train(config, code=code_of(log=Log([("epoch", 2)])))
@@ -104,6 +105,7 @@ def test_a_run_that_a_callback_ended_can_be_extended(variant):
     assert [row["epoch"] for row in started.history[:2]] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_request_survives_a_stop_in_the_same_epoch(variant):
     config = variant(callbacks=["test:log"], epochs=3)
     with pytest.raises(Stopped):
@@ -112,6 +114,7 @@ def test_a_request_survives_a_stop_in_the_same_epoch(variant):
     assert (summary["measured"]["epochs"], summary["measured"]["stopped_by"]) == (1, "test:log")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_its_callbacks(variant, tmp_path):
     whole = variant(run=tmp_path / "whole")
     train(whole)

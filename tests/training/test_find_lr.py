@@ -110,6 +110,7 @@ def test_an_error_of_the_first_step_is_raised(error):
 # The configured run
 
 
+@pytest.mark.slow
 def test_the_test_is_of_the_configured_run_and_changes_nothing(variant, tmp_path, monkeypatch):
     plain = variant(run=tmp_path / "plain")
     train(plain)
@@ -135,6 +136,7 @@ def test_the_test_is_of_the_configured_run_and_changes_nothing(variant, tmp_path
     assert metrics(variant().run) == metrics(plain.run)
 
 
+@pytest.mark.slow
 def test_layers_keep_their_share_of_the_rate_and_frozen_ones_stay(variant, tmp_path, monkeypatch):
     states = []
 
@@ -163,6 +165,7 @@ def test_layers_keep_their_share_of_the_rate_and_frozen_ones_stay(variant, tmp_p
     assert rate == pytest.approx(np.geomspace(1e-6, 10, 4)[min(len(found.rates), 3)])
 
 
+@pytest.mark.slow
 def test_own_losses_are_tested_too(variant, tmp_path):
     calls = []
 
@@ -217,6 +220,7 @@ def test_what_cannot_be_tested_is_refused(variant, tmp_path, monkeypatch):
         find_learning_rate(variant(), tmp_path / "rates.png")
 
 
+@pytest.mark.slow
 def test_the_suggestion_is_marked_in_the_picture(tmp_path):
     losses = np.linspace(2, 1, 100)
     pictures = []

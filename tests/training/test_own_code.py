@@ -166,6 +166,7 @@ def test_a_run_of_someone_else_imports_no_code(evil, config, capsys):
 # Losses
 
 
+@pytest.mark.slow
 def test_a_loss_of_a_user_trains_as_the_same_loss_of_ours(code, variant, tmp_path):
     name = "cross_entropy"
     plain = train(variant(run=tmp_path / "plain"))
@@ -280,6 +281,7 @@ def test_functions_are_given_in_python(tmp_path):
     assert "validation_right" in metrics(tmp_path / "run")[0]
 
 
+@pytest.mark.slow
 def test_a_run_with_own_code_resumes_exactly(code, variant, tmp_path):
     settings = {
         "objective": ObjectiveConfig(supervision_steps=2, loss="own_code:cross_entropy"),

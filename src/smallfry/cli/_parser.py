@@ -135,6 +135,16 @@ def _command_only(
     return rest, {name: tuple(getattr(found, name)) for name in names}
 
 
+def subcommands_of(verb: str) -> Mapping[str, Choice]:
+    """Return the subcommands of a verb; most have none."""
+    return _choices(load_verb(verb).module.Options)[1]
+
+
+def form_of(words: tuple[str, ...]) -> "_Form":
+    """Return the parser and types of a verb, or of a verb and its subcommand."""
+    return _form(words, frozenset())
+
+
 # Verbs and subcommands
 
 
