@@ -48,7 +48,7 @@ class Scaled(Likelihood):
         return Scaled(self.inner.of_last(), self.factor)
 
     def is_density(self, outputs: Outputs) -> bool:
-        """As the inner likelihood."""
+        """Return whether the inner likelihood is a density."""
         return self.inner.is_density(outputs)
 
     def sample_gradients(self, outputs: Outputs, generator: torch.Generator) -> Outputs:
@@ -75,7 +75,7 @@ class Scaled(Likelihood):
         return self.inner.row_weights(outputs, index, gradient / self._in(outputs))
 
     def given_weights(self, outputs: Outputs, index: int, given: Any) -> RowWeights:
-        """As the inner likelihood."""
+        """Convert user-given weights by the inner likelihood."""
         return self.inner.given_weights(outputs, index, given)
 
     def loss_factor(
