@@ -180,9 +180,9 @@ def test_natural_gradient_takes_its_likelihood(config, tmp_path, monkeypatch, na
         return KFAC(*arguments, **settings)
 
     monkeypatch.setitem(optimization.NATURAL, "kfac", kfac)
-    objective = replace(config.objective, name=name)
-    if name == "cross_entropy":
-        objective = ObjectiveConfig(name)
+    objective = ObjectiveConfig(name)
+    if name == "deep_supervision":
+        objective = replace(config.objective, name=name)
     optimizer = OptimizerConfig("kfac")
     summary = train(replace(config, optimizer=optimizer, objective=objective, run=tmp_path / "run"))
     both = {"logits": "gaussian", "halt_logits": "bernoulli"}
