@@ -21,10 +21,10 @@ from smallfry.io.signals import Signalled, raising, second_ends
 from smallfry.io.terminal import escape_unencodable, say
 from smallfry.training.launch_env import is_launched, launch, rank
 
-OUT_OF_MEMORY = (
-    "out of memory; take a smaller batch_size, accumulate, or a smaller model; a saved run "
-    "continues with --resume"
+WAY_OUT = (
+    "take a smaller batch_size, accumulate, or a smaller model; a saved run continues with --resume"
 )
+OUT_OF_MEMORY = f"out of memory; {WAY_OUT}"
 NO_MEMORY_AT_ALL = f"smallfry: {OUT_OF_MEMORY}\n".encode()  # made while there is memory
 
 
@@ -103,7 +103,7 @@ def _message(error: Exception) -> Exception | str:
         return missing
     if is_out_of_memory(error):
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        return OUT_OF_MEMORY.replace(";", f" ({reason});", 1)
+        return f"out of memory ({reason}); {WAY_OUT}"
     if isinstance(error, OSError) and (refused := refusal(error)) is not None:
         return refused
     return (

@@ -37,12 +37,5 @@ def run(options: Options) -> int:
     threshold = runtime.exit_threshold(
         options.exit_steps, options.exit_drop, options.exit_threshold
     )
-    serve(
-        options.export,
-        options.host,
-        options.port,
-        threshold=threshold,
-        limits=options.limits,
-        runtime=runtime,
-    )
+    serve(runtime, options.host, options.port, threshold, options.limits)
     return 0

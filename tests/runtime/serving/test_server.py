@@ -300,7 +300,7 @@ def test_a_signal_stops_the_server_without_torch(words):
     try:
         line = process.stdout.readline()
         url = re.search(r"http://\S+/", line)[0]
-        assert line.startswith("serving float32: http://127.0.0.1:")
+        assert line.startswith("serving: http://127.0.0.1:")
         place = urlsplit(url)
         connection = http.client.HTTPConnection(place.hostname, place.port, timeout=60)
         connection.request("POST", "/predict", picture())

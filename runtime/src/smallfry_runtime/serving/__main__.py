@@ -21,14 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         threshold = runtime.exit_threshold(
             options.exit_steps, options.exit_drop, options.exit_threshold
         )
-        serve(
-            options.export,
-            options.host,
-            options.port,
-            threshold=threshold,
-            limits=limits,
-            runtime=runtime,
-        )
+        serve(runtime, options.host, options.port, threshold, limits)
     except SmallfryError as error:
         say(f"smallfry-serve: {error}", sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

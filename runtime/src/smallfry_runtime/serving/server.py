@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from smallfry_runtime.errors import DataError, ServerError, SmallfryError, UsageError
@@ -31,34 +30,27 @@ HELP = (
 
 
 def serve(
-    export: str | Path,
+    runtime: Runtime,
     host: str = "127.0.0.1",
     port: int = 8000,
-    *,
-    threads: int | None = None,
     threshold: float | None = None,
     limits: Limits | None = None,
-    runtime: Runtime | None = None,
 ) -> None:
     """Serve an export until SIGINT or SIGTERM.
 
     Args:
-        export: The folder that ``smallfry export`` wrote.
+        runtime: The export.
         host: The address to listen on.
         port: The port; 0 takes a free one.
-        threads: CPU threads of the model; default all cores.
         threshold: Halting probability at which an image leaves the recursion.
         limits: Limits on requests.
-        runtime: The export, if it is read already.
 
     Raises:
-        ExportError: The export can't be used.
         ServerError: The port is taken, the host is none of this machine's, or a package is missing.
         UsageError: Early exit from an export that has none.
     """
-    runtime = runtime or Runtime(export, threads)
     with serving(runtime, host, port, threshold, limits) as url, until_stopped() as stop:
-        say(f"serving {Path(export).name}: {url}   (Ctrl-C stops)")
+        say(f"serving: {url}   (Ctrl-C stops)")
         if not is_loopback(host):
             say("everyone who can reach this machine can use it")
         stop.wait()
