@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numbered_steps import train
 from pruning_golden import (
     GOLDEN,
     Net,
@@ -16,7 +17,6 @@ from pruning_golden import (
     optimizer,
     setting,
 )
-from torch.nn import functional as F
 
 from smallfry import compress
 from smallfry.compress.prune.dhspg import penalty, redundancy
@@ -77,19 +77,10 @@ def begin(name="sgd", steps=30, **changes):
     return model, running, inner
 
 
-def train(model, running, optimizer, start, end):
-    for number in range(start, end):
-        torch.manual_seed(number)
-        images, labels = torch.randn(16, 1, 8, 8), torch.randint(4, (16,))
-        optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-
-
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_channels_reach_zero_and_the_cut_model_equals_the_trained_one(name):
     model, running, inner = begin(name)
-    train(model, running, inner, 0, 30)
+    train(model, inner, 0, 30, batch=16)
     (method,) = running._started
     total = sum(group.channels for group in method.groups)
     zero = sum(map(len, method.gone))
@@ -119,14 +110,14 @@ SLOW = pytest.mark.slow
 )
 def test_a_stopped_run_continues_to_the_bit(name, stop):
     whole, running, inner = begin(name)
-    train(whole, running, inner, 0, 16)
+    train(whole, inner, 0, 16, batch=16)
     half, stopped, other = begin(name)
-    train(half, stopped, other, 0, stop)
+    train(half, other, 0, stop, batch=16)
     saved = copy.deepcopy([part.state_dict() for part in (stopped, other, half)])
     again, resumed, other = begin(name)
     for part, state in zip((resumed, other, again), saved, strict=True):
         part.load_state_dict(state)
-    train(again, resumed, other, stop, 16)
+    train(again, other, stop, 16, batch=16)
     for key, tensor in whole.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[key]), key
     assert running._started[0].gone == resumed._started[0].gone
@@ -168,7 +159,7 @@ def test_channels_outside_their_half_space_alone_become_zero():
                 checked.append(float(sum(products)))
 
     method._project = checking
-    train(model, running, inner, 0, 20)
+    train(model, inner, 0, 20, batch=16)
     assert checked
     assert max(checked) < 0
 
@@ -182,7 +173,7 @@ def test_redundant_are_those_that_shrink_and_are_small():
 
 def test_a_group_keeps_the_share_asked_for():
     model, running, inner = begin(upper=0.25, sparsity=0.8)
-    train(model, running, inner, 0, 30)
+    train(model, inner, 0, 30, batch=16)
     (method,) = running._started
     for group, out in zip(method.groups, method.gone, strict=True):
         assert len(out) <= group.channels // 4

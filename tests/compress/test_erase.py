@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from numbered_steps import train
 from torch import fx, nn
 from torch.nn import functional as F
 
@@ -256,15 +257,6 @@ def begin(method, name="resnet8_mlperf_tiny", steps=16):
     return model, running, inner
 
 
-def train(model, optimizer, start, end, shape=(3, 16, 16)):
-    for number in range(start, end):
-        torch.manual_seed(number)
-        images, labels = torch.randn(8, *shape), torch.randint(4, (8,))
-        optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-
-
 METHOD = compress.EraseOperators(0.5, begin=2, end=10)
 
 
@@ -293,14 +285,14 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize("stop", [pytest.param(1, marks=SLOW), 6, pytest.param(12, marks=SLOW)])
 def test_a_stopped_run_continues_to_the_bit(stop):
     whole, running, inner = begin(METHOD)
-    train(whole, inner, 0, 16)
+    train(whole, inner, 0, 16, (3, 16, 16))
     half, stopped, other = begin(METHOD)
-    train(half, other, 0, stop)
+    train(half, other, 0, stop, (3, 16, 16))
     saved = copy.deepcopy([part.state_dict() for part in (stopped, other, half)])
     again, resumed, other = begin(METHOD)
     for part, state in zip((resumed, other, again), saved, strict=True):
         part.load_state_dict(state)
-    train(again, other, stop, 16)
+    train(again, other, stop, 16, (3, 16, 16))
     for key, tensor in whole.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[key]), key
     assert running.finish() == resumed.finish()
@@ -308,7 +300,7 @@ def test_a_stopped_run_continues_to_the_bit(stop):
 
 def test_a_run_that_ends_early_erases_what_is_zero():
     model, running, inner = begin(METHOD)
-    train(model, inner, 0, 5)
+    train(model, inner, 0, 5, (3, 16, 16))
     with pytest.warns(SmallfryWarning, match="0 of 2 chosen operators were zero"):
         assert running.finish().transforms == ()
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from torch.nn import functional as F
+from numbered_steps import train
 
 from smallfry import compress
 from smallfry.compress.prune.budget import LatencyBudget, LatencyTable, MacsBudget, prices
@@ -46,15 +46,6 @@ def begin(table, share=0.25, steps=12, **changes):
     running = Running([method], model, Setting(SPEC, torch.randn(2, 1, 8, 8), (), steps))
     running.attach(inner)
     return model, running, inner
-
-
-def train(model, running, optimizer, start, end):
-    for number in range(start, end):
-        torch.manual_seed(number)
-        images, labels = torch.randn(8, 1, 8, 8), torch.randint(4, (8,))
-        optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
 
 
 def test_savings_lie_between_the_measured_ones_and_never_fall():
@@ -108,7 +99,7 @@ def test_macs_are_those_of_the_cut_model_and_a_channel_has_its_share():
 
 def test_pruning_takes_what_saves_measured_time(table):
     model, running, inner = begin(table)
-    train(model, running, inner, 0, 12)
+    train(model, inner, 0, 12)
     running.finish()
     first, second = (model.get_submodule(n).out_features // 2 for n in (FIRST, SECOND))
     assert first == 24  # its channels would save nothing
@@ -117,16 +108,16 @@ def test_pruning_takes_what_saves_measured_time(table):
 
 def test_the_table_is_part_of_the_state_of_a_run(table, tmp_path):
     whole, running, inner = begin(table)
-    train(whole, running, inner, 0, 12)
+    train(whole, inner, 0, 12)
     half, stopped, other = begin(table)
-    train(half, stopped, other, 0, 4)
+    train(half, other, 0, 4)
     states = [part.state_dict() for part in (stopped, other, half)]
     with open(table, "w") as file:  # measured anew, on another machine
         file.write(json.dumps({**TABLE, "whole": 40.0}))
     again, resumed, other = begin(table)
     for part, state in zip((resumed, other, again), states, strict=True):
         part.load_state_dict(state)
-    train(again, resumed, other, 4, 12)
+    train(again, other, 4, 12)
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
 
