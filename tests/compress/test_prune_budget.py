@@ -107,7 +107,7 @@ def test_pruning_takes_what_saves_measured_time(table):
 
 
 def test_the_table_is_part_of_the_state_of_a_run(table, tmp_path):
-    whole, running, inner = begin(table)
+    whole, _, inner = begin(table)
     train(whole, inner, 0, 12)
     half, stopped, other = begin(table)
     train(half, other, 0, 4)
