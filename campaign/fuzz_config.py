@@ -102,11 +102,11 @@ def _shown(folder: Path, words: list[str]) -> str:
     return repr(words)[:200]
 
 
-def _accept(config: TrainConfig, reporter: object = None) -> dict[str, Any]:
+def _accept(config: TrainConfig, *_: object, **__: object) -> dict[str, Any]:
     return dict(SUMMARY)
 
 
-def _build(config: TrainConfig, reporter: object = None) -> dict[str, Any]:
+def _build(config: TrainConfig, *_: object, **__: object) -> dict[str, Any]:
     if config.data.name in HUB or config.data.name == "faces":
         return dict(SUMMARY)  # which would be asked for over the net
     model_source.create_model(config.model, training._load(training._with_full_paths(config)))
