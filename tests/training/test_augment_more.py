@@ -21,7 +21,6 @@ from smallfry.report.batch import draw_batch
 from smallfry.tasks import find_task
 from smallfry.training import augment_regions as regions
 from smallfry.training.augment import Augment, Place, whole
-from smallfry.training.augment_defaults import with_fitting_crop
 from smallfry.training.augment_grids import build_augment
 from smallfry.training.augment_policies import POLICIES, RandomPolicy, jitter_operations
 from smallfry.training.batches import TrainBatches
@@ -34,6 +33,7 @@ from smallfry.training.config import (
     TrainConfig,
     read_config,
 )
+from smallfry.training.default_settings import with_fitting_crop
 from smallfry.training.show_batch import describe, show_batch
 from smallfry.training.train import resume, train
 
@@ -191,17 +191,6 @@ def test_repeats_put_an_image_into_a_batch_several_times(images):
 # Defaults
 
 
-def test_photographs_are_cropped_and_resized_and_small_images_padded():
-    config = TrainConfig()
-    assert with_fitting_crop(config, 63).augment.resized_crop == 0.0
-    assert with_fitting_crop(config, 64).augment.resized_crop == 0.25
-    padded = replace(config, augment=AugmentConfig(crop_padding=4))
-    assert with_fitting_crop(padded, 224).augment.resized_crop == 0.0
-    given = replace(config, augment=AugmentConfig(resized_crop=0.08))
-    assert with_fitting_crop(given, 32) is given
-    assert with_fitting_crop(replace(config, task="puzzle"), 81).augment.resized_crop == 0.0
-
-
 @pytest.fixture
 def photographs(tmp_path, variant):
     for seed, name in enumerate("ab"):
@@ -314,7 +303,7 @@ def test_grids_of_symbols_have_no_crops_and_no_repeats():
     config = TrainConfig(data=DataConfig("sudoku4", options={"puzzles": 20}), task="puzzle")
     data = load_data("sudoku4", options={"puzzles": 20})
     task = find_task("puzzle").create()
-    augment = build_augment(with_fitting_crop(config, 64), data, task)
+    augment = build_augment(with_fitting_crop(config, 20, 64), data, task)
     assert augment.repeats == 1
     changed = replace(config, augment=AugmentConfig(erasing=0.5))
     with pytest.raises(UsageError, match="holds symbols, not images: leave out augment"):

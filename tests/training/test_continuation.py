@@ -24,13 +24,12 @@ from smallfry.training.config import (
     read_config,
 )
 from smallfry.training.continuation import (
-    SGD_RATE,
     changes_since,
     dotted,
     require_changeable,
     with_changes,
-    with_sgd_rate,
 )
+from smallfry.training.default_settings import SGD_RATE
 from smallfry.training.train import resume, train
 
 
@@ -216,20 +215,6 @@ def test_no_link_in_a_run_folder_is_followed(variant, tmp_path):
 
 
 # The rate of SGD
-
-
-@pytest.mark.parametrize("name", ["sgd", "momentum", "sgdw", "csgdw", "sgdp", "nesterov"])
-def test_sgd_has_a_default_rate_of_its_own(name):
-    config = TrainConfig(optimizer=OptimizerConfig(name))
-    assert with_sgd_rate(config).optimizer.lr == SGD_RATE
-    given = TrainConfig(optimizer=OptimizerConfig(name, lr=0.3))
-    assert with_sgd_rate(given) is given
-
-
-@pytest.mark.parametrize("name", ["adamw", "lamb", "muon", "sngd", "kfac", "adam_atan2", "rmsprop"])
-def test_other_optimizers_keep_theirs(name):
-    config = TrainConfig(optimizer=OptimizerConfig(name))
-    assert with_sgd_rate(config) is config
 
 
 def test_the_rate_of_sgd_is_recorded_so_that_earlier_runs_keep_theirs(variant):

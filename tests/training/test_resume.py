@@ -17,7 +17,7 @@ from smallfry.errors import Stopped
 from smallfry.training.batches import TrainBatches
 from smallfry.training.checkpoint import load_checkpoint
 from smallfry.training.config import EMAConfig, ModelConfig, ObjectiveConfig
-from smallfry.training.continuation import with_fitting_warmup
+from smallfry.training.default_settings import with_defaults
 from smallfry.training.progress import QuietReporter
 from smallfry.training.train import resume, train
 
@@ -166,7 +166,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(variant, tmp_path):
 def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again(variant, tmp_path):
     train(variant(run=tmp_path / "whole"))
     (tmp_path / "new").mkdir()
-    configuration = with_fitting_warmup(variant(run=tmp_path / "new")).to_dict()
+    configuration = with_defaults(variant(run=tmp_path / "new"), 1295, 8).to_dict()
     (tmp_path / "new" / "config.yaml").write_text(yaml.safe_dump(configuration))
     resume(tmp_path / "new")
     assert_same_run(tmp_path / "whole", tmp_path / "new")

@@ -24,7 +24,6 @@ from smallfry.errors import (
 )
 from smallfry.models.vitrm import Layer
 from smallfry.training import progress
-from smallfry.training.augment_defaults import with_fitting_crop
 from smallfry.training.checkpoint import load_checkpoint
 from smallfry.training.config import (
     AugmentConfig,
@@ -38,7 +37,7 @@ from smallfry.training.config import (
     TrainSettings,
     read_config,
 )
-from smallfry.training.continuation import with_fitting_warmup
+from smallfry.training.default_settings import with_defaults
 from smallfry.training.evaluation import predict
 from smallfry.training.loop import Trainer
 from smallfry.training.progress import (
@@ -58,8 +57,7 @@ from smallfry_runtime.files import with_digest
 def test_a_run_leaves_its_configuration_metrics_checkpoints_summary_and_pictures(config):
     summary = train(config)
     run = config.run
-    chosen = with_fitting_crop(with_fitting_warmup(config), 8)
-    assert read_config(run / "config.yaml") == chosen
+    assert read_config(run / "config.yaml") == with_defaults(config, 1295, 8)
     rows = metrics(run)
     assert [int(row["epoch"]) for row in rows] == [1, 2]
     assert {"train_loss", "validation_accuracy", "validation_macro_f1", "learning_rate"} <= set(

@@ -21,7 +21,7 @@ from smallfry.studies.grid_progress import GridProgress
 from smallfry.studies.recipes import Planned
 from smallfry.training.checkpoint import saved_position, write_file
 from smallfry.training.config import TrainConfig, read_config
-from smallfry.training.continuation import dotted, with_fitting_warmup, with_sgd_rate
+from smallfry.training.continuation import dotted
 from smallfry.training.progress import Reporter
 from smallfry.training.run import FAILURE, RunFolder
 from smallfry.training.train import resume, train
@@ -167,7 +167,7 @@ def claim(study: str, planned: Sequence[Planned], folder: Path) -> None:
 
 def _told(config: TrainConfig) -> dict[str, Any]:
     """Flatten a run's settings to dotted names, without the paths of data and folder."""
-    told = dotted(with_sgd_rate(with_fitting_warmup(config)).to_dict())
+    told = dotted(config.to_dict())
     for place in ("run", "progress", "data.root"):
         told.pop(place, None)
     return told

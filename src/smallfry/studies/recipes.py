@@ -71,7 +71,9 @@ def recipe(entry: StudyModel, runs: RunsConfig, batch_size: int, seed: int = 0) 
     known = data.name in PAPER_DATA
     base = (paper_recipe if known else default_recipe)(entry, data.name, batch_size)
     epochs = runs.epochs or base.epochs
-    warmup = base.schedule.warmup_epochs * epochs / base.epochs
+    warmup = base.schedule.warmup_epochs
+    if warmup is not None:
+        warmup *= epochs / base.epochs
     if data.mean is None:
         data = replace(data, mean=base.data.mean, std=base.data.std)
     return replace(

@@ -17,7 +17,8 @@ class AugmentConfig:
         resized_crop: Random crop of at least this share of the area, resized to the full size; 0
             turns it off. Default 0.25 for images of 64 pixels and more, without crop_padding.
         crop_padding: Random crop after padding by so many pixels; default an eighth of the side,
-            and none on images smaller than 16 pixels, or with resized_crop.
+            and none on images smaller than 16 pixels, with resized_crop, or where a model with
+            random weights sees fewer than 20,000 images in all epochs.
         border: The padding of a crop: black, or the image mirrored at its edge (reflect).
         flip: Random horizontal flip; default yes, but not for digits and characters.
         flips: random mirrors half of the images anew in each epoch; alternating mirrors each image
@@ -35,7 +36,8 @@ class AugmentConfig:
         repeats: How often a batch has each of its images, augmented differently; an epoch has as
             many steps, of fewer images (arXiv 1901.09335).
         mixup: Alpha of Mixup; 0 turns it off. With CutMix too, each batch takes one or the other.
-        cutmix: Alpha of CutMix; 0 turns it off.
+            Default 0.2 in runs of 50 epochs and more that see 50,000 images, else 0.
+        cutmix: Alpha of CutMix; 0 turns it off. Default 1 in such runs, else 0.
     """
 
     resized_crop: float | None = None
@@ -58,8 +60,8 @@ class AugmentConfig:
     color_jitter: list[float] = field(default_factory=list)
     erasing: float = 0.0
     repeats: int = 1
-    mixup: float = 0.2
-    cutmix: float = 1.0
+    mixup: float | None = None
+    cutmix: float | None = None
 
     def __post_init__(self) -> None:
         check_values(self, "augment.")
@@ -78,6 +80,7 @@ class AugmentConfig:
         )
         check(0 <= self.erasing <= 1, "augment.erasing is 0 to 1")
         check(1 <= self.repeats <= MOST_OPERATIONS, f"augment.repeats is 1 to {MOST_OPERATIONS}")
-        check(min(self.mixup, self.cutmix) >= 0, "augment.mixup and cutmix can't be negative")
+        mixing = (self.mixup or 0, self.cutmix or 0)
+        check(min(mixing) >= 0, "augment.mixup and cutmix can't be negative")
         check(0 <= self.cutout <= MOST_PADDING, f"augment.cutout is 0 to {MOST_PADDING}")
         check(all(1 <= s <= MOST_PADDING for s in self.sizes), "augment.sizes must be positive")

@@ -154,7 +154,8 @@ class OptimizerConfig:
         name: kfac, ekfac, kpsvd, deflation, lanczos, kfac_corrected, two_level, sngd or exact_ng;
             adam_atan2; or an optimizer of timm's registry, such as adamw, sgd, lamb or muon.
         lr: Peak learning rate; default 0.192 divided by the model's width, which is 3e-3 at 64
-            and 5e-4 at 384; 0.1 for natural gradient; and 0.02 for SGD.
+            and 5e-4 at 384; 2e-3 for Adam and AdamW on a model with batch norms; 0.1 for natural
+            gradient; and 0.02 for SGD.
         weight_decay: Decoupled weight decay.
         decay: weights leaves biases, norms, positions and initial states undecayed; all is the
             paper's choice.
@@ -192,7 +193,7 @@ class ScheduleConfig:
     """Learning rate schedule: linear warm-up, then decay until the end of training.
 
     Args:
-        warmup_epochs: Epochs of warm-up; fractions are fine.
+        warmup_epochs: Epochs of warm-up; fractions are fine. Default a tenth of the run, at most 5.
         min_lr: Learning rate at the end.
         per: Change it each step, or each epoch as the paper does (its first runs at rate 0).
         shape: Of the fall: half a cosine; linear, which makes a triangle of it with the warm-up; or
@@ -200,7 +201,7 @@ class ScheduleConfig:
         milestones: Epochs after which the rate of steps falls, such as [80, 122].
     """
 
-    warmup_epochs: float = 5.0
+    warmup_epochs: float | None = None
     min_lr: float = 1e-6
     per: Literal["step", "epoch"] = "step"
     shape: Literal["cosine", "linear", "steps"] = "cosine"
@@ -208,7 +209,7 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         check_values(self, "schedule.")
-        check(self.warmup_epochs >= 0, "schedule.warmup_epochs can't be negative")
+        check((self.warmup_epochs or 0) >= 0, "schedule.warmup_epochs can't be negative")
         check(self.min_lr >= 0, "schedule.min_lr can't be negative")
         check(
             (self.shape == "steps") == bool(self.milestones),

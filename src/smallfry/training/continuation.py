@@ -1,10 +1,9 @@
-"""Derived settings of a run, and changes of settings on resuming.
+"""Changes of settings on resuming.
 
 A batch is a function of seed and step, so the settings that decide which images a step takes are
 fixed once a run has begun. The others may be changed, in ``config.yaml`` or beside ``--resume``.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -18,8 +17,6 @@ CHANGEABLE = (
     *("progress", "callbacks", "loggers", "data.name", "data.root"),
 )
 UNREPORTED = ("run", "progress", "loggers", "checkpoint_seconds", "data.name", "data.root")
-SGD = re.compile("sgd|momentum|nesterov")  # in timm's registry
-SGD_RATE = 0.02  # 6 epochs of digits: ViTRM 77 %, a small ResNet 94 %; 65 and 43 with AdamW's
 
 
 class Change(NamedTuple):
@@ -69,27 +66,6 @@ def with_changes(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig
             value = replace(getattr(config, group), **{inner: value})
         config = replace(config, **{group or name: value})
     return config
-
-
-def with_fitting_warmup(config: TrainConfig) -> TrainConfig:
-    """Shorten a warm-up of more than half of the run to a tenth of it.
-
-    The learning rate of a short run would hardly come to its peak, or never.
-    """
-    if 2 * config.schedule.warmup_epochs <= config.epochs:
-        return config
-    return replace(config, schedule=replace(config.schedule, warmup_epochs=config.epochs / 10))
-
-
-def with_sgd_rate(config: TrainConfig) -> TrainConfig:
-    """Set the learning rate of SGD where none is given, so that it is recorded.
-
-    AdamW's is far too low for it. Runs of earlier versions, which recorded none, keep AdamW's.
-    """
-    optimizer = config.optimizer
-    if optimizer.lr is not None or SGD.search(optimizer.name) is None:
-        return config
-    return replace(config, optimizer=replace(optimizer, lr=SGD_RATE))
 
 
 def changes_since(before: Mapping[str, Any], config: TrainConfig) -> list[Change]:

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from smallfry.errors import RunError, UsageError, is_out_of_memory
 from smallfry.training.config import TrainConfig
-from smallfry.training.continuation import with_fitting_warmup, with_sgd_rate
 from smallfry.training.launch_env import launch
 from smallfry.training.loop import Trainer
 from smallfry.training.own_code import OwnCode
@@ -88,7 +87,7 @@ def find_learning_rate(
     try:
         with torch.random.fork_rng(), TemporaryDirectory() as place:
             plain = replace(with_full_paths(config), run=Path(place) / "run", callbacks=[])
-            plain = with_sgd_rate(with_fitting_warmup(replace(plain, loggers=[])))
+            plain = replace(plain, loggers=[])
             processes = start(config.device, config.precision, config.strategy)
             with leaving(processes):
                 trainer, _ = build_new(plain, QuietReporter(), processes, code or OwnCode())

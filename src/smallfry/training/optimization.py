@@ -213,12 +213,13 @@ def learning_rate(
 
     Per epoch, as in the paper, the first epoch runs at rate 0; per step, no step does.
     """
+    warmup = config.warmup_epochs or 0.0
     if config.per == "epoch":
         now: float = step // steps_per_epoch
-        warmup, total = config.warmup_epochs, float(epochs)
+        total = float(epochs)
     else:
         now = step + 1
-        warmup, total = config.warmup_epochs * steps_per_epoch, float(epochs * steps_per_epoch)
+        warmup, total = warmup * steps_per_epoch, float(epochs * steps_per_epoch)
     if now < warmup:
         return peak * now / warmup
     floor = min(config.min_lr, peak)

@@ -11,15 +11,16 @@ from smallfry.report.batch import draw_batch
 from smallfry.tasks import find_task
 from smallfry.tasks.classification import ClassTargets
 from smallfry.training.augment import Normalize
-from smallfry.training.augment_defaults import with_fitting_crop
 from smallfry.training.augment_grids import build_augment
 from smallfry.training.batches import TrainBatches
 from smallfry.training.config import AugmentConfig, TrainConfig
+from smallfry.training.default_settings import with_defaults
 from smallfry.training.evaluation_data import load_config_data
 from smallfry.training.fine_tuning import like_start, load_start
 from smallfry.training.initial_weights import find_weights, like_weights
 
 SHOWN = 48  # images
+OFF_AT_ZERO = ("resized_crop", "mixup", "cutmix")
 
 
 def show_batch(config: TrainConfig, file: str | Path) -> Path:
@@ -44,7 +45,7 @@ def show_batch(config: TrainConfig, file: str | Path) -> Path:
     if begun := load_start(config.model):
         config = like_start(config, begun)
     data = load_config_data(config.data)
-    config = with_fitting_crop(config, data.image_size)
+    config = with_defaults(config, len(data.train), data.image_size)
     images, targets = _first_images(config, data)
     normalize = Normalize(config.data.mean or data.mean, config.data.std or data.std)
     values = (images - normalize.shift) / normalize.scale
@@ -75,7 +76,9 @@ def _first_images(config: TrainConfig, data: ImageData) -> tuple[Tensor, ClassTa
 def describe(config: AugmentConfig) -> str:
     """List the settings of an augmentation that are not the default."""
     default, settings = vars(AugmentConfig()), vars(config)
-    changed = {name: value for name, value in settings.items() if value != default[name]}
-    if not config.resized_crop:
-        changed.pop("resized_crop", None)
+    changed = {
+        name: value
+        for name, value in settings.items()
+        if value != default[name] and (value or name not in OFF_AT_ZERO)
+    }
     return ", ".join(f"{name} {value}" for name, value in changed.items()) or "default augmentation"

@@ -31,7 +31,6 @@ from smallfry.report.per_class import class_scores, scores_dict
 from smallfry.tasks import find_task
 from smallfry.training.adversarial import adversarial
 from smallfry.training.augment import Normalize
-from smallfry.training.augment_defaults import with_fitting_crop
 from smallfry.training.augment_grids import build_augment
 from smallfry.training.balance import class_weights, describe_small_classes
 from smallfry.training.batch_norm import require_enough_images
@@ -43,8 +42,11 @@ from smallfry.training.config import TrainConfig, TrainSettings, read_config
 from smallfry.training.continuation import (
     require_changeable,
     with_changes,
-    with_fitting_warmup,
-    with_sgd_rate,
+)
+from smallfry.training.default_settings import (
+    describe_defaults,
+    with_defaults,
+    with_normed_rate,
 )
 from smallfry.training.distillation import distilled, require_same_teacher
 from smallfry.training.draw_run import draw_run
@@ -98,7 +100,7 @@ def train(
     """
     asked = config.schedule.warmup_epochs
     config = replace(config, methods=list(find_methods(config.methods)))
-    config = with_sgd_rate(with_fitting_warmup(with_full_paths(config)))
+    config = with_full_paths(config)
     processes = start(config.device, config.precision, config.strategy)
     with leaving(processes):
         return _train(config, asked, reporter, processes, code or OwnCode())
@@ -137,12 +139,12 @@ def run(
 
 def _train(
     config: TrainConfig,
-    asked_warmup: float,
+    asked_warmup: float | None,
     reporter: Reporter | None,
     processes: Processes,
     code: OwnCode,
 ) -> dict[str, Any]:
-    trainer, note = build_new(config, reporter, processes, code)
+    trainer, notes = build_new(config, reporter, processes, code)
     config, data, folder = trainer.config, trainer.data, trainer.folder
     model = trainer.manifest["model"]["name"]
     with processes.held(folder.locked()), keeping(folder.kept):
@@ -151,10 +153,10 @@ def _train(
         trainer.reporter.say(
             f"training {model} ({parameters:,} parameters) on {data.name} into {folder.path}"
         )
-        if note:
+        for note in notes:
             trainer.reporter.say(note)
         warmup = config.schedule.warmup_epochs
-        if warmup != asked_warmup and processes.is_first:
+        if asked_warmup not in (None, warmup) and processes.is_first:
             log.info(
                 "warm-up shortened from %g to %g epochs, as the run has %d",
                 *(asked_warmup, warmup, config.epochs),
@@ -166,8 +168,8 @@ def _train(
 
 def build_new(
     config: TrainConfig, reporter: Reporter | None, processes: Processes, code: OwnCode
-) -> tuple[Trainer, str | None]:
-    """Build the trainer of a new run, and a note on its weights; no file is written yet."""
+) -> tuple[Trainer, list[str]]:
+    """Build the trainer of a new run, and notes on its settings; no file is written yet."""
     if config.run is not None:  # before the data is read
         processes.once(RunFolder(config.run).require_free)
     weights = processes.together(lambda: find_weights(config.model))
@@ -177,12 +179,16 @@ def build_new(
     source = ModelSource(begun, weights)
     data = processes.together(lambda: _load(config))
     processes.once(lambda: _warn(data, config))
-    config = with_fitting_crop(config, data.image_size)
+    given, config = config, with_defaults(config, len(data.train), data.image_size)
     task = find_task(config.task).create(config.objective.label_smoothing)
     name = model_name(config.model, data, task) if begun is None else begun.spec.architecture
     with _folder(config, name, processes) as path:
         trainer = _build(config, data, RunFolder(path), reporter, processes, source, code)
-    return trainer, source.note(config.model, task.outputs(len(data.classes)))
+    notes = (
+        source.note(config.model, task.outputs(len(data.classes))),
+        describe_defaults(given, trainer.config, len(data.train)),
+    )
+    return trainer, [note for note in notes if note]
 
 
 @contextmanager
@@ -398,6 +404,7 @@ def _build(
     }
     augment = build_augment(config, data, task)
     resumed = has_checkpoint(folder.last)
+    config = config if resumed else with_normed_rate(config, model)
     objective = build_objective(config.objective, model, task, config.accumulate, resumed, weights)
     objective, teacher = processes.together(
         lambda: distilled(config.distillation, objective, data, augment.normalize)

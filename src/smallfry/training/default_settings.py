@@ -1,0 +1,117 @@
+"""Default settings of a new run by its images, its epochs and its model.
+
+They become part of the configuration, so that a run resumes with them. `benchmarks/first_run.py`
+compares them with a plain loop of AdamW; docs/training.md has them as a table.
+"""
+
+import re
+from dataclasses import replace
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from smallfry.training.config import TrainConfig
+
+PHOTOGRAPH = 64  # pixels of a side, from which images are cropped and resized
+SMALLEST_AREA = 0.25  # of such a crop, as a share of the image
+FEW = 20_000  # images seen in all epochs, below which random crops cost more than they bring
+MIXUP, CUTMIX = 0.2, 1.0
+MIXED_EPOCHS, MIXED = 50, 50_000  # epochs, and images seen in them, from which on images are mixed
+WARMUP_EPOCHS, WARMUP_SHARE = 5.0, 0.1
+SGD = re.compile("sgd|momentum|nesterov")  # in timm's registry
+SGD_RATE = 0.02  # 6 epochs of digits: ViTRM 77 %, a small ResNet 94 %; 65 and 43 with AdamW's
+ADAM = ("adam", "adamw", "nadam", "nadamw", "radam", "adam_atan2")
+NORMED_RATE = 2e-3  # of Adam on networks with batch norms, whose width matters little
+
+
+def with_defaults(config: TrainConfig, images: int, image_size: int) -> TrainConfig:
+    """Choose the settings that are not given.
+
+    Args:
+        config: The given settings.
+        images: Number of training images.
+        image_size: Their side in pixels.
+    """
+    config = with_sgd_rate(with_fitting_warmup(config))
+    return with_mixing(with_fitting_crop(config, images, image_size), images)
+
+
+def with_fitting_warmup(config: TrainConfig) -> TrainConfig:
+    """Choose a warm-up of a tenth of the run and at most 5 epochs, or shorten a given one.
+
+    After a warm-up of more than half of a run the learning rate would hardly come to its peak, or
+    never: it is shortened to a tenth.
+    """
+    given, share = config.schedule.warmup_epochs, WARMUP_SHARE * config.epochs
+    if given is not None and 2 * given <= config.epochs:
+        return config
+    warmup = min(WARMUP_EPOCHS, share) if given is None else share
+    return replace(config, schedule=replace(config.schedule, warmup_epochs=warmup))
+
+
+def with_sgd_rate(config: TrainConfig) -> TrainConfig:
+    """Choose the learning rate of SGD.
+
+    AdamW's is far too low for it. Runs of earlier versions, which recorded none, keep AdamW's.
+    """
+    optimizer = config.optimizer
+    if optimizer.lr is not None or SGD.search(optimizer.name) is None:
+        return config
+    return replace(config, optimizer=replace(optimizer, lr=SGD_RATE))
+
+
+def with_normed_rate(config: TrainConfig, model: nn.Module) -> TrainConfig:
+    """Choose the learning rate of Adam's family for a model with batch norms.
+
+    The default for other models falls with their width, which would be far too low for a
+    MobileNet: its last layer is wide, and the scale of its weights is free.
+    """
+    optimizer = config.optimizer
+    normed = any(isinstance(module, _NormBase) for module in model.modules())
+    if optimizer.lr is not None or optimizer.name not in ADAM or not normed:
+        return config
+    return replace(config, optimizer=replace(optimizer, lr=NORMED_RATE))
+
+
+def with_fitting_crop(config: TrainConfig, images: int, image_size: int) -> TrainConfig:
+    """Choose resized crops for images of 64 pixels and more, and padded ones for smaller images.
+
+    A model with random weights that sees few images is given them whole.
+    """
+    augment = config.augment
+    if augment.resized_crop is not None or config.task == "puzzle":
+        return replace(config, augment=replace(augment, resized_crop=augment.resized_crop or 0.0))
+    padding, area = augment.crop_padding, 0.0
+    if padding is None and config.model.start is None and config.epochs * images < FEW:
+        padding = 0
+    elif padding is None and image_size >= PHOTOGRAPH:
+        area = SMALLEST_AREA
+    return replace(config, augment=replace(augment, crop_padding=padding, resized_crop=area))
+
+
+def with_mixing(config: TrainConfig, images: int) -> TrainConfig:
+    """Choose Mixup and CutMix for classification in long runs."""
+    enough = config.epochs >= MIXED_EPOCHS and config.epochs * images >= MIXED
+    mixed, augment = enough and config.task == "classification", config.augment
+    mixup = (MIXUP if mixed else 0.0) if augment.mixup is None else augment.mixup
+    cutmix = (CUTMIX if mixed else 0.0) if augment.cutmix is None else augment.cutmix
+    return replace(config, augment=replace(augment, mixup=mixup, cutmix=cutmix))
+
+
+def describe_defaults(given: TrainConfig, chosen: TrainConfig, images: int) -> str:
+    """List the settings that were not given, in one line; empty if all were."""
+    found = []
+    if given.schedule.warmup_epochs is None:
+        found.append(f"warm-up of {chosen.schedule.warmup_epochs:g} epochs")
+    if given.optimizer.lr is None and chosen.optimizer.lr is not None:
+        found.append(f"learning rate {chosen.optimizer.lr:g}")
+    for name, label in (("mixup", "Mixup"), ("cutmix", "CutMix")):
+        if getattr(given.augment, name) is None:
+            value = getattr(chosen.augment, name)
+            found.append(f"{label} {value:g}" if value else f"no {label}")
+    if given.augment.resized_crop is None and chosen.augment.resized_crop:
+        found.append(f"crops of at least {chosen.augment.resized_crop:.0%} of the area")
+    if given.augment.crop_padding is None and chosen.augment.crop_padding == 0:
+        found.append("no random crops")
+    epochs = "epoch" if chosen.epochs == 1 else "epochs"
+    return f"{chosen.epochs} {epochs} of {images:,} images: {', '.join(found)}" if found else ""

@@ -1,0 +1,166 @@
+"""Defaults of a new run by its images, its epochs and its model."""
+
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+from run_helpers import StopAt
+
+from smallfry.errors import Stopped
+from smallfry.training.config import (
+    AugmentConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+    read_config,
+)
+from smallfry.training.default_settings import (
+    NORMED_RATE,
+    SGD_RATE,
+    describe_defaults,
+    with_defaults,
+    with_fitting_crop,
+    with_fitting_warmup,
+    with_mixing,
+    with_normed_rate,
+    with_sgd_rate,
+)
+from smallfry.training.train import resume, train
+
+MANY = 50_000
+
+
+@pytest.mark.parametrize(
+    ("given", "epochs", "chosen"),
+    [
+        (None, 1, 0.1),
+        (None, 12, 1.2),
+        (None, 50, 5.0),
+        (None, 300, 5.0),
+        (0.0, 12, 0.0),
+        (5.0, 10, 5.0),
+        (5.0, 9, 0.9),
+        (30.0, 300, 30.0),
+    ],
+)
+def test_the_warm_up_is_a_tenth_of_the_run_and_at_most_five_epochs(given, epochs, chosen):
+    config = TrainConfig(epochs=epochs, schedule=ScheduleConfig(warmup_epochs=given))
+    assert with_fitting_warmup(config).schedule.warmup_epochs == pytest.approx(chosen)
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "sgdw", "csgdw", "sgdp", "nesterov"])
+def test_sgd_has_a_default_rate_of_its_own(name):
+    config = TrainConfig(optimizer=OptimizerConfig(name))
+    assert with_sgd_rate(config).optimizer.lr == SGD_RATE
+    given = TrainConfig(optimizer=OptimizerConfig(name, lr=0.3))
+    assert with_sgd_rate(given) is given
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "muon", "sngd", "kfac", "adam_atan2", "rmsprop"])
+def test_other_optimizers_keep_theirs(name):
+    config = TrainConfig(optimizer=OptimizerConfig(name))
+    assert with_sgd_rate(config) is config
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer", "rate"),
+    [
+        ("mobilenetv3_small_050", OptimizerConfig(), NORMED_RATE),
+        ("mobilenetv3_small_050", OptimizerConfig("adam"), NORMED_RATE),
+        ("mobilenetv3_small_050", OptimizerConfig(lr=0.3), 0.3),
+        ("mobilenetv3_small_050", OptimizerConfig("lamb"), None),
+        ("mobilenetv3_small_050", OptimizerConfig("kfac"), None),
+        ("vitrm_micro_patch4_8", OptimizerConfig(), None),
+    ],
+)
+def test_adam_has_a_rate_of_its_own_on_models_with_batch_norms(model, optimizer, rate):
+    config = TrainConfig(optimizer=optimizer)
+    with torch.device("meta"):
+        built = timm.create_model(model, num_classes=2)
+    assert with_normed_rate(config, built).optimizer.lr == rate
+
+
+def test_the_rate_for_batch_norms_is_recorded_and_earlier_runs_keep_theirs(variant):
+    model = ModelConfig("resnet10t", options={"stem_width": 8})
+    data = replace(variant().data, image_size=32)
+    config = variant(model=model, data=data, objective=ObjectiveConfig())
+    with pytest.raises(Stopped):
+        train(config, StopAt(2))
+    file = config.run / "config.yaml"
+    recorded = read_config(file)
+    assert recorded.optimizer.lr == NORMED_RATE
+    text = file.read_text()
+    assert f"lr: {NORMED_RATE}" in text
+    file.write_text(text.replace(f"lr: {NORMED_RATE}", "lr: null"))
+    with pytest.raises(Stopped):
+        resume(config.run, StopAt(3))
+    assert read_config(file).optimizer.lr is None
+
+
+@pytest.mark.parametrize(
+    ("epochs", "images", "size", "area", "padding"),
+    [
+        (50, MANY, 63, 0.0, None),
+        (50, MANY, 64, 0.25, None),
+        (12, 1_500, 32, 0.0, 0),
+        (14, 1_500, 32, 0.0, None),
+        (12, 1_500, 224, 0.0, 0),
+    ],
+)
+def test_photographs_are_resized_small_images_padded_and_few_left_whole(
+    epochs, images, size, area, padding
+):
+    chosen = with_fitting_crop(TrainConfig(epochs=epochs), images, size).augment
+    assert (chosen.resized_crop, chosen.crop_padding) == (area, padding)
+
+
+def test_given_crops_stay_and_trained_models_see_crops_of_few_images():
+    padded = TrainConfig(augment=AugmentConfig(crop_padding=4), epochs=1)
+    chosen = with_fitting_crop(padded, 100, 224).augment
+    assert (chosen.resized_crop, chosen.crop_padding) == (0.0, 4)
+    given = TrainConfig(augment=AugmentConfig(resized_crop=0.08), epochs=1)
+    assert with_fitting_crop(given, 100, 32) == given
+    tuned = TrainConfig(model=ModelConfig(start="runs/a"), epochs=1)
+    assert with_fitting_crop(tuned, 100, 64).augment.resized_crop == 0.25
+    puzzle = with_fitting_crop(TrainConfig(task="puzzle"), MANY, 81).augment
+    assert (puzzle.resized_crop, puzzle.crop_padding) == (0.0, None)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "images", "task", "mixed"),
+    [
+        (50, 1_000, "classification", True),
+        (49, MANY, "classification", False),
+        (50, 999, "classification", False),
+        (50, MANY, "puzzle", False),
+    ],
+)
+def test_images_are_mixed_in_long_runs(epochs, images, task, mixed):
+    config = TrainConfig(epochs=epochs, task=task)
+    chosen = with_mixing(config, images).augment
+    assert (chosen.mixup, chosen.cutmix) == ((0.2, 1.0) if mixed else (0.0, 0.0))
+    given = replace(config, augment=AugmentConfig(mixup=0.4, cutmix=0.0))
+    assert with_mixing(given, images) == given
+
+
+def test_the_choice_is_described_in_one_line():
+    given = TrainConfig(epochs=12)
+    chosen = with_defaults(given, 1_350, 32)
+    assert describe_defaults(given, chosen, 1_350) == (
+        "12 epochs of 1,350 images: warm-up of 1.2 epochs, no Mixup, no CutMix, no random crops"
+    )
+    long = with_defaults(TrainConfig(), MANY, 224)
+    assert describe_defaults(TrainConfig(), long, MANY) == (
+        "50 epochs of 50,000 images: warm-up of 5 epochs, Mixup 0.2, CutMix 1, "
+        "crops of at least 25% of the area"
+    )
+    assert describe_defaults(chosen, with_defaults(chosen, 1_350, 32), 1_350) == ""
+    assert with_defaults(chosen, 1_350, 32) == chosen
+
+
+def test_a_run_begins_with_its_defaults(variant, capsys):
+    train(variant(epochs=1, schedule=ScheduleConfig(), progress="plain"))
+    assert "1 epoch of 200 images: warm-up of 0.1 epochs\n" in capsys.readouterr().out
