@@ -46,7 +46,7 @@ def paper_recipe(entry: StudyModel, data: str, batch_size: int) -> TrainConfig:
             drop_rate=0.1 if recursive else None,
             options=dict(entry.options),
         ),
-        augment=AugmentConfig(crop_padding=4, flip=True, randaugment_ops=2),
+        augment=AugmentConfig(crop_padding=4, flip=True, randaugment_ops=2, mixup=0.2, cutmix=1.0),
         objective=ObjectiveConfig("deep_supervision" if recursive else "cross_entropy"),
         optimizer=OptimizerConfig("adamw", 3e-4, 0.05, decay="all", betas=(0.9, 0.999), clip=None),
         schedule=ScheduleConfig(30.0 if recursive else 10.0, 1e-6, "epoch"),

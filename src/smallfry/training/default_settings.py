@@ -17,7 +17,7 @@ SMALLEST_AREA = 0.25  # of such a crop, as a share of the image
 FEW = 20_000  # images seen in all epochs, below which random crops cost more than they bring
 MIXUP, CUTMIX = 0.2, 1.0
 MIXED_EPOCHS, MIXED = 50, 50_000  # epochs, and images seen in them, from which on images are mixed
-WARMUP_EPOCHS, WARMUP_SHARE = 5.0, 0.1
+WARMUP_EPOCHS, WARMUP_PARTS = 5.0, 10
 SGD = re.compile("sgd|momentum|nesterov")  # in timm's registry
 SGD_RATE = 0.02  # 6 epochs of digits: ViTRM 77 %, a small ResNet 94 %; 65 and 43 with AdamW's
 ADAM = ("adam", "adamw", "nadam", "nadamw", "radam", "adam_atan2")
@@ -42,7 +42,7 @@ def with_fitting_warmup(config: TrainConfig) -> TrainConfig:
     After a warm-up of more than half of a run the learning rate would hardly come to its peak, or
     never: it is shortened to a tenth.
     """
-    given, share = config.schedule.warmup_epochs, WARMUP_SHARE * config.epochs
+    given, share = config.schedule.warmup_epochs, config.epochs / WARMUP_PARTS
     if given is not None and 2 * given <= config.epochs:
         return config
     warmup = min(WARMUP_EPOCHS, share) if given is None else share
