@@ -28,7 +28,7 @@ def data_configs(root: Path) -> dict[str, DataConfig]:
     """Return the settings of both data sets below a folder."""
     return {
         "olivetti": DataConfig(str(root / "olivetti"), image_size=32, channels=3),
-        "cifar10, 50 a class": DataConfig("cifar10", root / "cifar10", limit=500, validation=0.1),
+        "cifar10, 50 a class": DataConfig("cifar10", root / "cifar10", limit=500, validation=0.01),
     }
 
 

@@ -38,8 +38,8 @@ MODELS = (
 )
 IN_PATCHES = {"vit_tiny_patch16_224": {"patch_size": 4}}  # 16 pixels would be half an image
 DATA: dict[str, dict[str, Any]] = {
-    "mnist": {"name": "mnist", "limit": 1500},
-    "cifar10": {"name": "cifar10", "limit": 5000},
+    "mnist": {"name": "mnist", "limit": 1500, "validation": 0.01},
+    "cifar10": {"name": "cifar10", "limit": 5000, "validation": 0.01},
     "olivetti": {"name": "olivetti", "image_size": 32},
     "digits": {"name": "digits", "image_size": 32},  # timm's models halve the side five times
 }
