@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smallfry_runtime.errors import DataError
+from smallfry_runtime.frames import Frame, ImageSize
 from smallfry_runtime.images import decode
 from smallfry_runtime.inputs import InputImage
 
@@ -56,7 +57,7 @@ def answers(
     run: Callable[[NDArray[np.uint8]], Outputs],
     images: Iterable[InputImage],
     classes: Sequence[str],
-    image_size: int,
+    image_size: ImageSize | Frame,
     channels: int,
     top_k: int = 3,
     bit_depth: int | None = None,
@@ -66,10 +67,10 @@ def answers(
     An image that can't be read gives an ``error``, as does one of which the model says no number.
 
     Args:
-        run: From pixels (images, channels, size, size) to outputs.
+        run: From pixels (images, channels, height, width) to outputs.
         images: The images.
         classes: Names of the model's classes.
-        image_size: Side that the images are brought to, in pixels.
+        image_size: Size that the images are brought to; see ``smallfry_runtime.images.decode``.
         channels: 1 (grey) or 3 (RGB).
         top_k: Classes to name for each image, at most all.
         bit_depth: Bit depth of 16-bit images; see ``smallfry_runtime.images.decode``.

@@ -110,7 +110,7 @@ class Runtime:
         except OSError as error:
             raise ExportError(f"{folder / name}: can't be read ({error.strerror})") from error
         ours, its = self.manifest, found.manifest
-        alike = ("classes", "image_size", "channels", "mean", "std", "bit_depth")
+        alike = ("classes", "image_size", "resize", "channels", "mean", "std", "bit_depth")
         if digest != ours.files[name] or any(getattr(ours, a) != getattr(its, a) for a in alike):
             raise ExportError(
                 f"{folder / name}: not the sub-model that was exported; export the run again"
@@ -129,7 +129,7 @@ class Runtime:
 
         Args:
             images: Files by their paths, their bytes, or images of Pillow; or pixels (images,
-                channels, size, size). There may be none.
+                channels, height, width). There may be none.
             budget: Recursion steps that an image may take on average, as on the images that the
                 export was calibrated on.
             drop: Share of accuracy that may be lost to early exit, such as 0.003, as on those.
@@ -160,12 +160,12 @@ class Runtime:
         self, images: Iterable[InputImage], top_k: int = 3, threshold: float | None = None
     ) -> Iterator[Answer]:
         """Classify images in order; an image that can't be read gives an ``error``."""
-        size, channels = self.manifest.image_size, self.manifest.channels
+        size, channels = self.manifest.frame, self.manifest.channels
         run = partial(self.outputs, self.exit_threshold(threshold=threshold))
         return answers(run, images, self.classes, size, channels, top_k, self.manifest.bit_depth)
 
     def preprocess(self, pixels: NDArray[np.uint8]) -> Floats:
-        """Convert pixels (images, channels, size, size) to the input of the graphs."""
+        """Convert pixels (images, channels, height, width) to the input of the graphs."""
         batch = pixels.astype(np.float32)
         batch *= self._scale
         batch += self._shift
@@ -236,12 +236,12 @@ class Runtime:
                     f"{name}: expected a path, bytes or a Pillow image, got "
                     f"{type(image).__name__}; pass pixels as one array for all images"
                 )
-            size, channels = manifest.image_size, manifest.channels
-            pixels.append(decode(image, name, size, channels, manifest.bit_depth))
+            frame, channels = manifest.frame, manifest.channels
+            pixels.append(decode(image, name, frame, channels, manifest.bit_depth))
         return np.stack(pixels) if pixels else self._no_pixels()
 
     def outputs(self, threshold: float | None, pixels: NDArray[np.uint8]) -> Outputs:
-        """Compute the outputs for pixels (images, channels, size, size) in one batch."""
+        """Compute the outputs for pixels (images, channels, height, width) in one batch."""
         predictions = self._run(self.preprocess(pixels), threshold, len(pixels))
         return Outputs(*predictions[:2], predictions.steps if threshold is not None else None)
 
@@ -318,8 +318,7 @@ class Runtime:
         )
 
     def _no_pixels(self) -> NDArray[np.uint8]:
-        size = self.manifest.image_size
-        return np.empty((0, self.manifest.channels, size, size), np.uint8)
+        return np.empty((0, *self.manifest.input_shape), np.uint8)
 
 
 def _require_finite(*outputs: Floats | None) -> None:

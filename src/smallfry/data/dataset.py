@@ -35,7 +35,8 @@ from smallfry.data.sources import (
 from smallfry.data.splits import Split, hold_out, take_some
 from smallfry.data.stream import ShardPixels, readable_rows
 from smallfry.errors import AccessError, DataError, SmallfryWarning, UsageError
-from smallfry_runtime.images import FULL_DEPTH, LARGEST_SIDE, header
+from smallfry_runtime.frames import Frame, ImageSize, Resize, frame_of
+from smallfry_runtime.images import FULL_DEPTH, header
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,8 @@ def load_data(
     name: str = "digits",
     root: str | Path | None = None,
     *,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
+    resize: Resize = "crop",
     channels: int | None = None,
     validation: float = 0.1,
     test: float = 0.2,
@@ -75,8 +77,10 @@ def load_data(
             ``faces``, for auto-encoders; or a folder with parquet shards, WebDataset tar files or
             one folder per class (with or without train, validation and test folders around them).
         root: Folder of a named data set; without one, the local cache and then the hub are asked.
-        image_size: Side of the images in pixels; default the native size of square images up to
-            64, else 32. Other images are cropped at their centre and scaled.
+        image_size: Side of the images in pixels, or height and width; default the native size of
+            square images up to 64, else 32. Other images are resized.
+        resize: How pictures of another shape become such images: ``crop`` at their centre,
+            ``letterbox`` with black borders, or ``squash``.
         channels: 1 (grey) or 3 (RGB); default 1 if all images are grey.
         validation: Share of the training images held out if the source has no validation split.
         test: Share of the training images held out if the source has no test split.
@@ -107,7 +111,8 @@ def load_data(
             ``faces``, which have none to learn.
         DataError: A source that can't be reached or used.
     """
-    _check_options(image_size, channels, validation, test, limit, window, bit_depth)
+    frame = None if image_size is None else frame_of(image_size, resize, "data.image_size")
+    _check_options(channels, validation, test, limit, window, bit_depth)
     place = None if root is None else Path(root)
     if name in generated_names():
         require_no_root(name, place)
@@ -115,7 +120,8 @@ def load_data(
             name,
             options or {},
             *(validation, test, split_seed, limit),
-            image_size=image_size,
+            image_size=None if frame is None else frame.size,
+            resize=resize,
             channels=channels,
             label=label,
             stream=stream,
@@ -130,7 +136,7 @@ def load_data(
             f"./{name}"
         )
     if stream is None:
-        above: float = LARGEST_DECODED // ((channels or 3) * (image_size or 64) ** 2)
+        above: float = LARGEST_DECODED // math.prod((frame or frame_of(64)).shape(channels or 3))
     else:
         above = 0 if stream else math.inf
     if labels is None:
@@ -146,7 +152,8 @@ def load_data(
         hint = f"; did you mean {inner}?" if len(folders_in(inner)) >= min_classes else ""
         raise DataError(f"{source.origin}: there {found}; at least {min_classes} are needed{hint}")
     encoded = source.splits[TRAIN]
-    size, channels = _geometry(encoded, image_size, channels)
+    frame, channels = _geometry(encoded, frame, channels)
+    size = frame._replace(resize=resize)
     streamed = encoded.shards is not None and len(encoded.labels) > above
     if stream and not streamed:
         raise UsageError(
@@ -207,7 +214,7 @@ def load_data(
         name,
         source.origin,
         source.classes,
-        size,
+        size.size,
         channels,
         train,
         held,
@@ -216,6 +223,7 @@ def load_data(
         source.spelled,
         locate,
         bit_depth,
+        resize=resize,
     )
     return data.without_duplicates() if remove_duplicates else data
 
@@ -245,7 +253,7 @@ def _hold_out(
 
 def _stream(
     split: EncodedSplit,
-    size: int,
+    size: Frame,
     channels: int,
     window: int,
     skip_unreadable: bool,
@@ -259,7 +267,6 @@ def _stream(
 
 
 def _check_options(
-    image_size: int | None,
     channels: int | None,
     validation: float,
     test: float,
@@ -274,14 +281,12 @@ def _check_options(
         raise UsageError(f"data.channels must be 1 (grey) or 3 (RGB), got {channels}")
     if bit_depth is not None and not 1 <= bit_depth <= FULL_DEPTH:
         raise UsageError(f"data.bit_depth must be 1 to {FULL_DEPTH}, got {bit_depth}")
-    if image_size is not None and image_size > LARGEST_SIDE:
-        raise UsageError(f"data.image_size must be at most {LARGEST_SIDE}, got {image_size}")
-    for option, number in {"image_size": image_size, "limit": limit, "window": window}.items():
+    for option, number in {"limit": limit, "window": window}.items():
         if number is not None and number < 1:
             raise UsageError(f"data.{option} must be at least 1, got {number}")
 
 
-def _geometry(split: EncodedSplit, size: int | None, channels: int | None) -> tuple[int, int]:
+def _geometry(split: EncodedSplit, size: Frame | None, channels: int | None) -> tuple[Frame, int]:
     """Return the requested size and channels, or those of the images."""
     if len(split.labels) == 0:
         raise DataError("the train split is empty")
@@ -309,7 +314,7 @@ def _geometry(split: EncodedSplit, size: int | None, channels: int | None) -> tu
         grey = grey and is_grey
     width, height = sizes.pop() if len(sizes) == 1 else (0, 1)
     native = width if width == height and width <= LARGEST_NATIVE_SIZE else DEFAULT_SIZE
-    return size or native, channels or (1 if grey else 3)
+    return size or frame_of(native), channels or (1 if grey else 3)
 
 
 def _warn_of_missing_classes(source: Source, train: Split) -> None:

@@ -29,7 +29,7 @@ TIMED_SECONDS = 1.0  # a large model is not run more often than this allows
 class AttentionMap(NamedTuple):
     """Attention rollout from the prediction token to the image, since the recursion step began."""
 
-    patches: NDArray[np.float64]  # (side, side), row by row; sums to 1
+    patches: NDArray[np.float64]  # (rows, columns); sums to 1
     share: float  # of the whole rollout; the rest falls on what y and z held before
 
 
@@ -55,7 +55,7 @@ class Timing(NamedTuple):
 class RecursionTrace(NamedTuple):
     """Recursion trace of a model on one image."""
 
-    pixels: NDArray[np.uint8]  # as the model sees them, (channels, size, size)
+    pixels: NDArray[np.uint8]  # as the model sees them, (channels, height, width)
     moments: tuple[TraceStep, ...]  # of a model that does not recur, one
     answer: int  # which moment is the model's answer; what follows it never saw training
     latent_steps: int  # in a recursion step; 0 if there are none, as where it does not recur
@@ -72,7 +72,7 @@ def think(trained: TrainedModel, pixels: NDArray[np.uint8], runs: int = 5) -> Re
 
     Args:
         trained: The model.
-        pixels: (channels, size, size), as ``smallfry_runtime.images.decode`` gives them.
+        pixels: (channels, height, width), as ``smallfry_runtime.images.decode`` gives them.
         runs: Maximum number of timed runs, within about a second.
     """
     model = trained.model
@@ -138,7 +138,8 @@ def _follow(
             attention = None
             if latents:
                 patches = model.embed(images).shape[1]
-                attention = _attention_map(attention_on_image(latents, answer, patches)[0])
+                parts = attention_on_image(latents, answer, patches)[0]
+                attention = _attention_map(parts, _grid(model, patches))
             yield step, attention
 
 
@@ -150,10 +151,16 @@ def _place(moment: int, latent_steps: int) -> tuple[int, int]:
     return (done + 1, latent_step + 1) if moment else (0, 0)
 
 
-def _attention_map(parts: Tensor) -> AttentionMap:
-    side = isqrt(len(parts))
+def _grid(model: nn.Module, patches: int) -> tuple[int, int]:
+    """Return rows and columns of a model's patches; those of a square where it states none."""
+    side = isqrt(patches)
+    grid: tuple[int, int] = getattr(model, "grid_size", (side, side))
+    return grid
+
+
+def _attention_map(parts: Tensor, grid: tuple[int, int]) -> AttentionMap:
     share = parts.sum().item()
-    return AttentionMap((parts.double() / parts.double().sum()).view(side, side).numpy(), share)
+    return AttentionMap((parts.double() / parts.double().sum()).view(grid).numpy(), share)
 
 
 def _shares(logits: Tensor) -> tuple[float, ...]:

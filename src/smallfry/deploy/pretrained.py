@@ -28,9 +28,11 @@ from smallfry.deploy.hub import NAME, check_name, download, upload
 from smallfry.deploy.hub_config import (
     CONFIG,
     CROP,
+    CROP_MODES,
     FORMAT,
     INTERPOLATION,
     PLAIN_FORMAT,
+    TRANSFORMED,
     described,
     read_config,
     read_weights,
@@ -216,12 +218,12 @@ def _write_model(
         **{key: model.pretrained_cfg.get(key) for key in kept},
         "architecture": spec.architecture.partition(".")[0],
         "num_classes": len(trained.classes),
-        "input_size": (trained.channels, trained.image_size, trained.image_size),
+        "input_size": trained.input_shape,
         "mean": tuple(taken["mean"]),
         "std": tuple(taken["std"]),
         "interpolation": INTERPOLATION,
         "crop_pct": CROP,
-        "crop_mode": "center",
+        "crop_mode": CROP_MODES[trained.resize],
         **({"license": license} if license else {}),
     }
     arguments = {key: value for key, value in spec.arguments.items() if value is not None}
@@ -235,19 +237,22 @@ def _write_model(
     config = read_config(folder / CONFIG)
     digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     transforms = spec.to_dict().get("transforms", [])
+    version = FORMAT if trained.resize != "crop" else TRANSFORMED if transforms else PLAIN_FORMAT
     head: dict[str, Any] = {
-        "format": FORMAT if transforms else PLAIN_FORMAT,
+        "format": version,
         "version": __version__,
         "weights": {"sha256": digest},
     }
     if transforms:
         head["transforms"] = transforms
+    if trained.resize != "crop":
+        head["resize"] = trained.resize
     if trained.bit_depth is not None:
         head["bit_depth"] = trained.bit_depth
     config["smallfry"] = {**head, **facts}
     written = config.get("model_args", {})
     if "img_size" in written:  # where timm tells two sides, not every model takes them
-        written["img_size"] = trained.image_size
+        written["img_size"] = trained.frame.plain
     write_file(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     return config
 

@@ -83,7 +83,7 @@ def write_report(
         same = said["float32"].argmax(axis=1) == said["eight_bits"].argmax(axis=1)
         report["agreement"] = float(same.mean())
         report["measured_on"] = f"{len(test):,} test images of {Path(data.name).name}"
-    shape = (1, manifest.channels, manifest.image_size, manifest.image_size)
+    shape = (1, *manifest.input_shape)
     image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     calls = {name: partial(runtime.predict, image) for name, runtime in runtimes.items()}
     for name, taken in take_turns(calls, SECONDS).items():

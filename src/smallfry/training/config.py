@@ -19,6 +19,7 @@ from smallfry.training.objective_config import taken_settings
 from smallfry.training.own_code import require_path
 from smallfry.training.settings import check, check_values
 from smallfry_runtime.files import read_bytes
+from smallfry_runtime.frames import frame_of
 from smallfry_runtime.names import URI, path_of, storable
 
 MOST_SEED = 2**63  # above which PyTorch takes none
@@ -34,7 +35,10 @@ class DataConfig:
             sudoku6, sudoku9, maze9 to maze30) or a folder with parquet shards, WebDataset tar
             files or one folder per class.
         root: Folder of a named data set; without one, the local cache and then the hub are asked.
-        image_size: Side of the images in pixels; default the native size up to 64, else 32.
+        image_size: Side of the images in pixels, or height and width; default the native size up
+            to 64, else 32.
+        resize: How pictures of another shape become such images: crop at their centre, letterbox
+            with black borders, or squash; default crop, or that of model.start.
         channels: 1 (grey) or 3 (RGB); default 1 if all images are grey.
         validation: Share of the training images held out if the source has no validation split.
         test: Share of the training images held out if the source has no test split.
@@ -60,7 +64,8 @@ class DataConfig:
 
     name: str = "digits"
     root: Path | None = None
-    image_size: int | None = None
+    image_size: int | list[int] | None = None
+    resize: Literal["crop", "letterbox", "squash"] | None = None
     channels: int | None = None
     validation: float = 0.1
     test: float = 0.2
@@ -81,6 +86,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_values(self, "data.")
+        if self.image_size is not None:  # two equal sides are one
+            frame = frame_of(self.image_size, option="data.image_size")
+            object.__setattr__(self, "image_size", frame.plain)
         for column in ("image_column", "split_column"):
             lone = getattr(self, column) is not None and self.labels is None
             check(not lone, f"data.{column} is of the file data.labels, which is not given")

@@ -64,6 +64,7 @@ def load_config_data(wanted: DataConfig, min_classes: int = 2) -> ImageData:
     """Load the data set of a configuration."""
     given = {field.name: getattr(wanted, field.name) for field in fields(wanted)}
     name, root, _, _ = (given.pop(key) for key in ("name", "root", "mean", "std"))
+    given["resize"] = given["resize"] or "crop"
     return load_data(name, root, min_classes=min_classes, **given)
 
 
@@ -151,7 +152,12 @@ def _sized(wanted: DataConfig, trained: TrainedModel) -> DataConfig:
     """Adapt a configuration to the model's image size."""
     if trained.bit_depth is not None:
         wanted = replace(wanted, bit_depth=trained.bit_depth)
-    return replace(wanted, image_size=trained.image_size, channels=trained.channels)
+    return replace(
+        wanted,
+        image_size=trained.frame.plain,
+        resize=trained.resize,
+        channels=trained.channels,
+    )
 
 
 def _is_same_place(name: str, other: str) -> bool:

@@ -37,5 +37,5 @@ def classify(
             None if steps is None else steps.numpy(),
         )
 
-    size, channels = trained.image_size, trained.channels
-    return answers(run, images, trained.classes, size, channels, top_k, trained.bit_depth)
+    frame, channels = trained.frame, trained.channels
+    return answers(run, images, trained.classes, frame, channels, top_k, trained.bit_depth)

@@ -367,7 +367,7 @@ def _build(
     mean, std = config.data.mean or data.mean, config.data.std or data.std
     require_enough_images(
         model,
-        torch.zeros(1, data.channels, data.image_size, data.image_size),
+        torch.zeros(1, *data.input_shape),
         min(config.batch_size, len(data.train)),
         config.accumulate,
         processes.count,
@@ -384,6 +384,7 @@ def _build(
         "classes": list(data.classes),
         "input": {
             "size": data.image_size,
+            "resize": data.resize,
             "channels": data.channels,
             "mean": list(mean),
             "std": list(std),
@@ -414,7 +415,7 @@ def _build(
 
 def _useful_threads(model: nn.Module, data: ImageData) -> int:
     """Limit the threads of a small model; more gain little and stall on shared cores."""
-    sample = torch.zeros(1, data.channels, data.image_size, data.image_size)
+    sample = torch.zeros(1, *data.input_shape)
     shared = max(1, torch.get_num_threads() // launch().here)
     return 1 if cost(model, sample).macs < SMALL_MODEL else shared
 
@@ -432,7 +433,7 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
             flipped = predict(model, data.test, best.normalize, device, flips=True)
     except RunError as error:
         raise TrainingError(f"{folder.best}: on the test images, {error}") from None
-    sample = torch.zeros(1, data.channels, data.image_size, data.image_size, device=device)
+    sample = torch.zeros(1, *data.input_shape, device=device)
     spent = cost(model, sample)
     cpu = progress.cpu_seconds
     summary = {
