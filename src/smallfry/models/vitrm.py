@@ -155,6 +155,7 @@ class ViTRM(nn.Module):
         )
         self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
         self.halt_head = nn.Linear(embed_dim, 1)
+        self.feature_info = feature_info(self)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -327,11 +328,7 @@ class ViTRM(nn.Module):
             self.pos_embed = resampled(self.pos_embed, before, self.grid_size)
         if self.latent_per_patch:
             self.z_init = resampled(self.z_init, before, self.grid_size)
-
-    @property
-    def feature_info(self) -> list[dict[str, Any]]:
-        """Channels and reduction of the memory after each latent step, for ``features_only``."""
-        return feature_info(self)
+        self.feature_info = feature_info(self)
 
     def forward_intermediates(
         self,

@@ -16,11 +16,15 @@ __all__ = ["feature_info", "intermediates"]
 
 def feature_info(model: "ViTRM") -> list[dict[str, Any]]:
     """Return channels and reduction of the memory after each latent step."""
-    rows, _ = latent_grid(model)
+    try:
+        rows, _ = latent_grid(model)
+    except ValueError:  # features are asked for as rows alone
+        rows = model.grid_size[0]
+    last = f"blocks.{len(model.blocks) - 1}"
     reduction = max(1, model.input_shape[1] // rows)
     return [
-        {"num_chs": model.embed_dim, "reduction": reduction, "module": f"latent_step.{number}"}
-        for number in range(model.latent_steps * model.recursion_steps)
+        {"num_chs": model.embed_dim, "reduction": reduction, "module": last}
+        for _ in range(model.latent_steps * model.recursion_steps)
     ]
 
 
