@@ -22,7 +22,7 @@ from smallfry_runtime.variants import FOLDER, FULL, Variant, read_variants
 from smallfry_runtime.version import __version__
 
 PLAIN_FORMAT = 3  # of cropped squares; 2 had no bit depth, and 1 no digest of the manifest
-FORMAT = 4  # 3 had neither rectangles nor ways of resizing
+FORMAT = 4  # 3 had no rectangles, no ways of resizing, and one class an image
 READ = (1, 2, PLAIN_FORMAT, FORMAT)
 MANIFEST = "manifest.json"
 GRAPHS = {
@@ -59,6 +59,8 @@ class Manifest:
         source: SHA-256 of the weights that were exported.
         files: SHA-256 of every other file, of sub-models that of the manifests.
         submodels: Sub-models to choose from, the full model among them; empty without any.
+        thresholds: Probability of each class from which an image has it, where it may have several
+            classes; empty where it has one.
         resize: How pictures of another shape become such images; see ``Frame``.
     """
 
@@ -80,6 +82,7 @@ class Manifest:
     files: dict[str, str] = field(default_factory=dict)
     submodels: tuple[Variant, ...] = ()
     resize: Resize = "crop"
+    thresholds: tuple[float, ...] = ()
 
     @property
     def frame(self) -> Frame:
@@ -97,7 +100,7 @@ class Manifest:
             "exits": [point._asdict() for point in self.exits],
             "submodels": [each._asdict() for each in self.submodels],
         }
-        version = PLAIN_FORMAT if self.frame.is_plain else FORMAT
+        version = PLAIN_FORMAT if self.frame.is_plain and not self.thresholds else FORMAT
         head = {"format": version, "smallfry": __version__}
         return json.dumps(with_digest({**head, **content}), indent=2) + "\n"
 
@@ -205,9 +208,15 @@ def _checked(content: Any, file: Path) -> Manifest:
             f"{file}: damaged, its digest is not that of its content; export the run again"
         )
     try:
-        content = {"bit_depth": None, "submodels": [], "resize": "crop", **content}
+        content = {
+            "bit_depth": None,
+            "submodels": [],
+            "resize": "crop",
+            "thresholds": [],
+            **content,
+        }
         values = {entry.name: content[entry.name] for entry in fields(Manifest)}
-        values |= {name: tuple(values[name]) for name in ("classes", "mean", "std")}
+        values |= {name: tuple(values[name]) for name in ("classes", "mean", "std", "thresholds")}
         values["image_size"] = frame_of(values["image_size"]).size
         values["exits"] = tuple(Point(**point) for point in values["exits"])
         values["submodels"] = read_variants(values["submodels"])
@@ -238,6 +247,8 @@ def _problem(manifest: Manifest) -> str | None:
         or len(manifest.std) != manifest.channels
         or not all(map(_is_number, statistics))
         or min(manifest.std) <= 0,
+        "thresholds": len(manifest.thresholds) not in (0, len(manifest.classes))
+        or not all(map(_is_number, manifest.thresholds)),
         "bit_depth": not is_bit_depth(manifest.bit_depth),
         "recursion_steps": steps is not None and not _is_count(steps, MOST_STEPS),
         "exits": not all(map(_is_number, exits)) or (bool(exits) and manifest.form != "anytime"),

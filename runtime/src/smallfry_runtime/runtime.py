@@ -110,7 +110,16 @@ class Runtime:
         except OSError as error:
             raise ExportError(f"{folder / name}: can't be read ({error.strerror})") from error
         ours, its = self.manifest, found.manifest
-        alike = ("classes", "image_size", "resize", "channels", "mean", "std", "bit_depth")
+        alike = (
+            "classes",
+            "thresholds",
+            "image_size",
+            "resize",
+            "channels",
+            "mean",
+            "std",
+            "bit_depth",
+        )
         if digest != ours.files[name] or any(getattr(ours, a) != getattr(its, a) for a in alike):
             raise ExportError(
                 f"{folder / name}: not the sub-model that was exported; export the run again"
@@ -162,7 +171,22 @@ class Runtime:
         """Classify images in order; an image that can't be read gives an ``error``."""
         size, channels = self.manifest.frame, self.manifest.channels
         run = partial(self.outputs, self.exit_threshold(threshold=threshold))
-        return answers(run, images, self.classes, size, channels, top_k, self.manifest.bit_depth)
+        wanted = (self.classes, size, channels, top_k, self.manifest.bit_depth, self.thresholds)
+        return answers(run, images, *wanted)
+
+    @property
+    def thresholds(self) -> tuple[float, ...] | None:
+        """Threshold of each class, where an image may have several; None where it has one."""
+        return self.manifest.thresholds or None
+
+    def _probabilities(self, logits: Floats) -> Floats:
+        return softmax(logits) if self.thresholds is None else sigmoid(logits)
+
+    def _right(self, logits: Floats, labels: NDArray[np.int64]) -> NDArray[np.bool_]:
+        if self.thresholds is None:
+            return np.asarray(logits.argmax(1) == labels)
+        chosen = sigmoid(logits) >= np.array(self.thresholds, np.float32)
+        return np.asarray((chosen == (labels > 0)).all(axis=1))
 
     def preprocess(self, pixels: NDArray[np.uint8]) -> Floats:
         """Convert pixels (images, channels, height, width) to the input of the graphs."""
@@ -183,7 +207,7 @@ class Runtime:
                 states[1:] = self._batched("step", states, 64)
                 said.append(self._call("read_out", y=states[1]))
             _require_finite(*(output for outputs in said for output in outputs))
-            right.append(np.stack([logits.argmax(1) == labels[batch] for logits, _ in said]))
+            right.append(np.stack([self._right(logits, labels[batch]) for logits, _ in said]))
             halting.append(np.stack([probability for _, probability in said]))
         return Trace(np.concatenate(right, axis=1), np.concatenate(halting, axis=1))
 
@@ -259,9 +283,9 @@ class Runtime:
         ]
         logits, *halting = (np.concatenate(part) for part in zip(*parts, strict=True))
         if self.manifest.recursion_steps is None:
-            return Predictions(softmax(logits), None, None)
+            return Predictions(self._probabilities(logits), None, None)
         steps = np.full(len(images), self.manifest.recursion_steps)
-        return Predictions(softmax(logits[:, -1]), halting[0][:, -1], steps)
+        return Predictions(self._probabilities(logits[:, -1]), halting[0][:, -1], steps)
 
     def _recur(self, images: Floats, threshold: float, batch_size: int) -> Predictions:
         """Recurse group by group, which bounds memory; images still running share full batches."""
@@ -280,7 +304,7 @@ class Runtime:
                 left, states = left[going], [state[going] for state in states]
                 if len(left) == 0:
                     break
-        return Predictions(softmax(logits), halting, steps)
+        return Predictions(self._probabilities(logits), halting, steps)
 
     def _batched(self, graph: str, inputs: list[Floats], batch_size: int) -> list[Floats]:
         names = [entry.name for entry in self._graphs[graph].get_inputs()]
@@ -324,6 +348,13 @@ class Runtime:
 def _require_finite(*outputs: Floats | None) -> None:
     if not all(output is None or np.isfinite(output).all() for output in outputs):
         raise ExportError(NOT_FINITE)
+
+
+def sigmoid(logits: Floats) -> Floats:
+    """Compute the probability of each class on its own from logits."""
+    shrunk = np.exp(-np.abs(logits))  # without overflow
+    result: Floats = np.where(logits >= 0, 1, shrunk) / (1 + shrunk)
+    return result
 
 
 def softmax(logits: Floats) -> Floats:

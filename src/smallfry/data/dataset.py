@@ -4,7 +4,7 @@ import hashlib
 import logging
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,14 @@ from smallfry.data.generators import generate, generated_names
 from smallfry.data.image_data import ImageData
 from smallfry.data.label_files import LabelColumns, read_label_file
 from smallfry.data.labels import with_known_labels
-from smallfry.data.named import NOTHING_TO_TELL_APART, find_folder, find_source, require_no_root
+from smallfry.data.named import (
+    NAMED,
+    NOTHING_TO_TELL_APART,
+    find_folder,
+    find_source,
+    require_no_root,
+)
+from smallfry.data.several_labels import LabelForm, find_several, load_several
 from smallfry.data.shards import WINDOW
 from smallfry.data.sources import (
     TEST,
@@ -68,6 +75,9 @@ def load_data(
     window: int = WINDOW,
     remove_duplicates: bool = False,
     bit_depth: int | None = None,
+    several_labels: bool = False,
+    label_columns: Sequence[str] = (),
+    label_separator: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> ImageData:
     """Load a data set.
@@ -105,6 +115,11 @@ def load_data(
         bit_depth: Bits of the values in images of more than 8 bits a channel, such as 12, whose
             values 0 to 4,095 become 0 to 255; default the smallest of 8, 10, 12, 14 and 16 that
             has the values of all images, or of 4,096 streamed ones, with a warning below 16.
+        several_labels: Images may have several classes, and labels are (images, classes), 0 or 1;
+            from the file of labels, or from class folders that share images.
+        label_columns: Columns of 0 and 1 in the file of labels, one for each class.
+        label_separator: Between classes in the label column; default the one of | ; , in use.
+        options: Settings of generated puzzles.
 
     Raises:
         UsageError: An unknown name, an impossible option, or classes wanted of ``curves`` or
@@ -134,6 +149,32 @@ def load_data(
             f"{name} has no classes to distinguish: {NOTHING_TO_TELL_APART[name]}; it is meant "
             f"for auto-encoders, load_data('{name}', min_classes=1); a folder of that name is "
             f"./{name}"
+        )
+    if several_labels:
+        if stream or remove_duplicates or name in NAMED:
+            refused = "data.stream" if stream else "data.remove_duplicates"
+            raise UsageError(
+                f"data.several_labels reads a folder of images, without "
+                f"{refused if name not in NAMED else f'named data such as {name}'}"
+            )
+        columns = LabelColumns(image_column, label, split_column)
+        form = LabelForm(tuple(label_columns), label_separator)
+        file = None if labels is None else Path(labels)
+        images = find_several(find_folder(name, place), file, columns, form)
+        some = EncodedSplit(
+            np.zeros(len(images.images), np.int64),
+            lambda i: images.images[i].path,
+            lambda i: str(images.images[i].path),
+        )
+        frame, channels = _geometry(some, frame, channels)
+        return load_several(
+            *(name, frame._replace(resize=resize), channels, images),
+            validation=validation,
+            test=test,
+            split_seed=split_seed,
+            limit=limit,
+            skip_unreadable=skip_unreadable,
+            bit_depth=bit_depth,
         )
     if stream is None:
         above: float = LARGEST_DECODED // math.prod((frame or frame_of(64)).shape(channels or 3))

@@ -196,6 +196,8 @@ class ImageData:
         Images of classes that are not among them are left out with a warning. If no class is, the
         data stays as it is.
         """
+        if self.train.labels.ndim == 2 and self.generated is None:
+            return self._rearranged(classes)
         places = {text_of(name): label for label, name in enumerate(classes)}
         table = np.array([places.get(name, LACKING) for name in self.classes], np.int64)
         if tuple(classes) == self.classes or (table == LACKING).all():
@@ -221,14 +223,44 @@ class ImageData:
             _held_out=held_out,
         )
 
+    def _rearranged(self, classes: Sequence[str]) -> "ImageData":
+        """Return images of several classes with their labels in the order of other classes."""
+        foreign = [name for name in self.classes if name not in classes]
+        if tuple(classes) == self.classes or len(foreign) == len(self.classes):
+            return self
+        if foreign:
+            warnings.warn(
+                f"{self.origin}: left out the classes {some_of(foreign)}, which the model does not "
+                "have",
+                SmallfryWarning,
+                stacklevel=4,
+            )
+
+        def of(split: Split) -> Split:
+            table = split.labels.new_zeros(len(split), len(classes))
+            for i, name in enumerate(self.classes):
+                if name in classes:
+                    table[:, list(classes).index(name)] = split.labels[:, i]
+            return replace(split, labels=table)
+
+        return replace(
+            self,
+            classes=tuple(classes),
+            train=of(self.train),
+            validation=of(self.validation),
+            _held_out=of(self.test),
+        )
+
     def _hashed(self) -> tuple[Hashed, Hashed, Hashed]:
         def of(name: str, split: Split) -> Hashed:
             assert isinstance(split.pixels, Tensor)
             hashes = image_hashes(split.pixels, split.rows)
+            several = split.labels.ndim == 2  # as images may have them
+            one_label = torch.zeros_like(split.rows) if several else split.labels
             return Hashed(
                 name,
                 hashes,
-                split.labels.numpy(),
+                one_label.numpy(),
                 lambda i: self._locate[name](int(split.rows[i])),
             )
 

@@ -37,7 +37,7 @@ from smallfry.training.augment import Normalize
 from smallfry.training.evaluation import score_probabilities
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.provenance import provenance
-from smallfry.training.run import TrainedModel, require_classes
+from smallfry.training.run import TrainedModel, require_classes, require_classifier
 from smallfry_runtime.manifest import Manifest, is_export
 from smallfry_runtime.predictions import NOT_FINITE
 
@@ -145,8 +145,12 @@ class Entry(NamedTuple):
 def _subject(given: str, checkpoint: str) -> Subject:
     path = Path(given)
     if not is_export(path):
-        return Subject(given, path.resolve().name, False, load_trained(given, checkpoint))
+        trained = load_trained(given, checkpoint)
+        require_classifier(trained)
+        return Subject(given, path.resolve().name, False, trained)
     manifest = Manifest.read(path)
+    if manifest.thresholds:
+        raise UsageError(f"{given}: answers with several classes, and benchmarks compare one")
     stand_in = TrainedModel(
         nn.Identity(),
         manifest.classes,

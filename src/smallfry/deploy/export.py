@@ -41,7 +41,7 @@ from smallfry.layers.quantized import QuantizedWeight
 from smallfry.models import Recursive
 from smallfry.training.evaluation import forward
 from smallfry.training.evaluation_data import load_like
-from smallfry.training.run import TrainedModel
+from smallfry.training.run import TrainedModel, thresholds_of
 from smallfry.transforms.nested import nest_of
 from smallfry_runtime.early_exit import operating_points, pareto_front, warn_of_few
 from smallfry_runtime.manifest import MANIFEST, PRECISIONS, PROGRAM, Manifest, require_free
@@ -361,6 +361,7 @@ def _manifest(
         std=tuple(sample["std"]),
         bit_depth=trained.bit_depth,
         resize=trained.resize,
+        thresholds=thresholds_of(trained) or (),
         recursion_steps=_steps(trained.model) if isinstance(trained.model, Recursive) else None,
         training=dict(facts),
         license=license,
@@ -374,7 +375,8 @@ def _require_agreement(trained: TrainedModel, runtime: Runtime) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (8, *trained.input_shape), np.uint8)
     with torch.inference_mode():
         logits = forward(trained.model, trained.normalize(torch.from_numpy(pixels)))[0]
-    wanted = logits.softmax(dim=1).numpy()
+    is_single = thresholds_of(trained) is None
+    wanted = (logits.softmax(dim=1) if is_single else logits.sigmoid()).numpy()
     for count in (1, len(pixels)):
         given = runtime.predict(pixels[:count]).probabilities
         distance = float(np.abs(given - wanted[:count]).max())

@@ -167,7 +167,7 @@ def described(
         "classes": list(labels),
         "input": {
             **{"size": frame.size, "channels": channels, "mean": list(mean), "std": list(std)},
-            "resize": frame.resize,
+            **({} if frame.resize == "crop" else {"resize": frame.resize}),
             "bit_depth": bit_depth,
         },
         "data": _data(told.get("data", {})),

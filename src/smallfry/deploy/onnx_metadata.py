@@ -6,7 +6,7 @@ from typing import Any
 
 from onnx import ModelProto
 
-from smallfry.training.run import TrainedModel
+from smallfry.training.run import TrainedModel, thresholds_of
 
 __all__ = ["metadata_of", "with_metadata"]
 
@@ -14,6 +14,7 @@ __all__ = ["metadata_of", "with_metadata"]
 def metadata_of(trained: TrainedModel) -> dict[str, Any]:
     """Return a model's classes, and how pictures become its input."""
     sample, frame = trained.manifest["input"], trained.frame
+    thresholds = thresholds_of(trained)
     return {
         "classes": list(trained.classes),
         "height": frame.height,
@@ -23,6 +24,7 @@ def metadata_of(trained: TrainedModel) -> dict[str, Any]:
         "interpolation": "bilinear",
         "mean": list(sample["mean"]),
         "std": list(sample["std"]),
+        **({} if thresholds is None else {"thresholds": list(thresholds)}),
     }
 
 

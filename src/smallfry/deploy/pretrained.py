@@ -42,7 +42,13 @@ from smallfry.deploy.run_metadata import metadata_of_model, metadata_of_run
 from smallfry.errors import RunError, UsageError
 from smallfry.io.replace import replacing
 from smallfry.training.checkpoint import MANIFEST, WEIGHTS, write_file
-from smallfry.training.run import RunFolder, TrainedModel, load_run, require_classifier
+from smallfry.training.run import (
+    RunFolder,
+    TrainedModel,
+    load_run,
+    require_class_answers,
+    require_classifier,
+)
 from smallfry.version import __version__
 from smallfry_runtime.manifest import is_export
 from smallfry_runtime.stages import obstacle
@@ -80,6 +86,7 @@ def save_pretrained(
     try:
         with replacing(place, lambda: _require_free(place)) as new:
             trained, facts, picture = gather(run, checkpoint)
+            require_classifier(trained)
             license = license or trained.manifest.get("license")
             config = _write_model(new, trained, facts, license)
             if picture is not None:
@@ -191,7 +198,7 @@ def gather(
 ) -> tuple[TrainedModel, dict[str, Any], Path | None]:
     """Collect a model, its metadata and its picture."""
     trained = run if isinstance(run, TrainedModel) else load_trained(run, checkpoint)
-    require_classifier(trained)
+    require_class_answers(trained)
     if isinstance(run, TrainedModel):
         return run, metadata_of_model(run), None
     path, picture = Path(run), None

@@ -74,7 +74,7 @@ def write_report(
         name: {"bytes": graph_bytes(at)} for name, at in zip(runtimes, (plain, folder), strict=True)
     }
     test = data.test if data is not None and data.test_count else None
-    if data is not None and test is not None:
+    if data is not None and test is not None and not manifest.thresholds:  # one class an image
         pixels = test.images.numpy()
         said = {name: runtime.predict(pixels).probabilities for name, runtime in runtimes.items()}
         for name, probabilities in said.items():

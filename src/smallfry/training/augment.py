@@ -132,7 +132,8 @@ class Augment:
         if place.size is not None and place.size != images.shape[-1]:
             images = tv.resize(images, [place.size, place.size], antialias=True)
         if self.mix is None:
-            shares = F.one_hot(labels, self.classes).to(images.dtype)
+            several = labels.ndim == 2  # classes an image, 0 or 1
+            shares = (labels if several else F.one_hot(labels, self.classes)).to(images.dtype)
             return Batch(images, self.targets(labels, shares))
         mixed, shares = self.mix(images, labels)
         kept = slice(place.borrowed, None)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -22,6 +22,7 @@ from smallfry_runtime.files import read_bytes
 from smallfry_runtime.frames import frame_of
 from smallfry_runtime.names import URI, path_of, storable
 
+MULTILABEL = "multilabel"  # the task whose images have several classes
 MOST_SEED = 2**63  # above which PyTorch takes none
 MOST_WORKERS = 1024  # processes, or threads; more end a process without a word
 
@@ -59,6 +60,10 @@ class DataConfig:
             split too.
         bit_depth: Bits of the values in images of more than 8 bits a channel, such as 12; default
             what the values of all images need, with a warning where that is a guess.
+        several_labels: Images may have several classes, from the file of labels or from class
+            folders that share images; the default of the task multilabel.
+        label_columns: Columns of 0 and 1 in the file of labels, one for each class.
+        label_separator: Between classes in the label column; default the one of | ; , in use.
         options: Settings of generated puzzles, such as {puzzles: 1000, seed: 0, split: class}.
     """
 
@@ -82,6 +87,9 @@ class DataConfig:
     window: int = 16_384
     remove_duplicates: bool = False
     bit_depth: int | None = None
+    several_labels: bool = False
+    label_columns: list[str] = field(default_factory=list)
+    label_separator: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -390,6 +398,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_values(self, "")
+        if self.task == MULTILABEL and not self.data.several_labels:
+            object.__setattr__(self, "data", replace(self.data, several_labels=True))
+        check(
+            self.task == MULTILABEL or not self.data.several_labels,
+            f"data.several_labels is of the task multilabel, not {self.task}: take task multilabel",
+        )
         object.__setattr__(self, "methods", [_as_entry(each) for each in self.methods])
         for name in ("callbacks", "metrics"):
             for path in getattr(self, name):

@@ -13,7 +13,7 @@ from smallfry.data import NAMED, ImageData, Split, load_data
 from smallfry.data.duplicates import image_hashes
 from smallfry.data.named import NO_ROOT
 from smallfry.errors import AccessError, DataError, SmallfryError, SmallfryWarning, UsageError
-from smallfry.training.config import DataConfig, read_config
+from smallfry.training.config import MULTILABEL, DataConfig, read_config
 from smallfry.training.run import RunFolder, TrainedModel
 from smallfry_runtime.names import path_of, text_of
 
@@ -58,6 +58,9 @@ def load_like(
     if len(chosen) == 0:
         raise DataError(f"{data.origin}: its {split} split is empty")
     return data, chosen, split
+
+
+OF_LABELS = ("labels", "image_column", "split_column", "label_columns", "label_separator")
 
 
 def load_config_data(wanted: DataConfig, min_classes: int = 2) -> ImageData:
@@ -111,13 +114,14 @@ def _named_data(
     if before is not None and _is_same_place(name, before.name):
         return _data_of_the_run(trained, "", before, root, split)
     label = None if before is None else before.label
-    other = DataConfig(name, root, validation=0.0, test=0.0, label=label)
+    several = trained.manifest.get("task") == MULTILABEL
+    other = DataConfig(name, root, validation=0.0, test=0.0, label=label, several_labels=several)
     if (
         before is not None
         and before.labels is not None
         and (path_of(name) / before.labels).is_file()
     ):
-        columns = {key: getattr(before, key) for key in ("labels", "image_column", "split_column")}
+        columns = {key: getattr(before, key) for key in OF_LABELS}
         other = replace(other, **columns)
     data = load_config_data(_sized(other, trained), min_classes=1)
     if split == "test":

@@ -34,6 +34,7 @@ from smallfry.training.checkpoint import (
     write_file,
 )
 from smallfry.training.compression import UNFINISHED
+from smallfry.training.config import MULTILABEL
 from smallfry.training.export_settings import ExportSettings
 from smallfry.transforms.build import build
 from smallfry.transforms.spec import ModelSpec
@@ -406,12 +407,37 @@ def require_classifier(trained: TrainedModel) -> None:
         UsageError: It was trained for another task.
     """
     task = trained.manifest.get("task", "classification")
-    if task != "classification":
+    if task == MULTILABEL:
+        raise UsageError(
+            "the model was trained for multilabel: it can be evaluated, exported, served and used "
+            "for predictions, but not shared, benchmarked, attacked or reported like classifiers"
+        )
+    require_class_answers(trained)
+
+
+def require_class_answers(trained: TrainedModel) -> None:
+    """Require a model whose answers are classes, one or several an image.
+
+    Raises:
+        UsageError: It was trained for another task.
+    """
+    task = trained.manifest.get("task", "classification")
+    if task not in ("classification", MULTILABEL):
         raise UsageError(
             f"the model was trained for {task}: only classifiers can be exported, shared, "
             "benchmarked and used for predictions; "
             "tasks.find_task(NAME).create().decode reads its outputs"
         )
+
+
+def thresholds_of(trained: TrainedModel) -> tuple[float, ...] | None:
+    """Return the threshold of each class of a model of several classes an image; None of others.
+
+    0.5 where they were not calibrated.
+    """
+    if trained.manifest.get("task", "classification") != MULTILABEL:
+        return None
+    return tuple(trained.manifest.get("thresholds", ())) or (0.5,) * len(trained.classes)
 
 
 def new_run_folder(data: str, model: str) -> Path:

@@ -197,7 +197,8 @@ class Service:
         manifest = self.runtime.manifest
         run = partial(self.batcher, seconds=self.limits.seconds)
         size, channels, depth = manifest.frame, manifest.channels, manifest.bit_depth
-        found = list(answers(run, images, self.runtime.classes, size, channels, top_k, depth))
+        wanted = (self.runtime.classes, size, channels, top_k, depth, self.runtime.thresholds)
+        found = list(answers(run, images, *wanted))
         for answer in found:
             if answer.error is not None:
                 raise DataError(answer.error)
