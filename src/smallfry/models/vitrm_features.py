@@ -1,6 +1,6 @@
 """Features of a ViTRM by timm's interface: its memory z after each latent step."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from timm.models._features import feature_take_indices
@@ -8,14 +8,11 @@ from torch import Tensor
 
 from smallfry.models.vitrm_sizes import latent_grid
 
-if TYPE_CHECKING:
-    from smallfry.models.vitrm import ViTRM
-
 __all__ = ["feature_info", "intermediates"]
 
 
-def feature_info(model: "ViTRM") -> list[dict[str, Any]]:
-    """Return channels and reduction of the memory after each latent step."""
+def feature_info(model: Any) -> list[dict[str, Any]]:
+    """Return channels and reduction of a ViTRM's memory after each latent step."""
     try:
         rows, _ = latent_grid(model)
     except ValueError:  # features are asked for as rows alone
@@ -29,7 +26,7 @@ def feature_info(model: "ViTRM") -> list[dict[str, Any]]:
 
 
 def intermediates(
-    model: "ViTRM", images: Tensor, indices: int | list[int] | None, output_fmt: str, cut: bool
+    model: Any, images: Tensor, indices: int | list[int] | None, output_fmt: str, cut: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """Compute ``forward_features`` and the memories; see ``ViTRM.forward_intermediates``.
 

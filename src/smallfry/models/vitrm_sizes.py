@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from math import isqrt
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -10,9 +10,6 @@ from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
 from smallfry_runtime.frames import frame_of
-
-if TYPE_CHECKING:
-    from smallfry.models.vitrm import ViTRM
 
 __all__ = ["build_vitrm", "resample_tokens", "resampled", "sides_of"]
 
@@ -56,22 +53,23 @@ def resampled(tokens: nn.Parameter, old: tuple[int, int], new: tuple[int, int]) 
     return nn.Parameter(resample_tokens(tokens, old, new).clone(), tokens.requires_grad)
 
 
-def latent_grid(model: "ViTRM") -> tuple[int, int]:
-    """Return rows and columns of a model's latents.
+def latent_grid(model: Any) -> tuple[int, int]:
+    """Return rows and columns of a ViTRM's latents.
 
     Raises:
         ValueError: They lie on no grid.
     """
-    count = model.z_init.shape[1]
-    if count == model.grid_size[0] * model.grid_size[1]:
-        return model.grid_size
+    count: int = model.z_init.shape[1]
+    rows, columns = model.grid_size
+    if count == rows * columns:
+        return rows, columns
     side = isqrt(count)
     if side**2 != count:
         raise ValueError(f"{count} latents lie on no grid: take output_fmt NLC")
     return side, side
 
 
-def checkpoint_filter_fn(weights: dict[str, Tensor], model: "ViTRM | None") -> dict[str, Tensor]:
+def checkpoint_filter_fn(weights: dict[str, Tensor], model: nn.Module | None) -> dict[str, Tensor]:
     """Map weights from the authors' names to ours, and positions of squares to a model's size."""
 
     def ours(name: str) -> str:
@@ -83,18 +81,19 @@ def checkpoint_filter_fn(weights: dict[str, Tensor], model: "ViTRM | None") -> d
     found = {ours(name): weight for name, weight in weights.items()}
     if model is None:
         return found
-    for name in ("pos_embed", *(("z_init",) if model.latent_per_patch else ())):
-        new = getattr(model, name)
+    sized: Any = model  # a ViTRM
+    for name in ("pos_embed", *(("z_init",) if sized.latent_per_patch else ())):
+        new = getattr(sized, name)
         if name not in found or new is None or found[name].shape[1] == new.shape[1]:
             continue
         side = isqrt(found[name].shape[1])
         if side**2 == found[name].shape[1]:
-            found[name] = resample_tokens(found[name], (side, side), model.grid_size)
+            found[name] = resample_tokens(found[name], (side, side), sized.grid_size)
     return found
 
 
 def build_vitrm(
-    kind: "type[ViTRM]", variant: str, pretrained: bool, sizes: Mapping[str, Any]
+    kind: type[nn.Module], variant: str, pretrained: bool, sizes: Mapping[str, Any]
 ) -> Any:
     """Build a model with timm, with its weights or as ``features_only`` if asked for."""
     settings = dict(sizes)
