@@ -77,5 +77,5 @@ def test_patches_are_independent_of_the_class_token_in_daff() -> None:
 
 
 def test_daff_refuses_what_is_no_square() -> None:
-    with pytest.raises(ValueError, match="a square of patches, got 6 tokens"):
+    with pytest.raises(ValueError, match="a grid of patches of 1:1, got 6 tokens"):
         DAFF(8, 16)(torch.rand(1, 6, 8))

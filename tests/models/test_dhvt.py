@@ -85,15 +85,33 @@ def test_timms_contract() -> None:
     assert {round(g["lr_scale"], 3) for g in groups} == {1, 0.5, 0.25, 0.125}
 
 
-def test_images_may_have_any_square_size() -> None:
+def test_images_may_have_any_size_of_one_aspect() -> None:
     assert small()(torch.rand(1, 3, 24, 24)).shape == (1, 5)
     assert timm.create_model(SMALLEST, img_size=64, depth=1)(torch.rand(2, 3, 64, 64)).shape
-    with pytest.raises(UsageError, match="square images of a multiple of 4 pixels, not 16×20"):
-        small(img_size=(16, 20))
-    with pytest.raises(UsageError, match="not 18×18"):
+    wide = small(img_size=(8, 12))
+    assert wide.forward_features(torch.rand(1, 3, 16, 24)).shape[1] == 1 + 4 * 6
+    with pytest.raises(UsageError, match="images of multiples of 4 pixels, not 18×18"):
         small(img_size=18)
-    with pytest.raises(ValueError, match="expected square images, got 16×20"):
+    with pytest.raises(ValueError, match="expected images of the aspect 1:1, got 16×20"):
         small()(torch.rand(1, 3, 16, 20))
+    with pytest.raises(ValueError, match="expected images of the aspect 2:3, got 12×8"):
+        wide(torch.rand(1, 3, 12, 8))
+
+
+def test_a_layer_of_rectangles_does_not_turn_them() -> None:
+    """A transposed image has transposed tokens where kernels are symmetric; others differ."""
+    torch.manual_seed(0)
+    wide = small(img_size=(8, 16)).eval()
+    torch.manual_seed(0)
+    high = small(img_size=(16, 8)).eval()
+    for model in (wide, high):
+        for convolution in (m for m in model.modules() if isinstance(m, torch.nn.Conv2d)):
+            with torch.no_grad():
+                kernel = convolution.weight
+                kernel.copy_((kernel + kernel.transpose(2, 3)) / 2)
+    images = torch.rand(2, 3, 8, 16)
+    torch.testing.assert_close(high(images.transpose(2, 3)), wide(images))
+    assert not torch.allclose(high(images.reshape(2, 3, 16, 8)), wide(images))
 
 
 def test_gradient_checkpointing_changes_no_gradient() -> None:

@@ -132,7 +132,7 @@ def test_our_own_state_dict_passes_the_filter_unchanged():
     ("arguments", "message"),
     [
         ({"img_size": 30}, "patch_size 4 does not divide img_size 30"),
-        ({"img_size": (32, 16)}, "square"),
+        ({"img_size": (32, 18)}, "patch_size 4 does not divide img_size 32×18"),
         ({"num_heads": 7}, "num_heads 7 does not divide embed_dim 384"),
         ({"latent_steps": 0}, "latent_steps must be at least 1"),
         ({"latents": 0}, "latents must be at least 1"),

@@ -433,8 +433,11 @@ def test_chance_is_of_training_alone_and_of_torchs_random_state(switch):
         ({"layer_scale": -0.1}, "layer_scale must be above 0"),
         ({"drop_path": 1.0}, "drop_path is 0 to below 1"),
         ({"tokenizer": "conv", "patch_size": 8}, "patches of 1, 2 or 4 pixels, not patch_size 8"),
-        ({"depthwise": True, "latents": 5}, "square number of latents, not 5"),
-        ({"positions": "rotary", "latents": 5}, "square number of latents, not 5"),
+        ({"depthwise": True, "latents": 5}, "square number of latents, or one per patch, not 5"),
+        (
+            {"positions": "rotary", "latents": 5},
+            "square number of latents, or one per patch, not 5",
+        ),
         ({"positions": "both", "embed_dim": 12}, "heads of a multiple of 4 features, not 6"),
         ({"injection": "add", "latents": 4}, "16 latents, not 4"),
         ({"injection": "add", "cross_attention": True}, "works without cross_attention"),

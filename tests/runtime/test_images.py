@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from smallfry.errors import DataError, SmallfryWarning
+from smallfry.errors import DataError, SmallfryWarning, UsageError
+from smallfry_runtime.frames import frame_of
 from smallfry_runtime.images import bit_depth_of, decode, header, peak_of, refit
 
 
@@ -88,6 +89,51 @@ def test_oblong_images_are_cropped_at_their_centre():
     pixels = np.zeros((8, 24), dtype=np.uint8)
     pixels[:, 8:16] = 255
     assert (decode(encoded(Image.fromarray(pixels)), "x", 8, 1) == 255).all()
+
+
+@pytest.mark.parametrize(("size", "shape"), [(4, (4, 4)), ((4, 6), (4, 6)), ([6, 4], (6, 4))])
+def test_sizes_are_a_side_or_height_and_width(size, shape):
+    assert decode(encoded(Image.new("L", (9, 5))), "x", size, 1).shape == (1, *shape)
+
+
+def test_letterboxes_keep_everything_between_black_borders():
+    image = Image.new("L", (8, 2), 200)
+    pixels = decode(encoded(image), "x", frame_of((6, 4), "letterbox"), 1)[0]
+    assert (pixels[2] == 200).all()  # 8 × 2 becomes 4 × 1
+    assert (pixels == 200).sum() == 4
+    assert pixels.sum() == 4 * 200
+    upright = decode(encoded(image.rotate(90, expand=True)), "x", frame_of((8, 8), "letterbox"), 1)
+    assert (upright[0] == 200).all(axis=0).tolist() == [False] * 3 + [True] * 2 + [False] * 3
+
+
+def test_a_thread_of_pixels_stays_in_its_letterbox():
+    pixels = decode(encoded(Image.new("L", (1, 500), 9)), "x", frame_of((8, 6), "letterbox"), 1)
+    assert (pixels[0] == 9).sum() == 8
+
+
+def test_squashed_images_are_stretched_whole():
+    pixels = np.repeat(np.array([[10], [20], [30], [40]], np.uint8), 2, axis=1)
+    found = decode(encoded(Image.fromarray(pixels)), "x", frame_of((4, 4), "squash"), 1)
+    assert found[0].tolist() == [[10] * 4, [20] * 4, [30] * 4, [40] * 4]
+
+
+@pytest.mark.parametrize(
+    ("size", "resize", "message"),
+    [
+        (0, None, "at least 1, got 0"),
+        ((8, -1), None, "at least 1, got 8×-1"),
+        ((8, 8, 8), None, "height and width such as 96 64"),
+        ((), None, "height and width such as 96 64"),
+        (8.0, None, "height and width such as 96 64"),
+        ((8, True), None, "height and width such as 96 64"),
+        ("8", None, "height and width such as 96 64"),
+        ((4097, 8), None, "at most 4096, got 4097×8"),
+        (8, "stretch", "crop, letterbox, squash, not 'stretch'"),
+    ],
+)
+def test_frames_that_can_not_be_are_refused(size, resize, message):
+    with pytest.raises(UsageError, match=message):
+        frame_of(size, resize)
 
 
 def test_the_header_tells_size_and_greyness():

@@ -15,6 +15,7 @@ from smallfry_runtime.manifest import (
     FORMAT,
     MANIFEST,
     MOST_STEPS,
+    PLAIN_FORMAT,
     Manifest,
     is_export,
     read_export,
@@ -60,7 +61,20 @@ def test_what_is_written_is_read(tmp_path, manifest):
     (tmp_path / MANIFEST).write_text(manifest.to_json())
     assert Manifest.read(tmp_path) == manifest
     assert is_export(tmp_path)
-    assert json.loads(manifest.to_json())["format"] == FORMAT
+    assert json.loads(manifest.to_json())["format"] == PLAIN_FORMAT
+
+
+@pytest.mark.parametrize("changes", [{"image_size": (6, 4)}, {"resize": "squash"}])
+def test_what_older_versions_would_crop_has_a_format_that_they_refuse(tmp_path, changes):
+    manifest = replace(WHOLE, **changes)
+    (tmp_path / MANIFEST).write_text(manifest.to_json())
+    assert Manifest.read(tmp_path) == manifest
+    assert json.loads(manifest.to_json())["format"] == FORMAT == 4
+
+
+def test_height_comes_before_width():
+    assert replace(WHOLE, image_size=(6, 4)).input_shape == (1, 6, 4)
+    assert WHOLE.input_shape == (1, 8, 8)
 
 
 @given(
@@ -99,6 +113,10 @@ def test_any_right_values_come_back(tmp_path_factory, classes, side, channels, s
         ({"image_size": 4097}, "image_size"),
         ({"image_size": 8.0}, "image_size"),
         ({"image_size": True}, "image_size"),
+        ({"image_size": [8, 0]}, "image_size"),
+        ({"image_size": [8, 8, 8]}, "image_size"),
+        ({"image_size": "8"}, "image_size"),
+        ({"resize": "stretch"}, "resize"),
         ({"channels": 2}, "channels"),
         ({"mean": [0.5, 0.5]}, "mean and std"),
         ({"std": [0.0]}, "mean and std"),

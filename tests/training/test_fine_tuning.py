@@ -193,7 +193,7 @@ def test_a_shared_folder_is_a_start_too(started, source, tmp_path, capsys):
         ),
         ({"model": {"options": {"embed_dim": 32}}}, "leave out embed_dim"),
         ({"model": {"options": {"num_classes": 3}}}, "num_classes comes from"),
-        ({"data": {"image_size": 16}}, "takes images of 8 pixels, not 16"),
+        ({"data": {"image_size": 18}}, "takes images of 8×8 pixels, not 18×18"),
         ({"data": {"channels": 3}}, "takes images of 1 channels, not 3"),
     ],
 )

@@ -26,6 +26,8 @@ from smallfry_runtime.decoding import (
 from smallfry_runtime.decoding import MOST_PIXELS as MOST_PIXELS
 from smallfry_runtime.errors import DataError, SmallfryError, SmallfryWarning
 from smallfry_runtime.files import open_regular
+from smallfry_runtime.frames import LARGEST_SIDE as LARGEST_SIDE
+from smallfry_runtime.frames import Frame, ImageSize, frame_of
 
 Encoded = bytes | Path | Image.Image
 
@@ -41,7 +43,6 @@ IMAGE_EXTENSIONS = frozenset(
     extension for extension, kind in Image.registered_extensions().items() if kind in (*READ, "MPO")
 )
 MOST_BYTES = 256 * 2**20  # of a file
-LARGEST_SIDE = 4096  # that images are brought to for a model
 GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "F"})
 BIT_DEPTHS = (8, 10, 12, 14, 16)  # of cameras and scanners
 FULL_DEPTH = 16
@@ -51,7 +52,7 @@ STRIP = 2**20  # pixels that are laid over white at a time
 class Pixels(NamedTuple):
     """Pixels of an image in the form that a model takes."""
 
-    values: NDArray[np.uint8]  # (channels, size, size)
+    values: NDArray[np.uint8]  # (channels, height, width)
     peak: int  # largest value of an image of more than 8 bits a channel; -1 of any other
 
 
@@ -65,17 +66,22 @@ def header(encoded: Encoded, where: str) -> tuple[int, int, bool]:
 
 
 def decode(
-    encoded: Encoded, where: str, size: int, channels: int, bit_depth: int | None = None
+    encoded: Encoded,
+    where: str,
+    size: ImageSize | Frame,
+    channels: int,
+    bit_depth: int | None = None,
 ) -> NDArray[np.uint8]:
-    """Decode an image of one of ``FORMATS`` to pixels (channels, size, size).
+    """Decode an image of one of ``FORMATS`` to pixels (channels, height, width).
 
     An EXIF rotation is applied, if it can be read, transparency laid over white, the first frame
-    of an animation is taken, and a picture that is not square is cropped at its centre.
+    of an animation is taken, and a picture of another shape is cropped at its centre, put between
+    borders, or stretched.
 
     Args:
         encoded: A file, its bytes, or an image of Pillow, which stays as it is.
         where: Its name in messages.
-        size: Side that it is brought to, in pixels.
+        size: Side that it is brought to, in pixels, or height and width; a frame also has the way.
         channels: 1 (grey) or 3 (RGB).
         bit_depth: Bits of the values in images of more than 8 bits a channel, which are scaled
             from 0 to 2^bits - 1 down to 8 bits; default all 16, with a warning where the image
@@ -98,7 +104,7 @@ def decode(
 
 
 def decode_with_peak(
-    encoded: Encoded, where: str, size: int, channels: int, bit_depth: int
+    encoded: Encoded, where: str, size: ImageSize | Frame, channels: int, bit_depth: int
 ) -> Pixels:
     """Decode like ``decode``, and also return the largest value, which implies the bit depth."""
     with _open(encoded, where) as image, decoding(image.width * image.height):
@@ -118,7 +124,8 @@ def decode_with_peak(
                     f"of {bit_depth} bits, the bit depth of its data set; scale it like the "
                     f"others, or train with a larger --data.bit_depth"
                 )
-            return Pixels(_fit(_eight_bit(image, where, bit_depth), size, channels), peak)
+            eight_bit = _eight_bit(image, where, bit_depth)
+            return Pixels(_fit(eight_bit, frame_of(size), channels), peak)
         except DataError:
             raise
         except Exception as error:
@@ -154,20 +161,34 @@ def is_bit_depth(value: object) -> bool:
     return value is None or (type(value) is int and 1 <= value <= FULL_DEPTH)
 
 
-def refit(pixels: NDArray[np.uint8], size: int, channels: int) -> NDArray[np.uint8]:
+def refit(pixels: NDArray[np.uint8], size: ImageSize | Frame, channels: int) -> NDArray[np.uint8]:
     """Resize pixels (channels, height, width) and convert their number of channels."""
     image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
-    return _fit(image, size, channels)
+    return _fit(image, frame_of(size), channels)
 
 
-def _fit(image: Image.Image, size: int, channels: int) -> NDArray[np.uint8]:
+def _fit(image: Image.Image, frame: Frame, channels: int) -> NDArray[np.uint8]:
     mode = "L" if channels == 1 else "RGB"
     if image.mode != mode:  # or it would be copied
         image = image.convert(mode)
-    if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    if image.size != (frame.width, frame.height):
+        image = _brought_to(frame, image)
     array = np.asarray(image, dtype=np.uint8)
     return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def _brought_to(frame: Frame, image: Image.Image) -> Image.Image:
+    size = frame.width, frame.height
+    if frame.resize == "crop":
+        return ImageOps.fit(image, size, Image.Resampling.BILINEAR)
+    if frame.resize == "squash":
+        return image.resize(size, Image.Resampling.BILINEAR)
+    scale = min(frame.width / image.width, frame.height / image.height)
+    width, height = (max(1, round(scale * side)) for side in image.size)
+    whole = Image.new(image.mode, size)  # black
+    inner = image.resize((width, height), Image.Resampling.BILINEAR)
+    whole.paste(inner, ((frame.width - width) // 2, (frame.height - height) // 2))
+    return whole
 
 
 @contextmanager

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from smallfry_runtime.early_exit import Point
-from smallfry_runtime.errors import ExportError
+from smallfry_runtime.errors import ExportError, UsageError
 from smallfry_runtime.files import has_valid_digest, open_regular, read_json, settled, with_digest
+from smallfry_runtime.frames import RESIZES, Frame, ImageSize, Resize, frame_of
 from smallfry_runtime.images import is_bit_depth
 from smallfry_runtime.stages import interrupted, obstacle
 from smallfry_runtime.variants import FOLDER, FULL, Variant, read_variants
 from smallfry_runtime.version import __version__
 
-FORMAT = 3  # 2 had no bit depth, and 1 no digest of the manifest
-READ = (1, 2, FORMAT)
+PLAIN_FORMAT = 3  # of cropped squares; 2 had no bit depth, and 1 no digest of the manifest
+FORMAT = 4  # 3 had no rectangles, no ways of resizing, and one class an image
+READ = (1, 2, PLAIN_FORMAT, FORMAT)
 MANIFEST = "manifest.json"
 GRAPHS = {
     "whole": ("model.onnx",),
@@ -44,7 +46,7 @@ class Manifest:
         precision: ``float32``, ``int8``, ``int8_dynamic`` or ``own_bits``, of a quantised model.
         model: Its name, parameters and multiply-accumulates.
         classes: Names of the classes, in the order of the logits.
-        image_size: Side of the square images in pixels.
+        image_size: Side of square images in pixels, or height and width.
         channels: 1 (grey) or 3 (RGB).
         mean: Per channel, on the scale 0 to 1.
         std: Standard deviation per channel.
@@ -57,13 +59,16 @@ class Manifest:
         source: SHA-256 of the weights that were exported.
         files: SHA-256 of every other file, of sub-models that of the manifests.
         submodels: Sub-models to choose from, the full model among them; empty without any.
+        thresholds: Probability of each class from which an image has it, where it may have several
+            classes; empty where it has one.
+        resize: How pictures of another shape become such images; see ``Frame``.
     """
 
     form: str
     precision: str
     model: dict[str, Any]
     classes: tuple[str, ...]
-    image_size: int
+    image_size: ImageSize
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -76,6 +81,18 @@ class Manifest:
     source: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     submodels: tuple[Variant, ...] = ()
+    resize: Resize = "crop"
+    thresholds: tuple[float, ...] = ()
+
+    @property
+    def frame(self) -> Frame:
+        """Size of the images, and how pictures of another shape become such."""
+        return frame_of(self.image_size, self.resize)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Shape of an image, (channels, height, width)."""
+        return self.frame.shape(self.channels)
 
     def to_json(self) -> str:
         """Serialise to the text of ``manifest.json``."""
@@ -83,7 +100,8 @@ class Manifest:
             "exits": [point._asdict() for point in self.exits],
             "submodels": [each._asdict() for each in self.submodels],
         }
-        head = {"format": FORMAT, "smallfry": __version__}
+        version = PLAIN_FORMAT if self.frame.is_plain and not self.thresholds else FORMAT
+        head = {"format": version, "smallfry": __version__}
         return json.dumps(with_digest({**head, **content}), indent=2) + "\n"
 
     @staticmethod
@@ -190,13 +208,22 @@ def _checked(content: Any, file: Path) -> Manifest:
             f"{file}: damaged, its digest is not that of its content; export the run again"
         )
     try:
-        content = {"bit_depth": None, "submodels": [], **content}
+        content = {
+            "bit_depth": None,
+            "submodels": [],
+            "resize": "crop",
+            "thresholds": [],
+            **content,
+        }
         values = {entry.name: content[entry.name] for entry in fields(Manifest)}
-        values |= {name: tuple(values[name]) for name in ("classes", "mean", "std")}
+        values |= {name: tuple(values[name]) for name in ("classes", "mean", "std", "thresholds")}
+        values["image_size"] = frame_of(values["image_size"]).size
         values["exits"] = tuple(Point(**point) for point in values["exits"])
         values["submodels"] = read_variants(values["submodels"])
         manifest = Manifest(**values)
         problem = _problem(manifest)
+    except UsageError as error:
+        problem = str(error)
     except (KeyError, TypeError, AttributeError) as error:
         problem = f"{type(error).__name__}: {error}"
     if problem:
@@ -214,12 +241,14 @@ def _problem(manifest: Manifest) -> str | None:
         f"form {manifest.form!r}": manifest.form not in GRAPHS,
         f"precision {manifest.precision!r}": manifest.precision not in PRECISIONS,
         "classes": not manifest.classes or not all(isinstance(text, str) for text in texts),
-        "image_size": not _is_count(manifest.image_size, 4096),
+        f"resize {manifest.resize!r}": manifest.resize not in RESIZES,
         "channels": manifest.channels not in (1, 3),
         "mean and std": len(manifest.mean) != manifest.channels
         or len(manifest.std) != manifest.channels
         or not all(map(_is_number, statistics))
         or min(manifest.std) <= 0,
+        "thresholds": len(manifest.thresholds) not in (0, len(manifest.classes))
+        or not all(map(_is_number, manifest.thresholds)),
         "bit_depth": not is_bit_depth(manifest.bit_depth),
         "recursion_steps": steps is not None and not _is_count(steps, MOST_STEPS),
         "exits": not all(map(_is_number, exits)) or (bool(exits) and manifest.form != "anytime"),

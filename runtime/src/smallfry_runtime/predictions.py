@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smallfry_runtime.errors import DataError
+from smallfry_runtime.frames import Frame, ImageSize
 from smallfry_runtime.images import decode
 from smallfry_runtime.inputs import InputImage
 
@@ -27,6 +28,7 @@ class Answer(NamedTuple):
     halting: float | None = None  # probability of being right, by a recursive model itself
     steps: int | None = None  # recursion steps taken, with early exit
     error: str | None = None
+    chosen: tuple[str, ...] | None = None  # the classes of an image that may have several
 
     @property
     def is_finite(self) -> bool:
@@ -36,7 +38,12 @@ class Answer(NamedTuple):
     def to_dict(self) -> dict[str, Any]:
         """Convert to a dictionary for JSON."""
         top = [{"class": name, "probability": round(share, 6)} for name, share in self.top]
-        answer: dict[str, Any] = {"image": self.name, "class": self.top[0][0], "top": top}
+        answer: dict[str, Any] = {"image": self.name}
+        if self.chosen is None:
+            answer["class"] = self.top[0][0]
+        else:
+            answer["classes"] = list(self.chosen)
+        answer["top"] = top
         if self.halting is not None:
             answer["halting"] = round(self.halting, 6)
         if self.steps is not None:
@@ -56,23 +63,25 @@ def answers(
     run: Callable[[NDArray[np.uint8]], Outputs],
     images: Iterable[InputImage],
     classes: Sequence[str],
-    image_size: int,
+    image_size: ImageSize | Frame,
     channels: int,
     top_k: int = 3,
     bit_depth: int | None = None,
+    thresholds: Sequence[float] | None = None,
 ) -> Iterator[Answer]:
     """Convert outputs to predictions, in the order of the images.
 
     An image that can't be read gives an ``error``, as does one of which the model says no number.
 
     Args:
-        run: From pixels (images, channels, size, size) to outputs.
+        run: From pixels (images, channels, height, width) to outputs.
         images: The images.
         classes: Names of the model's classes.
-        image_size: Side that the images are brought to, in pixels.
+        image_size: Size that the images are brought to; see ``smallfry_runtime.images.decode``.
         channels: 1 (grey) or 3 (RGB).
-        top_k: Classes to name for each image, at most all.
+        top_k: Classes to name for each image, at most all; chosen ones are named in any case.
         bit_depth: Bit depth of 16-bit images; see ``smallfry_runtime.images.decode``.
+        thresholds: Of classes, where an image may have several; None where it has one.
     """
     remaining = iter(images)
     while chunk := list(islice(remaining, BATCH)):
@@ -86,21 +95,29 @@ def answers(
                 errors.append(None)
             except DataError as problem:
                 errors.append(str(problem))
-        rows = _rows(run(np.stack(pixels)), classes, top_k) if pixels else iter(())
+        rows = _rows(run(np.stack(pixels)), classes, top_k, thresholds) if pixels else iter(())
         for image, failure in zip(chunk, errors, strict=True):
-            answer = Answer(image.name, []) if failure else Answer(image.name, *next(rows))
+            answer = Answer(image.name, []) if failure else next(rows)._replace(name=image.name)
             if failure is None and not answer.is_finite:
                 failure = f"{image.name}: {NOT_FINITE}"
             yield answer if failure is None else Answer(image.name, [], error=failure)
 
 
 def _rows(
-    outputs: Outputs, classes: Sequence[str], top_k: int
-) -> Iterator[tuple[list[tuple[str, float]], float | None, int | None]]:
-    order = np.argsort(-outputs.probabilities, axis=1, kind="stable")[:, :top_k]
+    outputs: Outputs, classes: Sequence[str], top_k: int, thresholds: Sequence[float] | None
+) -> Iterator[Answer]:
+    """Yield answers without the names of their images."""
+    order = np.argsort(-outputs.probabilities, axis=1, kind="stable")
     for number, indices in enumerate(order):
-        yield (
-            [(classes[i], float(outputs.probabilities[number, i])) for i in indices],
+        shares = outputs.probabilities[number]
+        chosen: list[int] = []
+        if thresholds is not None:
+            chosen = [i for i in indices.tolist() if shares[i] >= thresholds[i]]
+        named = [i for place, i in enumerate(indices.tolist()) if place < top_k or i in chosen]
+        yield Answer(
+            "",
+            [(classes[i], float(shares[i])) for i in named],
             None if outputs.halting is None else float(outputs.halting[number]),
             None if outputs.steps is None else int(outputs.steps[number]),
+            chosen=None if thresholds is None else tuple(classes[i] for i in chosen),
         )

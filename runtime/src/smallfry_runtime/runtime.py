@@ -110,7 +110,16 @@ class Runtime:
         except OSError as error:
             raise ExportError(f"{folder / name}: can't be read ({error.strerror})") from error
         ours, its = self.manifest, found.manifest
-        alike = ("classes", "image_size", "channels", "mean", "std", "bit_depth")
+        alike = (
+            "classes",
+            "thresholds",
+            "image_size",
+            "resize",
+            "channels",
+            "mean",
+            "std",
+            "bit_depth",
+        )
         if digest != ours.files[name] or any(getattr(ours, a) != getattr(its, a) for a in alike):
             raise ExportError(
                 f"{folder / name}: not the sub-model that was exported; export the run again"
@@ -129,7 +138,7 @@ class Runtime:
 
         Args:
             images: Files by their paths, their bytes, or images of Pillow; or pixels (images,
-                channels, size, size). There may be none.
+                channels, height, width). There may be none.
             budget: Recursion steps that an image may take on average, as on the images that the
                 export was calibrated on.
             drop: Share of accuracy that may be lost to early exit, such as 0.003, as on those.
@@ -160,12 +169,27 @@ class Runtime:
         self, images: Iterable[InputImage], top_k: int = 3, threshold: float | None = None
     ) -> Iterator[Answer]:
         """Classify images in order; an image that can't be read gives an ``error``."""
-        size, channels = self.manifest.image_size, self.manifest.channels
+        size, channels = self.manifest.frame, self.manifest.channels
         run = partial(self.outputs, self.exit_threshold(threshold=threshold))
-        return answers(run, images, self.classes, size, channels, top_k, self.manifest.bit_depth)
+        wanted = (self.classes, size, channels, top_k, self.manifest.bit_depth, self.thresholds)
+        return answers(run, images, *wanted)
+
+    @property
+    def thresholds(self) -> tuple[float, ...] | None:
+        """Threshold of each class, where an image may have several; None where it has one."""
+        return self.manifest.thresholds or None
+
+    def _probabilities(self, logits: Floats) -> Floats:
+        return softmax(logits) if self.thresholds is None else sigmoid(logits)
+
+    def _right(self, logits: Floats, labels: NDArray[np.int64]) -> NDArray[np.bool_]:
+        if self.thresholds is None:
+            return np.asarray(logits.argmax(1) == labels)
+        chosen = sigmoid(logits) >= np.array(self.thresholds, np.float32)
+        return np.asarray((chosen == (labels > 0)).all(axis=1))
 
     def preprocess(self, pixels: NDArray[np.uint8]) -> Floats:
-        """Convert pixels (images, channels, size, size) to the input of the graphs."""
+        """Convert pixels (images, channels, height, width) to the input of the graphs."""
         batch = pixels.astype(np.float32)
         batch *= self._scale
         batch += self._shift
@@ -183,7 +207,7 @@ class Runtime:
                 states[1:] = self._batched("step", states, 64)
                 said.append(self._call("read_out", y=states[1]))
             _require_finite(*(output for outputs in said for output in outputs))
-            right.append(np.stack([logits.argmax(1) == labels[batch] for logits, _ in said]))
+            right.append(np.stack([self._right(logits, labels[batch]) for logits, _ in said]))
             halting.append(np.stack([probability for _, probability in said]))
         return Trace(np.concatenate(right, axis=1), np.concatenate(halting, axis=1))
 
@@ -236,12 +260,12 @@ class Runtime:
                     f"{name}: expected a path, bytes or a Pillow image, got "
                     f"{type(image).__name__}; pass pixels as one array for all images"
                 )
-            size, channels = manifest.image_size, manifest.channels
-            pixels.append(decode(image, name, size, channels, manifest.bit_depth))
+            frame, channels = manifest.frame, manifest.channels
+            pixels.append(decode(image, name, frame, channels, manifest.bit_depth))
         return np.stack(pixels) if pixels else self._no_pixels()
 
     def outputs(self, threshold: float | None, pixels: NDArray[np.uint8]) -> Outputs:
-        """Compute the outputs for pixels (images, channels, size, size) in one batch."""
+        """Compute the outputs for pixels (images, channels, height, width) in one batch."""
         predictions = self._run(self.preprocess(pixels), threshold, len(pixels))
         return Outputs(*predictions[:2], predictions.steps if threshold is not None else None)
 
@@ -259,9 +283,9 @@ class Runtime:
         ]
         logits, *halting = (np.concatenate(part) for part in zip(*parts, strict=True))
         if self.manifest.recursion_steps is None:
-            return Predictions(softmax(logits), None, None)
+            return Predictions(self._probabilities(logits), None, None)
         steps = np.full(len(images), self.manifest.recursion_steps)
-        return Predictions(softmax(logits[:, -1]), halting[0][:, -1], steps)
+        return Predictions(self._probabilities(logits[:, -1]), halting[0][:, -1], steps)
 
     def _recur(self, images: Floats, threshold: float, batch_size: int) -> Predictions:
         """Recurse group by group, which bounds memory; images still running share full batches."""
@@ -280,7 +304,7 @@ class Runtime:
                 left, states = left[going], [state[going] for state in states]
                 if len(left) == 0:
                     break
-        return Predictions(softmax(logits), halting, steps)
+        return Predictions(self._probabilities(logits), halting, steps)
 
     def _batched(self, graph: str, inputs: list[Floats], batch_size: int) -> list[Floats]:
         names = [entry.name for entry in self._graphs[graph].get_inputs()]
@@ -318,13 +342,19 @@ class Runtime:
         )
 
     def _no_pixels(self) -> NDArray[np.uint8]:
-        size = self.manifest.image_size
-        return np.empty((0, self.manifest.channels, size, size), np.uint8)
+        return np.empty((0, *self.manifest.input_shape), np.uint8)
 
 
 def _require_finite(*outputs: Floats | None) -> None:
     if not all(output is None or np.isfinite(output).all() for output in outputs):
         raise ExportError(NOT_FINITE)
+
+
+def sigmoid(logits: Floats) -> Floats:
+    """Compute the probability of each class on its own from logits."""
+    shrunk = np.exp(-np.abs(logits))  # without overflow
+    result: Floats = np.where(logits >= 0, 1, shrunk) / (1 + shrunk)
+    return result
 
 
 def softmax(logits: Floats) -> Floats:

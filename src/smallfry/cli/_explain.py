@@ -82,8 +82,8 @@ def _unknown_option(arguments: Sequence[str], options: Mapping[str, Any]) -> str
 def _expected(hint: Any) -> tuple[str, list[str]]:
     """Return the name of a type, and its choices."""
     if get_origin(hint) in (Union, UnionType):
-        inner, choices = _expected(next(each for each in get_args(hint) if each is not NoneType))
-        return f"{inner} or null", choices
+        kinds = [_expected(each) for each in get_args(hint) if each is not NoneType]
+        return " or ".join([*(kind for kind, _ in kinds), "null"]), kinds[0][1]
     if get_origin(hint) is Literal:
         choices = [str(value) for value in get_args(hint)]
         return f"one of {', '.join(choices)}", choices

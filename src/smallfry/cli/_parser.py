@@ -19,6 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from smallfry.cli._aliases import expand_aliases
 from smallfry.cli._explain import explain, unreadable
 from smallfry.cli._fields import METAVAR, ROLE, Choice
+from smallfry.cli._numbers import join_numbers
 from smallfry.cli._verbs import Verb, load_verb, verb_names
 from smallfry.errors import SmallfryError, UsageError, nearest
 from smallfry.io.safe_yaml import YAML_MODE
@@ -67,7 +68,7 @@ def read(arguments: Sequence[str]) -> Command:
     form = _form(words, presets)
     special: dict[str | None, Any] = {"choice": words[-1]}
     rest, special["command_only"] = _command_only(form.kind, rest)
-    rest = expand_shorthand(rest, form.types)
+    rest = join_numbers(expand_shorthand(rest, form.types), form.types)
     parsed = _parsed(form, rest, " ".join(words))
     for preset in choice.presets if choice else ():
         if parsed[preset] and preset not in presets:

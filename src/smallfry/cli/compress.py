@@ -101,7 +101,7 @@ def run(options: Options) -> int:
     small, folder = _compressed(options, trained, methods, data, place, reports)
     is_classifier = trained.manifest.get("task", "classification") == "classification"
     found = compare(trained, small, data.validation if is_classifier else None)
-    sample = torch.zeros(1, small.channels, small.image_size, small.image_size)
+    sample = torch.zeros(1, *small.input_shape)
     zeros = zero_sums(small.model, sample)
     summary = to_dict(found, small.manifest["methods"]) | {"zeros": zeros, "reports": reports}
     for mixed in (each["mixed"] for each in reports if each.get("mixed")):

@@ -58,12 +58,11 @@ class Options(EarlyExit, AsJson, OneRun):
 def run(options: Options) -> int:
     """Evaluate, and print the scores."""
     from smallfry.deploy.pretrained import load_trained
-    from smallfry.report.per_class import class_scores, scores_dict
     from smallfry.tasks import ScoredByStep
     from smallfry.training.evaluation import predict, require_finite, score, score_steps, task_of
     from smallfry.training.evaluation_data import load_like
-    from smallfry.training.evaluation_report import write_report
-    from smallfry.training.run import require_classes, require_classifier
+    from smallfry.training.evaluation_report import per_class_scores, write_report
+    from smallfry.training.run import require_class_answers, require_classes
 
     trained = load_trained(options.run, options.checkpoint)
     data = options.data
@@ -89,9 +88,8 @@ def run(options: Options) -> int:
     if threshold is not None:
         result["exit_threshold"] = threshold
     if options.per_class:
-        require_classifier(trained)
-        found = class_scores(predictions.logits, images.labels, trained.classes)
-        result["per_class"] = scores_dict(found)
+        require_class_answers(trained)
+        result["per_class"] = per_class_scores(predictions, trained)
     if options.report is not None:
         facts = {"model": options.run, "data": loaded.origin, "split": split}
         page = write_report(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from smallfry.training.run import TrainedModel
 
 LINE = 100  # characters
+SEPARATOR = "|"  # of several classes in a cell
 MOST_CLASSES = 2**31 - 1  # all that a model has
 
 
@@ -80,8 +81,7 @@ def run(options: Options) -> int:
         elif options.json:
             say(json.dumps(answer.to_dict()))
         else:
-            guesses = "  ".join(f"{name} {share:.1%}" for name, share in answer.top)
-            say(f"{answer.name}: {guesses}")
+            say(f"{answer.name}: {_guesses(answer)}")
     return code
 
 
@@ -101,15 +101,28 @@ def _write_csv(options: Options, file: Path, images: Iterable[InputImage]) -> in
     return code
 
 
+def _guesses(answer: Answer) -> str:
+    """List the classes of an answer with their probabilities, or only those chosen of several."""
+    named = {name: f"{name} {share:.1%}" for name, share in answer.top}
+    if answer.chosen is None:
+        return "  ".join(named.values())
+    likeliest = next(iter(named.values()))
+    return "  ".join(named[name] for name in answer.chosen) or f"none (likeliest {likeliest})"
+
+
 def table_of(answers: Sequence[Answer]) -> Iterator[list[object]]:
     """Yield column names, and a row for each image with the probabilities of all classes."""
     classes = sorted({name for answer in answers for name, _ in answer.top})
     known = {name for answer in answers for name, v in answer._asdict().items() if v is not None}
     extra = [name for name in ("halting", "steps") if name in known]
-    yield ["image", "class", "probability", *extra, *(f"p({name})" for name in classes)]
+    several = "chosen" in known
+    head = ["classes"] if several else ["class", "probability"]
+    yield ["image", *head, *extra, *(f"p({name})" for name in classes)]
     for answer in answers:
         shares = dict(answer.top)
-        best: tuple[object, object] = answer.top[0] if answer.top else ("", "")
+        best: tuple[object, ...] = answer.top[0] if answer.top else ("", "")
+        if several:
+            best = (SEPARATOR.join(answer.chosen or ()),)
         others = [getattr(answer, name) for name in extra]
         yield [answer.name, *best, *others, *(shares.get(name, "") for name in classes)]
 

@@ -96,6 +96,9 @@ def _print_summary(summary: dict[str, Any]) -> None:
     if "macro_f1" in measured["test"]:
         shown = {"accuracy": "accuracy", "macro F1": "macro_f1"}
         scores = {title: f"{measured['test'][name]:.2%}" for title, name in shown.items()}
+    if "mean_average_precision" in measured["test"]:
+        names = {"mAP": "mean_average_precision", "macro F1": "macro_f1", "micro F1": "micro_f1"}
+        scores = {title: f"{measured['test'][name]:.2%}" for title, name in names.items()}
     titles = [title.replace("_", " ") for title in scores]
     table = Table("", f"test {titles[0]}", *titles[1:], "parameters", "MMAC", box=None)
     table.add_row(
@@ -122,7 +125,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
     )
     _print_worst(summary.get("per_class") or {})
     console.print(f"pictures: {run}/pictures", soft_wrap=True)
-    if summary.get("per_class"):
+    if summary.get("per_class") and summary["task"] == "classification":
         console.print(f"mistakes: {run}/report.html", soft_wrap=True)
     use = escape(command("smallfry", "predict", summary["run"]))
     console.print(f"use it:   {use} IMAGE…", soft_wrap=True)

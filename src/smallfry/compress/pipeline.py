@@ -112,7 +112,7 @@ def apply_to_model(
 
 
 def _noise(trained: TrainedModel) -> Tensor:
-    shape = (EXAMPLES, trained.channels, trained.image_size, trained.image_size)
+    shape = (EXAMPLES, *trained.input_shape)
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
 
 

@@ -34,7 +34,7 @@ def compare(parent: TrainedModel, small: TrainedModel, split: Split | None) -> C
         split: Labelled images, such as the validation split; None for sizes alone, as of models
             that classify nothing.
     """
-    sample = torch.zeros(1, parent.channels, parent.image_size, parent.image_size)
+    sample = torch.zeros(1, *parent.input_shape)
     costs = [cost(each.model, sample) for each in (parent, small)]
     sizes = [_file_bytes(each) for each in (parent, small)]
     accuracy = agreement = divergence = None

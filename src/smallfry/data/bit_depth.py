@@ -12,19 +12,22 @@ import numpy as np
 from smallfry.data.cache import decoded
 from smallfry.data.sources import EncodedSplit
 from smallfry.errors import AccessError, DataError, SmallfryWarning
+from smallfry_runtime.frames import Frame, ImageSize
 from smallfry_runtime.images import FULL_DEPTH, bit_depth_of, peak_of
 
 SAMPLED = 256  # streamed images that are looked at to see whether any has more than 8 bits
 MEASURED = 4096  # streamed images whose values are looked at if one has
 
 
-def common_depth(found: int, others: Iterable[EncodedSplit], size: int, channels: int) -> int:
+def common_depth(
+    found: int, others: Iterable[EncodedSplit], size: ImageSize | Frame, channels: int
+) -> int:
     """Determine the bit depth of all splits, with a warning if it is a guess.
 
     Args:
         found: That of the training images.
         others: The other splits.
-        size: Side that images are brought to, in pixels.
+        size: Size that images are brought to; see ``smallfry_runtime.images.decode``.
         channels: 1 (grey) or 3 (RGB).
     """
     depths = [decoded(split, size, channels).bit_depth for split in others]

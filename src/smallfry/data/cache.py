@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from smallfry.data.sources import EncodedSplit
 from smallfry.data.threads import in_threads
 from smallfry.errors import AccessError, DataError
+from smallfry_runtime.frames import Frame, ImageSize, frame_of
 from smallfry_runtime.images import BIT_DEPTHS, FULL_DEPTH, bit_depth_of, decode_with_peak, refit
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class Unreadable(NamedTuple):
 class Decoded(NamedTuple):
     """Decoded images of a split."""
 
-    images: NDArray[np.uint8]  # (images, channels, size, size), an unreadable one black
+    images: NDArray[np.uint8]  # (images, channels, height, width), an unreadable one black
     unreadable: list[Unreadable]
     bit_depth: int | None  # of those of more than 8 bits a channel; None if there are none
 
@@ -50,14 +51,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SMALLFRY_CACHE") or Path(home) / "smallfry").expanduser()
 
 
-def decoded(split: EncodedSplit, size: int, channels: int, bit_depth: int | None = None) -> Decoded:
+def decoded(
+    split: EncodedSplit, size: ImageSize | Frame, channels: int, bit_depth: int | None = None
+) -> Decoded:
     """Decode the images of a split to pixels, cached for the next time.
 
     They are not kept if one was unreadable or the split has no fingerprint.
 
     Args:
         split: The split.
-        size: Side that images are brought to, in pixels.
+        size: Size that images are brought to; see ``smallfry_runtime.images.decode``.
         channels: 1 (grey) or 3 (RGB).
         bit_depth: Bit depth of images of more than 8 bits; default the smallest usual one that
             has the values of all.
@@ -66,11 +69,13 @@ def decoded(split: EncodedSplit, size: int, channels: int, bit_depth: int | None
         AccessError: A shard can't be read now.
         DataError: The arrays can't be kept.
     """
-    shape = (len(split.labels), channels, size, size)
+    frame = frame_of(size)
+    shape = (len(split.labels), *frame.shape(channels))
     if not split.fingerprint:
         images = np.empty(shape, dtype=np.uint8)
-        return Decoded(images, *_decode_into(images, split, size, channels, bit_depth))
-    name = f"{split.fingerprint}-{size}x{channels}-v{FORMAT}"
+        return Decoded(images, *_decode_into(images, split, frame, channels, bit_depth))
+    kind = frame.size if frame.is_plain else "-".join(map(str, frame))
+    name = f"{split.fingerprint}-{kind}x{channels}-v{FORMAT}"
     for found, ending in _endings(bit_depth):
         kept = _load(cache_folder() / f"{name}{ending}.npy", shape)
         if kept is not None:
@@ -85,7 +90,7 @@ def decoded(split: EncodedSplit, size: int, channels: int, bit_depth: int | None
         images = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
         _claim_space(part)
         log.info("decoding %d images into %s", shape[0], folder)
-        unreadable, found = _decode_into(images, split, size, channels, bit_depth)
+        unreadable, found = _decode_into(images, split, frame, channels, bit_depth)
         if unreadable:
             return Decoded(np.array(images), unreadable, found)
         images.flush()
@@ -161,7 +166,7 @@ def _map(file: Path, shape: Sequence[int]) -> NDArray[np.uint8] | None:
 def _decode_into(
     images: NDArray[np.uint8],
     split: EncodedSplit,
-    size: int,
+    frame: Frame,
     channels: int,
     bit_depth: int | None,
 ) -> tuple[list[Unreadable], int | None]:
@@ -173,10 +178,10 @@ def _decode_into(
         try:
             encoded = split.read(i)
             if isinstance(encoded, np.ndarray):
-                images[i] = refit(encoded, size, channels)
+                images[i] = refit(encoded, frame, channels)
             else:
                 images[i], peaks[i] = decode_with_peak(
-                    encoded, split.locate(i), size, channels, depth
+                    encoded, split.locate(i), frame, channels, depth
                 )
         except AccessError:  # another time it may be readable
             raise

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,14 @@ from smallfry.data.generators import generate, generated_names
 from smallfry.data.image_data import ImageData
 from smallfry.data.label_files import LabelColumns, read_label_file
 from smallfry.data.labels import with_known_labels
-from smallfry.data.named import NOTHING_TO_TELL_APART, find_folder, find_source, require_no_root
+from smallfry.data.named import (
+    NAMED,
+    NOTHING_TO_TELL_APART,
+    find_folder,
+    find_source,
+    require_no_root,
+)
+from smallfry.data.several_labels import LabelForm, find_several, load_several
 from smallfry.data.shards import WINDOW
 from smallfry.data.sources import (
     TEST,
@@ -35,7 +42,8 @@ from smallfry.data.sources import (
 from smallfry.data.splits import Split, hold_out, take_some
 from smallfry.data.stream import ShardPixels, readable_rows
 from smallfry.errors import AccessError, DataError, SmallfryWarning, UsageError
-from smallfry_runtime.images import FULL_DEPTH, LARGEST_SIDE, header
+from smallfry_runtime.frames import Frame, ImageSize, Resize, frame_of
+from smallfry_runtime.images import FULL_DEPTH, header
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +58,8 @@ def load_data(
     name: str = "digits",
     root: str | Path | None = None,
     *,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
+    resize: Resize = "crop",
     channels: int | None = None,
     validation: float = 0.1,
     test: float = 0.2,
@@ -66,6 +75,9 @@ def load_data(
     window: int = WINDOW,
     remove_duplicates: bool = False,
     bit_depth: int | None = None,
+    several_labels: bool = False,
+    label_columns: Sequence[str] = (),
+    label_separator: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> ImageData:
     """Load a data set.
@@ -75,8 +87,10 @@ def load_data(
             ``faces``, for auto-encoders; or a folder with parquet shards, WebDataset tar files or
             one folder per class (with or without train, validation and test folders around them).
         root: Folder of a named data set; without one, the local cache and then the hub are asked.
-        image_size: Side of the images in pixels; default the native size of square images up to
-            64, else 32. Other images are cropped at their centre and scaled.
+        image_size: Side of the images in pixels, or height and width; default the native size of
+            square images up to 64, else 32. Other images are resized.
+        resize: How pictures of another shape become such images: ``crop`` at their centre,
+            ``letterbox`` with black borders, or ``squash``.
         channels: 1 (grey) or 3 (RGB); default 1 if all images are grey.
         validation: Share of the training images held out if the source has no validation split.
         test: Share of the training images held out if the source has no test split.
@@ -101,13 +115,19 @@ def load_data(
         bit_depth: Bits of the values in images of more than 8 bits a channel, such as 12, whose
             values 0 to 4,095 become 0 to 255; default the smallest of 8, 10, 12, 14 and 16 that
             has the values of all images, or of 4,096 streamed ones, with a warning below 16.
+        several_labels: Images may have several classes, and labels are (images, classes), 0 or 1;
+            from the file of labels, or from class folders that share images.
+        label_columns: Columns of 0 and 1 in the file of labels, one for each class.
+        label_separator: Between classes in the label column; default the one of | ; , in use.
+        options: Settings of generated puzzles.
 
     Raises:
         UsageError: An unknown name, an impossible option, or classes wanted of ``curves`` or
             ``faces``, which have none to learn.
         DataError: A source that can't be reached or used.
     """
-    _check_options(image_size, channels, validation, test, limit, window, bit_depth)
+    frame = None if image_size is None else frame_of(image_size, resize, "data.image_size")
+    _check_options(channels, validation, test, limit, window, bit_depth)
     place = None if root is None else Path(root)
     if name in generated_names():
         require_no_root(name, place)
@@ -115,7 +135,8 @@ def load_data(
             name,
             options or {},
             *(validation, test, split_seed, limit),
-            image_size=image_size,
+            image_size=None if frame is None else frame.size,
+            resize=resize,
             channels=channels,
             label=label,
             stream=stream,
@@ -129,8 +150,34 @@ def load_data(
             f"for auto-encoders, load_data('{name}', min_classes=1); a folder of that name is "
             f"./{name}"
         )
+    if several_labels:
+        if stream or remove_duplicates or name in NAMED:
+            refused = "data.stream" if stream else "data.remove_duplicates"
+            raise UsageError(
+                f"data.several_labels reads a folder of images, without "
+                f"{refused if name not in NAMED else f'named data such as {name}'}"
+            )
+        columns = LabelColumns(image_column, label, split_column)
+        form = LabelForm(tuple(label_columns), label_separator)
+        file = None if labels is None else Path(labels)
+        images = find_several(find_folder(name, place), file, columns, form)
+        some = EncodedSplit(
+            np.zeros(len(images.images), np.int64),
+            lambda i: images.images[i].path,
+            lambda i: str(images.images[i].path),
+        )
+        frame, channels = _geometry(some, frame, channels)
+        return load_several(
+            *(name, frame._replace(resize=resize), channels, images),
+            validation=validation,
+            test=test,
+            split_seed=split_seed,
+            limit=limit,
+            skip_unreadable=skip_unreadable,
+            bit_depth=bit_depth,
+        )
     if stream is None:
-        above: float = LARGEST_DECODED // ((channels or 3) * (image_size or 64) ** 2)
+        above: float = LARGEST_DECODED // math.prod((frame or frame_of(64)).shape(channels or 3))
     else:
         above = 0 if stream else math.inf
     if labels is None:
@@ -146,7 +193,8 @@ def load_data(
         hint = f"; did you mean {inner}?" if len(folders_in(inner)) >= min_classes else ""
         raise DataError(f"{source.origin}: there {found}; at least {min_classes} are needed{hint}")
     encoded = source.splits[TRAIN]
-    size, channels = _geometry(encoded, image_size, channels)
+    frame, channels = _geometry(encoded, frame, channels)
+    size = frame._replace(resize=resize)
     streamed = encoded.shards is not None and len(encoded.labels) > above
     if stream and not streamed:
         raise UsageError(
@@ -207,7 +255,7 @@ def load_data(
         name,
         source.origin,
         source.classes,
-        size,
+        size.size,
         channels,
         train,
         held,
@@ -216,6 +264,7 @@ def load_data(
         source.spelled,
         locate,
         bit_depth,
+        resize=resize,
     )
     return data.without_duplicates() if remove_duplicates else data
 
@@ -245,7 +294,7 @@ def _hold_out(
 
 def _stream(
     split: EncodedSplit,
-    size: int,
+    size: Frame,
     channels: int,
     window: int,
     skip_unreadable: bool,
@@ -259,7 +308,6 @@ def _stream(
 
 
 def _check_options(
-    image_size: int | None,
     channels: int | None,
     validation: float,
     test: float,
@@ -274,14 +322,12 @@ def _check_options(
         raise UsageError(f"data.channels must be 1 (grey) or 3 (RGB), got {channels}")
     if bit_depth is not None and not 1 <= bit_depth <= FULL_DEPTH:
         raise UsageError(f"data.bit_depth must be 1 to {FULL_DEPTH}, got {bit_depth}")
-    if image_size is not None and image_size > LARGEST_SIDE:
-        raise UsageError(f"data.image_size must be at most {LARGEST_SIDE}, got {image_size}")
-    for option, number in {"image_size": image_size, "limit": limit, "window": window}.items():
+    for option, number in {"limit": limit, "window": window}.items():
         if number is not None and number < 1:
             raise UsageError(f"data.{option} must be at least 1, got {number}")
 
 
-def _geometry(split: EncodedSplit, size: int | None, channels: int | None) -> tuple[int, int]:
+def _geometry(split: EncodedSplit, size: Frame | None, channels: int | None) -> tuple[Frame, int]:
     """Return the requested size and channels, or those of the images."""
     if len(split.labels) == 0:
         raise DataError("the train split is empty")
@@ -309,7 +355,7 @@ def _geometry(split: EncodedSplit, size: int | None, channels: int | None) -> tu
         grey = grey and is_grey
     width, height = sizes.pop() if len(sizes) == 1 else (0, 1)
     native = width if width == height and width <= LARGEST_NATIVE_SIZE else DEFAULT_SIZE
-    return size or native, channels or (1 if grey else 3)
+    return size or frame_of(native), channels or (1 if grey else 3)
 
 
 def _warn_of_missing_classes(source: Source, train: Split) -> None:

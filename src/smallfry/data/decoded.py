@@ -14,12 +14,13 @@ from smallfry.data.sources import (
 )
 from smallfry.data.splits import Split
 from smallfry.errors import DataError, SmallfryWarning
+from smallfry_runtime.frames import Frame
 from smallfry_runtime.images import FULL_DEPTH
 
 
 def decode_held_out(
     split: EncodedSplit,
-    size: int,
+    size: Frame,
     channels: int,
     classes: int,
     skip_unreadable: bool,
@@ -36,7 +37,7 @@ def decode_held_out(
 def decode_training(
     split: EncodedSplit,
     others: Sequence[EncodedSplit],
-    size: int,
+    size: Frame,
     channels: int,
     classes: int,
     skip_unreadable: bool,
@@ -54,7 +55,7 @@ def decode_training(
 
 def decode_split(
     split: EncodedSplit,
-    size: int,
+    size: Frame,
     channels: int,
     classes: int,
     skip_unreadable: bool,

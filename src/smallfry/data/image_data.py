@@ -31,6 +31,7 @@ from smallfry.data.splits import Split
 from smallfry.data.stream import ShardPixels
 from smallfry.data.symmetry import Symmetry
 from smallfry.errors import SmallfryWarning
+from smallfry_runtime.frames import Frame, ImageSize, Resize, frame_of
 from smallfry_runtime.names import text_of
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class ImageData:
         name: The name or folder that was asked for.
         origin: Source of the data.
         classes: Class names, in the order of the labels.
-        image_size: Side of the images in pixels.
+        image_size: Side of square images in pixels, or height and width.
         channels: 1 for grey images, 3 for RGB.
         train: The training split.
         validation: The validation split; empty if none was wanted.
@@ -55,12 +56,13 @@ class ImageData:
         moments: Mean and standard deviation to normalise with; default those of the pixels.
         symmetries: Random symmetries of so many training grids of symbols, for their augmentation.
         generated: Settings of a generated data set; None of real images.
+        resize: How pictures of another shape became such images; see ``Frame``.
     """
 
     name: str
     origin: str
     classes: tuple[str, ...]
-    image_size: int
+    image_size: ImageSize
     channels: int
     train: Split
     validation: Split
@@ -72,6 +74,17 @@ class ImageData:
     moments: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     symmetries: Callable[[int], Symmetry] | None = field(default=None, repr=False)
     generated: Mapping[str, Any] | None = None
+    resize: Resize = "crop"
+
+    @property
+    def frame(self) -> Frame:
+        """Size of the images, and how pictures of another shape became such."""
+        return frame_of(self.image_size, self.resize)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Shape of an image, (channels, height, width)."""
+        return self.frame.shape(self.channels)
 
     @property
     def test_count(self) -> int:
@@ -85,7 +98,7 @@ class ImageData:
             return self._held_out
         return decode_held_out(
             self._held_out,
-            *(self.image_size, self.channels, len(self.classes), self._skip_unreadable),
+            *(self.frame, self.channels, len(self.classes), self._skip_unreadable),
             self.bit_depth,
         )
 
@@ -125,7 +138,7 @@ class ImageData:
         for rows in torch.split(chosen, 4096):
             values = self.train.pixels[rows].to(torch.float64) / 255
             total += torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])
-        mean, square = total / (len(chosen) * self.image_size**2)
+        mean, square = total / (len(chosen) * self.frame.height * self.frame.width)
         std = (square - mean**2).clamp(min=0).sqrt().clamp(min=1e-3)  # a constant channel
         return tuple(mean.tolist()), tuple(std.tolist())
 
@@ -183,6 +196,8 @@ class ImageData:
         Images of classes that are not among them are left out with a warning. If no class is, the
         data stays as it is.
         """
+        if self.train.labels.ndim == 2 and self.generated is None:
+            return self._rearranged(classes)
         places = {text_of(name): label for label, name in enumerate(classes)}
         table = np.array([places.get(name, LACKING) for name in self.classes], np.int64)
         if tuple(classes) == self.classes or (table == LACKING).all():
@@ -208,14 +223,44 @@ class ImageData:
             _held_out=held_out,
         )
 
+    def _rearranged(self, classes: Sequence[str]) -> "ImageData":
+        """Return images of several classes with their labels in the order of other classes."""
+        foreign = [name for name in self.classes if name not in classes]
+        if tuple(classes) == self.classes or len(foreign) == len(self.classes):
+            return self
+        if foreign:
+            warnings.warn(
+                f"{self.origin}: left out the classes {some_of(foreign)}, which the model does not "
+                "have",
+                SmallfryWarning,
+                stacklevel=4,
+            )
+
+        def of(split: Split) -> Split:
+            table = split.labels.new_zeros(len(split), len(classes))
+            for i, name in enumerate(self.classes):
+                if name in classes:
+                    table[:, list(classes).index(name)] = split.labels[:, i]
+            return replace(split, labels=table)
+
+        return replace(
+            self,
+            classes=tuple(classes),
+            train=of(self.train),
+            validation=of(self.validation),
+            _held_out=of(self.test),
+        )
+
     def _hashed(self) -> tuple[Hashed, Hashed, Hashed]:
         def of(name: str, split: Split) -> Hashed:
             assert isinstance(split.pixels, Tensor)
             hashes = image_hashes(split.pixels, split.rows)
+            several = split.labels.ndim == 2  # as images may have them
+            one_label = torch.zeros_like(split.rows) if several else split.labels
             return Hashed(
                 name,
                 hashes,
-                split.labels.numpy(),
+                one_label.numpy(),
                 lambda i: self._locate[name](int(split.rows[i])),
             )
 

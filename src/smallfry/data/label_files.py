@@ -43,6 +43,16 @@ class LabelColumns(NamedTuple):
     split: str | None = None
 
 
+class Record(NamedTuple):
+    """Row of a file, with its image found."""
+
+    where: str  # for messages
+    image: Path
+    split: str
+    cells: Mapping[str, Any]
+    image_column: str
+
+
 class _Row(NamedTuple):
     where: str  # for messages
     image: Path
@@ -98,7 +108,19 @@ def _encoded(rows: Sequence[_Row], classes: Sequence[str]) -> EncodedSplit:
 
 
 def _rows(folder: Path, place: Path, columns: LabelColumns) -> Iterator[_Row]:
-    """Yield the rows of a file with their images found."""
+    """Yield the rows of a file with their images and labels."""
+    records, names = read_records(folder, place, columns)
+    others = [n for n in names if n not in (records[0].image_column, columns.split or "split")]
+    usual = LABEL_NAMES if len(others) != 1 else tuple(others)
+    label = choose_column(place, names, columns.label, "label", usual)
+    for where, image, split, cells, _ in records:
+        yield _Row(where, image, _text(where, cells.get(label)), split)
+
+
+def read_records(
+    folder: Path, place: Path, columns: LabelColumns
+) -> tuple[list[Record], list[str]]:
+    """Read the rows of a file, and the names of its columns; raises as ``read_label_file``."""
     try:
         with open_regular(place, MOST_BYTES) as stream:
             text = stream.read().decode("utf-8-sig")
@@ -113,23 +135,22 @@ def _rows(folder: Path, place: Path, columns: LabelColumns) -> Iterator[_Row]:
     if not records:
         raise DataError(f"{place}: holds no images; expected column names and a row for each image")
     names = list(dict.fromkeys(name for _, record in records for name in record))
-    image = _column(place, names, columns.image, "image_column", IMAGE_NAMES)
-    others = [name for name in names if name not in (image, columns.split or "split")]
-    usual = LABEL_NAMES if len(others) != 1 else tuple(others)
-    label = _column(place, names, columns.label, "label", usual)
+    image = choose_column(place, names, columns.image, "image_column", IMAGE_NAMES)
     split = None
     if columns.split is not None or "split" in names:
-        split = _column(place, names, columns.split, "split_column", ("split",))
+        split = choose_column(place, names, columns.split, "split_column", ("split",))
+    found = []
     for where, record in records:
         said = _text(where, record.get(split)).lower() if split is not None else ""
         if said and said not in SPLIT_NAMES:
             known = ", ".join(SPLIT_NAMES)
             raise DataError(f"{where}: unknown split '{said}'; expected one of {known}")
-        found = _image(folder, place, _text(where, record.get(image)), where)
-        yield _Row(where, found, _text(where, record.get(label)), SPLIT_NAMES.get(said, TRAIN))
+        file = _image(folder, place, _text(where, record.get(image)), where)
+        found.append(Record(where, file, SPLIT_NAMES.get(said, TRAIN), record, image))
+    return found, names
 
 
-def _column(
+def choose_column(
     place: Path, names: Sequence[str], given: str | None, option: str, usual: Sequence[str]
 ) -> str:
     """Choose a column by the option, or else the one with a usual name.

@@ -29,6 +29,7 @@ from smallfry.data.shards import WINDOW_BYTES, ShardReader, Shards
 from smallfry.data.threads import in_threads
 from smallfry.errors import AccessError, DataError, SmallfryWarning, is_out_of_memory
 from smallfry_runtime.files import has_valid_digest, with_digest
+from smallfry_runtime.frames import Frame, ImageSize, frame_of
 from smallfry_runtime.images import decode
 
 log = logging.getLogger(__name__)
@@ -41,21 +42,27 @@ class ShardPixels:
 
     Args:
         shards: Shards of the images.
-        size: Side of the images in pixels.
+        size: Size of the images; see ``smallfry_runtime.images.decode``.
         channels: 1 for grey images, 3 for RGB.
         window: Samples that are shuffled among each other, and that may be in memory at once.
         bit_depth: Bit depth of images of more than 8 bits a channel; None if unknown.
     """
 
     def __init__(
-        self, shards: Shards, size: int, channels: int, window: int, bit_depth: int | None = None
+        self,
+        shards: Shards,
+        size: ImageSize | Frame,
+        channels: int,
+        window: int,
+        bit_depth: int | None = None,
     ) -> None:
         self.shards, self.window, self.bit_depth = shards, window, bit_depth
-        self.shape = (len(shards), channels, size, size)
+        self.frame = frame_of(size)
+        self.shape = (len(shards), *self.frame.shape(channels))
         self.reader = ShardReader(shards, window)
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        """Read pixels (..., channels, size, size), uint8, of rows of any shape.
+        """Read pixels (..., channels, height, width), uint8, of rows of any shape.
 
         Raises:
             DataError: An image can't be read; the message says where it is.
@@ -98,10 +105,10 @@ class ShardPixels:
             AccessError: A shard can't be read now, or memory is full; nothing is kept of that.
             DataError: The list can't be cached.
         """
-        _, channels, size, _ = self.shape
+        kind = str(self.frame.size) if self.frame.is_plain else "-".join(map(str, self.frame))
         stamps = map(stamp, self.shards.files)
         depth = [] if self.bit_depth is None else [f"{self.bit_depth} bits"]
-        key = digest("unreadable", str(size), str(channels), *depth, self.shards.mark, *stamps)
+        key = digest("unreadable", kind, str(self.shape[1]), *depth, self.shards.mark, *stamps)
         file = cache_folder() / f"{key}.json"
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -135,9 +142,8 @@ class ShardPixels:
         return None
 
     def _decode(self, encoded: bytes, row: int) -> NDArray[np.uint8]:
-        _, channels, size, _ = self.shape
         try:
-            return decode(encoded, "", size, channels, self.bit_depth)
+            return decode(encoded, "", self.frame, self.shape[1], self.bit_depth)
         except DataError as error:  # where it is takes a look into the file
             told = f"{self.shards.locate(row)}{error}"
             if error.__cause__ is not None and is_out_of_memory(error.__cause__):

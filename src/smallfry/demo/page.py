@@ -123,7 +123,7 @@ def _heading(shown: Shown, heading: str) -> str:
         origin=shown.origin,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         classes=len(trained.classes),
-        size=trained.image_size,
+        size=trained.frame,
         steps=model.recursion_steps if isinstance(model, Recursive) else None,
         latent_steps=model.latent_steps if isinstance(model, LatentRecursive) else None,
     )

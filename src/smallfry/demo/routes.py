@@ -49,7 +49,7 @@ def answer(models: Sequence[Shown], image: bytes, name: str) -> dict[str, Any]:
 
 
 def _panel(trained: TrainedModel, image: bytes, name: str) -> dict[str, Any]:
-    pixels = decode(image, name, trained.image_size, trained.channels, trained.bit_depth)
+    pixels = decode(image, name, trained.frame, trained.channels, trained.bit_depth)
     trace = think(trained, pixels)
     views = [
         show_moment(trace, moment, trained.classes, PICTURE) for moment in range(len(trace.moments))

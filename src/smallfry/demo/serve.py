@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from smallfry.demo.examples import find_examples
 from smallfry.deploy.pretrained import load_trained
-from smallfry.training.run import require_classifier
+from smallfry.training.run import require_class_answers
 from smallfry_runtime.serving.listening import (
     address,
     is_loopback,
@@ -56,7 +56,7 @@ def serving(
     """Serve the page, and yield its address; see ``serve``."""
     models = [(str(run), load_trained(run, checkpoint)) for run in runs]
     for _, trained in models:
-        require_classifier(trained)
+        require_class_answers(trained)
     with listening(host, port) as listener, _private_folder():
         from smallfry.demo.application import build_application
 

@@ -21,7 +21,7 @@ from smallfry.models.attention import (
 )
 from smallfry.models.trace import answers, steps_to_follow
 from smallfry.training.evaluation import forward
-from smallfry.training.run import TrainedModel
+from smallfry.training.run import TrainedModel, thresholds_of
 
 TIMED_SECONDS = 1.0  # a large model is not run more often than this allows
 
@@ -29,7 +29,7 @@ TIMED_SECONDS = 1.0  # a large model is not run more often than this allows
 class AttentionMap(NamedTuple):
     """Attention rollout from the prediction token to the image, since the recursion step began."""
 
-    patches: NDArray[np.float64]  # (side, side), row by row; sums to 1
+    patches: NDArray[np.float64]  # (rows, columns); sums to 1
     share: float  # of the whole rollout; the rest falls on what y and z held before
 
 
@@ -55,12 +55,13 @@ class Timing(NamedTuple):
 class RecursionTrace(NamedTuple):
     """Recursion trace of a model on one image."""
 
-    pixels: NDArray[np.uint8]  # as the model sees them, (channels, size, size)
+    pixels: NDArray[np.uint8]  # as the model sees them, (channels, height, width)
     moments: tuple[TraceStep, ...]  # of a model that does not recur, one
     answer: int  # which moment is the model's answer; what follows it never saw training
     latent_steps: int  # in a recursion step; 0 if there are none, as where it does not recur
     no_attention: str  # why there is no attention to show; "" if there is
     timing: Timing
+    thresholds: tuple[float, ...] | None = None  # of classes, where an image may have several
 
 
 @torch.inference_mode()
@@ -72,17 +73,17 @@ def think(trained: TrainedModel, pixels: NDArray[np.uint8], runs: int = 5) -> Re
 
     Args:
         trained: The model.
-        pixels: (channels, size, size), as ``smallfry_runtime.images.decode`` gives them.
+        pixels: (channels, height, width), as ``smallfry_runtime.images.decode`` gives them.
         runs: Maximum number of timed runs, within about a second.
     """
     model = trained.model
     images = trained.normalize(torch.from_numpy(pixels[None].copy()))
-    no_attention = why_no_rollout(model)
+    no_attention, cuts = why_no_rollout(model), thresholds_of(trained)
     if not isinstance(model, Recursive):
         logits = forward(model, images)[0]
         times = _timed(_clock_whole(model, images) for _ in range(runs))
-        moment = TraceStep(0, 0, _shares(logits), None, None, median(times[0]))
-        return RecursionTrace(pixels, (moment,), 0, 0, no_attention, _timing(times))
+        moment = TraceStep(0, 0, _shares(logits, trained), None, None, median(times[0]))
+        return RecursionTrace(pixels, (moment,), 0, 0, no_attention, _timing(times), cuts)
     steps = steps_to_follow(model)
     followed = list(_follow(model, images, steps, look=not no_attention))
     times = _timed(_clock_steps(model, images, steps) for _ in range(runs))
@@ -93,7 +94,7 @@ def think(trained: TrainedModel, pixels: NDArray[np.uint8], runs: int = 5) -> Re
             TraceStep(
                 recursion,
                 latent_step,
-                _shares(step.logits),
+                _shares(step.logits, trained),
                 step.halt_logits.sigmoid().item(),
                 attention,
                 median(times[recursion - 1]) if recursion else None,
@@ -101,7 +102,7 @@ def think(trained: TrainedModel, pixels: NDArray[np.uint8], runs: int = 5) -> Re
         )
     answer = model.recursion_steps * latent_steps if latent_steps else model.recursion_steps - 1
     return RecursionTrace(
-        pixels, tuple(moments), answer, latent_steps, no_attention, _timing(times)
+        pixels, tuple(moments), answer, latent_steps, no_attention, _timing(times), cuts
     )
 
 
@@ -138,7 +139,8 @@ def _follow(
             attention = None
             if latents:
                 patches = model.embed(images).shape[1]
-                attention = _attention_map(attention_on_image(latents, answer, patches)[0])
+                parts = attention_on_image(latents, answer, patches)[0]
+                attention = _attention_map(parts, _grid(model, patches))
             yield step, attention
 
 
@@ -150,14 +152,22 @@ def _place(moment: int, latent_steps: int) -> tuple[int, int]:
     return (done + 1, latent_step + 1) if moment else (0, 0)
 
 
-def _attention_map(parts: Tensor) -> AttentionMap:
-    side = isqrt(len(parts))
+def _grid(model: nn.Module, patches: int) -> tuple[int, int]:
+    """Return rows and columns of a model's patches; those of a square where it states none."""
+    side = isqrt(patches)
+    grid: tuple[int, int] = getattr(model, "grid_size", (side, side))
+    return grid
+
+
+def _attention_map(parts: Tensor, grid: tuple[int, int]) -> AttentionMap:
     share = parts.sum().item()
-    return AttentionMap((parts.double() / parts.double().sum()).view(side, side).numpy(), share)
+    return AttentionMap((parts.double() / parts.double().sum()).view(grid).numpy(), share)
 
 
-def _shares(logits: Tensor) -> tuple[float, ...]:
-    return tuple(logits[0].softmax(dim=0).tolist())
+def _shares(logits: Tensor, trained: TrainedModel) -> tuple[float, ...]:
+    is_single = thresholds_of(trained) is None
+    shares = logits[0].softmax(dim=0) if is_single else logits[0].sigmoid()
+    return tuple(shares.tolist())
 
 
 # Time

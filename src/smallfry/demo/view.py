@@ -8,7 +8,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
-from smallfry.demo.trace import RecursionTrace
+from smallfry.demo.trace import RecursionTrace, TraceStep
 from smallfry.report.page import png_url, render
 
 SHOWN = 5  # classes; each has a colour in page.css
@@ -40,10 +40,18 @@ def show_moment(
         overlay=None if now.attention is None else _url(_overlay(now.attention.patches)),
         classes=classes,
         shown=shown,
-        best=int(np.argmax(now.probabilities)),
-        rest=max(0.0, 1 - sum(now.probabilities[c] for c in shown)),
+        best=_chosen(trace, now),
+        rest=None if trace.thresholds else max(0.0, 1 - sum(now.probabilities[c] for c in shown)),
         curve=_curve(trace, moment, classes, shown) if len(trace.moments) > 1 else None,
     )
+
+
+def _chosen(trace: RecursionTrace, now: TraceStep) -> list[int]:
+    """Return the likeliest class, or those above their thresholds."""
+    shares = now.probabilities
+    if trace.thresholds is None:
+        return [int(np.argmax(shares))]
+    return [i for i, cut in enumerate(trace.thresholds) if shares[i] >= cut]
 
 
 def picture_url(trace: RecursionTrace) -> str:

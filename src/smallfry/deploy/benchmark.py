@@ -37,7 +37,7 @@ from smallfry.training.augment import Normalize
 from smallfry.training.evaluation import score_probabilities
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.provenance import provenance
-from smallfry.training.run import TrainedModel, require_classes
+from smallfry.training.run import TrainedModel, require_classes, require_classifier
 from smallfry_runtime.manifest import Manifest, is_export
 from smallfry_runtime.predictions import NOT_FINITE
 
@@ -145,8 +145,12 @@ class Entry(NamedTuple):
 def _subject(given: str, checkpoint: str) -> Subject:
     path = Path(given)
     if not is_export(path):
-        return Subject(given, path.resolve().name, False, load_trained(given, checkpoint))
+        trained = load_trained(given, checkpoint)
+        require_classifier(trained)
+        return Subject(given, path.resolve().name, False, trained)
     manifest = Manifest.read(path)
+    if manifest.thresholds:
+        raise UsageError(f"{given}: answers with several classes, and benchmarks compare one")
     stand_in = TrainedModel(
         nn.Identity(),
         manifest.classes,
@@ -155,6 +159,7 @@ def _subject(given: str, checkpoint: str) -> Subject:
         Normalize(manifest.mean, manifest.std),
         {"data": {"name": "", "fingerprint": "", **manifest.training.get("data", {})}},
         manifest.bit_depth,
+        resize=manifest.resize,
     )
     return Subject(given, path.resolve().name, True, stand_in)
 
@@ -193,8 +198,8 @@ def _images(
         if not runs:
             return None
         origin = runs[0]
-        size, channels = trained.image_size, trained.channels
-        trained = origin.trained._replace(image_size=size, channels=channels)
+        wanted = {key: getattr(trained, key) for key in ("image_size", "resize", "channels")}
+        trained = origin.trained._replace(**wanted)
     try:
         loaded, split, taken = load_like(trained, origin.given, data, root)
     except SmallfryError as error:
@@ -253,7 +258,7 @@ def _field(
     if config.peers:
         first = subjects[0].trained
         mean, std = (tuple([0.5] * first.channels) for _ in range(2))
-        wanted = Input(first.classes, first.image_size, first.channels, mean, std)
+        wanted = Input(first.classes, first.image_size, first.channels, mean, std, first.resize)
         precisions = tuple(name for name in PEER_PRECISIONS if name in config.forms)
         for one in peers(wanted, place / "peers", precisions, config.threads):
             if isinstance(one, Skipped):
@@ -346,5 +351,5 @@ def _batch(pixels: Pixels, start: int, size: int) -> Pixels:
 
 
 def _noise(trained: TrainedModel) -> Pixels:
-    shape = (RANDOM_IMAGES, trained.channels, trained.image_size, trained.image_size)
+    shape = (RANDOM_IMAGES, *trained.input_shape)
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)

@@ -36,6 +36,7 @@ from smallfry.errors import ExportError, SmallfryError
 from smallfry.models import Recursive
 from smallfry.training.run import TrainedModel
 from smallfry_runtime.early_exit import most_thrifty
+from smallfry_runtime.frames import ImageSize, Resize, frame_of
 from smallfry_runtime.manifest import GRAPHS, MANIFEST, Manifest
 from smallfry_runtime.runtime import Runtime
 
@@ -53,7 +54,7 @@ PEER_PRECISIONS = ("float32", "int8")
 NOISE = 32  # images that peers are quantized on
 EXIT_PRECISIONS = ("float32", "int8")  # of a run's early exit
 
-Pixels = NDArray[np.uint8]  # (images, channels, size, size)
+Pixels = NDArray[np.uint8]  # (images, channels, height, width)
 
 
 class Predictions(NamedTuple):
@@ -89,10 +90,11 @@ class Input(NamedTuple):
     """Input shape and classes of the contestants."""
 
     classes: tuple[str, ...]
-    image_size: int  # pixels
+    image_size: ImageSize  # pixels
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    resize: Resize = "crop"
 
 
 def of_run(
@@ -195,7 +197,7 @@ def peers(
         precisions: Precisions from ``PRECISIONS``.
         threads: CPU threads.
     """
-    shape = (NOISE, wanted.channels, wanted.image_size, wanted.image_size)
+    shape = (NOISE, *frame_of(wanted.image_size).shape(wanted.channels))
     noise = np.random.default_rng(0).standard_normal(shape, np.float32)
     for name in PEERS:
         log.info("tracing %s", name)
@@ -256,7 +258,7 @@ def _compiled(trained: TrainedModel, batch_sizes: tuple[int, ...]) -> Callable[.
     compiled: Callable[..., Any] = torch.compile(trained.model, dynamic=False)
     for size in sorted(set(batch_sizes)):
         log.info("compiling for batch %d", size)
-        shape = (size, trained.channels, trained.image_size, trained.image_size)
+        shape = (size, *trained.input_shape)
         _ask_pytorch(trained, compiled, np.zeros(shape, np.uint8))
     return compiled
 
@@ -264,8 +266,7 @@ def _compiled(trained: TrainedModel, batch_sizes: tuple[int, ...]) -> Callable[.
 def _save(trained: TrainedModel, folder: Path) -> int:
     """Save the files that PyTorch loads the model from; return the bytes of its weights."""
     folder.mkdir(parents=True)
-    shape = [trained.channels, trained.image_size, trained.image_size]
-    content = {**trained.spec.to_dict(), "shape": shape}
+    content = {**trained.spec.to_dict(), "shape": list(trained.input_shape)}
     (folder / MODEL).write_text(json.dumps(content))
     weights = {name: weight.contiguous() for name, weight in trained.model.state_dict().items()}
     save_file(weights, folder / WEIGHTS)
@@ -277,8 +278,8 @@ def _traced_peer(name: str, wanted: Input) -> tuple[bytes, int]:
     if timm.get_pretrained_cfg(name).fixed_input_size:
         arguments["img_size"] = wanted.image_size
     model: nn.Module = timm.create_model(name, **arguments).eval()
-    side = wanted.image_size
-    graph = whole_graph(model, torch.zeros(TRACED_BATCH, wanted.channels, side, side))
+    shape = frame_of(wanted.image_size).shape(wanted.channels)
+    graph = whole_graph(model, torch.zeros(TRACED_BATCH, *shape))
     content = to_onnx(graph, exported_program(graph)).SerializeToString()
     return content, sum(parameter.numel() for parameter in model.parameters())
 

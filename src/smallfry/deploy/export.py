@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from smallfry.data import ImageData
 from smallfry.deploy.few_bits import few_bits_graph
 from smallfry.deploy.graphs import Graph, anytime_graphs, exported_program, to_onnx, whole_graph
+from smallfry.deploy.onnx_metadata import metadata_of, with_metadata
 from smallfry.deploy.pretrained import gather, load_trained
 from smallfry.deploy.quantization_report import write_report
 from smallfry.deploy.quantize import quantize
@@ -40,7 +41,7 @@ from smallfry.layers.quantized import QuantizedWeight
 from smallfry.models import Recursive
 from smallfry.training.evaluation import forward
 from smallfry.training.evaluation_data import load_like
-from smallfry.training.run import TrainedModel
+from smallfry.training.run import TrainedModel, thresholds_of
 from smallfry.transforms.nested import nest_of
 from smallfry_runtime.early_exit import operating_points, pareto_front, warn_of_few
 from smallfry_runtime.manifest import MANIFEST, PRECISIONS, PROGRAM, Manifest, require_free
@@ -187,7 +188,8 @@ def assemble(
                 stacklevel=3,
             )
         graphs = quantize(graphs, precision, images, _steps(trained.model))
-    files |= {f"{name}.onnx": content for name, content in graphs.items()}
+    metadata = metadata_of(trained)
+    files |= {f"{name}.onnx": with_metadata(graph, metadata) for name, graph in graphs.items()}
     manifest = _manifest(trained, traced.facts, traced.form, precision, license, files)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
@@ -221,7 +223,7 @@ def calibration_images(traced: Traced) -> NDArray[np.float32]:
     """Return training images spread over the split, as graph inputs; none without data."""
     trained, data = traced.trained, traced.data
     if data is None:
-        return np.empty((0, trained.channels, trained.image_size, trained.image_size), np.float32)
+        return np.empty((0, *trained.input_shape), np.float32)
     count = min(CALIBRATION_IMAGES, len(data.train))
     positions = torch.linspace(0, len(data.train) - 1, count).long()
     images: NDArray[np.float32] = trained.normalize(data.train.take(positions).images).numpy()
@@ -332,7 +334,7 @@ def _graphs(trained: TrainedModel, form: str) -> list[Graph]:
 
 
 def _images(trained: TrainedModel) -> Tensor:
-    return torch.zeros(TRACED_BATCH, trained.channels, trained.image_size, trained.image_size)
+    return torch.zeros(TRACED_BATCH, *trained.input_shape)
 
 
 def _manifest(
@@ -358,6 +360,8 @@ def _manifest(
         mean=tuple(sample["mean"]),
         std=tuple(sample["std"]),
         bit_depth=trained.bit_depth,
+        resize=trained.resize,
+        thresholds=thresholds_of(trained) or (),
         recursion_steps=_steps(trained.model) if isinstance(trained.model, Recursive) else None,
         training=dict(facts),
         license=license,
@@ -368,11 +372,11 @@ def _manifest(
 
 def _require_agreement(trained: TrainedModel, runtime: Runtime) -> None:
     """Compare with PyTorch on random images, at batch sizes that were not traced."""
-    shape = (trained.channels, trained.image_size, trained.image_size)
-    pixels = np.random.default_rng(0).integers(0, 256, (8, *shape), np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, *trained.input_shape), np.uint8)
     with torch.inference_mode():
         logits = forward(trained.model, trained.normalize(torch.from_numpy(pixels)))[0]
-    wanted = logits.softmax(dim=1).numpy()
+    is_single = thresholds_of(trained) is None
+    wanted = (logits.softmax(dim=1) if is_single else logits.sigmoid()).numpy()
     for count in (1, len(pixels)):
         given = runtime.predict(pixels[:count]).probabilities
         distance = float(np.abs(given - wanted[:count]).max())

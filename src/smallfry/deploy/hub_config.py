@@ -26,11 +26,15 @@ from smallfry.transforms.build import build
 from smallfry.transforms.spec import OF_THE_FACTORY, ModelSpec
 from smallfry.version import __version__
 from smallfry_runtime.files import read_json, read_large
+from smallfry_runtime.frames import RESIZES, frame_of
 from smallfry_runtime.images import LARGEST_SIDE, is_bit_depth
 
-PLAIN_FORMAT, FORMAT = 1, 2  # without and with transforms, which older versions do not read
+# without and with transforms, and with images that are not cropped; older versions stop at theirs
+PLAIN_FORMAT, TRANSFORMED, FORMAT = 1, 2, 3
 CONFIG = "config.json"
 INTERPOLATION, CROP = "bilinear", 1.0  # what smallfry_runtime.images does
+
+CROP_MODES = {"crop": "center", "letterbox": "border", "squash": "squash"}  # timm's
 
 OF_THE_SOURCE = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"}
 
@@ -120,10 +124,12 @@ def described(
     channels, height, width = wanted["input_size"]
     arguments = dict(config.get("model_args", {}))
     channels = arguments.get("in_chans", channels)
-    if height != width or channels not in (1, 3) or not 1 <= height <= LARGEST_SIDE:
+    sides = (height, width)
+    is_fit = all(type(side) is int and 1 <= side <= LARGEST_SIDE for side in sides)
+    if channels not in (1, 3) or not is_fit:
         raise RunError(
-            f"{where}: expects images of {channels}×{height}×{width}; smallfry supports square "
-            f"ones of at most {LARGEST_SIDE} pixels, with 1 or 3 channels"
+            f"{where}: expects images of {channels}×{height}×{width}; smallfry supports at most "
+            f"{LARGEST_SIDE} pixels a side, with 1 or 3 channels"
         )
     mean, std = (tuple(map(float, wanted[key])) for key in ("mean", "std"))
     if len(mean) != channels or len(std) != channels or not all(value > 0 for value in std):
@@ -131,6 +137,11 @@ def described(
     if facts is None:
         _warn_of_another_view(wanted, where)
     told = dict(facts or {})
+    squash = "squash" if facts is None and wanted.get("crop_mode") == "squash" else "crop"
+    resize = told.pop("resize", squash)
+    if resize not in RESIZES:
+        raise ValueError(f"smallfry.resize is {resize!r}")
+    frame = frame_of(sides, resize)
     model, spec = _build(
         {
             "name": config["architecture"],
@@ -155,7 +166,8 @@ def described(
         "model": spec.to_dict(),
         "classes": list(labels),
         "input": {
-            **{"size": height, "channels": channels, "mean": list(mean), "std": list(std)},
+            **{"size": frame.size, "channels": channels, "mean": list(mean), "std": list(std)},
+            **({} if frame.resize == "crop" else {"resize": frame.resize}),
             "bit_depth": bit_depth,
         },
         "data": _data(told.get("data", {})),
@@ -163,7 +175,9 @@ def described(
     if wanted.get("license"):
         manifest["license"] = str(wanted["license"])
     normalize = Normalize(mean, std)
-    return TrainedModel(model, labels, height, channels, normalize, manifest, bit_depth)
+    return TrainedModel(
+        *(model, labels, frame.size, channels, normalize, manifest, bit_depth), resize=frame.resize
+    )
 
 
 def _data(told: Mapping[str, Any]) -> dict[str, Any]:

@@ -90,13 +90,12 @@ def _with_onnx_runtime(
     from smallfry_runtime.runtime import Runtime
 
     manifest = Manifest.read(folder)
-    side = manifest.image_size
 
     def load() -> Answer:
         runtime = Runtime(folder, threads)
         return lambda pixels: runtime.predict(pixels, batch_size=len(pixels))
 
-    return load, (manifest.channels, side, side)
+    return load, manifest.input_shape
 
 
 def _with_pytorch(folder: Path, threads: int) -> tuple[Callable[[], Answer], tuple[int, int, int]]:

@@ -23,6 +23,11 @@ LONGEST_CODE = 2000
 MOST_CLASSES = 100  # named in the card; config.json has them all
 MARKS = re.compile(r"([!-&(-+./:-@\[-`{-~])")  # ASCII's that can mean something within a line
 TURNS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
+RESIZED = {
+    "crop": "cropped at its centre, then scaled",
+    "letterbox": "scaled and put between black borders",
+    "squash": "stretched to them",
+}
 Z = 1.96  # standard deviations to both sides: 95 %
 
 
@@ -35,9 +40,9 @@ def model_card(config: Mapping[str, Any], name: str, picture: str | None = None)
         picture: File name of the confusion matrix beside the card.
     """
     facts, wanted = config["smallfry"], config["pretrained_cfg"]
-    channels, side, _ = wanted["input_size"]
+    channels, height, width = wanted["input_size"]
     labels = config["label_names"]
-    pixels = f"{side}×{side} {'grey' if channels == 1 else 'RGB'} images"
+    pixels = f"{height}×{width} {'grey' if channels == 1 else 'RGB'} images"
     data = facts.get("data", {})
     on = f" on {as_text(data['name'])}" if "name" in data else ""
     parts = [
@@ -145,7 +150,7 @@ def _table(rows: Mapping[str, str]) -> str:
 def _sizes(config: Mapping[str, Any]) -> dict[str, str]:
     facts, wanted = config["smallfry"], config["pretrained_cfg"]
     measured, training = facts["measured"], facts.get("training", {})
-    channels, side, _ = wanted["input_size"]
+    channels, height, width = wanted["input_size"]
     kinds = {"best": "of the best epoch", "last": "of the last step"}
     which = kinds.get(facts.get("checkpoint", ""))
     if facts.get("checkpoint") == "best" and measured.get(CHOICE) == LAST_EPOCH:
@@ -157,7 +162,7 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, str]:
         "arguments": as_code(json.dumps(given)) if given else "",
         "parameters": f"{measured['parameters']:,} ({measured['weight_bytes'] / 2**20:.2f} MiB)",
         "multiply-accumulates of one image": f"{measured['macs'] / 1e6:,.1f} million",
-        "input": f"{side}×{side} pixels, {'grey' if channels == 1 else 'RGB'}",
+        "input": f"{height}×{width} pixels, {'grey' if channels == 1 else 'RGB'}",
         "weights": f"{which}{averaged}" if which else "",
         "started from": _start(facts),
         "compressed by": as_code(json.dumps(facts["methods"])) if facts.get("methods") else "",
@@ -288,13 +293,14 @@ def _origin(provenance: Mapping[str, Any] | None) -> list[str]:
 
 def _limits(config: Mapping[str, Any]) -> list[str]:
     facts, labels = config["smallfry"], config["label_names"]
-    measured, side = facts["measured"], config["pretrained_cfg"]["input_size"][1]
+    measured = facts["measured"]
+    _, height, width = config["pretrained_cfg"]["input_size"]
     test = measured.get("test")
     limits = [
         f"It knows {len(labels)} classes. Any other picture is given one of them too, and may be "
         "given it with a high probability.",
-        f"It sees {side}×{side} pixels. A picture that is not square is cropped at its centre, "
-        "then scaled; what is smaller than a pixel is lost.",
+        f"It sees {height}×{width} pixels. A picture of another shape is "
+        f"{RESIZED[facts.get('resize', 'crop')]}; what is smaller than a pixel is lost.",
     ]
     if test is None:
         limits.append("How often these weights are right was not measured.")

@@ -28,9 +28,11 @@ from smallfry.deploy.hub import NAME, check_name, download, upload
 from smallfry.deploy.hub_config import (
     CONFIG,
     CROP,
+    CROP_MODES,
     FORMAT,
     INTERPOLATION,
     PLAIN_FORMAT,
+    TRANSFORMED,
     described,
     read_config,
     read_weights,
@@ -40,7 +42,13 @@ from smallfry.deploy.run_metadata import metadata_of_model, metadata_of_run
 from smallfry.errors import RunError, UsageError
 from smallfry.io.replace import replacing
 from smallfry.training.checkpoint import MANIFEST, WEIGHTS, write_file
-from smallfry.training.run import RunFolder, TrainedModel, load_run, require_classifier
+from smallfry.training.run import (
+    RunFolder,
+    TrainedModel,
+    load_run,
+    require_class_answers,
+    require_classifier,
+)
 from smallfry.version import __version__
 from smallfry_runtime.manifest import is_export
 from smallfry_runtime.stages import obstacle
@@ -78,6 +86,7 @@ def save_pretrained(
     try:
         with replacing(place, lambda: _require_free(place)) as new:
             trained, facts, picture = gather(run, checkpoint)
+            require_classifier(trained)
             license = license or trained.manifest.get("license")
             config = _write_model(new, trained, facts, license)
             if picture is not None:
@@ -189,7 +198,7 @@ def gather(
 ) -> tuple[TrainedModel, dict[str, Any], Path | None]:
     """Collect a model, its metadata and its picture."""
     trained = run if isinstance(run, TrainedModel) else load_trained(run, checkpoint)
-    require_classifier(trained)
+    require_class_answers(trained)
     if isinstance(run, TrainedModel):
         return run, metadata_of_model(run), None
     path, picture = Path(run), None
@@ -216,12 +225,12 @@ def _write_model(
         **{key: model.pretrained_cfg.get(key) for key in kept},
         "architecture": spec.architecture.partition(".")[0],
         "num_classes": len(trained.classes),
-        "input_size": (trained.channels, trained.image_size, trained.image_size),
+        "input_size": trained.input_shape,
         "mean": tuple(taken["mean"]),
         "std": tuple(taken["std"]),
         "interpolation": INTERPOLATION,
         "crop_pct": CROP,
-        "crop_mode": "center",
+        "crop_mode": CROP_MODES[trained.resize],
         **({"license": license} if license else {}),
     }
     arguments = {key: value for key, value in spec.arguments.items() if value is not None}
@@ -235,19 +244,22 @@ def _write_model(
     config = read_config(folder / CONFIG)
     digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     transforms = spec.to_dict().get("transforms", [])
+    version = FORMAT if trained.resize != "crop" else TRANSFORMED if transforms else PLAIN_FORMAT
     head: dict[str, Any] = {
-        "format": FORMAT if transforms else PLAIN_FORMAT,
+        "format": version,
         "version": __version__,
         "weights": {"sha256": digest},
     }
     if transforms:
         head["transforms"] = transforms
+    if trained.resize != "crop":
+        head["resize"] = trained.resize
     if trained.bit_depth is not None:
         head["bit_depth"] = trained.bit_depth
     config["smallfry"] = {**head, **facts}
     written = config.get("model_args", {})
     if "img_size" in written:  # where timm tells two sides, not every model takes them
-        written["img_size"] = trained.image_size
+        written["img_size"] = trained.frame.plain
     write_file(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     return config
 

@@ -74,7 +74,7 @@ def write_report(
         name: {"bytes": graph_bytes(at)} for name, at in zip(runtimes, (plain, folder), strict=True)
     }
     test = data.test if data is not None and data.test_count else None
-    if data is not None and test is not None:
+    if data is not None and test is not None and not manifest.thresholds:  # one class an image
         pixels = test.images.numpy()
         said = {name: runtime.predict(pixels).probabilities for name, runtime in runtimes.items()}
         for name, probabilities in said.items():
@@ -83,7 +83,7 @@ def write_report(
         same = said["float32"].argmax(axis=1) == said["eight_bits"].argmax(axis=1)
         report["agreement"] = float(same.mean())
         report["measured_on"] = f"{len(test):,} test images of {Path(data.name).name}"
-    shape = (1, manifest.channels, manifest.image_size, manifest.image_size)
+    shape = (1, *manifest.input_shape)
     image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     calls = {name: partial(runtime.predict, image) for name, runtime in runtimes.items()}
     for name, taken in take_turns(calls, SECONDS).items():

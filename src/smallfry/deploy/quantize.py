@@ -60,7 +60,7 @@ def quantize(
     Args:
         graphs: ONNX models by name: ``model``, or ``embed``, ``step`` and ``read_out``.
         precision: ``int8`` (static) or ``int8_dynamic``.
-        images: Normalised calibration images, (images, channels, size, size), for static ranges.
+        images: Normalised calibration images, (images, channels, height, width), for static ranges.
         recursion_steps: Number of applications of ``step``.
 
     Raises:
@@ -81,7 +81,7 @@ def measured_ranges(
 
     Args:
         graphs: See ``quantize``.
-        images: (images, channels, size, size), normalised.
+        images: (images, channels, height, width), normalised.
         recursion_steps: Number of applications of ``step``.
 
     Returns:

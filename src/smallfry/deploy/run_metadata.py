@@ -83,8 +83,7 @@ def metadata_of_model(trained: TrainedModel) -> dict[str, Any]:
     if trained.manifest["model"]["arguments"].get("pretrained") and "tag" in begun:
         facts["base_model"] = f"timm/{begun['architecture']}.{begun['tag']}"
     if "parameters" not in facts.get("measured", {}):
-        size = trained.image_size
-        spent = cost(trained.model, torch.zeros(1, trained.channels, size, size))
+        spent = cost(trained.model, torch.zeros(1, *trained.input_shape))
         facts["measured"] = {
             "parameters": spent.parameters,
             "macs": spent.macs,

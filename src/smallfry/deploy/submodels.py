@@ -90,7 +90,7 @@ def measure(
     submodels = list(only) or nest_of(trained.model).nested.submodels
     if len(split) == 0:
         raise UsageError("sub-models are compared on validation images: hold some out")
-    image = torch.zeros(1, trained.channels, trained.image_size, trained.image_size)
+    image = torch.zeros(1, *trained.input_shape)
     found: dict[str, dict[str, Any]] = {}
     calls = {}
     for submodel in submodels:

@@ -4,7 +4,7 @@ u ← gelu(bn(conv1×1 (patches)));   u ← u + gelu(bn(depthwise 3×3 (u)));   
 class token ← class token ⊙ E gelu(C mean over positions u)
 """
 
-from math import isqrt
+from math import gcd, isqrt
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,10 @@ class DAFF(nn.Module):
         torch.Size([2, 17, 8])
     """
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    def __init__(self, dim: int, hidden_dim: int, aspect: tuple[int, int] = (1, 1)) -> None:
         super().__init__()
+        common = gcd(*aspect)
+        self.aspect = aspect[0] // common, aspect[1] // common
         self.conv1 = nn.Conv2d(dim, hidden_dim, 1)
         self.conv2 = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
         self.conv3 = nn.Conv2d(hidden_dim, dim, 1)
@@ -38,16 +40,21 @@ class DAFF(nn.Module):
         self.excitation = nn.Linear(max(1, dim // 4), dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Transform tokens (batch, 1 + side², dim), the class token first.
+        """Transform tokens (batch, 1 + rows · columns, dim), the class token first.
 
         Raises:
-            ValueError: The patch tokens don't make a square.
+            ValueError: The patch tokens don't make a grid of ``aspect``.
         """
         batch, count, dim = tokens.shape
-        side = isqrt(count - 1)
-        if side**2 != count - 1:
-            raise ValueError(f"expected a class token and a square of patches, got {count} tokens")
-        patches = tokens[:, 1:].transpose(1, 2).reshape(batch, dim, side, side)
+        rows, columns = self.aspect
+        times = isqrt((count - 1) // (rows * columns))
+        rows, columns = times * rows, times * columns
+        if rows * columns != count - 1:
+            raise ValueError(
+                f"expected a class token and a grid of patches of {self.aspect[0]}:"
+                f"{self.aspect[1]}, got {count} tokens"
+            )
+        patches = tokens[:, 1:].transpose(1, 2).reshape(batch, dim, rows, columns)
         hidden = F.gelu(self.bn1(self.conv1(patches)))
         hidden = hidden + F.gelu(self.bn2(self.conv2(hidden)))
         patches = self.bn3(self.conv3(hidden))

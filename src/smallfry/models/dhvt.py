@@ -8,6 +8,7 @@ Its parts are layers of their own: ``layers.sope``, ``layers.head_interaction`` 
 """
 
 from collections.abc import Callable
+from math import gcd
 from typing import Any, cast
 
 import torch
@@ -28,8 +29,8 @@ class DHVT(nn.Module):
     """Vision transformer with convolutions in its embedding and its feed-forward layers.
 
     Args:
-        img_size: Side of the images, a multiple of ``patch_size``; images of other sides will do,
-            since there are no positions, as long as they are square.
+        img_size: Side of the images, or height and width, multiples of ``patch_size``; other sizes
+            of the same aspect will do too, since there are no positions.
         patch_size: 2, 4 or 16.
         in_chans: Channels.
         num_classes: Classes; 0 leaves the classifier out.
@@ -42,7 +43,7 @@ class DHVT(nn.Module):
         drop_path_rate: Stochastic depth of the last layer, growing from 0.
 
     Raises:
-        UsageError: Images are not square, or a multiple of no such patches.
+        UsageError: Images that are no multiple of such patches.
     """
 
     def __init__(
@@ -61,23 +62,30 @@ class DHVT(nn.Module):
     ) -> None:
         super().__init__()
         height, width = to_2tuple(img_size)
-        if height != width or height % patch_size:
+        if height % patch_size or width % patch_size:
             raise UsageError(
-                f"DHVT takes square images of a multiple of {patch_size} pixels, not "
-                f"{height}×{width}"
+                f"DHVT takes images of multiples of {patch_size} pixels, not {height}×{width}"
             )
+        aspect = height // patch_size, width // patch_size
         self.num_classes, self.num_features = num_classes, embed_dim
         self.head_hidden_size = embed_dim
         self.grad_checkpointing = False
+        self.aspect = aspect[0] // gcd(*aspect), aspect[1] // gcd(*aspect)
         self.patch_embed = SOPE(in_chans, embed_dim, patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.Sequential(
             *(
                 Block(
-                    embed_dim, num_heads, int(embed_dim * mlp_ratio), drop_rate, attn_drop_rate, r
+                    embed_dim,
+                    num_heads,
+                    int(embed_dim * mlp_ratio),
+                    drop_rate,
+                    attn_drop_rate,
+                    rate,
+                    aspect,
                 )
-                for r in rates
+                for rate in rates
             )
         )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
@@ -113,9 +121,13 @@ class DHVT(nn.Module):
         self.head = head.to(self.cls_token)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Compute tokens (batch, 1 + side², embed_dim) of square images."""
-        if images.shape[2] != images.shape[3]:
-            raise ValueError(f"expected square images, got {images.shape[2]}×{images.shape[3]}")
+        """Compute tokens (batch, 1 + rows · columns, embed_dim)."""
+        rows, columns = self.aspect
+        if images.shape[2] * columns != images.shape[3] * rows:
+            raise ValueError(
+                f"expected images of the aspect {rows}:{columns}, got "
+                f"{images.shape[2]}×{images.shape[3]}"
+            )
         tokens = self.patch_embed(images).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         if self.grad_checkpointing and self.training:
@@ -137,13 +149,20 @@ class Block(nn.Module):
     """Pre-norm layer of attention with head tokens and DAFF."""
 
     def __init__(
-        self, dim: int, heads: int, hidden: int, drop: float, attn_drop: float, drop_path: float
+        self,
+        dim: int,
+        heads: int,
+        hidden: int,
+        drop: float,
+        attn_drop: float,
+        drop_path: float,
+        aspect: tuple[int, int],
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = HeadInteractionAttention(dim, heads, attn_drop, drop)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = DAFF(dim, hidden)
+        self.mlp = DAFF(dim, hidden, aspect)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Modules that use the token grid: a tokenizer, a layer, and rotary positions.
 
-A sequence is parts laid end to end, given by their ``sizes``. A part of s² tokens lies on an s × s
-grid, row by row; a part of one token lies nowhere.
+A sequence is parts laid end to end, given by their ``sizes``. A part lies row by row on the grid
+that ``Grids`` have for its number of tokens; a part of one token lies nowhere.
 """
 
 from collections.abc import Sequence
@@ -21,11 +21,19 @@ from smallfry.transforms.groups import ChannelGroup, Slice
 __all__ = ["ConvSwiGLU", "GridLayer", "Rotary", "conv_tokenizer"]
 
 STRIDES = {1: (1, 1), 2: (1, 2), 4: (2, 2)}  # of both convolutions, by the side of a patch
+Grids = dict[int, tuple[int, int]]  # rows and columns by the number of tokens, if not a square
 THETA = 100.0  # wavelengths up to 2π × so many patches
 
 
+def grid_of(count: int, grids: Grids) -> tuple[int, int]:
+    """Return rows and columns of a number of tokens."""
+    return grids.get(count) or (isqrt(count), isqrt(count))
+
+
 def conv_tokenizer(channels: int, dim: int, patch_size: int) -> nn.Sequential:
-    """Build two 3×3 convolutions from images to (batch, dim, side, side), through dim / 8 features.
+    """Build two 3×3 convolutions from images to (batch, dim, rows, columns).
+
+    They have dim / 8 features in between:
 
     CCT (arXiv 2104.05704) and "Early convolutions help transformers see better" (arXiv 2106.14881).
     """
@@ -56,6 +64,7 @@ class ConvSwiGLU(SwiGLU):
             hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, bias=False
         )
         nn.init.dirac_(self.depthwise.weight, groups=hidden_dim)
+        self.grids: Grids = {}
 
     def forward(self, rows: Tensor, sizes: Sequence[int] = ()) -> Tensor:
         """Transform rows (batch, tokens, dim); ``sizes`` of the parts, default one grid."""
@@ -74,8 +83,9 @@ class ConvSwiGLU(SwiGLU):
         batch, count, features = part.shape
         if count == 1:
             return part
-        side = isqrt(count)
-        image = part.view(batch, side, side, features).permute(0, 3, 1, 2)  # not copied
+        image = part.view(batch, *grid_of(count, self.grids), features).permute(
+            0, 3, 1, 2
+        )  # not copied
         return cast(Tensor, self.depthwise(image).permute(0, 2, 3, 1).flatten(1, 2))
 
 
@@ -133,11 +143,13 @@ class Rotary(nn.Module):
 
     Args:
         head_dim: Features of a head, a multiple of 4.
-        side: Patches on a side of the image.
-        sides: Sides of all grids in use.
+        patches: Rows and columns of patches in the image.
+        grids: Rows and columns of all grids in use.
     """
 
-    def __init__(self, head_dim: int, side: int, sides: Sequence[int]) -> None:
+    def __init__(
+        self, head_dim: int, patches: tuple[int, int], grids: Sequence[tuple[int, int]]
+    ) -> None:
         super().__init__()
         if head_dim % 4:
             raise UsageError(
@@ -146,13 +158,16 @@ class Rotary(nn.Module):
             )
         self.head_dim = head_dim
         frequencies = THETA ** -(torch.arange(head_dim // 4) / (head_dim // 4))
-        for s in sorted({1, *sides}):
-            along = (torch.arange(s) + 0.5) * side / s - 0.5  # in patches
-            row, column = torch.meshgrid(along, along, indexing="ij")
+        for grid in sorted({(1, 1), *grids}):
+            along = [  # in patches
+                (torch.arange(s) + 0.5) * side / s - 0.5
+                for s, side in zip(grid, patches, strict=True)
+            ]
+            row, column = torch.meshgrid(*along, indexing="ij")
             angles = torch.stack([row, column], dim=-1).flatten(0, 1)[..., None] * frequencies
-            angles = angles.flatten(1) * (s > 1)  # (s², head_dim / 2)
+            angles = angles.flatten(1) * (grid != (1, 1))  # (tokens, head_dim / 2)
             turn = torch.stack([angles.cos(), angles.sin()])[:, :, None]
-            self.register_buffer(f"turn_{s * s}", turn, persistent=False)
+            self.register_buffer(f"turn_{grid[0] * grid[1]}", turn, persistent=False)
 
     def forward(self, qkv: Tensor, sizes: Sequence[int]) -> Tensor:
         """Rotate the queries and keys of (batch, tokens, 3 dim)."""

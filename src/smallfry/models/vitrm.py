@@ -21,14 +21,20 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.layers import register_notrace_module
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from smallfry._torch import has_forward_hooks
+from smallfry.errors import UsageError
 from smallfry.models.contract import RecursionStep
 from smallfry.models.layers import EVERY, Layer, Tokens, end_to_end
 from smallfry.models.sources import Source, register_sizes
+from smallfry.models.vitrm_features import feature_info, intermediates
+from smallfry.models.vitrm_sizes import build_vitrm, resample_tokens, resampled, sides_of
+from smallfry.models.vitrm_sizes import checkpoint_filter_fn as checkpoint_filter_fn
+from smallfry_runtime.frames import ImageSize
 
 __all__ = ["State", "ViTRM"]
 
@@ -57,12 +63,13 @@ class ImageTokens(NamedTuple):
     context: list[Tensor | None]  # for each layer its projection of x in cross-attention, else None
 
 
+@register_notrace_module
 class ViTRM(nn.Module):
     """Vision Tiny Recursion Model, with timm's model interface.
 
     Args:
-        img_size: Side of the square input images in pixels.
-        patch_size: Side of a patch in pixels (p); it divides ``img_size``.
+        img_size: Side of the images in pixels, or height and width.
+        patch_size: Side of a patch in pixels (p); it divides both.
         in_chans: Channels of the input images.
         num_classes: Classes of the head; 0 gives a model that returns ``y``.
         embed_dim: Width of every token (D).
@@ -76,6 +83,8 @@ class ViTRM(nn.Module):
         attn_drop_rate: Dropout on the attention weights; default ``drop_rate``.
         cross_attention: Let y and z read x, which stays as it is, in place of rewriting the rows of
             x beside theirs. Not the paper's: less arithmetic, the more so with few ``latents``.
+        dynamic_img_size: Take images of any size that the patches divide, with positions resampled
+            for each; ``latents`` stay as many.
         layer: What builds a layer of the block, from the same sizes as ``Layer``.
 
     Raises:
@@ -84,7 +93,7 @@ class ViTRM(nn.Module):
 
     def __init__(
         self,
-        img_size: int | tuple[int, int] = 32,
+        img_size: ImageSize = 32,
         patch_size: int = 4,
         in_chans: int = 3,
         num_classes: int = 10,
@@ -98,18 +107,16 @@ class ViTRM(nn.Module):
         drop_rate: float = 0.1,
         attn_drop_rate: float | None = None,
         cross_attention: bool = False,
+        dynamic_img_size: bool = False,
         layer: Callable[..., Layer] = Layer,
     ) -> None:
         super().__init__()
-        side = _square(img_size)
-        if side % patch_size:
-            raise ValueError(
-                f"patch_size {patch_size} does not divide img_size {side}: choose an image size "
-                f"that is a multiple of {patch_size}, or another patch_size"
-            )
+        height, width = sides_of(img_size, patch_size)
         if embed_dim % num_heads:
             raise ValueError(f"num_heads {num_heads} does not divide embed_dim {embed_dim}")
-        patches = (side // patch_size) ** 2
+        self.patch_size, self.grid_size = patch_size, (height // patch_size, width // patch_size)
+        patches = self.grid_size[0] * self.grid_size[1]
+        self.latent_per_patch = latents is None
         latents = patches if latents is None else latents
         for name, count in {
             "depth": depth,
@@ -125,7 +132,8 @@ class ViTRM(nn.Module):
                 f"too many; at most {MOST_STEPS:,} together"
             )
 
-        self.input_shape = (in_chans, side, side)
+        self.input_shape = (in_chans, height, width)
+        self.dynamic_img_size = dynamic_img_size
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.latent_steps = latent_steps
@@ -147,6 +155,7 @@ class ViTRM(nn.Module):
         )
         self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
         self.halt_head = nn.Linear(embed_dim, 1)
+        self.feature_info = feature_info(self)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -191,7 +200,10 @@ class ViTRM(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """Compute the image tokens x, (batch, patches, dim), the same in every step."""
-        if images.shape[1:] != self.input_shape:
+        is_fitting = images.shape[1:] == self.input_shape
+        if self.dynamic_img_size and not is_fitting and images.shape[1] == self.input_shape[0]:
+            sides_of(tuple(images.shape[2:]), self.patch_size)
+        elif not is_fitting:
             expected = ", ".join(map(str, self.input_shape))
             raise ValueError(
                 f"expected images of shape (batch, {expected}), got {tuple(images.shape)}; "
@@ -199,7 +211,12 @@ class ViTRM(nn.Module):
             )
         patches: Tensor = self.patch_embed(images)  # (batch, dim, rows, columns)
         tokens = patches.flatten(2).transpose(1, 2)
-        return tokens if self.pos_embed is None else tokens + self.pos_embed
+        if self.pos_embed is None:
+            return tokens
+        if is_fitting:
+            return tokens + self.pos_embed
+        grid = patches.shape[2], patches.shape[3]
+        return tokens + resample_tokens(self.pos_embed, self.grid_size, grid)
 
     def initial_state(self, batch_size: int) -> State:
         """Return the learned initial state, common to all images."""
@@ -285,6 +302,71 @@ class ViTRM(nn.Module):
         y = features[:, 0]
         return y if pre_logits else cast(Tensor, self.head(y))
 
+    def set_input_size(self, img_size: ImageSize | None = None, patch_size: None = None) -> None:
+        """Take images of another size, with positions resampled.
+
+        So are latents, if there is one per patch.
+
+        Args:
+            img_size: Side of the images in pixels, or height and width.
+            patch_size: None; another size of patches would need other weights.
+
+        Raises:
+            ValueError: Patches do not divide the size, or another ``patch_size``.
+        """
+        if patch_size not in (None, self.patch_size):
+            raise ValueError(f"patch_size stays {self.patch_size}: create another model")
+        if img_size is None:
+            return
+        height, width = sides_of(img_size, self.patch_size)
+        before, self.grid_size = (
+            self.grid_size,
+            (height // self.patch_size, width // self.patch_size),
+        )
+        self.input_shape = (self.input_shape[0], height, width)
+        if self.pos_embed is not None:
+            self.pos_embed = resampled(self.pos_embed, before, self.grid_size)
+        if self.latent_per_patch:
+            self.z_init = resampled(self.z_init, before, self.grid_size)
+        self.feature_info = feature_info(self)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Compute the memory z after latent steps, as timm's models do after their blocks.
+
+        Args:
+            x: Images (batch, channels, height, width).
+            indices: Of the steps, counted over all recursion steps; the last so many if an int, all
+                if None.
+            norm: Has no effect, as there is no final norm.
+            stop_early: Leave out the recursion steps behind the last of these.
+            output_fmt: NCHW, maps (batch, dim, rows, columns), or NLC, (batch, latents, dim).
+            intermediates_only: Leave out the features.
+
+        Returns:
+            ``forward_features`` and the memories, or these alone.
+
+        Raises:
+            ValueError: Another format, or latents that lie on no grid as NCHW.
+        """
+        cut = stop_early and intermediates_only
+        features, found = intermediates(self, x, indices, output_fmt, cut)
+        return found if intermediates_only else (features, found)
+
+    def __prepare_scriptable__(self) -> None:
+        """Refuse TorchScript, whose error would be of a line inside."""
+        raise UsageError(
+            "a ViTRM can't be compiled by torch.jit.script, which has no loops over such states: "
+            "take torch.jit.trace, torch.export or smallfry export"
+        )
+
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the class head by a new one; 0 classes remove it."""
         if global_pool not in (None, "", "token"):
@@ -312,35 +394,6 @@ class ViTRM(nn.Module):
             "stem": r"^pos_embed|^patch_embed|^y_init|^z_init",
             "blocks": [(r"^blocks\.(\d+)", None)],
         }
-
-
-def checkpoint_filter_fn(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Map weights from the authors' names to ours; ours pass unchanged."""
-    renamed = (
-        ("patch_embed.proj.", "patch_embed."),
-        ("patch_embed.pos_embed", "pos_embed"),
-        ("block.", "blocks."),
-        ("attn.in_proj_", "attn.qkv."),
-        ("attn.out_proj.", "attn.proj."),
-        ("mlp.0.", "mlp.fc1."),
-        ("mlp.2.", "mlp.fc2."),
-        ("cls_head.", "head."),
-    )
-
-    def ours(name: str) -> str:
-        for theirs, mine in renamed:
-            if name.startswith(theirs) or f".{theirs}" in name:
-                name = name.replace(theirs, mine, 1)
-        return name
-
-    return {ours(name): weight for name, weight in weights.items()}
-
-
-def _square(img_size: int | tuple[int, int]) -> int:
-    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    if len(sides) != 2 or sides[0] != sides[1]:
-        raise ValueError(f"a ViTRM takes square images, got img_size {img_size}")
-    return sides[0]
 
 
 def _init_head(head: nn.Module) -> None:
@@ -390,10 +443,8 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> ViTRM:
-    build = cast(Callable[..., ViTRM], build_model_with_cfg)
-    sizes = SIZES[variant] | kwargs
-    return build(ViTRM, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **sizes)
+def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
+    return build_vitrm(ViTRM, variant, pretrained, SIZES[variant] | kwargs)
 
 
 register_sizes(__name__, SIZES, _create)

@@ -5,18 +5,17 @@ in ``docs/vitrm.md``; which of them the named models take follows evidence from 
 an ablation of this one has been measured (``benchmarks/gpu_queue.md``).
 """
 
-from collections.abc import Callable
 from functools import partial
 from math import isqrt
 from typing import Any, Literal, cast
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smallfry.errors import UsageError
-from smallfry.models.grid import GridLayer, Rotary, conv_tokenizer
+from smallfry.models.grid import ConvSwiGLU, GridLayer, Grids, Rotary, conv_tokenizer, grid_of
 from smallfry.models.layers import EVERY, Tokens, end_to_end
 from smallfry.models.sources import Source, register_sizes
 from smallfry.models.vitrm import (
@@ -24,9 +23,10 @@ from smallfry.models.vitrm import (
     LAST,
     ImageTokens,
     ViTRM,
-    checkpoint_filter_fn,
     image_cfg,
 )
+from smallfry.models.vitrm_sizes import build_vitrm
+from smallfry_runtime.frames import ImageSize
 
 __all__ = ["ViTRMPlus"]
 
@@ -91,17 +91,17 @@ class ViTRMPlus(ViTRM):
         layer = partial(GridLayer, depthwise=depthwise, layer_scale=layer_scale)
         super().__init__(*args, **kwargs | {"layer": layer})
         latents, dim = self.z_init.shape[1:]
-        channels, pixels, _ = self.input_shape
-        patch_size = cast(nn.Conv2d, self.patch_embed).stride[0]
-        side = pixels // patch_size
+        patches = self.grid_size[0] * self.grid_size[1]
         rotary = positions != "learned"
-        if (rotary or depthwise) and isqrt(latents) ** 2 != latents:
+        is_grid = latents == patches or isqrt(latents) ** 2 == latents
+        if (rotary or depthwise) and not is_grid:
             raise UsageError(
-                f"depthwise and rotary positions need a square number of latents, not {latents}"
+                "depthwise and rotary positions need a square number of latents, or one per "
+                f"patch, not {latents}"
             )
-        if injection == "add" and latents != side**2:
+        if injection == "add" and latents != patches:
             raise UsageError(
-                f"injection 'add' adds each patch to its own latent: {side**2} latents, not "
+                f"injection 'add' adds each patch to its own latent: {patches} latents, not "
                 f"{latents}; take injection 'concat'"
             )
         if injection == "add" and self.cross_attention:
@@ -109,19 +109,48 @@ class ViTRMPlus(ViTRM):
                 "injection 'add' works without cross_attention only: leave one of them out"
             )
 
+        if self.dynamic_img_size and (rotary or depthwise or injection == "add"):
+            raise UsageError(
+                "dynamic_img_size works with learned positions, injection 'concat' and without "
+                "depthwise only: take set_input_size"
+            )
+
         self.injection, self.pool = injection, pool
         self.drop_path, self.random_depth = drop_path, random_depth
         self.why_no_rollout = _why_no_rollout(injection, depthwise, pool)
         if tokenizer == "conv":
-            self.patch_embed = conv_tokenizer(channels, dim, patch_size)
+            self.patch_embed = conv_tokenizer(self.input_shape[0], dim, self.patch_size)
         if positions == "rotary":
             self.register_parameter("pos_embed", None)
-        head_dim = dim // cast(GridLayer, self.blocks[0]).attn.heads
-        self.rotary = Rotary(head_dim, side, [side, isqrt(latents)]) if rotary else None
+        self.rotary: Rotary | None = None
+        if rotary:
+            self.rotary = self._make_rotary()
+        self._lay_grids()
         self.pool_weights = None if pool == "y" else nn.Linear(dim, 1, bias=False)
         if self.pool_weights is not None:
             nn.init.zeros_(self.pool_weights.weight)  # starts as the mean
         self.y_norm, self.z_norm = _norm(state_norm, dim), _norm(state_norm, dim)
+
+    def set_input_size(self, img_size: ImageSize | None = None, patch_size: None = None) -> None:
+        """Take images of another size, as ``ViTRM``; rotary positions are those of the new grid."""
+        super().set_input_size(img_size, patch_size)
+        if self.rotary is not None:
+            self.rotary = self._make_rotary().to(self.y_init.device)
+        self._lay_grids()
+
+    def _make_rotary(self) -> Rotary:
+        head_dim = self.embed_dim // cast(GridLayer, self.blocks[0]).attn.heads
+        latents = grid_of(self.z_init.shape[1], self._grids())
+        return Rotary(head_dim, self.grid_size, [self.grid_size, latents])
+
+    def _lay_grids(self) -> None:
+        for module in self.blocks.modules():
+            if isinstance(module, ConvSwiGLU):
+                module.grids = self._grids()
+
+    def _grids(self) -> Grids:
+        rows, columns = self.grid_size
+        return {rows * columns: self.grid_size}
 
     # What differs from ViTRM's recursion
 
@@ -229,10 +258,8 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> ViTRMPlus:
-    build = cast(Callable[..., ViTRMPlus], build_model_with_cfg)
-    sizes = CHOSEN | SIZES[variant] | kwargs
-    return build(ViTRMPlus, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **sizes)
+def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
+    return build_vitrm(ViTRMPlus, variant, pretrained, CHOSEN | SIZES[variant] | kwargs)
 
 
 register_sizes(__name__, SIZES, _create)

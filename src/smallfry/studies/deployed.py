@@ -21,6 +21,7 @@ from smallfry.training.config import read_config
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.run import RunFolder, load_run
 from smallfry.transforms import ModelSpec, build
+from smallfry_runtime.frames import frame_of
 
 SIDES = {"cifar10": 32, "cifar100": 32, "mnist": 28, "fashion_mnist": 28, "digits": 8}
 NOISE = 32  # images that models without their data are quantized on
@@ -118,11 +119,11 @@ def _untrained(run: Path) -> Subject:
     spec = ModelSpec.from_dict(summary["model"], str(run)).portable()
     recorded = read_config(run / "config.yaml").data
     side = recorded.image_size or spec.arguments.get("img_size") or SIDES.get(recorded.name)
-    if not isinstance(side, int):
+    if side is None:
         raise RunError(f"{run}: the size of its images is not known without its weights")
     torch.manual_seed(0)
     channels = int(spec.arguments.get("in_chans", 3))
-    shape = (NOISE, channels, side, side)
+    shape = (NOISE, *frame_of(side).shape(channels))
     noise = np.random.default_rng(0).standard_normal(shape, np.float32)
     model = build(spec, where=str(run))
     with torch.no_grad():

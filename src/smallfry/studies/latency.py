@@ -32,8 +32,7 @@ def measure_latency(
     try:
         calls: dict[str, Callable[[], None]] = {}
         for name, model in trained.items():
-            side = model.image_size
-            image = torch.zeros(1, model.channels, side, side, device=device)
+            image = torch.zeros(1, *model.input_shape, device=device)
             calls[name] = partial(_answer, model.model.to(device).eval(), image)
         with torch.inference_mode():
             taken = take_turns(calls, seconds=0, rounds=rounds, settling=0)

@@ -7,20 +7,24 @@ from functools import cache
 from smallfry.errors import UsageError, nearest
 from smallfry.tasks.task import (
     Batch,
+    Calibrated,
     HasChoices,
     HasDefaults,
     Pictured,
     ReadsText,
+    ScoredByClass,
     ScoredByStep,
     Task,
 )
 
 __all__ = [
     "Batch",
+    "Calibrated",
     "HasChoices",
     "HasDefaults",
     "Pictured",
     "ReadsText",
+    "ScoredByClass",
     "ScoredByStep",
     "Task",
     "find_task",

@@ -17,10 +17,12 @@ from smallfry.models.contract import map_tensors
 
 __all__ = [
     "Batch",
+    "Calibrated",
     "HasChoices",
     "HasDefaults",
     "Pictured",
     "ReadsText",
+    "ScoredByClass",
     "ScoredByStep",
     "Task",
     "TaskDefaults",
@@ -118,6 +120,27 @@ class HasChoices(Protocol):
     """
 
     choices: ClassVar[tuple[str, ...]]
+
+
+@runtime_checkable
+class Calibrated(Protocol):
+    """Task whose answers depend on thresholds, which are in a model's manifest."""
+
+    def calibrate(self, outputs: Tensor, labels: Tensor) -> dict[str, Any]:
+        """Return entries of the manifest from the outputs for validation images."""
+
+    def calibrated(self, manifest: Mapping[str, Any]) -> Task:
+        """Return the task with the thresholds in a manifest."""
+
+
+@runtime_checkable
+class ScoredByClass(Protocol):
+    """Task with scores of single classes."""
+
+    def class_scores(
+        self, outputs: Tensor, labels: Tensor, classes: Sequence[str]
+    ) -> dict[str, dict[str, float]]:
+        """Return the scores of each class by its name."""
 
 
 @runtime_checkable

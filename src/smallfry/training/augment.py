@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
+from smallfry.errors import UsageError
 from smallfry.tasks import Batch
 from smallfry.tasks.classification import ClassTargets
 from smallfry.training.augment_place import Place as Place
@@ -24,6 +25,7 @@ from smallfry.training.augment_place import whole as whole
 from smallfry.training.augment_policies import POLICIES, RandomPolicy, jitter_operations
 from smallfry.training.augment_regions import random_erasing, random_resized_crop
 from smallfry.training.config import AugmentConfig
+from smallfry_runtime.frames import Frame, ImageSize, frame_of
 
 SMALLEST_CROPPED = 16  # on an 8×8 image a pixel is an eighth of it, and shifting it hurts
 MAGNITUDES = 31  # of RandAugment, from 0 to 30
@@ -52,7 +54,7 @@ class Augment:
 
     Args:
         config: Augmentation settings.
-        image_size: Side of the images in pixels.
+        image_size: Side of square images in pixels, or height and width.
         classes: Number of classes.
         mean: Mean per channel, on the scale 0 to 1.
         std: Standard deviation per channel.
@@ -64,19 +66,27 @@ class Augment:
     def __init__(
         self,
         config: AugmentConfig,
-        image_size: int,
+        image_size: ImageSize,
         classes: int,
         mean: Sequence[float],
         std: Sequence[float],
         flip: bool,
         targets: Callable[[Tensor, Tensor], Any] = ClassTargets,
     ) -> None:
+        frame = frame_of(image_size)
+        height, width, _ = frame
+        if config.sizes and height != width:
+            raise UsageError(
+                f"augment.sizes are sides of squares, and these images are {height}×{width}: leave "
+                "them out"
+            )
         self.steps: list[Callable[..., Tensor]] = []
         padding = config.crop_padding
         if config.resized_crop:
             self.steps.append(partial(random_resized_crop, smallest=config.resized_crop))
         elif padding is None:
-            padding = image_size // 8 if image_size >= SMALLEST_CROPPED else 0
+            shorter = min(height, width)
+            padding = shorter // 8 if shorter >= SMALLEST_CROPPED else 0
         if padding:
             self.steps.append(partial(random_crop, padding=padding, border=config.border))
         flips = flip if config.flip is None else config.flip
@@ -85,10 +95,10 @@ class Augment:
         self.repeats = config.repeats
         if flips:
             self.steps.append(random_flip)
-        operations = rand_augment_operations(config.randaugment_magnitude, image_size)
+        operations = rand_augment_operations(config.randaugment_magnitude, frame)
         self.steps += [partial(apply_one_of, operations=operations)] * config.randaugment_ops
         if config.policy in POLICIES:
-            self.steps.append(RandomPolicy(config.policy, image_size))
+            self.steps.append(RandomPolicy(config.policy, min(height, width)))
         for each in jitter_operations(config.color_jitter):
             self.steps.append(partial(apply_one_of, operations=each))
         mixing = []
@@ -107,7 +117,7 @@ class Augment:
         return Place(torch.arange(part.start - borrowed, part.stop) % count, count, borrowed)
 
     def __call__(self, images: Tensor, labels: Tensor, place: Place | None = None) -> Batch:
-        """Augment images (batch, channels, size, size), uint8, with int64 labels.
+        """Augment images (batch, channels, height, width), uint8, with int64 labels.
 
         Where ``place`` is a part of a batch, what ``needed`` borrowed for it is left out.
         """
@@ -122,7 +132,8 @@ class Augment:
         if place.size is not None and place.size != images.shape[-1]:
             images = tv.resize(images, [place.size, place.size], antialias=True)
         if self.mix is None:
-            shares = F.one_hot(labels, self.classes).to(images.dtype)
+            several = labels.ndim == 2  # classes an image, 0 or 1
+            shares = (labels if several else F.one_hot(labels, self.classes)).to(images.dtype)
             return Batch(images, self.targets(labels, shares))
         mixed, shares = self.mix(images, labels)
         kept = slice(place.borrowed, None)
@@ -206,29 +217,30 @@ def apply_one_of(
     return torch.cat(done)[beside(images, order.argsort())]
 
 
-def rand_augment_operations(magnitude: int, size: int) -> list[Operation]:
+def rand_augment_operations(magnitude: int, size: ImageSize | Frame) -> list[Operation]:
     """List RandAugment's operations, signed ones in both directions and others twice.
 
     Source: Cubuk et al., "RandAugment", arXiv 1909.13719, with the ranges of torchvision.
 
     Args:
         magnitude: 0 to 30.
-        size: Side of the images in pixels.
+        size: Side of square images in pixels, or height and width.
     """
+    height, width, _ = frame_of(size)
     share = magnitude / (MAGNITUDES - 1)
     still: dict[str, Any] = {"angle": 0.0, "scale": 1.0, "translate": [0, 0], "shear": [0.0, 0.0]}
     moved = partial(tv.affine, **still)
     operations: list[Operation] = []
     for sign in (1, -1):
         shear = math.degrees(math.atan(sign * 0.3 * share))
-        shift = int(sign * 150 / 331 * size * share)
+        right, down = (int(sign * 150 / 331 * side * share) for side in (width, height))
         factor = 1 + sign * 0.9 * share
         operations += [
             torch.clone,
             partial(moved, shear=[shear, 0.0], center=[0.0, 0.0]),
             partial(moved, shear=[0.0, shear], center=[0.0, 0.0]),
-            partial(moved, translate=[shift, 0]),
-            partial(moved, translate=[0, shift]),
+            partial(moved, translate=[right, 0]),
+            partial(moved, translate=[0, down]),
             partial(tv.rotate, angle=sign * 30 * share),
             partial(tv.adjust_brightness, brightness_factor=factor),
             partial(tv.adjust_saturation, saturation_factor=factor),

@@ -27,7 +27,7 @@ class RandomPolicy:
 
     Args:
         name: One of ``POLICIES``.
-        image_size: Side of the images in pixels.
+        image_size: Side of the images in pixels, the shorter one of rectangles.
 
     Raises:
         UsageError: Images that TrivialAugment would shift out of sight.

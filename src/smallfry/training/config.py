@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -19,8 +19,10 @@ from smallfry.training.objective_config import taken_settings
 from smallfry.training.own_code import require_path
 from smallfry.training.settings import check, check_values
 from smallfry_runtime.files import read_bytes
+from smallfry_runtime.frames import frame_of
 from smallfry_runtime.names import URI, path_of, storable
 
+MULTILABEL = "multilabel"  # the task whose images have several classes
 MOST_SEED = 2**63  # above which PyTorch takes none
 MOST_WORKERS = 1024  # processes, or threads; more end a process without a word
 
@@ -34,7 +36,10 @@ class DataConfig:
             sudoku6, sudoku9, maze9 to maze30) or a folder with parquet shards, WebDataset tar
             files or one folder per class.
         root: Folder of a named data set; without one, the local cache and then the hub are asked.
-        image_size: Side of the images in pixels; default the native size up to 64, else 32.
+        image_size: Side of the images in pixels, or height and width; default the native size up
+            to 64, else 32.
+        resize: How pictures of another shape become such images: crop at their centre, letterbox
+            with black borders, or squash; default crop, or that of model.start.
         channels: 1 (grey) or 3 (RGB); default 1 if all images are grey.
         validation: Share of the training images held out if the source has no validation split.
         test: Share of the training images held out if the source has no test split.
@@ -55,12 +60,17 @@ class DataConfig:
             split too.
         bit_depth: Bits of the values in images of more than 8 bits a channel, such as 12; default
             what the values of all images need, with a warning where that is a guess.
+        several_labels: Images may have several classes, from the file of labels or from class
+            folders that share images; the default of the task multilabel.
+        label_columns: Columns of 0 and 1 in the file of labels, one for each class.
+        label_separator: Between classes in the label column; default the one of | ; , in use.
         options: Settings of generated puzzles, such as {puzzles: 1000, seed: 0, split: class}.
     """
 
     name: str = "digits"
     root: Path | None = None
-    image_size: int | None = None
+    image_size: int | list[int] | None = None
+    resize: Literal["crop", "letterbox", "squash"] | None = None
     channels: int | None = None
     validation: float = 0.1
     test: float = 0.2
@@ -77,10 +87,16 @@ class DataConfig:
     window: int = 16_384
     remove_duplicates: bool = False
     bit_depth: int | None = None
+    several_labels: bool = False
+    label_columns: list[str] = field(default_factory=list)
+    label_separator: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_values(self, "data.")
+        if self.image_size is not None:  # two equal sides are one
+            frame = frame_of(self.image_size, option="data.image_size")
+            object.__setattr__(self, "image_size", frame.plain)
         for column in ("image_column", "split_column"):
             lone = getattr(self, column) is not None and self.labels is None
             check(not lone, f"data.{column} is of the file data.labels, which is not given")
@@ -383,6 +399,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_values(self, "")
+        if self.task == MULTILABEL and not self.data.several_labels:
+            object.__setattr__(self, "data", replace(self.data, several_labels=True))
+        check(
+            self.task == MULTILABEL or not self.data.several_labels,
+            f"data.several_labels is of the task multilabel, not {self.task}: take task multilabel",
+        )
         object.__setattr__(self, "methods", [_as_entry(each) for each in self.methods])
         for name in ("callbacks", "metrics"):
             for path in getattr(self, name):

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from smallfry.training.config import TrainConfig
+from smallfry_runtime.frames import ImageSize, frame_of
 
 PHOTOGRAPH = 64  # pixels of a side, from which images are cropped and resized
 SMALLEST_AREA = 0.25  # of such a crop, as a share of the image
@@ -24,13 +25,13 @@ ADAM = ("adam", "adamw", "nadam", "nadamw", "radam", "adam_atan2")
 NORMED_RATE = 2e-3  # of Adam on networks with batch norms, whose width matters little
 
 
-def with_defaults(config: TrainConfig, images: int, image_size: int) -> TrainConfig:
+def with_defaults(config: TrainConfig, images: int, image_size: ImageSize) -> TrainConfig:
     """Choose the settings that are not given.
 
     Args:
         config: The given settings.
         images: Number of training images.
-        image_size: Their side in pixels.
+        image_size: Their side in pixels, or height and width.
     """
     config = with_sgd_rate(with_fitting_warmup(config))
     return with_mixing(with_fitting_crop(config, images, image_size), images)
@@ -73,7 +74,7 @@ def with_normed_rate(config: TrainConfig, model: nn.Module) -> TrainConfig:
     return replace(config, optimizer=replace(optimizer, lr=NORMED_RATE))
 
 
-def with_fitting_crop(config: TrainConfig, images: int, image_size: int) -> TrainConfig:
+def with_fitting_crop(config: TrainConfig, images: int, image_size: ImageSize) -> TrainConfig:
     """Choose resized crops for images of 64 pixels and more, and padded ones for smaller images.
 
     A model with random weights that sees few images is given them whole.
@@ -84,7 +85,7 @@ def with_fitting_crop(config: TrainConfig, images: int, image_size: int) -> Trai
     padding, area = augment.crop_padding, 0.0
     if padding is None and config.model.start is None and config.epochs * images < FEW:
         padding = 0
-    elif padding is None and image_size >= PHOTOGRAPH:
+    elif padding is None and min(frame_of(image_size)[:2]) >= PHOTOGRAPH:
         area = SMALLEST_AREA
     return replace(config, augment=replace(augment, crop_padding=padding, resized_crop=area))
 

@@ -164,9 +164,9 @@ def distilled(
         raise UsageError(f"distillation is for classification, not {objective.task.name}")
     # shared folders and the hub are read above this package, by what users call smallfry.load
     trained: TrainedModel = import_module("smallfry").load(config.teacher)
-    sizes = (trained.channels, trained.image_size), (data.channels, data.image_size)
-    if sizes[0] != sizes[1]:
-        theirs, ours = (f"{channels}×{side}×{side}" for channels, side in sizes)
+    shapes = trained.input_shape, data.input_shape
+    if shapes[0] != shapes[1]:
+        theirs, ours = ("×".join(map(str, shape)) for shape in shapes)
         raise UsageError(
             f"distillation.teacher {config.teacher} takes images of {theirs}, the run's are "
             f"{ours}: take data.image_size and data.channels as the teacher's"

@@ -11,7 +11,7 @@ from smallfry.data import Split
 from smallfry.errors import RunError, UsageError
 from smallfry.models import Recursive
 from smallfry.models.early_exit import recurse_until
-from smallfry.tasks import Task, find_task
+from smallfry.tasks import Calibrated, Task, find_task
 from smallfry.training.augment import Normalize
 from smallfry.transforms.modes import evaluating
 from smallfry_runtime.predictions import NOT_FINITE
@@ -140,7 +140,8 @@ def task_of(manifest: Mapping[str, Any]) -> Task:
     Raises:
         UsageError: This version has no such task.
     """
-    return find_task(manifest.get("task", "classification")).create()
+    task = find_task(manifest.get("task", "classification")).create()
+    return task.calibrated(manifest) if isinstance(task, Calibrated) else task
 
 
 def score(predictions: Predictions, task: Task | None = None) -> dict[str, float]:

@@ -13,7 +13,7 @@ from smallfry.data import NAMED, ImageData, Split, load_data
 from smallfry.data.duplicates import image_hashes
 from smallfry.data.named import NO_ROOT
 from smallfry.errors import AccessError, DataError, SmallfryError, SmallfryWarning, UsageError
-from smallfry.training.config import DataConfig, read_config
+from smallfry.training.config import MULTILABEL, DataConfig, read_config
 from smallfry.training.run import RunFolder, TrainedModel
 from smallfry_runtime.names import path_of, text_of
 
@@ -60,10 +60,14 @@ def load_like(
     return data, chosen, split
 
 
+OF_LABELS = ("labels", "image_column", "split_column", "label_columns", "label_separator")
+
+
 def load_config_data(wanted: DataConfig, min_classes: int = 2) -> ImageData:
     """Load the data set of a configuration."""
     given = {field.name: getattr(wanted, field.name) for field in fields(wanted)}
     name, root, _, _ = (given.pop(key) for key in ("name", "root", "mean", "std"))
+    given["resize"] = given["resize"] or "crop"
     return load_data(name, root, min_classes=min_classes, **given)
 
 
@@ -110,13 +114,14 @@ def _named_data(
     if before is not None and _is_same_place(name, before.name):
         return _data_of_the_run(trained, "", before, root, split)
     label = None if before is None else before.label
-    other = DataConfig(name, root, validation=0.0, test=0.0, label=label)
+    several = trained.manifest.get("task") == MULTILABEL
+    other = DataConfig(name, root, validation=0.0, test=0.0, label=label, several_labels=several)
     if (
         before is not None
         and before.labels is not None
         and (path_of(name) / before.labels).is_file()
     ):
-        columns = {key: getattr(before, key) for key in ("labels", "image_column", "split_column")}
+        columns = {key: getattr(before, key) for key in OF_LABELS}
         other = replace(other, **columns)
     data = load_config_data(_sized(other, trained), min_classes=1)
     if split == "test":
@@ -151,7 +156,12 @@ def _sized(wanted: DataConfig, trained: TrainedModel) -> DataConfig:
     """Adapt a configuration to the model's image size."""
     if trained.bit_depth is not None:
         wanted = replace(wanted, bit_depth=trained.bit_depth)
-    return replace(wanted, image_size=trained.image_size, channels=trained.channels)
+    return replace(
+        wanted,
+        image_size=trained.frame.plain,
+        resize=trained.resize,
+        channels=trained.channels,
+    )
 
 
 def _is_same_place(name: str, other: str) -> bool:

@@ -9,7 +9,8 @@ from smallfry.errors import RunError
 from smallfry.io.replace import replacing
 from smallfry.report.mistakes_page import class_pairs, mistakes_page
 from smallfry.report.page import write
-from smallfry.report.per_class import class_scores, confusion_csv, scores_csv
+from smallfry.report.per_class import class_scores, confusion_csv, scores_csv, scores_dict
+from smallfry.tasks import ScoredByClass
 from smallfry.tasks.classification import Classification
 from smallfry.training.evaluation import Predictions, score, task_of
 from smallfry.training.run import TrainedModel, require_classifier
@@ -57,6 +58,17 @@ def write_tables(
         facts,
     )
     write(folder / PAGE, page)
+
+
+def per_class_scores(predictions: Predictions, trained: TrainedModel) -> dict[str, Any]:
+    """Return the scores of each class by its name; none for tasks without such."""
+    task = task_of(trained.manifest)
+    logits, labels = predictions.logits, predictions.labels
+    if isinstance(task, ScoredByClass):
+        return task.class_scores(logits, labels, trained.classes)
+    if not isinstance(task, Classification):
+        return {}
+    return scores_dict(class_scores(logits, labels, trained.classes))
 
 
 def write_report(

@@ -21,6 +21,7 @@ from smallfry.training.run import TrainedModel
 from smallfry.transforms.build import build
 from smallfry.transforms.classifier import with_classes
 from smallfry.transforms.spec import OF_THE_FACTORY, ModelSpec
+from smallfry_runtime.frames import Frame, frame_of
 from smallfry_runtime.names import text_of
 
 START = "start"  # entry of manifests and of provenance
@@ -58,7 +59,8 @@ def like_start(config: TrainConfig, trained: TrainedModel) -> TrainConfig:
     data, sample = config.data, trained.manifest["input"]
     same = data.channels in (None, trained.channels)
     given: dict[str, Any] = {
-        "image_size": trained.image_size,
+        "image_size": trained.frame.plain,
+        "resize": trained.resize,
         "channels": trained.channels,
         "bit_depth": trained.bit_depth,
         "mean": list(sample["mean"]) if same else None,
@@ -90,12 +92,6 @@ def make_from_start(
             f"model.start {config.start} takes images of {trained.channels} channels, not "
             f"{data.channels}: leave data.channels out"
         )
-    side = spec.arguments.get("img_size", data.image_size)
-    if data.image_size not in (side, *(side if isinstance(side, list | tuple) else ())):
-        raise UsageError(
-            f"model.start {config.start} takes images of {side} pixels, not {data.image_size}: "
-            "leave data.image_size out"
-        )
     decided = sorted({"num_classes", "in_chans", "img_size"} & set(changes))
     if decided:
         raise UsageError(f"model.options: {decided[0]} comes from model.start and the data")
@@ -109,10 +105,33 @@ def make_from_start(
             f"model.start: {error}; leave out {', '.join(sorted(changes))}, or choose values "
             "that keep the weights"
         ) from error
+    model, spec = _brought_to(data.frame, model, spec, str(config.start))
     outputs = task.outputs(len(data.classes))
     if getattr(model, "num_classes", outputs) != outputs:
         return with_classes(model, spec, outputs)
     return model, spec
+
+
+def _brought_to(
+    frame: Frame, model: nn.Module, spec: ModelSpec, start: str
+) -> tuple[nn.Module, ModelSpec]:
+    """Let a model of images of one size take those of another, with its positions resampled.
+
+    Raises:
+        UsageError: It can't.
+    """
+    before = frame_of(spec.arguments.get("img_size", frame.size))
+    if before.size == frame.size:
+        return model, spec
+    try:
+        model.set_input_size(img_size=frame[:2])  # type: ignore[operator]  # as timm's models
+    except (AttributeError, TypeError, ValueError, AssertionError) as error:
+        reason = f" ({error})" if isinstance(error, ValueError) else ""
+        raise UsageError(
+            f"model.start {start} takes images of {before} pixels, not {frame.height}×"
+            f"{frame.width}: leave data.image_size out{reason}"
+        ) from error
+    return model, replace(spec, arguments={**spec.arguments, "img_size": frame.plain})
 
 
 def start_facts(trained: TrainedModel, name: str) -> dict[str, Any]:

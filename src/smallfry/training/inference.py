@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from smallfry.training.evaluation import forward
-from smallfry.training.run import TrainedModel, require_classifier
+from smallfry.training.run import TrainedModel, require_class_answers, thresholds_of
 from smallfry_runtime.inputs import InputImage
 from smallfry_runtime.predictions import Answer, Outputs, answers
 
@@ -25,17 +25,19 @@ def classify(
     Raises:
         UsageError: The model is no classifier.
     """
-    require_classifier(trained)
+    require_class_answers(trained)
+    thresholds = thresholds_of(trained)
 
     @torch.inference_mode()
     def run(pixels: NDArray[np.uint8]) -> Outputs:
         batch = trained.normalize(torch.from_numpy(pixels))
         logits, halt_logits, steps = forward(trained.model, batch, exit_threshold)
         return Outputs(
-            logits.softmax(dim=1).numpy(),
+            (logits.softmax(dim=1) if thresholds is None else logits.sigmoid()).numpy(),
             None if halt_logits is None else halt_logits.sigmoid().numpy(),
             None if steps is None else steps.numpy(),
         )
 
-    size, channels = trained.image_size, trained.channels
-    return answers(run, images, trained.classes, size, channels, top_k, trained.bit_depth)
+    frame, channels = trained.frame, trained.channels
+    wanted = (trained.classes, frame, channels, top_k, trained.bit_depth, thresholds)
+    return answers(run, images, *wanted)

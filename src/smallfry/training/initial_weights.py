@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from smallfry.errors import RunError, UsageError, nearest
 from smallfry.training.config import ModelConfig, TrainConfig
 from smallfry.transforms.spec import OF_THE_FACTORY
+from smallfry_runtime.frames import ImageSize, frame_of
 from smallfry_runtime.names import path_of, text_of
 
 SUFFIX = ".safetensors"
@@ -29,7 +30,7 @@ class InitialWeights(NamedTuple):
         arguments: Of ``timm.create_model``, which loads them.
         classes: Outputs of their classifier; None without one.
         channels: Of the images that they were trained on.
-        size: Side of these images in pixels.
+        size: Side of these images in pixels, or height and width.
         mean: Mean per channel that they were normalised with.
         std: Standard deviation per channel.
         license: Of timm's weights, where it is known.
@@ -40,7 +41,7 @@ class InitialWeights(NamedTuple):
     arguments: Mapping[str, Any]
     classes: int | None
     channels: int
-    size: int
+    size: ImageSize
     mean: tuple[float, ...]
     std: tuple[float, ...]
     license: str | None = None
@@ -136,9 +137,10 @@ def _described(
     if overlay:
         arguments["pretrained_cfg_overlay"] = dict(overlay)
     channels, *sides = cfg.input_size or (3, IMAGE, IMAGE)
+    size = frame_of(sides).size
     mean, std = tuple(cfg.mean or ()), tuple(cfg.std or ())
     license = None if overlay else cfg.license
-    return InitialWeights(name, arguments, classes, channels, sides[-1], mean, std, license, sha256)
+    return InitialWeights(name, arguments, classes, channels, size, mean, std, license, sha256)
 
 
 def _require_reachable(repository: str, model: str) -> None:

@@ -101,26 +101,25 @@ def create_model(
     if not timm.is_model(name):
         raise UsageError(f"unknown model '{name}'{nearest(name, timm.list_models())}")
     outputs = (task or task_of({})).outputs(len(data.classes))
-    arguments = {"num_classes": outputs, "in_chans": data.channels}
+    arguments: dict[str, Any] = {"num_classes": outputs, "in_chans": data.channels}
     decided = sorted({*arguments, "img_size"} & set(config.options))
     if decided:
         raise UsageError(f"model.options: {decided[0]} comes from the data; see data.image_size")
     _require_safe_options(config.options)
     arguments |= config.arguments() | dict(weights or {})
     if timm.get_pretrained_cfg(name).fixed_input_size:
-        arguments["img_size"] = data.image_size
+        arguments["img_size"] = data.frame.plain
     try:
         model: nn.Module = timm.create_model(name, **arguments)
         with torch.inference_mode():
-            size = data.image_size
-            model.eval()(torch.zeros(2, data.channels, size, size))
+            model.eval()(torch.zeros(2, *data.input_shape))
     except Exception as error:  # of any of timm's models, given any options
         if is_out_of_memory(error):
             raise
         reason = " ".join((str(error) or repr(error)).split())[:MOST_REASON]
         if weights:
             raise UsageError(f"model.start: the weights do not fit {name}: {reason}") from error
-        shape = f"{data.channels}×{data.image_size}×{data.image_size}"
+        shape = "×".join(map(str, data.input_shape))
         raise UsageError(f"model {name} can't be built for images of {shape}: {reason}") from error
     _recompute_blocks(model, config)
     return model, ModelSpec(name, arguments)
@@ -163,8 +162,9 @@ def model_name(config: ModelConfig, data: ImageData, task: Task | None = None) -
     if config.name != "auto":
         return config.name
     if isinstance(task, HasDefaults):
-        return task.defaults.models.get(data.image_size, task.defaults.model)
-    return "vitrm_micro_patch4_8" if data.image_size <= 16 else "vitrm_tiny_patch4_32"
+        return task.defaults.models.get(data.frame.height, task.defaults.model)
+    small = min(data.input_shape[1:]) <= 16
+    return "vitrm_micro_patch4_8" if small else "vitrm_tiny_patch4_32"
 
 
 def _without_weights(config: ModelConfig) -> ModelConfig:

@@ -55,7 +55,7 @@ def solve(
         raise UsageError(
             "only a recursive model for puzzles reads text: train one with --task puzzle"
         )
-    grids = task.read(text, trained.classes, trained.image_size)
+    grids = task.read(text, trained.classes, trained.frame.height)
     for batch in torch.split(grids, AT_ONCE):
         with torch.inference_mode():
             steps = model.recurse(trained.normalize(batch))

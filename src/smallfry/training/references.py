@@ -1,5 +1,6 @@
 """Reference accuracies of classical methods on the same images."""
 
+import math
 import time
 from typing import Any
 
@@ -19,7 +20,7 @@ def fit_references(data: ImageData) -> list[dict[str, Any]]:
     """
     if len(data.classes) > MOST_CLASSES:
         return []
-    if len(data.train) * data.channels * data.image_size**2 > MOST_VALUES:
+    if len(data.train) * math.prod(data.input_shape) > MOST_VALUES:
         return []
     from sklearn.linear_model import LogisticRegression
     from sklearn.svm import SVC

@@ -34,11 +34,13 @@ from smallfry.training.checkpoint import (
     write_file,
 )
 from smallfry.training.compression import UNFINISHED
+from smallfry.training.config import MULTILABEL
 from smallfry.training.export_settings import ExportSettings
 from smallfry.transforms.build import build
 from smallfry.transforms.spec import ModelSpec
 from smallfry_runtime.files import read_bytes, read_json
-from smallfry_runtime.images import FULL_DEPTH, LARGEST_SIDE, is_bit_depth
+from smallfry_runtime.frames import Frame, ImageSize, Resize, frame_of
+from smallfry_runtime.images import FULL_DEPTH, is_bit_depth
 from smallfry_runtime.names import text_of
 from smallfry_runtime.predictions import Answer
 from smallfry_runtime.stages import entries
@@ -185,13 +187,24 @@ class TrainedModel(NamedTuple):
 
     model: nn.Module  # in evaluation mode, on the CPU
     classes: tuple[str, ...]  # names, in the order of the logits
-    image_size: int  # side of the images in pixels
+    image_size: ImageSize  # side of square images in pixels, or height and width
     channels: int  # 1 for grey images, 3 for RGB
     normalize: Normalize  # uint8 images to what the model takes
     manifest: dict[str, Any]  # of the checkpoint
     bit_depth: int | None = None  # of training images of more than 8 bits a channel, if any
     origin: Path | None = None  # the run folder that it was loaded from, or compressed of
     packing: Callable[[bytes], bytes] | None = None  # of the file that ``save`` writes, if any
+    resize: Resize = "crop"  # how pictures of another shape become such images
+
+    @property
+    def frame(self) -> Frame:
+        """Size of the images, and how pictures of another shape become such."""
+        return frame_of(self.image_size, self.resize)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Shape of an image, (channels, height, width)."""
+        return self.frame.shape(self.channels)
 
     @property
     def spec(self) -> ModelSpec:
@@ -293,7 +306,7 @@ def load_run(run: str | Path, checkpoint: str = "best") -> TrainedModel:
     manifest, weights, _ = load_checkpoint(folder)
     try:
         sample, classes = manifest["input"], manifest["classes"]
-        _require_input(sample, classes)
+        frame = _checked_input(sample, classes)
         if not isinstance(manifest.get("methods", []), list):
             raise TypeError("methods must be a list")
         # the weights are here already, wherever the training took them from
@@ -305,14 +318,15 @@ def load_run(run: str | Path, checkpoint: str = "best") -> TrainedModel:
         normalize = Normalize(sample["mean"], sample["std"])
     except KeyError as error:
         raise RunError(f"{folder}: its manifest lacks {error}") from error
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, UsageError) as error:
         raise RunError(
             f"{folder}: its manifest is damaged ({(str(error) or repr(error)).splitlines()[0]})"
         ) from error
     return TrainedModel(
-        *(model, tuple(classes), sample["size"], sample["channels"], normalize, manifest),
+        *(model, tuple(classes), frame.size, sample["channels"], normalize, manifest),
         sample.get("bit_depth"),
         path if (path / RUN_CONFIG).is_file() else path.parent,
+        resize=frame.resize,
     )
 
 
@@ -331,11 +345,11 @@ def _built(
         ) from error
 
 
-def _require_input(sample: Mapping[str, Any], classes: Any) -> None:
-    """Validate a manifest's description of images and classes."""
-    size, channels = sample["size"], sample["channels"]
-    if type(size) is not int or not 1 <= size <= LARGEST_SIDE or channels not in (1, 3):
-        raise ValueError(f"images of {channels}×{size}×{size} are not supported")
+def _checked_input(sample: Mapping[str, Any], classes: Any) -> Frame:
+    """Validate a manifest's description of images and classes; return the size of the images."""
+    frame, channels = frame_of(sample["size"], sample.get("resize")), sample["channels"]
+    if channels not in (1, 3):
+        raise ValueError(f"images of {channels} channels are not supported")
     for name in ("mean", "std"):
         values = sample[name]
         if len(values) != channels or not all(map(math.isfinite, values)):
@@ -346,6 +360,7 @@ def _require_input(sample: Mapping[str, Any], classes: Any) -> None:
         raise ValueError(f"bit_depth is 1 to {FULL_DEPTH}, or null")
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise TypeError("classes must be a list of names")
+    return frame
 
 
 def _require_summary(summary: Any) -> None:
@@ -392,12 +407,37 @@ def require_classifier(trained: TrainedModel) -> None:
         UsageError: It was trained for another task.
     """
     task = trained.manifest.get("task", "classification")
-    if task != "classification":
+    if task == MULTILABEL:
+        raise UsageError(
+            "the model was trained for multilabel: it can be evaluated, exported, served and used "
+            "for predictions, but not shared, benchmarked, attacked or reported like classifiers"
+        )
+    require_class_answers(trained)
+
+
+def require_class_answers(trained: TrainedModel) -> None:
+    """Require a model whose answers are classes, one or several an image.
+
+    Raises:
+        UsageError: It was trained for another task.
+    """
+    task = trained.manifest.get("task", "classification")
+    if task not in ("classification", MULTILABEL):
         raise UsageError(
             f"the model was trained for {task}: only classifiers can be exported, shared, "
             "benchmarked and used for predictions; "
             "tasks.find_task(NAME).create().decode reads its outputs"
         )
+
+
+def thresholds_of(trained: TrainedModel) -> tuple[float, ...] | None:
+    """Return the threshold of each class of a model of several classes an image; None of others.
+
+    0.5 where they were not calibrated.
+    """
+    if trained.manifest.get("task", "classification") != MULTILABEL:
+        return None
+    return tuple(trained.manifest.get("thresholds", ())) or (0.5,) * len(trained.classes)
 
 
 def new_run_folder(data: str, model: str) -> Path:

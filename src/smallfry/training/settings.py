@@ -73,8 +73,10 @@ def _fitting(value: Any, kind: Any, name: str) -> Any:
     if origin in (Union, UnionType):
         if value is None:
             return None
-        kind = next(each for each in inner if each is not NoneType)
-        return _fitting(value, kind, name)
+        kinds = [each for each in inner if each is not NoneType]
+        lists = [each for each in kinds if get_origin(each) in (list, tuple)]
+        several = lists if isinstance(value, list | tuple) else []
+        return _fitting(value, (several or kinds)[0], name)
     if value is None:
         raise UsageError(f"{name} can't be null")
     if is_dataclass(kind):

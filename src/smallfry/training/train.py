@@ -27,7 +27,6 @@ from smallfry.errors import (
 from smallfry.io.signals import keeping
 from smallfry.io.terminal import command
 from smallfry.models import FromImages
-from smallfry.report.per_class import class_scores, scores_dict
 from smallfry.tasks import find_task
 from smallfry.training.adversarial import adversarial
 from smallfry.training.augment import Normalize
@@ -50,9 +49,9 @@ from smallfry.training.default_settings import (
 )
 from smallfry.training.distillation import distilled, require_same_teacher
 from smallfry.training.draw_run import draw_run
-from smallfry.training.evaluation import Predictions, predict, require_finite, score
+from smallfry.training.evaluation import predict, require_finite, score
 from smallfry.training.evaluation_data import load_config_data, require_place, require_same_data
-from smallfry.training.evaluation_report import write_tables
+from smallfry.training.evaluation_report import per_class_scores, write_tables
 from smallfry.training.fine_tuning import START, kept_facts, like_start, load_start
 from smallfry.training.initial_weights import find_weights, like_weights
 from smallfry.training.launch_env import launch
@@ -66,8 +65,9 @@ from smallfry.training.processes import Processes, leaving, start
 from smallfry.training.progress import Reporter, build_reporter
 from smallfry.training.provenance import provenance
 from smallfry.training.references import fit_references
-from smallfry.training.run import RunFolder, TrainedModel, load_run, new_run_folder
+from smallfry.training.run import RunFolder, load_run, new_run_folder
 from smallfry.training.selection import require_choice
+from smallfry.training.thresholds import calibrate_best, with_thresholds
 from smallfry.training.trained_run import TrainedRun
 from smallfry_runtime.names import path_of, text_of
 
@@ -373,7 +373,7 @@ def _build(
     mean, std = config.data.mean or data.mean, config.data.std or data.std
     require_enough_images(
         model,
-        torch.zeros(1, data.channels, data.image_size, data.image_size),
+        torch.zeros(1, *data.input_shape),
         min(config.batch_size, len(data.train)),
         config.accumulate,
         processes.count,
@@ -390,6 +390,7 @@ def _build(
         "classes": list(data.classes),
         "input": {
             "size": data.image_size,
+            **({} if data.resize == "crop" else {"resize": data.resize}),
             "channels": data.channels,
             "mean": list(mean),
             "std": list(std),
@@ -421,7 +422,7 @@ def _build(
 
 def _useful_threads(model: nn.Module, data: ImageData) -> int:
     """Limit the threads of a small model; more gain little and stall on shared cores."""
-    sample = torch.zeros(1, data.channels, data.image_size, data.image_size)
+    sample = torch.zeros(1, *data.input_shape)
     shared = max(1, torch.get_num_threads() // launch().here)
     return 1 if cost(model, sample).macs < SMALL_MODEL else shared
 
@@ -432,6 +433,8 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
     folder, device = trainer.folder, trainer.fabric.device
     best = load_run(folder.path, "best")
     model = best.model.to(device)
+    best = calibrate_best(folder, best, data, device)
+    task = with_thresholds(trainer.objective.task, best)
     try:
         predictions = require_finite(predict(model, data.test, best.normalize, device))
         flipped = None
@@ -439,7 +442,7 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
             flipped = predict(model, data.test, best.normalize, device, flips=True)
     except RunError as error:
         raise TrainingError(f"{folder.best}: on the test images, {error}") from None
-    sample = torch.zeros(1, data.channels, data.image_size, data.image_size, device=device)
+    sample = torch.zeros(1, *data.input_shape, device=device)
     spent = cost(model, sample)
     cpu = progress.cpu_seconds
     summary = {
@@ -455,8 +458,8 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
             "test": len(data.test),
         },
         "measured": {
-            "test": score(predictions, trainer.objective.task),
-            **({} if flipped is None else {"test_flips": score(flipped, trainer.objective.task)}),
+            "test": score(predictions, task),
+            **({} if flipped is None else {"test_flips": score(flipped, task)}),
             "best_epoch": len(progress.history) if trainer.plan.trains else progress.best_epoch,
             "select_on": config.select_on,
             **({} if config.select_by is None else {"select_by": config.select_by}),
@@ -472,13 +475,13 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
             "activation_bytes": spent.activation_bytes,
             "references": _references(config, data),
         },
-        **_per_class(predictions, best),
+        **({PER_CLASS: scores} if (scores := per_class_scores(predictions, best)) else {}),
         **facts(config),
         "provenance": {**evidence, **kept_facts({START: best.manifest.get(START)})},
     }
     try:
         draw_run(folder, progress.history, best, data.test, predictions)
-        if PER_CLASS in summary:
+        if config.task == "classification":
             where = (folder.path, best, data, ("test", data.test), predictions)
             write_tables(*where, summary["provenance"], folder.pictures)
     except Exception as error:  # a picture must not cost the result
@@ -490,14 +493,6 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
     folder.write_summary(summary)
     trainer.callbacks.call("on_end", summary)
     return summary
-
-
-def _per_class(predictions: Predictions, trained: TrainedModel) -> dict[str, Any]:
-    """Return the scores of each class, for classification only."""
-    if trained.manifest.get("task") != "classification":
-        return {}
-    found = class_scores(predictions.logits, predictions.labels, trained.classes)
-    return {PER_CLASS: scores_dict(found)}
 
 
 def _references(config: TrainConfig, data: ImageData) -> list[dict[str, Any]]:

@@ -87,7 +87,7 @@ def test_more_classes_than_there_are_give_all(client, runtime):
 def test_the_page_describes_the_model_and_the_limits(client, runtime):
     found = client.get("/").json()
     assert found["classes"] == list(runtime.classes)
-    assert found["image"] == {"size": 8, "channels": 1}
+    assert found["image"] == {"size": 8, "channels": 1, "resize": "crop"}
     assert found["limits"]["images"] == 4
     assert "curl" in found["help"]
     assert client.get("/health").json() == {"status": "ok", "waiting_images": 0}

@@ -146,7 +146,11 @@ class Service:
         from starlette.responses import JSONResponse
 
         manifest = self.runtime.manifest
-        image = {"size": manifest.image_size, "channels": manifest.channels}
+        image = {
+            "size": manifest.image_size,
+            "channels": manifest.channels,
+            "resize": manifest.resize,
+        }
         classes = list(self.runtime.classes)
         limits = vars(self.limits)
         return JSONResponse({"help": HELP, "classes": classes, "image": image, "limits": limits})
@@ -192,8 +196,9 @@ class Service:
         """
         manifest = self.runtime.manifest
         run = partial(self.batcher, seconds=self.limits.seconds)
-        size, channels, depth = manifest.image_size, manifest.channels, manifest.bit_depth
-        found = list(answers(run, images, self.runtime.classes, size, channels, top_k, depth))
+        size, channels, depth = manifest.frame, manifest.channels, manifest.bit_depth
+        wanted = (self.runtime.classes, size, channels, top_k, depth, self.runtime.thresholds)
+        found = list(answers(run, images, *wanted))
         for answer in found:
             if answer.error is not None:
                 raise DataError(answer.error)

@@ -26,7 +26,7 @@ from smallfry.errors import UsageError, nearest
 
 PARTS = 5  # of all classes, of which one is tested with ``split: class``
 MOST_PUZZLES = 1_000_000
-FIXED = {"label": None, "stream": None, "bit_depth": None, "channels": 1}
+FIXED = {"label": None, "stream": None, "bit_depth": None, "channels": 1, "resize": "crop"}
 
 
 class Puzzle(NamedTuple):
