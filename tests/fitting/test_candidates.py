@@ -154,6 +154,27 @@ def test_candidates_are_near_the_budget_and_few_need_more_than_int8(digits, meas
     assert not {TINY, "loopnet_300k", "vitrm_micro_patch4_8"} & {*measured}  # far too large
 
 
+def test_models_that_the_minutes_are_too_short_for_come_last(digits, measured, monkeypatch):
+    names = ("resnet8_mlperf_tiny", "vitrm_micro_patch4_8", TINY)
+    config = FitConfig(max_kb=500, minutes=1, threads=1, device="cpu", candidates=names)
+
+    def families(quick):
+        monkeypatch.setattr(planning, "_is_quick", lambda macs, *_: quick(macs))
+        chosen, _ = choose_candidates(config, digits, {}, lambda _: None)
+        return [entry.family for entry, _ in chosen]
+
+    assert families(lambda macs: True) == ["resnet", "vitrm", "loopnet", "resnet"]
+    assert families(lambda macs: macs < 1_000_000) == ["resnet", "loopnet", "resnet", "loopnet"]
+    assert families(lambda macs: False)[1] == "vitrm"
+
+
+def test_the_quick_take_a_thousand_steps_by_a_rough_speed(digits):
+    config = FitConfig(minutes=1, threads=1, device="cpu")  # 30 seconds, batches of 16 images
+    assert planning._is_quick(18_000_000, config, digits)
+    assert not planning._is_quick(20_000_000, config, digits)
+    assert planning._is_quick(20_000_000, replace(config, threads=2), digits)
+
+
 def test_an_impossible_budget_names_the_nearest_and_what_it_would_need(digits, measured):
     config = FitConfig(max_kb=1.0, candidates=(TINY,))
     with pytest.raises(NothingFits, match=r"no candidate is near 1 kB: .*allow --max_kb") as error:

@@ -105,7 +105,7 @@ def test_rungs_fall_to_one_candidate_and_their_shares_are_everything(count):
     assert sum(shares(len(counts))) == pytest.approx(1)
 
 
-@pytest.mark.parametrize(("minutes", "count"), [(0.1, FEWEST), (6, 6), (60, MOST)])
+@pytest.mark.parametrize(("minutes", "count"), [(0.1, FEWEST), (16, 5), (60, MOST)])
 def test_longer_fits_try_more_candidates(minutes, count):
     assert first_count(minutes) == count
 

@@ -134,8 +134,13 @@ def rung_counts(first: int) -> tuple[int, ...]:
 
 
 def first_count(minutes: float) -> int:
-    """Return the candidates of the first rung, about one for each minute."""
-    return max(FEWEST, min(MOST, round(minutes)))
+    """Return the candidates of the first rung, more in a longer fit.
+
+    Example:
+        >>> [first_count(minutes) for minutes in (1, 10, 30, 60)]
+        [4, 4, 7, 9]
+    """
+    return max(FEWEST, min(MOST, round(3 + minutes / 8)))
 
 
 class Spent(NamedTuple):

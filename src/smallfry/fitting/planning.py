@@ -30,7 +30,7 @@ from smallfry.fitting.plan import (
     rung_counts,
     training_seconds,
 )
-from smallfry.fitting.recipe import recipe
+from smallfry.fitting.recipe import fitting_batch, recipe
 from smallfry.fitting.zoo import Entry, zoo
 from smallfry.studies.speed import cores_of, measure_epoch
 from smallfry.training.run import TrainedModel
@@ -38,6 +38,10 @@ from smallfry.training.run import TrainedModel
 STRETCH = 1.6  # times the budget that pruning and four bits can save
 LEAST_BESIDE = 4.0  # kB of an export beside its weights
 MACS_PER_MS = 1e8  # that no core exceeds
+LARGEST_BATCH = 512  # of the recipes
+MACS_PER_SECOND = 1e10  # of images in training, on one core, about
+FEWEST_STEPS = 1000  # of the best candidate's training, below which others come first
+LAST_SHARE = 0.5  # of the training that the best candidate gets, about
 SPEED_SECONDS = 2.0  # to measure a speed for, at most
 SPEED_SHARE = 0.01  # of the minutes, at most
 FASTER = 0.9  # of the time in float32, below which a lower precision is taken
@@ -108,6 +112,8 @@ def choose_candidates(
 ) -> tuple[list[tuple[Entry, Costs]], dict[str, str]]:
     """Choose candidates near the budget, in turns from each family, the largest first.
 
+    Those that the minutes are too short for come last.
+
     Returns:
         Candidates with their costs, and reasons by name of those that are left out.
 
@@ -120,7 +126,9 @@ def choose_candidates(
     chosen: list[tuple[Entry, Costs]] = []
     nearest: tuple[Entry, Costs] | None = None
     beyond = 0  # chosen ones that need more than int8
-    in_turns = list(_in_turns([entry for entry, _, _ in rough]))
+    quick = [entry for entry, _, count in rough if _is_quick(count, config, data)]
+    slow = [entry for entry, _, _ in rough if entry not in quick]
+    in_turns = [*_in_turns(quick), *_in_turns(slow)]
     costs_of = {entry.name: (parameters, macs) for entry, parameters, macs in rough}
     possible = [e for e in in_turns if _rough_excess(*costs_of[e.name], budget) <= STRETCH]
     smallest = sorted(in_turns, key=lambda e: _rough_excess(*costs_of[e.name], budget))[:1]
@@ -241,14 +249,23 @@ def _rounded_up(value: float) -> str:
 def _rough(
     entries: Sequence[Entry], data: ImageData
 ) -> tuple[list[tuple[Entry, int, int]], dict[str, str]]:
-    """Count parameters and multiply-accumulates, of the largest model first."""
+    """Count parameters and multiply-accumulates, of the largest model of each family first."""
     found, left_out = [], {}
     for entry in entries:
         try:
             found.append((entry, *rough_costs(build(entry, data).model, data)))
         except (SmallfryError, RuntimeError) as error:
             left_out[entry.name] = str(error).splitlines()[0]
-    return sorted(found, key=lambda each: -each[2]), left_out
+    order = {entry.family: position for position, entry in reversed([*enumerate(entries)])}
+    return sorted(found, key=lambda each: (order[each[0].family], -each[2])), left_out
+
+
+def _is_quick(macs: int, config: FitConfig, data: ImageData) -> bool:
+    """Return whether a model can take enough steps in the minutes, by a rough speed."""
+    cores = cores_of(config.device, config.threads or torch.get_num_threads())
+    seconds = LAST_SHARE * 60 * config.minutes * cores
+    images = seconds * MACS_PER_SECOND / macs
+    return images / fitting_batch(LARGEST_BATCH, len(data.train)) >= FEWEST_STEPS
 
 
 def _rough_excess(parameters: int, macs: int, budget: Budget) -> float:

@@ -70,7 +70,8 @@ def fit(config: FitConfig, folder: str | Path, tell: Tell = print, quiet: bool =
         Stopped: A signal came; the same call goes on.
 
     Example:
-        >>> from smallfry.fitting import FitConfig, fit  # doctest: +SKIP
+        >>> from smallfry.fitting.config import FitConfig  # doctest: +SKIP
+        >>> from smallfry.fitting.run import fit  # doctest: +SKIP
         >>> fit(FitConfig(max_kb=20, minutes=3), "fits/digits").met  # doctest: +SKIP
         True
     """

@@ -91,7 +91,7 @@ def encode(choices: Sequence[Choice], candidate: Candidate) -> NDArray[np.float3
 
 
 class Space(Protocol):
-    """What may vary, and its meaning."""
+    """Search space: choices, and the model and training of each candidate."""
 
     choices: tuple[Choice, ...]
 
