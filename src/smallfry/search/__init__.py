@@ -1,5 +1,28 @@
-"""Search for architectures under a budget."""
+"""Search for architectures and recipes: spaces, strategies that are asked and told, and rules."""
 
+from smallfry.search.halving import Halving
+from smallfry.search.ledger import Ledger, replay, run
+from smallfry.search.listed import Listed
 from smallfry.search.scaling_rule import Sample, ScalingRule, fit_scaling_rule, giant_rule
+from smallfry.search.space import RUNG, Candidate, Choice, Search, Space, Trial, encode
+from smallfry.search.tpe import TPE
 
-__all__ = ["Sample", "ScalingRule", "fit_scaling_rule", "giant_rule"]
+__all__ = [
+    "RUNG",
+    "TPE",
+    "Candidate",
+    "Choice",
+    "Halving",
+    "Ledger",
+    "Listed",
+    "Sample",
+    "ScalingRule",
+    "Search",
+    "Space",
+    "Trial",
+    "encode",
+    "fit_scaling_rule",
+    "giant_rule",
+    "replay",
+    "run",
+]

@@ -1,6 +1,6 @@
 """Study folders: a lock for one writer, and a clean stop."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,17 +16,25 @@ MARKS = (STUDY, TRIALS)  # one of which is in the folder of a study that has beg
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(
+    folder: Path, marks: Collection[str] = MARKS, kind: str = "study", option: str = "--folder"
+) -> Iterator[None]:
     """Lock the folder for writing; the lock of a killed process is released.
+
+    Args:
+        folder: The folder, which is made if it is not there.
+        marks: Files of which one is in every folder that is not empty.
+        kind: Name of what writes, for errors.
+        option: The option that names the folder.
 
     Raises:
         RunError: Another process writes, or the folder can't be made or holds something else.
     """
     try:
         found = [name for name in entries(folder) if not name.startswith(".")]
-        if found and not {*MARKS} & {*found}:
+        if found and not {*marks} & {*found}:
             raise RunError(
-                f"{folder}: not a study folder, it holds {found[0]}; use another --folder"
+                f"{folder}: not a {kind} folder, it holds {found[0]}; use another {option}"
             )
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock")
@@ -34,9 +42,9 @@ def locked(folder: Path) -> Iterator[None]:
         for place in (folder, folder / "pictures"):
             sweep(place)
     except Timeout:
-        raise RunError(f"{folder}: another process runs this study") from None
+        raise RunError(f"{folder}: another process runs this {kind}") from None
     except OSError as error:
-        raise RunError(f"{folder}: can't be used as a study's folder ({error})") from error
+        raise RunError(f"{folder}: can't be used as a {kind} folder ({error})") from error
     try:
         yield
     finally:

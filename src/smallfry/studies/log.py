@@ -1,13 +1,10 @@
 """Log of finished trials: JSON lines, one writer, any number of readers."""
 
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from smallfry.errors import RunError
-from smallfry.io.replace import sync
+from smallfry.io.json_lines import JsonLines
 from smallfry.studies.folder import TRIALS
 
 
@@ -19,57 +16,20 @@ class TrialLog:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
         self.file = folder / TRIALS
+        self._lines = JsonLines(self.file, _require_trial, "a trial")
 
     def read(self) -> list[dict[str, Any]]:
-        """Read all trials, in the order in which they ended.
-
-        A last line without its end is what a killed writer left: it is not taken.
-
-        Raises:
-            RunError: A line is no trial.
-        """
-        if not self.file.exists():
-            return []
-        records = []
-        for number, line in enumerate(self.file.read_text("utf-8").splitlines(keepends=True), 1):
-            if not line.endswith("\n"):
-                break
-            try:
-                record = json.loads(line)
-                record["phase"], record["problem"], record["contestant"], record["measured"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise RunError(
-                    f"{self.file}, line {number}: not a trial ({error!r}); fix or remove the line"
-                ) from None
-            records.append(record)
-        return records
+        """Read all trials, in the order in which they ended; raises as ``JsonLines.read``."""
+        return self._lines.read()
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Append a trial, flushed to disk.
+        """Append a trial; raises as ``JsonLines.append``."""
+        self._lines.append(rounded(record))
 
-        Raises:
-            RunError: It could not be written; what stood there stands.
-        """
-        line = json.dumps(rounded(record), allow_nan=False) + "\n"
-        try:
-            with open(self.file, "a+b") as stream:
-                size = stream.seek(0, os.SEEK_END)
-                whole = _end_of_last_line(stream, size)
-                if whole < size:
-                    stream.truncate(whole)
-                try:
-                    stream.write(line.encode())
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                    if size == 0:  # the file is new
-                        sync(self.folder)
-                except OSError:
-                    os.truncate(self.file, whole)
-                    raise
-        except OSError as error:
-            raise RunError(f"{self.file}: could not be written ({error})") from error
+
+def _require_trial(record: Any) -> None:
+    record["phase"], record["problem"], record["contestant"], record["measured"]
 
 
 def rounded(value: Any) -> Any:
@@ -79,16 +39,3 @@ def rounded(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: rounded(item) for key, item in value.items()}
     return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _end_of_last_line(stream: Any, size: int) -> int:
-    """Find the end of the last complete line."""
-    end = size
-    while end > 0:
-        start = max(0, end - 65536)
-        stream.seek(start)
-        found: int = stream.read(end - start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
-        end = start
-    return 0

@@ -1,0 +1,1 @@
+"""The most accurate model under a budget: search, training, compression and export."""

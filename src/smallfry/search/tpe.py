@@ -1,0 +1,109 @@
+"""Tree-structured Parzen estimators, by Optuna (Bergstra et al., NeurIPS 2011)."""
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from smallfry.errors import UsageError
+from smallfry.search.space import Choice, Trial, key_of
+
+if TYPE_CHECKING:
+    import optuna
+
+REPEATS = 64  # proposals of known candidates in a row, after which the search ends
+
+
+class TPE:
+    """Search by Optuna's TPE sampler; no candidate is asked for twice.
+
+    A proposal that is known already is answered by its value, without an evaluation.
+
+    Args:
+        choices: The space's, each after those in its condition.
+        count: Candidates to ask for.
+        seed: Seed of the sampler.
+        startup: Random candidates before the estimators begin; default a third, at most 10.
+
+    Raises:
+        UsageError: No candidates, or no choices.
+        ModuleNotFoundError: Optuna is not installed.
+    """
+
+    def __init__(
+        self, choices: Sequence[Choice], count: int, seed: int = 0, startup: int | None = None
+    ) -> None:
+        import optuna
+
+        if count < 1 or not choices:
+            raise UsageError(f"tpe needs choices, and at least one candidate, not {count}")
+        self._choices, self._count, self._seed = tuple(choices), count, seed
+        self._startup = min(10, -(-count // 3)) if startup is None else startup
+        logging.getLogger("optuna").setLevel(logging.WARNING)
+        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=self._startup)
+        self._study = optuna.create_study(direction="maximize", sampler=sampler)
+        self._asked: dict[tuple[Any, ...], optuna.Trial] = {}
+        self._told: list[Trial] = []
+
+    def ask(self, count: int) -> list[dict[str, Any]]:
+        """Return proposals of the sampler."""
+        found: list[dict[str, Any]] = []
+        while len(found) < count and len(self._asked) < self._count:
+            proposal = self._new()
+            if proposal is None:
+                self._count = len(self._asked)  # nothing new is left
+                break
+            found.append(proposal)
+        return found
+
+    def tell(self, trials: Sequence[Trial]) -> None:
+        """Pass trials on to the sampler."""
+        for trial in trials:
+            asked = self._asked.get(key_of(trial.candidate))
+            if asked is None:
+                raise UsageError(f"{dict(trial.candidate)} was not asked for")
+            self._answer(asked, trial.value)
+            self._told.append(trial)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the settings, the number of proposals, and the trials."""
+        return {
+            "count": self._count,
+            "seed": self._seed,
+            "startup": self._startup,
+            "asked": len(self._asked),
+            "told": [trial.to_dict() for trial in self._told],
+        }
+
+    def _new(self) -> dict[str, Any] | None:
+        """Return a proposal that was not made before; None if there seems to be none."""
+        for _ in range(REPEATS):
+            trial = self._study.ask()
+            proposal: dict[str, Any] = {}
+            for choice in self._choices:
+                if choice.is_active(proposal):
+                    proposal[choice.name] = _suggest(trial, choice)
+            key = key_of(proposal)
+            if key not in self._asked:
+                self._asked[key] = trial
+                return proposal
+            known = [t.value for t in self._told if key_of(t.candidate) == key]
+            self._answer(trial, known[0] if known else None)
+        return None
+
+    def _answer(self, trial: "optuna.Trial", value: float | None) -> None:
+        import optuna
+
+        if value is None:
+            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        else:
+            self._study.tell(trial, value)
+
+
+def _suggest(trial: "optuna.Trial", choice: Choice) -> Any:
+    if choice.values:  # by position, as values can be lists
+        return choice.values[trial.suggest_categorical(choice.name, range(len(choice.values)))]
+    assert choice.low is not None
+    assert choice.high is not None
+    if choice.whole:
+        return trial.suggest_int(choice.name, int(choice.low), int(choice.high), log=choice.log)
+    return trial.suggest_float(choice.name, choice.low, choice.high, log=choice.log)
