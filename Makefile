@@ -8,6 +8,10 @@
 # make recipes  writes recipes/paper and recipes/short
 # Each works alone on a machine that has Python 3.11 or newer and make. ARGS reach the command.
 
+# bytecode is kept whatever the environment says: without it, each process of a test compiles
+# what it imports, and each worker rewrites the assertions of all tests
+export PYTHONDONTWRITEBYTECODE :=
+
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed

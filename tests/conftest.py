@@ -1,6 +1,8 @@
+import gc
 import os
 import signal
 import warnings
+from functools import cache
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of processes that tests start
 
@@ -13,26 +15,40 @@ import smallfry  # noqa: F401  registers the models
 from smallfry.errors import SmallfryWarning
 from smallfry.training import train as training
 
+gc.disable()  # collection leaves little garbage, and looking for it takes seconds
 DRAW_RUN = training.draw_run
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever started the tests, such as nohup
 settings.register_profile(  # a busy machine is no failure
     "unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("unhurried")
+# on all devices it takes a thousand times as long
+SEED = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
 
 
-@pytest.fixture(autouse=True)
-def _private_cache(tmp_path_factory, monkeypatch):
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # or some libraries announce leaks
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _private_cache(tmp_path_factory):
     """Decoded images go to a folder of the test session, never to the user's cache."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    monkeypatch.setenv("SMALLFRY_CACHE", str(shared / "cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SMALLFRY_CACHE", str(shared / "cache"))
+        yield
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
-    torch.manual_seed(0)
+    SEED(0)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -48,6 +64,17 @@ def _unsynced():
     """No power fails here, and processes that die lose nothing: syncing only takes time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _operators_read_once():
+    """PyTorch's exporter reads the sources of 500 operators once, not a second in each export."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    with pytest.MonkeyPatch.context() as patch:
+        once = staticmethod(cache(ONNXRegistry.from_torchlib))
+        patch.setattr(ONNXRegistry, "from_torchlib", once)
         yield
 
 

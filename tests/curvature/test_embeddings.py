@@ -323,8 +323,8 @@ def test_every_method_trains_a_text_model(method, tied):
     text, words = Text(9, 5, "bare", tied, each=True), words_of(16, 4, 9)
     model = Sequences(text)
     targets = (words + 1) % 9
-    optimizer, losses = method(model, lr=0.1, statistics_every=2), []
-    for _ in range(60):
+    optimizer, losses = method(model, lr=0.1, statistics_every=4), []
+    for _ in range(34):
         loss = F.cross_entropy(model(words), targets) * 4
         optimizer.zero_grad()
         loss.backward()
@@ -332,7 +332,7 @@ def test_every_method_trains_a_text_model(method, tied):
         losses.append(loss.item())
     left = {"text.embedding.weight", "text.head.bias"} if tied and method is SNGD else set()
     assert set(optimizer.uncovered) == left
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     assert optimizer.diagnostics().blocks
     assert "text.position" in str(optimizer.summary())
     assert "text.embedding" in str(optimizer.summary())

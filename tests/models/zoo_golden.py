@@ -8,7 +8,7 @@ filter, so that a mistake in either shows.
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import smallfry  # noqa: F401  # registers the models
-from smallfry import cost
+from smallfry.costing import macs
 
 GOLDEN: dict[str, Any] = json.loads(
     (Path(__file__).parent / "golden" / "zoo.json").read_text(encoding="utf-8")
@@ -120,7 +120,16 @@ def loss_gradients(model: nn.Module, inputs: Tensor, entry: Mapping[str, Any]) -
     return loss.item()
 
 
-def measured(name: str, shape: Iterable[int], **settings: Any) -> Any:
-    """Cost of a registered model on one image, without computing anything."""
+class Measured(NamedTuple):
+    """Sizes of a model."""
+
+    parameters: int
+    macs: int
+
+
+def measured(name: str, shape: Iterable[int], **settings: Any) -> Measured:
+    """Sizes of a registered model on one image, without computing anything."""
     with torch.device("meta"):
-        return cost(timm.create_model(name, **settings), torch.zeros(1, *shape))
+        model = timm.create_model(name, **settings)
+        parameters = sum(weight.numel() for weight in model.parameters())
+        return Measured(parameters, macs(model, torch.zeros(1, *shape)))

@@ -74,7 +74,7 @@ def test_a_long_list_is_not_printed():
     assert nearest("zzz", []) == "; there are "
 
 
-@given(st.lists(st.text(), max_size=30), st.text())
+@given(st.lists(st.text(), max_size=12), st.text())
 def test_what_is_suggested_is_known(names, name):
     found = nearest(name, names)
     if found.startswith("; did you mean '"):

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smallfry.errors import ExportError, SmallfryError
@@ -57,6 +57,7 @@ def test_a_sparse_file_is_not_read(tmp_path):
 
 
 @given(st.dictionaries(st.text(), JSON))
+@settings(max_examples=25)
 def test_what_was_sealed_is_whole_after_a_way_through_json(content):
     written = json.loads(json.dumps(with_digest({**content, "format": 2})))
     assert has_valid_digest(written)

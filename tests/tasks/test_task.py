@@ -115,7 +115,7 @@ def config():
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("regression") / "run"
-    train(replace(config, run=folder))
+    train(replace(config, run=folder, checkpoint_seconds=1000.0))
     return folder
 
 

@@ -9,13 +9,12 @@ from smallfry.training.config import (
     ObjectiveConfig,
     TrainConfig,
 )
+from smallfry.training.train import train
 
 TINY = {"embed_dim": 16, "num_heads": 2, "mlp_hidden_dim": 16, "depth": 1, "latent_steps": 1}
 
 
-@pytest.fixture
-def config(tmp_path):
-    """A run of a second: 2 epochs of 6 steps, with everything random that there is."""
+def settings(run):
     return TrainConfig(
         data=DataConfig(limit=200),
         model=ModelConfig(options=TINY, drop_rate=0.1),
@@ -26,9 +25,23 @@ def config(tmp_path):
         threads=1,
         checkpoint_seconds=1000.0,
         references=False,
-        run=tmp_path / "run",
+        run=run,
         progress="quiet",
     )
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A run of a second: 2 epochs of 6 steps, with everything random that there is."""
+    return settings(tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """That run, undisturbed, which tests only read."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "whole"
+    train(settings(folder))
+    return folder
 
 
 @pytest.fixture

@@ -87,8 +87,9 @@ def test_other_edits_are_reported(variant, tmp_path, capsys):
     assert "changed settings: schedule.warmup_epochs" in capsys.readouterr().out
 
 
-def test_a_checkpoint_of_an_earlier_version_resumes_and_has_its_position_checked(variant, tmp_path):
-    train(variant(run=tmp_path / "whole"))
+def test_a_checkpoint_of_an_earlier_version_resumes_and_has_its_position_checked(
+    variant, tmp_path, whole
+):
     with pytest.raises(Stopped):
         train(variant(run=tmp_path / "parted"), StopAt(8))
     last = tmp_path / "parted" / "last"
@@ -98,7 +99,7 @@ def test_a_checkpoint_of_an_earlier_version_resumes_and_has_its_position_checked
         resume(tmp_path / "parted")
     edit(tmp_path / "parted", batch_size=variant().batch_size)
     resume(tmp_path / "parted")
-    assert_same_run(tmp_path / "whole", tmp_path / "parted")
+    assert_same_run(whole, tmp_path / "parted")
 
 
 def _forget_settings(folder):

@@ -1,6 +1,8 @@
 """Methods of compression in a training run."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,19 @@ from smallfry.training.train import resume, train
 ROUND = {"round_weights": {"bits": 8}}
 TWO = [Observe(), Freeze(share=0.1)]
 ALL = [*TWO, Shrink(), Scaled(), compress.Magnitude(0.3, divisible=1), ROUND]
+
+
+@pytest.fixture(scope="module")
+def rounded_once(whole, tmp_path_factory):
+    """A run of an epoch that rounds at its end, which tests copy."""
+    folder = tmp_path_factory.mktemp("rounded") / "run"
+    train(replace(read_config(whole / "config.yaml"), run=folder, methods=[ROUND], epochs=1))
+    return folder
+
+
+@pytest.fixture
+def rounded(rounded_once, tmp_path):
+    return Path(shutil.copytree(rounded_once, tmp_path / "rounded"))
 
 
 def states(run):
@@ -112,12 +127,11 @@ def test_binary_layers_resume_in_either_stage(variant, tmp_path, step):
     assert states(tmp_path / "whole")[0]["methods"] == [{"stage": 2}]
 
 
-def test_a_method_that_only_observes_changes_nothing(variant, tmp_path):
-    plain, observed = tmp_path / "plain", tmp_path / "observed"
-    train(variant(run=plain))
+def test_a_method_that_only_observes_changes_nothing(variant, tmp_path, whole):
+    observed = tmp_path / "observed"
     train(variant(run=observed, methods=[Observe()]))
-    assert metrics(plain) == metrics(observed)
-    first, second = (load_checkpoint(run / "last") for run in (plain, observed))
+    assert metrics(whole) == metrics(observed)
+    first, second = (load_checkpoint(run / "last") for run in (whole, observed))
     assert_equal(first.weights, second.weights)
     assert_equal(first.trainer["weights"], second.trainer["weights"])
     steps = round(sum(6 * float(row["supervision_steps"]) for row in metrics(observed)))
@@ -169,12 +183,11 @@ def test_the_best_checkpoint_is_finished_and_the_last_is_not(variant):
         load_run(variant().run, "last")
 
 
-def test_methods_that_act_once_give_what_compression_after_training_gives(variant, tmp_path):
+def test_methods_that_act_once_give_what_compression_after_training_gives(variant, tmp_path, whole):
     methods = [compress.Magnitude(0.3, divisible=1), compress.RoundWeights(8)]
-    train(variant(run=tmp_path / "plain"))
     train(variant(run=tmp_path / "small", methods=methods))
-    trained = load_run(tmp_path / "plain")
-    data, *_ = load_like(trained, tmp_path / "plain", split="train")
+    trained = load_run(whole)
+    data, *_ = load_like(trained, whole, split="train")
     expected, found = compress.apply(trained, methods, data), load_run(tmp_path / "small")
     assert found.spec == expected.spec
     assert found.manifest["methods"] == json.loads(json.dumps(expected.manifest["methods"]))
@@ -295,22 +308,20 @@ def test_methods_can_not_change_once_they_have_begun(variant, tmp_path):
 
 
 @pytest.mark.parametrize("methods", [3, [3], [[]], [{}], [[5]]])
-def test_methods_that_a_stranger_has_written_are_refused(variant, methods):
-    train(variant(methods=[ROUND], epochs=1))
-    file = variant().run / "summary.json"
+def test_methods_that_a_stranger_has_written_are_refused(rounded, methods):
+    file = rounded / "summary.json"
     content = json.loads(file.read_text())
     file.write_text(json.dumps({**content, "methods": methods}))
     with pytest.raises(RunError, match="damaged"):
-        resume(variant().run)
+        resume(rounded)
 
 
-def test_a_manifest_whose_methods_are_no_list_is_damaged(variant):
-    train(variant(methods=[ROUND], epochs=1))
-    best = load_checkpoint(variant().run / "best")
+def test_a_manifest_whose_methods_are_no_list_is_damaged(rounded):
+    best = load_checkpoint(rounded / "best")
     kept = {k: v for k, v in best.manifest.items() if k not in ("files", "digest")}
-    save_checkpoint(variant().run / "best", {**kept, "methods": 3}, best.weights)
+    save_checkpoint(rounded / "best", {**kept, "methods": 3}, best.weights)
     with pytest.raises(RunError, match=r"manifest is damaged.*methods must be a list"):
-        load_run(variant().run)
+        load_run(rounded)
 
 
 def test_a_configuration_holds_methods_in_full(variant, tmp_path):

@@ -24,12 +24,11 @@ from smallfry.training.train import resume, train
 CHANCE = {**TINY, "random_depth": True, "drop_path": 0.3}
 
 
-def test_two_runs_with_one_seed_are_identical_and_another_seed_differs(variant, tmp_path):
-    train(variant(run=tmp_path / "a"))
-    train(variant(run=tmp_path / "b"))
-    train(variant(run=tmp_path / "c", seed=1))
-    assert_same_run(tmp_path / "a", tmp_path / "b")
-    assert metrics(tmp_path / "a") != metrics(tmp_path / "c")
+def test_two_runs_with_one_seed_are_identical_and_another_seed_differs(variant, tmp_path, whole):
+    train(variant(run=tmp_path / "again"))
+    train(variant(run=tmp_path / "other", seed=1))
+    assert_same_run(whole, tmp_path / "again")
+    assert metrics(whole) != metrics(tmp_path / "other")
 
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
@@ -37,22 +36,20 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
 
 @pytest.mark.parametrize(("step", "number"), list(zip([1, 6, 8, 12], SIGNALS, strict=True)))
 def test_a_run_stopped_by_a_signal_and_resumed_equals_an_undisturbed_one(
-    variant, tmp_path, step, number
+    variant, tmp_path, whole, step, number
 ):
-    train(variant(run=tmp_path / "whole"))
     with pytest.raises(Stopped, match=rf"after step {step} of 12 .*--resume") as stop:
         train(variant(run=tmp_path / "parted"), StopAt(step, number))
     assert stop.value.signal_number == number
     spent = load_checkpoint(tmp_path / "parted" / "last").trainer["progress"]["cpu_seconds"]
     assert resume(tmp_path / "parted")["measured"]["cpu_seconds"] >= round(spent, 2) > 0
-    assert_same_run(tmp_path / "whole", tmp_path / "parted")
+    assert_same_run(whole, tmp_path / "parted")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("step", [0, 3])
-def test_a_signal_ends_a_wait_for_a_batch_that_never_comes(variant, tmp_path, step, workers):
-    train(variant(run=tmp_path / "whole"))
+def test_a_signal_ends_a_wait_for_a_batch_that_never_comes(variant, tmp_path, whole, step, workers):
     parent, make = os.getpid(), TrainBatches.__getitem__
 
     class Counting(QuietReporter):
@@ -77,12 +74,11 @@ def test_a_signal_ends_a_wait_for_a_batch_that_never_comes(variant, tmp_path, st
             train(variant(run=tmp_path / "parted", workers=workers), Counting())
     assert ("and saved" in str(stop.value)) == (tmp_path / "parted/last").exists() == (step > 0)
     resume(tmp_path / "parted")
-    assert_same_run(tmp_path / "whole", tmp_path / "parted")
+    assert_same_run(whole, tmp_path / "parted")
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_a_terminal_reaches_the_workers_too_and_does_no_harm(variant, tmp_path):
-    train(variant(run=tmp_path / "whole"))
+def test_ctrl_c_in_a_terminal_reaches_the_workers_too_and_does_no_harm(variant, tmp_path, whole):
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(variant(run=tmp_path / "parted", workers=2).to_dict()))
     code = (
@@ -115,24 +111,22 @@ def test_ctrl_c_in_a_terminal_reaches_the_workers_too_and_does_no_harm(variant, 
     assert process.returncode == 128 + signal.SIGINT, errors
     assert "Traceback" not in errors
     resume(tmp_path / "parted")
-    assert_same_run(tmp_path / "whole", tmp_path / "parted")
+    assert_same_run(whole, tmp_path / "parted")
 
 
-def test_a_run_can_be_stopped_many_times(variant, tmp_path):
-    train(variant(run=tmp_path / "whole"))
+def test_a_run_can_be_stopped_many_times(variant, tmp_path, whole):
     with pytest.raises(Stopped):
         train(variant(run=tmp_path / "parted"), StopAt(2))
     for _ in range(4):
         with pytest.raises(Stopped):
             resume(tmp_path / "parted", StopAt(2))
     resume(tmp_path / "parted")
-    assert_same_run(tmp_path / "whole", tmp_path / "parted")
+    assert_same_run(whole, tmp_path / "parted")
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_from_its_last_checkpoint(variant, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train(variant(run=whole))
+def test_a_killed_run_goes_on_from_its_last_checkpoint(variant, tmp_path, whole):
+    killed = tmp_path / "killed"
     file = tmp_path / "config.yaml"
     slow = {**variant(run=killed, checkpoint_seconds=0.0).to_dict(), "workers": 0}
     file.write_text(yaml.safe_dump(slow))
@@ -163,18 +157,16 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(variant, tmp_path):
     assert_same_run(whole, killed)
 
 
-def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again(variant, tmp_path):
-    train(variant(run=tmp_path / "whole"))
+def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again(variant, tmp_path, whole):
     (tmp_path / "new").mkdir()
     configuration = with_defaults(variant(run=tmp_path / "new"), 1295, 8).to_dict()
     (tmp_path / "new" / "config.yaml").write_text(yaml.safe_dump(configuration))
     resume(tmp_path / "new")
-    assert_same_run(tmp_path / "whole", tmp_path / "new")
+    assert_same_run(whole, tmp_path / "new")
 
 
-def test_resuming_a_run_that_has_ended_gives_its_summary(config):
-    summary = train(config)
-    assert resume(config.run) == json.loads(json.dumps(summary))
+def test_resuming_a_run_that_has_ended_gives_its_summary(whole):
+    assert resume(whole) == json.loads((whole / "summary.json").read_text())
 
 
 def test_micro_batches_change_memory_not_the_step(variant, tmp_path):

@@ -1,8 +1,10 @@
 """Whole runs: what they leave, what settings change, and how they fail."""
 
 import json
+import shutil
 import time
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -76,20 +78,19 @@ def test_a_run_leaves_its_configuration_metrics_checkpoints_summary_and_pictures
     assert not list(run.rglob(".smallfry-*"))
 
 
-def test_tensorboard_holds_the_numbers_of_the_csv(config):
+def test_tensorboard_holds_the_numbers_of_the_csv(whole):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(config)
-    events = EventAccumulator(str(config.run / "tensorboard"))
+    events = EventAccumulator(str(whole / "tensorboard"))
     events.Reload()
-    rows = all_metrics(config.run)
+    rows = all_metrics(whole)
     for column in ("train_loss", "validation_accuracy", "learning_rate", "images_per_second"):
         logged = [event.value for event in events.Scalars(column.replace("_", "/", 1))]
         assert logged == pytest.approx([float(row[column]) for row in rows], rel=1e-6)
 
 
-def test_the_summary_says_how_to_get_the_figure_again(config):
-    summary = train(config)
+def test_the_summary_says_how_to_get_the_figure_again(config, whole):
+    summary = json.loads((whole / "summary.json").read_text())
     assert summary["measured"]["select_on"] == "validation"
     assert summary["measured"]["seed"] == config.seed
     assert summary["data"]["fingerprint"]
@@ -102,12 +103,12 @@ def test_the_summary_counts_the_seconds_of_the_processor(config):
     assert 0 < summary["measured"]["cpu_seconds"] <= time.process_time() - before
 
 
-def test_the_reported_accuracy_is_that_of_the_saved_best_weights(config):
-    summary = train(config)
+def test_the_reported_accuracy_is_that_of_the_saved_best_weights(whole):
+    summary = json.loads((whole / "summary.json").read_text())
     from smallfry.data import load_data
     from smallfry.training.evaluation import predict, score
 
-    trained = load_run(config.run)
+    trained = load_run(whole)
     data = load_data("digits", limit=200)
     found = score(predict(trained.model, data.test, trained.normalize))
     assert found == pytest.approx(summary["measured"]["test"])
@@ -333,9 +334,11 @@ def test_two_runs_in_one_folder_are_refused(config):
     config.run.mkdir()
     with FileLock(config.run / ".lock"), pytest.raises(RunError, match="another process"):
         train(config)
-    train(config)
+
+
+def test_a_second_run_in_one_folder_is_refused(variant, whole):
     with pytest.raises(RunError, match=r"there is a run in this folder already.*--resume"):
-        train(config)
+        train(variant(run=whole))
 
 
 def test_a_wrong_configuration_leaves_no_folder_behind(variant):
@@ -401,26 +404,25 @@ def resealed(manifest, text):
     manifest.write_text(json.dumps(with_digest(json.loads(text))))
 
 
-def test_damaged_weights_and_foreign_manifests_are_refused(config):
-    train(config)
-    manifest = config.run / "best" / "manifest.json"
+def test_damaged_weights_and_foreign_manifests_are_refused(whole, tmp_path):
+    run = Path(shutil.copytree(whole, tmp_path / "damaged"))
+    manifest = run / "best" / "manifest.json"
     before = manifest.read_text()
     resealed(manifest, before.replace('"embed_dim": 16', '"embed_dim": 32'))
     with pytest.raises(RunError, match="weights don't fit its model"):
-        load_run(config.run)
+        load_run(run)
     resealed(manifest, before.replace('"classes"', '"klasses"'))
     with pytest.raises(RunError, match="its manifest lacks 'classes'"):
-        load_run(config.run)
+        load_run(run)
     manifest.write_text(before)
-    weights = config.run / "best" / "model.safetensors"
+    weights = run / "best" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(RunError, match="damaged"):
-        load_run(config.run)
+        load_run(run)
 
 
-def test_a_model_is_not_evaluated_on_other_classes(config):
-    train(config)
-    trained = load_run(config.run)
+def test_a_model_is_not_evaluated_on_other_classes(whole):
+    trained = load_run(whole)
     require_classes(trained, trained.classes, "here")
     with pytest.raises(DataError, match=r"has 10 classes \(0, 1, 2, 3, …\), there has 2"):
         require_classes(trained, ("cat", "dog"), "there")

@@ -16,6 +16,7 @@ import onnx_ir
 import onnx_ir.passes.common as passes
 import onnxscript.optimizer
 import torch
+from onnxscript.rewriter import onnx_fusions
 from torch import Tensor, nn
 
 from smallfry.errors import ExportError
@@ -220,12 +221,16 @@ def to_onnx(graph: Graph, program: torch.export.ExportedProgram) -> onnx.ModelPr
                 output_names=list(graph.outputs),
                 opset_version=OPSET,
                 verbose=False,
+                optimize=False,  # follows below, with weights of any size
             )
             assert translated is not None
             model: Any = translated.model
+            # recursion steps repeat much, and the optimizer takes the square of what it is given
+            passes.CommonSubexpressionEliminationPass()(model)
             onnxscript.optimizer.optimize(
                 model, input_size_limit=ANY_SIZE, output_size_limit=ANY_SIZE
             )
+            onnx_fusions.fuse(model)
             for tidy in (
                 passes.DeduplicateInitializersPass(size_limit=ANY_SIZE),
                 passes.ClearMetadataAndDocStringPass(),

@@ -65,7 +65,7 @@ def test_the_smallest_coder_of_each_tensor_is_chosen(original):
         assert row.bytes == pytest.approx(least, abs=2)
 
 
-@pytest.mark.parametrize("shape", [(1, FEWEST), (7, 37), (300, 1), (16, 999)])
+@pytest.mark.parametrize("shape", [(1, FEWEST), (7, 37), (300, 1), (16, 200)])
 @pytest.mark.parametrize("spread", [0, 0.2, 30, 1e4])
 def test_shapes_and_spreads_come_back(shape, spread):
     file = saved(codes=integers(shape, spread))
@@ -161,7 +161,7 @@ def with_checksum(data):
 
 def test_altered_bytes_under_a_right_checksum_are_refused(original):
     data = pack(original, entropies=["static", "laplace"]).data
-    for place in range(HEAD - 4, len(data), len(data) // 12):
+    for place in range(HEAD - 4, len(data), len(data) // 7):
         altered = bytearray(data)
         altered[place] ^= 8
         with pytest.raises(DataError):
