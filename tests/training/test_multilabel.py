@@ -23,7 +23,8 @@ from smallfry.curvature.likelihoods import Bernoulli
 from smallfry.data import load_data
 from smallfry.errors import DataError, Stopped, UsageError
 from smallfry.tasks.multilabel import LabelTargets, MultiLabel, best_thresholds
-from smallfry.training.config import DataConfig, TrainConfig
+from smallfry.training.augment import Augment
+from smallfry.training.config import AugmentConfig, DataConfig, TrainConfig
 from smallfry.training.evaluation import predict, task_of
 from smallfry.training.train import resume, train
 from smallfry_runtime.manifest import Manifest
@@ -289,6 +290,21 @@ def test_thresholds_have_the_greatest_f1_of_all():
 def test_single_labels_are_refused():
     with pytest.raises(UsageError, match="data of several classes an image"):
         MultiLabel().targets(torch.zeros(3, dtype=torch.int64), torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize("mixing", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.0}])
+def test_mixed_images_have_mixed_labels(mixing):
+    config = AugmentConfig(**{"mixup": 0.0, "cutmix": 0.0, **mixing})
+    augment = Augment(config, (8, 16), 3, [0.5], [0.5], False, MultiLabel().targets)
+    torch.manual_seed(0)
+    labels = torch.tensor([[1, 0, 1], [0, 1, 1], [0, 0, 0]])
+    batch = augment(torch.randint(256, (3, 1, 8, 16), dtype=torch.uint8), labels)
+    shares, kept = batch.targets.shares, batch.targets.labels
+    assert torch.equal(kept, labels)
+    own = (shares - labels.roll(1, 0)) / (labels - labels.roll(1, 0))
+    own = own[labels != labels.roll(1, 0)]  # the share of an image in itself
+    torch.testing.assert_close(own, own[:1].expand_as(own))
+    assert (own[0] == 1) == (mixing == {"mixup": 0.0})
 
 
 # runs

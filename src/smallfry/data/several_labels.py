@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from smallfry.data.decoded import decode_training
+from smallfry.data.decoded import decode_held_out, decode_training
 from smallfry.data.fingerprint import digest, stamp
 from smallfry.data.folders import read_class_folders
 from smallfry.data.image_data import ImageData
@@ -91,9 +91,7 @@ def load_several(
     decoded[TRAIN] = train
     for kind, part in present.items():
         if kind != TRAIN:
-            decoded[kind], _ = decode_training(
-                part, (), frame, channels, 1, skip_unreadable, depth or 16
-            )
+            decoded[kind] = decode_held_out(part, frame, channels, 1, skip_unreadable, depth)
     train = replace(train, labels=_rarest(tables[TRAIN])[train.rows])
     held, tested = decoded.get(VALIDATION), decoded.get(TEST)
     if tested is None:
