@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from html_view import View
@@ -20,6 +19,7 @@ from smallfry.fitting import run as fit_module
 from smallfry.fitting.config import FitConfig
 from smallfry.fitting.costs import Costs
 from smallfry.fitting.plan import Plan, Planned
+from smallfry.fitting.planning import make_plan
 from smallfry.fitting.run import fit, load_images
 from smallfry.fitting.variants import INT8
 from smallfry.fitting.zoo import Entry, scaled
@@ -283,34 +283,43 @@ def decided(summary):
 
 
 @pytest.mark.slow
-def test_a_fit_that_is_killed_twice_makes_the_same_choice(tmp_path):
-    config = replace(CONFIG, max_kb=11.0)  # so that a candidate is pruned as well
-    arguments = [sys.executable, "-m", "smallfry", "fit", *ARGUMENTS, "--max_kb", "11"]
-    whole = stored_plan(tmp_path / "whole", config, tuning=8.0)
-    undisturbed = fit(config, whole, quiet=True).summary
-    killed = stored_plan(tmp_path / "killed", config, tuning=8.0)
-    waits = [killed / "runs" / "loopnet_70k-0.25" / "metrics.csv", killed / "exports"]
-    for marker in waits:
-        process = subprocess.Popen([*arguments, "--to", str(killed)], stderr=subprocess.DEVNULL)
-        while not marker.exists() and process.poll() is None:
+def test_a_fit_that_is_killed_twice_makes_the_same_choice(fitted, tmp_path):
+    whole, folder = fitted[1], stored_plan(tmp_path / "killed")
+    command = [sys.executable, "-m", "smallfry", "fit", *ARGUMENTS, "--to", str(folder)]
+    for begun in (folder / "runs" / "loopnet_70k-0.25" / "config.yaml", folder / "exports"):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not begun.exists() and process.poll() is None:
             time.sleep(0.02)
         process.kill()
         assert process.wait() == -signal.SIGKILL
-        assert json.loads((killed / "fit.json").read_text())["result"] is None
-    assert decided(fit(config, killed, quiet=True).summary) == decided(undisturbed)
-    names = [json.loads(x)["name"] for x in (whole / "exports.jsonl").read_text().splitlines()]
-    assert any("pruned" in name for name in names)
+        assert json.loads((folder / "fit.json").read_text())["result"] is None
+    assert decided(fit(CONFIG, folder, quiet=True).summary) == decided(fitted[0].summary)
+    assert (folder / "trials.jsonl").read_text() == (whole / "trials.jsonl").read_text()
 
 
 @pytest.mark.slow
-def test_a_fit_plans_trains_and_exports_by_itself(tmp_path, capsys):
+def test_tpe_proposes_models_with_recipes_and_the_best_goes_on(tmp_path, monkeypatch):
     pytest.importorskip("optuna", reason="TPE needs the extra search")
-    arguments = ["--candidates", "[resnet8_mlperf_tiny]", "--search", "tpe", "--minutes", "0.3"]
-    folder = tmp_path / "fit"
-    code = main(["fit", *ARGUMENTS, *arguments, "--to", str(folder)])
-    out = capsys.readouterr().out
-    assert code == 0, out
-    assert "best so far" in out
-    trials = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
-    assert {"lr", "augment"} <= {*trials[0]["candidate"]}
-    assert Path(folder / "report.html").is_file()
+    config = replace(CONFIG, search="tpe")
+    folder = stored_plan(tmp_path / "fit", config)
+    monkeypatch.setattr(fit_module.Exports, "make", lambda *_: iter(()))
+    fit(config, folder, quiet=True)
+    lines = (folder / "trials.jsonl").read_text().splitlines()
+    trials = [json.loads(line) for line in lines]
+    assert [trial["candidate"]["rung"] for trial in trials] == [0, 0, 1]
+    for trial in trials:
+        assert {*trial["candidate"]} == {"model", "lr", "augment", "rung"}
+    best = max(trials[:2], key=lambda trial: trial["value"])["candidate"]
+    assert trials[2]["candidate"] == {**best, "rung": 1}
+
+
+@pytest.mark.slow
+def test_a_plan_is_made_from_measured_costs_and_speeds():
+    config = replace(CONFIG, minutes=0.5, candidates=("resnet8_mlperf_tiny",))
+    lines = []
+    plan = make_plan(config, load_images(config), lines.append)
+    assert {each.entry.model for each in plan.candidates} == {"resnet8_mlperf_tiny"}
+    assert all(each.epoch_seconds > 0 for each in plan.candidates)
+    assert any(each.fits(config.budget) for each in plan.candidates)
+    assert 15 <= plan.seconds + plan.tuning_seconds < 30
+    assert any("measuring" in line for line in lines)
