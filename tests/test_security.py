@@ -67,6 +67,18 @@ def run(trained, tmp_path):
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
+@pytest.fixture(scope="module")
+def graph(trained, tmp_path_factory):
+    """An export of the run that the tests copy."""
+    return export(trained, tmp_path_factory.mktemp("security") / "export", form="whole")
+
+
+@pytest.fixture
+def exported(graph, tmp_path):
+    """The export, to be changed by a stranger."""
+    return Path(shutil.copytree(graph, tmp_path / "export"))
+
+
 def reseal(folder, change=lambda manifest: None):
     """Make the hashes of a checkpoint fit what is there now."""
     import hashlib
@@ -154,25 +166,23 @@ def test_weights_to_start_from_are_no_pickles(run, options):
         resume(run)
 
 
-def test_an_operator_of_somebodys_own_is_refused(trained, tmp_path):
-    folder = export(trained, tmp_path / "export", form="whole")
-    file = folder / "model.onnx"
+def test_an_operator_of_somebodys_own_is_refused(exported):
+    file = exported / "model.onnx"
     graph = onnx.load(file)
     graph.graph.node[0].domain = "evil.ops"
     graph.opset_import.append(onnx.helper.make_opsetid("evil.ops", 1))
     file.write_bytes(graph.SerializeToString())
-    reseal(folder)
+    reseal(exported)
     with pytest.raises(ExportError, match="can't run it"):
-        Runtime(folder)
+        Runtime(exported)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["/etc/passwd", "../../../../etc/passwd", "secret"])
-def test_a_graph_has_no_weights_in_files_outside_of_it(trained, tmp_path, monkeypatch, place):
-    folder = export(trained, tmp_path / "export", form="whole")
+def test_a_graph_has_no_weights_in_files_outside_of_it(exported, tmp_path, monkeypatch, place):
     (tmp_path / "secret").write_bytes(bytes(10**6))
     monkeypatch.chdir(tmp_path)
-    file = folder / "model.onnx"
+    file = exported / "model.onnx"
     graph = onnx.load(file)
     tensor = max(graph.graph.initializer, key=lambda t: len(t.raw_data))
     size = len(tensor.raw_data)
@@ -181,9 +191,9 @@ def test_a_graph_has_no_weights_in_files_outside_of_it(trained, tmp_path, monkey
     for key, value in {"location": place, "offset": "0", "length": str(size)}.items():
         tensor.external_data.add(key=key, value=value)
     file.write_bytes(graph.SerializeToString())
-    reseal(folder)
+    reseal(exported)
     with pytest.raises(ExportError):
-        Runtime(folder)
+        Runtime(exported)
 
 
 # A stranger's model is one of the registry, and nothing else
