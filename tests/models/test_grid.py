@@ -62,17 +62,17 @@ def test_depthwise_convolution_keeps_to_each_grid_and_to_the_neighbours():
 @given(heads=st.integers(1, 3), quarter=st.integers(1, 4), side=st.integers(2, 5))
 def test_rotary_attention_depends_on_relative_position_alone(heads, quarter, side):
     width = heads * quarter * 4
-    rotary = Rotary(quarter * 4, side, [side])
-    qkv = torch.randn(1, 1, 3 * width).expand(-1, side**2 + 1, -1)
-    turned = rotary(qkv, [side**2, 1])
-    q, k, v = turned.view(side**2 + 1, 3, heads, -1).unbind(1)
+    rotary = Rotary(quarter * 4, (side, side + 1), [(side, side + 1)])
+    places = list(product(range(side), range(side + 1)))
+    qkv = torch.randn(1, 1, 3 * width).expand(-1, len(places) + 1, -1)
+    turned = rotary(qkv, [len(places), 1])
+    q, k, v = turned.view(len(places) + 1, 3, heads, -1).unbind(1)
     assert_close(v.flatten(1), qkv[0, :, 2 * width :])  # values stay
     assert_close(turned[0, -1], qkv[0, -1])  # and so does what lies nowhere
     assert_close(q.norm(dim=-1), qkv[0, :, :width].reshape(-1, heads, quarter * 4).norm(dim=-1))
     scores = torch.einsum("ihd,jhd->ijh", q[:-1], k[:-1])
     by_offset = {}
-    places = list(product(range(side), repeat=2))
-    for i, j in product(range(side**2), repeat=2):
+    for i, j in product(range(len(places)), repeat=2):
         offset = tuple(b - a for a, b in zip(places[i], places[j], strict=True))
         assert_close(scores[i, j], by_offset.setdefault(offset, scores[i, j]))
     assert (by_offset[0, 1] - by_offset[0, 0]).abs().max() > 1e-9

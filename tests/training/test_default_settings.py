@@ -132,16 +132,17 @@ def test_given_crops_stay_and_trained_models_see_crops_of_few_images():
 @pytest.mark.parametrize(
     ("epochs", "images", "task", "mixed"),
     [
-        (50, 1_000, "classification", True),
-        (49, MANY, "classification", False),
-        (50, 999, "classification", False),
-        (50, MANY, "puzzle", False),
+        (50, 1_000, "classification", (0.2, 1.0)),
+        (49, MANY, "classification", (0.0, 0.0)),
+        (50, 999, "classification", (0.0, 0.0)),
+        (50, MANY, "puzzle", (None, None)),
+        (50, MANY, "multilabel", (None, None)),
     ],
 )
-def test_images_are_mixed_in_long_runs(epochs, images, task, mixed):
+def test_images_are_mixed_in_long_runs_of_classification(epochs, images, task, mixed):
     config = TrainConfig(epochs=epochs, task=task)
     chosen = with_mixing(config, images).augment
-    assert (chosen.mixup, chosen.cutmix) == ((0.2, 1.0) if mixed else (0.0, 0.0))
+    assert (chosen.mixup, chosen.cutmix) == mixed
     given = replace(config, augment=AugmentConfig(mixup=0.4, cutmix=0.0))
     assert with_mixing(given, images) == given
 

@@ -8,7 +8,6 @@ import re
 from dataclasses import replace
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from smallfry.training.config import TrainConfig
 from smallfry_runtime.frames import ImageSize, frame_of
@@ -21,6 +20,7 @@ MIXED_EPOCHS, MIXED = 50, 50_000  # epochs, and images seen in them, from which 
 WARMUP_EPOCHS, WARMUP_PARTS = 5.0, 10
 SGD = re.compile("sgd|momentum|nesterov")  # in timm's registry
 SGD_RATE = 0.02  # 6 epochs of digits: ViTRM 77 %, a small ResNet 94 %; 65 and 43 with AdamW's
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 ADAM = ("adam", "adamw", "nadam", "nadamw", "radam", "adam_atan2")
 NORMED_RATE = 2e-3  # of Adam on networks with batch norms, whose width matters little
 
@@ -68,7 +68,7 @@ def with_normed_rate(config: TrainConfig, model: nn.Module) -> TrainConfig:
     MobileNet: its last layer is wide, and the scale of its weights is free.
     """
     optimizer = config.optimizer
-    normed = any(isinstance(module, _NormBase) for module in model.modules())
+    normed = any(isinstance(module, BATCH_NORMS) for module in model.modules())
     if optimizer.lr is not None or optimizer.name not in ADAM or not normed:
         return config
     return replace(config, optimizer=replace(optimizer, lr=NORMED_RATE))
@@ -92,8 +92,10 @@ def with_fitting_crop(config: TrainConfig, images: int, image_size: ImageSize) -
 
 def with_mixing(config: TrainConfig, images: int) -> TrainConfig:
     """Choose Mixup and CutMix for classification in long runs."""
-    enough = config.epochs >= MIXED_EPOCHS and config.epochs * images >= MIXED
-    mixed, augment = enough and config.task == "classification", config.augment
+    if config.task != "classification":
+        return config
+    mixed = config.epochs >= MIXED_EPOCHS and config.epochs * images >= MIXED
+    augment = config.augment
     mixup = (MIXUP if mixed else 0.0) if augment.mixup is None else augment.mixup
     cutmix = (CUTMIX if mixed else 0.0) if augment.cutmix is None else augment.cutmix
     return replace(config, augment=replace(augment, mixup=mixup, cutmix=cutmix))
@@ -107,8 +109,8 @@ def describe_defaults(given: TrainConfig, chosen: TrainConfig, images: int) -> s
     if given.optimizer.lr is None and chosen.optimizer.lr is not None:
         found.append(f"learning rate {chosen.optimizer.lr:g}")
     for name, label in (("mixup", "Mixup"), ("cutmix", "CutMix")):
-        if getattr(given.augment, name) is None:
-            value = getattr(chosen.augment, name)
+        value = getattr(chosen.augment, name)
+        if getattr(given.augment, name) is None and value is not None:
             found.append(f"{label} {value:g}" if value else f"no {label}")
     if given.augment.resized_crop is None and chosen.augment.resized_crop:
         found.append(f"crops of at least {chosen.augment.resized_crop:.0%} of the area")
