@@ -24,10 +24,12 @@ def in_a_fresh_python(code: str) -> str:
 REGISTERED = "print(timm.is_model('vitrm_small_patch4_32'))"
 
 
+@pytest.mark.slow
 def test_models_are_registered_if_timm_is_imported_first() -> None:
     assert in_a_fresh_python(f"import timm, smallfry; {REGISTERED}").strip() == "True"
 
 
+@pytest.mark.slow
 def test_models_are_registered_if_it_is_imported_first_and_what_it_names_is_there() -> None:
     names = "print([getattr(smallfry, name) for name in smallfry.__all__])"
     registered, named = in_a_fresh_python(f"import smallfry, timm; {REGISTERED}; {names}").split(

@@ -114,7 +114,10 @@ def test_the_trained_model_equals_the_cut_one(method, name):
 
 
 @pytest.mark.parametrize("method", [HESSO, CRIC], ids=["hesso", "cric"])
-@pytest.mark.parametrize(("optimizer", "stops"), [("adamw", (7, 28, 33)), ("sgd", (13, 26))])
+@pytest.mark.parametrize(
+    ("optimizer", "stops"),
+    [pytest.param("adamw", (7, 28, 33), marks=pytest.mark.slow), ("sgd", (13, 26))],
+)
 def test_a_stopped_run_continues_to_the_bit(method, optimizer, stops):
     whole, running, inner = begin(method, optimizer=optimizer, steps=60)
     saved = {}

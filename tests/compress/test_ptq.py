@@ -322,6 +322,7 @@ def test_a_corrected_bias_leaves_no_mean_error(images):
     assert spec.transforms[0].layers["0"]["bias"] is True
 
 
+@pytest.mark.slow
 def test_adaptive_rounding_of_a_model_lowers_the_error_of_its_outputs(model, images):
     def error(**settings):
         small, _ = apply(model, images, weights=3, group=16, **settings)

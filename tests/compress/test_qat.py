@@ -81,6 +81,7 @@ def test_steps_are_learned_per_call():
     assert torch.equal(layer.input_zeros, before["input_zeros"])
 
 
+@pytest.mark.slow
 def test_training_beats_rounding_afterwards():
     model, session, optimizer = begin(compress.LSQ(weights=2, activations=None))
     images, labels = data()

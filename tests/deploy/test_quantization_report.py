@@ -61,6 +61,7 @@ def test_the_report_names_no_folder_of_the_machine(run, int8, report):
     assert report["provenance"]["versions"]["smallfry"]
 
 
+@pytest.mark.slow
 def test_the_report_stands_beside_the_export_and_goes_with_it(
     run, whole, int8, tmp_path, monkeypatch
 ):

@@ -22,7 +22,9 @@ NAMES = [name for name in MODELS if name.startswith("dhvt")]
 SMALLEST = "dhvt_tiny_cifar_patch4"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if "cifar" in n else pytest.mark.slow) for n in NAMES]
+)
 def test_parameters_and_multiply_accumulates_are_exact(name: str) -> None:
     entry, side = MODELS[name], 32 if "cifar" in name else 224
     found = measured(name, (3, side, side))

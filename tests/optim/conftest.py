@@ -28,7 +28,15 @@ TESTED = {
 }
 
 
-@pytest.fixture(params=TESTED)
+SLOW = (  # the dearest of each method's settings
+    *("deflation, rank", "kpsvd, pcg", "kpsvd, rank", "lanczos, reduce", "two-level, nicolaides"),
+    *("two-level, many", "ekfac, kpsvd, rank", "ekfac, rank", "kfac, per layer", "kfac, tikhonov"),
+)
+
+
+@pytest.fixture(
+    params=[pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in TESTED]
+)
 def method(request):
     """``method(model, **settings)`` builds one of the optimizers."""
     kind, fixed = TESTED[request.param]

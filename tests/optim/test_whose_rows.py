@@ -149,6 +149,7 @@ def test_a_sequence_as_long_as_the_batch_is_large_is_told_apart(first, lengths):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_exact_columns_do_not_add_up_through_the_statistics_of_a_batch():
     """In front of a batch norm the sampled Fisher's mean is that of the exact columns."""
     model = made(Windows, False, norm=True)

@@ -220,6 +220,7 @@ def elsewhere(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_finished_runs_are_reported_and_deployed_without_their_weights(
     whole: Path, elsewhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,6 +113,7 @@ def test_a_stopped_study_goes_on_where_it_was(
         assert metrics(tmp_path, name) == metrics(whole, name)
 
 
+@pytest.mark.slow
 def test_a_restarted_study_counts_the_epochs_that_are_still_to_come(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -209,6 +209,7 @@ def photographs(tmp_path, variant):
     return make
 
 
+@pytest.mark.slow
 def test_a_run_with_everything_resumes_to_the_bit(variant, tmp_path):
     augment = replace(EVERYTHING, policy="autoaugment_svhn", repeats=2)
     train(variant(run=tmp_path / "whole", augment=augment))

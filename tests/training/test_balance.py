@@ -235,6 +235,7 @@ def unequal(variant, folder):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::smallfry.errors.SmallfryWarning")
 def test_a_stopped_run_with_a_sampler_resumes_to_the_bit(unequal, tmp_path):
     train(unequal(run=tmp_path / "whole"))

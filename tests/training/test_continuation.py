@@ -49,6 +49,7 @@ def test_a_run_that_has_ended_is_lengthened(variant, tmp_path):
     assert resume(run) == json.loads((run / "summary.json").read_text())  # it has ended again
 
 
+@pytest.mark.slow
 def test_a_lengthened_run_that_is_stopped_goes_on_exactly(variant, tmp_path):
     for name in ("whole", "parted"):
         train(variant(run=tmp_path / name, epochs=2))

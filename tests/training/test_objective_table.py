@@ -221,6 +221,7 @@ def test_a_name_is_taken_once_and_settings_are_frozen():
     assert objectives()["bias"].__name__ == "BiasSettings"
 
 
+@pytest.mark.slow
 def test_a_new_objective_is_a_file_of_its_own(tmp_path):
     """An objective that a file adds is an option, is checked, recorded and built."""
     (tmp_path / "doubled.py").write_text(

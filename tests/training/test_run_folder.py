@@ -127,6 +127,7 @@ def test_neighbours_of_a_run_and_of_its_files_stay(variant):
     assert {file.read_text() for file in mine} == {"of mine"}
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_left_is_gone_when_it_goes_on(config, variant):
     whole = config.run.with_name("whole")
     train(variant(run=whole))

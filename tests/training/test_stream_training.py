@@ -71,6 +71,7 @@ def test_a_streamed_run_learns_and_is_used_like_any_other(streamed, tmp_path, ca
         assert told["accuracy"] > 0.8
 
 
+@pytest.mark.slow
 def test_the_order_depends_on_the_window(streamed, tmp_path):
     first = streamed(run=tmp_path / "a", epochs=1)
     train(first)

@@ -91,6 +91,7 @@ def test_unknown_coders_are_refused():
             compress.Pack(entropies=wrong)
 
 
+@pytest.mark.slow
 def test_a_training_run_ends_packed(tmp_path):
     methods = "[{round_weights: {bits: 8}}, {pack: {entropies: [static]}}]"
     options = ["--epochs", "1", "--data.limit", "64", "--progress", "quiet"]

@@ -73,6 +73,7 @@ def test_shapes_and_spreads_come_back(shape, spread):
         assert unpack(pack(file, entropies=[entropy]).data) == file
 
 
+@pytest.mark.slow
 def test_correlated_integers_are_left_to_the_circuit():
     """Neighbours that share a scale, which no histogram of a channel sees."""
     random = np.random.default_rng(0)
