@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+import yaml
 from run_helpers import StopAt
 
 from smallfry.errors import Stopped
@@ -98,6 +99,18 @@ def test_the_rate_for_batch_norms_is_recorded_and_earlier_runs_keep_theirs(varia
     with pytest.raises(Stopped):
         resume(config.run, StopAt(3))
     assert read_config(file).optimizer.lr is None
+
+
+def test_a_rate_chosen_after_a_stop_before_the_first_checkpoint_is_recorded(variant):
+    model = ModelConfig("resnet10t", options={"stem_width": 8})
+    data = replace(variant().data, image_size=32)
+    config = variant(model=model, data=data, objective=ObjectiveConfig())
+    config.run.mkdir()
+    file = config.run / "config.yaml"
+    file.write_text(yaml.safe_dump(config.to_dict()))  # of an earlier version, without a rate
+    with pytest.raises(Stopped):
+        resume(config.run, StopAt(2))
+    assert read_config(file).optimizer.lr == NORMED_RATE
 
 
 @pytest.mark.parametrize(

@@ -38,15 +38,8 @@ from smallfry.training.build_objective import build_objective
 from smallfry.training.checkpoint import Checkpoint, has_checkpoint, load_checkpoint
 from smallfry.training.compression import CHOICE, DONE, LAST_EPOCH
 from smallfry.training.config import TrainConfig, TrainSettings, read_config
-from smallfry.training.continuation import (
-    require_changeable,
-    with_changes,
-)
-from smallfry.training.default_settings import (
-    describe_defaults,
-    with_defaults,
-    with_normed_rate,
-)
+from smallfry.training.continuation import require_changeable, with_changes
+from smallfry.training.default_settings import describe_defaults, with_defaults, with_normed_rate
 from smallfry.training.distillation import distilled, require_same_teacher
 from smallfry.training.draw_run import draw_run
 from smallfry.training.evaluation import predict, require_finite, score
@@ -269,8 +262,8 @@ def _resume(
             data = processes.together(lambda: _load(config))
             source = ModelSource(begun, weights)
             trainer = _build(config, data, folder, reporter, processes, source, code)
-        if config != recorded:
-            processes.once(lambda: folder.reopen(config.to_dict()))
+        if trainer.config != recorded:
+            processes.once(lambda: folder.reopen(trainer.config.to_dict()))
         trainer.reporter.say(f"resuming {folder.path} after step {trainer.progress.step}")
         evidence = provenance(trainer.fabric.device)  # of the code that runs, as it starts
         trainer.fit()
