@@ -35,7 +35,7 @@ def class_bars(scores: Mapping[str, Mapping[str, float]], file: Path) -> None:
         )
         axes.invert_yaxis()
         axes.set_xlim(0, 1)
-        axes.legend(loc="lower right")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)  # no bar is behind it
         save(figure, file)
 
 
@@ -86,7 +86,8 @@ def worst_images(
     names = plain(classes)
     rows = max(1, -(-len(images) // COLUMNS))
     with style():
-        figure = new_figure(1.9 * COLUMNS, 2.2 * rows)
+        height, width = images.shape[-2:]
+        figure = new_figure(1.9 * COLUMNS, (1.9 * height / width + 0.3) * rows)
         grid = figure.subplots(rows, COLUMNS, squeeze=False)
         for axes in grid.flat:
             axes.axis("off")
