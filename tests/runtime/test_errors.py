@@ -1,7 +1,11 @@
 """Errors in words: out of memory, refused files, and the nearest of known names."""
 
 import errno
+import importlib.util
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -27,10 +31,53 @@ class OutOfMemoryError(RuntimeError):
         (RuntimeError("could not create a primitive"), True),
         (RuntimeError("shape mismatch"), False),
         (ValueError("not enough memory"), False),
+        (ImportError("/a/b.so: failed to map segment from shared object"), True),
+        (OSError("/a/b.so: failed to map segment from shared object"), True),
+        (ImportError("b.so: cannot open shared object file: Cannot allocate memory"), True),
+        (
+            ImportError("b.so: failed to map segment from shared object: Operation not permitted"),
+            False,
+        ),
+        (ImportError("b.so: cannot allocate memory in static TLS block"), False),
+        (ImportError("cannot import name 'a' from 'b'"), False),
     ],
 )
 def test_errors_that_mean_too_little_memory(error, memory):
     assert is_out_of_memory(error) is memory
+
+
+def test_an_error_because_of_too_little_memory_means_too_little_memory():
+    error = ImportError("b can't be imported")
+    error.__cause__ = MemoryError()
+    assert is_out_of_memory(error)
+    error = KeyError("b")
+    error.__context__ = ImportError("b.so: cannot map zero-fill pages")
+    assert is_out_of_memory(error)
+    error.__suppress_context__ = True
+    assert not is_out_of_memory(error)
+    error.__cause__ = error  # a circle ends
+    assert not is_out_of_memory(error)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_a_library_that_finds_no_memory_means_too_little_memory():
+    script = """
+import ctypes, glob, resource, sys
+from smallfry_runtime.errors import is_out_of_memory
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**18, used + 2**18))
+try:
+    ctypes.CDLL(sys.argv[1])
+except OSError as error:
+    sys.exit(0 if is_out_of_memory(error) else f"{error.errno} {error}")
+sys.exit("loaded")
+"""
+    torch = importlib.util.find_spec("torch")
+    library = Path(torch.origin).parent / "lib" / "libtorch_cpu.so"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(library)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

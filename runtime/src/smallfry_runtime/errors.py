@@ -34,17 +34,45 @@ class SmallfryWarning(UserWarning):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error of Python, PyTorch or the system means out of memory."""
+    """Return whether an error means out of memory, by itself or by what caused it.
+
+    Errors of Python, PyTorch, the system and its loader of shared libraries are recognised.
+    """
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        if _means_out_of_memory(cause):
+            return True
+        seen.add(id(cause))
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return False
+
+
+def _means_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    told = (
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    if "Operation not permitted" in (said := str(error)):
+        return False  # of the loader, for a disk mounted noexec
+    phrases = next((p for kind, p in _PHRASES.items() if isinstance(error, kind)), ())
+    return any(words in said for words in phrases)
+
+
+_LOADER = (  # words of glibc, which has no other sign of it
+    *("failed to map segment from shared object", "cannot map zero-fill pages"),
+    *("cannot create shared object descriptor", "cannot allocate name record"),
+    *("cannot allocate symbol data", "cannot allocate dependency", "Cannot allocate memory"),
+)
+_PHRASES: dict[type[BaseException], tuple[str, ...]] = {
+    RuntimeError: (
         "can't allocate",  # memory, in PyTorch; a lock or a read lock, in Python
         *("not enough memory", "can't start new thread", "bad_alloc"),
         "could not create a primitive",  # oneDNN
-    )
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in told)
+    ),
+    ImportError: _LOADER,
+    OSError: _LOADER,  # of ctypes
+}
 
 
 def refusal(error: OSError) -> str | None:
