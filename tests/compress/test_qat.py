@@ -48,7 +48,7 @@ def steps(model, optimizer, count):
 
 
 def test_a_finished_model_computes_what_was_trained():
-    model, session, optimizer = begin(compress.LSQ(weights=3, activations=4))
+    model, session, optimizer = begin(compress.LSQ(weights=4, activations=8))
     assert steps(model, optimizer, 50) < 0.3
     images, labels = data()
     with torch.no_grad():

@@ -9,9 +9,10 @@ import torch
 from torch.testing import assert_close
 
 from smallfry.data import NAMED, load_data
-from smallfry.data.generators.grids import Puzzle, settings_from
+from smallfry.data.generators.grids import Puzzle
 from smallfry.data.generators.maze import Maze, MazeSettings, shortest_path
 from smallfry.data.generators.sudoku import Boxes, Sudoku, guesses, solutions
+from smallfry.data.registered import settings_from
 from smallfry.data.symmetry import Symmetry
 from smallfry.errors import UsageError
 
@@ -214,7 +215,7 @@ def test_names_are_known_and_other_settings_refused():
         with pytest.raises(UsageError, match=said):
             load_data("maze9", options=options)
     for given in ({"image_size": 8}, {"channels": 3}, {"label": "x"}, {"stream": True}):
-        with pytest.raises(UsageError, match=r"sudoku4 is generated and has no data\."):
+        with pytest.raises(UsageError, match=r"sudoku4 has no data\."):
             load_data("sudoku4", **given)
     with pytest.raises(UsageError, match=r"does not use data\.root"):
         load_data("sudoku4", ".")

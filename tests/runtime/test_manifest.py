@@ -12,6 +12,7 @@ from smallfry_runtime.early_exit import Point
 from smallfry_runtime.errors import ExportError
 from smallfry_runtime.files import with_digest
 from smallfry_runtime.manifest import (
+    CLASS_FORMAT,
     FORMAT,
     MANIFEST,
     MOST_STEPS,
@@ -69,7 +70,7 @@ def test_what_older_versions_would_crop_has_a_format_that_they_refuse(tmp_path, 
     manifest = replace(WHOLE, **changes)
     (tmp_path / MANIFEST).write_text(manifest.to_json())
     assert Manifest.read(tmp_path) == manifest
-    assert json.loads(manifest.to_json())["format"] == FORMAT == 4
+    assert json.loads(manifest.to_json())["format"] == CLASS_FORMAT == 4
 
 
 def test_height_comes_before_width():

@@ -14,7 +14,7 @@ from smallfry.errors import DataError, Stopped, UsageError
 from smallfry.models import TRM
 from smallfry.report.puzzles import draw_puzzles
 from smallfry.tasks import HasDefaults, ReadsText, find_task
-from smallfry.tasks.puzzle import Puzzle, cell_losses, log_stablemax, puzzle_texts, text_of_grid
+from smallfry.tasks.puzzle import Puzzle, cell_losses, log_stablemax
 from smallfry.training.augment import Normalize, Place
 from smallfry.training.augment_grids import GridAugment
 from smallfry.training.checkpoint import load_checkpoint
@@ -32,6 +32,7 @@ from smallfry.training.progress import QuietReporter
 from smallfry.training.puzzle_inference import solve
 from smallfry.training.run import RunFolder, load_run
 from smallfry.training.train import resume, train
+from smallfry_runtime.decoders.puzzle import puzzle_texts, text_of_grid
 
 SYMBOLS = ("_", ".", "1", "2", "3", "4")
 GIVEN = ["1...", "..3.", ".4..", "...2"]
@@ -98,7 +99,7 @@ def test_loss_and_scores_leave_padding_out():
     assert found["accuracy"] == pytest.approx(2 / 3)
     assert found["cell_accuracy"] == pytest.approx(9 / 10)
     assert Puzzle().rank(found) == (found["accuracy"], found["cell_accuracy"], -found["loss"])
-    assert Puzzle().decode(sure)[0] == [2, 3, 4, 5]
+    assert Puzzle().decode(sure, "#.abcd")[0] == ["ab", "cd"]
 
 
 def test_the_task_refuses_what_it_does_not_have():

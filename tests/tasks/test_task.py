@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -29,11 +30,12 @@ from smallfry.training.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from smallfry.training.evaluation import predict, score, task_of
+from smallfry.training.evaluation import forward, predict, score, task_of
 from smallfry.training.inference import classify
 from smallfry.training.progress import QuietReporter
 from smallfry.training.run import RunFolder, load_run
 from smallfry.training.train import resume, train
+from smallfry_runtime.runtime import Runtime
 
 LIMIT = 800  # images
 TINY = {"embed_dim": 16, "num_heads": 2, "mlp_hidden_dim": 16, "depth": 1, "latent_steps": 1}
@@ -191,15 +193,29 @@ def test_natural_gradient_takes_its_likelihood(config, tmp_path, monkeypatch, na
 
 
 def test_what_serves_classifiers_alone_refuses_it(run, tmp_path):
-    with pytest.raises(UsageError, match="trained for size_of_a_digit: only classifiers can be"):
-        export(run, tmp_path / "export")
-    assert not (tmp_path / "export").exists()
-    with pytest.raises(UsageError, match="only classifiers"):
+    with pytest.raises(UsageError, match="for size_of_a_digit, and its answers are not classes"):
         save_pretrained(run, tmp_path / "shared")
-    with pytest.raises(UsageError, match="only classifiers"):
+    with pytest.raises(UsageError, match="its answers are not classes"):
         list(classify(load_run(run), []))
-    with pytest.raises(UsageError, match="only classifiers"), serving([str(run)]):
+    with pytest.raises(UsageError, match="its answers are not classes"), serving([str(run)]):
         pass
+
+
+def test_its_outputs_are_exported_and_its_decoder_is_its_own(run, tmp_path):
+    trained = load_run(run)
+    runtime = Runtime(export(run, tmp_path / "export", form="whole"))
+    assert runtime.manifest.task == "size_of_a_digit"
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 1, 8, 8), np.uint8)
+    wanted = forward(trained.model, trained.normalize(torch.from_numpy(pixels)))[0]
+    assert_close(
+        torch.from_numpy(runtime.compute(pixels).logits), wanted.detach(), atol=1e-4, rtol=0
+    )
+    assert trained.decode(pixels) == Size().decode(wanted, trained.classes)
+    with pytest.raises(UsageError, match="no decoder for the task 'size_of_a_digit'; there are"):
+        runtime.decode(pixels)
+    for ask in (runtime.predict, lambda pixels: list(runtime.classify([]))):
+        with pytest.raises(UsageError, match="for size_of_a_digit, and its answers are not"):
+            ask(pixels)
 
 
 def test_only_its_own_pictures_are_drawn(config, tmp_path, pictures_drawn):
@@ -232,7 +248,7 @@ def test_classification_learns_shares_and_counts_labels():
     assert_close(task.loss(outputs, targets), wanted)
     assert task.right(outputs, targets).tolist() == [True, False]
     assert task.rank({"accuracy": 0.5, "loss": 2.0}) > task.rank({"accuracy": 0.5, "loss": 3.0})
-    assert_close(torch.tensor(task.decode(outputs)), outputs.softmax(1))
+    assert_close(torch.tensor(task.decode(outputs, "abc")), outputs.softmax(1))
 
 
 def test_batches_are_split_whatever_their_targets_are():

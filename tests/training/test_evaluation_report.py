@@ -149,7 +149,10 @@ def test_models_of_other_tasks_have_no_report(tmp_path, capsys):
     assert "per_class" not in json.loads((run / "summary.json").read_text())
     for option in (["--per_class"], ["--report", str(tmp_path / "report")]):
         assert main(["evaluate", str(run), *option]) == 2
-        assert "the model was trained for puzzle: only classifiers" in capsys.readouterr().err
+        assert (
+            "the model was trained for puzzle, and its answers are not classes"
+            in capsys.readouterr().err
+        )
     assert not (tmp_path / "report").exists()
     assert main(["predict", str(run), "x.txt", "--csv", str(tmp_path / "o.csv")]) == 2
     assert "csv is for classifiers" in capsys.readouterr().err

@@ -22,8 +22,10 @@ from smallfry_runtime.variants import FOLDER, FULL, Variant, read_variants
 from smallfry_runtime.version import __version__
 
 PLAIN_FORMAT = 3  # of cropped squares; 2 had no bit depth, and 1 no digest of the manifest
-FORMAT = 4  # 3 had no rectangles, no ways of resizing, and one class an image
-READ = (1, 2, PLAIN_FORMAT, FORMAT)
+CLASS_FORMAT = 4  # 3 had no rectangles, no ways of resizing, and one class an image
+FORMAT = 5  # 4 had classes alone for answers
+READ = (1, 2, PLAIN_FORMAT, CLASS_FORMAT, FORMAT)
+CLASSES = "classification"  # the task of exports that answer with classes, one or several
 MANIFEST = "manifest.json"
 GRAPHS = {
     "whole": ("model.onnx",),
@@ -62,6 +64,7 @@ class Manifest:
         thresholds: Probability of each class from which an image has it, where it may have several
             classes; empty where it has one.
         resize: How pictures of another shape become such images; see ``Frame``.
+        task: Name of the decoder of the outputs; ``classification`` for classes, one or several.
     """
 
     form: str
@@ -83,6 +86,12 @@ class Manifest:
     submodels: tuple[Variant, ...] = ()
     resize: Resize = "crop"
     thresholds: tuple[float, ...] = ()
+    task: str = CLASSES
+
+    @property
+    def is_classifier(self) -> bool:
+        """True if the answers are classes, one or several an image."""
+        return self.task == CLASSES
 
     @property
     def frame(self) -> Frame:
@@ -100,7 +109,10 @@ class Manifest:
             "exits": [point._asdict() for point in self.exits],
             "submodels": [each._asdict() for each in self.submodels],
         }
-        version = PLAIN_FORMAT if self.frame.is_plain and not self.thresholds else FORMAT
+        version = FORMAT
+        if self.is_classifier:
+            del content["task"]
+            version = PLAIN_FORMAT if self.frame.is_plain and not self.thresholds else CLASS_FORMAT
         head = {"format": version, "smallfry": __version__}
         return json.dumps(with_digest({**head, **content}), indent=2) + "\n"
 
@@ -213,6 +225,7 @@ def _checked(content: Any, file: Path) -> Manifest:
             "submodels": [],
             "resize": "crop",
             "thresholds": [],
+            "task": CLASSES,
             **content,
         }
         values = {entry.name: content[entry.name] for entry in fields(Manifest)}
@@ -241,6 +254,7 @@ def _problem(manifest: Manifest) -> str | None:
         f"form {manifest.form!r}": manifest.form not in GRAPHS,
         f"precision {manifest.precision!r}": manifest.precision not in PRECISIONS,
         "classes": not manifest.classes or not all(isinstance(text, str) for text in texts),
+        f"task {manifest.task!r}": not isinstance(manifest.task, str),
         f"resize {manifest.resize!r}": manifest.resize not in RESIZES,
         "channels": manifest.channels not in (1, 3),
         "mean and std": len(manifest.mean) != manifest.channels

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from smallfry_runtime.errors import DataError
 from smallfry_runtime.frames import Frame, ImageSize
-from smallfry_runtime.images import decode
+from smallfry_runtime.images import decode as decode_image
 from smallfry_runtime.inputs import InputImage
 
 BATCH = 64
@@ -83,6 +83,59 @@ def answers(
         bit_depth: Bit depth of 16-bit images; see ``smallfry_runtime.images.decode``.
         thresholds: Of classes, where an image may have several; None where it has one.
     """
+    for chunk, pixels, errors in _chunks(images, image_size, channels, bit_depth):
+        rows = _rows(run(np.stack(pixels)), classes, top_k, thresholds) if pixels else iter(())
+        for image, failure in zip(chunk, errors, strict=True):
+            answer = Answer(image.name, []) if failure else next(rows)._replace(name=image.name)
+            if failure is None and not answer.is_finite:
+                failure = f"{image.name}: {NOT_FINITE}"
+            yield answer if failure is None else Answer(image.name, [], error=failure)
+
+
+class Decoded(NamedTuple):
+    """Decoded answer to one image."""
+
+    name: str
+    value: Any  # that JSON can hold
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to a dictionary for JSON; a value that is one already is merged."""
+        value = self.value if isinstance(self.value, dict) else {"answer": self.value}
+        return {"image": self.name, **value}
+
+
+def decoded(
+    decode: Callable[[NDArray[np.uint8]], Sequence[Any]],
+    images: Iterable[InputImage],
+    image_size: ImageSize | Frame,
+    channels: int,
+    bit_depth: int | None = None,
+) -> Iterator[Decoded]:
+    """Decode the answers to images, in their order.
+
+    An image that can't be read gives an ``error``.
+
+    Args:
+        decode: From pixels (images, channels, height, width) to a value for each.
+        images: The images.
+        image_size: Size that the images are brought to.
+        channels: 1 (grey) or 3 (RGB).
+        bit_depth: Bit depth of 16-bit images.
+    """
+    for chunk, pixels, errors in _chunks(images, image_size, channels, bit_depth):
+        values = iter(decode(np.stack(pixels)) if pixels else ())
+        for image, failure in zip(chunk, errors, strict=True):
+            yield Decoded(image.name, None if failure else next(values), failure)
+
+
+def _chunks(
+    images: Iterable[InputImage],
+    image_size: ImageSize | Frame,
+    channels: int,
+    bit_depth: int | None,
+) -> Iterator[tuple[list[InputImage], list[NDArray[np.uint8]], list[str | None]]]:
+    """Read images in groups: the images, the pixels of those that can be read, and all errors."""
     remaining = iter(images)
     while chunk := list(islice(remaining, BATCH)):
         pixels: list[NDArray[np.uint8]] = []
@@ -91,16 +144,11 @@ def answers(
             try:
                 if encoded is None:
                     raise DataError(error or name)
-                pixels.append(decode(encoded, name, image_size, channels, bit_depth))
+                pixels.append(decode_image(encoded, name, image_size, channels, bit_depth))
                 errors.append(None)
             except DataError as problem:
                 errors.append(str(problem))
-        rows = _rows(run(np.stack(pixels)), classes, top_k, thresholds) if pixels else iter(())
-        for image, failure in zip(chunk, errors, strict=True):
-            answer = Answer(image.name, []) if failure else next(rows)._replace(name=image.name)
-            if failure is None and not answer.is_finite:
-                failure = f"{image.name}: {NOT_FINITE}"
-            yield answer if failure is None else Answer(image.name, [], error=failure)
+        yield chunk, pixels, errors
 
 
 def _rows(

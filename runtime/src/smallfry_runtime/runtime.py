@@ -6,7 +6,7 @@ what is left is packed into full batches for the next step.
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,17 +16,26 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from PIL import Image
 
+from smallfry_runtime.decoders import decoder_of
 from smallfry_runtime.early_exit import NEVER, Trace, most_accurate, most_thrifty, require_threshold
 from smallfry_runtime.errors import DataError, ExportError, UsageError
 from smallfry_runtime.images import Encoded, decode
 from smallfry_runtime.inputs import InputImage
 from smallfry_runtime.manifest import manifest_of, read_export
-from smallfry_runtime.predictions import NOT_FINITE, Answer, Outputs, answers
+from smallfry_runtime.predictions import NOT_FINITE, Answer, Decoded, Outputs, answers, decoded
 from smallfry_runtime.variants import FULL, Variant, best_within
 
 NO_OTHER_FILES = "session.model_external_initializers_file_folder_path"
 Floats = NDArray[np.float32]
 Readable = Encoded | str | os.PathLike[str]
+
+
+class Computed(NamedTuple):
+    """Outputs of the graphs for images, in order."""
+
+    logits: Floats  # (images, …)
+    halting: Floats | None  # (images,)
+    steps: NDArray[np.int64] | None  # (images,)
 
 
 class Predictions(NamedTuple):
@@ -148,9 +157,46 @@ class Runtime:
         Raises:
             DataError: An image that can't be read, or pixels of another shape.
             ExportError: The graphs are not what the manifest says, or an answer is not a number.
-            UsageError: Early exit from a graph that has none, or a budget below one step.
+            UsageError: Early exit from a graph that has none, a budget below one step, or an export
+                whose answers are not classes: ``decode`` has those.
         """
-        leave = self.exit_threshold(budget, drop, threshold)
+        self._require_classes()
+        found = self.compute(images, self.exit_threshold(budget, drop, threshold), batch_size)
+        return Predictions(self._probabilities(found.logits), found.halting, found.steps)
+
+    def decode(
+        self,
+        images: Sequence[Readable] | NDArray[np.uint8],
+        threshold: float | None = None,
+        batch_size: int = 64,
+        settings: Mapping[str, Any] | None = None,
+    ) -> list[Any]:
+        """Decode the answers to images, by the task: texts, solved puzzles, probabilities.
+
+        Args:
+            images: As ``predict``.
+            threshold: Halting probability at which an image leaves the recursion.
+            batch_size: Images that are run at a time.
+            settings: Of the task's decoder, such as ``{"beam": 10}`` of texts.
+
+        Returns:
+            A value for each image that JSON can hold.
+
+        Raises:
+            UsageError: This version has no decoder for the export's task; otherwise as ``predict``.
+        """
+        decoder = decoder_of(self.manifest.task)
+        found = self.compute(images, self.exit_threshold(threshold=threshold), batch_size)
+        values: list[Any] = decoder.decode(found.logits, self.classes, settings)
+        return values
+
+    def compute(
+        self,
+        images: Sequence[Readable] | NDArray[np.uint8],
+        threshold: float | None = None,
+        batch_size: int = 64,
+    ) -> Computed:
+        """Compute the outputs for images; arguments and errors as ``decode``."""
         pixels = images if isinstance(images, np.ndarray) else self._decoded(images)
         expected = self._no_pixels().shape[1:]
         if pixels.dtype != np.uint8 or pixels.shape[1:] != expected:
@@ -161,14 +207,30 @@ class Runtime:
             )
         if batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, got {batch_size}")
-        predictions = self._run(self.preprocess(pixels), leave, batch_size)
-        _require_finite(predictions.probabilities, predictions.halting)
-        return predictions
+        found = self._run(self.preprocess(pixels), threshold, batch_size)
+        _require_finite(found.logits, found.halting)
+        return found
+
+    def decode_each(
+        self,
+        images: Iterable[InputImage],
+        threshold: float | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> Iterator[Decoded]:
+        """Decode the answers to images in order; one that can't be read gives an ``error``."""
+        decode = partial(self.decode, threshold=threshold, settings=settings)
+        size, channels = self.manifest.frame, self.manifest.channels
+        return decoded(decode, images, size, channels, self.manifest.bit_depth)
 
     def classify(
         self, images: Iterable[InputImage], top_k: int = 3, threshold: float | None = None
     ) -> Iterator[Answer]:
-        """Classify images in order; an image that can't be read gives an ``error``."""
+        """Classify images in order; an image that can't be read gives an ``error``.
+
+        Raises:
+            UsageError: The export's answers are not classes.
+        """
+        self._require_classes()
         size, channels = self.manifest.frame, self.manifest.channels
         run = partial(self.outputs, self.exit_threshold(threshold=threshold))
         wanted = (self.classes, size, channels, top_k, self.manifest.bit_depth, self.thresholds)
@@ -179,10 +241,20 @@ class Runtime:
         """Threshold of each class, where an image may have several; None where it has one."""
         return self.manifest.thresholds or None
 
+    def _require_classes(self) -> None:
+        if not self.manifest.is_classifier:
+            raise UsageError(
+                f"this export is for {self.manifest.task}, and its answers are not classes: "
+                "Runtime.decode has them"
+            )
+
     def _probabilities(self, logits: Floats) -> Floats:
         return softmax(logits) if self.thresholds is None else sigmoid(logits)
 
     def _right(self, logits: Floats, labels: NDArray[np.int64]) -> NDArray[np.bool_]:
+        if not self.manifest.is_classifier:
+            found: NDArray[np.bool_] = decoder_of(self.manifest.task).right(logits, labels)
+            return found
         if self.thresholds is None:
             return np.asarray(logits.argmax(1) == labels)
         chosen = sigmoid(logits) >= np.array(self.thresholds, np.float32)
@@ -266,15 +338,17 @@ class Runtime:
 
     def outputs(self, threshold: float | None, pixels: NDArray[np.uint8]) -> Outputs:
         """Compute the outputs for pixels (images, channels, height, width) in one batch."""
-        predictions = self._run(self.preprocess(pixels), threshold, len(pixels))
-        return Outputs(*predictions[:2], predictions.steps if threshold is not None else None)
+        logits, halting, steps = self._run(self.preprocess(pixels), threshold, len(pixels))
+        return Outputs(
+            self._probabilities(logits), halting, steps if threshold is not None else None
+        )
 
-    def _run(self, images: Floats, threshold: float | None, batch_size: int) -> Predictions:
+    def _run(self, images: Floats, threshold: float | None, batch_size: int) -> Computed:
         if len(images) == 0:
             recurs = self.manifest.recursion_steps is not None
-            shares = np.empty((0, len(self.classes)), np.float32)
+            logits = np.empty((0, len(self.classes)), np.float32)
             steps = np.empty(0, np.int64)
-            return Predictions(shares, shares[:, 0] if recurs else None, steps if recurs else None)
+            return Computed(logits, logits[:, 0] if recurs else None, steps if recurs else None)
         if self.manifest.form == "anytime":
             return self._recur(images, NEVER if threshold is None else threshold, batch_size)
         parts = [
@@ -283,14 +357,14 @@ class Runtime:
         ]
         logits, *halting = (np.concatenate(part) for part in zip(*parts, strict=True))
         if self.manifest.recursion_steps is None:
-            return Predictions(self._probabilities(logits), None, None)
+            return Computed(logits, None, None)
         steps = np.full(len(images), self.manifest.recursion_steps)
-        return Predictions(self._probabilities(logits[:, -1]), halting[0][:, -1], steps)
+        return Computed(logits[:, -1], halting[0][:, -1], steps)
 
-    def _recur(self, images: Floats, threshold: float, batch_size: int) -> Predictions:
+    def _recur(self, images: Floats, threshold: float, batch_size: int) -> Computed:
         """Recurse group by group, which bounds memory; images still running share full batches."""
         group, most = 4 * batch_size, self.manifest.recursion_steps or 1
-        logits = np.empty((len(images), len(self.classes)), np.float32)
+        logits = np.empty(0, np.float32)  # until the shape of an answer is known
         halting = np.empty(len(images), np.float32)
         steps = np.zeros(len(images), np.int64)
         for start in range(0, len(images), group):
@@ -298,13 +372,16 @@ class Runtime:
             states = self._batched("embed", [images[left]], batch_size)
             for number in range(1, most + 1):
                 states[1:] = self._batched("step", states, batch_size)
-                logits[left], halting[left] = self._batched("read_out", states[1:2], batch_size)
+                found, halting[left] = self._batched("read_out", states[1:2], batch_size)
+                if len(logits) == 0:
+                    logits = np.empty((len(images), *found.shape[1:]), np.float32)
+                logits[left] = found
                 steps[left] = number
                 going = halting[left] < threshold
                 left, states = left[going], [state[going] for state in states]
                 if len(left) == 0:
                     break
-        return Predictions(self._probabilities(logits), halting, steps)
+        return Computed(logits, halting, steps)
 
     def _batched(self, graph: str, inputs: list[Floats], batch_size: int) -> list[Floats]:
         names = [entry.name for entry in self._graphs[graph].get_inputs()]
@@ -325,8 +402,11 @@ class Runtime:
             reason = " ".join(str(error).split())[:200]
             raise self._unlike_manifest(graph, reason) from error
         classes, steps = len(self.classes), self.manifest.recursion_steps
-        whole = [(classes,)] if steps is None else [(steps, classes), (steps,)]
-        expected = {"model": whole, "read_out": [(classes,), ()]}.get(graph, [])
+        expected: list[tuple[int, ...]] = []
+        if self.manifest.is_classifier:
+            whole: list[tuple[int, ...]]
+            whole = [(classes,)] if steps is None else [(steps, classes), (steps,)]
+            expected = {"model": whole, "read_out": [(classes,), ()]}.get(graph, [])
         count = len(next(iter(inputs.values())))
         found = [np.shape(output) for output in outputs]
         if any(shape[:1] != (count,) for shape in found) or (

@@ -68,6 +68,8 @@ def read(arguments: Sequence[str]) -> Command:
     form = _form(words, presets)
     special: dict[str | None, Any] = {"choice": words[-1]}
     rest, special["command_only"] = _command_only(form.kind, rest)
+    if (complete := getattr(verb.module, "complete", None)) is not None:
+        rest = complete(rest)
     rest = join_numbers(expand_shorthand(rest, form.types), form.types)
     parsed = _parsed(form, rest, " ".join(words))
     for preset in choice.presets if choice else ():

@@ -1,11 +1,11 @@
-"""Classify images, or solve puzzles."""
+"""Classify images, read texts, or solve puzzles: the answers of a model."""
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from smallfry.cli._fields import option
 from smallfry.cli._messages import FAILED, complain
@@ -17,7 +17,7 @@ from smallfry.io.terminal import say
 from smallfry_runtime.files import MOST_TEXT, read_bytes
 from smallfry_runtime.inputs import InputImage, find_images
 from smallfry_runtime.names import path_of
-from smallfry_runtime.predictions import Answer
+from smallfry_runtime.predictions import Answer, Decoded
 
 if TYPE_CHECKING:
     from smallfry.training.puzzle_inference import Solved
@@ -30,7 +30,7 @@ MOST_CLASSES = 2**31 - 1  # all that a model has
 
 @dataclass(frozen=True, kw_only=True)
 class Options(EarlyExit, AsJson, OneRun):
-    """Classify images with a trained model or an export; solve puzzles with one for puzzles.
+    """Classify images with a trained model or an export, or answer by the task of the model.
 
     Args:
         inputs: Image files, folders, globs, or - for an image or a list of files on standard input;
@@ -39,6 +39,7 @@ class Options(EarlyExit, AsJson, OneRun):
         top_k: Number of classes to print per image.
         budget_ms: Use the most accurate sub-model of an export within this latency of one image, in
             milliseconds on the machine that exported.
+        decoding: Settings of the task's decoder, such as {beam: 10} of texts.
         csv: Write the class of each image and the probabilities of all classes into this file.
     """
 
@@ -47,6 +48,7 @@ class Options(EarlyExit, AsJson, OneRun):
     top_k: int = 3
     budget_ms: float | None = option(metavar="MS")
     csv: Path | None = option(metavar="FILE")
+    decoding: dict[str, Any] | None = option(metavar="SETTINGS")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,22 +57,23 @@ class Options(EarlyExit, AsJson, OneRun):
 
 
 def run(options: Options) -> int:
-    """Print the classes of each image; the exit code is 1 if one could not be read.
+    """Print the answer to each image; the exit code is 1 if one could not be read.
 
     Of a model for puzzles, print the answer to each after every recursion step.
     """
-    from smallfry_runtime.manifest import is_export
+    from smallfry_runtime.manifest import Manifest, is_export
 
-    if not is_export(Path(options.run)):
+    if is_export(Path(options.run)):
+        if not Manifest.read(Path(options.run)).is_classifier:
+            return _decode_export(options)
+    else:
         from smallfry.deploy.pretrained import load_trained
-        from smallfry.tasks import ReadsText
-        from smallfry.training.evaluation import task_of
 
         trained = load_trained(options.run, options.checkpoint)
-        if isinstance(task_of(trained.manifest), ReadsText):
-            if options.csv is not None:
-                raise UsageError("csv is for classifiers; take --json for puzzles")
-            return _solve_files(options, trained)
+        if not trained.is_classifier:
+            return _decode_run(options, trained)
+    if options.decoding:
+        raise UsageError("decoding is of tasks whose answers are not classes: leave it out")
     images = find_images(options.inputs, sys.stdin.buffer)
     if options.csv is not None:
         return _write_csv(options, options.csv.expanduser(), images)
@@ -127,21 +130,93 @@ def table_of(answers: Sequence[Answer]) -> Iterator[list[object]]:
         yield [answer.name, *best, *others, *(shares.get(name, "") for name in classes)]
 
 
-def _solve_files(options: Options, trained: "TrainedModel") -> int:
-    """Print the puzzles of files with the answers to them."""
+def _decode_run(options: Options, trained: "TrainedModel") -> int:
+    """Print the answers of a model whose answers are not classes."""
+    from smallfry.tasks import ReadsText
+    from smallfry.training.evaluation import task_of
+    from smallfry.training.inference import decode_images
     from smallfry.training.puzzle_inference import solve
 
+    _refuse_options_of_classes(options)
+    if not isinstance(task_of(trained.manifest), ReadsText):
+        images = find_images(options.inputs, sys.stdin.buffer)
+        found = decode_images(trained, images, options.exit_threshold, options.decoding)
+        return _print_decoded(options, found)
+
+    def answers(text: str) -> Iterator[tuple[dict[str, Any], str]]:
+        for number, solved in enumerate(solve(trained, text, options.exit_threshold), 1):
+            yield solved.to_dict(), _side_by_side(f"puzzle {number}", solved)
+
+    return _print_of_files(options, answers)
+
+
+def _decode_export(options: Options) -> int:
+    """Print the answers of an export whose answers are not classes."""
+    from smallfry_runtime.decoders import decoder_of
+    from smallfry_runtime.runtime import Runtime
+
+    _refuse_options_of_classes(options)
+    runtime = Runtime(options.run)
+    manifest = runtime.manifest
+    threshold = runtime.exit_threshold(
+        options.exit_steps, options.exit_drop, options.exit_threshold
+    )
+    read = getattr(decoder_of(manifest.task), "read", None)
+    if read is None:
+        images = find_images(options.inputs, sys.stdin.buffer)
+        return _print_decoded(options, runtime.decode_each(images, threshold, options.decoding))
+
+    def answers(text: str) -> Iterator[tuple[dict[str, Any], str]]:
+        pixels = read(text, manifest.classes, manifest.frame.height)
+        found = runtime.decode(pixels, threshold, settings=options.decoding)
+        for number, rows in enumerate(found, 1):
+            yield {"answer": rows}, "\n".join((f"puzzle {number}:", *rows, ""))
+
+    return _print_of_files(options, answers)
+
+
+def _refuse_options_of_classes(options: Options) -> None:
+    if options.csv is not None:
+        raise UsageError("csv is for classifiers; take --json here")
+    if options.budget_ms is not None:
+        raise UsageError("budget_ms is for classifiers with sub-models: leave it out")
+
+
+def _print_decoded(options: Options, answers: Iterable[Decoded]) -> int:
+    """Print the answers to images; the exit code is 1 if one could not be read."""
+    code = 0
+    for answer in answers:
+        if answer.error is not None:
+            code = complain(answer.error, FAILED)
+        elif options.json:
+            say(json.dumps(answer.to_dict(), ensure_ascii=False))
+        else:
+            say(f"{answer.name}: {_in_a_line(answer.value)}")
+    return code
+
+
+def _in_a_line(value: Any) -> str:
+    """Format a decoded answer: the first entry of a mapping, and its numbers as shares."""
+    if not isinstance(value, dict):
+        return str(value)
+    first = next(iter(value.values()))
+    shares = [f"{name} {share:.1%}" for name, share in value.items() if isinstance(share, float)]
+    return "  ".join((str(first), *shares))
+
+
+def _print_of_files(
+    options: Options, answers: Callable[[str], Iterable[tuple[dict[str, Any], str]]]
+) -> int:
+    """Print the answers to text files, as JSON or text."""
     code = 0
     for name in options.inputs:
         try:
             content = sys.stdin.buffer.read(MOST_TEXT) if name == "-" else read_bytes(path_of(name))
-            for number, solved in enumerate(
-                solve(trained, content.decode(), options.exit_threshold), 1
-            ):
+            for number, (plain, text) in enumerate(answers(content.decode()), 1):
                 if options.json:
-                    say(json.dumps({"file": name, "puzzle": number, **solved.to_dict()}))
+                    say(json.dumps({"file": name, "puzzle": number, **plain}))
                 else:
-                    say(_side_by_side(f"{name}, puzzle {number}", solved))
+                    say(f"{name}, {text}")
         except (OSError, DataError, UnicodeDecodeError) as error:
             code = complain(f"{name}: {error}", FAILED)
     return code

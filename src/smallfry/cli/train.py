@@ -1,6 +1,7 @@
 """Train a model."""
 
-from collections.abc import Mapping
+import argparse
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,20 @@ class Options:
     processes: int | None = process_count()
     settings: TrainConfig = settings_of(TrainConfig)
     given: Mapping[str, Any] = given_settings(beside="resume")
+
+
+def complete(arguments: Sequence[str]) -> list[str]:
+    """Put the recipe of a task before its options, unless a file of settings is given."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("--task", "--config", "--resume"):
+        parser.add_argument(name)
+    found, _ = parser.parse_known_args(list(arguments))
+    if found.task is None or found.config or found.resume:
+        return list(arguments)
+    from smallfry.training.recipes import recipe_of
+
+    file = recipe_of(found.task)
+    return [*arguments] if file is None else ["--config", str(file), *arguments]
 
 
 def run(options: Options) -> int:

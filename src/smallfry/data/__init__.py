@@ -2,7 +2,7 @@
 
 from smallfry.data.dataset import load_data
 from smallfry.data.image_data import ImageData
-from smallfry.data.named import NAMED
+from smallfry.data.named import NAMED, is_named
 from smallfry.data.splits import Split
 
-__all__ = ["NAMED", "ImageData", "Split", "load_data"]
+__all__ = ["NAMED", "ImageData", "Split", "is_named", "load_data"]

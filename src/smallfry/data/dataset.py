@@ -19,7 +19,6 @@ from smallfry.data.decoded import (
 )
 from smallfry.data.fingerprint import digest, stamp
 from smallfry.data.folders import folders_in
-from smallfry.data.generators import generate, generated_names
 from smallfry.data.image_data import ImageData
 from smallfry.data.label_files import LabelColumns, read_label_file
 from smallfry.data.labels import with_known_labels
@@ -28,8 +27,8 @@ from smallfry.data.named import (
     NOTHING_TO_TELL_APART,
     find_folder,
     find_source,
-    require_no_root,
 )
+from smallfry.data.registered import Wanted, find_reader
 from smallfry.data.several_labels import LabelForm, find_several, load_several
 from smallfry.data.shards import WINDOW
 from smallfry.data.sources import (
@@ -119,7 +118,7 @@ def load_data(
             from the file of labels, or from class folders that share images.
         label_columns: Columns of 0 and 1 in the file of labels, one for each class.
         label_separator: Between classes in the label column; default the one of | ; , in use.
-        options: Settings of generated puzzles.
+        options: Settings of a generated data set, or of a kit's.
 
     Raises:
         UsageError: An unknown name, an impossible option, or classes wanted of ``curves`` or
@@ -129,19 +128,17 @@ def load_data(
     frame = None if image_size is None else frame_of(image_size, resize, "data.image_size")
     _check_options(channels, validation, test, limit, window, bit_depth)
     place = None if root is None else Path(root)
-    if name in generated_names():
-        require_no_root(name, place)
-        return generate(
-            name,
-            options or {},
-            *(validation, test, split_seed, limit),
-            image_size=None if frame is None else frame.size,
-            resize=resize,
-            channels=channels,
-            label=label,
-            stream=stream,
-            bit_depth=bit_depth,
-        )
+    if (reader := find_reader(name)) is not None:
+        of_images = {
+            "image_size": None if frame is None else frame.size,
+            "resize": resize,
+            "channels": channels,
+            "label": label,
+            "stream": stream,
+            "bit_depth": bit_depth,
+        }
+        shares = (validation, test, split_seed, limit)
+        return reader(name, Wanted(place, options or {}, *shares, of_images))
     if options:
         raise UsageError(f"data.options are of generated data sets, and {name} is none")
     if min_classes > 1 and name in NOTHING_TO_TELL_APART:

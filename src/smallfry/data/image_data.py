@@ -30,7 +30,7 @@ from smallfry.data.sources import (
 from smallfry.data.splits import Split
 from smallfry.data.stream import ShardPixels
 from smallfry.data.symmetry import Symmetry
-from smallfry.errors import SmallfryWarning
+from smallfry.errors import DataError, SmallfryWarning
 from smallfry_runtime.frames import Frame, ImageSize, Resize, frame_of
 from smallfry_runtime.names import text_of
 
@@ -57,6 +57,8 @@ class ImageData:
         symmetries: Random symmetries of so many training grids of symbols, for their augmentation.
         generated: Settings of a generated data set; None of real images.
         resize: How pictures of another shape became such images; see ``Frame``.
+        has_symbols: Labels are numbers of symbols, several a sample, such as a grid or a text;
+            classes are their names, and the first is padding.
     """
 
     name: str
@@ -75,6 +77,7 @@ class ImageData:
     symmetries: Callable[[int], Symmetry] | None = field(default=None, repr=False)
     generated: Mapping[str, Any] | None = None
     resize: Resize = "crop"
+    has_symbols: bool = False
 
     @property
     def frame(self) -> Frame:
@@ -195,8 +198,13 @@ class ImageData:
 
         Images of classes that are not among them are left out with a warning. If no class is, the
         data stays as it is.
+
+        Raises:
+            DataError: Symbols that are not among them.
         """
-        if self.train.labels.ndim == 2 and self.generated is None:
+        if self.has_symbols:
+            return self._respelled(classes)
+        if self.train.labels.ndim == 2:
             return self._rearranged(classes)
         places = {text_of(name): label for label, name in enumerate(classes)}
         table = np.array([places.get(name, LACKING) for name in self.classes], np.int64)
@@ -242,6 +250,29 @@ class ImageData:
                 if name in classes:
                     table[:, list(classes).index(name)] = split.labels[:, i]
             return replace(split, labels=table)
+
+        return replace(
+            self,
+            classes=tuple(classes),
+            train=of(self.train),
+            validation=of(self.validation),
+            _held_out=of(self.test),
+        )
+
+    def _respelled(self, classes: Sequence[str]) -> "ImageData":
+        """Return samples of several symbols with their labels in another order of symbols."""
+        if tuple(classes) == self.classes:
+            return self
+        lacking = [name for name in self.classes if name not in classes]
+        if lacking:
+            raise DataError(
+                f"{self.origin}: has symbols that the model does not know ({some_of(lacking)}); "
+                "leave out the samples with them"
+            )
+        table = torch.tensor([list(classes).index(name) for name in self.classes])
+
+        def of(split: Split) -> Split:
+            return replace(split, labels=table[split.labels])
 
         return replace(
             self,

@@ -12,6 +12,7 @@ from smallfry.data.faces import read_faces
 from smallfry.data.folders import read_folder
 from smallfry.data.generators import generated_names
 from smallfry.data.parquet_shards import count_rows
+from smallfry.data.registered import find_reader
 from smallfry.data.shard_index import find_shards, read_shards
 from smallfry.data.sources import TRAIN, EncodedSplit, Hub, Source, read_hub
 from smallfry.errors import DataError, SmallfryWarning, UsageError, nearest
@@ -32,6 +33,11 @@ NOTHING_TO_TELL_APART: Mapping[str, str] = {
     "curves": "all its images are of one class",
     "faces": "its validation and test images show other people than its training images",
 }
+
+
+def is_named(name: str) -> bool:
+    """Return whether a name is that of a data set, rather than of a folder."""
+    return name in NAMED or find_reader(name) is not None
 
 
 def find_source(

@@ -44,7 +44,7 @@ from smallfry.training.evaluation_data import load_like
 from smallfry.training.run import TrainedModel, thresholds_of
 from smallfry.transforms.nested import nest_of
 from smallfry_runtime.early_exit import operating_points, pareto_front, warn_of_few
-from smallfry_runtime.manifest import MANIFEST, PRECISIONS, PROGRAM, Manifest, require_free
+from smallfry_runtime.manifest import CLASSES, MANIFEST, PRECISIONS, PROGRAM, Manifest, require_free
 from smallfry_runtime.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -362,6 +362,7 @@ def _manifest(
         bit_depth=trained.bit_depth,
         resize=trained.resize,
         thresholds=thresholds_of(trained) or (),
+        task=CLASSES if trained.is_classifier else trained.manifest["task"],
         recursion_steps=_steps(trained.model) if isinstance(trained.model, Recursive) else None,
         training=dict(facts),
         license=license,
@@ -371,20 +372,36 @@ def _manifest(
 
 
 def _require_agreement(trained: TrainedModel, runtime: Runtime) -> None:
-    """Compare with PyTorch on random images, at batch sizes that were not traced."""
-    pixels = np.random.default_rng(0).integers(0, 256, (8, *trained.input_shape), np.uint8)
+    """Compare with PyTorch on random images, at batch sizes that were not traced.
+
+    Classes are compared by their probabilities, other outputs relative to the largest of them.
+    """
+    values = len(trained.classes) if _holds_symbols(trained) else 256
+    shape = (8, *trained.input_shape)
+    pixels = np.random.default_rng(0).integers(0, values, shape, np.uint8)
     with torch.inference_mode():
         logits = forward(trained.model, trained.normalize(torch.from_numpy(pixels)))[0]
-    is_single = thresholds_of(trained) is None
-    wanted = (logits.softmax(dim=1) if is_single else logits.sigmoid()).numpy()
+    wanted = (logits.softmax(dim=1) if thresholds_of(trained) is None else logits.sigmoid()).numpy()
+    if not trained.is_classifier:
+        wanted = logits.numpy()
+    scale = 1.0 if trained.is_classifier else max(1.0, float(np.abs(wanted).max()))
     for count in (1, len(pixels)):
-        given = runtime.predict(pixels[:count]).probabilities
-        distance = float(np.abs(given - wanted[:count]).max())
+        if trained.is_classifier:
+            given = runtime.predict(pixels[:count]).probabilities
+        else:
+            given = runtime.compute(pixels[:count]).logits
+        distance = float(np.abs(given - wanted[:count]).max()) / scale
         if not distance <= TOLERANCE:
             raise ExportError(
                 f"the exported graphs differ from the model by {distance:.1e} in probability, "
                 f"where {TOLERANCE:.0e} is allowed: please report this model"
             )
+
+
+def _holds_symbols(trained: TrainedModel) -> bool:
+    """Return whether pixels are numbers of symbols, which become inputs as they are."""
+    sample = trained.manifest["input"]
+    return list(sample["mean"]) == [0.0] and list(sample["std"]) == [1 / 255]
 
 
 def _saved(program: torch.export.ExportedProgram) -> bytes:

@@ -46,7 +46,6 @@ from smallfry.training.run import (
     RunFolder,
     TrainedModel,
     load_run,
-    require_class_answers,
     require_classifier,
 )
 from smallfry.version import __version__
@@ -198,7 +197,6 @@ def gather(
 ) -> tuple[TrainedModel, dict[str, Any], Path | None]:
     """Collect a model, its metadata and its picture."""
     trained = run if isinstance(run, TrainedModel) else load_trained(run, checkpoint)
-    require_class_answers(trained)
     if isinstance(run, TrainedModel):
         return run, metadata_of_model(run), None
     path, picture = Path(run), None

@@ -26,8 +26,9 @@ from smallfry.io.console import CleanConsole
 from smallfry.io.json import strict
 from smallfry.report.quantization import draw_ranges
 from smallfry.report.table import NONE, number
-from smallfry.training.evaluation import score_probabilities
+from smallfry.training.evaluation import Predictions, score, task_of
 from smallfry.training.provenance import provenance
+from smallfry_runtime.decoders import decoder_of, has_decoder
 from smallfry_runtime.manifest import GRAPHS, QUANTIZATION, RANGES, Manifest
 from smallfry_runtime.runtime import Runtime
 
@@ -75,17 +76,16 @@ def write_report(
     }
     test = data.test if data is not None and data.test_count else None
     if data is not None and test is not None and not manifest.thresholds:  # one class an image
-        pixels = test.images.numpy()
-        said = {name: runtime.predict(pixels).probabilities for name, runtime in runtimes.items()}
-        for name, probabilities in said.items():
-            scores = score_probabilities(probabilities, test.labels)
-            report[name] |= {key: scores[key] for key in ("accuracy", "macro_f1")}
-        same = said["float32"].argmax(axis=1) == said["eight_bits"].argmax(axis=1)
-        report["agreement"] = float(same.mean())
+        pixels, task = test.images.numpy(), task_of({"task": manifest.task})
+        said = {name: runtime.compute(pixels).logits for name, runtime in runtimes.items()}
+        for name, logits in said.items():
+            scores = score(Predictions(torch.from_numpy(logits), test.labels, None), task)
+            report[name] |= {key: scores[key] for key in ("accuracy", "macro_f1") if key in scores}
+        report["agreement"] = _agreement(said["float32"], said["eight_bits"], manifest)
         report["measured_on"] = f"{len(test):,} test images of {Path(data.name).name}"
     shape = (1, *manifest.input_shape)
     image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    calls = {name: partial(runtime.predict, image) for name, runtime in runtimes.items()}
+    calls = {name: partial(runtime.compute, image) for name, runtime in runtimes.items()}
     for name, taken in take_turns(calls, SECONDS).items():
         report[name]["latency_ms"] = taken._asdict()
     report["latency"] = {"batch_size": 1, "threads": THREADS, "all_recursion_steps": True}
@@ -100,6 +100,14 @@ def write_report(
     report["provenance"] = evidence | {"command": without_paths(str(evidence["command"]))}
     (folder / REPORT).write_text(json.dumps(strict(report), indent=1, allow_nan=False) + "\n")
     return report
+
+
+def _agreement(one: NDArray[Any], other: NDArray[Any], manifest: Manifest) -> float:
+    """Compute the share of samples with the same answer."""
+    if manifest.is_classifier or not has_decoder(manifest.task):
+        return float((one.argmax(axis=-1) == other.argmax(axis=-1)).mean())
+    decode = partial(decoder_of(manifest.task).decode, classes=manifest.classes)
+    return float(np.mean([a == b for a, b in zip(decode(one), decode(other), strict=True)]))
 
 
 def spans_of(

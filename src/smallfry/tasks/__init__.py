@@ -1,15 +1,13 @@
 """Tasks: the meaning of a model's outputs."""
 
-import importlib
-import pkgutil
-from functools import cache
-
 from smallfry.errors import UsageError, nearest
+from smallfry.io.plugins import kit_names, load_kit, load_plugins, scan
 from smallfry.tasks.task import (
     Batch,
     Calibrated,
     HasChoices,
     HasDefaults,
+    HasRecipe,
     Pictured,
     ReadsText,
     ScoredByClass,
@@ -22,6 +20,7 @@ __all__ = [
     "Calibrated",
     "HasChoices",
     "HasDefaults",
+    "HasRecipe",
     "Pictured",
     "ReadsText",
     "ScoredByClass",
@@ -50,9 +49,13 @@ def register(kind: type[Task]) -> type[Task]:
 
 
 def task_names() -> list[str]:
-    """List the names of all registered tasks in alphabetical order."""
-    _scan()
-    return sorted(_TASKS)
+    """List the names of all tasks in alphabetical order: registered ones, and all kits'.
+
+    Of a kit that has not been imported this is its own name, that of its first task.
+    """
+    scan(__name__)
+    load_plugins()
+    return sorted({*_TASKS, *kit_names()})
 
 
 def find_task(name: str) -> type[Task]:
@@ -60,14 +63,10 @@ def find_task(name: str) -> type[Task]:
 
     Raises:
         UsageError: There is none.
+        ModuleNotFoundError: Its kit needs a package that is not installed.
     """
+    load_kit(name)
     names = task_names()
-    if name not in names:
+    if name not in _TASKS:
         raise UsageError(f"unknown task '{name}'{nearest(name, names)}")
     return _TASKS[name]
-
-
-@cache
-def _scan() -> None:
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")

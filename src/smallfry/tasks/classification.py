@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from smallfry.data import Split
 from smallfry.report.confusion import balanced_accuracy, macro_f1
 from smallfry.tasks import register
+from smallfry_runtime.decoders import require_no_settings
 
 __all__ = ["ClassTargets", "Classification"]
 
@@ -101,8 +102,15 @@ class Classification:
         """Rank by accuracy, then by loss."""
         return scores["accuracy"], -scores["loss"]
 
-    def decode(self, outputs: Tensor) -> list[Any]:
-        """Return the probability of each class."""
+    def decode(
+        self, outputs: Tensor, classes: Sequence[str], settings: Mapping[str, Any] | None = None
+    ) -> list[Any]:
+        """Return the probability of each class, in their order.
+
+        Raises:
+            UsageError: There are settings, and it has none.
+        """
+        require_no_settings(settings)
         probabilities: list[Any] = outputs.softmax(dim=1).tolist()
         return probabilities
 

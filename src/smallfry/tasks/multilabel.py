@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from smallfry.data import Split
 from smallfry.errors import UsageError
 from smallfry.tasks import register
+from smallfry_runtime.decoders import require_no_settings
 
 __all__ = ["MultiLabel", "best_thresholds"]
 
@@ -139,8 +140,15 @@ class MultiLabel:
         """Rank by mean average precision, then by loss."""
         return scores["mean_average_precision"], -scores["loss"]
 
-    def decode(self, outputs: Tensor) -> list[Any]:
-        """Return the probability of each class."""
+    def decode(
+        self, outputs: Tensor, classes: Sequence[str], settings: Mapping[str, Any] | None = None
+    ) -> list[Any]:
+        """Return the probability of each class, in their order.
+
+        Raises:
+            UsageError: There are settings, and it has none.
+        """
+        require_no_settings(settings)
         probabilities: list[Any] = outputs.sigmoid().tolist()
         return probabilities
 

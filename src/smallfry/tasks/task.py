@@ -20,6 +20,7 @@ __all__ = [
     "Calibrated",
     "HasChoices",
     "HasDefaults",
+    "HasRecipe",
     "Pictured",
     "ReadsText",
     "ScoredByClass",
@@ -108,8 +109,15 @@ class Task(Protocol):
     def rank(self, scores: Mapping[str, float]) -> tuple[float, ...]:
         """Return a sort key of scores: the epoch with the greatest is the best."""
 
-    def decode(self, outputs: Tensor) -> list[Any]:
-        """Decode predictions of a batch to values that JSON can hold."""
+    def decode(
+        self, outputs: Tensor, classes: Sequence[str], settings: Mapping[str, Any] | None = None
+    ) -> list[Any]:
+        """Decode the outputs for a batch to values that JSON can hold.
+
+        Settings are the task's own, such as the width of a search; most tasks have none. Exports
+        are decoded by ``smallfry_runtime.decoders``, without PyTorch: a task that has a module
+        there calls it.
+        """
 
 
 @runtime_checkable
@@ -164,6 +172,13 @@ class HasDefaults(Protocol):
     """Task with a model and an objective of its own."""
 
     defaults: ClassVar[TaskDefaults]
+
+
+@runtime_checkable
+class HasRecipe(Protocol):
+    """Task with a recipe: the settings of a run that names the task alone."""
+
+    recipe: ClassVar[Path]
 
 
 @runtime_checkable

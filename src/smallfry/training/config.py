@@ -22,6 +22,7 @@ from smallfry_runtime.files import read_bytes
 from smallfry_runtime.frames import frame_of
 from smallfry_runtime.names import URI, path_of, storable
 
+CLASSIFICATION = "classification"
 MULTILABEL = "multilabel"  # the task whose images have several classes
 MOST_SEED = 2**63  # above which PyTorch takes none
 MOST_WORKERS = 1024  # processes, or threads; more end a process without a word
@@ -64,7 +65,8 @@ class DataConfig:
             folders that share images; the default of the task multilabel.
         label_columns: Columns of 0 and 1 in the file of labels, one for each class.
         label_separator: Between classes in the label column; default the one of | ; , in use.
-        options: Settings of generated puzzles, such as {puzzles: 1000, seed: 0, split: class}.
+        options: Settings of a generated data set, such as {puzzles: 1000, seed: 0, split: class},
+            or of a kit's.
     """
 
     name: str = "digits"
@@ -363,7 +365,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
-    task: str = "classification"
+    task: str = CLASSIFICATION
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)

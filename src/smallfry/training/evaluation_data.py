@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from smallfry.data import NAMED, ImageData, Split, load_data
+from smallfry.data import ImageData, Split, is_named, load_data
 from smallfry.data.duplicates import image_hashes
 from smallfry.data.named import NO_ROOT
 from smallfry.errors import AccessError, DataError, SmallfryError, SmallfryWarning, UsageError
@@ -78,7 +78,7 @@ def require_place(wanted: DataConfig, remedy: str) -> None:
         DataError: It is not; ``remedy`` says what to do.
     """
     folder = path_of(wanted.name)
-    if wanted.name not in NAMED and folder.is_absolute() and not folder.is_dir():
+    if not is_named(wanted.name) and folder.is_absolute() and not folder.is_dir():
         raise DataError(f"{folder}: the run's data is missing; {remedy}")
 
 
@@ -165,7 +165,7 @@ def _sized(wanted: DataConfig, trained: TrainedModel) -> DataConfig:
 
 
 def _is_same_place(name: str, other: str) -> bool:
-    if name in NAMED or other in NAMED:
+    if is_named(name) or is_named(other):
         return name == other
     one, two = path_of(name), path_of(other)
     return one.exists() and two.exists() and one.samefile(two)

@@ -1,15 +1,41 @@
 """Inference with a trained model in PyTorch."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from smallfry.training.evaluation import forward
+from smallfry.training.evaluation import forward, task_of
 from smallfry.training.run import TrainedModel, require_class_answers, thresholds_of
 from smallfry_runtime.inputs import InputImage
-from smallfry_runtime.predictions import Answer, Outputs, answers
+from smallfry_runtime.predictions import Answer, Decoded, Outputs, answers, decoded
+
+
+def decode_images(
+    trained: TrainedModel,
+    images: Iterable[InputImage],
+    exit_threshold: float | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Iterator[Decoded]:
+    """Decode a model's answers to images in order, by its task.
+
+    Args:
+        trained: The model.
+        images: The images; one that can't be read gives an ``error``.
+        exit_threshold: Halting probability at which an image leaves the recursion.
+        settings: Of the task's decoder.
+    """
+    task = task_of(trained.manifest)
+
+    @torch.inference_mode()
+    def run(pixels: NDArray[np.uint8]) -> list[Any]:
+        batch = trained.normalize(torch.from_numpy(pixels))
+        outputs = forward(trained.model, batch, exit_threshold)[0]
+        return task.decode(outputs.float(), trained.classes, settings)
+
+    return decoded(run, images, trained.frame, trained.channels, trained.bit_depth)
 
 
 def classify(

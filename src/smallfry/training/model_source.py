@@ -17,7 +17,7 @@ from smallfry.training.evaluation import task_of
 from smallfry.training.fine_tuning import START, kept_facts, make_from_start, start_facts
 from smallfry.training.initial_weights import InitialWeights
 from smallfry.training.run import TrainedModel
-from smallfry.transforms.build import build
+from smallfry.transforms.build import build, is_model
 from smallfry.transforms.spec import OF_THE_FACTORY, ModelSpec
 
 MOST_REASON = 300  # characters of a library's error
@@ -98,7 +98,7 @@ def create_model(
         weights: Arguments of timm's factory that name initial weights.
     """
     name = model_name(config, data, task)
-    if not timm.is_model(name):
+    if not is_model(name):
         raise UsageError(f"unknown model '{name}'{nearest(name, timm.list_models())}")
     outputs = (task or task_of({})).outputs(len(data.classes))
     arguments: dict[str, Any] = {"num_classes": outputs, "in_chans": data.channels}

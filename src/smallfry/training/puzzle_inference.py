@@ -8,9 +8,9 @@ import torch
 from smallfry.errors import UsageError
 from smallfry.models import Recursive
 from smallfry.tasks import ReadsText
-from smallfry.tasks.puzzle import text_of_grid
 from smallfry.training.evaluation import task_of
 from smallfry.training.run import TrainedModel
+from smallfry_runtime.decoders.puzzle import text_of_grid
 
 __all__ = ["PuzzleStep", "Solved", "solve"]
 

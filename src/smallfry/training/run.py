@@ -34,7 +34,7 @@ from smallfry.training.checkpoint import (
     write_file,
 )
 from smallfry.training.compression import UNFINISHED
-from smallfry.training.config import MULTILABEL
+from smallfry.training.config import CLASSIFICATION, MULTILABEL
 from smallfry.training.export_settings import ExportSettings
 from smallfry.transforms.build import build
 from smallfry.transforms.spec import ModelSpec
@@ -207,6 +207,11 @@ class TrainedModel(NamedTuple):
         return self.frame.shape(self.channels)
 
     @property
+    def is_classifier(self) -> bool:
+        """True if the answers are classes, one or several an image."""
+        return self.manifest.get("task", CLASSIFICATION) in (CLASSIFICATION, MULTILABEL)
+
+    @property
     def spec(self) -> ModelSpec:
         """Spec of the model, without the source of its initial weights."""
         return ModelSpec.from_dict(self.manifest["model"]).portable()
@@ -236,6 +241,22 @@ class TrainedModel(NamedTuple):
             DataError: An image can't be read.
         """
         found: list[Answer] = import_module(USE).predict_images(self, images, top_k)
+        return found
+
+    def decode(self, images: Any, settings: Mapping[str, Any] | None = None) -> list[Any]:
+        """Decode the model's answers to images, by its task: texts, or the probability of a class.
+
+        Args:
+            images: As ``predict``.
+            settings: Of the task's decoder, such as ``{"beam": 10}`` of texts.
+
+        Returns:
+            A value for each image that JSON can hold.
+
+        Raises:
+            DataError: An image can't be read.
+        """
+        found: list[Any] = import_module(USE).decode_answers(self, images, settings)
         return found
 
     def evaluate(self, data: Any = None, split: str = "test") -> dict[str, Any]:
@@ -311,8 +332,9 @@ def load_run(run: str | Path, checkpoint: str = "best") -> TrainedModel:
             raise TypeError("methods must be a list")
         # the weights are here already, wherever the training took them from
         spec = ModelSpec.from_dict(manifest["model"], str(folder)).portable()
+        task = find_task(manifest.get("task", "classification"))  # whose kit may have the model
         model = _built(spec, weights, str(folder), manifest.get(UNFINISHED))
-        outputs = find_task(manifest.get("task", "classification")).create().outputs(len(classes))
+        outputs = task.create().outputs(len(classes))
         if getattr(model, "num_classes", outputs) != outputs:
             raise ValueError(f"there are {len(classes)} names of classes")
         normalize = Normalize(sample["mean"], sample["std"])
@@ -421,12 +443,11 @@ def require_class_answers(trained: TrainedModel) -> None:
     Raises:
         UsageError: It was trained for another task.
     """
-    task = trained.manifest.get("task", "classification")
-    if task not in ("classification", MULTILABEL):
+    task = trained.manifest.get("task", CLASSIFICATION)
+    if not trained.is_classifier:
         raise UsageError(
-            f"the model was trained for {task}: only classifiers can be exported, shared, "
-            "benchmarked and used for predictions; "
-            "tasks.find_task(NAME).create().decode reads its outputs"
+            f"the model was trained for {task}, and its answers are not classes: "
+            "TrainedModel.decode has them, and smallfry predict prints them"
         )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from smallfry.costing import cost
-from smallfry.data import NAMED, ImageData
+from smallfry.data import ImageData, is_named
 from smallfry.data.own import is_own, keep_data
 from smallfry.errors import (
     DataError,
@@ -57,6 +57,7 @@ from smallfry.training.own_task import facts, with_own
 from smallfry.training.processes import Processes, leaving, start
 from smallfry.training.progress import Reporter, build_reporter
 from smallfry.training.provenance import provenance
+from smallfry.training.recipes import with_recipe
 from smallfry.training.references import fit_references
 from smallfry.training.run import RunFolder, load_run, new_run_folder
 from smallfry.training.selection import require_choice
@@ -107,7 +108,8 @@ def run(
     Args:
         config: Configuration; if None, ``settings`` are its arguments.
         code: Files or modules with code of the user that the configuration names, or an OwnCode.
-        settings: Groups of settings can be mappings, such as ``data={"name": "digits"}``. Data can
+        settings: Those that are not given are the recipe's of a task that has one, else defaults.
+            Groups can be mappings, such as ``data={"name": "digits"}``. Data can
             be images and labels, or a Dataset: ``smallfry.data.own.write_data``. Callbacks, metrics
             and ``objective["loss"]`` can be functions and objects.
 
@@ -126,7 +128,7 @@ def run(
             raise UsageError(f"train has no setting '{name}'{nearest(name, known)}")
     if is_own(settings.get("data")):
         settings["data"] = str(keep_data(settings["data"]))
-    plain, own = take_objects(settings, code)
+    plain, own = take_objects(with_recipe(settings), code)
     return TrainedRun(train(config or TrainConfig(**plain), code=own))
 
 
@@ -301,7 +303,7 @@ def with_full_paths(config: TrainConfig) -> TrainConfig:
     """Make paths absolute, so that the run can be resumed and evaluated from any folder."""
     wanted = config.data
     folder = path_of(wanted.name)
-    is_folder = wanted.name not in NAMED and folder.is_dir()
+    is_folder = not is_named(wanted.name) and folder.is_dir()
     name = str(folder.resolve()) if is_folder else wanted.name
     root = None if wanted.root is None else wanted.root.expanduser().resolve()
     run = None if config.run is None else config.run.expanduser()

@@ -1,7 +1,7 @@
 """Use of a trained model on images and data sets in Python."""
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from smallfry.data.own import as_picture, is_own, keep_data
 from smallfry.errors import UsageError
 from smallfry.training.evaluation import predict, require_finite, score, task_of
 from smallfry.training.evaluation_data import load_like
-from smallfry.training.inference import classify
+from smallfry.training.inference import classify, decode_images
 from smallfry.training.run import TrainedModel
 from smallfry_runtime.errors import DataError
 from smallfry_runtime.inputs import InputImage, find_images
@@ -28,6 +28,17 @@ def predict_images(trained: TrainedModel, images: Any, top_k: int = 3) -> list[A
         if answer.error is not None:
             raise DataError(answer.error)
     return answers
+
+
+def decode_answers(
+    trained: TrainedModel, images: Any, settings: Mapping[str, Any] | None = None
+) -> list[Any]:
+    """Decode the answers to images; see ``TrainedModel.decode``."""
+    found = list(decode_images(trained, _inputs(images), settings=settings))
+    for each in found:
+        if each.error is not None:
+            raise DataError(each.error)
+    return [each.value for each in found]
 
 
 def _inputs(images: Any) -> Iterator[InputImage]:

@@ -18,6 +18,7 @@ from torch.nn.modules.module import (
 )
 
 from smallfry.errors import RunError, nearest
+from smallfry.io.plugins import load_kits
 from smallfry.transforms.spec import ModelSpec
 from smallfry.version import __version__
 
@@ -55,7 +56,7 @@ def build(
         'ResNet'
     """
     name = spec.architecture
-    if not timm.is_model(name) or ":" in name:
+    if not is_model(name) or ":" in name:
         raise RunError(
             f"{where}: unknown architecture '{name}' for smallfry {__version__} and timm "
             f"{timm.__version__}{nearest(name, timm.list_models())}"
@@ -74,6 +75,13 @@ def build(
     if weights is not None:
         _fill(model, weights, where)
     return model.eval()
+
+
+def is_model(name: str) -> bool:
+    """Return whether an architecture is known, to timm's registry or to a kit."""
+    if not timm.is_model(name):
+        load_kits()
+    return bool(timm.is_model(name))
 
 
 def _fill(model: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:

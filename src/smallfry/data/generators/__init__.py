@@ -3,9 +3,9 @@
 Each module registers its names; importing this package imports all of them.
 """
 
-from smallfry.data.generators.grids import generate, generated_names
+from smallfry.data.generators.grids import generated_names
 from smallfry.io.plugins import scan
 
 scan(__name__)
 
-__all__ = ["generate", "generated_names"]
+__all__ = ["generated_names"]

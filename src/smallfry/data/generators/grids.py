@@ -7,9 +7,9 @@ back in another split when it is transformed.
 
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, NamedTuple, Protocol
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,14 +19,14 @@ from torch import Tensor
 from smallfry.data.cache import decoded
 from smallfry.data.fingerprint import digest
 from smallfry.data.image_data import ImageData
+from smallfry.data.registered import Wanted, register_data
 from smallfry.data.sources import EncodedSplit
 from smallfry.data.splits import Split
 from smallfry.data.symmetry import Symmetry
-from smallfry.errors import UsageError, nearest
+from smallfry.errors import UsageError
 
 PARTS = 5  # of all classes, of which one is tested with ``split: class``
 MOST_PUZZLES = 1_000_000
-FIXED = {"label": None, "stream": None, "bit_depth": None, "channels": 1, "resize": "crop"}
 
 
 class Puzzle(NamedTuple):
@@ -101,6 +101,7 @@ _FAMILIES: dict[str, Build] = {}
 def register(names: Iterable[str], build: Build) -> None:
     """Register the names of a family, with what builds it from a name and settings."""
     _FAMILIES.update(dict.fromkeys(names, build))
+    register_data(_FAMILIES, read_puzzles)
 
 
 def generated_names() -> tuple[str, ...]:
@@ -108,60 +109,29 @@ def generated_names() -> tuple[str, ...]:
     return tuple(_FAMILIES)
 
 
-def settings_from(kind: type[Any], options: Mapping[str, Any]) -> Any:
-    """Build settings from ``data.options``.
-
-    Raises:
-        UsageError: One that is not there, or of another type.
-    """
-    known = {field.name: field.default for field in fields(kind)}
-    for name, value in options.items():
-        if name not in known:
-            raise UsageError(f"data.options has no '{name}'{nearest(name, known)}")
-        wanted = type(known[name])
-        if type(value) is not wanted and not (wanted is float and type(value) is int):
-            raise UsageError(
-                f"data.options.{name} must be of type {wanted.__name__}, got {value!r}"
-            )
-    return kind(**options)
-
-
-def generate(
-    name: str,
-    options: Mapping[str, Any],
-    validation: float = 0.1,
-    test: float = 0.2,
-    split_seed: int = 0,
-    limit: int | None = None,
-    **others: Any,
-) -> ImageData:
+def read_puzzles(name: str, wanted: Wanted) -> ImageData:
     """Generate a data set, or take it from the cache.
 
     Args:
-        name: One of ``generated_names``.
-        options: Settings of the family.
-        validation: Share of the training puzzles held out.
-        test: Share of the puzzles held out; with ``split: class`` only 0 matters.
-        split_seed: Seed of the held-out shares.
-        limit: Use only so many training puzzles.
-        others: Settings of images, which must be left out.
+        name: Its registered name.
+        wanted: Options of the family, and shares held out: with ``split: class``, only whether
+            ``test`` is 0 matters.
 
     Raises:
         UsageError: A setting that does not apply.
     """
-    family, settings = _FAMILIES[name](name, options)
+    if wanted.root is not None:
+        raise UsageError(f"{name} is generated and does not use data.root")
+    family, settings = _FAMILIES[name](name, wanted.options)
     settings = replace(settings, puzzles=settings.puzzles or family.usual)
-    for option, value in others.items():
-        fixed = {**FIXED, "image_size": family.side}
-        if option in fixed and value not in (None, fixed[option]):
-            raise UsageError(f"{name} is generated and has no data.{option}: leave it out")
+    wanted.require_fixed(name, channels=1, image_size=family.side)
     pixels = torch.from_numpy(_cached(name, family, settings))
     grids, solutions = pixels[:, :1].contiguous(), pixels[:, 1].flatten(1).long()
     everything = Split(grids, torch.arange(len(grids)), solutions)
-    held = _tested(name, settings, pixels[:, 2, 0, 1], test, split_seed)
-    chosen = torch.randperm(len(held), generator=_seeded(split_seed + 1))
+    held = _tested(name, settings, pixels[:, 2, 0, 1], wanted.test, wanted.split_seed)
+    chosen = torch.randperm(len(held), generator=_seeded(wanted.split_seed + 1))
     chosen = chosen[~held[chosen]]
-    count = round(validation * len(chosen))
+    count = round(wanted.validation * len(chosen))
     kept = chosen[count:].sort().values
     return ImageData(
         name,
@@ -169,12 +139,13 @@ def generate(
         family.symbols,
         family.side,
         1,
-        everything.take(kept if limit is None else kept[:limit]),
+        everything.take(kept if wanted.limit is None else kept[: wanted.limit]),
         everything.take(chosen[:count].sort().values),
         everything.take(held.nonzero()[:, 0]),
         moments=((0.0,), (1 / 255,)),  # so that inputs are the numbers themselves
         symmetries=family.symmetries if settings.symmetries else None,
         generated={"family": name, **asdict(settings)},
+        has_symbols=True,
     )
 
 

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from smallfry.data.generators.grids import GridSettings, Puzzle, register, settings_from
+from smallfry.data.generators.grids import GridSettings, Puzzle, register
+from smallfry.data.registered import settings_from
 from smallfry.data.symmetry import Symmetry
 from smallfry.errors import UsageError
 

@@ -1,0 +1,54 @@
+"""Decoders of outputs to values for JSON, one module per task, without PyTorch.
+
+A module is named after its task, with ``_`` for ``-``, and has
+
+    decode(outputs, classes, settings)
+                                values for JSON of outputs (samples, …), given the classes' names
+    right(outputs, labels)      for recursive models, which are calibrated with it: (samples,)
+    read(text, classes, side)   for tasks whose inputs are text: pixels (samples, 1, side, side)
+
+A kit's decoder is here, too, so that a device that runs its exports needs nothing else.
+"""
+
+import pkgutil
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from smallfry_runtime.errors import UsageError
+
+__all__ = ["decoder_of", "has_decoder", "require_no_settings"]
+
+
+@cache
+def _names() -> frozenset[str]:
+    return frozenset(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def has_decoder(task: str) -> bool:
+    """Return whether outputs of a task can be decoded."""
+    return task.replace("-", "_") in _names()
+
+
+def decoder_of(task: str) -> ModuleType:
+    """Import the decoder of a task.
+
+    Raises:
+        UsageError: There is none in this version.
+    """
+    if not has_decoder(task):
+        known = ", ".join(sorted(_names())).replace("_", "-")
+        raise UsageError(f"no decoder for the task '{task[:40]}'; there are {known}")
+    return import_module(f"{__name__}.{task.replace('-', '_')}")
+
+
+def require_no_settings(settings: Mapping[str, Any] | None) -> None:
+    """Refuse settings of a decoder that has none.
+
+    Raises:
+        UsageError: There are some.
+    """
+    if settings:
+        raise UsageError(f"decoding has no setting '{next(iter(settings))}' here: leave it out")
