@@ -182,6 +182,8 @@ def test_a_run_is_exported_and_read_without_pytorch(run, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["text"] == said[0]["text"]
     with pytest.raises(UsageError, match="this export is for ocr, and its answers are not classes"):
         exact.predict(pixels)
+    assert main(["benchmark", str(export)]) == 2
+    assert "is for ocr, and benchmarks compare classifiers" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -149,6 +149,8 @@ def _subject(given: str, checkpoint: str) -> Subject:
         require_classifier(trained)
         return Subject(given, path.resolve().name, False, trained)
     manifest = Manifest.read(path)
+    if not manifest.is_classifier:
+        raise UsageError(f"{given}: is for {manifest.task}, and benchmarks compare classifiers")
     if manifest.thresholds:
         raise UsageError(f"{given}: answers with several classes, and benchmarks compare one")
     stand_in = TrainedModel(
