@@ -95,6 +95,15 @@ def test_each_call_of_a_recursion_step_has_an_adapter_in_training_and_inference(
     torch.testing.assert_close(logits, whole)
 
 
+def test_adapters_of_calls_are_traced_call_by_call():
+    model, session = begin(compress.Compacter(per_call=True))
+    steps(model, session, 2)
+    session.finish()
+    images = data()[0][:3]
+    program = torch.export.export(model.eval(), (images,)).module()
+    torch.testing.assert_close(program(images), model(images))
+
+
 def test_parameters_follow_the_formula_and_a_shared_block_is_adapted_once():
     model, _ = begin(compress.Compacter(n=4, reduction=4))
     layers = [m for m in model.modules() if isinstance(m, Adapted)]

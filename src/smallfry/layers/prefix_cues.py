@@ -9,7 +9,6 @@ the network guesses the assignment by itself is this project's.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -70,4 +69,4 @@ class PrefixCues(nn.Module):
             taught = torch.rand(len(tokens), 1, device=tokens.device) < 0.5
             assignments = torch.where(taught, self._given.to(assignments), assignments)
         cues = self.project(assignments).view(-1, self.tokens, self.width)
-        return cast(Tensor, torch.cat([tokens, cues], dim=1))
+        return torch.cat([tokens, cues], dim=1)

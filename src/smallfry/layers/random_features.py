@@ -42,9 +42,10 @@ def gaussian_rows(features: int, inputs: int, seed: int) -> Tensor:
     normal = torch.randn(blocks, inputs, inputs, generator=generator, dtype=torch.float64)
     directions, upper = torch.linalg.qr(normal)
     signs = upper.diagonal(dim1=1, dim2=2).sign()  # so that directions are uniformly distributed
-    lengths = torch.randn(features, inputs, generator=generator, dtype=torch.float64).norm(dim=1)
+    others = torch.randn(features, inputs, generator=generator, dtype=torch.float64)
+    lengths: Tensor = others.norm(dim=1, keepdim=True)
     rows: Tensor = (directions * signs[:, None]).transpose(1, 2).flatten(0, 1)[:features]
-    return rows * lengths[:, None]
+    return rows * lengths
 
 
 def relu_features(rows: Tensor, projection: Tensor) -> Tensor:
