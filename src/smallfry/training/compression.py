@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from smallfry.data import ImageData
 from smallfry.errors import RunError, TrainingError, UsageError
-from smallfry.io.replace import write_whole
 from smallfry.training.augment import Normalize
 from smallfry.training.calibration import CalibrationBatches
-from smallfry.training.checkpoint import load_checkpoint, save_checkpoint
+from smallfry.training.checkpoint import load_checkpoint, save_checkpoint, write_file
 from smallfry.training.method import (
     MethodSettings,
     Running,
@@ -144,7 +143,7 @@ class MethodPlan:
         packing = packing_of(self.methods)
         save_checkpoint(best, manifest, model.state_dict(), packing=packing)
         for name, content in files_of(self.methods, model, manifest).items():
-            write_whole(best.parent / name, content)
+            write_file(best.parent / name, content)
 
 
 def _own_random_state() -> Any:
