@@ -98,6 +98,7 @@ OF_SMALLFRY = (
 )
 
 
+@pytest.mark.slow
 def test_optimizers_and_curvature_need_torch_and_numpy_alone():
     code = WITHOUT.format(allowed="", refused=OF_SMALLFRY) + (
         "import torch, smallfry.optim, smallfry.curvature\n"

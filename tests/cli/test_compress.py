@@ -77,6 +77,7 @@ def test_a_folder_that_is_taken_is_refused_before_the_work(run, capsys):
     assert "is no run folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_mixed_precision_is_reported_and_drawn(run, capsys):
     methods = "[{quantize: {budget: 5, choices: [4, 5, 8], activations: 8}}]"
     assert main(["compress", run, "--methods", methods, "--to", "small", "--json"]) == 0
@@ -100,6 +101,7 @@ def figures(capsys):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_method_that_trains_has_a_budget_in_epochs(run, capsys):
     words = ["--methods", f"[{HESSO}, round_weights]", "--epochs", "2", "--to", "small", "--json"]
     assert main(["compress", run, *words, "--tuning", FAST, "--distill", "0.5"]) == 0

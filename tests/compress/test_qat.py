@@ -47,6 +47,7 @@ def steps(model, optimizer, count):
     return loss.item()
 
 
+@pytest.mark.slow
 def test_a_finished_model_computes_what_was_trained():
     model, session, optimizer = begin(compress.LSQ(weights=4, activations=8))
     assert steps(model, optimizer, 50) < 0.3

@@ -96,6 +96,7 @@ def test_masked_weights_are_zero_after_every_step_and_in_the_result(name, optimi
     assert sum(zeros.values()) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_a_stopped_run_continues_to_the_bit(name):
     whole, running, inner = begin(METHODS[name])

@@ -71,6 +71,7 @@ def last_scale(model, images):
         return float((model.head.weight.abs() * model.head.input_scales[-1]).sum(1).max())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the model puts all")
 @pytest.mark.parametrize(
     "settings",
@@ -100,6 +101,7 @@ def test_onnx_runtime_computes_what_the_simulation_does(settings):
     assert asked == (5 if "activations" in settings else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the model puts all")
 @pytest.mark.parametrize("settings", [{"weights": 4, "group": 32}, {"activations": 8}], ids=str)
 def test_bytes_of_weights_do_not_depend_on_the_number_of_calls(settings):

@@ -103,6 +103,7 @@ def test_neighbours_stay_and_nothing_of_them_is_taken_in(verb, tmp_path):
         assert snapshot(place) == before
 
 
+@pytest.mark.slow
 def test_a_killed_one_leaves_nothing_that_the_next_takes_in(verb, tmp_path):
     place = tmp_path / "a" / "x"
     before = neighbours(place)
@@ -122,6 +123,7 @@ def test_a_killed_one_leaves_nothing_that_the_next_takes_in(verb, tmp_path):
         assert snapshot(place) == before
 
 
+@pytest.mark.slow
 def test_a_killed_replacement_leaves_the_old_one_or_the_new(verb, tmp_path):
     if not verb.replaces:
         pytest.skip("it replaces nothing")

@@ -93,6 +93,7 @@ def test_a_run_remembers_size_and_way(run):
     assert trained.spec.arguments["img_size"] == [8, 12]
 
 
+@pytest.mark.slow
 def test_the_export_answers_as_the_run_does(run, export, photographs):
     runtime = Runtime(export)
     assert runtime.manifest.frame == (8, 12, "letterbox")
@@ -113,6 +114,7 @@ def test_the_export_answers_as_the_run_does(run, export, photographs):
         runtime.predict(square)
 
 
+@pytest.mark.slow
 def test_onnx_files_describe_their_images(export):
     entries = {e.key: json.loads(e.value) for e in onnx.load(export / "model.onnx").metadata_props}
     assert (entries["height"], entries["width"], entries["channels"]) == (8, 12, 1)
@@ -122,6 +124,7 @@ def test_onnx_files_describe_their_images(export):
     assert (tuple(entries["mean"]), tuple(entries["std"])) == (manifest.mean, manifest.std)
 
 
+@pytest.mark.slow
 def test_the_commands_take_such_models(run, export, photographs, capsys):
     assert main(["predict", str(run), str(photographs / "left")]) == 0
     first = capsys.readouterr().out
@@ -131,6 +134,7 @@ def test_the_commands_take_such_models(run, export, photographs, capsys):
     assert "accuracy" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_benchmark_has_images_of_their_shape(run, export):
     assert _noise(smallfry.load(run)).shape[1:] == (1, 8, 12)
     subject = _subject(str(export), "best").trained

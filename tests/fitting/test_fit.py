@@ -58,6 +58,7 @@ def fitted(tmp_path_factory):
 # Result
 
 
+@pytest.mark.slow
 def test_the_chosen_export_is_within_the_budget_and_answers_as_the_result_says(fitted):
     found, folder = fitted
     chosen, test = found.summary["chosen"], found.summary["test"]
@@ -71,6 +72,7 @@ def test_the_chosen_export_is_within_the_budget_and_answers_as_the_result_says(f
     assert json.loads((folder / "fit.json").read_text())["result"] == found.summary
 
 
+@pytest.mark.slow
 def test_each_rung_goes_on_with_the_run_of_the_last(fitted):
     _, folder = fitted
     trials = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
@@ -81,6 +83,7 @@ def test_each_rung_goes_on_with_the_run_of_the_last(fitted):
     assert len(list((folder / "runs").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_the_page_has_the_choice_all_that_was_tried_and_how_to_run_it(fitted):
     found, folder = fitted
     html = found.page.read_text()
@@ -98,6 +101,7 @@ def test_the_page_has_the_choice_all_that_was_tried_and_how_to_run_it(fitted):
     assert "http" not in html.replace("http-equiv", "")
 
 
+@pytest.mark.slow
 def test_a_fit_that_has_ended_is_only_read_again(fitted, monkeypatch, capsys):
     found, folder = fitted
     monkeypatch.setattr(fit_module, "load_images", lambda _: pytest.fail("loaded again"))
@@ -110,6 +114,7 @@ def test_a_fit_that_has_ended_is_only_read_again(fitted, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out)["met"]
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_the_plan_and_trains_nothing(fitted, capsys, monkeypatch):
     _, folder = fitted
     monkeypatch.setattr(fit_module, "train_rung", lambda *_: pytest.fail("trained"))
@@ -135,6 +140,7 @@ def again(fitted, tmp_path, **changes):
     return fit(config, folder, quiet=True), folder
 
 
+@pytest.mark.slow
 def test_an_impossible_budget_keeps_the_nearest_and_says_what_would_have_to_give(
     fitted, tmp_path, capsys, monkeypatch
 ):
@@ -153,6 +159,7 @@ def test_an_impossible_budget_keeps_the_nearest_and_says_what_would_have_to_give
     assert "not met: no export is within" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_accuracy_that_is_missed_is_not_met_but_the_export_is_there(fitted, tmp_path):
     found, folder = again(fitted, tmp_path, min_accuracy=100.0)
     assert not found.met
@@ -160,6 +167,7 @@ def test_an_accuracy_that_is_missed_is_not_met_but_the_export_is_there(fitted, t
     assert (folder / "export" / "manifest.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_failed_candidate_is_a_failed_trial_and_others_go_on(tmp_path, monkeypatch):
     folder, train = stored_plan(tmp_path / "fit"), rungs.train
 
@@ -180,6 +188,7 @@ def test_a_failed_candidate_is_a_failed_trial_and_others_go_on(tmp_path, monkeyp
 # Wrong inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -259,6 +268,7 @@ def test_too_few_minutes_for_an_epoch_are_refused(tmp_path, monkeypatch):
 # Stopping
 
 
+@pytest.mark.slow
 def test_a_signal_ends_with_what_is_kept_and_the_same_call_goes_on(tmp_path, monkeypatch, fitted):
     folder, train = stored_plan(tmp_path / "fit"), rungs.train
 

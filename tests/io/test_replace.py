@@ -80,6 +80,7 @@ def test_a_folder_is_made_and_replaced_and_its_neighbours_stay(tmp_path):
     assert {entry.name for entry in tmp_path.iterdir()} == {*NEIGHBOURS, "x"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("old", [None, "old"])
 def test_a_process_that_dies_at_any_change_leaves_the_old_or_the_new_and_no_rest(tmp_path, old):
@@ -96,6 +97,7 @@ def test_a_process_that_dies_at_any_change_leaves_the_old_or_the_new_and_no_rest
     assert found == {old, "new"}
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_never_leaves_no_folder_where_names_can_be_exchanged(tmp_path):
     if module._renameat2() is None:
         pytest.skip("of Linux")
@@ -118,6 +120,7 @@ def test_a_kill_between_two_renames_is_seen_and_undone(tmp_path, way):
     assert seen
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("way")
 def test_the_folder_before_is_kept_and_one_of_both_is_whole_at_any_moment(tmp_path):
     place, last, previous = tmp_path / "place", tmp_path / "place" / "x", tmp_path / "place" / "y"

@@ -451,6 +451,7 @@ def test_settings_that_can_not_be_meant_are_refused(arguments, message):
 # In use
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switch", [{}, {"drop_path": 0.2, "random_depth": True}], ids=str)
 def test_deep_supervision_trains_it_over_two_steps(switch):
     torch.manual_seed(0)

@@ -40,6 +40,7 @@ def weights(model):
 # The promise
 
 
+@pytest.mark.slow
 def test_the_training_loop_does_not_change_and_the_model_learns(method, problem):
     model = Net()
     optimizer = method(model, lr=0.1, statistics_every=4)

@@ -99,6 +99,7 @@ def measured(file: Path, **environment: str) -> tuple[set[str], float]:
     return set(said), int(grown) / 1024
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
 @pytest.mark.parametrize("name", BOMBS)
 def test_what_decodes_to_more_than_the_bound_is_refused_in_little_memory(name, tmp_path):
@@ -111,6 +112,7 @@ def test_what_decodes_to_more_than_the_bound_is_refused_in_little_memory(name, t
     assert measured(file)[1] > 60  # allowed, they do take it
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
 @pytest.mark.parametrize("mode", ["RGBA", "P", "I;16", "RGB"])
 def test_an_image_that_is_read_takes_little_more_than_twice_its_decoded_size(mode, tmp_path):

@@ -130,6 +130,7 @@ def test_an_epochs_seconds_are_those_of_its_steps_and_of_the_evaluation() -> Non
 # Whole
 
 
+@pytest.mark.slow
 def test_a_study_trains_as_many_epochs_as_fit_and_measures_what_is_deployed(whole: Path) -> None:
     (row,) = rows(whole).values()
     measured = json.loads((whole / "speed.json").read_text())["models"]["resnet_micro"]
@@ -145,6 +146,7 @@ def test_a_study_trains_as_many_epochs_as_fit_and_measures_what_is_deployed(whol
     assert (whole / "pictures" / "pareto.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_what_was_measured_and_trained_is_kept(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

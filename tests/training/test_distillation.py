@@ -162,6 +162,7 @@ def taught(variant, tmp_path):
     return lambda **changes: variant(**{"distillation": config, **changes})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{}, {"objective": ObjectiveConfig("slots", supervision_steps=2)}],

@@ -374,6 +374,7 @@ def test_a_table_of_predictions_holds_no_formula(run, folder, tmp_path):
     assert all(0 <= float(cell) <= 1 for row in rows[1:] for cell in row[-3:])
 
 
+@pytest.mark.slow
 def test_the_runtime_answers_as_pytorch_with_thresholds_in_its_manifest(run, export, folder):
     trained, runtime = smallfry.load(run), Runtime(export)
     assert list(runtime.thresholds) == trained.manifest["thresholds"]

@@ -69,6 +69,7 @@ def gone(group):
     return torch.tensor([c for c in range(group.channels) if c % 3 == 0])
 
 
+@pytest.mark.slow
 def test_all_groups_cut_together_equal_all_masked(found):
     spec, model, example, groups = found
     assert groups

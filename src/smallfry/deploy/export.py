@@ -42,6 +42,7 @@ from smallfry.models import Recursive
 from smallfry.training.evaluation import forward
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.run import TrainedModel, thresholds_of
+from smallfry.transforms.adapters import merge_adapters
 from smallfry.transforms.nested import nest_of
 from smallfry_runtime.early_exit import operating_points, pareto_front, warn_of_few
 from smallfry_runtime.manifest import CLASSES, MANIFEST, PRECISIONS, PROGRAM, Manifest, require_free
@@ -144,6 +145,7 @@ def trace(
     had is done without, and a warning says so.
     """
     trained, facts, _ = gather(run, checkpoint)
+    trained = trained._replace(model=merge_adapters(trained.model))
     form = _form(trained.model, form)
     if own_bits:
         _require_own_bits(trained.model, form)

@@ -155,6 +155,7 @@ class ViTRM(nn.Module):
         )
         self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
         self.halt_head = nn.Linear(embed_dim, 1)
+        self.cues: nn.Module | None = None  # appends tokens to those of the image
         self.feature_info = feature_info(self)
         self.init_weights()
 
@@ -199,7 +200,14 @@ class ViTRM(nn.Module):
         )
 
     def embed(self, images: Tensor) -> Tensor:
-        """Compute the image tokens x, (batch, patches, dim), the same in every step."""
+        """Compute the image tokens x, (batch, patches, dim), the same in every step.
+
+        With ``cues`` their tokens follow.
+        """
+        tokens = self._embed(images)
+        return tokens if self.cues is None else cast(Tensor, self.cues(tokens))
+
+    def _embed(self, images: Tensor) -> Tensor:
         is_fitting = images.shape[1:] == self.input_shape
         if self.dynamic_img_size and not is_fitting and images.shape[1] == self.input_shape[0]:
             sides_of(tuple(images.shape[2:]), self.patch_size)

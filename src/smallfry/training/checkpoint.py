@@ -135,14 +135,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         return _manifest(folder, _opened(folder / MANIFEST, MOST_TEXT, stack))
 
 
-def write_file(file: Path, text: str) -> None:
+def write_file(file: Path, content: str | bytes) -> None:
     """Write a text file atomically.
 
     Raises:
         RunError: It could not be written; what was there is untouched.
     """
     try:
-        write_whole(file, text.encode())
+        write_whole(file, content.encode() if isinstance(content, str) else content)
     except FileNotFoundError as error:
         raise RunError(f"{file}: could not be written, as its folder was removed") from error
     except OSError as error:

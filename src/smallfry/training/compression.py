@@ -12,8 +12,15 @@ from smallfry.data import ImageData
 from smallfry.errors import RunError, TrainingError, UsageError
 from smallfry.training.augment import Normalize
 from smallfry.training.calibration import CalibrationBatches
-from smallfry.training.checkpoint import load_checkpoint, save_checkpoint
-from smallfry.training.method import MethodSettings, Running, Setting, packing_of, to_dict
+from smallfry.training.checkpoint import load_checkpoint, save_checkpoint, write_file
+from smallfry.training.method import (
+    MethodSettings,
+    Running,
+    Setting,
+    files_of,
+    packing_of,
+    to_dict,
+)
 from smallfry.transforms.build import build
 from smallfry.transforms.spec import ModelSpec
 
@@ -105,7 +112,7 @@ class MethodPlan:
         return {UNFINISHED: [to_dict(each) for each in self.methods]} if self.methods else {}
 
     def conclude(self, best: Path, kept: InTraining, scores: Scores, device: torch.device) -> None:
-        """Save the final model.
+        """Save the final model, and files of the methods beside its folder.
 
         Its weights are those of the last step where a method has acted on them, and else those of
         the best epoch.
@@ -135,6 +142,8 @@ class MethodPlan:
         manifest |= {"model": spec.to_dict(), DONE: done, "training": {**position, "scores": found}}
         packing = packing_of(self.methods)
         save_checkpoint(best, manifest, model.state_dict(), packing=packing)
+        for name, content in files_of(self.methods, model, manifest).items():
+            write_file(best.parent / name, content)
 
 
 def _own_random_state() -> Any:

@@ -188,6 +188,17 @@ def packing_of(settings: Sequence[MethodSettings]) -> Callable[[bytes], bytes] |
     return found[-1] if found else None
 
 
+def files_of(
+    settings: Sequence[MethodSettings], model: nn.Module, manifest: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """Return files to be written beside the weights, of all settings that have ``files``."""
+    found: dict[str, bytes] = {}
+    for each in settings:
+        files = getattr(each, "files", None)
+        found |= {} if files is None else files(model, manifest)
+    return found
+
+
 class Running:
     """Ordered methods running on one model.
 

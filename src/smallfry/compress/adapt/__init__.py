@@ -1,0 +1,1 @@
+"""Adapters: small trainable parts of a frozen model."""
