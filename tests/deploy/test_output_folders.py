@@ -54,7 +54,7 @@ def verb(request, monkeypatch):
         return Verb(lambda folder: exports.export("run", folder), names)
     if request.param == "share":
         names = {"config.json", "README.md", "model.safetensors"}
-        made = SimpleNamespace(manifest={})
+        made = SimpleNamespace(manifest={}, is_classifier=True)
         monkeypatch.setattr(pretrained, "gather", lambda *_: (made, {}, None))
         write = lambda new, *_: pretend(new, names - {"README.md"}, {})  # noqa: E731
         monkeypatch.setattr(pretrained, "_write_model", write)

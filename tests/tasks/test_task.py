@@ -84,7 +84,7 @@ class Size:
     def rank(self, scores):
         return (scores["explained"],)
 
-    def decode(self, outputs):
+    def decode(self, outputs, classes, settings=None):
         return outputs[:, 0].tolist()
 
 
