@@ -40,6 +40,13 @@ class Case(NamedTuple):
 
 CASES = {
     "low_rank": Case({"rank": 3}, parameters=3 * (7 + 5) + 5, macs=3 * (7 + 5)),
+    "tensor_train": Case(
+        # 7 and 5 are rounded up to 2 · 4; in turn, as the matrix alone takes 64 · 3
+        {"ranks": [3]},
+        (*LINEAR, "pointwise"),
+        parameters=3 * (2 * 2 + 4 * 4) + 5,
+        macs=8 * 3 * 4 + 2 * 3 * 8,
+    ),
     "quantized_weight": Case({"bits": 5}, parameters=7 * 5 + 5 + 5, macs=7 * 5),
 }
 EVERY = [(name, dense) for name, case in CASES.items() for dense in case.stands_for]
