@@ -47,6 +47,9 @@ CASES = {
         parameters=3 * (2 * 2 + 4 * 4) + 5,
         macs=8 * 3 * 4 + 2 * 3 * 8,
     ),
+    "cp": Case(
+        {"rank": 2}, CONVOLUTIONS, 2 * (4 + 3 + 3 + 6) + 6, 2 * (72 * 4 + 40 * 3 + 20 * 3 + 20 * 6)
+    ),
     "quantized_weight": Case({"bits": 5}, parameters=7 * 5 + 5 + 5, macs=7 * 5),
 }
 EVERY = [(name, dense) for name, case in CASES.items() for dense in case.stands_for]
