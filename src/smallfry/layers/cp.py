@@ -19,8 +19,8 @@ from smallfry.layers.linear_map import register_layer, require_dense
 from smallfry.order import Stage
 
 SWEEPS = 100
-STILL = 1e-9  # relative decrease of the error by a sweep at which sweeps end
-_AXES = "ocij"
+STILL = 1e-4  # relative decrease of the squared error by a sweep at which sweeps end
+RIDGE = 1e-10  # of the normal equations, relative: products that cancel grow without bound
 
 
 def rank_for(layer: nn.Conv2d, keep: float) -> int:
@@ -43,18 +43,22 @@ def decompose(kernel: Tensor, rank: int, sweeps: int = SWEEPS) -> list[Tensor]:
     Returns:
         a, b, u, v, each (size of the axis, rank), of equal norms in every product.
     """
-    factors = [_leading(kernel.movedim(axis, 0).flatten(1), rank) for axis in range(4)]
-    before = math.inf
+    a, b, u, v = (_leading(kernel.movedim(axis, 0).flatten(1), rank) for axis in range(4))
+    before, size = math.inf, float(kernel.square().sum())
     for _ in range(sweeps):
-        for axis in range(4):
-            others = [k for k in range(4) if k != axis]
-            gram = torch.stack([factors[k].T @ factors[k] for k in others]).prod(0)
-            seen = _project(kernel, factors, others)
-            factors[axis] = seen @ torch.linalg.pinv(gram, hermitian=True)
-        error = float((kernel - compose(factors)).norm())
+        seen = torch.einsum("ocij,cijr->or", kernel, _products(b, u, v))
+        a = _solved(seen, b, u, v)
+        rest = torch.einsum("ocij,or->cijr", kernel, a)
+        b = _solved(torch.einsum("cijr,ijr->cr", rest, u[:, None] * v), a, u, v)
+        rest = torch.einsum("cijr,cr->ijr", rest, b)
+        u = _solved(torch.einsum("ijr,jr->ir", rest, v), a, b, v)
+        seen = torch.einsum("ijr,ir->jr", rest, u)
+        v = _solved(seen, a, b, u)
+        error = max(size - float((seen * v).sum()), 0.0)  # as v solves its normal equations
         if error >= before * (1 - STILL):
             break
         before = error
+    factors = [a, b, u, v]
     norms = torch.stack([factor.norm(dim=0) for factor in factors])
     even = norms.log().mean(0).exp()  # 0 where a factor is
     return [f * (even / n.where(n > 0, 1)) for f, n in zip(factors, norms, strict=True)]
@@ -62,18 +66,20 @@ def decompose(kernel: Tensor, rank: int, sweeps: int = SWEEPS) -> list[Tensor]:
 
 def compose(factors: list[Tensor]) -> Tensor:
     """Multiply the factors a, b, u, v into a kernel."""
-    a, b, u, v = factors
-    return torch.einsum("or,cijr->ocij", a, torch.einsum("cr,ir,jr->cijr", b, u, v))
+    a, *others = factors
+    return torch.einsum("or,cijr->ocij", a, _products(*others))
 
 
-def _project(kernel: Tensor, factors: list[Tensor], axes: list[int]) -> Tensor:
-    """Sum a kernel's products with factors over their axes, the longest first."""
-    result, left = kernel, _AXES
-    for k in sorted(axes, key=lambda k: -len(factors[k])):
-        kept = left.replace(_AXES[k], "").replace("r", "") + "r"
-        result = torch.einsum(f"{left},{_AXES[k]}r->{kept}", result, factors[k])
-        left = kept
-    return result
+def _products(b: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("cr,ir,jr->cijr", b, u, v)
+
+
+def _solved(seen: Tensor, *others: Tensor) -> Tensor:
+    """Solve the normal equations of one factor, given the kernel's products with the others."""
+    gram = torch.stack([other.T @ other for other in others]).prod(0)
+    ridge = RIDGE * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny
+    solved: Tensor = torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), seen.T)
+    return solved.T
 
 
 def _leading(unfolding: Tensor, rank: int) -> Tensor:
@@ -169,7 +175,7 @@ class CP(nn.Module):
         layer = nn.Conv2d(
             reduce.in_channels,
             expand.out_channels,
-            (cast(int, down.kernel_size[0]), cast(int, across.kernel_size[1])),
+            (down.kernel_size[0], across.kernel_size[1]),
             stride=(down.stride[0], across.stride[1]),
             padding=ends[0] if isinstance(ends[0], str) else (ends[0][0], ends[1][1]),
             dilation=(down.dilation[0], across.dilation[1]),
@@ -197,7 +203,7 @@ def _along(layer: nn.Conv2d, axis: int) -> dict[str, Any]:
     given: dict[str, Any] = {}
     for name, other in neutral.items():
         both = getattr(layer, name)
-        pair = [other, other]
+        pair: list[Any] = [other, other]
         pair[axis] = both if isinstance(both, str) else both[axis]
         given[name] = both if isinstance(both, str) else tuple(pair)
     return given

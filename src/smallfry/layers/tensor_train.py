@@ -108,6 +108,7 @@ class TensorTrain(nn.Module):
 
     name: ClassVar[str] = "tensor_train"
     stage: ClassVar[Stage] = Stage.FACTOR
+    bias: Tensor | None
 
     def __init__(self, layer: nn.Module, ranks: Sequence[int]) -> None:
         super().__init__()
@@ -123,8 +124,8 @@ class TensorTrain(nn.Module):
                 *self.modes, self.ranks[:-1], self.ranks[1:], strict=True
             )
         )
-        bias = None if layer.bias is None else nn.Parameter(torch.zeros(self.out_features, **kind))
-        self.register_parameter("bias", bias)
+        bias = None if layer.bias is None else torch.zeros(self.out_features, **kind)
+        self.bias = None if bias is None else nn.Parameter(bias)
 
     @classmethod
     def like(cls, layer: nn.Module, **settings: Plain) -> Self:
@@ -163,7 +164,7 @@ class TensorTrain(nn.Module):
         """The cores multiplied out, (outputs, inputs)."""
         shapes = zip(self.ranks[:-1], *self.modes, self.ranks[1:], strict=True)
         cores = [
-            cast(Tensor, core.weight).view(shape)
+            cast(Tensor, core.weight).reshape(shape)
             for core, shape in zip(self.cores, shapes, strict=True)
         ]
         return to_matrix(cores)[: self.out_features, : self.in_features]
@@ -221,15 +222,20 @@ class TensorTrain(nn.Module):
         outputs, inputs = self.modes
         padded = F.pad(rows, (0, math.prod(inputs) - self.in_features))
         left = math.prod(inputs[:-1])
-        state = padded.unflatten(-1, (left, 1, inputs[-1]))  # (…, left, right, mode · rank)
+        state = _split(padded, -1, (left, 1, inputs[-1]))  # (…, left, right, mode · rank)
         for k in range(len(inputs) - 1, 0, -1):
-            state = self.cores[k](state).unflatten(-1, (self.ranks[k], outputs[k]))
+            state = _split(self.cores[k](state), -1, (self.ranks[k], outputs[k]))
             left //= inputs[k - 1]
-            state = state.unflatten(-4, (left, inputs[k - 1]))  # (…, left, i, right, rank, o)
+            state = _split(state, -4, (left, inputs[k - 1]))  # (…, left, i, right, rank, o)
             state = state.movedim(-1, -4).transpose(-3, -2)  # (…, left, o, right, i, rank)
             state = state.flatten(-4, -3).flatten(-2)
-        last = self.cores[0](state)  # (…, 1, right, o_1)
+        last: Tensor = self.cores[0](state)  # (…, 1, right, o_1)
         return last.transpose(-2, -1).flatten(-3)[..., : self.out_features]
+
+
+def _split(tensor: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
+    split: Tensor = tensor.unflatten(dim, sizes)  # type: ignore[no-untyped-call]
+    return split
 
 
 def _factors(size: int, count: int) -> tuple[int, ...]:
@@ -264,7 +270,12 @@ def _ranks(layer: nn.Module, settings: Any) -> list[int]:
             f"a tensor train needs exactly one setting, a list of one to 9 ranks; got {settings}"
         )
     rows, columns = cast(Tensor, layer.weight).flatten(1).shape
-    most = modes_of(rows, columns, len(ranks) + 1).full_ranks
+    modes = modes_of(rows, columns, len(ranks) + 1)
+    most = modes.full_ranks
     if not all(1 <= rank <= full for rank, full in zip(ranks, most, strict=True)):
         raise ValueError(f"ranks are 1 to {list(most)} here, not {list(ranks)}")
+    pairs = [o * i for o, i in zip(*modes, strict=True)][1:-1]
+    for pair, before, after in zip(pairs, ranks, ranks[1:], strict=False):
+        if not before <= pair * after <= pair * pair * before:
+            raise ValueError(f"ranks {before} and {after} differ by more than a core of {pair}")
     return list(ranks)
