@@ -203,8 +203,8 @@ def test_a_long_front_is_thinned_and_budgets_are_still_met(options, monkeypatch)
     assert least_loss(options, cheapest).cost == cheapest
 
 
-def test_a_budget_below_the_fewest_bits_is_refused(options):
-    with pytest.raises(UsageError, match=r"budget of 10 can't be met.*allow fewer bits"):
+def test_a_budget_below_the_cheapest_choice_is_refused(options):
+    with pytest.raises(UsageError, match=r"budget of 10 can't be met.*allow cheaper choices"):
         least_loss(options, 10)
 
 
