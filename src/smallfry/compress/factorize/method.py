@@ -2,8 +2,8 @@
 
 Shares are allocated by a sensitivity profile: each layer alone is factorised at several shares, and
 the divergence KL(model ‖ factorised) of the class probabilities is measured on calibration images.
-The summed divergence is then minimised exactly under the budget, where CompactifAI and others give
-parameters step by step to the layer that gains most.
+The summed divergence is then minimised exactly under the budget; giving parameters step by step to
+the layer that gains most for each only approximates that.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -96,24 +96,16 @@ class _Factorise(Method):
         self._setting = setting
 
     def finish(self, model: nn.Module) -> Transform | None:
-        settings, setting = self._settings, self._setting
-        assert setting is not None
+        settings = self._settings
         layers = candidates(model, settings, lambda each: settings.choose(each, settings.keep))
-        shares = dict.fromkeys(layers, settings.keep)
-        images = Images(setting.batches, setting.example, setting.rehearsal)
-        known: dict[str, LayerCurvature] = {}
         was_training = model.training
         model.eval()
-        if layers and settings.needs_curvature:
-            _require_images(settings, images)
-            known = curvature(model, images.batches, seed=setting.seed, traces=False)
-            _require_known(settings, layers, known)
-        profile: dict[str, dict[float, float]] = {}
-        if layers and settings.allocation == "divergence" and not setting.rehearsal:
-            _require_images(settings, images)
-            profile = sensitivity_profile(model, settings, layers, images.batches, known)
-            shares = allocate(settings, {n: layers[n] for n in profile}, profile)
+        known = self._curvature(model, layers)
+        profile = self._profile(model, layers, known)
         model.train(was_training)
+        shares = dict.fromkeys(layers, settings.keep)
+        if profile:
+            shares = allocate(settings, {name: layers[name] for name in profile}, profile)
         chosen = {
             name: found
             for name, layer in layers.items()
@@ -136,6 +128,45 @@ class _Factorise(Method):
 
         replace_layers(model, chosen, make)
         return Replace(settings.layer.name, chosen)
+
+    def _images(self) -> Images:
+        setting = self._setting
+        assert setting is not None
+        images = Images(setting.batches, setting.example, setting.rehearsal)
+        if next(iter(images.batches), torch.empty(0)).numel() == 0:
+            raise UsageError(
+                f"{self._settings.name} measures on images: give data (batches= of a model of your "
+                "own), or choose settings that need none (allocation: uniform, metric: weights)"
+            )
+        return images
+
+    def _curvature(
+        self, model: nn.Module, layers: Mapping[str, nn.Module]
+    ) -> dict[str, LayerCurvature]:
+        """Measure the curvature of the layers, where their fit needs it."""
+        assert self._setting is not None
+        if not layers or not self._settings.needs_curvature:
+            return {}
+        batches, seed = self._images().batches, self._setting.seed
+        known = curvature(model, batches, seed=seed, traces=False)
+        if missing := [name for name in layers if name not in known]:
+            raise UsageError(
+                f"{self._settings.name}: the curvature of '{missing[0]}' is not known: exclude it, "
+                "or choose metric: weights"
+            )
+        return known
+
+    def _profile(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        known: Mapping[str, LayerCurvature],
+    ) -> dict[str, dict[float, float]]:
+        """Measure the sensitivity profile, where shares are chosen by it."""
+        assert self._setting is not None
+        if not layers or self._settings.allocation == "uniform" or self._setting.rehearsal:
+            return {}
+        return sensitivity_profile(model, self._settings, layers, self._images().batches, known)
 
     def report(self) -> dict[str, Any] | None:
         return self._report
@@ -263,8 +294,11 @@ def _size(layer: nn.Module) -> int:
 
 
 def _size_of(settings: FactorSettings, layer: nn.Module, share: float) -> int:
-    """Count the parameters of a layer's factors, without its bias."""
-    made = settings.layer.like(layer, **settings.choose(layer, share) or {})
+    """Count the parameters of a layer's factors at a share, without its bias."""
+    return _parameters(settings.layer.like(layer, **settings.choose(layer, share) or {}))
+
+
+def _parameters(made: nn.Module) -> int:
     return sum(p.numel() for n, p in made.named_parameters() if not n.endswith("bias"))
 
 
@@ -277,27 +311,7 @@ def _log_probabilities(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
 def _figures(layer: nn.Module, made: Any) -> dict[str, Any]:
     before: Any = layer.weight
     error = (made.dense().weight.double() - before.double()).norm() / before.double().norm()
-    after = sum(p.numel() for n, p in made.named_parameters() if not n.endswith("bias"))
     return {
-        "parameters": {"before": before.numel(), "after": after},
+        "parameters": {"before": before.numel(), "after": _parameters(made)},
         "weight_error": float(error.detach().nan_to_num(0.0)),
     }
-
-
-def _require_images(settings: FactorSettings, images: Images) -> None:
-    if next(iter(images.batches), torch.empty(0)).numel() == 0:
-        raise UsageError(
-            f"{settings.name} measures on images: give data (batches= of a model of your own), or "
-            "choose settings that need none (allocation: uniform, metric: weights)"
-        )
-
-
-def _require_known(
-    settings: FactorSettings, layers: Iterable[str], known: Mapping[str, Any]
-) -> None:
-    missing = [name for name in layers if name not in known]
-    if missing:
-        raise UsageError(
-            f"{settings.name}: the curvature of '{missing[0]}' is not known: exclude it, or choose "
-            "metric: weights"
-        )
