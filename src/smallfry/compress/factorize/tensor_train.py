@@ -27,7 +27,7 @@ class TensorTrain(FactorSettings):
         >>> model = timm.create_model("vitrm_micro_patch4_8")
         >>> small, spec = apply_to_model(model, [TensorTrain(keep=0.5, include=["*.mlp.*"])])
         >>> dict(spec.transforms[0].settings["blocks.0.mlp.fc2"])
-        {'ranks': [16]}
+        {'ranks': [19]}
     """
 
     name: ClassVar[str] = "tensor_train"
