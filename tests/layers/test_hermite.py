@@ -20,7 +20,7 @@ from smallfry.layers.hermite import (
 )
 
 GOLDEN = json.loads((Path(__file__).parent / "hermite.json").read_text())
-TEST = 250
+TEST = 150
 
 
 @pytest.mark.parametrize("dimension", [*map(int, GOLDEN["optimal_hermite"])])
@@ -107,7 +107,7 @@ def test_an_activation_without_linear_part_finds_the_nearest_neighbour():
 
 
 def test_relu_becomes_a_majority_vote():
-    decided, y, _ = votes(relu_dual(), 600, 2, noise)
+    decided, y, _ = votes(relu_dual(), 1000, 2, noise)
     assert (decided == np.sign(y.sum())).mean() >= 0.95
     assert find_limit(1 / math.pi, 0.5, 1.0).kind == "majority vote"
 

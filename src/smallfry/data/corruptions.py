@@ -158,26 +158,30 @@ def _snow(x: Pixels, constants: Any, scale: float, random: Random) -> Pixels:
     layer = np.where(layer < threshold, 0.0, layer).clip(0, 1)
     layer = _moved(layer, radius * scale, sigma * scale, random.uniform(-135, -45))[..., None]
     white = np.maximum(x, (x @ GREY)[..., None] * 1.5 + 0.5)
-    return mix * x + (1 - mix) * white + layer + np.rot90(layer, 2)
+    found: Pixels = mix * x + (1 - mix) * white + layer + np.rot90(layer, 2)
+    return found
 
 
 def _frost(x: Pixels, constants: Any, _: float, random: Random) -> Pixels:
     image, ice = constants
     crystals = ((_plasma(x.shape[:2], 1.6, random) - ICE) / (1 - ICE)).clip(0, 1) ** 0.5
-    return image * x + ice * ICE_SHARE * crystals[..., None]
+    found: Pixels = image * x + ice * ICE_SHARE * crystals[..., None]
+    return found
 
 
 def _fog(x: Pixels, constants: Any, _: float, random: Random) -> Pixels:
     amount, decay = constants
     top = x.max()
     fogged = x + amount * _plasma(x.shape[:2], decay, random)[..., None]
-    return fogged * top / (top + amount)
+    found: Pixels = fogged * top / (top + amount)
+    return found
 
 
 def _brightness(x: Pixels, shift: float, _: float, __: Random) -> Pixels:
     value = x.max(axis=2, keepdims=True)
     lit = (value + shift).clip(0, 1)
-    return np.where(value > 0, x * lit / np.maximum(value, 1e-12), lit)
+    found: Pixels = np.where(value > 0, x * lit / np.maximum(value, 1e-12), lit)
+    return found
 
 
 def _saturate(x: Pixels, constants: Any, _: float, __: Random) -> Pixels:
@@ -187,7 +191,8 @@ def _saturate(x: Pixels, constants: Any, _: float, __: Random) -> Pixels:
     wanted = (saturation * factor + shift).clip(0, 1)
     red = value * np.concatenate([np.ones_like(wanted), 1 - wanted, 1 - wanted], axis=2)
     scaled = value - (value - x) * wanted / np.maximum(saturation, 1e-12)
-    return np.where(saturation > 0, scaled, red)  # a grey pixel has hue 0
+    found: Pixels = np.where(saturation > 0, scaled, red)  # a grey pixel has hue 0
+    return found
 
 
 # Digital
@@ -195,7 +200,8 @@ def _saturate(x: Pixels, constants: Any, _: float, __: Random) -> Pixels:
 
 def _contrast(x: Pixels, factor: float, _: float, __: Random) -> Pixels:
     mean = x.mean(axis=(0, 1), keepdims=True)
-    return (x - mean) * factor + mean
+    found: Pixels = (x - mean) * factor + mean
+    return found
 
 
 def _elastic(x: Pixels, constants: Any, _: float, random: Random) -> Pixels:
@@ -238,11 +244,13 @@ def _spatter(x: Pixels, constants: Any, scale: float, random: Random) -> Pixels:
     liquid = ndimage.gaussian_filter(random.normal(mean, deviation, x.shape[:2]), sigma * scale)
     if kind == 0:
         drops = np.where(liquid > threshold, liquid, 0.0)[..., None]
-        return x + strength * drops * (WATER - x).clip(min=0)
+        found: Pixels = x + strength * drops * (WATER - x).clip(min=0)
+    return found
     drops = (liquid > threshold).astype(float)
     drops = ndimage.gaussian_filter(drops, strength * scale)
     drops = np.where(drops < 0.8, 0.0, drops)[..., None]
-    return x * (1 - drops) + drops * np.array(MUD)
+    found: Pixels = x * (1 - drops) + drops * np.array(MUD)
+    return found
 
 
 # Shared parts
@@ -296,7 +304,8 @@ def _zoom_matrix(side: int, zoom: float) -> Pixels:
     """Return the interpolation of a line, (side, side)."""
     centre = (side - 1) / 2
     places = centre + (np.arange(side) - centre) / zoom
-    return np.maximum(0, 1 - np.abs(places[:, None] - np.arange(side)))
+    found: Pixels = np.maximum(0, 1 - np.abs(places[:, None] - np.arange(side)))
+    return found
 
 
 def _plasma(shape: tuple[int, int], decay: float, random: Random) -> Pixels:
@@ -319,7 +328,8 @@ def _plasma(shape: tuple[int, int], decay: float, random: Random) -> Pixels:
         field[half::step, ::step] = drawn(beside)
         step, amplitude = half, amplitude / decay
     field = field - field.min()
-    return (field / field.max())[: shape[0], : shape[1]]
+    found: Pixels = (field / field.max())[: shape[0], : shape[1]]
+    return found
 
 
 CORRUPTIONS: dict[str, Corruption] = {
