@@ -27,7 +27,7 @@ from smallfry.report.corruptions import draw_corruptions, mean_corruption_errors
 from smallfry.training.run import TrainedModel
 
 MODEL = "results/models/loopnet_2m"
-SHARES = (0.5, 0.7)
+SHARES = (0.5,)
 CALIBRATION = 1000  # training images
 SEED = 0
 

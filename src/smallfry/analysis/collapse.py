@@ -281,6 +281,7 @@ class WatchCollapse(Callback):
             axes.set_xlabel("epoch")
             axes.set_title("neural collapse on training images")
             axes.legend()
+            (done.folder / "pictures").mkdir(exist_ok=True)
             save(figure, done.folder / "pictures" / "collapse.png")
 
 

@@ -111,7 +111,7 @@ def _calls(model: nn.Module, images: Tensor) -> dict[str, tuple[int, float]]:
         found[name] = (count + 1, square)
 
     handles = [
-        module.register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs[0]))  # type: ignore[misc]
+        module.register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs[0]))
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
     ]
