@@ -242,14 +242,14 @@ def _jpeg(x: Pixels, quality: int, _: float, __: Random) -> Pixels:
 def _spatter(x: Pixels, constants: Any, scale: float, random: Random) -> Pixels:
     mean, deviation, sigma, threshold, strength, kind = constants
     liquid = ndimage.gaussian_filter(random.normal(mean, deviation, x.shape[:2]), sigma * scale)
+    found: Pixels
     if kind == 0:
         drops = np.where(liquid > threshold, liquid, 0.0)[..., None]
-        found: Pixels = x + strength * drops * (WATER - x).clip(min=0)
-    return found
-    drops = (liquid > threshold).astype(float)
-    drops = ndimage.gaussian_filter(drops, strength * scale)
-    drops = np.where(drops < 0.8, 0.0, drops)[..., None]
-    found: Pixels = x * (1 - drops) + drops * np.array(MUD)
+        found = x + strength * drops * (WATER - x).clip(min=0)
+    else:
+        drops = ndimage.gaussian_filter((liquid > threshold).astype(float), strength * scale)
+        drops = np.where(drops < 0.8, 0.0, drops)[..., None]
+        found = x * (1 - drops) + drops * np.array(MUD)
     return found
 
 

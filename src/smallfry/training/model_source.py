@@ -22,6 +22,7 @@ from smallfry.training.run import TrainedModel
 from smallfry.transforms.build import build
 from smallfry.transforms.spec import OF_THE_FACTORY, ModelSpec
 
+MOST_INITIAL = 256  # images that show the order and the inputs of layers
 MOST_REASON = 300  # characters of a library's error
 
 
@@ -138,7 +139,7 @@ def initialize(model: nn.Module, config: ModelConfig, images: Callable[[], Tenso
     if isinstance(model, FromImages):
         model.initialize(images())
     if config.init == "critical":
-        init_critical_(model, images())
+        init_critical_(model, images()[:MOST_INITIAL])
 
 
 def is_pretrained(config: ModelConfig) -> bool:
