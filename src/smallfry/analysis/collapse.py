@@ -131,7 +131,7 @@ def measure_collapse(
         UsageError: A class has no image, or there is one class.
     """
     classes = len(weight)
-    if classes < 2 or len(labels.unique()) < classes:
+    if classes < 2 or len(torch.unique(labels)) < classes:
         raise UsageError("neural collapse needs images of every class, and two classes at least")
     means, index, _ = _means(features, labels)
     centred = means - features.mean(0)
@@ -173,7 +173,8 @@ def etf_head(features: int, classes: int, generator: torch.Generator | None = No
     draw = torch.randn(features, classes, generator=generator, dtype=torch.float64)
     basis = torch.linalg.qr(draw).Q
     eye = torch.eye(classes).double()
-    return math.sqrt(classes / (classes - 1)) * (eye - 1 / classes) @ basis.T
+    frame: Tensor = math.sqrt(classes / (classes - 1)) * (eye - 1 / classes) @ basis.T
+    return frame
 
 
 def collapse_threshold(layers: int) -> float:
@@ -219,7 +220,10 @@ def linear_collapse(
         if m == 1:
             return math.sqrt(1 / ratio) - 1
         low, high = ((m - 1) / (m + 1)) ** (1 / m), 1.0
-        slope = lambda x: m * x ** (m - 1) / (1 + x**m) ** 2 - ratio  # noqa: E731
+
+        def slope(x: float) -> float:
+            return float(m * x ** (m - 1) / (1 + x**m) ** 2 - ratio)
+
         while slope(high) > 0:
             high *= 2
         return float(brentq(slope, low, high, xtol=1e-15, rtol=1e-14))
@@ -359,13 +363,14 @@ def _diagnose(
 
 def _means(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return class means, the row of each image, and counts, without empty classes."""
-    _, index, counts = labels.unique(return_inverse=True, return_counts=True)
+    _, index, counts = torch.unique(labels, return_inverse=True, return_counts=True)
     sums = features.new_zeros(len(counts), features.shape[1]).index_add_(0, index, features)
     return sums / counts[:, None], index, counts
 
 
 def _normal(matrix: Tensor) -> Tensor:
-    return matrix / matrix.norm().clamp(min=1e-300)
+    unit: Tensor = matrix / torch.linalg.norm(matrix).clamp(min=1e-300)
+    return unit
 
 
 def _scalars(measured: Collapse) -> dict[str, float]:

@@ -100,10 +100,10 @@ def layer_signals(model: nn.Module, images: Tensor, seed: int = 0) -> list[Layer
             entry["gradient"] = float(gradient.double().square().mean())
 
         if output.requires_grad:
-            output.register_hook(keep)
+            output.register_hook(keep)  # type: ignore[no-untyped-call]
 
     handles = [
-        module.register_forward_hook(lambda m, _, output, name=name: note(name, m, output))  # type: ignore[misc]
+        module.register_forward_hook(lambda m, _, output, name=name: note(name, m, output))
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
     ]
@@ -241,8 +241,9 @@ def _advice(point: Criticality, normed: bool, ratio: float, classes: int) -> lis
 def _tied_theory(steps: int) -> NDArray[np.float64]:
     """Return the root mean square of a tied residual block after each step, over the first."""
     relu = find_activation("relu")
-    rms = np.sqrt(np.diagonal(residual_kernels(relu, 2.0, steps, tied=True))[1:])
-    return rms / rms[0]
+    squares = np.diagonal(residual_kernels(relu, 2.0, steps, tied=True))[1:]
+    rms: NDArray[np.float64] = np.sqrt(squares / squares[0])
+    return rms
 
 
 def _advice_on_steps(taken: StepSignal, trained_steps: int) -> str:

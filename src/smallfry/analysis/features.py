@@ -69,7 +69,7 @@ def collect(trained: TrainedModel, images: Tensor, labels: Tensor) -> Features:
     handle = head.register_forward_hook(keep)
     try:
         with evaluating(trained.model):
-            for rows in images.split(BATCH):
+            for rows in torch.split(images, BATCH):
                 taken.clear()
                 logits.append(forward(trained.model, trained.normalize(rows))[0].double())
                 if not taken or len(taken[0]) != len(rows):

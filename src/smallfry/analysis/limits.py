@@ -58,7 +58,7 @@ def ask(subject: Subject) -> Answer:
     scores = {
         name: [
             float(
-                DeepKernelClassifier(activation=name, depth=depth)  # type: ignore[arg-type]
+                DeepKernelClassifier(activation=name, depth=depth)
                 .fit(training.features.numpy(), training.labels.numpy())
                 .score(test.features.numpy(), test.labels.numpy())
             )

@@ -62,14 +62,15 @@ def load_subject(
         if other.classes != trained.classes or other.input_shape != trained.input_shape:
             raise UsageError(f"against: {name} takes other images or classes than {run}")
     generator = torch.Generator().manual_seed(seed)
-    splits = [_drawn(each, images, generator) for each in (loaded.train, test)]
-    subject = Subject(_name(run), trained, *splits, others, tuple(corruptions), seed)
+    training = _drawn(loaded.train, images, generator)
+    test = _drawn(test, images, generator)
+    subject = Subject(_name(run), trained, training, test, others, tuple(corruptions), seed)
     facts = {
         "model": run,
         "weights": trained.manifest.get("digest", trained.manifest.get("files")),
         "against": list(against) or "nothing",
         "data": f"{loaded.origin} ({'generated' if loaded.generated else 'real'})",
-        "images": f"{len(splits[0]):,} of training, {len(splits[1]):,} of the test split",
+        "images": f"{len(training):,} of training, {len(test):,} of the test split",
         "seed": seed,
     }
     return Loaded(subject, facts)
