@@ -176,8 +176,8 @@ def test_the_choice_is_that_of_brute_force_at_every_budget(options):
         wanted = min(loss for cost, loss in every if cost <= budget)
         assert found.loss == pytest.approx(wanted, rel=1e-12)
         assert found.cost <= budget
-        chosen = [next(o for o in options[n] if o.bits == b) for n, b in found.bits.items()]
-        assert list(found.bits) == list(options)
+        chosen = [next(o for o in options[n] if o.choice == b) for n, b in found.choices.items()]
+        assert list(found.choices) == list(options)
         assert sum(o.cost for o in chosen) == found.cost
         assert sum(o.loss for o in chosen) == pytest.approx(found.loss)
 
@@ -203,8 +203,8 @@ def test_a_long_front_is_thinned_and_budgets_are_still_met(options, monkeypatch)
     assert least_loss(options, cheapest).cost == cheapest
 
 
-def test_a_budget_below_the_fewest_bits_is_refused(options):
-    with pytest.raises(UsageError, match=r"budget of 10 can't be met.*allow fewer bits"):
+def test_a_budget_below_the_cheapest_choice_is_refused(options):
+    with pytest.raises(UsageError, match=r"budget of 10 can't be met.*allow cheaper choices"):
         least_loss(options, 10)
 
 

@@ -1,15 +1,12 @@
-"""Laws of all layers that stand for dense ones."""
+"""Low-rank layers and rounded weights against oracles; for laws of all: test_replacement_laws."""
 
 import pytest
 import torch
 from torch import nn
 
-from smallfry import cost
-from smallfry.layers.linear_map import layers
 from smallfry.layers.low_rank import LowRank
 from smallfry.layers.quantized import QuantizedWeight, quantize
 
-SETTINGS = {"low_rank": {"rank": 3}, "quantized_weight": {"bits": 5}}
 DENSE = {
     "linear": (lambda: nn.Linear(7, 5), (4, 7)),
     "no bias": (lambda: nn.Linear(7, 5, bias=False), (2, 3, 7)),
@@ -18,51 +15,11 @@ DENSE = {
 }
 
 
-@pytest.fixture(params=sorted(SETTINGS))
-def kind(request):
-    return layers()[request.param]
-
-
 @pytest.fixture(params=DENSE)
 def dense(request):
     torch.manual_seed(0)
     make, shape = DENSE[request.param]
     return make().double(), torch.randn(*shape).double()
-
-
-def test_every_registered_layer_is_tried_here():
-    others = {"binary_weight"}  # of signs of its inputs, so not linear: test_biper.py
-    assert set(layers()) == set(SETTINGS) | others
-
-
-def test_it_is_the_map_that_dense_gives(kind, dense):
-    layer, inputs = dense
-    small = kind.from_dense(layer, **SETTINGS[kind.name])
-    torch.testing.assert_close(small(inputs), small.dense().double()(inputs), rtol=1e-6, atol=1e-6)
-
-
-def test_gradients_are_those_of_the_dense_map(kind, dense):
-    layer, inputs = dense
-    small = kind.from_dense(layer, **SETTINGS[kind.name])
-    one, other = inputs.clone().requires_grad_(), inputs.clone().requires_grad_()
-    small(one).square().sum().backward()
-    small.dense().double()(other).square().sum().backward()
-    torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=1e-6)
-
-
-def test_its_structure_takes_its_weights(kind, dense):
-    layer, inputs = dense
-    small = kind.from_dense(layer, **SETTINGS[kind.name])
-    empty = kind.like(layer, **SETTINGS[kind.name])
-    empty.load_state_dict(small.state_dict())
-    assert torch.equal(empty(inputs), small(inputs))
-
-
-def test_its_macs_are_counted(kind):
-    layer = nn.Linear(40, 30)
-    small = kind.from_dense(layer, **SETTINGS[kind.name])
-    macs = {"low_rank": 3 * 70, "quantized_weight": 1200}[kind.name]
-    assert cost(small, torch.zeros(1, 40)).macs == macs
 
 
 def test_a_full_rank_is_exact_and_a_lower_one_is_the_nearest(dense):

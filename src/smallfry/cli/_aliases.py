@@ -21,6 +21,7 @@ class Alias(NamedTuple):
 
 ALIASES = {
     "pretrained": Alias("model.start", "true"),
+    "init": Alias("model.init", "critical"),
     "freeze": Alias("model.freeze", "backbone", is_list=True),
     "show_batch": Alias("show_batch", "batch.png"),
     "find_lr": Alias("find_lr", "learning_rate.png"),

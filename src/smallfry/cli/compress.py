@@ -120,7 +120,9 @@ def run(options: Options) -> int:
         share = zeros["zeros"] / zeros["weights"]
         table.add_row("zeros stored in dense layers", "", f"{share:.2%}", "")
     CleanConsole(highlight=False).print(table)
-    say(f"run:    {folder}\nuse it: {command('smallfry', 'evaluate', folder)}")
+    closer = command("smallfry", "analyze", options.run, "geometry", "--against", folder)
+    say(f"run:     {folder}\nuse it:  {command('smallfry', 'evaluate', folder)}")
+    say(f"compare: {closer}")
     return 0
 
 

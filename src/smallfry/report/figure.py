@@ -32,11 +32,16 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def save(figure: Figure, file: Path) -> None:
-    """Write a figure as a PNG atomically; raises as ``write_whole``."""
+def encode(figure: Figure) -> bytes:
+    """Encode a figure as a PNG."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=130, facecolor="white")
-    write_whole(file, drawn.getvalue())
+    return drawn.getvalue()
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Write a figure as a PNG atomically; raises as ``write_whole``."""
+    write_whole(file, encode(figure))
 
 
 def show_image(axes: Any, pixels: Tensor) -> None:

@@ -119,6 +119,8 @@ class ModelConfig:
             hf_hub:USER/NAME. Its architecture, transforms and weights are taken, and images are
             prepared as it takes them; another number of classes has a new classifier. Or weights
             of the named model: a file NAME.safetensors, or true for timm's.
+        init: Initial weights of a new model: its own, or critical ones, by which signals and
+            gradients neither grow nor shrink with depth.
         freeze: Parts that are not trained: backbone is all but the classifier; otherwise shell
             patterns of parameters' names, such as [stem.*, stages.0.*].
         freeze_epochs: Epochs until they are trained too; null never trains them.
@@ -132,6 +134,7 @@ class ModelConfig:
 
     name: str = "auto"
     start: str | bool | None = None
+    init: Literal["default", "critical"] = "default"
     freeze: list[str] = field(default_factory=list)
     freeze_epochs: float | None = None
     latent_steps: int | None = None
@@ -147,6 +150,10 @@ class ModelConfig:
         if isinstance(self.freeze, str):
             object.__setattr__(self, "freeze", [self.freeze])
         check_values(self, "model.")
+        check(
+            self.init == "default" or self.start is None,
+            "model.init critical and model.start both give initial weights; leave one out",
+        )
         check((self.freeze_epochs or 0) >= 0, "model.freeze_epochs can't be negative")
         check(
             self.freeze_epochs is None or bool(self.freeze),

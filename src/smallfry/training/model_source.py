@@ -1,16 +1,18 @@
 """Model of a training run: from a configuration, another model, or a checkpoint."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from smallfry.data import ImageData
 from smallfry.errors import UsageError, is_out_of_memory, nearest
 from smallfry.io.terminal import printable
+from smallfry.models import FromImages
+from smallfry.models.critical_init import init_critical_
 from smallfry.tasks import HasDefaults, Task
 from smallfry.training.config import ModelConfig
 from smallfry.training.evaluation import task_of
@@ -20,6 +22,7 @@ from smallfry.training.run import TrainedModel
 from smallfry.transforms.build import build, is_model
 from smallfry.transforms.spec import OF_THE_FACTORY, ModelSpec
 
+MOST_INITIAL = 256  # images that show the order and the inputs of layers
 MOST_REASON = 300  # characters of a library's error
 
 
@@ -123,6 +126,20 @@ def create_model(
         raise UsageError(f"model {name} can't be built for images of {shape}: {reason}") from error
     _recompute_blocks(model, config)
     return model, ModelSpec(name, arguments)
+
+
+def initialize(model: nn.Module, config: ModelConfig, images: Callable[[], Tensor]) -> None:
+    """Set the initial weights of a new model that depend on training images.
+
+    Args:
+        model: Changed in place.
+        config: Its configuration.
+        images: Return normalised training images.
+    """
+    if isinstance(model, FromImages):
+        model.initialize(images())
+    if config.init == "critical":
+        init_critical_(model, images()[:MOST_INITIAL])
 
 
 def is_pretrained(config: ModelConfig) -> bool:

@@ -26,7 +26,6 @@ from smallfry.errors import (
 )
 from smallfry.io.signals import keeping
 from smallfry.io.terminal import command
-from smallfry.models import FromImages
 from smallfry.tasks import find_task
 from smallfry.training.adversarial import adversarial
 from smallfry.training.augment import Normalize
@@ -51,7 +50,7 @@ from smallfry.training.launch_env import launch
 from smallfry.training.loggers import build_observers
 from smallfry.training.loop import Trainer
 from smallfry.training.method import find_methods
-from smallfry.training.model_source import ModelSource, is_pretrained, model_name
+from smallfry.training.model_source import ModelSource, initialize, is_pretrained, model_name
 from smallfry.training.own_code import OwnCode, take_objects
 from smallfry.training.own_task import facts, with_own
 from smallfry.training.processes import Processes, leaving, start
@@ -374,9 +373,9 @@ def _build(
         processes.count,
         config.sync_batch_norm,
     )
-    if source.is_new and not is_pretrained(config.model) and isinstance(model, FromImages):
-        some = data.train.take(torch.arange(min(STUDIED, len(data.train)))).images
-        model.initialize(Normalize(mean, std)(some))
+    if source.is_new and not is_pretrained(config.model):
+        some = data.train.take(torch.arange(min(STUDIED, len(data.train))))
+        initialize(model, config.model, lambda: Normalize(mean, std)(some.images))
     torch.set_num_threads(config.threads or _useful_threads(model, data))
     manifest = {
         "model": spec.to_dict(),

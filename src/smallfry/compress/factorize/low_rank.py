@@ -1,32 +1,37 @@
 """Low-rank factorisation of linear layers and convolutions by singular value decomposition.
 
 With r = keep · m n / (m + n), a matrix of m × n has ``keep`` of its numbers in two factors. It is
-the nearest of that rank in the Frobenius norm, without data.
+the nearest of that rank in the Frobenius norm, without data, or in the metric of the curvature.
 """
 
+from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from smallfry.compress.select import dense_layers
+from smallfry.compress.factorize.method import FactorSettings
+from smallfry.compress.quantize.sensitivity import LayerCurvature
 from smallfry.errors import UsageError
+from smallfry.io.json import Plain
 from smallfry.layers.low_rank import LowRank as Layer
-from smallfry.training.method import Method, register_method
-from smallfry.transforms.replace import Replace, replace_layers, tied_layers
-from smallfry.transforms.spec import Transform
+from smallfry.training.method import register_method
+
+Metric = Literal["weights", "curvature"]
+METRICS: tuple[Metric, ...] = ("weights", "curvature")
+DAMPING = 1e-3  # as a share of a factor's mean eigenvalue
 
 
 @register_method
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(FactorSettings):
     """Low-rank factorisation of a trained model.
 
     Args:
-        keep: Parameters of the factors as a share of the layer's, below 1.
-        include: Shell patterns of layer names.
-        exclude: Patterns of layers to keep dense.
-        smallest: Layers with fewer parameters stay dense.
+        metric: ``weights`` minimises ‖Ŵ − W‖, and ``curvature`` the change of the loss to second
+            order, tr(Δᵀ G Δ A) with KFAC's factors on calibration images.
 
     Example:
         >>> import timm, smallfry
@@ -38,44 +43,71 @@ class LowRank:
     """
 
     name: ClassVar[str] = "low_rank"
-    trains: ClassVar[bool] = False
-    tunable: ClassVar[bool] = True
+    layer: ClassVar[Any] = Layer
 
-    keep: float = 0.5
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
-    smallest: int = 256
+    metric: Metric = "weights"
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep < 1:
-            raise UsageError(f"low_rank.keep must be between 0 and 1, not {self.keep}")
+        super().__post_init__()
+        if self.metric not in METRICS:
+            raise UsageError(f"low_rank.metric is one of {', '.join(METRICS)}, not '{self.metric}'")
 
-    def start(self) -> Method:
-        """Create the method with these settings."""
-        return _Factorise(self)
+    @property
+    def needs_curvature(self) -> bool:
+        """True if layers are fitted in the metric of their curvature."""
+        return self.metric == "curvature"
 
-
-class _Factorise(Method):
-    def __init__(self, settings: LowRank) -> None:
-        self._settings = settings
-
-    def finish(self, model: nn.Module) -> Transform | None:
-        modules, ties = dict(model.named_modules()), tied_layers(model)
-        chosen = dense_layers(model, self._settings.include, self._settings.exclude)
-        ranks = {
-            name: {"rank": rank}
-            for name in dict.fromkeys(tied for one in chosen for tied in ties[one])
-            if (rank := self._rank(modules.get(name))) is not None
-        }
-        if not ranks:
+    def choose(self, layer: nn.Module, keep: float) -> dict[str, Plain] | None:
+        """Choose the rank of a layer's factors."""
+        if getattr(layer, "groups", 1) != 1:
             return None
-        replace_layers(model, ranks, lambda layer, name: Layer.from_dense(layer, **ranks[name]))
-        return Replace(Layer.name, ranks)
+        rows, columns = cast(Tensor, layer.weight).flatten(1).shape
+        rank = int(keep * rows * columns / (rows + columns))
+        return {"rank": rank} if rank >= 1 else None
 
-    def _rank(self, layer: nn.Module | None) -> int | None:
-        """Choose the rank of a layer's factors; None if it stays dense."""
-        if not isinstance(layer, nn.Linear | nn.Conv2d) or getattr(layer, "groups", 1) != 1:
-            return None
-        rows, columns = layer.weight.flatten(1).shape
-        rank = int(self._settings.keep * rows * columns / (rows + columns))
-        return rank if rank >= 1 and rows * columns >= self._settings.smallest else None
+    def fit(
+        self, layer: nn.Module, chosen: Mapping[str, Plain], known: LayerCurvature | None
+    ) -> nn.Module:
+        """Factorise a layer, in the metric of its curvature where that is given."""
+        if known is not None:
+            nearest, weight = deepcopy(layer), cast(Tensor, layer.weight).detach()
+            rank = cast(int, chosen["rank"])
+            found = nearest_of_rank(weight.flatten(1), known.inputs[0], known.outputs[0], rank)
+            cast(Tensor, nearest.weight).data.copy_(found.view_as(weight))
+            layer = nearest
+        return super().fit(layer, chosen, known)
+
+
+def nearest_of_rank(
+    weight: Tensor, inputs: Tensor, outputs: Tensor, rank: int, damping: float = DAMPING
+) -> Tensor:
+    """Find the matrix of a rank that minimises tr(Δᵀ G Δ A), Δ = Ŵ − W.
+
+    With G = g gᵀ and A = a aᵀ it is ‖gᵀ Δ a‖², so that the truncated singular value decomposition
+    of gᵀ W a is the minimum (Eckart and Young), and Ŵ = g⁻ᵀ (gᵀ W a)_r a⁻¹.
+
+    Args:
+        weight: W, (outputs, inputs).
+        inputs: A, the second moment of the inputs.
+        outputs: G, that of the gradients at the outputs.
+        rank: Of the result.
+        damping: Added to both factors, as a share of their mean eigenvalue.
+
+    Returns:
+        Ŵ in float64.
+    """
+    left, right = (_damped_root(each.double(), damping) for each in (outputs, inputs))
+    u, s, v = torch.linalg.svd(left @ weight.double() @ right, full_matrices=False)
+    kept = (u[:, :rank] * s[:rank]) @ v[:rank]
+    found: Tensor = torch.linalg.solve(left, torch.linalg.solve(right, kept, left=False))
+    return found
+
+
+def _damped_root(matrix: Tensor, damping: float) -> Tensor:
+    """Compute the symmetric square root of a damped factor; the identity of one that is zero."""
+    mean = matrix.diagonal().mean()
+    if mean <= 0:
+        return torch.eye(len(matrix), dtype=matrix.dtype)
+    values, vectors = torch.linalg.eigh(matrix / mean)
+    root: Tensor = (vectors * (values.clamp(min=0) + damping).sqrt()) @ vectors.T
+    return root

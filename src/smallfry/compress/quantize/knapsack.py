@@ -1,4 +1,4 @@
-"""Choice of bits for each layer under a budget: an exact multiple-choice knapsack.
+"""Choice of one option for each layer under a budget: an exact multiple-choice knapsack.
 
 Dynamic programming over layers on the Pareto front of (cost, loss): a partial choice is dropped if
 another costs no more and loses no more. The front of all layers is the whole trade-off.
@@ -16,9 +16,9 @@ MOST_POINTS = 100_000  # of a front; then the budget is divided into as many ste
 
 
 class Option(NamedTuple):
-    """One choice for a layer."""
+    """One choice for a layer, such as its bits."""
 
-    bits: int
+    choice: int
     cost: int
     loss: float
 
@@ -28,7 +28,7 @@ class Point(NamedTuple):
 
     cost: int
     loss: float
-    bits: dict[str, int]
+    choices: dict[str, int]
 
 
 class _Front(NamedTuple):
@@ -67,7 +67,7 @@ def least_loss(options: Mapping[str, Sequence[Option]], budget: int) -> Point:
         >>> from smallfry.compress.quantize.knapsack import Option, least_loss
         >>> layers = {"a": [Option(2, 2, 3.0), Option(4, 4, 0.0)], "b": [Option(2, 2, 1.0)]}
         >>> least_loss(layers, budget=5)
-        Point(cost=4, loss=4.0, bits={'a': 2, 'b': 2})
+        Point(cost=4, loss=4.0, choices={'a': 2, 'b': 2})
     """
     fronts = _fronts(options, budget)
     return _point(options, fronts, len(fronts[-1].cost) - 1)
@@ -77,8 +77,8 @@ def _fronts(options: Mapping[str, Sequence[Option]], budget: int | None) -> list
     cheapest = [min(option.cost for option in each) for each in options.values()]
     if budget is not None and sum(cheapest) > budget:
         raise UsageError(
-            f"the budget of {budget:,} can't be met, as the fewest bits cost {sum(cheapest):,}: "
-            "raise the budget, allow fewer bits (choices), or exclude layers"
+            f"the budget of {budget:,} can't be met, as the cheapest choice costs "
+            f"{sum(cheapest):,}: raise the budget, allow cheaper choices, or exclude layers"
         )
     left = sum(cheapest)
     none = np.zeros(1, np.int64)
@@ -113,8 +113,8 @@ def _extended(front: _Front, options: Sequence[Option], most: int | None) -> _Fr
 
 def _point(options: Mapping[str, Sequence[Option]], fronts: list[_Front], index: int) -> Point:
     cost, loss = int(fronts[-1].cost[index]), float(fronts[-1].loss[index])
-    bits: dict[str, int] = {}
+    choices: dict[str, int] = {}
     for front, (name, each) in zip(fronts[:0:-1], reversed(list(options.items())), strict=True):
-        bits[name] = each[int(front.choice[index])].bits
+        choices[name] = each[int(front.choice[index])].choice
         index = int(front.parent[index])
-    return Point(cost, loss, dict(reversed(bits.items())))
+    return Point(cost, loss, dict(reversed(choices.items())))

@@ -79,7 +79,7 @@ def choose_bits(
     step = -(-len(front) // MOST_SHOWN)
     shown = [*front[:-1:step], front[-1]]
     return MixedBits(
-        chosen.bits,
+        chosen.choices,
         {
             "measure": measure,
             "budget": {"value": budget, "of": kind},

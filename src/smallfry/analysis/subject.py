@@ -1,0 +1,86 @@
+"""Subject of an analysis, from run folders."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from smallfry.analysis.question import Subject
+from smallfry.data import Split
+from smallfry.deploy.pretrained import load_trained
+from smallfry.errors import UsageError
+from smallfry.training.evaluation_data import load_like
+from smallfry.training.run import require_classes, require_classifier
+
+__all__ = ["Loaded", "load_subject"]
+
+IMAGES = 2000
+
+
+class Loaded(NamedTuple):
+    """Subject with the facts of its provenance."""
+
+    subject: Subject
+    facts: dict[str, Any]
+
+
+def load_subject(
+    run: str,
+    against: Sequence[str] = (),
+    data: str | None = None,
+    root: Path | None = None,
+    *,
+    checkpoint: str = "best",
+    images: int = IMAGES,
+    corruptions: Sequence[tuple[str, int]] = (),
+    seed: int = 0,
+) -> Loaded:
+    """Load a model, images of its training and test split, and versions to compare with.
+
+    Args:
+        run: Run folder, shared folder or name on the hub.
+        against: Further versions of the model, likewise.
+        data: Data instead of the run's own.
+        root: Folder of a named data set.
+        checkpoint: ``best`` or ``last``.
+        images: At most so many of each split, in a seeded draw.
+        corruptions: Names of corruptions with severities.
+        seed: Seed of all random choices.
+
+    Raises:
+        UsageError: No classifier, or models of other classes.
+    """
+    trained = load_trained(run, checkpoint)
+    require_classifier(trained)
+    loaded, test, _ = load_like(trained, run, data, root, "test")
+    require_classes(trained, loaded.classes, loaded.origin)
+    others = {_name(each): load_trained(each) for each in against}
+    if len(others) < len(against) or _name(run) in others:
+        raise UsageError("against: models need folders of different names")
+    for name, other in others.items():
+        if other.classes != trained.classes or other.input_shape != trained.input_shape:
+            raise UsageError(f"against: {name} takes other images or classes than {run}")
+    generator = torch.Generator().manual_seed(seed)
+    training = _drawn(loaded.train, images, generator)
+    test = _drawn(test, images, generator)
+    subject = Subject(_name(run), trained, training, test, others, tuple(corruptions), seed)
+    facts = {
+        "model": run,
+        "weights": trained.manifest.get("digest", trained.manifest.get("files")),
+        "against": list(against) or "nothing",
+        "data": f"{loaded.origin} ({'generated' if loaded.generated else 'real'})",
+        "images": f"{len(training):,} of training, {len(test):,} of the test split",
+        "seed": seed,
+    }
+    return Loaded(subject, facts)
+
+
+def _name(run: str) -> str:
+    return run.rstrip("/").rpartition("/")[2]
+
+
+def _drawn(split: Split, images: int, generator: torch.Generator) -> Split:
+    if len(split) <= images:
+        return split
+    return split.take(torch.randperm(len(split), generator=generator)[:images].sort().values)
