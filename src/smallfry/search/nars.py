@@ -10,6 +10,7 @@ The structure is the paper's, whose search was not published; the constants are 
 """
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,7 @@ class NARS:
         self._sizes = round_sizes(count)
         self._planned: list[dict[str, Any]] = []
         self._pool: list[dict[str, Any]] = []
+        self._untrained: Predictor | None = None  # but for costs
         self._round = 0
 
     def ask(self, count: int) -> list[dict[str, Any]]:
@@ -117,17 +119,16 @@ class NARS:
         return most_promising(rest, predict(rest), size)
 
     def _fitted(self) -> Callable[[Sequence[Candidate]], Prediction]:
-        """Fit a predictor to costs and trials."""
-        trials = self._proposals.valued
-        parts = self._architecture, self._recipe
+        """Fit the predictor that has learned costs to the trials."""
+        parts, trials = (self._architecture, self._recipe), self._proposals.valued
+        if self._untrained is None:
+            costs = costed(self._pool, self._architecture, self._costs)
+            self._untrained = new_predictor(parts, costs, self._proposals.seed)
+        predictor = deepcopy(self._untrained)
         scores = np.array([trial.value for trial in trials], np.float64)
-        predictor = fitted_predictor(
-            parts,
-            [trial.candidate for trial in trials],
-            scores,
-            costed(self._pool, self._architecture, self._costs),
-            self._proposals.seed,
-        )
+        candidates = [trial.candidate for trial in trials]
+        architectures, recipes = (features(part, candidates) for part in parts)
+        predictor.fit_scores(architectures, recipes, scores)
         return lambda each: predictor(*(features(part, each) for part in parts))
 
     def _evolved(
@@ -207,30 +208,23 @@ def costed(
     return features(architecture, different), values
 
 
-def fitted_predictor(
+def new_predictor(
     parts: tuple[Sequence[Choice], Sequence[Choice]],
-    candidates: Sequence[Candidate],
-    scores: NDArray[np.float64],
     costs: tuple[NDArray[np.float64], NDArray[np.float64]] | None,
     seed: int,
-    members: int = 5,
 ) -> Predictor:
-    """Fit a predictor, first to costs, if there are any, and then to scores.
+    """Create a predictor that has learned costs, if there are any, and no scores.
 
     Args:
         parts: Choices of architecture and recipe.
-        candidates: Measured ones.
-        scores: Their scores, (candidates,).
         costs: Encodings and costs of architectures.
         seed: Seed of the weights.
-        members: Members of the ensemble.
     """
-    architectures, recipes = (features(part, candidates) for part in parts)
-    count = 1 if costs is None else costs[1].shape[1]
-    predictor = Predictor(architectures.shape[1], recipes.shape[1], count, members, seed)
-    if costs is not None:
-        predictor.fit_costs(*costs)
-    predictor.fit_scores(architectures, recipes, scores)
+    architecture, recipe = (features(part, [{}]).shape[1] for part in parts)
+    if costs is None:
+        return Predictor(architecture, recipe, seed=seed)
+    predictor = Predictor(architecture, recipe, costs[1].shape[1], seed=seed)
+    predictor.fit_costs(*costs)
     return predictor
 
 
@@ -243,6 +237,7 @@ def evolve(
 ) -> list[dict[str, Any]]:
     """Evolve candidates on their predictions, and return the last parents, best first."""
     parents = list({key_of(each): each for each in start}.values())
+    means = predict(parents).mean if parents else np.zeros(0)
     known, best, stalled = {key_of(each) for each in parents}, -np.inf, 0
 
     def child() -> dict[str, Any]:
@@ -253,21 +248,23 @@ def evolve(
 
     for _ in range(GENERATIONS):
         children: list[dict[str, Any]] = []
-        while len(children) < CHILDREN:
+        while parents and len(children) < CHILDREN:
             new = new_candidate(child, lambda each: key_of(each) in known, allowed)
             if new is None:
                 break
             known.add(key_of(new))
             children.append(new)
-        every = [*parents, *children]
-        means = predict(every).mean
-        order = np.argsort(-means, kind="stable")[:PARENTS]
-        parents = [every[int(row)] for row in order]
-        stalled = 0 if means[order[0]] > best + LEAST_GAIN else stalled + 1
-        best = max(best, float(means[order[0]]))
-        if not children or stalled == PATIENCE:
+        if not children:
             break
-    return parents
+        every, means = [*parents, *children], np.append(means, predict(children).mean)
+        order = np.argsort(-means, kind="stable")[:PARENTS]
+        parents, means = [every[int(row)] for row in order], means[order]
+        stalled = 0 if means[0] > best + LEAST_GAIN else stalled + 1
+        best = max(best, float(means[0]))
+        if stalled == PATIENCE:
+            break
+    order = np.argsort(-means, kind="stable")
+    return [parents[int(row)] for row in order]
 
 
 def shortest_proxy(curves: Sequence[Sequence[float]], least: float = 0.9) -> int:

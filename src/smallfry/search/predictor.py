@@ -106,7 +106,7 @@ class Predictor:
         targets = self._each((logarithms - logarithms.mean(0)) / deviations)
         inputs = self._each(architectures)
         trained = nn.ModuleList([self._embedding, self._costs])
-        optimizer = torch.optim.Adam(trained.parameters(), RATE)
+        optimizer = torch.optim.Adam(trained.parameters(), RATE, fused=True)
         for _ in range(COST_STEPS):
             loss = (self._costs(self._embedding(inputs)) - targets).square().mean((1, 2)).sum()
             _step(optimizer, loss)
@@ -126,7 +126,7 @@ class Predictor:
             {"params": list(self._embedding.parameters()), "lr": SLOW * RATE},
             {"params": list(self._score.parameters())},
         ]
-        optimizer = torch.optim.Adam(groups, RATE, weight_decay=DECAY)
+        optimizer = torch.optim.Adam(groups, RATE, weight_decay=DECAY, fused=True)
         for step in range(SCORE_STEPS):
             if step == SCORE_STEPS // 2:
                 optimizer.param_groups[0]["lr"] = RATE
