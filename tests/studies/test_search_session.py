@@ -7,6 +7,7 @@ import pytest
 
 from smallfry.__main__ import main
 from smallfry.errors import RunError, UsageError
+from smallfry.report.search import Point, pareto
 from smallfry.search import Choice, Ledger, Trial
 from smallfry.search.settings_space import SettingsSpace, read_settings_space
 from smallfry.studies.search import session
@@ -328,3 +329,18 @@ def test_a_storage_that_cannot_be_used_is_named(tmp_path):
 
 def test_the_settings_that_may_change_are_not_compared():
     assert {*SearchConfig.__dataclass_fields__} > session.UNCOMPARED
+
+
+def test_the_front_has_the_points_that_no_cheaper_one_equals():
+    points = [
+        Point(90, 5.0),
+        Point(80, 1.0),
+        Point(85, 3.0),
+        Point(80, 2.0),
+        Point(70, 0.5),
+        Point(60, 0.7),
+    ]
+    assert [(p.accuracy, p.macs) for p in pareto(points[::-1])] == [
+        *((70, 0.5), (80, 1.0)),
+        *((85, 3.0), (90, 5.0)),
+    ]

@@ -41,7 +41,7 @@ def draw_search(
                 count, np.maximum.accumulate(accuracies), where="post", color=colour, label=label
             )
             front.scatter([p.macs / 1e6 for p in points], accuracies, s=16, color=colour, alpha=0.6)
-        _draw_front(front, next(iter(found.values())))
+        _draw_front(front, [point for points in found.values() for point in points])
         _draw_shares(shares, importances)
         best.set(xlabel="candidates", ylabel="validation accuracy, %", title="best so far")
         front.set(xlabel="MMAC", title="accuracy and arithmetic")
@@ -53,8 +53,14 @@ def _draw_front(axes: Any, points: Sequence[Point]) -> None:
     shown = pareto(points)
     places = [point.macs / 1e6 for point in points]
     axes.step(
-        [p.macs / 1e6 for p in shown], [p.accuracy for p in shown], where="post", color=COLOURS[0]
+        [p.macs / 1e6 for p in shown],
+        [p.accuracy for p in shown],
+        where="post",
+        color=COLOURS[1],
+        linewidth=1,
+        label="front of all",
     )
+    axes.legend(loc="lower right")
     for point in (p for p in points if p.chosen):
         axes.scatter(
             [point.macs / 1e6], [point.accuracy], s=190, facecolors="none", edgecolors=COLOURS[4]
@@ -65,6 +71,7 @@ def _draw_front(axes: Any, points: Sequence[Point]) -> None:
 def _draw_shares(axes: Any, importances: Mapping[str, float]) -> None:
     order = sorted(importances, key=lambda name: importances[name])
     axes.barh(plain(order), [100 * importances[name] for name in order], color=COLOURS[0])
+    axes.set_axisbelow(True)
     axes.set(xlabel="% of the variance of accuracy", title="importance of choices")
 
 

@@ -5,14 +5,14 @@ ledger: a search goes on where it was stopped, by the same command.
 """
 
 import logging
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from multiprocessing import get_context
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smallfry.errors import UsageError
+from smallfry.errors import RunError, UsageError
 from smallfry.io.json import strict
 from smallfry.search import Ledger, Trial
 from smallfry.search.tpe import suggest_candidate
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["run_on_storage"]
 
 STUDY = "smallfry"
+LEDGER = "ledger.jsonl"
+SECONDS = 2.0  # between looks at the storage
 TRIAL = "trial"  # attribute of Optuna's trials: ours, as plain data
 MOST_REJECTED = 2000  # proposals in a row that are not allowed, after which none seems left
 
@@ -39,22 +41,54 @@ def run_on_storage(config: SearchConfig, folder: Path, progress: SearchProgress)
 
     Raises:
         UsageError: The storage can't be used.
+        RunError: A worker failed.
         ModuleNotFoundError: Optuna is not installed.
     """
     study = open_study(config, 0)
-    if config.workers == 1:
-        work(config, folder, 0)
-    else:
-        with ProcessPoolExecutor(config.workers, get_context("spawn")) as pool:
-            for each in [pool.submit(work, config, folder, n) for n in range(config.workers)]:
-                each.result()
-    trials = trials_of(study)
-    ledger = Ledger(folder / "ledger.jsonl")
+    known = trials_of(study)
+    for trial in known.values():
+        progress.end(trial, fresh=False)
+    for number, trial in _new_trials(config, folder, study, {*known}):
+        progress.end(trial)
+        known[number] = trial
+    trials = [known[number] for number in sorted(known)]
+    ledger = Ledger(folder / LEDGER)
     ledger.file.unlink(missing_ok=True)
     for trial in trials:
         ledger.append(trial)
-        progress.end(trial, fresh=False)
     return trials
+
+
+def _new_trials(
+    config: SearchConfig, folder: Path, study: "optuna.Study", known: set[int]
+) -> Iterator[tuple[int, Trial]]:
+    """Run the workers, and yield the study's new trials until all workers have ended."""
+    context = get_context("spawn")
+    workers = [
+        context.Process(target=work, args=(config, folder, number))
+        for number in range(config.workers)
+    ]
+    for worker in workers:
+        worker.start()
+    try:
+        while True:
+            is_over = not any(worker.is_alive() for worker in workers)
+            for number, trial in trials_of(study).items():
+                if number not in known:
+                    known.add(number)
+                    yield number, trial
+            if is_over:
+                break
+            wait([worker.sentinel for worker in workers if worker.is_alive()], SECONDS)
+    finally:
+        for worker in workers:
+            worker.terminate()
+            worker.join()
+    if failed := sum(worker.exitcode != 0 for worker in workers):
+        raise RunError(
+            f"{failed} of {config.workers} workers ended with an error, which is above; the same "
+            "command continues"
+        )
 
 
 def work(config: SearchConfig, folder: Path, number: int) -> None:
@@ -133,10 +167,10 @@ def counted(trials: Sequence["optuna.trial.FrozenTrial"]) -> int:
     return sum(each.state.name in ("COMPLETE", "FAIL", "RUNNING") for each in trials)
 
 
-def trials_of(study: "optuna.Study") -> list[Trial]:
-    """Return the trials that ended, in the order in which they began."""
-    return [
-        Trial(**each.user_attrs[TRIAL])
+def trials_of(study: "optuna.Study") -> dict[int, Trial]:
+    """Return the trials that ended by their numbers."""
+    return {
+        each.number: Trial(**each.user_attrs[TRIAL])
         for each in study.get_trials(deepcopy=False)
         if TRIAL in each.user_attrs
-    ]
+    }

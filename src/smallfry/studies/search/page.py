@@ -111,12 +111,12 @@ def _page(
 
 def _row(trial: Trial) -> list[Any]:
     value = f"failed: {trial.failure}" if trial.value is None else f"{trial.value:.2f}"
-    macs = trial.cost.get("macs")
+    macs, parameters = (trial.cost.get(name) for name in ("macs", "parameters"))
     return [
         _text(trial.candidate),
         value,
         NONE if macs is None else number(macs / 1e6),
-        number(trial.cost.get("parameters"), 6),
+        NONE if parameters is None else f"{parameters:,.0f}",
         number(trial.seconds),
     ]
 
