@@ -158,7 +158,7 @@ def summarize(records: list[dict[str, Any]], table: Table) -> dict[str, Any]:
             reached = [each["reached"] or np.inf for each in runs]
             found.setdefault(noise, {})[name] = {
                 "repeats": len(runs),
-                "reached": sum(np.isfinite(reached)),
+                "reached": int(np.isfinite(reached).sum()),
                 "quartiles": [
                     None if np.isinf(v) else float(v)
                     for v in np.quantile(reached, (0.25, 0.5, 0.75), method="inverted_cdf")

@@ -222,6 +222,12 @@ def test_kendalls_tau_is_scipys(values, random):
     assert kendall_tau(values, other) == pytest.approx(0.0 if np.isnan(expected) else expected)
 
 
+def test_kendalls_tau_of_unsigned_numbers_does_not_wrap():
+    one = np.array([3, 1, 2], np.uint16)
+    assert kendall_tau(one, one) == 1
+    assert kendall_tau(one, [1, 3, 2]) == -1
+
+
 def test_features_are_positions_of_ordered_values_and_zeros_and_ones_of_others():
     rows = features(CHOICES, [{"width": 16, "depth": 1, "lr": 25, "shift": True}])
     assert rows.tolist() == [[2 / 3, 0.0, 0.0, 1.0, 0.0, 1.0]]

@@ -32,7 +32,7 @@ from smallfry.search.space import Candidate, Choice, Trial, key_of
 __all__ = ["NARS", "Costs", "shortest_proxy"]
 
 Costs = Callable[[Candidate], Sequence[float]]  # positive costs of an architecture
-ROUNDS = 4  # after the first one
+ROUNDS, LEAST = 10, 5  # at most, and candidates of one at least
 UNCERTAIN = 1 / 8  # of a round
 FINALS = 5  # candidates of the evolution, at most a quarter of all
 POOL = 4096  # candidates that are scored
@@ -62,7 +62,7 @@ class NARS:
         >>> widths, rates = Choice("width", (4, 8, 16)), Choice("lr", low=0.01, high=1, log=True)
         >>> search = NARS([widths], [rates], 8, lambda a: [a["width"], a["width"] ** 2])
         >>> len(search.ask(8)), search.ask(1)
-        (2, [])
+        (6, [])
     """
 
     def __init__(
@@ -150,11 +150,12 @@ def round_sizes(count: int) -> list[int]:
     """Divide candidates over the rounds, the last of which is that of the evolution.
 
     Example:
-        >>> round_sizes(96), round_sizes(3)
-        ([19, 18, 18, 18, 18, 5], [1, 1, 1])
+        >>> round_sizes(32), round_sizes(3)
+        ([6, 6, 5, 5, 5, 5], [3])
     """
     finals = min(FINALS, count // 4)
-    parts = np.array_split(np.arange(count - finals), ROUNDS + 1)
+    rounds = min(ROUNDS, max(1, (count - finals) // LEAST))
+    parts = np.array_split(np.arange(count - finals), rounds)
     return [size for size in (*map(len, parts), finals) if size]
 
 

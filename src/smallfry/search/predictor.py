@@ -190,6 +190,7 @@ def kendall_tau(one: Sequence[float] | Array, other: Sequence[float] | Array) ->
         0.3333333333333333
     """
     upper = np.triu_indices(len(one), 1)
-    signs = [np.sign(np.subtract.outer(v, v))[upper] for v in (np.asarray(one), np.asarray(other))]
+    values = (np.asarray(each, np.float64) for each in (one, other))
+    signs = [np.sign(np.subtract.outer(each, each))[upper] for each in values]
     scale = math.sqrt(np.abs(signs[0]).sum() * np.abs(signs[1]).sum())
     return float(signs[0] @ signs[1]) / scale if scale else 0.0

@@ -10,8 +10,9 @@
 Choices of the model are the architecture, on which costs depend; all others are the recipe.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import yaml
 from numpy.typing import NDArray
 
 from smallfry.costing import macs
+from smallfry.data import ImageData
 from smallfry.errors import UsageError
 from smallfry.io.safe_yaml import MOST_CONFIG, load_yaml
 from smallfry.search.space import Candidate, Choice, encode
@@ -59,7 +61,7 @@ class SettingsSpace:
     def __init__(
         self,
         settings: Mapping[str, Any],
-        choices: tuple[Choice, ...] | list[Choice],
+        choices: Sequence[Choice],
         where: str | Path = "space",
     ) -> None:
         if not choices:
@@ -121,9 +123,9 @@ class SettingsSpace:
         key = repr(config)
         if key not in self._models:
             with torch.random.fork_rng():
-                data = self._data()
-                model, spec = create_model(config, data, find_task(TASK).create(0.0))
-            image = torch.zeros(1, *data.input_shape)
+                task = find_task(TASK).create(0.0)
+                model, spec = create_model(config, self._data, task)
+            image = torch.zeros(1, *self._data.input_shape)
             parameters = sum(each.numel() for each in model.parameters())
             self._models[key] = (
                 spec,
@@ -134,10 +136,9 @@ class SettingsSpace:
             )
         return self._models[key]
 
-    def _data(self) -> Any:
-        if not hasattr(self, "_loaded"):
-            self._loaded = load_config_data(self.base.data)
-        return self._loaded
+    @cached_property
+    def _data(self) -> ImageData:
+        return load_config_data(self.base.data)
 
 
 def read_settings_space(file: Path) -> SettingsSpace:

@@ -98,7 +98,7 @@ def _page(
         trials=table(
             ["candidate", "validation, %", "MMAC", "parameters", "seconds"],
             [_row(trial) for trial in ranked[:SHOWN]],
-            marked=() if best is None else [ranked.index(best)] if best in ranked[:SHOWN] else (),
+            marked=[number for number, trial in enumerate(ranked[:SHOWN]) if trial == best],
         ),
         count=len(trials),
         failed=sum(trial.value is None for trial in trials),

@@ -49,15 +49,17 @@ class SearchProgress:
         self.done, self.fresh = self.done + 1, self.fresh + fresh
         if trial.value is not None:
             self.best = trial.value if self.best is None else max(self.best, trial.value)
-        left = (
-            clock((time.monotonic() - self.began) / self.fresh * (self.total - self.done))
-            if (self.fresh)
-            else "?"
-        )
+        left = self._left()
         self.bar.update(self.task, advance=1, left=left, description=self._state())
         if fresh:
             result = f"failed: {trial.failure}" if trial.value is None else f"{trial.value:.2f} %"
             self.heart.say(f"{self._state()}; this one {result}; {left} left")
+
+    def _left(self) -> str:
+        if not self.fresh:
+            return "?"
+        seconds = (time.monotonic() - self.began) / self.fresh
+        return clock(max(0.0, seconds * (self.total - self.done)))
 
     def _state(self) -> str:
         best = "none" if self.best is None else f"{self.best:.2f} %"
