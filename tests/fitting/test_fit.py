@@ -14,7 +14,7 @@ from html_view import View
 
 from smallfry.__main__ import main
 from smallfry.errors import DataError, RunError, Stopped, UsageError
-from smallfry.fitting import compressing, rungs
+from smallfry.fitting import compressing
 from smallfry.fitting import run as fit_module
 from smallfry.fitting.config import FitConfig
 from smallfry.fitting.costs import Costs
@@ -23,6 +23,7 @@ from smallfry.fitting.planning import make_plan
 from smallfry.fitting.run import fit, load_images
 from smallfry.fitting.variants import INT8
 from smallfry.fitting.zoo import Entry, scaled
+from smallfry.search import evaluation
 from smallfry.training.config import DataConfig
 from smallfry_runtime.runtime import Runtime
 
@@ -169,14 +170,14 @@ def test_an_accuracy_that_is_missed_is_not_met_but_the_export_is_there(fitted, t
 
 @pytest.mark.slow
 def test_a_failed_candidate_is_a_failed_trial_and_others_go_on(tmp_path, monkeypatch):
-    folder, train = stored_plan(tmp_path / "fit"), rungs.train
+    folder, train = stored_plan(tmp_path / "fit"), evaluation.train
 
     def failing(config, reporter=None):
         if config.run.name == "loopnet_70k-0.35":
             raise RuntimeError("too hot\nto train")
         return train(config, reporter)
 
-    monkeypatch.setattr(rungs, "train", failing)
+    monkeypatch.setattr(evaluation, "train", failing)
     monkeypatch.setattr(fit_module.Exports, "make", lambda *_: iter(()))
     found = fit(CONFIG, folder, quiet=True)
     trials = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
@@ -270,18 +271,18 @@ def test_too_few_minutes_for_an_epoch_are_refused(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_signal_ends_with_what_is_kept_and_the_same_call_goes_on(tmp_path, monkeypatch, fitted):
-    folder, train = stored_plan(tmp_path / "fit"), rungs.train
+    folder, train = stored_plan(tmp_path / "fit"), evaluation.train
 
     def stopped(config, reporter=None):
         if config.run.name == "loopnet_70k-0.25":
             os.kill(os.getpid(), signal.SIGTERM)
         return train(config, reporter)
 
-    monkeypatch.setattr(rungs, "train", stopped)
+    monkeypatch.setattr(evaluation, "train", stopped)
     monkeypatch.setattr(fit_module.Exports, "make", lambda *_: iter(()))
     with pytest.raises(Stopped, match="the same command goes on"):
         fit(CONFIG, folder, quiet=True)
-    monkeypatch.setattr(rungs, "train", train)
+    monkeypatch.setattr(evaluation, "train", train)
     fit(CONFIG, folder, quiet=True)
     assert (folder / "trials.jsonl").read_text() == (fitted[1] / "trials.jsonl").read_text()
 

@@ -15,10 +15,11 @@ from smallfry.fitting import verify
 from smallfry.fitting.compressing import finalists
 from smallfry.fitting.config import Budget
 from smallfry.fitting.costs import Costs
-from smallfry.fitting.rungs import run_name, value_of
+from smallfry.fitting.rungs import run_name
 from smallfry.fitting.variants import find_variants, harder, tuned_epochs, tuning
 from smallfry.fitting.verify import Verified, choose, find_exit, measure, nearest, score
 from smallfry.search import RUNG, Trial
+from smallfry.search.evaluation import value_of
 from smallfry.training.config import OptimizerConfig, TrainConfig
 from smallfry.training.method import from_dict
 from smallfry_runtime.early_exit import Point

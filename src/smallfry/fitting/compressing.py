@@ -11,12 +11,13 @@ from smallfry.deploy.targets import Target, find_target
 from smallfry.errors import SmallfryError, Stopped
 from smallfry.fitting.costs import without_details
 from smallfry.fitting.plan import Planned
-from smallfry.fitting.rungs import FitSpace, run_name, train_run
+from smallfry.fitting.rungs import FitSpace, run_name
 from smallfry.fitting.variants import Variant, find_variants, harder, tuned_epochs, tuning
 from smallfry.fitting.verify import Verified, measure
 from smallfry.io.json import strict
 from smallfry.io.json_lines import JsonLines
 from smallfry.search import RUNG, Trial
+from smallfry.search.evaluation import train_run
 from smallfry.training.progress import Reporter
 
 FINALISTS = 2

@@ -1,28 +1,21 @@
 """Training of candidates, rung by rung: each goes on exactly where its last rung ended."""
 
-import gc
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from smallfry.data import ImageData
-from smallfry.errors import Stopped, TrainingError, UsageError
 from smallfry.fitting.config import FitConfig
 from smallfry.fitting.plan import Plan, Planned
 from smallfry.fitting.recipe import CHOICES, recipe
 from smallfry.search import RUNG, TPE, Candidate, Choice, Halving, Listed, Search, Trial, encode
-from smallfry.training.checkpoint import load_checkpoint
+from smallfry.search.evaluation import train_candidate
 from smallfry.training.config import TrainConfig
 from smallfry.training.progress import Reporter
-from smallfry.training.run import RunFolder
-from smallfry.training.train import resume, train
 from smallfry.transforms.spec import ModelSpec
 
 MODEL = "model"  # entry of candidates: the name of one that is planned
-LOSS_WEIGHT = 1e-3  # of the loss beside the accuracy in percent: it decides between equals
 
 
 class FitSpace:
@@ -115,43 +108,9 @@ def train_rung(
         Stopped: A signal came; the state is saved.
     """
     planned, config = space.planned(candidate), space.train(candidate)
-    run = RunFolder(folder / run_name(candidate))
-    try:
-        train_run(replace(config, run=run.path), reporter)
-        scores = load_checkpoint(run.best).manifest["training"]["scores"]
-    except Stopped:
-        raise
-    except torch.AcceleratorError:  # the device is lost to this process
-        raise
-    except (TrainingError, UsageError, MemoryError, RuntimeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        return Trial(candidate, None, config.seed, failure=reason)
-    finally:
-        gc.collect()
-    return Trial(
-        candidate,
-        value_of(scores["accuracy"], scores["loss"]),
-        config.seed,
-        {"kb": planned.costs.kb["int8"], "ms": min(planned.costs.ms.values())},
-        config.epochs * planned.epoch_seconds,
-        {"accuracy": scores["accuracy"], "loss": scores["loss"], "epochs": config.epochs},
-    )
-
-
-def train_run(config: TrainConfig, reporter: Reporter | None = None) -> None:
-    """Train a run to the configuration's epochs, from wherever it is.
-
-    Raises:
-        Stopped: A signal came; the state is saved.
-        SmallfryError: As ``train``.
-    """
-    assert config.run is not None
-    if RunFolder(config.run).config.exists():
-        resume(config.run, reporter, {"epochs": config.epochs})
-    else:
-        train(config, reporter)
-
-
-def value_of(accuracy: float, loss: float) -> float:
-    """Return the value of a model: accuracy in percent, and of equals the lower loss."""
-    return 100 * accuracy - LOSS_WEIGHT * min(loss, 10.0)
+    config = replace(config, run=folder / run_name(candidate))
+    cost = {"kb": planned.costs.kb["int8"], "ms": min(planned.costs.ms.values())}
+    trial = train_candidate(candidate, config, cost, reporter)
+    if trial.value is None:
+        return trial
+    return replace(trial, seconds=config.epochs * planned.epoch_seconds)

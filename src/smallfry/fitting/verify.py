@@ -12,7 +12,7 @@ from smallfry.data import ImageData, Split
 from smallfry.deploy.targets import Answering
 from smallfry.fitting.config import Budget
 from smallfry.fitting.costs import latency
-from smallfry.fitting.rungs import value_of
+from smallfry.search.evaluation import value_of
 from smallfry_runtime.early_exit import most_accurate, most_thrifty
 
 BATCH = 512  # images that are read at a time

@@ -4,13 +4,17 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from smallfry.errors import UsageError
-from smallfry.search.space import Choice, Trial, key_of
+from smallfry.search.sampling import Allowed, new_candidate, sample
+from smallfry.search.space import Candidate, Choice, Trial, key_of
 
 if TYPE_CHECKING:
     import optuna
 
-REPEATS = 64  # proposals of known candidates in a row, after which the search ends
+REPEATS = 64  # proposals in a row that are known or not allowed, after which one is random
+LIMITS = "limits"  # constraint, above 0 for candidates that are not allowed
 
 
 class TPE:
@@ -23,6 +27,7 @@ class TPE:
         count: Candidates to ask for.
         seed: Seed of the sampler.
         startup: Random candidates before the estimators begin; default a third, at most 10.
+        allowed: Whether a candidate may be proposed; default every one.
 
     Raises:
         UsageError: No candidates, or no choices.
@@ -30,13 +35,19 @@ class TPE:
     """
 
     def __init__(
-        self, choices: Sequence[Choice], count: int, seed: int = 0, startup: int | None = None
+        self,
+        choices: Sequence[Choice],
+        count: int,
+        seed: int = 0,
+        startup: int | None = None,
+        allowed: Allowed = lambda candidate: True,
     ) -> None:
         import optuna
 
         if count < 1 or not choices:
             raise UsageError(f"tpe needs choices, and at least one candidate, not {count}")
         self._choices, self._count, self._seed = tuple(choices), count, seed
+        self._allowed = allowed
         self._startup = min(10, -(-count // 3)) if startup is None else startup
         logging.getLogger("optuna").setLevel(logging.WARNING)
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=self._startup)
@@ -75,20 +86,35 @@ class TPE:
         }
 
     def _new(self) -> dict[str, Any] | None:
-        """Return a proposal that was not made before; None if there seems to be none."""
+        """Return a proposal that is allowed and new; a random one if the sampler has none."""
+        import optuna
+
         for _ in range(REPEATS):
-            trial = self._study.ask()
-            proposal: dict[str, Any] = {}
-            for choice in self._choices:
-                if choice.is_active(proposal):
-                    proposal[choice.name] = _suggest(trial, choice)
+            trial, proposal = self._propose()
             key = key_of(proposal)
-            if key not in self._asked:
+            if key in self._asked:
+                known = [t.value for t in self._told if key_of(t.candidate) == key]
+                self._answer(trial, known[0] if known else None)
+            elif not self._allowed(proposal):
+                self._study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            else:
                 self._asked[key] = trial
                 return proposal
-            known = [t.value for t in self._told if key_of(t.candidate) == key]
-            self._answer(trial, known[0] if known else None)
-        return None
+        generator = np.random.default_rng([self._seed, len(self._asked)])
+        candidate = new_candidate(
+            lambda: sample(self._choices, generator),
+            lambda each: key_of(each) in self._asked,
+            self._allowed,
+        )
+        if candidate is None:
+            return None
+        self._study.enqueue_trial(_parameters(self._choices, candidate))
+        self._asked[key_of(candidate)], proposal = self._propose()
+        return proposal
+
+    def _propose(self) -> tuple["optuna.Trial", dict[str, Any]]:
+        trial = self._study.ask()
+        return trial, suggest_candidate(trial, self._choices, self._allowed)
 
     def _answer(self, trial: "optuna.Trial", value: float | None) -> None:
         import optuna
@@ -99,6 +125,18 @@ class TPE:
             self._study.tell(trial, value)
 
 
+def suggest_candidate(
+    trial: "optuna.Trial", choices: Sequence[Choice], allowed: Allowed
+) -> dict[str, Any]:
+    """Have Optuna's sampler propose a candidate; it avoids what is like those not allowed."""
+    candidate: dict[str, Any] = {}
+    for choice in choices:
+        if choice.is_active(candidate):
+            candidate[choice.name] = _suggest(trial, choice)
+    trial.set_constraint(LIMITS, 0.0 if allowed(candidate) else 1.0)
+    return candidate
+
+
 def _suggest(trial: "optuna.Trial", choice: Choice) -> Any:
     if choice.values:  # by position, as values can be lists
         return choice.values[trial.suggest_categorical(choice.name, range(len(choice.values)))]
@@ -107,3 +145,14 @@ def _suggest(trial: "optuna.Trial", choice: Choice) -> Any:
     if choice.whole:
         return trial.suggest_int(choice.name, int(choice.low), int(choice.high), log=choice.log)
     return trial.suggest_float(choice.name, choice.low, choice.high, log=choice.log)
+
+
+def _parameters(choices: Sequence[Choice], candidate: Candidate) -> dict[str, Any]:
+    """Return a candidate's values as Optuna has them."""
+    having = [choice for choice in choices if choice.name in candidate]
+    return {
+        choice.name: choice.values.index(candidate[choice.name])
+        if choice.values
+        else candidate[choice.name]
+        for choice in having
+    }

@@ -447,10 +447,30 @@ def read_config(file: Path) -> TrainConfig:
     Raises:
         RunError: Not a configuration of this version.
     """
+    try:
+        content = load_yaml(read_bytes(file, MOST_CONFIG).decode())
+    except Exception as error:  # of the file, its encoding or YAML
+        raise _not_of_this_version(file, error) from error
+    return config_of(content, file)
+
+
+def config_of(content: Any, where: str | Path) -> TrainConfig:
+    """Build a configuration from untrusted plain values, groups as mappings.
+
+    Args:
+        content: Settings by name.
+        where: Their origin, for errors.
+
+    Raises:
+        RunError: Not a configuration of this version.
+
+    Example:
+        >>> config_of({"optimizer": {"lr": 0.1}, "epochs": 3}, "an example").optimizer.lr
+        0.1
+    """
     parser = ArgumentParser(exit_on_error=False, parser_mode=YAML_MODE)
     parser.add_class_arguments(TrainConfig)
     try:
-        content = load_yaml(read_bytes(file, MOST_CONFIG).decode())
         groups = [e.name for e in fields(TrainConfig) if is_dataclass(e.default_factory)]
         if not isinstance(content, dict):
             raise ValueError("expected settings by their names")
@@ -461,8 +481,12 @@ def read_config(file: Path) -> TrainConfig:
             content = content | {"objective": taken_settings(content["objective"])}
         return TrainConfig(**vars(parser.instantiate(parser.parse_object(_with_paths(content)))))
     except Exception as error:  # jsonargparse raises almost anything, given a stranger's file
-        reason = " ".join(str(error).split())
-        raise RunError(f"{file}: not a configuration of this version ({reason})") from error
+        raise _not_of_this_version(where, error) from error
+
+
+def _not_of_this_version(where: str | Path, error: Exception) -> RunError:
+    reason = " ".join(str(error).split())
+    return RunError(f"{where}: not a configuration of this version ({reason})")
 
 
 def _with_paths(content: Any) -> Any:

@@ -1,0 +1,1 @@
+"""Searches for a training configuration: `smallfry search`."""

@@ -1,0 +1,56 @@
+"""Strategies of a search by name."""
+
+from collections.abc import Callable
+
+from smallfry.errors import UsageError
+from smallfry.search import NARS, TPE, Candidate, Evolution, RandomSearch, Search
+from smallfry.search.sampling import Allowed
+from smallfry.studies.search.config import SearchConfig
+from smallfry.studies.search.problem import Problem
+
+__all__ = ["STRATEGIES", "build_strategy", "limits"]
+
+Build = Callable[[Problem, int, int, Allowed], Search]  # of a count, a seed, and a limit
+
+
+def _nars(problem: Problem, count: int, seed: int, allowed: Allowed) -> Search:
+    def costs(architecture: Candidate) -> list[float]:
+        return list(problem.costs(architecture).values())
+
+    return NARS(problem.architecture, problem.recipe, count, costs, seed, allowed)
+
+
+STRATEGIES: dict[str, Build] = {
+    "nars": _nars,
+    "tpe": lambda problem, count, seed, allowed: TPE(
+        problem.architecture + problem.recipe, count, seed, allowed=allowed
+    ),
+    "evolution": lambda problem, count, seed, allowed: Evolution(
+        problem.architecture + problem.recipe, count, seed, allowed, population=max(5, count // 5)
+    ),
+    "random": lambda problem, count, seed, allowed: RandomSearch(
+        problem.architecture + problem.recipe, count, seed, allowed
+    ),
+}
+
+
+def build_strategy(name: str, problem: Problem, config: SearchConfig) -> Search:
+    """Build a strategy for a problem, within the limits of the costs."""
+    return STRATEGIES[name](problem, config.budget, config.seed, limits(problem, config))
+
+
+def limits(problem: Problem, config: SearchConfig) -> Allowed:
+    """Return the test of a candidate: that its model can be built, and is within the limits."""
+    most = {
+        "macs": None if config.max_mmac is None else 1e6 * config.max_mmac,
+        "parameters": config.max_parameters,
+    }
+
+    def allowed(candidate: Candidate) -> bool:
+        try:
+            costs = problem.costs(candidate)
+        except UsageError:
+            return False
+        return all(limit is None or costs[name] <= limit for name, limit in most.items())
+
+    return allowed
