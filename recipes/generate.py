@@ -24,7 +24,10 @@ from smallfry.training.config import (
 HERE = Path(__file__).parent
 SECTIONS = ("data", "model", "augment", "objective", "optimizer", "schedule", "ema")
 SETTINGS = ("epochs", "batch_size", "select_on", "precision")
-LEFT_OUT = ("test", "split_seed", "skip_unreadable", "checkpoint_gradients", "label_smoothing")
+LEFT_OUT = (
+    *("test", "split_seed", "skip_unreadable", "init", "checkpoint_gradients"),
+    "label_smoothing",
+)
 
 # Epochs that take about equally long: in inverse proportion to multiply-accumulates an image
 # (1,454, 947 and 557 million), which is a guess until it has been timed on a GPU.

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from smallfry._torch import BatchNorm
 from smallfry.errors import UsageError
 from smallfry.models.critical import Criticality, find_critical
 from smallfry.transforms.modes import evaluating
@@ -23,7 +23,7 @@ from smallfry.transforms.modes import evaluating
 __all__ = ["Initialised", "activation_of", "init_critical_"]
 
 BRANCH_ENDS = ("proj", "fc2")  # timm's names of the last layer of a residual branch
-NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _BatchNorm)
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, BatchNorm)
 MODULES = {  # of PyTorch and timm, by the names of their classes
     **{"ReLU": "relu", "LeakyReLU": "leaky_relu_0.01", "Tanh": "tanh", "GELU": "gelu"},
     **{"SiLU": "silu", "Swish": "silu", "Mish": "mish", "Hardswish": "hardswish"},

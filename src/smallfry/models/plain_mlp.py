@@ -19,7 +19,7 @@ from smallfry_runtime.frames import ImageSize, frame_of
 
 __all__ = ["PlainMLP"]
 
-SOURCE = Source("the common multilayer perceptron")
+SOURCE = Source("Rumelhart et al. 1986, Nature 323, 533–536")
 
 
 class PlainMLP(nn.Module):
