@@ -218,7 +218,7 @@ def draw(records: list[dict[str, Any]], table: Table, file: Path) -> None:
         )
         left.set(xlabel="evaluations", ylabel="repeats that reached the top 1 %, %")
         right.set(
-            xlabel="evaluations", ylabel="true accuracy of the best measured, %", ylim=(85, None)
+            xlabel="evaluations", ylabel="true accuracy of the best measured, %", ylim=(92, 98)
         )
         figure.legend(loc="outside right center")
         save(figure, file)

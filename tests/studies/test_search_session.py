@@ -200,6 +200,14 @@ def test_a_candidate_is_a_complete_configuration_with_its_costs(space):
     assert found.encode(candidate).shape == (2 + 2 + 1 + 2,)
 
 
+def test_a_model_is_built_once_for_each_architecture(space, monkeypatch):
+    found, read = read_settings_space(space), []
+    monkeypatch.setattr(found, "train", lambda each: read.append(each) or found.base)
+    for lr in (0.1, 0.01, 0.001):
+        found.costs({"model.options.embed_dim": 32, "optimizer.lr": lr})
+    assert read == [{"model.options.embed_dim": 32}]
+
+
 def test_limits_are_kept_and_models_that_cannot_be_built_are_left_out(space):
     problem = TrainingProblem(read_settings_space(space))
     wide = {"model.options.embed_dim": 32}

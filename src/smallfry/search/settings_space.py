@@ -25,7 +25,7 @@ from smallfry.costing import macs
 from smallfry.data import ImageData
 from smallfry.errors import UsageError
 from smallfry.io.safe_yaml import MOST_CONFIG, load_yaml
-from smallfry.search.space import Candidate, Choice, encode
+from smallfry.search.space import Candidate, Choice, encode, key_of
 from smallfry.tasks import find_task
 from smallfry.training.config import DataConfig, TrainConfig, config_of
 from smallfry.training.evaluation_data import load_config_data
@@ -83,7 +83,7 @@ class SettingsSpace:
                 f"{where}: a search needs the task {TASK} and select_on validation, not "
                 f"{self.base.task} and {self.base.select_on}"
             )
-        self._models: dict[str, tuple[ModelSpec, Mapping[str, float]]] = {}
+        self._models: dict[Any, tuple[ModelSpec, Mapping[str, float]]] = {}
 
     def train(self, candidate: Candidate) -> TrainConfig:
         """Return the training of a candidate.
@@ -118,10 +118,12 @@ class SettingsSpace:
         return SettingsSpace({**self.settings, "data": content}, self.choices, self.where)
 
     def _model(self, candidate: Candidate) -> tuple[ModelSpec, Mapping[str, float]]:
-        """Build an untrained model, or take it from memory."""
-        config = self.train(candidate).model
-        key = repr(config)
+        """Build an untrained model, once for each architecture."""
+        names = {choice.name for choice in self.architecture}
+        part = {name: value for name, value in candidate.items() if name in names}
+        key = key_of(part)
         if key not in self._models:
+            config = self.train(part).model
             with torch.random.fork_rng():
                 task = find_task(TASK).create(0.0)
                 model, spec = create_model(config, self._data, task)
