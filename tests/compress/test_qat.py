@@ -65,8 +65,8 @@ def test_a_finished_model_computes_what_was_trained():
     layers = {name: each["bits"] for name, each in spec.transforms[0].layers.items()}
     edges = {"patch_embed", "head"}
     assert {layers[name] for name in edges} == {8}
-    assert {bits for name, bits in layers.items() if name not in edges} == {3}
-    assert spec.transforms[0].layers[QKV] == {"bits": 3, "input_bits": 4, "calls": 6}
+    assert {bits for name, bits in layers.items() if name not in edges} == {4}
+    assert spec.transforms[0].layers[QKV] == {"bits": 4, "input_bits": 8, "calls": 6}
     resets = [h for h in model._forward_pre_hooks.values() if isinstance(h, CallReset)]
     assert len(resets) == 1  # the training's own is gone
 

@@ -20,7 +20,7 @@ from smallfry.errors import RunError, UsageError
 from smallfry.training.config import read_config
 from smallfry_runtime.frames import RESIZES
 from smallfry_runtime.images import decode
-from smallfry_runtime.manifest import FORMAT, Manifest
+from smallfry_runtime.manifest import CLASS_FORMAT, Manifest
 from smallfry_runtime.runtime import Runtime
 
 TINY = "{embed_dim: 16, num_heads: 2, mlp_hidden_dim: 16, depth: 1, patch_size: 2}"
@@ -97,7 +97,7 @@ def test_a_run_remembers_size_and_way(run):
 def test_the_export_answers_as_the_run_does(run, export, photographs):
     runtime = Runtime(export)
     assert runtime.manifest.frame == (8, 12, "letterbox")
-    assert json.loads((export / "manifest.json").read_text())["format"] == FORMAT
+    assert json.loads((export / "manifest.json").read_text())["format"] == CLASS_FORMAT
     files = files_of(photographs)
     trained = smallfry.load(run)
     pixels = np.stack([decode(file, "", trained.frame, 1) for file in files])

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from smallfry.errors import UsageError
-from smallfry.search.tables import TABLES
 from smallfry.training.config import DataConfig
 
 MOST_SEED = 2**63
+TABLE_NAMES = ("micro_n2n", "micro_nars")  # of smallfry.search, which imports PyTorch
 Strategy = Literal["nars", "tpe", "evolution", "random"]
 
 
@@ -73,4 +73,4 @@ class SearchConfig:
     @property
     def is_table(self) -> bool:
         """True if the space is a table of trained networks."""
-        return self.space in TABLES
+        return self.space in TABLE_NAMES

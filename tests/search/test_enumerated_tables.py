@@ -11,11 +11,19 @@ from torch.nn import functional as F
 from smallfry.costing import cost
 from smallfry.errors import DataError, UsageError
 from smallfry.search.nars import shortest_proxy
-from smallfry.search.tables import TableEvaluator, candidates_of, load_table, micro_n2n, micro_nars
+from smallfry.search.tables import (
+    TABLES,
+    TableEvaluator,
+    candidates_of,
+    load_table,
+    micro_n2n,
+    micro_nars,
+)
 from smallfry.search.tables import digits as digits_module
 from smallfry.search.tables.digits import IMAGES, MOMENTS, epochs_of, load_split, shifted
 from smallfry.search.tables.stacked import StackedLinear, correct_and_nll, repeat_channels, stack
 from smallfry.search.tables.table import ARRAYS, write_table
+from smallfry.studies.search.config import TABLE_NAMES
 
 DOUBLE = torch.float64
 RECIPES = [
@@ -265,3 +273,7 @@ def test_a_damaged_table_is_refused_and_a_written_one_is_read(table, tmp_path):
     file.write_bytes(b"no archive")
     with pytest.raises(DataError, match="no table of a search space"):
         load_table(table.name, file)
+
+
+def test_the_settings_of_a_search_name_all_tables():
+    assert sorted(TABLES) == sorted(TABLE_NAMES)
