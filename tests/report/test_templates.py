@@ -18,12 +18,13 @@ from smallfry.report.runs_page import Section, write_page
 from smallfry.report.table import table
 
 HOSTILE = "<script>alert(\"1\", '2')</script> & co"
-FILES = sorted(Path(smallfry.__file__).parent.rglob("templates/*.html"))
+PACKAGE = Path(smallfry.__file__).parent
+FILES = sorted(PACKAGE.rglob("templates/*.html"))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parts[-3]}/{file.name}")
 def test_every_template_escapes_and_can_be_loaded(file):
-    name = "/".join(file.parts[-3:])
+    name = file.relative_to(PACKAGE).as_posix()
     assert TEMPLATES.autoescape is True
     assert TEMPLATES.get_template(name).filename == str(file)
     assert not re.search(r"\|\s*safe|autoescape", file.read_text())
