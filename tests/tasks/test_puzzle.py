@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from smallfry.cli import main
 from smallfry.data import load_data
 from smallfry.data.generators.sudoku import Boxes, Sudoku
+from smallfry.deploy.export import export
 from smallfry.errors import DataError, Stopped, UsageError
 from smallfry.models import TRM
 from smallfry.report.puzzles import draw_puzzles
@@ -33,6 +34,7 @@ from smallfry.training.puzzle_inference import solve
 from smallfry.training.run import RunFolder, load_run
 from smallfry.training.train import resume, train
 from smallfry_runtime.decoders.puzzle import puzzle_texts, text_of_grid
+from smallfry_runtime.runtime import Runtime
 
 SYMBOLS = ("_", ".", "1", "2", "3", "4")
 GIVEN = ["1...", "..3.", ".4..", "...2"]
@@ -232,6 +234,21 @@ def test_the_command_evaluates_by_step_and_solves_files(run, tmp_path, capsys):
     said = capsys.readouterr()
     assert "none.txt" in said.err
     assert "step 3" in said.out
+
+
+@pytest.mark.parametrize("form", ["whole", "anytime"])
+def test_the_runtime_solves_puzzles_as_pytorch_does(run, tmp_path, capsys, form, quiet_warnings):
+    place = export(run, tmp_path / "export", form=form)
+    file = tmp_path / "puzzle.txt"
+    file.write_text("\n".join(GIVEN))
+    (solved,) = solve(load_run(run), file.read_text())
+    assert main(["predict", str(place), str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["answer"] == solved.steps[-1].answer
+    assert main(["predict", str(place), str(file)]) == 0
+    assert "\n".join(solved.steps[-1].answer) in capsys.readouterr().out
+    pixels = Puzzle().read(file.read_text(), SYMBOLS, 4).numpy()
+    assert Runtime(place).decode(pixels) == [solved.steps[-1].answer]
+    assert main(["predict", str(place), str(file), "--csv", str(tmp_path / "a.csv")]) == 2
 
 
 def test_images_and_their_settings_are_refused(config, tmp_path):
