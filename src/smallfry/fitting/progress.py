@@ -2,14 +2,13 @@
 
 import time
 from collections.abc import Mapping
-from types import TracebackType
 
 from smallfry.io.console import CleanConsole
-from smallfry.studies.progress import Heartbeat, study_bar
+from smallfry.studies.progress import Heartbeat, Shown, study_bar
 from smallfry.training.progress import QuietReporter, clock
 
 
-class FitProgress:
+class FitProgress(Shown):
     """Lines on each trial, and a live bar in a terminal.
 
     Args:
@@ -35,16 +34,6 @@ class FitProgress:
         self.bar.start()
         self.heart.start()
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Remove the bar."""
-        self.heart.stop()
-        self.bar.stop()
 
     def say(self, text: str) -> None:
         """Print a line."""

@@ -58,15 +58,7 @@ class Evolution:
 
     def ask(self, count: int) -> list[dict[str, Any]]:
         """Return random candidates at first, then children."""
-        found: list[dict[str, Any]] = []
-        while len(found) < count and self._proposals.left:
-            candidate = self._new(self._proposals.generator())
-            if candidate is None:
-                self._proposals.end()
-                break
-            self._proposals.add(candidate)
-            found.append(candidate)
-        return found
+        return self._proposals.ask(count, lambda: self._new(self._proposals.generator()))
 
     def tell(self, trials: Sequence[Trial]) -> None:
         """Take trials, which become the youngest parents."""

@@ -1,6 +1,6 @@
 """Candidates that a strategy has asked for, and their trials."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,23 @@ class Proposals:
         """Note a candidate that is asked for."""
         self._asked.add(key_of(candidate))
         self._awaited.add(key_of(candidate))
+
+    def ask(self, count: int, new: Callable[[], dict[str, Any] | None]) -> list[dict[str, Any]]:
+        """Return new candidates, at most ``count`` and as many as are left.
+
+        Args:
+            count: Candidates wanted.
+            new: Proposes one; None where nothing new is left, after which none is asked for.
+        """
+        found: list[dict[str, Any]] = []
+        while len(found) < count and self.left:
+            candidate = new()
+            if candidate is None:
+                self.end()
+                break
+            self.add(candidate)
+            found.append(candidate)
+        return found
 
     def tell(self, trials: Sequence[Trial]) -> None:
         """Take trials of candidates that were asked for.

@@ -40,20 +40,7 @@ class RandomSearch:
 
     def ask(self, count: int) -> list[dict[str, Any]]:
         """Return random candidates."""
-        found: list[dict[str, Any]] = []
-        while len(found) < count and self._proposals.left:
-            generator = self._proposals.generator()
-            candidate = new_candidate(
-                lambda generator=generator: sample(self._choices, generator),  # type: ignore[misc]
-                self._proposals.is_known,
-                self._allowed,
-            )
-            if candidate is None:
-                self._proposals.end()
-                break
-            self._proposals.add(candidate)
-            found.append(candidate)
-        return found
+        return self._proposals.ask(count, self._new)
 
     def tell(self, trials: Sequence[Trial]) -> None:
         """Take trials; they decide nothing."""
@@ -62,3 +49,9 @@ class RandomSearch:
     def state_dict(self) -> dict[str, Any]:
         """Return the settings, the number of proposals, and the trials."""
         return self._proposals.state_dict()
+
+    def _new(self) -> dict[str, Any] | None:
+        generator = self._proposals.generator()
+        return new_candidate(
+            lambda: sample(self._choices, generator), self._proposals.is_known, self._allowed
+        )

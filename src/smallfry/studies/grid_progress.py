@@ -4,17 +4,16 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from types import TracebackType
 from typing import Any
 
 from smallfry.io.console import CleanConsole
 from smallfry.report.runs import Outcome
-from smallfry.studies.progress import Heartbeat, study_bar
+from smallfry.studies.progress import Heartbeat, Shown, study_bar
 from smallfry.studies.recipes import Planned
 from smallfry.training.progress import QuietReporter, clock
 
 
-class GridProgress:
+class GridProgress(Shown):
     """Progress bar over runs, with the remaining time.
 
     Args:
@@ -53,16 +52,6 @@ class GridProgress:
         self.bar.start()
         self.heart.start()
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Remove the bar."""
-        self.heart.stop()
-        self.bar.stop()
 
     def begin(self, plan: Planned) -> "RunReporter":
         """Start a run, and return its reporter."""

@@ -69,7 +69,24 @@ class Heartbeat:
                     self.console.print(self.text(), markup=False, soft_wrap=True)
 
 
-class RaceProgress:
+class Shown:
+    """Base of progress displays: contexts with a bar and a heartbeat, which end with them."""
+
+    bar: Progress
+    heart: Heartbeat
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Remove the bar."""
+        self.heart.stop()
+        self.bar.stop()
+
+
+class RaceProgress(Shown):
     """Progress bar over trials, with the remaining time.
 
     Args:
@@ -98,16 +115,6 @@ class RaceProgress:
         self.bar.start()
         self.heart.start()
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Remove the bar."""
-        self.heart.stop()
-        self.bar.stop()
 
     def done(self, job: Job, measured: dict[str, Any]) -> None:
         """Count a finished trial."""

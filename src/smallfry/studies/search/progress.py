@@ -1,17 +1,16 @@
 """Progress of a search: a line for each trial with the best so far, and a bar in a terminal."""
 
 import time
-from types import TracebackType
 
 from smallfry.io.console import CleanConsole
 from smallfry.search.space import Trial
-from smallfry.studies.progress import Heartbeat, study_bar
+from smallfry.studies.progress import Heartbeat, Shown, study_bar
 from smallfry.training.progress import clock
 
 __all__ = ["SearchProgress"]
 
 
-class SearchProgress:
+class SearchProgress(Shown):
     """Lines on trials.
 
     Args:
@@ -33,16 +32,6 @@ class SearchProgress:
         self.bar.start()
         self.heart.start()
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Remove the bar."""
-        self.heart.stop()
-        self.bar.stop()
 
     def end(self, trial: Trial, fresh: bool = True) -> None:
         """Count a trial; one of an earlier process prints no line."""
