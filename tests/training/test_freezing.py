@@ -111,7 +111,7 @@ def moved(run, before):
     return {name for name, w in weights_of(run).items() if not torch.equal(w, before[name])}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "kfac"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "kfac"])
 def test_a_run_trains_the_classifier_first_and_resumes_exactly(frozen, optimizer):
     config = frozen("stopped", optimizer)
     with pytest.raises(Stopped):

@@ -56,7 +56,7 @@ def build_optimizer(
         model: Whose parameters it moves.
         forward: The module whose call is a training forward pass; default the model.
         likelihood: The density that the objective's loss is the negative logarithm of.
-        fused: Take the fused form of optimizers that have one, such as adamw and sgd.
+        fused: Take the fused form of optimizers that have one, such as adamw.
 
     Raises:
         UsageError: An unknown name, or settings that the optimizer does not take.
@@ -76,7 +76,9 @@ def build_optimizer(
     arguments: dict[str, Any] = {} if config.betas is None else {"betas": tuple(config.betas)}
     kind = get_optimizer_class(config.name, bind_defaults=False)
     _require_taken(config, kind)
-    if fused and "fused" in signature(kind).parameters:
+    # fused SGD fails when a parameter has its first gradient after others, as in unfreezing
+    one_by_one = isinstance(kind, type) and issubclass(kind, torch.optim.SGD)
+    if fused and "fused" in signature(kind).parameters and not one_by_one:
         arguments["fused"] = True
     decay_all = config.decay == "all"
     moved: Any = list(model.parameters()) if decay_all else model
