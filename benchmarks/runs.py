@@ -14,6 +14,13 @@ metrics and summary are copied to ``--out``, with the best weights of the first 
       seeds: [0, 1, 2]
       settings: {epochs: 18, optimizer.lr: 0.5}
       keep: true
+
+An entry may have a command instead of recipe and settings, which must itself go on where it was
+stopped. ``{root}``, ``{runs}``, ``{out}`` and ``{seed}`` in it are replaced; it has ended when it
+returns 0.
+
+    - name: prune_70k
+      command: python benchmarks/prune.py --root {root} --runs {runs} --out {out}/prune.json
 """
 
 import argparse
@@ -22,8 +29,10 @@ import math
 import multiprocessing as mp
 import os
 import queue
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -36,34 +45,38 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 KEPT = ("config.yaml", "metrics.csv", "summary.json")
+KEYS = {"name", "recipe", "command", "seeds", "settings", "keep", "decides"}
 WEIGHTS = ("best/manifest.json", "best/model.safetensors")
 GRACE = 8.0  # seconds for a run to save its state
 
 
 class Run(NamedTuple):
-    """Run in the list."""
+    """Run in the list: a recipe with settings, or a command."""
 
     name: str
-    recipe: Path
+    recipe: Path | None
     settings: dict[str, Any]  # by dotted name
     keep: bool
+    command: str | None = None
 
 
 def read_list(file: Path, chosen: list[str], more: dict[str, Any]) -> list[Run]:
     """List the runs of a file, one for each seed, optionally only those of some names (``a_*``)."""
     runs = []
     for entry in yaml.safe_load(file.read_text()):
-        unknown = set(entry) - {"name", "recipe", "seeds", "settings", "keep", "decides"}
+        unknown = set(entry) - KEYS
         if unknown:
             raise SystemExit(f"{file}: {entry.get('name')}: unknown {', '.join(sorted(unknown))}")
+        if ("recipe" in entry) == ("command" in entry):
+            raise SystemExit(f"{file}: {entry.get('name')} needs either a recipe or a command")
         if chosen and not any(fnmatchcase(entry["name"], pattern) for pattern in chosen):
             continue
         for seed in entry.get("seeds", [0]):
             settings = {**entry.get("settings", {}), "seed": seed, **more}
-            recipe = ROOT / entry["recipe"]
+            recipe = ROOT / entry["recipe"] if "recipe" in entry else None
             name = f"{entry['name']}-seed{seed}"
             keep = entry.get("keep", False) and seed == entry.get("seeds", [0])[0]
-            runs.append(Run(name, recipe, settings, keep))
+            runs.append(Run(name, recipe, settings, keep, entry.get("command")))
     return runs
 
 
@@ -75,6 +88,7 @@ def train_one(run: Run, folder: Path, out: Path, root: Path | None) -> str:
     from smallfry.training.run import RunFolder
     from smallfry.training.train import resume, train
 
+    assert run.recipe is not None
     began = time.monotonic()
     try:
         if (folder / "config.yaml").is_file():
@@ -100,6 +114,34 @@ def train_one(run: Run, folder: Path, out: Path, root: Path | None) -> str:
     return f"{shown}, {measured['training_seconds']:.0f} s, {time.monotonic() - began:.0f} s in all"
 
 
+def call(run: Run, runs: Path, out: Path, root: Path | None) -> str:
+    """Run a command, with its output in OUT/NAME.txt, and return its outcome."""
+    assert run.command is not None
+    values = {"root": root, "runs": runs / run.name, "out": out, "seed": run.settings["seed"]}
+    words = [sys.executable if word == "python" else word for word in shlex.split(run.command)]
+    words = [word.format(**values) for word in words]
+    file = out / f"{run.name}.txt"
+    began = time.monotonic()
+    before = signal.signal(signal.SIGTERM, _stop)
+    with file.open("a") as log:
+        child = subprocess.Popen(words, stdout=log, stderr=log, cwd=ROOT)
+        try:
+            child.wait()
+        except KeyboardInterrupt:
+            child.terminate()
+            child.wait()
+            raise SystemExit(0) from None  # this process was asked to end
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    seconds = time.monotonic() - began
+    if child.returncode:
+        return f"failed with exit code {child.returncode} after {seconds:.0f} s: see {file.name}"
+    (out / run.name).mkdir(exist_ok=True)
+    record = {"command": run.command, "seed": run.settings["seed"], "seconds": round(seconds, 1)}
+    (out / run.name / "summary.json").write_text(json.dumps(record, indent=1) + "\n")
+    return f"{seconds:.0f} s"
+
+
 def work(jobs: Any, said: Any, runs: Path, out: Path, root: Path | None) -> None:
     """Train runs from the queue until it is empty, in a worker process."""
     while True:
@@ -108,7 +150,10 @@ def work(jobs: Any, said: Any, runs: Path, out: Path, root: Path | None) -> None
         except queue.Empty:
             return
         try:
-            how = train_one(run, runs / run.name, out, root)
+            if run.command is not None:
+                how = call(run, runs, out, root)
+            else:
+                how = train_one(run, runs / run.name, out, root)
         except Exception:
             traceback.print_exc()
             how = f"failed: {traceback.format_exc().strip().splitlines()[-1]}"
@@ -128,7 +173,9 @@ def main() -> int:
     given = parser.parse_args()
     more = {k: yaml.safe_load(v) for k, v in (pair.split("=", 1) for pair in given.set)}
     runs = read_list(given.list, given.only, more)
-    folder = given.runs or given.out / "runs"
+    given.out = given.out.resolve()  # commands run in this repository's folder
+    given.root = None if given.root is None else given.root.resolve()
+    folder = (given.runs or given.out / "runs").resolve()
     context = mp.get_context("spawn")
     jobs, said = context.Queue(), context.Queue()
     left = [run for run in runs if not (given.out / run.name / "summary.json").exists()]

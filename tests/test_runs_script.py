@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -75,8 +76,41 @@ def test_a_list_that_is_stopped_goes_on_where_it_was(tmp_path):
     assert len(list(csv.DictReader(metrics.open()))) == done + 1
 
 
-def test_an_unknown_key_is_refused(tmp_path):
-    begun = start(tmp_path, [{"name": "a", "recipe": RECIPE, "setings": {}}])
+def test_commands_run_once_each_with_their_seed_and_a_failed_one_again(tmp_path):
+    code = "import sys; open(sys.argv[1], 'a').write(sys.argv[2]); sys.exit(sys.argv[2] == '1')"
+    command = f"python -c {shlex.quote(code)} {{out}}/said {{seed}}"
+    runs = [{"name": "a", "command": command, "seeds": [0, 1]}]
+    for again in range(2):
+        begun = start(tmp_path, runs)
+        said, _ = begun.communicate()
+        assert "a-seed1: failed with exit code 1" in said
+        assert ("a-seed0" in said) == (not again)
+        assert begun.returncode == 0
+    assert (tmp_path / "out" / "said").read_text() == "011"
+    record = json.loads((tmp_path / "out" / "a-seed0" / "summary.json").read_text())
+    assert (record["command"], record["seed"]) == (command, 0)
+    assert not (tmp_path / "out" / "a-seed1").exists()
+
+
+def test_a_command_is_asked_to_end_with_its_list(tmp_path):
+    code = "import time, sys; print('begun', flush=True); time.sleep(600)"
+    begun = start(tmp_path, [{"name": "a", "command": f"python -c {shlex.quote(code)}"}])
+    log = tmp_path / "out" / "a-seed0.txt"
+    while not (log.exists() and log.read_text()):
+        assert begun.poll() is None
+        time.sleep(0.05)
+    begun.send_signal(signal.SIGTERM)
+    said, _ = begun.communicate()
+    assert begun.returncode == 1
+    assert "0 of 1 runs" in said
+    assert not (tmp_path / "out" / "a-seed0").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"recipe": RECIPE, "setings": {}}, {}, {"recipe": RECIPE, "command": "true"}]
+)
+def test_an_unknown_key_and_neither_or_both_of_recipe_and_command_are_refused(tmp_path, wrong):
+    begun = start(tmp_path, [{"name": "a", **wrong}])
     begun.communicate()
     assert begun.returncode != 0
 
@@ -113,4 +147,5 @@ def test_lists_name_recipes_and_settings_that_exist(file):
     runs = read_list(file, [], {})
     assert len({run.name for run in runs}) == len(runs) > 10
     for run in runs:
-        with_changes(read_config(run.recipe), run.settings)
+        if run.recipe is not None:
+            with_changes(read_config(run.recipe), run.settings)
