@@ -155,7 +155,7 @@ def test_class_names_are_in_the_order_of_the_logits(weights):
         describe(weights, None, label_names=["x"])
 
 
-@pytest.mark.parametrize("name", ["data", "training", "measured", "provenance", "start"])
+@pytest.mark.parametrize("name", ["data", "training", "measured", "provenance", "start", "teacher"])
 def test_facts_of_another_type_are_refused(weights, name):
     with pytest.raises(TypeError, match=f"smallfry.{name} is no object"):
         describe(weights, facts={"format": 2, name: [1]})

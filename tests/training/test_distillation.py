@@ -9,6 +9,7 @@ from run_helpers import StopAt, assert_same_run
 from torch import nn
 from torch.nn import functional as F
 
+from smallfry.deploy.pretrained import load_trained, save_pretrained
 from smallfry.errors import DataError, RunError, Stopped, UsageError
 from smallfry.tasks import Batch
 from smallfry.tasks.classification import ClassTargets
@@ -236,3 +237,13 @@ def test_teachers_of_other_classes_are_refused(taught, tmp_path, monkeypatch):
     file.write_text(json.dumps(content))
     with pytest.raises((DataError, RunError)):
         train(taught())
+
+
+def test_a_shared_student_names_its_teacher(taught, tmp_path):
+    train(taught(run=tmp_path / "student", epochs=1))
+    save_pretrained(tmp_path / "student", tmp_path / "shared")
+    teacher = json.loads((tmp_path / "shared" / "config.json").read_text())["smallfry"]["teacher"]
+    assert teacher["name"] == "teacher"
+    row = f"| distilled from | `teacher`, weights `{teacher['weights_sha256'][:16]}` |"
+    assert row in (tmp_path / "shared" / "README.md").read_text()
+    assert load_trained(tmp_path / "shared").manifest["teacher"] == teacher

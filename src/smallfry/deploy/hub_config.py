@@ -152,7 +152,7 @@ def described(
     )
     if not isinstance(told.get("methods", []), list):
         raise TypeError("smallfry.methods is no list")
-    for name in ("data", "training", "measured", "provenance", "start"):
+    for name in ("data", "training", "measured", "provenance", "start", "teacher"):
         if not isinstance(told.get(name, {}), Mapping):
             raise TypeError(f"smallfry.{name} is no object")
     version, number = told.pop("version", None), told.pop("format", None)

@@ -164,19 +164,24 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, str]:
         "multiply-accumulates of one image": f"{measured['macs'] / 1e6:,.1f} million",
         "input": f"{height}×{width} pixels, {'grey' if channels == 1 else 'RGB'}",
         "weights": f"{which}{averaged}" if which else "",
-        "started from": _start(facts),
+        "started from": _parent(facts.get("start")) or _base(facts),
+        "distilled from": _parent(facts.get("teacher")),
         "compressed by": as_code(json.dumps(facts["methods"])) if facts.get("methods") else "",
         "license": as_text(wanted.get("license") or "not stated: ask whoever shares it"),
     }
     return {key: value for key, value in rows.items() if value}
 
 
-def _start(facts: Mapping[str, Any]) -> str:
-    """Describe the initial model of the training, if there is one."""
-    start = facts.get("start")
-    if not start:
-        return as_code(facts["base_model"]) if facts.get("base_model") else ""
-    return f"{as_code(start.get('name'))}, weights {as_code(str(start.get('weights_sha256'))[:16])}"
+def _base(facts: Mapping[str, Any]) -> str:
+    """Format the name of the weights on the Hub that the training started from."""
+    return as_code(facts["base_model"]) if facts.get("base_model") else ""
+
+
+def _parent(facts: Mapping[str, Any] | None) -> str:
+    """Describe the initial model of a training, or its teacher, if there is one."""
+    if not facts:
+        return ""
+    return f"{as_code(facts.get('name'))}, weights {as_code(str(facts.get('weights_sha256'))[:16])}"
 
 
 def _classes(labels: Sequence[str]) -> str:

@@ -34,6 +34,7 @@ TOLD = (
     "checkpoint",
     "base_model",
     "start",
+    "teacher",
     "methods",
     "data",
     "training",
