@@ -45,6 +45,21 @@ def test_methods_come_from_a_file_too(run, capsys):
     assert Path(f"{run}-small/best/manifest.json").is_file()
 
 
+def test_a_shared_model_is_compressed_into_a_shared_folder(run, capsys):
+    assert main(["share", run, "--to", "shared"]) == 0
+    given = ["compress", "shared", "--data", "digits", "--methods", "[{quantize: {weights: 4}}]"]
+    assert main(given) == 0
+    assert "smallfry evaluate shared-small" in capsys.readouterr().out
+    config = json.loads(Path("shared-small/config.json").read_text())
+    assert [list(each) for each in config["smallfry"]["methods"]] == [["quantize"]]
+    assert Path("shared-small/compression.json").is_file()
+    assert main(["evaluate", "shared-small", "--data", "digits", "--json"]) == 0
+    exported = ["--data", "digits", "--precision", "own_bits", "--to", "export"]
+    assert main(["export", "shared-small", *exported]) == 0
+    assert main(given) == 1
+    assert "shared-small" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -65,7 +65,7 @@ class Options(AsJson, OneRun):
     """Compress a trained model, such as --methods '[{round_weights: {bits: 8}}]'.
 
     Args:
-        to: New run folder; default RUN-small.
+        to: New folder, a run's, or a shared one where RUN is; default RUN-small.
         data: Data to calibrate and compare on, instead of the run's own.
         settings: The methods.
     """
@@ -76,7 +76,7 @@ class Options(AsJson, OneRun):
 
 
 def run(options: Options) -> int:
-    """Write the run folder of the compressed model, and print the comparison."""
+    """Write the folder of the compressed model, and print the comparison."""
     import torch
 
     from smallfry.compress.report import compare, rows, to_dict
@@ -85,6 +85,7 @@ def run(options: Options) -> int:
     from smallfry.training.checkpoint import write_file
     from smallfry.training.evaluation_data import load_like
     from smallfry.training.method import from_dict
+    from smallfry.training.run import RunFolder
 
     methods = [from_dict(each) for each in options.settings.methods]
     training = [method.name for method in methods if method.trains]
@@ -95,7 +96,7 @@ def run(options: Options) -> int:
     trained = load_trained(options.run, options.checkpoint)
     place = options.to or Path(f"{str(options.run).rstrip('/')}-small")
     if not options.settings.tunes:
-        trained.require_savable(place)
+        RunFolder(place.expanduser()).require_free()
     data, *_ = load_like(trained, options.run, options.data.name, options.data.root, "train")
     reports: list[dict[str, Any]] = []
     small, folder = _compressed(options, trained, methods, data, place, reports)
@@ -134,15 +135,16 @@ def _compressed(
     place: Path,
     reports: list[dict[str, Any]],
 ) -> "tuple[TrainedModel, Path]":
-    """Write the run folder of the compressed model, and return both; add the methods' reports."""
+    """Write the folder of the compressed model, and return both; add the methods' reports."""
     from smallfry.compress.pipeline import apply
+    from smallfry.deploy.pretrained import save_pretrained
     from smallfry.training.config import DataConfig
     from smallfry.training.run import load_run
 
     settings = options.settings
     if not settings.tunes:
         small = apply(trained, methods, data, settings.seed, reports)
-        return small, small.save(place)
+        return small, small.save(place) if trained.has_run else save_pretrained(small, place)
     from smallfry.cli._tuning import fine_tune, tuning_config
 
     other = None

@@ -279,14 +279,19 @@ class TrainedModel(NamedTuple):
         exported: Path = import_module("smallfry").export(self, folder, **settings)
         return exported
 
+    @property
+    def has_run(self) -> bool:
+        """True if the model came from a run folder, not from a shared one or an export."""
+        return self.origin is not None and RunFolder(self.origin).config.is_file()
+
     def require_savable(self, run: str | Path) -> str:
         """Require that ``save`` can write here, and return its ``config.yaml``; raises as it."""
-        if self.origin is None or not RunFolder(self.origin).config.is_file():
+        RunFolder(Path(run).expanduser()).require_free()
+        if self.origin is None or not self.has_run:
             raise UsageError(
                 "this model has no run folder: write it as a shared folder with "
                 "deploy.pretrained.save_pretrained"
             )
-        RunFolder(Path(run).expanduser()).require_free()
         return RunFolder(self.origin).config.read_text()
 
     def save(self, run: str | Path) -> Path:
