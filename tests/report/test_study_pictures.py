@@ -195,3 +195,14 @@ def test_grids_show_every_value_and_frame_the_chosen_one(drawn, tmp_path):
 def test_a_grid_without_any_value_can_be_drawn(drawn, tmp_path):
     draw_grids([Grid("none", ("n", (1,)), ("T", (1,)), [[None]])], tmp_path / "no.png")
     assert [text.get_text() for text in drawn[0].axes[0].texts] == ["–"]
+
+
+def test_more_panels_than_three_go_on_in_the_next_row(drawn, tmp_path):
+    series = Series("a", [1.0, 10.0], [1.0, 2.0])
+    draw_panels([Panel(name, "x", [series]) for name in "abcde"], tmp_path / "no.png")
+    shown = [axes for axes in drawn[0].axes if axes.get_visible()]
+    assert [axes.get_title() for axes in shown] == list("abcde")
+    drawn[0].canvas.draw()
+    places = [axes.get_position() for axes in shown]
+    assert [round(place.x0, 2) for place in places[3:]] == [round(p.x0, 2) for p in places[:2]]
+    assert min(place.y0 for place in places[:3]) > max(place.y1 for place in places[3:])

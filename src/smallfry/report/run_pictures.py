@@ -1,5 +1,6 @@
 """Plots of training studies; reported figures are hollow and dashed, measured ones filled."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ HOLLOW: Mapping[str, Any] = {
     "linestyle": (0, (4, 2)),
     "linewidth": 1.1,
 }
+PER_ROW = 3  # panels
 MOST_MARKED = 12  # points of a line that are still marked
 ACCURACY = "test accuracy, %"
 
@@ -47,12 +49,12 @@ class Panel(NamedTuple):
 
 
 def draw_panels(panels: Sequence[Panel], file: Path, same_y: bool = False) -> None:
-    """Draw panels from left to right, with one legend.
+    """Draw panels in rows of three, with one legend.
 
     A label has one colour in all panels.
 
     Args:
-        panels: From left to right.
+        panels: From left to right, then downwards.
         file: The PNG to write.
         same_y: All have one range of y.
     """
@@ -61,10 +63,14 @@ def draw_panels(panels: Sequence[Panel], file: Path, same_y: bool = False) -> No
     kinds = {s.reported for panel in panels for s in panel.series}
     joined = any(panel.joined for panel in panels)
     with style():
-        figure = new_figure(3.0 + 3.7 * len(panels), 4.4)
-        grid = figure.subplots(1, len(panels), squeeze=False, sharey=same_y)[0]
-        for axes, panel in zip(grid, panels, strict=True):
+        columns = min(len(panels), PER_ROW)
+        rows = math.ceil(len(panels) / columns)
+        figure = new_figure(3.0 + 3.7 * columns, 4.4 * rows)
+        grid = figure.subplots(rows, columns, squeeze=False, sharey=same_y).ravel()
+        for axes, panel in zip(grid, panels, strict=False):
             _draw(axes, panel, looks)
+        for axes in grid[len(panels) :]:
+            axes.set_visible(False)
         line: dict[str, Any] = {} if joined else {"linestyle": "none"}
         marks = [Line2D([], [], label=label, **looks[label], **line) for label in labels]
         if True in kinds:
