@@ -19,7 +19,9 @@ from smallfry.analysis import (
     WatchCollapse,
     ask_all,
     collect,
+    families,
     layer_signals,
+    leakage,
     load_subject,
     register_question,
     step_signals,
@@ -36,7 +38,7 @@ from smallfry.training.run import load_run
 
 TINY = {"embed_dim": 16, "num_heads": 2, "mlp_hidden_dim": 16, "depth": 1, "latent_steps": 1}
 QUIET = {"references": False, "progress": "quiet"}
-QUESTIONS = ["collapse", "criticality", "geometry", "limits"]
+QUESTIONS = ["collapse", "criticality", "geometry", "leakage", "limits"]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,11 @@ def runs(tmp_path_factory):
 def page(runs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("page") / "all"
     call = ["analyze", str(runs / "recursive"), "--against", str(runs / "int8")]
-    assert main([*call, "--images", "120", "--corruptions", "quick", "--to", str(folder)]) == 0
+    few = {name: families.FAMILIES[name] for name in ("fire", "recursive", "residual")}
+    with pytest.MonkeyPatch.context() as patch:  # all of them take half a minute
+        patch.setattr(families, "FAMILIES", few)
+        assert main([*call, "--images", "120", "--corruptions", "quick", "--to", str(folder)]) == 0
+    leakage.known_traces.cache_clear()
     return folder
 
 
@@ -226,3 +232,11 @@ def test_logits_that_no_linear_layer_gives_are_refused(runs):
         collect(trained._replace(model=Squared(trained.model)), images, labels)
     with pytest.raises(UsageError, match="no linear layer as its classifier"):
         collect(trained._replace(model=nn.Flatten()), images, labels)
+
+
+def test_the_family_and_the_repetitions_of_a_recursive_model_leak(page):
+    found = numbers(page, "leakage")
+    assert found["posterior"]["operators"]["recursive"] > 0.5
+    assert found["repetitions"] >= 2
+    assert set(found["accuracy"]) == {"operators", "memory", "totals"}
+    assert sum(found["posterior"]["totals"].values()) == pytest.approx(1)
