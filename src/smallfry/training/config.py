@@ -26,6 +26,7 @@ from smallfry_runtime.names import URI, path_of, storable
 
 CLASSIFICATION = "classification"
 MULTILABEL = "multilabel"  # the task whose images have several classes
+BATCH = 64  # images of a step, in runs that see enough of them
 MOST_SEED = 2**63  # above which PyTorch takes none
 MOST_WORKERS = 1024  # processes, or threads; more end a process without a word
 
@@ -234,7 +235,7 @@ class TrainSettings(TypedDict, total=False):
     metrics: "Sequence[Any]"
     loggers: "Sequence[str]"
     epochs: int
-    batch_size: int
+    batch_size: int | None
     accumulate: int
     patience: int | None
     select_on: Literal["validation", "test"]
@@ -288,7 +289,8 @@ class TrainConfig:
         loggers: Experiment trackers besides metrics.csv and TensorBoard, through Lightning's
             loggers: mlflow and wandb, whose own environment variables say where they write.
         epochs: Passes over the training images.
-        batch_size: Images per step.
+        batch_size: Images per step; default 64, and 32 or 16 where a model with random weights
+            would take fewer than 1,000 steps in the whole run.
         accumulate: Micro-batches of a batch; memory falls, the step stays the same.
         patience: Stop after so many epochs without a better selection; null never does.
         select_on: The split that chooses the best epoch. test is the paper's protocol, and
@@ -338,7 +340,7 @@ class TrainConfig:
     metrics: list[str] = field(default_factory=list)
     loggers: list[Literal["mlflow", "wandb"]] = field(default_factory=list)
     epochs: int = 50
-    batch_size: int = 64
+    batch_size: int | None = None
     accumulate: int = 1
     patience: int | None = None
     select_on: Literal["validation", "test"] = "validation"
@@ -372,14 +374,20 @@ class TrainConfig:
         for name in ("callbacks", "metrics"):
             for path in getattr(self, name):
                 require_path(path, name)
-        for name in ("epochs", "batch_size", "accumulate"):
-            check(getattr(self, name) >= 1, f"{name} must be at least 1")
-        check(self.accumulate <= self.batch_size, "accumulate can't exceed batch_size")
+        for name in ("epochs", "images_per_step", "accumulate"):
+            label = "batch_size" if name == "images_per_step" else name
+            check(getattr(self, name) >= 1, f"{label} must be at least 1")
+        check(self.accumulate <= self.images_per_step, "accumulate can't exceed batch_size")
         check(self.patience is None or self.patience >= 1, "patience must be at least 1, or null")
         check(0 <= (self.workers or 0) <= MOST_WORKERS, f"workers is 0 to {MOST_WORKERS}")
         threads = 1 if self.threads is None else self.threads
         check(1 <= threads <= MOST_WORKERS, f"threads is 1 to {MOST_WORKERS}")
         check(0 <= self.seed < MOST_SEED, "seed is 0 to below 2**63")
+
+    @property
+    def images_per_step(self) -> int:
+        """Return ``batch_size``, or 64 if it is not given."""
+        return BATCH if self.batch_size is None else self.batch_size
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain values for YAML and JSON."""
