@@ -53,6 +53,7 @@ class DataConfig:
         labels: CSV or JSON-lines file of a folder's labels, relative to the folder, with a row for
             each image.
         image_column: Its column of image files; default one with a usual name, such as image.
+            Without data.labels, the column of images in parquet shards; default the only one.
         split_column: Its column of splits; default split, where it has one.
         skip_unreadable: Leave unreadable images out with a warning instead of stopping.
         mean: Mean per channel that the images are normalised with; default that of training.
@@ -102,9 +103,8 @@ class DataConfig:
         if self.image_size is not None:  # two equal sides are one
             frame = frame_of(self.image_size, option="data.image_size")
             object.__setattr__(self, "image_size", frame.plain)
-        for column in ("image_column", "split_column"):
-            lone = getattr(self, column) is not None and self.labels is None
-            check(not lone, f"data.{column} is of the file data.labels, which is not given")
+        lone = self.split_column is not None and self.labels is None
+        check(not lone, "data.split_column is of the file data.labels, which is not given")
         check((self.mean is None) == (self.std is None), "data.mean and data.std go together")
         check(all(s > 0 for s in self.std or ()), "data.std must be positive")
         check(0 <= self.split_seed < MOST_SEED, "data.split_seed is 0 to below 2**63")

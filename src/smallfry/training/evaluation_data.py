@@ -12,6 +12,7 @@ from torch import Tensor
 from smallfry.data import ImageData, Split, is_named, load_data
 from smallfry.data.duplicates import image_hashes
 from smallfry.data.named import NO_ROOT
+from smallfry.data.sources import shard_files
 from smallfry.errors import AccessError, DataError, SmallfryError, SmallfryWarning, UsageError
 from smallfry.training.config import MULTILABEL, DataConfig, read_config
 from smallfry.training.run import RunFolder, TrainedModel
@@ -121,6 +122,8 @@ def _named_data(
     if form is not None and form.labels is not None and (path_of(name) / form.labels).is_file():
         columns = {key: getattr(form, key) for key in OF_LABELS}
         other = replace(other, **columns)
+    elif form is not None and form.labels is None and shard_files(path_of(name)):
+        other = replace(other, image_column=form.image_column)
     data = load_config_data(_sized(other, trained), min_classes=1)
     if split == "test":
         _warn_of_training_images(data, before)
