@@ -56,8 +56,9 @@ def panel_of(trained: TrainedModel, file: bytes, name: str) -> dict[str, Any]:
 
 def views_of(solved: Solved) -> list[str]:
     """Render the puzzle, and the answer after each step with the cells that it changed."""
-    views, before = [], solved.given
-    for number, step in enumerate([None, *solved.steps]):
+    views: list[str] = []
+    before, steps = solved.given, [None, *solved.steps]
+    for number, step in enumerate(steps):
         rows = solved.given if step is None else step.answer
         cells = [
             [
