@@ -33,8 +33,11 @@ SAMPLE = 50_000  # descriptors that a mixture or a whitening is fitted to
 WHITEN = 0.1  # added to eigenvalues
 
 
-class DeepFisherNet(  # type: ignore[misc]
-    FisherPipeline, ClassifierMixin, TransformerMixin, BaseEstimator
+class DeepFisherNet(
+    FisherPipeline,
+    ClassifierMixin,  # type: ignore[misc]
+    TransformerMixin,  # type: ignore[misc]
+    BaseEstimator,  # type: ignore[misc]
 ):
     """Classifier of images by one or two layers of Fisher vectors.
 

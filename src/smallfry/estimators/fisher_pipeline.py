@@ -134,6 +134,8 @@ class FisherModule(nn.Module, FisherPipeline):
         torch.Size([2, 2])
     """
 
+    projection: Tensor  # of two layers
+
     def __init__(
         self,
         fitted: FisherPipeline,
@@ -187,8 +189,7 @@ class FisherModule(nn.Module, FisherPipeline):
 
     @property
     def _projection(self) -> Tensor:  # type: ignore[override]
-        buffer: Tensor = self.projection
-        return buffer
+        return self.projection
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Compute Fisher vectors, (images, features), of pixels from 0 to 255."""

@@ -65,5 +65,5 @@ def fusion_weights(scores: Sequence[Tensor], labels: Tensor) -> Tensor:
         return value
 
     with torch.enable_grad():
-        solver.step(loss)
+        solver.step(loss)  # type: ignore[no-untyped-call]
     return weights.detach() / spread
