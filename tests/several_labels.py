@@ -10,6 +10,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 NAMES = ("zero", "=one", "two")  # the second begins like a formula
+TINY = "{embed_dim: 16, num_heads: 2, mlp_hidden_dim: 16, depth: 1}"
+GIVEN = (  # options of a small training
+    *("--task=multilabel", "--model.name=vitrm_micro_patch4_8", f"--model.options={TINY}"),
+    *("--data.image_size", "8", "16", "--progress=quiet", "--batch_size=16", "--threads=1"),
+)
 
 
 def write_pairs(folder: Path, count: int = 60, seed: int = 0) -> list[tuple[Path, list[str]]]:

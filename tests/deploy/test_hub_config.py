@@ -36,8 +36,8 @@ def test_a_description_is_read(tmp_path, extra):
         ({"architecture": NAME, "smallfry": []}, "its entry 'smallfry' has no format"),
         ({"architecture": NAME, "smallfry": {"format": "2"}}, "has no format"),
         (
-            {"architecture": NAME, "smallfry": {"format": 4}},
-            r"written by smallfry \? in format 4; .* reads up to format 3: install a newer one",
+            {"architecture": NAME, "smallfry": {"format": 5}},
+            r"written by smallfry \? in format 5; .* reads up to format 4: install a newer one",
         ),
     ],
 )

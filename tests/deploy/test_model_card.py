@@ -17,13 +17,13 @@ from smallfry.deploy.model_card import (
     LONGEST,
     as_code,
     as_text,
-    is_ours,
     model_card,
     plain,
     wilson_interval,
 )
 from smallfry.deploy.pretrained import save_pretrained
 from smallfry.deploy.run_metadata import without_paths
+from smallfry.models.sources import is_ours
 
 OPTIONS = (
     "--model.options={embed_dim: 16, num_heads: 2, mlp_hidden_dim: 16, depth: 1, latent_steps: 1}"

@@ -445,8 +445,8 @@ def test_weights_of_another_size_are_refused(copied):
 
 def test_a_newer_format_is_refused(copied):
     told = json.loads((copied / "config.json").read_text())["smallfry"]
-    change(copied, smallfry=told | {"format": 4, "version": "9.9"})
-    with pytest.raises(RunError, match=r"written by smallfry 9\.9 in format 4.*install a newer"):
+    change(copied, smallfry=told | {"format": 5, "version": "9.9"})
+    with pytest.raises(RunError, match=r"written by smallfry 9\.9 in format 5.*install a newer"):
         from_pretrained(copied)
 
 

@@ -92,7 +92,9 @@ def test_no_text_of_a_table_is_a_formula():
 
 def test_tables_hold_every_class_and_pair(answers, monkeypatch):
     outputs, labels = answers
-    scores = list(csv.DictReader(io.StringIO(scores_csv(class_scores(outputs, labels, NAMES)))))
+    scores = list(
+        csv.DictReader(io.StringIO(scores_csv(scores_dict(class_scores(outputs, labels, NAMES)))))
+    )
     assert [row["class"] for row in scores] == ["ant", "'=bee", "<b>cat</b>", "never"]
     assert int(scores[0]["images"]) == (labels == 0).sum()
     rows = list(csv.reader(io.StringIO(confusion_csv(outputs, labels, NAMES))))
@@ -128,8 +130,8 @@ def built(answers, tmp_path, side=8):
         page.mistakes_page(
             "1 < 2",
             {"accuracy": 0.5},
-            class_scores(outputs, labels, NAMES),
-            page.class_pairs(outputs, labels),
+            scores_dict(class_scores(outputs, labels, NAMES)),
+            page.name_pairs(page.class_pairs(outputs, labels), NAMES),
             lambda chosen: images[chosen],
             lambda i: f"<img src=x>/{i}.png",
             tmp_path,
@@ -154,7 +156,7 @@ def test_the_page_shows_each_mistake_with_its_place_and_escapes_names(answers, t
 
 
 def test_a_page_of_many_mistakes_is_short_and_says_so(answers, tmp_path, monkeypatch):
-    monkeypatch.setattr(page, "MOST_PAIRS", 2)
+    monkeypatch.setattr(page, "MOST_GROUPS", 2)
     monkeypatch.setattr(page, "MOST_SHOWN", 1)
     monkeypatch.setattr(page, "SIDE", 16)
     outputs, labels = answers
@@ -163,5 +165,7 @@ def test_a_page_of_many_mistakes_is_short_and_says_so(answers, tmp_path, monkeyp
     shown = [each for each in view.of("img") if "taken for" in each["alt"]]
     assert len(shown) == 2
     left = sum(len(pair.mistakes) for pair in pairs[2:])
-    assert f"{len(pairs) - 2} rarer pairs with {left} mistakes are left out" in " ".join(view.texts)
+    assert f"{len(pairs) - 2} smaller groups with {left} mistakes are left out" in " ".join(
+        view.texts
+    )
     assert len(shown[0]["src"]) < 4 * 16 * 16 * 3  # shrunk

@@ -191,7 +191,10 @@ def test_an_ended_run_goes_on_if_its_configuration_has_more_epochs(variant, tmp_
 def test_digits_stay_unmirrored_wherever_they_are_moved(variant, tmp_path, monkeypatch):
     run = tmp_path / "run"
     with pytest.raises(Stopped):
-        train(variant(run=run, augment=AugmentConfig(mixup=0.0, cutmix=0.0)), StopAt(2))
+        train(
+            variant(run=run, augment=AugmentConfig(flips="alternating", mixup=0.0, cutmix=0.0)),
+            StopAt(2),
+        )
     recorded = read_config(run / "config.yaml")
     assert (recorded.data.name, recorded.augment.flip) == ("digits", None)
     load = training.load_config_data

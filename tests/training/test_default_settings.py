@@ -8,7 +8,7 @@ import torch
 import yaml
 from run_helpers import StopAt
 
-from smallfry.errors import Stopped
+from smallfry.errors import Stopped, UsageError
 from smallfry.training.config import (
     AugmentConfig,
     ModelConfig,
@@ -23,6 +23,7 @@ from smallfry.training.default_settings import (
     SGD_RATE,
     describe_defaults,
     with_defaults,
+    with_fitting_batch,
     with_fitting_crop,
     with_fitting_warmup,
     with_mixing,
@@ -75,6 +76,7 @@ def test_other_optimizers_keep_theirs(name):
         ("mobilenetv3_small_050", OptimizerConfig("lamb"), None),
         ("mobilenetv3_small_050", OptimizerConfig("kfac"), None),
         ("vitrm_micro_patch4_8", OptimizerConfig(), None),
+        ("convnext_atto", OptimizerConfig(), None),
     ],
 )
 def test_adam_has_a_rate_of_its_own_on_models_with_batch_norms(model, optimizer, rate):
@@ -82,6 +84,41 @@ def test_adam_has_a_rate_of_its_own_on_models_with_batch_norms(model, optimizer,
     with torch.device("meta"):
         built = timm.create_model(model, num_classes=2)
     assert with_normed_rate(config, built).optimizer.lr == rate
+
+
+@pytest.mark.parametrize(
+    ("given", "epochs", "images", "batch"),
+    [
+        ({}, 50, 1_295, 64),  # the demo
+        ({}, 10, 6_400, 64),
+        ({}, 10, 6_399, 32),
+        ({}, 10, 3_200, 32),
+        ({}, 10, 3_199, 16),
+        ({"accumulate": 20}, 1, 10, 32),
+        ({"accumulate": 64}, 1, 10, 64),
+        ({"batch_size": 64}, 1, 10, 64),
+        ({"batch_size": 7}, 300, MANY, 7),
+        ({"model": ModelConfig(start="runs/a")}, 1, 10, 64),
+        ({"optimizer": OptimizerConfig("kfac")}, 1, 10, 64),
+        ({"optimizer": OptimizerConfig("sgd")}, 1, 10, 16),
+        ({"task": "multilabel"}, 1, 10, 16),
+        ({"task": "puzzle"}, 1, 10, 64),
+    ],
+)
+def test_short_runs_of_new_models_take_small_batches(given, epochs, images, batch):
+    config = TrainConfig(epochs=epochs, **given)
+    assert with_fitting_batch(config, images).batch_size == batch
+    shared = with_fitting_batch(config, images, processes=2).batch_size
+    assert shared == given.get("batch_size", 64)
+
+
+def test_a_batch_that_is_not_chosen_yet_has_64_images():
+    assert TrainConfig().images_per_step == 64
+    assert TrainConfig(batch_size=8).images_per_step == 8
+    with pytest.raises(UsageError, match="batch_size must be at least 1"):
+        TrainConfig(batch_size=0)
+    with pytest.raises(UsageError, match="accumulate can't exceed batch_size"):
+        TrainConfig(accumulate=65)
 
 
 def test_the_rate_for_batch_norms_is_recorded_and_earlier_runs_keep_theirs(variant):
@@ -130,11 +167,28 @@ def test_photographs_are_resized_small_images_padded_and_few_left_whole(
     assert (chosen.resized_crop, chosen.crop_padding) == (area, padding)
 
 
+@pytest.mark.parametrize(
+    ("given", "epochs", "images", "flip"),
+    [
+        ({}, 12, 1_666, False),
+        ({}, 12, 1_667, None),
+        ({"augment": AugmentConfig(flip=True)}, 12, 100, True),
+        ({"augment": AugmentConfig(flips="alternating")}, 12, 100, None),
+        ({"augment": AugmentConfig(crop_padding=4)}, 12, 100, False),
+        ({"model": ModelConfig(start="runs/a")}, 12, 100, None),
+        ({"task": "puzzle"}, 12, 100, None),
+    ],
+)
+def test_few_images_are_not_mirrored(given, epochs, images, flip):
+    config = TrainConfig(epochs=epochs, **given)
+    assert with_fitting_crop(config, images, 32).augment.flip is flip
+
+
 def test_given_crops_stay_and_trained_models_see_crops_of_few_images():
     padded = TrainConfig(augment=AugmentConfig(crop_padding=4), epochs=1)
     chosen = with_fitting_crop(padded, 100, 224).augment
     assert (chosen.resized_crop, chosen.crop_padding) == (0.0, 4)
-    given = TrainConfig(augment=AugmentConfig(resized_crop=0.08), epochs=1)
+    given = TrainConfig(augment=AugmentConfig(resized_crop=0.08, flip=True), epochs=1)
     assert with_fitting_crop(given, 100, 32) == given
     tuned = TrainConfig(model=ModelConfig(start="runs/a"), epochs=1)
     assert with_fitting_crop(tuned, 100, 64).augment.resized_crop == 0.25
@@ -164,7 +218,8 @@ def test_the_choice_is_described_in_one_line():
     given = TrainConfig(epochs=12)
     chosen = with_defaults(given, 1_350, 32)
     assert describe_defaults(given, chosen, 1_350) == (
-        "12 epochs of 1,350 images: warm-up of 1.2 epochs, no Mixup, no CutMix, no random crops"
+        "12 epochs of 1,350 images: batches of 16, warm-up of 1.2 epochs, no Mixup, no CutMix, "
+        "no random crops, no mirrored images"
     )
     long = with_defaults(TrainConfig(), MANY, 224)
     assert describe_defaults(TrainConfig(), long, MANY) == (

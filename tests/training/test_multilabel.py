@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import torch
 from run_helpers import StopAt, assert_same_run
-from several_labels import NAMES, write_columns, write_csv, write_lines, write_links, write_pairs
+from several_labels import (
+    GIVEN,
+    NAMES,
+    write_columns,
+    write_csv,
+    write_lines,
+    write_links,
+    write_pairs,
+)
 from torch.nn import functional as F
 from torchmetrics.functional.classification import (
     multilabel_average_precision,
@@ -29,12 +37,6 @@ from smallfry.training.evaluation import predict, task_of
 from smallfry.training.train import resume, train
 from smallfry_runtime.manifest import Manifest
 from smallfry_runtime.runtime import Runtime, sigmoid
-
-TINY = "{embed_dim: 16, num_heads: 2, mlp_hidden_dim: 16, depth: 1}"
-GIVEN = (
-    *("--task=multilabel", "--model.name=vitrm_micro_patch4_8", f"--model.options={TINY}"),
-    *("--data.image_size", "8", "16", "--progress=quiet", "--batch_size=16", "--threads=1"),
-)
 
 
 @pytest.fixture(scope="module")
@@ -487,7 +489,6 @@ def test_without_validation_images_thresholds_are_a_half(folder, tmp_path):
         (("--objective.name=bias",), "multilabel"),
         (("--adversarial.eps=0.03",), "classification, not multilabel"),
         (("--data.several_labels=true", "--task=classification"), "of the task multilabel"),
-        (("--show_batch=b.png",), "not of the task multilabel"),
     ],
 )
 def test_what_is_for_one_class_is_refused(folder, tmp_path, capsys, options, message):
@@ -497,17 +498,15 @@ def test_what_is_for_one_class_is_refused(folder, tmp_path, capsys, options, mes
     assert not (tmp_path / "run").exists()
 
 
-def test_teachers_sharing_and_benchmarks_are_for_one_class(run, export, folder, tmp_path, capsys):
+def test_teachers_and_analyses_are_for_one_class(run, folder, tmp_path, capsys):
     data = ("--data", str(folder), "--data.labels=columns.csv")
     place = ("--run", str(tmp_path / "run"))
-    teacher = f"--distillation.teacher={run}"
     for words, message in (
-        (["train", *data, *GIVEN, teacher, *place], "distillation is for classification"),
-        (["share", str(run), "--to", str(tmp_path / "shared")], "not shared"),
-        (["benchmark", str(run)], "benchmarked"),
-        (["benchmark", str(export)], "answers with several classes"),
-        (["evaluate", str(run), "--report", str(tmp_path / "r")], "reported"),
-        (["evaluate", str(run), "--attack=pgd"], "attacked"),
+        (
+            ["train", *data, *GIVEN, f"--distillation.teacher={run}", *place],
+            "distillation is for classification",
+        ),
+        (["analyze", str(run), "collapse"], "one class an image; all other commands take it"),
     ):
         assert main(words) != 0
         assert message in capsys.readouterr().err

@@ -8,7 +8,7 @@ from smallfry.cli._shared import OneRun
 
 @dataclass(frozen=True, kw_only=True)
 class Options(OneRun):
-    """Serve a local page that shows each recursion step of the model on a given image.
+    """Serve a local page that shows each recursion step of the model on a given image or puzzle.
 
     Args:
         run2: Second run, to compare with the first.

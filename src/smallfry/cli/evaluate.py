@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 PERCENT = (
     *("accuracy", "macro_f1", "balanced_accuracy", "top_5_accuracy", "cell_accuracy"),
-    *("accuracy_under_attack", "precision", "recall", "f1"),
+    *("accuracy_under_attack", "precision", "recall", "f1", "micro_f1", "average_precision"),
+    "mean_average_precision",
 )
 
 
@@ -163,11 +164,13 @@ def _titles(row: Mapping[str, float]) -> list[str]:
 def _attacked(options: Options, trained: "TrainedModel", images: "Split") -> dict[str, float]:
     """Measure the accuracy under attack."""
     from smallfry.training.attack import PGD, accuracy_under_attack, parse_eps
-    from smallfry.training.run import require_classifier
+    from smallfry.training.evaluation import task_of
+    from smallfry.training.run import require_class_answers
 
-    require_classifier(trained)
+    require_class_answers(trained)
     attack = PGD(parse_eps(options.eps), steps=options.attack_steps)
-    accuracy = accuracy_under_attack(trained.model, images, trained.normalize, attack)
+    task = task_of(trained.manifest)
+    accuracy = accuracy_under_attack(trained.model, images, trained.normalize, attack, task=task)
     return {"accuracy_under_attack": accuracy, "eps": attack.eps}
 
 
@@ -183,11 +186,13 @@ def _exit_threshold(options: Options, trained: "TrainedModel") -> float | None:
     if options.exit_drop is None and options.exit_steps is None:
         return None
     from smallfry.training import exit_calibration
+    from smallfry.training.evaluation import task_of
     from smallfry.training.evaluation_data import load_like
     from smallfry_runtime import early_exit
 
     _, calibration, _ = load_like(trained, options.run, split="validation")
-    traced = exit_calibration.trace(trained.model, calibration, trained.normalize)
+    task = task_of(trained.manifest)
+    traced = exit_calibration.trace(trained.model, calibration, trained.normalize, task=task)
     points = early_exit.operating_points(traced)
     if options.exit_steps is not None:
         return early_exit.most_accurate(points, options.exit_steps).threshold

@@ -43,13 +43,12 @@ def run(options: Options) -> int:
     import timm
     import torch
 
-    from smallfry.models.sources import TIMM, Source, source_of
+    from smallfry.models.sources import TIMM, Source, is_ours, source_of
 
     names = [
         name
         for name in timm.list_models(options.pattern)
-        if timm.model_entrypoint(name).__module__.startswith("smallfry.")
-        or any(fnmatch(name, pattern) for pattern in TIMM)
+        if is_ours(name) or any(fnmatch(name, pattern) for pattern in TIMM)
     ]
     if not names:
         raise UsageError(f"no model of smallfry matches '{options.pattern}'")

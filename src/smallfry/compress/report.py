@@ -6,10 +6,13 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from smallfry.costing import cost
 from smallfry.data import Split
-from smallfry.training.evaluation import predict, score
+from smallfry.tasks.multilabel import MultiLabel
+from smallfry.training.evaluation import predict, score, task_of
 from smallfry.training.run import TrainedModel
 
 
@@ -20,7 +23,7 @@ class Comparison(NamedTuple):
     macs: tuple[int, int]  # of all calls for one image
     file_bytes: tuple[int, int]  # of the weights as safetensors, or packed
     accuracy: tuple[float, float] | None  # on the images compared on
-    agreement: float | None  # share of images with the parent's class
+    agreement: float | None  # share of images with the parent's class, or classes
     divergence: float | None  # mean KL(parent ‖ compressed) of the class probabilities, nats
     images: int
 
@@ -40,10 +43,18 @@ def compare(parent: TrainedModel, small: TrainedModel, split: Split | None) -> C
     accuracy = agreement = divergence = None
     if split is not None and len(split):
         said = [predict(each.model, split, each.normalize) for each in (parent, small)]
-        logs = [each.logits.double().log_softmax(dim=1) for each in said]
-        agreement = float((logs[0].argmax(1) == logs[1].argmax(1)).double().mean())
-        divergence = float((logs[0].exp() * (logs[0] - logs[1])).sum(1).mean().clamp(min=0))
-        scores = [score(each)["accuracy"] for each in said]
+        logits = [each.logits.double() for each in said]
+        task = task_of(parent.manifest)
+        if isinstance(task, MultiLabel):
+            chosen = [task.chosen(each) for each in logits]
+            same, logs = (chosen[0] == chosen[1]).all(dim=1), [_log_bernoulli(z) for z in logits]
+        else:
+            same = logits[0].argmax(1) == logits[1].argmax(1)
+            logs = [each.log_softmax(dim=1) for each in logits]
+        agreement = float(same.double().mean())
+        nats = (logs[0].exp() * (logs[0] - logs[1])).flatten(1).sum(1)
+        divergence = float(nats.mean().clamp(min=0))
+        scores = [score(each, task)["accuracy"] for each in said]
         accuracy = (scores[0], scores[1])
     return Comparison(
         (costs[0].parameters, costs[1].parameters),
@@ -52,6 +63,11 @@ def compare(parent: TrainedModel, small: TrainedModel, split: Split | None) -> C
         *(accuracy, agreement, divergence),
         0 if split is None else len(split),
     )
+
+
+def _log_bernoulli(logits: Tensor) -> Tensor:
+    """Return the logarithms of having each class and of not having it, (images, classes, 2)."""
+    return F.logsigmoid(torch.stack([logits, -logits], dim=-1))
 
 
 def rows(found: Comparison) -> list[tuple[str, str, str, str]]:
@@ -65,7 +81,7 @@ def rows(found: Comparison) -> list[tuple[str, str, str, str]]:
         before, after = found.accuracy
         points = f"{100 * (after - before):+.2f} points"
         lines.append(("validation accuracy", f"{before:.2%}", f"{after:.2%}", points))
-        lines.append(("same class as before", "", f"{found.agreement:.2%}", ""))
+        lines.append(("same answer as before", "", f"{found.agreement:.2%}", ""))
         lines.append(("KL from before, nats", "", f"{found.divergence:.2g}", ""))
     return lines
 

@@ -98,7 +98,7 @@ def load_data(
             with ``skip_unreadable``, as unreadable ones are not counted.
         label: Name of the label column, where a table has several.
         labels: CSV or JSON-lines file of a folder's labels; see ``label_files.read_label_file``.
-        image_column: Its column of image files.
+        image_column: Its column of image files; without it, the column of images in parquet shards.
         split_column: Its column of splits.
         skip_unreadable: Leave unreadable images out with a warning instead of stopping.
         min_classes: Minimum number of classes; 1 where the labels don't matter, as with an
@@ -129,6 +129,8 @@ def load_data(
     _check_options(channels, validation, test, limit, window, bit_depth)
     place = None if root is None else Path(root)
     if (reader := find_reader(name)) is not None:
+        if image_column is not None:
+            raise UsageError(f"data.image_column is of a folder's tables, not of {name}")
         of_images = {
             "image_size": None if frame is None else frame.size,
             "resize": resize,
@@ -154,6 +156,10 @@ def load_data(
                 f"data.several_labels reads a folder of images, without "
                 f"{refused if name not in NAMED else f'named data such as {name}'}"
             )
+        if image_column is not None and labels is None:
+            raise UsageError(
+                "data.image_column is of the file data.labels where images have several classes"
+            )
         columns = LabelColumns(image_column, label, split_column)
         form = LabelForm(tuple(label_columns), label_separator)
         file = None if labels is None else Path(labels)
@@ -178,7 +184,7 @@ def load_data(
     else:
         above = 0 if stream else math.inf
     if labels is None:
-        source = find_source(name, place, label, above, skip_unreadable)
+        source = find_source(name, place, label, above, skip_unreadable, image_column)
     else:
         columns = LabelColumns(image_column, label, split_column)
         source = read_label_file(find_folder(name, place), Path(labels), columns)

@@ -45,13 +45,21 @@ class ClassFolder(NamedTuple):
     skipped: list[Path]  # folders in it that are a system's, or that smallfry wrote
 
 
-def read_folder(folder: Path, label: str | None = None, default_label: str | None = None) -> Source:
+def read_folder(
+    folder: Path,
+    label: str | None = None,
+    default_label: str | None = None,
+    image: str | None = None,
+) -> Source:
     """Read parquet shards or class folders, in the folder or in one folder per split."""
     shards = shard_files(folder)
     if shards:
-        return read_parquet(folder, shards, label, default_label)
-    if label is not None:
-        raise UsageError(f"data.label selects a column of a table, but {folder} has class folders")
+        return read_parquet(folder, shards, label, default_label, image)
+    for option, column in (("label", label), ("image_column", image)):
+        if column is not None:
+            raise UsageError(
+                f"data.{option} selects a column of a table, but {folder} has class folders"
+            )
     return read_class_folders(folder)
 
 

@@ -46,6 +46,7 @@ def find_source(
     label: str | None = None,
     stream_above: float = math.inf,
     skip_unreadable: bool = False,
+    image: str | None = None,
 ) -> Source:
     """Find the source of a named data set or of a folder.
 
@@ -59,13 +60,16 @@ def find_source(
         stream_above: Parquet shards with more training images than this are indexed, to be read
             piece by piece; tar files always are.
         skip_unreadable: Leave damaged shards out with a warning.
+        image: Name of the image column of a folder's parquet shards.
 
     Raises:
-        UsageError: ``name`` is neither a known name nor a folder.
+        UsageError: ``name`` is neither a known name nor a folder, or its images have no columns.
         DataError: The source can't be reached, or what is there can't be used.
     """
     if name not in NAMED:
-        return _read(find_folder(name, root), label, None, stream_above, skip_unreadable)
+        return _read(find_folder(name, root), label, None, stream_above, skip_unreadable, image)
+    if image is not None:
+        raise UsageError(f"data.image_column is of a folder's tables, not of {name}: leave it out")
     if Path(name).is_dir() and root is None:
         warnings.warn(
             f"'{name}' selects the data set of that name; for the folder use './{name}'",
@@ -140,10 +144,11 @@ def _read(
     default_label: str | None,
     stream_above: float,
     skip_unreadable: bool,
+    image: str | None = None,
 ) -> Source:
     found = find_shards(folder)
     if found is not None and (
         found.kind == "tar" or count_rows(found.files.get(TRAIN, [])) > stream_above
     ):
-        return read_shards(folder, found, label, default_label, skip_unreadable)
-    return read_folder(folder, label, default_label)
+        return read_shards(folder, found, label, default_label, skip_unreadable, image)
+    return read_folder(folder, label, default_label, image)

@@ -37,7 +37,7 @@ from smallfry.data.sources import (
     find_label_column,
     shard_files,
 )
-from smallfry.errors import DataError, SmallfryWarning
+from smallfry.errors import DataError, SmallfryWarning, UsageError
 from smallfry_runtime.files import DIGEST, has_valid_digest, with_digest
 from smallfry_runtime.names import text_of
 
@@ -85,6 +85,7 @@ def read_shards(
     label: str | None = None,
     default_label: str | None = None,
     skip_unreadable: bool = False,
+    image: str | None = None,
 ) -> Source:
     """Read the splits of a folder of shards, leaving the images in place.
 
@@ -94,17 +95,21 @@ def read_shards(
         label: The column with the labels, or in tar files the key of KEY.json.
         default_label: The column that is taken if there are several and none is asked for.
         skip_unreadable: Leave out damaged shards, or the rest of one, with a warning.
+        image: The column with the images of parquet shards.
 
     Raises:
+        UsageError: A column is named that there is not.
         DataError: A shard is damaged, or a sample has no label or one that is not known.
     """
     if TRAIN not in found.files:
         raise DataError(f"{folder}: there is no train split, only {', '.join(found.files)}")
     column = ""
     names: list[str] | None = None
+    if image is not None and found.kind == "tar":
+        raise UsageError(f"data.image_column selects a column of a table; {folder} has tar files")
     if found.kind == "parquet":
         columns = parquet_shards.features(_first_whole(found.files[TRAIN], skip_unreadable))
-        column = find_image_column(str(folder), columns)
+        column = find_image_column(str(folder), columns, image)
         label = find_label_column(str(folder), columns, column, label, default_label)
         names = getattr(columns[label], "names", None)
     indices = {

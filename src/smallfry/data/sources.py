@@ -199,14 +199,18 @@ def _parts(file: Path, ending: str) -> list[Path]:
 
 
 def read_parquet(
-    folder: Path, shards: dict[str, list[Path]], label: str | None, default_label: str | None
+    folder: Path,
+    shards: dict[str, list[Path]],
+    label: str | None,
+    default_label: str | None,
+    image: str | None = None,
 ) -> Source:
     """Read the tables in parquet files, by split; raises as ``read_hub``."""
     import datasets
 
     from smallfry.data.parquet_bounds import rows_at_once
 
-    columns = _columns(folder, next(iter(shards.values()))[0], label, default_label)
+    columns = _columns(folder, next(iter(shards.values()))[0], label, default_label, image)
     rows = {split: rows_at_once(files, columns or []) for split, files in shards.items()}
     tables = {}
     try:
@@ -221,11 +225,15 @@ def read_parquet(
             f"{folder}: its parquet files can't be read ({error.__cause__ or error})"
         ) from error
     fingerprints = {split: digest(*map(stamp, files)) for split, files in shards.items()}
-    return _read_tables(str(folder), tables, fingerprints, label, default_label, folder)
+    return _read_tables(str(folder), tables, fingerprints, label, default_label, folder, image)
 
 
 def _columns(
-    folder: Path, file: Path, label: str | None, default_label: str | None
+    folder: Path,
+    file: Path,
+    label: str | None,
+    default_label: str | None,
+    wanted: str | None,
 ) -> list[str] | None:
     """Return the image and label columns, to decode no others; None for a damaged file."""
     from smallfry.data.parquet_shards import features
@@ -236,7 +244,7 @@ def _columns(
         raise
     except DataError:
         return None  # reading it will say so
-    image = find_image_column(str(folder), found)
+    image = find_image_column(str(folder), found, wanted)
     return [image, find_label_column(str(folder), found, image, label, default_label)]
 
 
@@ -247,12 +255,13 @@ def _read_tables(
     label: str | None,
     default_label: str | None = None,
     folder: Path | None = None,
+    wanted: str | None = None,
 ) -> Source:
     """Read tables of the ``datasets`` library with an image and a label column."""
     if TRAIN not in tables:
         raise DataError(f"{origin}: no train split, only {', '.join(tables) or 'none'}")
     features = tables[TRAIN].features
-    image = find_image_column(origin, features)
+    image = find_image_column(origin, features, wanted)
     chosen = find_label_column(origin, features, image, label, default_label)
     declared = getattr(features[chosen], "names", None)
     classes = declared or sorted(set(map(_key, _label_values(tables[TRAIN], chosen))) - {None})
@@ -265,10 +274,20 @@ def _read_tables(
     return Source(origin, class_texts(origin, classes), splits, tuple(map(str, classes)))
 
 
-def find_image_column(origin: str, features: Mapping[str, Any]) -> str:
-    """Find the column of a table that holds images: as ``datasets`` writes them, or as bytes."""
+def find_image_column(origin: str, features: Mapping[str, Any], wanted: str | None = None) -> str:
+    """Find the column of a table that holds images, as ``datasets`` writes them or as bytes.
+
+    Args:
+        origin: The table, for errors.
+        features: Kinds of its columns by their names.
+        wanted: Name of the column; default the only one that may hold images.
+    """
     from datasets import Image as ImageFeature
 
+    if wanted is not None and wanted not in features:
+        others = [*features]
+        raise UsageError(f"{origin} has no column '{wanted}' for images{nearest(wanted, others)}")
+    features = features if wanted is None else {wanted: features[wanted]}
     for name, kind in features.items():
         if isinstance(kind, ImageFeature) or (isinstance(kind, dict) and "bytes" in kind):
             return name
@@ -279,7 +298,7 @@ def find_image_column(origin: str, features: Mapping[str, Any]) -> str:
     if binary:
         raise DataError(
             f"{origin}: unclear which column holds the images, with bytes in {', '.join(binary)}; "
-            f"rename the right one to 'image', or remove the others"
+            f"select it: --data.image_column COLUMN"
         )
     there = ", ".join(f"{name} ({getattr(kind, 'dtype', '…')})" for name, kind in features.items())
     raise DataError(

@@ -16,10 +16,11 @@ EMBEDDED = ("digits",)  # needs neither the net nor a folder that may be gone or
 
 
 class Example(NamedTuple):
-    """Example image."""
+    """Example image, or puzzle."""
 
     name: str
     png: bytes
+    text: bytes = b""  # of a puzzle, whose picture alone is the PNG
 
 
 def find_examples(trained: TrainedModel, run: str) -> list[Example]:

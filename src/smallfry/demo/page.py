@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 
 from smallfry.demo.examples import Example
+from smallfry.demo.puzzles import solves_puzzles
 from smallfry.demo.routes import MOST_BYTES, Shown
 from smallfry.demo.trace import moments_of
 from smallfry.models import LatentRecursive, Recursive
@@ -26,6 +27,8 @@ SCRIPT = f"<script>{(HERE / 'page.js').read_text('utf-8')}</script>"
 
 DROP = """<label class="sf-drop"><span><strong>Image: drop, pick or paste one</strong></span>
 <input type="file" accept="image/*"></label>"""
+DROP_PUZZLE = """<label class="sf-drop"><span><strong>Puzzle: drop or pick a file</strong></span>
+<input type="file" accept=".txt,.json,text/plain,application/json"></label>"""
 LISTEN = f"smallfry.listen(element, {MOST_BYTES}, () => trigger('submit'));"
 
 
@@ -43,7 +46,9 @@ def build_page(models: Sequence[Shown], examples: Sequence[Example] = ()) -> gr.
     ) as page:
         gr.HTML('<div class="sf"><h1>smallfry: watch a small network think</h1></div>')
         with gr.Row(equal_height=False):
-            image = gr.HTML(DROP, js_on_load=LISTEN, elem_id="sf-image")
+            puzzles = any(solves_puzzles(shown.trained) for shown in models)
+            drop = DROP_PUZZLE if puzzles else DROP
+            image = gr.HTML(drop, js_on_load=LISTEN, elem_id="sf-image")
             with gr.Column(visible=bool(examples), elem_id="sf-examples"):
                 pictures = [(e.name, png_url(e.png)) for e in examples]
                 gr.HTML(render("demo/templates/examples.html", examples=pictures))
@@ -54,7 +59,7 @@ def build_page(models: Sequence[Shown], examples: Sequence[Example] = ()) -> gr.
                 _panel(*panel) for panel in zip(range(len(models)), models, headings, strict=True)
             ]
         with gr.Accordion("What is shown here", open=False):
-            limits = {"most_bytes": MOST_BYTES, "most_pixels": MOST_PIXELS}
+            limits = {"most_bytes": MOST_BYTES, "most_pixels": MOST_PIXELS, "puzzles": puzzles}
             gr.HTML(render("demo/templates/about.html", **limits))
 
         sliders, views = (list(parts) for parts in zip(*panels, strict=True))
@@ -98,8 +103,11 @@ def name_models(models: Sequence[Shown]) -> list[str]:
 
 def _panel(number: int, shown: Shown, heading: str) -> tuple[gr.Slider, gr.HTML]:
     model = shown.trained.model
-    last = moments_of(model) - 1
-    kind = "Latent" if isinstance(model, LatentRecursive) else "Recursion"
+    last, kind = moments_of(model) - 1, "Recursion"
+    if isinstance(model, Recursive) and solves_puzzles(shown.trained):
+        last, kind = model.recursion_steps, "Improvement"
+    elif isinstance(model, LatentRecursive):
+        kind = "Latent"
     with gr.Column(elem_classes="sf-panel", elem_id=f"sf-panel-{number}"):
         gr.HTML(_heading(shown, heading))
         slider = gr.Slider(

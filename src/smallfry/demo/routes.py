@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from smallfry.demo.examples import Example
+from smallfry.demo.puzzles import panel_of, solves_puzzles
 from smallfry.demo.trace import think
 from smallfry.demo.view import PICTURE, picture_url, show_error, show_moment, show_status
 from smallfry.errors import SmallfryError
@@ -29,11 +30,11 @@ class Shown(NamedTuple):
 
 
 def answer(models: Sequence[Shown], image: bytes, name: str) -> dict[str, Any]:
-    """Classify an image with all models, or return the reason of the failure.
+    """Answer to an image, or a puzzle, with all models, or return the reason of the failure.
 
     Args:
         models: The models of the page.
-        image: An encoded image.
+        image: An encoded image, or the text of a puzzle.
         name: Displayed name of the image.
 
     Returns:
@@ -49,6 +50,8 @@ def answer(models: Sequence[Shown], image: bytes, name: str) -> dict[str, Any]:
 
 
 def _panel(trained: TrainedModel, image: bytes, name: str) -> dict[str, Any]:
+    if solves_puzzles(trained):
+        return panel_of(trained, image, name)
     pixels = decode(image, name, trained.frame, trained.channels, trained.bit_depth)
     trace = think(trained, pixels)
     views = [
@@ -87,7 +90,7 @@ class Answering:
         if number >= len(self._examples):
             return PlainTextResponse("there is no such example", 404)
         example = self._examples[number]
-        return await self._answer(request, *example)
+        return await self._answer(request, example.name, example.text or example.png)
 
     async def _answer(self, request: Request, name: str, image: bytes = b"") -> Response:
         image = image or await request.body()

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from smallfry.demo.examples import find_examples
+from smallfry.demo.puzzles import find_puzzles, solves_puzzles
 from smallfry.deploy.pretrained import load_trained
+from smallfry.errors import UsageError
 from smallfry.training.run import require_class_answers
 from smallfry_runtime.serving.listening import (
     address,
@@ -55,12 +57,20 @@ def serving(
 ) -> Iterator[str]:
     """Serve the page, and yield its address; see ``serve``."""
     models = [(str(run), load_trained(run, checkpoint)) for run in runs]
-    for _, trained in models:
-        require_class_answers(trained)
+    puzzles = [solves_puzzles(trained) for _, trained in models]
+    for (run, trained), is_puzzle in zip(models, puzzles, strict=True):
+        if not is_puzzle:
+            require_class_answers(trained)
+        if is_puzzle != puzzles[0]:
+            raise UsageError(
+                f"of {models[0][0]} and {run}, one solves puzzles and the other classifies images: "
+                "compare models of the same task"
+            )
     with listening(host, port) as listener, _private_folder():
         from smallfry.demo.application import build_application
 
-        examples = find_examples(models[0][1], runs[0])
+        find = find_puzzles if puzzles[0] else find_examples
+        examples = find(models[0][1], runs[0])
         with running(build_application(models, examples, known_hosts(host)), listener):
             yield address(listener)
 

@@ -33,11 +33,19 @@ from smallfry.deploy.memory import Memory, measure_memory
 from smallfry.deploy.pretrained import load_trained
 from smallfry.deploy.run_metadata import without_paths
 from smallfry.errors import RunError, SmallfryError, UsageError
+from smallfry.tasks import Task
+from smallfry.tasks.multilabel import MultiLabel
 from smallfry.training.augment import Normalize
-from smallfry.training.evaluation import score_probabilities
+from smallfry.training.config import MULTILABEL
+from smallfry.training.evaluation import score_probabilities, task_of
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.provenance import provenance
-from smallfry.training.run import TrainedModel, require_classes, require_classifier
+from smallfry.training.run import (
+    TrainedModel,
+    require_class_answers,
+    require_classes,
+    thresholds_of,
+)
 from smallfry_runtime.manifest import Manifest, is_export
 from smallfry_runtime.predictions import NOT_FINITE
 
@@ -80,6 +88,7 @@ class Images(NamedTuple):
     pixels: Pixels
     labels: Tensor
     words: str  # how many of what
+    task: Task  # of the model, with its thresholds
 
 
 class Subject(NamedTuple):
@@ -146,20 +155,25 @@ def _subject(given: str, checkpoint: str) -> Subject:
     path = Path(given)
     if not is_export(path):
         trained = load_trained(given, checkpoint)
-        require_classifier(trained)
+        require_class_answers(trained)
         return Subject(given, path.resolve().name, False, trained)
     manifest = Manifest.read(path)
     if not manifest.is_classifier:
         raise UsageError(f"{given}: is for {manifest.task}, and benchmarks compare classifiers")
-    if manifest.thresholds:
-        raise UsageError(f"{given}: answers with several classes, and benchmarks compare one")
     stand_in = TrainedModel(
         nn.Identity(),
         manifest.classes,
         manifest.image_size,
         manifest.channels,
         Normalize(manifest.mean, manifest.std),
-        {"data": {"name": "", "fingerprint": "", **manifest.training.get("data", {})}},
+        {
+            "data": {"name": "", "fingerprint": "", **manifest.training.get("data", {})},
+            **(
+                {"task": MULTILABEL, "thresholds": manifest.thresholds}
+                if manifest.thresholds
+                else {}
+            ),
+        },
         manifest.bit_depth,
         resize=manifest.resize,
     )
@@ -188,6 +202,15 @@ def _require_one_question(subjects: Sequence[Subject]) -> None:
                 f"{first.given} and {other.given} have different classes, {ours} and {theirs}: "
                 f"compare models of the same task"
             )
+        if _has_several(other) != _has_several(first):
+            raise UsageError(
+                f"of {first.given} and {other.given}, one answers with one class an image and the "
+                f"other with several: compare models of the same task"
+            )
+
+
+def _has_several(subject: Subject) -> bool:
+    return thresholds_of(subject.trained) is not None
 
 
 def _images(
@@ -214,7 +237,9 @@ def _images(
     shuffled = split.take(order)
     words = f"{len(split):,} {'' if taken == 'all' else f'{taken} '}images of "
     words += Path(loaded.name).name + (" (all that there are)" if taken == "all" else "")
-    return Images(shuffled.images.numpy(), shuffled.labels, words)
+    words += "; an image is right with exactly its classes" if _has_several(subject) else ""
+    task = task_of(subject.trained.manifest)
+    return Images(shuffled.images.numpy(), shuffled.labels, words, task)
 
 
 def _require_one_test(images: Iterable[Images | None]) -> None:
@@ -302,7 +327,7 @@ def _measured(field: Sequence[Entry], config: BenchmarkConfig) -> list[Figures]:
 def _scores(field: Sequence[Entry]) -> list[Mapping[str, float | None]]:
     """Compute accuracy, macro F1, agreement and steps of each contestant, where available."""
     found: list[dict[str, float | None]] = []
-    answers: list[NDArray[np.int64] | None] = []
+    answers: list[NDArray[np.bool_] | None] = []
     for who, images, _ in field:
         if images is None or who.weights is None:
             found.append({})
@@ -310,11 +335,11 @@ def _scores(field: Sequence[Entry]) -> list[Mapping[str, float | None]]:
             continue
         log.info("testing %s, %s", who.model, who.form)
         probabilities, steps = _answered(who, images.pixels)
-        scores = score_probabilities(probabilities, images.labels)
+        scores = score_probabilities(probabilities, images.labels, images.task)
         found.append({name: scores[name] for name in ("accuracy", "macro_f1")})
         if steps is not None:
             found[-1]["steps"] = float(steps.mean())
-        answers.append(probabilities.argmax(axis=1))
+        answers.append(_chosen(probabilities, images.task))
     for (who, *_), scores_of, ours in zip(field, found, answers, strict=True):
         same = [
             theirs
@@ -322,8 +347,16 @@ def _scores(field: Sequence[Entry]) -> list[Mapping[str, float | None]]:
             if other.is_reference and other.weights == who.weights and theirs is not None
         ]
         if ours is not None and same:
-            scores_of["agreement"] = float((ours == same[0]).mean())
+            scores_of["agreement"] = float((ours == same[0]).all(axis=1).mean())
     return list(found)
+
+
+def _chosen(probabilities: NDArray[Any], task: Task) -> NDArray[np.bool_]:
+    """Mark the classes that are answered with, (images, classes)."""
+    if isinstance(task, MultiLabel):
+        cuts = task.thresholds or (0.5,) * probabilities.shape[1]
+        return np.asarray(probabilities >= np.array(cuts, probabilities.dtype))
+    return np.asarray(np.eye(probabilities.shape[1], dtype=bool)[probabilities.argmax(axis=1)])
 
 
 def _answered(who: Contestant, pixels: Pixels) -> tuple[NDArray[Any], NDArray[Any] | None]:

@@ -34,7 +34,7 @@ from smallfry.deploy.quantize import quantize
 from smallfry.deploy.run_metadata import weights_digest
 from smallfry.errors import ExportError, SmallfryError
 from smallfry.models import Recursive
-from smallfry.training.run import TrainedModel
+from smallfry.training.run import TrainedModel, thresholds_of
 from smallfry_runtime.early_exit import most_thrifty
 from smallfry_runtime.frames import ImageSize, Resize, frame_of
 from smallfry_runtime.manifest import GRAPHS, MANIFEST, Manifest
@@ -250,7 +250,8 @@ def _ask_runtime(runtime: Runtime, threshold: float | None, pixels: Pixels) -> P
 @torch.no_grad()
 def _ask_pytorch(trained: TrainedModel, model: Callable[..., Any], pixels: Pixels) -> Predictions:
     logits = model(trained.normalize(torch.from_numpy(pixels)))
-    return Predictions(logits.softmax(dim=1).numpy())
+    several = thresholds_of(trained) is not None
+    return Predictions((logits.sigmoid() if several else logits.softmax(dim=1)).numpy())
 
 
 def _compiled(trained: TrainedModel, batch_sizes: tuple[int, ...]) -> Callable[..., Any]:

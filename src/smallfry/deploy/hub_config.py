@@ -17,10 +17,11 @@ from safetensors import SafetensorError
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from smallfry.deploy.run_metadata import LATER_SPLITS, SPLITS, UNKNOWN
+from smallfry.deploy.run_metadata import LABEL_FORM, LATER_SPLITS, SPLITS, UNKNOWN, is_within
 from smallfry.errors import RunError, SmallfryWarning, UsageError
 from smallfry.training.augment import Normalize
 from smallfry.training.checkpoint import WEIGHTS
+from smallfry.training.config import CLASSIFICATION, MULTILABEL
 from smallfry.training.run import TrainedModel
 from smallfry.transforms.build import build
 from smallfry.transforms.spec import OF_THE_FACTORY, ModelSpec
@@ -29,8 +30,9 @@ from smallfry_runtime.files import read_json, read_large
 from smallfry_runtime.frames import RESIZES, frame_of
 from smallfry_runtime.images import LARGEST_SIDE, is_bit_depth
 
-# without and with transforms, and with images that are not cropped; older versions stop at theirs
-PLAIN_FORMAT, TRANSFORMED, FORMAT = 1, 2, 3
+# without and with transforms, with images that are not cropped, and with several classes an image;
+# older versions stop at theirs
+PLAIN_FORMAT, TRANSFORMED, RESIZED, FORMAT = 1, 2, 3, 4
 CONFIG = "config.json"
 INTERPOLATION, CROP = "bilinear", 1.0  # what smallfry_runtime.images does
 
@@ -152,6 +154,7 @@ def described(
     )
     if not isinstance(told.get("methods", []), list):
         raise TypeError("smallfry.methods is no list")
+    _require_task(told, len(labels))
     for name in ("data", "training", "measured", "provenance", "start", "teacher"):
         if not isinstance(told.get(name, {}), Mapping):
             raise TypeError(f"smallfry.{name} is no object")
@@ -180,15 +183,30 @@ def described(
     )
 
 
+def _require_task(told: Mapping[str, Any], classes: int) -> None:
+    """Require a task of classes, with a threshold for each if they are several an image."""
+    if told.get("task", CLASSIFICATION) not in (CLASSIFICATION, MULTILABEL):
+        raise ValueError(f"smallfry.task is {told['task']!r}")
+    cuts = told.get("thresholds", [])
+    if not isinstance(cuts, list) or not all(type(cut) in (int, float) for cut in cuts):
+        raise TypeError("smallfry.thresholds is no list of numbers")
+    if len(cuts) not in (0, classes) or not all(0 <= cut <= 1 for cut in cuts):
+        raise ValueError(f"smallfry.thresholds are not {classes} numbers from 0 to 1")
+
+
 def _data(told: Mapping[str, Any]) -> dict[str, Any]:
     """Return the data's description; its split only in the form of ``DataConfig``."""
     data = {"name": UNKNOWN, "fingerprint": UNKNOWN, **told}
     splits = data.pop("splits", None)
     if isinstance(splits, dict):
         splits = splits | {k: v for k, v in LATER_SPLITS.items() if k not in splits}
-    known = isinstance(splits, dict) and splits.keys() == SPLITS.keys()
-    if known and all(isinstance(splits[name], kind) for name, kind in SPLITS.items()):
-        data["splits"] = splits
+        several = splits.get("several_labels") is True
+        forms = {**SPLITS, **(LABEL_FORM if several else {})}
+        known = splits.keys() == forms.keys()
+        if known and all(isinstance(splits[name], kind) for name, kind in forms.items()):
+            data["splits"] = splits
+            if not is_within(Path(splits.get("labels") or "labels.csv")):
+                raise ValueError(f"smallfry.data.splits.labels is {splits['labels']!r}")
     return data
 
 

@@ -12,10 +12,10 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import timm
 from huggingface_hub import EvalResult, ModelCardData
 
 from smallfry.deploy.hub import NAME
+from smallfry.models.sources import is_ours
 from smallfry.training.compression import CHOICE, LAST_EPOCH
 
 LONGEST = 80  # characters of a class name
@@ -48,8 +48,7 @@ def model_card(config: Mapping[str, Any], name: str, picture: str | None = None)
     parts = [
         f"---\n{_front_matter(config, name).to_yaml()}\n---",
         f"# {as_code(config['architecture'])}{on}",
-        f"Sorts {pixels} into {len(labels)} classes. Trained with smallfry "
-        f"{as_code(facts['version'])}.",
+        f"{_purpose(config, pixels)}. Trained with smallfry {as_code(facts['version'])}.",
         "## What it is",
         _table(_sizes(config)),
         "## Classes",
@@ -59,13 +58,25 @@ def model_card(config: Mapping[str, Any], name: str, picture: str | None = None)
         "## Data",
         _data(data),
         "## Figures",
-        *_figures(facts),
+        *(_figures(facts) if not _has_several(config) else _figures_of_labels(facts)),
         *([f"![Confusion matrix of the test split]({picture})"] if picture else []),
         *_origin(facts.get("provenance")),
         "## Limits",
         *_limits(config),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _has_several(config: Mapping[str, Any]) -> bool:
+    """Return whether an image may have several classes."""
+    return "thresholds" in config["smallfry"]
+
+
+def _purpose(config: Mapping[str, Any], pixels: str) -> str:
+    count = len(config["label_names"])
+    if _has_several(config):
+        return f"Finds which of {count} classes {pixels} have: several, one or none"
+    return f"Sorts {pixels} into {count} classes"
 
 
 def as_text(value: object, longest: int = LONGEST) -> str:
@@ -86,11 +97,6 @@ def plain(value: object, longest: int = LONGEST) -> str:
     return shown if len(shown) <= longest else f"{shown[: longest - 1]}…"
 
 
-def is_ours(architecture: str) -> bool:
-    """Return whether an architecture is smallfry's own, not timm's."""
-    return bool(timm.model_entrypoint(architecture).__module__.startswith("smallfry."))
-
-
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
     """Compute the 95 % confidence interval of a proportion (Wilson, 1927)."""
     middle = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
@@ -108,10 +114,14 @@ def _front_matter(config: Mapping[str, Any], name: str) -> ModelCardData:
     data, test = facts.get("data", {}), facts.get("measured", {}).get("test")
     results, hub = [], _hub(data)
     if test is not None:
+        names = {
+            "mean_average_precision": ("mean average precision", "mean_average_precision"),
+            "accuracy": ("accuracy", "accuracy"),
+            "f1": ("macro F1", "macro_f1"),
+            "expected_calibration_error": ("calibration error", "calibration_error"),
+        }
         figures = {
-            "accuracy": ("accuracy", test["accuracy"]),
-            "f1": ("macro F1", test["macro_f1"]),
-            "expected_calibration_error": ("calibration error", test["calibration_error"]),
+            kind: (title, test[name]) for kind, (title, name) in names.items() if name in test
         }
         results = [
             EvalResult(
@@ -206,8 +216,7 @@ def _usage(config: Mapping[str, Any], name: str) -> str:
         "transform = create_transform(**resolve_model_data_config(model))",
         f'image = transform(Image.open("image.png").convert("{mode}"))',
         "with torch.inference_mode():",
-        "    shares = model(image[None]).softmax(dim=1)[0]",
-        'print(model.pretrained_cfg["label_names"][int(shares.argmax())], float(shares.max()))',
+        *_answer(config["smallfry"].get("thresholds")),
     ]
     if config.get("smallfry", {}).get("transforms"):  # which timm does not apply
         loaded = f"smallfry.load({json.dumps(name, ensure_ascii=False)})"
@@ -218,6 +227,23 @@ def _usage(config: Mapping[str, Any], name: str) -> str:
         f"```\nsmallfry predict {quoted} image.png\n"
         f"smallfry evaluate {quoted} --data FOLDER_WITH_A_FOLDER_PER_CLASS\n```"
     )
+
+
+def _answer(thresholds: Sequence[float] | None) -> list[str]:
+    """Return the example's lines on what the model answers."""
+    names = 'model.pretrained_cfg["label_names"]'
+    if thresholds is None:
+        return [
+            "    shares = model(image[None]).softmax(dim=1)[0]",
+            f"print({names}[int(shares.argmax())], float(shares.max()))",
+        ]
+    return [
+        "    shares = model(image[None]).sigmoid()[0]",
+        f"thresholds = {[round(cut, 6) for cut in thresholds]}",
+        f"for name, share, least in zip({names}, shares, thresholds):",
+        "    if share >= least:",
+        "        print(name, float(share))",
+    ]
 
 
 def _data(data: Mapping[str, Any]) -> str:
@@ -239,18 +265,12 @@ def _hub(data: Mapping[str, Any]) -> str | None:
 
 
 def _figures(facts: Mapping[str, Any]) -> list[str]:
-    measured, data = facts["measured"], facts.get("data", {})
+    measured = facts["measured"]
     if "test" not in measured:
-        why = "the test split was read for the weights of the best epoch, and these are others"
-        known = facts.get("checkpoint") == "last" and "epochs" in measured
-        return [f"None on a test split: {why if known else 'the run had not ended'}."]
-    test, images = measured["test"], data.get("test", 0)
-    spread = ""
-    if images:
-        low, high = wilson_interval(test["accuracy"], images)
-        spread = f" (95 % interval {low:.2%} to {high:.2%}, from {images:,} images)"
+        return [_unmeasured(facts)]
+    test = measured["test"]
     rows = {
-        "test accuracy": f"{test['accuracy']:.2%}{spread}",
+        "test accuracy": f"{test['accuracy']:.2%}{_spread(facts)}",
         "macro F1": _share(test["macro_f1"]),
         "expected calibration error": _number(test["calibration_error"]),
         "test loss (cross-entropy)": _number(test["loss"]),
@@ -259,18 +279,51 @@ def _figures(facts: Mapping[str, Any]) -> list[str]:
             for other in measured.get("references", [])
         },
         **_epochs(measured),
-        "training": f"{measured['training_seconds']:,.0f} s, seed {measured['seed']:d}",
     }
     return [_table(rows)]
 
 
+def _figures_of_labels(facts: Mapping[str, Any]) -> list[str]:
+    """Return the figures of a model of several classes an image."""
+    measured = facts["measured"]
+    if "test" not in measured:
+        return [_unmeasured(facts)]
+    test = measured["test"]
+    rows = {
+        "mean average precision": _share(test["mean_average_precision"]),
+        "images with exactly their classes": f"{test['accuracy']:.2%}{_spread(facts)}",
+        "macro F1": _share(test["macro_f1"]),
+        "micro F1": _share(test["micro_f1"]),
+        "test loss (binary cross-entropy, sum over the classes)": _number(test["loss"]),
+        **_epochs(measured),
+    }
+    return [_table(rows)]
+
+
+def _unmeasured(facts: Mapping[str, Any]) -> str:
+    why = "the test split was read for the weights of the best epoch, and these are others"
+    known = facts.get("checkpoint") == "last" and "epochs" in facts["measured"]
+    return f"None on a test split: {why if known else 'the run had not ended'}."
+
+
+def _spread(facts: Mapping[str, Any]) -> str:
+    """Return the confidence interval of the test accuracy."""
+    images = facts.get("data", {}).get("test", 0)
+    if not images:
+        return ""
+    low, high = wilson_interval(facts["measured"]["test"]["accuracy"], images)
+    return f" (95 % interval {low:.2%} to {high:.2%}, from {images:,} images)"
+
+
 def _epochs(measured: Mapping[str, Any]) -> dict[str, str]:
     epochs = f"{measured['epochs']:,}"
+    training = {"training": f"{measured['training_seconds']:,.0f} s, seed {measured['seed']:d}"}
     if measured.get(CHOICE) == LAST_EPOCH:
-        return {"epochs": f"{epochs}, of which the last is taken"}
+        return {"epochs": f"{epochs}, of which the last is taken", **training}
     return {
         "epochs": f"{epochs}, of which the best was {measured['best_epoch']:,}",
         "best epoch chosen on": f"the {as_text(measured['select_on'])} split",
+        **training,
     }
 
 
@@ -302,8 +355,9 @@ def _limits(config: Mapping[str, Any]) -> list[str]:
     _, height, width = config["pretrained_cfg"]["input_size"]
     test = measured.get("test")
     limits = [
-        f"It knows {len(labels)} classes. Any other picture is given one of them too, and may be "
-        "given it with a high probability.",
+        f"It knows {len(labels)} classes. Any other picture "
+        f"{'may be given some' if _has_several(config) else 'is given one'} of them too, and may "
+        "be given it with a high probability.",
         f"It sees {height}×{width} pixels. A picture of another shape is "
         f"{RESIZED[facts.get('resize', 'crop')]}; what is smaller than a pixel is lost.",
     ]

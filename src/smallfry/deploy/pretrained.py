@@ -32,6 +32,7 @@ from smallfry.deploy.hub_config import (
     FORMAT,
     INTERPOLATION,
     PLAIN_FORMAT,
+    RESIZED,
     TRANSFORMED,
     described,
     read_config,
@@ -42,11 +43,13 @@ from smallfry.deploy.run_metadata import metadata_of_model, metadata_of_run
 from smallfry.errors import RunError, UsageError
 from smallfry.io.replace import replacing
 from smallfry.training.checkpoint import MANIFEST, WEIGHTS, write_file
+from smallfry.training.config import MULTILABEL
 from smallfry.training.run import (
     RunFolder,
     TrainedModel,
     load_run,
-    require_classifier,
+    require_class_answers,
+    thresholds_of,
 )
 from smallfry.version import __version__
 from smallfry_runtime.manifest import is_export
@@ -85,7 +88,7 @@ def save_pretrained(
     try:
         with replacing(place, lambda: _require_free(place)) as new:
             trained, facts, picture = gather(run, checkpoint)
-            require_classifier(trained)
+            require_class_answers(trained)
             license = license or trained.manifest.get("license")
             config = _write_model(new, trained, facts, license)
             if picture is not None:
@@ -242,12 +245,16 @@ def _write_model(
     config = read_config(folder / CONFIG)
     digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     transforms = spec.to_dict().get("transforms", [])
-    version = FORMAT if trained.resize != "crop" else TRANSFORMED if transforms else PLAIN_FORMAT
+    version = RESIZED if trained.resize != "crop" else TRANSFORMED if transforms else PLAIN_FORMAT
+    thresholds = thresholds_of(trained)
+    version = version if thresholds is None else FORMAT
     head: dict[str, Any] = {
         "format": version,
         "version": __version__,
         "weights": {"sha256": digest},
     }
+    if thresholds is not None:
+        head |= {"task": MULTILABEL, "thresholds": list(thresholds)}
     if transforms:
         head["transforms"] = transforms
     if trained.resize != "crop":

@@ -26,11 +26,12 @@ from smallfry.io.console import CleanConsole
 from smallfry.io.json import strict
 from smallfry.report.quantization import draw_ranges
 from smallfry.report.table import NONE, number
+from smallfry.training.config import MULTILABEL
 from smallfry.training.evaluation import Predictions, score, task_of
 from smallfry.training.provenance import provenance
 from smallfry_runtime.decoders import decoder_of, has_decoder
 from smallfry_runtime.manifest import GRAPHS, QUANTIZATION, RANGES, Manifest
-from smallfry_runtime.runtime import Runtime
+from smallfry_runtime.runtime import Runtime, sigmoid
 
 REPORT, PICTURE = QUANTIZATION, RANGES
 WEIGHT = re.compile(r"(?:^|\.)blocks\.(\d+)\.(\w+\.\w+)\.weight")
@@ -75,8 +76,10 @@ def write_report(
         name: {"bytes": graph_bytes(at)} for name, at in zip(runtimes, (plain, folder), strict=True)
     }
     test = data.test if data is not None and data.test_count else None
-    if data is not None and test is not None and not manifest.thresholds:  # one class an image
-        pixels, task = test.images.numpy(), task_of({"task": manifest.task})
+    if data is not None and test is not None:
+        several = {"task": MULTILABEL, "thresholds": manifest.thresholds}
+        task = task_of(several if manifest.thresholds else {"task": manifest.task})
+        pixels = test.images.numpy()
         said = {name: runtime.compute(pixels).logits for name, runtime in runtimes.items()}
         for name, logits in said.items():
             scores = score(Predictions(torch.from_numpy(logits), test.labels, None), task)
@@ -104,6 +107,9 @@ def write_report(
 
 def _agreement(one: NDArray[Any], other: NDArray[Any], manifest: Manifest) -> float:
     """Compute the share of samples with the same answer."""
+    if manifest.thresholds:
+        cuts = np.array(manifest.thresholds)
+        return float(((sigmoid(one) >= cuts) == (sigmoid(other) >= cuts)).all(axis=1).mean())
     if manifest.is_classifier or not has_decoder(manifest.task):
         return float((one.argmax(axis=-1) == other.argmax(axis=-1)).mean())
     decode = partial(decoder_of(manifest.task).decode, classes=manifest.classes)

@@ -3,6 +3,7 @@
 import hashlib
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -28,6 +29,14 @@ SPLITS: Mapping[str, Any] = {  # what DataConfig says of the splits, and of what
     "remove_duplicates": bool,
 }
 LATER_SPLITS: Mapping[str, Any] = {"stream": None, "remove_duplicates": False}  # their defaults
+LABEL_FORM: Mapping[str, Any] = {  # told of images with several classes alone
+    "several_labels": bool,
+    "labels": str | None,
+    "image_column": str | None,
+    "split_column": str | None,
+    "label_columns": list,
+    "label_separator": str | None,
+}
 UNKNOWN = "unknown"  # name and fingerprint of the data of a model that does not tell them
 OF_THE_BEST = ("test", "best_epoch", "references")  # figures of no other weights
 TOLD = (
@@ -149,8 +158,19 @@ def _short_leaves(tree: Any) -> Any:
 def _origin(config: DataConfig) -> dict[str, Any]:
     """Describe the split of the data, and its Hub name if it is a named data set."""
     splits = {name: getattr(config, name) for name in SPLITS}
+    if config.several_labels:
+        kept = config
+        if config.labels is None or not is_within(config.labels):  # a path of this machine
+            kept = replace(config, labels=None, image_column=None, split_column=None)
+        splits |= {name: getattr(kept, name) for name in LABEL_FORM}
+        splits["labels"] = None if kept.labels is None else kept.labels.as_posix()
     hub = {"hub": HUB[config.name].repository} if config.name in HUB else {}
     return {**hub, "splits": splits}
+
+
+def is_within(path: Path) -> bool:
+    """Return whether a path stays within a folder that it is relative to."""
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def weights_digest(model: nn.Module) -> str:

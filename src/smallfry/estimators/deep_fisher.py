@@ -11,7 +11,7 @@ NIPS 2013; sizes for small images are ours.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -24,35 +24,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smallfry.errors import UsageError
-from smallfry.layers.fisher_vector import (
-    Mixture,
-    Sums,
-    fisher_vector,
-    fit_mixture,
-    log_joint,
-    normalized,
-    sums_of,
-)
+from smallfry.estimators.fisher_pipeline import FisherModule, FisherPipeline, Whitening
+from smallfry.layers.fisher_vector import fit_mixture
 
 __all__ = ["DeepFisherNet"]
 
 SAMPLE = 50_000  # descriptors that a mixture or a whitening is fitted to
-CONTRAST, WHITEN = 10.0, 0.1  # added to a patch's variance, and to eigenvalues
-STEP = 2  # of local windows, in descriptors
+WHITEN = 0.1  # added to eigenvalues
 
 
-class Whitening(NamedTuple):
-    """Principal components, scaled to variance 1."""
-
-    mean: Tensor  # (features,)
-    basis: Tensor  # (features, kept)
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Project rows (..., features)."""
-        return (rows - self.mean) @ self.basis
-
-
-class DeepFisherNet(ClassifierMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+class DeepFisherNet(
+    FisherPipeline,
+    ClassifierMixin,  # type: ignore[misc]
+    TransformerMixin,  # type: ignore[misc]
+    BaseEstimator,  # type: ignore[misc]
+):
     """Classifier of images by one or two layers of Fisher vectors.
 
     A table is taken, too: a row is one descriptor, and there is one layer.
@@ -119,7 +105,7 @@ class DeepFisherNet(ClassifierMixin, TransformerMixin, BaseEstimator):  # type: 
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         self._shape = X.shape[1:]
         generator = torch.Generator().manual_seed(seed)
-        self._whitening: Whitening | None = None
+        self._whitening = None
         if X.ndim == 2:
             deviation = X.std(0).clip(1e-6)
             self._scale = (torch.from_numpy(X.mean(0)), torch.from_numpy(deviation))
@@ -155,6 +141,20 @@ class DeepFisherNet(ClassifierMixin, TransformerMixin, BaseEstimator):  # type: 
         scores: NDArray[np.float64] = self._svm.decision_function(features)
         return scores
 
+    def to_module(self) -> FisherModule:
+        """Return the fitted network as a frozen module of images from 0 to 255, in timm's manner.
+
+        Raises:
+            UsageError: It was fitted to a table.
+        """
+        check_is_fitted(self, "_svm")
+        if self._whitening is None:
+            raise UsageError("to_module is of networks of images, and this one had a table")
+        weight, bias = (torch.from_numpy(each) for each in (self._svm.coef_, self._svm.intercept_))
+        if len(weight) == 1:  # one score of two classes
+            weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+        return FisherModule(self, weight.float(), bias.float(), self._shape)
+
     def _validated(self, X: Any) -> NDArray[np.float32]:
         check_is_fitted(self, "_svm")
         X = validate_data(self, X, reset=False, allow_nd=True, dtype=np.float32)
@@ -168,20 +168,6 @@ class DeepFisherNet(ClassifierMixin, TransformerMixin, BaseEstimator):  # type: 
     def _batches(self, X: NDArray[np.float32]) -> Iterator[Tensor]:
         for start in range(0, len(X), self.batch_size):
             yield torch.from_numpy(np.ascontiguousarray(X[start : start + self.batch_size]))
-
-    def _patches(self, images: Tensor) -> Tensor:
-        """Extract patches of equal contrast, (images, places, features)."""
-        rows = F.unfold(images, self.patch).transpose(1, 2)
-        rows = rows - rows.mean(-1, keepdim=True)
-        return rows / (rows.square().mean(-1, keepdim=True) + CONTRAST).sqrt()
-
-    def _descriptors(self, images: Tensor) -> Tensor:
-        """Compute descriptors (images, places, features)."""
-        if self._whitening is None:
-            mean, deviation = self._scale
-            return ((images - mean) / deviation)[:, None]
-        down, across = (side - self.patch + 1 for side in images.shape[2:])
-        return _with_places(self._whitening(self._patches(images)), down, across)
 
     def _sampled(
         self,
@@ -204,23 +190,9 @@ class DeepFisherNet(ClassifierMixin, TransformerMixin, BaseEstimator):  # type: 
 
     @torch.no_grad()
     def _features(self, X: NDArray[np.float32]) -> NDArray[np.float32]:
-        found = []
-        for images in self._batches(X):
-            rows = self._descriptors(images)
-            down, across = self._grid(images)
-            parts = [_pooled(rows, self._first, down, across)]
-            if self.layers == 2:
-                second, lines, columns = self._stack(rows, down, across)
-                parts.append(_pooled(second, self._second, lines, columns))
-            found.append(torch.cat(parts, dim=1).numpy())
+        found = [self._vectors(images).numpy() for images in self._batches(X)]
         features: NDArray[np.float32] = np.concatenate(found)
         return features
-
-    def _grid(self, images: Tensor) -> tuple[int, int]:
-        if self._whitening is None:
-            return 1, 1
-        down, across = (side - self.patch + 1 for side in images.shape[2:])
-        return down, across
 
     # The second layer
 
@@ -236,67 +208,10 @@ class DeepFisherNet(ClassifierMixin, TransformerMixin, BaseEstimator):  # type: 
 
         pooled = torch.cat([means(images) for images in self._batches(X)])
         self._projection = _projection(pooled, labels, self.projected, self.epochs, generator)
-        self._stacking: Whitening | None = None
+        self._stacking = None
         self._stacking = _whitening(self._sampled(X, stacked, generator), self.stacked)
         sample = self._sampled(X, stacked, generator)
         self._second = fit_mixture(sample, self.components[1], 20, generator)[0]
-
-    def _windows(self, rows: Tensor, down: int, across: int) -> tuple[Tensor, int, int]:
-        """Compute Fisher vectors of local windows, (images, windows, features), and their grid."""
-        if min(down, across) < self.window + STEP:
-            raise UsageError(f"windows of {self.window} leave no neighbours in {down}×{across}")
-        posteriors = log_joint(rows, self._first).softmax(-1)
-        number = self.window**2
-
-        def boxed(values: Tensor) -> Tensor:
-            maps = values.transpose(1, 2).reshape(len(values), -1, down, across)
-            return F.avg_pool2d(maps, self.window, STEP) * number
-
-        shape = (*self._first.means.shape,)
-        each = [posteriors[..., None] * power[..., None, :] for power in (rows, rows.square())]
-        count = boxed(posteriors)
-        lines, columns = count.shape[2:]
-        first, second = (
-            boxed(e.flatten(2)).flatten(2).transpose(1, 2).reshape(len(rows), -1, *shape)
-            for e in each
-        )
-        sums = Sums(count.flatten(2).transpose(1, 2), first, second)
-        return normalized(fisher_vector(sums, self._first, number)), lines, columns
-
-    def _stack(self, rows: Tensor, down: int, across: int) -> tuple[Tensor, int, int]:
-        """Compute the descriptors of the second layer, and their grid."""
-        vectors, lines, columns = self._windows(rows, down, across)
-        maps = (vectors @ self._projection.T).transpose(1, 2)
-        maps = maps.reshape(len(rows), -1, lines, columns)
-        stacked = F.normalize(F.unfold(maps, 2).transpose(1, 2), dim=-1)
-        if self._stacking is None:
-            return stacked, lines - 1, columns - 1
-        whitened = _with_places(self._stacking(stacked), lines - 1, columns - 1)
-        return whitened, lines - 1, columns - 1
-
-
-def _pooled(rows: Tensor, mixture: Mixture, down: int, across: int) -> Tensor:
-    """Pool over the whole image and, of more than one place, its quarters."""
-    posteriors = log_joint(rows, mixture).softmax(-1)
-
-    def of(places: Tensor) -> Tensor:
-        sums = sums_of(rows[:, places], posteriors[:, places])
-        return normalized(fisher_vector(sums, mixture, len(places)))
-
-    grid = torch.arange(down * across).view(down, across)
-    cells = [grid]
-    if min(down, across) > 1:
-        halves = [half for strip in grid.tensor_split(2) for half in strip.tensor_split(2, dim=1)]
-        cells += halves
-    vectors = torch.cat([of(cell.flatten()) for cell in cells], dim=1)
-    return F.normalize(vectors, dim=1)
-
-
-def _with_places(rows: Tensor, down: int, across: int) -> Tensor:
-    """Append positions from -½ to ½ to rows (images, places, features)."""
-    lines, columns = (torch.linspace(-0.5, 0.5, n) for n in (down, across))
-    places = torch.cartesian_prod(lines, columns).expand(len(rows), -1, -1)
-    return torch.cat([rows, places], dim=2)
 
 
 def _whitening(rows: Tensor, kept: int) -> Whitening:

@@ -59,8 +59,8 @@ def recipe(
         threads=threads,
     )
     made = fast_recipe(study, settings, epochs, config.seed)
-    batch = fitting_batch(made.batch_size, len(data.train))
-    rate = (made.optimizer.lr or 0.0) * math.sqrt(batch / made.batch_size)
+    batch = fitting_batch(made.images_per_step, len(data.train))
+    rate = (made.optimizer.lr or 0.0) * math.sqrt(batch / made.images_per_step)
     rate *= float(changes.get("lr", 1.0)) * (1.0 if start is None else CONTINUED)
     model = made.model if start is None else ModelConfig(start=str(start))
     return replace(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 from timm.models import model_entrypoint, register_model
 from torch import nn
 
-__all__ = ["TIMM", "Source", "register_sizes", "source_of"]
+__all__ = ["TIMM", "Source", "is_ours", "register_sizes", "source_of"]
 
 
 class Source(NamedTuple):
@@ -31,6 +31,11 @@ TIMM = {  # networks of timm that have recipes here
     ),
     "fbnetv3_*": Source("Dai et al. 2021, arXiv 2006.02049", "timm's own", "Apache-2.0"),
 }
+
+
+def is_ours(name: str) -> bool:
+    """Return whether a registered architecture is smallfry's own, not timm's."""
+    return str(model_entrypoint(name).__module__).startswith("smallfry.")
 
 
 def source_of(name: str) -> Source | None:

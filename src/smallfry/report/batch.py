@@ -8,7 +8,8 @@ from torch import Tensor
 from smallfry.report.figure import new_figure, plain, save, show_image, style
 
 COLUMNS = 8
-MOST_NAMED = 2  # classes of a mixed image that are named
+MOST_NAMED = 2  # classes of an image that are named
+WHOLE = 0.995  # share from which a class is shown without it
 
 
 def draw_batch(
@@ -39,9 +40,14 @@ def draw_batch(
 
 
 def _classes(share: Tensor, names: Sequence[str]) -> str:
-    """Name the classes of an image, with their shares if there are several."""
-    order: list[int] = share.argsort(descending=True, stable=True)[:MOST_NAMED].tolist()
-    found = [i for i in order if share[i] > 0.005]
-    if len(found) == 1:
-        return names[found[0]][:18]
-    return "\n".join(f"{share[i]:.0%} {names[i]}"[:18] for i in found)
+    """Name the classes of an image, with their shares if it is mixed of several images."""
+    order: list[int] = share.argsort(descending=True, stable=True).tolist()
+    found = [i for i in order if share[i] > 1 - WHOLE]
+    if not found:
+        return "no class"
+    shown, more = found[:MOST_NAMED], len(found) - MOST_NAMED
+    is_mixed = any(share[i] < WHOLE for i in found)
+    lines = [(f"{share[i]:.0%} {names[i]}" if is_mixed else names[i])[:18] for i in shown]
+    if more > 0:
+        lines[-1] = f"{lines[-1][:13]} +{more}"
+    return "\n".join(lines)

@@ -1,4 +1,7 @@
-"""Page of a classifier's evaluation: scores of classes, plots, and every mistake by class pair."""
+"""Page of a classifier's evaluation: scores of classes, plots, and its mistakes in groups.
+
+Mistakes of one class an image are grouped by class pair, those of several by class.
+"""
 
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -11,15 +14,17 @@ from PIL import Image
 from torch import Tensor
 
 from smallfry.report.page import image, png_url, render, words
-from smallfry.report.per_class import ClassScores
 from smallfry.report.table import table
 
-MOST_PAIRS = 60  # of classes, those with the most mistakes
-MOST_SHOWN = 12  # images of a pair, the surest mistakes
+MOST_GROUPS = 60  # those with the most mistakes
+MOST_SHOWN = 12  # images of a group, the surest mistakes
 SIDE = 96  # pixels of the shown images at most
+NAMES = {"f1": "F1"}
 PICTURES = {
     "confusion_matrix.png": "confusion matrix: true classes in rows, predicted ones in columns",
     "reliability.png": "accuracy of the predictions against their confidence",
+    "classes.png": "average precision and F1 score of classes, with their images",
+    "precision_recall.png": "precision against recall; dots: at the thresholds",
 }
 
 
@@ -56,68 +61,112 @@ def class_pairs(outputs: Tensor, labels: Tensor) -> list[ClassPair]:
     return [ClassPair(*pair, tuple(mistakes)) for pair, mistakes in ordered]
 
 
+class Group(NamedTuple):
+    """Mistakes of one kind."""
+
+    title: str
+    label: str  # of the confidence
+    mistakes: tuple[Mistake, ...]  # the surest first
+
+
+def name_pairs(pairs: Sequence[ClassPair], classes: Sequence[str]) -> list[Group]:
+    """Name the groups of ``class_pairs``."""
+    return [
+        Group(
+            f"{classes[pair.true]}, taken for {classes[pair.predicted]}",
+            classes[pair.predicted],
+            pair.mistakes,
+        )
+        for pair in pairs
+    ]
+
+
+def label_mistakes(
+    probabilities: Tensor, chosen: Tensor, labels: Tensor, classes: Sequence[str]
+) -> list[Group]:
+    """Group the missing and the wrong classes of images by class, the most frequent group first.
+
+    Args:
+        probabilities: (images, classes).
+        chosen: Predicted classes (images, classes), bool.
+        labels: True ones, 0 or 1.
+        classes: Class names.
+    """
+    has, found = labels.bool(), []
+    for i, name in enumerate(classes):
+        share = probabilities[:, i]
+        for kind, wrong in (
+            ("missing", has[:, i] & ~chosen[:, i]),
+            ("wrong", chosen[:, i] & ~has[:, i]),
+        ):
+            rows = wrong.nonzero()[:, 0]
+            rows = rows[share[rows].argsort(descending=kind == "wrong", stable=True)]
+            mistakes = tuple(Mistake(j, float(share[j])) for j in rows.tolist())
+            if mistakes:
+                found.append(Group(f"{name}, {kind}", name, mistakes))
+    return sorted(found, key=lambda group: -len(group.mistakes))
+
+
 def mistakes_page(
     title: str,
     scores: Mapping[str, float],
-    per_class: Sequence[ClassScores],
-    pairs: Sequence[ClassPair],
+    per_class: Mapping[str, Mapping[str, float]],
+    groups: Sequence[Group],
     take: Callable[[Tensor], Tensor],
     place: Callable[[int], str],
     pictures: Path,
     facts: Mapping[str, Any],
+    unit: str = "class pair",
 ) -> str:
     """Build the page, which needs no other files.
 
     Args:
         title: Its title.
         scores: Of all images.
-        per_class: Of each class.
-        pairs: As ``class_pairs``.
+        per_class: Of each class by its name, with its number of ``images`` and its ``f1``.
+        groups: Of ``name_pairs`` or ``label_mistakes``.
         take: Images (images, channels, height, width), uint8, by their positions.
         place: Source of an image by its position, such as a file.
         pictures: Folder of the plots; those that are missing are left out.
         facts: What was evaluated, for the table of provenance.
+        unit: What the mistakes are grouped by.
     """
-    names = [each.name for each in per_class]
-    sections = [_section(pair, names, take, place) for pair in pairs[:MOST_PAIRS]]
-    left = pairs[MOST_PAIRS:]
-    worst = sorted(per_class, key=lambda each: (each.f1, each.name))
-    rows = [
-        [each.name, each.images, *(f"{v:.1%}" for v in (each.precision, each.recall, each.f1))]
-        for each in worst
-    ]
+    sections = [_section(group, take, place) for group in groups[:MOST_GROUPS]]
+    left = groups[MOST_GROUPS:]
+    worst = sorted(per_class.items(), key=lambda each: (each[1]["f1"], each[0]))
+    kinds = [name for name in next(iter(per_class.values()), {}) if name != "images"]
+    rows = [[n, int(row["images"]), *(f"{row[k]:.1%}" for k in kinds)] for n, row in worst]
+    head = ["class", "images", *(NAMES.get(kind, kind.replace("_", " ")) for kind in kinds)]
     values = [[name.replace("_", " "), f"{value:.4f}"] for name, value in scores.items()]
     return render(
         "report/templates/mistakes.html",
         title=title,
         scores=table(["score", "value"], values),
-        classes=table(["class", "images", "precision", "recall", "F1"], rows),
+        classes=table(head, rows),
         pictures=[
             image(pictures / name, says)
             for name, says in PICTURES.items()
             if (pictures / name).is_file()
         ],
         sections=sections,
-        count=sum(len(pair.mistakes) for pair in pairs),
-        pairs=len(pairs),
-        left=(len(left), sum(len(pair.mistakes) for pair in left)),
+        count=sum(len(group.mistakes) for group in groups),
+        groups=len(groups),
+        left=(len(left), sum(len(group.mistakes) for group in left)),
+        unit=unit,
         provenance=table(["what", "value"], [[k, words(v)] for k, v in facts.items()], text=(0, 1)),
     )
 
 
 def _section(
-    pair: ClassPair,
-    names: Sequence[str],
-    take: Callable[[Tensor], Tensor],
-    place: Callable[[int], str],
+    group: Group, take: Callable[[Tensor], Tensor], place: Callable[[int], str]
 ) -> dict[str, Any]:
-    """Return what the template shows of a pair."""
-    shown = pair.mistakes[:MOST_SHOWN]
+    """Return what the template shows of a group."""
+    shown = group.mistakes[:MOST_SHOWN]
     images = take(torch.tensor([each.position for each in shown]))
     return {
-        "true": names[pair.true],
-        "predicted": names[pair.predicted],
-        "count": len(pair.mistakes),
+        "title": group.title,
+        "label": group.label,
+        "count": len(group.mistakes),
         "images": [
             {
                 "url": _thumbnail(pixels),

@@ -1,6 +1,6 @@
 """Scores of each class, reliability of probabilities, and their plot."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,9 +112,11 @@ def reliability_diagram(outputs: Tensor, labels: Tensor, file: Path) -> None:
         save(figure, file)
 
 
-def scores_csv(scores: Sequence[ClassScores]) -> str:
-    """Format scores of classes as CSV."""
-    return csv_text([("class", *ClassScores._fields[1:]), *scores])
+def scores_csv(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    """Format the scores of classes, by name, as CSV."""
+    names = [*next(iter(scores.values()))]
+    rows = [(each, *(row[name] for name in names)) for each, row in scores.items()]
+    return csv_text([("class", *names), *rows])
 
 
 def confusion_csv(outputs: Tensor, labels: Tensor, classes: Sequence[str]) -> str:

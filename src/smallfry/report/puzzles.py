@@ -15,6 +15,7 @@ __all__ = ["draw_puzzles"]
 
 GIVEN, WRONG, PLAIN = "#e5e7eb", "#fecaca", "white"
 ACROSS = 4
+EDGE, FRAME = 0.02, 1.2  # share of the side around it, and the frame's width in points
 OPEN = "."
 
 
@@ -50,8 +51,9 @@ def _draw_one(place: Any, cells: Sequence[NDArray[np.int64]], symbols: Sequence[
     side = isqrt(len(given))
     wrong = int((answered != right).sum())
     place.set_title("solved" if wrong == 0 else f"{wrong} wrong", fontsize=9)
-    place.set_xlim(0, side)
-    place.set_ylim(side, 0)
+    edge = EDGE * side  # within which the frame is drawn in full
+    place.set_xlim(-edge, side + edge)
+    place.set_ylim(side + edge, -edge)
     place.set_aspect("equal")
     for cell in range(side * side):
         row, column = divmod(cell, side)
@@ -63,3 +65,5 @@ def _draw_one(place: Any, cells: Sequence[NDArray[np.int64]], symbols: Sequence[
         place.add_patch(Rectangle((column, row), 1, 1, facecolor=colour, edgecolor=GREY, lw=0.4))
         size = 130 / side / max(1, len(text))
         place.text(column + 0.5, row + 0.52, text, ha="center", va="center", fontsize=min(10, size))
+    frame = Rectangle((0, 0), side, side, fill=False, edgecolor=GREY, lw=FRAME)
+    place.add_patch(frame)

@@ -12,11 +12,12 @@ from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from smallfry.data import Split
 from smallfry.errors import UsageError
+from smallfry.tasks import Task
 from smallfry.training.augment import Normalize
+from smallfry.training.evaluation import targets_of, task_of
 
 Loss = Callable[[Tensor], Tensor]  # of inputs, a scalar
 
@@ -96,17 +97,20 @@ def accuracy_under_attack(
     attack: PGD,
     seed: int = 0,
     batch_size: int = 256,
+    task: Task | None = None,
 ) -> float:
     """Measure the share of images that stay right under an attack on each.
 
     Args:
-        model: Classifier, on the CPU; its parameters' gradients stay as they are.
+        model: With the task's outputs, on the CPU; its parameters' gradients stay as they are.
         split: Labelled images.
         normalize: Normalisation of the images.
         attack: The attack, which knows the model and the labels.
         seed: Of the random starts.
         batch_size: Images at a time.
+        task: Its loss is raised, and it marks what is right; default classification.
     """
+    task = task or task_of({})
     generator = torch.Generator().manual_seed(seed)
     was_training, right = model.training, 0
     model.eval()
@@ -115,10 +119,12 @@ def accuracy_under_attack(
         images, labels = normalize(part.images), part.labels
 
         def loss(inputs: Tensor, labels: Tensor = labels) -> Tensor:
-            return F.cross_entropy(model(inputs), labels, reduction="sum")
+            outputs = model(inputs)
+            return task.loss(outputs, targets_of(task, outputs, labels))
 
         attacked = attack(images, loss, normalize, generator)
         with torch.no_grad():
-            right += int((model(attacked).argmax(1) == labels).sum())
+            outputs = model(attacked)
+            right += int(task.right(outputs, targets_of(task, outputs, labels)).sum())
     model.train(was_training)
     return right / len(split)

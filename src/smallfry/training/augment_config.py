@@ -20,7 +20,8 @@ class AugmentConfig:
             and none on images smaller than 16 pixels, with resized_crop, or where a model with
             random weights sees fewer than 20,000 images in all epochs.
         border: The padding of a crop: black, or the image mirrored at its edge (reflect).
-        flip: Random horizontal flip; default yes, but not for digits and characters.
+        flip: Random horizontal flip; default yes, but not for digits and characters, nor where a
+            model with random weights sees fewer than 20,000 images in all epochs.
         flips: random mirrors half of the images anew in each epoch; alternating mirrors each image
             in every other epoch, half of them in the first (arXiv 2404.00498).
         cutout: Side in pixels of a square that is blanked anywhere in each image; 0 turns it off.

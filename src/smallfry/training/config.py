@@ -26,6 +26,7 @@ from smallfry_runtime.names import URI, path_of, storable
 
 CLASSIFICATION = "classification"
 MULTILABEL = "multilabel"  # the task whose images have several classes
+BATCH = 64  # images of a step, in runs that see enough of them
 MOST_SEED = 2**63  # above which PyTorch takes none
 MOST_WORKERS = 1024  # processes, or threads; more end a process without a word
 
@@ -52,6 +53,7 @@ class DataConfig:
         labels: CSV or JSON-lines file of a folder's labels, relative to the folder, with a row for
             each image.
         image_column: Its column of image files; default one with a usual name, such as image.
+            Without data.labels, the column of images in parquet shards; default the only one.
         split_column: Its column of splits; default split, where it has one.
         skip_unreadable: Leave unreadable images out with a warning instead of stopping.
         mean: Mean per channel that the images are normalised with; default that of training.
@@ -101,9 +103,8 @@ class DataConfig:
         if self.image_size is not None:  # two equal sides are one
             frame = frame_of(self.image_size, option="data.image_size")
             object.__setattr__(self, "image_size", frame.plain)
-        for column in ("image_column", "split_column"):
-            lone = getattr(self, column) is not None and self.labels is None
-            check(not lone, f"data.{column} is of the file data.labels, which is not given")
+        lone = self.split_column is not None and self.labels is None
+        check(not lone, "data.split_column is of the file data.labels, which is not given")
         check((self.mean is None) == (self.std is None), "data.mean and data.std go together")
         check(all(s > 0 for s in self.std or ()), "data.std must be positive")
         check(0 <= self.split_seed < MOST_SEED, "data.split_seed is 0 to below 2**63")
@@ -234,7 +235,7 @@ class TrainSettings(TypedDict, total=False):
     metrics: "Sequence[Any]"
     loggers: "Sequence[str]"
     epochs: int
-    batch_size: int
+    batch_size: int | None
     accumulate: int
     patience: int | None
     select_on: Literal["validation", "test"]
@@ -288,7 +289,8 @@ class TrainConfig:
         loggers: Experiment trackers besides metrics.csv and TensorBoard, through Lightning's
             loggers: mlflow and wandb, whose own environment variables say where they write.
         epochs: Passes over the training images.
-        batch_size: Images per step.
+        batch_size: Images per step; default 64, and 32 or 16 where a model with random weights
+            would take fewer than 1,000 steps in the whole run.
         accumulate: Micro-batches of a batch; memory falls, the step stays the same.
         patience: Stop after so many epochs without a better selection; null never does.
         select_on: The split that chooses the best epoch. test is the paper's protocol, and
@@ -338,7 +340,7 @@ class TrainConfig:
     metrics: list[str] = field(default_factory=list)
     loggers: list[Literal["mlflow", "wandb"]] = field(default_factory=list)
     epochs: int = 50
-    batch_size: int = 64
+    batch_size: int | None = None
     accumulate: int = 1
     patience: int | None = None
     select_on: Literal["validation", "test"] = "validation"
@@ -372,14 +374,20 @@ class TrainConfig:
         for name in ("callbacks", "metrics"):
             for path in getattr(self, name):
                 require_path(path, name)
-        for name in ("epochs", "batch_size", "accumulate"):
-            check(getattr(self, name) >= 1, f"{name} must be at least 1")
-        check(self.accumulate <= self.batch_size, "accumulate can't exceed batch_size")
+        for name in ("epochs", "images_per_step", "accumulate"):
+            label = "batch_size" if name == "images_per_step" else name
+            check(getattr(self, name) >= 1, f"{label} must be at least 1")
+        check(self.accumulate <= self.images_per_step, "accumulate can't exceed batch_size")
         check(self.patience is None or self.patience >= 1, "patience must be at least 1, or null")
         check(0 <= (self.workers or 0) <= MOST_WORKERS, f"workers is 0 to {MOST_WORKERS}")
         threads = 1 if self.threads is None else self.threads
         check(1 <= threads <= MOST_WORKERS, f"threads is 1 to {MOST_WORKERS}")
         check(0 <= self.seed < MOST_SEED, "seed is 0 to below 2**63")
+
+    @property
+    def images_per_step(self) -> int:
+        """Return ``batch_size``, or 64 if it is not given."""
+        return BATCH if self.batch_size is None else self.batch_size
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain values for YAML and JSON."""

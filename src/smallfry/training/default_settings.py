@@ -9,12 +9,14 @@ from dataclasses import replace
 
 from torch import nn
 
-from smallfry.training.config import TrainConfig
+from smallfry.optim import METHODS
+from smallfry.training.config import BATCH, CLASSIFICATION, MULTILABEL, TrainConfig
 from smallfry_runtime.frames import ImageSize, frame_of
 
 PHOTOGRAPH = 64  # pixels of a side, from which images are cropped and resized
 SMALLEST_AREA = 0.25  # of such a crop, as a share of the image
-FEW = 20_000  # images seen in all epochs, below which random crops cost more than they bring
+FEW = 20_000  # images seen in all epochs, below which crops and mirrors cost more than they bring
+STEPS, BATCHES = 1000, (BATCH, 32, 16)  # of a run, as far as the smallest batch allows
 MIXUP, CUTMIX = 0.2, 1.0
 MIXED_EPOCHS, MIXED = 50, 50_000  # epochs, and images seen in them, from which on images are mixed
 WARMUP_EPOCHS, WARMUP_PARTS = 5.0, 10
@@ -25,16 +27,36 @@ ADAM = ("adam", "adamw", "nadam", "nadamw", "radam", "adam_atan2")
 NORMED_RATE = 2e-3  # of Adam on networks with batch norms, whose width matters little
 
 
-def with_defaults(config: TrainConfig, images: int, image_size: ImageSize) -> TrainConfig:
+def with_defaults(
+    config: TrainConfig, images: int, image_size: ImageSize, processes: int = 1
+) -> TrainConfig:
     """Choose the settings that are not given.
 
     Args:
         config: The given settings.
         images: Number of training images.
         image_size: Their side in pixels, or height and width.
+        processes: That share a batch.
     """
-    config = with_sgd_rate(with_fitting_warmup(config))
+    config = with_fitting_batch(with_sgd_rate(with_fitting_warmup(config)), images, processes)
     return with_mixing(with_fitting_crop(config, images, image_size), images)
+
+
+def with_fitting_batch(config: TrainConfig, images: int, processes: int = 1) -> TrainConfig:
+    """Choose the largest batch of 64, 32 and 16 images that gives 1,000 steps, or the smallest.
+
+    Models with weights of their own, natural gradient, tasks without classes and several processes,
+    of which each needs its share, keep 64.
+    """
+    if config.batch_size is not None:
+        return config
+    batch = BATCH
+    is_new = config.model.start is None and config.task in (CLASSIFICATION, MULTILABEL)
+    if processes == 1 and is_new and config.optimizer.name not in METHODS:
+        taken = [n for n in BATCHES if n >= config.accumulate]
+        enough = [n for n in taken if config.epochs * images >= STEPS * n]
+        batch = (enough or taken[-1:])[0]
+    return replace(config, batch_size=batch)
 
 
 def with_fitting_warmup(config: TrainConfig) -> TrainConfig:
@@ -77,13 +99,17 @@ def with_normed_rate(config: TrainConfig, model: nn.Module) -> TrainConfig:
 def with_fitting_crop(config: TrainConfig, images: int, image_size: ImageSize) -> TrainConfig:
     """Choose resized crops for images of 64 pixels and more, and padded ones for smaller images.
 
-    A model with random weights that sees few images is given them whole.
+    A model with random weights that sees few images is given them whole, and not mirrored.
     """
     augment = config.augment
+    few = config.model.start is None and config.epochs * images < FEW
+    if few and config.task != "puzzle" and (augment.flip, augment.flips) == (None, "random"):
+        augment = replace(augment, flip=False)
+        config = replace(config, augment=augment)
     if augment.resized_crop is not None or config.task == "puzzle":
         return replace(config, augment=replace(augment, resized_crop=augment.resized_crop or 0.0))
     padding, area = augment.crop_padding, 0.0
-    if padding is None and config.model.start is None and config.epochs * images < FEW:
+    if padding is None and few:
         padding = 0
     elif padding is None and min(frame_of(image_size)[:2]) >= PHOTOGRAPH:
         area = SMALLEST_AREA
@@ -104,6 +130,8 @@ def with_mixing(config: TrainConfig, images: int) -> TrainConfig:
 def describe_defaults(given: TrainConfig, chosen: TrainConfig, images: int) -> str:
     """List the settings that were not given, in one line; empty if all were."""
     found = []
+    if given.batch_size is None and chosen.batch_size not in (None, BATCH):
+        found.append(f"batches of {chosen.batch_size}")
     if given.schedule.warmup_epochs is None:
         found.append(f"warm-up of {chosen.schedule.warmup_epochs:g} epochs")
     if given.optimizer.lr is None and chosen.optimizer.lr is not None:
@@ -116,5 +144,7 @@ def describe_defaults(given: TrainConfig, chosen: TrainConfig, images: int) -> s
         found.append(f"crops of at least {chosen.augment.resized_crop:.0%} of the area")
     if given.augment.crop_padding is None and chosen.augment.crop_padding == 0:
         found.append("no random crops")
+    if given.augment.flip is None and chosen.augment.flip is False:
+        found.append("no mirrored images")
     epochs = "epoch" if chosen.epochs == 1 else "epochs"
     return f"{chosen.epochs} {epochs} of {images:,} images: {', '.join(found)}" if found else ""

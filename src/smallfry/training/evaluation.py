@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from smallfry.data import Split
 from smallfry.errors import RunError, UsageError
@@ -144,6 +145,18 @@ def task_of(manifest: Mapping[str, Any]) -> Task:
     return task.calibrated(manifest) if isinstance(task, Calibrated) else task
 
 
+def targets_of(task: Task, outputs: Tensor, labels: Tensor) -> Any:
+    """Return a task's targets of unmixed labels.
+
+    Args:
+        task: The task.
+        outputs: Of a model for these images, whose second dimension is that of classes.
+        labels: (images,), or (images, classes or cells).
+    """
+    shares = F.one_hot(labels, outputs.shape[1]) if labels.ndim == 1 else labels
+    return task.targets(labels, shares.to(outputs.dtype))
+
+
 def score(predictions: Predictions, task: Task | None = None) -> dict[str, float]:
     """Compute the scores of a task, by default classification, and means of halting and steps."""
     logits, labels, halting, steps = predictions
@@ -155,6 +168,19 @@ def score(predictions: Predictions, task: Task | None = None) -> dict[str, float
     return scores
 
 
-def score_probabilities(probabilities: NDArray[Any], labels: Tensor) -> dict[str, float]:
-    """Compute the scores of class probabilities (images, classes)."""
-    return score(Predictions(torch.from_numpy(probabilities).clamp(min=1e-30).log(), labels, None))
+def score_probabilities(
+    probabilities: NDArray[Any], labels: Tensor, task: Task | None = None
+) -> dict[str, float]:
+    """Compute the scores of class probabilities (images, classes), one class an image or several.
+
+    Args:
+        probabilities: (images, classes).
+        labels: (images,), or (images, classes) of 0 and 1.
+        task: Its scores; default classification.
+    """
+    shares = torch.from_numpy(probabilities)
+    if labels.ndim == 1:
+        logits = shares.clamp(min=1e-30).log()
+    else:
+        logits = shares.double().logit(eps=1e-12).float()
+    return score(Predictions(logits, labels, None), task)

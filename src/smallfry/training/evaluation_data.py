@@ -12,6 +12,7 @@ from torch import Tensor
 from smallfry.data import ImageData, Split, is_named, load_data
 from smallfry.data.duplicates import image_hashes
 from smallfry.data.named import NO_ROOT
+from smallfry.data.sources import shard_files
 from smallfry.errors import AccessError, DataError, SmallfryError, SmallfryWarning, UsageError
 from smallfry.training.config import MULTILABEL, DataConfig, read_config
 from smallfry.training.run import RunFolder, TrainedModel
@@ -113,16 +114,16 @@ def _named_data(
         return own
     if before is not None and _is_same_place(name, before.name):
         return _data_of_the_run(trained, "", before, root, split)
-    label = None if before is None else before.label
+    told = trained.manifest["data"].get("splits")
+    form = DataConfig(**told) if before is None and told is not None else before
+    label = None if form is None else form.label
     several = trained.manifest.get("task") == MULTILABEL
     other = DataConfig(name, root, validation=0.0, test=0.0, label=label, several_labels=several)
-    if (
-        before is not None
-        and before.labels is not None
-        and (path_of(name) / before.labels).is_file()
-    ):
-        columns = {key: getattr(before, key) for key in OF_LABELS}
+    if form is not None and form.labels is not None and (path_of(name) / form.labels).is_file():
+        columns = {key: getattr(form, key) for key in OF_LABELS}
         other = replace(other, **columns)
+    elif form is not None and form.labels is None and shard_files(path_of(name)):
+        other = replace(other, image_column=form.image_column)
     data = load_config_data(_sized(other, trained), min_classes=1)
     if split == "test":
         _warn_of_training_images(data, before)

@@ -7,18 +7,26 @@ from typing import Any
 from smallfry.data import ImageData, Split
 from smallfry.errors import RunError
 from smallfry.io.replace import replacing
-from smallfry.report.mistakes_page import class_pairs, mistakes_page
+from smallfry.report.mistakes_page import (
+    class_pairs,
+    label_mistakes,
+    mistakes_page,
+    name_pairs,
+)
 from smallfry.report.page import write
 from smallfry.report.per_class import class_scores, confusion_csv, scores_csv, scores_dict
-from smallfry.tasks import ScoredByClass
+from smallfry.tasks import Pictured, ScoredByClass
 from smallfry.tasks.classification import Classification
+from smallfry.tasks.multilabel import MultiLabel
 from smallfry.training.evaluation import Predictions, score, task_of
-from smallfry.training.run import TrainedModel, require_classifier
+from smallfry.training.run import TrainedModel, require_class_answers
 from smallfry_runtime.names import path_of, text_of
 from smallfry_runtime.stages import obstacle
 
 CLASSES, CONFUSION, PAGE = "classes.csv", "confusion_matrix.csv", "report.html"
-FILES = (CLASSES, CONFUSION, PAGE, "confusion_matrix.png", "mistakes.png", "reliability.png")
+PICTURES = ("confusion_matrix.png", "mistakes.png", "reliability.png")
+SEVERAL = ("classes.png", "precision_recall.png")  # of several classes an image
+FILES = (CLASSES, CONFUSION, PAGE, *PICTURES, *SEVERAL)
 
 
 def write_tables(
@@ -30,7 +38,7 @@ def write_tables(
     facts: Mapping[str, Any],
     pictures: Path,
 ) -> None:
-    """Write ``classes.csv``, ``confusion_matrix.csv`` and ``report.html``.
+    """Write ``classes.csv``, ``report.html`` and, of one class an image, ``confusion_matrix.csv``.
 
     Args:
         folder: Where to.
@@ -42,20 +50,26 @@ def write_tables(
         pictures: Folder of plots, which are in the page.
     """
     name, images = split
-    outputs, labels = predictions.logits, images.labels
-    per_class = class_scores(outputs, labels, trained.classes)
+    outputs, labels, task = predictions.logits, images.labels, task_of(trained.manifest)
+    per_class = per_class_scores(predictions, trained)
     write(folder / CLASSES, scores_csv(per_class))
-    write(folder / CONFUSION, confusion_csv(outputs, labels, trained.classes))
+    if isinstance(task, MultiLabel):
+        chosen = task.chosen(outputs)
+        unit, groups = "class", label_mistakes(outputs.sigmoid(), chosen, labels, trained.classes)
+    else:
+        write(folder / CONFUSION, confusion_csv(outputs, labels, trained.classes))
+        unit, groups = "class pair", name_pairs(class_pairs(outputs, labels), trained.classes)
     page = mistakes_page(
         f"{len(labels):,}{'' if name == 'all' else f' {name}'} images of "
         f"{text_of(path_of(data.name).name)}",
-        score(predictions, task_of(trained.manifest)),
+        score(predictions, task),
         per_class,
-        class_pairs(outputs, labels),
+        groups,
         lambda chosen: images.take(chosen).images,
         lambda i: data.locate(name, i),
         pictures,
         facts,
+        unit,
     )
     write(folder / PAGE, page)
 
@@ -83,9 +97,11 @@ def write_report(
 
     Raises:
         RunError: The folder holds something else than such a report, or can't be written.
-        UsageError: The model is no classifier.
+        UsageError: The model's answers are no classes.
     """
-    require_classifier(trained)
+    require_class_answers(trained)
+    task = task_of(trained.manifest)
+    assert isinstance(task, Pictured)
 
     def require_free() -> None:
         reason = obstacle(folder, "report", FILES, lambda place: (place / CLASSES).is_file())
@@ -94,7 +110,7 @@ def write_report(
 
     try:
         with replacing(folder, require_free) as new:
-            Classification().draw(predictions.logits, split[1], trained.classes, new)
+            task.draw(predictions.logits, split[1], trained.classes, new)
             write_tables(new, trained, data, split, predictions, facts, new)
     except OSError as error:
         raise RunError(f"{folder}: the report could not be written ({error})") from error

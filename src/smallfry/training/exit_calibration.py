@@ -6,13 +6,28 @@ from torch import nn
 from smallfry.data import Split
 from smallfry.errors import UsageError
 from smallfry.models import Recursive
+from smallfry.tasks import Task
 from smallfry.training.augment import Normalize
+from smallfry.training.evaluation import targets_of, task_of
 from smallfry_runtime.early_exit import Trace, warn_of_few
 
 
 @torch.inference_mode()
-def trace(model: nn.Module, split: Split, normalize: Normalize, batch_size: int = 256) -> Trace:
+def trace(
+    model: nn.Module,
+    split: Split,
+    normalize: Normalize,
+    batch_size: int = 256,
+    task: Task | None = None,
+) -> Trace:
     """Run every image of a split through all recursion steps of a model, on its device.
+
+    Args:
+        model: The model.
+        split: The images, with labels.
+        normalize: Turns pixels into inputs.
+        batch_size: Images at a time.
+        task: Which answers are right; default classification.
 
     Raises:
         UsageError: A model that takes one step, or none.
@@ -25,12 +40,14 @@ def trace(model: nn.Module, split: Split, normalize: Normalize, batch_size: int 
     if len(split) == 0:
         raise UsageError("early exit needs validation images to calibrate its threshold on")
     warn_of_few(len(split))
-    weight = next(model.parameters())
+    weight, task = next(model.parameters()), task or task_of({})
     right, halting = [], []
     for rows, labels in zip(
         torch.split(split.rows, batch_size), torch.split(split.labels, batch_size), strict=True
     ):
         steps = model.eval().recurse(normalize(split.pixels[rows]).to(weight.device, weight.dtype))
-        right.append(torch.stack([s.logits.argmax(1).cpu() == labels for s in steps]))
+        outputs = [step.logits.float().cpu() for step in steps]
+        found = [task.right(each, targets_of(task, each, labels)) for each in outputs]
+        right.append(torch.stack(found))
         halting.append(torch.stack([s.halt_logits.float().sigmoid().cpu() for s in steps]))
     return Trace(torch.cat(right, dim=1).numpy(), torch.cat(halting, dim=1).numpy())

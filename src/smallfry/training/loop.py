@@ -93,7 +93,7 @@ class Trainer:
         self.callbacks = (callbacks if processes.is_first else None) or Callbacks()
         images = resident(data.train, self.fabric.device, config.resident)
         self.batches = TrainBatches(
-            *(images, augment, config.batch_size, config.seed),
+            *(images, augment, config.images_per_step, config.seed),
             *(processes.rank, processes.count, config.epochs, config.balance.sampler),
         )
         self.total_steps = config.epochs * self.batches.steps_per_epoch

@@ -436,8 +436,8 @@ def require_classifier(trained: TrainedModel) -> None:
     task = trained.manifest.get("task", "classification")
     if task == MULTILABEL:
         raise UsageError(
-            "the model was trained for multilabel: it can be evaluated, exported, served and used "
-            "for predictions, but not shared, benchmarked, attacked or reported like classifiers"
+            "the model was trained for multilabel: its features can't be analysed yet, as the "
+            "questions are about one class an image; all other commands take it"
         )
     require_class_answers(trained)
 

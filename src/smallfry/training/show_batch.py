@@ -9,11 +9,10 @@ from smallfry.data import ImageData
 from smallfry.errors import RunError, UsageError
 from smallfry.report.batch import draw_batch
 from smallfry.tasks import find_task
-from smallfry.tasks.classification import ClassTargets
 from smallfry.training.augment import Normalize
 from smallfry.training.augment_grids import build_augment
 from smallfry.training.batches import TrainBatches
-from smallfry.training.config import AugmentConfig, TrainConfig
+from smallfry.training.config import CLASSIFICATION, MULTILABEL, AugmentConfig, TrainConfig
 from smallfry.training.default_settings import with_defaults
 from smallfry.training.evaluation_data import load_config_data
 from smallfry.training.fine_tuning import like_start, load_start
@@ -38,7 +37,7 @@ def show_batch(config: TrainConfig, file: str | Path) -> Path:
     file = Path(file).expanduser()
     if file.suffix.lower() != ".png":
         raise UsageError(f"{file}: expected a name that ends in .png")
-    if config.task != "classification":
+    if config.task not in (CLASSIFICATION, MULTILABEL):
         raise UsageError(f"show_batch draws images of classes, not of the task {config.task}")
     if weights := find_weights(config.model):
         config = like_weights(config, weights)
@@ -46,31 +45,30 @@ def show_batch(config: TrainConfig, file: str | Path) -> Path:
         config = like_start(config, begun)
     data = load_config_data(config.data)
     config = with_defaults(config, len(data.train), data.image_size)
-    images, targets = _first_images(config, data)
+    images, shares = _first_images(config, data)
     normalize = Normalize(config.data.mean or data.mean, config.data.std or data.std)
     values = (images - normalize.shift) / normalize.scale
     pixels = values.round().clamp(0, 255).to(torch.uint8)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        draw_batch(pixels, targets.shares, data.classes, describe(config.augment), file)
+        draw_batch(pixels, shares, data.classes, describe(config.augment), file)
     except OSError as error:
         raise RunError(f"{file}: can't be written ({error})") from error
     return file
 
 
-def _first_images(config: TrainConfig, data: ImageData) -> tuple[Tensor, ClassTargets]:
-    """Return the images and targets of the first batches, in their order."""
+def _first_images(config: TrainConfig, data: ImageData) -> tuple[Tensor, Tensor]:
+    """Return the images of the first batches, in their order, and the shares of their classes."""
     augment = build_augment(config, data, find_task(config.task).create())
     batches = TrainBatches(
-        *(data.train, augment, config.batch_size, config.seed),
+        *(data.train, augment, config.images_per_step, config.seed),
         epochs=config.epochs,
         sampler=config.balance.sampler,
     )
     steps = min(-(-SHOWN // batches.batch_size), batches.steps_per_epoch)
     found = [batches[step] for step in range(steps)]
     images = torch.cat([batch.inputs for batch in found])[:SHOWN]
-    parts = zip(*(batch.targets for batch in found), strict=True)
-    return images, ClassTargets(*(torch.cat(part)[:SHOWN] for part in parts))
+    return images, torch.cat([batch.targets.shares for batch in found])[:SHOWN]
 
 
 def describe(config: AugmentConfig) -> str:

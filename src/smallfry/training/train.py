@@ -173,7 +173,8 @@ def build_new(
     source = ModelSource(begun, weights)
     data = processes.together(lambda: _load(config))
     processes.once(lambda: _warn(data, config))
-    given, config = config, with_defaults(config, len(data.train), data.image_size)
+    given, sizes = config, (len(data.train), data.image_size, processes.count)
+    config = with_defaults(config, *sizes)
     task = find_task(config.task).create(config.objective.label_smoothing)
     name = model_name(config.model, data, task) if begun is None else begun.spec.architecture
     with _folder(config, name, processes) as path:
@@ -368,7 +369,7 @@ def _build(
     require_enough_images(
         model,
         torch.zeros(1, *data.input_shape),
-        min(config.batch_size, len(data.train)),
+        min(config.images_per_step, len(data.train)),
         config.accumulate,
         processes.count,
         config.sync_batch_norm,
@@ -475,7 +476,7 @@ def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
     }
     try:
         draw_run(folder, progress.history, best, data.test, predictions)
-        if config.task == "classification":
+        if best.is_classifier:
             where = (folder.path, best, data, ("test", data.test), predictions)
             write_tables(*where, summary["provenance"], folder.pictures)
     except Exception as error:  # a picture must not cost the result

@@ -10,7 +10,7 @@ from smallfry.training.export_settings import ExportSettings
 from smallfry.training.run import TrainedModel, load_run
 from smallfry_runtime.predictions import Answer
 
-SHOWN = ("learning_curves.png", "confusion_matrix.png", "mistakes.png")
+SHOWN = ("learning_curves.png", "confusion_matrix.png", "classes.png", "mistakes.png")
 
 
 class TrainedRun(dict[str, Any]):
