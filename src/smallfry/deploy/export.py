@@ -1,7 +1,8 @@
-"""Export of a run to a self-contained folder for ONNX Runtime.
+"""Export of a run to a self-contained folder, in a device format.
 
     model.onnx                            the whole model (form "whole"), or
-    embed.onnx  step.onnx  read_out.onnx  its parts (form "anytime"), for images to leave early
+    embed.onnx  step.onnx  read_out.onnx  its parts (form "anytime"), for images to leave early;
+                                          in other formats with other endings
     model.pt2                             the whole model for torch.export.load, if asked for
     manifest.json                         classes, preprocessing, exits, figures, hashes
     quantization.json  quantization.png   what eight bits cost, of an export in eight bits
@@ -18,6 +19,7 @@ import warnings
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -30,12 +32,12 @@ from torch import Tensor, nn
 from smallfry.data import ImageData
 from smallfry.deploy.few_bits import few_bits_graph
 from smallfry.deploy.graphs import Graph, anytime_graphs, exported_program, to_onnx, whole_graph
-from smallfry.deploy.onnx_metadata import metadata_of, with_metadata
+from smallfry.deploy.onnx_metadata import metadata_of
 from smallfry.deploy.pretrained import gather, load_trained
 from smallfry.deploy.quantization_report import write_report
-from smallfry.deploy.quantize import quantize
 from smallfry.deploy.run_metadata import weights_digest
 from smallfry.deploy.submodels import Row, add_submodels
+from smallfry.deploy.targets import Source, find_target, require_installed
 from smallfry.errors import ExportError, SmallfryError, SmallfryWarning, UsageError
 from smallfry.io.replace import replacing
 from smallfry.layers.quantized import QuantizedWeight
@@ -46,8 +48,18 @@ from smallfry.training.run import TrainedModel, thresholds_of
 from smallfry.transforms.adapters import merge_adapters
 from smallfry.transforms.nested import nest_of
 from smallfry_runtime.early_exit import operating_points, pareto_front, warn_of_few
-from smallfry_runtime.manifest import CLASSES, MANIFEST, PRECISIONS, PROGRAM, Manifest, require_free
+from smallfry_runtime.manifest import (
+    CLASSES,
+    MANIFEST,
+    ONNX,
+    PRECISIONS,
+    PROGRAM,
+    Manifest,
+    manifest_of,
+    require_free,
+)
 from smallfry_runtime.runtime import Runtime
+from smallfry_runtime.variants import FULL
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +80,7 @@ def export(
     data: str | None = None,
     data_root: Path | None = None,
     submodels: int = 0,
+    target: str = ONNX,
 ) -> Path:
     """Export a run's model, replacing an existing export.
 
@@ -83,6 +96,7 @@ def export(
         data: Other data than the run's to calibrate with: a name or a folder.
         data_root: Folder of a named data set.
         submodels: Sub-models of a nested run to export beside the full one, at most.
+        target: Device format: ``onnx``, ``openvino``, ``executorch`` or ``litert``.
 
     Returns:
         The folder.
@@ -94,8 +108,7 @@ def export(
         RunError: The run can't be read.
     """
     folder = Path(folder)
-    if precision not in PRECISIONS:
-        raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, not '{precision}'")
+    _require_precision(precision, target)
     needed = precision == "int8"
     try:
         with replacing(folder, lambda: require_free(folder)) as new:
@@ -104,19 +117,19 @@ def export(
                 given = run if isinstance(run, TrainedModel) else load_trained(run, checkpoint)
                 nest_of(given.model)
             traced = trace(run, form, checkpoint, data, data_root, needed, own_bits)
-            assemble(traced, new, precision, license, torch_program)
+            assemble(traced, new, precision, license, torch_program, target)
             calibrate(traced, new)
             if precision not in ("float32", "own_bits"):
-                _report(traced, new, precision)
+                _report(traced, new, precision, target)
             if submodels:
-                _add_submodels(traced, new, precision, license, submodels)
+                _add_submodels(traced, new, precision, license, submodels, target)
     except OSError as error:
         raise ExportError(f"{folder}: the export could not be written ({error})") from error
     return folder
 
 
 class Traced(NamedTuple):
-    """Graphs of a model, in float32 or with its own bits, the source of exports."""
+    """ONNX graphs of a model, in float32 or with its own bits, the source of exports."""
 
     trained: TrainedModel
     facts: dict[str, Any]  # what is known of it
@@ -172,28 +185,29 @@ def assemble(
     precision: str = "float32",
     license: str | None = None,
     torch_program: bool = False,
+    target: str = ONNX,
 ) -> None:
     """Write an export, without early exit, into the caller's folder; raises as ``export``."""
-    trained, graphs = traced.trained, traced.graphs
+    trained = traced.trained
     files: dict[str, bytes] = {}
     if torch_program:
         log.info("tracing model.pt2")
         files[PROGRAM] = _saved(exported_program(whole_graph(trained.model, _images(trained))))
-    if precision not in ("float32", "own_bits"):
-        log.info("quantizing")
-        images = calibration_images(traced)
-        if precision == "int8" and 0 < len(images) < FEW_FOR_RANGES:
-            warnings.warn(
-                f"int8 ranges were measured on only {len(images)} images, and others may exceed "
-                f"them: calibrate with {FEW_FOR_RANGES} or more (--data), or use int8_dynamic, "
-                f"which needs none",
-                SmallfryWarning,
-                stacklevel=3,
-            )
-        graphs = quantize(graphs, precision, images, _steps(trained.model))
-    metadata = metadata_of(trained)
-    files |= {f"{name}.onnx": with_metadata(graph, metadata) for name, graph in graphs.items()}
-    manifest = _manifest(trained, traced.facts, traced.form, precision, license, files)
+    images = calibration_images(traced) if precision == "int8" else _no_images(trained)
+    if 0 < len(images) < FEW_FOR_RANGES:
+        warnings.warn(
+            f"int8 ranges were measured on only {len(images)} images, and others may exceed "
+            f"them: calibrate with {FEW_FOR_RANGES} or more (--data), or use int8_dynamic, "
+            f"which needs none",
+            SmallfryWarning,
+            stacklevel=3,
+        )
+    log.info("converting to %s, %s", target, precision)
+    modules = _graphs(trained, traced.form)
+    steps = _steps(trained.model)
+    source = Source(traced.graphs, modules, images, steps, metadata_of(trained))
+    files |= find_target(target).convert(source, precision)
+    manifest = _manifest(trained, traced.facts, traced.form, precision, license, files, target)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (folder / name).write_bytes(content)
@@ -222,19 +236,75 @@ def calibrate(traced: Traced, folder: Path) -> None:
     (folder / MANIFEST).write_text(manifest.to_json())
 
 
+def export_bytes(folder: Path) -> int:
+    """Sum the bytes of an export's graphs, those of its sub-models too."""
+    manifest = Manifest.read(folder)
+    nested = [(folder / manifest_of(v)).parent for v in manifest.submodels if v.place != FULL]
+    places = [folder, *nested]
+    return sum((at / name).stat().st_size for at in places for name in Manifest.read(at).graphs)
+
+
 def calibration_images(traced: Traced) -> NDArray[np.float32]:
     """Return training images spread over the split, as graph inputs; none without data."""
     trained, data = traced.trained, traced.data
     if data is None:
-        return np.empty((0, *trained.input_shape), np.float32)
+        return _no_images(trained)
     count = min(CALIBRATION_IMAGES, len(data.train))
     positions = torch.linspace(0, len(data.train) - 1, count).long()
     images: NDArray[np.float32] = trained.normalize(data.train.take(positions).images).numpy()
     return images
 
 
+def _no_images(trained: TrainedModel) -> NDArray[np.float32]:
+    return np.empty((0, *trained.input_shape), np.float32)
+
+
+def _require_precision(precision: str, target: str) -> None:
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, not '{precision}'")
+    format_ = find_target(target)
+    if precision not in format_.precisions:
+        known = ", ".join(format_.precisions)
+        raise UsageError(f"target {target} has the precisions {known}, not {precision}")
+    require_installed(format_)
+
+
+def export_precisions(
+    trained: TrainedModel,
+    facts: dict[str, Any],
+    folders: Mapping[str, Path],
+    data: ImageData,
+    target: str = ONNX,
+) -> None:
+    """Export a model in several precisions, with early exit calibrated on validation images.
+
+    Args:
+        trained: The model.
+        facts: Its metadata, as ``deploy.pretrained.gather`` returns it.
+        folders: Folder of each export by precision; it replaces an earlier one.
+        data: Images in the form that the model takes; ranges are of training images.
+        target: Device format.
+
+    Raises:
+        ExportError: It can't be exported.
+    """
+    form = _form(trained.model, None)
+    graphs: dict[bool, dict[str, bytes]] = {}  # by whether they hold the model's own bits
+    for precision, folder in folders.items():
+        own = precision == "own_bits"
+        if own not in graphs:
+            graphs[own] = trace_graphs(trained, form, own_bits=own)
+        traced = Traced(trained, facts, form, graphs[own], data)
+        try:
+            with replacing(folder, partial(require_free, folder)) as new:
+                assemble(traced, new, precision, target=target)
+                calibrate(traced, new)
+        except OSError as error:
+            raise ExportError(f"{folder}: the export could not be written ({error})") from error
+
+
 def _add_submodels(
-    traced: Traced, folder: Path, precision: str, license: str | None, most: int
+    traced: Traced, folder: Path, precision: str, license: str | None, most: int, target: str
 ) -> None:
     """Write exports of sub-models into an export."""
     data = traced.data
@@ -244,7 +314,7 @@ def _add_submodels(
         form = traced.form if _steps(small.model) > 1 else "whole"
         graphs = trace_graphs(small, form, precision == "own_bits")
         part = Traced(small, facts, form, graphs, data)
-        assemble(part, place, precision, license)
+        assemble(part, place, precision, license, target=target)
         calibrate(part, place)
 
     split = data.validation if data is not None and traced.is_labelled else None
@@ -266,10 +336,10 @@ def _require_own_bits(model: nn.Module, form: str) -> None:
         )
 
 
-def _report(traced: Traced, folder: Path, precision: str) -> None:
+def _report(traced: Traced, folder: Path, precision: str, target: str) -> None:
     """Report the loss of an export's precision against float32."""
     with TemporaryDirectory() as place:
-        assemble(traced, Path(place))
+        assemble(traced, Path(place), target=target)
         write_report(
             folder,
             Path(place),
@@ -347,6 +417,7 @@ def _manifest(
     precision: str,
     license: str | None,
     files: Mapping[str, bytes],
+    target: str,
 ) -> Manifest:
     sample = trained.manifest["input"]
     return Manifest(
@@ -371,6 +442,7 @@ def _manifest(
         license=license,
         source={"weights": weights_digest(trained.model)},
         files={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        engine=target,
     )
 
 

@@ -29,7 +29,7 @@ from smallfry.report.table import NONE, number
 from smallfry.training.evaluation import Predictions, score, task_of
 from smallfry.training.provenance import provenance
 from smallfry_runtime.decoders import decoder_of, has_decoder
-from smallfry_runtime.manifest import GRAPHS, QUANTIZATION, RANGES, Manifest
+from smallfry_runtime.manifest import QUANTIZATION, RANGES, Manifest
 from smallfry_runtime.runtime import Runtime
 
 REPORT, PICTURE = QUANTIZATION, RANGES
@@ -186,5 +186,4 @@ def print_report(export: Path) -> None:
 
 def graph_bytes(export: Path) -> int:
     """Sum the bytes of an export's graphs."""
-    form = Manifest.read(export).form
-    return sum((export / name).stat().st_size for name in GRAPHS[form])
+    return sum((export / name).stat().st_size for name in Manifest.read(export).graphs)
