@@ -7,7 +7,7 @@ range of each call measured on images.
 import io
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,9 +43,10 @@ class LiteRt:
                     model = litert_torch.convert(graph.module.eval(), one_image(graph))
                     file = Path(folder, "model.tflite")
                     model.export(str(file))
-                    content = file.read_bytes()
                     if graph.name in batches:
-                        content = _quantized(content, batches[graph.name])
+                        content = _quantized(file, batches[graph.name])
+                    else:
+                        content = file.read_bytes()
             except Exception as error:  # a compiler of others raises anything
                 raise ExportError(
                     f"{graph.name}: can't be converted to LiteRT ({reason_of(error)})"
@@ -54,19 +55,22 @@ class LiteRt:
         return files
 
 
-def _quantized(content: bytes, batches: Iterable[tuple[Any, ...]]) -> bytes:
+def _quantized(file: Path, batches: Iterable[tuple[Any, ...]]) -> bytes:
     """Quantize the products of a graph with ranges of batches; one without products stays."""
     from ai_edge_quantizer import quantizer
+    from ai_edge_quantizer.calibrator import CalibrationInterpreter, CalibrationMode
     from ai_edge_quantizer.qtyping import TFLOperationName
+    from ai_edge_quantizer.utils.qsv_utils import min_max_update
 
-    maker = quantizer.Quantizer(bytearray(content))
+    maker = quantizer.Quantizer(bytearray(file.read_bytes()))
     for product in PRODUCTS:
         maker.add_static_config(".*", TFLOperationName(product), 8, 8)
-    if not maker.need_calibration:
-        return content
-    images = [*chain.from_iterable(map(_images, batches))]  # which are read more than once
-    found = maker.calibrate({"serving_default": images}, num_threads=1)
-    return bytes(maker.quantize(found).quantized_model)
+    mode = CalibrationMode.CALIBRATION_PRESERVE_ALL_TENSORS
+    interpreter = CalibrationInterpreter(str(file), mode, min_max_update)  # not moving averages
+    run = interpreter.get_signature_runner()
+    for image in chain.from_iterable(map(_images, batches)):
+        run(**image)
+    return bytes(maker.quantize(interpreter.get_calibration_results()).quantized_model)
 
 
 def _images(batch: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
@@ -81,10 +85,10 @@ def _quiet() -> Iterator[None]:
     """Silence the progress of converter and quantizer."""
     from litert_torch import progress
 
-    before = progress.config.show_progress
+    before, out = progress.config.show_progress, io.StringIO()
     progress.config.show_progress = False
     try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), redirect_stdout(out), redirect_stderr(out):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -11,7 +11,6 @@ from typing import ClassVar
 import onnx
 
 from smallfry.deploy.quantize import PRODUCTS, with_precision
-from smallfry.deploy.targets.single import reason_of
 from smallfry.deploy.targets.target import Source, register_target
 from smallfry.errors import ExportError
 
