@@ -3,8 +3,14 @@
 from collections.abc import Collection
 
 from smallfry_runtime.engines import engine_of, engines
+from smallfry_runtime.storage import SUFFIXES
 
-GRAPHS = tuple(suffix for name in engines() for suffix in engine_of(name).SUFFIXES)
+GRAPHS = tuple(
+    suffix + end
+    for name in engines()
+    for suffix in engine_of(name).SUFFIXES
+    for end in SUFFIXES.values()
+)
 RUN = "config.yaml"
 OF_A_RUN = frozenset({".lock", "last", "best", "metrics.csv"})
 PAIRS = (

@@ -19,20 +19,28 @@ from smallfry_runtime.files import has_valid_digest, open_regular, read_json, se
 from smallfry_runtime.frames import RESIZES, Frame, ImageSize, Resize, frame_of
 from smallfry_runtime.images import is_bit_depth
 from smallfry_runtime.stages import interrupted, obstacle
+from smallfry_runtime.storage import PLAIN, SHARED, base_of, restored, stored_names
+from smallfry_runtime.storage import SUFFIXES as STORAGES
 from smallfry_runtime.variants import FOLDER, FULL, Variant, read_variants
 from smallfry_runtime.version import __version__
 
 PLAIN_FORMAT = 3  # of cropped squares; 2 had no bit depth, and 1 no digest of the manifest
 CLASS_FORMAT = 4  # 3 had no rectangles, no ways of resizing, and one class an image
 TASK_FORMAT = 5  # 4 had classes alone for answers
-FORMAT = 6  # 5 had ONNX alone
+FORMAT = 6  # 5 had ONNX alone, and graphs stored as they are
 READ = (1, 2, PLAIN_FORMAT, CLASS_FORMAT, TASK_FORMAT, FORMAT)
 ONNX = "onnx"
 CLASSES = "classification"  # the task of exports that answer with classes, one or several
 MANIFEST = "manifest.json"
 PROGRAM = "model.pt2"
 QUANTIZATION, RANGES = "quantization.json", "quantization.png"
-ALL_GRAPHS = {name for form in STEMS for each in engines() for name in graph_files(form, each)}
+ALL_GRAPHS = {
+    name
+    for form in STEMS
+    for engine in engines()
+    for storage in STORAGES
+    for name in stored_names(graph_files(form, engine), storage)
+}
 FILES = {MANIFEST, PROGRAM, QUANTIZATION, RANGES, FOLDER, *ALL_GRAPHS}
 PRECISIONS = ("float32", "int8", "int8_dynamic", "own_bits")
 MOST_STEPS = 10_000
@@ -66,6 +74,7 @@ class Manifest:
         resize: How pictures of another shape become such images; see ``Frame``.
         task: Name of the decoder of the outputs; ``classification`` for classes, one or several.
         engine: Device format of the graphs, which is that of the engine that runs them.
+        storage: ``plain``, ``packed``, or ``shared``: as parts of the full model's graphs.
     """
 
     form: str
@@ -89,11 +98,12 @@ class Manifest:
     thresholds: tuple[float, ...] = ()
     task: str = CLASSES
     engine: str = ONNX
+    storage: str = PLAIN
 
     @property
     def graphs(self) -> tuple[str, ...]:
         """Names of the files of the graphs."""
-        return graph_files(self.form, self.engine)
+        return stored_names(graph_files(self.form, self.engine), self.storage)
 
     @property
     def is_classifier(self) -> bool:
@@ -117,8 +127,8 @@ class Manifest:
             "submodels": [each._asdict() for each in self.submodels],
         }
         version = FORMAT
-        if self.engine == ONNX:
-            del content["engine"]
+        if (self.engine, self.storage) == (ONNX, PLAIN):
+            del content["engine"], content["storage"]
             version = TASK_FORMAT
             if self.is_classifier:
                 del content["task"]
@@ -211,6 +221,25 @@ def _read_export(folder: Path) -> tuple[Manifest, dict[str, bytes]]:
     return manifest, dict(zip(names, contents, strict=True))
 
 
+def restored_graphs(
+    manifest: Manifest, contents: Mapping[str, bytes], folder: Path
+) -> dict[str, bytes]:
+    """Restore the graphs of an export that ``read_export`` has read, by their own names.
+
+    Raises:
+        ExportError: They are damaged, or parts of graphs that are not there.
+    """
+
+    def bases() -> dict[str, bytes]:
+        base = base_of(folder)
+        found, files = read_export(base)
+        if found.storage == SHARED:
+            raise ExportError(f"{base}: shares weights of another export itself")
+        return restored_graphs(found, files, base)
+
+    return restored(contents, manifest.storage, folder, bases)
+
+
 def _hint(folder: Path) -> str:
     if not interrupted(folder):
         return ""
@@ -238,6 +267,7 @@ def _checked(content: Any, file: Path) -> Manifest:
             "thresholds": [],
             "task": CLASSES,
             "engine": ONNX,
+            "storage": PLAIN,
             **content,
         }
         values = {entry.name: content[entry.name] for entry in fields(Manifest)}
@@ -265,6 +295,7 @@ def _problem(manifest: Manifest) -> str | None:
     wrong = {
         f"form {manifest.form!r}": manifest.form not in STEMS,
         f"engine {manifest.engine!r}": manifest.engine not in engines(),
+        f"storage {manifest.storage!r}": manifest.storage not in STORAGES,
         f"precision {manifest.precision!r}": manifest.precision not in PRECISIONS,
         "classes": not manifest.classes or not all(isinstance(text, str) for text in texts),
         f"task {manifest.task!r}": not isinstance(manifest.task, str),
@@ -283,7 +314,7 @@ def _problem(manifest: Manifest) -> str | None:
         "training": not _is_mapping(manifest.training),
         "source": not _is_mapping(manifest.source),
     }
-    known = manifest.form in STEMS and manifest.engine in engines()
+    known = not any(wrong[each] for each in [*wrong][:4])
     lacking = [name for name in manifest.graphs if name not in manifest.files] if known else []
     lacking += [
         name

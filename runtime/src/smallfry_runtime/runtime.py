@@ -22,7 +22,7 @@ from smallfry_runtime.engines import STEMS, Session, engine_of
 from smallfry_runtime.errors import DataError, ExportError, UsageError
 from smallfry_runtime.images import Encoded, decode
 from smallfry_runtime.inputs import InputImage
-from smallfry_runtime.manifest import Manifest, manifest_of, read_export
+from smallfry_runtime.manifest import Manifest, manifest_of, read_export, restored_graphs
 from smallfry_runtime.predictions import NOT_FINITE, Answer, Decoded, Outputs, answers, decoded
 from smallfry_runtime.variants import FULL, Variant, best_within
 
@@ -70,9 +70,10 @@ class Runtime:
         self._arguments = (folder.absolute(), threads, tuple(providers))
         self._submodels: dict[str, Runtime] = {}  # those in use
         self.manifest, contents = read_export(folder)
-        self.file_bytes = sum(map(len, contents.values()))  # of the graphs
+        self.file_bytes = sum(map(len, contents.values()))  # of the graphs, as they are stored
         self.classes = self.manifest.classes
-        self._graphs = _sessions(self.manifest, folder, contents, threads or _cores(), providers)
+        graphs = restored_graphs(self.manifest, contents, folder)
+        self._graphs = _sessions(self.manifest, folder, graphs, threads or _cores(), providers)
         scale = [1 / (255 * std) for std in self.manifest.std]
         shift = [-m / s for m, s in zip(self.manifest.mean, self.manifest.std, strict=True)]
         self._scale = np.array(scale, np.float32).reshape(-1, 1, 1)

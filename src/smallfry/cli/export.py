@@ -20,6 +20,7 @@ class Options(Licensed, OneRun):
             several recursion steps.
         precision: int8 uses activation ranges of training images, int8_dynamic computes them for
             each batch; own_bits keeps the codes and ranges of a model that is quantised already.
+        pack: Store the graphs packed, in fewer bytes; the runtime unpacks them when it starts.
         torch_program: Also write model.pt2 for torch.export.
         submodels: Sub-models of a nested run to export beside the full one, for predict with
             --budget_ms; the best by accuracy and latency.
@@ -30,6 +31,7 @@ class Options(Licensed, OneRun):
     target: str = "onnx"
     form: Literal["whole", "anytime"] | None = None
     precision: Literal["float32", "int8", "int8_dynamic", "own_bits"] = "float32"
+    pack: bool = False
     torch_program: bool = False
     submodels: int = 0
     data: OtherData = field(default_factory=OtherData)
@@ -55,6 +57,7 @@ def run(options: Options) -> int:
         options.data.root,
         options.submodels,
         options.target,
+        options.pack,
     )
     if precision not in ("float32", "own_bits"):
         from smallfry.deploy.quantization_report import print_report

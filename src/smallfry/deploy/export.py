@@ -36,6 +36,7 @@ from smallfry.deploy.onnx_metadata import metadata_of
 from smallfry.deploy.pretrained import gather, load_trained
 from smallfry.deploy.quantization_report import write_report
 from smallfry.deploy.run_metadata import weights_digest
+from smallfry.deploy.storing import packed_graphs, shared_graphs
 from smallfry.deploy.submodels import Row, add_submodels
 from smallfry.deploy.targets import Source, find_target, require_installed
 from smallfry.errors import ExportError, SmallfryError, SmallfryWarning, UsageError
@@ -56,9 +57,12 @@ from smallfry_runtime.manifest import (
     PROGRAM,
     Manifest,
     manifest_of,
+    read_export,
     require_free,
+    restored_graphs,
 )
 from smallfry_runtime.runtime import Runtime
+from smallfry_runtime.storage import PACKED, PLAIN, SHARED, base_of
 from smallfry_runtime.variants import FULL
 
 log = logging.getLogger(__name__)
@@ -81,6 +85,7 @@ def export(
     data_root: Path | None = None,
     submodels: int = 0,
     target: str = ONNX,
+    pack: bool = False,
 ) -> Path:
     """Export a run's model, replacing an existing export.
 
@@ -97,6 +102,7 @@ def export(
         data_root: Folder of a named data set.
         submodels: Sub-models of a nested run to export beside the full one, at most.
         target: Device format: ``onnx``, ``openvino``, ``executorch`` or ``litert``.
+        pack: Store the graphs packed; the runtime unpacks them when it reads the export.
 
     Returns:
         The folder.
@@ -117,7 +123,8 @@ def export(
                 given = run if isinstance(run, TrainedModel) else load_trained(run, checkpoint)
                 nest_of(given.model)
             traced = trace(run, form, checkpoint, data, data_root, needed, own_bits)
-            assemble(traced, new, precision, license, torch_program, target)
+            storage = PACKED if pack else PLAIN
+            assemble(traced, new, precision, license, torch_program, target, storage)
             calibrate(traced, new)
             if precision not in ("float32", "own_bits"):
                 _report(traced, new, precision, target)
@@ -186,8 +193,12 @@ def assemble(
     license: str | None = None,
     torch_program: bool = False,
     target: str = ONNX,
+    storage: str = PLAIN,
 ) -> None:
-    """Write an export, without early exit, into the caller's folder; raises as ``export``."""
+    """Write an export, without early exit, into the caller's folder; raises as ``export``.
+
+    With the storage ``shared``, the folder is that of a sub-model in the full model's export.
+    """
     trained = traced.trained
     files: dict[str, bytes] = {}
     if torch_program:
@@ -206,8 +217,8 @@ def assemble(
     modules = _graphs(trained, traced.form)
     steps = _steps(trained.model)
     source = Source(traced.graphs, modules, images, steps, metadata_of(trained))
-    files |= find_target(target).convert(source, precision)
-    manifest = _manifest(trained, traced.facts, traced.form, precision, license, files, target)
+    files |= _stored(find_target(target).convert(source, precision), storage, folder)
+    manifest = _manifest(traced, precision, license, files, target, storage)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (folder / name).write_bytes(content)
@@ -215,6 +226,16 @@ def assemble(
     runtime = Runtime(folder)
     if precision == "float32":
         _require_agreement(trained, runtime)
+
+
+def _stored(files: dict[str, bytes], storage: str, folder: Path) -> dict[str, bytes]:
+    if storage == PLAIN:
+        return files
+    log.info("storing graphs, %s", storage)
+    if storage == PACKED:
+        return packed_graphs(files)
+    base = base_of(folder)
+    return shared_graphs(files, restored_graphs(*read_export(base), base))
 
 
 def calibrate(traced: Traced, folder: Path) -> None:
@@ -314,7 +335,8 @@ def _add_submodels(
         form = traced.form if _steps(small.model) > 1 else "whole"
         graphs = trace_graphs(small, form, precision == "own_bits")
         part = Traced(small, facts, form, graphs, data)
-        assemble(part, place, precision, license, target=target)
+        storage = SHARED if form == traced.form else PLAIN
+        assemble(part, place, precision, license, target=target, storage=storage)
         calibrate(part, place)
 
     split = data.validation if data is not None and traced.is_labelled else None
@@ -411,17 +433,17 @@ def _images(trained: TrainedModel) -> Tensor:
 
 
 def _manifest(
-    trained: TrainedModel,
-    facts: Mapping[str, Any],
-    form: str,
+    traced: Traced,
     precision: str,
     license: str | None,
     files: Mapping[str, bytes],
     target: str,
+    storage: str,
 ) -> Manifest:
+    trained, facts = traced.trained, traced.facts
     sample = trained.manifest["input"]
     return Manifest(
-        form=form,
+        form=traced.form,
         precision=precision,
         model={
             "name": trained.manifest["model"]["name"],
@@ -443,6 +465,7 @@ def _manifest(
         source={"weights": weights_digest(trained.model)},
         files={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         engine=target,
+        storage=storage,
     )
 
 
