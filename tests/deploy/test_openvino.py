@@ -134,3 +134,37 @@ def test_an_export_that_another_version_wrote_is_refused(plain, tmp_path):
     text = (plain / "manifest.json").read_text()
     assert re.search(r'"engine": "openvino"', text)
     assert json.loads(text)["format"] == 6
+
+
+@pytest.mark.slow
+def test_a_benchmark_has_openvino_beside_onnx_and_its_early_exit(run, tmp_path, capsys):
+    settings = ["--seconds", "0.01", "--batch_sizes", "1", "--forms", "float32", "int8", "exit"]
+    arguments = ["benchmark", str(run), "--folder", str(tmp_path / "a"), *settings]
+    assert main([*arguments, "--targets", "[openvino]", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    forms = {each["form"]: each for each in report["measured"]}
+    assert {"ONNX float32", "OpenVINO float32, in parts", "OpenVINO int8, in parts"} <= {*forms}
+    assert any(form.startswith("OpenVINO float32, exit at drop") for form in forms)
+    plain = forms["OpenVINO float32, in parts"]
+    assert plain["accuracy"] == forms["ONNX float32"]["accuracy"]
+    assert plain["agreement"] == 1
+    assert plain["memory"]
+
+
+@pytest.mark.slow
+def test_costs_of_a_fit_are_those_of_the_format(monkeypatch, tmp_path):
+    from smallfry.data import load_data
+    from smallfry.deploy.targets import find_target
+    from smallfry.fitting import costs
+    from smallfry.fitting.zoo import zoo
+
+    monkeypatch.setattr(costs, "cache_folder", lambda: tmp_path)
+    entry = next(each for each in zoo(["loopnet_70k"]) if each.width == 0.25)
+    digits = load_data("digits")
+    ours, theirs = (
+        costs.measure_costs(entry, digits, find_target(name)) for name in ("openvino", "onnx")
+    )
+    assert ours.parameters == theirs.parameters
+    assert ours.kb["float32"] > theirs.kb["float32"]  # a graph as text
+    assert all(0 < each < 1000 for each in ours.ms.values())
+    assert len([*tmp_path.rglob("*.json")]) == 2  # one of each format

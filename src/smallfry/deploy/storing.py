@@ -16,7 +16,7 @@ from smallfry_runtime.storage import PACKED, SHARED, SUFFIXES
 __all__ = ["packed_graphs", "shared_graphs"]
 
 FEWEST = 256  # bytes of a tensor that is coded or shared
-CODES = {  # of ONNX, and whether they have a sign; two of four bits make a byte without one
+CODES: dict[int, bool] = {  # of ONNX, by whether their bytes have a sign; two of four bits make one
     onnx.TensorProto.INT8: True,
     onnx.TensorProto.UINT8: False,
     onnx.TensorProto.INT4: False,
