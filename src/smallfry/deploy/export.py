@@ -17,7 +17,6 @@ import io
 import logging
 import warnings
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from smallfry.data import ImageData
+from smallfry.deploy.agreement import require_agreement
 from smallfry.deploy.few_bits import few_bits_graph
 from smallfry.deploy.graphs import Graph, anytime_graphs, exported_program, to_onnx, whole_graph
 from smallfry.deploy.onnx_metadata import metadata_of
@@ -43,7 +43,6 @@ from smallfry.errors import ExportError, SmallfryError, SmallfryWarning, UsageEr
 from smallfry.io.replace import replacing
 from smallfry.layers.quantized import QuantizedWeight
 from smallfry.models import Recursive
-from smallfry.training.evaluation import forward
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.run import TrainedModel, thresholds_of
 from smallfry.transforms.adapters import merge_adapters
@@ -67,7 +66,6 @@ from smallfry_runtime.variants import FULL
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = 1e-4  # between PyTorch's and ONNX Runtime's probabilities
 TRACED_BATCH = 2  # any size but 1, which tracers take for a broadcast
 CALIBRATION_IMAGES = 256
 FEW_FOR_RANGES = 32  # images, with fewer of which a static range is hardly known
@@ -225,7 +223,7 @@ def assemble(
     (folder / MANIFEST).write_text(manifest.to_json())
     runtime = Runtime(folder)
     if precision == "float32":
-        _require_agreement(trained, runtime)
+        require_agreement(trained, runtime)
 
 
 def _stored(files: dict[str, bytes], storage: str, folder: Path) -> dict[str, bytes]:
@@ -467,48 +465,6 @@ def _manifest(
         engine=target,
         storage=storage,
     )
-
-
-def _require_agreement(trained: TrainedModel, runtime: Runtime) -> None:
-    """Compare with PyTorch on random images, at batch sizes that were not traced.
-
-    Classes are compared by their probabilities, other outputs relative to the largest of them. A
-    recursion may amplify rounding; then the graphs may differ as far as float32 does from float64.
-    """
-    values = len(trained.classes) if _holds_symbols(trained) else 256
-    shape = (8, *trained.input_shape)
-    pixels = np.random.default_rng(0).integers(0, values, shape, np.uint8)
-    with torch.inference_mode():
-        logits = forward(trained.model, trained.normalize(torch.from_numpy(pixels)))[0]
-    wanted = (logits.softmax(dim=1) if thresholds_of(trained) is None else logits.sigmoid()).numpy()
-    if not trained.is_classifier:
-        wanted = logits.numpy()
-    scale = 1.0 if trained.is_classifier else max(1.0, float(np.abs(wanted).max()))
-    for count in (1, len(pixels)):
-        if trained.is_classifier:
-            given = runtime.predict(pixels[:count]).probabilities
-        else:
-            given = runtime.compute(pixels[:count]).logits
-        distance = float(np.abs(given - wanted[:count]).max()) / scale
-        if not distance <= TOLERANCE and not distance <= 4 * _rounding(trained, pixels) / scale:
-            raise ExportError(
-                f"the exported graphs differ from the model by {distance:.1e} in probability, "
-                f"where {TOLERANCE:.0e} is allowed: please report this model"
-            )
-
-
-@torch.inference_mode()
-def _rounding(trained: TrainedModel, pixels: NDArray[np.uint8]) -> float:
-    """Compute the largest change of the logits by float64, which bounds that of probabilities."""
-    images = trained.normalize(torch.from_numpy(pixels))
-    exact = forward(deepcopy(trained.model).double(), images.double())[0]
-    return float((forward(trained.model, images)[0] - exact).abs().max())
-
-
-def _holds_symbols(trained: TrainedModel) -> bool:
-    """Return whether pixels are numbers of symbols, which become inputs as they are."""
-    sample = trained.manifest["input"]
-    return list(sample["mean"]) == [0.0] and list(sample["std"]) == [1 / 255]
 
 
 def _saved(program: torch.export.ExportedProgram) -> bytes:
