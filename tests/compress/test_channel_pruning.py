@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.nn import functional as F
 
@@ -39,6 +40,7 @@ CRIC = compress.CRIC(0.5, begin=2, shrinking=4, sampling_steps=3, cycles=1, divi
 OPTIMIZERS = {
     "sgd": lambda m: torch.optim.SGD(m.parameters(), 0.005, 0.9, weight_decay=1e-3),
     "adamw": lambda m: torch.optim.AdamW(m.parameters(), 1e-3),
+    "muon": lambda m: create_optimizer_v2(m, "nmuon", 1e-3),
     "kfac": lambda m: KFAC(m, 0.05, likelihood="categorical", check="off"),
     "ekfac": lambda m: EKFAC(m, 0.05, likelihood="categorical", check="off"),
     "sngd": lambda m: SNGD(m, 0.05, likelihood="categorical", check="off"),

@@ -22,7 +22,8 @@ from smallfry.deploy import export as exports
 from smallfry.errors import ExportError, SmallfryError
 from smallfry.io import replace
 from smallfry.io.replace import recover, replacing
-from smallfry_runtime.manifest import FILES, GRAPHS, Manifest, read_export
+from smallfry_runtime.engines import graph_files
+from smallfry_runtime.manifest import FILES, Manifest, read_export
 from smallfry_runtime.stages import interrupted, prefix_of
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="it forks")
@@ -232,7 +233,7 @@ def test_a_reader_hears_of_a_replacement_that_was_killed(tmp_path):
 
 def made(folder, form, text):
     """An export of graphs that say which one it is."""
-    contents = {name: f"{text} {name}".encode() for name in GRAPHS[form]}
+    contents = {name: f"{text} {name}".encode() for name in graph_files(form)}
     manifest = Manifest(
         form=form,
         precision="float32",
@@ -270,7 +271,7 @@ def test_an_export_is_read_whole_while_others_take_its_place(tmp_path, monkeypat
         while len(seen) < 30:
             manifest, contents = read_export(tmp_path / "x")
             name = manifest.model["name"]
-            assert contents == {n: f"{name} {n}".encode() for n in GRAPHS[manifest.form]}
+            assert contents == {n: f"{name} {n}".encode() for n in graph_files(manifest.form)}
             seen.add(name)
     finally:
         stop.set()

@@ -99,10 +99,10 @@ def test_early_exit_is_pytorchs_image_by_image(run, runtime, pixels, threshold, 
 def test_what_is_left_is_packed_into_full_batches(runtime, pixels, monkeypatch):
     sizes, call = [], Runtime._call
 
-    def counted(self, graph, **inputs):
+    def counted(self, graph, inputs):
         if graph == "step":
-            sizes.append(len(inputs["x"]))
-        return call(self, graph, **inputs)
+            sizes.append(len(inputs[0]))
+        return call(self, graph, inputs)
 
     monkeypatch.setattr(Runtime, "_call", counted)
     halting = runtime.predict(pixels, threshold=0.0).halting

@@ -1,12 +1,14 @@
 """Sub-models of a nested run: measured, chosen under budgets, exported, switched at run time."""
 
 import copy
+import hashlib
 import json
 import shutil
 from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -35,6 +37,7 @@ from smallfry.transforms.nested import SubModel, nest_of
 from smallfry_runtime.__main__ import main as runtime_main
 from smallfry_runtime.manifest import MANIFEST, Manifest
 from smallfry_runtime.runtime import Runtime
+from smallfry_runtime.shared import restore
 from smallfry_runtime.variants import Variant, best_within, read_variants
 
 HALF = SubModel(width=0.5)
@@ -210,7 +213,7 @@ def place(folder):
     ("damage", "message"),
     [
         (lambda f: shutil.rmtree(place(f)), "no such export"),
-        (lambda f: (place(f) / "model.onnx").write_bytes(b""), "truncated"),
+        (lambda f: (place(f) / "model.onnx.shared").write_bytes(b""), "truncated"),
         (
             lambda f: shutil.copy(f / MANIFEST, place(f)),
             "are missing|can't be read|no such|damaged",
@@ -222,6 +225,34 @@ def test_a_damaged_sub_model_is_refused(exported, tmp_path, damage, message):
     damage(folder)
     with pytest.raises(ExportError, match=message):
         Runtime(folder).within(2.5)
+
+
+def test_a_sub_model_shares_the_weights_of_the_full_export(exported, nested, tmp_path):
+    part, whole = place(exported) / "model.onnx.shared", exported / "model.onnx"
+    alone = export(extracted(load_run(nested), HALF), tmp_path / "alone")
+    graph = (alone / "model.onnx").read_bytes()
+    floats = sum(len(t.raw_data) for t in onnx.load_from_string(graph).graph.initializer)
+    assert part.stat().st_size < len(graph) - 0.9 * floats
+    assert restore(part.read_bytes(), whole.read_bytes()) == graph
+    assert Manifest.read(place(exported)).storage == "shared"
+    pixels = np.random.default_rng(0).integers(0, 17, (7, 1, 8, 8), np.uint8)
+    wanted = Runtime(alone).predict(pixels).probabilities
+    given = Runtime(place(exported)).predict(pixels).probabilities  # alone, without the full one's
+    assert np.array_equal(given, wanted)
+
+
+def test_a_sub_model_beside_other_weights_is_refused(exported, tmp_path):
+    folder = edited(exported, tmp_path, slow_and_fast)
+    content = (folder / "model.onnx").read_bytes()
+    changed = bytearray(content)
+    changed[len(changed) // 2] ^= 1
+    (folder / "model.onnx").write_bytes(changed)
+    digest = hashlib.sha256(changed).hexdigest()
+    manifest = Manifest.read(folder)
+    files = {**manifest.files, "model.onnx": digest}
+    (folder / MANIFEST).write_text(replace(manifest, files=files).to_json())
+    with pytest.raises(ExportError, match="not the one that this sub-model shares"):
+        Runtime(place(folder))
 
 
 def test_a_sub_model_of_another_export_is_refused(exported, tmp_path):

@@ -19,7 +19,8 @@ SortedNet; Sparseland; TSCNC; CompactifAI; A-priori CP convolutions; Compacter; 
 Self-tuning networks; Deep GA; Principles of deep learning theory; Neural collapse; Wide and deep
 optimal classifiers; Robustness lottery; DeepPeep; CRNN; Interpretable EEG CNN; Real-time semantic
 stereo; UAV perception; CheckerPose; Spiking place recognition; MgNO; Lie-group equivariant
-networks; DFT density guess; NeuralGS; PIGEON/Hector; Symbolic synthesis (G-SSNN)
+networks; DFT density guess; NeuralGS; PIGEON/Hector; Symbolic synthesis (G-SSNN); OpenVINO;
+ExecuTorch; LiteRT
 """
 LISTED = [" ".join(name.split()) for name in SYSTEMS.split(";")]
 

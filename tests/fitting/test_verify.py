@@ -210,6 +210,6 @@ def test_a_recursive_export_is_measured_with_its_early_exit(monkeypatch):
 
 
 def test_onnx_is_a_target_and_an_unknown_one_is_refused():
-    assert {*targets()["onnx"].precisions} == {*ALL}
+    assert {*ALL} < {*targets()["onnx"].precisions}
     with pytest.raises(UsageError, match="no device format 'onx'; did you mean 'onnx'"):
         find_target("onx")

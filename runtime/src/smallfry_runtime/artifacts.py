@@ -2,6 +2,15 @@
 
 from collections.abc import Collection
 
+from smallfry_runtime.engines import engine_of, engines
+from smallfry_runtime.storage import SUFFIXES
+
+GRAPHS = tuple(
+    suffix + end
+    for name in engines()
+    for suffix in engine_of(name).SUFFIXES
+    for end in SUFFIXES.values()
+)
 RUN = "config.yaml"
 OF_A_RUN = frozenset({".lock", "last", "best", "metrics.csv"})
 PAIRS = (
@@ -20,4 +29,4 @@ def is_artifact(names: Collection[str]) -> bool:
         return True
     if any(pair <= found for pair in PAIRS):
         return True
-    return "manifest.json" in found and any(name.endswith(".onnx") for name in found)
+    return "manifest.json" in found and any(name.endswith(GRAPHS) for name in found)

@@ -13,27 +13,35 @@ from pathlib import Path
 from typing import Any
 
 from smallfry_runtime.early_exit import Point
+from smallfry_runtime.engines import STEMS, engines, graph_files
 from smallfry_runtime.errors import ExportError, UsageError
 from smallfry_runtime.files import has_valid_digest, open_regular, read_json, settled, with_digest
 from smallfry_runtime.frames import RESIZES, Frame, ImageSize, Resize, frame_of
 from smallfry_runtime.images import is_bit_depth
 from smallfry_runtime.stages import interrupted, obstacle
+from smallfry_runtime.storage import PLAIN, SHARED, base_of, restored, stored_names
+from smallfry_runtime.storage import SUFFIXES as STORAGES
 from smallfry_runtime.variants import FOLDER, FULL, Variant, read_variants
 from smallfry_runtime.version import __version__
 
 PLAIN_FORMAT = 3  # of cropped squares; 2 had no bit depth, and 1 no digest of the manifest
 CLASS_FORMAT = 4  # 3 had no rectangles, no ways of resizing, and one class an image
-FORMAT = 5  # 4 had classes alone for answers
-READ = (1, 2, PLAIN_FORMAT, CLASS_FORMAT, FORMAT)
+TASK_FORMAT = 5  # 4 had classes alone for answers
+FORMAT = 6  # 5 had ONNX alone, and graphs stored as they are
+READ = (1, 2, PLAIN_FORMAT, CLASS_FORMAT, TASK_FORMAT, FORMAT)
+ONNX = "onnx"
 CLASSES = "classification"  # the task of exports that answer with classes, one or several
 MANIFEST = "manifest.json"
-GRAPHS = {
-    "whole": ("model.onnx",),
-    "anytime": ("embed.onnx", "step.onnx", "read_out.onnx"),
-}
 PROGRAM = "model.pt2"
 QUANTIZATION, RANGES = "quantization.json", "quantization.png"
-FILES = {MANIFEST, PROGRAM, QUANTIZATION, RANGES, FOLDER, *GRAPHS["whole"], *GRAPHS["anytime"]}
+ALL_GRAPHS = {
+    name
+    for form in STEMS
+    for engine in engines()
+    for storage in STORAGES
+    for name in stored_names(graph_files(form, engine), storage)
+}
+FILES = {MANIFEST, PROGRAM, QUANTIZATION, RANGES, FOLDER, *ALL_GRAPHS}
 PRECISIONS = ("float32", "int8", "int8_dynamic", "own_bits")
 MOST_STEPS = 10_000
 MOST_GRAPH = 2**31  # bytes of a graph, which is the most that ONNX's own format can hold
@@ -65,6 +73,8 @@ class Manifest:
             classes; empty where it has one.
         resize: How pictures of another shape become such images; see ``Frame``.
         task: Name of the decoder of the outputs; ``classification`` for classes, one or several.
+        engine: Device format of the graphs, which is that of the engine that runs them.
+        storage: ``plain``, ``packed``, or ``shared``: as parts of the full model's graphs.
     """
 
     form: str
@@ -87,6 +97,13 @@ class Manifest:
     resize: Resize = "crop"
     thresholds: tuple[float, ...] = ()
     task: str = CLASSES
+    engine: str = ONNX
+    storage: str = PLAIN
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """Names of the files of the graphs."""
+        return stored_names(graph_files(self.form, self.engine), self.storage)
 
     @property
     def is_classifier(self) -> bool:
@@ -110,9 +127,13 @@ class Manifest:
             "submodels": [each._asdict() for each in self.submodels],
         }
         version = FORMAT
-        if self.is_classifier:
-            del content["task"]
-            version = PLAIN_FORMAT if self.frame.is_plain and not self.thresholds else CLASS_FORMAT
+        if (self.engine, self.storage) == (ONNX, PLAIN):
+            del content["engine"], content["storage"]
+            version = TASK_FORMAT
+            if self.is_classifier:
+                del content["task"]
+                plain = self.frame.is_plain and not self.thresholds
+                version = PLAIN_FORMAT if plain else CLASS_FORMAT
         head = {"format": version, "smallfry": __version__}
         return json.dumps(with_digest({**head, **content}), indent=2) + "\n"
 
@@ -181,7 +202,7 @@ def read_export(folder: Path) -> tuple[Manifest, dict[str, bytes]]:
 def _read_export(folder: Path) -> tuple[Manifest, dict[str, bytes]]:
     manifest = Manifest.read(folder)
     with ExitStack() as stack:
-        names = GRAPHS[manifest.form]
+        names = manifest.graphs
         try:  # all are opened before one is read: later, another export may be in their place
             streams = [
                 stack.enter_context(open_regular(folder / name, MOST_GRAPH)) for name in names
@@ -198,6 +219,25 @@ def _read_export(folder: Path) -> tuple[Manifest, dict[str, bytes]]:
                 "export the run again"
             )
     return manifest, dict(zip(names, contents, strict=True))
+
+
+def restored_graphs(
+    manifest: Manifest, contents: Mapping[str, bytes], folder: Path
+) -> dict[str, bytes]:
+    """Restore the graphs of an export that ``read_export`` has read, by their own names.
+
+    Raises:
+        ExportError: They are damaged, or parts of graphs that are not there.
+    """
+
+    def bases() -> dict[str, bytes]:
+        base = base_of(folder)
+        found, files = read_export(base)
+        if found.storage == SHARED:
+            raise ExportError(f"{base}: shares weights of another export itself")
+        return restored_graphs(found, files, base)
+
+    return restored(contents, manifest.storage, folder, bases)
 
 
 def _hint(folder: Path) -> str:
@@ -226,6 +266,8 @@ def _checked(content: Any, file: Path) -> Manifest:
             "resize": "crop",
             "thresholds": [],
             "task": CLASSES,
+            "engine": ONNX,
+            "storage": PLAIN,
             **content,
         }
         values = {entry.name: content[entry.name] for entry in fields(Manifest)}
@@ -251,7 +293,9 @@ def _problem(manifest: Manifest) -> str | None:
     texts = (*manifest.classes, *manifest.files, *manifest.files.values())
     steps = manifest.recursion_steps
     wrong = {
-        f"form {manifest.form!r}": manifest.form not in GRAPHS,
+        f"form {manifest.form!r}": manifest.form not in STEMS,
+        f"engine {manifest.engine!r}": manifest.engine not in engines(),
+        f"storage {manifest.storage!r}": manifest.storage not in STORAGES,
         f"precision {manifest.precision!r}": manifest.precision not in PRECISIONS,
         "classes": not manifest.classes or not all(isinstance(text, str) for text in texts),
         f"task {manifest.task!r}": not isinstance(manifest.task, str),
@@ -270,7 +314,8 @@ def _problem(manifest: Manifest) -> str | None:
         "training": not _is_mapping(manifest.training),
         "source": not _is_mapping(manifest.source),
     }
-    lacking = [name for name in GRAPHS.get(manifest.form, ()) if name not in manifest.files]
+    known = not any(wrong[each] for each in [*wrong][:4])
+    lacking = [name for name in manifest.graphs if name not in manifest.files] if known else []
     lacking += [
         name
         for each in manifest.submodels

@@ -109,12 +109,12 @@ def write_packed(original: bytes, runs: Sequence[Run], payloads: Sequence[bytes]
 
 def _unpack(data: bytes) -> bytes:
     size = int.from_bytes(data[HEAD - 4 : HEAD], "little")
-    content = parse_json(_inflated(data[HEAD : HEAD + size], MOST_TEXT))
+    content = parse_json(inflated(data[HEAD : HEAD + size], MOST_TEXT))
     total, runs = content["bytes"], [_run(each) for each in content["runs"]]
     if type(total) is not int or not 0 <= total <= MOST_RATIO * len(data):
         raise ValueError(f"an original of {total} bytes")
     position = HEAD + size + content["rest"]
-    rest = _inflated(data[HEAD + size : position], total)
+    rest = inflated(data[HEAD + size : position], total)
     original, used, end = bytearray(), 0, 0
     for run in runs:
         gap = run.offset - end
@@ -145,7 +145,7 @@ def _run(values: Any) -> Run:
     return Run(offset, Coded(coder, count, low, symbols, channels), length)
 
 
-def _inflated(data: bytes, most: int) -> bytes:
+def inflated(data: bytes, most: int) -> bytes:
     """Decompress at most so many bytes.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Inference with ONNX Runtime: no PyTorch, and bit-exact preprocessing.
+"""Inference of exports: no PyTorch, and bit-exact preprocessing.
 
 In the anytime form each image leaves the recursion once the model holds its answer for right, and
 what is left is packed into full batches for the next step.
@@ -8,24 +8,24 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 from PIL import Image
 
 from smallfry_runtime.decoders import decoder_of
 from smallfry_runtime.early_exit import NEVER, Trace, most_accurate, most_thrifty, require_threshold
+from smallfry_runtime.engines import STEMS, Session, engine_of
 from smallfry_runtime.errors import DataError, ExportError, UsageError
 from smallfry_runtime.images import Encoded, decode
 from smallfry_runtime.inputs import InputImage
-from smallfry_runtime.manifest import manifest_of, read_export
+from smallfry_runtime.manifest import Manifest, manifest_of, read_export, restored_graphs
 from smallfry_runtime.predictions import NOT_FINITE, Answer, Decoded, Outputs, answers, decoded
 from smallfry_runtime.variants import FULL, Variant, best_within
 
-NO_OTHER_FILES = "session.model_external_initializers_file_folder_path"
 Floats = NDArray[np.float32]
 Readable = Encoded | str | os.PathLike[str]
 
@@ -54,7 +54,7 @@ class Runtime:
     Args:
         export: The folder that ``smallfry export`` wrote.
         threads: CPU threads; default as many as there are cores.
-        providers: ONNX Runtime's execution providers, in order of preference.
+        providers: ONNX Runtime's execution providers, in order of preference; for ONNX alone.
 
     Raises:
         ExportError: Missing, damaged, of another version, or not to be run here.
@@ -70,18 +70,10 @@ class Runtime:
         self._arguments = (folder.absolute(), threads, tuple(providers))
         self._submodels: dict[str, Runtime] = {}  # those in use
         self.manifest, contents = read_export(folder)
-        self.file_bytes = sum(map(len, contents.values()))  # of the graphs
+        self.file_bytes = sum(map(len, contents.values()))  # of the graphs, as they are stored
         self.classes = self.manifest.classes
-        options = ort.SessionOptions()
-        options.log_severity_level = 4  # errors are raised, and told once
-        options.intra_op_num_threads = threads or _cores()
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # weights are in the graph; of a graph from bytes ONNX Runtime looks for others in "."
-        options.add_session_config_entry(NO_OTHER_FILES, os.devnull)
-        self._graphs = {
-            name.removesuffix(".onnx"): _session(content, folder / name, options, providers)
-            for name, content in contents.items()
-        }
+        graphs = restored_graphs(self.manifest, contents, folder)
+        self._graphs = _sessions(self.manifest, folder, graphs, threads or _cores(), providers)
         scale = [1 / (255 * std) for std in self.manifest.std]
         shift = [-m / s for m, s in zip(self.manifest.mean, self.manifest.std, strict=True)]
         self._scale = np.array(scale, np.float32).reshape(-1, 1, 1)
@@ -273,11 +265,11 @@ class Runtime:
         most = self.manifest.recursion_steps or 1
         for start in range(0, len(pixels), 64):
             batch = slice(start, start + 64)
-            states = self._call("embed", images=self.preprocess(pixels[batch]))
+            states = self._call("embed", [self.preprocess(pixels[batch])])
             said = []
             for _ in range(most):
                 states[1:] = self._batched("step", states, 64)
-                said.append(self._call("read_out", y=states[1]))
+                said.append(self._call("read_out", states[1:2]))
             _require_finite(*(output for outputs in said for output in outputs))
             right.append(np.stack([self._right(logits, labels[batch]) for logits, _ in said]))
             halting.append(np.stack([probability for _, probability in said]))
@@ -352,7 +344,7 @@ class Runtime:
         if self.manifest.form == "anytime":
             return self._recur(images, NEVER if threshold is None else threshold, batch_size)
         parts = [
-            self._call("model", images=images[start : start + batch_size])
+            self._call("model", [images[start : start + batch_size]])
             for start in range(0, len(images), batch_size)
         ]
         logits, *halting = (np.concatenate(part) for part in zip(*parts, strict=True))
@@ -384,21 +376,18 @@ class Runtime:
         return Computed(logits, halting, steps)
 
     def _batched(self, graph: str, inputs: list[Floats], batch_size: int) -> list[Floats]:
-        names = [entry.name for entry in self._graphs[graph].get_inputs()]
         parts = [
-            self._call(
-                graph, **{n: i[at : at + batch_size] for n, i in zip(names, inputs, strict=True)}
-            )
+            self._call(graph, [each[at : at + batch_size] for each in inputs])
             for at in range(0, len(inputs[0]), batch_size)
         ]
         return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
-    def _call(self, graph: str, **inputs: Floats) -> list[Floats]:
+    def _call(self, graph: str, inputs: list[Floats]) -> list[Floats]:
         try:
-            outputs: list[Floats] = self._graphs[graph].run(None, inputs)
+            outputs: list[Floats] = self._graphs[graph].run(inputs)
         except MemoryError:
             raise
-        except Exception as error:  # ONNX Runtime raises its own kinds, without a common parent
+        except Exception as error:  # engines raise their own kinds, without a common parent
             reason = " ".join(str(error).split())[:200]
             raise self._unlike_manifest(graph, reason) from error
         classes, steps = len(self.classes), self.manifest.recursion_steps
@@ -407,7 +396,7 @@ class Runtime:
             whole: list[tuple[int, ...]]
             whole = [(classes,)] if steps is None else [(steps, classes), (steps,)]
             expected = {"model": whole, "read_out": [(classes,), ()]}.get(graph, [])
-        count = len(next(iter(inputs.values())))
+        count = len(inputs[0])
         found = [np.shape(output) for output in outputs]
         if any(shape[:1] != (count,) for shape in found) or (
             expected and [shape[1:] for shape in found] != expected
@@ -444,17 +433,38 @@ def softmax(logits: Floats) -> Floats:
     return result
 
 
-def _session(
-    content: bytes, file: Path, options: Any, providers: Sequence[str]
-) -> ort.InferenceSession:
+def _sessions(
+    manifest: Manifest,
+    folder: Path,
+    contents: Mapping[str, bytes],
+    threads: int,
+    providers: Sequence[str],
+) -> dict[str, Session]:
+    """Start the graphs of an export by name."""
+    engine, found = engine_of(manifest.engine), {}
+    for stem in STEMS[manifest.form]:
+        files = [stem + suffix for suffix in engine.SUFFIXES]
+        try:
+            found[stem] = engine.start([contents[name] for name in files], threads, providers)
+        except ModuleNotFoundError as error:
+            raise ExportError(
+                f"{folder}: an export for {engine.TITLE}, which is not installed ({error}): pip "
+                f"install {engine.PACKAGE}"
+            ) from error
+        except Exception as error:  # engines raise their own kinds, without a common parent
+            reason = " ".join(str(error).split())[:200]
+            raise ExportError(
+                f"{folder / files[0]}: {engine.TITLE} {_version(engine.PACKAGE)} can't run it "
+                f"({reason}); install a newer {engine.PACKAGE}, or export the run again"
+            ) from error
+    return found
+
+
+def _version(package: str) -> str:
     try:
-        return ort.InferenceSession(content, options, providers=list(providers))
-    except Exception as error:  # ONNX Runtime raises its own kinds, without a common parent
-        reason = " ".join(str(error).split())[:200]
-        raise ExportError(
-            f"{file}: ONNX Runtime {ort.__version__} can't run it ({reason}); install a newer "
-            f"onnxruntime, or export the run again"
-        ) from error
+        return version(package)
+    except PackageNotFoundError:  # in another distribution, as of a processor
+        return ""
 
 
 def _cores() -> int:

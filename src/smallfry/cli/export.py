@@ -1,4 +1,4 @@
-"""Export a trained model for ONNX Runtime."""
+"""Export a trained model to a device format."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,14 +11,16 @@ from smallfry.io.terminal import command, say
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Licensed, OneRun):
-    """Export a trained model for ONNX Runtime, to run without PyTorch.
+    """Export a trained model to a device format, by default for ONNX Runtime.
 
     Args:
-        to: Folder of the export; default exports/RUN-PRECISION.
+        to: Folder of the export; default exports/RUN-PRECISION, and -TARGET if not onnx.
+        target: Device format: onnx, openvino, executorch or litert.
         form: One graph, or three for early exit from the recursion; default anytime for a model of
             several recursion steps.
         precision: int8 uses activation ranges of training images, int8_dynamic computes them for
             each batch; own_bits keeps the codes and ranges of a model that is quantised already.
+        pack: Store the graphs packed, in fewer bytes; the runtime unpacks them when it starts.
         torch_program: Also write model.pt2 for torch.export.
         submodels: Sub-models of a nested run to export beside the full one, for predict with
             --budget_ms; the best by accuracy and latency.
@@ -26,8 +28,10 @@ class Options(Licensed, OneRun):
     """
 
     to: Path | None = option(metavar="DIR")
+    target: str = "onnx"
     form: Literal["whole", "anytime"] | None = None
     precision: Literal["float32", "int8", "int8_dynamic", "own_bits"] = "float32"
+    pack: bool = False
     torch_program: bool = False
     submodels: int = 0
     data: OtherData = field(default_factory=OtherData)
@@ -35,10 +39,12 @@ class Options(Licensed, OneRun):
 
 def run(options: Options) -> int:
     """Export, and print the folder and its size."""
-    from smallfry.deploy.export import export
+    from smallfry.deploy.export import export, export_bytes
 
     precision = options.precision
-    folder = options.to or Path("exports") / f"{Path(options.run).resolve().name}-{precision}"
+    name = f"{Path(options.run).resolve().name}-{precision}"
+    name += "" if options.target == "onnx" else f"-{options.target}"
+    folder = options.to or Path("exports") / name
     export(
         options.run,
         folder,
@@ -50,12 +56,13 @@ def run(options: Options) -> int:
         options.data.name,
         options.data.root,
         options.submodels,
+        options.target,
+        options.pack,
     )
-    size = sum(file.stat().st_size for file in folder.rglob("*.onnx"))
     if precision not in ("float32", "own_bits"):
         from smallfry.deploy.quantization_report import print_report
 
         print_report(folder)
-    say(f"export: {folder} ({size / 1e6:,.2f} MB)")
+    say(f"export: {folder} ({export_bytes(folder) / 1e6:,.2f} MB)")
     say(f"use it: {command('smallfry', 'predict', folder)} IMAGE…")
     return 0

@@ -32,6 +32,7 @@ from smallfry.deploy.latency import Latency, take_turns
 from smallfry.deploy.memory import Memory, measure_memory
 from smallfry.deploy.pretrained import load_trained
 from smallfry.deploy.run_metadata import without_paths
+from smallfry.deploy.targets import find_target, is_installed, require_installed, targets
 from smallfry.errors import RunError, SmallfryError, UsageError
 from smallfry.tasks import Task
 from smallfry.tasks.multilabel import MultiLabel
@@ -46,7 +47,7 @@ from smallfry.training.run import (
     require_classes,
     thresholds_of,
 )
-from smallfry_runtime.manifest import Manifest, is_export
+from smallfry_runtime.manifest import ONNX, Manifest, is_export
 from smallfry_runtime.predictions import NOT_FINITE
 
 log = logging.getLogger(__name__)
@@ -259,6 +260,7 @@ def _field(
     data: tuple[str | None, Path | None],
 ) -> tuple[list[Entry], list[Skipped]]:
     entries, left_out = [], []
+    formats = _formats(config)
     for number, (subject, own) in enumerate(zip(subjects, images, strict=True)):
         pixels = own.pixels if own is not None else _noise(subject.trained)
         if subject.is_export:
@@ -273,6 +275,7 @@ def _field(
                 (*config.batch_sizes, EVALUATED),
                 config.threads,
                 data,
+                formats,
             )
         for one in found:
             if isinstance(one, Skipped):
@@ -293,6 +296,19 @@ def _field(
             else:
                 entries.append(Entry(one, None, entries[0].pixels if entries else _noise(first)))
     return entries, left_out
+
+
+def _formats(config: BenchmarkConfig) -> tuple[str, ...]:
+    """Return the device formats besides ONNX, those of the settings or all that are installed.
+
+    Raises:
+        UsageError: A named one is unknown or not installed.
+    """
+    if config.targets is None:
+        return tuple(n for n, t in sorted(targets().items()) if n != ONNX and is_installed(t))
+    for name in config.targets:
+        require_installed(find_target(name))
+    return tuple(name for name in config.targets if name != ONNX)
 
 
 def _measured(field: Sequence[Entry], config: BenchmarkConfig) -> list[Figures]:

@@ -20,6 +20,8 @@ class BenchmarkConfig:
         seconds: Minimum measured seconds of each model at each batch size.
         forms: Forms of a run: eager and compiled (PyTorch), float32, int8 and int8_dynamic (ONNX
             Runtime), exit (early exit).
+        targets: Device formats of a run besides ONNX, in float32 and int8; default all that are
+            installed.
         peers: Also benchmark untrained ViT, ResNet-18 and CCT on the same images.
         checkpoint: Weights of a run's best epoch or last step.
     """
@@ -28,6 +30,7 @@ class BenchmarkConfig:
     threads: int = 1
     seconds: float = 2.0
     forms: tuple[str, ...] = FORMS
+    targets: tuple[str, ...] | None = None
     peers: bool = False
     checkpoint: Literal["best", "last"] = "best"
 

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,27 +33,30 @@ from smallfry.deploy.memory import MODEL, WEIGHTS
 from smallfry.deploy.pretrained import gather
 from smallfry.deploy.quantize import quantize
 from smallfry.deploy.run_metadata import weights_digest
+from smallfry.deploy.targets import find_target
 from smallfry.errors import ExportError, SmallfryError
 from smallfry.models import Recursive
 from smallfry.training.run import TrainedModel, thresholds_of
 from smallfry_runtime.early_exit import most_thrifty
+from smallfry_runtime.engines import graph_files
 from smallfry_runtime.frames import ImageSize, Resize, frame_of
-from smallfry_runtime.manifest import GRAPHS, MANIFEST, Manifest
+from smallfry_runtime.manifest import MANIFEST, ONNX, Manifest
 from smallfry_runtime.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
 PEERS = ("paper_vit_small_patch4_32", "resnet18_cifar", "cct_7_3x1_32")
 PRECISIONS = {
-    "float32": "ONNX float32",
-    "int8": "ONNX int8",
-    "int8_dynamic": "ONNX int8 dynamic",
-    "own_bits": "ONNX, own bits",
+    "float32": "float32",
+    "int8": "int8",
+    "int8_dynamic": "int8 dynamic",
+    "own_bits": "own bits",
 }
 DROPS = (0.0, 0.003)  # shares of accuracy that early exit may cost on the calibration images
 PEER_PRECISIONS = ("float32", "int8")
 NOISE = 32  # images that peers are quantized on
 EXIT_PRECISIONS = ("float32", "int8")  # of a run's early exit
+OTHER_PRECISIONS = ("float32", "int8")  # of formats other than ONNX
 
 Pixels = NDArray[np.uint8]  # (images, channels, height, width)
 
@@ -105,8 +109,9 @@ def of_run(
     batch_sizes: tuple[int, ...],
     threads: int,
     data: tuple[str | None, Path | None] = (None, None),
+    formats: tuple[str, ...] = (),
 ) -> Iterator[Contestant | Skipped]:
-    """Build the contestants of a run in PyTorch and, exported into a folder, in ONNX Runtime.
+    """Build the contestants of a run in PyTorch and, exported into a folder, in device formats.
 
     Args:
         run: See ``export``.
@@ -116,6 +121,7 @@ def of_run(
         batch_sizes: That the compiled model is compiled for.
         threads: CPU threads of ONNX Runtime; PyTorch's are those of the process.
         data: Name and folder of other data to calibrate with than the run's.
+        formats: Device formats besides ONNX, of a recursive model in parts.
     """
     name = Path(run).resolve().name
     trained, facts, _ = gather(run, checkpoint)
@@ -142,6 +148,13 @@ def of_run(
         for precision in precisions:
             at = folder / f"whole-{precision}"
             yield from _exported(name, whole, at, precision, threads)
+    wanted = [p for p in OTHER_PRECISIONS if p in forms]
+    if wanted and formats:
+        default = trace(run, None, checkpoint, *data)
+        for target, precision in product(formats, wanted):
+            at = folder / f"{target}-{precision}"
+            found = _exported(name, default, at, precision, threads, target=target)
+            yield from (c for c in found if "exit" in forms or not _leaves_early(c))
     if "exit" not in forms:
         return
     if not isinstance(trained.model, Recursive) or trained.model.recursion_steps < 2:
@@ -157,7 +170,7 @@ def of_export(export: Path, threads: int, name: str | None = None) -> Iterator[C
     """Build the contestant of an export, and of its early exit if calibrated."""
     runtime = Runtime(export, threads)
     manifest = runtime.manifest
-    form = PRECISIONS[manifest.precision]
+    form = words = form_of(manifest.engine, manifest.precision)
     if manifest.form == "anytime":
         form += ", in parts"
     whole = Contestant(
@@ -176,8 +189,7 @@ def of_export(export: Path, threads: int, name: str | None = None) -> Iterator[C
         drops.setdefault(most_thrifty(manifest.exits, drop).threshold, []).append(drop)
     for threshold, same in drops.items():
         yield whole._replace(
-            form=f"{PRECISIONS[manifest.precision]}, exit at drop "
-            + ", ".join(f"{drop:g}" for drop in same),
+            form=f"{words}, exit at drop " + ", ".join(f"{drop:g}" for drop in same),
             answer=partial(_ask_runtime, runtime, threshold),
             is_reference=False,
             leaves_early=True,
@@ -204,7 +216,7 @@ def peers(
         try:
             graph, parameters = _traced_peer(name, wanted)
         except Exception as error:  # timm's models refuse sizes each in its own way
-            yield Skipped(name, PRECISIONS["float32"], _first_line(error))
+            yield Skipped(name, form_of(ONNX, "float32"), _first_line(error))
             continue
         for precision in precisions:
             try:
@@ -212,7 +224,7 @@ def peers(
                 if precision != "float32":
                     graphs = quantize(graphs, precision, noise)
             except ExportError as error:
-                yield Skipped(name, PRECISIONS[precision], str(error))
+                yield Skipped(name, form_of(ONNX, precision), str(error))
                 continue
             at = folder / f"{name}-{precision}"
             _write_peer(at, name, precision, wanted, graphs["model"], parameters)
@@ -227,19 +239,30 @@ def _exported(
     precision: str,
     threads: int,
     exits_only: bool = False,
+    target: str = ONNX,
 ) -> Iterator[Contestant | Skipped]:
-    log.info("exporting %s, %s, %s", name, traced.form, precision)
+    log.info("exporting %s, %s, %s, %s", name, target, traced.form, precision)
     try:
-        assemble(traced, folder, precision)
+        assemble(traced, folder, precision, target=target)
         calibrate(traced, folder)
     except SmallfryError as error:
-        yield Skipped(name, PRECISIONS[precision], str(error))
+        yield Skipped(name, form_of(target, precision), str(error))
         return
     found = list(of_export(folder, threads, name))
     if exits_only and len(found) == 1:
-        form = f"{PRECISIONS[precision]}, early exit"
+        form = f"{form_of(target, precision)}, early exit"
         yield Skipped(name, form, "no labelled validation images for calibration")
     yield from found[1:] if exits_only else found
+
+
+def form_of(target: str, precision: str) -> str:
+    """Return the words for a device format and a precision, such as ONNX int8."""
+    separator = ", " if precision == "own_bits" else " "
+    return f"{find_target(target).title}{separator}{PRECISIONS[precision]}"
+
+
+def _leaves_early(who: Contestant | Skipped) -> bool:
+    return isinstance(who, Contestant) and who.leaves_early
 
 
 def _ask_runtime(runtime: Runtime, threshold: float | None, pixels: Pixels) -> Predictions:
@@ -288,7 +311,7 @@ def _traced_peer(name: str, wanted: Input) -> tuple[bytes, int]:
 def _write_peer(
     folder: Path, name: str, precision: str, wanted: Input, graph: bytes, parameters: int
 ) -> None:
-    file = GRAPHS["whole"][0]
+    (file,) = graph_files("whole")
     manifest = Manifest(
         form="whole",
         precision=precision,

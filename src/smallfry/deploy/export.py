@@ -1,7 +1,8 @@
-"""Export of a run to a self-contained folder for ONNX Runtime.
+"""Export of a run to a self-contained folder, in a device format.
 
     model.onnx                            the whole model (form "whole"), or
-    embed.onnx  step.onnx  read_out.onnx  its parts (form "anytime"), for images to leave early
+    embed.onnx  step.onnx  read_out.onnx  its parts (form "anytime"), for images to leave early;
+                                          in other formats with other endings
     model.pt2                             the whole model for torch.export.load, if asked for
     manifest.json                         classes, preprocessing, exits, figures, hashes
     quantization.json  quantization.png   what eight bits cost, of an export in eight bits
@@ -16,8 +17,8 @@ import io
 import logging
 import warnings
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -28,30 +29,43 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from smallfry.data import ImageData
+from smallfry.deploy.agreement import require_agreement
 from smallfry.deploy.few_bits import few_bits_graph
 from smallfry.deploy.graphs import Graph, anytime_graphs, exported_program, to_onnx, whole_graph
-from smallfry.deploy.onnx_metadata import metadata_of, with_metadata
+from smallfry.deploy.onnx_metadata import metadata_of
 from smallfry.deploy.pretrained import gather, load_trained
 from smallfry.deploy.quantization_report import write_report
-from smallfry.deploy.quantize import quantize
 from smallfry.deploy.run_metadata import weights_digest
+from smallfry.deploy.storing import packed_graphs, shared_graphs
 from smallfry.deploy.submodels import Row, add_submodels
+from smallfry.deploy.targets import Source, find_target, require_installed
 from smallfry.errors import ExportError, SmallfryError, SmallfryWarning, UsageError
 from smallfry.io.replace import replacing
 from smallfry.layers.quantized import QuantizedWeight
 from smallfry.models import Recursive
-from smallfry.training.evaluation import forward
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.run import TrainedModel, thresholds_of
 from smallfry.transforms.adapters import merge_adapters
 from smallfry.transforms.nested import nest_of
 from smallfry_runtime.early_exit import operating_points, pareto_front, warn_of_few
-from smallfry_runtime.manifest import CLASSES, MANIFEST, PRECISIONS, PROGRAM, Manifest, require_free
+from smallfry_runtime.manifest import (
+    CLASSES,
+    MANIFEST,
+    ONNX,
+    PRECISIONS,
+    PROGRAM,
+    Manifest,
+    manifest_of,
+    read_export,
+    require_free,
+    restored_graphs,
+)
 from smallfry_runtime.runtime import Runtime
+from smallfry_runtime.storage import PACKED, PLAIN, SHARED, base_of
+from smallfry_runtime.variants import FULL
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = 1e-4  # between PyTorch's and ONNX Runtime's probabilities
 TRACED_BATCH = 2  # any size but 1, which tracers take for a broadcast
 CALIBRATION_IMAGES = 256
 FEW_FOR_RANGES = 32  # images, with fewer of which a static range is hardly known
@@ -68,6 +82,8 @@ def export(
     data: str | None = None,
     data_root: Path | None = None,
     submodels: int = 0,
+    target: str = ONNX,
+    pack: bool = False,
 ) -> Path:
     """Export a run's model, replacing an existing export.
 
@@ -83,6 +99,8 @@ def export(
         data: Other data than the run's to calibrate with: a name or a folder.
         data_root: Folder of a named data set.
         submodels: Sub-models of a nested run to export beside the full one, at most.
+        target: Device format: ``onnx``, ``openvino``, ``executorch`` or ``litert``.
+        pack: Store the graphs packed; the runtime unpacks them when it reads the export.
 
     Returns:
         The folder.
@@ -94,8 +112,7 @@ def export(
         RunError: The run can't be read.
     """
     folder = Path(folder)
-    if precision not in PRECISIONS:
-        raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, not '{precision}'")
+    _require_precision(precision, target)
     needed = precision == "int8"
     try:
         with replacing(folder, lambda: require_free(folder)) as new:
@@ -104,19 +121,20 @@ def export(
                 given = run if isinstance(run, TrainedModel) else load_trained(run, checkpoint)
                 nest_of(given.model)
             traced = trace(run, form, checkpoint, data, data_root, needed, own_bits)
-            assemble(traced, new, precision, license, torch_program)
+            storage = PACKED if pack else PLAIN
+            assemble(traced, new, precision, license, torch_program, target, storage)
             calibrate(traced, new)
             if precision not in ("float32", "own_bits"):
-                _report(traced, new, precision)
+                _report(traced, new, precision, target)
             if submodels:
-                _add_submodels(traced, new, precision, license, submodels)
+                _add_submodels(traced, new, precision, license, submodels, target)
     except OSError as error:
         raise ExportError(f"{folder}: the export could not be written ({error})") from error
     return folder
 
 
 class Traced(NamedTuple):
-    """Graphs of a model, in float32 or with its own bits, the source of exports."""
+    """ONNX graphs of a model, in float32 or with its own bits, the source of exports."""
 
     trained: TrainedModel
     facts: dict[str, Any]  # what is known of it
@@ -172,35 +190,50 @@ def assemble(
     precision: str = "float32",
     license: str | None = None,
     torch_program: bool = False,
+    target: str = ONNX,
+    storage: str = PLAIN,
 ) -> None:
-    """Write an export, without early exit, into the caller's folder; raises as ``export``."""
-    trained, graphs = traced.trained, traced.graphs
+    """Write an export, without early exit, into the caller's folder; raises as ``export``.
+
+    With the storage ``shared``, the folder is that of a sub-model in the full model's export.
+    """
+    trained = traced.trained
     files: dict[str, bytes] = {}
     if torch_program:
         log.info("tracing model.pt2")
         files[PROGRAM] = _saved(exported_program(whole_graph(trained.model, _images(trained))))
-    if precision not in ("float32", "own_bits"):
-        log.info("quantizing")
-        images = calibration_images(traced)
-        if precision == "int8" and 0 < len(images) < FEW_FOR_RANGES:
-            warnings.warn(
-                f"int8 ranges were measured on only {len(images)} images, and others may exceed "
-                f"them: calibrate with {FEW_FOR_RANGES} or more (--data), or use int8_dynamic, "
-                f"which needs none",
-                SmallfryWarning,
-                stacklevel=3,
-            )
-        graphs = quantize(graphs, precision, images, _steps(trained.model))
-    metadata = metadata_of(trained)
-    files |= {f"{name}.onnx": with_metadata(graph, metadata) for name, graph in graphs.items()}
-    manifest = _manifest(trained, traced.facts, traced.form, precision, license, files)
+    images = calibration_images(traced) if precision == "int8" else _no_images(trained)
+    if 0 < len(images) < FEW_FOR_RANGES:
+        warnings.warn(
+            f"int8 ranges were measured on only {len(images)} images, and others may exceed "
+            f"them: calibrate with {FEW_FOR_RANGES} or more (--data), or use int8_dynamic, "
+            f"which needs none",
+            SmallfryWarning,
+            stacklevel=3,
+        )
+    log.info("converting to %s, %s", target, precision)
+    modules = _graphs(trained, traced.form)
+    steps = _steps(trained.model)
+    source = Source(traced.graphs, modules, images, steps, metadata_of(trained))
+    files |= _stored(find_target(target).convert(source, precision), storage, folder)
+    manifest = _manifest(traced, precision, license, files, target, storage)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (folder / name).write_bytes(content)
     (folder / MANIFEST).write_text(manifest.to_json())
     runtime = Runtime(folder)
     if precision == "float32":
-        _require_agreement(trained, runtime)
+        require_agreement(trained, runtime)
+
+
+def _stored(files: dict[str, bytes], storage: str, folder: Path) -> dict[str, bytes]:
+    if storage == PLAIN:
+        return files
+    log.info("storing graphs, %s", storage)
+    if storage == PACKED:
+        return packed_graphs(files)
+    base = base_of(folder)
+    return shared_graphs(files, restored_graphs(*read_export(base), base))
 
 
 def calibrate(traced: Traced, folder: Path) -> None:
@@ -222,19 +255,75 @@ def calibrate(traced: Traced, folder: Path) -> None:
     (folder / MANIFEST).write_text(manifest.to_json())
 
 
+def export_bytes(folder: Path) -> int:
+    """Sum the bytes of an export's graphs, those of its sub-models too."""
+    manifest = Manifest.read(folder)
+    nested = [(folder / manifest_of(v)).parent for v in manifest.submodels if v.place != FULL]
+    places = [folder, *nested]
+    return sum((at / name).stat().st_size for at in places for name in Manifest.read(at).graphs)
+
+
 def calibration_images(traced: Traced) -> NDArray[np.float32]:
     """Return training images spread over the split, as graph inputs; none without data."""
     trained, data = traced.trained, traced.data
     if data is None:
-        return np.empty((0, *trained.input_shape), np.float32)
+        return _no_images(trained)
     count = min(CALIBRATION_IMAGES, len(data.train))
     positions = torch.linspace(0, len(data.train) - 1, count).long()
     images: NDArray[np.float32] = trained.normalize(data.train.take(positions).images).numpy()
     return images
 
 
+def _no_images(trained: TrainedModel) -> NDArray[np.float32]:
+    return np.empty((0, *trained.input_shape), np.float32)
+
+
+def _require_precision(precision: str, target: str) -> None:
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, not '{precision}'")
+    format_ = find_target(target)
+    if precision not in format_.precisions:
+        known = ", ".join(format_.precisions)
+        raise UsageError(f"target {target} has the precisions {known}, not {precision}")
+    require_installed(format_)
+
+
+def export_precisions(
+    trained: TrainedModel,
+    facts: dict[str, Any],
+    folders: Mapping[str, Path],
+    data: ImageData,
+    target: str = ONNX,
+) -> None:
+    """Export a model in several precisions, with early exit calibrated on validation images.
+
+    Args:
+        trained: The model.
+        facts: Its metadata, as ``deploy.pretrained.gather`` returns it.
+        folders: Folder of each export by precision; it replaces an earlier one.
+        data: Images in the form that the model takes; ranges are of training images.
+        target: Device format.
+
+    Raises:
+        ExportError: It can't be exported.
+    """
+    form = _form(trained.model, None)
+    graphs: dict[bool, dict[str, bytes]] = {}  # by whether they hold the model's own bits
+    for precision, folder in folders.items():
+        own = precision == "own_bits"
+        if own not in graphs:
+            graphs[own] = trace_graphs(trained, form, own_bits=own)
+        traced = Traced(trained, facts, form, graphs[own], data)
+        try:
+            with replacing(folder, partial(require_free, folder)) as new:
+                assemble(traced, new, precision, target=target)
+                calibrate(traced, new)
+        except OSError as error:
+            raise ExportError(f"{folder}: the export could not be written ({error})") from error
+
+
 def _add_submodels(
-    traced: Traced, folder: Path, precision: str, license: str | None, most: int
+    traced: Traced, folder: Path, precision: str, license: str | None, most: int, target: str
 ) -> None:
     """Write exports of sub-models into an export."""
     data = traced.data
@@ -244,7 +333,8 @@ def _add_submodels(
         form = traced.form if _steps(small.model) > 1 else "whole"
         graphs = trace_graphs(small, form, precision == "own_bits")
         part = Traced(small, facts, form, graphs, data)
-        assemble(part, place, precision, license)
+        storage = SHARED if form == traced.form else PLAIN
+        assemble(part, place, precision, license, target=target, storage=storage)
         calibrate(part, place)
 
     split = data.validation if data is not None and traced.is_labelled else None
@@ -266,10 +356,10 @@ def _require_own_bits(model: nn.Module, form: str) -> None:
         )
 
 
-def _report(traced: Traced, folder: Path, precision: str) -> None:
+def _report(traced: Traced, folder: Path, precision: str, target: str) -> None:
     """Report the loss of an export's precision against float32."""
     with TemporaryDirectory() as place:
-        assemble(traced, Path(place))
+        assemble(traced, Path(place), target=target)
         write_report(
             folder,
             Path(place),
@@ -341,16 +431,17 @@ def _images(trained: TrainedModel) -> Tensor:
 
 
 def _manifest(
-    trained: TrainedModel,
-    facts: Mapping[str, Any],
-    form: str,
+    traced: Traced,
     precision: str,
     license: str | None,
     files: Mapping[str, bytes],
+    target: str,
+    storage: str,
 ) -> Manifest:
+    trained, facts = traced.trained, traced.facts
     sample = trained.manifest["input"]
     return Manifest(
-        form=form,
+        form=traced.form,
         precision=precision,
         model={
             "name": trained.manifest["model"]["name"],
@@ -371,49 +462,9 @@ def _manifest(
         license=license,
         source={"weights": weights_digest(trained.model)},
         files={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        engine=target,
+        storage=storage,
     )
-
-
-def _require_agreement(trained: TrainedModel, runtime: Runtime) -> None:
-    """Compare with PyTorch on random images, at batch sizes that were not traced.
-
-    Classes are compared by their probabilities, other outputs relative to the largest of them. A
-    recursion may amplify rounding; then the graphs may differ as far as float32 does from float64.
-    """
-    values = len(trained.classes) if _holds_symbols(trained) else 256
-    shape = (8, *trained.input_shape)
-    pixels = np.random.default_rng(0).integers(0, values, shape, np.uint8)
-    with torch.inference_mode():
-        logits = forward(trained.model, trained.normalize(torch.from_numpy(pixels)))[0]
-    wanted = (logits.softmax(dim=1) if thresholds_of(trained) is None else logits.sigmoid()).numpy()
-    if not trained.is_classifier:
-        wanted = logits.numpy()
-    scale = 1.0 if trained.is_classifier else max(1.0, float(np.abs(wanted).max()))
-    for count in (1, len(pixels)):
-        if trained.is_classifier:
-            given = runtime.predict(pixels[:count]).probabilities
-        else:
-            given = runtime.compute(pixels[:count]).logits
-        distance = float(np.abs(given - wanted[:count]).max()) / scale
-        if not distance <= TOLERANCE and not distance <= 4 * _rounding(trained, pixels) / scale:
-            raise ExportError(
-                f"the exported graphs differ from the model by {distance:.1e} in probability, "
-                f"where {TOLERANCE:.0e} is allowed: please report this model"
-            )
-
-
-@torch.inference_mode()
-def _rounding(trained: TrainedModel, pixels: NDArray[np.uint8]) -> float:
-    """Compute the largest change of the logits by float64, which bounds that of probabilities."""
-    images = trained.normalize(torch.from_numpy(pixels))
-    exact = forward(deepcopy(trained.model).double(), images.double())[0]
-    return float((forward(trained.model, images)[0] - exact).abs().max())
-
-
-def _holds_symbols(trained: TrainedModel) -> bool:
-    """Return whether pixels are numbers of symbols, which become inputs as they are."""
-    sample = trained.manifest["input"]
-    return list(sample["mean"]) == [0.0] and list(sample["std"]) == [1 / 255]
 
 
 def _saved(program: torch.export.ExportedProgram) -> bytes:

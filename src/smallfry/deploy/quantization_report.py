@@ -30,7 +30,7 @@ from smallfry.training.config import MULTILABEL
 from smallfry.training.evaluation import Predictions, score, task_of
 from smallfry.training.provenance import provenance
 from smallfry_runtime.decoders import decoder_of, has_decoder
-from smallfry_runtime.manifest import GRAPHS, QUANTIZATION, RANGES, Manifest
+from smallfry_runtime.manifest import QUANTIZATION, RANGES, Manifest
 from smallfry_runtime.runtime import Runtime, sigmoid
 
 REPORT, PICTURE = QUANTIZATION, RANGES
@@ -192,5 +192,4 @@ def print_report(export: Path) -> None:
 
 def graph_bytes(export: Path) -> int:
     """Sum the bytes of an export's graphs."""
-    form = Manifest.read(export).form
-    return sum((export / name).stat().st_size for name in GRAPHS[form])
+    return sum((export / name).stat().st_size for name in Manifest.read(export).graphs)

@@ -32,7 +32,7 @@ from onnxruntime.quantization import (
 
 from smallfry.errors import ExportError
 
-__all__ = ["CallRange", "compact", "measured_ranges", "quantize"]
+__all__ = ["CallRange", "compact", "graph_inputs", "measured_ranges", "quantize", "with_precision"]
 
 PRODUCTS = ["MatMul", "Gemm", "Conv"]  # where the arithmetic is; the rest stays in float32
 DYNAMIC_PRODUCTS = ["MatMul", "Gemm"]  # a dynamic convolution runs slower than a float32 one
@@ -70,8 +70,20 @@ def quantize(
         return {name: _quantize(name, graph, None) for name, graph in graphs.items()}
     if len(images) == 0:
         raise ExportError("static int8 needs images to measure activation ranges")
-    inputs = _inputs(graphs, images, recursion_steps)
+    inputs = graph_inputs(graphs, images, recursion_steps)
     return {name: _quantize(name, graph, inputs[name]) for name, graph in graphs.items()}
+
+
+def with_precision(
+    graphs: Mapping[str, bytes], precision: str, images: Floats, recursion_steps: int = 1
+) -> dict[str, bytes]:
+    """Quantize graphs to ``int8`` or ``int8_dynamic``, and leave them as they are for others.
+
+    Arguments and errors are those of ``quantize``.
+    """
+    if precision in ("float32", "own_bits"):
+        return dict(graphs)
+    return quantize(graphs, precision, images, recursion_steps)
 
 
 def measured_ranges(
@@ -89,7 +101,7 @@ def measured_ranges(
         execution.
     """
     found = {}
-    for name, batches in _inputs(graphs, images, recursion_steps).items():
+    for name, batches in graph_inputs(graphs, images, recursion_steps).items():
         model, weights = _with_ranges(graphs[name])
         if not weights:  # a graph that multiplies nothing
             continue
@@ -141,10 +153,19 @@ def _called(weights: list[str], said: NDArray[np.floating[Any]]) -> list[CallRan
     return found
 
 
-def _inputs(
+def graph_inputs(
     graphs: Mapping[str, bytes], images: Floats, recursion_steps: int
 ) -> dict[str, list[dict[str, Floats]]]:
-    """Collect the input of each graph as the images pass through all of them."""
+    """Collect the inputs of each graph, by name, as the images pass through all of them.
+
+    Args:
+        graphs: See ``quantize``.
+        images: (images, channels, height, width), normalised.
+        recursion_steps: Number of applications of ``step``.
+
+    Returns:
+        For each graph the inputs of each batch, in the graph's order.
+    """
     first = next(iter(graphs))
     batches = [
         {"images": images[start : start + CALIBRATION_BATCH]}

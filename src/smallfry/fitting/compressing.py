@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from smallfry.data import ImageData
+from smallfry.deploy.export import export_precisions
 from smallfry.deploy.pretrained import gather
 from smallfry.deploy.targets import Target, find_target
 from smallfry.errors import SmallfryError, Stopped
@@ -19,6 +20,7 @@ from smallfry.io.json_lines import JsonLines
 from smallfry.search import RUNG, Trial
 from smallfry.search.evaluation import train_run
 from smallfry.training.progress import Reporter
+from smallfry_runtime.runtime import Runtime
 
 FINALISTS = 2
 
@@ -118,8 +120,7 @@ class Exports:
         }
         try:
             folder = self._export(name, finalist, variant, seconds, report)
-            answering = self.target.load(folder, threads=1)
-            found = measure(answering, self.space.data, self.space.config.budget)
+            found = measure(Runtime(folder, threads=1), self.space.data, self.space.config.budget)
             facts |= {**found, "export": str(folder.relative_to(self.folder))}
         except Stopped:
             raise
@@ -143,5 +144,5 @@ class Exports:
         place = self.folder / "exports" / name
         data: ImageData = self.space.data
         with without_details():
-            self.target.export(trained, facts, {variant.precision: place}, data)
+            export_precisions(trained, facts, {variant.precision: place}, data, self.target.name)
         return place

@@ -44,7 +44,7 @@ class FitConfig:
         max_ms: Longest time for one image on one core of this machine, in milliseconds of CPU time.
         min_accuracy: Test accuracy in percent below which the fit has failed.
         minutes: Minutes of idle cores, as many as threads; a busy machine takes longer.
-        target: Device format.
+        target: Device format: onnx, openvino, executorch or litert.
         candidates: Models of timm's registry to choose from; default those of the zoo.
         search: Origin of the first candidates: listed takes those of the zoo by their cost, tpe
             proposes models with learning rates and augmentation by Optuna.

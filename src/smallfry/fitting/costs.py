@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,9 +24,10 @@ from smallfry.costing import macs
 from smallfry.data import ImageData
 from smallfry.data.cache import cache_folder
 from smallfry.data.fingerprint import digest
+from smallfry.deploy.export import export_precisions
 from smallfry.deploy.latency import take_turns
 from smallfry.deploy.pretrained import gather
-from smallfry.deploy.targets import Answering, Target
+from smallfry.deploy.targets import Target
 from smallfry.fitting.zoo import Entry
 from smallfry.io.replace import write_whole
 from smallfry.training.augment import Normalize
@@ -34,12 +35,13 @@ from smallfry.training.config import ModelConfig
 from smallfry.training.model_source import create_model
 from smallfry.training.provenance import provenance
 from smallfry.training.run import TrainedModel
+from smallfry_runtime.runtime import Runtime
 
-FORMAT = 1  # changes whenever what is measured does
+FORMAT = 2  # changes whenever what is measured does
 FOLDER = "fit"  # in the user's cache folder
 PRECISIONS = ("float32", "int8")
 ROUNDS, SECONDS = 40, 0.2  # of timed calls
-LIBRARIES = ("smallfry", "torch", "timm", "onnxruntime")
+LIBRARIES = ("smallfry", "torch", "timm")
 JITTER = 0.01  # added to weights, as equal constants would be stored once
 
 
@@ -123,9 +125,9 @@ def measure_costs(entry: Entry, data: ImageData, target: Target) -> Costs:
     kb, ms = {}, {}
     with TemporaryDirectory() as place:
         folders = {precision: Path(place) / precision for precision in PRECISIONS}
-        target.export(trained, facts, folders, data)
+        export_precisions(trained, facts, folders, data, target.name)
         for precision, folder in folders.items():
-            answering = target.load(folder, threads=1)
+            answering = Runtime(folder, threads=1)
             kb[precision] = answering.file_bytes / 1000
             ms[precision] = latency(answering, data)
     costs = Costs(*rough_costs(trained.model, data), kb, ms)
@@ -134,15 +136,15 @@ def measure_costs(entry: Entry, data: ImageData, target: Target) -> Costs:
     return costs
 
 
-def latency(answering: Answering, data: ImageData, threshold: float | None = None) -> float:
+def latency(answering: Runtime, data: ImageData, threshold: float | None = None) -> float:
     """Measure the CPU milliseconds of one image, from pixels to probabilities.
 
-    CPU time of the calling thread, which is the time on the clock of an idle core. A quarter of the
-    calls takes less: others that share caches or a core's units only add to it.
+    CPU time of the process, which is the time on the clock of an idle core. A quarter of the calls
+    takes less: others that share caches or a core's units only add to it.
     """
     pixels = np.zeros((1, *data.input_shape), np.uint8)
     call = partial(answering.predict, pixels, threshold=threshold)
-    taken = take_turns({"model": call}, SECONDS, ROUNDS, clock=time.thread_time)
+    taken = take_turns({"model": call}, SECONDS, ROUNDS, clock=time.process_time)
     return taken["model"].low
 
 
@@ -164,9 +166,16 @@ def _key(entry: Entry, data: ImageData, target: Target) -> str:
         "images": [data.channels, data.image_size, len(data.classes)],
         "target": target.name,
         "machine": str(provenance(torch.device("cpu"))["device"]).partition(",")[0],
-        "versions": {name: version(name) for name in LIBRARIES},
+        "versions": {name: _version(name) for name in (*LIBRARIES, *target.packages)},
     }
     return digest(json.dumps(parts, sort_keys=True))
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # in another distribution, as of a processor
+        return ""
 
 
 def _read(file: Path) -> Costs | None:

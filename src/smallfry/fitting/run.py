@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smallfry.data import ImageData
-from smallfry.deploy.targets import find_target
+from smallfry.deploy.targets import find_target, require_installed
 from smallfry.errors import DataError, Stopped
 from smallfry.fitting.compressing import Exports, finalists
 from smallfry.fitting.config import FitConfig
@@ -36,6 +36,7 @@ from smallfry.io.replace import replacing
 from smallfry.search import RUNG, Candidate, Ledger, Trial, run
 from smallfry.studies.folder import locked, stoppable
 from smallfry.training.evaluation_data import load_config_data
+from smallfry_runtime.runtime import Runtime
 
 Tell = Callable[[str], None]
 
@@ -64,7 +65,8 @@ def fit(config: FitConfig, folder: str | Path, tell: Tell = print, quiet: bool =
         quiet: Show no progress.
 
     Raises:
-        UsageError: No budget, an unknown name, too few minutes, or a folder of another fit.
+        UsageError: No budget, an unknown name or one that is not installed, too few minutes, or a
+            folder of another fit.
         DataError: The images can't be used.
         NothingFits: No candidate is near the budget.
         Stopped: A signal came; the same call goes on.
@@ -77,7 +79,7 @@ def fit(config: FitConfig, folder: str | Path, tell: Tell = print, quiet: bool =
     """
     folder = Path(folder).expanduser()
     config.require_budget()
-    find_target(config.target)
+    require_installed(find_target(config.target))
     result = read_result(config, folder)
     if result is not None:
         return Fitted(result["met"], result, folder / PAGE)
@@ -199,7 +201,7 @@ def _conclude(
     if taken is not None:
         name = EXPORT if chosen is not None else NEAREST
         place = _put_in_place(folder, taken, name)
-        answering = find_target(config.target).load(place, threads=1)
+        answering = Runtime(place, threads=1)
         images = space.data.test
         probabilities = predict(answering, images, taken.exit_threshold)
         test = {**score(probabilities, images), "images": len(images)}

@@ -9,11 +9,11 @@ import torch
 from numpy.typing import NDArray
 
 from smallfry.data import ImageData, Split
-from smallfry.deploy.targets import Answering
 from smallfry.fitting.config import Budget
 from smallfry.fitting.costs import latency
 from smallfry.search.evaluation import value_of
 from smallfry_runtime.early_exit import most_accurate, most_thrifty
+from smallfry_runtime.runtime import Runtime
 
 BATCH = 512  # images that are read at a time
 EXIT_IMAGES = 48  # timed one by one with early exit
@@ -75,7 +75,7 @@ class Exit(NamedTuple):
     steps: float | None = None
 
 
-def measure(answering: Answering, data: ImageData, budget: Budget) -> dict[str, Any]:
+def measure(answering: Runtime, data: ImageData, budget: Budget) -> dict[str, Any]:
     """Measure an export on the validation images.
 
     Returns:
@@ -96,7 +96,7 @@ def measure(answering: Answering, data: ImageData, budget: Budget) -> dict[str, 
     }
 
 
-def find_exit(answering: Answering, data: ImageData, budget: Budget) -> Exit:
+def find_exit(answering: Runtime, data: ImageData, budget: Budget) -> Exit:
     """Choose the early exit: no accuracy lost, or what the milliseconds allow."""
     exits = answering.manifest.exits
     steps = answering.manifest.recursion_steps or 1
@@ -112,7 +112,7 @@ def find_exit(answering: Answering, data: ImageData, budget: Budget) -> Exit:
     return Exit(chosen.threshold, chosen.steps)
 
 
-def mean_latency(answering: Answering, split: Split, threshold: float) -> float:
+def mean_latency(answering: Runtime, split: Split, threshold: float) -> float:
     """Measure the mean CPU milliseconds of images one by one, with early exit."""
     count = min(len(split), EXIT_IMAGES)
     pixels = split.take(torch.linspace(0, len(split) - 1, count).long()).images.numpy()
@@ -120,13 +120,13 @@ def mean_latency(answering: Answering, split: Split, threshold: float) -> float:
     for position in range(len(pixels)):
         image = pixels[position : position + 1]
         answering.predict(image, threshold=threshold)
-        began = time.thread_time()
+        began = time.process_time()
         answering.predict(image, threshold=threshold)
-        taken.append(time.thread_time() - began)
+        taken.append(time.process_time() - began)
     return 1000 * float(np.mean(taken))
 
 
-def predict(answering: Answering, split: Split, threshold: float | None) -> NDArray[np.float32]:
+def predict(answering: Runtime, split: Split, threshold: float | None) -> NDArray[np.float32]:
     """Return the probabilities of all images of a split, (images, classes)."""
     parts = [
         answering.predict(split.take(rows).images.numpy(), threshold=threshold).probabilities

@@ -1,5 +1,24 @@
-"""Device formats: each exports a trained model to a folder, and runs it without PyTorch."""
+"""Device formats: each converts the graphs of a model to files that an engine of the runtime runs.
 
-from smallfry.deploy.targets.target import Answering, Target, find_target, register_target, targets
+A format is a file here and its engine in ``smallfry_runtime.engines``.
+"""
 
-__all__ = ["Answering", "Target", "find_target", "register_target", "targets"]
+from smallfry.deploy.targets.target import (
+    Source,
+    Target,
+    find_target,
+    is_installed,
+    register_target,
+    require_installed,
+    targets,
+)
+
+__all__ = [
+    "Source",
+    "Target",
+    "find_target",
+    "is_installed",
+    "register_target",
+    "require_installed",
+    "targets",
+]

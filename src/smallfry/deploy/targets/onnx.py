@@ -1,52 +1,22 @@
 """ONNX, run by ONNX Runtime."""
 
-from collections.abc import Mapping
-from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from smallfry.data import ImageData
-from smallfry.deploy.export import Traced, assemble, calibrate, trace_graphs
-from smallfry.deploy.targets.target import Answering, register_target
-from smallfry.errors import ExportError
-from smallfry.io.replace import replacing
-from smallfry.models import Recursive
-from smallfry.training.run import TrainedModel
-from smallfry_runtime.manifest import require_free
-from smallfry_runtime.runtime import Runtime
+from smallfry.deploy.onnx_metadata import with_metadata
+from smallfry.deploy.quantize import with_precision
+from smallfry.deploy.targets.target import Source, register_target
 
 
 @register_target
 class Onnx:
-    """ONNX graphs, one, or three of a model with early exit."""
+    """ONNX graphs with classes and preprocessing as metadata."""
 
     name: ClassVar[str] = "onnx"
-    precisions: ClassVar[tuple[str, ...]] = ("float32", "int8", "own_bits")
+    title: ClassVar[str] = "ONNX"
+    precisions: ClassVar[tuple[str, ...]] = ("float32", "int8", "int8_dynamic", "own_bits")
+    packages: ClassVar[tuple[str, ...]] = ("onnxruntime",)
 
-    def export(
-        self,
-        trained: TrainedModel,
-        facts: dict[str, Any],
-        folders: Mapping[str, Path],
-        data: ImageData,
-    ) -> None:
-        """Export a model; as ``Target.export``."""
-        model = trained.model
-        recurs = isinstance(model, Recursive) and model.recursion_steps > 1
-        form = "anytime" if recurs else "whole"
-        graphs: dict[bool, dict[str, bytes]] = {}  # by whether they hold the model's own bits
-        for precision, folder in folders.items():
-            own = precision == "own_bits"
-            if own not in graphs:
-                graphs[own] = trace_graphs(trained, form, own_bits=own)
-            traced = Traced(trained, facts, form, graphs[own], data)
-            try:
-                with replacing(folder, partial(require_free, folder)) as new:
-                    assemble(traced, new, precision)
-                    calibrate(traced, new)
-            except OSError as error:
-                raise ExportError(f"{folder}: the export could not be written ({error})") from error
-
-    def load(self, folder: Path, threads: int) -> Answering:
-        """Load an export; as ``Target.load``."""
-        return Runtime(folder, threads)
+    def convert(self, source: Source, precision: str) -> dict[str, bytes]:
+        """Quantize the graphs, and add metadata; as ``Target.convert``."""
+        graphs = with_precision(source.onnx, precision, source.images, source.recursion_steps)
+        return {f"{n}.onnx": with_metadata(each, source.metadata) for n, each in graphs.items()}

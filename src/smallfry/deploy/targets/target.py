@@ -1,18 +1,16 @@
 """Interface of device formats, and their registry by name."""
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from smallfry.data import ImageData
+from smallfry.deploy.graphs import Graph
 from smallfry.errors import UsageError, nearest
 from smallfry.io.plugins import load_plugins, scan
-from smallfry.training.run import TrainedModel
-from smallfry_runtime.manifest import Manifest
-from smallfry_runtime.runtime import Predictions
 
 PACKAGE = "smallfry.deploy.targets"
 T = TypeVar("T", bound=type)
@@ -20,53 +18,47 @@ T = TypeVar("T", bound=type)
 _targets: dict[str, "Target"] = {}
 
 
-class Answering(Protocol):
-    """Loaded export.
+@dataclass(frozen=True)
+class Source:
+    """Graphs of a model to convert.
 
-    Attributes:
-        manifest: Classes, preprocessing and exits.
-        file_bytes: Size of the model's files.
+    Args:
+        onnx: The graphs as ONNX by name, in float32 or, for own_bits, with the model's own codes.
+        modules: The same as modules of PyTorch, in float32.
+        images: Normalised images to measure ranges on, (images, channels, height, width).
+        recursion_steps: Number of applications of a graph ``step``.
+        metadata: Classes, and how pictures become inputs.
     """
 
-    manifest: Manifest
-    file_bytes: int
-
-    def predict(self, images: NDArray[np.uint8], *, threshold: float | None = None) -> Predictions:
-        """Predict class probabilities of pixels (images, channels, size, size)."""
+    onnx: Mapping[str, bytes]
+    modules: Sequence[Graph]
+    images: NDArray[np.float32]
+    recursion_steps: int
+    metadata: Mapping[str, Any]
 
 
 class Target(Protocol):
-    """Device format.
+    """Device format, which ``smallfry_runtime.engines`` has an engine for.
 
     Attributes:
-        name: Name in commands, such as onnx.
-        precisions: Supported precisions, of float32, int8 and own_bits.
+        name: Name in commands, which is the engine's.
+        title: Name in tables.
+        precisions: Supported precisions, of float32, int8, int8_dynamic and own_bits.
+        packages: Packages that convert and run it, which the extra of the same name brings.
     """
 
     name: ClassVar[str]
+    title: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]]
+    packages: ClassVar[tuple[str, ...]]
 
-    def export(
-        self,
-        trained: TrainedModel,
-        facts: dict[str, Any],
-        folders: Mapping[str, Path],
-        data: ImageData,
-    ) -> None:
-        """Export a model, with its early exit calibrated on validation images.
-
-        Args:
-            trained: The model.
-            facts: Its metadata, as ``deploy.pretrained.gather`` returns it.
-            folders: Folder of each export by precision; it replaces an earlier one.
-            data: Images in the form that the model takes; ranges are of training images.
+    def convert(self, source: Source, precision: str) -> dict[str, bytes]:
+        """Convert the graphs of a model to files by name, each with its graph's name as the stem.
 
         Raises:
-            ExportError: It can't be exported.
+            ExportError: They can't be converted.
+            ModuleNotFoundError: A package is not installed.
         """
-
-    def load(self, folder: Path, threads: int) -> Answering:
-        """Load an export, to run on so many CPU threads."""
 
 
 def register_target(kind: T) -> T:
@@ -92,3 +84,28 @@ def find_target(name: str) -> Target:
     if name not in known:
         raise UsageError(f"target: there is no device format '{name}'{nearest(name, known)}")
     return known[name]
+
+
+def is_installed(target: Target) -> bool:
+    """Return whether all packages of a device format are installed."""
+    return _missing(target) is None
+
+
+def require_installed(target: Target) -> None:
+    """Require the packages of a device format.
+
+    Raises:
+        UsageError: One is missing.
+    """
+    missing = _missing(target)
+    if missing is not None:
+        extra = "export" if target.name == "onnx" else target.name
+        raise UsageError(
+            f"target {target.name} needs {missing}, which is not installed: "
+            f"pip install 'smallfry[{extra}]'"
+        )
+
+
+def _missing(target: Target) -> str | None:
+    found = (name for name in target.packages if find_spec(name.replace("-", "_")) is None)
+    return next(found, None)
