@@ -166,7 +166,7 @@ def test_impossible_settings_are_refused(settings, message):
 
 
 def test_unknown_spaces_and_data_of_a_table_are_refused(tmp_path):
-    with pytest.raises(UsageError, match="no such file; a space is a YAML file, or one of"):
+    with pytest.raises(UsageError, match="no such file; a space is a YAML file, the"):
         find_problem(SearchConfig(str(tmp_path / "none.yaml")))
     with pytest.raises(UsageError, match="has its own data"):
         SearchConfig("micro_nars", DataConfig("mnist"))

@@ -21,7 +21,10 @@ class Point(NamedTuple):
 
 
 def draw_search(
-    found: Mapping[str, Sequence[Point]], importances: Mapping[str, float], file: Path
+    found: Mapping[str, Sequence[Point]],
+    importances: Mapping[str, float],
+    file: Path,
+    measure: str = "validation accuracy",
 ) -> None:
     """Draw a search in three panels.
 
@@ -29,6 +32,7 @@ def draw_search(
         found: Points of each strategy in the order of evaluation, that of the search first.
         importances: Share of the variance by choice.
         file: The PNG to write.
+        measure: What the points' values are, in percent.
     """
     with style():
         figure = new_figure(13.0, 4.4)
@@ -42,9 +46,9 @@ def draw_search(
             )
             front.scatter([p.macs / 1e6 for p in points], accuracies, s=16, color=colour, alpha=0.6)
         _draw_front(front, [point for points in found.values() for point in points])
-        _draw_shares(shares, importances)
-        best.set(xlabel="candidates", ylabel="validation accuracy, %", title="best so far")
-        front.set(xlabel="MMAC", title="accuracy and arithmetic")
+        _draw_shares(shares, importances, measure)
+        best.set(xlabel="candidates", ylabel=f"{measure}, %", title="best so far")
+        front.set(xlabel="MMAC", title=f"{measure} and arithmetic")
         best.legend(loc="lower right")
         save(figure, file)
 
@@ -68,11 +72,11 @@ def _draw_front(axes: Any, points: Sequence[Point]) -> None:
     log_axis(axes, "x", min(places) / ROOM, max(places) * ROOM)
 
 
-def _draw_shares(axes: Any, importances: Mapping[str, float]) -> None:
+def _draw_shares(axes: Any, importances: Mapping[str, float], measure: str) -> None:
     order = sorted(importances, key=lambda name: importances[name])
     axes.barh(plain(order), [100 * importances[name] for name in order], color=COLOURS[0])
     axes.set_axisbelow(True)
-    axes.set(xlabel="% of the variance of accuracy", title="importance of choices")
+    axes.set(xlabel=f"% of the variance of {measure}", title="importance of choices")
 
 
 def pareto(points: Sequence[Point]) -> list[Point]:

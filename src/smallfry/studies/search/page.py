@@ -71,14 +71,15 @@ def write_page(
         picture = None
         if points[config.strategy]:
             shares = importances(problem.architecture + problem.recipe, trials)
-            draw_search(points, shares, folder / "pictures" / PICTURE)
+            draw_search(points, shares, folder / "pictures" / PICTURE, problem.measure)
             picture = image(folder / "pictures" / PICTURE, "trials of the search")
-        write(folder / PAGE, _page(config, trials, best, confirmed, picture))
+        write(folder / PAGE, _page(config, problem.measure, trials, best, confirmed, picture))
     return folder / PAGE
 
 
 def _page(
     config: SearchConfig,
+    measure: str,
     trials: Sequence[Trial],
     best: Trial | None,
     confirmed: Sequence[Confirmed],
@@ -93,10 +94,11 @@ def _page(
         "studies/search/templates/search.html",
         title=f"Search by {config.strategy}: {Path(config.space).name}",
         best=best,
+        measure=measure,
         best_text=None if best is None else _text(best.candidate),
         picture=picture,
         trials=table(
-            ["candidate", "validation, %", "MMAC", "parameters", "seconds"],
+            ["candidate", f"{measure}, %", "MMAC", "parameters", "seconds"],
             [_row(trial) for trial in ranked[:SHOWN]],
             marked=[number for number, trial in enumerate(ranked[:SHOWN]) if trial == best],
         ),
