@@ -36,7 +36,6 @@ class Policy(nn.Module):
         """
         raise NotImplementedError
 
-    @torch.no_grad()
     def sample(
         self, layers: Tensor, possible: Tensor, count: int, generator: torch.Generator
     ) -> Tensor:
@@ -51,12 +50,7 @@ class Policy(nn.Module):
         Returns:
             Numbers of actions, (samples, layers), int64.
         """
-        actions = torch.zeros(count, len(layers), dtype=torch.int64)
-        for position in range(len(layers)):
-            shares = masked(self.logits(layers, actions), possible)[:, position].exp()
-            drawn = torch.multinomial(shares, 1, generator=generator)
-            actions[:, position] = drawn[:, 0]
-        return actions
+        raise NotImplementedError
 
     def score(self, layers: Tensor, possible: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the log-probability of sequences, and the entropy along them, (samples,)."""
@@ -85,6 +79,15 @@ class Removal(Policy):
         found: Tensor = self.head(self.lstm(layers[None])[0])
         return found.expand(len(actions), -1, -1)
 
+    @torch.no_grad()
+    def sample(
+        self, layers: Tensor, possible: Tensor, count: int, generator: torch.Generator
+    ) -> Tensor:
+        """Draw the actions of all layers at once."""
+        logits = self.logits(layers, torch.zeros(1, len(layers)))[0]
+        shares = masked(logits, possible).exp()
+        return torch.multinomial(shares, count, replacement=True, generator=generator).T
+
 
 class Shrinkage(Policy):
     """Policy of widths: an action is the number of a share.
@@ -107,6 +110,21 @@ class Shrinkage(Policy):
         inputs = torch.cat([rows, before.to(layers)[..., None]], 2)
         found: Tensor = self.head(self.lstm(inputs)[0])
         return found
+
+    @torch.no_grad()
+    def sample(
+        self, layers: Tensor, possible: Tensor, count: int, generator: torch.Generator
+    ) -> Tensor:
+        """Draw the actions of one layer after the other."""
+        before, state = torch.ones(count), None
+        actions = []
+        for row, allowed in zip(layers, possible, strict=True):
+            inputs = torch.cat([row.expand(count, -1), before.to(row)[:, None]], 1)
+            outputs, state = self.lstm(inputs[:, None], state)
+            shares = masked(self.head(outputs[:, 0]), allowed).exp()
+            actions.append(torch.multinomial(shares, 1, generator=generator)[:, 0])
+            before = self.shares[actions[-1]]
+        return torch.stack(actions, 1)
 
 
 def masked(logits: Tensor, possible: Tensor) -> Tensor:

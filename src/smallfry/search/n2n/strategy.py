@@ -109,7 +109,7 @@ class N2N:
         self._actions = torch.zeros(0)
         self._rolled: list[dict[str, Any]] = []  # students of the iteration
         self._planned: list[dict[str, Any]] = []
-        self._iteration = self._idle = 0
+        self._iteration = self._idle = self._found = 0
         self._means: list[float] = []  # of the stage's iterations
         self._baseline = 0.0
 
@@ -166,6 +166,7 @@ class N2N:
                 new[key_of(student)] = student
         self._planned = list(new.values())[: self._proposals.left]
         self._idle = 0 if new else self._idle + 1
+        self._found += len(new)
 
     def _is_decided(self, student: Candidate) -> bool:
         """Return whether a student's reward needs no training."""
@@ -213,7 +214,11 @@ class N2N:
     def _is_over(self) -> bool:
         """Return whether the stage has had its students, or finds no new ones."""
         spent = self._stage == "removal" and self._proposals.asked >= self._removals
-        return spent or self._idle >= MOST_IDLE
+        return spent or self._idle >= MOST_IDLE or self._found >= self._students()
+
+    def _students(self) -> int:
+        """Count the students that the stage can find."""
+        return int(self._possible().sum(1).prod())
 
     def _shrink(self) -> bool:
         """Begin the second stage with the best student of the first one that has not had it yet.
@@ -232,6 +237,7 @@ class N2N:
         self._base = dict(max(bases, key=self._value))
         self._shrunk.add(key_of(self._base))
         self._stage, self._iteration, self._idle = "shrinkage", 0, 0
+        self._found = 1  # the base itself
         self._means, self._rolled = [], []
         self.policies["shrinkage"] = deepcopy(self._begun["shrinkage"])
         self._optimizers["shrinkage"] = self._optimizer("shrinkage")
