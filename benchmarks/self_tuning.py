@@ -3,7 +3,7 @@
     python benchmarks/self_tuning.py --out results/self_tuning.json
 
 An MLP 64-128-10 on 597 images, 600 to validate and 600 to test; SGD with momentum, rate 0.05, half
-a cosine. One run of 9,000 steps tunes dropout, noise, weight decay, label smoothing and augmentation;
+a cosine. One run of 9,000 steps tunes dropout, noise, decay, smoothing and augmentation;
 the grid is 30 random points of the same ranges with 300 steps each, of which the lowest validation
 loss is taken; *untuned* is a run of 9,000 steps with the tuned run's first values.
 """

@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from smallfry._torch import BatchNorm, without_onednn
 from smallfry.data import ImageData
 from smallfry.errors import UsageError
 from smallfry.io.json_lines import JsonLines
@@ -185,11 +187,17 @@ class SelfTuned(WrappedObjective):
     def linearised(self, inputs: Tensor, gates: Tensor) -> Tensor:
         """Compute the outputs of the network linearised in its gates at zero.
 
-        J d is the derivative of Jᵀ w with respect to w, times d: forward-mode differentiation has
-        no gradient for attention in PyTorch.
+        The derivative in the direction of the gates is by forward-mode differentiation in a network
+        with batch norms, which have no third derivative in PyTorch; in others it is that of Jᵀ w
+        with respect to w, as the forward mode has no gradient for attention.
         """
-        plain = torch.backends.mkldnn.flags(enabled=False)  # type: ignore[no-untyped-call]
-        with plain, sdpa_kernel(SDPBackend.MATH):
+        with without_onednn(), sdpa_kernel(SDPBackend.MATH):
+            if any(isinstance(module, BatchNorm) for module in self._model.modules()):
+                with forward_ad.dual_level():
+                    dual = forward_ad.make_dual(torch.zeros_like(gates), gates)
+                    primal, tangent = forward_ad.unpack_dual(self.gated(inputs, dual))
+                    assert tangent is not None  # as all outputs depend on gates
+                return primal.detach() + tangent
             zero = torch.zeros_like(gates, requires_grad=True)
             outputs = self.gated(inputs, zero)
             rows = torch.zeros_like(outputs, requires_grad=True)
@@ -402,7 +410,7 @@ def transform(images: Tensor, strength: Tensor) -> Tensor:
 @contextmanager
 def _frozen_statistics(model: nn.Module) -> Iterator[None]:
     """Normalise by the statistics of a batch without averaging them."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in model.modules() if isinstance(m, BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     counts = [norm.num_batches_tracked for norm in norms]
     for norm, count in zip(norms, counts, strict=True):
