@@ -97,4 +97,5 @@ class Response(nn.Module):
         u = F.linear(hypers, self.gates).chunk(2, dim=1)[0]
         rows, changes = layer.weight.flatten(1), self.weight.flatten(1)
         own, mixed, change = (rows * rows).sum(1), (rows * changes).sum(1), (changes**2).sum(1)
-        return own.sum() + 2 * u @ mixed + (u * u) @ change
+        found: Tensor = own.sum() + 2 * u @ mixed + (u * u) @ change
+        return found

@@ -17,10 +17,11 @@ from smallfry.studies.search.importance import importances
 from smallfry.studies.search.problem import Problem
 from smallfry.training.provenance import provenance
 
-__all__ = ["BEST", "PAGE", "Confirmed", "write_page"]
+__all__ = ["BEST", "PAGE", "Confirmed", "Predicted", "write_page"]
 
 PAGE, BEST, PICTURE = "index.html", "best.yaml", "search.png"
 SHOWN = 200  # trials in the table
+Predicted = Mapping[Any, float]
 
 
 class Confirmed(NamedTuple):
@@ -42,6 +43,7 @@ def write_page(
     found: Mapping[str, Sequence[Trial]],
     best: Trial | None,
     confirmed: Sequence[Confirmed],
+    predicted: Predicted,
 ) -> Path:
     """Write the page with its picture, and return it.
 
@@ -52,6 +54,7 @@ def write_page(
         found: Trials by strategy, that of the search first.
         best: The chosen trial.
         confirmed: Candidates trained with further seeds.
+        predicted: Values that the strategy predicted before the measurement, by ``key_of``.
 
     Raises:
         RunError: It could not be written.
@@ -71,7 +74,13 @@ def write_page(
         picture = None
         if points[config.strategy]:
             shares = importances(problem.architecture + problem.recipe, trials)
-            draw_search(points, shares, folder / "pictures" / PICTURE, problem.measure)
+            pairs = [
+                (predicted[key], t.value)
+                for t in trials
+                if t.value is not None and (key := key_of(t.candidate)) in predicted
+            ]
+            file = folder / "pictures" / PICTURE
+            draw_search(points, shares, file, problem.measure, pairs)
             picture = image(folder / "pictures" / PICTURE, "trials of the search")
         write(folder / PAGE, _page(config, problem.measure, trials, best, confirmed, picture))
     return folder / PAGE

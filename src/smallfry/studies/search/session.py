@@ -21,14 +21,14 @@ import yaml
 from smallfry.errors import RunError, UsageError
 from smallfry.io.json import strict
 from smallfry.io.replace import write_whole
-from smallfry.search import Candidate, Ledger, Listed, Search, Trial
+from smallfry.search import NARS, Candidate, Ledger, Listed, Search, Trial
 from smallfry.search.ledger import best as best_of
 from smallfry.search.n2n import N2N
 from smallfry.search.rounds import run_rounds
 from smallfry.search.space import key_of
 from smallfry.studies.folder import locked, stoppable
 from smallfry.studies.search.config import SearchConfig
-from smallfry.studies.search.page import BEST, Confirmed, write_page
+from smallfry.studies.search.page import BEST, Confirmed, Predicted, write_page
 from smallfry.studies.search.problem import Problem, find_problem
 from smallfry.studies.search.progress import SearchProgress
 from smallfry.studies.search.strategies import build_strategy, limits
@@ -86,11 +86,11 @@ def search(config: SearchConfig, folder: str | Path, quiet: bool = False) -> Fou
         _require_same(config, problem, folder)
         total = config.budget * (1 + config.baseline) + CONFIRMED * config.confirm
         with SearchProgress(total, quiet) as progress:
-            trials = _run(config, problem, folder, progress)
+            trials, predicted = _run(config, problem, folder, progress)
             found: dict[str, list[Trial]] = {config.strategy: trials}
             if config.baseline and config.strategy != "random":
                 other = replace(config, strategy="random")
-                found["random"] = _local(other, problem, folder / RANDOM, progress)
+                found["random"], _ = _local(other, problem, folder / RANDOM, progress)
             confirmed = _confirm(config, problem, trials, folder, progress)
         allowed = limits(problem, config)  # beyond which n2n tries some at first
         best = best_of([trial for trial in trials if allowed(trial.candidate)])
@@ -98,7 +98,7 @@ def search(config: SearchConfig, folder: str | Path, quiet: bool = False) -> Fou
             first = key_of(confirmed[0].candidate)
             best = next(trial for trial in trials if key_of(trial.candidate) == first)
         _write_best(problem, best, folder)
-        page = write_page(folder, config, problem, found, best, confirmed)
+        page = write_page(folder, config, problem, found, best, confirmed, predicted)
         return Found(best, confirmed, page, problem.measure)
 
 
@@ -120,22 +120,23 @@ def _problem(config: SearchConfig, folder: Path) -> Problem:
 
 def _run(
     config: SearchConfig, problem: Problem, folder: Path, progress: SearchProgress
-) -> list[Trial]:
+) -> tuple[list[Trial], Predicted]:
+    """Run the strategy; returns the trials, and the values that it predicted, if it does."""
     if config.engine == "local":
         return _local(config, problem, folder / LEDGER, progress)
     from smallfry.studies.search.optuna_engine import run_on_storage
 
-    return run_on_storage(config, folder, progress)
+    return run_on_storage(config, folder, progress), {}
 
 
 def _local(
     config: SearchConfig, problem: Problem, ledger: Path, progress: SearchProgress
-) -> list[Trial]:
+) -> tuple[list[Trial], Predicted]:
     strategy = build_strategy(config.strategy, problem, config)
     trials = _rounds(config, problem, strategy, ledger, "runs", progress)
     if isinstance(strategy, N2N):
         strategy.save_policies(ledger.parent / POLICIES)
-    return trials
+    return trials, strategy.predicted if isinstance(strategy, NARS) else {}
 
 
 def _rounds(

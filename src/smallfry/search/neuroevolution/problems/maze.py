@@ -37,11 +37,11 @@ class Layout(NamedTuple):
 LAYOUTS = {
     "maze": Layout(  # a deep dead end in front of the goal, and ledges beside it
         (
-            (60, 20, 60, 150),
+            (60, 40, 60, 150),
             (60, 150, 140, 150),
-            (140, 150, 140, 20),
-            (0, 120, 38, 120),
-            (200, 120, 162, 120),
+            (140, 150, 140, 40),
+            (0, 120, 30, 120),
+            (200, 120, 170, 120),
         ),
         (100, 125),
         np.pi / 2,
@@ -117,7 +117,9 @@ class Maze:
         offsets = places[:, None] - self._from
         lengths = np.square(self._along).sum(1)
         shares = np.clip((offsets * self._along).sum(2) / lengths, 0, 1)
-        return np.linalg.norm(offsets - shares[..., None] * self._along, axis=2).min(1)
+        gaps = np.linalg.norm(offsets - shares[..., None] * self._along, axis=2)
+        found: NDArray[np.float64] = gaps.min(1)
+        return found
 
     def senses(
         self, places: NDArray[np.float64], headings: NDArray[np.float64]
