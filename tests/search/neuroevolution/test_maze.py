@@ -1,5 +1,6 @@
 """The maze beside geometry computed one ray at a time."""
 
+import heapq
 import math
 
 import numpy as np
@@ -123,3 +124,52 @@ def test_evolution_solves_the_staggered_maze_and_random_search_does_not():
         assert evolved.is_solved(history)
         random = DeepGA(maze, select="random", seed=seed)
         assert not random.is_solved(list(random.run(len(history))))
+
+
+def farthest_on_the_way(name):
+    """Least distance from the goal that any way to it has to go back to, and that of the dead end.
+
+    Places on a grid of 2 pixels, flooded from the start in the order of their distance.
+    """
+    maze, layout = Maze(name), LAYOUTS[name]
+    grid = np.arange(0, SIDE + 1, 2)
+    places = np.stack(np.meshgrid(grid, grid, indexing="ij"), 2).reshape(-1, 2)
+    free = (maze.clearance(places) >= RADIUS).reshape(len(grid), len(grid))
+    distances = np.linalg.norm(places - layout.goal, axis=1).reshape(free.shape)
+    start = tuple(round(each / 2) for each in layout.start)
+    waiting, seen = [(distances[start], start)], {start}
+    farthest, nearest_before = 0.0, np.inf
+    while waiting:
+        distance, (x, y) = heapq.heappop(waiting)
+        if distance < 10:
+            return farthest, nearest_before
+        if distance > farthest:
+            farthest = distance
+        if farthest <= distances[start] + 2:
+            nearest_before = min(nearest_before, distance)
+        for place in ((x + 1, y), (x - 1, y), (x, y + 1), (x, y - 1)):
+            if place not in seen and free[place]:
+                seen.add(place)
+                heapq.heappush(waiting, (distances[place], place))
+    raise AssertionError("there is no way to the goal")
+
+
+def test_the_way_to_the_goal_leads_far_back_from_a_dead_end_beside_it():
+    farthest, dead_end = farthest_on_the_way("maze")
+    assert dead_end < 45
+    assert farthest > 150
+    start = math.dist(LAYOUTS["maze"].start, LAYOUTS["maze"].goal)
+    assert farthest > 2.4 * start
+    staggered, _ = farthest_on_the_way("maze_staggered")
+    assert staggered < 1.15 * math.dist(
+        LAYOUTS["maze_staggered"].start, LAYOUTS["maze_staggered"].goal
+    )
+
+
+@pytest.mark.slow
+def test_novelty_finds_the_way_out_of_the_dead_end():
+    solved = []
+    for seed in (1, 4):
+        evolved = DeepGA(Maze("maze"), select="novelty", seed=seed)
+        solved.append(evolved.is_solved(list(evolved.run(60))))
+    assert any(solved)

@@ -38,7 +38,7 @@ class Evaluated(NamedTuple):
 
 
 class Problem(Protocol):
-    """What networks are evolved for.
+    """Problem that networks are evolved for.
 
     Attributes:
         sizes: Widths of the networks, from inputs to outputs.

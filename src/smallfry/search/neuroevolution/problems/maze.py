@@ -37,9 +37,9 @@ class Layout(NamedTuple):
 LAYOUTS = {
     "maze": Layout(  # a deep dead end in front of the goal, and ledges beside it
         (
-            (60, 40, 60, 150),
+            (60, 30, 60, 150),
             (60, 150, 140, 150),
-            (140, 150, 140, 40),
+            (140, 150, 140, 30),
             (0, 120, 30, 120),
             (200, 120, 170, 120),
         ),
