@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -193,11 +193,12 @@ class SelfTuned(WrappedObjective):
         """
         with without_onednn(), sdpa_kernel(SDPBackend.MATH):
             if any(isinstance(module, BatchNorm) for module in self._model.modules()):
-                with forward_ad.dual_level():
-                    dual = forward_ad.make_dual(torch.zeros_like(gates), gates)
-                    primal, tangent = forward_ad.unpack_dual(self.gated(inputs, dual))
-                    assert tangent is not None  # as all outputs depend on gates
-                return primal.detach() + tangent
+                forward: Any = forward_ad  # without types
+                with forward.dual_level():
+                    dual = forward.make_dual(torch.zeros_like(gates), gates)
+                    primal, tangent = forward.unpack_dual(self.gated(inputs, dual))
+                found: Tensor = primal.detach() + tangent
+                return found
             zero = torch.zeros_like(gates, requires_grad=True)
             outputs = self.gated(inputs, zero)
             rows = torch.zeros_like(outputs, requires_grad=True)
@@ -236,7 +237,8 @@ class SelfTuned(WrappedObjective):
         decay = self._value("weight_decay", raw)
         if decay is None:
             return raw.new_zeros(())
-        pairs = ((self.responses[key], layer) for key, layer in self._layers.items())
+        named = self._layers.items()
+        pairs = ((cast(Response, self.responses[key]), layer) for key, layer in named)
         squares = torch.stack([response.squares(layer, gates) for response, layer in pairs]).sum(0)
         return (decay * squares).mean() / 2
 
@@ -275,7 +277,7 @@ class SelfTuned(WrappedObjective):
             place.register_forward_hook(
                 lambda _, inputs, __: None if self._dropout is None else drop(inputs[0])
             )
-        classifier = getattr(model, "get_classifier", lambda: None)()
+        classifier: Any = getattr(model, "get_classifier", lambda: None)()
         if not places and not isinstance(classifier, nn.Module):
             raise UsageError(
                 "self_tune can't tune dropout of a model without dropout layers or get_classifier"

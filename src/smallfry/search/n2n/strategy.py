@@ -234,7 +234,8 @@ class N2N:
         ]
         if not bases:
             return False
-        self._base = dict(max(bases, key=self._value))
+        best: Candidate = max(bases, key=self._value)
+        self._base = dict(best)
         self._shrunk.add(key_of(self._base))
         self._stage, self._iteration, self._idle = "shrinkage", 0, 0
         self._found = 1  # the base itself

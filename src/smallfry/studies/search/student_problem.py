@@ -15,7 +15,8 @@ from smallfry.search.n2n.students import Students
 from smallfry.search.space import Candidate, Choice, Trial, key_of
 from smallfry.studies.search.problem import run_name, seed_of, train_all
 from smallfry.training.checkpoint import has_checkpoint
-from smallfry.training.config import DistillationConfig, TrainConfig, read_config
+from smallfry.training.config import TrainConfig, read_config
+from smallfry.training.distillation_config import DistillationConfig
 from smallfry.training.run import RunFolder, load_run
 
 __all__ = ["STARTS", "StudentProblem"]

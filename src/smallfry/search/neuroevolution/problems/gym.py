@@ -25,7 +25,8 @@ class Gym:
     def __init__(self, name: str, sizes: tuple[int, ...], solved: float) -> None:
         import gymnasium
 
-        self.name, self.sizes, self.solved = name, sizes, solved
+        self.name, self.sizes = name, sizes
+        self.solved: float | None = solved
         self._environment: Any = gymnasium.make(name)
 
     def __call__(self, weights: Array, seed: int, episodes: int = 1) -> Evaluated:
