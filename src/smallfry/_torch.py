@@ -3,6 +3,8 @@
 ``tests/test_private_torch.py`` names what is missing, and what is used elsewhere.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import _disable_dynamo as disable_dynamo  # type: ignore[attr-defined]
@@ -10,6 +12,8 @@ from torch import _foreach_norm as foreach_norm
 from torch import nn
 from torch._C import _current_autograd_node as current_autograd_node
 from torch._C import _current_graph_task_id as current_graph_task_id
+from torch._C import _get_mkldnn_enabled as is_onednn_enabled
+from torch._C import _set_mkldnn_enabled as enable_onednn
 from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
@@ -19,21 +23,38 @@ __all__ = [
     "current_autograd_node",
     "current_graph_task_id",
     "disable_dynamo",
+    "enable_onednn",
     "flat_weight_names",
     "foreach_norm",
     "has_forward_hooks",
     "is_functorch_wrapped_tensor",
+    "is_onednn_enabled",
     "is_transformed",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
     "tree_unflatten",
+    "without_onednn",
 ]
 
 
 def is_transformed() -> bool:
     """True inside a transform of ``torch.func``, such as ``vmap``."""
     return peek_interpreter_stack() is not None
+
+
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    """Compute without oneDNN, whose operators have no higher derivatives.
+
+    The public ``torch.backends.mkldnn.flags`` warns of TF32 on machines that do not have it.
+    """
+    before = is_onednn_enabled()
+    enable_onednn(False)
+    try:
+        yield
+    finally:
+        enable_onednn(before)
 
 
 def has_forward_hooks(module: nn.Module) -> bool:

@@ -1,15 +1,18 @@
 """A search in its folder: ledger, page, best configuration, and its end at any moment."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from smallfry.__main__ import main
 from smallfry.errors import RunError, UsageError
 from smallfry.report.search import Point, pareto
-from smallfry.search import Choice, Ledger, Trial
+from smallfry.search import Choice, Ledger, Trial, replay
 from smallfry.search.settings_space import SettingsSpace, read_settings_space
+from smallfry.search.space import key_of
 from smallfry.studies.search import session
 from smallfry.studies.search.config import SearchConfig
 from smallfry.studies.search.importance import importances, variance_share
@@ -18,6 +21,7 @@ from smallfry.studies.search.session import search
 from smallfry.studies.search.strategies import STRATEGIES, limits
 from smallfry.training.config import DataConfig, read_config
 
+ROOT = Path(__file__).parents[2]
 SPACE = """
 settings:
   model:
@@ -166,7 +170,7 @@ def test_impossible_settings_are_refused(settings, message):
 
 
 def test_unknown_spaces_and_data_of_a_table_are_refused(tmp_path):
-    with pytest.raises(UsageError, match="no such file; a space is a YAML file, or one of"):
+    with pytest.raises(UsageError, match="no such file; a space is a YAML file, the"):
         find_problem(SearchConfig(str(tmp_path / "none.yaml")))
     with pytest.raises(UsageError, match="has its own data"):
         SearchConfig("micro_nars", DataConfig("mnist"))
@@ -352,3 +356,32 @@ def test_the_front_has_the_points_that_no_cheaper_one_equals():
         *((70, 0.5), (80, 1.0)),
         *((85, 3.0), (90, 5.0)),
     ]
+
+
+def test_the_page_of_nars_shows_predictions_beside_measurements(tmp_path):
+    config = SearchConfig("micro_nars", strategy="nars", budget=24)
+    search(config, tmp_path, quiet=True)
+    problem, log = TableProblem("micro_nars"), Ledger(tmp_path / "ledger.jsonl")
+    strategy = STRATEGIES["nars"](problem, 24, 0, limits(problem, config))
+    replay(strategy, log.read())
+    later = [trial for trial in log.read() if key_of(trial.candidate) in strategy.predicted]
+    assert 10 < len(later) < 24  # all but those of the first round
+    errors = [abs(strategy.predicted[key_of(t.candidate)] - t.value) for t in later]
+    assert np.median(errors) < 10  # percent
+    with Image.open(tmp_path / "pictures" / "search.png") as picture:
+        four = picture.width
+    search(SearchConfig("micro_nars", strategy="random", budget=4), tmp_path / "b", quiet=True)
+    with Image.open(tmp_path / "b" / "pictures" / "search.png") as picture:
+        assert four > 1.2 * picture.width
+
+
+def test_the_space_of_the_loopnet_family_can_be_searched():
+    space = read_settings_space(ROOT / "recipes" / "search" / "loopnet_cifar10.yaml")
+    assert space.base.model.name == "loopnet_300k"
+    names = {choice.name for choice in space.architecture}
+    assert {"model.options.widths", "model.options.depths"} <= names
+    stages = {len(v) for c in space.architecture[:2] for v in c.values}
+    assert stages == {3}
+    for choice in space.choices:
+        for value in choice.values or (choice.low, choice.high):
+            assert space.train({choice.name: value}).epochs == 2

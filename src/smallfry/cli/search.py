@@ -41,7 +41,7 @@ def run(options: Options) -> int:
         say(f"all trainings failed: {found.page}")
         return 1
     settings = ", ".join(f"{name} {value}" for name, value in found.best.candidate.items())
-    say(f"best: {found.best.value:.2f} % of the validation images: {settings}")
+    say(f"best: {found.measure} {found.best.value:.2f} %: {settings}")
     for each in found.confirmed[:1]:
         say(f"with further seeds: {each.mean:.2f} % (mean of {len(each.values)})")
     say(f"page: {found.page}")

@@ -21,31 +21,40 @@ class Point(NamedTuple):
 
 
 def draw_search(
-    found: Mapping[str, Sequence[Point]], importances: Mapping[str, float], file: Path
+    found: Mapping[str, Sequence[Point]],
+    importances: Mapping[str, float],
+    file: Path,
+    measure: str = "validation accuracy",
+    predicted: Sequence[tuple[float, float]] = (),
 ) -> None:
-    """Draw a search in three panels.
+    """Draw a search in three panels, and a fourth if its strategy predicts.
 
     Args:
         found: Points of each strategy in the order of evaluation, that of the search first.
         importances: Share of the variance by choice.
         file: The PNG to write.
+        measure: What the points' values are, in percent.
+        predicted: Predicted and measured value of the candidates that have both.
     """
     with style():
-        figure = new_figure(13.0, 4.4)
-        best, front, shares = figure.subplots(1, 3)
+        count = 4 if len(predicted) > 1 else 3
+        figure = new_figure(4.35 * count, 4.4)
+        best, front, shares, *others = figure.subplots(1, count)
         for (label, points), colour in zip(found.items(), (COLOURS[0], GREY), strict=False):
             accuracies = [point.accuracy for point in points]
-            count = range(1, len(points) + 1)
-            best.plot(count, accuracies, ".", color=colour, alpha=0.35)
+            numbers = range(1, len(points) + 1)
+            best.plot(numbers, accuracies, ".", color=colour, alpha=0.35)
             best.step(
-                count, np.maximum.accumulate(accuracies), where="post", color=colour, label=label
+                numbers, np.maximum.accumulate(accuracies), where="post", color=colour, label=label
             )
             front.scatter([p.macs / 1e6 for p in points], accuracies, s=16, color=colour, alpha=0.6)
         _draw_front(front, [point for points in found.values() for point in points])
-        _draw_shares(shares, importances)
-        best.set(xlabel="candidates", ylabel="validation accuracy, %", title="best so far")
-        front.set(xlabel="MMAC", title="accuracy and arithmetic")
+        _draw_shares(shares, importances, measure)
+        best.set(xlabel="candidates", ylabel=f"{measure}, %", title="best so far")
+        front.set(xlabel="MMAC", title=f"{measure} and arithmetic")
         best.legend(loc="lower right")
+        for axes in others:
+            _draw_predicted(axes, predicted, measure)
         save(figure, file)
 
 
@@ -68,11 +77,25 @@ def _draw_front(axes: Any, points: Sequence[Point]) -> None:
     log_axis(axes, "x", min(places) / ROOM, max(places) * ROOM)
 
 
-def _draw_shares(axes: Any, importances: Mapping[str, float]) -> None:
+def _draw_shares(axes: Any, importances: Mapping[str, float], measure: str) -> None:
     order = sorted(importances, key=lambda name: importances[name])
     axes.barh(plain(order), [100 * importances[name] for name in order], color=COLOURS[0])
     axes.set_axisbelow(True)
-    axes.set(xlabel="% of the variance of accuracy", title="importance of choices")
+    axes.set(xlabel=f"% of the variance of {measure}", title="importance of choices")
+
+
+def _draw_predicted(axes: Any, predicted: Sequence[tuple[float, float]], measure: str) -> None:
+    """Draw what was predicted against what was measured, in the order of measurement."""
+    values = np.array(predicted)
+    ends = values.min(), values.max()
+    axes.plot(ends, ends, color=GREY, linewidth=1, label="equal")
+    axes.scatter(values[:, 0], values[:, 1], s=16, c=np.arange(len(values)), cmap="viridis")
+    axes.set(
+        xlabel="predicted before the measurement, %",
+        ylabel="measured, %",
+        title=f"{measure}, later ones lighter",
+    )
+    axes.legend(loc="lower right")
 
 
 def pareto(points: Sequence[Point]) -> list[Point]:

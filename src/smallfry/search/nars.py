@@ -83,6 +83,7 @@ class NARS:
         self._pool: list[dict[str, Any]] = []
         self._untrained: Predictor | None = None  # but for costs
         self._round = 0
+        self.predicted: dict[Any, float] = {}  # values before their measurement, by ``key_of``
 
     def ask(self, count: int) -> list[dict[str, Any]]:
         """Return candidates of this round; of the next one when all of this are told."""
@@ -115,8 +116,13 @@ class NARS:
             return spread_out(rest, features(self._choices, rest), size, self._proposals.seed)
         predict = self._fitted()
         if self._round == len(self._sizes):
-            return self._evolved(predict, rest, size)
-        return most_promising(rest, predict(rest), size)
+            chosen = self._evolved(predict, rest, size)
+        else:
+            chosen = most_promising(rest, predict(rest), size)
+        if chosen:
+            means = predict(chosen).mean.tolist()
+            self.predicted |= {key_of(e): mean for e, mean in zip(chosen, means, strict=True)}
+        return chosen
 
     def _fitted(self) -> Callable[[Sequence[Candidate]], Prediction]:
         """Fit the predictor that has learned costs to the trials."""

@@ -14,6 +14,7 @@ from smallfry.training.adversarial_config import AdversarialConfig
 from smallfry.training.augment_config import AugmentConfig as AugmentConfig
 from smallfry.training.balance_config import BalanceConfig as BalanceConfig
 from smallfry.training.distillation_config import DistillationConfig
+from smallfry.training.hyper_parameters import find_hypers
 from smallfry.training.objective_config import ObjectiveConfig as ObjectiveConfig
 from smallfry.training.objective_config import taken_settings
 from smallfry.training.own_code import require_path
@@ -231,6 +232,7 @@ class TrainSettings(TypedDict, total=False):
     schedule: "ScheduleConfig | Mapping[str, Any]"
     ema: "EMAConfig | Mapping[str, Any]"
     methods: "Sequence[Any]"
+    self_tune: "Sequence[Any]"
     callbacks: "Sequence[Any]"
     metrics: "Sequence[Any]"
     loggers: "Sequence[str]"
@@ -284,6 +286,9 @@ class TrainConfig:
         ema: Averaging of the weights.
         methods: Compression of the model while it trains and at its end, in the order of stages:
             each a name or NAME: {SETTING: VALUE}, such as [{round_weights: {bits: 8}}].
+        self_tune: Hyper-parameters that follow the validation loss while the model trains, each a
+            name or NAME: START: dropout, augment (turns, shifts and zooms), noise, weight_decay,
+            label_smoothing.
         callbacks: Your own callbacks, each MODULE:NAME of code given with --code.
         metrics: Your own metrics, likewise.
         loggers: Experiment trackers besides metrics.csv and TensorBoard, through Lightning's
@@ -336,6 +341,7 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     methods: list[Any] = field(default_factory=list)
+    self_tune: list[Any] = field(default_factory=list)
     callbacks: list[str] = field(default_factory=list)
     metrics: list[str] = field(default_factory=list)
     loggers: list[Literal["mlflow", "wandb"]] = field(default_factory=list)
@@ -371,6 +377,7 @@ class TrainConfig:
             f"data.several_labels is of the task multilabel, not {self.task}: take task multilabel",
         )
         object.__setattr__(self, "methods", [_as_entry(each) for each in self.methods])
+        find_hypers(self.self_tune)
         for name in ("callbacks", "metrics"):
             for path in getattr(self, name):
                 require_path(path, name)

@@ -60,6 +60,8 @@ from smallfry.training.recipes import with_recipe
 from smallfry.training.references import fit_references
 from smallfry.training.run import RunFolder, load_run, new_run_folder
 from smallfry.training.selection import require_choice
+from smallfry.training.self_tuning import FILE as TUNING
+from smallfry.training.self_tuning import self_tuned
 from smallfry.training.thresholds import calibrate_best, with_thresholds
 from smallfry.training.trained_run import TrainedRun
 from smallfry_runtime.names import path_of, text_of
@@ -406,6 +408,7 @@ def _build(
         lambda: distilled(config.distillation, objective, data, augment.normalize)
     )
     objective = adversarial(config.adversarial, objective, augment.normalize)
+    objective = self_tuned(config, objective, data, augment.normalize, folder.path / TUNING)
     manifest |= teacher
     reporter = reporter or build_reporter(config.progress)
     where = folder, manifest, reporter, processes, callbacks

@@ -15,15 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smallfry.search.space import Candidate, Choice
+from smallfry.search.n2n.layer import Layer, choices_of
+from smallfry.search.space import Candidate
 from smallfry.search.tables.digits import MOMENTS, Digits, epochs_of
 from smallfry.search.tables.stacked import Results, evaluate, repeat_channels, results_of, stack
 
-__all__ = ["CHOICES", "TEACHER", "build", "distill", "teacher_logits", "train_teacher"]
+__all__ = ["CHOICES", "LAYERS", "TEACHER", "build", "distill", "teacher_logits", "train_teacher"]
 
 WIDTHS = (8, 8, 16, 16, 16)
 POOLED = (0, 2)  # positions with a pool behind them
-CHOICES = tuple(Choice(f"layer{n}", (0.0, 0.25, 0.5, 1.0)) for n in range(1, 6))
+LAYERS = tuple(
+    Layer(f"layer{number}", (0.0, 0.25, 0.5, 1.0), 3, 1, inputs / max(WIDTHS), width / max(WIDTHS))
+    for number, (inputs, width) in enumerate(zip((1, *WIDTHS), WIDTHS, strict=False), start=1)
+)
+CHOICES = choices_of(LAYERS)
 TEACHER = {choice.name: 1.0 for choice in CHOICES}
 TEACHER_EPOCHS = 30
 RATE = 5e-3

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from smallfry.errors import DataError, UsageError
 from smallfry.io.replace import write_whole
+from smallfry.search.n2n.reward import reward
 from smallfry.search.space import Candidate, Choice, Trial, key_of
 from smallfry.search.tables import micro_n2n, micro_nars
 from smallfry.search.tables.digits import IMAGES
@@ -83,6 +84,25 @@ class Table:
         """Validation accuracy in percent after all epochs, mean of the seeds, (candidates,)."""
         found: NDArray[np.float64] = self.correct[:, -1].mean(0) / IMAGES * 100
         return found
+
+    def rewards(self, accuracy: Any, parameters: Any) -> Any:
+        """Return N2N's reward of students of the table's teacher.
+
+        Args:
+            accuracy: Validation accuracy, 0 to 1; a number or an array.
+            parameters: Of the students, likewise.
+
+        Raises:
+            UsageError: The table's networks have no teacher.
+        """
+        if "teacher" not in self.record:
+            raise UsageError(
+                f"the networks of the table {self.name} have no teacher; use micro_n2n"
+            )
+        teacher = self.record["teacher"]
+        compression = 1 - np.asarray(parameters) / teacher["parameters"]
+        ratio = np.asarray(accuracy) * IMAGES / teacher["correct"]
+        return np.vectorize(reward, otypes=[float])(compression, ratio)
 
     def position(self, candidate: Candidate) -> int:
         """Return the number of a candidate.

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from smallfry.errors import UsageError
@@ -9,7 +10,7 @@ from smallfry.training.config import DataConfig
 
 MOST_SEED = 2**63
 TABLE_NAMES = ("micro_n2n", "micro_nars")  # of smallfry.search, which imports PyTorch
-Strategy = Literal["nars", "tpe", "evolution", "random"]
+Strategy = Literal["nars", "tpe", "evolution", "random", "n2n"]
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,17 @@ class SearchConfig:
 
     Args:
         space: YAML file with settings of smallfry train and choices; or the name of a table of
-            trained networks, micro_nars or micro_n2n, which needs no training.
-        data: The data set, as for smallfry train.
+            trained networks, micro_nars or micro_n2n, which needs no training; or the folder of a
+            run, a teacher whose smaller students are the space.
+        data: The data set, as for smallfry train; of students, the teacher's.
         strategy: nars learns a predictor of accuracy; tpe is Optuna's sampler; evolution is
-            regularised evolution; random draws independently.
+            regularised evolution; random draws independently; n2n learns policies that remove and
+            shrink the layers of a teacher.
         budget: Candidates to train.
         max_mmac: Most multiply-accumulates of a model for one image, in millions.
         max_parameters: Most parameters of a model.
+        student_epochs: Epochs of each student of a teacher.
+        policies: File of the policies of another search by n2n, to begin with.
         baseline: Also train as many random candidates, for comparison.
         confirm: Further seeds with which the best three are trained, before one is chosen.
         workers: Processes, each of which trains a candidate.
@@ -40,6 +45,8 @@ class SearchConfig:
     budget: int = 32
     max_mmac: float | None = None
     max_parameters: float | None = None
+    student_epochs: int = 5
+    policies: Path | None = None
     baseline: bool = False
     confirm: int = 0
     workers: int = 1
@@ -52,7 +59,7 @@ class SearchConfig:
             given = getattr(self, name)
             if given is not None and not 0 < given < math.inf:
                 raise UsageError(f"{name} must be more than 0 and finite, got {given}")
-        for name, least in {"budget": 1, "workers": 1, "confirm": 0}.items():
+        for name, least in {"budget": 1, "workers": 1, "confirm": 0, "student_epochs": 1}.items():
             if getattr(self, name) < least:
                 raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 <= self.seed < MOST_SEED:
@@ -63,6 +70,8 @@ class SearchConfig:
             )
         if self.is_table and self.data != DataConfig():
             raise UsageError(f"the table {self.space} has its own data: leave out data")
+        if self.policies is not None and self.strategy != "n2n":
+            raise UsageError(f"policies are of the strategy n2n, not {self.strategy}")
         if (self.engine == "optuna") != (self.storage is not None):
             raise UsageError("engine optuna and storage go together: give both, or neither")
         if self.engine == "optuna" and self.strategy not in ("tpe", "random"):

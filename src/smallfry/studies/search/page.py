@@ -17,10 +17,11 @@ from smallfry.studies.search.importance import importances
 from smallfry.studies.search.problem import Problem
 from smallfry.training.provenance import provenance
 
-__all__ = ["BEST", "PAGE", "Confirmed", "write_page"]
+__all__ = ["BEST", "PAGE", "Confirmed", "Predicted", "write_page"]
 
 PAGE, BEST, PICTURE = "index.html", "best.yaml", "search.png"
 SHOWN = 200  # trials in the table
+Predicted = Mapping[Any, float]
 
 
 class Confirmed(NamedTuple):
@@ -42,6 +43,7 @@ def write_page(
     found: Mapping[str, Sequence[Trial]],
     best: Trial | None,
     confirmed: Sequence[Confirmed],
+    predicted: Predicted,
 ) -> Path:
     """Write the page with its picture, and return it.
 
@@ -52,6 +54,7 @@ def write_page(
         found: Trials by strategy, that of the search first.
         best: The chosen trial.
         confirmed: Candidates trained with further seeds.
+        predicted: Values that the strategy predicted before the measurement, by ``key_of``.
 
     Raises:
         RunError: It could not be written.
@@ -71,14 +74,21 @@ def write_page(
         picture = None
         if points[config.strategy]:
             shares = importances(problem.architecture + problem.recipe, trials)
-            draw_search(points, shares, folder / "pictures" / PICTURE)
+            pairs = [
+                (predicted[key], t.value)
+                for t in trials
+                if t.value is not None and (key := key_of(t.candidate)) in predicted
+            ]
+            file = folder / "pictures" / PICTURE
+            draw_search(points, shares, file, problem.measure, pairs)
             picture = image(folder / "pictures" / PICTURE, "trials of the search")
-        write(folder / PAGE, _page(config, trials, best, confirmed, picture))
+        write(folder / PAGE, _page(config, problem.measure, trials, best, confirmed, picture))
     return folder / PAGE
 
 
 def _page(
     config: SearchConfig,
+    measure: str,
     trials: Sequence[Trial],
     best: Trial | None,
     confirmed: Sequence[Confirmed],
@@ -93,10 +103,11 @@ def _page(
         "studies/search/templates/search.html",
         title=f"Search by {config.strategy}: {Path(config.space).name}",
         best=best,
+        measure=measure,
         best_text=None if best is None else _text(best.candidate),
         picture=picture,
         trials=table(
-            ["candidate", "validation, %", "MMAC", "parameters", "seconds"],
+            ["candidate", f"{measure}, %", "MMAC", "parameters", "seconds"],
             [_row(trial) for trial in ranked[:SHOWN]],
             marked=[number for number, trial in enumerate(ranked[:SHOWN]) if trial == best],
         ),

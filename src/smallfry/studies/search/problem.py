@@ -7,20 +7,33 @@ from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
 from time import monotonic
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import yaml
 
 from smallfry.errors import UsageError
 from smallfry.search.evaluation import train_candidate
+from smallfry.search.n2n import Layer
 from smallfry.search.settings_space import SettingsSpace, read_settings_space
 from smallfry.search.space import Candidate, Choice, Trial, key_of
-from smallfry.search.tables import TABLES, TableEvaluator, load_table, micro_nars
+from smallfry.search.tables import TABLES, TableEvaluator, load_table, micro_n2n, micro_nars
 from smallfry.studies.search.config import SearchConfig
 from smallfry.training.config import TrainConfig
 from smallfry.training.progress import QuietReporter
 
-__all__ = ["Problem", "TableProblem", "TrainingProblem", "find_problem", "run_name"]
+__all__ = [
+    "HasTeacher",
+    "Problem",
+    "StudentTable",
+    "TableProblem",
+    "TrainingProblem",
+    "find_problem",
+    "run_name",
+    "seed_of",
+    "train_all",
+]
+
+Job = tuple[Candidate, TrainConfig, Mapping[str, float]]
 
 
 class Problem(Protocol):
@@ -29,6 +42,7 @@ class Problem(Protocol):
     architecture: tuple[Choice, ...]  # choices on which costs depend
     recipe: tuple[Choice, ...]
     text: str  # of the space, by which a resumed search is compared
+    measure: str  # what the value of a trial is, in percent
 
     def costs(self, candidate: Candidate) -> Mapping[str, float]:
         """Return macs and parameters.
@@ -44,12 +58,24 @@ class Problem(Protocol):
         """Return the training of a candidate, if there is one."""
 
 
+@runtime_checkable
+class HasTeacher(Protocol):
+    """Problem whose candidates are students of one teacher."""
+
+    layers: tuple[Layer, ...]  # of the teacher
+
+    def reward(self, trial: Trial) -> float:
+        """Return the reward of a student's trial, about 0 to 1."""
+
+
 class TableProblem:
     """Table of trained networks, which needs no training; each evaluation is one of them.
 
     Args:
         name: Of the table.
     """
+
+    measure = "validation accuracy"
 
     def __init__(self, name: str) -> None:
         self.table, self.text = load_table(name), f"table: {name}\n"
@@ -70,6 +96,30 @@ class TableProblem:
         """Return nothing, as these networks have no run."""
 
 
+class StudentTable(TableProblem):
+    """Table of all students of a teacher, whose value is N2N's reward in percent."""
+
+    measure = "reward"
+    layers = micro_n2n.LAYERS
+
+    def __init__(self, name: str = "micro_n2n") -> None:
+        super().__init__(name)
+
+    def reward(self, trial: Trial) -> float:
+        """Return the reward of a trial."""
+        assert trial.value is not None
+        return trial.value / 100
+
+    def evaluate(self, candidates: Sequence[Candidate], folder: Path, seed: int) -> Iterator[Trial]:
+        """Yield a training of each student."""
+        for trial in super().evaluate(candidates, folder, seed):
+            assert trial.value is not None
+            accuracy, parameters = trial.value / 100, trial.cost["parameters"]
+            value = 100 * self.table.rewards(accuracy, parameters)
+            measured = {**trial.measured, "accuracy": accuracy}
+            yield replace(trial, value=float(value), measured=measured)
+
+
 class TrainingProblem:
     """Training configurations that differ in some settings.
 
@@ -77,6 +127,8 @@ class TrainingProblem:
         space: The space.
         workers: Processes, each of which trains a candidate.
     """
+
+    measure = "validation accuracy"
 
     def __init__(self, space: SettingsSpace, workers: int = 1) -> None:
         self.space, self.workers = space, workers
@@ -99,29 +151,40 @@ class TrainingProblem:
         jobs = []
         for each in candidates:
             run = folder / run_name(each)
-            config = replace(self.space.train(each), run=run, seed=_seed(each, seed))
+            config = replace(self.space.train(each), run=run, seed=seed_of(each, seed))
             jobs.append((each, config, self.space.costs(each)))
-        if self.workers == 1:
-            yield from (_train(*job) for job in jobs)
-            return
-        with ProcessPoolExecutor(self.workers, get_context("spawn")) as pool:
-            for done in as_completed([pool.submit(_train, *job) for job in jobs]):
-                yield done.result()
+        yield from train_all(jobs, self.workers)
+
+
+def train_all(jobs: Sequence[Job], workers: int) -> Iterator[Trial]:
+    """Train candidates, and yield their trials as they end.
+
+    Args:
+        jobs: Candidates, their trainings and their costs.
+        workers: Processes.
+    """
+    if workers == 1:
+        yield from (_train(*job) for job in jobs)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(_train, *job) for job in jobs]):
+            yield done.result()
 
 
 def find_problem(config: SearchConfig) -> Problem:
-    """Find the problem of a search.
+    """Find the problem of a search whose space is a table or a file.
 
     Raises:
         UsageError: There is no such table or file, or it is no space.
         RunError: Its settings are not of this version.
     """
     if config.is_table:
-        return TableProblem(config.space)
+        return StudentTable() if config.space == "micro_n2n" else TableProblem(config.space)
     file = Path(config.space).expanduser()
     if not file.is_file():
         raise UsageError(
-            f"{config.space}: no such file; a space is a YAML file, or one of {', '.join(TABLES)}"
+            f"{config.space}: no such file; a space is a YAML file, the folder of a run, or one of "
+            f"{', '.join(TABLES)}"
         )
     space = read_settings_space(file)
     if "data" in space.settings:
@@ -139,7 +202,7 @@ def run_name(candidate: Candidate) -> str:
     return sha256(repr(key_of(candidate)).encode()).hexdigest()[:10]
 
 
-def _seed(candidate: Candidate, seed: int) -> int:
+def seed_of(candidate: Candidate, seed: int) -> int:
     """Return a seed of a candidate's training, as one seed for all favours those it suits."""
     return (seed + int(run_name(candidate), 16)) % 2**31
 

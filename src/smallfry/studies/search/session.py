@@ -4,6 +4,7 @@ search.json    settings
 space.yaml     settings and choices of the space
 ledger.jsonl   every trial of the search; random.jsonl, those of random search beside it
 confirm_N.jsonl  trials with the Nth further seed
+policies.safetensors  policies of the strategy n2n
 runs/          run folders of the candidates
 best.yaml      configuration of the best one
 index.html     the page
@@ -20,20 +21,23 @@ import yaml
 from smallfry.errors import RunError, UsageError
 from smallfry.io.json import strict
 from smallfry.io.replace import write_whole
-from smallfry.search import Candidate, Ledger, Listed, Search, Trial
+from smallfry.search import NARS, Candidate, Ledger, Listed, Search, Trial
 from smallfry.search.ledger import best as best_of
+from smallfry.search.n2n import N2N
 from smallfry.search.rounds import run_rounds
 from smallfry.search.space import key_of
 from smallfry.studies.folder import locked, stoppable
 from smallfry.studies.search.config import SearchConfig
-from smallfry.studies.search.page import BEST, Confirmed, write_page
+from smallfry.studies.search.page import BEST, Confirmed, Predicted, write_page
 from smallfry.studies.search.problem import Problem, find_problem
 from smallfry.studies.search.progress import SearchProgress
-from smallfry.studies.search.strategies import build_strategy
+from smallfry.studies.search.strategies import build_strategy, limits
+from smallfry.training.config import DataConfig
 
 __all__ = ["Found", "search"]
 
 SETTINGS, SPACE, LEDGER, RANDOM = "search.json", "space.yaml", "ledger.jsonl", "random.jsonl"
+POLICIES = "policies.safetensors"  # of the strategy n2n
 CONFIRMED = 3  # best candidates that are trained with further seeds
 UNCOMPARED = {"space", "baseline", "confirm"}  # the space is compared by its content
 
@@ -45,11 +49,13 @@ class Found(NamedTuple):
         best: The chosen trial; None if all failed.
         confirmed: Candidates trained with further seeds, best first.
         page: The HTML page.
+        measure: What the values of trials are, in percent.
     """
 
     best: Trial | None
     confirmed: Sequence[Confirmed]
     page: Path
+    measure: str = "validation accuracy"
 
 
 def search(config: SearchConfig, folder: str | Path, quiet: bool = False) -> Found:
@@ -74,41 +80,63 @@ def search(config: SearchConfig, folder: str | Path, quiet: bool = False) -> Fou
         True
     """
     folder = Path(folder).expanduser()
-    problem = find_problem(config)
+    problem = _problem(config, folder)
     note = f"what ended is in {folder}, the same command continues"
     with locked(folder, (SETTINGS,), "search", "--to"), stoppable(note):
         _require_same(config, problem, folder)
         total = config.budget * (1 + config.baseline) + CONFIRMED * config.confirm
         with SearchProgress(total, quiet) as progress:
-            trials = _run(config, problem, folder, progress)
+            trials, predicted = _run(config, problem, folder, progress)
             found: dict[str, list[Trial]] = {config.strategy: trials}
             if config.baseline and config.strategy != "random":
                 other = replace(config, strategy="random")
-                found["random"] = _local(other, problem, folder / RANDOM, progress)
+                found["random"], _ = _local(other, problem, folder / RANDOM, progress)
             confirmed = _confirm(config, problem, trials, folder, progress)
-        best = best_of(trials)
+        allowed = limits(problem, config)  # beyond which n2n tries some at first
+        best = best_of([trial for trial in trials if allowed(trial.candidate)])
         if confirmed:
             first = key_of(confirmed[0].candidate)
             best = next(trial for trial in trials if key_of(trial.candidate) == first)
         _write_best(problem, best, folder)
-        return Found(best, confirmed, write_page(folder, config, problem, found, best, confirmed))
+        page = write_page(folder, config, problem, found, best, confirmed, predicted)
+        return Found(best, confirmed, page, problem.measure)
+
+
+def _problem(config: SearchConfig, folder: Path) -> Problem:
+    """Find the problem, which may be that of a teacher's students.
+
+    Raises:
+        UsageError: As ``find_problem``, or data beside a teacher.
+    """
+    teacher = Path(config.space).expanduser()
+    if config.is_table or not teacher.is_dir():
+        return find_problem(config)
+    from smallfry.studies.search.student_problem import StudentProblem
+
+    if config.data != DataConfig():
+        raise UsageError(f"{teacher}: students learn from their teacher's data: leave out data")
+    return StudentProblem(teacher, folder, config.student_epochs, config.workers)
 
 
 def _run(
     config: SearchConfig, problem: Problem, folder: Path, progress: SearchProgress
-) -> list[Trial]:
+) -> tuple[list[Trial], Predicted]:
+    """Run the strategy; returns the trials, and the values that it predicted, if it does."""
     if config.engine == "local":
         return _local(config, problem, folder / LEDGER, progress)
     from smallfry.studies.search.optuna_engine import run_on_storage
 
-    return run_on_storage(config, folder, progress)
+    return run_on_storage(config, folder, progress), {}
 
 
 def _local(
     config: SearchConfig, problem: Problem, ledger: Path, progress: SearchProgress
-) -> list[Trial]:
+) -> tuple[list[Trial], Predicted]:
     strategy = build_strategy(config.strategy, problem, config)
-    return _rounds(config, problem, strategy, ledger, "runs", progress)
+    trials = _rounds(config, problem, strategy, ledger, "runs", progress)
+    if isinstance(strategy, N2N):
+        strategy.save_policies(ledger.parent / POLICIES)
+    return trials, strategy.predicted if isinstance(strategy, NARS) else {}
 
 
 def _rounds(

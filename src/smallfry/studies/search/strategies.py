@@ -1,12 +1,15 @@
 """Strategies of a search by name."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from smallfry.errors import UsageError
 from smallfry.search import NARS, TPE, Candidate, Evolution, RandomSearch, Search
+from smallfry.search.n2n import N2N
+from smallfry.search.n2n.strategy import load_policies
 from smallfry.search.sampling import Allowed
 from smallfry.studies.search.config import SearchConfig
-from smallfry.studies.search.problem import Problem
+from smallfry.studies.search.problem import HasTeacher, Problem
 
 __all__ = ["STRATEGIES", "build_strategy", "limits"]
 
@@ -18,6 +21,25 @@ def _nars(problem: Problem, count: int, seed: int, allowed: Allowed) -> Search:
         return list(problem.costs(architecture).values())
 
     return NARS(problem.architecture, problem.recipe, count, costs, seed, allowed)
+
+
+def _n2n(problem: Problem, config: SearchConfig) -> Search:
+    if not isinstance(problem, HasTeacher):
+        raise UsageError(
+            "strategy n2n compresses a teacher: give the folder of its run as space, or "
+            f"micro_n2n, not {config.space}"
+        )
+    free = replace(config, max_mmac=None, max_parameters=None)
+    policies = None if config.policies is None else load_policies(config.policies)
+    return N2N(
+        problem.layers,
+        config.budget,
+        problem.reward,
+        config.seed,
+        allowed=limits(problem, free),
+        within=limits(problem, config),
+        policies=policies,
+    )
 
 
 STRATEGIES: dict[str, Build] = {
@@ -35,7 +57,14 @@ STRATEGIES: dict[str, Build] = {
 
 
 def build_strategy(name: str, problem: Problem, config: SearchConfig) -> Search:
-    """Build a strategy for a problem, within the limits of the costs."""
+    """Build a strategy for a problem, within the limits of the costs.
+
+    Raises:
+        UsageError: The strategy n2n without a teacher.
+        RunError: Policies that can't be read.
+    """
+    if config.strategy == name == "n2n":
+        return _n2n(problem, config)
     return STRATEGIES[name](problem, config.budget, config.seed, limits(problem, config))
 
 

@@ -1,0 +1,35 @@
+"""Problems of neuroevolution, by name."""
+
+from collections.abc import Callable
+
+from smallfry.errors import UsageError, nearest
+from smallfry.search.neuroevolution.deep_ga import Problem
+from smallfry.search.neuroevolution.problems.digits import Digits
+from smallfry.search.neuroevolution.problems.gym import Gym
+from smallfry.search.neuroevolution.problems.maze import LAYOUTS, Maze
+
+__all__ = ["PROBLEMS", "find_problem"]
+
+PROBLEMS: dict[str, Callable[[], Problem]] = {
+    "digits": Digits,
+    **{name: (lambda name=name: Maze(name)) for name in LAYOUTS},  # type: ignore[misc]
+    "cartpole": lambda: Gym("CartPole-v1", (4, 16, 2), solved=475.0),
+    "acrobot": lambda: Gym("Acrobot-v1", (6, 16, 3), solved=-100.0),
+}
+
+
+def find_problem(name: str) -> Problem:
+    """Find a problem.
+
+    Raises:
+        UsageError: There is none of this name.
+
+    Example:
+        >>> find_problem("maze").sizes
+        (11, 16, 2)
+    """
+    if name not in PROBLEMS:
+        raise UsageError(
+            f"there is no problem '{name}'{nearest(name, PROBLEMS)}; use {', '.join(PROBLEMS)}"
+        )
+    return PROBLEMS[name]()
