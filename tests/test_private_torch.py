@@ -15,6 +15,8 @@ ATTRIBUTES = {  # of PyTorch's objects, read without importing anything
     "_forward_hooks": nn.Module,
     "_forward_pre_hooks": nn.Module,
     "_flat_weights_names": nn.RNNBase,
+    "_schema": torch._ops.OpOverload,
+    "_cdata": torch.UntypedStorage,
 }
 
 
@@ -51,6 +53,8 @@ def test_private_names_are_there() -> None:
     assert gone == [], f"PyTorch {torch.__version__} has moved these: mend {FILE.name}"
     assert private_attributes(FILE) == ATTRIBUTES.keys()
     made = {nn.Module: nn.Linear(1, 1), nn.RNNBase: nn.LSTM(1, 1)}
+    made |= {torch._ops.OpOverload: torch.ops.aten.add.Tensor}
+    made |= {torch.UntypedStorage: torch.zeros(1).untyped_storage()}
     gone = [name for name, kind in ATTRIBUTES.items() if not hasattr(made[kind], name)]
     assert gone == [], f"PyTorch {torch.__version__} has moved these: mend {FILE.name}"
 

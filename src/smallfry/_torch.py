@@ -7,19 +7,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+from torch import UntypedStorage, nn
 from torch import _disable_dynamo as disable_dynamo  # type: ignore[attr-defined]
 from torch import _foreach_norm as foreach_norm
-from torch import nn
 from torch._C import _current_autograd_node as current_autograd_node
 from torch._C import _current_graph_task_id as current_graph_task_id
 from torch._C import _get_mkldnn_enabled as is_onednn_enabled
 from torch._C import _set_mkldnn_enabled as enable_onednn
 from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 __all__ = [
     "BatchNorm",
+    "TorchDispatchMode",
+    "aliases_of",
     "current_autograd_node",
     "current_graph_task_id",
     "disable_dynamo",
@@ -30,6 +33,7 @@ __all__ = [
     "is_functorch_wrapped_tensor",
     "is_onednn_enabled",
     "is_transformed",
+    "storage_key",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
@@ -55,6 +59,16 @@ def without_onednn() -> Iterator[None]:
         yield
     finally:
         enable_onednn(before)
+
+
+def aliases_of(operator: Any) -> list[Any]:
+    """List what the outputs of an operator share with its inputs; None for new tensors."""
+    return [each.alias_info for each in operator._schema.returns]
+
+
+def storage_key(storage: UntypedStorage) -> int:
+    """Return a number that no other storage has at the same time, on any device."""
+    return int(storage._cdata)
 
 
 def has_forward_hooks(module: nn.Module) -> bool:

@@ -72,10 +72,14 @@ def features_of(trace: Sequence[Operation], observer: str) -> dict[str, float]:
     bytes_ = [each.allocated for each in trace]
     peak = max(bytes_)
     if observer == "totals":
-        return {"operators": log(len(trace)), "peak": log(peak), "mean": np.mean(bytes_) / peak}
+        return {
+            "operators": log(len(trace)),
+            "peak": log(peak),
+            "mean": sum(bytes_) / len(bytes_) / peak,
+        }
     if observer == "memory":
         found = _histogram("bytes", [b / a for a, b in pairwise(bytes_) if a and b])
-        return {**found, "mean": float(np.mean(bytes_)) / peak}
+        return {**found, "mean": sum(bytes_) / len(bytes_) / peak}
     names = [each.name for each in trace]
     sizes = [int(np.prod(each.shape)) for each in trace]
     found = _histogram("size", [b / a for a, b in pairwise(sizes) if a and b])

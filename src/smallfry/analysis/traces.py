@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from smallfry._torch import TorchDispatchMode, aliases_of, storage_key
 from smallfry.errors import UsageError
 
 __all__ = ["Operation", "find_period", "trace_model"]
@@ -31,11 +31,11 @@ class Operation(NamedTuple):
     allocated: int
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Record of the operators that compute values; views are left out."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[Operation] = []
         self.allocated = 0
         self._known: set[int] = set()
@@ -43,7 +43,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))
         first = outputs[0] if isinstance(outputs, tuple | list) else outputs
-        aliases = [given.alias_info for given in func._schema.returns]
+        aliases = aliases_of(func)
         is_view = any(alias is not None and not alias.is_write for alias in aliases)
         if is_view or not isinstance(first, Tensor):
             return outputs
@@ -60,7 +60,7 @@ class _Recorder(TorchDispatchMode):
     def _allocate(self, tensor: Tensor) -> None:
         """Count the bytes of a tensor until nothing refers to its storage."""
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage_key(storage), storage.nbytes()
         if key in self._known:
             return
         self._known.add(key)
@@ -99,9 +99,10 @@ def trace_model(model: nn.Module, shape: Sequence[int]) -> list[Operation]:
     """
     floating = (each.dtype for each in model.parameters() if each.is_floating_point())
     image = torch.empty(1, *shape, dtype=next(floating, torch.float32), device="meta")
+    recorder = _Recorder()
     try:
         twin = copy.deepcopy(model).to("meta").eval()
-        with _Recorder() as recorder:
+        with recorder:
             twin(image)
     except (RuntimeError, NotImplementedError, ValueError, AssertionError) as error:
         raise UsageError(

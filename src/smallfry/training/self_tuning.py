@@ -348,6 +348,7 @@ def self_tuned(
         return objective
     _require_possible(config, {each.name for each in hypers}, data)
     count, split = len(data.validation), data.validation
+    assert config.batch_size is not None  # chosen by now
     size, steps = min(VALIDATION_BATCH, count), -(-len(data.train) // config.batch_size)
 
     def validation(step: int) -> Batch:
