@@ -336,7 +336,7 @@ def test_models_measures_few_recursion_steps_of_many():
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ([], 2, "benchmark, completion, compress, demo, evaluate, export, fit, models"),
+        ([], 2, "benchmark, completion, compress, demo, evaluate, evolve, export, fit, models"),
         (["trian"], 2, "did you mean 'train'"),
         (["train", "--epoch", "3"], 2, "train has no option 'epoch'; did you mean 'epochs'"),
         (["train", "--data.nmae=x"], 2, "did you mean 'data.name'"),

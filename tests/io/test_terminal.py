@@ -115,6 +115,7 @@ def test_verbs_that_write_show_names_as_text(monkeypatch, tmp_path, capsys):
 
     folder = tmp_path / NASTY
     monkeypatch.setattr("smallfry.deploy.export.export", lambda *_: folder)
+    monkeypatch.setattr("smallfry.deploy.export.export_bytes", lambda *_: 10)
     monkeypatch.setattr(pretrained, "save_pretrained", lambda *_, **__: folder)
     plain = SimpleNamespace(spec=ModelSpec("m", {}))
     monkeypatch.setattr(pretrained, "load_trained", lambda *_: plain)

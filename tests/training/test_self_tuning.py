@@ -264,6 +264,7 @@ def tuning_run(folder, epochs, **settings):
         epochs=epochs,
         run=folder,
         seed=1,
+        batch_size=64,
         **SHARED,
         **settings,
     )
@@ -292,6 +293,7 @@ def test_a_stopped_run_resumes_to_the_bit(tmp_path, capsys):
     whole = train(tuning_run(tmp_path / "whole", 6))
     arguments = ["--model", "plain_mlp", "--model.options", "{embed_dim: 16}", "--epochs", "6"]
     arguments += ["--self_tune", "[dropout, {label_smoothing: 0.1}]", "--seed", "1"]
+    arguments += ["--batch_size", "64"]
     arguments += ["--references=false", "--progress", "quiet", "--threads", "1"]
     stopped = str(tmp_path / "stopped")
     code = ["--code", str(own), "--callbacks", "[stop:Stop]"]

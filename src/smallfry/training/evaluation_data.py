@@ -122,7 +122,7 @@ def _named_data(
     if form is not None and form.labels is not None and (path_of(name) / form.labels).is_file():
         columns = {key: getattr(form, key) for key in OF_LABELS}
         other = replace(other, **columns)
-    elif form is not None and form.labels is None and shard_files(path_of(name)):
+    elif form is not None and form.image_column is not None and _has_tables(path_of(name)):
         other = replace(other, image_column=form.image_column)
     data = load_config_data(_sized(other, trained), min_classes=1)
     if split == "test":
@@ -163,6 +163,10 @@ def _sized(wanted: DataConfig, trained: TrainedModel) -> DataConfig:
         resize=trained.resize,
         channels=trained.channels,
     )
+
+
+def _has_tables(folder: Path) -> bool:
+    return folder.is_dir() and bool(shard_files(folder))
 
 
 def _is_same_place(name: str, other: str) -> bool:

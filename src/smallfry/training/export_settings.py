@@ -15,3 +15,5 @@ class ExportSettings(TypedDict, total=False):
     data: str | None
     data_root: Path | None
     submodels: int
+    target: str
+    pack: bool
