@@ -18,7 +18,7 @@ TINY = (
     "--model.options={embed_dim: 16, num_heads: 2, mlp_hidden_dim: 16, depth: 1, latent_steps: 1}"
 )
 TRAIN = ["train", TINY, "--epochs=1", "--data.limit=200", "--references=false"]
-TRAIN += ["--progress=quiet", "--run"]
+TRAIN += ["--batch_size=64", "--progress=quiet", "--run"]
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
 VERBS = {
     "export": ["export", "{run}", "--to", "{place}/made"],
