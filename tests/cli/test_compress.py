@@ -45,6 +45,7 @@ def test_methods_come_from_a_file_too(run, capsys):
     assert Path(f"{run}-small/best/manifest.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_shared_model_is_compressed_into_a_shared_folder(run, capsys):
     assert main(["share", run, "--to", "shared"]) == 0
     given = ["compress", "shared", "--data", "digits", "--methods", "[{quantize: {weights: 4}}]"]

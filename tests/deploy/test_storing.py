@@ -25,6 +25,7 @@ def graph(**tensors):
     return onnx.helper.make_model(made).SerializeToString()
 
 
+@pytest.mark.slow
 def test_a_packed_export_answers_as_a_plain_one(run, int8, tmp_path, capsys):
     arguments = ["export", str(run), "--to", str(tmp_path / "a"), "--form", "whole"]
     assert main([*arguments, "--precision", "int8", "--pack"]) == 0

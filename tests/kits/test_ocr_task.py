@@ -166,6 +166,7 @@ def test_words_of_a_folder_are_evaluated(run, tmp_path, capsys):
     assert json.loads(captured.out)["images"] == 2
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_and_read_without_pytorch(run, tmp_path, capsys):
     export = smallfry.export(run, tmp_path / "export", precision="int8_dynamic")
     runtime = Runtime(export)
