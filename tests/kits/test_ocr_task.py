@@ -190,6 +190,7 @@ def test_a_run_is_exported_and_read_without_pytorch(run, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_compact_network_learns_words_by_heart():
     torch.manual_seed(0)
     data = load_data("ocr-words", options=WORDS, image_size=(32, 64), test=0.0)

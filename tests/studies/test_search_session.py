@@ -358,6 +358,7 @@ def test_the_front_has_the_points_that_no_cheaper_one_equals():
     ]
 
 
+@pytest.mark.slow
 def test_the_page_of_nars_shows_predictions_beside_measurements(tmp_path):
     config = SearchConfig("micro_nars", strategy="nars", budget=24)
     search(config, tmp_path, quiet=True)

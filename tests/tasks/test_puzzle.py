@@ -236,7 +236,8 @@ def test_the_command_evaluates_by_step_and_solves_files(run, tmp_path, capsys):
     assert "step 3" in said.out
 
 
-@pytest.mark.parametrize("form", [pytest.param("whole", marks=pytest.mark.slow), "anytime"])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["whole", "anytime"])
 def test_the_runtime_solves_puzzles_as_pytorch_does(run, tmp_path, capsys, form, quiet_warnings):
     place = export(run, tmp_path / "export", form=form)
     file = tmp_path / "puzzle.txt"

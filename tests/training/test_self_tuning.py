@@ -207,6 +207,7 @@ def test_the_steps_of_response_and_hyper_parameters_leave_the_network_alone():
     assert model.training
 
 
+@pytest.mark.slow
 def test_the_weight_decay_of_a_ridge_regression_reaches_the_closed_form_optimum():
     generator = torch.Generator().manual_seed(4)
 
