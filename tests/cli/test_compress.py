@@ -106,6 +106,7 @@ def test_mixed_precision_is_reported_and_drawn(run, capsys):
     assert found["file_bytes"]["after"] < found["file_bytes"]["before"]
 
 
+@pytest.mark.slow
 def test_a_budget_that_can_not_be_met_writes_nothing(run, capsys):
     methods = "[{quantize: {budget: 1.5}}]"
     assert main(["compress", run, "--methods", methods, "--to", "small"]) == 2

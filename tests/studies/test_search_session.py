@@ -376,6 +376,7 @@ def test_the_page_of_nars_shows_predictions_beside_measurements(tmp_path):
         assert four > 1.2 * picture.width
 
 
+@pytest.mark.slow
 def test_the_space_of_the_loopnet_family_can_be_searched():
     space = read_settings_space(ROOT / "recipes" / "search" / "loopnet_cifar10.yaml")
     assert space.base.model.name == "loopnet_300k"

@@ -57,6 +57,7 @@ TROUBLES = {
 
 
 @pytest.mark.parametrize(("said", "workers"), list(zip(TROUBLES, (1, 2, 2), strict=True)))
+@pytest.mark.slow
 def test_what_a_worker_has_lost_this_process_prepares(said, workers, monkeypatch, capfd):
     monkeypatch.setattr(Troubled, "trouble", staticmethod(TROUBLES[said]))
     with pytest.warns(SmallfryWarning, match=said):

@@ -78,6 +78,7 @@ def test_students_that_cannot_be_built_are_not_asked_for():
     assert all(any(trial.candidate.values()) for trial in searched(new(80)))
 
 
+@pytest.mark.slow
 def test_students_beyond_a_limit_are_trained_while_the_penalty_is_mild():
     search = N2N(
         [Layer(name, SHARES) for name in "abcdefgh"],

@@ -61,6 +61,7 @@ def test_a_child_of_known_parents_equals_the_rebuilt_one_to_the_bit():
     assert np.array_equal(chain.weights(parent), chain.weights())
 
 
+@pytest.mark.slow
 def test_another_process_rebuilds_the_weights_to_the_bit(tmp_path):
     chain = long_chain()
     chain.save(tmp_path / "elite.json", "maze")
