@@ -15,7 +15,7 @@ from smallfry.training.run import load_run
 
 
 def require_packages(target: str) -> None:
-    """Skip a module of tests where a format's packages are not installed."""
+    """Skip tests where a format's packages are not installed."""
     for package in find_target(target).packages:
         pytest.importorskip(package.replace("-", "_"), reason=f"{package} is not installed")
 

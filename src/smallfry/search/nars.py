@@ -91,10 +91,7 @@ class NARS:
             self._planned = self._plan()
             if not self._planned:
                 self._proposals.end()
-        found, self._planned = self._planned[:count], self._planned[count:]
-        for each in found:
-            self._proposals.add(each)
-        return [dict(each) for each in found]
+        return self._proposals.hand_out(self._planned, count)
 
     def tell(self, trials: Sequence[Trial]) -> None:
         """Take trials, which the predictor learns from in the next round."""

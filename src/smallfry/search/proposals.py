@@ -82,6 +82,14 @@ class Proposals:
             found.append(candidate)
         return found
 
+    def hand_out(self, planned: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+        """Take the first candidates off a plan, and note that they are asked for."""
+        found = planned[:count]
+        del planned[:count]
+        for each in found:
+            self.add(each)
+        return [dict(each) for each in found]
+
     def tell(self, trials: Sequence[Trial]) -> None:
         """Take trials of candidates that were asked for.
 

@@ -122,10 +122,7 @@ class N2N:
                 self._proposals.end()
                 break
             self._roll()
-        found, self._planned = self._planned[:count], self._planned[count:]
-        for each in found:
-            self._proposals.add(each)
-        return [dict(each) for each in found]
+        return self._proposals.hand_out(self._planned, count)
 
     def tell(self, trials: Sequence[Trial]) -> None:
         """Take trials; one that failed is worth −1."""
