@@ -13,7 +13,8 @@ class EvolutionConfig:
     """Settings of an evolution.
 
     Args:
-        problem: maze (deceptive), maze_staggered, digits, cartpole or acrobot.
+        problem: maze (deceptive), maze_staggered, digits, cartpole, acrobot, or gym:NAME of an
+            environment of Gymnasium, such as gym:MinAtar/Breakout-v1.
         select: Parents are chosen by fitness, or by novelty of behaviour; random draws new networks
             instead.
         generations: Generations at most; it ends earlier if the problem is solved.

@@ -159,6 +159,55 @@ def test_control_problems_have_returns(name, least):
     assert two == pytest.approx((one.fitness[0] + problem(weights[:1], 4).fitness[0]) / 2)
 
 
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("MountainCarContinuous-v0", (2, 16, 1)), ("MountainCar-v0", (2, 16, 3))],
+)
+def test_any_environment_is_a_problem(name, sizes):
+    pytest.importorskip("gymnasium", reason="control problems need the extra evolve")
+    problem = find_problem(f"gym:{name}")
+    assert problem.sizes == sizes
+    assert problem.solved is None
+    weights = np.stack([SeedChain(sizes, seed).weights() for seed in range(2)])
+    found = problem(weights, 0)
+    assert found.fitness.shape == (2,)
+    assert found.behaviours.shape == (2, 2)
+
+
+def test_continuous_actions_are_within_their_bounds():
+    pytest.importorskip("gymnasium", reason="control problems need the extra evolve")
+    problem = find_problem("gym:MountainCarContinuous-v0")
+    space = problem._environment.action_space
+    for outputs in (-50.0, 0.0, 50.0):
+        action = problem._action(np.array([outputs], np.float32))
+        assert space.contains(action)
+        assert action == pytest.approx(np.tanh(outputs))
+
+
+def test_environments_of_other_packages_are_found():
+    pytest.importorskip("gymnasium", reason="control problems need the extra evolve")
+    pytest.importorskip("minatar", reason="MinAtar (GPL-3.0) is not installed")
+    problem = find_problem("gym:MinAtar/Breakout-v1")
+    assert problem.sizes == (400, 32, 3)
+    weights = SeedChain(problem.sizes, 0).weights()[None]
+    one, again = problem(weights, 5), problem(weights, 5)
+    assert np.array_equal(one.fitness, again.fitness)
+    assert np.array_equal(one.behaviours, again.behaviours)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("gym:NoSuch-v0", "gym:NoSuch-v0: Gymnasium can't make it"),
+        ("gym:FrozenLake-v1", r"FrozenLake-v1 has observations Discrete\(16\)"),
+    ],
+)
+def test_environments_that_can_not_be_played_are_refused(name, words):
+    pytest.importorskip("gymnasium", reason="control problems need the extra evolve")
+    with pytest.raises(UsageError, match=words):
+        find_problem(name)
+
+
 def test_unknown_problems_are_refused_with_the_nearest_name():
     with pytest.raises(UsageError, match="no problem 'mase'; did you mean 'maze'"):
         find_problem("mase")

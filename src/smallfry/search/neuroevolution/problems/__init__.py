@@ -5,7 +5,7 @@ from collections.abc import Callable
 from smallfry.errors import UsageError, nearest
 from smallfry.search.neuroevolution.deep_ga import Problem
 from smallfry.search.neuroevolution.problems.digits import Digits
-from smallfry.search.neuroevolution.problems.gym import Gym
+from smallfry.search.neuroevolution.problems.gym import PREFIX, Gym, find_environment
 from smallfry.search.neuroevolution.problems.maze import LAYOUTS, Maze
 
 __all__ = ["PROBLEMS", "find_problem"]
@@ -19,17 +19,20 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
 
 
 def find_problem(name: str) -> Problem:
-    """Find a problem.
+    """Find a problem by its name, or an environment of Gymnasium by ``gym:`` and its own.
 
     Raises:
-        UsageError: There is none of this name.
+        UsageError: There is none of this name, or it can't be made.
 
     Example:
         >>> find_problem("maze").sizes
         (11, 16, 2)
     """
+    if name.startswith(PREFIX):
+        return find_environment(name.removeprefix(PREFIX))
     if name not in PROBLEMS:
         raise UsageError(
-            f"there is no problem '{name}'{nearest(name, PROBLEMS)}; use {', '.join(PROBLEMS)}"
+            f"there is no problem '{name}'{nearest(name, PROBLEMS)}; use {', '.join(PROBLEMS)}, "
+            "or gym:NAME of an environment of Gymnasium"
         )
     return PROBLEMS[name]()
