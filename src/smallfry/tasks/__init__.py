@@ -5,6 +5,7 @@ from smallfry.io.plugins import kit_names, load_kit, load_plugins, scan
 from smallfry.tasks.task import (
     Batch,
     Calibrated,
+    Explained,
     HasChoices,
     HasDefaults,
     HasRecipe,
@@ -18,6 +19,7 @@ from smallfry.tasks.task import (
 __all__ = [
     "Batch",
     "Calibrated",
+    "Explained",
     "HasChoices",
     "HasDefaults",
     "HasRecipe",

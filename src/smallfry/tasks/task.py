@@ -3,14 +3,14 @@
 The training loop, its objectives and the evaluation know no task but by this contract.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from smallfry.data import Split
 from smallfry.models.contract import map_tensors
@@ -18,6 +18,7 @@ from smallfry.models.contract import map_tensors
 __all__ = [
     "Batch",
     "Calibrated",
+    "Explained",
     "HasChoices",
     "HasDefaults",
     "HasRecipe",
@@ -157,6 +158,21 @@ class Pictured(Protocol):
 
     def draw(self, outputs: Tensor, split: Split, classes: Sequence[str], folder: Path) -> None:
         """Draw the outputs for a split into a folder."""
+
+
+@runtime_checkable
+class Explained(Protocol):
+    """Task with plots of what a model saw, for a run folder."""
+
+    def explain(
+        self,
+        model: nn.Module,
+        split: Split,
+        normalize: Callable[[Tensor], Tensor],
+        classes: Sequence[str],
+        folder: Path,
+    ) -> None:
+        """Draw explanations of a model's answers to a split into a folder."""
 
 
 class TaskDefaults(NamedTuple):
