@@ -26,6 +26,7 @@ class EEG(Classification):
 
     name: ClassVar[str] = "eeg"
     defaults: ClassVar[TaskDefaults] = TaskDefaults({}, "interpretable_cnn", "cross_entropy")
+    augmentations: ClassVar[frozenset[str]] = frozenset({"mixup", "erasing", "cutout", "repeats"})
     recipe: ClassVar[Path] = Path(__file__).parent / "recipe.yaml"
 
     @classmethod
