@@ -2,9 +2,9 @@
 
     nice -n 19 python benchmarks/kits_places.py --seeds 5 --out results/kits/places/recall.json
 
-A route of 10 places a module and 50 calibration places is fitted once for each seed. Routes of fewer
-modules are its first places, with the activity of neurons counted on these and the calibration
-places alone. The threshold is chosen on the calibration places, among themselves.
+A route of 10 places a module and 50 calibration places is fitted once for each seed. Routes of
+fewer modules are its first places, with the activity of neurons counted on these and the
+calibration places alone. The threshold is chosen on the calibration places, among themselves.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def one_seed(seed, presentations, theta_step, pictures):
         Settings(presentations=presentations, theta_step=theta_step, seed=seed)
     ).fit(references)
     seconds = time.process_time() - started
-    recorded = modules.respond(references[0])
+    recorded = modules.recorded
     spikes, active = recorded.sum(axis=2).mean(), (recorded > 0).sum(axis=2).mean()
     facts = {
         "seed": seed,
@@ -73,7 +73,7 @@ def one_seed(seed, presentations, theta_step, pictures):
             modules.activity = (recorded[shown] > 0).sum(axis=0)
             modules.threshold = 0
             plain = modules.scores(responses[places], places)
-            choice = modules.calibrate(images[calibration], calibration, calibration)
+            choice = modules.choose_threshold(responses[calibration], calibration, calibration)
             silenced = modules.scores(responses[places], places)
             asked = flat(images[places])
             others = {

@@ -26,6 +26,7 @@ Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
 THRESHOLDS = (0, 3, 5, 8, 10, 15, 20, 30, 40, 60, 80, 100, 120, 140, 160, 180, 200)  # 0 is off
 LATEST = 250  # presentations of training that neurons are assigned by
+CACHED = 2**14  # neurons at a time, whose state fits a core's cache
 FEWEST = 50  # calibration places below which a threshold is chosen by chance
 
 
@@ -124,6 +125,7 @@ class ModularSNN:
         self.delays: Counts = np.empty((0, 0, 0), np.int64)  # steps; empty for none
         self.assignment: Counts = np.empty((0, 0), np.int64)  # (modules, neurons)
         self.activity: Counts = np.empty((0, 0), np.int64)  # images that a neuron answers to
+        self.recorded: Counts = np.empty((0, 0, 0), np.int64)  # responses to the first reference
         self.threshold = 0
 
     @property
@@ -172,7 +174,8 @@ class ModularSNN:
         counts = self._train(shown, numbers)
         self._assign(counts, [regions[number] for number in numbers])
         self.threshold = 0
-        self.activity = (self.respond(images[0]) > 0).sum(axis=0)
+        self.recorded = self.respond(images[0])
+        self.activity = (self.recorded > 0).sum(axis=0)
         return self
 
     def calibrate(
@@ -192,14 +195,22 @@ class ModularSNN:
             candidates: Places that may be matched; default all.
             thresholds: Those that are tried; 0 is off.
         """
-        responses, before, found = self.respond(queries), self.threshold, dict[int, float]()
+        return self.choose_threshold(self.respond(queries), truth, candidates, thresholds)
+
+    def choose_threshold(
+        self,
+        responses: Counts,
+        truth: Counts,
+        candidates: Counts | None = None,
+        thresholds: Sequence[int] = THRESHOLDS,
+    ) -> Calibration:
+        """Choose the threshold by responses (queries, modules, neurons); see ``calibrate``."""
+        found = dict[int, float]()
         for threshold in thresholds:
             self.threshold = threshold
             found[threshold] = recall_at(self.scores(responses, candidates), truth)
-        self.threshold = before
-        best = max(found, key=lambda t: (found[t], t == 0, t))
-        self.threshold = best
-        return Calibration(best, found, len(queries))
+        self.threshold = max(found, key=lambda t: (found[t], t == 0, t))
+        return Calibration(self.threshold, found, len(responses))
 
     def match(self, queries: NDArray[Any], candidates: Counts | None = None) -> Matches:
         """Match queries (queries, side, side) to places, of those that may be matched."""
@@ -228,7 +239,8 @@ class ModularSNN:
         """
         images = require_images(images, self.settings.side)
         dt, found = self.settings.dt, []
-        for part in np.array_split(images, max(1, -(-len(images) // 64))):
+        size = max(1, CACHED // max(1, self.theta.size))
+        for part in np.array_split(images, max(1, -(-len(images) // size))):
             spikes = image_spikes(part, self.settings.seed, dt)
             found.append(present(spikes, self.weights, self.theta, dt, self.delays))
         return np.concatenate(found)

@@ -41,6 +41,7 @@ TAU_PRE, TAU_POST1, TAU_POST2 = 20.0, 20.0, 40.0
 RATE_PRE, RATE_POST = 1e-4, 1e-2
 DRIVE = 78.0  # sum of a neuron's input weights
 NEVER = -(10**9)  # step of a spike that has not come
+STATE = ("v_e", "v_i", "ge_e", "gi_e", "ge_i", "timer", "thresholds", "_last_e", "_last_i")
 
 
 @dataclass
@@ -67,6 +68,14 @@ class Layer:
         self.step = 0
         self._last_e = np.full(self.shape, NEVER)
         self._last_i = np.full(self.shape, NEVER)
+
+    def repeated(self, count: int) -> "Layer":
+        """Return ``count`` copies of the neurons, along a new first dimension."""
+        found = Layer((count, *self.shape), self.dt, theta_step=self.theta_step)
+        for name in STATE:
+            setattr(found, name, np.repeat(getattr(self, name)[None], count, axis=0))
+        found.step = self.step
+        return found
 
     def advance(self) -> tuple[Bools, Bools]:
         """Integrate a step, and find the spikes; deliver inputs and then ``reset``.

@@ -53,15 +53,14 @@ def present(
     """
     images, steps, inputs = spikes.shape
     modules, _, neurons = weights.shape
-    layer = Layer(
-        (images, modules, neurons), dt, np.broadcast_to(theta, (images, *theta.shape)), 0.0
-    )
+    layer = Layer((modules, neurons), dt, theta, 0.0)
+    for _ in range(round(BEFORE / dt)):
+        layer.reset(*layer.advance())
+    layer = layer.repeated(images)
     flat = weights.transpose(1, 0, 2).reshape(inputs, -1)
     late = delays.transpose(1, 0, 2).reshape(inputs, -1) if delays.size else None
     coming = np.zeros((1 if late is None else int(late.max()) + 1, images, flat.shape[1]))
     counts = np.zeros(layer.shape, np.int64)
-    for _ in range(round(BEFORE / dt)):
-        layer.reset(*layer.advance())
     first = layer.step
     for step in range(steps + round(AFTER / dt)):
         fired, inhibitory = layer.advance()
