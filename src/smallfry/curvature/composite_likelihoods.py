@@ -239,7 +239,7 @@ NAMED: dict[str, Callable[[], Likelihood]] = {
     "bernoulli_mean": lambda: Scaled(Bernoulli(), "mean"),  # over all values of a sample
     "bernoulli_probabilities": lambda: Bernoulli("probabilities"),
     "gaussian": Gaussian,
-    "gaussian_mean": lambda: Scaled(Gaussian(), "mean"),  # half of F.mse_loss
+    "gaussian_mean": lambda: Scaled(Gaussian(), "mean"),  # F.mse_loss
 }
 
 
