@@ -89,7 +89,11 @@ def test_what_needs_gradients_or_a_graph_is_refused(run, tmp_path, capsys):
     with pytest.raises(SmallfryError, match="no graph to be exported"):
         smallfry.export(run, tmp_path / "export")
     for more, words in (
-        (["--methods", "[{quantize: {weights: 8}}]"], "fitted without steps: leave out methods"),
+        (
+            ["--methods", "[{quantize: {weights: 8}}]"],
+            "fitted without gradients: leave out methods",
+        ),
+        (["--optimizer", "kfac"], "fitted without gradients: leave out optimizer"),
         (["--data.limit", "4"], "needs whole traverses"),
         (["--data.image_size", "32"], "images of 8 pixels: set data.options.side"),
         (["--data.root", "."], "does not use data.root: see places-folder"),

@@ -35,14 +35,15 @@ def fit_once(config: TrainConfig, reporter: Reporter | None = None) -> dict[str,
     """Fit a model, test it, and write its run folder; see ``train``.
 
     Raises:
-        UsageError: Methods, which need steps, or what the task refuses.
+        UsageError: An optimizer or methods, which need gradients, or what the task refuses.
         DataError: The data can't be used.
         RunError: The run folder is taken or can't be written.
     """
     task = find_task(config.task).create(config.objective.label_smoothing)
     assert isinstance(task, FitsItself)
-    if config.methods:
-        raise UsageError(f"{config.task} is fitted without steps: leave out methods")
+    for name in ("optimizer", "methods", "distillation", "augment"):
+        if getattr(config, name) != getattr(TrainConfig(), name):
+            raise UsageError(f"{config.task} is fitted without gradients: leave out {name}")
     if config.run is not None:
         RunFolder(config.run).require_free()
     data = load_config_data(config.data)

@@ -14,6 +14,7 @@ import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import Tensor, nn
 
+from smallfry._torch import disable_dynamo
 from smallfry.errors import UsageError
 from smallfry.kits.places.modules import Calibration, ModularSNN, Settings
 from smallfry.models.sources import Source, register_sizes
@@ -137,6 +138,10 @@ class SpikingPlaces(nn.Module):
             raise UsageError(
                 "spiking modules are simulated step by step, and have no graph to be exported"
             )
+        return self._simulated(images)
+
+    @disable_dynamo  # which would trace every step
+    def _simulated(self, images: Tensor) -> Tensor:
         grey = np.rint(255 * images.detach().double().cpu().numpy()[:, 0])
         modules = self.modules_of_places
         scores = modules.scores(modules.respond(grey))
