@@ -351,7 +351,7 @@ def _scores(field: Sequence[Entry]) -> list[Mapping[str, float | None]]:
             continue
         log.info("testing %s, %s", who.model, who.form)
         outputs, steps = _answered(who, images.pixels)
-        if isinstance(images.task, Classification | MultiLabel):
+        if images.task.name in (Classification.name, MULTILABEL):  # others give outputs
             scores = score_probabilities(outputs, images.labels, images.task)
             answers.append(_chosen(outputs, images.task))
         else:

@@ -5,6 +5,9 @@ from smallfry.io.plugins import kit_names, load_kit, load_plugins, scan
 from smallfry.tasks.task import (
     Batch,
     Calibrated,
+    Explained,
+    FitsItself,
+    Fitted,
     HasChoices,
     HasDefaults,
     HasRecipe,
@@ -19,6 +22,9 @@ from smallfry.tasks.task import (
 __all__ = [
     "Batch",
     "Calibrated",
+    "Explained",
+    "FitsItself",
+    "Fitted",
     "HasChoices",
     "HasDefaults",
     "HasRecipe",

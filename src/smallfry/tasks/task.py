@@ -3,21 +3,24 @@
 The training loop, its objectives and the evaluation know no task but by this contract.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from smallfry.data import Split
+from smallfry.data import ImageData, Split
 from smallfry.models.contract import map_tensors
 
 __all__ = [
     "Batch",
     "Calibrated",
+    "Explained",
+    "FitsItself",
+    "Fitted",
     "HasChoices",
     "HasDefaults",
     "HasRecipe",
@@ -169,6 +172,41 @@ class Pictured(Protocol):
 
     def draw(self, outputs: Any, split: Split, classes: Sequence[str], folder: Path) -> None:
         """Draw the outputs for a split into a folder."""
+
+
+@runtime_checkable
+class Explained(Protocol):
+    """Task with plots of what a model saw, for a run folder."""
+
+    def explain(
+        self,
+        model: nn.Module,
+        split: Split,
+        normalize: Callable[[Tensor], Tensor],
+        classes: Sequence[str],
+        folder: Path,
+    ) -> None:
+        """Draw explanations of a model's answers to a split into a folder."""
+
+
+class Fitted(NamedTuple):
+    """Result of a task's own fitting."""
+
+    facts: Mapping[str, Any]  # plain data for the summary
+    references: Sequence[Mapping[str, Any]]  # baselines: ``name`` and ``test_accuracy`` each
+    notes: Sequence[str] = ()  # sentences for the user
+
+
+@runtime_checkable
+class FitsItself(Protocol):
+    """Task whose models have no gradients, and are fitted by the task."""
+
+    def fit(self, model: nn.Module, data: ImageData) -> Fitted:
+        """Fit a model in place to the training split; it may calibrate on the validation split.
+
+        Raises:
+            UsageError: A model or data that it can't fit.
+        """
 
 
 class TaskDefaults(NamedTuple):

@@ -3,7 +3,7 @@
 from smallfry.data import Split
 from smallfry.models import LatentRecursive, Recursive
 from smallfry.models.trace import steps_to_follow, trace_recursion
-from smallfry.tasks import Pictured
+from smallfry.tasks import Explained, Pictured
 from smallfry.training.evaluation import Predictions, task_of
 from smallfry.training.run import RunFolder, TrainedModel
 
@@ -26,6 +26,8 @@ def draw_run(
     if not isinstance(task, Pictured):
         return
     task.draw(logits, split, classes, pictures)
+    if isinstance(task, Explained):
+        task.explain(trained.model, split, trained.normalize, classes, pictures)
     if isinstance(trained.model, Recursive) and labels.ndim == 1:  # one prediction an image
         shown, model = split.take(interesting(logits, labels)), trained.model
         trained.model.cpu()

@@ -1,8 +1,9 @@
 """Methods: actions on a model during or after training that end in a transform.
 
 A method's settings are a frozen dataclass, registered by name: at once the Python argument, the
-entry in YAML and that in the manifest. ``start`` of the settings gives the method itself, which has
-state. Methods run over any optimizer, through torch's hooks around a step.
+entry in YAML and that in the manifest. A kit's methods begin with its name and a hyphen. ``start``
+of the settings gives the method itself, which has state. Methods run over any optimizer, through
+torch's hooks around a step.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from smallfry.errors import UsageError, nearest
-from smallfry.io.plugins import load_plugins, scan
+from smallfry.io.plugins import load_kit, load_plugins, scan
 from smallfry.transforms.spec import ModelSpec, Transform
 
 PACKAGE = "smallfry.compress"
@@ -152,6 +153,7 @@ def from_dict(content: Any) -> MethodSettings:
     if not isinstance(content, Mapping) or len(content) != 1:
         raise UsageError(f"a method is NAME or NAME: {{SETTING: VALUE}}, not {content!r}")
     ((name, values),) = content.items()
+    load_kit(str(name))
     known = methods()
     if name not in known:
         raise UsageError(f"there is no method '{name}'{nearest(str(name), known)}")

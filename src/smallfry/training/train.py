@@ -45,6 +45,8 @@ from smallfry.training.evaluation import predict, require_finite, score
 from smallfry.training.evaluation_data import load_config_data, require_place, require_same_data
 from smallfry.training.evaluation_report import per_class_scores, write_tables
 from smallfry.training.fine_tuning import START, kept_facts, like_start, load_start
+from smallfry.training.first_manifest import describe_model
+from smallfry.training.fitted import fit_once, fits_itself
 from smallfry.training.initial_weights import find_weights, like_weights
 from smallfry.training.launch_env import launch
 from smallfry.training.loggers import build_observers
@@ -64,8 +66,7 @@ from smallfry.training.self_tuning import FILE as TUNING
 from smallfry.training.self_tuning import self_tuned
 from smallfry.training.thresholds import calibrate_best, with_thresholds
 from smallfry.training.trained_run import TrainedRun
-from smallfry_runtime.frames import PIXELS
-from smallfry_runtime.names import path_of, text_of
+from smallfry_runtime.names import path_of
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,8 @@ def train(
     asked = config.schedule.warmup_epochs
     config = replace(config, methods=list(find_methods(config.methods)))
     config = with_full_paths(config)
+    if fits_itself(config):
+        return fit_once(config, reporter)
     processes = start(config.device, config.precision, config.strategy)
     with leaving(processes):
         return _train(config, asked, reporter, processes, code or OwnCode())
@@ -381,27 +384,7 @@ def _build(
         some = data.train.take(torch.arange(min(STUDIED, len(data.train))))
         initialize(model, config.model, lambda: Normalize(mean, std)(some.images))
     torch.set_num_threads(config.threads or _useful_threads(model, data))
-    manifest = {
-        "model": spec.to_dict(),
-        **source.facts(config.model),
-        "task": config.task,
-        "classes": list(data.classes),
-        "input": {
-            "size": data.image_size,
-            **({} if data.resize == "crop" else {"resize": data.resize}),
-            **({} if data.frame.values == PIXELS else {"values": data.frame.values}),
-            "channels": data.channels,
-            "mean": list(mean),
-            "std": list(std),
-            "bit_depth": data.bit_depth,
-        },
-        # the name alone: manifests are published, and the paths of this machine are nobody's
-        "data": {
-            "name": text_of(path_of(data.name).name),
-            "fingerprint": data.fingerprint,
-            **({} if data.generated is None else {"generated": dict(data.generated)}),
-        },
-    }
+    manifest = describe_model(config, spec, data, (mean, std), source.facts(config.model))
     augment = build_augment(config, data, task)
     resumed = has_checkpoint(folder.last)
     config = config if resumed else with_normed_rate(config, model)
