@@ -125,3 +125,23 @@ def test_it_is_a_part_of_joint_likelihoods():
     kept = joint.of_last()
     assert isinstance(kept.parts[1], Scaled)
     assert isinstance(as_likelihood("stablemax_mean"), Scaled)
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [
+        ("categorical_mean", lambda z: F.cross_entropy(z, z.detach().softmax(1))),
+        (
+            "bernoulli_mean",
+            lambda z: F.binary_cross_entropy_with_logits(z, z.detach().sigmoid()),
+        ),
+        ("gaussian_mean", lambda z: F.mse_loss(z, z.detach())),
+    ],
+)
+def test_named_means_have_the_curvature_of_pytorchs_losses_on_maps(name, loss):
+    torch.manual_seed(0)
+    maps = torch.randn(1, 3, 2, 2, dtype=torch.float64)
+    wanted = torch.autograd.functional.hessian(loss, maps).reshape(12, 12)
+    columns = [column[0].reshape(12) for column in as_likelihood(name).columns((maps,))]
+    found = sum(torch.outer(column, column) for column in columns)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-14)

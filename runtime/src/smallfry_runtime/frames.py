@@ -10,18 +10,21 @@ Resize = Literal["crop", "letterbox", "squash"]
 
 RESIZES: tuple[Resize, ...] = get_args(Resize)
 LARGEST_SIDE = 4096  # pixels that images are brought to for a model
+PIXELS, FLOATS = VALUES = ("uint8", "float32")  # types of inputs
 
 
 class Frame(NamedTuple):
     """Height and width of a model's images, and how pictures of another shape become them.
 
     ``crop`` cuts off what is left over around the centre, ``letterbox`` keeps everything between
-    black borders, and ``squash`` stretches it.
+    black borders, and ``squash`` stretches it. Values of ``float32`` are no pixels, but numbers of
+    any scale, such as a series of measurements for each electrode.
     """
 
     height: int
     width: int
     resize: Resize = "crop"
+    values: str = PIXELS
 
     @property
     def size(self) -> ImageSize:
@@ -36,6 +39,10 @@ class Frame(NamedTuple):
     def shape(self, channels: int) -> tuple[int, int, int]:
         """Return the shape of an image, (channels, height, width)."""
         return channels, self.height, self.width
+
+    def is_array(self, channels: int) -> bool:
+        """Return whether inputs are arrays of NumPy, which no picture can be brought to."""
+        return self.values != PIXELS or channels not in (1, 3)
 
     @property
     def is_plain(self) -> bool:

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from smallfry_runtime.arrays import read_array
 from smallfry_runtime.decoding import (
     IMAGE_MIB,
     decoding,
@@ -71,8 +72,10 @@ def decode(
     size: ImageSize | Frame,
     channels: int,
     bit_depth: int | None = None,
-) -> NDArray[np.uint8]:
+) -> NDArray[Any]:
     """Decode an image of one of ``FORMATS`` to pixels (channels, height, width).
+
+    Inputs that are no pictures are read by ``arrays.read_array``.
 
     An EXIF rotation is applied, if it can be read, transparency laid over white, the first frame
     of an animation is taken, and a picture of another shape is cropped at its centre, put between
@@ -82,7 +85,7 @@ def decode(
         encoded: A file, its bytes, or an image of Pillow, which stays as it is.
         where: Its name in messages.
         size: Side that it is brought to, in pixels, or height and width; a frame also has the way.
-        channels: 1 (grey) or 3 (RGB).
+        channels: 1 (grey) or 3 (RGB) of a picture.
         bit_depth: Bits of the values in images of more than 8 bits a channel, which are scaled
             from 0 to 2^bits - 1 down to 8 bits; default all 16, with a warning where the image
             does not look like it.
@@ -91,6 +94,9 @@ def decode(
         DataError: Not an image, a damaged or too large one, or one of values beyond the bits.
         UsageError: ``SMALLFRY_IMAGE_MIB`` is no whole number.
     """
+    frame = frame_of(size)
+    if frame.is_array(channels):
+        return read_array(encoded, where, frame, channels)
     values, peak = decode_with_peak(encoded, where, size, channels, bit_depth or FULL_DEPTH)
     if bit_depth is None and -1 < peak < 2 ** (FULL_DEPTH - 1):
         warnings.warn(

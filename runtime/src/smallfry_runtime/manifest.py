@@ -16,7 +16,15 @@ from smallfry_runtime.early_exit import Point
 from smallfry_runtime.engines import STEMS, engines, graph_files
 from smallfry_runtime.errors import ExportError, UsageError
 from smallfry_runtime.files import has_valid_digest, open_regular, read_json, settled, with_digest
-from smallfry_runtime.frames import RESIZES, Frame, ImageSize, Resize, frame_of
+from smallfry_runtime.frames import (
+    PIXELS,
+    RESIZES,
+    VALUES,
+    Frame,
+    ImageSize,
+    Resize,
+    frame_of,
+)
 from smallfry_runtime.images import is_bit_depth
 from smallfry_runtime.stages import interrupted, obstacle
 from smallfry_runtime.storage import PLAIN, SHARED, base_of, restored, stored_names
@@ -27,8 +35,9 @@ from smallfry_runtime.version import __version__
 PLAIN_FORMAT = 3  # of cropped squares; 2 had no bit depth, and 1 no digest of the manifest
 CLASS_FORMAT = 4  # 3 had no rectangles, no ways of resizing, and one class an image
 TASK_FORMAT = 5  # 4 had classes alone for answers
-FORMAT = 6  # 5 had ONNX alone, and graphs stored as they are
-READ = (1, 2, PLAIN_FORMAT, CLASS_FORMAT, TASK_FORMAT, FORMAT)
+ENGINE_FORMAT = 6  # 5 had ONNX alone, and graphs stored as they are
+FORMAT = 7  # 6 had pictures alone for inputs, and one output
+READ = (1, 2, PLAIN_FORMAT, CLASS_FORMAT, TASK_FORMAT, ENGINE_FORMAT, FORMAT)
 ONNX = "onnx"
 CLASSES = "classification"  # the task of exports that answer with classes, one or several
 MANIFEST = "manifest.json"
@@ -44,6 +53,8 @@ ALL_GRAPHS = {
 FILES = {MANIFEST, PROGRAM, QUANTIZATION, RANGES, FOLDER, *ALL_GRAPHS}
 PRECISIONS = ("float32", "int8", "int8_dynamic", "own_bits")
 MOST_STEPS = 10_000
+MOST_CHANNELS = 10_000
+LOGITS = "logits"  # the output of a model that has one
 MOST_GRAPH = 2**31  # bytes of a graph, which is the most that ONNX's own format can hold
 
 
@@ -57,8 +68,8 @@ class Manifest:
         model: Its name, parameters and multiply-accumulates.
         classes: Names of the classes, in the order of the logits.
         image_size: Side of square images in pixels, or height and width.
-        channels: 1 (grey) or 3 (RGB).
-        mean: Per channel, on the scale 0 to 1.
+        channels: 1 (grey) or 3 (RGB) of pictures, any number of other inputs.
+        mean: Per channel, of pixels on the scale 0 to 1.
         std: Standard deviation per channel.
         bit_depth: Bit depth of training images of more than 8 bits a channel; None without such.
         recursion_steps: Recursion steps of a recursive model, else None.
@@ -75,6 +86,8 @@ class Manifest:
         task: Name of the decoder of the outputs; ``classification`` for classes, one or several.
         engine: Device format of the graphs, which is that of the engine that runs them.
         storage: ``plain``, ``packed``, or ``shared``: as parts of the full model's graphs.
+        values: Type of the inputs: ``uint8`` pixels, or ``float32``.
+        outputs: Names of the outputs of a graph of the form ``whole`` that does not recur.
     """
 
     form: str
@@ -99,6 +112,8 @@ class Manifest:
     task: str = CLASSES
     engine: str = ONNX
     storage: str = PLAIN
+    values: str = PIXELS
+    outputs: tuple[str, ...] = (LOGITS,)
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -113,7 +128,7 @@ class Manifest:
     @property
     def frame(self) -> Frame:
         """Size of the images, and how pictures of another shape become such."""
-        return frame_of(self.image_size, self.resize)
+        return frame_of(self.image_size, self.resize)._replace(values=self.values)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -127,13 +142,16 @@ class Manifest:
             "submodels": [each._asdict() for each in self.submodels],
         }
         version = FORMAT
-        if (self.engine, self.storage) == (ONNX, PLAIN):
-            del content["engine"], content["storage"]
-            version = TASK_FORMAT
-            if self.is_classifier:
-                del content["task"]
-                plain = self.frame.is_plain and not self.thresholds
-                version = PLAIN_FORMAT if plain else CLASS_FORMAT
+        if self.outputs == (LOGITS,) and not self.frame.is_array(self.channels):
+            del content["values"], content["outputs"]
+            version = ENGINE_FORMAT
+            if (self.engine, self.storage) == (ONNX, PLAIN):
+                del content["engine"], content["storage"]
+                version = TASK_FORMAT
+                if self.is_classifier:
+                    del content["task"]
+                    plain = self.frame.is_plain and not self.thresholds
+                    version = PLAIN_FORMAT if plain else CLASS_FORMAT
         head = {"format": version, "smallfry": __version__}
         return json.dumps(with_digest({**head, **content}), indent=2) + "\n"
 
@@ -268,10 +286,13 @@ def _checked(content: Any, file: Path) -> Manifest:
             "task": CLASSES,
             "engine": ONNX,
             "storage": PLAIN,
+            "values": PIXELS,
+            "outputs": [LOGITS],
             **content,
         }
         values = {entry.name: content[entry.name] for entry in fields(Manifest)}
-        values |= {name: tuple(values[name]) for name in ("classes", "mean", "std", "thresholds")}
+        several = ("classes", "mean", "std", "thresholds", "outputs")
+        values |= {name: tuple(values[name]) for name in several}
         values["image_size"] = frame_of(values["image_size"]).size
         values["exits"] = tuple(Point(**point) for point in values["exits"])
         values["submodels"] = read_variants(values["submodels"])
@@ -300,7 +321,10 @@ def _problem(manifest: Manifest) -> str | None:
         "classes": not manifest.classes or not all(isinstance(text, str) for text in texts),
         f"task {manifest.task!r}": not isinstance(manifest.task, str),
         f"resize {manifest.resize!r}": manifest.resize not in RESIZES,
-        "channels": manifest.channels not in (1, 3),
+        f"values {manifest.values!r}": manifest.values not in VALUES,
+        "outputs": not manifest.outputs
+        or not all(isinstance(name, str) for name in manifest.outputs),
+        "channels": not _is_count(manifest.channels, MOST_CHANNELS),
         "mean and std": len(manifest.mean) != manifest.channels
         or len(manifest.std) != manifest.channels
         or not all(map(_is_number, statistics))

@@ -20,6 +20,7 @@ from smallfry_runtime.decoders import decoder_of
 from smallfry_runtime.early_exit import NEVER, Trace, most_accurate, most_thrifty, require_threshold
 from smallfry_runtime.engines import STEMS, Session, engine_of
 from smallfry_runtime.errors import DataError, ExportError, UsageError
+from smallfry_runtime.frames import PIXELS
 from smallfry_runtime.images import Encoded, decode
 from smallfry_runtime.inputs import InputImage
 from smallfry_runtime.manifest import Manifest, manifest_of, read_export, restored_graphs
@@ -33,7 +34,7 @@ Readable = Encoded | str | os.PathLike[str]
 class Computed(NamedTuple):
     """Outputs of the graphs for images, in order."""
 
-    logits: Floats  # (images, …)
+    logits: Any  # (images, …); of several outputs a dictionary of such by their names
     halting: Floats | None  # (images,)
     steps: NDArray[np.int64] | None  # (images,)
 
@@ -74,7 +75,8 @@ class Runtime:
         self.classes = self.manifest.classes
         graphs = restored_graphs(self.manifest, contents, folder)
         self._graphs = _sessions(self.manifest, folder, graphs, threads or _cores(), providers)
-        scale = [1 / (255 * std) for std in self.manifest.std]
+        whole = 255 if self.manifest.values == PIXELS else 1
+        scale = [1 / (whole * std) for std in self.manifest.std]
         shift = [-m / s for m, s in zip(self.manifest.mean, self.manifest.std, strict=True)]
         self._scale = np.array(scale, np.float32).reshape(-1, 1, 1)
         self._shift = np.array(shift, np.float32).reshape(-1, 1, 1)
@@ -117,6 +119,8 @@ class Runtime:
             "image_size",
             "resize",
             "channels",
+            "values",
+            "outputs",
             "mean",
             "std",
             "bit_depth",
@@ -191,16 +195,16 @@ class Runtime:
         """Compute the outputs for images; arguments and errors as ``decode``."""
         pixels = images if isinstance(images, np.ndarray) else self._decoded(images)
         expected = self._no_pixels().shape[1:]
-        if pixels.dtype != np.uint8 or pixels.shape[1:] != expected:
+        if pixels.dtype != self.manifest.values or pixels.shape[1:] != expected:
             raise DataError(
-                f"expected uint8 pixels of shape (images, {', '.join(map(str, expected))}), got "
-                f"{pixels.dtype} of shape {pixels.shape}; only files and bytes are resized "
-                f"automatically"
+                f"expected {self.manifest.values} pixels of shape (images, "
+                f"{', '.join(map(str, expected))}), got {pixels.dtype} of shape {pixels.shape}; "
+                f"only files and bytes are resized automatically"
             )
         if batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, got {batch_size}")
         found = self._run(self.preprocess(pixels), threshold, batch_size)
-        _require_finite(found.logits, found.halting)
+        _require_finite(*_each(found.logits), found.halting)
         return found
 
     def decode_each(
@@ -253,7 +257,7 @@ class Runtime:
         return np.asarray((chosen == (labels > 0)).all(axis=1))
 
     def preprocess(self, pixels: NDArray[np.uint8]) -> Floats:
-        """Convert pixels (images, channels, height, width) to the input of the graphs."""
+        """Convert inputs (images, channels, height, width) to those of the graphs."""
         batch = pixels.astype(np.float32)
         batch *= self._scale
         batch += self._shift
@@ -339,6 +343,8 @@ class Runtime:
         if len(images) == 0:
             recurs = self.manifest.recursion_steps is not None
             logits = np.empty((0, len(self.classes)), np.float32)
+            if len(self.manifest.outputs) > 1:
+                return Computed(dict.fromkeys(self.manifest.outputs, logits), None, None)
             steps = np.empty(0, np.int64)
             return Computed(logits, logits[:, 0] if recurs else None, steps if recurs else None)
         if self.manifest.form == "anytime":
@@ -349,7 +355,9 @@ class Runtime:
         ]
         logits, *halting = (np.concatenate(part) for part in zip(*parts, strict=True))
         if self.manifest.recursion_steps is None:
-            return Computed(logits, None, None)
+            names = self.manifest.outputs
+            several = dict(zip(names, (logits, *halting), strict=True))
+            return Computed(several if len(names) > 1 else logits, None, None)
         steps = np.full(len(images), self.manifest.recursion_steps)
         return Computed(logits[:, -1], halting[0][:, -1], steps)
 
@@ -398,8 +406,11 @@ class Runtime:
             expected = {"model": whole, "read_out": [(classes,), ()]}.get(graph, [])
         count = len(inputs[0])
         found = [np.shape(output) for output in outputs]
-        if any(shape[:1] != (count,) for shape in found) or (
-            expected and [shape[1:] for shape in found] != expected
+        lacks = graph == "model" and steps is None and len(found) != len(self.manifest.outputs)
+        if (
+            lacks
+            or any(shape[:1] != (count,) for shape in found)
+            or (expected and [shape[1:] for shape in found] != expected)
         ):
             raise self._unlike_manifest(graph, f"of {count} images its results are {found}")
         return outputs
@@ -411,7 +422,11 @@ class Runtime:
         )
 
     def _no_pixels(self) -> NDArray[np.uint8]:
-        return np.empty((0, *self.manifest.input_shape), np.uint8)
+        return np.empty((0, *self.manifest.input_shape), self.manifest.values)
+
+
+def _each(outputs: Any) -> tuple[Floats, ...]:
+    return tuple(outputs.values()) if isinstance(outputs, dict) else (outputs,)
 
 
 def _require_finite(*outputs: Floats | None) -> None:

@@ -100,7 +100,7 @@ def run(options: Options) -> int:
     data, *_ = load_like(trained, options.run, options.data.name, options.data.root, "train")
     reports: list[dict[str, Any]] = []
     small, folder = _compressed(options, trained, methods, data, place, reports)
-    found = compare(trained, small, data.validation if trained.is_classifier else None)
+    found = compare(trained, small, data.validation)
     sample = torch.zeros(1, *small.input_shape)
     zeros = zero_sums(small.model, sample)
     summary = to_dict(found, small.manifest["methods"]) | {"zeros": zeros, "reports": reports}

@@ -8,7 +8,6 @@ from copy import deepcopy
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from smallfry.training.calibration import EXAMPLES, CalibrationBatches
 from smallfry.training.method import MethodSettings, Running, Setting, packing_of, to_dict
 from smallfry.training.run import TrainedModel
 from smallfry.transforms.spec import ModelSpec
+from smallfry_runtime.arrays import random_inputs
 
 UNKNOWN = ModelSpec("unknown")
 
@@ -112,8 +112,7 @@ def apply_to_model(
 
 
 def _noise(trained: TrainedModel) -> Tensor:
-    shape = (EXAMPLES, *trained.input_shape)
-    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
+    return torch.from_numpy(random_inputs(EXAMPLES, trained.frame, trained.channels))
 
 
 class Session:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from smallfry.costing import cost
 from smallfry.data import Split
+from smallfry.tasks import Task
 from smallfry.tasks.multilabel import MultiLabel
 from smallfry.training.evaluation import predict, score, task_of
 from smallfry.training.run import TrainedModel
@@ -34,8 +35,8 @@ def compare(parent: TrainedModel, small: TrainedModel, split: Split | None) -> C
     Args:
         parent: The model before.
         small: The model after.
-        split: Labelled images, such as the validation split; None for sizes alone, as of models
-            that classify nothing.
+        split: Labelled images, such as the validation split; None for sizes alone. Agreement and
+            divergence are of classes alone.
     """
     sample = torch.zeros(1, *parent.input_shape)
     costs = [cost(each.model, sample) for each in (parent, small)]
@@ -43,17 +44,10 @@ def compare(parent: TrainedModel, small: TrainedModel, split: Split | None) -> C
     accuracy = agreement = divergence = None
     if split is not None and len(split):
         said = [predict(each.model, split, each.normalize) for each in (parent, small)]
-        logits = [each.logits.double() for each in said]
         task = task_of(parent.manifest)
-        if isinstance(task, MultiLabel):
-            chosen = [task.chosen(each) for each in logits]
-            same, logs = (chosen[0] == chosen[1]).all(dim=1), [_log_bernoulli(z) for z in logits]
-        else:
-            same = logits[0].argmax(1) == logits[1].argmax(1)
-            logs = [each.log_softmax(dim=1) for each in logits]
-        agreement = float(same.double().mean())
-        nats = (logs[0].exp() * (logs[0] - logs[1])).flatten(1).sum(1)
-        divergence = float(nats.mean().clamp(min=0))
+        if parent.is_classifier:
+            before, after = (each.logits.double() for each in said)
+            agreement, divergence = _differences(before, after, task)
         scores = [score(each, task)["accuracy"] for each in said]
         accuracy = (scores[0], scores[1])
     return Comparison(
@@ -63,6 +57,19 @@ def compare(parent: TrainedModel, small: TrainedModel, split: Split | None) -> C
         *(accuracy, agreement, divergence),
         0 if split is None else len(split),
     )
+
+
+def _differences(before: Tensor, after: Tensor, task: Task) -> tuple[float, float]:
+    """Return the share of equal classes, and the mean KL divergence of their probabilities."""
+    if isinstance(task, MultiLabel):
+        chosen = [task.chosen(each) for each in (before, after)]
+        same = (chosen[0] == chosen[1]).all(dim=1)
+        logs = [_log_bernoulli(each) for each in (before, after)]
+    else:
+        same = before.argmax(1) == after.argmax(1)
+        logs = [each.log_softmax(dim=1) for each in (before, after)]
+    nats = (logs[0].exp() * (logs[0] - logs[1])).flatten(1).sum(1)
+    return float(same.double().mean()), float(nats.mean().clamp(min=0))
 
 
 def _log_bernoulli(logits: Tensor) -> Tensor:
@@ -81,6 +88,8 @@ def rows(found: Comparison) -> list[tuple[str, str, str, str]]:
         before, after = found.accuracy
         points = f"{100 * (after - before):+.2f} points"
         lines.append(("validation accuracy", f"{before:.2%}", f"{after:.2%}", points))
+        if found.agreement is None:
+            return lines
         lines.append(("same answer as before", "", f"{found.agreement:.2%}", ""))
         lines.append(("KL from before, nats", "", f"{found.divergence:.2g}", ""))
     return lines

@@ -231,11 +231,15 @@ class FromDistribution(Likelihood):
 
 NAMED: dict[str, Callable[[], Likelihood]] = {
     "categorical": Categorical,
+    # mean over positions, as of (samples, classes, height, width) by F.cross_entropy
+    "categorical_mean": lambda: Scaled(Categorical(dim=1), "mean"),
     "stablemax": StableMax,
     "stablemax_mean": lambda: Scaled(StableMax(), "mean"),  # over the positions of a sample
     "bernoulli": Bernoulli,
+    "bernoulli_mean": lambda: Scaled(Bernoulli(), "mean"),  # over all values of a sample
     "bernoulli_probabilities": lambda: Bernoulli("probabilities"),
     "gaussian": Gaussian,
+    "gaussian_mean": lambda: Scaled(Gaussian(), "mean"),  # F.mse_loss
 }
 
 

@@ -126,9 +126,10 @@ def load_data(
         DataError: A source that can't be reached or used.
     """
     frame = None if image_size is None else frame_of(image_size, resize, "data.image_size")
-    _check_options(channels, validation, test, limit, window, bit_depth)
+    reader = find_reader(name)
+    _check_options(None if reader else channels, validation, test, limit, window, bit_depth)
     place = None if root is None else Path(root)
-    if (reader := find_reader(name)) is not None:
+    if reader is not None:
         if image_column is not None:
             raise UsageError(f"data.image_column is of a folder's tables, not of {name}")
         of_images = {

@@ -31,7 +31,7 @@ from smallfry.data.splits import Split
 from smallfry.data.stream import ShardPixels
 from smallfry.data.symmetry import Symmetry
 from smallfry.errors import DataError, SmallfryWarning
-from smallfry_runtime.frames import Frame, ImageSize, Resize, frame_of
+from smallfry_runtime.frames import FLOATS, PIXELS, Frame, ImageSize, Resize, frame_of
 from smallfry_runtime.names import text_of
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class ImageData:
         origin: Source of the data.
         classes: Class names, in the order of the labels.
         image_size: Side of square images in pixels, or height and width.
-        channels: 1 for grey images, 3 for RGB.
+        channels: 1 for grey images, 3 for RGB; any number of inputs that are no pictures.
         train: The training split.
         validation: The validation split; empty if none was wanted.
         bit_depth: Bits of the values in images of more than 8 bits a channel, the scale that they
@@ -81,8 +81,11 @@ class ImageData:
 
     @property
     def frame(self) -> Frame:
-        """Size of the images, and how pictures of another shape became such."""
-        return frame_of(self.image_size, self.resize)
+        """Size of the images, how pictures of another shape became such, and their type."""
+        pixels = self.train.pixels
+        floats = isinstance(pixels, Tensor) and pixels.is_floating_point() and len(pixels) > 0
+        frame = frame_of(self.image_size, self.resize)
+        return frame._replace(values=FLOATS if floats else PIXELS)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -121,7 +124,10 @@ class ImageData:
 
     @cached_property
     def mean(self) -> tuple[float, ...]:
-        """Per-channel mean of the training pixels, or of 4,096 streamed ones, from 0 to 1."""
+        """Mean of each channel of the training images, or of 4,096 streamed ones.
+
+        Pixels count from 0 to 1, other inputs as they are.
+        """
         return self._moments[0]
 
     @cached_property
@@ -138,8 +144,9 @@ class ImageData:
         if isinstance(self.train.pixels, ShardPixels):
             spread = self.train.pixels.shards.spread(chosen.numpy(), MEASURED)
             chosen = torch.from_numpy(spread)
+        scale = 255 if self.frame.values == PIXELS else 1
         for rows in torch.split(chosen, 4096):
-            values = self.train.pixels[rows].to(torch.float64) / 255
+            values = self.train.pixels[rows].to(torch.float64) / scale
             total += torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])
         mean, square = total / (len(chosen) * self.frame.height * self.frame.width)
         std = (square - mean**2).clamp(min=0).sqrt().clamp(min=1e-3)  # a constant channel
@@ -204,6 +211,8 @@ class ImageData:
         """
         if self.has_symbols:
             return self._respelled(classes)
+        if self.train.labels.ndim > 2 or self.train.labels.is_floating_point():
+            return self  # of no classes
         if self.train.labels.ndim == 2:
             return self._rearranged(classes)
         places = {text_of(name): label for label, name in enumerate(classes)}
@@ -286,7 +295,7 @@ class ImageData:
         def of(name: str, split: Split) -> Hashed:
             assert isinstance(split.pixels, Tensor)
             hashes = image_hashes(split.pixels, split.rows)
-            several = split.labels.ndim == 2  # as images may have them
+            several = split.labels.ndim > 1 or split.labels.is_floating_point()
             one_label = torch.zeros_like(split.rows) if several else split.labels
             return Hashed(
                 name,

@@ -15,10 +15,11 @@ class Split:
     """Images with labels.
 
     Args:
-        pixels: (any, channels, size, size), uint8; may be memory-mapped and hold other images too,
-            or still be in shards, and read from there when they are indexed.
+        pixels: (any, channels, height, width), uint8, or float32 of inputs that are no pictures;
+            may be memory-mapped and hold other images too, or still be in shards, and read from
+            there when they are indexed.
         rows: (images,), int64: where in ``pixels`` the images of this split are.
-        labels: (images,), int64 class indices.
+        labels: (images,), int64 class indices; of other tasks (images, …), of any type.
     """
 
     pixels: Tensor | ShardPixels
@@ -30,7 +31,7 @@ class Split:
 
     @property
     def images(self) -> Tensor:
-        """Copy of all images, (images, channels, size, size), uint8."""
+        """Copy of all images, (images, channels, height, width)."""
         return self.pixels[self.rows]
 
     def take(self, positions: Tensor) -> "Split":
@@ -82,5 +83,7 @@ def take_some(split: Split, count: int, seed: int) -> Split:
 
 def _by_class(split: Split) -> tuple[Tensor, ...]:
     """Return the positions of the images of each class, ascending."""
+    if split.labels.ndim > 1 or split.labels.is_floating_point():  # no classes
+        return (torch.arange(len(split)),)
     order = split.labels.argsort(stable=True)
     return torch.split(order, torch.bincount(split.labels).tolist())

@@ -35,19 +35,20 @@ from smallfry.deploy.run_metadata import without_paths
 from smallfry.deploy.targets import find_target, is_installed, require_installed, targets
 from smallfry.errors import RunError, SmallfryError, UsageError
 from smallfry.tasks import Task
+from smallfry.tasks.classification import Classification
 from smallfry.tasks.multilabel import MultiLabel
 from smallfry.training.augment import Normalize
 from smallfry.training.config import MULTILABEL
-from smallfry.training.evaluation import score_probabilities, task_of
+from smallfry.training.evaluation import as_tensors, score_probabilities, task_of
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.provenance import provenance
 from smallfry.training.run import (
     TrainedModel,
-    require_class_answers,
     require_classes,
     thresholds_of,
 )
-from smallfry_runtime.manifest import ONNX, Manifest, is_export
+from smallfry_runtime.arrays import random_inputs
+from smallfry_runtime.manifest import CLASSES, ONNX, Manifest, is_export
 from smallfry_runtime.predictions import NOT_FINITE
 
 log = logging.getLogger(__name__)
@@ -156,11 +157,8 @@ def _subject(given: str, checkpoint: str) -> Subject:
     path = Path(given)
     if not is_export(path):
         trained = load_trained(given, checkpoint)
-        require_class_answers(trained)
         return Subject(given, path.resolve().name, False, trained)
     manifest = Manifest.read(path)
-    if not manifest.is_classifier:
-        raise UsageError(f"{given}: is for {manifest.task}, and benchmarks compare classifiers")
     stand_in = TrainedModel(
         nn.Identity(),
         manifest.classes,
@@ -169,10 +167,11 @@ def _subject(given: str, checkpoint: str) -> Subject:
         Normalize(manifest.mean, manifest.std),
         {
             "data": {"name": "", "fingerprint": "", **manifest.training.get("data", {})},
+            "input": {"values": manifest.values},
             **(
                 {"task": MULTILABEL, "thresholds": manifest.thresholds}
                 if manifest.thresholds
-                else {}
+                else {"task": manifest.task}
             ),
         },
         manifest.bit_depth,
@@ -203,10 +202,11 @@ def _require_one_question(subjects: Sequence[Subject]) -> None:
                 f"{first.given} and {other.given} have different classes, {ours} and {theirs}: "
                 f"compare models of the same task"
             )
-        if _has_several(other) != _has_several(first):
+        tasks = [each.trained.manifest.get("task", CLASSES) for each in (first, other)]
+        if tasks[0] != tasks[1]:
             raise UsageError(
-                f"of {first.given} and {other.given}, one answers with one class an image and the "
-                f"other with several: compare models of the same task"
+                f"{first.given} and {other.given} are for {tasks[0]} and {tasks[1]}: compare "
+                "models of the same task"
             )
 
 
@@ -350,12 +350,16 @@ def _scores(field: Sequence[Entry]) -> list[Mapping[str, float | None]]:
             answers.append(None)
             continue
         log.info("testing %s, %s", who.model, who.form)
-        probabilities, steps = _answered(who, images.pixels)
-        scores = score_probabilities(probabilities, images.labels, images.task)
-        found.append({name: scores[name] for name in ("accuracy", "macro_f1")})
+        outputs, steps = _answered(who, images.pixels)
+        if isinstance(images.task, Classification | MultiLabel):
+            scores = score_probabilities(outputs, images.labels, images.task)
+            answers.append(_chosen(outputs, images.task))
+        else:
+            scores = images.task.metrics(as_tensors(outputs), images.labels)
+            answers.append(None)
+        found.append({name: scores[name] for name in ("accuracy", "macro_f1") if name in scores})
         if steps is not None:
             found[-1]["steps"] = float(steps.mean())
-        answers.append(_chosen(probabilities, images.task))
     for (who, *_), scores_of, ours in zip(field, found, answers, strict=True):
         same = [
             theirs
@@ -375,16 +379,23 @@ def _chosen(probabilities: NDArray[Any], task: Task) -> NDArray[np.bool_]:
     return np.asarray(np.eye(probabilities.shape[1], dtype=bool)[probabilities.argmax(axis=1)])
 
 
-def _answered(who: Contestant, pixels: Pixels) -> tuple[NDArray[Any], NDArray[Any] | None]:
+def _answered(who: Contestant, pixels: Pixels) -> tuple[Any, NDArray[Any] | None]:
     """Predict all images, in batches of one size, as required by a compiled model."""
     said = [
         who.answer(_batch(pixels, start, EVALUATED)) for start in range(0, len(pixels), EVALUATED)
     ]
-    probabilities = np.concatenate([part.probabilities for part in said])[: len(pixels)]
-    if not np.isfinite(probabilities).all():
-        raise RunError(f"{who.model}, {who.form}: {NOT_FINITE}")
+    first = said[0].outputs
+    outputs: Any
+    if isinstance(first, dict):
+        parts = {name: [part.outputs[name] for part in said] for name in first}
+        outputs = {name: np.concatenate(part)[: len(pixels)] for name, part in parts.items()}
+    else:
+        outputs = np.concatenate([part.outputs for part in said])[: len(pixels)]
+    for each in outputs.values() if isinstance(outputs, dict) else [outputs]:
+        if not np.isfinite(each).all():
+            raise RunError(f"{who.model}, {who.form}: {NOT_FINITE}")
     steps = [part.steps for part in said if part.steps is not None]
-    return probabilities, np.concatenate(steps)[: len(pixels)] if steps else None
+    return outputs, np.concatenate(steps)[: len(pixels)] if steps else None
 
 
 def _stream(entry: Entry, size: int) -> Callable[[], Predictions]:
@@ -402,5 +413,4 @@ def _batch(pixels: Pixels, start: int, size: int) -> Pixels:
 
 
 def _noise(trained: TrainedModel) -> Pixels:
-    shape = (RANDOM_IMAGES, *trained.input_shape)
-    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    return random_inputs(RANDOM_IMAGES, trained.frame, trained.channels)

@@ -36,7 +36,9 @@ from smallfry.deploy.run_metadata import weights_digest
 from smallfry.deploy.targets import find_target
 from smallfry.errors import ExportError, SmallfryError
 from smallfry.models import Recursive
+from smallfry.training.evaluation import as_arrays
 from smallfry.training.run import TrainedModel, thresholds_of
+from smallfry_runtime.arrays import random_inputs
 from smallfry_runtime.early_exit import most_thrifty
 from smallfry_runtime.engines import graph_files
 from smallfry_runtime.frames import ImageSize, Resize, frame_of
@@ -58,13 +60,13 @@ NOISE = 32  # images that peers are quantized on
 EXIT_PRECISIONS = ("float32", "int8")  # of a run's early exit
 OTHER_PRECISIONS = ("float32", "int8")  # of formats other than ONNX
 
-Pixels = NDArray[np.uint8]  # (images, channels, height, width)
+Pixels = NDArray[Any]  # (images, channels, height, width), uint8 or float32
 
 
 class Predictions(NamedTuple):
     """Model outputs of a contestant."""
 
-    probabilities: NDArray[np.float32]  # (images, classes)
+    outputs: Any  # probabilities (images, classes); of other tasks outputs, or several by name
     steps: NDArray[np.int64] | None = None  # (images,), recursion steps with early exit
 
 
@@ -266,13 +268,19 @@ def _leaves_early(who: Contestant | Skipped) -> bool:
 
 
 def _ask_runtime(runtime: Runtime, threshold: float | None, pixels: Pixels) -> Predictions:
-    said = runtime.predict(pixels, threshold=threshold, batch_size=max(1, len(pixels)))
+    batch = max(1, len(pixels))
+    if not runtime.manifest.is_classifier:
+        found = runtime.compute(pixels, threshold, batch)
+        return Predictions(found.logits, None if threshold is None else found.steps)
+    said = runtime.predict(pixels, threshold=threshold, batch_size=batch)
     return Predictions(said.probabilities, None if threshold is None else said.steps)
 
 
 @torch.no_grad()
 def _ask_pytorch(trained: TrainedModel, model: Callable[..., Any], pixels: Pixels) -> Predictions:
     logits = model(trained.normalize(torch.from_numpy(pixels)))
+    if not trained.is_classifier:
+        return Predictions(as_arrays(logits))
     several = thresholds_of(trained) is not None
     return Predictions((logits.sigmoid() if several else logits.softmax(dim=1)).numpy())
 
@@ -282,15 +290,18 @@ def _compiled(trained: TrainedModel, batch_sizes: tuple[int, ...]) -> Callable[.
     compiled: Callable[..., Any] = torch.compile(trained.model, dynamic=False)
     for size in sorted(set(batch_sizes)):
         log.info("compiling for batch %d", size)
-        shape = (size, *trained.input_shape)
-        _ask_pytorch(trained, compiled, np.zeros(shape, np.uint8))
+        _ask_pytorch(trained, compiled, random_inputs(size, trained.frame, trained.channels))
     return compiled
 
 
 def _save(trained: TrainedModel, folder: Path) -> int:
     """Save the files that PyTorch loads the model from; return the bytes of its weights."""
     folder.mkdir(parents=True)
-    content = {**trained.spec.to_dict(), "shape": list(trained.input_shape)}
+    content = {
+        **trained.spec.to_dict(),
+        "frame": list(trained.frame),
+        "channels": trained.channels,
+    }
     (folder / MODEL).write_text(json.dumps(content))
     weights = {name: weight.contiguous() for name, weight in trained.model.state_dict().items()}
     save_file(weights, folder / WEIGHTS)

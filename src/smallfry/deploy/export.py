@@ -50,6 +50,7 @@ from smallfry.transforms.nested import nest_of
 from smallfry_runtime.early_exit import operating_points, pareto_front, warn_of_few
 from smallfry_runtime.manifest import (
     CLASSES,
+    LOGITS,
     MANIFEST,
     ONNX,
     PRECISIONS,
@@ -216,7 +217,8 @@ def assemble(
     steps = _steps(trained.model)
     source = Source(traced.graphs, modules, images, steps, metadata_of(trained))
     files |= _stored(find_target(target).convert(source, precision), storage, folder)
-    manifest = _manifest(traced, precision, license, files, target, storage)
+    outputs = (LOGITS,) if isinstance(trained.model, Recursive) else modules[0].outputs
+    manifest = _manifest(traced, precision, license, files, target, storage, outputs)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (folder / name).write_bytes(content)
@@ -437,6 +439,7 @@ def _manifest(
     files: Mapping[str, bytes],
     target: str,
     storage: str,
+    outputs: tuple[str, ...],
 ) -> Manifest:
     trained, facts = traced.trained, traced.facts
     sample = trained.manifest["input"]
@@ -464,6 +467,8 @@ def _manifest(
         files={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         engine=target,
         storage=storage,
+        values=trained.frame.values,
+        outputs=outputs,
     )
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from smallfry.errors import ExportError
 from smallfry.models import ReadsOut, RecursionStep, Recursive
 from smallfry.models.contract import replace_tensors, tensors
+from smallfry.transforms.modes import evaluating
 
 __all__ = ["OPSET", "Graph", "anytime_graphs", "exported_program", "to_onnx", "whole_graph"]
 
@@ -40,15 +41,16 @@ class Graph(NamedTuple):
 
 
 class Plain(nn.Module):
-    """Images to logits (batch, classes), for any model."""
+    """Images to logits (batch, classes), or several outputs, for any model without recursion."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Any:
         """Run the model."""
-        return cast(Tensor, self.model(images))
+        outputs = self.model(images)
+        return outputs if isinstance(outputs, Tensor) else tuple(outputs)
 
 
 class Whole(nn.Module):
@@ -152,11 +154,17 @@ class ReadAnswer(nn.Module):
 
 
 def whole_graph(model: nn.Module, images: Tensor) -> Graph:
-    """Build one graph of the whole model; of a recursive one, with the outputs of every step."""
+    """Build one graph of the whole model; of a recursive one, with the outputs of every step.
+
+    Outputs of a named tuple have the names of its fields.
+    """
     given: dict[str, Any] = {"images": images}
     if isinstance(model, Recursive):
         return Graph("model", Whole(model), given, (*given,), ("logits", "halting"))
-    return Graph("model", Plain(model), given, (*given,), ("logits",))
+    with torch.inference_mode(), evaluating(model):
+        outputs = model(images)
+    names = getattr(type(outputs), "_fields", ("logits",))
+    return Graph("model", Plain(model), given, (*given,), names)
 
 
 def anytime_graphs(model: Recursive, images: Tensor) -> list[Graph]:

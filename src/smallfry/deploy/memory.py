@@ -17,8 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from numpy.typing import NDArray
+
+from smallfry_runtime.arrays import random_inputs
+from smallfry_runtime.frames import PIXELS, Frame
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 MODEL, WEIGHTS = (
@@ -28,7 +30,7 @@ MODEL, WEIGHTS = (
 ANSWERS = 3  # of each batch size
 LONGEST = 600  # seconds
 
-Answer = Callable[[NDArray[np.uint8]], object]
+Answer = Callable[[NDArray[Any]], object]
 
 
 class Memory(NamedTuple):
@@ -69,23 +71,22 @@ def measure_memory(
 def main(wanted: Mapping[str, Any]) -> Memory:
     """Measure this process."""
     prepare = _with_onnx_runtime if wanted["kind"] == "export" else _with_pytorch
-    load, shape = prepare(Path(wanted["folder"]), wanted["threads"])
+    load, (frame, channels) = prepare(Path(wanted["folder"]), wanted["threads"])
     libraries = _resident("VmRSS")
     CLEAR.write_text("5")  # from now on, VmHWM is the peak since now
     answer = load()
-    random = np.random.default_rng(0)
     peaks = {}
     for size in wanted["batch_sizes"]:
         for _ in range(ANSWERS):
-            answer(random.integers(0, 256, (size, *shape), np.uint8))
+            answer(random_inputs(size, frame, channels))
         peaks[size] = _resident("VmHWM")
     return Memory(libraries, peaks)
 
 
 def _with_onnx_runtime(
     folder: Path, threads: int
-) -> tuple[Callable[[], Answer], tuple[int, int, int]]:
-    """Return a loader of the model, once the libraries are loaded, and the shape of an image."""
+) -> tuple[Callable[[], Answer], tuple[Frame, int]]:
+    """Return a loader of the model, once the libraries are loaded, and frame and channels."""
     from smallfry_runtime.manifest import Manifest
     from smallfry_runtime.runtime import Runtime
 
@@ -93,12 +94,12 @@ def _with_onnx_runtime(
 
     def load() -> Answer:
         runtime = Runtime(folder, threads)
-        return lambda pixels: runtime.predict(pixels, batch_size=len(pixels))
+        return lambda pixels: runtime.compute(pixels, batch_size=len(pixels))
 
-    return load, manifest.input_shape
+    return load, (manifest.frame, manifest.channels)
 
 
-def _with_pytorch(folder: Path, threads: int) -> tuple[Callable[[], Answer], tuple[int, int, int]]:
+def _with_pytorch(folder: Path, threads: int) -> tuple[Callable[[], Answer], tuple[Frame, int]]:
     import torch
     from safetensors.torch import load_file
 
@@ -106,18 +107,19 @@ def _with_pytorch(folder: Path, threads: int) -> tuple[Callable[[], Answer], tup
 
     torch.set_num_threads(threads)
     content = json.loads((folder / MODEL).read_text())
-    spec = ModelSpec.from_dict(content)
+    spec, frame = ModelSpec.from_dict(content), Frame(*content["frame"])
 
     def load() -> Answer:
         model = build(spec, load_file(folder / WEIGHTS))
 
         @torch.inference_mode()
-        def answer(pixels: NDArray[np.uint8]) -> object:
-            return model(torch.from_numpy(pixels).float() / 255)
+        def answer(pixels: NDArray[Any]) -> object:
+            inputs = torch.from_numpy(pixels).float()
+            return model(inputs / 255 if frame.values == PIXELS else inputs)
 
         return answer
 
-    return load, tuple(content["shape"])
+    return load, (frame, content["channels"])
 
 
 def _resident(name: str) -> int:

@@ -27,8 +27,9 @@ from smallfry.io.json import strict
 from smallfry.report.quantization import draw_ranges
 from smallfry.report.table import NONE, number
 from smallfry.training.config import MULTILABEL
-from smallfry.training.evaluation import Predictions, score, task_of
+from smallfry.training.evaluation import Predictions, as_tensors, score, task_of
 from smallfry.training.provenance import provenance
+from smallfry_runtime.arrays import random_inputs
 from smallfry_runtime.decoders import decoder_of, has_decoder
 from smallfry_runtime.manifest import QUANTIZATION, RANGES, Manifest
 from smallfry_runtime.runtime import Runtime, sigmoid
@@ -82,12 +83,11 @@ def write_report(
         pixels = test.images.numpy()
         said = {name: runtime.compute(pixels).logits for name, runtime in runtimes.items()}
         for name, logits in said.items():
-            scores = score(Predictions(torch.from_numpy(logits), test.labels, None), task)
+            scores = score(Predictions(as_tensors(logits), test.labels, None), task)
             report[name] |= {key: scores[key] for key in ("accuracy", "macro_f1") if key in scores}
         report["agreement"] = _agreement(said["float32"], said["eight_bits"], manifest)
         report["measured_on"] = f"{len(test):,} test images of {Path(data.name).name}"
-    shape = (1, *manifest.input_shape)
-    image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    image = random_inputs(1, manifest.frame, manifest.channels)
     calls = {name: partial(runtime.compute, image) for name, runtime in runtimes.items()}
     for name, taken in take_turns(calls, SECONDS).items():
         report[name]["latency_ms"] = taken._asdict()
@@ -105,15 +105,30 @@ def write_report(
     return report
 
 
-def _agreement(one: NDArray[Any], other: NDArray[Any], manifest: Manifest) -> float:
-    """Compute the share of samples with the same answer."""
+def _agreement(one: Any, other: Any, manifest: Manifest) -> float | None:
+    """Compute the share of samples with the same answer; None of several outputs.
+
+    Numbers in an answer, such as a confidence, may differ.
+    """
+    if isinstance(one, dict):
+        return None
     if manifest.thresholds:
         cuts = np.array(manifest.thresholds)
         return float(((sigmoid(one) >= cuts) == (sigmoid(other) >= cuts)).all(axis=1).mean())
     if manifest.is_classifier or not has_decoder(manifest.task):
         return float((one.argmax(axis=-1) == other.argmax(axis=-1)).mean())
     decode = partial(decoder_of(manifest.task).decode, classes=manifest.classes)
-    return float(np.mean([a == b for a, b in zip(decode(one), decode(other), strict=True)]))
+    pairs = zip(decode(one), decode(other), strict=True)
+    return float(np.mean([_discrete(a) == _discrete(b) for a, b in pairs]))
+
+
+def _discrete(answer: Any) -> Any:
+    """Return an answer without its numbers of a continuous scale."""
+    if isinstance(answer, Mapping):
+        return {k: _discrete(v) for k, v in answer.items() if not isinstance(v, float)}
+    if isinstance(answer, list | tuple):
+        return [_discrete(value) for value in answer if not isinstance(value, float)]
+    return answer
 
 
 def spans_of(

@@ -32,7 +32,7 @@ def sides_of(img_size: Any, patch_size: int) -> tuple[int, int]:
         UsageError: No size of images.
         ValueError: The patches don't divide it.
     """
-    height, width, _ = frame_of(img_size, option="img_size")
+    height, width = frame_of(img_size, option="img_size")[:2]
     if height % patch_size or width % patch_size:
         size = height if height == width else f"{height}×{width}"
         raise ValueError(

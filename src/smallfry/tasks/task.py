@@ -21,6 +21,7 @@ __all__ = [
     "HasChoices",
     "HasDefaults",
     "HasRecipe",
+    "LimitsAugmentation",
     "Pictured",
     "ReadsText",
     "ScoredByClass",
@@ -37,7 +38,7 @@ class Batch(NamedTuple):
     Both are tensors whose first dimension is the batch, in tuples, lists or dictionaries.
     """
 
-    inputs: Tensor  # (batch, channels, size, size), normalised
+    inputs: Tensor  # (batch, channels, height, width), normalised
     targets: Any
 
     def split(self, parts: int) -> list["Batch"]:
@@ -64,7 +65,10 @@ def micro_batch_sizes(images: int, parts: int) -> list[int]:
 class Task(Protocol):
     """Meaning of a model's outputs.
 
-    A task is a frozen dataclass, made by ``create``, and registered with ``tasks.register``.
+    Outputs are a tensor whose first dimension is the batch, or a named tuple of such tensors, whose
+    fields become the outputs of an export. Without PyTorch they are arrays, or a dictionary of
+    arrays by the names of the fields. A task is a frozen dataclass, made by ``create``, and
+    registered with ``tasks.register``.
     """
 
     name: ClassVar[str]
@@ -78,8 +82,8 @@ class Task(Protocol):
         """
 
     @property
-    def likelihood(self) -> str:
-        """Density whose negative logarithm is the loss, for natural gradient."""
+    def likelihood(self) -> str | dict[str, Any]:
+        """Density whose negative logarithm is the loss, for natural gradient; by output's name."""
 
     def outputs(self, classes: int) -> int:
         """Return the number of model outputs for a number of classes."""
@@ -88,29 +92,30 @@ class Task(Protocol):
         """Extract the targets of a batch.
 
         Args:
-            labels: (batch,), int64, before any mixing of images.
-            shares: (batch, classes), float32: the share of each class in a mixed image.
+            labels: (batch,), int64, before any mixing of images; of other tasks (batch, …).
+            shares: (batch, classes), float32: the share of each class in a mixed image; the
+                labels where they are no classes.
         """
 
-    def loss(self, outputs: Tensor, targets: Any) -> Tensor:
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
         """Compute the mean loss over the batch, a scalar."""
 
-    def right(self, outputs: Tensor, targets: Any) -> Tensor:
+    def right(self, outputs: Any, targets: Any) -> Tensor:
         """Mark correct outputs, (batch,), bool: the target of halting."""
 
-    def metrics(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+    def metrics(self, outputs: Any, labels: Tensor) -> dict[str, float]:
         """Score a split; includes ``loss`` and ``accuracy``, the share of correct outputs.
 
         Args:
             outputs: (samples, outputs), float32, on the CPU.
-            labels: (samples,), int64.
+            labels: (samples,), int64; of other tasks (samples, …).
         """
 
     def rank(self, scores: Mapping[str, float]) -> tuple[float, ...]:
         """Return a sort key of scores: the epoch with the greatest is the best."""
 
     def decode(
-        self, outputs: Tensor, classes: Sequence[str], settings: Mapping[str, Any] | None = None
+        self, outputs: Any, classes: Sequence[str], settings: Mapping[str, Any] | None = None
     ) -> list[Any]:
         """Decode the outputs for a batch to values that JSON can hold.
 
@@ -118,6 +123,13 @@ class Task(Protocol):
         are decoded by ``smallfry_runtime.decoders``, without PyTorch: a task that has a module
         there calls it.
         """
+
+
+@runtime_checkable
+class LimitsAugmentation(Protocol):
+    """Task whose labels do not hold for each augmented image, such as maps of a flipped one."""
+
+    augmentations: ClassVar[frozenset[str]]  # settings of ``AugmentConfig`` that may be given
 
 
 @runtime_checkable
@@ -155,7 +167,7 @@ class ScoredByClass(Protocol):
 class Pictured(Protocol):
     """Task with plots of its own for a run folder."""
 
-    def draw(self, outputs: Tensor, split: Split, classes: Sequence[str], folder: Path) -> None:
+    def draw(self, outputs: Any, split: Split, classes: Sequence[str], folder: Path) -> None:
         """Draw the outputs for a split into a folder."""
 
 

@@ -74,7 +74,7 @@ class Augment:
         targets: Callable[[Tensor, Tensor], Any] = ClassTargets,
     ) -> None:
         frame = frame_of(image_size)
-        height, width, _ = frame
+        height, width = frame[:2]
         if config.sizes and height != width:
             raise UsageError(
                 f"augment.sizes are sides of squares, and these images are {height}×{width}: leave "
@@ -117,7 +117,7 @@ class Augment:
         return Place(torch.arange(part.start - borrowed, part.stop) % count, count, borrowed)
 
     def __call__(self, images: Tensor, labels: Tensor, place: Place | None = None) -> Batch:
-        """Augment images (batch, channels, height, width), uint8, with int64 labels.
+        """Augment images (batch, channels, height, width) with labels (batch, …).
 
         Where ``place`` is a part of a batch, what ``needed`` borrowed for it is left out.
         """
@@ -132,8 +132,8 @@ class Augment:
         if place.size is not None and place.size != images.shape[-1]:
             images = tv.resize(images, [place.size, place.size], antialias=True)
         if self.mix is None:
-            several = labels.ndim == 2  # classes an image, 0 or 1
-            shares = (labels if several else F.one_hot(labels, self.classes)).to(images.dtype)
+            has_class = labels.ndim == 1 and not labels.is_floating_point()
+            shares = (F.one_hot(labels, self.classes) if has_class else labels).to(images.dtype)
             return Batch(images, self.targets(labels, shares))
         mixed, shares = self.mix(images, labels)
         kept = slice(place.borrowed, None)
@@ -141,16 +141,24 @@ class Augment:
 
 
 class Normalize:
-    """Normalisation of uint8 images to mean 0 and deviation 1 per channel."""
+    """Normalisation of images to mean 0 and deviation 1 per channel.
+
+    Args:
+        mean: Of each channel, of uint8 pixels on the scale 0 to 1, of float32 values as they are.
+        std: Standard deviation, on the same scale.
+    """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         self.scale = torch.tensor([1 / (255 * s) for s in std]).view(-1, 1, 1)
+        self.scale_floats = torch.tensor([1 / s for s in std]).view(-1, 1, 1)
         self.shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(-1, 1, 1)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Normalise images (..., channels, height, width)."""
-        scale, shift = beside(images, self.scale), beside(images, self.shift)
-        return images.to(torch.float32).mul_(scale).add_(shift)
+        shift = beside(images, self.shift)
+        if images.is_floating_point():
+            return images.to(torch.float32) * beside(images, self.scale_floats) + shift
+        return images.to(torch.float32).mul_(beside(images, self.scale)).add_(shift)
 
 
 def random_crop(
@@ -226,7 +234,7 @@ def rand_augment_operations(magnitude: int, size: ImageSize | Frame) -> list[Ope
         magnitude: 0 to 30.
         size: Side of square images in pixels, or height and width.
     """
-    height, width, _ = frame_of(size)
+    height, width = frame_of(size)[:2]
     share = magnitude / (MAGNITUDES - 1)
     still: dict[str, Any] = {"angle": 0.0, "scale": 1.0, "translate": [0, 0], "shear": [0.0, 0.0]}
     moved = partial(tv.affine, **still)

@@ -5,12 +5,22 @@ compares them with a plain loop of AdamW; docs/training.md has them as a table.
 """
 
 import re
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
 
 from torch import nn
 
+from smallfry.errors import UsageError
 from smallfry.optim import METHODS
-from smallfry.training.config import BATCH, CLASSIFICATION, MULTILABEL, TrainConfig
+from smallfry.tasks import LimitsAugmentation, find_task
+from smallfry.training.config import (
+    BATCH,
+    CLASSIFICATION,
+    MULTILABEL,
+    AugmentConfig,
+    TrainConfig,
+)
 from smallfry_runtime.frames import ImageSize, frame_of
 
 PHOTOGRAPH = 64  # pixels of a side, from which images are cropped and resized
@@ -22,6 +32,13 @@ MIXED_EPOCHS, MIXED = 50, 50_000  # epochs, and images seen in them, from which 
 WARMUP_EPOCHS, WARMUP_PARTS = 5.0, 10
 SGD = re.compile("sgd|momentum|nesterov")  # in timm's registry
 SGD_RATE = 0.02  # 6 epochs of digits: ViTRM 77 %, a small ResNet 94 %; 65 and 43 with AdamW's
+OFF: Mapping[str, Any] = {
+    "resized_crop": 0.0,
+    "crop_padding": 0,
+    "flip": False,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+}
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 ADAM = ("adam", "adamw", "nadam", "nadamw", "radam", "adam_atan2")
 NORMED_RATE = 2e-3  # of Adam on networks with batch norms, whose width matters little
@@ -38,8 +55,31 @@ def with_defaults(
         image_size: Their side in pixels, or height and width.
         processes: That share a batch.
     """
+    config = with_true_labels(config)
     config = with_fitting_batch(with_sgd_rate(with_fitting_warmup(config)), images, processes)
     return with_mixing(with_fitting_crop(config, images, image_size), images)
+
+
+def with_true_labels(config: TrainConfig) -> TrainConfig:
+    """Turn off by default what would make the labels of a task untrue of an augmented image.
+
+    Raises:
+        UsageError: It was asked for.
+    """
+    task = find_task(config.task)
+    if not isinstance(task, LimitsAugmentation):
+        return config
+    off = {name: value for name, value in OFF.items() if name not in task.augmentations}
+    given = {each.name: getattr(config.augment, each.name) for each in fields(config.augment)}
+    usual = {each.name: getattr(AugmentConfig(), each.name) for each in fields(config.augment)}
+    for name, value in given.items():
+        if name not in task.augmentations and value not in (usual[name], off.get(name)):
+            known = ", ".join(sorted(task.augmentations)) or "none"
+            raise UsageError(
+                f"the labels of {config.task} would not hold for images changed by augment.{name}: "
+                f"leave it out ({known} may be set)"
+            )
+    return replace(config, augment=replace(config.augment, **off))
 
 
 def with_fitting_batch(config: TrainConfig, images: int, processes: int = 1) -> TrainConfig:

@@ -1,5 +1,6 @@
 """Predictions of a model on a split, and their scores."""
 
+from collections import namedtuple
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from smallfry.data import Split
 from smallfry.errors import RunError, UsageError
 from smallfry.models import Recursive
+from smallfry.models.contract import map_tensors, replace_tensors, tensors
 from smallfry.models.early_exit import recurse_until
 from smallfry.tasks import Calibrated, Task, find_task
 from smallfry.training.augment import Normalize
@@ -21,7 +23,7 @@ from smallfry_runtime.predictions import NOT_FINITE
 class Predictions(NamedTuple):
     """Predictions of a model on a split."""
 
-    logits: Tensor  # (images, outputs), float32, on the CPU
+    logits: Any  # (images, outputs), float32, on the CPU; or a named tuple of such tensors
     labels: Tensor  # (images,), int64
     halting: Tensor | None  # (images,), probability of having finished; recursive models only
     steps: Tensor | None = None  # (images,), recursion steps taken; with early exit only
@@ -59,11 +61,11 @@ def predict(
                 step_logits = (step_logits.float() + mirrored.float()) / 2
             if taken is not None:
                 steps.append(taken.cpu())
-            logits.append(step_logits.float().cpu())
+            logits.append(map_tensors(_on_cpu, step_logits))
             if halt_logits is not None:
                 halting.append(halt_logits.float().sigmoid().cpu())
     return Predictions(
-        torch.cat(logits),
+        _concatenated(logits),
         split.labels,
         torch.cat(halting) if halting else None,
         torch.cat(steps) if steps else None,
@@ -72,8 +74,8 @@ def predict(
 
 def forward(
     model: nn.Module, images: Tensor, exit_threshold: float | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Compute class logits, halting logits of a recursive model, and steps with early exit.
+) -> tuple[Any, Tensor | None, Tensor | None]:
+    """Compute outputs, halting logits of a recursive model, and steps with early exit.
 
     Raises:
         UsageError: Early exit from a model that does not recur.
@@ -117,7 +119,7 @@ def joined(parts: Sequence[Predictions]) -> Predictions:
     halting = [part.halting for part in parts if part.halting is not None]
     steps = [part.steps for part in parts if part.steps is not None]
     return Predictions(
-        torch.cat([part.logits for part in parts]),
+        _concatenated([part.logits for part in parts]),
         torch.cat([part.labels for part in parts]),
         torch.cat(halting) if halting else None,
         torch.cat(steps) if steps else None,
@@ -130,9 +132,35 @@ def require_finite(predictions: Predictions) -> Predictions:
     Raises:
         RunError: A logit is not a number, so that no score means anything.
     """
-    if not all(p is None or bool(p.isfinite().all()) for p in (predictions[0], predictions[2])):
+    halting = [] if predictions.halting is None else [predictions.halting]
+    if not all(bool(each.isfinite().all()) for each in (*tensors(predictions.logits), *halting)):
         raise RunError(NOT_FINITE)
     return predictions
+
+
+def as_tensors(outputs: Any) -> Any:
+    """Return arrays as tensors, those of a dictionary as the fields of a named tuple."""
+    if not isinstance(outputs, Mapping):
+        return torch.from_numpy(outputs)
+    kind = namedtuple("Outputs", [*outputs])  # type: ignore[misc]
+    return kind(*map(torch.from_numpy, outputs.values()))
+
+
+def as_arrays(outputs: Any) -> Any:
+    """Return tensors as arrays, the fields of a named tuple as a dictionary."""
+    if isinstance(outputs, Tensor):
+        return outputs.numpy()
+    return {name: each.numpy() for name, each in outputs._asdict().items()}
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.float().cpu()
+
+
+def _concatenated(parts: Sequence[Any]) -> Any:
+    """Concatenate structures of tensors along their first dimension."""
+    columns = zip(*map(tensors, parts), strict=True)
+    return replace_tensors(parts[0], [torch.cat(column) for column in columns])
 
 
 def task_of(manifest: Mapping[str, Any]) -> Task:
@@ -145,16 +173,18 @@ def task_of(manifest: Mapping[str, Any]) -> Task:
     return task.calibrated(manifest) if isinstance(task, Calibrated) else task
 
 
-def targets_of(task: Task, outputs: Tensor, labels: Tensor) -> Any:
+def targets_of(task: Task, outputs: Any, labels: Tensor) -> Any:
     """Return a task's targets of unmixed labels.
 
     Args:
         task: The task.
         outputs: Of a model for these images, whose second dimension is that of classes.
-        labels: (images,), or (images, classes or cells).
+        labels: (images,), or (images, …) of tasks without classes.
     """
-    shares = F.one_hot(labels, outputs.shape[1]) if labels.ndim == 1 else labels
-    return task.targets(labels, shares.to(outputs.dtype))
+    first = tensors(outputs)[0]
+    has_class = labels.ndim == 1 and not labels.is_floating_point()
+    shares = F.one_hot(labels, first.shape[1]) if has_class else labels
+    return task.targets(labels, shares.to(first.dtype))
 
 
 def score(predictions: Predictions, task: Task | None = None) -> dict[str, float]:

@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from smallfry.models.contract import map_tensors
 from smallfry.training.evaluation import forward, task_of
 from smallfry.training.run import TrainedModel, require_class_answers, thresholds_of
 from smallfry_runtime.inputs import InputImage
@@ -33,7 +35,7 @@ def decode_images(
     def run(pixels: NDArray[np.uint8]) -> list[Any]:
         batch = trained.normalize(torch.from_numpy(pixels))
         outputs = forward(trained.model, batch, exit_threshold)[0]
-        return task.decode(outputs.float(), trained.classes, settings)
+        return task.decode(map_tensors(Tensor.float, outputs), trained.classes, settings)
 
     return decoded(run, images, trained.frame, trained.channels, trained.bit_depth)
 

@@ -97,7 +97,7 @@ class Supervised:
         return 1
 
     @property
-    def likelihood(self) -> str:
+    def likelihood(self) -> str | dict[str, Any]:
         """Likelihood of the task."""
         return self.task.likelihood
 
@@ -108,7 +108,7 @@ class Supervised:
     def __call__(self, prepared: nn.Module, batch: Batch) -> Iterator[Step]:
         """Yield the single step of a batch."""
         outputs = prepared(batch.inputs)
-        yield Step(self.task.loss(outputs, batch.targets), outputs.detach())
+        yield Step(self.task.loss(outputs, batch.targets), map_tensors(Tensor.detach, outputs))
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class DeepSupervision:
     halt_threshold: float = 0.5
 
     @property
-    def likelihood(self) -> dict[str, str]:
+    def likelihood(self) -> dict[str, Any]:
         """Joint likelihood of both heads, independent given their outputs."""
         return {"logits": self.task.likelihood, "halt_logits": "bernoulli"}
 

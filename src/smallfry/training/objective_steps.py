@@ -16,7 +16,7 @@ class Step(NamedTuple):
     """Loss of an objective for one optimizer step."""
 
     loss: Tensor  # scalar, mean over the batch
-    outputs: Tensor  # (batch, ...), detached
+    outputs: Any  # (batch, ...), detached; or a named tuple of such tensors
     halting: Tensor | None = None  # (batch,), probability of having finished, detached
     last: bool = True  # the objective has nothing more to do on this batch
     targets: Any = None  # of the outputs, where they are not those of the batch

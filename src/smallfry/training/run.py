@@ -39,8 +39,9 @@ from smallfry.training.export_settings import ExportSettings
 from smallfry.transforms.build import build
 from smallfry.transforms.spec import ModelSpec
 from smallfry_runtime.files import read_bytes, read_json
-from smallfry_runtime.frames import Frame, ImageSize, Resize, frame_of
+from smallfry_runtime.frames import PIXELS, VALUES, Frame, ImageSize, Resize, frame_of
 from smallfry_runtime.images import FULL_DEPTH, is_bit_depth
+from smallfry_runtime.manifest import MOST_CHANNELS
 from smallfry_runtime.names import text_of
 from smallfry_runtime.predictions import Answer
 from smallfry_runtime.stages import entries
@@ -188,8 +189,8 @@ class TrainedModel(NamedTuple):
     model: nn.Module  # in evaluation mode, on the CPU
     classes: tuple[str, ...]  # names, in the order of the logits
     image_size: ImageSize  # side of square images in pixels, or height and width
-    channels: int  # 1 for grey images, 3 for RGB
-    normalize: Normalize  # uint8 images to what the model takes
+    channels: int  # 1 for grey images, 3 for RGB; any number of inputs that are no pictures
+    normalize: Normalize  # images to what the model takes
     manifest: dict[str, Any]  # of the checkpoint
     bit_depth: int | None = None  # of training images of more than 8 bits a channel, if any
     origin: Path | None = None  # the run folder that it was loaded from, or compressed of
@@ -198,8 +199,9 @@ class TrainedModel(NamedTuple):
 
     @property
     def frame(self) -> Frame:
-        """Size of the images, and how pictures of another shape become such."""
-        return frame_of(self.image_size, self.resize)
+        """Size of the images, how pictures of another shape become such, and their type."""
+        frame = frame_of(self.image_size, self.resize)
+        return frame._replace(values=self.manifest["input"].get("values", PIXELS))
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -375,8 +377,10 @@ def _built(
 def _checked_input(sample: Mapping[str, Any], classes: Any) -> Frame:
     """Validate a manifest's description of images and classes; return the size of the images."""
     frame, channels = frame_of(sample["size"], sample.get("resize")), sample["channels"]
-    if channels not in (1, 3):
+    if type(channels) is not int or not 1 <= channels <= MOST_CHANNELS:
         raise ValueError(f"images of {channels} channels are not supported")
+    if sample.get("values", PIXELS) not in VALUES:
+        raise ValueError(f"values are one of {', '.join(VALUES)}")
     for name in ("mean", "std"):
         values = sample[name]
         if len(values) != channels or not all(map(math.isfinite, values)):

@@ -64,6 +64,7 @@ from smallfry.training.self_tuning import FILE as TUNING
 from smallfry.training.self_tuning import self_tuned
 from smallfry.training.thresholds import calibrate_best, with_thresholds
 from smallfry.training.trained_run import TrainedRun
+from smallfry_runtime.frames import PIXELS
 from smallfry_runtime.names import path_of, text_of
 
 log = logging.getLogger(__name__)
@@ -388,6 +389,7 @@ def _build(
         "input": {
             "size": data.image_size,
             **({} if data.resize == "crop" else {"resize": data.resize}),
+            **({} if data.frame.values == PIXELS else {"values": data.frame.values}),
             "channels": data.channels,
             "mean": list(mean),
             "std": list(std),

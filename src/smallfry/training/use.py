@@ -23,7 +23,7 @@ def predict_images(trained: TrainedModel, images: Any, top_k: int = 3) -> list[A
     """Classify images; see ``TrainedModel.predict``."""
     if top_k < 1:
         raise UsageError(f"top_k must be at least 1, got {top_k}")
-    answers = list(classify(trained, _inputs(images), top_k))
+    answers = list(classify(trained, _inputs(trained, images), top_k))
     for answer in answers:
         if answer.error is not None:
             raise DataError(answer.error)
@@ -34,31 +34,41 @@ def decode_answers(
     trained: TrainedModel, images: Any, settings: Mapping[str, Any] | None = None
 ) -> list[Any]:
     """Decode the answers to images; see ``TrainedModel.decode``."""
-    found = list(decode_images(trained, _inputs(images), settings=settings))
+    found = list(decode_images(trained, _inputs(trained, images), settings=settings))
     for each in found:
         if each.error is not None:
             raise DataError(each.error)
     return [each.value for each in found]
 
 
-def _inputs(images: Any) -> Iterator[InputImage]:
+def _inputs(trained: TrainedModel, images: Any) -> Iterator[InputImage]:
     """Yield the images that are meant, by name."""
-    several = list(images) if _is_several(images) else [images]
+    arrays = trained.frame.is_array(trained.channels)
+    several = list(images) if _is_several(images, arrays) else [images]
     for number, image in enumerate(several):
         if isinstance(image, str | Path):
             yield from find_images([str(image)], io.BytesIO())
         else:
             name = f"image {number}"
-            yield InputImage(name, as_picture(image, name))
+            yield InputImage(name, _encoded(image) if arrays else as_picture(image, name))
 
 
-def _is_several(images: Any) -> bool:
+def _encoded(array: Any) -> bytes:
+    """Encode an array as ``numpy.save`` does."""
+    stream = io.BytesIO()
+    np.save(stream, np.asarray(array), allow_pickle=False)
+    return stream.getvalue()
+
+
+def _is_several(images: Any, arrays: bool) -> bool:
     """Return whether images are several: a list, or an array with a dimension of images."""
     if isinstance(images, str | Path | Image.Image):
         return False
     if isinstance(images, Sequence):
         return True
     shape = np.shape(images)
+    if arrays:
+        return len(shape) == 4
     return len(shape) == 4 or (len(shape) == 3 and 3 not in shape and 1 not in shape)
 
 

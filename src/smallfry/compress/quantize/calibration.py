@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from smallfry.errors import SmallfryWarning, UsageError
+from smallfry.models.contract import tensors
 from smallfry.training.evaluation import forward
 
 FEW = 32  # images, with fewer of which ranges are hardly known
@@ -46,7 +47,7 @@ def require_images(method: str, model: nn.Module, images: Images) -> None:
     with torch.no_grad():
         for batch in images.batches:
             outputs = forward(model, batch)[0]
-            predicted.append(outputs.flatten(1).argmax(1))
+            predicted.append(tensors(outputs)[0].flatten(1).argmax(1))
             images.count += len(batch)
     if not images.count:
         raise UsageError(
@@ -61,7 +62,7 @@ def require_images(method: str, model: nn.Module, images: Images) -> None:
             f"{method} calibrates on only {images.count} images, and others may exceed their "
             f"ranges: give {FEW} or more"
         )
-    elif images.classes == 1 and outputs.flatten(1).shape[1] > 1:
+    elif images.classes == 1 and isinstance(outputs, Tensor) and outputs.flatten(1).shape[1] > 1:
         _warn(
             f"the model puts all {images.count} calibration images in one class: ranges and "
             "rounding will suit this class alone; give images of all classes"

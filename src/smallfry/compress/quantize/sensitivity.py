@@ -266,7 +266,8 @@ def _squared_gradients(rows: Rows) -> Tensor:
 
 def _predicted(model: nn.Module, images: Tensor) -> Tensor:
     with torch.no_grad():
-        return forward(model, images)[0].argmax(1)
+        answers: Tensor = forward(model, images)[0].argmax(1)
+    return answers
 
 
 def _hessian_product(

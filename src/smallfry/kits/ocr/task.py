@@ -37,6 +37,12 @@ class OCR:
     likelihood: ClassVar[str] = "categorical"
     choices: ClassVar[tuple[str, ...]] = ("accuracy", "character_error", "loss")
     defaults: ClassVar[TaskDefaults] = TaskDefaults({}, "crnn_dw_m", "cross_entropy")
+    augmentations: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("crop_padding", "border", "cutout", "erasing", "repeats", "policy", "color_jitter"),
+            *("randaugment_ops", "randaugment_magnitude"),
+        }
+    )
     recipe: ClassVar[Path] = Path(__file__).parent / "recipe.yaml"
 
     @classmethod
