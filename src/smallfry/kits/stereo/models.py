@@ -140,8 +140,8 @@ class Stage(nn.Module):
             context: The left views' features half as large, which the first stage takes.
             before: What the stage before returned.
         """
-        left, right = self.embed(views).chunk(2)
-        classes = self.embed_classes(views[: len(left)])
+        left, right = _divide(self.embed(views))
+        classes = self.embed_classes(_divide(views)[0])
         if self.context is not None:
             classes = classes + enlarge(self.context(context), 2)
         logits = self.head(classes)
@@ -232,13 +232,19 @@ class RTS2Net(nn.Module):
         for block in self.blocks:
             features = block(features)
             maps.append(features)
-        batch = len(views)
+        context = _divide(maps[3])[0]
         found: list[Tensor] = []
         before = None
         for i, stage in enumerate(self.stages):
-            before = stage(maps[2 - i], maps[3][:batch], before)
+            before = stage(maps[2 - i], context, before)
             found += before
         return OUTPUTS[self.exits - 1](*found)
+
+
+def _divide(views: Tensor) -> tuple[Tensor, Tensor]:
+    """Divide features (2 batch, …) into those of the left and of the right views."""
+    both = views.view(2, -1, *views.shape[1:])
+    return both[0], both[1]
 
 
 def _block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:

@@ -101,4 +101,5 @@ def _map(axes: Any, values: Tensor, title: str, colours: str, most: float) -> No
 
 def _hatch(axes: Any, hidden: Tensor) -> None:
     if hidden.any():
-        axes.contourf(hidden.numpy().astype(float), levels=[0.5, 1.5], hatches=["////"], alpha=0)
+        marked = hidden.numpy().astype(float)
+        axes.contourf(marked, levels=[0.5, 1.5], colors="none", hatches=["//////"])

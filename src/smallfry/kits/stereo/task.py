@@ -19,6 +19,8 @@ from smallfry_runtime.decoders import stereo as decoder
 
 __all__ = ["Stereo"]
 
+DENSITIES = {"refined": "gaussian_mean", "semantics": "categorical_mean"}
+
 
 @register
 @dataclass(frozen=True)
@@ -26,11 +28,15 @@ class Stereo:
     """Semantic stereo: outputs are ``StereoOutput``, labels rows of ``truth.pack``.
 
     A pair counts as right if the mean error of the last exit's refined disparity is below a pixel,
-    over the points that both views see.
+    over the points that both views see. The likelihood is that of refined disparities and classes:
+    natural gradient takes its curvature, not the loss's weights.
     """
 
     name: ClassVar[str] = "stereo"
-    likelihood: ClassVar[str] = "gaussian"
+    likelihood: ClassVar[Any] = {
+        f"{name}{factor}": density for factor in FACTORS for name, density in DENSITIES.items()
+    }
+    augmentations: ClassVar[frozenset[str]] = frozenset()
     choices: ClassVar[tuple[str, ...]] = ("disparity_error", "miou", "loss")
     defaults: ClassVar[TaskDefaults] = TaskDefaults({}, "rts2net_c4", "cross_entropy")
     recipe: ClassVar[Path] = Path(__file__).parent / "recipe.yaml"
