@@ -283,7 +283,7 @@ class CheckerPose(nn.Module):
             bits.append(found.transpose(0, 1))
             cells = 2 * cells + (bits[-1] > 0)
         x, y = torch.stack(bits, dim=2).unbind(0)
-        points = self.keypoints.to(x.dtype).expand(len(images), -1, -1)
+        points = self.keypoints.to(x.dtype).expand(images.shape[0], -1, -1)
         return PoseCodes(first[:, :1], x, y, self.masks(image), points)
 
 
