@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from smallfry.kits.pose.models import PoseCodes
 from smallfry.kits.pose.truth import Truth, codes
 
-__all__ = ["code_loss", "mask_loss", "terms"]
+__all__ = ["code_loss", "mask_loss", "terms", "total"]
 
 
 def code_loss(logits: Tensor, bits: Tensor, inside: Tensor) -> Tensor:
