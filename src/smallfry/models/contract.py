@@ -14,6 +14,7 @@ from torch import Tensor
 
 __all__ = [
     "FromImages",
+    "FromTargets",
     "LatentRecursive",
     "ReadsOut",
     "RecursionStep",
@@ -64,6 +65,14 @@ class FromImages(Protocol):
 
     def initialize(self, images: Tensor) -> None:
         """Set these weights from normalised images (images, channels, side, side)."""
+
+
+@runtime_checkable
+class FromTargets(Protocol):
+    """Module with data-dependent scales of its outputs, set before training."""
+
+    def fit_outputs(self, labels: Tensor) -> None:
+        """Set these scales from the labels of the training split."""
 
 
 @runtime_checkable

@@ -12,6 +12,7 @@ from smallfry.data import ImageData
 from smallfry.errors import UsageError, is_out_of_memory, nearest
 from smallfry.io.terminal import printable
 from smallfry.models import FromImages
+from smallfry.models.contract import FromTargets
 from smallfry.models.critical_init import init_critical_
 from smallfry.tasks import HasDefaults, Task
 from smallfry.training.config import ModelConfig
@@ -128,14 +129,19 @@ def create_model(
     return model, ModelSpec(name, arguments)
 
 
-def initialize(model: nn.Module, config: ModelConfig, images: Callable[[], Tensor]) -> None:
-    """Set the initial weights of a new model that depend on training images.
+def initialize(
+    model: nn.Module, config: ModelConfig, images: Callable[[], Tensor], labels: Tensor
+) -> None:
+    """Set the initial weights of a new model that depend on training images or labels.
 
     Args:
         model: Changed in place.
         config: Its configuration.
         images: Return normalised training images.
+        labels: All training labels.
     """
+    if isinstance(model, FromTargets):
+        model.fit_outputs(labels)
     if isinstance(model, FromImages):
         model.initialize(images())
     if config.init == "critical":

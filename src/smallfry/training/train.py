@@ -382,7 +382,9 @@ def _build(
     )
     if source.is_new and not is_pretrained(config.model):
         some = data.train.take(torch.arange(min(STUDIED, len(data.train))))
-        initialize(model, config.model, lambda: Normalize(mean, std)(some.images))
+        initialize(
+            model, config.model, lambda: Normalize(mean, std)(some.images), data.train.labels
+        )
     torch.set_num_threads(config.threads or _useful_threads(model, data))
     manifest = describe_model(config, spec, data, (mean, std), source.facts(config.model))
     augment = build_augment(config, data, task)
