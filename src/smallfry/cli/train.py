@@ -140,7 +140,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
     )
     _print_worst(summary.get("per_class") or {})
     console.print(f"pictures: {run}/pictures", soft_wrap=True)
-    if summary.get("per_class"):
+    if (Path(summary["run"]) / "report.html").exists():
         console.print(f"mistakes: {run}/report.html", soft_wrap=True)
     use = escape(command("smallfry", "predict", summary["run"]))
     console.print(f"use it:   {use} IMAGE…", soft_wrap=True)
