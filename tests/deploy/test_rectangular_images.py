@@ -18,7 +18,7 @@ from smallfry.deploy.memory import _with_onnx_runtime
 from smallfry.deploy.pretrained import from_pretrained, save_pretrained
 from smallfry.errors import RunError, UsageError
 from smallfry.training.config import read_config
-from smallfry_runtime.frames import RESIZES
+from smallfry_runtime.frames import RESIZES, Frame
 from smallfry_runtime.images import decode
 from smallfry_runtime.manifest import CLASS_FORMAT, Manifest
 from smallfry_runtime.runtime import Runtime
@@ -89,14 +89,14 @@ def test_a_run_remembers_size_and_way(run):
     assert (sample["size"], sample["resize"]) == ([8, 12], "letterbox")
     trained = smallfry.load(run)
     assert trained.input_shape == (1, 8, 12)
-    assert trained.frame == (8, 12, "letterbox")
+    assert trained.frame == Frame(8, 12, "letterbox")
     assert trained.spec.arguments["img_size"] == [8, 12]
 
 
 @pytest.mark.slow
 def test_the_export_answers_as_the_run_does(run, export, photographs):
     runtime = Runtime(export)
-    assert runtime.manifest.frame == (8, 12, "letterbox")
+    assert runtime.manifest.frame == Frame(8, 12, "letterbox")
     assert json.loads((export / "manifest.json").read_text())["format"] == CLASS_FORMAT
     files = files_of(photographs)
     trained = smallfry.load(run)
@@ -138,7 +138,7 @@ def test_the_commands_take_such_models(run, export, photographs, capsys):
 def test_the_benchmark_has_images_of_their_shape(run, export):
     assert _noise(smallfry.load(run)).shape[1:] == (1, 8, 12)
     subject = _subject(str(export), "best").trained
-    assert subject.frame == (8, 12, "letterbox")
+    assert subject.frame == Frame(8, 12, "letterbox")
     load, shape = _with_onnx_runtime(export, 1)
     assert shape == (1, 8, 12)
     load()(np.zeros((2, *shape), np.uint8))
@@ -148,7 +148,7 @@ def test_the_benchmark_has_images_of_their_shape(run, export):
 def test_other_models_of_the_benchmark_take_that_shape(tmp_path):
     wanted = Input(("a", "b"), (32, 48), 3, (0.5,) * 3, (0.5,) * 3, "squash")
     found = next(peers(wanted, tmp_path, ("float32",), 1))
-    assert Manifest.read(next(tmp_path.glob("*-float32"))).frame == (32, 48, "squash")
+    assert Manifest.read(next(tmp_path.glob("*-float32"))).frame == Frame(32, 48, "squash")
     assert found.model
 
 
@@ -190,11 +190,11 @@ def test_fine_tuning_takes_the_size_or_resamples_the_positions(run, photographs,
     same, other = tmp_path / "same", tmp_path / "other"
     common = ["train", "--data", str(photographs), "--model.start", str(run), *GIVEN[2:]]
     assert main([*common, "--run", str(same)]) == 0
-    assert smallfry.load(same).frame == (8, 12, "letterbox")
+    assert smallfry.load(same).frame == Frame(8, 12, "letterbox")
     changed = ("--data.image_size", "4", "6", "--data.resize=squash", "--run", str(other))
     assert main([*common, *changed]) == 0
     trained = smallfry.load(other)
-    assert trained.frame == (4, 6, "squash")
+    assert trained.frame == Frame(4, 6, "squash")
     assert trained.model.pos_embed.shape[1] == trained.model.z_init.shape[1] == 6
 
 

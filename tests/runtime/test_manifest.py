@@ -118,7 +118,7 @@ def test_any_right_values_come_back(tmp_path_factory, classes, side, channels, s
         ({"image_size": [8, 8, 8]}, "image_size"),
         ({"image_size": "8"}, "image_size"),
         ({"resize": "stretch"}, "resize"),
-        ({"channels": 2}, "channels"),
+        ({"channels": 0}, "channels"),
         ({"mean": [0.5, 0.5]}, "mean and std"),
         ({"std": [0.0]}, "mean and std"),
         ({"std": [-1.0]}, "mean and std"),

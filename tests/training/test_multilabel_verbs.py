@@ -315,7 +315,10 @@ def test_models_of_one_and_of_several_classes_are_not_compared(run, export, tmp_
     place = shutil.copytree(export, tmp_path / "export")
     manifest = replace(Manifest.read(place), thresholds=())
     (place / "manifest.json").write_text(manifest.to_json())
-    with pytest.raises(UsageError, match="with one class an image and the other with several"):
+    with pytest.raises(
+        UsageError,
+        match="are for multilabel and classification: compare",
+    ):
         measure([str(run), str(place)], QUICK)
 
 

@@ -37,6 +37,7 @@ EFFECTIVE = {
     "cross_entropy": {},
     "deep_supervision": {"supervision_steps": 1, "halt_threshold": 0.5},
     "slots": {"supervision_steps": 1, "exploration": 0.1},
+    "every_step": {"last_weight": 1.0},
     "bias": {"alpha": 0.3, "beta": 0.3, "normalization": "batch"},
 }
 
