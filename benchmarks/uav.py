@@ -78,7 +78,7 @@ def teacher(options: argparse.Namespace) -> dict[str, Any]:
     settings = ViewSettings(seed=options.seed)
     shown = [draw_view(settings, "teacher", n)[0] for n in range(EXAMPLES)]
     images, labels = (np.stack([getattr(v, k) for v in shown]) for k in ("pixels", "labels"))
-    colours = ColourTeacher.fit(images, labels, options.seed)
+    colours = ColourTeacher.fit(images, labels, options.seed, fast=True)  # as of uav-rooms
     views = [draw_view(settings, "test", number)[0] for number in range(VIEWS)]
     truth = np.stack([view.labels for view in views])
     pictures = np.stack([view.pixels for view in views])

@@ -90,7 +90,7 @@ def test_what_works_is_there_and_what_is_planned_is_not(row):
 def test_what_works_has_a_command_and_figures_that_lead_to_theirs(row):
     (command,) = re.findall(r"^`([^`]+)`$", row.command)
     check(shlex.split(command))
-    assert row.measured == NONE or re.search(r"\]\(\w+\.md", row.measured)
+    assert row.measured == NONE or re.search(r"\]\([\w/]+\.md", row.measured)
 
 
 def test_papers_are_linked_by_their_own_numbers():

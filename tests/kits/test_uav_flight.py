@@ -242,7 +242,7 @@ def test_policies_are_given_the_last_action_the_time_and_the_height():
         seen.append((glance.last, glance.seconds, glance.camera.height, action))
 
     fly(lambda glance: LAND, make_room(0), watch=watch)
-    assert seen[0] == (LAND, 0.0, HEIGHT, LAND)
+    assert seen[0] == (FORWARD, 0.0, HEIGHT, LAND)
     assert seen[1][2] == pytest.approx(0.94)
     assert seen[1][1] == pytest.approx(0.2)
     assert len(ACTIONS) == 4

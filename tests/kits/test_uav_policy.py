@@ -13,7 +13,7 @@ from smallfry.data import load_data
 from smallfry.errors import RunError, UsageError
 from smallfry.kits.uav.demonstrations import FlightSettings, demonstrate
 from smallfry.kits.uav.flight import ACTIONS, FORWARD, LAND, LEFT, MISSION, Glance, fly
-from smallfry.kits.uav.pictures import draw_depth, draw_flights, film
+from smallfry.kits.uav.pictures import EVERY, draw_depth, draw_flights, film
 from smallfry.kits.uav.policy import UAVPolicy
 from smallfry.kits.uav.rooms import View, make_room
 from smallfry.kits.uav.students import masks_of, policy_input, policy_of
@@ -225,7 +225,7 @@ def test_flights_are_drawn_and_filmed(tmp_path):
     masks = [glance.view.labels for glance in glances]
     film(room, glances, masks, flight, tmp_path / "flight.gif")
     with Image.open(tmp_path / "flight.gif") as picture:
-        assert picture.n_frames == len(range(0, len(glances), 3)) + 1
+        assert picture.n_frames == len(range(0, len(glances), EVERY)) + 1
         assert picture.size == (192 + 360, 288)
     shown = {"truth": masks[0], "student": masks[0]}
     draw_depth(glances[0], shown, glances[0].view.depth, tmp_path / "depth.png")
@@ -234,6 +234,7 @@ def test_flights_are_drawn_and_filmed(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "int8", "int8_dynamic"])
+@pytest.mark.filterwarnings("ignore::smallfry.errors.SmallfryWarning")  # few images
 def test_a_run_is_exported_and_decoded_without_pytorch(run, flights, tmp_path, precision):
     export = smallfry.export(run, tmp_path / "export", precision=precision)
     runtime = Runtime(export)
@@ -246,8 +247,9 @@ def test_a_run_is_exported_and_decoded_without_pytorch(run, flights, tmp_path, p
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::smallfry.errors.SmallfryWarning")  # few images
 def test_natural_gradient_and_quantization_work(run, tmp_path):
     asked = ["train", "--task", "uav-policy", *SMALL, "--epochs", "1", "--progress", "quiet"]
     assert main([*asked, "--optimizer", "kfac", "--run", str(tmp_path / "kfac")]) == 0
     methods = ["--methods", "[{quantize: {weights: 8, activations: 8}}]"]
-    assert main(["compress", str(run), *methods, "--run", str(tmp_path / "int8")]) == 0
+    assert main(["compress", str(run), *methods, "--to", str(tmp_path / "int8")]) == 0

@@ -264,7 +264,7 @@ def fly(
     random = random_of("uav-flights", room.split, seed, room.number)
     level = Camera.of_view(shape, ANGLE, HEIGHT, PITCH)
     scale = float(random.uniform(0.5, 2.0))
-    at, height, last = np.array(room.start), HEIGHT, LAND  # a flight begins on the ground
+    at, height, last = np.array(room.start), HEIGHT, FORWARD
     path, actions = [np.append(at, height)], []
     outcome: Outcome = "out of time"
     for number in range(round(LIMIT / STEP)):

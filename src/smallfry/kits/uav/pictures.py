@@ -23,7 +23,7 @@ MASK = np.array([[75, 85, 99], [110, 168, 110], [234, 88, 12]], np.uint8)  # of 
 CONTOUR = 0.5  # metres between lines of equal depth
 FARTHEST = 6.0  # metres of the colour scale
 SCALE = 72  # pixels a metre in films
-EVERY = 3  # steps between two pictures of a film
+EVERY = 4  # steps between two pictures of a film
 
 
 def draw_masks(images: Tensor, masks: Mapping[str, Any], file: Path) -> None:
@@ -130,7 +130,7 @@ def film(
             place = (0, row * size[1])
             frame.paste(Image.fromarray(picture).resize(size, Image.Resampling.NEAREST), place)
         frame.paste(above, (size[0], 0))
-        frames.append(frame.quantize(48, dither=Image.Dither.NONE))
+        frames.append(frame.quantize(32, dither=Image.Dither.NONE))
     stream = io.BytesIO()
     duration = [round(1000 * STEP * EVERY / 4)] * (len(frames) - 1) + [2000]  # four times as fast
     frames[0].save(

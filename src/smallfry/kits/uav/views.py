@@ -119,7 +119,8 @@ def _taught(settings: ViewSettings, split: Split, shape: tuple[int, int]) -> Spl
     from smallfry.kits.uav.teacher import EXAMPLES, ColourTeacher, pseudo_label
 
     shown = _split(settings, "teacher", EXAMPLES, shape)
-    teacher = ColourTeacher.fit(shown.images.numpy(), shown.labels.numpy(), settings.seed)
+    examples = shown.images.numpy(), shown.labels.numpy()
+    teacher = ColourTeacher.fit(*examples, settings.seed, fast=True)  # a radial one takes minutes
     return replace(split, labels=torch.from_numpy(pseudo_label(teacher, split.images.numpy())))
 
 
