@@ -3,6 +3,7 @@
 from smallfry.errors import UsageError, nearest
 from smallfry.io.plugins import kit_names, load_kit, load_plugins, scan
 from smallfry.tasks.task import (
+    AddsTerms,
     Batch,
     Calibrated,
     Explained,
@@ -20,6 +21,7 @@ from smallfry.tasks.task import (
 )
 
 __all__ = [
+    "AddsTerms",
     "Batch",
     "Calibrated",
     "Explained",

@@ -16,6 +16,7 @@ from smallfry.data import ImageData, Split
 from smallfry.models.contract import map_tensors
 
 __all__ = [
+    "AddsTerms",
     "Batch",
     "Calibrated",
     "Explained",
@@ -133,6 +134,16 @@ class LimitsAugmentation(Protocol):
     """Task whose labels do not hold for each augmented image, such as maps of a flipped one."""
 
     augmentations: ClassVar[frozenset[str]]  # settings of ``AugmentConfig`` that may be given
+
+
+@runtime_checkable
+class AddsTerms(Protocol):
+    """Task whose loss has terms beside the likelihood's, such as Dice.
+
+    Natural gradient then takes the likelihood for the whole, without comparing it with gradients.
+    """
+
+    adds_terms: ClassVar[bool]
 
 
 @runtime_checkable

@@ -79,6 +79,10 @@ def with_true_labels(config: TrainConfig) -> TrainConfig:
                 f"the labels of {config.task} would not hold for images changed by augment.{name}: "
                 f"leave it out ({known} may be set)"
             )
+    if config.test_flips and "flip" not in task.augmentations:
+        raise UsageError(
+            f"the outputs of {config.task} do not hold for mirrored images: leave out test_flips"
+        )
     return replace(config, augment=replace(config.augment, **off))
 
 

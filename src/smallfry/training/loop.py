@@ -15,7 +15,7 @@ from smallfry.data import ImageData, Split
 from smallfry.errors import RunError, Stopped, TrainingError
 from smallfry.io.signals import noting
 from smallfry.io.terminal import command
-from smallfry.tasks import Batch
+from smallfry.tasks import AddsTerms, Batch
 from smallfry.training.augment import Augmentation
 from smallfry.training.batches import Result, TrainBatches, derive_seed, resident
 from smallfry.training.callbacks import Callbacks, EpochDone, Started, StepDone
@@ -131,6 +131,7 @@ class Trainer:
         if config.ema.decay and self.is_sharded:
             self.average = ShardedAverage(self.raw_model, config.ema)
         changed = self.running.changes_gradients or getattr(objective, "changes_gradients", False)
+        changed = changed or isinstance(objective.task, AddsTerms)
         self.raw_optimizer = build_optimizer(
             unchecked(config.optimizer) if changed else config.optimizer,
             self.raw_model,
