@@ -24,7 +24,8 @@ SHOWN = 4  # fields of a picture
 def relative_l2(found: Tensor, wanted: Tensor) -> Tensor:
     """Compute ‖found − wanted‖ / ‖wanted‖ of each sample, (samples,)."""
     errors, norms = (each.flatten(1).norm(dim=1) for each in (found - wanted, wanted))
-    return errors / norms
+    ratios: Tensor = errors / norms
+    return ratios
 
 
 def relative_h1(found: Tensor, wanted: Tensor, cut: int = CUT) -> Tensor:
@@ -47,7 +48,8 @@ def relative_h1(found: Tensor, wanted: Tensor, cut: int = CUT) -> Tensor:
         (torch.fft.fft2(each).abs() * weight).flatten(1).norm(dim=1)
         for each in (found - wanted, wanted)
     )
-    return errors / norms
+    ratios: Tensor = errors / norms
+    return ratios
 
 
 @register
