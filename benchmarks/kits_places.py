@@ -16,7 +16,7 @@ import numpy as np
 
 from smallfry.kits.places.images import patch_normalise
 from smallfry.kits.places.modules import ModularSNN, Settings
-from smallfry.kits.places.pictures import draw_curves
+from smallfry.kits.places.pictures import draw_curves, draw_recalls
 from smallfry.kits.places.scores import absolute_difference, precision_recall, recall_at, ridge
 from smallfry.kits.places.traverse import TraverseSettings, draw_traverse
 
@@ -99,6 +99,8 @@ def one_seed(seed, presentations, theta_step, pictures):
                 drawn = {"spiking": plain, "hyperactive silenced": silenced, **others}
                 file = pictures / f"{name.replace(' ', '_')}_{size}.png"
                 draw_curves(drawn, places, file)
+                recalls = file.with_name(f"{file.stem}_recalls.png")
+                draw_recalls(choice.recalls, choice.threshold, recalls)
     return rows, facts
 
 
