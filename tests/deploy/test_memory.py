@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from smallfry.deploy import memory
 from smallfry.deploy.memory import CLEAR, measure_memory
+from smallfry_runtime.arrays import random_inputs
 
 needs_linux = pytest.mark.skipif(not os.access(CLEAR, os.W_OK), reason="/proc is Linux's")
 MIB = 2**20
@@ -39,10 +40,12 @@ def test_pytorch_answers_with_the_weights_of_the_folder(tmp_path):
     arguments = {"embed_dim": 16, "num_heads": 2, "depth": 1, "num_classes": 3}
     model = timm.create_model("vitrm_micro_patch4_8", **arguments).eval()
     save_file(model.state_dict(), tmp_path / memory.WEIGHTS)
-    spec = {"name": "vitrm_micro_patch4_8", "arguments": arguments, "shape": [1, 8, 8]}
+    frame = [8, 8, "crop", "uint8"]
+    spec = {"name": "vitrm_micro_patch4_8", "arguments": arguments, "frame": frame}
+    spec["channels"] = 1
     (tmp_path / memory.MODEL).write_text(json.dumps(spec))
-    load, shape = memory._with_pytorch(tmp_path, threads=1)
-    pixels = np.random.default_rng(0).integers(0, 256, (2, *shape), np.uint8)
+    load, (frame, channels) = memory._with_pytorch(tmp_path, threads=1)
+    pixels = random_inputs(2, frame, channels)
     with torch.inference_mode():
         wanted = model(torch.from_numpy(pixels).float() / 255)
     torch.testing.assert_close(load()(pixels), wanted)

@@ -97,7 +97,7 @@ def test_band_powers_are_those_of_scipy(split):
 
 def start(settings, split, rehearsal=False):
     model = timm.create_model("interpretable_cnn")
-    batches = CalibrationBatches(split, Normalize([0.0], [1 / 255]), model, images=4)
+    batches = CalibrationBatches(split, Normalize([0.0], [1.0]), model, images=4)
     setting = Setting(
         ModelSpec("interpretable_cnn"), batches.example(), batches, rehearsal=rehearsal
     )

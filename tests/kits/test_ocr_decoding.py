@@ -182,7 +182,9 @@ def test_decoders_are_found_by_their_task():
     assert decoder_of("puzzle") is puzzle
     assert not has_decoder("os")
     for name in ("speech", "../ocr", "ocr.Settings", ""):
-        with pytest.raises(UsageError, match=f"no decoder for the task '{name}'; there are ocr"):
+        with pytest.raises(
+            UsageError, match=f"no decoder for the task '{name}'; there are eeg, ocr"
+        ):
             decoder_of(name)
     with pytest.raises(UsageError, match="decoding has no setting 'beam' here"):
         puzzle.decode(np.zeros((1, 4, 3)), "#ab", {"beam": 2})

@@ -25,7 +25,7 @@ def test_every_model_has_a_paper() -> None:
     for name in OWN:
         source = source_of(name)
         assert source is not None, name
-        assert re.search("arXiv|CVPR|Nature", source.paper)
+        assert re.search("arXiv|CVPR|ICRA|Nature|TNNLS", source.paper)
         assert bool(source.code) == bool(source.licence)
     assert source_of("tinynet_a") == TIMM["tinynet_*"]
     assert source_of("resnet18") is None

@@ -18,7 +18,7 @@ Floats = NDArray[np.float64]
 
 
 class Render(NamedTuple):
-    """What a camera sees of a mesh."""
+    """View of a mesh by a camera."""
 
     depth: Floats  # (height, width), metres; inf where nothing is
     triangle: NDArray[np.int64]  # (height, width); -1 where nothing is

@@ -72,7 +72,7 @@ CELL = 0.25  # metres, of coverage
 
 
 class Glance(NamedTuple):
-    """What a policy has at one step."""
+    """Input of a policy at one step."""
 
     view: View  # its labels and depth are the truth, for demonstrations
     relative: Floats  # (height, width), depth up to an unknown scale

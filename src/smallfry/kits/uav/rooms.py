@@ -65,7 +65,7 @@ class Room(NamedTuple):
 
 
 class View(NamedTuple):
-    """What a camera sees."""
+    """View of a camera."""
 
     pixels: NDArray[np.uint8]  # (3, height, width)
     labels: NDArray[np.int64]  # (height, width), indices of ``CLASSES``
