@@ -20,7 +20,7 @@ class Options(AsJson, OneRun):
     """Analyze a trained model: a page with pictures, and all numbers as JSON.
 
     Args:
-        question: collapse, criticality, geometry, limits, or all.
+        question: collapse, criticality, geometry, leakage, limits, or all.
         to: Folder of the page; default RUN-analysis.
         against: Further versions of the model, such as pruned or quantized ones, to compare.
         corruptions: Corrupt the test images: six corruptions at three severities, or all of them.
