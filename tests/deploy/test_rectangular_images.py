@@ -139,9 +139,9 @@ def test_the_benchmark_has_images_of_their_shape(run, export):
     assert _noise(smallfry.load(run)).shape[1:] == (1, 8, 12)
     subject = _subject(str(export), "best").trained
     assert subject.frame == Frame(8, 12, "letterbox")
-    load, shape = _with_onnx_runtime(export, 1)
-    assert shape == (1, 8, 12)
-    load()(np.zeros((2, *shape), np.uint8))
+    load, inputs = _with_onnx_runtime(export, 1)
+    assert inputs == (Frame(8, 12, "letterbox"), 1)
+    load()(np.zeros((2, 1, 8, 12), np.uint8))
 
 
 @pytest.mark.slow

@@ -241,7 +241,8 @@ def test_benchmark_and_compress_take_it(
     assert abs(smallfry.load(small).evaluate()["accuracy"]) > 0.85
     capsys.readouterr()
     options = ["--seconds", "0.05", "--forms", "eager", "float32", "int8_dynamic"]
-    assert main(["benchmark", str(run), str(small), *options, "--batch_sizes", "1"]) == 0
+    options += ["--batch_sizes", "1", "--folder", str(tmp_path / "benchmark")]
+    assert main(["benchmark", str(run), str(small), *options]) == 0
     told = capsys.readouterr().out
     assert "PyTorch eager" in told
     assert "ONNX" in told

@@ -153,7 +153,9 @@ def test_the_command_prints_its_scores_and_compresses_it(run, tmp_path, capsys):
     assert f"{wanted['explained']:.4g}" in capsys.readouterr().out
     methods = ["--methods", "[round_weights]"]
     assert main(["compress", str(run), "--to", str(tmp_path / "small"), *methods, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["accuracy"] is None
+    compared = json.loads(capsys.readouterr().out)
+    assert {*compared["accuracy"]} == {"before", "after"}
+    assert compared["agreement"] is None  # which is of classes
     assert main(["evaluate", str(tmp_path / "small"), "--json"]) == 0
     small = json.loads(capsys.readouterr().out)
     assert small["explained"] == pytest.approx(wanted["explained"], abs=0.05)

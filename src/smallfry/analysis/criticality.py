@@ -187,7 +187,7 @@ def ask(subject: Subject) -> Answer:
             Picture("State by recursion step", _draw_steps(taken, trained.model.recursion_steps))
         )
     rows = [
-        [each.layer, each.call, each.width, each.kernel, each.gradient]
+        [each.layer, each.call, f"{each.width:,}", each.kernel, each.gradient]
         for each in next(iter(signals.values()))
     ]
     table = Table(

@@ -226,7 +226,7 @@ def _mismatch(found: Features, geometry: Geometry) -> int:
 def _summary(geometry: Geometry) -> dict[str, float]:
     return {
         "accuracy": geometry.accuracy,
-        "mean_angle": float(geometry.of_class(geometry.angles).mean()),
+        "mean_angle_degrees": float(geometry.of_class(geometry.angles).rad2deg().mean()),
         "mean_length": float(geometry.lengths.mean()),
         "mean_margin": float(geometry.margins.mean()),
         "lower_quartile_margin": float(geometry.margins.quantile(0.25)),

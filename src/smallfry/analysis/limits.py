@@ -78,7 +78,10 @@ def ask(subject: Subject) -> Answer:
         "kernel_accuracy": scores,
         "model_accuracy": test.accuracy,
     }
-    rows = [[name, limit.kind, *limit[1:]] for name, limit in limits.items()]
+    rows = [
+        [name, limit.kind, *(None if v is None else round(v, 9) for v in limit[1:])]
+        for name, limit in limits.items()
+    ]
     head = ["activation", "limit", "ψ(0)", "ψ′(0)", "ψ′(1)", "exponent α"]
     return Answer(
         "Limits of depth",
