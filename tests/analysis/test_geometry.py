@@ -1,11 +1,15 @@
 """Angles, lengths and margins give the logits back, and changes add up."""
 
+import io
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
-from smallfry.analysis.geometry import compare, measure_geometry
+from smallfry.analysis.geometry import _draw_gallery, compare, measure_geometry
+from smallfry.data import Split
 from smallfry.report.corruptions import draw_corruptions, mean_corruption_errors
 from smallfry.report.pairs import Pair, draw_pairs
 
@@ -116,3 +120,18 @@ def test_the_drawing_of_pairs_has_a_tooltip_each_and_no_script():
     assert drawing.count('class="pair changed"') == 1
     assert drawing.index("image 1") < drawing.index("image 0")  # changed ones lie on top
     assert draw_pairs([Pair((1, 1), (1, 1), "alone", False)], "x", "y")
+
+
+def test_the_gallery_shows_every_chosen_image():
+    geometry = measure_geometry(*drawn(0))
+    images = torch.zeros(300, 1, 8, 8, dtype=torch.uint8)
+    images[3] = 128
+    subject = SimpleNamespace(
+        trained=SimpleNamespace(classes=("a", "b", "c", "d", "e")),
+        test=Split(images, torch.arange(300), geometry.labels),
+    )
+    encoded = _draw_gallery(subject, torch.tensor([3, 4]), geometry, geometry)
+    with Image.open(io.BytesIO(encoded)) as picture:
+        grey = torch.tensor(list(picture.convert("L").tobytes()), dtype=torch.uint8)
+    assert 0.05 < (grey == 128).float().mean() < 0.5
+    assert 0.05 < (grey == 0).float().mean() < 0.5

@@ -384,7 +384,7 @@ def _draw_gallery(subject: Subject, chosen: Tensor, before: Geometry, after: Geo
     rows = -(-len(chosen) // columns)
     with style():
         figure = new_figure(max(3.0, 1.5 * columns), 1.9 * rows)
-        grid = figure.subplots(rows, columns, squeeze=False).flat
+        grid = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes in grid:
             axes.axis("off")
         for axes, image, i in zip(grid, images, chosen.tolist(), strict=False):

@@ -33,11 +33,13 @@ def table(
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """Format a figure with that many digits, without an exponent where readable."""
+    """Format a figure with that many digits, without an exponent where readable; counts whole."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return NONE
     if not isinstance(value, int | float) or isinstance(value, bool):
         return str(value)
+    if isinstance(value, int) and abs(value) < 1e6:
+        return f"{value:,}"
     if value and 1e-4 <= abs(value) < 1e6:
         rounded = abs(float(f"{value:.{digits - 1}e}"))  # 9.999 is 10.0 in three digits
         places = max(0, digits - 1 - math.floor(math.log10(rounded)))
