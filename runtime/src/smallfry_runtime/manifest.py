@@ -323,7 +323,8 @@ def _problem(manifest: Manifest) -> str | None:
         f"resize {manifest.resize!r}": manifest.resize not in RESIZES,
         f"values {manifest.values!r}": manifest.values not in VALUES,
         "outputs": not manifest.outputs
-        or not all(isinstance(name, str) for name in manifest.outputs),
+        or len({*manifest.outputs}) < len(manifest.outputs)
+        or not all(isinstance(name, str) and name.isidentifier() for name in manifest.outputs),
         "channels": not _is_count(manifest.channels, MOST_CHANNELS),
         "mean and std": len(manifest.mean) != manifest.channels
         or len(manifest.std) != manifest.channels

@@ -39,8 +39,13 @@ class AnytimeLoopNet(LoopNet):
         img_size: Side of images in pixels, or height and width.
         recursion_steps: Loops of the last stage.
         widths: Channels of the stages.
-        depths: Layers of each stage after its first, at least one in the last stage.
-        settings: Others of ``LoopNet``; all further layers are residual.
+        depths: Layers of each stage after its first, which are residual; at least one in the last.
+        in_chans: Channels of the images.
+        num_classes: Classes; 0 leaves the classifier out.
+        whiten: As ``LoopNet``.
+        act_layer: Activation, by timm's name.
+        logit_scale: Factor of the logits.
+        drop_rate: Dropout before the classifier.
 
     Raises:
         UsageError: No layer that could recur, no steps, or images too small for the stages.
@@ -58,7 +63,12 @@ class AnytimeLoopNet(LoopNet):
         recursion_steps: int = 3,
         widths: Sequence[int] = (48, 96),
         depths: Sequence[int] = (1, 2),
-        **settings: Any,
+        in_chans: int = 3,
+        num_classes: int = 10,
+        whiten: bool = True,
+        act_layer: str = "gelu",
+        logit_scale: float = 0.125,
+        drop_rate: float = 0.0,
     ) -> None:
         if recursion_steps < 1 or not depths or depths[-1] < 1:
             raise UsageError(
@@ -66,7 +76,14 @@ class AnytimeLoopNet(LoopNet):
                 "needs a layer, and there is at least one step"
             )
         loops = (*(1 for _ in depths[1:]), recursion_steps)
-        super().__init__(widths=widths, depths=depths, loops=loops, residual=True, **settings)
+        super().__init__(
+            *(in_chans, num_classes, widths, depths, loops),
+            residual=True,
+            whiten=whiten,
+            act_layer=act_layer,
+            logit_scale=logit_scale,
+            drop_rate=drop_rate,
+        )
         self.recursion_steps = recursion_steps
         self.img_size = frame_of(img_size)[:2]
         self._places = tuple((side - 1) // 2 ** len(widths) for side in self.img_size)

@@ -6,7 +6,7 @@ of this kit hold it out, and all statistics are of the training split.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from smallfry.errors import UsageError
 from smallfry.kits.eeg.explanation import Hits, explain, pointing_game
 from smallfry.kits.eeg.models import InterpretableCNN
 from smallfry.kits.eeg.spindles import SpindleSettings, generate
+from smallfry.training.config import TrainSettings
 from smallfry.training.run import TrainedModel
 from smallfry.training.train import run as train
 
@@ -31,7 +32,11 @@ class Left(NamedTuple):
 
 
 def leave_one_out(
-    subjects: Sequence[int], folder: Path, data: Mapping[str, Any], **settings: Any
+    subjects: Sequence[int],
+    folder: Path,
+    data: Mapping[str, Any],
+    /,
+    **settings: Unpack[TrainSettings],
 ) -> list[Left]:
     """Train a network without each of some subjects, and test it on that one.
 
@@ -54,7 +59,8 @@ def leave_one_out(
     for subject in subjects:
         asked = {**data, "options": {**options, "held_out": subject}}
         place = folder / f"subject-{subject}"
-        summary = train(**{"task": "eeg", **settings, "data": asked, "run": place})
+        chosen: Any = {"task": "eeg", **settings, "data": asked, "run": place}
+        summary = train(**chosen)
         tested = summary["measured"]["test"]["accuracy"]
         results.append(Left(subject, tested, summary["data"]["test"], str(place)))
     return results
