@@ -2,6 +2,9 @@
 
 import csv
 import zlib
+from importlib import metadata
+from pathlib import PurePosixPath
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +13,9 @@ from PIL import Image, ImageFont
 
 from smallfry.data import load_data
 from smallfry.errors import DataError, UsageError
-from smallfry.kits.ocr.fonts import draw_text, find_fonts, glyphs
+from smallfry.kits.ocr.fonts import draw_text, family, find_fonts, glyphs
 from smallfry.kits.ocr.task import require_feasible
-from smallfry.kits.ocr.words import WordSettings, draw_word
+from smallfry.kits.ocr.words import WordSettings, _varied, draw_word
 
 SMALL = {"words": 40, "seed": 3}
 
@@ -79,7 +82,80 @@ def test_test_words_are_in_fonts_that_training_has_none_of():
     families = [
         {ImageFont.truetype(str(f), 20).getname()[0] for f in part} for part in (train, held)
     ]
-    assert families[1] - families[0]
+    assert not families[0] & families[1]
+
+
+def packaged(monkeypatch, folder, files, groups=("fonts_ttf",)):
+    """Let a package have files, and entry points in groups."""
+
+    package = SimpleNamespace(
+        entry_points=[metadata.EntryPoint("one", "not_there:files", group) for group in groups],
+        files=[PurePosixPath(name) for name in files],
+        locate_file=lambda file: folder / file,
+    )
+    monkeypatch.setattr(metadata, "distributions", lambda: [package])
+
+
+def test_fonts_of_packages_are_trained_on_but_for_held_out_families(monkeypatch, tmp_path):
+    train, held = find_fonts()
+    copied = {"own/sans.ttf": train[0], "own/again.TTF": train[0], "own/held.ttf": held[0]}
+    (tmp_path / "own").mkdir()
+    for name, file in copied.items():
+        (tmp_path / name).write_bytes(file.read_bytes())
+    packaged(monkeypatch, tmp_path, [*copied, "own/__init__.py"])
+    found = find_fonts("packages")
+    assert found[1] == held
+    assert [each.name for each in found[0][len(train) :]] == ["again.TTF"]  # a face once
+    assert family(found[0][-1]) == "DejaVu Sans"
+
+
+@pytest.mark.parametrize("groups", [(), ("console_scripts",)])
+def test_without_packages_of_fonts_a_message_names_what_to_install(monkeypatch, tmp_path, groups):
+    packaged(monkeypatch, tmp_path, ["own/sans.ttf"], groups)
+    with pytest.raises(DataError, match=r"no package of fonts is installed: pip install smallfry"):
+        find_fonts("packages")
+
+
+def test_the_fonts_of_packages_are_part_of_what_the_data_is(monkeypatch, tmp_path):
+    """Other packages draw other words: they are not taken from the cache."""
+    train, _ = find_fonts()
+    drawn = []
+    for number in (0, 4):  # sans, serif
+        (tmp_path / f"{number}.ttf").write_bytes(train[number].read_bytes())
+        packaged(monkeypatch, tmp_path, [f"{number}.ttf"])
+        data = load_data("ocr-words", options={**SMALL, "fonts": "packages"})
+        drawn.append(data.train.images)
+    assert not torch.equal(*drawn)
+
+
+def test_families_of_many_faces_are_not_drawn_more_often():
+    settings = WordSettings(level="easy")
+    drawn = [family(draw_word(settings, "test", i)[2]) for i in range(400)]
+    counts = {name: drawn.count(name) for name in set(drawn)}
+    assert len(counts) == 5  # one family has one face, another four
+    assert min(counts.values()) > 0.6 * max(counts.values())
+
+
+def test_training_words_vary_more_than_those_of_tests():
+    """One face and one text at a time: widths, strokes and slants differ in training."""
+    font = ImageFont.truetype(str(find_fonts()[0][0]), 24)
+    plain = draw_text(font, "abc")
+    varied = [_varied(font, "abc", np.random.default_rng(i)) for i in range(200)]
+    widths = np.array([each.shape[1] for each in varied]) / plain.shape[1]
+    assert widths.min() < 0.75
+    assert widths.max() > 1.25
+    ink = np.array([each.sum() / each.shape[1] for each in varied]) / (plain.sum() / plain.shape[1])
+    assert ink.min() < 0.8
+    assert ink.max() > 1.2
+    assert ink.min() > 0.3  # thin strokes do not vanish
+
+
+def test_a_gap_moves_characters_apart():
+    font = ImageFont.truetype(str(find_fonts()[0][0]), 24)
+    plain, apart = draw_text(font, "nnn"), draw_text(font, "nnn", 5)
+    assert apart.shape == (plain.shape[0], plain.shape[1] + 10)
+    blank = (apart.max(axis=0) == 0).sum() - (plain.max(axis=0) == 0).sum()
+    assert blank >= 8
 
 
 def test_every_character_of_a_font_is_drawn():

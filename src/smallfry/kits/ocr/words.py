@@ -1,7 +1,8 @@
 """Generated words: random strings in many fonts, with the text as exact ground truth.
 
 Word *i* of a split is a function of the settings, the split and *i* alone. Test words are drawn in
-families of fonts that training has none of, and no string is both a training and a test word. Each
+families of fonts that training has none of, and no string is both a training and a test word.
+Training words vary more: they are wider or narrower, spaced, slanted, thicker and thinner. Each
 picture is as large as its word and fitted into the image as the runtime fits a user's picture.
 """
 
@@ -9,12 +10,13 @@ import io
 import string
 import zlib
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageFont
 
 from smallfry.data import ImageData, Split
 from smallfry.data.cache import decoded
@@ -23,14 +25,18 @@ from smallfry.data.registered import Wanted, register_data, settings_from
 from smallfry.data.sources import EncodedSplit
 from smallfry.errors import UsageError
 from smallfry.kits.ocr.folder import STEP, text_frame
-from smallfry.kits.ocr.fonts import draw_text, find_fonts, glyphs, load_font
+from smallfry.kits.ocr.fonts import PACKAGES, draw_text, family, find_fonts, glyphs, load_font
 from smallfry_runtime.frames import Frame
 
 __all__ = ["WordSettings", "draw_word"]
 
-VERSION = 1  # changes whenever the words of a seed do
+VERSION = 2  # changes whenever the words of a seed do
 TEST = 5  # parts of all strings, of which one is tested
 SIZES = (17, 25)  # pixels of fonts
+SHEAR = 0.2  # most of test words, columns per row
+VARIED = 0.3  # most change in width of training words, as a share; and what is added to their shear
+SPACED = 0.3  # share of training words with characters apart
+STROKES = 0.2  # share of training words with thicker strokes; as many have thinner ones
 ALPHABETS = {
     "digits": string.digits,
     "letters": string.ascii_lowercase,
@@ -48,7 +54,8 @@ class WordSettings:
         shortest: Characters of the shortest word.
         longest: Of the longest.
         level: ``full``, or ``easy`` without blur, noise, JPEG and gradients.
-        fonts: Folder of font files; "" for matplotlib's.
+        fonts: Folder of font files; "" for matplotlib's; ``packages`` adds those of installed
+            packages of fonts (``pip install smallfry[ocr]``) to training.
         seed: Seed of everything.
 
     Raises:
@@ -130,6 +137,8 @@ def _split(settings: WordSettings, frame: Frame, split: str, count: int) -> Spli
         pixels = torch.zeros(0, *frame.shape(1), dtype=torch.uint8)
         return Split(pixels, torch.arange(0), torch.from_numpy(labels))
     drawn = {k: v for k, v in asdict(settings).items() if k != "words"}
+    if settings.fonts == PACKAGES:
+        drawn["files"] = [file.name for file in fonts]
     encoded = EncodedSplit(
         np.zeros(count, np.int64),
         lambda number: draw_word(settings, split, number)[0],
@@ -157,7 +166,9 @@ def draw_word(
     fonts = find_fonts(settings.fonts)[split == "test"]
     text, file = _text(random, settings, split, fonts)
     font = load_font([file], 0, int(random.integers(SIZES[0], SIZES[1] + 1)))
-    mask = _transformed(draw_text(font, text), random)
+    varied = split == "train"
+    mask = _varied(font, text, random) if varied else draw_text(font, text)
+    mask = _transformed(mask, random, SHEAR + VARIED * varied)
     margins = random.integers(0, 9, 4)
     mask = np.pad(mask, ((margins[0], margins[1]), (margins[2], margins[3])))
     paper = random.uniform(0, 1)
@@ -188,8 +199,10 @@ def _text(
     random: np.random.Generator, settings: WordSettings, split: str, fonts: tuple[Path, ...]
 ) -> tuple[str, Path]:
     """Draw a string of a split, and a font that has its characters."""
+    families = _families(fonts)
     while True:
-        file = fonts[int(random.integers(len(fonts)))]
+        faces = families[int(random.integers(len(families)))]
+        file = faces[int(random.integers(len(faces)))]
         known = glyphs(file, settings.characters)
         length = int(random.integers(settings.shortest, settings.longest + 1))
         if not known:
@@ -199,10 +212,38 @@ def _text(
             return text, file
 
 
-def _transformed(mask: NDArray[np.uint8], random: np.random.Generator) -> NDArray[np.uint8]:
-    """Shear a mask by up to 0.2, and turn it by up to 4 degrees."""
+@lru_cache(maxsize=8)
+def _families(fonts: tuple[Path, ...]) -> tuple[tuple[Path, ...], ...]:
+    """Group fonts by family, so that a family of many faces is not drawn more often."""
+    faces: dict[str, list[Path]] = {}
+    for file in fonts:
+        faces.setdefault(family(file), []).append(file)
+    return tuple(tuple(each) for each in faces.values())
+
+
+def _varied(
+    font: ImageFont.FreeTypeFont, text: str, random: np.random.Generator
+) -> NDArray[np.uint8]:
+    """Draw a text with other widths, distances and strokes than the font's."""
+    gap = int(random.integers(1, 4)) if random.random() < SPACED else 0
+    image = Image.fromarray(draw_text(font, text, gap))
+    strokes = random.random()
+    if strokes < 2 * STROKES:
+        stronger = ImageFilter.MaxFilter if strokes < STROKES else ImageFilter.MinFilter
+        grown = image.resize((2 * image.width, 2 * image.height), Image.Resampling.BILINEAR)
+        changed = grown.filter(stronger(3)).resize(image.size)
+        if 2 * np.asarray(changed).sum() >= np.asarray(image).sum():  # else strokes vanish
+            image = changed
+    wide = max(1, round(image.width * random.uniform(1 - VARIED, 1 + VARIED)))
+    return np.asarray(image.resize((wide, image.height), Image.Resampling.BILINEAR))
+
+
+def _transformed(
+    mask: NDArray[np.uint8], random: np.random.Generator, most: float
+) -> NDArray[np.uint8]:
+    """Shear a mask by up to ``most``, and turn it by up to 4 degrees."""
     height, width = mask.shape
-    shear = random.uniform(-0.2, 0.2)
+    shear = random.uniform(-most, most)
     wide = width + int(np.ceil(abs(shear) * height))
     image = Image.fromarray(mask).transform(
         (wide, height),
