@@ -1,5 +1,7 @@
 """Counter-based random numbers: a pure function of seed and index, in any order."""
 
+import zlib
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,3 +16,18 @@ def uniform(count: int, seed: int, *index: int) -> NDArray[np.float64]:
     counter[1 : 1 + len(index)] = index
     philox = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64), counter=counter)
     return (philox.random_raw(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def generator(family: str | int, seed: int, *index: int) -> np.random.Generator:
+    """Create the generator of one item of generated data, independent of all other items.
+
+    Args:
+        family: Name of the data with its version, or a number in its place.
+        seed: The seed of the data.
+        index: Up to three whole numbers from 0: the item.
+    """
+    name = zlib.crc32(family.encode()) if isinstance(family, str) else family
+    counter = np.zeros(4, np.uint64)  # Philox itself counts in the first word
+    counter[1 : 1 + len(index)] = index
+    key = np.array([name, seed], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))

@@ -6,7 +6,6 @@ frequency, the amplitude and the gain of each electrode. The subject that is tes
 training, nor of any statistic.
 """
 
-import zlib
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -16,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from smallfry.data import ImageData
+from smallfry.data.philox import generator
 from smallfry.data.registered import Wanted, register_data, settings_from
 from smallfry.errors import UsageError
 from smallfry.kits.eeg.electrodes import ELECTRODES, FRONTAL, TEMPORAL, positions_of
@@ -185,9 +185,7 @@ def _subject(settings: SpindleSettings, subject: int) -> _Subject:
 
 
 def _random(settings: SpindleSettings, subject: int, number: int) -> np.random.Generator:
-    key = np.array([zlib.crc32(f"eeg-spindles {VERSION}".encode()), settings.seed], np.uint64)
-    counter = np.array([0, number, subject, 0], np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+    return generator(f"eeg-spindles {VERSION}", settings.seed, number, subject)
 
 
 def _rows(names: tuple[str, ...]) -> list[int]:

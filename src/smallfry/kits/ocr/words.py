@@ -21,6 +21,7 @@ from PIL import Image, ImageFilter, ImageFont
 from smallfry.data import ImageData, Split
 from smallfry.data.cache import decoded
 from smallfry.data.fingerprint import digest
+from smallfry.data.philox import generator
 from smallfry.data.registered import Wanted, register_data, settings_from
 from smallfry.data.sources import EncodedSplit
 from smallfry.errors import UsageError
@@ -189,10 +190,7 @@ def draw_word(
 
 
 def _random(settings: WordSettings, split: str, number: int) -> np.random.Generator:
-    name = zlib.crc32(f"ocr-words {VERSION} {split}".encode())
-    key = np.array([name, settings.seed], np.uint64)
-    counter = np.array([0, number, 0, 0], np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+    return generator(f"ocr-words {VERSION} {split}", settings.seed, number)
 
 
 def _text(

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from smallfry.data.philox import generator
 from smallfry.errors import DataError, UsageError
 from smallfry.kits.places.images import firing_rates
 from smallfry.kits.places.neurons import DRIVE, Layer, Plasticity, normalise_weights
@@ -339,6 +340,4 @@ def _advance(layer: Layer, synapses: Plasticity, spikes: NDArray[np.bool_]) -> A
 
 
 def _random(seed: int, *index: int) -> np.random.Generator:
-    counter = np.array([0, *index, *[0] * (3 - len(index))], np.uint64)
-    key = np.array([0x706C616365, seed], np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+    return generator(0x706C616365, seed, *index)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from smallfry.data.philox import generator
 from smallfry.kits.places.images import firing_rates
 from smallfry.kits.places.neurons import Layer
 
@@ -26,8 +27,7 @@ def image_spikes(images: NDArray[Any], seed: int, dt: float) -> NDArray[np.bool_
     found = np.empty((len(images), steps, rates.shape[1]), np.bool_)
     for i, (image, rate) in enumerate(zip(images, rates, strict=True)):
         mark = zlib.crc32(np.ascontiguousarray(image, np.float64).tobytes())
-        key = np.array([mark, seed], np.uint64)
-        random = np.random.Generator(np.random.Philox(key=key))
+        random = generator(mark, seed)
         found[i] = random.random((steps, len(rate))) < rate * (dt / 1000)
     return found
 

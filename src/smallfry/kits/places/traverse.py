@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from smallfry.data.philox import generator
 from smallfry.errors import UsageError
 
 __all__ = ["TraverseSettings", "draw_traverse", "fractal"]
@@ -119,6 +120,4 @@ def _rain(view: Floats, random: np.random.Generator) -> None:
 
 
 def _random(settings: TraverseSettings, number: int) -> np.random.Generator:
-    key = np.array([0x7472617665 + VERSION, settings.seed], np.uint64)
-    counter = np.array([0, number, 0, 0], np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+    return generator(0x7472617665 + VERSION, settings.seed, number)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from smallfry.data.philox import generator
 from smallfry.errors import DataError
 
 __all__ = [
@@ -101,8 +102,7 @@ def generated_mesh(seed: int) -> Mesh:
 
     Its largest extent is 8 to 15 cm. Surface points inside another part are left out.
     """
-    key = np.array([0x9E3779B9 + VERSION, seed], np.uint64)
-    random = np.random.Generator(np.random.Philox(key=key))
+    random = generator(0x9E3779B9 + VERSION, seed)
     parts: list[tuple[Floats, NDArray[np.int64]]] = []
     centre = np.zeros(3)
     for _ in range(int(random.integers(3, 7))):

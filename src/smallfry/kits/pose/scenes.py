@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
+from smallfry.data.philox import generator
 from smallfry.errors import UsageError
 from smallfry.kits.pose.mesh import Mesh
 from smallfry.kits.pose.render import crop_camera, rasterise, shade
@@ -136,10 +137,7 @@ def is_test_rotation(quaternion: Floats) -> bool:
 
 
 def _random(settings: SceneSettings, split: str, number: int) -> np.random.Generator:
-    name = zlib.crc32(f"pose-objects {VERSION} {split}".encode())
-    key = np.array([name, settings.seed], np.uint64)
-    counter = np.array([0, number, 0, 0], np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+    return generator(f"pose-objects {VERSION} {split}", settings.seed, number)
 
 
 def _placed(

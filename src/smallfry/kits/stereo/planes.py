@@ -6,7 +6,6 @@ right view shows u = u' + d(v). Pair *i* of a split is a function of the setting
 alone.
 """
 
-import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from PIL import Image
 
 from smallfry.data import ImageData, Split
 from smallfry.data.made_once import made_once
+from smallfry.data.philox import generator
 from smallfry.data.registered import Wanted, register_data, settings_from
 from smallfry.errors import UsageError
 from smallfry.kits.stereo.truth import KAPPA, class_weights, pack, unpack, weighted
@@ -167,10 +167,7 @@ def _split(settings: PlaneSettings, split: str, count: int, size: tuple[int, int
 
 
 def _random(settings: PlaneSettings, split: str, number: int) -> np.random.Generator:
-    name = zlib.crc32(f"stereo-planes {VERSION} {split}".encode())
-    key = np.array([name, settings.seed], np.uint64)
-    counter = np.array([0, number, 0, 0], np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+    return generator(f"stereo-planes {VERSION} {split}", settings.seed, number)
 
 
 def is_test_disparity(disparity: float) -> bool:

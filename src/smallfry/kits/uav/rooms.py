@@ -6,13 +6,13 @@ counted from x to y, in degrees. A room is a function of seed, split and number 
 """
 
 import math
-import zlib
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from smallfry.data.philox import generator
 from smallfry_runtime.decoders.uav_segmentation import Camera
 
 __all__ = [
@@ -76,9 +76,7 @@ def random_of(
     name: str, split: str, seed: int, number: int, stream: int = 0
 ) -> np.random.Generator:
     """Create the random numbers of one thing, independent of all others."""
-    key = np.array([zlib.crc32(f"{name} {VERSION} {split}".encode()), seed], np.uint64)
-    counter = np.array([0, number, stream, 0], np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+    return generator(f"{name} {VERSION} {split}", seed, number, stream)
 
 
 def make_room(number: int, split: str = "test", seed: int = 0) -> Room:
