@@ -23,6 +23,8 @@ SMALL = {"words": 40, "seed": 3}
 @pytest.fixture(autouse=True)
 def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SMALLFRY_CACHE", str(tmp_path / "cache"))
+    yield
+    find_fonts.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +95,7 @@ def packaged(monkeypatch, folder, files, groups=("fonts_ttf",)):
         files=[PurePosixPath(name) for name in files],
         locate_file=lambda file: folder / file,
     )
+    find_fonts.cache_clear()
     monkeypatch.setattr(metadata, "distributions", lambda: [package])
 
 

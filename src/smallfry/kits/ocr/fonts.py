@@ -36,6 +36,7 @@ MISSING = "\uffff"  # a character that no font has
 PROBE = 24  # pixels, at which characters are compared
 
 
+@lru_cache(maxsize=8)  # called for each word, and packages take long to list
 def find_fonts(folder: str = "") -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """Find the font files to train on, and those of held-out families.
 

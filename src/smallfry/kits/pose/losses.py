@@ -7,7 +7,10 @@ from torch.nn import functional as F
 from smallfry.kits.pose.models import PoseCodes
 from smallfry.kits.pose.truth import Truth, codes
 
-__all__ = ["code_loss", "mask_loss", "terms", "total"]
+__all__ = ["code_loss", "mask_loss", "place_loss", "terms", "total"]
+
+PLACES = 10.0  # weight of the distance of mean places, which are below 1; ours
+BESIDE = 0.2  # of the crop's side, to which places outside the crop are drawn at most
 
 
 def code_loss(logits: Tensor, bits: Tensor, inside: Tensor) -> Tensor:
@@ -32,6 +35,18 @@ def mask_loss(logits: Tensor, mask: Tensor) -> Tensor:
     return (logits.sigmoid() - wanted).abs().mean(dim=(1, 2))
 
 
+def place_loss(places: Tensor, truth: Truth) -> Tensor:
+    """Compute the mean distance in x and in y of mean places to the true ones, (batch,); ours.
+
+    Args:
+        places: (batch, 2, points), shares of the crop's side.
+        truth: The truth.
+    """
+    crop = truth.crop[:, None]
+    wanted = ((truth.pixels - crop[..., :2]) / crop[..., 2:]).clamp(-BESIDE, 1 + BESIDE)
+    return (places - wanted.transpose(1, 2)).abs().mean(dim=(1, 2))
+
+
 def terms(outputs: PoseCodes, truth: Truth) -> dict[str, Tensor]:
     """Compute the terms of the loss, (batch,) each; the loss is their sum."""
     wanted = codes(truth, outputs.x.shape[1])
@@ -44,6 +59,7 @@ def terms(outputs: PoseCodes, truth: Truth) -> dict[str, Tensor]:
         "y": code_loss(outputs.y, wanted.y, wanted.inside),
         "seen": mask_loss(outputs.masks[:, 0], truth.masks[:, 0]),
         "whole": mask_loss(outputs.masks[:, 1], truth.masks[:, 1]),
+        "places": PLACES * place_loss(outputs.places, truth),
     }
 
 

@@ -4,10 +4,14 @@ A keypoint's place is the cell of a grid. First bits come from a coarse map of f
 following bit of x and y from a map twice as fine, read where the bits before point to; graph
 convolutions over the nearest keypoints on the object join them (Lian & Ling, ICCV 2023, section 3).
 
+Ours is the mean place of a keypoint by its map of first features, which training draws to the true
+place: the compact network reads bits from its sines, too, whose signs they are.
+
     checkerpose_s          compact, ours: 128 keypoints, 5 bits, images of 128×128
     checkerpose_resnet34   the paper's on timm's ResNet-34: 512 keypoints, 6 bits, 256×256
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
@@ -28,6 +32,8 @@ FIRST = 3  # bits of the first codes: 8 cells a side
 LOCAL = 2  # side of the kernel of local features, and of the square that they are read at
 FILTERS = 64  # of the first graph convolutions
 WIDTHS = (16, 32, 64, 96)  # of the compact backbone
+BLOCKS = (1, 2, 3)  # residual blocks at strides 4, 8 and 16
+WIDE = 32  # channels above which their kernels are of 5×5 pixels: the last see the whole crop
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "checkerpose_s": {
         "points": 128,
@@ -36,6 +42,7 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
         "filters": 64,
         "query": (64, 32),
         "graph_layers": 2,
+        "waves": True,
     },
     "checkerpose_resnet34": {
         "backbone": "resnet34",
@@ -57,6 +64,7 @@ class PoseCodes(NamedTuple):
     y: Tensor  # (batch, bits, points)
     masks: Tensor  # (batch, 2, cells, cells): what is seen of the object, and all of it
     points: Tensor  # (batch, points, 3), metres: the keypoints, which are no prediction
+    places: Tensor  # (batch, 2, points): mean column and row, as shares of the crop's side
 
 
 class EdgeConvolution(nn.Module):
@@ -206,6 +214,10 @@ class CheckerPose(nn.Module):
         query: Hidden units of the last layers of a step.
         graph_layers: Edge convolutions of a step.
         backbone: timm's name of a network with features; "" for the compact one.
+        waves: Bits are read from waves of the mean places, too; ours.
+        coarse: Pictures of training during which first bits and places are computed alone, at a
+            third of the cost; the others' logits are 0 meanwhile. The published network is trained
+            so for 50,000 steps.
 
     Raises:
         UsageError: Several classes, another size of images, or keypoints of another form.
@@ -213,6 +225,7 @@ class CheckerPose(nn.Module):
 
     neighbours: Tensor
     keypoints: Tensor
+    trained: Tensor
 
     def __init__(
         self,
@@ -228,6 +241,8 @@ class CheckerPose(nn.Module):
         query: Sequence[int] = (64, 32),
         graph_layers: int = 2,
         backbone: str = "",
+        waves: bool = False,
+        coarse: int = 0,
     ) -> None:
         super().__init__()
         self.num_classes, self.in_chans, self.bits = num_classes, in_chans, bits
@@ -249,17 +264,21 @@ class CheckerPose(nn.Module):
         graph = nearest_neighbours(normalised(chosen.numpy()), neighbours)
         self.register_buffer("neighbours", torch.from_numpy(graph))
         self.register_buffer("keypoints", chosen.float())
+        self.coarse = coarse
+        self.register_buffer("trained", torch.zeros((), dtype=torch.int64))  # pictures
         self.backbone, widths = _backbone(backbone, in_chans, bits - FIRST)
         self.first = nn.Conv2d(widths[-1], len(chosen), 1)
         self.graph = nn.ModuleList(EdgeConvolution(FILTERS, FILTERS) for _ in range(2))
-        self.codes = nn.Linear(FILTERS, 1 + 2 * FIRST)
+        self.waves = waves
+        more = 4 * bits if waves else 0  # a sine and a cosine of x and of y for each bit
+        self.codes = nn.Linear(FILTERS + more, 1 + 2 * FIRST)
         steps = range(bits - FIRST)
         self.larger = nn.ModuleList(
             Upsample(filters + widths[-1 - i] if i else widths[-1], filters, i == 0, not backbone)
             for i in steps
         )
         self.steps = nn.ModuleList(
-            RefineStep(filters, filters if i else FILTERS, filters, query, graph_layers)
+            RefineStep(filters, (filters if i else FILTERS) + more, filters, query, graph_layers)
             for i in steps
         )
         self.masks = nn.Conv2d(filters, 2, 1)
@@ -267,28 +286,95 @@ class CheckerPose(nn.Module):
     def forward(self, images: Tensor) -> PoseCodes:
         """Compute the codes of images (batch, channels, side, side)."""
         maps = self.backbone(images)
-        features = self.first(maps[-1]).flatten(2).transpose(1, 2)
+        heat = self.first(maps[-1])
+        places = mean_places(heat)
+        waves = waves_of(places, self.bits) if self.waves else places[:, :0]
+        features = heat.flatten(2).transpose(1, 2)
         for layer in self.graph:
             features = layer(features, self.neighbours)
+        features = torch.cat([features, waves], dim=1)
         first = self.codes(features.transpose(1, 2)).transpose(1, 2)
         bits = [*first[:, 1:].unflatten(1, (2, FIRST)).transpose(0, 1).unbind(2)]  # (2, batch, n)
         inside = (first[:, 0] > 0).to(first.dtype)
         cells = torch.zeros_like(bits[0], dtype=torch.int64)
         for bit in bits:
             cells = 2 * cells + (bit > 0)
+        points = self.keypoints.to(first.dtype).expand(images.shape[0], -1, -1)
+        if self.training and self.trained < self.coarse:
+            self.trained += len(images)
+            nothing = torch.zeros_like(bits[0])
+            x, y = torch.stack([*bits, *[nothing] * len(self.steps)], dim=2).unbind(0)
+            side = maps[-1].shape[-1] << len(self.steps)
+            return PoseCodes(
+                first[:, :1], x, y, first.new_zeros(len(x), 2, side, side), points, places
+            )
         image = maps[-1]
         for i, (larger, step) in enumerate(zip(self.larger, self.steps, strict=True)):
             image = larger(torch.cat([image, maps[-1 - i]], dim=1) if i else image)
             found, features = step(image, features, inside, cells, self.neighbours)
+            features = torch.cat([features, waves], dim=1)
             bits.append(found.transpose(0, 1))
             cells = 2 * cells + (bits[-1] > 0)
         x, y = torch.stack(bits, dim=2).unbind(0)
-        points = self.keypoints.to(x.dtype).expand(images.shape[0], -1, -1)
-        return PoseCodes(first[:, :1], x, y, self.masks(image), points)
+        return PoseCodes(first[:, :1], x, y, self.masks(image), points, places)
+
+
+def mean_places(heat: Tensor) -> Tensor:
+    """Compute the mean column and row of a softmax over each map, as shares of its side.
+
+    Args:
+        heat: (batch, points, side, side).
+
+    Returns:
+        (batch, 2, points), from half a cell to the side less half a cell.
+    """
+    side = heat.shape[-1]
+    shares = heat.flatten(2).softmax(dim=2).unflatten(2, (side, side))
+    middles = (torch.arange(side, device=heat.device, dtype=heat.dtype) + 0.5) / side
+    return torch.stack([shares.sum(dim=over) @ middles for over in (2, 3)], dim=1)
+
+
+def waves_of(places: Tensor, bits: int) -> Tensor:
+    """Compute sines and cosines of places; bit k of a place is 1 where its sine is below 0.
+
+    Args:
+        places: (batch, 2, points), shares of the crop's side.
+        bits: Waves, of which each is half as long as the one before.
+
+    Returns:
+        (batch, 4 bits, points).
+    """
+    angles = [2 * math.pi * 2**bit * places for bit in range(bits)]
+    return torch.cat([wave for a in angles for wave in (a.sin(), a.cos())], dim=1)
+
+
+class Block(nn.Module):
+    """Inverted residual block: a depthwise convolution, twice as many channels, and back.
+
+    Args:
+        width: Channels.
+        kernel: Side of the depthwise convolution.
+    """
+
+    def __init__(self, width: int, kernel: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width, bias=False),
+            nn.BatchNorm2d(width),
+            nn.Conv2d(width, 2 * width, 1, bias=False),
+            nn.BatchNorm2d(2 * width),
+            nn.ReLU(),
+            nn.Conv2d(2 * width, width, 1, bias=False),
+            nn.BatchNorm2d(width),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return a map of the same form."""
+        return features + cast(Tensor, self.body(features))
 
 
 class CompactBackbone(nn.Module):
-    """Depthwise separable convolutions, with maps of strides 4, 8 and 16.
+    """Inverted residual blocks, with maps of strides 4, 8 and 16.
 
     Args:
         in_chans: Channels of images.
@@ -303,8 +389,13 @@ class CompactBackbone(nn.Module):
             nn.ReLU(),
         )
         self.stages = nn.ModuleList(
-            nn.Sequential(*_separable(before, width, 2), *_separable(width, width, 1))
-            for before, width in pairwise(widths)
+            nn.Sequential(
+                nn.Conv2d(before, width, 3, 2, 1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+                *(Block(width, 5 if width > WIDE else 3) for _ in range(blocks)),
+            )
+            for (before, width), blocks in zip(pairwise(widths), BLOCKS, strict=True)
         )
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -333,15 +424,6 @@ def _of_shape(shape: int, points: int) -> list[list[float]]:
 def _conv(inputs: int, outputs: int) -> nn.Sequential:
     conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
-
-
-def _separable(inputs: int, outputs: int, stride: int) -> tuple[nn.Module, ...]:
-    depthwise = nn.Conv2d(inputs, inputs, 3, stride, 1, groups=inputs, bias=False)
-    pointwise = nn.Conv2d(inputs, outputs, 1, bias=False)
-    return (
-        *(depthwise, nn.BatchNorm2d(inputs), nn.ReLU()),
-        *(pointwise, nn.BatchNorm2d(outputs), nn.ReLU()),
-    )
 
 
 def _cfg(first_conv: str, side: int) -> dict[str, Any]:
