@@ -163,7 +163,8 @@ def test_hybrids_and_hartree_fock_start_with_pbe(water):
 
 @pytest.mark.slow
 def test_labels_turn_with_the_molecule():
-    turn = o3.rand_matrix(generator=torch.Generator().manual_seed(3)).double().numpy()
+    skew = torch.tensor([[0, 1.1, -0.4], [-1.1, 0, 0.7], [0.4, -0.7, 0.0]], dtype=torch.float64)
+    turn = torch.matrix_exp(skew).numpy()
     parts = []
     for matrix in (np.eye(3), turn):
         molecule = gto.M(atom=WATER, basis="def2-svp", verbose=0)

@@ -1,7 +1,7 @@
 """Convert .xyz files to the .npy files that ``smallfry predict`` takes, beside them.
 
-    python -m smallfry.kits.dft water.xyz
-    smallfry predict runs/density water.npy --json
+python -m smallfry.kits.dft water.xyz
+smallfry predict runs/density water.npy --json
 """
 
 import argparse
