@@ -23,7 +23,7 @@ from pyscf import dft, gto
 
 from smallfry.data.cache import cache_folder
 from smallfry.kits.dft import DensityGuess, coefficients
-from smallfry.kits.dft.data import BASIS, FUNCTIONAL, molecules_of
+from smallfry.kits.dft.data import BASIS, FUNCTIONAL, calculation, density_of, molecules_of
 from smallfry.kits.dft.density import auxiliary, metric, start
 from smallfry.kits.dft.molecules import g2_molecules
 
@@ -56,13 +56,13 @@ def set_up(name: str, basis: str = BASIS, functional: str = FUNCTIONAL) -> Any:
     return found
 
 
-def run(calculation: Any, matrix: Any) -> dict[str, Any]:
+def run(started: Any, matrix: Any) -> dict[str, Any]:
     """Converge from a density matrix, or from minao if it is None."""
-    calculation.kernel(dm0=matrix)
+    started.kernel(dm0=matrix)
     return {
-        "cycles": int(calculation.cycles),
-        "energy": float(calculation.e_tot),
-        "converged": bool(calculation.converged),
+        "cycles": int(started.cycles),
+        "energy": float(started.e_tot),
+        "converged": bool(started.converged),
     }
 
 
@@ -76,13 +76,10 @@ def compare(name: str, starts: Starts, known: dict[str, Any], *settings: str) ->
     for kind, make in starts.items():
         if kind in known:
             continue
-        calculation = set_up(name, *settings)
-        if kind == "oracle":
-            found = coefficients(reference)
-            matrix = start(calculation, found)
-        else:
-            matrix = make(calculation)
-        known[kind] = run(calculation, matrix)
+        fresh = set_up(name, *settings)
+        oracle = kind == "oracle"
+        matrix = start(fresh, coefficients(reference)) if oracle else make(fresh)
+        known[kind] = run(fresh, matrix)
     known["cpu_seconds"] = round(known.get("cpu_seconds", 0) + time.process_time() - began, 1)
     return known
 
@@ -100,7 +97,11 @@ def means_alone(guess: DensityGuess) -> DensityGuess:
 
 def summary(molecules: dict[str, Any]) -> dict[str, Any]:
     """Average cycles and effective cycles; compare each start with minao."""
-    kinds = [k for k in next(iter(molecules.values())) if k not in ("cpu_seconds", "errors")]
+    kinds = [
+        kind
+        for kind in ("minao", "oracle", "means", "network")
+        if all(kind in each for each in molecules.values())
+    ]
     base = np.array([each["minao"]["cycles"] for each in molecules.values()])
     energies = np.array([each["minao"]["energy"] for each in molecules.values()])
     found = {}
@@ -124,12 +125,12 @@ def summary(molecules: dict[str, Any]) -> dict[str, Any]:
 
 def errors_of(name: str, guesses: dict[str, DensityGuess]) -> dict[str, float]:
     """Return (ρ − ρ̃|ρ − ρ̃) an electron of guesses, against the fit of the converged density."""
-    calculation = set_up(name).run()
-    truth, functions = coefficients(calculation), auxiliary(calculation.mol)
-    found = {}
+    (known,) = (each for each in g2_molecules() if each.name == name)
+    molecule, truth = calculation(known).mol, density_of(known)
+    energies, found = metric(auxiliary(molecule)), {}
     for kind, guess in guesses.items():
-        wrong = guess.coefficients(calculation.mol) - truth
-        found[kind] = float(wrong @ metric(functions) @ wrong) / calculation.mol.nelectron
+        wrong = guess.coefficients(molecule) - truth
+        found[kind] = float(wrong @ energies @ wrong) / molecule.nelectron
     return found
 
 
@@ -155,6 +156,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--run", type=Path, help="of the network")
     parser.add_argument("--only", nargs="+", help="molecules")
+    parser.add_argument("--starts", nargs="+", help="of network, means and oracle, beside minao")
     given = parser.parse_args()
     if given.part == "labels":
         return pack(given.out)
@@ -172,7 +174,8 @@ def main() -> None:
         names = sorted(names, key=lambda name: len(atoms_of(name)))[:TRANSFERRED]
         settings, starts = OTHERS, {"network": starts["network"]}
     else:
-        starts["oracle"] = lambda calculation: None
+        starts["oracle"] = lambda fresh: None
+    starts = {kind: make for kind, make in starts.items() if kind in (given.starts or starts)}
     for basis, functional in settings:
         part = record.setdefault(f"{functional} {basis}", {"molecules": {}})
         for name in given.only or names:

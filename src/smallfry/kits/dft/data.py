@@ -113,7 +113,8 @@ def density_of(given: Molecule, exact: bool = True) -> Floats:
     """
     file = kept_at(given, exact)
     try:
-        return np.load(file, allow_pickle=False)
+        kept: Floats = np.load(file, allow_pickle=False)
+        return kept
     except (OSError, ValueError, EOFError):
         pass
     found = coefficients(calculation(given, exact).run())
@@ -211,7 +212,9 @@ def read(name: str, wanted: Wanted) -> ImageData:
     the validation split: they choose an epoch and measure nothing.
     """
     settings: DensitySettings = settings_from(DensitySettings, dict(wanted.options))
-    wanted.require_fixed(name, channels=1)
+    size = wanted.images.get("image_size")
+    fixed = size if size is not None and tuple_of(size) == (settings.atoms, 4) else None
+    wanted.require_fixed(name, channels=1, image_size=fixed)
     found = _source(name, wanted.root)
     found = [each for each in found if len(each.numbers) <= settings.largest]
     parts = molecules_of(found, wanted.test, wanted.validation, wanted.split_seed)
@@ -242,6 +245,11 @@ def read(name: str, wanted: Wanted) -> ImageData:
             **asdict(settings),
         },
     )
+
+
+def tuple_of(size: int | Sequence[int]) -> tuple[int, ...]:
+    """Return height and width of a size, of which one number is both."""
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _source(name: str, root: Path | None) -> list[Molecule]:

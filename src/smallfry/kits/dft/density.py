@@ -77,7 +77,8 @@ def fit(molecule: gto.Mole, matrix: Floats, basis: Any = AUXILIARY) -> Floats:
     doubled = np.asarray(matrix) * (2 - np.eye(len(matrix)))
     packed = doubled[np.tril_indices(len(matrix))]
     projections = [packed @ part for _, part in _integrals(molecule, functions)]
-    return np.linalg.solve(metric(functions), np.concatenate(projections))
+    found = np.linalg.solve(metric(functions), np.concatenate(projections))
+    return found.astype(np.float64)
 
 
 def constrained(found: Floats, functions: gto.Mole, electrons: float) -> Floats:

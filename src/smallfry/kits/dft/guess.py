@@ -70,7 +70,7 @@ class DensityGuess:
                 network has not learnt.
         """
         numbers = np.array([gto.charge(molecule.atom_pure_symbol(i)) for i in range(molecule.natm)])
-        if molecule.charge != 0 or (numbers != molecule.atom_charges()).any():
+        if molecule.charge != 0 or (numbers != molecule.atom_charges()).any() or not numbers.all():
             raise UsageError(
                 "the network has learnt neutral molecules with all their electrons, and this one "
                 f"has charge {molecule.charge} and nuclei {molecule.atom_charges().tolist()}: "

@@ -121,12 +121,14 @@ class NeighbourProduct(nn.Module):
         weights = self.weights(pairs.distances) * pairs.cutoffs
         sizes = [n * m for n, m in self.shapes]
         sums = {k: features[0].new_zeros(count, n, 2 * k + 1) for k, n in enumerate(self.wanted)}
-        for i, weight in enumerate(weights.split(sizes, dim=1)):
+        for i, weight in enumerate(weights.split_with_sizes(sizes, dim=1)):
             if not self.couplings[i]:
                 continue
             mixed = weight.view(count, *self.shapes[i]) @ features[i][pairs.sources]
             rows = [many * self.wanted[k] for k, many in self.couplings[i]]
-            for (k, many), part in zip(self.couplings[i], mixed.split(rows, dim=1), strict=True):
+            for (k, many), part in zip(
+                self.couplings[i], mixed.split_with_sizes(rows, dim=1), strict=True
+            ):
                 coupling = cast(Tensor, getattr(self, f"coupling_{i}{k}"))
                 turned = (pairs.harmonics @ coupling.flatten(1)).view(count, *coupling.shape[1:])
                 part = part.view(count, many, self.wanted[k], 2 * i + 1)
@@ -331,7 +333,7 @@ class DensityNet(nn.Module):
         )
 
     def _require_known(self, numbers: Tensor) -> None:
-        found = {int(each) for each in numbers.unique().tolist()} - {0, *self.elements}
+        found = {int(each) for each in torch.unique(numbers).tolist()} - {0, *self.elements}
         if found:
             raise UsageError(
                 f"the network has not learnt {names_of(sorted(found))}, only "

@@ -92,7 +92,7 @@ def _number(symbol: str) -> int:
     """Return the atomic number of a symbol, or of a number."""
     if symbol.isdigit():
         return int(symbol)
-    return ELEMENTS.index(symbol.capitalize(), 1)
+    return int(ELEMENTS.index(symbol.capitalize(), 1))
 
 
 def g2_molecules() -> list[Molecule]:

@@ -71,7 +71,7 @@ def draw_densities(labels: Floats, outputs: Floats, errors: Tensor, file: Path) 
             found = density_on_plane(numbers, positions, answer, side)
             extent = (-side, side, -side, side)
             logs = [np.log10(np.maximum(each, 1e-4)) for each in (truth, found)]
-            shown = [(logs[0], -4, 0, "viridis"), (logs[1], -4, 0, "viridis")]
+            shown = [(each, -4.0, 0.0, "viridis") for each in logs]
             shown.append((found - truth, -MOST, MOST, "RdBu_r"))
             for ax, (values, low, high, colours) in zip(row, shown, strict=True):
                 image = ax.imshow(

@@ -135,4 +135,4 @@ def _decoded(rows: Any) -> dict[str, Any]:
         found = to_coefficients(np.array([number]), row[None, 1:])
         values = [float(f"{value:.{DIGITS}g}") for value in found.tolist()]
         atoms.append({"element": symbol_of(int(number)), "coefficients": values})
-    return {"molecule": " ".join(each["element"] for each in atoms), "atoms": atoms}
+    return {"molecule": " ".join(map(symbol_of, numbers.tolist())), "atoms": atoms}
