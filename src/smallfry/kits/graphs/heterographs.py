@@ -193,7 +193,6 @@ def read(name: str, wanted: Wanted) -> ImageData:
         train.take(torch.arange(len(train))[: wanted.limit]),
         parts["validation"],
         parts["test"],
-        moments=((0.0,) * channels, (1.0,) * channels),
         generated={"family": name, "version": VERSION, **asdict(settings)},
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from smallfry.errors import UsageError
 from smallfry.kits.graphs.pairs import AnyPlan, MessageCounts, Plan, StaticPlan
-from smallfry.kits.graphs.products import gather_sum, typed_product
+from smallfry.kits.graphs.products import add_relations_, gather_sum, typed_product
 from smallfry.kits.graphs.relational import Relational, glorot_, product_and_fold
 
 __all__ = ["GINEConv", "RGCNConv"]
@@ -118,9 +118,14 @@ class RGCNConv(Relational):
         found, chosen = self.planned(edge_index, edge_type, (len(sources), len(own)), plan)
         weight = self.matrices
         given = sources.unflatten(1, weight.shape[1:3])
-        shares = found.shares.to(given.dtype) if self.aggr == "mean" else None
-        if shares is None and isinstance(found, StaticPlan) and found.present is not None:
-            shares = found.present.to(given.dtype)
+        shares = found.degrees.to(given.dtype).reciprocal() if self.aggr == "mean" else None
+        if isinstance(found, StaticPlan) and found.present is not None:
+            there = found.present.to(given.dtype)
+            shares = there if shares is None else there * shares
+        if chosen in ("compact", "aggregate") and self.aggr != "max" and not self._learns(x):
+            assert isinstance(found, Plan)
+            aggregate = chosen == "aggregate"
+            return add_relations_(self._own(own), found, given, weight, shares, aggregate)
         if chosen == "aggregate":
             assert isinstance(found, Plan)
             slots = gather_sum(found.pattern("destination_pair", "source"), given, shares)
@@ -132,10 +137,19 @@ class RGCNConv(Relational):
                 out = _largest(found, messages, found.rows(kind).of_edge)
             else:
                 out = gather_sum(found.pattern("destination", kind), messages, shares)
-        total = out.flatten(1)
+        return out.flatten(1) + self._own(own)
+
+    def _learns(self, x: Tensor | tuple[Tensor, Tensor]) -> bool:
+        """Return whether a gradient will be wanted."""
+        tensors = (*_pair(x), *self.parameters())
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+    def _own(self, x: Tensor) -> Tensor:
+        """Compute what a node adds to its messages, (nodes, out_channels)."""
         if self.root is not None:
-            total = total + own @ self.root
-        return total if self.bias is None else total + self.bias
+            return x @ self.root if self.bias is None else torch.addmm(self.bias, x, self.root)
+        own = x.new_zeros(len(x), self.out_channels)
+        return own if self.bias is None else own + self.bias
 
 
 def _largest(plan: AnyPlan, messages: Tensor, of_edge: Tensor) -> Tensor:

@@ -101,8 +101,14 @@ class RelationalNetwork(nn.Module):
         """Refuse graphs that the network can't read.
 
         Raises:
-            UsageError: A relation that it does not have.
+            UsageError: Numbers of nodes that were normalised, or a relation that it does not have.
         """
+        if not torch.equal(images[:, :EDGE_CHANNELS], images[:, :EDGE_CHANNELS].round()):
+            zeros, ones = [0] * images.shape[1], [1] * images.shape[1]
+            raise UsageError(
+                "numbers of nodes and relations were normalised, and lost: give data.mean "
+                f"{zeros} and data.std {ones}, as the recipe does"
+            )
         most = int(images[:, 2].max())
         if most >= self.relations:
             raise UsageError(

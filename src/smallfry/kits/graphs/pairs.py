@@ -145,14 +145,12 @@ class StaticPlan:
         return values.repeat_interleave(self.nodes[0 if "source" in kind else 1], 0)
 
     @property
-    def shares(self) -> Tensor:
-        """1 / |N_τ(i)| of each edge's destination and relation; 0 of an edge that isn't there."""
+    def degrees(self) -> Tensor:
+        """Edges of each edge's destination and relation, |N_τ(i)|; 1 where there is none."""
         slot = self.rows("destination_pair")
-        ones = torch.ones_like(slot.of_edge, dtype=torch.float32)
-        if self.present is not None:
-            ones = ones * self.present
-        counts = ones.new_zeros(slot.count).scatter_add(0, slot.of_edge, ones)
-        return ones / counts[slot.of_edge].clamp(min=1)
+        there = torch.ones_like(slot.of_edge) if self.present is None else self.present.long()
+        zeros = there.new_zeros(slot.count)
+        return zeros.scatter_add(0, slot.of_edge, there)[slot.of_edge].clamp(min=1)
 
 
 class Plan:
@@ -183,10 +181,10 @@ class Plan:
         return MessageCounts(len(self.type), *pairs, self.nodes[0], self.relations)
 
     @cached_property
-    def shares(self) -> Tensor:
-        """1 / |N_τ(i)| of each edge's destination and relation, (edges,)."""
+    def degrees(self) -> Tensor:
+        """Edges of each edge's destination and relation, |N_τ(i)|."""
         slots = self.rows("destination_pair")
-        return 1 / torch.bincount(slots.of_edge, minlength=slots.count)[slots.of_edge]
+        return torch.bincount(slots.of_edge, minlength=slots.count)[slots.of_edge]
 
     def rows(self, kind: str) -> Rows:
         """Return the rows of a typed product.

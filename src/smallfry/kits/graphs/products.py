@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from smallfry.kits.graphs.pairs import AnyPlan, Pattern, Plan, Rows
 
-__all__ = ["dots", "edge_softmax", "gather_sum", "typed_product"]
+__all__ = ["add_relations_", "dots", "edge_softmax", "gather_sum", "typed_product"]
 
 CHUNK = 1 << 16  # entries of a pattern whose rows are gathered at once
 
@@ -81,6 +81,47 @@ def _segments(rows: Rows) -> list[tuple[int, int, int]]:
     starts = [0, *rows.ends[:-1]]
     pairs = enumerate(zip(starts, rows.ends, strict=True))
     return [(relation, start, stop) for relation, (start, stop) in pairs if start < stop]
+
+
+@torch.no_grad()
+def add_relations_(
+    total: Tensor, plan: Plan, x: Tensor, weight: Tensor, values: Tensor | None, aggregate: bool
+) -> Tensor:
+    """Add the messages of one relation after the other, so that those of one are held at a time.
+
+    Args:
+        total: (destinations, groups · outputs), changed in place.
+        plan: Of the graph.
+        x: Sources, (sources, groups, inputs).
+        weight: (relations, groups, inputs, outputs).
+        values: A factor for each edge, (edges,); None of ones.
+        aggregate: Sum in front of the products, or behind them.
+    """
+    slots, pairs = plan.rows("destination_pair"), plan.rows("source_pair")
+    kind = "source" if aggregate else "source_pair"
+    order, starts, columns = plan.pattern("destination_pair", kind).by_row
+    if values is not None:
+        values = values if order is None else values[order]
+    firsts = [0, *pairs.ends]
+    assert slots.nodes is not None
+    assert pairs.nodes is not None
+    for relation, start, stop in _segments(slots):
+        bags = starts[start : stop + 1]
+        first, last = int(bags[0]), int(bags[-1])
+        factors = None if values is None else values[first:last, None]
+        where = columns[first:last]
+        if aggregate:
+            sums = _sums((None, bags - first, where), x.flatten(1)[:, None], factors)
+            found = torch.matmul(sums.view(-1, *x.shape[1:]).transpose(0, 1), weight[relation])
+            found = found.transpose(0, 1).flatten(1)
+        else:
+            begin = firsts[relation]
+            taken = x.index_select(0, pairs.nodes[begin : firsts[relation + 1]])
+            products = torch.matmul(taken.transpose(0, 1), weight[relation]).transpose(0, 1)
+            rows = (None, bags - first, where - begin)
+            found = _sums(rows, products.flatten(1)[:, None], factors)[:, 0]
+        total.index_add_(0, slots.nodes[start:stop], found)
+    return total
 
 
 def gather_sum(pattern: Pattern, dense: Tensor, values: Tensor | None = None) -> Tensor:

@@ -35,6 +35,7 @@ class Graphs:
     adds_terms: ClassVar[bool] = True
     choices: ClassVar[tuple[str, ...]] = ("node_accuracy", "macro_f1", "accuracy", "loss")
     defaults: ClassVar[TaskDefaults] = TaskDefaults({}, "rgcn_tiny", "cross_entropy")
+    augmentations: ClassVar[frozenset[str]] = frozenset({"repeats"})
     recipe: ClassVar[Path] = Path(__file__).parent / "recipe.yaml"
 
     @classmethod
