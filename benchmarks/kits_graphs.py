@@ -36,7 +36,6 @@ GRAPHS = {  # nodes, edges, relations; of the larger ones a part, as theirs need
 SKEWS = (0.0, 0.5, 1.0)
 TYPES, INPUTS, OUTPUTS, HEADS = 7, 32, 64, 4
 OURS = ("edges", "compact", "aggregate")
-SURE = 1e-10  # between ours and theirs in float64
 
 
 def draw(name: str, skew: float, seed: int = 0) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
@@ -141,13 +140,15 @@ def measure(case: Case, layer: nn.Module, found: Plan | None, repeats: int) -> d
     counter = FlopCounterMode(display=False)
     with counter:
         infer()
-    return {
+    row = {
         "macs": counter.get_total_flops() // 2,
         "infer_seconds": seconds(infer, repeats),
-        "train_seconds": seconds(train, repeats),
         "infer_peak_bytes": peak_bytes(infer),
-        "train_peak_bytes": peak_bytes(train),
     }
+    if found is not None or case.kind != "hgt":  # theirs took more than 20 GB without pyg-lib
+        row["train_seconds"] = seconds(train, repeats)
+        row["train_peak_bytes"] = peak_bytes(train)
+    return row
 
 
 def compare(kind: str, name: str, skew: float, repeats: int) -> dict[str, Any]:
@@ -171,6 +172,8 @@ def compare(kind: str, name: str, skew: float, repeats: int) -> dict[str, Any]:
         row["message_bytes"] = 4 * counts.rows(execution) * OUTPUTS
         row["largest_difference"] = float((answer - wanted).abs().max() / wanted.abs().max())
         for key in ("infer_seconds", "train_seconds", "infer_peak_bytes", "train_peak_bytes"):
+            if key not in rows["theirs"]:
+                continue
             row[f"{key}_ratio"] = round(rows["theirs"][key] / max(row[key], 1e-9), 3)
         rows[execution] = row
     assert counts is not None
@@ -194,8 +197,8 @@ def main() -> None:
     record["device"] = "CPU, AMD EPYC, one thread"
     record["versions"] = {"torch": torch.__version__}
     for name in given.graphs:
-        for skew in given.skews:
-            for kind in given.kinds:
+        for kind in given.kinds:
+            for skew in given.skews:
                 key = f"{kind} {name} skew {skew:g}"
                 if key in record["runs"]:
                     continue
@@ -206,8 +209,8 @@ def main() -> None:
                 best = found["rows"][found["auto"]]
                 print(
                     f"{key}: {found['auto']}, times faster: {best['infer_seconds_ratio']} "
-                    f"(training {best['train_seconds_ratio']}), smaller: "
-                    f"{best['infer_peak_bytes_ratio']} ({best['train_peak_bytes_ratio']})",
+                    f"(training {best.get('train_seconds_ratio')}), smaller: "
+                    f"{best['infer_peak_bytes_ratio']} ({best.get('train_peak_bytes_ratio')})",
                     flush=True,
                 )
 

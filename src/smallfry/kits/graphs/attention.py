@@ -109,7 +109,7 @@ class RGATConv(Relational):
             edge_type: (edges,).
             plan: Of this graph; None makes one.
         """
-        found, chosen = self.planned(edge_index, edge_type, (len(x), len(x)), plan)
+        found, chosen = self.planned(edge_index, edge_type, (x.shape[0], x.shape[0]), plan)
         if chosen == "edges":
             out = self._of_edges(x, found)
         else:
@@ -324,8 +324,8 @@ class HGTConv(Relational):
     def _attend(
         self, kqv: Tensor, edge_index: Tensor, edge_type: Tensor, plan: AnyPlan | None
     ) -> Tensor:
-        found, chosen = self.planned(edge_index, edge_type, (len(kqv), len(kqv)), plan)
-        keys, queries, values = kqv.view(len(kqv), 3, self.heads, self.width).unbind(1)
+        found, chosen = self.planned(edge_index, edge_type, (kqv.shape[0], kqv.shape[0]), plan)
+        keys, queries, values = kqv.unflatten(1, (3, self.heads, self.width)).unbind(1)
         prior = torch.stack([self.p_rel["__".join(name)][0] for name in self.edge_types])
         to_keys, to_values = self.k_rel.matrices, self.v_rel.matrices
         to_keys = to_keys * (prior * self.width**-0.5)[..., None, None]

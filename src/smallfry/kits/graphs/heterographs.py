@@ -170,7 +170,7 @@ def read(name: str, wanted: Wanted) -> ImageData:
         raise UsageError(f"{name} is generated and does not use data.root")
     settings: Heterographs = settings_from(Heterographs, dict(wanted.options))
     channels, size = EDGE_CHANNELS + TYPES + 1, (settings.nodes, settings.degree)
-    wanted.require_fixed(name, channels=channels)
+    wanted.require_fixed(name, channels=channels, image_size=size)
     tested = max(1, round(wanted.test * settings.samples))
     held = round(wanted.validation * (settings.samples - tested))
     counts = {"train": settings.samples - tested - held, "validation": held, "test": tested}

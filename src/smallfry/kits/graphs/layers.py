@@ -115,7 +115,7 @@ class RGCNConv(Relational):
             plan: Of this graph; None makes one.
         """
         sources, own = _pair(x)
-        found, chosen = self.planned(edge_index, edge_type, (len(sources), len(own)), plan)
+        found, chosen = self.planned(edge_index, edge_type, (sources.shape[0], own.shape[0]), plan)
         weight = self.matrices
         given = sources.unflatten(1, weight.shape[1:3])
         shares = found.degrees.to(given.dtype).reciprocal() if self.aggr == "mean" else None
@@ -148,7 +148,7 @@ class RGCNConv(Relational):
         """Compute what a node adds to its messages, (nodes, out_channels)."""
         if self.root is not None:
             return x @ self.root if self.bias is None else torch.addmm(self.bias, x, self.root)
-        own = x.new_zeros(len(x), self.out_channels)
+        own = x.new_zeros(x.shape[0], self.out_channels)
         return own if self.bias is None else own + self.bias
 
 
@@ -211,9 +211,9 @@ class GINEConv(Relational):
             edge_type: (edges,).
             plan: Of this graph; None makes one.
         """
-        found, chosen = self.planned(edge_index, edge_type, (len(x), len(x)), plan)
+        found, chosen = self.planned(edge_index, edge_type, (x.shape[0], x.shape[0]), plan)
         kind = "source_edge" if chosen == "edges" else "source_pair"
-        messages = (found.spread(x, kind) + found.relation_of(kind, self.embedding)).relu()
+        messages = found.added(x, self.embedding, kind).relu()
         present = None
         if isinstance(found, StaticPlan) and found.present is not None:
             present = found.present.to(x.dtype)

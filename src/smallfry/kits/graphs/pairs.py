@@ -136,13 +136,9 @@ class StaticPlan:
         found = self.rows(kind)
         return found.of_edge, found.count
 
-    def spread(self, values: Tensor, kind: str) -> Tensor:
-        """Repeat the values of nodes (nodes, channels) for all relations."""
-        return values.repeat(self.relations, 1)
-
-    def relation_of(self, kind: str, values: Tensor) -> Tensor:
-        """Repeat the values of relations (relations, channels) for all nodes."""
-        return values.repeat_interleave(self.nodes[0 if "source" in kind else 1], 0)
+    def added(self, nodes: Tensor, relations: Tensor, kind: str) -> Tensor:
+        """Add the values of each row's node and relation; see ``Plan.added``."""
+        return (relations[:, None] + nodes).flatten(0, 1)
 
     @property
     def degrees(self) -> Tensor:
@@ -212,16 +208,19 @@ class Plan:
             self._patterns[row, column] = Pattern(rows, columns, (height, width))
         return self._patterns[row, column]
 
-    def spread(self, values: Tensor, kind: str) -> Tensor:
-        """Gather the values of each row's node, (rows, channels)."""
-        nodes = self.rows(kind).nodes
-        assert nodes is not None
-        return values.index_select(0, nodes)
+    def added(self, nodes: Tensor, relations: Tensor, kind: str) -> Tensor:
+        """Add the values of each row's node and relation, (rows, channels).
 
-    def relation_of(self, kind: str, values: Tensor) -> Tensor:
-        """Gather the values of each row's relation, (rows, channels)."""
-        ends = torch.tensor([0, *self.rows(kind).ends], device=values.device)
-        return values.repeat_interleave(ends.diff(), 0)
+        Args:
+            nodes: (nodes, channels).
+            relations: (relations, channels).
+            kind: See ``rows``.
+        """
+        rows = self.rows(kind)
+        assert rows.nodes is not None
+        ends = torch.tensor([0, *rows.ends], device=nodes.device)
+        repeated = relations.repeat_interleave(ends.diff(), 0)
+        return nodes.index_select(0, rows.nodes) + repeated
 
     @cached_property
     def slots(self) -> Rows:

@@ -137,7 +137,7 @@ def gather_sum(pattern: Pattern, dense: Tensor, values: Tensor | None = None) ->
     """
     if values is not None and values.ndim == 1:
         whole = gather_sum(pattern, dense.flatten(1)[:, None], values[:, None])
-        return whole.view(len(whole), *dense.shape[1:])
+        return whole[:, 0].unflatten(1, dense.shape[1:])
     if pattern.is_static:
         taken = dense[pattern.column]
         taken = taken if values is None else taken * values[..., None]
@@ -255,7 +255,7 @@ def edge_softmax(plan: AnyPlan, scores: Tensor) -> Tensor:
     index = plan.destination[:, None].expand_as(scores)
     most = scores.new_full((plan.nodes[1], scores.shape[1]), -1e30)
     most = most.scatter_reduce(0, index, scores.detach(), "amax")
-    powers = (scores - most[plan.destination]).exp()
+    powers = (scores - most[plan.destination]).clamp(max=0).exp()
     if present is not None:
         powers = powers * present[:, None]
     total = scores.new_zeros(plan.nodes[1], scores.shape[1]).scatter_add(0, index, powers)
