@@ -1,8 +1,8 @@
 """Compare relational layers with torch-geometric's: products, time and memory of single layers.
 
 Graphs are generated with the sizes of known data sets, as recalled: relations with frequencies
-∝ 1 / rank, sources ∝ 1 / rank^skew within their type, no edge twice. Layers have 32 channels in and 64
-out, 4 heads. Written after each layer; the same command goes on.
+∝ 1 / rank, sources ∝ 1 / rank^skew within their type, no edge twice. Layers have 32 channels in,
+64 out, 4 heads. Written after each layer; the same command goes on.
 
     python benchmarks/kits_graphs.py --out results/kits/graphs/layers.json
     python benchmarks/kits_graphs.py --graphs aifb --out /tmp/aifb.json
@@ -80,7 +80,9 @@ class Case:
         """Find the pairs, as the layer numbers its edges."""
         if self.kind != "hgt":
             return plan(self.index, self.types, self.nodes, self.relations)
-        joined = like.join(dict(zip(like.node_types, np.diff(self.limits).tolist(), strict=True)), self.edges)  # type: ignore[operator]
+        joined = like.join(
+            dict(zip(like.node_types, np.diff(self.limits).tolist(), strict=True)), self.edges
+        )  # type: ignore[operator]
         return plan(*joined, self.nodes, self.relations)
 
     def run(self, layer: nn.Module, x: Tensor, found: Plan | None = None) -> Tensor:

@@ -77,7 +77,7 @@ class RGATConv(Relational):
             drawn += [self.att, self.basis]
         for tensor in drawn:
             glorot_(tensor.data)
-        self.register_load_state_dict_pre_hook(_without_modulation)
+        self.register_load_state_dict_pre_hook(_without_modulation)  # type: ignore[no-untyped-call]
 
     @property
     def matrices(self) -> Tensor:
@@ -142,7 +142,9 @@ class RGATConv(Relational):
         weight = self.matrices[:, None]
         sides = [plan.rows("destination_edge"), plan.rows("source_edge")]
         own, messages = (typed_product(x[:, None], weight, rows) for rows in sides)
-        scores = (own[:, 0] @ self.q)[sides[0].of_edge] + (messages[:, 0] @ self.k)[sides[1].of_edge]
+        scores = (own[:, 0] @ self.q)[sides[0].of_edge] + (messages[:, 0] @ self.k)[
+            sides[1].of_edge
+        ]
         shares = edge_softmax(plan, F.leaky_relu(scores, self.negative_slope))
         return self._sum(plan, "source_edge", messages, shares)
 
@@ -258,7 +260,7 @@ class HGTConv(Relational):
         parts = {t: self.kqv_lin.lins[t](nodes) for t, nodes in x.items()}
         summed = self._attend(torch.cat([*parts.values()]), index, types, plan)
         leads = {name[2] for name in self.edge_types}
-        split = zip(x, summed.split([len(nodes) for nodes in x.values()]), strict=True)
+        split = zip(x, torch.split(summed, [len(nodes) for nodes in x.values()]), strict=True)
         return {t: self._finish(t, rows, x[t]) for t, rows in split if t in leads}
 
     def join(
@@ -280,9 +282,10 @@ class HGTConv(Relational):
                 f"the layer has no type '{unknown[0]}'; its types are {', '.join(self.node_types)}"
             )
         parts, types = [torch.empty(2, 0, dtype=torch.int64)], []
-        for name, edges in edge_index.items():
-            parts.append(edges + torch.tensor([[starts[name[0]]], [starts[name[2]]]]).to(edges))
-            types += [self.edge_types.index(name)] * edges.shape[1]
+        for relation, edges in edge_index.items():
+            first = torch.tensor([[starts[relation[0]]], [starts[relation[2]]]])
+            parts.append(edges + first.to(edges))
+            types += [self.edge_types.index(relation)] * edges.shape[1]
         index = torch.cat([part.to(parts[-1].device) for part in parts], dim=1)
         return index, torch.tensor(types, dtype=torch.int64, device=index.device)
 
@@ -325,7 +328,7 @@ class HGTConv(Relational):
         self, kqv: Tensor, edge_index: Tensor, edge_type: Tensor, plan: AnyPlan | None
     ) -> Tensor:
         found, chosen = self.planned(edge_index, edge_type, (kqv.shape[0], kqv.shape[0]), plan)
-        keys, queries, values = kqv.unflatten(1, (3, self.heads, self.width)).unbind(1)
+        keys, queries, values = kqv.reshape(kqv.shape[0], 3, self.heads, self.width).unbind(1)
         prior = torch.stack([self.p_rel["__".join(name)][0] for name in self.edge_types])
         to_keys, to_values = self.k_rel.matrices, self.v_rel.matrices
         to_keys = to_keys * (prior * self.width**-0.5)[..., None, None]
@@ -349,4 +352,5 @@ class HGTConv(Relational):
         if x.shape[1] != self.out_channels:
             return out
         gate = self.skip[name].sigmoid()
-        return gate * out + (1 - gate) * x
+        mixed: Tensor = gate * out + (1 - gate) * x
+        return mixed

@@ -73,8 +73,8 @@ def _rgcn(layer: Any, execution: str) -> RGCNConv:
     aggr = {"mean": "mean", "add": "sum", "sum": "sum"}.get(str(layer.aggr))
     if aggr is None:
         raise UsageError(
-            f"{_name(layer)}: aggr is mean, add or sum; its {layer.aggr} is of nodes, ours would be "
-            "of messages"
+            f"{_name(layer)}: aggr is mean, add or sum; its {layer.aggr} is of nodes, ours would "
+            "be of messages"
         )
     own = layer.in_channels
     return RGCNConv(

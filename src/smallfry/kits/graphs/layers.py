@@ -117,7 +117,7 @@ class RGCNConv(Relational):
         sources, own = _pair(x)
         found, chosen = self.planned(edge_index, edge_type, (sources.shape[0], own.shape[0]), plan)
         weight = self.matrices
-        given = sources.unflatten(1, weight.shape[1:3])
+        given = sources.reshape(sources.shape[0], *weight.shape[1:3])
         shares = found.degrees.to(given.dtype).reciprocal() if self.aggr == "mean" else None
         if isinstance(found, StaticPlan) and found.present is not None:
             there = found.present.to(given.dtype)
@@ -157,7 +157,7 @@ def _largest(plan: AnyPlan, messages: Tensor, of_edge: Tensor) -> Tensor:
     assert isinstance(plan, Plan)
     slots, (groups, channels) = plan.rows("destination_pair"), messages.shape[1:]
     index = slots.of_edge[:, None].expand(-1, groups * channels)
-    most = messages.new_zeros(slots.count, groups * channels).scatter_reduce(
+    most = messages.new_zeros(slots.total, groups * channels).scatter_reduce(
         0, index, messages.flatten(1)[of_edge], "amax", include_self=False
     )
     return gather_sum(plan.fold, most.view(-1, groups, channels))

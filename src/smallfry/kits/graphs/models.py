@@ -135,12 +135,17 @@ class RelationalNetwork(nn.Module):
         h = self.lift(graphs.features).relu().flatten(0, 1)
         edges = (graphs.edge_index, graphs.edge_type, plan)
         for layer in self.layers:
-            h = (layer.flat(h, kinds, *edges) if isinstance(layer, HGTConv) else layer(h, *edges)).relu()
-        return h.unflatten(0, shape)
+            h = (
+                layer.flat(h, kinds, *edges) if isinstance(layer, HGTConv) else layer(h, *edges)
+            ).relu()
+        return h.reshape(*shape, self.num_features)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Compute logits (graphs, classes, nodes) of features."""
-        return features if pre_logits else self.head(features).transpose(1, 2)
+        if pre_logits:
+            return features
+        logits: Tensor = self.head(features).transpose(1, 2)
+        return logits
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute logits (graphs, classes, nodes) of packed graphs."""

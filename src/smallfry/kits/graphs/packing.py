@@ -1,8 +1,8 @@
 """Graphs as arrays of one shape: nodes × slots, with a channel for each part of an edge.
 
-    channel 0, 1, 2   source, destination and relation of an edge; edges fill the slots in any order
-    channel 3         1 where a slot has an edge, 0 where it is empty
-    channel 4 …       features of the node of each row, in slot 0; elsewhere 0
+channel 0, 1, 2   source, destination and relation of an edge; edges fill the slots in any order
+channel 3         1 where a slot has an edge, 0 where it is empty
+channel 4 …       features of the node of each row, in slot 0; elsewhere 0
 """
 
 from collections.abc import Sequence

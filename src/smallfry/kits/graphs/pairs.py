@@ -13,7 +13,16 @@ from torch import Tensor
 
 from smallfry.errors import UsageError
 
-__all__ = ["EXECUTIONS", "AnyPlan", "MessageCounts", "Pattern", "Plan", "Rows", "StaticPlan", "plan"]
+__all__ = [
+    "EXECUTIONS",
+    "AnyPlan",
+    "MessageCounts",
+    "Pattern",
+    "Plan",
+    "Rows",
+    "StaticPlan",
+    "plan",
+]
 
 EXECUTIONS = ("edges", "compact", "aggregate", "nodes", "auto")
 
@@ -48,13 +57,13 @@ class Rows(NamedTuple):
         nodes: Node of each row; None of all nodes with every relation.
         ends: End of each relation's rows.
         of_edge: Row of each edge.
-        count: Rows.
+        total: Rows.
     """
 
     nodes: Tensor | None
     ends: Sequence[int]
     of_edge: Tensor
-    count: int
+    total: int
 
 
 class Pattern:
@@ -134,7 +143,7 @@ class StaticPlan:
         if kind == "destination":
             return self.destination, self.nodes[1]
         found = self.rows(kind)
-        return found.of_edge, found.count
+        return found.of_edge, found.total
 
     def added(self, nodes: Tensor, relations: Tensor, kind: str) -> Tensor:
         """Add the values of each row's node and relation; see ``Plan.added``."""
@@ -145,7 +154,7 @@ class StaticPlan:
         """Edges of each edge's destination and relation, |N_τ(i)|; 1 where there is none."""
         slot = self.rows("destination_pair")
         there = torch.ones_like(slot.of_edge) if self.present is None else self.present.long()
-        zeros = there.new_zeros(slot.count)
+        zeros = there.new_zeros(slot.total)
         return zeros.scatter_add(0, slot.of_edge, there)[slot.of_edge].clamp(min=1)
 
 
@@ -173,14 +182,14 @@ class Plan:
     @cached_property
     def counts(self) -> MessageCounts:
         """Sizes that decide what messages cost."""
-        pairs = [self.rows(f"{side}_pair").count for side in ("source", "destination")]
-        return MessageCounts(len(self.type), *pairs, self.nodes[0], self.relations)
+        given, wanted = (self.rows(f"{side}_pair").total for side in ("source", "destination"))
+        return MessageCounts(len(self.type), given, wanted, self.nodes[0], self.relations)
 
     @cached_property
     def degrees(self) -> Tensor:
         """Edges of each edge's destination and relation, |N_τ(i)|."""
         slots = self.rows("destination_pair")
-        return torch.bincount(slots.of_edge, minlength=slots.count)[slots.of_edge]
+        return torch.bincount(slots.of_edge, minlength=slots.total)[slots.of_edge]
 
     def rows(self, kind: str) -> Rows:
         """Return the rows of a typed product.
@@ -226,7 +235,7 @@ class Plan:
     def slots(self) -> Rows:
         """Rows of a typed product of sums, one for each unique (destination, relation)."""
         pairs = self.rows("destination_pair")
-        return pairs._replace(nodes=torch.arange(pairs.count, device=self.type.device))
+        return pairs._replace(nodes=torch.arange(pairs.total, device=self.type.device))
 
     @cached_property
     def fold(self) -> Pattern:
@@ -234,7 +243,7 @@ class Plan:
         pairs, every = self.rows("destination_pair"), self.slots.nodes
         assert pairs.nodes is not None
         assert every is not None
-        return Pattern(pairs.nodes, every, (self.nodes[1], pairs.count))
+        return Pattern(pairs.nodes, every, (self.nodes[1], pairs.total))
 
     def _index(self, kind: str) -> tuple[Tensor, int]:
         if kind == "source":
@@ -242,7 +251,7 @@ class Plan:
         if kind == "destination":
             return self.destination, self.nodes[1]
         found = self.rows(kind)
-        return found.of_edge, found.count
+        return found.of_edge, found.total
 
 
 AnyPlan = Plan | StaticPlan

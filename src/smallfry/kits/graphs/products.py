@@ -32,7 +32,7 @@ def typed_product(x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
     if rows.nodes is None:
         found = torch.einsum("ngf,rgfd->rngd", x, weight)
         return found.reshape(-1, *weight.shape[1::2])
-    product: Tensor = _TypedProduct.apply(x, weight, rows)  # type: ignore[no-untyped-call]
+    product: Tensor = _TypedProduct.apply(x, weight, rows)
     return product
 
 
@@ -43,7 +43,7 @@ class _TypedProduct(torch.autograd.Function):
         ctx.rows = rows
         _, groups, inputs, outputs = weight.shape
         assert rows.nodes is not None
-        out = x.new_empty(rows.count, groups, outputs)
+        out = x.new_empty(rows.total, groups, outputs)
         for relation, start, stop in _segments(rows):
             taken = x.index_select(0, rows.nodes[start:stop])
             if groups == 1:
@@ -137,13 +137,13 @@ def gather_sum(pattern: Pattern, dense: Tensor, values: Tensor | None = None) ->
     """
     if values is not None and values.ndim == 1:
         whole = gather_sum(pattern, dense.flatten(1)[:, None], values[:, None])
-        return whole[:, 0].unflatten(1, dense.shape[1:])
+        return whole.reshape(whole.shape[0], *dense.shape[1:])
     if pattern.is_static:
         taken = dense[pattern.column]
         taken = taken if values is None else taken * values[..., None]
         out = dense.new_zeros(pattern.shape[0], *dense.shape[1:])
         return out.scatter_add(0, pattern.row[:, None, None].expand_as(taken), taken)
-    found: Tensor = _GatherSum.apply(dense, values, pattern)  # type: ignore[no-untyped-call]
+    found: Tensor = _GatherSum.apply(dense, values, pattern)
     return found
 
 
@@ -178,7 +178,7 @@ def dots(pattern: Pattern, left: Tensor, right: Tensor) -> Tensor:
     """
     if pattern.is_static:
         return (left[pattern.row] * right[pattern.column]).sum(-1)
-    found: Tensor = _Dots.apply(left, right, pattern)  # type: ignore[no-untyped-call]
+    found: Tensor = _Dots.apply(left, right, pattern)
     return found
 
 
@@ -247,7 +247,7 @@ def edge_softmax(plan: AnyPlan, scores: Tensor) -> Tensor:
         scores: (edges, heads), in the order of the plan.
     """
     if isinstance(plan, Plan):
-        found: Tensor = _EdgeSoftmax.apply(scores, plan)  # type: ignore[no-untyped-call]
+        found: Tensor = _EdgeSoftmax.apply(scores, plan)
         return found
     present = plan.present
     if present is not None:

@@ -9,7 +9,6 @@ Executions give the same outputs up to the order of sums:
     auto       compact or aggregate, whichever has fewer products
 """
 
-import torch
 from torch import Tensor, nn
 
 from smallfry.errors import UsageError

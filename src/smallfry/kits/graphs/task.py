@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -76,9 +75,7 @@ class Graphs:
                 "the task graphs needs a model with logits for each node, such as rgcn_tiny; this "
                 f"one's outputs are {tuple(outputs.shape)}"
             )
-        each = F.cross_entropy(
-            outputs.float(), targets, reduction="none", ignore_index=UNLABELLED
-        )
+        each = F.cross_entropy(outputs.float(), targets, reduction="none", ignore_index=UNLABELLED)
         return each.sum(dim=1) / (targets != UNLABELLED).sum(dim=1).clamp(min=1)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
