@@ -138,7 +138,8 @@ class RelationalNetwork(nn.Module):
             h = (
                 layer.flat(h, kinds, *edges) if isinstance(layer, HGTConv) else layer(h, *edges)
             ).relu()
-        return h.reshape(*shape, self.num_features)
+        features: Tensor = h.reshape(*shape, self.num_features)
+        return features
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Compute logits (graphs, classes, nodes) of features."""
