@@ -255,9 +255,11 @@ def edge_softmax(plan: AnyPlan, scores: Tensor) -> Tensor:
     index = plan.destination[:, None].expand_as(scores)
     most = scores.new_full((plan.nodes[1], scores.shape[1]), -1e30)
     most = most.scatter_reduce(0, index, scores.detach(), "amax")
-    powers = (scores - most[plan.destination]).clamp(max=0).exp()
-    if present is not None:
-        powers = powers * present[:, None]
+    powers = scores - most[plan.destination]
+    if present is not None:  # filled first: a tracer's constants may round to other sides
+        powers = powers.masked_fill(~present[:, None], 0.0).exp() * present[:, None]
+    else:
+        powers = powers.exp()
     total = scores.new_zeros(plan.nodes[1], scores.shape[1]).scatter_add(0, index, powers)
     return powers / (total[plan.destination] + 1e-16)
 
