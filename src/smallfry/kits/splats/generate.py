@@ -1,9 +1,9 @@
 """Generated scenes: Gaussians on the surface of a body F(x) = 0, with smooth attributes.
 
-Points are drawn near to the surface and moved onto it by Newton's steps. Each Gaussian is flat, its
+Points are drawn near to the surface and moved onto it by Newton's steps; then two in five are moved
+below it, where hardly a camera sees them, as trained scenes have such. Each Gaussian is flat, its
 thin axis along the normal; sizes, opacities, colours and their harmonics are sums of sines of the
-position. Gaussians of one seed are those of every seed and count before it only in kind, not in
-number.
+position.
 """
 
 import math
@@ -25,13 +25,14 @@ VERSION = 1  # changes whenever the scene of a seed does
 DEGREE = 3
 BAND = 0.04  # distance from the surface within which points are drawn
 STEP = 1e-5  # of differences
-AREA = 0.05  # scale of a Gaussian where 4,000 cover a body, in both flat directions
+AREA = 0.06  # scale of a Gaussian where 4,000 cover a body, in both flat directions
+INSIDE, DEEPEST = 0.4, 0.15  # share of Gaussians below the surface, and how far at most
 THIN = 0.012
 
 
 def _torus(x: Array) -> Array:
     """A torus with radii 1 and 0.35, and a sphere of radius 0.45 in its middle."""
-    rings = np.hypot(np.hypot(x[:, 0], x[:, 1]) - 1, x[:, 2]) - 0.35
+    rings = np.hypot(np.hypot(x[:, 0], x[:, 2]) - 1, x[:, 1]) - 0.35
     return np.minimum(rings, np.linalg.norm(x, axis=1) - 0.45)
 
 
@@ -127,6 +128,9 @@ def generate(body: str = "torus", count: int = 4000, seed: int = 0) -> Scene:
         raise UsageError(f"unknown body '{body}'{nearest(body, BODIES)}")
     if not 1 <= count <= 1_000_000:
         raise UsageError(f"a generated scene has 1 to 1,000,000 Gaussians, not {count}")
-    points, normals = surface(BODIES[body], count, np.random.default_rng([seed, VERSION]))
+    random = np.random.default_rng([seed, VERSION])
+    points, normals = surface(BODIES[body], count, random)
+    depths = random.uniform(0, DEEPEST, count) * (random.random(count) < INSIDE)
+    points = points - depths[:, None] * normals
     attributes = generated_attributes(points, normals, math.sqrt(4000 / count))
     return Scene(points.astype(np.float32), attributes.astype(np.float32))
