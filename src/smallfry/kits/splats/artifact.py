@@ -241,8 +241,7 @@ def _planes(integers: NDArray[np.uint16], counts: Sequence[int]) -> dict[str, ND
 
 def _integers(tensors: Mapping[str, NDArray[Any]], counts: Sequence[int]) -> NDArray[np.uint16]:
     axes = [
-        _joined(*(tensors[f"positions.{axis}.{end}"] for end in ("low", "high")))
-        for axis in "xyz"
+        _joined(*(tensors[f"positions.{axis}.{end}"] for end in ("low", "high"))) for axis in "xyz"
     ]
     for part in np.split(np.arange(len(axes[0])), np.cumsum(counts)[:-1]):
         axes[0][part] = np.cumsum(axes[0][part], dtype=np.uint16)

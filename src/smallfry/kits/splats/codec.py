@@ -53,17 +53,17 @@ class NeuralSplats:
     """
 
     clusters: int = 4
-    width: int = 32
+    width: int = 24
     frequencies: int = 5
     layers: int = 5
     prune: float = 0.4
     position_bits: int = 12
-    weight_bits: int = 8
+    weight_bits: int = 6
     is_weighted: bool = True
-    iterations: int = 1500
+    iterations: int = 1000
     finetune: int = 200
     lr: float = 1e-2
-    finetune_lr: float = 2e-3
+    finetune_lr: float = 1e-3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -138,12 +138,25 @@ def compress(
         )
         groups = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
         field.fit_scales(attributes, groups)
-        _fit(field, codes, attributes, torch.from_numpy(weights / weights.mean()), groups,
-             settings, progress)
+        _fit(
+            field,
+            codes,
+            attributes,
+            torch.from_numpy(weights / weights.mean()),
+            groups,
+            settings,
+            progress,
+        )
         positions = torch.from_numpy(found.grid.positions(codes.numpy()))
         _finetune(field, codes, positions, counts, scene, cameras, settings, progress)
     return CompressedScene.of(
-        field, counts, found.grid, found.integers[rows], settings.weight_bits, asdict(settings)
+        field,
+        counts,
+        found.grid,
+        found.integers[rows],
+        settings.weight_bits,
+        asdict(settings),
+        len(scene),
     )
 
 
@@ -187,7 +200,7 @@ def _fit(
             rows = torch.randperm(len(codes))[:BATCH].sort().values
         counts = torch.bincount(groups[rows], minlength=field.clusters).tolist()
         own = groups[rows]
-        answers = (field.decode(codes[rows], counts) - field.output_mean[own])
+        answers = field.decode(codes[rows], counts) - field.output_mean[own]
         errors = (answers / field.output_std[own] - wanted[rows]).square().mean(1)
         loss = (errors * weights[rows]).mean()
         optimizer.zero_grad()

@@ -71,9 +71,7 @@ class GeneratedSettings(SceneSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 10 <= self.gaussians <= 1_000_000:
-            raise UsageError(
-                f"data.options.gaussians is 10 to 1,000,000, got {self.gaussians}"
-            )
+            raise UsageError(f"data.options.gaussians is 10 to 1,000,000, got {self.gaussians}")
 
 
 def read_generated(name: str, wanted: Wanted) -> ImageData:
@@ -127,7 +125,6 @@ def _data(
         split(kept[: wanted.limit], 0.0),
         split(every if wanted.validation else every[:0], VALIDATION_VIEW),
         split(every, TEST_VIEW),
-        moments=((0.0,) * 3, (1.0,) * 3),
         generated=generated,
     )
 

@@ -79,6 +79,8 @@ class SplatField(nn.Module):
     centres: Tensor
     output_mean: Tensor
     output_std: Tensor
+    input_mean: Tensor
+    input_std: Tensor
 
     def __init__(
         self,
@@ -99,10 +101,14 @@ class SplatField(nn.Module):
         self.frequencies, self.num_classes = frequencies, num_classes
         self.sizes = [3 + 6 * frequencies, *[width] * (layers - 1), num_classes]
         self.networks = nn.ModuleList(
-            nn.ModuleList(nn.Linear(*pair) for pair in zip(self.sizes, self.sizes[1:], strict=False))
+            nn.ModuleList(
+                nn.Linear(*pair) for pair in zip(self.sizes, self.sizes[1:], strict=False)
+            )
             for _ in range(clusters)
         )
         self.register_buffer("centres", torch.zeros(clusters, 3))
+        self.register_buffer("input_mean", torch.zeros(3))
+        self.register_buffer("input_std", torch.ones(3))
         self.register_buffer("output_mean", torch.zeros(clusters, num_classes))
         self.register_buffer("output_std", torch.ones(clusters, num_classes))
 
@@ -134,8 +140,11 @@ class SplatField(nn.Module):
         return found
 
     def forward(self, positions: Tensor) -> Tensor:
-        """Compute attributes (n, columns) of positions (n, 3, 1, 1), all networks on each."""
-        x = positions.flatten(1)
+        """Compute attributes (n, columns) of normalised positions (n, 3, 1, 1).
+
+        All networks compute each, so that the graph is fixed.
+        """
+        x = positions.flatten(1) * self.input_std + self.input_mean
         code = position_code(x, self.frequencies)
         found = torch.stack([self.answer(k, code) for k in range(self.clusters)], 1)
         found = found * self.output_std + self.output_mean
@@ -169,10 +178,20 @@ class SplatField(nn.Module):
         from smallfry.kits.splats.labels import Labels
 
         known = Labels(labels)
+        self.input_mean.copy_(known.codes.double().mean(0))
+        self.input_std.copy_(known.codes.double().std(0, correction=0))
         own = torch.from_numpy(clusters_of(known.codes.numpy(), self.clusters))
         for k in range(self.clusters):
             self.centres[k] = known.codes[own == k].mean(0)
         self.fit_scales(known.attributes, self.groups(known.codes))
+
+    @torch.no_grad()
+    def initialize(self, images: Tensor) -> None:
+        """Undo the normalisation of the inputs, after ``fit_outputs``, from all of them."""
+        given = images.flatten(1).double()
+        deviations = given.std(0, correction=0).clamp(min=1e-12)
+        self.input_std.copy_(self.input_std.double() / deviations)
+        self.input_mean.copy_(self.input_mean.double() - self.input_std.double() * given.mean(0))
 
     @torch.no_grad()
     def fit_scales(self, attributes: Tensor, groups: Tensor) -> None:

@@ -86,9 +86,7 @@ def prepare(
     if not cameras or not len(scene):
         raise UsageError("compression needs at least one Gaussian, and one camera for importance")
     if not 0 <= prune < 1 or not 8 <= bits <= HALF:
-        raise UsageError(
-            f"prune is 0 to below 1 and position_bits 8 to 16, got {prune} and {bits}"
-        )
+        raise UsageError(f"prune is 0 to below 1 and position_bits 8 to 16, got {prune} and {bits}")
     if np.abs(scene.positions).max() > LARGEST:
         raise UsageError(f"positions beyond ±{LARGEST:g} can't be compressed: leave them out")
     attributes = scene.attributes.astype(np.float32, copy=True)

@@ -75,9 +75,7 @@ def project(positions: Tensor, attributes: Tensor, camera: Camera) -> Projected:
     px, py, z = (x @ R.T + t).unbind(1)
     f = camera.focal
     limits = [CLIP * side / (2 * f) for side in (camera.width, camera.height)]
-    cx, cy = (
-        z * (p / z).clamp(-limit, limit) for p, limit in zip((px, py), limits, strict=True)
-    )
+    cx, cy = (z * (p / z).clamp(-limit, limit) for p, limit in zip((px, py), limits, strict=True))
     zero = torch.zeros_like(z)
     J = torch.stack(
         [
