@@ -1,7 +1,7 @@
 """Compress generated scenes of splats, with and without importance, and measure bytes and dB.
 
-Each decoded scene is written as a PLY file and read by a second renderer, benchmarks/splats_numpy.py,
-whose ratio stands beside the kit's. Views are six between the eight of importance and fine-tuning.
+Each decoded scene is written as a PLY file and read by a second renderer, that of
+benchmarks/splats_numpy.py, whose ratio stands beside the kit's. Views are six between the eight of importance and fine-tuning.
 Written after each run; the same command goes on.
 
     python benchmarks/kits_splats.py --out results/kits/splats/scenes.json
@@ -75,6 +75,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--gaussians", type=int, default=4000)
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--bodies", nargs="+", choices=[*BODIES], default=[*BODIES])
+    parser.add_argument("--forms", nargs="+", choices=[*FORMS], default=[*FORMS])
     given = parser.parse_args()
     record: dict[str, Any] = {
         "command": "python benchmarks/kits_splats.py",
@@ -85,8 +87,8 @@ def main() -> None:
     if given.out.is_file():
         record = json.loads(given.out.read_text())
     for seed in given.seeds:
-        for form in FORMS:
-            for body in BODIES:
+        for form in given.forms:
+            for body in given.bodies:
                 key = f"{body}, {form}, seed {seed}"
                 if key in record["runs"]:
                     continue

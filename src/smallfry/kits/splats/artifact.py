@@ -16,6 +16,7 @@ anything is built.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -150,7 +151,7 @@ class CompressedScene:
         start = 0
         with torch.no_grad():
             for k, count in enumerate(self.header["counts"]):
-                for part in torch.from_numpy(codes[start : start + count]).split(AT_ONCE):
+                for part in torch.split(torch.from_numpy(codes[start : start + count]), AT_ONCE):
                     counts = [len(part) if i == k else 0 for i in range(net.clusters)]
                     found.append(net.decode(part, counts).numpy())
                 start += count
@@ -193,17 +194,12 @@ class CompressedScene:
         parts["rest"] = len(packed.data) - sum(parts.values())
         count = self.header["original"] if scene is None else len(scene)
         original = count * PLAIN_BYTES * (6 + self.header["columns"])
-        found = self.scene() if scene is not None and cameras else None
-        return Report(
-            parts,
-            len(packed.data),
-            original,
-            original / len(packed.data),
-            tuple(
-                psnr(render(found, camera), render(scene, camera))
-                for camera in (cameras if found is not None and scene is not None else ())
-            ),
-        )
+        ratios = []
+        if scene is not None and cameras:
+            found = self.scene()
+            ratios = [psnr(render(found, each), render(scene, each)) for each in cameras]
+        total = len(packed.data)
+        return Report(parts, total, original, original / total, tuple(ratios))
 
 
 def load(file: str | Path) -> CompressedScene:
@@ -233,7 +229,7 @@ def _planes(integers: NDArray[np.uint16], counts: Sequence[int]) -> dict[str, ND
     first = integers[:, 0].copy()
     for part in np.split(np.arange(len(first)), np.cumsum(counts)[:-1]):
         first[part[1:]] -= integers[part[:-1], 0]  # modulo 2^16
-    found = {}
+    found: dict[str, NDArray[Any]] = {}
     for axis, values in zip("xyz", (first, *integers.T[1:]), strict=True):
         found |= _split(f"positions.{axis}", values)
     return found
@@ -259,7 +255,8 @@ def _split(name: str, values: NDArray[np.uint16]) -> dict[str, NDArray[np.int8]]
 
 def _joined(low: NDArray[np.int8], high: NDArray[np.int8]) -> NDArray[np.uint16]:
     unsigned = [each.view(np.uint8).astype(np.uint16).ravel() for each in (low, high)]
-    return unsigned[0] | (unsigned[1] << 8)
+    found: NDArray[np.uint16] = (unsigned[0] | (unsigned[1] << 8)).astype(np.uint16)
+    return found
 
 
 @torch.no_grad()
@@ -311,7 +308,7 @@ def _require_fit(header: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]])
         for axis in "xyz"
         for end in ("low", "high")
     }
-    for number, pair in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for number, pair in enumerate(pairwise(sizes)):
         rows = clusters * pair[1]
         if bits_of_weights != WHOLE:
             shapes[f"codes.{number}"] = ((rows, pair[0]), np.int8)

@@ -4,8 +4,8 @@
     then all of them by (1 − λ) L1 + λ (1 − SSIM) + 0.01 · (difference of Fourier amplitudes)
     against the original's views, λ = 0.2
 
-Source: Tang et al., arXiv 2503.23162; the weight of the last term, weights of few bits, and the coding of
-the file are this project's.
+Source: Tang et al., arXiv 2503.23162; the weight of the last term, weights of few bits, and the
+coding of the file are this project's.
 """
 
 import math
@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from smallfry.errors import UsageError
@@ -160,7 +161,7 @@ def compress(
     )
 
 
-def _ordered(found: Prepared, settings: NeuralSplats) -> tuple[np.ndarray, list[int]]:
+def _ordered(found: Prepared, settings: NeuralSplats) -> tuple[NDArray[np.int64], list[int]]:
     """Order the kept Gaussians by cluster and position, and count those of each cluster."""
     kept = np.flatnonzero(found.kept)
     attributes = found.scene.attributes[kept].astype(np.float64)
@@ -174,8 +175,8 @@ def _ordered(found: Prepared, settings: NeuralSplats) -> tuple[np.ndarray, list[
 
 
 def ordered_rows(
-    rows: np.ndarray, groups: np.ndarray, integers: np.ndarray
-) -> tuple[np.ndarray, list[int]]:
+    rows: NDArray[np.int64], groups: NDArray[np.int64], integers: NDArray[np.uint16]
+) -> tuple[NDArray[np.int64], list[int]]:
     """Sort rows by cluster, then by position; return the clusters' counts too."""
     order = np.lexsort((*integers.T[::-1], groups))
     return rows[order], np.bincount(groups).tolist()
@@ -204,7 +205,7 @@ def _fit(
         errors = (answers / field.output_std[own] - wanted[rows]).square().mean(1)
         loss = (errors * weights[rows]).mean()
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         if progress is not None:
@@ -234,7 +235,7 @@ def _finetune(
         attributes = field.decode(codes, counts, settings.weight_bits)
         loss = view_loss(rasterise(positions, attributes, cameras[view]), views[view])
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         if progress is not None:
@@ -248,10 +249,14 @@ def view_loss(found: Tensor, wanted: Tensor) -> Tensor:
     images = [each.movedim(2, 0)[None] for each in (found, wanted)]
     smallest = min(found.shape[:2])
     window = min(11, smallest - 1 + smallest % 2)  # odd, and no larger than the image
-    alike = similarity(*images, data_range=1.0, gaussian_kernel=False, kernel_size=window)
+    alike = similarity(
+        images[0], images[1], gaussian_kernel=False, kernel_size=window, data_range=1.0
+    )
+    assert isinstance(alike, Tensor)
     amplitudes = [torch.fft.fft2(each, norm="ortho").abs() for each in images]
-    return (
+    loss: Tensor = (
         (1 - SIMILARITY) * (found - wanted).abs().mean()
         + SIMILARITY * (1 - alike)
         + AMPLITUDES * (amplitudes[0] - amplitudes[1]).abs().mean()
     )
+    return loss

@@ -8,6 +8,7 @@ Linear layers with tanh between them. Source: Tang et al., arXiv 2503.23162.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -101,9 +102,7 @@ class SplatField(nn.Module):
         self.frequencies, self.num_classes = frequencies, num_classes
         self.sizes = [3 + 6 * frequencies, *[width] * (layers - 1), num_classes]
         self.networks = nn.ModuleList(
-            nn.ModuleList(
-                nn.Linear(*pair) for pair in zip(self.sizes, self.sizes[1:], strict=False)
-            )
+            nn.ModuleList(nn.Linear(*pair) for pair in pairwise(self.sizes))
             for _ in range(clusters)
         )
         self.register_buffer("centres", torch.zeros(clusters, 3))
@@ -160,7 +159,7 @@ class SplatField(nn.Module):
             counts: Positions of each cluster.
             bits: Of the weights; 16 leaves them as they are.
         """
-        codes = position_code(positions, self.frequencies).split(list(counts))
+        codes = torch.split(position_code(positions, self.frequencies), list(counts))
         return torch.cat(
             [
                 self.answer(k, code, bits) * self.output_std[k] + self.output_mean[k]

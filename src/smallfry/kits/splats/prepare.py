@@ -41,21 +41,26 @@ class Grid(NamedTuple):
         x = x.clip(-1, 1)
         if self.bits == HALF:
             raw = x.astype(np.float16).view(np.uint16)
-            return np.where(raw >> 15, 0xFFFF - raw, raw | 0x8000).astype(np.uint16)
+            halves: NDArray[np.uint16] = np.where(raw >> 15, 0xFFFF - raw, raw | 0x8000)
+            return halves.astype(np.uint16)
         most = 2**self.bits - 1
-        return np.round((x + 1) / 2 * most).astype(np.uint16)
+        found: NDArray[np.uint16] = np.round((x + 1) / 2 * most).astype(np.uint16)
+        return found
 
     def codes(self, integers: NDArray[np.uint16]) -> NDArray[np.float32]:
         """Return the numbers in [−1, 1] of integers, (n, 3)."""
         if self.bits == HALF:
             raw = np.where(integers >> 15, integers & 0x7FFF, 0xFFFF - integers)
-            return raw.astype(np.uint16).view(np.float16).astype(np.float32)
-        return (integers / (2**self.bits - 1) * 2 - 1).astype(np.float32)
+            halves: NDArray[np.float32] = raw.astype(np.uint16).view(np.float16).astype(np.float32)
+            return halves
+        found: NDArray[np.float32] = (integers / (2**self.bits - 1) * 2 - 1).astype(np.float32)
+        return found
 
     def positions(self, codes: NDArray[np.floating]) -> NDArray[np.float32]:
         """Return the positions of codes, (n, 3)."""
-        found = codes * np.asarray(self.half_sides) + np.asarray(self.centre)
-        return found.astype(np.float32)
+        wide = codes * np.asarray(self.half_sides) + np.asarray(self.centre)
+        found: NDArray[np.float32] = wide.astype(np.float32)
+        return found
 
 
 class Prepared(NamedTuple):

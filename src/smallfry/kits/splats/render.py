@@ -113,7 +113,7 @@ def rotation_matrices(quaternions: Tensor) -> Tensor:
         *(2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)),
         *(2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)),
     ]
-    return torch.stack(entries, 1).unflatten(1, (3, 3))
+    return torch.stack(entries, 1).reshape(-1, 3, 3)
 
 
 def colours(directions: Tensor, coefficients: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def colours(directions: Tensor, coefficients: Tensor) -> Tensor:
     """
     found = 0.5 + Y0 * coefficients[:, :3]
     if coefficients.shape[1] > 3:
-        rest = coefficients[:, 3:].unflatten(1, (3, -1))
+        rest = coefficients[:, 3:].reshape(len(coefficients), 3, -1)
         basis = harmonics(torch.nn.functional.normalize(directions, dim=1), rest.shape[2])
         found = found + (rest * basis[:, None]).sum(2)
     return found.clamp(min=0)
@@ -213,7 +213,7 @@ def rasterise(
         pixels = tile.weights @ found.colours[tile.near] + tile.transmittance[:, None] * behind
         if tile.columns.start == 0:
             rows.append([])
-        rows[-1].append(pixels.unflatten(0, (tile.rows.stop - tile.rows.start, -1)))
+        rows[-1].append(pixels.reshape(tile.rows.stop - tile.rows.start, -1, 3))
     return torch.cat([torch.cat(row, 1) for row in rows])
 
 
