@@ -1,7 +1,7 @@
 """Compress generated scenes of splats, with and without importance, and measure bytes and dB.
 
 Each decoded scene is written as a PLY file and read by a second renderer, that of
-benchmarks/splats_numpy.py, whose ratio stands beside the kit's. Six views are between the eight of importance.
+benchmarks/splats_numpy.py, whose ratio stands beside the kit's. Six views are held out.
 Written after each run; the same command goes on.
 
     python benchmarks/kits_splats.py --out results/kits/splats/scenes.json
