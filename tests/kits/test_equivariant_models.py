@@ -89,7 +89,7 @@ def test_frozen_samples_train_and_so_do_checkpointed_blocks():
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("sampling", ["turns", "frozen"])
+@pytest.mark.parametrize("sampling", ["turns", pytest.param("frozen", marks=pytest.mark.slow)])
 def test_an_export_has_folded_kernels_and_equals_the_network(sampling):
     import onnxruntime
 

@@ -13,7 +13,7 @@ Mironenco and Forré, "Lie Group Decompositions for Equivariant Neural Networks"
 """
 
 import math
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -139,7 +139,8 @@ class ImplicitKernel(nn.Module):
 
     def forward(self, coordinates: Tensor) -> Tensor:
         """Map coordinates (…, inputs) to weights (…, out_channels, in_channels)."""
-        return cast(Tensor, self.last(self.sines(coordinates))).unflatten(-1, self.channels)
+        found: Tensor = self.last(self.sines(coordinates))
+        return found.reshape(*found.shape[:-1], *self.channels)
 
 
 class Geometry(NamedTuple):
@@ -236,7 +237,7 @@ class LiftingConv2d(_Implicit):
         """Map images as ``forward`` does, with a geometry computed before."""
         kernel = self.kernel(geometry)
         found = F.conv2d(images, kernel.flatten(0, 1), padding=self.padding)
-        return found.unflatten(1, kernel.shape[:2])
+        return found.reshape(found.shape[0], *kernel.shape[:2], *found.shape[2:])
 
     def forward(self, images: Tensor, outputs: Samples) -> Tensor:
         """Map images (batch, in_channels, H, W) to (batch, channels, samples, H', W')."""
@@ -301,7 +302,7 @@ class GroupConv2d(_Implicit):
         kernel = self.kernel(geometry)
         weight = kernel.flatten(2, 3).flatten(0, 1)
         found = F.conv2d(features.flatten(1, 2), weight, padding=self.padding)
-        return found.unflatten(1, kernel.shape[:2])
+        return found.reshape(found.shape[0], *kernel.shape[:2], *found.shape[2:])
 
     def forward(self, features: Tensor, inputs: Samples, outputs: Samples) -> Tensor:
         """Map (batch, in_channels, input samples, H, W) to (batch, channels, output samples, …).

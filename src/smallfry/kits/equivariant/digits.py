@@ -185,7 +185,8 @@ def _shift_inside(
     edge = (size - 1) / 2
     least, most = -edge - low, edge - high
     drawn = random.uniform(np.minimum(least, most), np.maximum(least, most))
-    return np.where(least <= most, drawn, (least + most) / 2)
+    found: Array = np.where(least <= most, drawn, (least + most) / 2)
+    return found
 
 
 def read_digits(name: str, wanted: Wanted) -> ImageData:

@@ -256,7 +256,8 @@ class SL(GL):
 
     def mask(self, places: Tensor, coordinates: Tensor) -> Tensor:
         """Return 1 inside the unit disc and 0 outside, (…)."""
-        return (places.norm(dim=-1) <= 1).to(places)
+        inside: Tensor = places.norm(dim=-1) <= 1
+        return inside.to(places)
 
 
 def _logs(elements: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,11 @@
 """Classification by a network whose answer should not change under maps of the plane."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from smallfry.kits.equivariant.models import GResNet
 from smallfry.tasks import register
 from smallfry.tasks.classification import Classification
 from smallfry.tasks.task import TaskDefaults
+from smallfry_runtime.decoders import equivariant as decoder
 
 __all__ = ["Equivariant", "turned_alike"]
 
@@ -63,6 +65,16 @@ class Equivariant(Classification):
     name: ClassVar[str] = "equivariant"
     defaults: ClassVar[TaskDefaults] = TaskDefaults({}, "gl2_resnet_turns", "cross_entropy")
     recipe: ClassVar[Path] = Path(__file__).parent / "recipe.yaml"
+
+    def decode(
+        self, outputs: Tensor, classes: Sequence[str], settings: Mapping[str, Any] | None = None
+    ) -> list[Any]:
+        """Return the most probable class and the probability of each.
+
+        Raises:
+            UsageError: There are settings, and it has none.
+        """
+        return decoder.decode(np.asarray(outputs.detach().float().cpu()), classes, settings)
 
     def explain(
         self,
