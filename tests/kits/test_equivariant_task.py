@@ -61,6 +61,7 @@ def test_an_export_answers_with_labels(run, tmp_path, capsys):
         assert sum(answer["probabilities"].values()) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_a_network_that_draws_samples_is_exported_once_they_are_frozen(run, tmp_path):
     trained = smallfry.load(run)
     trained.model.sampling = "fresh"
