@@ -188,7 +188,7 @@ def enumerate_programs(
     shorter = _Shorter([], [], least)
     seen: set[Program] = set()
     found, low = 0, 0
-    while found < limit and low < most_size * max(unit.values()):
+    while found < limit and low <= most_size * max(unit.values()):
         new = [
             (unit[name] + cost, Program(name, parts))
             for name, arity in grammar.arities.items()

@@ -1,13 +1,13 @@
 """Graph networks whose structure a program wrote, behind an encoder of images.
 
-    encoder   pixel-unshuffle, 1×1 convolution, three residual blocks, a transformer; mean: d numbers
+    encoder   pixel-unshuffle, 1×1 convolution, three blocks, a transformer; the mean: d numbers
     baseline  a linear layer of these
     G-SSNN    each node and edge of the program's graph gets a slice of them; three GINE layers,
               mean over the nodes, a linear layer
 
-Xu, Hu, Leskovec, Jegelka, ICLR 2019, arXiv 1810.00826, and Hu et al., ICLR 2020, arXiv 1905.12265,
-are the sources of GINE; the form of slices and codes is our own, as the authors' code mixes rows and
-columns of its table of positions, and counts each edge four times.
+GINE is of Hu et al., ICLR 2020, arXiv 1905.12265, after Xu et al., ICLR 2019, arXiv 1810.00826. The
+form of slices and codes is our own: the authors' code mixes rows and columns of its table of
+positions, and counts each edge four times.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from smallfry.kits.symbolic.interpreter import ProgramGraph, run
 from smallfry.kits.symbolic.programs import parse
 from smallfry.models.sources import Source, register_sizes
 
-__all__ = ["GINEConv", "GSSNN", "ProgramReader", "position_codes", "slices_of"]
+__all__ = ["GSSNN", "GINEConv", "ProgramReader", "position_codes", "slices_of"]
 
 SOURCE = Source("arXiv 2303.03340", "shlomenu/symbolically_synthesized_networks", "MIT")
 LAYERS = 3  # of GINE
@@ -65,8 +65,8 @@ def slices_of(width: int, elements: int) -> Tensor:
     """
     if elements > width:
         raise UsageError(
-            f"a graph of {elements} nodes and edges needs as many numbers of the encoder, which has "
-            f"{width}: take a smaller program, or give model.options.reader_dim"
+            f"a graph of {elements} nodes and edges needs as many numbers of the encoder, which "
+            f"gives {width}: take a smaller program, or a larger model.options.reader_dim"
         )
     length = width // elements
     first = width - (elements - 1) * length

@@ -80,8 +80,7 @@ def find_graphs(
         frontier: Programs of a graph that it is learned from.
 
     Returns:
-        At most ``count`` programs, the shortest of each graph, in the order in which the graphs were
-        found.
+        At most ``count`` programs, the shortest of each graph, in the order of finding the graphs.
 
     Example:
         >>> [str(program) for program in find_graphs(2, limit=500, rounds=1)]
