@@ -1,7 +1,7 @@
 """Variance between programs against variance between seeds, and an evolution of programs.
 
     python benchmarks/kits_symbolic.py variance --out results/kits/symbolic/variance.json
-    python benchmarks/kits_symbolic.py variance --images 1440 --size 64 --epochs 12 --batch 32 --out FILE
+    python benchmarks/kits_symbolic.py variance --images 1440 --size 64 --batch 32 --out FILE
     python benchmarks/kits_symbolic.py evolution --folder runs/programs --out FILE
     python benchmarks/kits_symbolic.py growth --out FILE
 

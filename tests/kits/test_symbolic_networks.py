@@ -203,7 +203,7 @@ def test_natural_gradient_covers_encoder_and_reader():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    assert all("residuals" in name and "norm" in name for name in optimizer.uncovered)
+    assert all("norm" in name for name in optimizer.uncovered)
 
 
 # Matrices
@@ -241,19 +241,19 @@ def test_shapes_have_their_areas():
     random = np.random.default_rng(0)
     assert all(len(rows_by("progression", 5, random)) == 3 for _ in range(20))
     areas = {}
-    for number in range(40):
-        panel = draw_panel(PanelSettings(size=96), "train", number)
+    for number in range(12):
+        panel = draw_panel(PanelSettings(size=288), "train", number)
         inside = panel.pixels[0] != panel.background
         for row in range(3):
             for column in range(3):
-                cell = inside[32 * row : 32 * row + 32, 32 * column : 32 * column + 32]
+                cell = inside[96 * row : 96 * row + 96, 96 * column : 96 * column + 96]
                 areas.setdefault(SHAPES[panel.shapes[row][column]], []).append(cell.mean())
     radius = 0.36**2
     for place, name in enumerate(SHAPES[:4]):
         n = place + 3
         wanted = radius * n / 2 * np.sin(2 * np.pi / n)
-        assert np.mean(areas[name]) == pytest.approx(wanted, rel=0.12)
-    assert np.mean(areas["circle"]) == pytest.approx(np.pi * radius, rel=0.1)
+        assert np.mean(areas[name]) == pytest.approx(wanted, rel=0.08)
+    assert np.mean(areas["circle"]) == pytest.approx(np.pi * radius, rel=0.05)
 
 
 def test_samples_depend_on_settings_split_and_number_alone():
@@ -334,7 +334,7 @@ def evolve(search, stop=99):
 
 
 def settings():
-    return {"population": 6, "rounds": 3, "limit": 4000}
+    return {"population": 5, "rounds": 3, "limit": 2500}
 
 
 def test_evolution_keeps_the_better_half_and_resumes(tmp_path):
@@ -460,6 +460,7 @@ def test_a_run_is_exported_and_answers(trained, tmp_path, capsys):
     assert first["probabilities"] == pytest.approx(second["probabilities"], abs=1e-5)
 
 
+@pytest.mark.usefixtures("quiet_warnings")  # norms of maps stay in floating point
 def test_a_run_is_compressed(trained, tmp_path):
     methods = "[{quantize: {weights: 8, activations: 8}}]"
     assert main(["compress", str(trained), "--methods", methods, "--to", str(tmp_path / "q")]) == 0
