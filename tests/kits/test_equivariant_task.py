@@ -40,8 +40,6 @@ def test_a_run_learns_and_quarter_turns_leave_every_answer(run):
     images = trained.normalize(data.test.images)
     for turns in (1, 2, 3):
         assert turned_alike(trained.model.eval(), images, turns)[0].all()
-    assert (run / "pictures" / "turns.png").is_file()
-    assert (run / "pictures" / "confusion_matrix.png").is_file()
 
 
 def test_an_export_answers_with_labels(run, tmp_path, capsys):

@@ -15,6 +15,8 @@ from smallfry.kits.pose.models import (
     LocalFeature,
     PoseCodes,
     RefineStep,
+    mean_places,
+    waves_of,
 )
 from smallfry.models.sources import source_of
 
@@ -150,13 +152,16 @@ def model():
 
 
 def test_the_compact_network_has_codes_of_five_bits(model):
-    assert sum(p.numel() for p in model.parameters()) == 376_461
+    assert sum(p.numel() for p in model.parameters()) == 592_457
     found = model(torch.rand(2, 3, 128, 128))
     assert isinstance(found, PoseCodes)
     assert found.in_roi.shape == (2, 1, 128)
     assert found.x.shape == found.y.shape == (2, 5, 128)
     assert found.masks.shape == (2, 2, 32, 32)
     assert torch.equal(found.points[1], model.keypoints)
+    assert found.places.shape == (2, 2, 128)
+    assert found.places.min() > 0
+    assert found.places.max() < 1
     assert source_of("checkerpose_s").licence == "none"
 
 
@@ -164,6 +169,48 @@ def test_every_weight_learns(model):
     model.zero_grad()
     sum(each.square().sum() for each in model(torch.rand(2, 3, 128, 128))).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_a_mean_place_is_the_middle_of_a_hot_cell():
+    heat = torch.zeros(1, 2, 8, 8, dtype=torch.float64)
+    heat[0, 0, 5, 2] = heat[0, 1, 0, 7] = 100.0  # rows 5 and 0, columns 2 and 7
+    wanted = torch.tensor([[[2.5, 7.5], [5.5, 0.5]]], dtype=torch.float64) / 8
+    assert_close(mean_places(heat), wanted)
+    assert_close(mean_places(torch.zeros_like(heat)), torch.full_like(wanted, 0.5))
+
+
+def test_signs_of_waves_are_the_bits_of_a_place():
+    cells = torch.arange(32)
+    places = ((cells + 0.3) / 32)[None, None].expand(1, 2, -1).double()
+    waves = waves_of(places, 5)
+    assert waves.shape == (1, 20, 32)
+    for bit in range(5):  # sines of x and y, then cosines, of each bit
+        wanted = (cells >> (4 - bit)) & 1
+        for row in (4 * bit, 4 * bit + 1):
+            assert torch.equal((waves[0, row] < 0).long(), wanted)
+
+
+def test_first_bits_are_trained_alone_for_a_number_of_pictures():
+    model = timm.create_model("checkerpose_s", coarse=4).train()
+    images = torch.rand(2, 3, 128, 128)
+    for _ in range(2):
+        found = model(images)
+        assert not found.x[:, 3:].any()
+        assert not found.masks.any()
+        assert found.x[:, :3].abs().min() > 0
+        assert found.masks.shape == (2, 2, 32, 32)
+    assert int(model.trained) == 4
+    assert model(images).x[:, 3:].abs().min() > 0  # now all
+    assert int(model.trained) == 4
+    other = timm.create_model("checkerpose_s", coarse=4)
+    other.load_state_dict(model.state_dict())  # as a resumed run does
+    assert other.train()(images).x[:, 3:].abs().min() > 0
+
+
+def test_all_bits_are_computed_in_use_whatever_was_trained():
+    model = timm.create_model("checkerpose_s", coarse=4).eval()
+    with torch.no_grad():
+        assert model(torch.rand(1, 3, 128, 128)).x[:, 3:].abs().min() > 0
 
 
 def test_keypoints_may_be_ones_own():

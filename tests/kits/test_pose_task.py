@@ -13,7 +13,7 @@ from smallfry.cli import main
 from smallfry.data import load_data
 from smallfry.errors import DataError, UsageError
 from smallfry.kits.pose.data import model_options
-from smallfry.kits.pose.losses import mask_loss, terms
+from smallfry.kits.pose.losses import mask_loss, place_loss, terms
 from smallfry.kits.pose.mesh import generated_mesh, keypoints, read_mesh
 from smallfry.kits.pose.models import PoseCodes
 from smallfry.kits.pose.scenes import (
@@ -117,7 +117,13 @@ def exact_outputs(truth, points, wrong=0):
         20 * found.y - 10,
         20 * truth.masks - 10,
         points.expand(batch, -1, -1),
+        true_places(truth),
     )
+
+
+def true_places(truth):
+    """Return columns and rows as shares of the crop's side, (batch, 2, points)."""
+    return ((truth.pixels - truth.crop[:, None, :2]) / truth.crop[:, None, 2:]).transpose(1, 2)
 
 
 @pytest.fixture(scope="module")
@@ -177,11 +183,25 @@ def test_keypoints_of_another_object_are_refused(data):
         PoseTask().metrics(outputs, data.test.labels)
 
 
+def test_places_are_drawn_to_the_true_ones(data):
+    truth = unpack(data.test.labels)
+    places = true_places(truth)
+    assert place_loss(places, truth).max() < 0.02  # points beside the crop by a fifth of its side
+    apart = places.clone()
+    apart[:, 0] += 0.25
+    assert_close(
+        place_loss(apart, truth) - place_loss(places, truth),
+        torch.full((len(places),), 0.125),
+        atol=0.02,
+        rtol=0,
+    )
+
+
 def test_the_loss_is_the_sum_of_its_terms(data, points):
     truth = unpack(data.test.labels)
     outputs = PoseCodes(*(torch.randn_like(each) for each in exact_outputs(truth, points)))
     parts = terms(outputs, truth)
-    assert {*parts} == {"in_roi", "x", "y", "seen", "whole"}
+    assert {*parts} == {"in_roi", "x", "y", "seen", "whole", "places"}
     task = PoseTask()
     assert_close(task.losses(outputs, truth), sum(task.terms(outputs, truth).values()))
     assert_close(task.loss(outputs, truth), task.losses(outputs, truth).mean())
