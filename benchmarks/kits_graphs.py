@@ -5,7 +5,7 @@ Graphs are generated with the sizes of known data sets, as recalled: relations w
 64 out, 4 heads. Written after each layer; the same command goes on.
 
     python benchmarks/kits_graphs.py --out results/kits/graphs/layers.json
-    python benchmarks/kits_graphs.py --graphs aifb --out /tmp/aifb.json
+    python benchmarks/kits_graphs.py --graphs aifb --out aifb.json
 """
 
 import argparse

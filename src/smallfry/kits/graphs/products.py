@@ -261,7 +261,8 @@ def edge_softmax(plan: AnyPlan, scores: Tensor) -> Tensor:
     else:
         powers = powers.exp()
     total = scores.new_zeros(plan.nodes[1], scores.shape[1]).scatter_add(0, index, powers)
-    return powers / (total[plan.destination] + 1e-16)
+    # at least 1 where there is an edge; an added 1e-16 would be optimised away in an export
+    return powers / total[plan.destination].clamp(min=0.5)
 
 
 class _EdgeSoftmax(torch.autograd.Function):
