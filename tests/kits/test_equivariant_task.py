@@ -32,7 +32,7 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_a_run_learns_and_quarter_turns_leave_every_answer(run):
+def test_a_run_learns_and_quarter_turns_leave_every_answer(run, tmp_path):
     trained = smallfry.load(run)
     data = load_data("equivariant-digits", test=0.1)
     upright = trained.evaluate(split="validation")
@@ -40,6 +40,9 @@ def test_a_run_learns_and_quarter_turns_leave_every_answer(run):
     images = trained.normalize(data.test.images)
     for turns in (1, 2, 3):
         assert turned_alike(trained.model.eval(), images, turns)[0].all()
+    few = data.test.take(torch.arange(10))
+    Equivariant().explain(trained.model, few, trained.normalize, trained.classes, tmp_path)
+    assert Image.open(tmp_path / "turns.png").size[0] > 600
 
 
 def test_an_export_answers_with_labels(run, tmp_path, capsys):
