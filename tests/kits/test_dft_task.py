@@ -298,6 +298,7 @@ def test_pictures(tmp_path):
 # Runs
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_answers(run, tmp_path, capsys):
     trained, task = smallfry.load(run), DensityCoefficients()
     options = {**OPTIONS, "copies": 1}
@@ -315,6 +316,7 @@ def test_a_run_learns_and_answers(run, tmp_path, capsys):
     assert json.dumps(answer).count('"element"') == 2
 
 
+@pytest.mark.slow
 def test_a_start_from_a_network_ends_at_the_same_energy(run):
     guess = DensityGuess.load(run)
     molecule = gto.M(atom="C 0 0 0; O 0 0 1.13", basis="6-31g", verbose=0)

@@ -32,6 +32,7 @@ def run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_quarter_turns_leave_every_answer(run, tmp_path):
     trained = smallfry.load(run)
     data = load_data("equivariant-digits", test=0.1)
@@ -45,6 +46,7 @@ def test_a_run_learns_and_quarter_turns_leave_every_answer(run, tmp_path):
     assert Image.open(tmp_path / "turns.png").size[0] > 600
 
 
+@pytest.mark.slow
 def test_an_export_answers_with_labels(run, tmp_path, capsys):
     smallfry.export(run, tmp_path / "export")
     runtime = Runtime(tmp_path / "export")

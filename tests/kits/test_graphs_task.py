@@ -262,6 +262,7 @@ def run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_learns_the_rule(run):
     scores = smallfry.load(run).evaluate()
     labels = load_data("graphs-rules", options=OPTIONS).test.labels
@@ -270,6 +271,7 @@ def test_a_run_learns_the_rule(run):
     assert scores["node_accuracy"] > 0.85
 
 
+@pytest.mark.slow
 def test_an_export_answers_with_classes(run, tmp_path, capsys):
     runtime = Runtime(smallfry.export(run, tmp_path / "export"))
     trained = smallfry.load(run)

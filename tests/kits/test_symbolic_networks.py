@@ -337,6 +337,7 @@ def settings():
     return {"population": 5, "rounds": 3, "limit": 2500}
 
 
+@pytest.mark.slow
 def test_evolution_keeps_the_better_half_and_resumes(tmp_path):
     search = ProgramEvolution(**settings())
     trials = evolve(search)
@@ -396,6 +397,7 @@ def test_the_space_gives_models_trainings_and_encodings(tmp_path):
         GraphProgramSpace(["push"])
 
 
+@pytest.mark.slow
 def test_a_search_trains_programs_and_goes_on(tmp_path):
     told = []
     search = ProgramEvolution(population=2, rounds=2, limit=3000, frontier=10)
@@ -444,6 +446,7 @@ def test_the_task_has_its_recipe_and_decodes():
         decode(logits.numpy(), ["a", "b"], {"beam": 1})
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_and_answers(trained, tmp_path, capsys):
     found = smallfry.load(trained)
     assert found.manifest["model"]["arguments"]["num_classes"] == 2
@@ -461,6 +464,7 @@ def test_a_run_is_exported_and_answers(trained, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("quiet_warnings")  # norms of maps stay in floating point
+@pytest.mark.slow
 def test_a_run_is_compressed(trained, tmp_path):
     methods = "[{quantize: {weights: 8, activations: 8}}]"
     assert main(["compress", str(trained), "--methods", methods, "--to", str(tmp_path / "q")]) == 0

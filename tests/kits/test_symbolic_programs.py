@@ -412,6 +412,7 @@ def test_other_learners_are_refused(monkeypatch):
 # Population
 
 
+@pytest.mark.slow
 def test_graphs_are_found_by_libraries_that_plain_enumeration_does_not_reach():
     found = find_graphs(4, limit=8000, rounds=4)
     assert len(found) == 4
