@@ -122,8 +122,8 @@ def test_runs_are_chosen_by_name_or_pattern():
         from runs import read_list
     finally:
         sys.path.remove(str(FILE.parent))
-    assert [run.name for run in read_list(file, ["loopnet_2m_c*"], {})] == [
-        f"loopnet_2m_cpu-seed{seed}" for seed in range(3)
+    assert [run.name for run in read_list(file, ["loopnet_2m_sizes_*"], {})] == [
+        f"loopnet_2m_sizes_32_epochs-seed{seed}" for seed in range(3)
     ]
     chosen = {run.name for run in read_list(file, ["fast_*", "loopnet_300k"], {"epochs": 1})}
     assert len(chosen) == 7

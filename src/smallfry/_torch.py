@@ -15,6 +15,7 @@ from torch._C import _current_graph_task_id as current_graph_task_id
 from torch._C import _get_mkldnn_enabled as is_onednn_enabled
 from torch._C import _set_mkldnn_enabled as enable_onednn
 from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
@@ -30,6 +31,7 @@ __all__ = [
     "flat_weight_names",
     "foreach_norm",
     "has_forward_hooks",
+    "is_fake",
     "is_functorch_wrapped_tensor",
     "is_onednn_enabled",
     "is_transformed",

@@ -183,7 +183,7 @@ def test_decoders_are_found_by_their_task():
     assert not has_decoder("os")
     for name in ("speech", "../ocr", "ocr.Settings", ""):
         with pytest.raises(
-            UsageError, match=f"no decoder for the task '{name}'; there are eeg, ocr"
+            UsageError, match=f"no decoder for the task '{name}'; there are eeg, .*ocr"
         ):
             decoder_of(name)
     with pytest.raises(UsageError, match="decoding has no setting 'beam' here"):

@@ -33,7 +33,7 @@ SOURCE = {
         )
     ),
     "sl2_resnet*": MIRONENCO,
-    "plain_gresnet*": Source("the same network with ordinary convolutions, for comparison"),
+    "plain_gresnet*": Source("Mironenco & Forré 2024, ICLR, arXiv 2310.11366, without the group"),
 }
 GROUPS = {"gl2": GL, "sl2": SL}
 PARTS = ("lift", "block", "last")  # where samples are used

@@ -13,6 +13,7 @@ import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import Tensor, nn
 
+from smallfry._torch import is_fake
 from smallfry.errors import UsageError
 from smallfry.kits.graphs.attention import HGTConv, RGATConv
 from smallfry.kits.graphs.layers import GINEConv, RGCNConv
@@ -164,8 +165,6 @@ class RelationalNetwork(nn.Module):
 
 def _is_traced(tensor: Tensor) -> bool:
     """Return whether shapes that depend on values can't be computed."""
-    from torch._subclasses.fake_tensor import is_fake
-
     return torch.compiler.is_compiling() or tensor.is_meta or is_fake(tensor)
 
 

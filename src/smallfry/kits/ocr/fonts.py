@@ -80,7 +80,7 @@ def _packaged(held: set[str]) -> list[Path]:
     Packages of fonts are those with entry points ``fonts_ttf`` or ``fonts_otf``, as of
     ``pip install smallfry[ocr]``; no code of theirs runs.
     """
-    faces = {}
+    faces: dict[tuple[str, str], Path] = {}
     for file in sorted(_files(), key=lambda each: each.name):
         name, style = _font(file, PROBE).getname()
         if str(name) not in held:

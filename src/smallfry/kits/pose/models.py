@@ -329,7 +329,7 @@ def mean_places(heat: Tensor) -> Tensor:
         (batch, 2, points), from half a cell to the side less half a cell.
     """
     side = heat.shape[-1]
-    shares = heat.flatten(2).softmax(dim=2).unflatten(2, (side, side))
+    shares = heat.flatten(2).softmax(dim=2).reshape(heat.shape)
     middles = (torch.arange(side, device=heat.device, dtype=heat.dtype) + 0.5) / side
     return torch.stack([shares.sum(dim=over) @ middles for over in (2, 3)], dim=1)
 

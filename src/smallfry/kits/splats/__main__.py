@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from smallfry.errors import SmallfryError
+from smallfry.io.terminal import say
 from smallfry.kits.splats.artifact import load
 from smallfry.kits.splats.cameras import around
 from smallfry.kits.splats.codec import NeuralSplats, compress
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             settings = NeuralSplats(**{name: getattr(given, name) for name in names})
             scene = read_scene(given.scene)
             size = compress(scene, around(scene.positions, VIEWS), settings).save(given.file)
-            print(f"{given.file}: {size:,} bytes, {given.scene.stat().st_size / size:.1f}× smaller")
+            say(f"{given.file}: {size:,} bytes, {given.scene.stat().st_size / size:.1f}× smaller")
         elif given.verb == "expand":
             write_scene(load(given.file).scene(), given.scene)
         else:
@@ -51,11 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             views = [] if original is None else around(original.positions, HELD_OUT, start=0.5)
             found = load(given.file).report(original, views)
             for name, size in {**found.bytes, "total": found.total}.items():
-                print(f"{name:10} {size:>12,} bytes")
+                say(f"{name:10} {size:>12,} bytes")
             for number, ratio in enumerate(found.decibels):
-                print(f"view {number:<5} {ratio:>12.2f} dB")
+                say(f"view {number:<5} {ratio:>12.2f} dB")
     except SmallfryError as error:
-        print(f"smallfry: {error}", file=sys.stderr)
+        say(f"smallfry: {error}", sys.stderr)
         return 1
     return 0
 
