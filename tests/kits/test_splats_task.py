@@ -68,7 +68,7 @@ def test_a_ply_file_is_data(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_learns_and_its_verbs_work(tmp_path, capsys):
+def test_a_run_learns_and_its_verbs_work(tmp_path, capsys, pictures_drawn):
     run = tmp_path / "run"
     settings = {"task": "splats", "data": {"name": "splats-torus", "options": OPTIONS}}
     smallfry.train(**settings, epochs=6, batch_size=12, run=run, progress="quiet")
