@@ -71,6 +71,7 @@ def in_c(tmp_path_factory):
     return compiled("c/classify.c", "gcc", tmp_path_factory.mktemp("c"))
 
 
+@pytest.mark.slow
 def test_c_answers_as_the_runtime(export, picture, in_c):
     file, _ = picture
     runtime = Runtime(export)
@@ -93,6 +94,7 @@ def test_c_answers_as_the_runtime(export, picture, in_c):
         (b"", b"no binary PPM"),
     ],
 )
+@pytest.mark.slow
 def test_c_refuses_other_images(export, in_c, tmp_path, content, words):
     (tmp_path / "wrong.ppm").write_bytes(content)
     done = run(in_c, export / "model.onnx", tmp_path / "wrong.ppm")
@@ -100,6 +102,7 @@ def test_c_refuses_other_images(export, in_c, tmp_path, content, words):
     assert words in done.stderr
 
 
+@pytest.mark.slow
 def test_c_refuses_other_models(in_c, picture, tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"no model")
     done = run(in_c, tmp_path / "model.onnx", picture[0])
@@ -107,6 +110,7 @@ def test_c_refuses_other_models(in_c, picture, tmp_path):
     assert b"classify: ONNX Runtime" in done.stderr
 
 
+@pytest.mark.slow
 def test_cpp_computes_the_logits_of_the_runtime(export, picture, tmp_path):
     program = compiled("cpp/classify.cpp", "g++", tmp_path)
     _, pixels = picture

@@ -115,6 +115,7 @@ def test_augmentations_of_pictures_are_refused(tmp_path, capsys):
     assert "labels of eeg would not hold" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pictures_drawn")
 def test_subjects_are_left_out_in_turn(tmp_path):
     data = {"name": "eeg-spindles", "options": FEW}

@@ -232,6 +232,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path, run: Path) -> No
         trained.decode(array)
 
 
+@pytest.mark.slow
 def test_benchmark_and_compress_take_it(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

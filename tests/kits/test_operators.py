@@ -323,6 +323,7 @@ def run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_beats_the_mean_field_and_draws(run):
     trained = smallfry.load(run)
     options = {"samples": 60, "size": 16}
@@ -332,6 +333,7 @@ def test_a_run_beats_the_mean_field_and_draws(run):
     assert trained.evaluate()["l2_error"] < 0.8 * baseline
 
 
+@pytest.mark.slow
 def test_an_export_answers_with_fields(run, tmp_path, capsys):
     smallfry.export(run, tmp_path / "export")
     runtime = Runtime(tmp_path / "export")

@@ -185,6 +185,11 @@ class _Implicit(nn.Module):
         mask = self.group.mask(places, places[..., :0])
         return Geometry(places, mask * _determinants(inverses)[:, None, None])
 
+    def _convolve(self, maps: Tensor, weight: Tensor) -> Tensor:
+        """Convolve maps (batch, …, H, W) to (batch, channels, samples, H', W')."""
+        found = F.conv2d(maps, weight, padding=self.padding)
+        return found.reshape(found.shape[0], self.channels, -1, *found.shape[2:])
+
     def extra_repr(self) -> str:
         """Describe channels, kernel and group."""
         return (
@@ -233,11 +238,13 @@ class LiftingConv2d(_Implicit):
         """Compute kernels (channels, samples, in_channels, k, k)."""
         return self._weights(geometry).permute(3, 0, 4, 1, 2)
 
+    def weight(self, geometry: Geometry) -> Tensor:
+        """Compute the weight of the ordinary convolution, channels and samples in one."""
+        return self.kernel(geometry).flatten(0, 1)
+
     def convolve(self, images: Tensor, geometry: Geometry) -> Tensor:
         """Map images as ``forward`` does, with a geometry computed before."""
-        kernel = self.kernel(geometry)
-        found = F.conv2d(images, kernel.flatten(0, 1), padding=self.padding)
-        return found.reshape(found.shape[0], *kernel.shape[:2], *found.shape[2:])
+        return self._convolve(images, self.weight(geometry))
 
     def forward(self, images: Tensor, outputs: Samples) -> Tensor:
         """Map images (batch, in_channels, H, W) to (batch, channels, samples, H', W')."""
@@ -292,6 +299,10 @@ class GroupConv2d(_Implicit):
         """Compute kernels (channels, output samples, in_channels, input samples, k, k)."""
         return self._weights(geometry).permute(4, 0, 5, 1, 2, 3)
 
+    def weight(self, geometry: Geometry) -> Tensor:
+        """Compute the weight of the ordinary convolution, channels and samples in one."""
+        return self.kernel(geometry).flatten(2, 3).flatten(0, 1)
+
     def convolve(self, features: Tensor, geometry: Geometry) -> Tensor:
         """Map features as ``forward`` does, with a geometry computed before.
 
@@ -299,10 +310,7 @@ class GroupConv2d(_Implicit):
             ValueError: The features are not those of so many input samples.
         """
         _require_samples(features, geometry.factors.shape[1])
-        kernel = self.kernel(geometry)
-        weight = kernel.flatten(2, 3).flatten(0, 1)
-        found = F.conv2d(features.flatten(1, 2), weight, padding=self.padding)
-        return found.reshape(found.shape[0], *kernel.shape[:2], *found.shape[2:])
+        return self._convolve(features.flatten(1, 2), self.weight(geometry))
 
     def forward(self, features: Tensor, inputs: Samples, outputs: Samples) -> Tensor:
         """Map (batch, in_channels, input samples, H, W) to (batch, channels, output samples, …).
@@ -353,6 +361,10 @@ class ProjectionConv2d(_Implicit):
         """Compute kernels (channels, in_channels, input samples, k, k)."""
         return self._weights(geometry).permute(3, 4, 0, 1, 2)
 
+    def weight(self, geometry: Geometry) -> Tensor:
+        """Compute the weight of the ordinary convolution, channels and samples in one."""
+        return self.kernel(geometry).flatten(1, 2)
+
     def forward(self, features: Tensor, inputs: Samples) -> Tensor:
         """Map (batch, in_channels, samples, H, W) to (batch, channels, H', W').
 
@@ -360,7 +372,7 @@ class ProjectionConv2d(_Implicit):
             ValueError: The features are not those of so many samples.
         """
         _require_samples(features, len(inputs.elements))
-        weight = self.kernel(self.geometry(inputs)).flatten(1, 2)
+        weight = self.weight(self.geometry(inputs))
         return F.conv2d(features.flatten(1, 2), weight, padding=self.padding)
 
 
@@ -389,11 +401,11 @@ def as_convolution(
         (1, 24)
     """
     if isinstance(layer, LiftingConv2d) and inputs is None and outputs is not None:
-        weight = layer.kernel(layer.geometry(outputs)).flatten(0, 1)
+        weight = layer.weight(layer.geometry(outputs))
     elif isinstance(layer, GroupConv2d) and inputs is not None and outputs is not None:
-        weight = layer.kernel(layer.geometry(inputs, outputs)).flatten(2, 3).flatten(0, 1)
+        weight = layer.weight(layer.geometry(inputs, outputs))
     elif isinstance(layer, ProjectionConv2d) and inputs is not None and outputs is None:
-        weight = layer.kernel(layer.geometry(inputs)).flatten(1, 2)
+        weight = layer.weight(layer.geometry(inputs))
     else:
         raise ValueError(
             "a lifting is folded with output samples, a projection with input samples, and a "

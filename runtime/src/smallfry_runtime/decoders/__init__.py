@@ -11,15 +11,18 @@ A kit's decoder is here, too, so that a device that runs its exports needs nothi
 """
 
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from smallfry_runtime.errors import UsageError
 
-__all__ = ["decoder_of", "has_decoder", "require_no_settings"]
+__all__ = ["classified", "decoder_of", "has_decoder", "require_no_settings"]
 
 
 @cache
@@ -52,3 +55,22 @@ def require_no_settings(settings: Mapping[str, Any] | None) -> None:
     """
     if settings:
         raise UsageError(f"decoding has no setting '{next(iter(settings))}' here: leave it out")
+
+
+def classified(outputs: NDArray[Any], classes: Sequence[str], name: str) -> list[Any]:
+    """Decode logits (samples, classes) to the likeliest class, as ``name``, and all probabilities.
+
+    Example:
+        >>> classified(np.zeros((1, 2)), ["no", "yes"], "answer")
+        [{'answer': 'no', 'probabilities': {'no': 0.5, 'yes': 0.5}}]
+    """
+    logits = np.asarray(outputs, np.float64)
+    shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    shares /= shares.sum(axis=-1, keepdims=True)
+    return [
+        {
+            name: classes[int(row.argmax())],
+            "probabilities": dict(zip(classes, row.tolist(), strict=True)),
+        }
+        for row in shares
+    ]

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from smallfry_runtime.decoders import require_no_settings
+from smallfry_runtime.decoders import classified, require_no_settings
 
 __all__ = ["decode", "right"]
 
@@ -24,15 +24,7 @@ def decode(
         [{'state': 'alert', 'probabilities': {'alert': 0.5, 'drowsy': 0.5}}]
     """
     require_no_settings(settings)
-    shifted = outputs.astype(np.float64) - outputs.max(axis=-1, keepdims=True)
-    shares = np.exp(shifted) / np.exp(shifted).sum(axis=-1, keepdims=True)
-    return [
-        {
-            "state": classes[int(row.argmax())],
-            "probabilities": dict(zip(classes, row.tolist(), strict=True)),
-        }
-        for row in shares
-    ]
+    return classified(outputs, classes, "state")
 
 
 def right(outputs: NDArray[Any], labels: NDArray[np.int64]) -> NDArray[np.bool_]:

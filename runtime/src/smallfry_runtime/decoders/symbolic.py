@@ -3,12 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from smallfry_runtime.decoders import require_no_settings
+from smallfry_runtime.decoders import classified, require_no_settings
 
-__all__ = ["decode", "right"]
+__all__ = ["decode"]
 
 
 def decode(
@@ -20,21 +19,9 @@ def decode(
         UsageError: There are settings, and it has none.
 
     Example:
+        >>> import numpy as np
         >>> decode(np.array([[0.0, 0.0]]), ["changing", "constant"])
         [{'colour': 'changing', 'probabilities': {'changing': 0.5, 'constant': 0.5}}]
     """
     require_no_settings(settings)
-    shifted = outputs.astype(np.float64) - outputs.max(axis=-1, keepdims=True)
-    shares = np.exp(shifted) / np.exp(shifted).sum(axis=-1, keepdims=True)
-    return [
-        {
-            "colour": classes[int(row.argmax())],
-            "probabilities": dict(zip(classes, row.tolist(), strict=True)),
-        }
-        for row in shares
-    ]
-
-
-def right(outputs: NDArray[Any], labels: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Mark the matrices (matrices,) whose likeliest class is the label."""
-    return np.asarray(outputs.argmax(axis=-1) == labels)
+    return classified(outputs, classes, "colour")

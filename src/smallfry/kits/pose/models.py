@@ -217,7 +217,7 @@ class CheckerPose(nn.Module):
         waves: Bits are read from waves of the mean places, too; ours.
         coarse: Pictures of training during which first bits and places are computed alone, at a
             third of the cost; the others' logits are 0 meanwhile. The published network is trained
-            so for 50,000 steps.
+            so for 50,000 steps. Each of several processes counts its own pictures.
 
     Raises:
         UsageError: Several classes, another size of images, or keypoints of another form.
@@ -292,8 +292,7 @@ class CheckerPose(nn.Module):
         features = heat.flatten(2).transpose(1, 2)
         for layer in self.graph:
             features = layer(features, self.neighbours)
-        features = torch.cat([features, waves], dim=1)
-        first = self.codes(features.transpose(1, 2)).transpose(1, 2)
+        first = self.codes(torch.cat([features, waves], dim=1).transpose(1, 2)).transpose(1, 2)
         bits = [*first[:, 1:].unflatten(1, (2, FIRST)).transpose(0, 1).unbind(2)]  # (2, batch, n)
         inside = (first[:, 0] > 0).to(first.dtype)
         cells = torch.zeros_like(bits[0], dtype=torch.int64)
@@ -311,8 +310,8 @@ class CheckerPose(nn.Module):
         image = maps[-1]
         for i, (larger, step) in enumerate(zip(self.larger, self.steps, strict=True)):
             image = larger(torch.cat([image, maps[-1 - i]], dim=1) if i else image)
-            found, features = step(image, features, inside, cells, self.neighbours)
             features = torch.cat([features, waves], dim=1)
+            found, features = step(image, features, inside, cells, self.neighbours)
             bits.append(found.transpose(0, 1))
             cells = 2 * cells + (bits[-1] > 0)
         x, y = torch.stack(bits, dim=2).unbind(0)
