@@ -19,6 +19,7 @@ from smallfry.errors import UsageError
 from smallfry.models.contract import RecursionStep
 from smallfry.models.loopnet import SOURCE as SOURCE
 from smallfry.models.loopnet import Layer, LoopNet, Stage
+from smallfry.models.pooling import largest
 from smallfry.models.sources import register_sizes
 from smallfry_runtime.frames import ImageSize, frame_of
 
@@ -117,7 +118,7 @@ class AnytimeLoopNet(LoopNet):
         for layer in cast(Iterable[Layer], self._last.layers):
             features = layer.conv(x + change)
             change = change + layer.act(self._normed(layer, features, state.done))
-        pooled = self.head_drop((x + change).amax(dim=(2, 3)))
+        pooled = self.head_drop(largest(x + change))
         logits = self.head(pooled) * self.logit_scale if self.num_classes else pooled
         halting = self.halt_head(pooled).squeeze(-1)
         return RecursionStep(Change(change, state.done + 1), logits, halting)
