@@ -153,8 +153,9 @@ class AnytimeLoopNet(LoopNet):
         """Normalise by the norm of each image's step."""
         norms = [cast(nn.BatchNorm2d, norm) for norm in layer.norms]
         if self.training:
-            number = int(done[0]) if len(done) else 0
-            if not bool((done == number).all()):
+            known = len(done) and not done.is_meta  # on "meta" there are no values: as at first
+            number = int(done[0]) if known else 0
+            if known and not bool((done == number).all()):
                 raise UsageError(
                     "images after different numbers of steps can't be trained on in one batch: "
                     "take the objective every_step or deep_supervision"
