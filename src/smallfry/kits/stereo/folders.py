@@ -215,7 +215,11 @@ def _classes(folder: Path, pairs: Sequence[Files]) -> tuple[str, ...]:
     """Return the names of classes: of ``classes.txt``, one a line, or by number."""
     file = folder / "classes.txt"
     if file.is_file():
-        names = tuple(line.strip() for line in file.read_text().splitlines() if line.strip())
+        try:
+            lines = file.read_text("utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{file}: can't be read as UTF-8 text ({error})") from error
+        names = tuple(line.strip() for line in lines if line.strip())
         if len({*names}) != len(names) or not names:
             raise DataError(f"{file}: has one name of a class a line, each once")
         return names
