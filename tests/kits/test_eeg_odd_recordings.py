@@ -72,7 +72,7 @@ def test_columns_and_rows_of_matlab_are_read_alike(tmp_path):
         (entries(rate=np.nan), "sampled at nan Hz, expected 128 Hz: resample the recording"),
         (entries(rate=0), "sampled at 0 Hz"),
         (entries(rate=128.5), "sampled at 128.5 Hz"),
-        (entries(subindex=np.arange(6)), "subindex counts subjects from 1, got 0"),
+        (entries(subindex=np.arange(6)), "subindex counts subjects from 1, got 0: add 1"),
         (entries(subindex=np.full(6, np.inf)), "subindex has 6 entries of type float64"),
         (entries(substate=np.full(6, np.nan)), "substate has 6 entries of type float64"),
         (entries(substate=np.full(6, -1)), r"substate is 0 or 1, got \[-1\]"),

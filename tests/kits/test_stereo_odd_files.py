@@ -243,6 +243,13 @@ def test_views_may_be_of_several_kinds_of_files(tmp_path):
     assert np.array_equal(data.train.images[0, :3].numpy(), VIEW.transpose(2, 0, 1))
 
 
+def test_two_views_of_one_name_are_refused(tmp_path):
+    pair(tmp_path, "a")
+    save(tmp_path / "left" / "a.jpg", VIEW)
+    with pytest.raises(DataError, match=r"left: a\.jpg and a\.png are of one name: remove one"):
+        load(tmp_path)
+
+
 def test_views_of_unequal_size_are_refused(tmp_path):
     pair(tmp_path, "a")
     save(tmp_path / "right" / "a.png", VIEW[:, :-1])

@@ -168,7 +168,8 @@ def read_mat(file: Path, rate: float = RATE) -> Windows:
         )
     states, subjects = (_column(file, name, found[name], len(values)) for name in ENTRIES[1:])
     if subjects.min(initial=1) < 1:
-        raise DataError(f"{file}: subindex counts subjects from 1, got {subjects.min()}")
+        least = int(subjects.min())
+        raise DataError(f"{file}: subindex counts subjects from 1, got {least}: add {1 - least}")
     if not {*np.unique(states).tolist()} <= {0, 1}:
         raise DataError(f"{file}: substate is 0 or 1, got {np.unique(states).tolist()[:5]}")
     its_rate = _rate(file, found["rate"]) if "rate" in found else rate
