@@ -175,7 +175,6 @@ def test_scores_of_places_are_darkest_where_they_are_highest(tmp_path):
     sure = share_of(pixels_of(tmp_path / "a.png"), (8, 48, 107), 6)
     columns = np.flatnonzero(sure.sum(axis=0) > 50)
     assert columns.max() - columns.min() < 0.3 * sure.shape[1]
-    draw_scores(scores[:0], np.arange(0), tmp_path / "none.png")
 
 
 @pytest.mark.slow

@@ -80,9 +80,8 @@ def _require_fitting(modules: ModularSNN) -> None:
     """Refuse arrays of other shapes than the settings have, and other numbers of places."""
     count, inputs, neurons = modules.weights.shape
     settings = modules.settings
-    late = (count if settings.delays else 0, inputs, neurons)
-    wanted = {"theta": (count, neurons), "assignment": (count, neurons)}
-    wanted |= {"activity": (count, neurons), "delays": late}
+    wanted: dict[str, tuple[int, ...]] = dict.fromkeys(ARRAYS[1:], (count, neurons))
+    wanted["delays"] = (count if settings.delays else 0, inputs, neurons)
     others = [name for name, shape in wanted.items() if getattr(modules, name).shape != shape]
     if others or (inputs, neurons) != (settings.side**2, settings.neurons):
         raise ValueError(f"the settings of {MANIFEST} are not those of {WEIGHTS}")

@@ -187,4 +187,4 @@ def _traverses(data: ImageData) -> Tensor:
     order = labels.argsort(stable=True)
     if not torch.equal(labels[order], wanted):
         raise UsageError("places needs as many training images of each place: whole traverses")
-    return images[order].unflatten(0, (len(data.classes), count)).transpose(0, 1)
+    return images[order].view(len(data.classes), count, *images.shape[1:]).transpose(0, 1)
