@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING
 
+from rich.progress import track
 from rich.table import Table
 
 from smallfry.cli._fields import argument
@@ -57,7 +58,11 @@ def run(options: Options) -> int:
     table = Table("model", "parameters", "MMAC", "activations", "input", box=None)
     table.columns[0].no_wrap = True
     origins: dict[Source, list[str]] = {}
-    for name in names:
+    errors = CleanConsole(stderr=True)  # a terminal shows progress there, and a file nothing
+    shown = track(
+        names, "measuring", console=errors, transient=True, disable=not errors.is_terminal
+    )
+    for name in shown:
         shape = timm.get_pretrained_cfg(name).input_size
         source = source_of(name) or Source("")
         origins.setdefault(source, []).append(name)
