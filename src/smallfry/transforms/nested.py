@@ -222,9 +222,10 @@ class SubModels(nn.Module):
         self.nest = nest
         for number, submodel in enumerate(nest.nested.submodels):
             plan = nest.plan(model, submodel)
-            sizes = [len(t) for _, _, t in statistics(model, plan)]
-            if number and sizes:
-                self.register_buffer(f"statistics_{number}", torch.zeros(sum(sizes)))
+            parts = [tensor for _, _, tensor in statistics(model, plan)]
+            if number and parts:
+                numbers = parts[0].new_zeros(sum(map(len, parts)))
+                self.register_buffer(f"statistics_{number}", numbers)
 
     def numbers(self, submodel: SubModel) -> Tensor | None:
         """Return the statistics of a sub-model's batch norms; None of the full model."""
