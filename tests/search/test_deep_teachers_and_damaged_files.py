@@ -92,10 +92,10 @@ def test_a_share_of_the_channels_keeps_the_nearest_number_and_at_least_one():
     students = Students(build(spec), spec, torch.zeros(2, 1, 8, 8), shares=(0.001, 0.4, 1.0))
     (name,) = [each.name for each in students.layers if "mlp" in each.name]
     whole = {each.name: 1.0 for each in students.layers}
-    units = students.build(whole).model.get_submodule("blocks.0.mlp.fc1").out_features
+    units = students.build(whole).model.get_submodule("blocks.0.mlp.fc2").in_features
     for share, kept in ((0.001, 1), (0.4, round(0.4 * units))):
         model = students.build({**whole, name: share}).model
-        assert model.get_submodule("blocks.0.mlp.fc1").out_features == kept
+        assert model.get_submodule("blocks.0.mlp.fc2").in_features == kept
         assert model(torch.zeros(2, 1, 8, 8)).isfinite().all()
     with pytest.raises(UsageError, match="needs a share for each layer"):
         students.build({name: 0.4})
