@@ -36,7 +36,7 @@ def searched(search):
     return trials
 
 
-@pytest.mark.parametrize("count", [31, 32, 64, 70])
+@pytest.mark.parametrize("count", [32, 41, 64])
 def test_a_teacher_of_more_students_than_an_integer_holds_is_searched(count):
     # 4³² and 2⁶⁴ students are 0 in 64 bits, and 3⁴¹ a negative number
     search = N2N(deep(count), 12, lambda trial: trial.value)
