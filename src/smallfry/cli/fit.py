@@ -102,7 +102,7 @@ def _print_plan(plan: "Plan", config: FitConfig) -> None:
             escape(printable(each.name)),
             f"{each.costs.macs / 1e6:,.3g}",
             f"{each.costs.kb['int8']:,.4g}",
-            f"{min(each.costs.ms.values()):.3g}",
+            f"{each.costs.ms['int8']:.3g}",
             ", ".join(str(plan.epochs(each.name, rung)) for rung in rungs),
         )
     CleanConsole(highlight=False).print(table)

@@ -14,7 +14,7 @@ from smallfry.fitting.costs import without_details
 from smallfry.fitting.plan import Planned
 from smallfry.fitting.rungs import FitSpace, run_name
 from smallfry.fitting.variants import Variant, find_variants, harder, tuned_epochs, tuning
-from smallfry.fitting.verify import Verified, measure
+from smallfry.fitting.verify import Verified, measure, verified
 from smallfry.io.json import strict
 from smallfry.io.json_lines import JsonLines
 from smallfry.search import RUNG, Trial
@@ -66,7 +66,7 @@ class Exports:
     def __init__(self, folder: Path, space: FitSpace) -> None:
         self.folder, self.space = folder, space
         self.target: Target = find_target(space.config.target)
-        self._lines = JsonLines(folder / "exports.jsonl", lambda r: Verified(**r), "an export")
+        self._lines = JsonLines(folder / "exports.jsonl", verified, "an export")
 
     def read(self) -> list[Verified]:
         """Read the verified exports.
@@ -74,7 +74,7 @@ class Exports:
         Raises:
             RunError: A line is none.
         """
-        return [Verified(**record) for record in self._lines.read()]
+        return [verified(record) for record in self._lines.read()]
 
     def make(self, best: Sequence[Finalist], report: Report) -> Iterator[Verified]:
         """Make and verify the missing exports, and yield all.
@@ -82,7 +82,7 @@ class Exports:
         Raises:
             Stopped: A signal came; the state is saved.
         """
-        known = {each.name: each for each in self.read()}
+        known = {each.name: each for each in self.read() if self._is_there(each)}
         planned = [(each, self._variants(each)) for each in best]
         tuned = sum(v.method is not None for _, variants in planned for v in variants)
         seconds = self.space.plan.tuning_seconds / max(1, tuned)
@@ -95,6 +95,10 @@ class Exports:
                 yield found
                 more = self._more(variant, found)
                 left += [] if more is None else [more]
+
+    def _is_there(self, each: Verified) -> bool:
+        """Return whether the folder of an export that was made is still there."""
+        return each.export is None or (self.folder / each.export).is_dir()
 
     def _variants(self, finalist: Finalist) -> list[Variant]:
         costs, budget = finalist.planned.costs, self.space.config.budget
@@ -126,9 +130,9 @@ class Exports:
             raise
         except (SmallfryError, RuntimeError, MemoryError) as error:
             facts["failure"] = (str(error) or type(error).__name__).splitlines()[0]
-        verified = Verified(**strict(facts))
-        self._lines.append(verified.to_dict())
-        return verified
+        made = verified(strict(facts))
+        self._lines.append(made.to_dict())
+        return made
 
     def _export(
         self, name: str, finalist: Finalist, variant: Variant, seconds: float, report: Report

@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -131,8 +131,9 @@ def measure_costs(entry: Entry, data: ImageData, target: Target) -> Costs:
             kb[precision] = answering.file_bytes / 1000
             ms[precision] = latency(answering, data)
     costs = Costs(*rough_costs(trained.model, data), kb, ms)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps(asdict(costs), indent=1).encode())
+    with suppress(OSError):  # without a place for it, it is measured again
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(asdict(costs), indent=1).encode())
     return costs
 
 

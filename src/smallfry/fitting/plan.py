@@ -110,8 +110,13 @@ def read_plan(file: Path) -> Plan | None:
         raise RunError(f"{file}: damaged ({error}); remove it and the runs beside it") from error
     try:
         candidates = tuple(_planned(each) for each in content.pop("candidates"))
-        return Plan(candidates, tuple(content.pop("counts")), **content)
-    except (KeyError, TypeError, AttributeError) as error:
+        counts = tuple(content.pop("counts"))
+        if not 1 <= len(counts) <= len(SHARES) or not all(type(n) is int and n > 0 for n in counts):
+            raise TypeError("expected the candidates of each rung")
+        if not candidates or not all(each.epoch_seconds > 0 for each in candidates):
+            raise TypeError("expected candidates with the seconds of an epoch")
+        return Plan(candidates, counts, **content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{file}: damaged ({error!r}); remove it and the runs beside it") from None
 
 

@@ -183,6 +183,7 @@ def find_pretrained(
     they were trained on.
 
     Raises:
+        UsageError: Two have the same name.
         SmallfryError: A named model can't be read.
     """
     folders = config.pretrained
@@ -193,6 +194,11 @@ def find_pretrained(
     for folder in folders:
         trained = load_trained(str(folder))
         reason = _unlike(trained, data)
+        if reason is None and folder.name in found:
+            raise UsageError(
+                f"two models to start from are named {folder.name}, {found[folder.name]} and "
+                f"{folder.resolve()}: rename a folder, or leave one out"
+            )
         if reason is None:
             found[folder.name] = folder.resolve()
         else:
@@ -222,10 +228,11 @@ def _raise_nothing_fits(
         name, reason = next(iter(left_out.items()))
         raise UsageError(f"no candidate can be built for these images: {name}: {reason}")
     entry, costs = nearest
+    best = min(costs.kb, key=lambda p: budget.excess(costs.kb[p], costs.ms[p]))
+    kb, ms = costs.kb[best], costs.ms[best]
     raise NothingFits(
-        f"no candidate is near {budget}: the nearest, {entry.name}, has "
-        f"{costs.kb['int8']:.3g} kB and {min(costs.ms.values()):.3g} ms in int8, before it is "
-        f"trained; allow {needed(costs.kb['int8'], min(costs.ms.values()), budget)}",
+        f"no candidate is near {budget}: the nearest, {entry.name}, has {kb:.3g} kB and "
+        f"{ms:.3g} ms in {best}, before it is trained; allow {needed(kb, ms, budget)}",
         nearest,
     )
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from smallfry.data import ImageData
 from smallfry.deploy.targets import find_target, require_installed
-from smallfry.errors import DataError, Stopped
+from smallfry.errors import DataError, RunError, Stopped
 from smallfry.fitting.compressing import Exports, finalists
 from smallfry.fitting.config import FitConfig
 from smallfry.fitting.costs import build
@@ -33,12 +33,13 @@ from smallfry.fitting.progress import FitProgress
 from smallfry.fitting.rungs import FitSpace, build_search, run_name, train_rung
 from smallfry.fitting.verify import Verified, choose, nearest, predict, score
 from smallfry.io.replace import replacing
-from smallfry.search import RUNG, Candidate, Ledger, Trial, run
+from smallfry.search import RUNG, Candidate, Ledger, Trial, replay, run
 from smallfry.studies.folder import locked, stoppable
 from smallfry.training.evaluation_data import load_config_data
 from smallfry_runtime.runtime import Runtime
 
 Tell = Callable[[str], None]
+FIGURES = frozenset({"accuracy", "loss", "epochs", "kb", "ms"})  # of a trial that did not fail
 
 
 class Fitted(NamedTuple):
@@ -145,7 +146,7 @@ def _train_and_export(
     """Run all rungs, and compress, export and verify the best."""
     plan, ledger = space.plan, Ledger(folder / TRIALS)
     exports = Exports(folder, space)
-    known, made = ledger.read(), len(exports.read())
+    known, made = _known_trials(space, ledger), len(exports.read())
     total = sum(plan.counts) + max(2, made)
     seconds = (plan.seconds + plan.tuning_seconds) / plan.threads
     with FitProgress(total, seconds, quiet) as progress:
@@ -166,6 +167,24 @@ def _train_and_export(
             progress.end(_described(each), each.name, None, fresh=number >= made)
             found.append(each)
     return trials, found
+
+
+def _known_trials(space: FitSpace, ledger: Ledger) -> list[Trial]:
+    """Read the trials of earlier processes.
+
+    Raises:
+        RunError: One is damaged, or none of this fit.
+    """
+    known = ledger.read()
+    replay(build_search(space), known)
+    for trial in known:
+        lacking = FIGURES - {*trial.measured, *trial.cost}
+        if lacking and trial.value is not None:
+            raise RunError(
+                f"{ledger.file}: damaged, the trial of {run_name(trial.candidate)} lacks "
+                f"{', '.join(sorted(lacking))}; remove its line and those after it"
+            )
+    return known
 
 
 def _note_trial(trial: Trial, progress: FitProgress, plan: Plan, fresh: bool) -> None:

@@ -109,7 +109,7 @@ def train_rung(
     """
     planned, config = space.planned(candidate), space.train(candidate)
     config = replace(config, run=folder / run_name(candidate))
-    cost = {"kb": planned.costs.kb["int8"], "ms": min(planned.costs.ms.values())}
+    cost = {"kb": planned.costs.kb["int8"], "ms": planned.costs.ms["int8"]}
     trial = train_candidate(candidate, config, cost, reporter)
     if trial.value is None:
         return trial

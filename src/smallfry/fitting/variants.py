@@ -72,7 +72,7 @@ def _pruned(costs: Costs, budget: Budget) -> Variant:
         weights = costs.parameters / 1000
         kept_bytes = max(0.0, MARGIN * budget.kb - costs.overhead_kb) / weights
     if budget.ms is not None:
-        kept_macs = MARGIN * budget.ms / min(costs.ms.values())
+        kept_macs = MARGIN * budget.ms / costs.ms["int8"]
     # weights and arithmetic grow with the product of two layers' channels
     kept = max(1 - MOST_PRUNED, min(1.0, math.sqrt(min(kept_bytes, kept_macs))))
     sparsity = round(1 - kept, 3)

@@ -1,6 +1,7 @@
 """Verification of an exported file through the runtime: size, latency, accuracy, early exit."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from smallfry.data import ImageData, Split
+from smallfry.errors import RunError
 from smallfry.fitting.config import Budget
 from smallfry.fitting.costs import latency
 from smallfry.search.evaluation import value_of
@@ -68,6 +70,20 @@ class Verified:
         return value_of(self.accuracy, self.loss)
 
 
+def verified(record: Mapping[str, Any]) -> Verified:
+    """Parse what ``Verified.to_dict`` gave.
+
+    Raises:
+        TypeError: It is no verified export.
+    """
+    found = Verified(**record)
+    figures = (found.kb, found.ms, found.accuracy, found.loss)
+    measured = (type(each) in (int, float) for each in figures)
+    if figures != (None,) * 4 and not all(measured):
+        raise TypeError("expected kb, ms, accuracy and loss, or none of them")
+    return found
+
+
 class Exit(NamedTuple):
     """Early exit: a threshold, and mean recursion steps on the validation images."""
 
@@ -80,9 +96,14 @@ def measure(answering: Runtime, data: ImageData, budget: Budget) -> dict[str, An
 
     Returns:
         Values of ``Verified``: size, latency, accuracy, loss and early exit.
+
+    Raises:
+        RunError: Its answers are no numbers.
     """
     leave = find_exit(answering, data, budget)
     scores = score(predict(answering, data.validation, leave.threshold), data.validation)
+    if not np.isfinite(scores["loss"]):
+        raise RunError(f"its loss on the validation images is {scores['loss']}")
     if leave.threshold is None:
         taken = latency(answering, data)
     else:

@@ -34,14 +34,16 @@ class JsonLines:
         """
         if not self.file.exists():
             return []
+        try:
+            content = self.file.read_bytes()
+        except OSError as error:
+            raise RunError(f"{self.file}: could not be read ({error})") from error
         records = []
-        for number, line in enumerate(self.file.read_text("utf-8").splitlines(keepends=True), 1):
-            if not line.endswith("\n"):
-                break
+        for number, line in enumerate(content.split(b"\n")[:-1], 1):
             try:
-                record = json.loads(line)
+                record = json.loads(line.decode())
                 self.check(record)
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise RunError(
                     f"{self.file}, line {number}: not {self.kind} ({error!r}); fix or remove the "
                     "line"

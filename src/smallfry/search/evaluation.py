@@ -1,6 +1,7 @@
 """Evaluation of candidates by training; only validation images count."""
 
 import gc
+import math
 from collections.abc import Mapping
 
 import torch
@@ -50,6 +51,9 @@ def train_candidate(
         return Trial(candidate, None, config.seed, failure=reason)
     finally:
         gc.collect()
+    if not math.isfinite(scores["loss"]):
+        reason = f"its validation loss is {scores['loss']}"
+        return Trial(candidate, None, config.seed, failure=reason)
     return Trial(
         candidate,
         value_of(scores["accuracy"], scores["loss"]),

@@ -1,5 +1,6 @@
 """Ledger of a search: every trial as a JSON line, from which the search resumes."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,9 @@ def _trial(record: Any) -> Trial:
     if not isinstance(record, dict) or not {*record} <= FIELDS:
         raise TypeError("expected the fields of a trial")
     trial = Trial(**record)
-    if not isinstance(trial.candidate, dict) or not isinstance(trial.value, int | float | None):
-        raise TypeError("expected a candidate, and a number or null")
+    if not all(isinstance(each, dict) for each in (trial.candidate, trial.cost, trial.measured)):
+        raise TypeError("expected a candidate, costs and figures by name")
+    value = trial.value
+    if value is not None and not (type(value) in (int, float) and abs(value) < math.inf):
+        raise TypeError("expected a finite number or null as value")
     return trial

@@ -1,5 +1,6 @@
 """Random candidates, their mutation and their crossover; choices come after their conditions."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -91,6 +92,8 @@ def all_candidates(choices: Sequence[Choice], most: int) -> list[dict[str, Any]]
         values = _values(choice)
         if values is None:
             return None
+        if sum(len(values) if choice.is_active(each) else 1 for each in found) > most:
+            return None
         found = [
             {**each, **option}
             for each in found
@@ -98,8 +101,6 @@ def all_candidates(choices: Sequence[Choice], most: int) -> list[dict[str, Any]]
                 [{choice.name: value} for value in values] if choice.is_active(each) else [{}]
             )
         ]
-        if len(found) > most:
-            return None
     return found
 
 
@@ -111,7 +112,7 @@ def draw(choice: Choice, unit: float) -> Any:
     assert choice.high is not None
     low, high = choice.low, choice.high + choice.whole
     value = float(low * (high / low) ** unit if choice.log else low + unit * (high - low))
-    return int(value) if choice.whole else value
+    return int(min(math.floor(value), choice.high)) if choice.whole else min(value, high)
 
 
 def from_units(choices: Sequence[Choice], units: Sequence[float]) -> dict[str, Any]:
@@ -144,8 +145,10 @@ def _other(choice: Choice, value: Any, generator: np.random.Generator) -> Any:
     if len(values) > 2 and is_ordered(choice) and generator.random() < 0.5:
         near = [n for n in (position - 1, position + 1) if 0 <= n < len(values)]
         return values[near[int(generator.integers(len(near)))]]
-    rest = [each for number, each in enumerate(values) if number != position]
-    return rest[int(generator.integers(len(rest)))] if rest else value
+    if len(values) == 1:
+        return value
+    other = int(generator.integers(len(values) - 1))
+    return values[other + (other >= position)]
 
 
 def is_ordered(choice: Choice) -> bool:

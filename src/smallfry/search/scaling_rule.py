@@ -70,9 +70,14 @@ class ScalingRule:
     def __call__(self, budget: float) -> Prediction:
         """Predict the fitted axes for a budget in MACs, within the range of the samples.
 
+        Raises:
+            UsageError: A budget that is not positive.
+
         Warns:
             SmallfryWarning: The budget, or a prediction, lies outside of what was sampled.
         """
+        if not budget > 0:
+            raise UsageError(f"a budget in MACs must be positive, not {budget}")
         if not self.costs[0] <= budget <= self.costs[1]:
             warnings.warn(
                 f"a budget of {budget / 1e6:,.1f} MMAC is outside the sampled "
@@ -147,8 +152,10 @@ def fit_scaling_rule(
             raise UsageError(f"samples need a setting of '{axis}'")
     if len(samples) < FEWEST:
         raise UsageError(f"a rule needs at least {FEWEST} samples, not {len(samples)}")
-    if any(not sample.macs > 0 for sample in samples):
-        raise UsageError("samples need positive macs")
+    if any(not 0 < sample.macs < math.inf for sample in samples):
+        raise UsageError("samples need positive macs, and finite ones")
+    if any(not math.isfinite(sample.accuracy) for sample in samples):
+        raise UsageError("samples need finite accuracies: leave out networks that diverged")
     front = pareto_front(samples, max(FEWEST, math.ceil(KEPT * len(samples))))
     logs = np.log([sample.macs for sample in front])
     fits = {
@@ -172,15 +179,14 @@ def pareto_front(samples: Sequence[Sample], least: int) -> tuple[Sample, ...]:
         samples: Any number.
         least: Samples to keep, in whole fronts.
     """
-    left, kept = list(samples), list[Sample]()
+    left, kept = sorted(samples, key=lambda s: (s.macs, -s.accuracy)), list[Sample]()
     while left and len(kept) < least:
-        front, best = list[Sample](), -math.inf
-        for sample in sorted(left, key=lambda s: (s.macs, -s.accuracy)):
-            if sample.accuracy > best:
-                front.append(sample)
-                best = sample.accuracy
-        chosen = {id(sample) for sample in front}
-        left = [sample for sample in left if id(sample) not in chosen]
+        front, rest = [left[0]], list[Sample]()
+        for sample in left[1:]:
+            best = front[-1]
+            is_equal = (sample.macs, sample.accuracy) == (best.macs, best.accuracy)
+            (front if sample.accuracy > best.accuracy or is_equal else rest).append(sample)
+        left = rest
         kept += front
     return tuple(sorted(kept, key=lambda s: s.macs))
 

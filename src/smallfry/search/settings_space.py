@@ -159,8 +159,11 @@ def read_settings_space(file: Path) -> SettingsSpace:
     choices = content.get("choices")
     if not isinstance(choices, dict):
         raise UsageError(f"{file}: choices are values or ranges by the names of settings")
+    settings = content.get("settings") or {}
+    if not isinstance(settings, dict):
+        raise UsageError(f"{file}: settings are values by name, not {settings!r}")
     found = [_choice(str(name), given, file) for name, given in choices.items()]
-    return SettingsSpace(content.get("settings") or {}, found, file)
+    return SettingsSpace(settings, found, file)
 
 
 def _choice(name: str, given: Any, file: Path) -> Choice:

@@ -52,13 +52,36 @@ class Choice:
     when: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "values", tuple(_plain(value) for value in self.values))
         if bool(self.values) == (self.low is not None) or (self.low is None) != (self.high is None):
             raise UsageError(f"choice {self.name}: give values, or low and high")
+        if any(value in self.values[:place] for place, value in enumerate(self.values)):
+            raise UsageError(f"choice {self.name}: each value once, not {list(self.values)}")
+        if not isinstance(self.when, Mapping) or not all(
+            isinstance(values, list | tuple) for values in self.when.values()
+        ):
+            raise UsageError(
+                f"choice {self.name}: when has lists of values by the names of other choices, not "
+                f"{self.when!r}"
+            )
+        if type(self.log) is not bool or type(self.whole) is not bool:
+            raise UsageError(f"choice {self.name}: log and whole are true or false")
         if self.low is not None and self.high is not None:
-            if not self.low < self.high:
-                raise UsageError(f"choice {self.name}: low {self.low} is not below {self.high}")
-            if self.log and self.low <= 0:
-                raise UsageError(f"choice {self.name}: a logarithmic range is above 0")
+            self._require_range(self.low, self.high)
+
+    def _require_range(self, low: float, high: float) -> None:
+        if not all(type(end) in (int, float) and abs(end) < math.inf for end in (low, high)):
+            raise UsageError(
+                f"choice {self.name}: low and high are finite numbers, not {low!r} and {high!r}"
+            )
+        if not low < high:
+            raise UsageError(f"choice {self.name}: low {low} is not below {high}")
+        if self.log and low <= 0:
+            raise UsageError(f"choice {self.name}: a logarithmic range is above 0")
+        if self.whole and (low % 1 or high % 1):
+            raise UsageError(
+                f"choice {self.name}: the ends of whole numbers are whole, not {low} and {high}"
+            )
 
     def is_active(self, candidate: Candidate) -> bool:
         """Return whether a candidate with these other values has this choice."""
@@ -154,4 +177,9 @@ class Search(Protocol):
 
 def key_of(candidate: Candidate) -> tuple[tuple[str, str], ...]:
     """Return a key that equal candidates share, in whatever order their values are."""
-    return tuple(sorted((name, repr(value)) for name, value in candidate.items()))
+    return tuple(sorted((name, repr(_plain(value))) for name, value in candidate.items()))
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as a ledger has it: tuples as lists."""
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value

@@ -54,6 +54,7 @@ class TPE:
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
         self._asked: dict[tuple[Any, ...], optuna.Trial] = {}
         self._told: list[Trial] = []
+        self._ended: set[tuple[Any, ...]] = set()
 
     def ask(self, count: int) -> list[dict[str, Any]]:
         """Return proposals of the sampler."""
@@ -69,11 +70,12 @@ class TPE:
     def tell(self, trials: Sequence[Trial]) -> None:
         """Pass trials on to the sampler."""
         for trial in trials:
-            asked = self._asked.get(key_of(trial.candidate))
-            if asked is None:
+            key = key_of(trial.candidate)
+            if key not in self._asked or key in self._ended:
                 raise UsageError(f"{dict(trial.candidate)} was not asked for")
-            self._answer(asked, trial.value)
+            self._answer(self._asked[key], trial.value)
             self._told.append(trial)
+            self._ended.add(key)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the settings, the number of proposals, and the trials."""

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import product
-from math import ceil
+from math import ceil, prod
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from smallfry.order import Stage
 from smallfry.transforms.groups import ChannelGroup, Slice, cut
 from smallfry.transforms.registry import register
 from smallfry.transforms.resize import tensors_of
-from smallfry.transforms.shorten import Shorten, owner_of
+from smallfry.transforms.shorten import Shorten, owner_of, steps_of
 from smallfry.transforms.spec import Transform
 
 CHILD = "submodels"  # of a model with sub-models
@@ -94,10 +94,13 @@ class Nested:
                 raise ValueError(f"{name} are shares in (0, 1], the first of them 1")
         for name in ("latent_steps", "recursion_steps"):
             steps = getattr(self, name)
-            if not steps or steps[0] is not None or not all(type(s) is int for s in steps[1:]):
-                raise ValueError(f"{name} are whole numbers after a first None")
-        if len(self.submodels) > MOST:
-            raise ValueError(f"{len(self.submodels)} sub-models are too many; at most {MOST}")
+            whole = all(type(each) is int and each >= 1 for each in steps[1:])
+            if not steps or steps[0] is not None or not whole:
+                raise ValueError(f"{name} are whole numbers of 1 or more after a first None")
+        axes = (self.widths, self.heads, self.depths, self.latent_steps, self.recursion_steps)
+        count = prod(map(len, axes))  # before they are listed, as a file can have any number
+        if count > MOST:
+            raise ValueError(f"{count} sub-models are too many; at most {MOST}")
 
     @property
     def submodels(self) -> list[SubModel]:
@@ -160,6 +163,7 @@ class Nest:
         if submodel not in every:
             some = "; ".join(map(str, every[:4]))
             raise UsageError(f"no sub-model '{submodel}'; there are {len(every)}: {some}; …")
+        _require_sequences(model, self.nested.layers)
         layers = {
             name: min(length, ceil(length * submodel.depth))
             for name, length in self.nested.layers.items()
@@ -169,6 +173,9 @@ class Nest:
             for name in ("latent_steps", "recursion_steps")
             if (value := getattr(submodel, name)) is not None
         }
+        for name, value in steps.items():
+            if value > steps_of(model, name):
+                raise ValueError(f"the model has no {name} of {value} or more")
         tensors = tensors_of(model)
         gone: dict[tuple[str, int], list[Tensor]] = {}
         counts: dict[str, int] = {}
@@ -215,9 +222,10 @@ class SubModels(nn.Module):
         self.nest = nest
         for number, submodel in enumerate(nest.nested.submodels):
             plan = nest.plan(model, submodel)
-            sizes = [len(t) for _, _, t in statistics(model, plan)]
-            if number and sizes:
-                self.register_buffer(f"statistics_{number}", torch.zeros(sum(sizes)))
+            parts = [tensor for _, _, tensor in statistics(model, plan)]
+            if number and parts:
+                numbers = parts[0].new_zeros(sum(map(len, parts)))
+                self.register_buffer(f"statistics_{number}", numbers)
 
     def numbers(self, submodel: SubModel) -> Tensor | None:
         """Return the statistics of a sub-model's batch norms; None of the full model."""
@@ -315,8 +323,13 @@ def _sliced(tensor: Tensor, dims: Sequence[tuple[int, int | Tensor]]) -> Tensor:
 def statistics(model: nn.Module, plan: Plan) -> list[tuple[nn.Module, str, Tensor]]:
     """Copy a sub-model's part of the running means and variances: module, name and values."""
     found: list[tuple[nn.Module, str, Tensor]] = []
+    dropped = tuple(
+        f"{name}.{leaf}."
+        for name, count in plan.layers.items()
+        for leaf in [*model.get_submodule(name)._modules][count:]
+    )
     for name, module in model.named_modules():
-        if isinstance(module, BatchNorm) and not _is_dropped(name, plan):
+        if isinstance(module, BatchNorm) and not f"{name}.".startswith(dropped):
             for leaf in RUNNING:
                 if (tensor := module._buffers.get(leaf)) is not None:
                     dims = plan.entries.get(f"{name}.{leaf}", [])
@@ -337,15 +350,6 @@ def _statistics_of(
     return [
         (module, leaf, part.clone()) for (module, leaf, _), part in zip(found, parts, strict=True)
     ]
-
-
-def _is_dropped(name: str, plan: Plan) -> bool:
-    """Return whether a module is in a layer that a sub-model doesn't have."""
-    for container, count in plan.layers.items():
-        rest = name.removeprefix(f"{container}.")
-        if rest != name and int(rest.partition(".")[0]) >= count:
-            return True
-    return False
 
 
 def extract(model: nn.Module, submodel: SubModel) -> tuple[nn.Module, tuple[Transform, ...]]:
@@ -431,6 +435,14 @@ def _slice(content: Mapping[str, Any], channels: int) -> Slice:
         first = torch.tensor(content["first"], dtype=torch.int64)
         entries = first + int(content["step"]) * torch.arange(channels)[:, None]
     return Slice(content["tensor"], int(content["dim"]), entries)
+
+
+def _require_sequences(model: nn.Module, lengths: Mapping[str, int]) -> None:
+    for name, length in lengths.items():
+        owner, leaf = owner_of(model, name)
+        found = owner._modules.get(leaf)
+        if not isinstance(found, nn.Sequential | nn.ModuleList) or len(found) != length:
+            raise ValueError(f"the model has no sequence '{name}' of {length} layers")
 
 
 def _require_entries(tensors: Mapping[str, Tensor], each: Slice) -> None:

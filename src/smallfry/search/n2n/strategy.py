@@ -9,6 +9,7 @@ own advantages, the exponential baseline, the entropy bonus and the bias towards
 our choice, which costs nothing and varies less.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -215,7 +216,7 @@ class N2N:
 
     def _students(self) -> int:
         """Count the students that the stage can find."""
-        return int(self._possible().sum(1).prod())
+        return math.prod(self._possible().sum(1).tolist())  # of any size
 
     def _shrink(self) -> bool:
         """Begin the second stage with the best student of the first one that has not had it yet.

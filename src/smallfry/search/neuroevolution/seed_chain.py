@@ -115,7 +115,7 @@ class SeedChain:
             if parameters_of(chain.sizes) > MOST_WEIGHTS:
                 raise ValueError(f"more than {MOST_WEIGHTS:,} weights")
             expected, version = str(content["sha256"]), str(content["numpy"])
-        except (OSError, ValueError, KeyError, TypeError, UsageError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, UsageError) as error:
             raise RunError(f"{file}: no chain of seeds ({error})") from error
         if _digest(chain.weights()) != expected:
             raise RunError(
