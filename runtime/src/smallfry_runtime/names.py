@@ -18,7 +18,10 @@ def text_of(name: str) -> str:
     try:
         name.encode()
     except UnicodeEncodeError:  # Python keeps such bytes as lone surrogates
-        name = os.fsencode(name).decode("latin-1")
+        try:
+            name = os.fsencode(name).decode("latin-1")
+        except UnicodeEncodeError:  # of no bytes, but half of a character, as JSON can hold it
+            name = name.encode(errors="replace").decode()
     return unicodedata.normalize("NFC", name)
 
 

@@ -8,6 +8,7 @@ file, the option of a wrong value, and that value.
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -15,7 +16,9 @@ from jsonargparse import ArgumentError
 
 from smallfry.cli._aliases import like_named
 from smallfry.errors import UsageError, nearest
+from smallfry.io.terminal import shortened
 
+NO_SETTINGS = "Unexpected config:"  # how jsonargparse begins about a file without names
 OF_ALL = ("help", "debug", "config", "print_config")  # options that jsonargparse or all verbs have
 
 
@@ -34,12 +37,15 @@ def explain(
     unknown = _unknown_option(arguments, options)
     if unknown is None and isinstance(error.__cause__, KeyError):
         # "Option 'nmae' is not accepted", or "Group 'data' does not accept option 'nmae'"
-        unknown = ".".join(re.findall(r"'([\w.]+)'", message))
+        unknown = ".".join(re.findall(r"'([^']+)'", message))
     if unknown:
         hint = "" if "." in unknown else like_named(unknown, options)
         hint = hint or nearest(unknown, _known(options))
         hint = hint or f"; smallfry {command} --help lists them"
         return f"{command} has no option '{unknown}'{hint}"
+    if message.startswith(NO_SETTINGS):
+        content = shortened(message.removeprefix(NO_SETTINGS).strip()) or "nothing"
+        return f"config: expected a file of lines NAME: VALUE, got {content}"
     # 'Parser key "data.limit": … Got value: x', at the end of which a union has 'Given value: x'
     match = re.fullmatch(r'Parser key "([\w.]+)":? ?(.*)', message)
     if match is None:
@@ -73,10 +79,20 @@ def _unknown_option(arguments: Sequence[str], options: Mapping[str, Any]) -> str
         if argument.startswith("--"):
             name = argument[2:].partition("=")[0]
             # --model.options.key sets an entry of a mapping, --data.mean+ extends a list
-            of_value = any(name.startswith(f"{option}.") for option in options)
+            of_value = any(
+                name.startswith(f"{option}.") and not _is_plain(hint)
+                for option, hint in options.items()
+            )
             if name.rstrip("+") not in known and not of_value:
                 return name
     return None
+
+
+def _is_plain(hint: Any) -> bool:
+    """Return whether a type has a single value, without entries to be set one by one."""
+    if get_origin(hint) in (Union, UnionType):
+        return all(_is_plain(each) for each in get_args(hint))
+    return get_origin(hint) is Literal or hint in (bool, int, float, str, Path, NoneType)
 
 
 def _expected(hint: Any) -> tuple[str, list[str]]:

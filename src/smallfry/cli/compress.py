@@ -1,6 +1,7 @@
 """Compress a trained model."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,8 +48,10 @@ class CompressConfig:
             raise UsageError("methods is empty; give at least one, such as [round_weights]")
         if self.epochs is not None and self.minutes is not None:
             raise UsageError("epochs excludes minutes; give one budget")
-        if (self.epochs is not None and self.epochs < 1) or (self.minutes or 1) <= 0:
-            raise UsageError("epochs must be at least 1, and minutes above 0")
+        if self.epochs is not None and self.epochs < 1:
+            raise UsageError(f"epochs must be at least 1, got {self.epochs}")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise UsageError(f"minutes must be a finite number above 0, got {self.minutes}")
         if not 0 <= self.distill <= 1:
             raise UsageError(f"distill is 0 to 1, not {self.distill}")
         if not self.tunes and (self.distill or self.tuning):
