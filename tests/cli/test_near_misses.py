@@ -180,6 +180,7 @@ def test_numbers_behind_a_list_are_joined(words, joined):
 
 def test_a_single_mean_is_that_of_grey_images():
     words = ["train", "--data.mean", "0.5", "--data.std=0.25", "--schedule.milestones", "3"]
+    words.append("--schedule.shape=steps")
     settings = read(words).options.settings
     assert (settings.data.mean, settings.data.std) == ([0.5], [0.25])
     assert settings.schedule.milestones == [3]

@@ -56,6 +56,8 @@ def explain(
         return f"{name}: {reason}"
     expected, choices = _expected(options[name])
     close = nearest(value, choices) if choices else ""
+    if not close.startswith("; did you mean"):  # all of them are named already
+        close = ""
     return f"{name}: expected {expected}, got '{value}'{close}"
 
 
@@ -99,7 +101,8 @@ def _expected(hint: Any) -> tuple[str, list[str]]:
     """Return the name of a type, and its choices."""
     if get_origin(hint) in (Union, UnionType):
         kinds = [_expected(each) for each in get_args(hint) if each is not NoneType]
-        return " or ".join([*(kind for kind, _ in kinds), "null"]), kinds[0][1]
+        names = [kind for kind, _ in kinds] + ["null"] * (NoneType in get_args(hint))
+        return " or ".join(names), kinds[0][1]
     if get_origin(hint) is Literal:
         choices = [str(value) for value in get_args(hint)]
         return f"one of {', '.join(choices)}", choices
