@@ -199,6 +199,38 @@ def test_the_home_folder_stands_at_the_start_of_a_path_alone(monkeypatch):
     ]
 
 
+NOBODY = "~nobody-of-this-name/x"
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "message"),
+    [
+        (2, ["train", "--data", NOBODY], f"'{NOBODY}' is neither a folder nor a known data set"),
+        (1, ["train", "--data=cifar10", "--data.root", NOBODY], f"/{NOBODY}'"),
+        (1, ["train", "--resume", NOBODY], f"{NOBODY}: there is no such run folder"),
+        (1, ["evaluate", NOBODY], f"{NOBODY}: there is no such run folder"),
+        (1, ["serve", NOBODY], f"{NOBODY}: no such export folder"),
+        (1, ["train", "--show_batch", f"{NOBODY}.png"], "there is no such user here; write it"),
+        (1, ["train", "--code", NOBODY], "there is no such user here; write it without ~"),
+    ],
+    ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
+)
+def test_the_home_of_nobody_is_no_error_inside(code, words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in told(capsys, code, *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_home_folder_is_meant_in_a_file_too(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "c.yaml").write_text("to: ~/small\nmethods: [round_weights]\n")
+    options = read(["compress", "run", "--config", str(tmp_path / "c.yaml")]).options
+    assert options.to == Path("/home/me/small")
+    (tmp_path / "c.yaml").write_text("data: {root: ~/sets, name: digits}\nfolder: ~/s\n")
+    found = read(["study", "recursion", "--config", str(tmp_path / "c.yaml")]).options
+    assert found.folder == Path("/home/me/s")
+
+
 def test_early_exits_exclude_each_other():
     assert EarlyExit(exit_drop=0.0).exit_drop == 0
     with pytest.raises(UsageError, match="exit_drop excludes exit_steps; use one of them"):

@@ -208,6 +208,19 @@ def test_numbers_truth_values_and_nothing_are_labels_as_they_are_written(folder)
     assert list(found.values()) == ["1", "1", "1.5", "True", -1, -1]
 
 
+@pytest.mark.filterwarnings("ignore::smallfry.errors.SmallfryWarning")
+def test_minus_one_is_no_label_but_where_training_has_it(folder):
+    rows = [f"{FIRST},0,train", f"{SECOND},1,train", f"{THIRD},-1,test"]
+    source = read(folder, "\n".join(["image,label,split", *rows]))
+    assert source.classes == ("0", "1")
+    assert (source.splits["test"].labels.tolist(), source.splits["test"].strangers) == ([-1], ())
+    data = load_data(str(folder), labels="labels.csv", validation=0, test=0)
+    assert data.test_count == 0  # it is left out
+    signs = read(folder, "\n".join(["image,label,split", *rows, "images/003.png,-1,train"]))
+    assert signs.classes == ("-1", "0", "1")
+    assert signs.splits["test"].labels.tolist() == [0]
+
+
 def test_a_label_of_several_values_is_refused_with_its_entry(folder):
     for value in ([1], {"a": 1}):
         rows = [{"image": FIRST, "label": "a"}, {"image": SECOND, "label": value}]

@@ -16,10 +16,12 @@ from shard_files import add, picture, write_parquet_shards, write_tar_shards
 
 from smallfry.data import load_data
 from smallfry.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from smallfry.data.image_data import ImageData
 from smallfry.data.named import find_source
 from smallfry.data.own import write_data
 from smallfry.data.registered import Wanted, settings_from
 from smallfry.data.sources import class_indices, class_texts, shard_files
+from smallfry.data.splits import Split
 from smallfry.errors import DataError, UsageError
 from smallfry_runtime.names import text_of
 
@@ -206,6 +208,18 @@ def test_images_that_are_not_contiguous_are_corrupted_alike():
 
 
 # Registered data
+
+
+def test_duplicates_are_told_of_data_without_places():
+    pixels = torch.zeros(4, 1, 3, 3, dtype=torch.uint8)
+    pixels[:3, 0, 0, 0] = torch.tensor([1, 2, 1], dtype=torch.uint8)
+    labels = torch.tensor([0, 1, 0, 1])
+    parts = [Split(pixels, torch.tensor(rows), labels[rows]) for rows in ([0, 1], [3], [2])]
+    data = ImageData("kit-set", "here", ("a", "b"), 3, 1, *parts)
+    [sentence] = data.duplicates()
+    assert "1 of 1 test images are in the train split too, such as kit-set[2], the" in sentence
+    assert "same as kit-set[0]" in sentence
+    assert len(data.without_duplicates().train) == 1
 
 
 def test_settings_have_the_types_of_their_defaults():

@@ -26,10 +26,13 @@ def text_of(name: str) -> str:
 
 
 def path_of(name: str) -> Path:
-    """Resolve a path given by a user or a configuration, with ``~`` or as ``file:///…``."""
+    """Resolve a path given by a user or a configuration, with ``~`` or as ``file:///…``.
+
+    ``~NAME`` stays as it is where there is no such user.
+    """
     if name.startswith(URI):
         return Path(os.fsdecode(unquote_to_bytes(name.removeprefix(URI))))
-    return Path(name).expanduser()
+    return Path(os.path.expanduser(name))
 
 
 def storable(path: str) -> str:

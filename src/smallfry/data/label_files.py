@@ -100,7 +100,8 @@ def read_label_file(folder: Path, file: Path, columns: LabelColumns | None = Non
 
 
 def _encoded(rows: Sequence[_Row], classes: Sequence[str]) -> EncodedSplit:
-    places = {name: label for label, name in enumerate(classes)} | {"": UNLABELLED}
+    places = dict.fromkeys(("", "-1"), UNLABELLED)  # but −1 may be a class, as of tables
+    places |= {name: label for label, name in enumerate(classes)}
     labels = np.array([places.get(row.label, LACKING) for row in rows], np.int64)
     return EncodedSplit(
         labels,
