@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from smallfry.cli._fields import option, settings_of
-from smallfry.cli._shared import AsJson, OneRun, OtherData
+from smallfry.cli._shared import AsJson, OneRun, OtherData, json_line
 from smallfry.errors import UsageError
 from smallfry.io.console import CleanConsole
+from smallfry.io.json import strict
 from smallfry.io.terminal import command, say
 
 if TYPE_CHECKING:
@@ -112,9 +113,11 @@ def run(options: Options) -> int:
 
         (folder / "pictures").mkdir(exist_ok=True)
         draw_trade_off(mixed, folder / "pictures" / "bits.png")
-    write_file(folder / "compression.json", json.dumps(summary, indent=2) + "\n")
+    write_file(
+        folder / "compression.json", json.dumps(strict(summary), indent=2, allow_nan=False) + "\n"
+    )
     if options.json:
-        say(json.dumps({"run": str(folder), **summary}))
+        say(json_line({"run": str(folder), **summary}))
         return 0
     table = Table("", "before", "after", "", box=None)
     for row in rows(found):
