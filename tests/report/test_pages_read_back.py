@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from html_view import View
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from markupsafe import Markup
 from PIL import Image
@@ -64,6 +64,7 @@ def pixels_of(url):
 # Tables
 
 
+@settings(max_examples=30)
 @given(st.lists(st.lists(st.text(max_size=6), min_size=2, max_size=2), max_size=4))
 def test_any_text_comes_back_from_a_table(rows):
     html = str(table(["a", "b"], rows))
@@ -147,6 +148,7 @@ def test_an_analysis_of_nothing_is_a_page():
 POINT = st.tuples(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6))
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(POINT, POINT, st.booleans()), min_size=1, max_size=5))
 def test_pairs_are_drawn_in_place_within_the_margins(points):
     pairs = [Pair(a, b, f"pair {i}", c) for i, (a, b, c) in enumerate(points)]

@@ -43,6 +43,7 @@ def outputs_of(predicted, classes):
     return 3.0 * torch.nn.functional.one_hot(predicted, classes).double()
 
 
+@settings(max_examples=40)
 @given(answered())
 def test_means_over_classes_are_those_of_scikit_learn(found):
     predicted, labels, classes = found
@@ -55,6 +56,7 @@ def test_means_over_classes_are_those_of_scikit_learn(found):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@settings(max_examples=40)
 @given(answered())
 def test_balanced_accuracy_is_that_of_scikit_learn(found):
     predicted, labels, classes = found
@@ -62,6 +64,7 @@ def test_balanced_accuracy_is_that_of_scikit_learn(found):
     assert balanced_accuracy(predicted, labels, classes) == pytest.approx(wanted)
 
 
+@settings(max_examples=40)
 @given(answered())
 def test_scores_of_classes_are_counted(found):
     predicted, labels, classes = found
@@ -79,6 +82,7 @@ def test_scores_of_classes_are_counted(found):
 
 
 @pytest.mark.filterwarnings("ignore:A single label was found")
+@settings(max_examples=40)
 @given(answered(least=0))
 def test_the_matrix_is_that_of_scikit_learn(found):
     predicted, labels, classes = found
@@ -100,6 +104,7 @@ def test_the_matrix_is_that_of_scikit_learn(found):
         assert (part[:, :-1] == everything[worst][:, worst]).all()
 
 
+@settings(max_examples=40)
 @given(answered(least=0))
 def test_the_tables_can_be_read_back(found):
     predicted, labels, classes = found
@@ -123,7 +128,6 @@ CELLS = st.one_of(
 )
 
 
-@settings(max_examples=200)
 @given(st.lists(st.lists(CELLS, min_size=2, max_size=3), min_size=1, max_size=4))
 def test_any_text_comes_back_from_a_table(rows):
     text = csv_text(rows)
@@ -186,6 +190,7 @@ def test_no_images_have_no_scores():
 # Mistakes
 
 
+@settings(max_examples=40)
 @given(answered(least=0), st.integers(0, 2**31))
 def test_pairs_hold_every_mistake_once_the_surest_first(found, seed):
     predicted, labels, classes = found
@@ -238,6 +243,7 @@ def test_the_surest_of_many_mistakes_are_taken():
     assert surest_mistakes(outputs, outputs.argmax(1)).tolist() == []
 
 
+@settings(max_examples=40)
 @given(answered(least=0), st.integers(0, 8))
 def test_half_of_what_is_traced_are_mistakes_where_there_are_any(found, most):
     predicted, labels, classes = found
