@@ -28,7 +28,11 @@ def folder(tmp_path, monkeypatch):
         ([*TRAIN, "--data", "cifr10"], 2, ["expected a folder", "did you mean 'cifar10'?"]),
         ([*TRAIN, "--data", "note.txt"], 2, ["a known data set but a file; expected a folder"]),
         ([*TRAIN, "--data", "empty"], 1, ["empty: expected one folder per class with images"]),
-        ([*TRAIN, "--config", "note.txt"], 2, ["such as 'epochs: 3' on a line, not 'hello'"]),
+        (
+            [*TRAIN, "--config", "note.txt"],
+            2,
+            ["lines of settings, such as 'epochs: 3', got hello"],
+        ),
         ([*TRAIN, "--epochs", "-1"], 2, ["epochs must be at least 1, got -1"]),
         ([*TRAIN, "--optimizer.lr", "-1"], 2, ["optimizer.lr must be positive, got -1"]),
         ([*TRAIN, "--optimizer.bias_rate", "0"], 2, ["bias_rate must be positive, got 0"]),

@@ -146,7 +146,7 @@ def is_image(name: str) -> bool:
 
 
 def _from_path(given: str) -> Iterator[InputImage]:
-    path = Path(given).expanduser()
+    path = Path(os.path.expanduser(given))
     if not given:  # which is the current folder to pathlib
         yield InputImage(given, None, "an input has no name; expected a file or folder")
     elif path.is_file():

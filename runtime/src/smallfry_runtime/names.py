@@ -18,15 +18,21 @@ def text_of(name: str) -> str:
     try:
         name.encode()
     except UnicodeEncodeError:  # Python keeps such bytes as lone surrogates
-        name = os.fsencode(name).decode("latin-1")
+        try:
+            name = os.fsencode(name).decode("latin-1")
+        except UnicodeEncodeError:  # of no bytes, but half of a character, as JSON can hold it
+            name = name.encode(errors="replace").decode()
     return unicodedata.normalize("NFC", name)
 
 
 def path_of(name: str) -> Path:
-    """Resolve a path given by a user or a configuration, with ``~`` or as ``file:///…``."""
+    """Resolve a path given by a user or a configuration, with ``~`` or as ``file:///…``.
+
+    ``~NAME`` stays as it is where there is no such user.
+    """
     if name.startswith(URI):
         return Path(os.fsdecode(unquote_to_bytes(name.removeprefix(URI))))
-    return Path(name).expanduser()
+    return Path(os.path.expanduser(name))
 
 
 def storable(path: str) -> str:

@@ -8,6 +8,7 @@ file, the option of a wrong value, and that value.
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -15,7 +16,9 @@ from jsonargparse import ArgumentError
 
 from smallfry.cli._aliases import like_named
 from smallfry.errors import UsageError, nearest
+from smallfry.io.terminal import shortened
 
+NO_SETTINGS = "Unexpected config:"  # how jsonargparse begins about a file without names
 OF_ALL = ("help", "debug", "config", "print_config")  # options that jsonargparse or all verbs have
 
 
@@ -34,12 +37,15 @@ def explain(
     unknown = _unknown_option(arguments, options)
     if unknown is None and isinstance(error.__cause__, KeyError):
         # "Option 'nmae' is not accepted", or "Group 'data' does not accept option 'nmae'"
-        unknown = ".".join(re.findall(r"'([\w.]+)'", message))
+        unknown = ".".join(re.findall(r"'([^']+)'", message))
     if unknown:
         hint = "" if "." in unknown else like_named(unknown, options)
         hint = hint or nearest(unknown, _known(options))
         hint = hint or f"; smallfry {command} --help lists them"
         return f"{command} has no option '{unknown}'{hint}"
+    if message.startswith(NO_SETTINGS):
+        content = shortened(message.removeprefix(NO_SETTINGS).strip()) or "nothing"
+        return f"config: expected lines of settings, such as 'epochs: 3', got {content}"
     # 'Parser key "data.limit": … Got value: x', at the end of which a union has 'Given value: x'
     match = re.fullmatch(r'Parser key "([\w.]+)":? ?(.*)', message)
     if match is None:
@@ -50,6 +56,8 @@ def explain(
         return f"{name}: {reason}"
     expected, choices = _expected(options[name])
     close = nearest(value, choices) if choices else ""
+    if not close.startswith("; did you mean"):  # all of them are named already
+        close = ""
     if get_origin(options[name]) is list and not value.startswith("["):
         close = f"; a list has brackets: '[{value}]'"
     return f"{name}: expected {expected}, got '{value}'{close}"
@@ -59,9 +67,6 @@ def _other(message: str, command: str) -> str:
     """Complete an error that is about no option's value."""
     if message.startswith("the following arguments are required:"):
         return f"{message}; smallfry {command} --help describes them"
-    if message.startswith("Unexpected config: "):
-        text = message.removeprefix("Unexpected config: ")
-        return f"config: expected settings, such as 'epochs: 3' on a line, not '{text}'"
     return message
 
 
@@ -85,17 +90,28 @@ def _unknown_option(arguments: Sequence[str], options: Mapping[str, Any]) -> str
         if argument.startswith("--"):
             name = argument[2:].partition("=")[0]
             # --model.options.key sets an entry of a mapping, --data.mean+ extends a list
-            of_value = any(name.startswith(f"{option}.") for option in options)
+            of_value = any(
+                name.startswith(f"{option}.") and not _is_plain(hint)
+                for option, hint in options.items()
+            )
             if name.rstrip("+") not in known and not of_value:
                 return name
     return None
+
+
+def _is_plain(hint: Any) -> bool:
+    """Return whether a type has a single value, without entries to be set one by one."""
+    if get_origin(hint) in (Union, UnionType):
+        return all(_is_plain(each) for each in get_args(hint))
+    return get_origin(hint) is Literal or hint in (bool, int, float, str, Path, NoneType)
 
 
 def _expected(hint: Any) -> tuple[str, list[str]]:
     """Return the name of a type, and its choices."""
     if get_origin(hint) in (Union, UnionType):
         kinds = [_expected(each) for each in get_args(hint) if each is not NoneType]
-        return " or ".join([*(kind for kind, _ in kinds), "null"]), kinds[0][1]
+        names = [kind for kind, _ in kinds] + ["null"] * (NoneType in get_args(hint))
+        return " or ".join(names), kinds[0][1]
     if get_origin(hint) is Literal:
         choices = [str(value) for value in get_args(hint)]
         return f"one of {', '.join(choices)}", choices

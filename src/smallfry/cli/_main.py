@@ -25,6 +25,7 @@ WAY_OUT = (
     "take a smaller batch_size, accumulate, or a smaller model; a saved run continues with --resume"
 )
 OUT_OF_MEMORY = f"out of memory; {WAY_OUT}"
+NO_HOME = "Could not determine home directory"  # of pathlib, which has no type for it
 NO_MEMORY_AT_ALL = f"smallfry: {OUT_OF_MEMORY}\n".encode()  # made while there is memory
 
 
@@ -104,6 +105,8 @@ def _message(error: Exception) -> Exception | str:
     if is_out_of_memory(error):
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         return f"out of memory ({reason}); {WAY_OUT}"
+    if isinstance(error, RuntimeError) and str(error).startswith(NO_HOME):
+        return "a path begins with ~NAME, but there is no such user here; write it without ~"
     if isinstance(error, OSError) and (refused := refusal(error)) is not None:
         return refused
     return (

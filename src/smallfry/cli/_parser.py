@@ -24,6 +24,7 @@ from smallfry.cli._verbs import Verb, load_verb, verb_names
 from smallfry.errors import SmallfryError, UsageError, nearest
 from smallfry.io.safe_yaml import YAML_MODE
 from smallfry.version import __version__
+from smallfry_runtime.names import path_of
 
 PURPOSE = "Small networks that do the work of big ones."
 SHOWING = ("-h", "--help", "--version")  # options that print and exit, before a verb
@@ -353,6 +354,8 @@ def _instance(
             values[entry.name] = _instance(form, hint, parsed, special, before)
         else:
             value = parsed[f"{prefix}{entry.name}"]
+            if isinstance(value, Path):  # of a file, in which no shell expands it
+                value = path_of(str(value))
             values[entry.name] = tuple(value) if isinstance(value, list) else value
     return kind(**values)
 

@@ -1,11 +1,18 @@
 """Options shared by several verbs."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from smallfry.cli._fields import option
 from smallfry.errors import UsageError
+from smallfry.io.json import strict
+
+
+def json_line(value: Any) -> str:
+    """Format a result as JSON on a line, with null for numbers that are not finite."""
+    return json.dumps(strict(value), allow_nan=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Compress a trained model."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from smallfry.cli._fields import option, settings_of
-from smallfry.cli._shared import AsJson, OneRun, OtherData
+from smallfry.cli._shared import AsJson, OneRun, OtherData, json_line
 from smallfry.errors import UsageError
 from smallfry.io.console import CleanConsole
+from smallfry.io.json import strict
 from smallfry.io.terminal import command, say
 
 if TYPE_CHECKING:
@@ -47,8 +49,10 @@ class CompressConfig:
             raise UsageError("methods is empty; give at least one, such as [round_weights]")
         if self.epochs is not None and self.minutes is not None:
             raise UsageError("epochs excludes minutes; give one budget")
-        if (self.epochs is not None and self.epochs < 1) or (self.minutes or 1) <= 0:
-            raise UsageError("epochs must be at least 1, and minutes above 0")
+        if self.epochs is not None and self.epochs < 1:
+            raise UsageError(f"epochs must be at least 1, got {self.epochs}")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise UsageError(f"minutes must be a finite number above 0, got {self.minutes}")
         if not 0 <= self.distill <= 1:
             raise UsageError(f"distill is 0 to 1, not {self.distill}")
         if not self.tunes and (self.distill or self.tuning):
@@ -109,9 +113,11 @@ def run(options: Options) -> int:
 
         (folder / "pictures").mkdir(exist_ok=True)
         draw_trade_off(mixed, folder / "pictures" / "bits.png")
-    write_file(folder / "compression.json", json.dumps(summary, indent=2) + "\n")
+    write_file(
+        folder / "compression.json", json.dumps(strict(summary), indent=2, allow_nan=False) + "\n"
+    )
     if options.json:
-        say(json.dumps({"run": str(folder), **summary}))
+        say(json_line({"run": str(folder), **summary}))
         return 0
     table = Table("", "before", "after", "", box=None)
     for row in rows(found):

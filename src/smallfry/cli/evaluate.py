@@ -1,6 +1,5 @@
 """Evaluate a trained model."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from smallfry.cli._fields import option
-from smallfry.cli._shared import AsJson, EarlyExit, OneRun, OtherData
+from smallfry.cli._shared import AsJson, EarlyExit, OneRun, OtherData, json_line
 from smallfry.io.console import CleanConsole
 from smallfry.io.terminal import printable, say
 
@@ -102,7 +101,7 @@ def run(options: Options) -> int:
         steps = score_steps(trained.model, images, trained.normalize, task)
         result["steps"] = steps
     if options.json:
-        say(json.dumps(result))
+        say(json_line(result))
         return 0
     result.pop("steps", None)
     per_class = result.pop("per_class", {})
@@ -140,7 +139,7 @@ def _submodels(options: Options, trained: "TrainedModel") -> int:
         for row in rows
     ]
     if options.json:
-        say(json.dumps({"split": "validation", "images": len(images), "submodels": found}))
+        say(json_line({"split": "validation", "images": len(images), "submodels": found}))
         return 0
     table = Table("sub-model", *FIGURES, box=None)
     for row in found:

@@ -1,11 +1,10 @@
 """Evolve the weights of a small network without gradients."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from smallfry.cli._fields import option, settings_of
-from smallfry.cli._shared import AsJson
+from smallfry.cli._shared import AsJson, json_line
 from smallfry.errors import UsageError
 from smallfry.io.terminal import say
 from smallfry.studies.evolution_config import EvolutionConfig
@@ -41,7 +40,7 @@ def run(options: Options) -> int:
             "accuracy": found.accuracy,
             "elite": str(found.elite),
         }
-        say(json.dumps(summary))
+        say(json_line(summary))
         return 0
     solved = "solved" if found.solved else "not solved"
     result = solved if found.accuracy is None else f"{found.accuracy:.2%} of validation images"

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from smallfry.cli._fields import option, settings_of
-from smallfry.cli._shared import AsJson
+from smallfry.cli._shared import AsJson, json_line
 from smallfry.errors import UsageError
 from smallfry.fitting.config import FitConfig
 from smallfry.io.console import CleanConsole
@@ -46,7 +46,7 @@ def run(options: Options) -> int:
         raise UsageError("a fit needs a folder: --to DIR")
     found = fit(config, options.to, _quiet if options.json else say, options.json)
     if options.json:
-        say(json.dumps({"page": str(found.page), **found.summary}))
+        say(json_line({"page": str(found.page), **found.summary}))
         return 0 if found.met else 1
     chosen, test = found.summary["chosen"], found.summary["test"]
     if chosen is not None:

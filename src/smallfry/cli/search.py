@@ -1,11 +1,10 @@
 """Search for an architecture and its recipe."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from smallfry.cli._fields import option, settings_of
-from smallfry.cli._shared import AsJson
+from smallfry.cli._shared import AsJson, json_line
 from smallfry.errors import UsageError
 from smallfry.io.terminal import command, say
 from smallfry.studies.search.config import SearchConfig
@@ -35,7 +34,7 @@ def run(options: Options) -> int:
     if options.json:
         best = None if found.best is None else found.best.to_dict()
         confirmed = [each._asdict() for each in found.confirmed]
-        say(json.dumps({"page": str(found.page), "best": best, "confirmed": confirmed}))
+        say(json_line({"page": str(found.page), "best": best, "confirmed": confirmed}))
         return 0 if found.best is not None else 1
     if found.best is None:
         say(f"all trainings failed: {found.page}")

@@ -54,7 +54,10 @@ def complete(arguments: Sequence[str]) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("--task", "--config", "--resume"):
         parser.add_argument(name)
-    found, _ = parser.parse_known_args(list(arguments))
+    try:
+        found, _ = parser.parse_known_args(list(arguments))
+    except argparse.ArgumentError:  # of an option without its value, which the parser explains
+        return list(arguments)
     if found.task is None or found.config or found.resume:
         return list(arguments)
     from smallfry.training.recipes import recipe_of

@@ -71,7 +71,7 @@ def corrupt(images: Tensor, name: str, severity: int, seed: int = 0, first: int 
         raise UsageError(f"unknown corruption '{name}'{nearest(name, CORRUPTIONS)}")
     if severity not in (0, *SEVERITIES):
         raise UsageError(f"severity is 0 to 5, not {severity}")
-    if severity == 0:
+    if severity == 0 or not len(images):
         return images
     apply, constants = CORRUPTIONS[name]
     scale = min(images.shape[2:]) / 32
@@ -328,7 +328,8 @@ def _plasma(shape: tuple[int, int], decay: float, random: Random) -> Pixels:
         field[half::step, ::step] = drawn(beside)
         step, amplitude = half, amplitude / decay
     field = field - field.min()
-    found: Pixels = (field / field.max())[: shape[0], : shape[1]]
+    top = field.max() or 1.0  # of a single pixel
+    found: Pixels = (field / top)[: shape[0], : shape[1]]
     return found
 
 

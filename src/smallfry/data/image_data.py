@@ -301,7 +301,7 @@ class ImageData:
                 name,
                 hashes,
                 one_label.numpy(),
-                lambda i: self._locate[name](int(split.rows[i])),
+                lambda i: self.locate(name, i),
             )
 
         return of(TRAIN, self.train), of(VALIDATION, self.validation), of(TEST, self.test)

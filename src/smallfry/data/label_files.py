@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from smallfry.data.sources import (
 from smallfry.errors import DataError, UsageError, nearest
 from smallfry_runtime.files import open_regular
 from smallfry_runtime.inputs import in_order, list_folder
+from smallfry_runtime.names import text_of
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class Record(NamedTuple):
     split: str
     cells: Mapping[str, Any]
     image_column: str
+    split_column: str | None  # None: all are for training
 
 
 class _Row(NamedTuple):
@@ -90,13 +93,15 @@ def read_label_file(folder: Path, file: Path, columns: LabelColumns | None = Non
         split: _encoded([row for row in rows if row.split == split], classes)
         for split in dict.fromkeys(row.split for row in rows)
     }
-    if unlisted := len({*list_folder(folder).images} - {*seen}):
+    listed = list_folder(Path(os.path.abspath(folder))).images  # as the rows have them
+    if unlisted := len({*listed} - {*seen}):
         log.info("%s: ignored %d images that %s does not list", folder, unlisted, place.name)
     return Source(str(place), class_texts(str(place), classes), splits, tuple(classes))
 
 
 def _encoded(rows: Sequence[_Row], classes: Sequence[str]) -> EncodedSplit:
-    places = {name: label for label, name in enumerate(classes)} | {"": UNLABELLED}
+    places = dict.fromkeys(("", "-1"), UNLABELLED)  # but −1 may be a class, as of tables
+    places |= {name: label for label, name in enumerate(classes)}
     labels = np.array([places.get(row.label, LACKING) for row in rows], np.int64)
     return EncodedSplit(
         labels,
@@ -110,11 +115,12 @@ def _encoded(rows: Sequence[_Row], classes: Sequence[str]) -> EncodedSplit:
 def _rows(folder: Path, place: Path, columns: LabelColumns) -> Iterator[_Row]:
     """Yield the rows of a file with their images and labels."""
     records, names = read_records(folder, place, columns)
-    others = [n for n in names if n not in (records[0].image_column, columns.split or "split")]
+    others = [n for n in names if n not in (records[0].image_column, records[0].split_column)]
     usual = LABEL_NAMES if len(others) != 1 else tuple(others)
     label = choose_column(place, names, columns.label, "label", usual)
-    for where, image, split, cells, _ in records:
-        yield _Row(where, image, _text(where, cells.get(label)), split)
+    for record in records:
+        text = text_of(_text(record.where, record.cells.get(label)))
+        yield _Row(record.where, record.image, text, record.split)
 
 
 def read_records(
@@ -128,7 +134,7 @@ def read_records(
         raise DataError(
             f"{place}: no such file of labels; data.labels is relative to the data's folder"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{place}: can't be read as UTF-8 text ({error})") from error
     is_json = place.suffix.lower() in JSON_ENDINGS
     records = list(_json_records(place, text) if is_json else _csv_records(place, text))
@@ -137,7 +143,7 @@ def read_records(
     names = list(dict.fromkeys(name for _, record in records for name in record))
     image = choose_column(place, names, columns.image, "image_column", IMAGE_NAMES)
     split = None
-    if columns.split is not None or "split" in names:
+    if columns.split is not None or "split" in (name.lower() for name in names):
         split = choose_column(place, names, columns.split, "split_column", ("split",))
     found = []
     for where, record in records:
@@ -146,7 +152,7 @@ def read_records(
             known = ", ".join(SPLIT_NAMES)
             raise DataError(f"{where}: unknown split '{said}'; expected one of {known}")
         file = _image(folder, place, _text(where, record.get(image)), where)
-        found.append(Record(where, file, SPLIT_NAMES.get(said, TRAIN), record, image))
+        found.append(Record(where, file, SPLIT_NAMES.get(said, TRAIN), record, image, split))
     return found, names
 
 
@@ -181,12 +187,13 @@ def _image(folder: Path, place: Path, name: str, where: str) -> Path:
     if not name:
         raise DataError(f"{where}: names no image")
     top = os.path.normpath(os.path.abspath(folder))
-    for base in dict.fromkeys((place.parent, folder)):
-        path = Path(os.path.normpath(os.path.abspath(base / name)))
-        if os.path.commonpath([top, path]) != top:
-            raise DataError(f"{where}: '{name}' is outside {folder}; move the images into it")
+    places = [os.path.abspath(base / name) for base in dict.fromkeys((place.parent, folder))]
+    inside = [Path(path) for path in places if os.path.commonpath([top, path]) == top]
+    if not inside:
+        raise DataError(f"{where}: '{name}' is outside {folder}; move the images into it")
+    for path in inside:
         for each in (path, *(path.with_name(path.name + ending) for ending in ENDINGS)):
-            if each.is_file():
+            if os.path.isfile(each):  # also False of a name that no file can have
                 return each
     raise DataError(f"{where}: no image '{name}' in {folder}")
 
@@ -206,7 +213,7 @@ def _csv_records(place: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any
                 raise DataError(f"{where}: {len(names)} cells were expected, as in the first line")
             yield where, record
     except csv.Error as error:
-        raise DataError(f"{place}, line {reader.line_num}: not CSV ({error})") from error
+        raise DataError(f"{place}, line {reader.reader.line_num}: not CSV ({error})") from error
 
 
 def _json_records(place: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -225,7 +232,9 @@ def _json_records(place: Path, text: str) -> Iterator[tuple[str, Mapping[str, An
 
 
 def _text(where: str, value: Any) -> str:
-    """Convert a cell to text; None is empty."""
+    """Convert a cell to text; None and NaN are empty."""
     if isinstance(value, list | dict):
         raise DataError(f"{where}: a cell holds several values ({value!r}); expected one")
-    return "" if value is None else str(value).strip()
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return str(value).strip()

@@ -78,7 +78,7 @@ def find_source(
         )
     require_no_root(name, root)
     if root is not None:
-        root = root.expanduser()
+        root = path_of(str(root))
         if not root.is_dir():
             raise DataError(f"data.root: no such folder '{root}'")
     if name == "digits":

@@ -3,6 +3,7 @@
 import hashlib
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ EXPECTED = (
     "expected a folder, a pair of images and labels, a torch or Hugging Face Dataset, or a mapping "
     "of these with train, and validation or test"
 )
+
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16", "I;16B")
+TRANSPARENT = {"La": "LA", "PA": "RGBA", "RGBa": "RGBA"}  # and what holds their transparency
 
 
 def is_own(data: Any) -> bool:
@@ -196,6 +200,16 @@ def as_picture(image: Any, where: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
+def _for_png(picture: Image.Image, where: str) -> Image.Image:
+    """Convert a picture of colours that PNG can't hold, such as those of print."""
+    if picture.mode in PNG_MODES:
+        return picture
+    if picture.mode != "F":  # of floating-point numbers on any scale
+        with suppress(ValueError):  # there is no way from some modes
+            return picture.convert(TRANSPARENT.get(picture.mode, "RGB"))
+    raise DataError(f"{where}: a picture of the mode {picture.mode}; convert it to RGB or grey")
+
+
 def _png(image: Any, where: str) -> bytes:
     if isinstance(image, str | Path):
         try:
@@ -203,5 +217,5 @@ def _png(image: Any, where: str) -> bytes:
         except OSError as error:
             raise DataError(f"{image}: can't be read ({error})") from error
     encoded = io.BytesIO()
-    as_picture(image, where).save(encoded, format="png", compress_level=1)
+    _for_png(as_picture(image, where), where).save(encoded, format="png", compress_level=1)
     return encoded.getvalue()

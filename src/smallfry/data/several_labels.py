@@ -22,11 +22,20 @@ from smallfry.data.folders import read_class_folders
 from smallfry.data.image_data import ImageData
 from smallfry.data.label_files import LABEL_NAMES, LabelColumns, Record, choose_column, read_records
 from smallfry.data.labels import some_of
-from smallfry.data.sources import TEST, TRAIN, VALIDATION, EncodedSplit, class_texts, shard_files
+from smallfry.data.sources import (
+    LACKING,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    EncodedSplit,
+    class_texts,
+    shard_files,
+)
 from smallfry.data.splits import Split, hold_out, take_some
 from smallfry.errors import DataError, SmallfryWarning, UsageError, nearest
 from smallfry_runtime.frames import Frame
 from smallfry_runtime.inputs import in_order
+from smallfry_runtime.names import text_of
 
 SEVERAL_NAMES = (*LABEL_NAMES, "labels", "classes", "tags", "categories", "targets")
 SEPARATORS = ("|", ";", ",")
@@ -144,10 +153,12 @@ def find_several(
 def _of_file(folder: Path, labels: Path, columns: LabelColumns, form: LabelForm) -> Found:
     place = folder / labels
     records, names = read_records(folder, place, columns)
-    taken = {columns.split or "split"} | {records[0].image_column}
+    taken = {records[0].image_column, records[0].split_column}
     others = [name for name in names if name not in taken]
     wanted = form.columns or _columns_of_classes(records, others, columns.label)
-    for name in form.columns:
+    for number, name in enumerate(form.columns):
+        if name in form.columns[:number]:
+            raise UsageError(f"data.label_columns has '{name}' twice; leave out one")
         if name not in others:
             hint = nearest(name, others)
             raise UsageError(f"data.label_columns: {place} has no column '{name}'{hint}")
@@ -204,10 +215,10 @@ def _classes_in(record: Record, label: str, separator: str | None) -> frozenset[
     if isinstance(value, list):
         if not all(isinstance(each, str | int) for each in value):
             raise DataError(f"{record.where}: expected a list of class names, not {value!r}")
-        return frozenset(str(each).strip() for each in value)
+        return frozenset(text_of(name) for each in value if (name := str(each).strip()))
     text = "" if value is None else str(value)
     found = re.split(re.escape(separator), text) if separator else [text]
-    names = frozenset(name.strip() for name in found if name.strip())
+    names = frozenset(text_of(name.strip()) for name in found if name.strip())
     if not names:
         raise DataError(
             f"{record.where}: has no labels; an image of no class has [] in JSON lines, or 0 in "
@@ -221,9 +232,10 @@ def _of_folders(folder: Path) -> Found:
     images: list[Labelled] = []
     for kind, split in source.splits.items():
         if split.strangers:
+            first = int((split.labels == LACKING).argmax())
             raise DataError(
-                f"{split.locate(0)}: its {kind} split has the classes {some_of(split.strangers)}, "
-                "which training lacks"
+                f"{split.locate(first)}: its {kind} split has the classes "
+                f"{some_of(split.strangers)}, which training lacks"
             )
         merged: dict[Any, tuple[Path, set[str]]] = {}
         paths = [Path(str(split.read(i))) for i in range(len(split.labels))]

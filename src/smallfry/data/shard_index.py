@@ -307,7 +307,7 @@ def _names_in_file(folder: Path) -> list[str] | None:
     if not file.is_file():
         return None
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: can't be read as text ({error})") from error
     names = [line.strip() for line in lines]

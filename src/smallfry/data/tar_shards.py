@@ -230,7 +230,7 @@ class _Scan:
 
 def _of_text(content: bytes, where: str) -> Label:
     try:
-        text = content.decode().strip()
+        text = content.decode("utf-8-sig").strip()
     except UnicodeDecodeError:
         text = ""
     if not text:

@@ -102,6 +102,7 @@ class DeepFisherNet(
             raise ValueError(f"DeepFisherNet needs two classes, got {len(self.classes_)} class")
         if self.layers not in (1, 2) or (self.layers == 2 and X.ndim == 2):
             raise UsageError(f"layers is 1 or 2, and 1 for tables, not {self.layers}")
+        self._require_positive()
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         self._shape = X.shape[1:]
         generator = torch.Generator().manual_seed(seed)
@@ -162,6 +163,13 @@ class DeepFisherNet(
             raise ValueError(f"X has images of {X.shape[1:]}, and the fit had {self._shape}")
         found: NDArray[np.float32] = X
         return found
+
+    def _require_positive(self) -> None:
+        names = ("patch", "patch_features", "window", "projected", "stacked", "batch_size")
+        settings = {name: getattr(self, name) for name in names}
+        for name, value in (settings | {"components": min(self.components)}).items():
+            if value < 1:
+                raise UsageError(f"{name} must be at least 1, got {value}")
 
     # Descriptors
 

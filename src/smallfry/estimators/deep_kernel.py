@@ -69,7 +69,7 @@ class DeepKernelClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             raise ValueError(
                 f"DeepKernelClassifier needs two classes, got {len(self.classes_)} class"
             )
-        if self.depth < 0 or self.ridge < 0:
+        if not (self.depth >= 0 and self.ridge >= 0):
             raise UsageError("depth and ridge can't be negative")
         self._dual = self._function(X.shape[1])
         size = float(np.sqrt(X.var(0).sum()))
@@ -107,10 +107,11 @@ class DeepKernelClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
                 raise UsageError(
                     f"activation is optimal, relu or coefficients, not '{self.activation}'"
                 )
-            return dual(optimal_coefficients(self.dimension or features))
+            dimension = features if self.dimension is None else self.dimension
+            return dual(optimal_coefficients(dimension))
         coefficients = np.array(self.activation, dtype=np.float64)
-        if coefficients.ndim != 1 or not coefficients.any():
-            raise UsageError("activation needs a coefficient other than 0")
+        if coefficients.ndim != 1 or not coefficients.any() or not np.isfinite(coefficients).all():
+            raise UsageError("activation needs finite coefficients, and one other than 0")
         return dual(coefficients / np.linalg.norm(coefficients))
 
     def _on_sphere(self, X: Array) -> Array:

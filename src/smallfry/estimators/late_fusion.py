@@ -7,6 +7,7 @@ Source: Simonyan, Vedaldi, Zisserman, "Deep Fisher Networks for Large-Scale Imag
 NIPS 2013, where a Fisher network and a convolutional one are fused; these weights are ours.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -18,16 +19,20 @@ from smallfry.errors import UsageError
 __all__ = ["fuse", "fusion_weights"]
 
 STEPS = 200  # of L-BFGS at most
+EQUAL = 1e-12  # deviation of scores, of the largest, up to which they are equal
 
 
 def fuse(scores: Sequence[Tensor], weights: Tensor) -> Tensor:
     """Add scores by weights, (images, classes).
 
     Args:
-        scores: Of each classifier, (images, classes).
+        scores: Of each classifier, (images, classes); the sum has the finest of their types.
         weights: (classifiers,).
     """
-    return torch.einsum("k,kic->ic", weights.to(scores[0]), torch.stack(list(scores)))
+    kind = functools.reduce(torch.promote_types, (each.dtype for each in scores))
+    kind = kind if kind.is_floating_point else weights.dtype
+    stacked = torch.stack([each.to(kind) for each in scores])
+    return torch.einsum("k,kic->ic", weights.to(stacked), stacked)
 
 
 def fusion_weights(scores: Sequence[Tensor], labels: Tensor) -> Tensor:
@@ -38,7 +43,7 @@ def fusion_weights(scores: Sequence[Tensor], labels: Tensor) -> Tensor:
         labels: Their classes (images,).
 
     Raises:
-        UsageError: Scores of different images or classes.
+        UsageError: Scores of different images or classes, or of none.
 
     Example:
         >>> scores = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
@@ -46,13 +51,16 @@ def fusion_weights(scores: Sequence[Tensor], labels: Tensor) -> Tensor:
         >>> bool((fuse([scores, -scores], weights).argmax(1) == torch.tensor([0, 1, 0])).all())
         True
     """
-    if len({each.shape for each in scores}) != 1 or len(scores[0]) != len(labels):
+    shapes = {each.shape for each in scores}
+    if len(shapes) != 1 or len(scores[0]) != len(labels) or not len(labels):
         raise UsageError(
             "late fusion needs scores of the same images and classes, got "
             f"{', '.join(str(tuple(each.shape)) for each in scores)} for {len(labels)} labels"
         )
     exact = [each.detach().double() for each in scores]
-    spread = torch.stack([each.std().clamp(min=1e-12) for each in exact])
+    spread = torch.stack([each.std(correction=0) for each in exact])
+    largest = torch.stack([each.abs().max() for each in exact])
+    spread = torch.where(spread > EQUAL * largest, spread, 1.0)
     exact = [each / unit for each, unit in zip(exact, spread, strict=True)]
     weights = torch.ones(len(exact), dtype=torch.float64, requires_grad=True)
     solver = torch.optim.LBFGS([weights], max_iter=STEPS, line_search_fn="strong_wolfe")

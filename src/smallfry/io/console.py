@@ -1,6 +1,7 @@
 """Rich console that strips control characters from foreign text."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
@@ -9,7 +10,13 @@ from smallfry.io.terminal import printable
 
 
 class CleanConsole(Console):
-    """Rich console that shows all text as ``printable``, in tables and bars too."""
+    """Rich console that shows all text as ``printable``, in tables and bars too.
+
+    A name such as ``:cat:`` stays as it is, too.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"emoji": False, **options})
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None

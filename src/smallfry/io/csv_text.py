@@ -1,7 +1,6 @@
 """CSV that spreadsheets read as it is: a cell of text is never a formula."""
 
 import csv
-import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -20,7 +19,14 @@ def harmless(cell: Any) -> Any:
 
 def csv_text(rows: Iterable[Sequence[Any]]) -> str:
     """Format rows as CSV with ``harmless`` cells; numbers have all their digits."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
+    lines: list[str] = []
+    writer = csv.writer(_Lines(lines))  # which ends them by \r\n, and so quotes a lone \r
     writer.writerows([harmless(cell) for cell in row] for row in rows)
-    return text.getvalue()
+    return "".join(f"{line[:-2]}\n" for line in lines)
+
+
+class _Lines:
+    """Stream whose writes are lines."""
+
+    def __init__(self, lines: list[str]) -> None:
+        self.write = lines.append

@@ -24,7 +24,6 @@ def draw_batch(
         title: Above all images.
         file: The PNG to write.
     """
-    names = plain(classes)
     rows = -(-len(images) // COLUMNS)
     with style():
         figure = new_figure(1.35 * COLUMNS, 1.6 * rows + 0.5)
@@ -35,7 +34,7 @@ def draw_batch(
         for axes, pixels, share in zip(grid.flat, images, shares, strict=False):
             axes.axis("on")
             show_image(axes, pixels)
-            axes.set_title(_classes(share, names), fontsize=7)
+            axes.set_title(plain([_classes(share, classes)])[0], fontsize=7)
         save(figure, file)
 
 

@@ -35,7 +35,7 @@ def learning_curves(history: Sequence[Mapping[str, float]], file: Path) -> None:
             axes.set_title(title)
             axes.set_xlabel("epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            if title == "loss":
+            if title == "loss" and any(row[c] > 0 for row in history for c in lines.values()):
                 axes.set_yscale("log")
                 axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axes.yaxis.set_major_formatter(ScalarFormatter())

@@ -1,7 +1,9 @@
 """Common style and atomic saving of all plots."""
 
 import io
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,14 @@ def plain(names: Sequence[str]) -> list[str]:
     return [name.replace("$", r"\$") for name in names]
 
 
-def style() -> Any:
-    """Apply the style of all plots, as a context."""
-    return rc_context(STYLE)
+def in_legend(names: Sequence[str]) -> list[str]:
+    """Escape names for a legend, which leaves out those that begin with an underscore."""
+    return [f" {name}" if name.startswith("_") else name for name in plain(names)]
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Apply the style of all plots, as a context; a letter that the font lacks becomes a box."""
+    with rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from")
+        yield

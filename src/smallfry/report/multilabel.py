@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from smallfry.report.figure import new_figure, plain, save, show_image, style
+from smallfry.report.figure import in_legend, new_figure, plain, save, show_image, style
 
 MOST_CLASSES = 40  # that are drawn, the worst ones
 COLUMNS = 4
@@ -55,10 +55,10 @@ def curves(
     with style():
         figure = new_figure(5.5, 4.5)
         axes = figure.subplots()
-        for i, title in zip(chosen, plain([names[i] for i in chosen]), strict=True):
+        for i, title in zip(chosen, in_legend([names[i] for i in chosen]), strict=True):
             has = labels[:, i][probabilities[:, i].argsort(descending=True, stable=True)].double()
             hits = has.cumsum(0)
-            recall = hits / max(1.0, hits[-1].item())
+            recall = hits / max(1.0, has.sum().item())
             precision = hits / torch.arange(1, len(has) + 1)
             (line,) = axes.plot(recall.tolist(), precision.tolist(), label=title)
             row = scores[names[i]]
@@ -83,7 +83,6 @@ def worst_images(
         classes: Names of the classes.
         file: The PNG to write.
     """
-    names = plain(classes)
     rows = max(1, -(-len(images) // COLUMNS))
     with style():
         height, width = images.shape[-2:]
@@ -94,7 +93,7 @@ def worst_images(
         for axes, pixels, said, has in zip(grid.flat, images, chosen, labels, strict=False):
             axes.axis("on")
             show_image(axes, pixels)
-            faults = [f"+{names[i]}" for i in (said & ~has).nonzero()[:, 0].tolist()]
-            faults += [f"−{names[i]}" for i in (has & ~said).nonzero()[:, 0].tolist()]
-            axes.set_title(" ".join(faults)[:40] or "right", fontsize=7)
+            faults = [f"+{classes[i]}" for i in (said & ~has).nonzero()[:, 0].tolist()]
+            faults += [f"−{classes[i]}" for i in (has & ~said).nonzero()[:, 0].tolist()]
+            axes.set_title(plain([" ".join(faults)[:40] or "right"])[0], fontsize=7)
         save(figure, file)

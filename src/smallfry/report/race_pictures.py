@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from smallfry.report.axes import log_axis
-from smallfry.report.figure import COLOURS, GREY, new_figure, plain, save, style
+from smallfry.report.figure import COLOURS, GREY, in_legend, new_figure, save, style
 from smallfry.report.race_curves import Axis, Band, Loss, band, run_of
 from smallfry.report.races import LayerError, Record, Row, Trial, by_contestant, layers
 
@@ -206,7 +206,7 @@ def written(names: Iterable[str]) -> list[str]:
     """Shorten and escape names for plots, on one line."""
     lines = [" ".join(name.split()).replace("\\", "/") for name in names]
     short = [line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…" for line in lines]
-    return [f" {name}" if name.startswith("_") else name for name in plain(short)]
+    return in_legend(short)
 
 
 def _limits(bands: Sequence[Band], start: float, share: float) -> tuple[float, float]:

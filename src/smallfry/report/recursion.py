@@ -6,7 +6,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from smallfry.report.figure import COLOURS, GREY, new_figure, plain, save, show_image, style
+from smallfry.report.figure import (
+    COLOURS,
+    GREY,
+    in_legend,
+    new_figure,
+    plain,
+    save,
+    show_image,
+    style,
+)
 
 MOST_LINES = 100  # classes of an image
 
@@ -34,7 +43,7 @@ def recursion_trace(
             has one after each recursion step only.
         recursion_steps: Recursion steps after which the model stops in use; a line marks that.
     """
-    classes = plain(classes)
+    classes, titles = plain(classes), in_legend(classes)
     probabilities, halting = (part.numpy() for part in trace)
     is_latent = latent_steps is not None
     kind = "latent step" if is_latent else "recursion step"
@@ -54,7 +63,7 @@ def recursion_trace(
             for c in likeliest[3:]:
                 axes.plot(times, probabilities[:, i, c], color="#d1d5db", linewidth=0.8)
             for colour, c in zip(COLOURS, shown, strict=False):
-                axes.plot(times, probabilities[:, i, c], color=colour, label=classes[c], marker=".")
+                axes.plot(times, probabilities[:, i, c], color=colour, label=titles[c], marker=".")
             axes.plot(times, halting[:, i], color="black", linestyle="--", label="halting")
             if stop < times[-1]:
                 axes.axvline(stop, color=GREY, linewidth=0.8)

@@ -118,6 +118,10 @@ def protocol(outcomes: Sequence[Outcome]) -> str:
     return " and ".join(words[split] for split in sorted(splits)) or "nothing has ended yet"
 
 
+def _percent(value: float | None) -> str:
+    return NONE if value is None or not math.isfinite(value) else f"{value:.2f}"
+
+
 def runs_table(outcomes: Sequence[Outcome]) -> Markup:
     """Tabulate every run, with everything needed to reproduce it."""
     head = ["run", "test %", "chosen at %", "chosen on", "best epoch", "seed", "minutes"]
@@ -131,7 +135,7 @@ def runs_table(outcomes: Sequence[Outcome]) -> Markup:
         cells.append(
             [
                 o.name,
-                *(NONE if v is None else f"{v:.2f}" for v in (o.test, o.selected)),
+                *(_percent(v) for v in (o.test, o.selected)),
                 o.measured("select_on"),
                 f"{o.measured('best_epoch')} of {o.measured('epochs')}",
                 o.measured("seed"),

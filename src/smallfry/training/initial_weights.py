@@ -84,7 +84,7 @@ def find_weights(config: ModelConfig) -> InitialWeights | None:
         raise UsageError(f"unknown model '{config.name}'{nearest(config.name, timm.list_models())}")
     if config.start == "true":
         return _of_timm(config.name)
-    return _of_file(path_of(str(config.start)).expanduser(), config.name)
+    return _of_file(path_of(str(config.start)), config.name)
 
 
 def like_weights(config: TrainConfig, weights: InitialWeights) -> TrainConfig:

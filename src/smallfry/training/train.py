@@ -311,15 +311,15 @@ def with_full_paths(config: TrainConfig) -> TrainConfig:
     folder = path_of(wanted.name)
     is_folder = not is_named(wanted.name) and folder.is_dir()
     name = str(folder.resolve()) if is_folder else wanted.name
-    root = None if wanted.root is None else wanted.root.expanduser().resolve()
+    root = None if wanted.root is None else path_of(str(wanted.root)).resolve()
     run = None if config.run is None else config.run.expanduser()
     start = config.model.start
-    if isinstance(start, str) and path_of(start).expanduser().exists():
-        start = str(path_of(start).expanduser().resolve())
+    if isinstance(start, str) and path_of(start).exists():
+        start = str(path_of(start).resolve())
     model, data = replace(config.model, start=start), replace(wanted, name=name, root=root)
     teacher = config.distillation.teacher
-    if teacher is not None and path_of(teacher).expanduser().is_dir():
-        teacher = str(path_of(teacher).expanduser().resolve())
+    if teacher is not None and path_of(teacher).is_dir():
+        teacher = str(path_of(teacher).resolve())
     distillation = replace(config.distillation, teacher=teacher)
     return replace(config, data=data, model=model, run=run, distillation=distillation)
 
