@@ -31,7 +31,7 @@ def folder(tmp_path, monkeypatch):
         (
             [*TRAIN, "--config", "note.txt"],
             2,
-            ["lines of settings, such as 'epochs: 3', got hello"],
+            ["such as 'epochs: 3', got hello"],
         ),
         ([*TRAIN, "--epochs", "-1"], 2, ["epochs must be at least 1, got -1"]),
         ([*TRAIN, "--optimizer.lr", "-1"], 2, ["optimizer.lr must be positive, got -1"]),
