@@ -26,7 +26,7 @@ def path_of(name: str) -> Path:
     """Resolve a path given by a user or a configuration, with ``~`` or as ``file:///…``."""
     if name.startswith(URI):
         return Path(os.fsdecode(unquote_to_bytes(name.removeprefix(URI))))
-    return Path(name).expanduser()
+    return Path(os.path.expanduser(name))  # as it is, where the user has no home
 
 
 def storable(path: str) -> str:

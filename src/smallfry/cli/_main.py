@@ -104,6 +104,8 @@ def _message(error: Exception) -> Exception | str:
     if is_out_of_memory(error):
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         return f"out of memory ({reason}); {WAY_OUT}"
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # Path.expanduser's
+        return "a path begins with ~ and a user who has no home folder here: write all of it"
     if isinstance(error, OSError) and (refused := refusal(error)) is not None:
         return refused
     return (

@@ -56,6 +56,8 @@ class Settings:
                 "a pose needs the square of the picture that the input shows: set crop to "
                 f"[first column, first row, side] in pixels; got {self.crop}"
             )
+        if type(self.seed) is not int or not 0 <= self.seed < 2**31:
+            raise UsageError(f"seed is a whole number from 0 to 2³¹ - 1, got {self.seed!r}")
         if self.solver not in ("own", "opencv"):
             raise UsageError(f"solver is own or opencv, got '{self.solver}'")
 
