@@ -239,8 +239,10 @@ def _to_dict(text: Text, classes: Sequence[str]) -> dict[str, Any]:
 
 
 def _spelled(word: str, numbers: Mapping[str, int]) -> tuple[int, ...]:
+    if not word:
+        raise UsageError("a word is empty: leave it out")
     unknown = sorted({*word} - {*numbers})
-    if unknown or not word:
+    if unknown:
         raise UsageError(f"the word '{word}' has symbols that the model does not know: {unknown}")
     return tuple(numbers[symbol] for symbol in word)
 
