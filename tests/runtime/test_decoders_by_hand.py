@@ -217,7 +217,7 @@ def test_words_are_chosen_and_wrong_ones_named():
         ({"words": ["ac"]}, "the word 'ac' has symbols that the model does not know: .'c'."),
         ({"words": "ab"}, "words must be a list of texts"),
         ({"words": [1]}, "words must be a list of texts"),
-        ({"words": [""]}, "a word is empty"),
+        ({"words": [""]}, "the word '' has no symbols: leave it out"),
         ({"beam": -1}, "beam is a whole number from 0"),
         ({"beam": True}, "beam is a whole number from 0"),
         ({"width": 3}, "decoding has the settings beam and words"),

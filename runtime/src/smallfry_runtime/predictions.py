@@ -87,7 +87,7 @@ def answers(
         outputs = run(np.stack(pixels)) if pixels else None
         rows = iter(()) if outputs is None else _rows(outputs, classes, top_k, thresholds)
         shares = np.empty((0, 0)) if outputs is None else outputs.probabilities
-        finite = iter(np.isfinite(shares).all(axis=1).tolist())
+        finite = iter([bool(np.isfinite(row).all()) for row in shares])
         for image, failure in zip(chunk, errors, strict=True):
             answer = Answer(image.name, []) if failure else next(rows)._replace(name=image.name)
             if failure is None and not (next(finite) and answer.is_finite):

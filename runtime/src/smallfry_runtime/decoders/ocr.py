@@ -240,7 +240,7 @@ def _to_dict(text: Text, classes: Sequence[str]) -> dict[str, Any]:
 
 def _spelled(word: str, numbers: Mapping[str, int]) -> tuple[int, ...]:
     if not word:
-        raise UsageError("a word is empty: leave it out")
+        raise UsageError("the word '' has no symbols: leave it out")
     unknown = sorted({*word} - {*numbers})
     if unknown:
         raise UsageError(f"the word '{word}' has symbols that the model does not know: {unknown}")
