@@ -17,6 +17,7 @@ from smallfry_runtime.errors import UsageError
 
 IMAGE_MIB = "SMALLFRY_IMAGE_MIB"
 PIXEL_BYTES = 4
+MOST_DIGITS = 12  # of a number of MiB; longer texts are slow to convert, or refused by Python
 MOST_PIXELS = 89_478_485  # by default, where Pillow begins to warn: 341 MiB
 DECODED_AT_ONCE = 2**29  # bytes of all images that are being decoded
 ICON, PNG = b"\0\0\1\0", b"\x89PNG\r\n\x1a\n"
@@ -33,7 +34,7 @@ def most_pixels() -> int:
     wanted = os.environ.get(IMAGE_MIB)
     if not wanted:
         return MOST_PIXELS
-    if not wanted.isdecimal() or int(wanted) < 1:
+    if not wanted.isdecimal() or len(wanted) > MOST_DIGITS or int(wanted) < 1:
         raise UsageError(
             f"the environment variable {IMAGE_MIB} must be an integer, the limit of a decoded "
             f"image in MiB, not '{wanted[:40]}'; unset it for the default, 341"

@@ -47,6 +47,8 @@ MOST_BYTES = 256 * 2**20  # of a file
 GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "F"})
 BIT_DEPTHS = (8, 10, 12, 14, 16)  # of cameras and scanners
 FULL_DEPTH = 16
+ORIENTATION, ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # of EXIF
+BEFORE = {"La": "LA", "LAB": "RGB"}  # modes that Pillow converts to these alone
 STRIP = 2**20  # pixels that are laid over white at a time
 
 
@@ -58,10 +60,11 @@ class Pixels(NamedTuple):
 
 
 def header(encoded: Encoded, where: str) -> tuple[int, int, bool]:
-    """Read width, height and whether the image is grey, without decoding its pixels."""
+    """Read width, height, as ``decode`` turns it, and greyness, without decoding its pixels."""
     with _open(encoded, where) as image:
         try:
-            return image.width, image.height, _is_grey(image)
+            width, height = image.size[::-1] if _is_on_its_side(image) else image.size
+            return width, height, _is_grey(image)
         except Exception as error:
             raise _damaged(where, error) from error
 
@@ -130,6 +133,9 @@ def decode_with_peak(
                     f"of {bit_depth} bits, the bit depth of its data set; scale it like the "
                     f"others, or train with a larger --data.bit_depth"
                 )
+            clear = image.info.get("transparency")
+            if peak >= 0 and isinstance(clear, tuple):  # has all bits, where pixels have 8
+                image.info["transparency"] = tuple(value >> 8 for value in clear)
             eight_bit = _eight_bit(image, where, bit_depth)
             return Pixels(_fit(eight_bit, frame_of(size), channels), peak)
         except DataError:
@@ -272,6 +278,15 @@ def _turn_upright(image: Image.Image) -> None:
         ImageOps.exif_transpose(image, in_place=True)
 
 
+def _is_on_its_side(image: Image.Image) -> bool:
+    """Return whether ``_turn_upright`` will turn an image by a quarter."""
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return False  # Pillow has turned the size itself, or would decode the pixels to look
+    with suppress(Exception):
+        return image.getexif().get(ORIENTATION) in ON_ITS_SIDE
+    return False
+
+
 def _damaged(where: str, error: Exception) -> DataError:
     return DataError(f"{where}: the image is damaged ({error or type(error).__name__})")
 
@@ -312,9 +327,15 @@ def _eight_bit(image: Image.Image, where: str, bit_depth: int) -> Image.Image:
     """Convert an image to a mode with 8 bits a channel, over white."""
     if image.mode.startswith("I"):  # Pillow's own conversion would clip these at 255
         scaled = np.arange(2**bit_depth, dtype=np.uint32) * 255 // (2**bit_depth - 1)
-        return Image.fromarray(scaled.astype(np.uint8)[np.asarray(image)])
+        values = np.asarray(image)
+        grey = scaled.astype(np.uint8)[values]
+        if isinstance(clear := image.info.get("transparency"), int):  # the transparent value
+            grey[values == clear] = 255
+        return Image.fromarray(grey)
     if image.mode == "F":
         raise DataError(f"{where}: floating-point pixels; save it with 8 or 16 bits a channel")
+    if image.mode in BEFORE:
+        image = image.convert(BEFORE[image.mode])
     return _over_white(image) if image.has_transparency_data else image
 
 

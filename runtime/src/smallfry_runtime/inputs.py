@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -45,6 +46,7 @@ UNREAD = (  # of pictures, but none that are read
     - IMAGE_EXTENSIONS
     - {".pdf", ".ps", ".h5", ".hdf", ".mpg", ".mpeg", ".im"}  # more often something else
 )
+NETPBM = re.compile(rb"P[1-6]\s(?:\s|#[^\n]*\n)*\d+\s")  # an image whose bytes may be those of text
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*")
 
 
@@ -146,12 +148,13 @@ def is_image(name: str) -> bool:
 
 
 def _from_path(given: str) -> Iterator[InputImage]:
-    path = Path(os.path.expanduser(given))
+    place = os.path.expanduser(given)  # where Path's own would raise, as at a file named ~a.png
+    path = Path(place)
     if not given:  # which is the current folder to pathlib
         yield InputImage(given, None, "an input has no name; expected a file or folder")
-    elif path.is_file():
+    elif os.path.isfile(place):
         yield InputImage(given, path)
-    elif path.is_dir():
+    elif os.path.isdir(place):
         try:
             images, others, _ = list_folder(path)
         except DataError as error:
@@ -164,7 +167,7 @@ def _from_path(given: str) -> Iterator[InputImage]:
         if not images and not unread:
             yield InputImage(given, None, f"{given}: there are no images in this folder")
     else:
-        matches = sorted(glob.glob(given, recursive=True)) if glob.has_magic(given) else []
+        matches = sorted(glob.glob(place, recursive=True)) if glob.has_magic(place) else []
         for match in matches:
             yield from _from_path(match)
         if not matches:
@@ -174,8 +177,10 @@ def _from_path(given: str) -> Iterator[InputImage]:
 def _from_stdin(stdin: BinaryIO) -> Iterator[InputImage]:
     content = stdin.read()
     try:
-        lines = content.decode().splitlines()
-    except UnicodeDecodeError:  # no text, so it is meant to be an image
+        lines = content.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        lines = None
+    if lines is None or b"\0" in content or NETPBM.match(content):  # no list, but an image
         yield InputImage(STDIN, content)
         return
     inputs = [line.strip() for line in lines if line.strip()]

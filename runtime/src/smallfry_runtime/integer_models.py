@@ -79,7 +79,9 @@ def scale_tables(coder: str, low: int, symbols: int) -> Cumulative:
         first = np.concatenate([base, factors], axis=1)[:, :most]  # q, q³, q⁵, …
         powers = np.cumprod(first, axis=1)
     powers = np.concatenate([np.ones((SCALES, 1)), powers], axis=1)
-    return quantized(powers[:, np.abs(np.arange(low, low + symbols))])
+    powers = powers[:, np.abs(np.arange(low, low + symbols))]
+    powers[powers.sum(axis=1) == 0] = 1  # a scale so small that no symbol has a share above 0
+    return quantized(powers)
 
 
 def read_frequencies(payload: bytes, symbols: int, rows: int = 1) -> Cumulative:

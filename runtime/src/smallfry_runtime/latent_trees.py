@@ -29,6 +29,7 @@ from smallfry_runtime.rans import TOTAL, Cumulative, Decoder, find
 
 BELIEF = 2.0**24
 MOST_LATENT = 256  # states, so that sums stay exact
+MOST_BELIEFS = 2**26  # in memory at once, in a tree that is one path; encoders take 256 samples
 
 Floats = NDArray[np.float64]
 Rounding = Callable[[Floats], Floats]
@@ -142,6 +143,8 @@ class LatentTree:
             DataError: A damaged stream.
         """
         decoder = Decoder(stream)
+        if min(decoder.states, count) * len(self.root) * len(self.parents) > MOST_BELIEFS:
+            raise DataError("the coded stream is damaged: it has too many states for its tree")
         samples = np.empty((count, len(self.parents)), np.int64)
         for start in range(0, count, decoder.states):
             part = samples[start : start + decoder.states]

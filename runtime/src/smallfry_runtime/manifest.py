@@ -6,6 +6,7 @@ It is read without PyTorch, and every value is validated before use.
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
@@ -163,7 +164,7 @@ class Manifest:
             ExportError: Missing, damaged, or of another format than this version reads.
         """
         file = folder / MANIFEST
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise ExportError(f"{folder}: no such export folder{_hint(folder)}")
         try:
             content = read_json(file)
@@ -292,6 +293,8 @@ def _checked(content: Any, file: Path) -> Manifest:
         }
         values = {entry.name: content[entry.name] for entry in fields(Manifest)}
         several = ("classes", "mean", "std", "thresholds", "outputs")
+        if texts := [name for name in several if not isinstance(values[name], list)]:
+            raise TypeError(f"{texts[0]} is no list")
         values |= {name: tuple(values[name]) for name in several}
         values["image_size"] = frame_of(values["image_size"]).size
         values["exits"] = tuple(Point(**point) for point in values["exits"])
@@ -323,13 +326,14 @@ def _problem(manifest: Manifest) -> str | None:
         f"resize {manifest.resize!r}": manifest.resize not in RESIZES,
         f"values {manifest.values!r}": manifest.values not in VALUES,
         "outputs": not manifest.outputs
+        or (len(manifest.outputs) > 1 and (manifest.is_classifier or steps is not None))
         or len({*manifest.outputs}) < len(manifest.outputs)
         or not all(isinstance(name, str) and name.isidentifier() for name in manifest.outputs),
         "channels": not _is_count(manifest.channels, MOST_CHANNELS),
         "mean and std": len(manifest.mean) != manifest.channels
         or len(manifest.std) != manifest.channels
         or not all(map(_is_number, statistics))
-        or min(manifest.std) <= 0,
+        or min(manifest.std, default=0) <= 0,
         "thresholds": len(manifest.thresholds) not in (0, len(manifest.classes))
         or not all(map(_is_number, manifest.thresholds)),
         "bit_depth": not is_bit_depth(manifest.bit_depth),

@@ -136,7 +136,9 @@ def _run(values: Any) -> Run:
     """Parse a run, within what 8-bit integers can be."""
     offset, coder, *numbers, length = values
     count, low, symbols, channels = numbers
-    if not all(type(each) is int and each >= 0 for each in (offset, count, symbols, length)):
+    wrong = type(low) is not int
+    wrong |= not all(type(n) is int and n >= 0 for n in (offset, count, symbols, length))
+    if wrong:
         raise ValueError("a run has no whole numbers")
     if coder not in CODERS or not 1 <= symbols <= WIDEST or not -WIDEST <= low <= WIDEST:
         raise ValueError(f"a run has the unknown form {coder!r}")

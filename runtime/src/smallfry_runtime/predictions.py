@@ -84,10 +84,13 @@ def answers(
         thresholds: Of classes, where an image may have several; None where it has one.
     """
     for chunk, pixels, errors in _chunks(images, image_size, channels, bit_depth):
-        rows = _rows(run(np.stack(pixels)), classes, top_k, thresholds) if pixels else iter(())
+        outputs = run(np.stack(pixels)) if pixels else None
+        rows = iter(()) if outputs is None else _rows(outputs, classes, top_k, thresholds)
+        shares = np.empty((0, 0)) if outputs is None else outputs.probabilities
+        finite = iter([bool(np.isfinite(row).all()) for row in shares])
         for image, failure in zip(chunk, errors, strict=True):
             answer = Answer(image.name, []) if failure else next(rows)._replace(name=image.name)
-            if failure is None and not answer.is_finite:
+            if failure is None and not (next(finite) and answer.is_finite):
                 failure = f"{image.name}: {NOT_FINITE}"
             yield answer if failure is None else Answer(image.name, [], error=failure)
 

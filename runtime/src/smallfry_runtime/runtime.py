@@ -156,7 +156,7 @@ class Runtime:
             UsageError: Early exit from a graph that has none, a budget below one step, or an export
                 whose answers are not classes: ``decode`` has those.
         """
-        self._require_classes()
+        self.require_classes()
         found = self.compute(images, self.exit_threshold(budget, drop, threshold), batch_size)
         return Predictions(self._probabilities(found.logits), found.halting, found.steps)
 
@@ -183,7 +183,13 @@ class Runtime:
         """
         decoder = decoder_of(self.manifest.task)
         found = self.compute(images, self.exit_threshold(threshold=threshold), batch_size)
-        values: list[Any] = decoder.decode(found.logits, self.classes, settings)
+        try:
+            values: list[Any] = decoder.decode(found.logits, self.classes, settings)
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise ExportError(
+                f"the answers are not those of the task '{self.manifest.task}' ({error!r}); export "
+                "the run again"
+            ) from error
         return values
 
     def compute(
@@ -226,7 +232,7 @@ class Runtime:
         Raises:
             UsageError: The export's answers are not classes.
         """
-        self._require_classes()
+        self.require_classes()
         size, channels = self.manifest.frame, self.manifest.channels
         run = partial(self.outputs, self.exit_threshold(threshold=threshold))
         wanted = (self.classes, size, channels, top_k, self.manifest.bit_depth, self.thresholds)
@@ -237,7 +243,12 @@ class Runtime:
         """Threshold of each class, where an image may have several; None where it has one."""
         return self.manifest.thresholds or None
 
-    def _require_classes(self) -> None:
+    def require_classes(self) -> None:
+        """Require that the export's answers are classes.
+
+        Raises:
+            UsageError: They are others.
+        """
         if not self.manifest.is_classifier:
             raise UsageError(
                 f"this export is for {self.manifest.task}, and its answers are not classes: "
@@ -406,7 +417,11 @@ class Runtime:
             expected = {"model": whole, "read_out": [(classes,), ()]}.get(graph, [])
         count = len(inputs[0])
         found = [np.shape(output) for output in outputs]
-        lacks = graph == "model" and steps is None and len(found) != len(self.manifest.outputs)
+        number = len(self.manifest.outputs) if steps is None else 2  # an answer and its halting
+        lacks = graph in ("model", "read_out") and len(found) != number
+        if steps is not None and graph in ("model", "read_out") and not lacks:
+            over = (steps,) if graph == "model" else ()  # what halting and answers have one of each
+            lacks = found[1][1:] != over or found[0][1 : 1 + len(over)] != over
         if (
             lacks
             or any(shape[:1] != (count,) for shape in found)
@@ -443,7 +458,8 @@ def sigmoid(logits: Floats) -> Floats:
 
 def softmax(logits: Floats) -> Floats:
     """Compute probabilities from logits, along the last axis."""
-    shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    with np.errstate(over="ignore", invalid="ignore"):  # of what is as good as infinite, or is
+        shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
     result: Floats = shares / shares.sum(axis=-1, keepdims=True)
     return result
 

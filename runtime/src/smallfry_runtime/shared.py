@@ -101,16 +101,17 @@ def restore(data: bytes, base: bytes) -> bytes:
         total, parts = content["bytes"], [_part(each) for each in content["parts"]]
         if type(total) is not int or not 0 <= total <= MOST_BYTES:
             raise ValueError(f"an original of {total} bytes")
-        return _restored(inflated(data[HEAD + size :], total), base, parts, content["sha256"])
+        rest = inflated(data[HEAD + size :], total)
+        return _restored(rest, base, parts, total, content["sha256"])
     except (KeyError, TypeError, ValueError, OverflowError, zlib.error) as error:
         raise DataError(f"the shared file is damaged ({error})") from error
 
 
-def _restored(rest: bytes, base: bytes, parts: Sequence[Part], digest: str) -> bytes:
+def _restored(rest: bytes, base: bytes, parts: Sequence[Part], total: int, digest: str) -> bytes:
     original, used = bytearray(), 0
     for part in parts:
         gap = part.offset - len(original)
-        if gap < 0 or used + gap > len(rest):
+        if gap < 0 or used + gap > len(rest) or part.offset + 4 * prod(part.shape) > total:
             raise ValueError("parts overlap")
         original += rest[used : used + gap]
         used += gap

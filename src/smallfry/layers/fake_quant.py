@@ -118,7 +118,7 @@ class FakeQuantized:
             return inputs
         zero = self.input_zeros[call].to(inputs.dtype)
         ends = (-zero, 2**self.input_bits - 1 - zero)
-        return learned_round(inputs, self.input_steps[call], *ends, inputs[0].numel())
+        return learned_round(inputs, self.input_steps[call], *ends, inputs.shape[1:].numel())
 
     def rounded_weight(self) -> Tensor:
         """Round the weight."""

@@ -47,15 +47,17 @@ class Settings:
         if not _numbers(self.camera, 4) or min(self.camera[:2]) <= 0:
             raise UsageError(
                 "a pose needs the camera's intrinsics: set camera to [fx, fy, cx, cy] in pixels of "
-                f"the whole picture, with fx and fy above 0; got {list(self.camera)}"
+                f"the whole picture, with fx and fy above 0; got {self.camera!r}"
             )
-        several = all(isinstance(each, Sequence) for each in self.crop)
+        several = _is_list(self.crop) and all(map(_is_list, self.crop))
         crops = self.crop if several else [self.crop]
-        if not self.crop or not all(_numbers(each, 3) and each[2] > 0 for each in crops):
+        if not crops or not all(_numbers(each, 3) and each[2] > 0 for each in crops):
             raise UsageError(
                 "a pose needs the square of the picture that the input shows: set crop to "
                 f"[first column, first row, side] in pixels; got {self.crop}"
             )
+        if type(self.seed) is not int or not 0 <= self.seed < 2**31:
+            raise UsageError(f"seed is a whole number from 0 to 2³¹ - 1, got {self.seed!r}")
         if self.solver not in ("own", "opencv"):
             raise UsageError(f"solver is own or opencv, got '{self.solver}'")
         if type(self.seed) is not int or not 0 <= self.seed < 2**31:
@@ -189,8 +191,12 @@ def _by_opencv(
     return Estimate(Pose(rotation, np.asarray(shift, np.float64)[:, 0]), len(kept))
 
 
+def _is_list(values: Any) -> bool:
+    return isinstance(values, Sequence) and not isinstance(values, str)
+
+
 def _numbers(values: Any, count: int) -> bool:
-    if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != count:
+    if not _is_list(values) or len(values) != count:
         return False
     return all(isinstance(v, int | float) and np.isfinite(v) for v in values)
 

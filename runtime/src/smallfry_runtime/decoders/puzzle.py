@@ -96,9 +96,12 @@ def puzzle_texts(text: str, side: int) -> list[str]:
 
 def _of_json(content: str, side: int) -> list[str]:
     try:
-        found = json.loads(content)
+        return _flattened(json.loads(content), side)
     except (ValueError, RecursionError) as error:
         raise DataError(f"not JSON ({error}); a puzzle is {side} lines of {side} symbols") from None
+
+
+def _flattened(found: Any, side: int) -> list[str]:
     if isinstance(found, dict):
         found = found.get("puzzles", found.get("puzzle"))
     if isinstance(found, str):

@@ -1,6 +1,7 @@
 """Limits on the requests of a server."""
 
 from dataclasses import dataclass
+from math import inf
 
 from smallfry_runtime.errors import UsageError
 
@@ -25,5 +26,6 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not value > 0:
-                raise UsageError(f"{name} must be above 0, got {value:g}")
+            if not 0 < value < inf:
+                wanted = "finite" if value > 0 else "above 0"
+                raise UsageError(f"{name} must be {wanted}, got {value:g}")

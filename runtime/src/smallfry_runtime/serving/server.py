@@ -86,6 +86,7 @@ class Service:
 
     Raises:
         ServerError: A package is missing.
+        UsageError: The export's answers are not classes.
     """
 
     def __init__(self, runtime: Runtime, threshold: float | None, limits: Limits) -> None:
@@ -98,6 +99,7 @@ class Service:
             raise ServerError(
                 f"the server needs more packages: pip install 'smallfry-runtime[serve]' ({error})"
             ) from error
+        runtime.require_classes()
         self.runtime, self.limits = runtime, limits
         self.registry = metrics.CollectorRegistry()
         own: dict[str, Any] = {"registry": self.registry, "namespace": "smallfry"}

@@ -78,6 +78,9 @@ class LatencyTable:
         numbers = [self.whole, *(ms for each in self.groups.values() for ms in each.values())]
         if not self.groups or not all(type(n) in (int, float) and 0 < n < 1e9 for n in numbers):
             raise ValueError("latencies are positive numbers for each group")
+        counts = [count for each in self.groups.values() for count in each]
+        if not all(isinstance(n, str) and n.isascii() and n.isdigit() for n in counts):
+            raise ValueError("latencies of a group are by its number of channels, as text")
 
     def saving(self, name: str, channels: float, full: int) -> float:
         """Return the milliseconds that a group saves, between the measured ones.

@@ -42,7 +42,7 @@ def multiplier(factor: Floats) -> Multiplier:
 def rescale(accumulated: Integers, by: Multiplier) -> Integers:
     """Multiply 32-bit sums by a factor, rounding twice, as gemmlowp does: halves go up."""
     left = np.maximum(-by.shift, 0)
-    right = np.maximum(by.shift, 0)
+    right = np.clip(by.shift, 0, 40)  # of 32-bit sums more leave nothing, and overflow
     product = (accumulated << left) * by.mantissa
     half = np.where(product >= 0, 2**30, 1 - 2**30)
     high = np.where(product + half >= 0, (product + half) >> 31, -((-(product + half)) >> 31))

@@ -29,7 +29,7 @@ class LayerZeros(NamedTuple):
     dense_bytes: int
     csr_bytes: int  # compressed sparse rows
     bitmask_bytes: int  # a bit for each weight, and the others than zero
-    two_four_bytes: int | None  # half of the values and two bits for each; None if not 2:4
+    two_four_bytes: int | None  # two of four values and two bits for each; None if not 2:4
 
     @property
     def sparsity(self) -> float:
@@ -153,7 +153,9 @@ def _layer(name: str, layer: nn.Module, calls: int) -> LayerZeros:
     used = weight.detach().flatten(1) != 0
     inputs = (weight.detach() != 0).movedim(1, 0).flatten(1)
     nonzero, total, size = int(used.sum()), weight.numel(), weight.element_size()
-    is_2_of_4 = bool((n_of_m(weight, 2, 4).flatten(1) | ~used).all())
+    whole = used.shape[1] // 4 * 4  # inputs in groups of four; those left over stay dense
+    is_2_of_4 = whole > 0 and bool((n_of_m(weight, 2, 4).flatten(1) | ~used).all())
+    kept = len(used) * whole // 2
     return LayerZeros(
         name,
         *(total, total - nonzero, total * calls, (total - nonzero) * calls),
@@ -162,5 +164,5 @@ def _layer(name: str, layer: nn.Module, calls: int) -> LayerZeros:
         total * size,
         nonzero * (size + INDEX_BYTES) + (len(used) + 1) * INDEX_BYTES,
         -(-total // 8) + nonzero * size,
-        -(-total // 2) * size + -(-total // 8) if is_2_of_4 else None,
+        (total - kept) * size + -(-kept // 4) if is_2_of_4 else None,
     )

@@ -65,7 +65,7 @@ def n_of_m(weight: Tensor, n: int, m: int) -> Tensor:
     rows = weight.detach().abs().flatten(1)
     whole = rows.shape[1] // m * m
     mask = torch.ones_like(rows, dtype=torch.bool)
-    groups = rows[:, :whole].reshape(len(rows), -1, m)
+    groups = rows[:, :whole].reshape(len(rows), whole // m, m)
     order = groups.sort(dim=2, descending=True, stable=True).indices[..., :n]
     kept = torch.zeros_like(groups, dtype=torch.bool).scatter_(2, order, True)
     mask[:, :whole] = kept.flatten(1)
