@@ -138,6 +138,20 @@ class CompressedScene:
         parts = (self.tensors[f"weights.{number}.{end}"] for end in ("low", "high"))
         return _joined(*parts).view(np.float16).astype(np.float32)
 
+    def require_numbers(self) -> None:
+        """Refuse positions outside of their box, and numbers of networks that are none.
+
+        Raises:
+            ValueError: There is one.
+        """
+        codes = self.grid().codes(_integers(self.tensors, self.header["counts"]))
+        if not (np.abs(codes) <= 1).all():
+            raise ValueError("a position is outside of its box")
+        numbers = [each for each in self.tensors.values() if each.dtype == np.float16]
+        numbers += [self._weights(number) for number in range(len(self.header["sizes"]) - 1)]
+        if not all(np.isfinite(each).all() for each in numbers):
+            raise ValueError("a number of its networks is not finite")
+
     def grid(self) -> Grid:
         """Return the grid of the positions."""
         centre, half_sides, bits = self.header["grid"]
@@ -217,7 +231,9 @@ def load(file: str | Path) -> CompressedScene:
         header = parse_json(parse_json(plain[8 : 8 + length])["__metadata__"][KEY].encode())
         tensors = safetensors.numpy.load(plain)
         _require_fit(header, tensors)
-        return CompressedScene(header, tensors)
+        found = CompressedScene(header, tensors)
+        found.require_numbers()
+        return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError, DataError) as error:
         raise DataError(f"{file}: no readable compressed scene ({error})") from error
     except safetensors.SafetensorError as error:
