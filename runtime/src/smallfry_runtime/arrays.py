@@ -4,6 +4,7 @@ from io import BytesIO
 from math import prod
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +47,7 @@ def read_array(
             with open_regular(encoded, HEADER + WIDEST * prod(shape)) as stream:
                 encoded = stream.read()
         found = np.load(BytesIO(encoded), allow_pickle=False)
-    except (OSError, ValueError, EOFError, MemoryError) as error:
+    except (OSError, ValueError, EOFError, MemoryError, BadZipFile) as error:
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or ["empty"])[0]
         raise DataError(f"{where}: can't be read ({reason}); expected {wanted}") from error
     if not isinstance(found, np.ndarray):

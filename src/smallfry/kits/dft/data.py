@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -117,7 +118,7 @@ def density_of(given: Molecule, exact: bool = True) -> Floats:
         fits = kept.shape == (functions_of(given.numbers, given.positions).nao,)
         if fits and np.isfinite(kept).all():
             return kept
-    except (OSError, ValueError, EOFError, TypeError, AttributeError):
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, BadZipFile):
         pass
     found = coefficients(calculation(given, exact).run())
     content = io.BytesIO()

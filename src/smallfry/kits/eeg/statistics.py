@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -110,8 +111,12 @@ class _Freezing(Method):
 def _read(file: Path, model: InterpretableCNN) -> Tensor:
     try:
         found = np.load(file.expanduser(), allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise DataError(f"{file}: not a readable .npy file ({error})") from error
+    if not isinstance(found, np.ndarray):
+        raise DataError(
+            f"{file}: several arrays in one file, expected one, as numpy.save writes it"
+        )
     if found.shape[1:] != model.img_size or found.dtype.kind not in "fiu":
         raise DataError(
             f"{file}: has the shape {found.shape}, expected windows of {model.img_size[0]} "

@@ -7,10 +7,12 @@ seeds that made it and the SHA-256 of the arrays.
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -179,7 +181,7 @@ def load_table(name: str, file: Path | None = None) -> Table:
         with np.load(file, allow_pickle=False) as archive:
             arrays = {each: archive[each] for each in ARRAYS}
             record = json.loads(str(archive["record"]))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error) as error:
         raise DataError(f"{file} is no table of a search space: {error}") from error
     if record.get("sha256") != digest(arrays) or arrays["macs"].shape != (len(candidates),):
         raise DataError(f"{file} is damaged: its arrays are not those that it was written with")
