@@ -309,9 +309,9 @@ def _require_fit(header: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]])
     if len(centre) != 3 or len(half_sides) != 3 or not (type(bits) is int and 8 <= bits <= HALF):
         raise ValueError("its grid is no box")
     clusters, gaussians = len(counts), sum(counts)
-    expected = [3 + 6 * header["frequencies"], *[sizes[1]] * (len(sizes) - 2), columns]
     if not (1 <= clusters <= 1024 and 2 <= len(sizes) <= 17 and columns - FIXED in RESTS):
         raise ValueError("it has no clusters, layers or columns that a scene can have")
+    expected = [3 + 6 * header["frequencies"], *[sizes[1]] * (len(sizes) - 2), columns]
     if sizes != expected or max(sizes) > 1024 or min(sizes) < 1:
         raise ValueError(f"its layers are {sizes}")
     if gaussians > MOST_GAUSSIANS:

@@ -103,7 +103,7 @@ class GINEConv(nn.Module):
         super().__init__()
         self.nn = nn.Linear(in_features, out_features)
         self.register_buffer("eps", torch.zeros(1))
-        pairs = torch.tensor(edges).reshape(-1, 2)
+        pairs = torch.tensor(edges, dtype=torch.int64).reshape(-1, 2)
         sums = torch.zeros(nodes, len(pairs))
         sums[pairs[:, 1], torch.arange(len(pairs))] = 1
         self.register_buffer("sources", pairs[:, 0].clone(), persistent=False)
