@@ -141,7 +141,10 @@ class MgNO(Operator):
             for width in widths
         )
         self.skips = nn.ModuleList(nn.Conv2d(width, channels, 1) for width in widths if skip)
-        self.act = cast(nn.Module, cast(Any, get_act_layer(activation))())
+        try:
+            self.act = cast(nn.Module, cast(Any, get_act_layer(activation))())
+        except KeyError:
+            raise UsageError(f"timm has no activation '{activation}'; one is gelu") from None
         self.head = nn.Conv2d(channels, num_classes, 1, bias=False)
 
     def forward_features(self, fields: Tensor) -> Tensor:
