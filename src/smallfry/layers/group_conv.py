@@ -188,7 +188,7 @@ class _Implicit(nn.Module):
     def _convolve(self, maps: Tensor, weight: Tensor) -> Tensor:
         """Convolve maps (batch, …, H, W) to (batch, channels, samples, H', W')."""
         found = F.conv2d(maps, weight, padding=self.padding)
-        return found.reshape(found.shape[0], self.channels, -1, *found.shape[2:])
+        return found.unflatten(1, (self.channels, -1))
 
     def extra_repr(self) -> str:
         """Describe channels, kernel and group."""
