@@ -92,7 +92,7 @@ def read_xyz(file: Path) -> Molecule:
 def _number(symbol: str) -> int:
     """Return the atomic number of a symbol, or of a number."""
     if symbol.isdigit():
-        return ELEMENTS.index(ELEMENTS[int(symbol)], 1)  # neither 0 nor beyond the last
+        return int(ELEMENTS.index(ELEMENTS[int(symbol)], 1))  # neither 0 nor beyond the last
     return int(ELEMENTS.index(symbol.capitalize(), 1))
 
 

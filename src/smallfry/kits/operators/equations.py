@@ -81,7 +81,7 @@ def _side(field: Array) -> int:
     shape = np.shape(field)
     if len(shape) != 2 or shape[0] != shape[1] or shape[0] < 2:
         raise ValueError(f"expected numbers at the nodes (n, n), n ≥ 2, got shape {shape}")
-    return shape[0]
+    return int(shape[0])
 
 
 def solve_helmholtz(k: float | Array, g: Callable[[Array], Array]) -> Array:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from smallfry.errors import UsageError
 from smallfry.kits.splats.render import BLUR, NEAR, Camera
-from smallfry.kits.splats.scene import Scene
+from smallfry.kits.splats.scene import RESTS, Scene
 
 __all__ = ["gsplat_arguments", "render_with_gsplat"]
 
@@ -24,7 +24,7 @@ def gsplat_arguments(
         [[camera.focal, 0, camera.width / 2], [0, camera.focal, camera.height / 2], [0, 0, 1]]
     )
     harmonics = torch.cat(
-        [attributes[:, None, 8:11], attributes[:, 11:].unflatten(1, (3, -1)).mT]
+        [attributes[:, None, 8:11], attributes[:, 11:].reshape(len(scene), 3, RESTS[scene.degree] // 3).mT]
         if scene.degree
         else [attributes[:, None, 8:11]],
         1,
