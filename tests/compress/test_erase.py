@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from smallfry import compress
-from smallfry.compress.prune.erase import branches, erasing
+from smallfry.compress.prune.erase import Connections, branches, erasing
 from smallfry.compress.prune.graphs import (
     Segment,
     choose_connected,
@@ -206,12 +206,13 @@ ZOO = {
     "loopnet_70k": ({}, (3, 16, 16)),
     "vitrm_micro_patch4_8": ({"depth": 2}, (1, 8, 8)),
 }
+ZOO_VITRM = "vitrm_micro_patch4_8"
 CANDIDATES = {
     "resnet8_mlperf_tiny": 5,  # three branches, two shortcuts
     "resnet18": 8,  # of the strided branches, something is added in place to another shape
     "vit_tiny_patch16_224": 4,  # attention and MLP of two layers
     "loopnet_70k": 4,
-    "vitrm_micro_patch4_8": 2,  # MLPs of the shared block
+    "vitrm_micro_patch4_8": 4,  # attention and MLP of two layers of the shared block
 }
 
 
@@ -229,10 +230,16 @@ def test_residual_branches_of_models_are_erased_exactly(name):
     segments = branches(model) if graph is None else find_segments(graph)
     found = {s.name: (s, t) for s in segments if (t := erasing(model, s, images)) is not None}
     assert len(found) == CANDIDATES[name]
+    kept = [s for s, _ in found.values()]
     if graph is not None:
-        kept = [s for s, _ in found.values()]
         chosen = choose_connected(graph, kept, range(len(kept)), len(kept))
         found = {kept[n].name: found[kept[n].name] for n in chosen}
+    else:  # one attention stays: without any, no image reaches the prediction
+        connections = Connections(model, images)
+        assert connections.hold([t for n, (_, t) in found.items() if n != "blocks.1.attn"])
+        assert not connections.hold([t for _, t in found.values()])
+        assert not connections.hold([found[f"blocks.{n}.attn"][1] for n in (0, 1)])
+        del found["blocks.1.attn"]
     assert found
     zeroed = copy.deepcopy(model)
     zero_segments(zeroed, [segment for segment, _ in found.values()])
@@ -328,3 +335,21 @@ def test_an_erased_module_that_is_missing_is_refused():
     with pytest.raises(ValueError, match="lists of the names"):
         Erase("head")
     assert isinstance(fx.symbolic_trace(model), fx.GraphModule)
+
+
+@pytest.mark.slow  # an ONNX graph
+def test_the_last_attention_of_a_block_stays():
+    model, running, inner = begin(compress.EraseOperators(0.99, begin=2, end=6), ZOO_VITRM, 8)
+    train(model, inner, 0, 8, ZOO[ZOO_VITRM][1])
+    spec = running.finish()
+    (erased,) = spec.transforms
+    assert len(erased.zeros) == 3
+    assert sum(name.endswith("attn") for name in erased.zeros) == 1
+    model.eval()
+    with torch.no_grad():
+        one, other = model(torch.randn(2, *ZOO[ZOO_VITRM][1]))
+    assert not torch.equal(one, other)
+    exported = torch.onnx.export(model, (torch.randn(2, 1, 8, 8),), dynamo=True, verbose=False)
+    images = torch.randn(2, 1, 8, 8)
+    (given,) = exported(images)
+    torch.testing.assert_close(given, model(images), atol=1e-5, rtol=1e-5)

@@ -201,9 +201,9 @@ def test_what_is_no_json_is_damaged(tmp_path, content):
 
 
 def test_absent_folders_and_manifests_are_told_apart(tmp_path):
-    with pytest.raises(ExportError, match=r"no such export folder$"):
+    with pytest.raises(ExportError, match=r"no such export folder; smallfry export RUN --to DIR"):
         Manifest.read(tmp_path / "nowhere")
-    with pytest.raises(ExportError, match=r"not an export, manifest\.json is missing$"):
+    with pytest.raises(ExportError, match=r"not an export, manifest\.json is missing; smallfry"):
         Manifest.read(tmp_path)
     assert not is_export(tmp_path)
 

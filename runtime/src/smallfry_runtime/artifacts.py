@@ -19,11 +19,15 @@ PAIRS = (
     frozenset({"config.json", "model.safetensors"}),  # a shared model
     frozenset({"report.html", "summary.json"}),  # a benchmark
     frozenset({"study.json"}),
+    frozenset({"search.json", "space.yaml"}),
+    frozenset({"fit.json", "plan.json"}),
+    frozenset({"evolution.json", "generations.jsonl"}),
+    frozenset({"analysis.json", "index.html"}),
 )
 
 
 def is_artifact(names: Collection[str]) -> bool:
-    """Return whether these entries are those of a run, a checkpoint, an export or a report."""
+    """Return whether these entries are those of a run, checkpoint, export, study or report."""
     found = frozenset(names)
     if RUN in found and found & OF_A_RUN:
         return True

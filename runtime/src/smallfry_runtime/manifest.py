@@ -260,7 +260,7 @@ def restored_graphs(
 
 def _hint(folder: Path) -> str:
     if not interrupted(folder):
-        return ""
+        return "; smallfry export RUN --to DIR writes one"
     return "; a process that replaced it was killed: export the run into it again"
 
 

@@ -43,14 +43,26 @@ def explain(
     # 'Parser key "data.limit": … Got value: x', at the end of which a union has 'Given value: x'
     match = re.fullmatch(r'Parser key "([\w.]+)":? ?(.*)', message)
     if match is None:
-        return message
+        return _other(message, command)
     name, reason = match.groups()
     _, wrong_value, value = reason.rpartition(" value: ")
     if not wrong_value or name not in options:
         return f"{name}: {reason}"
     expected, choices = _expected(options[name])
     close = nearest(value, choices) if choices else ""
+    if get_origin(options[name]) is list and not value.startswith("["):
+        close = f"; a list has brackets: '[{value}]'"
     return f"{name}: expected {expected}, got '{value}'{close}"
+
+
+def _other(message: str, command: str) -> str:
+    """Complete an error that is about no option's value."""
+    if message.startswith("the following arguments are required:"):
+        return f"{message}; smallfry {command} --help describes them"
+    if message.startswith("Unexpected config: "):
+        text = message.removeprefix("Unexpected config: ")
+        return f"config: expected settings, such as 'epochs: 3' on a line, not '{text}'"
+    return message
 
 
 def unreadable(error: Exception) -> UsageError:
@@ -88,5 +100,5 @@ def _expected(hint: Any) -> tuple[str, list[str]]:
         choices = [str(value) for value in get_args(hint)]
         return f"one of {', '.join(choices)}", choices
     if get_origin(hint) in (list, tuple):
-        return str(hint), []
+        return str(hint).replace("[typing.Any]", ""), []
     return (get_origin(hint) or hint).__name__, []

@@ -51,7 +51,9 @@ def run(options: Options) -> int:
         if is_ours(name) or any(fnmatch(name, pattern) for pattern in TIMM)
     ]
     if not names:
-        raise UsageError(f"no model of smallfry matches '{options.pattern}'")
+        raise UsageError(
+            f"no model of smallfry matches '{options.pattern}'; smallfry models lists them all"
+        )
     table = Table("model", "parameters", "MMAC", "activations", "input", box=None)
     table.columns[0].no_wrap = True
     origins: dict[Source, list[str]] = {}

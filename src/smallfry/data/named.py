@@ -134,7 +134,11 @@ def find_folder(name: str, root: Path | None) -> Path:
             f"{nearest(name, NAMED)}"
         )
     if not folder.is_dir():
-        raise UsageError(f"'{name}' is neither a folder nor a known data set{nearest(name, NAMED)}")
+        what = " but a file" if folder.is_file() else ""
+        raise UsageError(
+            f"'{name}' is neither a folder nor a known data set{what}; expected a folder of images "
+            f"or a data set such as digits or cifar10{nearest(name, NAMED)}"
+        )
     return folder
 
 

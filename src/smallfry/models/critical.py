@@ -139,8 +139,8 @@ def find_activation(name: str) -> Activation:
     """
     if name not in ACTIVATIONS:
         raise UsageError(
-            f"unknown activation '{name}'{nearest(name, ACTIVATIONS)}; an Activation of your own "
-            "works, too"
+            f"unknown activation '{name}'; an Activation of your own works, too"
+            f"{nearest(name, ACTIVATIONS)}"
         )
     return ACTIVATIONS[name]
 

@@ -53,7 +53,11 @@ class Layer(nn.Module):
 
     def project(self, rows: Tensor) -> Tensor:
         """Compute queries, keys and values of normalised rows, (batch, tokens, 3 dim)."""
-        return cast(Tensor, self.attn.qkv(self.norm1(rows)))
+        return self.attn.project(self.norm1(rows))
+
+    def residual_branches(self) -> list[tuple[str, ...]]:
+        """Return the modules of each branch, in order."""
+        return [("norm1", "attn"), ("norm2", "mlp")]
 
     def forward(
         self, rows: Tensor, qkv: Tensor, kept: slice = EVERY, context: Tensor | None = None
@@ -79,6 +83,10 @@ class Attention(nn.Module):
         self.drop = drop
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
+
+    def project(self, rows: Tensor) -> Tensor:
+        """Compute queries, keys and values of rows, (batch, tokens, 3 dim)."""
+        return cast(Tensor, self.qkv(rows))
 
     def forward(self, qkv: Tensor, kept: slice = EVERY, context: Tensor | None = None) -> Tensor:
         """Attend from the kept rows to all rows and the context, (batch, kept, dim)."""

@@ -19,6 +19,7 @@ from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs
 from torch import Tensor, nn
 
 from smallfry.errors import UsageError
+from smallfry.models.pooling import largest
 from smallfry.models.sources import Source, register_sizes
 
 __all__ = ["LoopNet"]
@@ -138,7 +139,7 @@ class LoopNet(nn.Module):
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Compute logits (batch, classes), or pooled features (batch, widths[-1])."""
-        pooled: Tensor = self.head_drop(features.amax(dim=(2, 3)))
+        pooled: Tensor = self.head_drop(largest(features))
         if pre_logits or not self.num_classes:
             return pooled
         logits: Tensor = self.head(pooled) * self.logit_scale

@@ -19,6 +19,7 @@ from smallfry.errors import UsageError
 from smallfry.models.contract import RecursionStep
 from smallfry.models.loopnet import SOURCE as SOURCE
 from smallfry.models.loopnet import Layer, LoopNet, Stage
+from smallfry.models.pooling import largest
 from smallfry.models.sources import register_sizes
 from smallfry_runtime.frames import ImageSize, frame_of
 
@@ -117,7 +118,7 @@ class AnytimeLoopNet(LoopNet):
         for layer in cast(Iterable[Layer], self._last.layers):
             features = layer.conv(x + change)
             change = change + layer.act(self._normed(layer, features, state.done))
-        pooled = self.head_drop((x + change).amax(dim=(2, 3)))
+        pooled = self.head_drop(largest(x + change))
         logits = self.head(pooled) * self.logit_scale if self.num_classes else pooled
         halting = self.halt_head(pooled).squeeze(-1)
         return RecursionStep(Change(change, state.done + 1), logits, halting)
@@ -152,8 +153,9 @@ class AnytimeLoopNet(LoopNet):
         """Normalise by the norm of each image's step."""
         norms = [cast(nn.BatchNorm2d, norm) for norm in layer.norms]
         if self.training:
-            number = int(done[0]) if len(done) else 0
-            if not bool((done == number).all()):
+            known = len(done) and not done.is_meta  # on "meta" there are no values: as at first
+            number = int(done[0]) if known else 0
+            if known and not bool((done == number).all()):
                 raise UsageError(
                     "images after different numbers of steps can't be trained on in one batch: "
                     "take the objective every_step or deep_supervision"

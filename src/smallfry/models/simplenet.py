@@ -17,6 +17,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from torch import Tensor, nn
 
 from smallfry.errors import UsageError
+from smallfry.models.pooling import largest
 from smallfry.models.sources import Source, register_sizes
 
 SOURCE = Source("Hasanpour et al. 2016, arXiv 1608.06037", "Coderx7/SimpleNet_Pytorch", "MIT")
@@ -122,7 +123,7 @@ class SimpleNet(nn.Module):
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Compute logits (batch, classes), or pooled features (batch, num_features)."""
-        pooled: Tensor = self.head_drop(features.amax(dim=(2, 3)))
+        pooled: Tensor = self.head_drop(largest(features))
         return pooled if pre_logits else cast(Tensor, self.classifier(pooled))
 
     def forward(self, images: Tensor) -> Tensor:

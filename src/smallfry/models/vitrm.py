@@ -272,7 +272,8 @@ class ViTRM(nn.Module):
 
     def _start(self, batch_size: int) -> State:
         """Return the initial state, shared, or per image where a hook needs single images."""
-        projection = cast(Layer, self.blocks[0]).attn.qkv
+        attention = cast(Layer, self.blocks[0]).attn
+        projection = getattr(attention, "qkv", attention)  # none in an erased branch
         return self.initial_state(batch_size if has_forward_hooks(projection) else 1)
 
     def _project(self, rows: Tensor) -> Tokens:

@@ -33,8 +33,9 @@ def locked(
     try:
         found = [name for name in entries(folder) if not name.startswith(".")]
         if found and not {*marks} & {*found}:
+            article = "an" if kind[0] in "aeiou" else "a"
             raise RunError(
-                f"{folder}: not a {kind} folder, it holds {found[0]}; use another {option}"
+                f"{folder}: not {article} {kind} folder, it holds {found[0]}; use another {option}"
             )
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock")

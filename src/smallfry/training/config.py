@@ -210,10 +210,11 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_values(self, "optimizer.")
-        check(self.lr is None or self.lr > 0, "optimizer.lr must be positive")
+        check(self.lr is None or self.lr > 0, f"optimizer.lr must be positive, got {self.lr}")
         check(self.weight_decay >= 0, "optimizer.weight_decay can't be negative")
         for name in ("bias_rate", "head_rate", "layer_decay"):
-            check(getattr(self, name) > 0, f"optimizer.{name} must be positive")
+            value = getattr(self, name)
+            check(value > 0, f"optimizer.{name} must be positive, got {value}")
         check(self.clip is None or self.clip > 0, "optimizer.clip must be positive, or null")
 
 
@@ -383,7 +384,8 @@ class TrainConfig:
                 require_path(path, name)
         for name in ("epochs", "images_per_step", "accumulate"):
             label = "batch_size" if name == "images_per_step" else name
-            check(getattr(self, name) >= 1, f"{label} must be at least 1")
+            value = getattr(self, name)
+            check(value >= 1, f"{label} must be at least 1, got {value}")
         check(self.accumulate <= self.images_per_step, "accumulate can't exceed batch_size")
         check(self.patience is None or self.patience >= 1, "patience must be at least 1, or null")
         check(0 <= (self.workers or 0) <= MOST_WORKERS, f"workers is 0 to {MOST_WORKERS}")

@@ -98,8 +98,8 @@ def _matching(pattern: str, model: nn.Module, named: dict[str, nn.Parameter]) ->
     found = {name for name in named if fnmatchcase(name, pattern)}
     if not found:
         raise UsageError(
-            f"model.freeze: no parameter is called '{pattern}'{nearest(pattern, named)}; "
-            "patterns are those of a shell, such as stem.*"
+            f"model.freeze: no parameter is called '{pattern}'; patterns are those of a shell, "
+            f"such as stem.*{nearest(pattern, named)}"
         )
     return found
 

@@ -102,9 +102,7 @@ def find_hypers(entries: Sequence[Any]) -> tuple[Hyper, ...]:
         if name in UNTUNABLE:
             raise UsageError(f"self_tune can't tune {name}: {UNTUNABLE[name]}")
         if name not in TUNABLE:
-            known = ", ".join(TUNABLE)
-            hint = nearest(str(name), TUNABLE)
-            raise UsageError(f"self_tune can't tune '{name}'{hint}; it can tune {known}")
+            raise UsageError(f"self_tune can't tune '{name}'{nearest(str(name), TUNABLE)}")
         hyper = TUNABLE[name]
         if start is not None:
             right = isinstance(start, int | float) and hyper.low < start < hyper.high

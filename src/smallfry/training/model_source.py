@@ -1,11 +1,15 @@
 """Model of a training run: from a configuration, another model, or a checkpoint."""
 
+import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from inspect import signature
 from typing import Any, NamedTuple
 
 import timm
 import torch
+from timm.models import model_entrypoint
 from torch import Tensor, nn
 
 from smallfry.data import ImageData
@@ -87,6 +91,15 @@ class ModelSource(NamedTuple):
         return kept_facts(self.manifest or {})
 
 
+def _meant(name: str, reason: str) -> str:
+    """Suggest an argument for one that the model's class does not have."""
+    found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", reason)
+    if found is None:
+        return ""
+    kind = getattr(sys.modules[model_entrypoint(name).__module__], found[1], None)
+    return "" if kind is None else nearest(found[2], signature(kind).parameters)
+
+
 def create_model(
     config: ModelConfig,
     data: ImageData,
@@ -124,7 +137,9 @@ def create_model(
         if weights:
             raise UsageError(f"model.start: the weights do not fit {name}: {reason}") from error
         shape = "×".join(map(str, data.input_shape))
-        raise UsageError(f"model {name} can't be built for images of {shape}: {reason}") from error
+        raise UsageError(
+            f"model {name} can't be built for images of {shape}: {reason}{_meant(name, reason)}"
+        ) from error
     _recompute_blocks(model, config)
     return model, ModelSpec(name, arguments)
 

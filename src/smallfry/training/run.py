@@ -49,6 +49,7 @@ from smallfry_runtime.stages import entries
 USE = "smallfry.training.use"  # which imports this module
 LOCK, RUN_CONFIG = ".lock", "config.yaml"
 FAILURE = "failure.json"  # of a study's run that could not begin
+WRITTEN = "expected a folder that smallfry train or compress has written"
 
 
 class RunFolder:
@@ -131,9 +132,12 @@ class RunFolder:
     def require(self) -> None:
         """Require a run here."""
         if not self.path.is_dir():
-            raise RunError(f"{self.path}: there is no such run folder")
+            what = (
+                "a file, not a run folder" if self.path.exists() else "there is no such run folder"
+            )
+            raise RunError(f"{self.path}: {what}; {WRITTEN}")
         if not self.config.is_file():
-            raise RunError(f"{self.path}: not a run folder, config.yaml is missing")
+            raise RunError(f"{self.path}: not a run folder, config.yaml is missing; {WRITTEN}")
 
     def kept(self) -> str:
         """Describe the saved state of a run that ends now."""

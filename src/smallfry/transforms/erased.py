@@ -27,6 +27,10 @@ class Zero(nn.Module):
         """Return zero, of the input's shape or ()."""
         return torch.zeros_like(inputs) if self.is_whole else inputs.new_zeros(())
 
+    def project(self, inputs: Tensor) -> Tensor:
+        """Return nothing for rows (…, dim), as (…, 0): attention takes projections from outside."""
+        return inputs[..., :0]
+
 
 class Skip(nn.Module):
     """Operator that gives its first input, whatever others there are."""

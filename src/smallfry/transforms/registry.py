@@ -40,7 +40,7 @@ def find(name: str, where: str) -> Any:
     known = _kinds if name in _kinds else kinds()
     if name not in known:
         raise RunError(
-            f"{where}: has the unknown transform '{name}'"
-            f"{nearest(name, known)}; install the version or package that provides it"
+            f"{where}: has the unknown transform '{name}'; install the version or package that "
+            f"provides it{nearest(name, known)}"
         )
     return known[name]

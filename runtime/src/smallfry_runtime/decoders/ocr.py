@@ -79,7 +79,7 @@ def decode(
         column of pixels.
 
     Raises:
-        UsageError: A setting that is not there, or words with other symbols.
+        UsageError: A setting that is not there, an empty word, or words with other symbols.
     """
     try:
         chosen = Settings(**dict(settings or {}))
@@ -93,7 +93,8 @@ def decode(
 def right(outputs: NDArray[Any], labels: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Mark the images (images,) whose greedy text is the label, (images, symbols), 0 for none."""
     pairs = zip(outputs, labels, strict=True)
-    return np.array([greedy(log_softmax(row)).symbols == _label(label) for row, label in pairs])
+    found = [greedy(log_softmax(row)).symbols == _label(label) for row, label in pairs]
+    return np.array(found, np.bool_)
 
 
 def log_softmax(logits: NDArray[Any]) -> Floats:
@@ -239,8 +240,10 @@ def _to_dict(text: Text, classes: Sequence[str]) -> dict[str, Any]:
 
 
 def _spelled(word: str, numbers: Mapping[str, int]) -> tuple[int, ...]:
+    if not word:
+        raise UsageError("the word '' has no symbols: leave it out of the words")
     unknown = sorted({*word} - {*numbers})
-    if unknown or not word:
+    if unknown:
         raise UsageError(f"the word '{word}' has symbols that the model does not know: {unknown}")
     return tuple(numbers[symbol] for symbol in word)
 

@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from smallfry_runtime.decoders import require_no_settings
+from smallfry_runtime.decoders import classified, require_no_settings
 
 __all__ = ["decode"]
 
@@ -20,13 +19,4 @@ def decode(
         UsageError: There are settings, and it has none.
     """
     require_no_settings(settings)
-    logits = np.asarray(outputs, np.float64)
-    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
-    shares /= shares.sum(axis=1, keepdims=True)
-    return [
-        {
-            "action": classes[int(row.argmax())],
-            "probabilities": dict(zip(classes, row.tolist(), strict=True)),
-        }
-        for row in shares
-    ]
+    return classified(outputs, classes, "action")

@@ -46,7 +46,8 @@ class EraseOperators:
         sparsity: Share of the candidates to erase, in [0, 1).
         begin: When they are chosen, as a share of the run up to 1, or in steps above 1.
         end: When the last is zero, likewise.
-        include: Shell patterns of the candidates' first modules.
+        include: Shell patterns of the candidates' first modules; of ViTRM's, those of attention
+            and MLP.
         exclude: Patterns of candidates to keep.
 
     Example:
@@ -108,6 +109,8 @@ class RunningErase(RunningDHSPG):
         wanted = self._wanted
         names = chosen(every, wanted.include, wanted.exclude, "branch that can be erased")
         self.segments = [every[name] for name in names]
+        if self.graph is None:
+            self.connections = Connections(model, setting.example)
         self.transforms = [t for name in names if (t := transforms[name]) is not None]
         self._end = steps_of(wanted.end, setting.steps)
         if self._end > setting.steps or self._end <= steps_of(wanted.begin, setting.steps):
@@ -122,10 +125,14 @@ class RunningErase(RunningDHSPG):
         scores = torch.cat(redundancy(x, d))
         order = scores.argsort(descending=True, stable=True).tolist()
         number = int(len(order) * self._wanted.sparsity)
-        if self.graph is None:  # declared branches, beside which there is always a path
-            accepted = order[:number]
-        else:
+        if self.graph is not None:
             accepted = choose_connected(self.graph, self.segments, order, number)
+        else:
+            accepted = []
+            for each in order:
+                taken = [self.transforms[n] for n in (*accepted, each)]
+                if len(accepted) < number and self.connections.hold(taken):
+                    accepted.append(each)
         return [[0] if each in accepted else [] for each in range(len(order))]
 
     @torch.no_grad()
@@ -182,11 +189,58 @@ class RunningErase(RunningDHSPG):
 
 
 def branches(model: nn.Module) -> list[Segment]:
-    """Find the MLPs of known blocks, of a model that can't be traced."""
-    names = dict.fromkeys(
-        group.name.rpartition(".")[0] for group in declared_groups(model) if not group.counts
-    )
-    return [Segment((name,), (name,), "", True) for name in names if name]
+    """Find the branches that blocks declare, of a model that can't be traced.
+
+    A block lists the modules of each by ``residual_branches``; of other blocks, gated MLPs whose
+    units are known are taken.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for name, module in model.named_modules():
+        listed = getattr(module, "residual_branches", None)
+        for parts in listed() if callable(listed) else ():
+            whole = tuple(f"{name}.{part}" if name else part for part in parts)
+            found[whole[-1]] = whole
+    for group in declared_groups(model):
+        owner = group.name.rpartition(".")[0]
+        if owner and not group.counts:
+            found.setdefault(owner, (owner,))
+    return [Segment(modules, modules, "", True, name) for name, modules in found.items()]
+
+
+class Connections:
+    """Parameters with a part in a model's output, without some of its branches.
+
+    Args:
+        model: Copied, with random weights, since what starts at zero passes no gradient.
+        example: A batch of inputs.
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
+        self.model, self.example = copy.deepcopy(model).eval().requires_grad_(True), example
+        generator = torch.Generator().manual_seed(0)
+        for parameter in self.model.parameters():
+            inputs = max(1, parameter[:1].numel())
+            drawn = torch.randn(parameter.shape, generator=generator) / inputs**0.5
+            parameter.data.copy_(drawn)
+        self.used = self._used(self.model)
+
+    def hold(self, transforms: Sequence[Erase]) -> bool:
+        """Return whether all parameters that had a part, and are left, have one after erasing."""
+        erased = copy.deepcopy(self.model)
+        for transform in transforms:
+            transform.apply(erased)
+        left = {name for name, _ in erased.named_parameters()}
+        return self.used & left <= self._used(erased)
+
+    def _used(self, model: nn.Module) -> set[str]:
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        with torch.enable_grad():
+            outputs = model(self.example)
+            if not outputs.requires_grad:
+                return set()
+            got = torch.autograd.grad(outputs.square().sum(), parameters, allow_unused=True)
+        used = zip(names, got, strict=True)
+        return {name for name, each in used if each is not None and each.any()}
 
 
 @torch.no_grad()

@@ -63,11 +63,12 @@ class Segment(NamedTuple):
     modules: tuple[str, ...]  # called by them
     join: str
     is_added: bool  # else it is concatenated
+    main: str = ""  # the module that it is named after
 
     @property
     def name(self) -> str:
-        """Name of its first module, which has parameters as a rule."""
-        return self.modules[0]
+        """Name of its main module, by default the first, which has parameters as a rule."""
+        return self.main or self.modules[0]
 
 
 def find_segments(graph: fx.GraphModule) -> list[Segment]:

@@ -114,12 +114,13 @@ def _read(file: Path, model: InterpretableCNN) -> Tensor:
     except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise DataError(f"{file}: not a readable .npy file ({error})") from error
     if not isinstance(found, np.ndarray):
-        raise DataError(
-            f"{file}: several arrays in one file, expected one, as numpy.save writes it"
-        )
+        raise DataError(f"{file}: holds several arrays, and one of windows in .npy is expected")
     if found.shape[1:] != model.img_size or found.dtype.kind not in "fiu":
         raise DataError(
             f"{file}: has the shape {found.shape}, expected windows of {model.img_size[0]} "
             f"electrodes and {model.img_size[1]} samples"
         )
-    return torch.from_numpy(found.astype(np.float32))[:, None]
+    windows = torch.from_numpy(found.astype(np.float32))[:, None]
+    if not bool(windows.isfinite().all()):
+        raise DataError(f"{file}: a value is not a number: cut the window out, or repair it")
+    return windows

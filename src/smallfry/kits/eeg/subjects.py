@@ -48,11 +48,13 @@ def leave_one_out(
         settings: Other keywords of ``smallfry.train``; else those of the recipe.
 
     Raises:
-        UsageError: No subject, or ``held_out`` is given.
+        UsageError: No subject, a number below 1, or ``held_out`` is given.
     """
     options = dict(data.get("options", {}))
     if not subjects:
         raise UsageError("name the subjects to leave out, such as 1 2 3")
+    if min(subjects) < 1:  # 0 would leave out the last
+        raise UsageError(f"subjects are counted from 1, got {min(subjects)}")
     if "held_out" in options:
         raise UsageError("held_out is each subject in turn: leave it out")
     results = []

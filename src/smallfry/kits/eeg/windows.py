@@ -167,9 +167,12 @@ def read_mat(file: Path, rate: float = RATE) -> Windows:
             "numbers (windows, electrodes, samples)"
         )
     states, subjects = (_column(file, name, found[name], len(values)) for name in ENTRIES[1:])
+    if subjects.min(initial=1) < 1:
+        least = int(subjects.min())
+        raise DataError(f"{file}: subindex counts subjects from 1, got {least}: add {1 - least}")
     if not {*np.unique(states).tolist()} <= {0, 1}:
         raise DataError(f"{file}: substate is 0 or 1, got {np.unique(states).tolist()[:5]}")
-    its_rate = float(np.asarray(found["rate"]).ravel()[0]) if "rate" in found else rate
+    its_rate = _rate(file, found["rate"]) if "rate" in found else rate
     names = _names(found.get("electrodes"))
     return _checked(str(file), values, states, subjects, names, (its_rate, rate))
 
@@ -232,7 +235,7 @@ def _checked(
 ) -> Windows:
     """Check the electrodes, the rate and the values of windows, and choose the electrodes."""
     found, wanted = rates
-    if abs(found - wanted) > 1e-3 * wanted:
+    if not abs(found - wanted) <= 1e-3 * wanted:  # nan is another rate, too
         raise DataError(
             f"{where}: sampled at {found:g} Hz, expected {wanted:g} Hz: resample the recording "
             "(epochs.resample in MNE), or give data.options.rate for a model of that rate"
@@ -260,7 +263,8 @@ def _checked(
 
 def _column(file: Path, name: str, values: Any, count: int) -> NDArray[np.int64]:
     flat = np.asarray(values).ravel()
-    if len(flat) != count or flat.dtype.kind not in "fiu" or (flat != np.round(flat)).any():
+    is_whole = flat.dtype.kind in "fiu" and np.isfinite(flat).all() and (flat == flat.round()).all()
+    if len(flat) != count or not is_whole:
         raise DataError(
             f"{file}: {name} has {len(flat)} entries of type {flat.dtype}, expected {count} whole "
             "numbers, one for each window"
@@ -268,11 +272,21 @@ def _column(file: Path, name: str, values: Any, count: int) -> NDArray[np.int64]
     return flat.astype(np.int64)
 
 
+def _rate(file: Path, values: Any) -> float:
+    flat = np.asarray(values).ravel()
+    if len(flat) != 1 or flat.dtype.kind not in "fiu":
+        raise DataError(
+            f"{file}: rate is one number, the samples a second, got {flat[:3].tolist()}"
+        )
+    return float(flat[0])
+
+
 def _names(found: Any) -> tuple[str, ...]:
-    """Return names from an array of texts, or of MATLAB's cells."""
+    """Return names from an array of texts, or of MATLAB's cells, "" of empty ones."""
     if found is None:
         return ()
-    return tuple(str(np.asarray(each).ravel()[0]).strip() for each in np.asarray(found).ravel())
+    cells = (np.asarray(each).ravel() for each in np.asarray(found).ravel())
+    return tuple(str(cell[0]).strip() if len(cell) else "" for cell in cells)
 
 
 def _read_mat(name: str, wanted: Wanted) -> ImageData:
@@ -282,7 +296,7 @@ def _read_mat(name: str, wanted: Wanted) -> ImageData:
         raise UsageError(f"{name} needs the folder of the file: give data.root")
     root = wanted.root.expanduser()
     windows = read_mat(root if root.is_file() else root / settings.file, settings.rate)
-    held_out = settings.held_out or int(windows.subjects.max())
+    held_out = settings.held_out or int(windows.subjects.max(initial=0))
     return to_data(name, root.name, windows, held_out, wanted)
 
 

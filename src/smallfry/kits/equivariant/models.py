@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from smallfry.errors import UsageError
 from smallfry.kits.equivariant.group import GL, SL, rotations
 from smallfry.layers.group_conv import Geometry, GroupConv2d, LiftingConv2d, Samples
+from smallfry.models.pooling import largest
 from smallfry.models.sources import Source, register_sizes
 
 __all__ = ["GResNet", "PlainResNet"]
@@ -85,7 +86,7 @@ class ResNet(nn.Module):
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Compute logits (batch, classes) of features (batch, width, elements, height, width)."""
-        pooled: Tensor = self.head_drop(self.neck(features.flatten(2).amax(2)))
+        pooled: Tensor = self.head_drop(self.neck(largest(features, dims=(2, 3, 4))))
         return pooled if pre_logits else cast(Tensor, self.head(pooled))
 
     def forward_features(self, images: Tensor) -> Tensor:

@@ -107,7 +107,10 @@ def read_words_folder(name: str, wanted: Wanted) -> ImageData:
 
 
 def _text(record: Record, column: str, fold_case: bool) -> str:
-    text = str(record.cells.get(column) or "")
+    cell = record.cells.get(column)
+    if isinstance(cell, list | dict):
+        raise DataError(f"{record.where}: a cell holds several values ({cell!r}); expected one")
+    text = "" if cell is None else str(cell).strip()
     if not text:
         raise DataError(f"{record.where}: has no text in the column '{column}'")
     return text.lower() if fold_case else text

@@ -114,7 +114,7 @@ def glyphs(file: Path, characters: str) -> str:
 
 
 def draw_text(font: ImageFont.FreeTypeFont, text: str, gap: int = 0) -> NDArray[np.uint8]:
-    """Draw a text in white on black, (height, width), as large as its ink.
+    """Draw a text in white on black, (height, width), as large as its box.
 
     Args:
         font: The font.

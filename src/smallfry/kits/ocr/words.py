@@ -37,6 +37,7 @@ SIZES = (17, 25)  # pixels of fonts
 SHEAR = 0.2  # most of test words, columns per row
 VARIED = 0.3  # most change in width of training words, as a share; and what is added to their shear
 SPACED = 0.3  # share of training words with characters apart
+TRIES = 10_000  # strings of a word, of which one has to be of its split
 STROKES = 0.2  # share of training words with thicker strokes; as many have thinner ones
 ALPHABETS = {
     "digits": string.digits,
@@ -97,7 +98,7 @@ def read_words(name: str, wanted: Wanted) -> ImageData:
         wanted: Its options, and shares held out for validation, in training fonts, and for testing.
 
     Raises:
-        UsageError: A setting that does not apply.
+        UsageError: A setting that does not apply, or characters that no font has.
     """
     if wanted.root is not None:
         raise UsageError(f"{name} is generated and does not use data.root: see ocr-folder")
@@ -198,7 +199,7 @@ def _text(
 ) -> tuple[str, Path]:
     """Draw a string of a split, and a font that has its characters."""
     families = _families(fonts)
-    while True:
+    for _ in range(TRIES):
         faces = families[int(random.integers(len(families)))]
         file = faces[int(random.integers(len(faces)))]
         known = glyphs(file, settings.characters)
@@ -208,6 +209,11 @@ def _text(
         text = "".join(known[int(i)] for i in random.integers(len(known), size=length))
         if (zlib.crc32(text.encode()) % TEST == 0) == (split == "test"):
             return text, file
+    raise UsageError(
+        f"no {split} words of {settings.shortest} to {settings.longest} characters of "
+        f"'{settings.characters}' can be drawn: the fonts have none of the characters, or too few "
+        "for words of both splits; take others, or longer words"
+    )
 
 
 @lru_cache(maxsize=8)

@@ -12,7 +12,7 @@ from typing import Any
 
 import safetensors.numpy
 
-from smallfry.errors import RunError
+from smallfry.errors import RunError, UsageError
 from smallfry.io.replace import replacing
 from smallfry.kits.places.modules import ModularSNN, Settings
 
@@ -70,6 +70,20 @@ def load_modules(folder: Path) -> ModularSNN:
         for name in ARRAYS:
             setattr(modules, name, arrays[name])
         modules.places, modules.threshold = int(manifest["places"]), int(manifest["threshold"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        _require_fitting(modules)
+    except (OSError, ValueError, KeyError, TypeError, UsageError) as error:
         raise RunError(f"{folder}: no readable modules ({error!r})") from error
     return modules
+
+
+def _require_fitting(modules: ModularSNN) -> None:
+    """Refuse arrays of other shapes than the settings have, and other numbers of places."""
+    count, inputs, neurons = modules.weights.shape
+    settings = modules.settings
+    wanted: dict[str, tuple[int, ...]] = dict.fromkeys(ARRAYS[1:], (count, neurons))
+    wanted["delays"] = (count if settings.delays else 0, inputs, neurons)
+    others = [name for name, shape in wanted.items() if getattr(modules, name).shape != shape]
+    if others or (inputs, neurons) != (settings.side**2, settings.neurons):
+        raise ValueError(f"the settings of {MANIFEST} are not those of {WEIGHTS}")
+    if modules.places <= modules.assignment.max(initial=-1) or modules.threshold < 0:
+        raise ValueError(f"{MANIFEST} has {modules.places} places, threshold {modules.threshold}")

@@ -224,9 +224,10 @@ class ModularSNN:
         members, total = self.settings.members, np.zeros((len(responses), self.places))
         for member in range(members):  # each has its own mean, and they are added
             own = slice(member, None, members)
-            flat = responses[:, own].reshape(len(responses), -1)
-            chosen = self.assignment[own].ravel(), self.places, self.silenced[own].ravel()
-            total += place_scores(flat, *chosen)
+            chosen = responses[:, own]
+            flat = chosen.reshape(len(chosen), chosen.shape[1] * chosen.shape[2])
+            whose = self.assignment[own].ravel(), self.places, self.silenced[own].ravel()
+            total += place_scores(flat, *whose)
         if candidates is not None:
             others = np.setdiff1d(np.arange(self.places), candidates)
             total[:, others] = 0.0
@@ -237,7 +238,13 @@ class ModularSNN:
 
         Learning is off, and each image is shown to neurons at their start, so that a response
         depends on no other image. The spikes of the inputs are a function of seed and image.
+
+        Raises:
+            UsageError: The modules are not fitted.
+            DataError: Images of another size.
         """
+        if not self.weights.size:
+            raise UsageError("the modules have learned nothing yet: fit them to traverses first")
         images = require_images(images, self.settings.side)
         dt, found = self.settings.dt, []
         size = max(1, CACHED // max(1, self.theta.size))

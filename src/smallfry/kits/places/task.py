@@ -154,7 +154,7 @@ def baselines(references: Any, tested: Split) -> list[dict[str, Any]]:
         tested: The query images, among all places.
     """
     known = patch_normalise(references).reshape(*references.shape[:2], -1)
-    asked = patch_normalise(tested.images[:, 0].numpy()).reshape(len(tested), -1)
+    asked = patch_normalise(tested.images[:, 0].numpy()).reshape(len(tested), known.shape[2])
     found = {
         "image difference": absolute_difference(known, asked),
         "ridge": ridge(known, asked),
@@ -183,7 +183,8 @@ def _traverses(data: ImageData) -> Tensor:
     """Return the training images by traverse and place, (traverses, places, side, side)."""
     images, labels = data.train.images[:, 0], data.train.labels
     count = len(labels) // len(data.classes)
-    order = labels.argsort(stable=True).view(len(data.classes), count)
-    if not torch.equal(labels[order], torch.arange(len(data.classes))[:, None].expand(-1, count)):
+    wanted = torch.arange(len(data.classes)).repeat_interleave(count)
+    order = labels.argsort(stable=True)
+    if not torch.equal(labels[order], wanted):
         raise UsageError("places needs as many training images of each place: whole traverses")
-    return images[order].transpose(0, 1)
+    return images[order].view(len(data.classes), count, *images.shape[1:]).transpose(0, 1)

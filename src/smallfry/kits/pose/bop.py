@@ -96,6 +96,8 @@ def read_bop(name: str, wanted: Wanted) -> ImageData:
     mesh = read_mesh(folder / "models" / f"{label}.ply", scale=0.001)
     info = folder / "models" / "models_info.json"
     about = _json(info).get(str(settings.object), {}) if info.is_file() else {}
+    if not isinstance(about, dict):
+        raise DataError(f"{info}: has no entries for object {settings.object}")
     symmetric = bool(about.get("symmetries_discrete") or about.get("symmetries_continuous"))
     points = keypoints(mesh, POINTS).astype(np.float32).astype(np.float64)
 
@@ -144,14 +146,22 @@ def _views(folder: Path, settings: BopSettings) -> Iterator[View]:
         cameras, truth = (_json(scene / f"scene_{kind}.json") for kind in ("camera", "gt"))
         file = scene / "scene_gt_info.json"
         info = _json(file) if file.is_file() else {}
-        for key in sorted(truth, key=int):
-            for number, entry in enumerate(truth[key]):
-                details = info.get(key, [{}] * len(truth[key]))[number]
+        for key in sorted(truth, key=lambda key: _number(key, scene)):
+            where = f"{scene}, picture {key}"
+            entries = _objects(truth[key], where)
+            about = _objects(info[key], where) if key in info else [{}] * len(entries)
+            if len(about) != len(entries):
+                raise DataError(
+                    f"{where}: scene_gt.json has {len(entries)} objects, and scene_gt_info.json "
+                    f"{len(about)}"
+                )
+            for number, (entry, details) in enumerate(zip(entries, about, strict=True)):
                 if entry.get("obj_id") != settings.object:
                     continue
-                if float(details.get("visib_fract", 1.0)) < settings.seen:
+                if not _numbers([seen := details.get("visib_fract", 1.0)], 1):
+                    raise DataError(f"{where}: its visib_fract is no number: {seen!r}")
+                if seen < settings.seen:
                     continue
-                where = f"{scene}, picture {key}"
                 stem = f"{int(key):06d}_{number:06d}.png"
                 masks = [scene / kind / stem for kind in ("mask_visib", "mask")]
                 yield View(
@@ -160,6 +170,20 @@ def _views(folder: Path, settings: BopSettings) -> Iterator[View]:
                     _camera(cameras.get(key, {}), where),
                     *(mask if mask.is_file() else None for mask in masks),
                 )
+
+
+def _number(key: str, scene: Path) -> int:
+    """Read the number of a picture."""
+    if not key.isdecimal():
+        raise DataError(f"{scene}: scene_gt.json has entries by numbers of pictures, not '{key}'")
+    return int(key)
+
+
+def _objects(entries: Any, where: str) -> list[dict[str, Any]]:
+    """Require a list of objects, of a picture."""
+    if not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
+        raise DataError(f"{where}: needs a list with an entry for each object")
+    return entries
 
 
 def _picture(scene: Path, number: int) -> Path:
@@ -187,8 +211,11 @@ def _pose(entry: Any, where: str) -> Pose:
     if not _numbers(turn, 9) or not _numbers(shift, 3):
         raise DataError(f"{where}: needs cam_R_m2c of nine numbers and cam_t_m2c of three")
     rotation = np.array(turn, float).reshape(3, 3)
-    if np.abs(rotation @ rotation.T - np.eye(3)).max() > 1e-3:
+    is_mirrored = np.linalg.det(rotation) < 0
+    if is_mirrored or np.abs(rotation @ rotation.T - np.eye(3)).max() > 1e-3:
         raise DataError(f"{where}: its cam_R_m2c is no rotation")
+    if shift[2] <= 0:
+        raise DataError(f"{where}: its cam_t_m2c is behind the camera: the third number is depth")
     return Pose(rotation, np.array(shift, float) / 1000)
 
 

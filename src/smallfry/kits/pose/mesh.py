@@ -33,6 +33,7 @@ SIDES = 16  # of cylinders
 WAVES = 3  # of textures
 VERSION = 1  # changes whenever the objects of a seed do
 LARGEST = 200_000  # triangles of a file
+WIDEST = 2.0  # metres of a file's object: more would be millimetres, and points without number
 
 
 @dataclass(frozen=True)
@@ -138,12 +139,14 @@ def generated_mesh(seed: int) -> Mesh:
 def read_mesh(file: Path, scale: float = 1.0) -> Mesh:
     """Read a closed mesh from a PLY, OBJ or STL file, through trimesh.
 
+    One whose triangles are all wound the other way, so that its volume is negative, is turned.
+
     Args:
         file: The file.
         scale: Metres of a unit; 0.001 for files in millimetres.
 
     Raises:
-        DataError: Not such a file, or a mesh that isn't closed.
+        DataError: Not such a file, a mesh that isn't closed, or one of more than two metres.
     """
     import trimesh
 
@@ -156,6 +159,14 @@ def read_mesh(file: Path, scale: float = 1.0) -> Mesh:
     if not 4 <= len(triangles) <= LARGEST:
         raise DataError(f"{file}: has {len(triangles)} triangles; 4 to {LARGEST:,} can be drawn")
     require_closed(vertices, triangles, str(file))
+    if (widest := float(np.ptp(vertices, axis=0).max())) > WIDEST:
+        raise DataError(
+            f"{file}: its object is {widest:g} metres wide, and {WIDEST:g} are the most: is its "
+            "unit a millimetre? Set data.options.millimetres, or scale it"
+        )
+    a, b, c = vertices[triangles].swapaxes(0, 1)
+    if (np.cross(a, b) * c).sum() < 0:  # six times the volume
+        triangles = triangles[:, ::-1]
     colours = np.full((len(triangles), 3), 0.6)
     kind = getattr(read.visual, "kind", None)
     if kind in ("face", "vertex"):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from smallfry.errors import UsageError
 from smallfry.kits.pose.mesh import generated_mesh, keypoints, nearest_neighbours, normalised
+from smallfry.models.pooling import largest
 from smallfry.models.sources import Source, register_sizes
 
 __all__ = ["CheckerPose", "EdgeConvolution", "PoseCodes", "RefineStep"]
@@ -94,7 +95,7 @@ class EdgeConvolution(nn.Module):
         mapped = self.conv(pairs[..., None])[..., 0]
         others = mapped[..., :points].index_select(2, neighbours.reshape(-1))
         edges = others.unflatten(2, (points, count)) + mapped[..., points:, None]
-        return cast(Tensor, self.act(self.norm(edges)).amax(dim=3))
+        return largest(self.act(self.norm(edges)), dims=(3,))
 
 
 class LocalFeature(nn.Module):

@@ -42,9 +42,10 @@ def read_disparity(file: Path) -> Floats:
         found = read_pfm(file)
         return np.where(np.isfinite(found) & (found > 0), found, 0.0)
     values = _raw(file)
-    if values.dtype == np.uint8:
+    if values.dtype.itemsize < 2:
         raise DataError(
-            f"{file}: disparities are PNGs of 16 bits with 256 × disparity, and this has 8 bits"
+            f"{file}: disparities are PNGs of 16 bits with 256 × disparity, and this has 8 bits or "
+            "fewer"
         )
     return values.astype(np.float64) / PNG_SCALE
 
@@ -69,13 +70,13 @@ def read_pfm(file: Path) -> Floats:
     """Read a grey portable float map, (height, width), from the top.
 
     Raises:
-        DataError: Another form, or fewer values than its header says.
+        DataError: Another form, or another number of values than its header has.
     """
     try:
         content = file.read_bytes()
     except OSError as error:
         raise DataError(f"{file}: can't be read ({error})") from error
-    found = re.match(rb"Pf\s+(\d{1,6})\s+(\d{1,6})\s+(-?[0-9.eE+]+)\s", content)
+    found = re.match(rb"Pf\s+(\d{1,6})\s+(\d{1,6})\s+(-?[0-9.eE+-]+)(?:\r\n|\s)", content)
     if not found:
         raise DataError(f"{file}: isn't a grey PFM, which begins with Pf, its sides and a scale")
     width, height = int(found[1]), int(found[2])
@@ -83,7 +84,7 @@ def read_pfm(file: Path) -> Floats:
         order = "<f4" if float(found[3]) < 0 else ">f4"
     except ValueError as error:
         raise DataError(f"{file}: its scale isn't a number") from error
-    if not 0 < width * height <= MOST or len(content) - found.end() < 4 * width * height:
+    if not 0 < width * height <= MOST or len(content) - found.end() != 4 * width * height:
         raise DataError(f"{file}: has not the {height}×{width} values of its header")
     values = np.frombuffer(content, order, width * height, found.end())
     return values.reshape(height, width)[::-1].astype(np.float64)
@@ -93,7 +94,7 @@ def read_calibration(file: Path) -> tuple[float, float]:
     """Read Middlebury's ``calib.txt``: focal length × baseline in pixels × metres, and the offset.
 
     Raises:
-        DataError: ``cam0`` or ``baseline`` is missing or no number.
+        DataError: ``cam0`` or ``baseline`` is missing or not above 0, or an offset is no number.
     """
     try:
         text = file.read_text(errors="replace")
@@ -102,11 +103,15 @@ def read_calibration(file: Path) -> tuple[float, float]:
     found = dict(re.findall(r"^\s*(\w+)\s*=\s*(.*?)\s*$", text, re.MULTILINE))
     try:
         focal = float(found["cam0"].strip("[] ").split()[0].rstrip(";"))
-        return focal * float(found["baseline"]) / 1000, float(found.get("doffs", "0"))
+        scale, offset = focal * float(found["baseline"]) / 1000, float(found.get("doffs", "0"))
+        if not (focal > 0 and 0 < scale < np.inf and np.isfinite(offset)):
+            raise ValueError(f"got {focal:g}, {scale:g} and {offset:g}")
     except (KeyError, ValueError, IndexError) as error:
         raise DataError(
-            f"{file}: needs lines cam0=[f 0 cx; 0 f cy; 0 0 1] and baseline=millimetres"
+            f"{file}: needs lines cam0=[f 0 cx; 0 f cy; 0 0 1] and baseline=millimetres, both "
+            "above 0, and perhaps doffs=pixels"
         ) from error
+    return scale, offset
 
 
 def _raw(file: Path) -> NDArray[np.generic]:

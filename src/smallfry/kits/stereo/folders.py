@@ -197,11 +197,15 @@ LAYOUTS: dict[str, Callable[[Path], list[Files]]] = {
 
 
 def _pictures(folder: Path, endings: Sequence[str] = PICTURES) -> dict[str, Path]:
-    """Return the pictures of a folder by their names without endings."""
+    """Return the pictures of a folder by their names without endings, each of which is one's."""
     if not folder.is_dir():
         raise DataError(f"{folder}: is not there; it should hold pictures of the pairs")
     files = sorted(f for f in folder.iterdir() if f.suffix.lower() in endings)
-    return {file.stem: file for file in files}
+    found = {file.stem: file for file in files}
+    if again := [file.name for file in files if found[file.stem] != file]:
+        other = found[Path(again[0]).stem].name
+        raise DataError(f"{folder}: {again[0]} and {other} are of one name: remove one of them")
+    return found
 
 
 def _require_same(one: Path, first: dict[str, Path], other: Path, second: dict[str, Path]) -> None:
@@ -215,7 +219,11 @@ def _classes(folder: Path, pairs: Sequence[Files]) -> tuple[str, ...]:
     """Return the names of classes: of ``classes.txt``, one a line, or by number."""
     file = folder / "classes.txt"
     if file.is_file():
-        names = tuple(line.strip() for line in file.read_text().splitlines() if line.strip())
+        try:
+            lines = file.read_text("utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{file}: can't be read as UTF-8 text ({error})") from error
+        names = tuple(line.strip() for line in lines if line.strip())
         if len({*names}) != len(names) or not names:
             raise DataError(f"{file}: has one name of a class a line, each once")
         return names

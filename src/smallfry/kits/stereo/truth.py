@@ -52,7 +52,7 @@ def class_weights(shares: NDArray[np.float64], kappa: float = KAPPA) -> NDArray[
     Raises:
         UsageError: κ of 1 or less, whose logarithm could be 0.
     """
-    if kappa <= 1:
+    if not kappa > 1:
         raise UsageError(f"kappa is above 1, got {kappa}")
     inverse = 1 / np.log(shares + kappa)
     result: NDArray[np.float64] = len(shares) * inverse / inverse.sum()

@@ -104,8 +104,8 @@ def read_flights(name: str, wanted: Wanted) -> ImageData:
 
 
 def _share(share: float, flights: int) -> int:
-    """Return a number of whole flights, one at least where any are wanted."""
-    return max(1, round(share * flights)) if share else 0
+    """Return a number of whole flights, one at least where any are wanted, but not the last."""
+    return min(flights - 1, max(1, round(share * flights))) if share else 0
 
 
 def _joined(parts: list[Split], limit: int | None) -> Split:

@@ -107,7 +107,7 @@ class PilotNet(nn.Module):
     Features are averaged over rows only: columns keep the side on which something is.
 
     Args:
-        img_size: Height and width, 33 pixels at least.
+        img_size: Height and width, 17 pixels at least.
         in_chans: Channels: the picture's, and one for each action.
         num_classes: Actions; 0 leaves the classifier out.
 

@@ -61,7 +61,8 @@ class ColourTeacher:
             fast: A linear machine on features and their squares, in place of a radial kernel.
 
         Raises:
-            UsageError: Images without labels of each pixel, or of a single class.
+            UsageError: Images without labels of each pixel, or of a single class, also by chance
+                among the chosen pixels.
         """
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
@@ -72,11 +73,11 @@ class ColourTeacher:
                 f"a teacher needs a label for each pixel, {(len(images), *images.shape[2:])}, got "
                 f"{labels.shape}"
             )
-        if len(np.unique(labels)) < 2:
+        random = np.random.default_rng(seed)
+        chosen = random.permutation(labels.size)[:PIXELS]
+        if len(np.unique(labels.ravel()[chosen])) < 2:
             raise UsageError("a teacher needs pixels of two classes or more")
         features = np.concatenate([pixel_features(image) for image in images])
-        random = np.random.default_rng(seed)
-        chosen = random.permutation(len(features))[:PIXELS]
         machine: Any
         if fast:
             machine = make_pipeline(_Squares(), StandardScaler(), LinearSVC())

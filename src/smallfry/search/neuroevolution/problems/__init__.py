@@ -32,7 +32,7 @@ def find_problem(name: str) -> Problem:
         return find_environment(name.removeprefix(PREFIX))
     if name not in PROBLEMS:
         raise UsageError(
-            f"there is no problem '{name}'{nearest(name, PROBLEMS)}; use {', '.join(PROBLEMS)}, "
-            "or gym:NAME of an environment of Gymnasium"
+            f"there is no problem '{name}'{nearest(name, PROBLEMS)} "
+            "(gym:NAME is an environment of Gymnasium)"
         )
     return PROBLEMS[name]()
