@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -158,7 +159,7 @@ def _map(file: Path, shape: Sequence[int]) -> NDArray[np.uint8] | None:
         images = np.load(file, mmap_mode="c", allow_pickle=False)
         if file.stat().st_size != images.offset + images.nbytes + HASH_LENGTH:
             return None  # cut off, or of an earlier version, without a hash
-    except (OSError, ValueError, EOFError, AttributeError):
+    except (OSError, ValueError, EOFError, AttributeError, BadZipFile):
         return None
     return images if images.shape == tuple(shape) and images.dtype == np.uint8 else None
 

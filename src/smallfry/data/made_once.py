@@ -4,6 +4,7 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -68,6 +69,7 @@ def _mapped(file: Path, count: int) -> NDArray[Any] | None:
     """Map a file into memory; None if it isn't there, or isn't what was written."""
     try:
         array = np.load(file, mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, BadZipFile):
         return None
-    return array if len(array) == count else None
+    fits = isinstance(array, np.ndarray) and array.shape[:1] == (count,)
+    return array if fits else None

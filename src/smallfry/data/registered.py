@@ -64,7 +64,7 @@ def settings_from(kind: type[Any], options: Mapping[str, Any]) -> Any:
     """Build settings from ``data.options``.
 
     Raises:
-        UsageError: One that is not there, or of another type.
+        UsageError: One that is not there, of another type, or out of range.
     """
     known = {field.name: field.default for field in fields(kind)}
     for name, value in options.items():
@@ -75,4 +75,7 @@ def settings_from(kind: type[Any], options: Mapping[str, Any]) -> Any:
             raise UsageError(
                 f"data.options.{name} must be of type {wanted.__name__}, got {value!r}"
             )
-    return kind(**options)
+    found = kind(**options)
+    if getattr(found, "seed", 0) < 0:
+        raise UsageError(f"data.options.seed is a whole number from 0, got {found.seed}")
+    return found

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 from filelock import FileLock
@@ -263,7 +264,7 @@ def _load_index(folder: Path) -> _Index | None:
             if content_hash(told[name]) != hashes[name]:
                 return None
         return _Index(**told)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, BadZipFile):
         return None
 
 

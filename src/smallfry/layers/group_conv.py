@@ -188,7 +188,8 @@ class _Implicit(nn.Module):
     def _convolve(self, maps: Tensor, weight: Tensor) -> Tensor:
         """Convolve maps (batch, …, H, W) to (batch, channels, samples, H', W')."""
         found = F.conv2d(maps, weight, padding=self.padding)
-        return found.reshape(found.shape[0], self.channels, -1, *found.shape[2:])
+        samples = weight.shape[0] // self.channels
+        return found.reshape(found.shape[0], self.channels, samples, *found.shape[2:])
 
     def extra_repr(self) -> str:
         """Describe channels, kernel and group."""

@@ -29,7 +29,7 @@ def main(given: Sequence[str] | None = None) -> int:
         target = file.with_suffix(".npy")
         try:
             np.save(target, rows_of(read_xyz(file), options.atoms))
-        except SmallfryError as error:  # no molecule, or more atoms than rows
+        except (SmallfryError, OSError) as error:  # no molecule, too many atoms, or no place
             say(f"smallfry: {error}", sys.stderr)
             return 1
         say(str(target))

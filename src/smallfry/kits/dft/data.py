@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from smallfry.data.registered import Wanted, register_data, settings_from
 from smallfry.errors import DataError, UsageError
 from smallfry.io.replace import write_whole
 from smallfry.kits.dft.density import AUXILIARY, Floats, coefficients
-from smallfry.kits.dft.layout import NAMES, WIDTH, to_places
+from smallfry.kits.dft.layout import NAMES, WIDTH, functions_of, to_places
 from smallfry.kits.dft.molecules import Molecule, g2_molecules, read_xyz, shaken
 
 __all__ = ["DensitySettings", "calculation", "density_of", "molecules_of", "rows_of"]
@@ -114,8 +115,10 @@ def density_of(given: Molecule, exact: bool = True) -> Floats:
     file = kept_at(given, exact)
     try:
         kept: Floats = np.load(file, allow_pickle=False)
-        return kept
-    except (OSError, ValueError, EOFError):
+        fits = kept.shape == (functions_of(given.numbers, given.positions).nao,)
+        if fits and np.isfinite(kept).all():
+            return kept
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, BadZipFile):
         pass
     found = coefficients(calculation(given, exact).run())
     content = io.BytesIO()

@@ -15,6 +15,7 @@ __all__ = ["ELEMENTS_LEARNT", "Molecule", "g2_molecules", "read_xyz", "shaken"]
 
 ELEMENTS_LEARNT = (1, 6, 7, 8)
 NEAREST = 0.5  # bohr between two atoms, at least
+FARTHEST = 1e6  # ångström from the origin, below which an atom is
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def read_xyz(file: Path) -> Molecule:
         places = np.array([[float(each) for each in row[1:4]] for row in rows])
     except (OSError, ValueError, IndexError) as error:
         raise DataError(f"{file}: can't be read as a molecule ({error}); {form}") from error
-    if count < 1 or places.shape != (count, 3) or not np.isfinite(places).all():
+    if count < 1 or places.shape != (count, 3) or not (np.abs(places) < FARTHEST).all():
         raise DataError(f"{file}: has {len(rows)} atoms of {count}; {form}")
     return molecule(file.stem, np.array(numbers), places)
 
@@ -91,7 +92,7 @@ def read_xyz(file: Path) -> Molecule:
 def _number(symbol: str) -> int:
     """Return the atomic number of a symbol, or of a number."""
     if symbol.isdigit():
-        return int(symbol)
+        return int(ELEMENTS.index(ELEMENTS[int(symbol)], 1))  # neither 0 nor beyond the last
     return int(ELEMENTS.index(symbol.capitalize(), 1))
 
 

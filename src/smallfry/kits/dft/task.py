@@ -28,10 +28,12 @@ DIGITS = 7  # significant ones of an answer
 def _geometry(rows: bytes) -> tuple[Tensor, Tensor, int]:
     """Return the places in use of a molecule, their Coulomb energies, and its electrons."""
     found = np.frombuffer(rows, np.float32).reshape(-1, 4)
-    found = found[found[:, 0] > 0]
+    (there,) = np.nonzero(found[:, 0] > 0)
+    found = found[there]
     numbers, positions = found[:, 0].astype(np.int64), found[:, 1:].astype(np.float64)
     energies = torch.from_numpy(whitened_metric(numbers, positions))
-    return torch.from_numpy(active(numbers)), energies, int(numbers.sum())
+    atoms, places = np.divmod(active(numbers), WIDTH)
+    return torch.from_numpy(WIDTH * there[atoms] + places), energies, int(numbers.sum())
 
 
 @register

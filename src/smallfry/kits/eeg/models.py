@@ -146,7 +146,7 @@ class InterpretableCNN(nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the classifier; 0 removes it."""
         self.num_classes = num_classes
-        self.fc = _classifier(self.num_features, num_classes)
+        self.fc = _classifier(self.num_features, num_classes).to(next(self.parameters()))
 
     def _require_batch(self) -> None:
         if torch.compiler.is_exporting():

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -110,7 +111,7 @@ class _Freezing(Method):
 def _read(file: Path, model: InterpretableCNN) -> Tensor:
     try:
         found = np.load(file.expanduser(), allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise DataError(f"{file}: not a readable .npy file ({error})") from error
     if not isinstance(found, np.ndarray):
         raise DataError(f"{file}: holds several arrays, and one of windows in .npy is expected")

@@ -49,11 +49,20 @@ class ResNet(nn.Module):
     Args:
         width: Channels.
         num_classes: Classes; 0 leaves the classifier out.
+        kernel_size: Side of all kernels.
         drop_rate: Dropout before the classifier.
+
+    Raises:
+        UsageError: No channels, or kernels without a middle.
     """
 
-    def __init__(self, width: int, num_classes: int, drop_rate: float) -> None:
+    def __init__(self, width: int, num_classes: int, kernel_size: int, drop_rate: float) -> None:
         super().__init__()
+        if width < 1 or kernel_size < 1 or kernel_size % 2 == 0:
+            raise UsageError(
+                f"width is at least 1 and kernel_size odd, got {width} and {kernel_size}"
+            )
+        self.kernel_size = kernel_size
         self.num_classes, self.num_features, self.head_hidden_size = num_classes, width, HIDDEN
         self.grad_checkpointing = False
         self.neck = nn.Sequential(
@@ -95,7 +104,17 @@ class ResNet(nn.Module):
         block: Callable[[Tensor], Tensor],
         last: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """Run the network with the given convolutions, the block's as a whole."""
+        """Run the network with the given convolutions, the block's as a whole.
+
+        Raises:
+            UsageError: Images smaller than the kernels together.
+        """
+        least = 3 * self.kernel_size - 1  # of the lifting, and twice that of the last
+        if min(images.shape[-2:]) < least:
+            raise UsageError(
+                f"the network needs images of at least {least}×{least} pixels, not "
+                f"{images.shape[-2]}×{images.shape[-1]}: see data.options.size"
+            )
         h = F.gelu(_norm(lift(images)))
         again = self.grad_checkpointing and self.training
         change = cast(Tensor, checkpoint(block, h)) if again else block(h)
@@ -115,7 +134,8 @@ class GResNet(ResNet):
         samples: Elements.
         variance: Of the samples' shears and scales; see ``GL``.
         sampling: ``fresh``: new samples in every forward pass, when evaluated too; ``frozen``:
-            those of ``seed``; ``turns``: rotations by 360° / samples.
+            those of ``seed``; ``turns``: rotations by 360° / samples, of which images with an
+            even side have the same logits after the quarter turns among them.
         seed: Of the samples.
         kernel_size: Side of all kernels.
         psi_width: Features of the hidden layers of kernel networks.
@@ -155,16 +175,13 @@ class GResNet(ResNet):
         psi_hidden: int = 2,
         drop_rate: float = 0.3,
     ) -> None:
-        super().__init__(width, num_classes, drop_rate)
+        super().__init__(width, num_classes, kernel_size, drop_rate)
         if group not in GROUPS:
             raise UsageError(f"group is {' or '.join(GROUPS)}, not '{group}'")
         if sampling not in SAMPLINGS:
             raise UsageError(f"sampling is {', '.join(SAMPLINGS)}, not '{sampling}'")
-        if samples < 1 or width < 1 or kernel_size < 1:
-            raise UsageError(
-                "samples, width and kernel_size are at least 1, got "
-                f"{samples}, {width} and {kernel_size}"
-            )
+        if samples < 1:
+            raise UsageError(f"samples is at least 1, got {samples}")
         if seed < 0:
             raise UsageError(f"the seed of samples is 0 or more, not {seed}")
         self.group = GROUPS[group](variance=variance)
@@ -288,7 +305,7 @@ class PlainResNet(ResNet):
         kernel_size: int = 5,
         drop_rate: float = 0.3,
     ) -> None:
-        super().__init__(width, num_classes, drop_rate)
+        super().__init__(width, num_classes, kernel_size, drop_rate)
         half = kernel_size // 2
         self.lift = nn.Conv2d(in_chans, width, kernel_size, bias=False)
         self.conv1 = nn.Conv2d(width, width, kernel_size, padding=half, bias=False)

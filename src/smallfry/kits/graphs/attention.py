@@ -17,9 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smallfry.errors import UsageError
-from smallfry.kits.graphs.pairs import AnyPlan, MessageCounts, Plan, StaticPlan
+from smallfry.kits.graphs.pairs import AnyPlan, MessageCounts, Plan, StaticPlan, require_edges
 from smallfry.kits.graphs.products import dots, edge_softmax, gather_sum, typed_product
-from smallfry.kits.graphs.relational import Relational, glorot_, product_and_fold
+from smallfry.kits.graphs.relational import (
+    Relational,
+    glorot_,
+    product_and_fold,
+    require_parts,
+)
 
 __all__ = ["EdgeName", "HGTConv", "RGATConv"]
 
@@ -41,6 +46,9 @@ class RGATConv(Relational):
         bias: Add a bias.
         execution: See ``relational``. But for edges, W_τ q and W_τ k are formed first.
 
+    Raises:
+        UsageError: No heads, or no bases.
+
     Example:
         >>> layer = RGATConv(16, 8, relations=2, heads=4)
         >>> edges = torch.tensor([[0, 0, 1], [1, 2, 2]])
@@ -61,6 +69,7 @@ class RGATConv(Relational):
         execution: str = "auto",
     ) -> None:
         super().__init__(relations, execution)
+        require_parts(heads=heads, bases=bases)
         self.in_channels, self.out_channels, self.heads = in_channels, out_channels, heads
         self.concat, self.negative_slope = concat, negative_slope
         width = heads * out_channels
@@ -156,6 +165,24 @@ def _without_modulation(
         state.pop(prefix + name, None)
 
 
+def _require_relation(
+    relation: EdgeName, edges: Tensor, nodes: Mapping[str, int], known: Sequence[EdgeName]
+) -> None:
+    """Refuse edges of a relation, whose ends would else be nodes of another type."""
+    name = "__".join(relation)
+    if relation not in known:
+        names = ", ".join("__".join(each) for each in known)
+        raise UsageError(f"the layer has no relation '{name}'; its relations are {names}")
+    missing = [end for end in (relation[0], relation[2]) if end not in nodes]
+    if missing:
+        raise UsageError(f"relation '{name}' has edges, and no nodes of type '{missing[0]}' came")
+    types = torch.zeros(edges.shape[-1], dtype=torch.int64, device=edges.device)
+    try:
+        require_edges(edges, types, (nodes[relation[0]], nodes[relation[2]]), 1)
+    except UsageError as error:
+        raise UsageError(f"relation '{name}': {error}") from None
+
+
 class ByType(nn.Module):
     """Linear layers by the type of node.
 
@@ -222,6 +249,7 @@ class HGTConv(Relational):
         execution: str = "auto",
     ) -> None:
         super().__init__(len(edge_types), execution)
+        require_parts(heads=heads)
         if out_channels % heads:
             raise UsageError(f"{out_channels} channels can't be divided among {heads} heads")
         given = in_channels
@@ -271,16 +299,21 @@ class HGTConv(Relational):
         Args:
             nodes: Nodes of each type.
             edge_index: By relation.
+
+        Raises:
+            UsageError: A type or relation that the layer does not have, or an edge whose ends are
+                no nodes of its relation's types.
         """
         starts, total = {}, 0
         for name, count in nodes.items():
             starts[name], total = total, total + count
         unknown = sorted({*starts} - {*self.node_types})
-        unknown += sorted("__".join(name) for name in {*edge_index} - {*self.edge_types})
         if unknown:
             raise UsageError(
                 f"the layer has no type '{unknown[0]}'; its types are {', '.join(self.node_types)}"
             )
+        for relation, edges in edge_index.items():
+            _require_relation(relation, edges, nodes, self.edge_types)
         parts, types = [torch.empty(2, 0, dtype=torch.int64)], []
         for relation, edges in edge_index.items():
             first = torch.tensor([[starts[relation[0]]], [starts[relation[2]]]])

@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from smallfry.errors import UsageError
 from smallfry.kits.graphs.pairs import AnyPlan, MessageCounts, Plan, StaticPlan
 from smallfry.kits.graphs.products import add_relations_, gather_sum, typed_product
-from smallfry.kits.graphs.relational import Relational, glorot_, product_and_fold
+from smallfry.kits.graphs.relational import (
+    Relational,
+    glorot_,
+    product_and_fold,
+    require_parts,
+)
 
 __all__ = ["GINEConv", "RGCNConv"]
 
@@ -69,6 +74,7 @@ class RGCNConv(Relational):
                 f"a maximum of messages can't move in front of a product: with aggr max, execution "
                 f"is edges or compact, not {execution}"
             )
+        require_parts(bases=bases, blocks=blocks)
         if bases is not None and blocks is not None:
             raise UsageError("weights have bases or blocks, not both")
         if blocks is not None and (given % blocks or out_channels % blocks):
@@ -116,6 +122,8 @@ class RGCNConv(Relational):
         """
         sources, own = _pair(x)
         found, chosen = self.planned(edge_index, edge_type, (sources.shape[0], own.shape[0]), plan)
+        if self.aggr == "max" and isinstance(found, StaticPlan):
+            raise UsageError("a maximum has no plan of fixed shapes: make one with plan()")
         weight = self.matrices
         given = sources.reshape(sources.shape[0], *weight.shape[1:3])
         shares = found.degrees.to(given.dtype).reciprocal() if self.aggr == "mean" else None

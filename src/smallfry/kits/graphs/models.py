@@ -19,6 +19,7 @@ from smallfry.kits.graphs.attention import HGTConv, RGATConv
 from smallfry.kits.graphs.layers import GINEConv, RGCNConv
 from smallfry.kits.graphs.packing import EDGE_CHANNELS, Graphs, unpack
 from smallfry.kits.graphs.pairs import AnyPlan, Plan, StaticPlan
+from smallfry.kits.graphs.relational import require_parts
 from smallfry.models.sources import Source, register_sizes
 
 __all__ = ["RelationalNetwork"]
@@ -71,6 +72,7 @@ class RelationalNetwork(nn.Module):
         features = in_chans - EDGE_CHANNELS
         if features < 1:
             raise UsageError(f"a graph has 4 channels of edges and features, not {in_chans} in all")
+        require_parts(heads=heads)
         if width % heads:
             raise UsageError(f"{width} channels can't be divided among {heads} heads")
         self.num_classes, self.num_features, self.head_hidden_size = num_classes, width, width
@@ -160,7 +162,7 @@ class RelationalNetwork(nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the last layer by one of other classes."""
         self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes)
+        self.head = nn.Linear(self.num_features, num_classes).to(next(self.parameters()))
 
 
 def _is_traced(tensor: Tensor) -> bool:

@@ -56,7 +56,11 @@ def pack(
         >>> pack(np.ones((3, 2)), [[0, 1, 0], [2, 1, 1]], slots=2, relations=2).shape
         (6, 3, 2)
     """
-    features, rows = np.asarray(features, np.float32), np.asarray(edges, np.int64)
+    features, given = np.asarray(features, np.float32), np.asarray(edges)
+    given = given if given.size else np.zeros((0, 3), np.int64)
+    rows = given.astype(np.int64)
+    if not np.array_equal(rows, given):
+        raise DataError("sources, destinations and relations of edges are whole numbers")
     if features.ndim != 2 or rows.ndim != 2 or rows.shape[1] != 3:
         raise DataError(
             "a graph has features (nodes, features) and edges (edges, 3) of source, destination "

@@ -15,7 +15,7 @@ from smallfry.errors import UsageError
 from smallfry.kits.graphs.pairs import EXECUTIONS, AnyPlan, Plan, StaticPlan, plan
 from smallfry.kits.graphs.products import gather_sum, typed_product
 
-__all__ = ["Relational", "glorot_", "product_and_fold"]
+__all__ = ["Relational", "glorot_", "product_and_fold", "require_parts"]
 
 
 def glorot_(tensor: Tensor) -> None:
@@ -72,6 +72,17 @@ class Relational(nn.Module):
         """Describe the layer, with what auto chose for the last graph."""
         chosen = f" ({self.chosen})" if self.execution == "auto" and self.chosen else ""
         return f"relations={self.relations}, execution={self.execution}{chosen}"
+
+
+def require_parts(**counts: int | None) -> None:
+    """Refuse heads, bases or blocks that are none; None stands for a layer without them.
+
+    Raises:
+        UsageError: A number below 1.
+    """
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise UsageError(f"{name} is at least 1, not {count}")
 
 
 def product_and_fold(plan: Plan, slots: Tensor, weight: Tensor) -> Tensor:

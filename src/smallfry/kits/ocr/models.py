@@ -156,7 +156,8 @@ class CRNN(Reader):
         """Replace the classifier; 0 removes it."""
         self.num_classes = num_classes
         last = cast(Recurrent, self.rnn[1])
-        last.embedding = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        new = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        last.embedding = new.to(next(self.parameters()))
 
 
 class CompactCRNN(Reader):
@@ -221,7 +222,8 @@ class CompactCRNN(Reader):
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the classifier; 0 removes it."""
         self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        new = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head = new.to(next(self.parameters()))
 
 
 class Along(nn.Module):

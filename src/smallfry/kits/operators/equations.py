@@ -49,6 +49,9 @@ def solve_darcy(a: Array, f: float | Array = 1.0) -> Array:
     Returns:
         u (n, n).
 
+    Raises:
+        ValueError: ``a`` is not (n, n) with two nodes a side at least.
+
     Example:
         >>> float(solve_darcy(np.ones((5, 5)))[2, 2].round(4))
         0.0703
@@ -56,7 +59,7 @@ def solve_darcy(a: Array, f: float | Array = 1.0) -> Array:
     from scipy.sparse import diags
     from scipy.sparse.linalg import spsolve
 
-    n = len(a)
+    n = _side(a)
     h2, inner = 1 / (n - 1) ** 2, n - 2
     down, right = (a[:-1] + a[1:])[:, 1:-1] / 2, (a[:, :-1] + a[:, 1:])[1:-1] / 2
     centre = (down[:-1] + down[1:] + right[:, :-1] + right[:, 1:]).ravel()
@@ -64,11 +67,21 @@ def solve_darcy(a: Array, f: float | Array = 1.0) -> Array:
     beside[:, :-1] = -right[:, 1:-1]  # none across the end of a row
     below = -down[1:-1].ravel()
     side = beside.ravel()[:-1]
-    matrix = diags([centre, side, side, below, below], [0, 1, -1, inner, -inner], format="csc")
     wanted = np.broadcast_to(f, (n, n))[1:-1, 1:-1].ravel() * h2
+    if inner < 2:  # no neighbours but the border
+        return np.pad((wanted / centre).reshape(inner, inner), 1)
+    matrix = diags([centre, side, side, below, below], [0, 1, -1, inner, -inner], format="csc")
     u = np.zeros((n, n))
     u[1:-1, 1:-1] = spsolve(matrix, wanted).reshape(inner, inner)
     return u
+
+
+def _side(field: Array) -> int:
+    """Return the nodes a side of a square grid."""
+    shape = np.shape(field)
+    if len(shape) != 2 or shape[0] != shape[1] or shape[0] < 2:
+        raise ValueError(f"expected numbers at the nodes (n, n), n ≥ 2, got shape {shape}")
+    return int(shape[0])
 
 
 def solve_helmholtz(k: float | Array, g: Callable[[Array], Array]) -> Array:
@@ -82,15 +95,13 @@ def solve_helmholtz(k: float | Array, g: Callable[[Array], Array]) -> Array:
         u (n, n), whose last row is y = 1.
 
     Raises:
-        ValueError: ``k`` is a number, which gives no grid.
+        ValueError: ``k`` is not (n, n) with two nodes a side at least.
     """
     from scipy.sparse import diags, eye, kron
     from scipy.sparse.linalg import spsolve
 
     field = np.asarray(k, np.float64)
-    if field.ndim != 2:
-        raise ValueError(f"expected wave numbers at the nodes (n, n), got shape {field.shape}")
-    n = len(field)
+    n = _side(field)
     h = 1 / (n - 1)
     above, under = -np.ones(n - 1), -np.ones(n - 1)
     above[0], under[-1] = -2.0, -2.0  # ghost nodes mirror their neighbours

@@ -76,6 +76,12 @@ class Operator(nn.Module):
         """Return the last layer."""
         return self.head
 
+    def _replace_head(self, head: nn.Module, num_classes: int) -> None:
+        """Take another last layer, whose outputs have no scale yet."""
+        self.num_classes, self.head = num_classes, head.to(self.output_mean)
+        self.output_mean = self.output_mean.new_zeros(num_classes, 1, 1)
+        self.output_std = self.output_std.new_ones(num_classes, 1, 1)
+
 
 class MgNO(Operator):
     """Multigrid neural operator.
@@ -115,10 +121,8 @@ class MgNO(Operator):
         super().__init__(img_size, in_chans, num_classes)
         if layers < 1:
             raise UsageError(f"an operator has at least one layer, not {layers}")
-        if add_input and in_chans != num_classes:
-            raise UsageError(
-                f"add_input needs as many fields out as in, not {num_classes} of {in_chans}"
-            )
+        if add_input:
+            _require_as_many(in_chans, num_classes)
         self.num_features = self.head_hidden_size = channels
         self.add_input = add_input
         widths = [in_chans, *[channels] * (layers - 1)]
@@ -137,7 +141,10 @@ class MgNO(Operator):
             for width in widths
         )
         self.skips = nn.ModuleList(nn.Conv2d(width, channels, 1) for width in widths if skip)
-        self.act = cast(nn.Module, cast(Any, get_act_layer(activation))())
+        try:
+            self.act = cast(nn.Module, cast(Any, get_act_layer(activation))())
+        except KeyError:
+            raise UsageError(f"timm has no activation '{activation}'; one is gelu") from None
         self.head = nn.Conv2d(channels, num_classes, 1, bias=False)
 
     def forward_features(self, fields: Tensor) -> Tensor:
@@ -154,11 +161,20 @@ class MgNO(Operator):
         return found + fields if self.add_input else found
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the last layer by one of other fields."""
-        self.num_classes = num_classes
-        self.head = nn.Conv2d(self.num_features, num_classes, 1, bias=False)
-        self.output_mean = torch.zeros(num_classes, 1, 1)
-        self.output_std = torch.ones(num_classes, 1, 1)
+        """Replace the last layer by one of other fields.
+
+        Raises:
+            UsageError: Another number of fields, where the input is added to them.
+        """
+        if self.add_input:
+            _require_as_many(self.in_chans, num_classes)
+        head = nn.Conv2d(self.num_features, num_classes, 1, bias=False)
+        self._replace_head(head, num_classes)
+
+
+def _require_as_many(given: int, wanted: int) -> None:
+    if given != wanted:
+        raise UsageError(f"add_input needs as many fields out as in, not {wanted} of {given}")
 
 
 class SpectralConv2d(nn.Module):
@@ -212,6 +228,9 @@ class FNO2d(Operator):
         width: Channels.
         modes: See ``SpectralConv2d``.
         hidden: Channels before the last layer.
+
+    Raises:
+        UsageError: No layers, or fields of another grid.
     """
 
     def __init__(
@@ -225,6 +244,8 @@ class FNO2d(Operator):
         hidden: int = 32,
     ) -> None:
         super().__init__(img_size, in_chans, num_classes)
+        if layers < 1:
+            raise UsageError(f"an operator has at least one layer, not {layers}")
         self.num_features = self.head_hidden_size = hidden
         self.lift = nn.Conv2d(in_chans + 2, width, 1)
         self.spectral = nn.ModuleList(SpectralConv2d(width, width, modes) for _ in range(layers))
@@ -237,6 +258,9 @@ class FNO2d(Operator):
 
     def forward_features(self, fields: Tensor) -> Tensor:
         """Compute (batch, hidden, height, width)."""
+        if fields.shape[-2:] != self.img_size:
+            sizes = ("×".join(map(str, each)) for each in (self.img_size, fields.shape[-2:]))
+            raise UsageError("the network was built for grids of {}, not {}".format(*sizes))
         grid = cast(Tensor, self.grid).to(fields).expand(len(fields), -1, -1, -1)
         v = self.lift(torch.cat([fields, grid], dim=1))
         last = len(self.spectral) - 1
@@ -247,10 +271,7 @@ class FNO2d(Operator):
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the last layer by one of other fields."""
-        self.num_classes = num_classes
-        self.head = nn.Conv2d(self.num_features, num_classes, 1)
-        self.output_mean = torch.zeros(num_classes, 1, 1)
-        self.output_std = torch.ones(num_classes, 1, 1)
+        self._replace_head(nn.Conv2d(self.num_features, num_classes, 1), num_classes)
 
 
 DOWN = (1, 0)

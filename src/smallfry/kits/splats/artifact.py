@@ -138,6 +138,20 @@ class CompressedScene:
         parts = (self.tensors[f"weights.{number}.{end}"] for end in ("low", "high"))
         return _joined(*parts).view(np.float16).astype(np.float32)
 
+    def require_numbers(self) -> None:
+        """Refuse positions outside of their box, and numbers of networks that are none.
+
+        Raises:
+            ValueError: There is one.
+        """
+        codes = self.grid().codes(_integers(self.tensors, self.header["counts"]))
+        if not (np.abs(codes) <= 1).all():
+            raise ValueError("a position is outside of its box")
+        numbers = [each for each in self.tensors.values() if each.dtype == np.float16]
+        numbers += [self._weights(number) for number in range(len(self.header["sizes"]) - 1)]
+        if not all(np.isfinite(each).all() for each in numbers):
+            raise ValueError("a number of its networks is not finite")
+
     def grid(self) -> Grid:
         """Return the grid of the positions."""
         centre, half_sides, bits = self.header["grid"]
@@ -217,7 +231,9 @@ def load(file: str | Path) -> CompressedScene:
         header = parse_json(parse_json(plain[8 : 8 + length])["__metadata__"][KEY].encode())
         tensors = safetensors.numpy.load(plain)
         _require_fit(header, tensors)
-        return CompressedScene(header, tensors)
+        found = CompressedScene(header, tensors)
+        found.require_numbers()
+        return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError, DataError) as error:
         raise DataError(f"{file}: no readable compressed scene ({error})") from error
     except safetensors.SafetensorError as error:
@@ -293,9 +309,9 @@ def _require_fit(header: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]])
     if len(centre) != 3 or len(half_sides) != 3 or not (type(bits) is int and 8 <= bits <= HALF):
         raise ValueError("its grid is no box")
     clusters, gaussians = len(counts), sum(counts)
-    expected = [3 + 6 * header["frequencies"], *[sizes[1]] * (len(sizes) - 2), columns]
     if not (1 <= clusters <= 1024 and 2 <= len(sizes) <= 17 and columns - FIXED in RESTS):
         raise ValueError("it has no clusters, layers or columns that a scene can have")
+    expected = [3 + 6 * header["frequencies"], *[sizes[1]] * (len(sizes) - 2), columns]
     if sizes != expected or max(sizes) > 1024 or min(sizes) < 1:
         raise ValueError(f"its layers are {sizes}")
     if gaussians > MOST_GAUSSIANS:

@@ -1,7 +1,5 @@
 """Cameras around a scene, and errors of images in decibels."""
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -65,7 +63,12 @@ def around(
 
     Its size is the 95th percentile of the distances from the median. Photographs of a real scene
     were taken elsewhere: where their cameras are known, use those.
+
+    Raises:
+        UsageError: No positions.
     """
+    if not len(positions):
+        raise UsageError("a scene without Gaussians has no place for cameras around it")
     centre = np.median(positions.astype(np.float64), axis=0)
     size_of = float(np.percentile(np.linalg.norm(positions - centre, axis=1), SPREAD)) or 1.0
     focal = size / 2 * DISTANCE / HALF_FIELD
@@ -82,10 +85,3 @@ def psnr(found: ArrayLike, wanted: ArrayLike) -> float:
     images = [np.clip(np.asarray(each, np.float64), 0, 1) for each in (found, wanted)]
     error = float(np.square(images[0] - images[1]).mean())
     return float("inf") if error == 0 else -10 * float(np.log10(error))
-
-
-def mean_psnr(
-    found: Sequence[NDArray[np.floating]], wanted: Sequence[NDArray[np.floating]]
-) -> float:
-    """Average the ratios of several views."""
-    return float(np.mean([psnr(*pair) for pair in zip(found, wanted, strict=True)]))

@@ -76,7 +76,8 @@ class NeuralSplats:
             raise UsageError(f"frequencies is 0 to 16, got {self.frequencies}")
         if self.weight_bits not in WEIGHT_BITS:
             raise UsageError(f"weight_bits is one of {WEIGHT_BITS}, got {self.weight_bits}")
-        if min(self.iterations, self.finetune) < 0 or min(self.lr, self.finetune_lr) <= 0:
+        rates = self.lr > 0 and self.finetune_lr > 0
+        if min(self.iterations, self.finetune) < 0 or not rates:
             raise UsageError("iterations and finetune are at least 0, and learning rates above 0")
 
     @classmethod

@@ -180,8 +180,9 @@ class SplatField(nn.Module):
         self.input_mean.copy_(known.codes.double().mean(0))
         self.input_std.copy_(known.codes.double().std(0, correction=0))
         own = torch.from_numpy(clusters_of(known.codes.numpy(), self.clusters))
-        for k in range(self.clusters):
-            self.centres[k] = known.codes[own == k].mean(0)
+        for k in range(self.clusters):  # fewer Gaussians leave some without any
+            part = known.codes[own == k]
+            self.centres[k] = part.mean(0) if len(part) else self.centres[0]
         self.fit_scales(known.attributes, self.groups(known.codes))
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from smallfry.errors import UsageError
 from smallfry.kits.splats.render import BLUR, NEAR, Camera
-from smallfry.kits.splats.scene import Scene
+from smallfry.kits.splats.scene import RESTS, Scene
 
 __all__ = ["gsplat_arguments", "render_with_gsplat"]
 
@@ -23,12 +23,8 @@ def gsplat_arguments(
     calibration = torch.tensor(
         [[camera.focal, 0, camera.width / 2], [0, camera.focal, camera.height / 2], [0, 0, 1]]
     )
-    harmonics = torch.cat(
-        [attributes[:, None, 8:11], attributes[:, 11:].reshape(len(scene), 3, -1).mT]
-        if scene.degree
-        else [attributes[:, None, 8:11]],
-        1,
-    )
+    rest = attributes[:, 11:].reshape(len(scene), 3, RESTS[scene.degree] // 3)
+    harmonics = torch.cat([attributes[:, None, 8:11], rest.mT], 1)
     return {
         "means": torch.tensor(scene.positions, dtype=torch.float32),
         "quats": attributes[:, 4:8],

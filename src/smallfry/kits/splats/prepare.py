@@ -15,6 +15,7 @@ __all__ = ["HALF", "Grid", "Prepared", "align_rotations", "prepare"]
 HALF = 16  # position bits that stand for half precision
 NEIGHBOURS = 8
 LARGEST = 1e15  # of a position: its square is still a float32
+LARGEST_HALF = 65_504  # of half precision, in which means of attributes are kept
 
 
 class Grid(NamedTuple):
@@ -85,8 +86,8 @@ def prepare(
         bits: Of a position, see ``Grid``.
 
     Raises:
-        UsageError: No camera or Gaussian, a share or bits out of range, or positions of absurd
-            size.
+        UsageError: No camera or Gaussian, a share or bits out of range, or positions or attributes
+            of absurd size.
     """
     if not cameras or not len(scene):
         raise UsageError("compression needs at least one Gaussian, and one camera for importance")
@@ -94,6 +95,11 @@ def prepare(
         raise UsageError(f"prune is 0 to below 1 and position_bits 8 to 16, got {prune} and {bits}")
     if np.abs(scene.positions).max() > LARGEST:
         raise UsageError(f"positions beyond ±{LARGEST:g} can't be compressed: leave them out")
+    if np.abs(scene.attributes).max() > LARGEST_HALF:
+        raise UsageError(
+            f"attributes beyond ±{LARGEST_HALF:,} can't be compressed, as half precision ends "
+            "there: leave their Gaussians out"
+        )
     attributes = scene.attributes.astype(np.float32, copy=True)
     lengths = np.linalg.norm(attributes[:, 4:8], axis=1, keepdims=True)
     unit = np.where(lengths > 0, attributes[:, 4:8] / np.maximum(lengths, 1e-30), [1, 0, 0, 0])

@@ -125,8 +125,9 @@ def colours(directions: Tensor, coefficients: Tensor) -> Tensor:
     """
     found = 0.5 + Y0 * coefficients[:, :3]
     if coefficients.shape[1] > 3:
-        rest = coefficients[:, 3:].reshape(len(coefficients), 3, -1)
-        basis = harmonics(torch.nn.functional.normalize(directions, dim=1), rest.shape[2])
+        count = (coefficients.shape[1] - 3) // 3
+        rest = coefficients[:, 3:].reshape(len(coefficients), 3, count)
+        basis = harmonics(torch.nn.functional.normalize(directions, dim=1), count)
         found = found + (rest * basis[:, None]).sum(2)
     return found.clamp(min=0)
 

@@ -55,8 +55,8 @@ class Grammar:
         library: Templates of base primitives by name, with holes ``#0``, …, each of them used.
 
     Raises:
-        UsageError: Probabilities that do not sum to 1, primitives without one, or templates that
-            are none.
+        UsageError: Probabilities that are none or do not sum to 1, primitives without one, or
+            templates that are none.
 
     Example:
         >>> Grammar.uniform().arities["func"]
@@ -73,6 +73,16 @@ class Grammar:
                 "a grammar has a log-probability for each primitive; the sets differ in "
                 f"{', '.join(sorted(wanted ^ {*self.log_probabilities}))}"
             )
+        clashes = sorted({*ARITIES} & {*self.library})
+        if clashes:
+            raise UsageError(
+                f"a library's primitive has a name of its own, which '{clashes[0]}' is not"
+            )
+        for name, value in self.log_probabilities.items():
+            if not -math.inf < value <= 0:
+                raise UsageError(
+                    f"a log-probability is finite and at most 0, and that of {name} is {value}"
+                )
         total = math.fsum(map(math.exp, self.log_probabilities.values()))
         if abs(total - 1) > 1e-9:
             raise UsageError(f"the probabilities of a grammar sum to 1, not {total:.6g}")

@@ -103,7 +103,7 @@ class GINEConv(nn.Module):
         super().__init__()
         self.nn = nn.Linear(in_features, out_features)
         self.register_buffer("eps", torch.zeros(1))
-        pairs = torch.tensor(edges).reshape(-1, 2)
+        pairs = torch.tensor(edges, dtype=torch.int64).reshape(-1, 2)
         sums = torch.zeros(nodes, len(pairs))
         sums[pairs[:, 1], torch.arange(len(pairs))] = 1
         self.register_buffer("sources", pairs[:, 0].clone(), persistent=False)
@@ -268,7 +268,7 @@ class GSSNN(nn.Module):
     ) -> None:
         super().__init__()
         size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        if size[0] != size[1] or size[0] % patch:
+        if size[0] != size[1] or size[0] < 1 or size[0] % patch:
             raise UsageError(
                 f"the encoder takes square images of a multiple of {patch} pixels a side, not "
                 f"{size[0]}×{size[1]}: see data.image_size and model.options.patch"
@@ -318,7 +318,7 @@ class GSSNN(nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the classifier; 0 removes it."""
         self.num_classes = num_classes
-        self.head = _classifier(self.num_features, num_classes)
+        self.head = _classifier(self.num_features, num_classes).to(next(self.parameters()))
 
 
 def _graph(program: str) -> ProgramGraph:

@@ -68,6 +68,7 @@ def draw_graphs(
             ax.axis("off")
         for number, (ax, graph) in enumerate(zip(axes.flat, graphs, strict=False)):
             plain = networkx.Graph((edge.one, edge.other) for edge in graph.edges)
+            plain.add_nodes_from(graph.nodes)  # those without an edge
             _draw(ax, graph, networkx.kamada_kawai_layout(plain))
             usual = f"{len(graph.nodes)} nodes, {len(graph.edges)} edges"
             ax.set_title(usual if titles is None else titles[number])

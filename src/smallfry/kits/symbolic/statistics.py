@@ -48,11 +48,18 @@ def analyse_variance(groups: Sequence[Sequence[float]]) -> Variances:
     mean = np.concatenate(members).mean()
     between = sum(len(each) * (each.mean() - mean) ** 2 for each in members) / degrees[0]
     within = sum(((each - each.mean()) ** 2).sum() for each in members) / degrees[1]
-    ratio = float(between / within) if within else (math.inf if between else math.nan)
+    ratio = _ratio(between, within)
     size = (count - sum(len(each) ** 2 for each in members) / count) / degrees[0]
     p = float(distribution.sf(ratio, *degrees))
     component = max(0.0, float((between - within) / size))
     return Variances(float(between), float(within), ratio, degrees, p, component)
+
+
+def _ratio(one: float, other: float) -> float:
+    """Divide variances, of which the second may be 0."""
+    if not other:
+        return math.inf if one else math.nan
+    return float(one / other)
 
 
 def compare_variances(one: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
@@ -69,5 +76,5 @@ def compare_variances(one: Sequence[float], other: Sequence[float]) -> tuple[flo
 
     if min(len(one), len(other)) < 2:
         raise UsageError("a variance needs two numbers at least")
-    ratio = float(np.var(one, ddof=1) / np.var(other, ddof=1))
+    ratio = _ratio(float(np.var(one, ddof=1)), float(np.var(other, ddof=1)))
     return ratio, float(distribution.sf(ratio, len(one) - 1, len(other) - 1))

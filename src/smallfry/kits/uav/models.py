@@ -96,7 +96,7 @@ class UNet(nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the classifier; 0 removes it."""
         self.num_classes = num_classes
-        self.head = _classifier(self.num_features, num_classes)
+        self.head = _classifier(self.num_features, num_classes).to(next(self.parameters()))
 
 
 class PilotNet(nn.Module):
@@ -165,7 +165,7 @@ class PilotNet(nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the classifier; 0 removes it."""
         self.num_classes = num_classes
-        self.head = _linear(num_classes)
+        self.head = _linear(num_classes).to(next(self.parameters()))
 
 
 def _double(inputs: int, outputs: int) -> nn.Sequential:
