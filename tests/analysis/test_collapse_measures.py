@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from flat_subject import CLASSES, Flat, split_of, subject_of, trained_of
 
 from smallfry.analysis import collapse
 from smallfry.analysis.collapse import (
@@ -18,11 +18,8 @@ from smallfry.analysis.collapse import (
     measure_collapse,
     within_over_between,
 )
-from smallfry.analysis.question import Subject
 from smallfry.data import Split
 from smallfry.errors import RunError, UsageError
-from smallfry.training.augment import Normalize
-from smallfry.training.run import TrainedModel
 
 
 def drawn(seed, counts, features=6, spread=0.4):
@@ -210,28 +207,9 @@ def test_the_threshold_is_where_collapse_costs_as_much_as_learning():
 # Findings
 
 
-CLASSES = ("ant", "bee", "cat", "dog")
-
-
-class Flat(nn.Module):
-    """The pixels are the features."""
-
-    def __init__(self, weight):
-        super().__init__()
-        self.head = nn.Linear(weight.shape[1], len(weight), bias=False)
-        self.head.weight.data = weight.float()
-
-    def get_classifier(self):
-        return self.head
-
-    def forward(self, images):
-        return self.head(images.flatten(1))
-
-
-def subject_of(pixels, labels, weight):
-    split = Split(pixels.view(len(pixels), 1, 2, 2), torch.arange(len(pixels)), labels)
-    trained = TrainedModel(Flat(weight), CLASSES, 2, 1, Normalize([0.0], [1 / 255]), {})
-    return Subject("flat", trained, split, split, {}, (), 0)
+def subject(pixels, labels, weight):
+    split = split_of(pixels, labels)
+    return subject_of(split, split, trained_of(weight))
 
 
 def test_the_answer_names_merged_and_rare_classes_with_their_numbers():
@@ -239,7 +217,7 @@ def test_the_answer_names_merged_and_rare_classes_with_their_numbers():
     labels = torch.tensor([0] * 24 + [1] * 24 + [2] * 24 + [3] * 4)
     means = torch.tensor([[200, 9, 9, 9], [9, 200, 9, 9], [9, 9, 200, 9], [9, 9, 200, 19]])
     pixels = means[labels] + torch.randint(-4, 5, (76, 4), generator=draw)
-    answer = ask(subject_of(pixels.to(torch.uint8), labels, means.double() - 60))
+    answer = ask(subject(pixels.to(torch.uint8), labels, means - 60))
     numbers, text = answer.numbers, " ".join(answer.findings)
     points = pixels.numpy().astype(float)
     expected = defined(points, labels.numpy(), means.numpy() - 60.0)
@@ -263,9 +241,8 @@ def test_the_answer_names_merged_and_rare_classes_with_their_numbers():
 
 def test_a_class_without_images_is_no_answer():
     pixels = torch.arange(32, dtype=torch.uint8).view(8, 4)
-    subject = subject_of(pixels, torch.arange(8) % 3, torch.eye(4))
     with pytest.raises(UsageError, match="images of every class"):
-        ask(subject)
+        ask(subject(pixels, torch.arange(8) % 3, torch.eye(4)))
 
 
 # Callback

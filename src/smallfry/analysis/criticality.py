@@ -148,8 +148,9 @@ def ask(subject: Subject) -> Answer:
     """Compare a model's signals by depth with those of critical initial weights."""
     trained = subject.trained
     images, labels = _inputs(subject, subject.test)
-    torch.manual_seed(subject.seed)
-    fresh = build(trained.spec).to(images)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(subject.seed)
+        fresh = build(trained.spec).to(images)
     signals = {
         "trained weights": layer_signals(trained.model, images, subject.seed),
         "initial weights": layer_signals(fresh, images, subject.seed),
