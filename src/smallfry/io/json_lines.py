@@ -35,8 +35,8 @@ class JsonLines:
         if not self.file.exists():
             return []
         records = []
-        for number, line in enumerate(self.file.read_text("utf-8").splitlines(keepends=True), 1):
-            if not line.endswith("\n"):
+        for number, line in enumerate(self.file.read_bytes().splitlines(keepends=True), 1):
+            if not line.endswith(b"\n"):
                 break
             try:
                 record = json.loads(line)
