@@ -106,7 +106,8 @@ def _latency(
     file = folder / "latency.json"
     known = read_measured(file)
     asked = (config.latency_rounds, config.latency_threads, {*ready})
-    if (known.get("rounds"), known.get("threads"), {*known.get("models", ())}) == asked:
+    models = known.get("models")
+    if isinstance(models, dict) and (known.get("rounds"), known.get("threads"), {*models}) == asked:
         return known
     device = choose_device(config.device)
     trained = {name: load_run(run_path(folder, run)) for name, run in ready.items()}
