@@ -201,7 +201,7 @@ def ordered(images=200, side=8):
     return split_of(pixels, torch.arange(images) * 4 // images)
 
 
-@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("activation", ["tanh", pytest.param("relu", marks=pytest.mark.slow)])
 def test_the_answer_on_a_plain_network_has_its_signals_and_its_critical_point(activation):
     trained, split = built("plain_mlp", embed_dim=12, depth=5, act_layer=activation), ordered()
     state = torch.random.get_rng_state()

@@ -219,6 +219,7 @@ def test_the_bits_are_the_information_of_what_is_found_about_what_is_true(monkey
     assert found.bits == pytest.approx(bits)
 
 
+@pytest.mark.slow
 def test_the_same_seed_finds_the_same_families():
     draw = np.random.default_rng(0)
     names = [f"{family}{n}" for family in "ab" for n in range(3)]

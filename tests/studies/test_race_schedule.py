@@ -53,6 +53,7 @@ def machine(monkeypatch):
     found = Machine()
     monkeypatch.setattr(race, "_work", found.work)
     monkeypatch.setattr(race, "load_examples", lambda *_: None)
+    monkeypatch.setattr(race, "provenance", lambda device: {"device": str(device)})
     monkeypatch.setattr(race, "write_report", lambda records, folder, *_: folder / "report.html")
     return found
 

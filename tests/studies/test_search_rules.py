@@ -25,7 +25,8 @@ TABLE = SearchConfig("micro_nars", strategy="random", budget=8)
 
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
-    """Pages have a picture that takes no time."""
+    """Pages have a picture and a provenance that take no time."""
+    monkeypatch.setattr("smallfry.studies.search.page.provenance", lambda device: {})
     draw = "smallfry.studies.search.page.draw_search"
     monkeypatch.setattr(draw, lambda points, shares, file, *_: file.write_bytes(b"\x89PNG"))
 
