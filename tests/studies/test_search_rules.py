@@ -34,20 +34,17 @@ def no_picture(monkeypatch):
 # Limits
 
 
-@pytest.mark.parametrize("confirm", [0, 2])
-def test_what_is_chosen_is_within_the_limits_with_further_seeds_too(tmp_path, confirm):
-    config = SearchConfig(
-        "micro_n2n", strategy="n2n", budget=30, max_parameters=900, confirm=confirm
-    )
+def test_what_is_chosen_is_within_the_limits_with_further_seeds_too(tmp_path):
+    config = SearchConfig("micro_n2n", strategy="n2n", budget=30, max_parameters=900, confirm=2)
     found = search(config, tmp_path, quiet=True)
     trials = Ledger(tmp_path / "ledger.jsonl").read()
     assert max(trial.cost["parameters"] for trial in trials) > 900  # tried at first
     assert found.best.cost["parameters"] <= 900
     problem = StudentTable()
-    assert len(found.confirmed) == (3 if confirm else 0)
+    assert len(found.confirmed) == 3
     for each in found.confirmed:
         assert problem.costs(each.candidate)["parameters"] <= 900
-        assert len(each.values) == confirm
+        assert len(each.values) == 2
 
 
 def test_further_seeds_are_other_trainings_of_the_best_three(tmp_path):
