@@ -12,6 +12,7 @@ Networks", ICML 2023 (closed form).
 import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,8 @@ from torch import Tensor
 from smallfry.analysis.features import Features, collect, collect_layers
 from smallfry.analysis.question import Answer, Picture, Subject, Table, register_question
 from smallfry.data import Split
-from smallfry.errors import UsageError
+from smallfry.data.splits import take_some
+from smallfry.errors import RunError, UsageError
 from smallfry.io.replace import write_whole
 from smallfry.report.figure import COLOURS, GREY, encode, new_figure, plain, save, style
 from smallfry.training.augment import Normalize
@@ -110,7 +112,8 @@ def within_over_between(features: Tensor, labels: Tensor) -> float:
     within = features - means[index]
     # the nonzero part of Σ_B lives in the span of the centred means, of rank K − 1 at most
     _, sizes, axes = torch.linalg.svd(centred / math.sqrt(len(counts)), full_matrices=False)
-    rank = len(counts) - 1
+    limit = max(features.shape) * torch.finfo(sizes.dtype).eps * float(means.norm())
+    rank = min(len(counts) - 1, int((sizes > limit).sum()))
     projected = within @ axes[:rank].T
     variances = projected.square().mean(0)
     return float((variances / sizes[:rank].square()).sum() / len(counts))
@@ -139,7 +142,7 @@ def measure_collapse(
     frame = (eye - 1 / classes) / math.sqrt(classes - 1)
     decided = (features @ weight.T if logits is None else logits).argmax(1)
     norms, rows = centred.norm(dim=1), weight.norm(dim=1)
-    unit = centred / norms[:, None]
+    unit = centred / norms[:, None].clamp(min=1e-300)
     within = (features - means[index]).square().sum(1)
     per_class = torch.zeros(classes).double().index_add_(0, index, within)
     return Collapse(
@@ -148,12 +151,12 @@ def measure_collapse(
         float((_normal(centred @ centred.T) - frame).norm()),
         float((_normal(means @ means.T) - eye / math.sqrt(classes)).norm()),
         float((_normal(weight) - _normal(centred)).norm()),
-        float((torch.cdist(features, means).argmin(1) != decided).double().mean()),
+        float((_apart(features, means).argmin(1) != decided).double().mean()),
         float(norms.std(correction=0) / norms.mean()),
         float(rows.std(correction=0) / rows.mean()),
         per_class / torch.bincount(index) / norms.square().mean(),
         unit @ unit.T,
-        torch.cdist(means, means),
+        _apart(means, means),
     )
 
 
@@ -161,13 +164,15 @@ def etf_head(features: int, classes: int, generator: torch.Generator | None = No
     """Draw a simplex equiangular tight frame (classes, features), a classifier to keep fixed.
 
     Raises:
-        UsageError: Fewer features than classes.
+        UsageError: Fewer features than classes, or one class.
 
     Example:
         >>> head = etf_head(8, 4)
         >>> round(float(head[0] @ head[1] / head[0].square().sum()), 6)
         -0.333333
     """
+    if classes < 2:
+        raise UsageError(f"a frame needs two classes at least, not {classes}")
     if features < classes:
         raise UsageError(f"a frame of {classes} classes needs as many features, not {features}")
     draw = torch.randn(features, classes, generator=generator, dtype=torch.float64)
@@ -235,7 +240,7 @@ def linear_collapse(
     s = (decay * x**m) ** (1 / (2 * m))
     loss = float((n / (1 + x**m) + b * x).sum() / (2 * total))
     return LinearCollapse(
-        torch.tensor(ratios), x, s, s**m / (s ** (2 * m) + decay), x**m / (1 + x**m), loss
+        n.reciprocal() * b, x, s, s**m / (s ** (2 * m) + decay), x**m / (1 + x**m), loss
     )
 
 
@@ -256,13 +261,12 @@ class WatchCollapse(Callback):
         """Load training images, and the rows of a run that goes on."""
         config = read_config(RunFolder(started.folder).config)
         data = load_config_data(config.data)
-        chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
-        self.split: Split = data.train.take(chosen[:SAMPLE])
+        self.split: Split = take_some(data.train, SAMPLE, 0)
         self.normalize = Normalize(config.data.mean or data.mean, config.data.std or data.std)
         self.trained = (data.classes, data.image_size, data.channels)
         file = started.folder / "collapse.json"
         done = len(started.history)
-        self.rows = json.loads(file.read_text())[:done] if done and file.is_file() else []
+        self.rows = _read_rows(file)[:done] if done and file.is_file() else []
 
     def on_epoch(self, done: EpochDone) -> None:
         """Measure, write and draw."""
@@ -287,6 +291,14 @@ class WatchCollapse(Callback):
             axes.legend()
             (done.folder / "pictures").mkdir(exist_ok=True)
             save(figure, done.folder / "pictures" / "collapse.png")
+
+
+def _read_rows(file: Path) -> list[dict[str, float]]:
+    try:
+        rows = [dict(row) for row in json.loads(file.read_text())]
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{file}: damaged ({error}); remove it, then the run goes on") from error
+    return rows
 
 
 @register_question
@@ -341,10 +353,11 @@ def _diagnose(
         f"the decision on {measured.nc4:.2%} of training images ({found.accuracy:.2%} right)."
     ]
     upper = measured.distances[*torch.triu_indices(len(classes), len(classes), 1)]
-    pairs = (measured.distances < NEAR * upper.median()).triu(1).nonzero().tolist()
+    middle = float(upper.quantile(0.5))
+    pairs = (measured.distances < NEAR * middle).triu(1).nonzero().tolist()
     lines += [
         f"Features of classes {classes[i]} and {classes[j]} have collapsed onto each other: their "
-        f"means are {float(measured.distances[i, j] / upper.median()):.2f} of the median apart."
+        f"means are {float(measured.distances[i, j]) / middle:.2f} of the median apart."
         for i, j in pairs[:5]
     ]
     frames = {"an equiangular tight frame": measured.nc2_means}
@@ -353,7 +366,7 @@ def _diagnose(
     lines.append(f"Class means are nearer to {nearer} (distance {frames[nearer]:.3g}).")
     small = int(counts.argmin())
     if counts.max() >= 2 * counts.min():
-        rare = float(measured.per_class[small] / measured.per_class.median())
+        rare = float(measured.per_class[small] / measured.per_class.quantile(0.5))
         lines.append(
             f"Classes are unequal: {classes[small]} has {int(counts[small])} images of at most "
             f"{int(counts.max())}, and varies {rare:.2g} times the median class."
@@ -366,6 +379,11 @@ def _means(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _, index, counts = torch.unique(labels, return_inverse=True, return_counts=True)
     sums = features.new_zeros(len(counts), features.shape[1]).index_add_(0, index, features)
     return sums / counts[:, None], index, counts
+
+
+def _apart(points: Tensor, others: Tensor) -> Tensor:
+    """Compute distances, without the cancellation of a product of matrices."""
+    return torch.cdist(points, others, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _normal(matrix: Tensor) -> Tensor:

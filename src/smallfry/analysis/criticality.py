@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from smallfry.analysis.features import spread
 from smallfry.analysis.question import Answer, Picture, Subject, Table, register_question
 from smallfry.data import Split
 from smallfry.errors import UsageError
@@ -110,9 +111,10 @@ def layer_signals(model: nn.Module, images: Tensor, seed: int = 0) -> list[Layer
     generator = torch.Generator().manual_seed(seed)
     try:
         with evaluating(model), torch.enable_grad():
-            logits = forward(model, images.requires_grad_())[0]
+            inputs = images.detach().requires_grad_()
+            logits = forward(model, inputs)[0]
             cotangents = torch.randn(logits.shape, generator=generator, dtype=logits.dtype)
-            torch.autograd.grad(logits, images, cotangents, allow_unused=True)
+            torch.autograd.grad(logits, inputs, cotangents, allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
@@ -146,8 +148,9 @@ def ask(subject: Subject) -> Answer:
     """Compare a model's signals by depth with those of critical initial weights."""
     trained = subject.trained
     images, labels = _inputs(subject, subject.test)
-    torch.manual_seed(subject.seed)
-    fresh = build(trained.spec).to(images)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(subject.seed)
+        fresh = build(trained.spec).to(images)
     signals = {
         "trained weights": layer_signals(trained.model, images, subject.seed),
         "initial weights": layer_signals(fresh, images, subject.seed),
@@ -199,7 +202,7 @@ def ask(subject: Subject) -> Answer:
 
 
 def _inputs(subject: Subject, split: Split) -> tuple[Tensor, Tensor]:
-    some = split.take(torch.arange(min(IMAGES, len(split))))
+    some = spread(split, IMAGES)
     return subject.trained.normalize(some.images), some.labels
 
 

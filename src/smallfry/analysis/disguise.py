@@ -160,28 +160,36 @@ def _units(model: nn.Module, channels: int) -> tuple[list[_Unit], nn.Linear, str
     names: dict[str, str] = {}  # of nodes that pass a value on
     head: nn.Linear | None = None
     pooled: str | None = None
+    answer = ""  # of the head
     for node in graph.graph.nodes:
         inputs = [names.get(each.name, each.name) for each in node.all_input_nodes]
         module = modules.get(str(node.target)) if node.op == "call_module" else None
+        if node.op == "output" and head is not None and inputs != [answer]:
+            raise UsageError(f"the logits and nothing else can be disguised, not {inputs}")
         if node.op in ("placeholder", "output", "get_attr"):
             continue
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and pooled is None:
             units.append(_dense(module, inputs[0], node.name))
-        elif isinstance(module, BatchNorm) and units and units[-1].writes == inputs[0]:
+        elif isinstance(module, BatchNorm) and _is_last(units, inputs) and pooled is None:
+            _require_alone(node, names, inputs[0])
             units[-1] = _folded(units[-1], module)
             names[node.name] = inputs[0]
             act = getattr(module, "act", None)  # timm's norms have an activation
             if isinstance(act, nn.Module) and not isinstance(act, nn.Identity):
                 units[-1] = _clamped(units[-1], inputs[0], _bound(act))
-        elif node.op == "call_function" and node.target in ADDS and len(inputs) == 2:
+        elif _is_sum(node) and len(inputs) == 2 and units and pooled is None:
+            _require_alone(node, names, units[-1].writes)
             units[-1] = _added(units[-1], inputs)
             names[node.name] = units[-1].writes
-        elif _name_of(node) in ACTIVATIONS or isinstance(module, nn.ReLU | nn.ReLU6):
+        elif (_name_of(node) in ACTIVATIONS or isinstance(module, nn.ReLU | nn.ReLU6)) and (
+            units and pooled is None
+        ):
             bound = _bound(module) if module is not None else ACTIVATIONS[_name_of(node)]
+            _require_alone(node, names, inputs[0])
             units[-1] = _clamped(units[-1], inputs[0], bound)
             names[node.name] = inputs[0]
-        elif isinstance(module, nn.Linear):
-            head = module
+        elif isinstance(module, nn.Linear) and inputs == [pooled]:
+            head, answer = module, node.name
         elif _is_pooling(node, module):
             pooled, names[node.name] = pooled or inputs[0], inputs[0]
         elif isinstance(module, nn.Identity | nn.Dropout | nn.Dropout2d | nn.Flatten) or (
@@ -189,7 +197,10 @@ def _units(model: nn.Module, channels: int) -> tuple[list[_Unit], nn.Linear, str
         ):
             names[node.name] = inputs[0]
         else:
-            raise UsageError(f"{node.target} can't be disguised; it takes convolutions up to 3×3")
+            raise UsageError(
+                f"{node.target} can't be disguised here: it takes convolutions up to 3×3, norms "
+                "and activations behind them, sums, and one linear classifier of means"
+            )
     if head is None or pooled is None or not units:
         raise UsageError("a network of convolutions with a linear classifier of means is needed")
     return units, head, pooled
@@ -202,6 +213,8 @@ def _dense(module: nn.Conv2d, reads: str, writes: str) -> _Unit:
     if size not in (1, 3) or module.kernel_size[1] != size or module.padding not in (same, "same"):
         raise UsageError(f"a convolution of {module.kernel_size}, padding {module.padding}: only "
                          "1×1 and 3×3 with same padding can be disguised")  # fmt: skip
+    if module.padding_mode != "zeros" or type(module).forward is not nn.Conv2d.forward:
+        raise UsageError(f"{module}: only plain convolutions with zeros around can be disguised")
     if stride not in (1, 2) or module.stride[1] != stride or module.dilation != (1, 1):
         raise UsageError("only convolutions of stride 1 or 2 without dilation can be disguised")
     weight = module.weight.detach()
@@ -217,6 +230,9 @@ def _dense(module: nn.Conv2d, reads: str, writes: str) -> _Unit:
 
 
 def _folded(unit: _Unit, norm: Any) -> _Unit:
+    if unit.low == 0 or unit.adds is not None or norm.running_var is None:
+        raise UsageError("only a norm right behind a convolution, with means of training, can be "
+                         "disguised")  # fmt: skip
     scale = (norm.running_var + norm.eps).rsqrt()
     scale = scale if norm.weight is None else scale * norm.weight.detach()
     shift = 0.0 if norm.bias is None else norm.bias.detach()
@@ -226,9 +242,31 @@ def _folded(unit: _Unit, norm: Any) -> _Unit:
 
 def _added(unit: _Unit, inputs: Sequence[str]) -> _Unit:
     others = [name for name in inputs if name != unit.writes]
-    if len(others) != 1 or unit.adds is not None or unit.high != torch.inf:
+    if len(others) != 1 or unit.adds is not None or unit.low == 0:
         raise UsageError("only the sum of a convolution and an earlier value can be disguised")
     return unit._replace(adds=others[0])
+
+
+def _is_sum(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target in ADDS and not node.kwargs
+
+
+def _is_last(units: Sequence[_Unit], inputs: Sequence[str]) -> bool:
+    return bool(units) and units[-1].writes == inputs[0]
+
+
+def _require_alone(node: fx.Node, names: Mapping[str, str], value: str) -> None:
+    """Require a value that is changed to be read by nothing else.
+
+    Raises:
+        UsageError: It is also read as it was before.
+    """
+    holders = [each for each in node.graph.nodes if names.get(each.name, each.name) == value]
+    if any(len(each.users) > 1 for each in holders):
+        raise UsageError(
+            f"{value} is read before and behind {node.name}: this can't be disguised, only what "
+            "is read at the end of its norm, activation and sum"
+        )
 
 
 def _name_of(node: fx.Node) -> str:
@@ -249,8 +287,16 @@ def _clamped(unit: _Unit, value: str, high: float) -> _Unit:
 
 
 def _is_pooling(node: fx.Node, module: nn.Module | None) -> bool:
-    pools = isinstance(module, nn.AdaptiveAvgPool2d)
-    return pools or _name_of(node) in ("mean", "adaptive_avg_pool2d")
+    """Return whether a node takes means over all places."""
+    if isinstance(module, nn.AdaptiveAvgPool2d):
+        return module.output_size in (1, (1, 1))
+    if _name_of(node) not in ("mean", "adaptive_avg_pool2d"):
+        return False
+    named = "dim" if _name_of(node) == "mean" else "output_size"
+    given = node.kwargs.get(named, node.args[1] if len(node.args) > 1 else None)
+    if named == "output_size":
+        return given in (1, (1, 1), [1, 1])
+    return isinstance(given, list | tuple) and {int(each) % 4 for each in given} == {2, 3}
 
 
 def _layouts(units: Sequence[_Unit], head: nn.Linear, last: str) -> list[_Layout]:

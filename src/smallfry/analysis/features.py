@@ -14,7 +14,7 @@ from smallfry.training.evaluation import forward
 from smallfry.training.run import TrainedModel
 from smallfry.transforms.modes import evaluating
 
-__all__ = ["Features", "collect", "collect_layers"]
+__all__ = ["Features", "collect", "collect_layers", "spread"]
 
 BATCH = 250
 TOLERANCE = 1e-4  # of logits that are a multiple of the classifier's outputs
@@ -53,7 +53,7 @@ def collect(trained: TrainedModel, images: Tensor, labels: Tensor) -> Features:
         labels: (images,).
 
     Raises:
-        UsageError: The logits are no linear function of one layer's inputs.
+        UsageError: The logits are no linear function of one layer's inputs, or not finite.
     """
     head = _head(trained.model)
     taken: list[Tensor] = []
@@ -72,13 +72,15 @@ def collect(trained: TrainedModel, images: Tensor, labels: Tensor) -> Features:
             for rows in torch.split(images, BATCH):
                 taken.clear()
                 logits.append(forward(trained.model, trained.normalize(rows))[0].double())
-                if not taken or len(taken[0]) != len(rows):
+                if not taken or len(taken[0]) != len(rows) or taken[1].shape != logits[-1].shape:
                     raise UsageError("the model's last linear layer does not take whole images")
                 features.append(taken[0].double())
                 outputs.append(taken[1].double())
     finally:
         handle.remove()
     given, own = torch.cat(logits), torch.cat(outputs)
+    if not bool(given.isfinite().all()):
+        raise UsageError("the model's logits are not finite: its training has diverged")
     factor = float((given * own).sum() / own.square().sum().clamp(min=1e-300))
     if (given - factor * own).abs().max() > TOLERANCE * given.abs().max():
         raise UsageError("the model's logits are no multiple of its last linear layer's outputs")
@@ -115,6 +117,17 @@ def collect_layers(trained: TrainedModel, split: Split) -> dict[str, Tensor]:
         visit(trained.model, names, batches(), see)
     whole = {n: parts for n, parts in found.items() if [len(each) for each in parts] == sizes}
     return {name: torch.cat(parts) for name, parts in whole.items()}
+
+
+def spread(split: Split, count: int) -> Split:
+    """Take images at equal distances; the first ones may be of one class.
+
+    Args:
+        split: The images.
+        count: At most so many.
+    """
+    taken = min(count, len(split))
+    return split.take(torch.arange(taken) * len(split) // max(1, taken))
 
 
 def _pooled(module: nn.Module, output: Tensor) -> Tensor:

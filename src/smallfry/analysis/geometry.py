@@ -121,7 +121,7 @@ def measure_geometry(
     logits = features @ weight.T + bias
     cosines = (features @ weight.T) / (lengths[:, None] * norms).clamp(min=1e-300)
     own = logits.gather(1, labels[:, None])
-    apart = torch.cdist(weight, weight)[labels]
+    apart = torch.cdist(weight, weight, compute_mode="donot_use_mm_for_euclid_dist")[labels]
     distances = (own - logits) / apart.clamp(min=1e-300)
     distances.scatter_(1, labels[:, None], math.inf)
     return Geometry(
@@ -270,8 +270,8 @@ def _median(geometry: Geometry, right: bool) -> str:
     chosen = (geometry.predicted == geometry.labels) == right
     if not chosen.any():
         return "none"
-    angle = math.degrees(float(geometry.of_class(geometry.angles)[chosen].median()))
-    length = float(geometry.lengths[chosen].median())
+    angle = math.degrees(float(geometry.of_class(geometry.angles)[chosen].quantile(0.5)))
+    length = float(geometry.lengths[chosen].quantile(0.5))
     return f"at {angle:.0f}° from their class with length {length:.3g} (medians)"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from smallfry.analysis.features import collect
+from smallfry.analysis.features import collect, spread
 from smallfry.analysis.question import Answer, Picture, Subject, Table, register_question
 from smallfry.errors import UsageError
 from smallfry.estimators.deep_kernel import DeepKernelClassifier
@@ -52,8 +52,8 @@ def ask(subject: Subject) -> Answer:
             f"{_described(found)} at infinite depth; real networks are finite."
         )
     training, test = (
-        collect(subject.trained, split.images[:SAMPLES], split.labels[:SAMPLES])
-        for split in (subject.training, subject.test)
+        collect(subject.trained, split.images, split.labels)
+        for split in (spread(subject.training, SAMPLES), spread(subject.test, SAMPLES))
     )
     scores = {
         name: [

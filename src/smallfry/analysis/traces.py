@@ -104,7 +104,7 @@ def trace_model(model: nn.Module, shape: Sequence[int]) -> list[Operation]:
         twin = copy.deepcopy(model).to("meta").eval()
         with recorder:
             twin(image)
-    except (RuntimeError, NotImplementedError, ValueError, AssertionError) as error:
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         raise UsageError(
             f"{type(model).__name__} can't be traced without values: {error}"
         ) from error

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from smallfry.report.table import NONE, number, table
 from smallfry.studies.config import ParetoConfig
 from smallfry.studies.deployed import PRECISIONS, measure_deployed
 from smallfry.studies.fast_recipe import fast_recipe
-from smallfry.studies.folder import locked, reporting, stoppable
+from smallfry.studies.folder import locked, read_measured, reporting, stoppable
 from smallfry.studies.grid import claim, read_outcomes, run_grid, run_path
 from smallfry.studies.recipes import Planned
 from smallfry.studies.speed import cores_of, epochs_within, measure_epoch
@@ -143,8 +144,8 @@ def _speeds(
         "precision": config.precision,
         "compile": config.compile,
     }
-    known = json.loads(file.read_text()) if file.exists() else {}
-    if known.get("asked") != asked:
+    known = read_measured(file)
+    if known.get("asked") != asked or not isinstance(known.get("models"), dict):
         known = {"asked": asked, "models": {}}
     for place, (name, entry) in enumerate(models.items(), start=1):
         if name in known["models"]:
@@ -201,16 +202,24 @@ def _deployed(config: ParetoConfig, runs: Mapping[str, Path], folder: Path) -> d
         "rounds": config.latency_rounds,
         "threads": config.latency_threads,
     }
-    if file.exists():
-        known: dict[str, Any] = json.loads(file.read_text())
-        if known["asked"] == asked:
-            return known
+    summaries = {name: _digest(path) for name, path in runs.items()}
+    known = read_measured(file)
+    if known.get("asked") == asked and known.get("summaries", summaries) == summaries:
+        return known
     models = measure_deployed(
         runs, config.data.root, config.latency_rounds, config.latency_threads, say
     )
-    found = {"asked": asked, "models": models, "provenance": provenance(torch.device("cpu"))}
+    found = {
+        **{"asked": asked, "summaries": summaries, "models": models},
+        "provenance": provenance(torch.device("cpu")),
+    }
     write_file(file, json.dumps(found, indent=1) + "\n")
     return found
+
+
+def _digest(run: Path) -> str:
+    """Return the digest of a run's summary, which no other run of its name has."""
+    return sha256(RunFolder(run).summary.read_bytes()).hexdigest()
 
 
 def _report(
@@ -323,7 +332,7 @@ def _table(rows: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Sequence[
                 number(row["epochs"]),
                 number(row["minutes"]),
                 number(row["cpu_minutes"]),
-                shown(name, "parameters", f"{row['parameters'] or 0:,.0f}"),
+                shown(name, "parameters", _count(row["parameters"])),
                 shown(name, "macs", number(_scaled(row["macs"], 1e6))),
                 shown(name, "float32_ms", number(row["float32_ms"])),
                 shown(name, "int8_ms", number(row["int8_ms"])),
@@ -352,6 +361,10 @@ def _panels(rows: Mapping[str, Mapping[str, Any]]) -> list[Panel]:
         ]
         panels.append(Panel("", label, series, joined=False))
     return panels
+
+
+def _count(value: float | None) -> str:
+    return NONE if value is None else f"{value:,.0f}"
 
 
 def _scaled(value: float | None, scale: float) -> float | None:

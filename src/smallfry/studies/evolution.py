@@ -72,6 +72,8 @@ def evolve(config: EvolutionConfig, folder: str | Path, quiet: bool = False) -> 
         _require_same(config, folder)
         lines = JsonLines(folder / GENERATIONS, lambda each: Generation(**each), "a generation")
         done = [Generation(**each) for each in lines.read()]
+        if [each.number for each in done] != list(range(len(done))):
+            raise RunError(f"{lines.file}: damaged (generations are missing); use another --to")
         with _Progress(config.generations, quiet) as progress:
             for generation in ga.run(config.generations, done):
                 lines.append(asdict(generation))

@@ -1,8 +1,10 @@
 """Study folders: a lock for one writer, and a clean stop."""
 
+import json
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -50,6 +52,18 @@ def locked(
         yield
     finally:
         lock.release()
+
+
+def read_measured(file: Path) -> dict[str, Any]:
+    """Read a file of measurements; nothing if it is missing or damaged, so that it is made again.
+
+    Args:
+        file: A JSON file of the folder.
+    """
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 @contextmanager

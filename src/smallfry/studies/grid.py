@@ -85,6 +85,10 @@ def read_outcome(plan: Planned, folder: Path) -> Outcome | None:
         failure = json.loads((run.path / FAILURE).read_text())["failure"]
     except FileNotFoundError:
         return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{run.path / FAILURE}: damaged ({error!r}); delete it, then the run is made again"
+        ) from error
     return Outcome(plan.name, plan.facts, None, run.read_metrics(), failure)
 
 
@@ -144,8 +148,8 @@ def claim(study: str, planned: Sequence[Planned], folder: Path) -> None:
     if file.exists():
         try:
             known = json.loads(file.read_text())
-            _ = known["study"], known["runs"]
-        except (ValueError, KeyError, TypeError) as error:
+            _ = known["study"], {name: {**told} for name, told in known["runs"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(
                 f"{file}: not a study file ({error!r}); use another --folder"
             ) from None

@@ -14,6 +14,7 @@ from smallfry.report.runs_page import Section
 from smallfry.report.table import NONE, number, table
 from smallfry.studies import reported_vision as reported
 from smallfry.studies.config import ParetoConfig
+from smallfry.studies.folder import read_measured
 from smallfry.studies.grid import run_path
 from smallfry.studies.latency import choose_device, measure_latency
 from smallfry.studies.recipes import Planned, recipe
@@ -103,11 +104,11 @@ def _latency(
     }
     ready = {name: run for name, run in runs.items() if run is not None}
     file = folder / "latency.json"
-    if file.exists():
-        known: dict[str, Any] = json.loads(file.read_text())
-        asked = (config.latency_rounds, config.latency_threads)
-        if set(known["models"]) == set(ready) and (known["rounds"], known["threads"]) == asked:
-            return known
+    known = read_measured(file)
+    asked = (config.latency_rounds, config.latency_threads, {*ready})
+    models = known.get("models")
+    if isinstance(models, dict) and (known.get("rounds"), known.get("threads"), {*models}) == asked:
+        return known
     device = choose_device(config.device)
     trained = {name: load_run(run_path(folder, run)) for name, run in ready.items()}
     models = measure_latency(trained, device, config.latency_rounds, config.latency_threads)

@@ -8,6 +8,7 @@
 A trial is what can be lost: what ended is in ``trials.jsonl``, and the same command goes on.
 """
 
+import math
 import multiprocessing
 import os
 import signal
@@ -84,7 +85,10 @@ def run_race(study: str, config: RaceConfig, folder: Path) -> Path:
         ]
         if first:  # who is tuned to what is not known yet
             later = len(chosen) * config.seeds if config.tuning_trials else 0
-            later -= sum(1 for key in known if key[0] == "tuned" and key[1] == config.problem)
+            later -= sum(
+                key[:2] == ("tuned", config.problem) and key[2] in chosen and key[3] < config.seeds
+                for key in known
+            )
         else:
             later = sum(job.key not in known for job in _second_jobs(config, chosen, records))
         if first or later > 0:  # fills the cache, so that the processes find decoded data
@@ -273,8 +277,8 @@ def _check(study: str, config: RaceConfig) -> tuple[str, ...]:
     least = {"seeds": 1, "tuning_trials": 0, "fisher_seconds": 0, "threads": 1, "processes": 1}
     for name, low in least.items():
         given = getattr(config, name)
-        if given is not None and not given >= low:  # nor NaN
-            raise UsageError(f"{name} must be at least {low}, got {given}")
+        if given is not None and not low <= given < math.inf:  # nor NaN
+            raise UsageError(f"{name} must be at least {low} and finite, got {given}")
     for name in ("threads", "processes"):
         if (getattr(config, name) or 1) > MOST_WORKERS:
             raise UsageError(f"{name} must be at most {MOST_WORKERS}, got {getattr(config, name)}")

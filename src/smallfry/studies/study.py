@@ -90,7 +90,8 @@ def _each_once(config: RunsConfig) -> RunsConfig:
 
 
 def _check(config: RunsConfig) -> None:
-    for name in ("epochs", "seeds", "batch_size", "latency_rounds", "latency_threads"):
+    counts = ("epochs", "seeds", "batch_size", "latency_rounds", "latency_threads", "threads")
+    for name in counts:
         given = getattr(config, name, None)
         if given is not None and given < 1:
             raise UsageError(f"{name} must be at least 1, got {given}")
@@ -103,8 +104,8 @@ def _check(config: RunsConfig) -> None:
     lists = ("batch_sizes", "latent_steps", "supervision_steps", "recursion_steps", "lr_factors")
     for name in lists:
         values = getattr(config, name, (1,))
-        if not values or min(values) <= 0:
-            raise UsageError(f"{name}: give at least one, all above 0")
+        if not values or not all(0 < value < math.inf for value in values):  # nor NaN
+            raise UsageError(f"{name}: give at least one, all above 0 and finite")
     if config.device != "auto":
         try:
             torch.empty(1, device=config.device)

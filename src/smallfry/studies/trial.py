@@ -124,7 +124,7 @@ def run_trial(
         points.append(
             {
                 "step": steps,
-                "epoch": steps * problem.batch_size / len(training.pixels),
+                "epoch": steps * min(1.0, problem.batch_size / len(training.pixels)),
                 "seconds": seconds,
                 "wall_seconds": time.perf_counter() - began,
                 "train": losses[0],

@@ -91,9 +91,10 @@ def search(config: SearchConfig, folder: str | Path, quiet: bool = False) -> Fou
             if config.baseline and config.strategy != "random":
                 other = replace(config, strategy="random")
                 found["random"], _ = _local(other, problem, folder / RANDOM, progress)
-            confirmed = _confirm(config, problem, trials, folder, progress)
-        allowed = limits(problem, config)  # beyond which n2n tries some at first
-        best = best_of([trial for trial in trials if allowed(trial.candidate)])
+            allowed = limits(problem, config)  # beyond which n2n tries some at first
+            within = [trial for trial in trials if allowed(trial.candidate)]
+            confirmed = _confirm(config, problem, within, folder, progress)
+        best = best_of(within)
         if confirmed:
             first = key_of(confirmed[0].candidate)
             best = next(trial for trial in trials if key_of(trial.candidate) == first)
@@ -201,14 +202,14 @@ def _require_same(config: SearchConfig, problem: Problem, folder: Path) -> None:
     """
     now = {k: v for k, v in strict(asdict(config)).items() if k not in UNCOMPARED}
     now["data"].pop("root")
+    files = (folder / SETTINGS, (json.dumps(now, indent=1) + "\n")), (folder / SPACE, problem.text)
+    for file, content in files:  # the first marks the folder as one of a search
+        if not file.exists():
+            write_whole(file, content.encode())
     try:
-        before = json.loads((folder / SETTINGS).read_text())
+        before = dict(json.loads((folder / SETTINGS).read_text()))
         text = (folder / SPACE).read_text()
-    except FileNotFoundError:
-        write_whole(folder / SPACE, problem.text.encode())
-        write_whole(folder / SETTINGS, (json.dumps(now, indent=1) + "\n").encode())
-        return
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{folder}: damaged ({error}); use another --to") from error
     for name in sorted({*before, *now}):
         if before.get(name) != now.get(name):
