@@ -123,7 +123,7 @@ def test_runs_are_chosen_by_name_or_pattern():
     finally:
         sys.path.remove(str(FILE.parent))
     assert [run.name for run in read_list(file, ["loopnet_2m_sizes_*"], {})] == [
-        f"loopnet_2m_sizes_32_epochs-seed{seed}" for seed in range(3)
+        f"loopnet_2m_sizes_34_epochs-seed{seed}" for seed in range(3)
     ]
     chosen = {run.name for run in read_list(file, ["fast_*", "loopnet_300k"], {"epochs": 1})}
     assert len(chosen) == 7

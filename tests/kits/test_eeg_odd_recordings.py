@@ -231,7 +231,7 @@ def test_subjects_that_are_none_are_refused(tmp_path, subjects, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"seed": -1}, "a seed is a whole number from 0"),
+        ({"seed": -1}, "seed is a whole number from 0"),
         ({"held_out": -1}, "a subject from 1 to 3, or 0 for the last, got -1"),
         ({"subjects": 1001}, "subjects is 2 to 1,000, got 1001"),
         ({"windows": 100_001}, "windows is 4 to 100,000"),

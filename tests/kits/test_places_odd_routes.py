@@ -280,7 +280,7 @@ def test_image_difference_takes_the_nearest_traverse():
         ({"side": 49}, "side is 4 to 48, got 49"),
         ({"shift": 7}, "shift is 0 to 6, got 7"),
         ({"references": 0}, "references is 1 to 20, got 0"),
-        ({"places": 4, "calibration": 1, "seed": -1}, "a seed is a whole number from 0"),
+        ({"places": 4, "calibration": 1, "seed": -1}, "seed is a whole number from 0"),
     ],
 )
 def test_impossible_routes_are_refused(changes, words):

@@ -318,7 +318,7 @@ def test_keypoints_outside_or_too_few_have_no_pose():
 
 @pytest.mark.parametrize("seed", [-1, 1.5, "one", None, True, 2**31])
 def test_seeds_of_decoding_are_whole_numbers_from_0(seed):
-    with pytest.raises(UsageError, match="seed is a whole number from 0, got"):
+    with pytest.raises(UsageError, match="seed is a whole number from 0 to"):
         decode(outputs_of(AHEAD, POINTS), ("box",), {**SETTINGS, "seed": seed})
 
 
@@ -328,12 +328,12 @@ def test_seeds_of_decoding_are_whole_numbers_from_0(seed):
         ({"camera": [1, 1, 0, float("nan")]}, "set camera to"),
         ({"camera": [1, 1, 0, "0"]}, "set camera to"),
         ({"camera": "wide"}, "set camera to"),
-        ({"camera": 5}, "the settings camera, crop, solver and seed"),
+        ({"camera": 5}, "set camera to"),
         ({"crop": [0, 0, -9]}, "set crop to"),
         ({"crop": [0, 0]}, "set crop to"),
         ({"crop": [[0, 0, 9], 5]}, "set crop to"),
         ({"crop": "all"}, "set crop to"),
-        ({"crop": 7}, "the settings camera, crop, solver and seed"),
+        ({"crop": 7}, "set crop to"),
         ({"solver": "best"}, "solver is own or opencv, got 'best'"),
     ],
 )

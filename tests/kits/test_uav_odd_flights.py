@@ -121,7 +121,7 @@ def test_whole_flights_are_held_out_but_never_all(flights, test, validation, wan
         ({"flights": 3}, "flights is 4 to 100,000, got 3"),
         ({"frames": 0}, "frames is 1 to 150, got 0"),
         ({"frames": 151}, "frames is 1 to 150, got 151"),
-        ({"seed": -1}, "a seed is a whole number from 0"),
+        ({"seed": -1}, "seed is a whole number from 0"),
     ],
 )
 @pytest.mark.usefixtures("_cache")

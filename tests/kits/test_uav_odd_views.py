@@ -260,7 +260,7 @@ def test_a_view_straight_at_a_wall_has_its_distance_at_every_pixel():
         ({"labels": "mine"}, "labels is truth or teacher, got 'mine'"),
         ({"pitch": 61}, "pitch is 0 to 60 degrees, got 61"),
         ({"pitch": float("nan")}, "pitch is 0 to 60 degrees, got nan"),
-        ({"views": 10, "seed": -1}, "a seed is a whole number from 0"),
+        ({"views": 10, "seed": -1}, "seed is a whole number from 0"),
     ],
 )
 def test_impossible_settings_of_views_are_refused(settings, words):

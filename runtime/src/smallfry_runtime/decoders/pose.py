@@ -60,8 +60,6 @@ class Settings:
             raise UsageError(f"seed is a whole number from 0 to 2³¹ - 1, got {self.seed!r}")
         if self.solver not in ("own", "opencv"):
             raise UsageError(f"solver is own or opencv, got '{self.solver}'")
-        if type(self.seed) is not int or not 0 <= self.seed < 2**31:
-            raise UsageError(f"seed is a whole number from 0, got {self.seed!r}")
 
     def crops(self, count: int) -> Floats:
         """Return one crop for each input, (count, 3).
