@@ -353,3 +353,17 @@ def test_the_last_attention_of_a_block_stays():
     images = torch.randn(2, 1, 8, 8)
     (given,) = exported(images)
     torch.testing.assert_close(given, model(images), atol=1e-5, rtol=1e-5)
+
+
+def test_a_parameter_of_one_number_takes_part_in_the_connections():
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.unused = (torch.nn.Parameter(torch.zeros(())) for _ in range(2))
+            self.linear = torch.nn.Linear(3, 2)
+
+        def forward(self, inputs):
+            return self.scale * self.linear(inputs)
+
+    connections = Connections(Scaled(), torch.ones(1, 3))
+    assert connections.used == {"scale", "linear.weight", "linear.bias"}

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 
 from smallfry.report import fit, search
 from smallfry.report.bits import draw_trade_off
@@ -18,21 +17,6 @@ from smallfry.report.puzzles import GIVEN, PLAIN, WRONG, draw_puzzles
 from smallfry.report.quantization import draw_ranges
 from smallfry.report.rates import draw_rates
 from smallfry.report.search import Point, draw_search
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """Figures that were encoded."""
-    found = []
-    save = Figure.savefig
-
-    def coarse(figure, *given, **more):
-        found.append(figure)
-        figure.set_layout_engine("none")  # which takes most of the time
-        save(figure, *given, **{**more, "dpi": 20})
-
-    monkeypatch.setattr(Figure, "savefig", coarse)
-    return found
 
 
 def legend(axes):

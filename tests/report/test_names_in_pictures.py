@@ -5,27 +5,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 from smallfry.report import batch, classification, corruptions, curves, multilabel, recursion
 from smallfry.report.figure import encode, in_legend, new_figure, plain, style
 
 NAMES = ["_background_", "$a$ & $b", "日本", "<b>", "𝔞\\$"]
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """Figures that were encoded."""
-    found = []
-    save = Figure.savefig
-
-    def coarse(figure, *given, **more):
-        found.append(figure)
-        figure.set_layout_engine("none")  # which takes most of the time
-        save(figure, *given, **{**more, "dpi": 20})
-
-    monkeypatch.setattr(Figure, "savefig", coarse)
-    return found
 
 
 @pytest.fixture(autouse=True)

@@ -219,7 +219,7 @@ class Connections:
         self.model, self.example = copy.deepcopy(model).eval().requires_grad_(True), example
         generator = torch.Generator().manual_seed(0)
         for parameter in self.model.parameters():
-            inputs = max(1, parameter[:1].numel())
+            inputs = max(1, parameter.numel() // len(parameter)) if parameter.ndim else 1
             drawn = torch.randn(parameter.shape, generator=generator) / inputs**0.5
             parameter.data.copy_(drawn)
         self.used = self._used(self.model)
