@@ -33,6 +33,7 @@ FORMS: dict[str, tuple[list[str], list[Any]]] = {  # frozen parts, methods
     "full": ([], []),
     "classifier": (["backbone"], []),
     "compacter": ([], [{"compacter": {}}]),
+    "wide": ([], [{"compacter": {"n": 8, "reduction": 2}}]),
     "linear": ([], [{"compacter": {"activation": "none"}}]),
 }
 

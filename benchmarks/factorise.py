@@ -2,6 +2,7 @@
 
     nice -n 5 python benchmarks/factorise.py digits --out results/factorise.json
     nice -n 5 python benchmarks/factorise.py cifar10 --root DIR --out results/factorise.json
+    nice -n 5 python benchmarks/factorise.py run --runs runs/cct_2 --out results/factorise.json
 
 ``digits``: a ViT of two blocks (64 features, 16 patches) on scikit-learn's digits, three seeds:
 1,438 images to train, shifted by up to a pixel, 359 to test; AdamW at 2e-3, one cycle, 100 epochs.
@@ -11,12 +12,18 @@ tenth of the rate, as the dense network is, too. 256 training images calibrate.
 ``cifar10``: the trained networks of results/models, whose 3 × 3 convolutions are factorised as
 matrices, on the first test images and without training.
 
+``run``: trained runs, by ``smallfry compress`` and ``smallfry evaluate``. The linear layers of the
+blocks are factorised, then trained for another three epochs at a tenth of the rate, as the dense
+network is, too. New runs are beside the given one.
+
 Accuracy and divergence from the dense network, mean KL in nats, are of the test images. The file is
 written after every figure, and what is in it is not measured again.
 """
 
 import argparse
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -32,12 +39,15 @@ import smallfry
 from smallfry.compress import LowRank, TensorTrain, apply_to_model
 from smallfry.data import load_data
 from smallfry.training.calibration import CalibrationBatches
+from smallfry.training.config import read_config
 from smallfry.training.evaluation import forward
+from smallfry.training.method import to_dict
 from smallfry.training.provenance import provenance
 
 MODELS = Path(__file__).parents[1] / "results" / "models"
 TRAINED, CALIBRATED, BATCH, RATE = 1438, 256, 32, 2e-3
 EPOCHS, HEALING = 100, 5
+TUNING = 3  # epochs after the factorisation of a run
 BLOCKS = ("blocks.*",)
 STEM = ("stem", "head")  # small ones stay dense
 
@@ -174,10 +184,54 @@ def cifar10(record: Record, name: str, keep: float, root: Path, count: int) -> N
             record.note(part, key, figures)
 
 
+def call(*words: object) -> str:
+    """Run a command of smallfry, and return what it prints."""
+    command = [sys.executable, "-m", "smallfry", *map(str, words)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def evaluated(run: Path) -> dict[str, Any]:
+    """Evaluate a run on its test images."""
+    found: dict[str, Any] = json.loads(call("evaluate", run, "--json"))
+    return {
+        "accuracy": round(100 * found["accuracy"], 2),
+        "loss": round(found["loss"], 4),
+        "parameters": sum(p.numel() for p in smallfry.load(run).model.parameters()),
+    }
+
+
+def trained_run(record: Record, run: Path, keep: float) -> None:
+    """Factorise and heal a trained run by the command line."""
+    part = f"{run.name}, {keep:g} of the parameters"
+    if record.missing(part, "dense"):
+        further, rate = (
+            run.with_name(f"{run.name}-further"),
+            read_config(run / "config.yaml").optimizer.lr,
+        )
+        if not (further / "summary.json").exists():
+            changes = f"--epochs {TUNING} --references false --progress quiet".split()
+            changes += ["--model.start", str(run), "--optimizer.lr", str(rate / 10)]
+            call("train", "--config", run / "config.yaml", *changes, "--run", further)
+        record.note(part, "dense", {"before": evaluated(run), "healed": evaluated(further)})
+    methods = contestants(keep, trains=True, include=BLOCKS)
+    for number, (key, method) in enumerate(methods.items()):
+        if not record.missing(part, key):
+            continue
+        figures: dict[str, Any] = {}
+        for state, budget in {"before": (), "healed": ("--epochs", TUNING)}.items():
+            small = run.with_name(f"{run.name}-{number}-{state}")
+            if not (small / "compression.json").exists():
+                given = json.dumps([to_dict(method)])
+                call("compress", run, "--methods", given, "--to", small, *budget)
+            figures[state] = evaluated(small)
+        record.note(part, key, figures)
+
+
 def main() -> int:
     """Measure what is missing in the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=["digits", "cifar10"])
+    parser.add_argument("part", choices=["digits", "cifar10", "run"])
+    parser.add_argument("--runs", type=Path, nargs="*", default=[])
     parser.add_argument("--root", type=Path)
     parser.add_argument("--models", nargs="*", default=["loopnet_70k"])
     parser.add_argument("--images", type=int, default=1000)
@@ -190,6 +244,9 @@ def main() -> int:
     if arguments.part == "digits":
         for seed in arguments.seeds:
             digits(record, seed, arguments.keep)
+    elif arguments.part == "run":
+        for run in arguments.runs:
+            trained_run(record, run, arguments.keep)
     else:
         for name in arguments.models:
             cifar10(record, name, arguments.keep, arguments.root, arguments.images)

@@ -5,7 +5,8 @@
 Each predicts u(t + 4) from u(t − 1) and u(t), on data of ``smallfry.data.generators.wave``:
 400 training pairs and 100 test pairs, each from a simulation of its own; the test pairs are the
 same for all. The network is a convolution to 32 channels, two residual ones and one to the field,
-5 × 5 all, added to u(t). ``cp`` has at most a fifth of each convolution's parameters, from the
+5 × 5 all, added to u(t). Each convolution is of the field mirrored at the walls, as the solver's
+own stencil is. ``cp`` has at most a fifth of each convolution's parameters, from the
 start. Both are trained alike, each at two rates, of which the lower error on its training pairs
 chooses. Runs that have ended are not repeated.
 """
@@ -36,17 +37,26 @@ class Surrogate(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Conv2d(2, CHANNELS, 5, padding=2)
-        self.second = nn.Conv2d(CHANNELS, CHANNELS, 5, padding=2)
-        self.third = nn.Conv2d(CHANNELS, CHANNELS, 5, padding=2)
-        self.last = nn.Conv2d(CHANNELS, 1, 5, padding=2)
+        self.first = nn.Conv2d(2, CHANNELS, 5)
+        self.second = nn.Conv2d(CHANNELS, CHANNELS, 5)
+        self.third = nn.Conv2d(CHANNELS, CHANNELS, 5)
+        self.last = nn.Conv2d(CHANNELS, 1, 5)
 
     def forward(self, fields: Tensor) -> Tensor:
         """Map (batch, 2, side, side) to (batch, 1, side, side)."""
-        hidden = F.gelu(self.first(fields))
-        hidden = hidden + F.gelu(self.second(hidden))
-        hidden = hidden + F.gelu(self.third(hidden))
-        return fields[:, 1:] + self.last(hidden)
+        hidden = F.gelu(self.first(mirrored(fields)))
+        hidden = hidden + F.gelu(self.second(mirrored(hidden)))
+        hidden = hidden + F.gelu(self.third(mirrored(hidden)))
+        return fields[:, 1:] + self.last(mirrored(hidden))
+
+
+def mirrored(fields: Tensor, width: int = 2) -> Tensor:
+    """Pad (..., side, side) by the mirror image of its cells at each wall."""
+    side = fields.shape[-1]
+    cells = torch.arange(-width, side + width)
+    cells = torch.where(cells < 0, -1 - cells, cells)
+    cells = torch.where(cells >= side, 2 * side - 1 - cells, cells)
+    return fields[..., cells, :][..., cells]
 
 
 def relative_error(model: nn.Module, pairs: WavePairs) -> float:
