@@ -256,7 +256,7 @@ def _by_format(stream: BinaryIO) -> Image.Image | None:
         read, accept = Image.OPEN[kind]
         with suppress(SyntaxError, IndexError, TypeError, struct.error):  # not of this format
             accepted = accept is None or accept(prefix)
-            if accepted and not isinstance(accepted, str):  # a text says why not
+            if accepted and not isinstance(accepted, str):  # a text is the reason why not
                 stream.seek(0)
                 return read(stream, "")
     return None

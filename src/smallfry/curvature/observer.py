@@ -52,8 +52,8 @@ class Observer:
         fisher: "mc", "exact" or "empirical"; "none" takes inputs alone.
         draws: Sampled targets per sample, for "mc".
         generator: Generator of the sampled targets.
-        wanted: Asked at each forward pass: "taps", "outputs", "sizes" of these alone, or "" for
-            nothing; a method, held weakly: an owner that is gone wants nothing.
+        wanted: Called at each forward pass: "taps", "outputs", "sizes" of these alone, or "" for
+            nothing; a method, held weakly: without its owner, nothing.
         begin_draw: Called with the number of an observation in its step before targets are drawn,
             to set the generator; held weakly.
     """

@@ -124,6 +124,12 @@ def load_data(
         UsageError: An unknown name, an impossible option, or classes wanted of ``curves`` or
             ``faces``, which have none to learn.
         DataError: A source that can't be reached or used.
+
+    Example:
+        >>> from smallfry.data import load_data
+        >>> data = load_data("digits", limit=100)
+        >>> data.image_size, data.channels, len(data.train), data.test_count
+        (8, 1, 100, 359)
     """
     frame = None if image_size is None else frame_of(image_size, resize, "data.image_size")
     reader = find_reader(name)

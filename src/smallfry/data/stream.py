@@ -65,7 +65,7 @@ class ShardPixels:
         """Read pixels (..., channels, height, width), uint8, of rows of any shape.
 
         Raises:
-            DataError: An image can't be read; the message says where it is.
+            DataError: An image can't be read; the message has its place.
         """
         wanted = rows.reshape(-1).numpy()
         pixels = np.empty((len(wanted), *self.shape[1:]), np.uint8)

@@ -1,6 +1,6 @@
 """Report of a benchmark of deployed models: table, picture and HTML page.
 
-report.html    the page, which runs nothing and asks nothing of the net
+report.html    the page, without scripts and requests
 summary.json   the figures, with command, commit, device and versions
 latency.png    accuracy against latency
 """

@@ -355,10 +355,10 @@ def _limits(config: Mapping[str, Any]) -> list[str]:
     _, height, width = config["pretrained_cfg"]["input_size"]
     test = measured.get("test")
     limits = [
-        f"It knows {len(labels)} classes. Any other picture "
+        f"It has {len(labels)} classes. Any other picture "
         f"{'may be given some' if _has_several(config) else 'is given one'} of them too, and may "
         "be given it with a high probability.",
-        f"It sees {height}×{width} pixels. A picture of another shape is "
+        f"Its images have {height}×{width} pixels. A picture of another shape is "
         f"{RESIZED[facts.get('resize', 'crop')]}; what is smaller than a pixel is lost.",
     ]
     if test is None:

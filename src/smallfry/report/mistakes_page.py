@@ -144,8 +144,8 @@ def mistakes_page(
         scores=table(["score", "value"], values),
         classes=table(head, rows),
         pictures=[
-            image(pictures / name, says)
-            for name, says in PICTURES.items()
+            image(pictures / name, alt)
+            for name, alt in PICTURES.items()
             if (pictures / name).is_file()
         ],
         sections=sections,

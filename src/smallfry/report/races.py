@@ -1,6 +1,6 @@
 """Statistics of an optimizer race, as pure functions of its records.
 
-A record is one run of one contestant on one problem; its ``phase`` says what for. Seeds are
+A record is one run of one contestant on one problem; its ``phase`` is its purpose. Seeds are
 joined by their median, in which a run that diverged counts as infinite: a contestant of whose
 runs at least half diverged has no figure.
 """

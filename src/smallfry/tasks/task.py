@@ -221,7 +221,7 @@ class FitsItself(Protocol):
 
 
 class TaskDefaults(NamedTuple):
-    """Model and objective of a task where the configuration says auto."""
+    """Model and objective of a task for ``auto`` in a configuration."""
 
     models: Mapping[int, str]  # by the side of the images
     model: str  # of images of any other side

@@ -300,7 +300,7 @@ class TrainConfig:
         accumulate: Micro-batches of a batch; memory falls, the step stays the same.
         patience: Stop after so many epochs without a better selection; null never does.
         select_on: The split that chooses the best epoch. test is the paper's protocol, and
-            flatters; the summary says which was used.
+            flatters; the summary names the one that was used.
         select_by: The score that chooses it: accuracy, balanced_accuracy, macro_f1, loss or
             calibration_error; default the task's own rank, accuracy and then loss.
         seed: Seed of the initialisation, the order and the augmentation.

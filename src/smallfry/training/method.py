@@ -125,7 +125,13 @@ def register_method(kind: T) -> T:
 
 
 def methods() -> dict[str, Any]:
-    """Return the settings of all methods by name."""
+    """Return the settings of all methods by name.
+
+    Example:
+        >>> from smallfry.training.method import methods
+        >>> methods()["low_rank"].trains
+        False
+    """
     scan(PACKAGE)
     load_plugins()
     return dict(_methods)

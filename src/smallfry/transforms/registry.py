@@ -22,7 +22,13 @@ def register(kind: T) -> T:
 
 
 def kinds() -> dict[str, Any]:
-    """Return all registered transforms by kind."""
+    """Return all registered transforms by kind.
+
+    Example:
+        >>> from smallfry.transforms import kinds
+        >>> "resize" in kinds()
+        True
+    """
     scan("smallfry.transforms")
     load_plugins()
     return dict(_kinds)

@@ -28,7 +28,13 @@ EXECUTIONS = ("edges", "compact", "aggregate", "nodes", "auto")
 
 
 class MessageCounts(NamedTuple):
-    """Sizes of a graph that decide what its messages cost."""
+    """Sizes of a graph that decide what its messages cost.
+
+    Example:
+        >>> counts = MessageCounts(9, source_pairs=4, destination_pairs=6, nodes=3, relations=2)
+        >>> counts.best(), counts.rows("compact")
+        ('compact', 4)
+    """
 
     edges: int
     source_pairs: int  # unique (source, relation)
