@@ -91,9 +91,7 @@ def _poisoned_checkpoint(
     (run / "summary.json").unlink()
     said = command("evaluate", str(run)) if whole else command("train", "--resume", str(run))
     told = said.code == 1 and "finite" in said.err
-    return Verdict(
-        what, "refused", said.failure or (None if told else f"the output is {said}"[:300])
-    )
+    return Verdict(what, "refused", said.failure or (None if told else f"output: {said}"[:300]))
 
 
 def _not_finite(run: Path) -> str | None:

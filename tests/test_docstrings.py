@@ -1,4 +1,4 @@
-"""First lines of docstrings: index entries, not questions or half sentences."""
+"""Docstrings: first lines are index entries, and programs are described without personification."""
 
 import ast
 import re

@@ -99,8 +99,8 @@ def read_scene(file: str | Path) -> Scene:
     """Read a scene from a PLY file; properties are found by name, others left out.
 
     Raises:
-        DataError: It can't be read, has another format, lacks a property, is shorter or longer than by
-            its header, or has a value that is not finite.
+        DataError: It can't be read, has another format, lacks a property, has another length than
+            that of its header, or a value that is not finite.
     """
     file = Path(file)
     try:
