@@ -111,7 +111,7 @@ def load_data(
             a process holds as many encoded images.
         remove_duplicates: Leave out training images that have several labels, or that are
             validation or test images too, and validation images that are test images too.
-        bit_depth: Bits of the values in images of more than 8 bits a channel, such as 12, whose
+        bit_depth: Bits of the values in images of more than 8 bits per channel, such as 12, whose
             values 0 to 4,095 become 0 to 255; default the smallest of 8, 10, 12, 14 and 16 that
             has the values of all images, or of 4,096 streamed ones, with a warning below 16.
         several_labels: Images may have several classes, and labels are (images, classes), 0 or 1;

@@ -30,7 +30,7 @@ from smallfry_runtime.files import read_json, read_large
 from smallfry_runtime.frames import RESIZES, frame_of
 from smallfry_runtime.images import LARGEST_SIDE, is_bit_depth
 
-# without and with transforms, with images that are not cropped, and with several classes an image;
+# without and with transforms, with images that are not cropped, and with several classes per image;
 # older versions stop at theirs
 PLAIN_FORMAT, TRANSFORMED, RESIZED, FORMAT = 1, 2, 3, 4
 CONFIG = "config.json"

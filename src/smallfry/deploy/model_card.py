@@ -284,7 +284,7 @@ def _figures(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _figures_of_labels(facts: Mapping[str, Any]) -> list[str]:
-    """Return the figures of a model of several classes an image."""
+    """Return the figures of a model of several classes per image."""
     measured = facts["measured"]
     if "test" not in measured:
         return [_unmeasured(facts)]

@@ -1,6 +1,6 @@
 """Page of a classifier's evaluation: scores of classes, plots, and its mistakes in groups.
 
-Mistakes of one class an image are grouped by class pair, those of several by class.
+Mistakes of one class per image are grouped by class pair, those of several by class.
 """
 
 import io

@@ -64,7 +64,7 @@ class DataConfig:
         window: Streamed images are shuffled among so many; a process holds as many of them.
         remove_duplicates: Leave out training images that have several labels or are in another
             split too.
-        bit_depth: Bits of the values in images of more than 8 bits a channel, such as 12; default
+        bit_depth: Bits of the values in images of more than 8 bits per channel, such as 12; default
             what the values of all images need, with a warning where that is a guess.
         several_labels: Images may have several classes, from the file of labels or from class
             folders that share images; the default of the task multilabel.
