@@ -192,7 +192,7 @@ class Observer:
             self._current.random_state = random_state(module)
             self._current.autocast = autocast_of(parameters[0].device.type)
         if wanted == "taps":
-            # compiled code, here or around us, would not know of the taps
+            # compiled code, here or around us, would not run the taps
             self._eager = True
             EagerStance.begin()
             self.taps.open(self.watch_backward or self.fisher == "empirical")

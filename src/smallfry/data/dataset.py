@@ -360,7 +360,7 @@ def _geometry(split: EncodedSplit, size: Frame | None, channels: int | None) -> 
         except AccessError:
             raise
         except DataError:
-            continue  # decoding will say so
+            continue  # decoding will report it
         sizes.add((width, height))
         grey = grey and is_grey
     width, height = sizes.pop() if len(sizes) == 1 else (0, 1)

@@ -275,7 +275,7 @@ class ImageData:
         lacking = [name for name in self.classes if name not in classes]
         if lacking:
             raise DataError(
-                f"{self.origin}: has symbols that the model does not know ({some_of(lacking)}); "
+                f"{self.origin}: has symbols unknown to the model ({some_of(lacking)}); "
                 "leave out the samples with them"
             )
         table = torch.tensor([list(classes).index(name) for name in self.classes])

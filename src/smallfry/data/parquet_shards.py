@@ -52,7 +52,7 @@ def count_rows(files: Sequence[Path]) -> int:
             with reached(file):
                 total += pq.read_metadata(file).num_rows
         except FAULTS:
-            continue  # scanning will say so
+            continue  # scanning will report it
     return total
 
 

@@ -1,6 +1,6 @@
 """Model card of a shared model, with front matter for the Hub.
 
-It is drawn from the folder's ``config.json`` alone, so that both say the same. Names of classes and
+It is drawn from the folder's ``config.json`` alone, so that both agree. Names of classes and
 data come from strangers' folders: they are shown as text, whatever they hold.
 """
 

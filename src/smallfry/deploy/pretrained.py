@@ -56,7 +56,7 @@ from smallfry_runtime.manifest import is_export
 from smallfry_runtime.stages import obstacle
 
 CARD, PICTURE = "README.md", "confusion_matrix.png"
-HUB, LOCAL = ("hf_hub", "hf-hub"), "local-dir"  # how timm's names say where a model is
+HUB, LOCAL = ("hf_hub", "hf-hub"), "local-dir"  # timm's prefixes for places of models
 
 
 def save_pretrained(
@@ -146,7 +146,7 @@ def from_pretrained(
         name: A folder; or USER/NAME of a repository on the hub, with or without ``hf_hub:`` before
             and ``@REVISION`` behind it. A folder of that name goes first.
         revision: Branch, tag or commit of a repository; default its main branch.
-        classes: Names of the classes, where a model of timm does not tell them.
+        classes: Names of the classes, where a model of timm does not have them.
 
     Raises:
         UsageError: Not a name, or the classes don't fit.

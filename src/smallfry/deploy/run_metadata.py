@@ -37,7 +37,7 @@ LABEL_FORM: Mapping[str, Any] = {  # told of images with several classes alone
     "label_columns": list,
     "label_separator": str | None,
 }
-UNKNOWN = "unknown"  # name and fingerprint of the data of a model that does not tell them
+UNKNOWN = "unknown"  # name and fingerprint of the data of a model without them
 OF_THE_BEST = ("test", "best_epoch", "references")  # figures of no other weights
 TOLD = (
     "checkpoint",

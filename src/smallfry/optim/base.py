@@ -84,7 +84,7 @@ class NaturalGradient(PreconditionedOptimizer):
     """
 
     shares_batches: ClassVar[bool] = True  # several processes can refresh the curvature together
-    beside: ClassVar[str] = ""  # what else the summary should tell of each layer
+    beside: ClassVar[str] = ""  # further words of the summary on each layer
 
     def __init__(
         self,

@@ -162,7 +162,7 @@ def _speeds(
         known["models"][name] = speed
         known["provenance"] = provenance(torch.device("cpu"))
         write_file(file, json.dumps(known, indent=1) + "\n")
-        say(f"{name}: {number(speed['epoch_seconds'])} CPU seconds an epoch")
+        say(f"{name}: {number(speed['epoch_seconds'])} CPU seconds per epoch")
     return {name: known["models"][name] for name in models if name in known["models"]}
 
 

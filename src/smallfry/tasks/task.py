@@ -1,6 +1,6 @@
 """Task interface: targets, loss, likelihood, scores and decoding of a model's outputs.
 
-The training loop, its objectives and the evaluation know no task but by this contract.
+The training loop, its objectives and the evaluation use a task only through this contract.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -293,7 +293,7 @@ class TrainConfig:
         callbacks: Your own callbacks, each MODULE:NAME of code given with --code.
         metrics: Your own metrics, likewise.
         loggers: Experiment trackers besides metrics.csv and TensorBoard, through Lightning's
-            loggers: mlflow and wandb, whose own environment variables say where they write.
+            loggers: mlflow and wandb, whose own environment variables set where they write.
         epochs: Passes over the training images.
         batch_size: Images per step; default 64, and 32 or 16 where a model with random weights
             would take fewer than 1,000 steps in the whole run.

@@ -194,7 +194,7 @@ def _warn_of_training_images(data: ImageData, before: DataConfig | None) -> None
     if known.any():
         warnings.warn(
             f"{data.origin}: {known.sum():,} of its {len(known):,} images are among those that "
-            "the model was trained on, so the scores flatter",
+            "the model was trained on, so the scores are too optimistic",
             SmallfryWarning,
             stacklevel=4,
         )

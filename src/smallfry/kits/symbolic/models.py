@@ -271,7 +271,7 @@ class GSSNN(nn.Module):
         size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         if size[0] != size[1] or size[0] < 1 or size[0] % patch:
             raise UsageError(
-                f"the encoder takes square images of a multiple of {patch} pixels a side, not "
+                f"the encoder takes square images of a multiple of {patch} pixels per side, not "
                 f"{size[0]}×{size[1]}: see data.image_size and model.options.patch"
             )
         if embed_dim % 4:
