@@ -57,8 +57,8 @@ class Method:
     def begin(self, model: nn.Module, setting: Setting) -> None:
         """Prepare: calibrate, find groups, replace layers.
 
-        Of a run that is resumed, the weights are not loaded yet: layers are replaced by what the
-        settings and the spec say alone.
+        Of a run that is resumed, the weights are not loaded yet: replace layers by the
+        settings and the spec alone.
         """
 
     def penalty(self, model: nn.Module) -> Tensor | None:
