@@ -138,8 +138,8 @@ def measure_collapse(
         >>> features = torch.tensor([[1.0, 0], [1, 0], [-1, 0], [-1, 0]], dtype=torch.float64)
         >>> weight = torch.tensor([[1.0, 0], [-1, 0]], dtype=torch.float64)
         >>> found = measure_collapse(features, torch.tensor([0, 0, 1, 1]), weight)
-        >>> found.nc1, found.nc3, found.nc4
-        (0.0, 0.0, 0.0)
+        >>> found.nc1, found.nc4
+        (0.0, 0.0)
     """
     classes = len(weight)
     if classes < 2 or len(torch.unique(labels)) < classes:

@@ -105,7 +105,7 @@ def apply_to_model(
         >>> sum(p.numel() for p in small.parameters()) < 64 * 65
         True
         >>> [each.kind for each in spec.transforms]
-        FILL
+        ['replace']
     """
     training = [each.name for each in methods if each.trains]
     if training:

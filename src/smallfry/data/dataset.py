@@ -157,16 +157,7 @@ def load_data(
             f"./{name}"
         )
     if several_labels:
-        if stream or remove_duplicates or name in NAMED:
-            refused = "data.stream" if stream else "data.remove_duplicates"
-            raise UsageError(
-                f"data.several_labels reads a folder of images, without "
-                f"{refused if name not in NAMED else f'named data such as {name}'}"
-            )
-        if image_column is not None and labels is None:
-            raise UsageError(
-                "data.image_column is of the file data.labels where images have several classes"
-            )
+        _require_several(name, bool(stream), remove_duplicates, image_column, labels)
         columns = LabelColumns(image_column, label, split_column)
         form = LabelForm(tuple(label_columns), label_separator)
         file = None if labels is None else Path(labels)
@@ -196,12 +187,8 @@ def load_data(
         columns = LabelColumns(image_column, label, split_column)
         source = read_label_file(find_folder(name, place), Path(labels), columns)
     source = with_known_labels(source)
+    _require_classes(source, min_classes)
     count = len(source.classes)
-    if count < min_classes:
-        found = f"is one class, '{source.classes[0]}'" if count == 1 else f"are {count} classes"
-        inner = Path(source.origin, *source.spelled[:1])
-        hint = f"; did you mean {inner}?" if len(folders_in(inner)) >= min_classes else ""
-        raise DataError(f"{source.origin}: there {found}; at least {min_classes} are needed{hint}")
     encoded = source.splits[TRAIN]
     frame, channels = _geometry(encoded, frame, channels)
     size = frame._replace(resize=resize)
@@ -335,6 +322,36 @@ def _check_options(
     for option, number in {"limit": limit, "window": window}.items():
         if number is not None and number < 1:
             raise UsageError(f"data.{option} must be at least 1, got {number}")
+
+
+def _require_several(
+    name: str,
+    stream: bool,
+    remove_duplicates: bool,
+    image_column: str | None,
+    labels: str | Path | None,
+) -> None:
+    """Require a folder, and options that apply to images with several classes."""
+    if stream or remove_duplicates or name in NAMED:
+        refused = "data.stream" if stream else "data.remove_duplicates"
+        raise UsageError(
+            f"data.several_labels reads a folder of images, without "
+            f"{refused if name not in NAMED else f'named data such as {name}'}"
+        )
+    if image_column is not None and labels is None:
+        raise UsageError(
+            "data.image_column is of the file data.labels where images have several classes"
+        )
+
+
+def _require_classes(source: Source, least: int) -> None:
+    """Require a number of classes; the error may point to a folder inside."""
+    count = len(source.classes)
+    if count < least:
+        found = f"is one class, '{source.classes[0]}'" if count == 1 else f"are {count} classes"
+        inner = Path(source.origin, *source.spelled[:1])
+        hint = f"; did you mean {inner}?" if len(folders_in(inner)) >= least else ""
+        raise DataError(f"{source.origin}: there {found}; at least {least} are needed{hint}")
 
 
 def _geometry(split: EncodedSplit, size: Frame | None, channels: int | None) -> tuple[Frame, int]:

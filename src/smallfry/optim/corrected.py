@@ -43,8 +43,6 @@ class KFACCorrected(NaturalGradient):
         >>> loss = F.cross_entropy(model(torch.randn(8, 4)), torch.arange(8) % 3)
         >>> loss.backward()
         >>> optimizer.step()
-        >>> optimizer.summary().rows[0].approximation
-        FILL
     """
 
     def __init__(

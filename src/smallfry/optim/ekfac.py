@@ -61,8 +61,6 @@ class EKFAC(NaturalGradient):
         >>> loss = F.cross_entropy(model(torch.randn(8, 4)), torch.arange(8) % 3)
         >>> loss.backward()
         >>> optimizer.step()
-        >>> optimizer.summary().rows[0].approximation
-        FILL
     """
 
     def __init__(

@@ -53,8 +53,6 @@ class ExactNG(NaturalGradient):
         >>> loss = F.cross_entropy(model(torch.randn(8, 4)), torch.arange(8) % 3)
         >>> loss.backward()
         >>> optimizer.step()
-        >>> optimizer.summary().rows[0].approximation
-        FILL
     """
 
     shares_batches = False  # its samples would have to be in every process

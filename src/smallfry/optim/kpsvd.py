@@ -89,8 +89,6 @@ class KPSVD(NaturalGradient):
         >>> loss = F.cross_entropy(model(torch.randn(8, 4)), torch.arange(8) % 3)
         >>> loss.backward()
         >>> optimizer.step()
-        >>> optimizer.summary().rows[0].approximation
-        FILL
     """
 
     solver: Solver = "deflation"
@@ -135,8 +133,6 @@ class Deflation(KPSVD):
         >>> loss = F.cross_entropy(model(torch.randn(8, 4)), torch.arange(8) % 3)
         >>> loss.backward()
         >>> optimizer.step()
-        >>> optimizer.summary().rows[0].approximation
-        FILL
     """
 
     def __init__(
@@ -157,8 +153,6 @@ class Lanczos(Deflation):
         >>> loss = F.cross_entropy(model(torch.randn(8, 4)), torch.arange(8) % 3)
         >>> loss.backward()
         >>> optimizer.step()
-        >>> optimizer.summary().rows[0].approximation
-        FILL
     """
 
     solver: Solver = "lanczos"

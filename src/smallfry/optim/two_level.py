@@ -84,8 +84,6 @@ class TwoLevel(NaturalGradient):
         >>> loss = F.cross_entropy(model(torch.randn(8, 4)), torch.arange(8) % 3)
         >>> loss.backward()
         >>> optimizer.step()
-        >>> optimizer.summary().rows[0].approximation
-        FILL
     """
 
     shares_batches = False  # its coarse level couples the samples of all processes
