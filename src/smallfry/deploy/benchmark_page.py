@@ -1,6 +1,6 @@
 """Report of a benchmark of deployed models: table, picture and HTML page.
 
-report.html    the page, without scripts and requests
+report.html    the page, with neither scripts nor requests
 summary.json   the figures, with command, commit, device and versions
 latency.png    accuracy against latency
 """

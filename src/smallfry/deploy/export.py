@@ -166,8 +166,8 @@ def trace(
     """Trace a run's model to graphs, with its calibration data.
 
     Arguments and errors are those of ``export``; with ``own_bits``, graphs hold the codes of a
-    quantised model, and are for that precision alone. Without ``needs_images``, missing data is
-    replaced by nothing, with a warning.
+    quantised model, and are for that precision alone. Without ``needs_images``, missing data
+    causes a warning only.
     """
     trained, facts, _ = gather(run, checkpoint)
     trained = trained._replace(model=merge_adapters(trained.model))

@@ -1,6 +1,6 @@
 """Report of an optimizer race: plots, a JSON summary and an HTML page.
 
-The page holds its pictures, and has no scripts and requests; its structure and words are
+The page holds its pictures, and has neither scripts nor requests; its structure and words are
 in ``templates/race.html``.
 """
 
