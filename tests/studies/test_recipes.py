@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from smallfry.studies.config import BatchSizeConfig
-from smallfry.studies.recipes import PAPER_DATA, paper_recipe, recipe
+from smallfry.studies.recipes import BATCH_SIZES, PAPER_DATA, paper_recipe, recipe
 from smallfry.studies.study_models import PAPER, STUDY_MODELS
 from smallfry.training.config import DataConfig, TrainConfig, read_config
 
@@ -32,7 +32,7 @@ def test_committed_recipes_are_the_generated_ones(generated: dict) -> None:
 @pytest.mark.parametrize("name", ["vitrm_small", "resnet50"])
 def test_a_recipe_says_all_that_its_configuration_does(name: str) -> None:
     for data in PAPER_DATA:
-        for size in (64, 256, 1024):
+        for size in BATCH_SIZES[::2]:
             found = read_config(RECIPES / f"paper/{name}_{data}_b{size}.yaml")
             assert found.to_dict() == paper_recipe(STUDY_MODELS[name], data, size).to_dict()
 

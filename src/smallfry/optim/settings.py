@@ -58,7 +58,7 @@ class CurvatureSettings:
 
     Example:
         >>> from smallfry.optim import CurvatureSettings
-        >>> CurvatureSettings(likelihood="gaussian").statistics_every
+        >>> CurvatureSettings(lr=0.1, likelihood="gaussian").statistics_every
         10
     """
 

@@ -147,7 +147,8 @@ class Trial:
         failure: Reason, if it failed.
 
     Example:
-        >>> Trial({"depth": 2}, value=0.9, cost={"kb": 80.0}).failure
+        >>> Trial({"depth": 2}, value=0.9, cost={"kb": 80.0}).cost["kb"]
+        80.0
     """
 
     candidate: Candidate

@@ -18,6 +18,7 @@ from smallfry.training.config import (
 )
 
 PAPER_DATA = ("cifar10", "cifar100")
+BATCH_SIZES = (64, 128, 256, 512, 1024)
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # CIFAR-10's, for both data sets
 
 
