@@ -149,7 +149,7 @@ class Session:
         >>> loss.backward()
         >>> _ = optimizer.step()
         >>> [each.kind for each in session.finish().transforms]
-        ['replace']
+        ['bits']
     """
 
     def __init__(

@@ -38,6 +38,8 @@ class PlainMLP(nn.Module):
         UsageError: Fewer than two layers, or no width.
 
     Example:
+        >>> import torch
+        >>> from smallfry.models.plain_mlp import PlainMLP
         >>> PlainMLP(img_size=8, in_chans=1, depth=4)(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])
     """
