@@ -42,7 +42,7 @@ class Recurrent(nn.Module):
     def __init__(self, features: int, hidden: int, outputs: int, layers: int = 1) -> None:
         super().__init__()
         self.rnn = nn.LSTM(features, hidden, layers, bidirectional=True, batch_first=True)
-        self.embedding = nn.Linear(2 * hidden, outputs) if outputs else nn.Identity()
+        self.embedding = linear_classifier(2 * hidden, outputs)
 
     def forward(self, sequence: Tensor) -> Tensor:
         """Return (batch, steps, outputs)."""
