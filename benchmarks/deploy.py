@@ -5,7 +5,8 @@
 ViTRM small with random weights, from uint8 pixels to probabilities. "plain" is the method as the
 paper writes it down, in eager PyTorch (tests/plain_vitrm.py); the others are smallfry's model. All
 take turns, and ratios are plain's median to theirs. int8's ranges are measured on noise, which
-changes no time. What early exit saves depends on a trained model: smallfry benchmark RUN tells it.
+changes no time. The saving of early exit depends on a trained model: smallfry benchmark RUN
+measures it.
 --cpu_time counts what the process computes, not the time on the wall: for a busy machine and one
 thread. Exit code 1: a wanted ratio was missed.
 """

@@ -4,7 +4,7 @@
 
 784-1000-500-250-30-250-500-1000-784 with ReLU, batch 256, one seed, and each method at its own
 defaults with lr 0.1; AdamW with its usual 1e-3. Nothing is tuned and one seed is one seed: this
-tells whether defaults work at all, not which method is best. The loss is per pixel, on the batch.
+shows whether defaults work at all, not which method is best. The loss is per pixel, on the batch.
 """
 
 import argparse

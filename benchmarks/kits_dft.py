@@ -124,7 +124,7 @@ def summary(molecules: dict[str, Any]) -> dict[str, Any]:
 
 
 def errors_of(name: str, guesses: dict[str, DensityGuess]) -> dict[str, float]:
-    """Return (ρ − ρ̃|ρ − ρ̃) an electron of guesses, against the fit of the converged density."""
+    """Return (ρ − ρ̃|ρ − ρ̃) per electron of guesses, against the fit of the converged density."""
     (known,) = (each for each in g2_molecules() if each.name == name)
     molecule, truth = calculation(known).mol, density_of(known)
     energies, found = metric(auxiliary(molecule)), {}

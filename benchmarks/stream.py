@@ -4,7 +4,7 @@
 
 Writes shards of 10,000 images each, 32×32 RGB JPEGs of as many distinct pictures as there are in a
 shard, into a temporary folder; then passes an epoch through the training loader, once in this
-process and once with two workers. Memory is what /proc says is not backed by a file (Pss_Anon and
+process and once with two workers. Memory is the part not backed by a file, by /proc (Pss_Anon and
 Pss_Shmem), of this process and its workers together. Each pass is a fresh process. Speeds are of
 one machine that may be busy with other work. Exit code 1: memory grows by more than it should
 between the first quarter and the last.

@@ -71,7 +71,7 @@ def _poisoned(folder: Path, number: int) -> Verdict:
     if said.code == 0:
         return Verdict(what, "left out of the step", _not_finite(run) and f"{name}: kept silently")
     told = "finite number" in said.err and said.code == 1
-    failure = None if told else f"{name}: it says {said.err[:200]}"
+    failure = None if told else f"{name}: the output is {said.err[:200]}"
     return Verdict(what, "stopped, the checkpoint before is good", failure or _not_finite(run))
 
 
@@ -91,7 +91,7 @@ def _poisoned_checkpoint(
     (run / "summary.json").unlink()
     said = command("evaluate", str(run)) if whole else command("train", "--resume", str(run))
     told = said.code == 1 and "finite" in said.err
-    return Verdict(what, "refused", said.failure or (None if told else f"it says {said}"[:300]))
+    return Verdict(what, "refused", said.failure or (None if told else f"output: {said}"[:300]))
 
 
 def _not_finite(run: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""First lines of docstrings: index entries, not questions or half sentences."""
+"""Docstrings: first lines are index entries, and programs are described without personification."""
 
 import ast
 import re
@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FOLDERS = ["src", "runtime/src", "campaign", "benchmarks"]
 EVASIVE = re.compile(r"(What|Whether|How|Who|Whose|Where|Which|When|Why|The way|As)\b")
+PERSONIFIED = re.compile(r"\b(knows|says|tells)\b")
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -37,6 +38,19 @@ def test_first_lines_of_docstrings_are_index_entries() -> None:
     ]
     assert len(files) > 200
     assert found == []
+
+
+def test_programs_neither_know_nor_say() -> None:
+    found = [
+        f"{file.relative_to(ROOT)}:{number}: {line.strip()}"
+        for folder in FOLDERS
+        for file in sorted((ROOT / folder).rglob("*.py"))
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+        if PERSONIFIED.search(line)
+    ]
+    assert found == []
+    assert PERSONIFIED.search("The message says which.")
+    assert not PERSONIFIED.search("essays of foretellers")
 
 
 def test_faults_are_found() -> None:

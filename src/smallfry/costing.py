@@ -25,6 +25,13 @@ def cost(model: nn.Module, input: Tensor) -> Cost:
         model: Any module; on the device "meta" nothing is computed, and large ones cost no time.
         input: Input of ``model``, such as ``torch.zeros(1, 3, 32, 32)``. ``macs`` and
             ``activation_bytes`` are those of the whole batch.
+
+    Example:
+        >>> import torch
+        >>> from smallfry import cost
+        >>> spent = cost(torch.nn.Linear(8, 4), torch.zeros(2, 8))
+        >>> spent.parameters, spent.bytes, spent.macs
+        (36, 144, 64)
     """
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
     with torch.random.fork_rng():

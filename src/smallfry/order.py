@@ -4,7 +4,13 @@ from enum import IntEnum
 
 
 class Stage(IntEnum):
-    """Stage of a transform; stages never decrease along a spec."""
+    """Stage of a transform; stages never decrease along a spec.
+
+    Example:
+        >>> from smallfry.order import Stage
+        >>> Stage.WIDTH < Stage.BITS
+        True
+    """
 
     ARCHITECTURE = 1
     WIDTH = 2

@@ -126,7 +126,7 @@ def test_a_model_of_timm_is_built_with_its_weights(weights):
         ({"input_size": [3, 32, 0]}, "expects images of 3×32×0"),
         ({"input_size": [2, 32, 32]}, "with 1 or 3 channels"),
         ({"input_size": [3, 0, 0]}, "expects images of 3×0×0"),
-        ({"input_size": [3, 10**6, 10**6]}, "at most 4096 pixels a side"),
+        ({"input_size": [3, 10**6, 10**6]}, "at most 4096 pixels per side"),
         ({"mean": [0.5]}, "don't fit 3 channels"),
         ({"std": [0.2, 0.2, 0.0]}, "don't fit 3 channels"),
         ({"std": [0.2, 0.2, -1.0]}, "don't fit 3 channels"),

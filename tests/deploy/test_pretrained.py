@@ -573,7 +573,7 @@ def test_a_model_of_timm_without_names_needs_them(foreign, quiet_warnings):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"input_size": [3, 32, 4097]}, "supports at most 4096 pixels a side"),
+        ({"input_size": [3, 32, 4097]}, "supports at most 4096 pixels per side"),
         ({"mean": [0.5]}, "don't fit 3 channels"),
         ({"std": [0.5, 0.5, 0.0]}, "don't fit 3 channels"),
     ],

@@ -222,7 +222,7 @@ def test_pretrained_models_of_other_sizes_or_of_the_same_data_are_left_out(
     config = FitConfig(pretrained=tuple(tmp_path / name for name in models))
     found, left_out = find_pretrained(config, digits)
     assert {*found} == {"fine"}
-    assert "validation images would flatter" in left_out["from same"]
+    assert "validation images would overrate" in left_out["from same"]
     assert "takes images of 1×32×32" in left_out["from large"]
     chosen, _ = _chosen_with(found, digits, monkeypatch)
     assert chosen[0][0].name == f"{TINY}-from-fine"
@@ -263,7 +263,7 @@ def test_a_plan_has_the_speeds_of_what_can_be_trained(digits, measured, monkeypa
     assert 0.3 * 720 < plan.seconds < 720
     assert all(each.precision is None for each in plan.candidates)  # lower was faster
     assert plan.tuning_seconds > 0  # as one of them needs more than int8
-    assert any("CPU seconds an epoch" in line for line in lines)
+    assert any("CPU seconds per epoch" in line for line in lines)
     plan.write(tmp_path / "plan.json")
     assert read_plan(tmp_path / "plan.json") == plan
 

@@ -189,7 +189,7 @@ def test_means_and_scales_are_those_of_the_labels():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"num_classes": 10}, "50 numbers an atom"),
+        ({"num_classes": 10}, "50 numbers per atom"),
         ({"in_chans": 3}, "one channel"),
         ({"layers": 0}, "at least one layer"),
         ({"cutoff": 0.0}, "cutoff above 0"),

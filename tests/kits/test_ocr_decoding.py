@@ -168,7 +168,7 @@ def test_a_text_is_one_of_given_words():
         ({"beam": -1}, "beam is a whole number from 0, got -1"),
         ({"beam": 2.5}, "beam is a whole number"),
         ({"words": "abc"}, "words must be a list of texts"),
-        ({"words": ["xa"]}, r"the word 'xa' has symbols that the model does not know: \['x'\]"),
+        ({"words": ["xa"]}, r"the word 'xa' has symbols unknown to the model: \['x'\]"),
         ({"words": [""]}, "the word '' has"),
     ],
 )

@@ -24,13 +24,6 @@ from smallfry_runtime.runtime import Runtime
 WORDS = {"words": 60, "alphabet": "digits", "longest": 4, "level": "easy"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SMALLFRY_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     place = tmp_path_factory.mktemp("ocr") / "run"

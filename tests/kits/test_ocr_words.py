@@ -265,7 +265,7 @@ def test_symbols_are_those_of_a_model(tmp_path):
     assert wider.classes == ("", "b", "x", "a")
     assert texts(wider, wider.train) == texts(data, data.train)
     assert wider.train.labels.tolist()[0] == [3, 1]
-    with pytest.raises(DataError, match=r"symbols that the model does not know \('?a"):
+    with pytest.raises(DataError, match=r"symbols unknown to the model \('?a"):
         data.relabelled(("", "b"))
 
 

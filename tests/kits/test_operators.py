@@ -124,7 +124,7 @@ def test_spectral_layers_keep_low_waves_alone_and_commute_with_shifts():
         noise = torch.randn(1, 1, 16, 16, dtype=torch.float64)
         shifted = layer(noise.roll((3, 5), (2, 3)))
         torch.testing.assert_close(shifted, layer(noise).roll((3, 5), (2, 3)), rtol=0, atol=1e-12)
-    with pytest.raises(UsageError, match="grid of 8 points a side, not 6×6"):
+    with pytest.raises(UsageError, match="grid of 8 points per side, not 6×6"):
         layer(torch.zeros(1, 1, 6, 6, dtype=torch.float64))
 
 

@@ -251,7 +251,7 @@ def test_spectral_layers_equal_sums_of_waves(height, width, modes):
 def test_spectral_layers_refuse_grids_with_fewer_waves():
     layer = SpectralConv2d(1, 1, 4)
     for shape in ((7, 16), (16, 5)):
-        with pytest.raises(UsageError, match=rf"of 8 points a side, not {shape[0]}×{shape[1]}"):
+        with pytest.raises(UsageError, match=rf"of 8 points per side, not {shape[0]}×{shape[1]}"):
             layer(torch.zeros(1, 1, *shape))
     assert layer(torch.zeros(1, 1, 8, 6)).shape == (1, 1, 8, 6)
     low = layer(torch.ones(1, 1, 8, 8, dtype=torch.bfloat16))

@@ -32,13 +32,6 @@ from smallfry_runtime.runtime import Runtime
 FEW = {"pictures": 30}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SMALLFRY_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def mesh():
     return generated_mesh(0)

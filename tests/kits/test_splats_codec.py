@@ -63,7 +63,7 @@ def test_columns_may_have_another_order_and_others_beside_them(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        (b"vertex 7", b"vertex 8", "its header says"),
+        (b"vertex 7", b"vertex 8", "by its header"),
         (b"vertex 7", b"vertex 99999999999999999999", "no vertices"),
         (b"binary_little", b"binary_big_en", "its format is"),
         (b"ply\n", b"plx\n", "no header"),
@@ -85,7 +85,7 @@ def test_cut_and_infinite_files_are_refused(tmp_path):
     write_scene(scene, tmp_path / "a.ply")
     content = (tmp_path / "a.ply").read_bytes()
     (tmp_path / "cut.ply").write_bytes(content[:-1])
-    with pytest.raises(DataError, match="its header says"):
+    with pytest.raises(DataError, match="by its header"):
         read_scene(tmp_path / "cut.ply")
     attributes = scene.attributes.copy()
     attributes[2, 3] = np.inf

@@ -174,7 +174,7 @@ def test_wrong_files_of_truth_are_refused(tmp_path):
     save(tmp_path / "colour.png", VIEWS[0])
     with pytest.raises(DataError, match="and this has 8 bits"):
         read_disparity(tmp_path / "grey.png")
-    with pytest.raises(DataError, match="has colours, and one number a pixel is needed"):
+    with pytest.raises(DataError, match="has colours, and one number per pixel is needed"):
         read_labels(tmp_path / "colour.png", 3)
     with pytest.raises(DataError, match="has class 2, and there are 2 classes"):
         read_labels(tmp_path / "grey.png", 2)
@@ -231,5 +231,5 @@ def test_wrong_settings_of_folders_are_refused(plain, settings, words):
 
 def test_names_of_classes_are_given_once(plain):
     (plain / "classes.txt").write_text("road\nroad\n")
-    with pytest.raises(DataError, match="has one name of a class a line, each once"):
+    with pytest.raises(DataError, match="expected one class name per line, each once"):
         load("stereo-folder", plain)

@@ -160,7 +160,7 @@ def test_every_weight_learns():
     ("settings", "words"),
     [
         ({"in_chans": 3}, "reads two colour views, 6 channels, not 3"),
-        ({"img_size": (64, 100)}, "multiples of 32 pixels a side, not 64×100"),
+        ({"img_size": (64, 100)}, "multiples of 32 pixels per side, not 64×100"),
         ({"img_size": 16}, "not 16×16: set data.image_size"),
         ({"max_disparity": 50}, "max_disparity is 32, 48, … 1024, got 50"),
         ({"exits": 4}, "exits is 1, 2 or 3"),

@@ -217,7 +217,7 @@ def test_classes_in_another_encoding_are_refused(tmp_path):
 def test_an_empty_list_of_classes_is_refused(tmp_path):
     pair(tmp_path, "a")
     (tmp_path / "classes.txt").write_text("\n \n")
-    with pytest.raises(DataError, match="has one name of a class a line, each once"):
+    with pytest.raises(DataError, match="expected one class name per line, each once"):
         load(tmp_path)
 
 

@@ -19,13 +19,6 @@ from smallfry.kits.stereo.truth import unpack
 PLAIN = PlaneSettings(cameras=0.0, grain=0.0)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SMALLFRY_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 def differences(settings, number, moved=0.0):
     """Compare the left view with the right one at u − d, in deviations of the left one."""
     pair = draw_pair(settings, "train", number)

@@ -19,7 +19,7 @@ from smallfry.errors import DataError, UsageError
 from smallfry.kits.stereo.exits import cut
 from smallfry.kits.stereo.losses import disparity_loss, semantic_loss, terms, total
 from smallfry.kits.stereo.metrics import (
-    disparity_scores,
+    Errors,
     full_disparity,
     full_labels,
     mean_iou,
@@ -34,13 +34,6 @@ from smallfry_runtime.runtime import Runtime
 
 SIZE, CLASSES = (32, 64), 3
 NAMES = ("sky", "road", "tree")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SMALLFRY_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def rows(count=2, scale=0.0, offset=0.0):
@@ -158,10 +151,11 @@ def test_the_loss_is_the_weighted_sum_of_its_terms():
 def test_an_error_counts_above_three_pixels_and_five_percent():
     wanted = torch.tensor([[[10.0, 10.0, 100.0, 100.0]]])
     found = torch.tensor([[[13.5, 12.0, 104.0, 106.0]]])
-    scores = disparity_scores(found, wanted, torch.ones(1, 1, 4, dtype=torch.bool))
-    assert scores == {"epe": (3.5 + 2 + 4 + 6) / 4, "d1": 0.5, "bad1": 1.0}
-    nothing = disparity_scores(found, wanted, torch.zeros(1, 1, 4, dtype=torch.bool))
-    assert nothing == {"epe": 0, "d1": 0, "bad1": 0}
+    errors = Errors()
+    errors.add(found, wanted, torch.zeros(1, 1, 4, dtype=torch.bool))
+    assert errors.means() == {"epe": 0, "d1": 0, "bad1": 0}
+    errors.add(found, wanted, torch.ones(1, 1, 4, dtype=torch.bool))
+    assert errors.means() == {"epe": (3.5 + 2 + 4 + 6) / 4, "d1": 0.5, "bad1": 1.0}
 
 
 def test_mean_iou_leaves_out_classes_that_are_nowhere():

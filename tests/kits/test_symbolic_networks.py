@@ -179,7 +179,7 @@ def test_programs_shape_a_network_and_its_cost():
     [
         ({"program": "(push identity)"}, "1 nodes and 0 edges; expected two nodes at least"),
         ({"program": "(pushing identity)"}, "no primitive; did you mean 'push'"),
-        ({"img_size": 60}, "a multiple of 8 pixels a side, not 60×60"),
+        ({"img_size": 60}, "a multiple of 8 pixels per side, not 60×60"),
         ({"img_size": (64, 32)}, "not 64×32"),
         ({"embed_dim": 30}, "embed_dim is a multiple of 4"),
         ({"reader_dim": 4}, "needs as many numbers"),

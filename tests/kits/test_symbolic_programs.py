@@ -8,11 +8,11 @@ from pathlib import Path
 
 import networkx
 import pytest
+from program_counts import count_programs
 
 from smallfry.errors import UsageError
 from smallfry.kits.symbolic.grammar import (
     Grammar,
-    count_programs,
     derivations,
     enumerate_programs,
     estimate,

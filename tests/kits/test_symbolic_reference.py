@@ -6,11 +6,11 @@ from itertools import islice, pairwise
 
 import networkx
 import pytest
+from program_counts import count_programs
 
 from smallfry.errors import UsageError
 from smallfry.kits.symbolic.grammar import (
     Grammar,
-    count_programs,
     derivations,
     enumerate_programs,
     estimate,

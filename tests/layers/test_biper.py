@@ -16,7 +16,6 @@ from smallfry.compress.quantize.binarize import BINARY
 from smallfry.errors import UsageError
 from smallfry.kernels.xnor import (
     binary_conv2d,
-    binary_linear,
     pack_signs,
 )
 from smallfry.layers.biper import (
@@ -121,15 +120,6 @@ def test_population_counts_are_the_products_of_signs(channels, stride, padding, 
         *(channels, stride, padding),
     )
     assert np.array_equal(found.transpose(0, 3, 1, 2), wanted.numpy().astype(int))
-
-
-@pytest.mark.parametrize("features", [1, 37, 64, 65, 300])
-def test_rows_are_multiplied(features):
-    random = np.random.default_rng(features)
-    inputs, weight = random.integers(-1, 2, (4, features)), random.normal(size=(6, features))
-    wanted = np.where(inputs >= 0, 1, -1) @ np.where(weight >= 0, 1, -1).T
-    packed = pack_signs(inputs.astype(float)), pack_signs(weight)
-    assert np.array_equal(binary_linear(*packed, features), wanted)
 
 
 def test_layers_that_can_not_be_binary_are_refused():

@@ -214,7 +214,7 @@ def test_words_are_chosen_and_wrong_ones_named():
     far = ocr.decode(logits, ["", "a", "b"], {"words": ["a" * 9]})[0]  # longer than the picture
     assert (far["text"], far["confidence"]) == ("a" * 9, 0.0)
     for settings, message in (
-        ({"words": ["ac"]}, "the word 'ac' has symbols that the model does not know: .'c'."),
+        ({"words": ["ac"]}, "the word 'ac' has symbols unknown to the model: .'c'."),
         ({"words": "ab"}, "words must be a list of texts"),
         ({"words": [1]}, "words must be a list of texts"),
         ({"words": [""]}, "the word '' has no symbols: leave it out"),

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,13 +36,6 @@ SMALL = ParetoConfig(
     latency_rounds=3,
     models=("resnet_micro",),
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_pictures_of_runs() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("smallfry.training.train.draw_run", lambda *_: None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,13 +36,6 @@ CONFIG = TrainConfig(
     references=False,
     progress="quiet",
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_pictures() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("smallfry.training.train.draw_run", lambda *_: None)
-        yield
 
 
 def planned(*seeds: int, **changes: Any) -> list[Planned]:

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,13 +30,6 @@ from smallfry.training.config import DataConfig
 from smallfry.training.run import load_run
 
 DIGITS = {"data": DataConfig("digits", limit=60), "epochs": 1, "device": "cpu"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_pictures_of_runs() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("smallfry.training.train.draw_run", lambda *_: None)
-        yield
 
 
 def ended(plan: Planned, test: float, selected: float | None = None, **more: Any) -> Outcome:

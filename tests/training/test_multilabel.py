@@ -1,4 +1,4 @@
-"""Several classes an image, from labels to the runtime."""
+"""Several classes per image, from labels to the runtime."""
 
 import csv
 import json
@@ -290,7 +290,7 @@ def test_thresholds_have_the_greatest_f1_of_all():
 
 
 def test_single_labels_are_refused():
-    with pytest.raises(UsageError, match="data of several classes an image"):
+    with pytest.raises(UsageError, match="data of several classes per image"):
         MultiLabel().targets(torch.zeros(3, dtype=torch.int64), torch.zeros(3, 2))
 
 
@@ -506,7 +506,7 @@ def test_teachers_and_analyses_are_for_one_class(run, folder, tmp_path, capsys):
             ["train", *data, *GIVEN, f"--distillation.teacher={run}", *place],
             "distillation is for classification",
         ),
-        (["analyze", str(run), "collapse"], "one class an image; all other commands take it"),
+        (["analyze", str(run), "collapse"], "one class per image; all other commands take it"),
     ):
         assert main(words) != 0
         assert message in capsys.readouterr().err

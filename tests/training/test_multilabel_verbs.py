@@ -1,4 +1,4 @@
-"""Reports, attacks, sharing, benchmarks and compression of models with several classes an image."""
+"""Reports, attacks, sharing, benchmarks and compression of models of several classes per image."""
 
 import csv
 import json

@@ -20,6 +20,7 @@ class BackgroundThread:
         >>> results = []
         >>> thread = BackgroundThread(lambda: results.append(1))
         >>> thread.start()
+        True
         >>> while not thread.wait(1.0):
         ...     pass
         >>> results

@@ -48,8 +48,7 @@ def most_pixels() -> int:
 def pixels_in_icon(stream: BinaryIO) -> int:
     """Count the pixels of the largest image in an icon file, which Pillow decodes on open; else 0.
 
-    The directory of an icon knows no side above 256, but the images in it have headers of their
-    own.
+    The directory of an icon has no sides above 256, but the images in it have headers of their own.
     """
     head = stream.read(6)
     most = 0

@@ -1,8 +1,8 @@
 """Early exit: stop recursing once the halting probability passes a threshold.
 
-The halting probability says how sure a model is, on a scale of its own. What a threshold costs in
-accuracy and saves in steps is measured on images that were not trained on, for every threshold
-that makes a difference, and the threshold is chosen there.
+The halting probability is a model's confidence, on a scale of its own. The cost of a threshold in
+accuracy and its saving in steps are measured on images that were not trained on, for every
+threshold that makes a difference, and the threshold is chosen there.
 """
 
 import warnings

@@ -56,7 +56,7 @@ class Pixels(NamedTuple):
     """Pixels of an image in the form that a model takes."""
 
     values: NDArray[np.uint8]  # (channels, height, width)
-    peak: int  # largest value of an image of more than 8 bits a channel; -1 of any other
+    peak: int  # largest value of an image of more than 8 bits per channel; -1 of any other
 
 
 def header(encoded: Encoded, where: str) -> tuple[int, int, bool]:
@@ -89,7 +89,7 @@ def decode(
         where: Its name in messages.
         size: Side that it is brought to, in pixels, or height and width; a frame also has the way.
         channels: 1 (grey) or 3 (RGB) of a picture.
-        bit_depth: Bits of the values in images of more than 8 bits a channel, which are scaled
+        bit_depth: Bits of the values in images of more than 8 bits per channel, which are scaled
             from 0 to 2^bits - 1 down to 8 bits; default all 16, with a warning where the image
             does not look like it.
 
@@ -145,7 +145,7 @@ def decode_with_peak(
 
 
 def peak_of(encoded: Encoded, where: str) -> int:
-    """Return the largest value of an image of more than 8 bits a channel; -1, undecoded, else.
+    """Return the largest value of an image of more than 8 bits per channel; -1, undecoded, else.
 
     Raises:
         DataError: See ``decode``.
@@ -256,7 +256,7 @@ def _by_format(stream: BinaryIO) -> Image.Image | None:
         read, accept = Image.OPEN[kind]
         with suppress(SyntaxError, IndexError, TypeError, struct.error):  # not of this format
             accepted = accept is None or accept(prefix)
-            if accepted and not isinstance(accepted, str):  # a text says why not
+            if accepted and not isinstance(accepted, str):  # a text is the reason why not
                 stream.seek(0)
                 return read(stream, "")
     return None
@@ -324,7 +324,7 @@ def _peak(image: Image.Image, where: str) -> int:
 
 
 def _eight_bit(image: Image.Image, where: str, bit_depth: int) -> Image.Image:
-    """Convert an image to a mode with 8 bits a channel, over white."""
+    """Convert an image to a mode with 8 bits per channel, over white."""
     if image.mode.startswith("I"):  # Pillow's own conversion would clip these at 255
         scaled = np.arange(2**bit_depth, dtype=np.uint32) * 255 // (2**bit_depth - 1)
         values = np.asarray(image)
@@ -333,7 +333,7 @@ def _eight_bit(image: Image.Image, where: str, bit_depth: int) -> Image.Image:
             grey[values == clear] = 255
         return Image.fromarray(grey)
     if image.mode == "F":
-        raise DataError(f"{where}: floating-point pixels; save it with 8 or 16 bits a channel")
+        raise DataError(f"{where}: floating-point pixels; save it with 8 or 16 bits per channel")
     if image.mode in BEFORE:
         image = image.convert(BEFORE[image.mode])
     return _over_white(image) if image.has_transparency_data else image

@@ -34,7 +34,7 @@ from smallfry_runtime.variants import FOLDER, FULL, Variant, read_variants
 from smallfry_runtime.version import __version__
 
 PLAIN_FORMAT = 3  # of cropped squares; 2 had no bit depth, and 1 no digest of the manifest
-CLASS_FORMAT = 4  # 3 had no rectangles, no ways of resizing, and one class an image
+CLASS_FORMAT = 4  # 3 had no rectangles, no ways of resizing, and one class per image
 TASK_FORMAT = 5  # 4 had classes alone for answers
 ENGINE_FORMAT = 6  # 5 had ONNX alone, and graphs stored as they are
 FORMAT = 7  # 6 had pictures alone for inputs, and one output
@@ -72,7 +72,7 @@ class Manifest:
         channels: 1 (grey) or 3 (RGB) of pictures, any number of other inputs.
         mean: Per channel, of pixels on the scale 0 to 1.
         std: Standard deviation per channel.
-        bit_depth: Bit depth of training images of more than 8 bits a channel; None without such.
+        bit_depth: Bit depth of training images of more than 8 bits per channel; None without such.
         recursion_steps: Recursion steps of a recursive model, else None.
         exits: Early-exit points, from the fewest steps on.
         calibrated_on: Data that the exits were measured on.

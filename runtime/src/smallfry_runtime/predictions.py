@@ -71,7 +71,7 @@ def answers(
 ) -> Iterator[Answer]:
     """Convert outputs to predictions, in the order of the images.
 
-    An image that can't be read gives an ``error``, as does one of which the model says no number.
+    An image that can't be read gives an ``error``, as does one whose scores are not finite numbers.
 
     Args:
         run: From pixels (images, channels, height, width) to outputs.

@@ -152,7 +152,7 @@ class Runtime:
 
         Raises:
             DataError: An image that can't be read, or pixels of another shape.
-            ExportError: The graphs are not what the manifest says, or an answer is not a number.
+            ExportError: The graphs are not those of the manifest, or an answer is not a number.
             UsageError: Early exit from a graph that has none, a budget below one step, or an export
                 whose answers are not classes: ``decode`` has those.
         """
@@ -299,7 +299,7 @@ class Runtime:
         """Choose the halting threshold for a budget or an accuracy drop; None without early exit.
 
         Raises:
-            UsageError: More than one of them, none that the export knows of, or no early exit.
+            UsageError: More than one of them, none that the export has, or no early exit.
         """
         if sum(given is not None for given in (budget, drop, threshold)) > 1:
             raise UsageError("budget, drop and threshold exclude each other: give one")

@@ -132,6 +132,14 @@ def measure_collapse(
 
     Raises:
         UsageError: A class has no image, or there is one class.
+
+    Example:
+        >>> import torch
+        >>> features = torch.tensor([[1.0, 0], [1, 0], [-1, 0], [-1, 0]], dtype=torch.float64)
+        >>> weight = torch.tensor([[1.0, 0], [-1, 0]], dtype=torch.float64)
+        >>> found = measure_collapse(features, torch.tensor([0, 0, 1, 1]), weight)
+        >>> found.nc1, found.nc4
+        (0.0, 0.0)
     """
     classes = len(weight)
     if classes < 2 or len(torch.unique(labels)) < classes:
@@ -162,6 +170,11 @@ def measure_collapse(
 
 def etf_head(features: int, classes: int, generator: torch.Generator | None = None) -> Tensor:
     """Draw a simplex equiangular tight frame (classes, features), a classifier to keep fixed.
+
+    Args:
+        features: Columns, at least as many as classes.
+        classes: Rows.
+        generator: Of the random rotation; default PyTorch's.
 
     Raises:
         UsageError: Fewer features than classes, or one class.

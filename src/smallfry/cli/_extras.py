@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from importlib import metadata
 
-# modules that pip knows by another name, or that another package brings
+# modules whose package has another name, or that another package brings
 DISTRIBUTIONS = {
     **{"sklearn": "scikit-learn", "yaml": "PyYAML", "PIL": "pillow"},
     "onnx_ir": "onnxscript",

@@ -31,7 +31,7 @@ class Choice(NamedTuple):
         purpose: Its line in the help.
         settings: Class of its settings, the field that ``settings_of`` marks.
         defaults: Settings whose default is not that of the class, by dotted name.
-        presets: Further defaults by the name of the flag that asks for them, a field of
+        presets: Further defaults by the name of the flag that enables them, a field of
             ``Options``; it counts on the command line only, not in a file.
     """
 

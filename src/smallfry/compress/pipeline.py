@@ -96,6 +96,16 @@ def apply_to_model(
 
     Raises:
         UsageError: A method that needs training, or methods in the wrong order.
+
+    Example:
+        >>> import torch
+        >>> from smallfry import compress
+        >>> dense = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh())
+        >>> small, spec = compress.apply_to_model(dense, [compress.LowRank(keep=0.25)])
+        >>> sum(p.numel() for p in small.parameters()) < 64 * 65
+        True
+        >>> [each.kind for each in spec.transforms]
+        ['replace']
     """
     training = [each.name for each in methods if each.trains]
     if training:
@@ -139,7 +149,7 @@ class Session:
         >>> loss.backward()
         >>> _ = optimizer.step()
         >>> [each.kind for each in session.finish().transforms]
-        ['replace']
+        ['bits']
     """
 
     def __init__(

@@ -87,7 +87,7 @@ def coarse_correction(
 ) -> Correction[K]:
     """Solve the coarse problem.
 
-    Rows that depend on others, as far as the precision tells, are left out: the space is what
+    Rows that depend on others, up to the precision, are left out: the space is what
     counts, so that neither the length of a row nor a row too many changes the result.
 
     Args:

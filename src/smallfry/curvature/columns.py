@@ -160,7 +160,7 @@ def positive_triplet(problem: Columns, start: Tensor, tolerance: float) -> Tripl
     Args:
         problem: With ``is_positive``.
         start: (groups, 1, columns), of the right vector, not negative.
-        tolerance: On ‖Zᵀu − σv‖ / σ; differences of squares tell it down to 1e-7.
+        tolerance: On ‖Zᵀu − σv‖ / σ; differences of squares resolve it down to 1e-7.
     """
     e, q = start, problem.right_metric(start)
     for _ in range(POWER_STEPS):

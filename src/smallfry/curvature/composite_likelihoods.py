@@ -29,6 +29,10 @@ class Joint(Likelihood):
 
     Args:
         parts: A likelihood for each part, by attribute, key or index in the model's output.
+
+    Example:
+        >>> from smallfry.curvature import Bernoulli, Categorical, Joint
+        >>> likelihood = Joint({"logits": Categorical(), "halt_logits": Bernoulli()})
     """
 
     def __init__(self, parts: Mapping[str | int, Likelihood]) -> None:
@@ -155,6 +159,11 @@ class FromDistribution(Likelihood):
     Args:
         function: From the model's output to a Distribution whose batch shape starts with the
             samples. Gradients go through ``log_prob``.
+
+    Example:
+        >>> from torch.distributions import Poisson
+        >>> from smallfry.curvature import FromDistribution
+        >>> likelihood = FromDistribution(lambda outputs: Poisson(outputs.exp()))
     """
 
     def __init__(self, function: Callable[[Any], Distribution]) -> None:
@@ -250,6 +259,13 @@ def as_likelihood(
 
     Raises:
         UsageError: None of these.
+
+    Example:
+        >>> from smallfry.curvature import as_likelihood
+        >>> type(as_likelihood("gaussian")).__name__
+        'Gaussian'
+        >>> type(as_likelihood({"logits": "categorical", "halt_logits": "bernoulli"})).__name__
+        'Joint'
     """
     if isinstance(given, Likelihood):
         return given

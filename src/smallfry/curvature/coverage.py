@@ -126,6 +126,13 @@ def cover(
 
     Raises:
         UsageError: ``exclude`` names no module.
+
+    Example:
+        >>> import torch
+        >>> from smallfry.curvature import cover
+        >>> coverage = cover(torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.LayerNorm(3)))
+        >>> [block.shape for block in coverage.blocks], sorted(coverage.uncovered)
+        ([(1, 3, 5)], ['1.bias', '1.weight'])
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     chosen = {p for p in names if p.requires_grad}

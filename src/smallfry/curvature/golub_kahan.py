@@ -5,8 +5,8 @@ Luk and Overton 1981): right and left bases grow in turns, each new block is wha
 the last one, orthogonal to all before, and the small matrix between the bases has the leading
 singular values of the map. A block of as many vectors as triplets are wanted finds repeated values.
 
-Vectors may be given by coefficients of something that isn't orthonormal: a space says with its
-``metric`` what ⟨x, y⟩ = x · metric(y) is. Batches of maps go together, the leading dimension.
+Vectors may be given by coefficients in a basis that isn't orthonormal: the ``metric`` of a space
+defines ⟨x, y⟩ = x · metric(y). Batches of maps go together, the leading dimension.
 """
 
 from collections.abc import Callable

@@ -40,7 +40,7 @@ from smallfry.curvature.terms import Products, Terms
 from smallfry.errors import UsageError
 
 _TINY = torch.finfo(torch.float64).tiny
-POWER_TOLERANCE = 1e-7  # what a power iteration on Gram matrices can tell
+POWER_TOLERANCE = 1e-7  # the precision of a power iteration on Gram matrices
 
 Solver = Literal["deflation", "lanczos", "full"]
 

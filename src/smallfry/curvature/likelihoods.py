@@ -168,6 +168,12 @@ class Categorical(_Family):
         hard: True if targets are certain classes, so that a row's gradient gives its weight; False
             for label smoothing and mixed targets, whose rows weigh the same. None finds out, for
             three classes or more; of two, rows of different weight are taken for soft targets.
+
+    Example:
+        >>> import torch
+        >>> from smallfry.optim import KFAC
+        >>> from smallfry.curvature import Categorical
+        >>> optimizer = KFAC(torch.nn.Linear(4, 3), lr=0.1, likelihood=Categorical(hard=False))
     """
 
     def __init__(self, dim: int | None = None, hard: bool | None = None) -> None:
@@ -289,6 +295,13 @@ class Bernoulli(_Family):
             with the sigmoid inside (``binary_cross_entropy``).
         hard: True if targets are 0 or 1, so that the gradient at an output gives its weight
             (``weight``, ``pos_weight``). False takes all outputs with a gradient for alike.
+
+    Example:
+        >>> import torch
+        >>> from smallfry.optim import KFAC
+        >>> from smallfry.curvature import Bernoulli
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Sigmoid())
+        >>> optimizer = KFAC(model, lr=0.1, likelihood=Bernoulli("probabilities"))
     """
 
     def __init__(self, inputs: str = "logits", hard: bool = False) -> None:
@@ -382,12 +395,18 @@ class Bernoulli(_Family):
 class Gaussian(_Family):
     """Independent outputs with a known variance: ½ (y − f)² / variance.
 
-    Nothing in a gradient tells the scale of such a loss, so it goes unchecked.
+    The scale of such a loss can't be inferred from gradients, so it is not checked.
 
     Args:
         variance: Variance of the targets around the outputs.
         masked: True if outputs without a gradient are masked out of the loss. Otherwise they
             may be those that meet their targets exactly.
+
+    Example:
+        >>> import torch
+        >>> from smallfry.optim import KFAC
+        >>> from smallfry.curvature import Gaussian
+        >>> optimizer = KFAC(torch.nn.Linear(4, 1), lr=0.1, likelihood=Gaussian(variance=0.25))
     """
 
     def __init__(self, variance: float = 1.0, masked: bool = False) -> None:
@@ -434,7 +453,7 @@ class Gaussian(_Family):
     ) -> float:
         """Count outputs, times the mean squared error over the variance if that is above 1.
 
-        Targets that are farther from the outputs than the variance says have another scale than
+        Targets that are farther from the outputs than the variance implies have another scale than
         was stated. So a step is as long relative to them in whatever unit they are given.
         """
         count = outputs[0][0].numel() * _mean_weight(weights)

@@ -2,7 +2,7 @@
 
     factor ≈ U diag(λ) Uᵀ + τ (I − U Uᵀ)
 
-The spectrum of a factor falls fast, so that few pairs tell most of it (Puiu 2022, arXiv
+The spectrum of a factor falls fast, so that few pairs hold most of it (Puiu 2022, arXiv
 2206.15397). τ is the mean of the eigenvalues left out: the trace stays exact, and so do the scales
 and damping that are made from it. A running average takes a batch in without ever forming the
 factor: two products with the batch's rows, from the old eigenvectors on (subspace iteration with

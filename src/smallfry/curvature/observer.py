@@ -52,8 +52,8 @@ class Observer:
         fisher: "mc", "exact" or "empirical"; "none" takes inputs alone.
         draws: Sampled targets per sample, for "mc".
         generator: Generator of the sampled targets.
-        wanted: Asked at each forward pass: "taps", "outputs", "sizes" of these alone, or "" for
-            nothing; a method, held weakly: an owner that is gone wants nothing.
+        wanted: Called at each forward pass: "taps", "outputs", "sizes" of these alone, or "" for
+            nothing; a method, held weakly: without its owner, nothing.
         begin_draw: Called with the number of an observation in its step before targets are drawn,
             to set the generator; held weakly.
     """
@@ -192,7 +192,7 @@ class Observer:
             self._current.random_state = random_state(module)
             self._current.autocast = autocast_of(parameters[0].device.type)
         if wanted == "taps":
-            # compiled code, here or around us, would not know of the taps
+            # compiled code, here or around us, would not run the taps
             self._eager = True
             EagerStance.begin()
             self.taps.open(self.watch_backward or self.fisher == "empirical")

@@ -27,7 +27,7 @@ class Scaled(Likelihood):
         >>> from smallfry.curvature.likelihoods import Bernoulli
         >>> from smallfry.curvature.scaled import Scaled
         >>> (column,) = Scaled(Bernoulli(), 0.5).columns((torch.zeros(1, 1),))
-        >>> (column[0] ** 2).item()
+        >>> round((column[0] ** 2).item(), 6)
         0.125
     """
 

@@ -1,4 +1,4 @@
-"""Bit depth of data sets with more than 8 bits a channel.
+"""Bit depth of data sets with more than 8 bits per channel.
 
 Cameras of 10, 12 or 14 bits write files of 16. What is black and white in them is a property of the
 data set, not of a picture, and files don't record it.
@@ -63,7 +63,7 @@ def sampled_depth(split: EncodedSplit) -> int | None:
 
 
 def warn_of_unlike_images(where: str) -> None:
-    """Warn of a split with more than 8 bits a channel where no training image has more."""
+    """Warn of a split with more than 8 bits per channel where no training image has more."""
     warnings.warn(
         f"{where}: has 16-bit images, unlike the training images: values are assumed to span 0 to "
         f"65,535; set --data.bit_depth if not",

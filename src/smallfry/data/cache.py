@@ -40,7 +40,7 @@ class Decoded(NamedTuple):
 
     images: NDArray[np.uint8]  # (images, channels, height, width), an unreadable one black
     unreadable: list[Unreadable]
-    bit_depth: int | None  # of those of more than 8 bits a channel; None if there are none
+    bit_depth: int | None  # of those of more than 8 bits per channel; None if there are none
 
 
 def cache_folder() -> Path:

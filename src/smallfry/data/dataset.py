@@ -111,7 +111,7 @@ def load_data(
             a process holds as many encoded images.
         remove_duplicates: Leave out training images that have several labels, or that are
             validation or test images too, and validation images that are test images too.
-        bit_depth: Bits of the values in images of more than 8 bits a channel, such as 12, whose
+        bit_depth: Bits of the values in images of more than 8 bits per channel, such as 12, whose
             values 0 to 4,095 become 0 to 255; default the smallest of 8, 10, 12, 14 and 16 that
             has the values of all images, or of 4,096 streamed ones, with a warning below 16.
         several_labels: Images may have several classes, and labels are (images, classes), 0 or 1;
@@ -124,6 +124,12 @@ def load_data(
         UsageError: An unknown name, an impossible option, or classes wanted of ``curves`` or
             ``faces``, which have none to learn.
         DataError: A source that can't be reached or used.
+
+    Example:
+        >>> from smallfry.data import load_data
+        >>> data = load_data("digits", limit=100)
+        >>> data.image_size, data.channels, len(data.train), data.test_count
+        (8, 1, 100, 359)
     """
     frame = None if image_size is None else frame_of(image_size, resize, "data.image_size")
     reader = find_reader(name)
@@ -151,16 +157,7 @@ def load_data(
             f"./{name}"
         )
     if several_labels:
-        if stream or remove_duplicates or name in NAMED:
-            refused = "data.stream" if stream else "data.remove_duplicates"
-            raise UsageError(
-                f"data.several_labels reads a folder of images, without "
-                f"{refused if name not in NAMED else f'named data such as {name}'}"
-            )
-        if image_column is not None and labels is None:
-            raise UsageError(
-                "data.image_column is of the file data.labels where images have several classes"
-            )
+        _require_several(name, bool(stream), remove_duplicates, image_column, labels)
         columns = LabelColumns(image_column, label, split_column)
         form = LabelForm(tuple(label_columns), label_separator)
         file = None if labels is None else Path(labels)
@@ -190,12 +187,8 @@ def load_data(
         columns = LabelColumns(image_column, label, split_column)
         source = read_label_file(find_folder(name, place), Path(labels), columns)
     source = with_known_labels(source)
+    _require_classes(source, min_classes)
     count = len(source.classes)
-    if count < min_classes:
-        found = f"is one class, '{source.classes[0]}'" if count == 1 else f"are {count} classes"
-        inner = Path(source.origin, *source.spelled[:1])
-        hint = f"; did you mean {inner}?" if len(folders_in(inner)) >= min_classes else ""
-        raise DataError(f"{source.origin}: there {found}; at least {min_classes} are needed{hint}")
     encoded = source.splits[TRAIN]
     frame, channels = _geometry(encoded, frame, channels)
     size = frame._replace(resize=resize)
@@ -331,6 +324,36 @@ def _check_options(
             raise UsageError(f"data.{option} must be at least 1, got {number}")
 
 
+def _require_several(
+    name: str,
+    stream: bool,
+    remove_duplicates: bool,
+    image_column: str | None,
+    labels: str | Path | None,
+) -> None:
+    """Require a folder, and options that apply to images with several classes."""
+    if stream or remove_duplicates or name in NAMED:
+        refused = "data.stream" if stream else "data.remove_duplicates"
+        raise UsageError(
+            f"data.several_labels reads a folder of images, without "
+            f"{refused if name not in NAMED else f'named data such as {name}'}"
+        )
+    if image_column is not None and labels is None:
+        raise UsageError(
+            "data.image_column is of the file data.labels where images have several classes"
+        )
+
+
+def _require_classes(source: Source, least: int) -> None:
+    """Require a number of classes; the error may point to a folder inside."""
+    count = len(source.classes)
+    if count < least:
+        found = f"is one class, '{source.classes[0]}'" if count == 1 else f"are {count} classes"
+        inner = Path(source.origin, *source.spelled[:1])
+        hint = f"; did you mean {inner}?" if len(folders_in(inner)) >= least else ""
+        raise DataError(f"{source.origin}: there {found}; at least {least} are needed{hint}")
+
+
 def _geometry(split: EncodedSplit, size: Frame | None, channels: int | None) -> tuple[Frame, int]:
     """Return the requested size and channels, or those of the images."""
     if len(split.labels) == 0:
@@ -354,7 +377,7 @@ def _geometry(split: EncodedSplit, size: Frame | None, channels: int | None) -> 
         except AccessError:
             raise
         except DataError:
-            continue  # decoding will say so
+            continue  # decoding will report it
         sizes.add((width, height))
         grey = grey and is_grey
     width, height = sizes.pop() if len(sizes) == 1 else (0, 1)

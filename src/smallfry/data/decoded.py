@@ -61,7 +61,7 @@ def decode_split(
     skip_unreadable: bool,
     bit_depth: int | None,
 ) -> tuple[Split, int | None]:
-    """Decode a split, and determine its bit depth if it exceeds 8 bits a channel."""
+    """Decode a split, and determine its bit depth if it exceeds 8 bits per channel."""
     require_labels(split, classes)
     images, unreadable, found = decoded(split, size, channels, bit_depth)
     if unreadable and not skip_unreadable:

@@ -51,7 +51,7 @@ def read_faces(root: Path | None = None, label: str | None = None, seed: int = 0
     Args:
         root: A folder with the photographs, or with a subfolder ``olivetti`` of them: parquet
             shards, or one folder per person. Without one, scikit-learn has them or fetches them.
-        label: Name of the column that tells the person, where a table has several.
+        label: Name of the column of persons, where a table has several.
         seed: Seed of the people in every split, and of all rotations and zooms.
 
     Raises:

@@ -14,7 +14,7 @@ def stamp(file: Path) -> str:
     except OSError as error:
         if error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):  # it is there all the same
             raise AccessError(f"{file}: can't be read now ({error}); try again") from error
-        return f"{file}\0missing"  # a broken link; reading it will say so
+        return f"{file}\0missing"  # a broken link; reading it will report it
     times = f"{found.st_mtime_ns}\0{found.st_ctime_ns}"
     return f"{file.resolve()}\0{found.st_ino}\0{found.st_size}\0{times}"
 

@@ -51,7 +51,7 @@ class ImageData:
         channels: 1 for grey images, 3 for RGB; any number of inputs that are no pictures.
         train: The training split.
         validation: The validation split; empty if none was wanted.
-        bit_depth: Bits of the values in images of more than 8 bits a channel, the scale that they
+        bit_depth: Bits of the values in images of more than 8 bits per channel, the scale that they
             were brought to 8 bits from; None if no training image has more.
         moments: Mean and standard deviation to normalise with; default those of the pixels.
         symmetries: Random symmetries of so many training grids of symbols, for their augmentation.
@@ -275,7 +275,7 @@ class ImageData:
         lacking = [name for name in self.classes if name not in classes]
         if lacking:
             raise DataError(
-                f"{self.origin}: has symbols that the model does not know ({some_of(lacking)}); "
+                f"{self.origin}: has symbols unknown to the model ({some_of(lacking)}); "
                 "leave out the samples with them"
             )
         table = torch.tensor([list(classes).index(name) for name in self.classes])

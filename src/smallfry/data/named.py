@@ -36,7 +36,13 @@ NOTHING_TO_TELL_APART: Mapping[str, str] = {
 
 
 def is_named(name: str) -> bool:
-    """Return whether a name is that of a data set, rather than of a folder."""
+    """Return whether a name is that of a data set, rather than of a folder.
+
+    Example:
+        >>> from smallfry.data import is_named
+        >>> is_named("digits"), is_named("./digits")
+        (True, False)
+    """
     return name in NAMED or find_reader(name) is not None
 
 

@@ -195,7 +195,7 @@ def as_picture(image: Any, where: str) -> Image.Image:
     if not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[-1] == 3)) or not pixels.size:
         raise DataError(
             f"{where}: has the shape {tuple(np.shape(image))}, expected height × width, and 1 or 3 "
-            "channels before or behind"
+            "channels first or last"
         )
     return Image.fromarray(np.ascontiguousarray(pixels))
 

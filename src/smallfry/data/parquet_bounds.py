@@ -1,7 +1,7 @@
 """Decoded size of parquet columns, measured without decoding them.
 
 A dictionary stores a value once, however many cells have it: 4 kB of a file may stand for
-gigabytes, and its footer does not tell. Read as dictionaries, columns take no more than what is
+gigabytes, without a trace in its footer. Read as dictionaries, columns take no more than what is
 stored. A page is unpacked whole, and takes several times its size meanwhile: what is packed too
 tightly is refused by the footer.
 """
@@ -95,7 +95,7 @@ def decoded_size(column: Any) -> Decoded:
 def rows_at_once(files: Sequence[Path], columns: Sequence[str]) -> int:
     """Return the number of rows to decode at a time: 1,000, or fewer if they are large.
 
-    Files that are damaged, or lack a column, are passed over: reading them will say so.
+    Files that are damaged, or lack a column, are passed over: reading them will report it.
 
     Raises:
         AccessError: A file can't be read now.

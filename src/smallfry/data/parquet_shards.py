@@ -52,7 +52,7 @@ def count_rows(files: Sequence[Path]) -> int:
             with reached(file):
                 total += pq.read_metadata(file).num_rows
         except FAULTS:
-            continue  # scanning will say so
+            continue  # scanning will report it
     return total
 
 
@@ -150,7 +150,7 @@ def _label(value: Any, declared: list[str] | None) -> Label | None:
 
 
 def _block(file: Path, shard: pq.ParquetFile, group: int) -> Block:
-    # what a damaged footer says of single columns can end the process inside of PyArrow 26
+    # figures of single columns in a damaged footer can end the process inside of PyArrow 26
     found = shard.metadata.row_group(group)
     size = max(0, found.total_byte_size)
     if size > MOST_BLOCK:

@@ -60,7 +60,7 @@ def find_shards(folder: Path) -> ShardFiles | None:
     """Find the parquet or tar files of a folder, by split; None if there are none.
 
     Raises:
-        DataError: Tar files are compressed, or their names don't say of which split they are.
+        DataError: Tar files are compressed, or their names have no split.
     """
     files = shard_files(folder)
     if files:

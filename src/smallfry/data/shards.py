@@ -30,8 +30,8 @@ class Shards:
         files: The shards.
         column: The column with the images; "" for tar files.
         first: (shards + 1,), the row that a shard begins with.
-        first_block: (shards + 1,), the block that a shard begins with; the rows would not say, for
-            there are blocks without a sample.
+        first_block: (shards + 1,), the block that a shard begins with; rows do not
+            determine it, as there are blocks without a sample.
         starts: (blocks + 1,), the row that a block begins with.
         weights: (blocks,), bytes of the images of a block.
         spans: (samples, 2), offset and size of each image in its tar file.

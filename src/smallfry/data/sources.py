@@ -243,7 +243,7 @@ def _columns(
     except AccessError:
         raise
     except DataError:
-        return None  # reading it will say so
+        return None  # reading it will report it
     image = find_image_column(str(folder), found, wanted)
     return [image, find_label_column(str(folder), found, image, label, default_label)]
 

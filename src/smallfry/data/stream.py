@@ -45,7 +45,7 @@ class ShardPixels:
         size: Size of the images; see ``smallfry_runtime.images.decode``.
         channels: 1 for grey images, 3 for RGB.
         window: Samples that are shuffled among each other, and that may be in memory at once.
-        bit_depth: Bit depth of images of more than 8 bits a channel; None if unknown.
+        bit_depth: Bit depth of images of more than 8 bits per channel; None if unknown.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class ShardPixels:
         """Read pixels (..., channels, height, width), uint8, of rows of any shape.
 
         Raises:
-            DataError: An image can't be read; the message says where it is.
+            DataError: An image can't be read; the message has its place.
         """
         wanted = rows.reshape(-1).numpy()
         pixels = np.empty((len(wanted), *self.shape[1:]), np.uint8)

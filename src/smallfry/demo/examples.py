@@ -28,7 +28,7 @@ def find_examples(trained: TrainedModel, run: str) -> list[Example]:
 
     Args:
         trained: The model.
-        run: Its run folder, which says what its test images are.
+        run: Its run folder, with the configuration of its test images.
     """
     if trained.manifest.get("data", {}).get("name") not in EMBEDDED:
         return []

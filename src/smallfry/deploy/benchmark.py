@@ -117,7 +117,7 @@ def measure(
         data_root: Folder of a named data set.
 
     Raises:
-        UsageError: Impossible settings, or models that tell different classes apart.
+        UsageError: Impossible settings, or models of different classes.
         RunError, ExportError, DataError: What was named can't be used.
     """
     config = config or BenchmarkConfig()

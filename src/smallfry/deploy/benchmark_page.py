@@ -1,6 +1,6 @@
 """Report of a benchmark of deployed models: table, picture and HTML page.
 
-report.html    the page, which runs nothing and asks nothing of the net
+report.html    the page, with neither scripts nor requests
 summary.json   the figures, with command, commit, device and versions
 latency.png    accuracy against latency
 """
@@ -32,7 +32,7 @@ KIND = "benchmark of deployed models"
 EAGER = "PyTorch eager"
 AREA = 160.0  # square points of the largest file's marker
 SMALLEST = 14.0
-WHAT, TIMES = range(3, 9), 9  # columns of the table that say what a model is, and the rest
+WHAT, TIMES = range(3, 9), 9  # columns of the table that describe a model, and the rest
 WIDTH = 120  # characters that the printed tables take at least
 PADDING = 0.5  # points of accuracy above and below, at least
 

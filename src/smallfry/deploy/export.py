@@ -111,6 +111,11 @@ def export(
             holds something else or can't be written.
         UsageError: A form or precision that is not there, or not for this model.
         RunError: The run can't be read.
+
+    Example:
+        >>> import smallfry
+        >>> smallfry.export("runs/digits", "exports/digits", precision="int8")  # doctest: +SKIP
+        PosixPath('exports/digits')
     """
     folder = Path(folder)
     _require_precision(precision, target)
@@ -161,8 +166,8 @@ def trace(
     """Trace a run's model to graphs, with its calibration data.
 
     Arguments and errors are those of ``export``; with ``own_bits``, graphs hold the codes of a
-    quantised model, and are for that precision alone. Without ``needs_images``, data that can't be
-    had is done without, and a warning says so.
+    quantised model, and are for that precision alone. Without ``needs_images``, missing data
+    causes a warning only.
     """
     trained, facts, _ = gather(run, checkpoint)
     trained = trained._replace(model=merge_adapters(trained.model))

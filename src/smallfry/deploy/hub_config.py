@@ -30,7 +30,7 @@ from smallfry_runtime.files import read_json, read_large
 from smallfry_runtime.frames import RESIZES, frame_of
 from smallfry_runtime.images import LARGEST_SIDE, is_bit_depth
 
-# without and with transforms, with images that are not cropped, and with several classes an image;
+# without and with transforms, with images that are not cropped, and with several classes per image;
 # older versions stop at theirs
 PLAIN_FORMAT, TRANSFORMED, RESIZED, FORMAT = 1, 2, 3, 4
 CONFIG = "config.json"
@@ -131,7 +131,7 @@ def described(
     if channels not in (1, 3) or not is_fit:
         raise RunError(
             f"{where}: expects images of {channels}×{height}×{width}; smallfry supports at most "
-            f"{LARGEST_SIDE} pixels a side, with 1 or 3 channels"
+            f"{LARGEST_SIDE} pixels per side, with 1 or 3 channels"
         )
     mean, std = (tuple(map(float, wanted[key])) for key in ("mean", "std"))
     if len(mean) != channels or len(std) != channels or not all(value > 0 for value in std):

@@ -52,7 +52,7 @@ def measure_memory(
         threads: CPU threads.
 
     Returns:
-        None where the system does not tell, or where the process fails.
+        None where the system has no figure, or where the process fails.
     """
     if not os.access(CLEAR, os.W_OK):
         return None

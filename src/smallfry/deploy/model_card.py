@@ -1,6 +1,6 @@
 """Model card of a shared model, with front matter for the Hub.
 
-It is drawn from the folder's ``config.json`` alone, so that both say the same. Names of classes and
+It is drawn from the folder's ``config.json`` alone, so that both agree. Names of classes and
 data come from strangers' folders: they are shown as text, whatever they hold.
 """
 
@@ -284,7 +284,7 @@ def _figures(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _figures_of_labels(facts: Mapping[str, Any]) -> list[str]:
-    """Return the figures of a model of several classes an image."""
+    """Return the figures of a model of several classes per image."""
     measured = facts["measured"]
     if "test" not in measured:
         return [_unmeasured(facts)]
@@ -355,10 +355,10 @@ def _limits(config: Mapping[str, Any]) -> list[str]:
     _, height, width = config["pretrained_cfg"]["input_size"]
     test = measured.get("test")
     limits = [
-        f"It knows {len(labels)} classes. Any other picture "
+        f"It has {len(labels)} classes. Any other picture "
         f"{'may be given some' if _has_several(config) else 'is given one'} of them too, and may "
         "be given it with a high probability.",
-        f"It sees {height}×{width} pixels. A picture of another shape is "
+        f"Its images have {height}×{width} pixels. A picture of another shape is "
         f"{RESIZED[facts.get('resize', 'crop')]}; what is smaller than a pixel is lost.",
     ]
     if test is None:

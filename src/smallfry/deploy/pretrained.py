@@ -1,7 +1,7 @@
 """Shared models: as a folder, or as a repository on the Hugging Face Hub.
 
 model.safetensors      the weights
-config.json            timm's description of the model, and under ``smallfry`` what the run says
+config.json            timm's description of the model, and the run's metadata under ``smallfry``
 README.md              the model card, drawn from config.json
 confusion_matrix.png   of the test split, if the run has it
 
@@ -56,7 +56,7 @@ from smallfry_runtime.manifest import is_export
 from smallfry_runtime.stages import obstacle
 
 CARD, PICTURE = "README.md", "confusion_matrix.png"
-HUB, LOCAL = ("hf_hub", "hf-hub"), "local-dir"  # how timm's names say where a model is
+HUB, LOCAL = ("hf_hub", "hf-hub"), "local-dir"  # timm's prefixes for places of models
 
 
 def save_pretrained(
@@ -146,7 +146,7 @@ def from_pretrained(
         name: A folder; or USER/NAME of a repository on the hub, with or without ``hf_hub:`` before
             and ``@REVISION`` behind it. A folder of that name goes first.
         revision: Branch, tag or commit of a repository; default its main branch.
-        classes: Names of the classes, where a model of timm does not tell them.
+        classes: Names of the classes, where a model of timm does not have them.
 
     Raises:
         UsageError: Not a name, or the classes don't fit.
@@ -173,6 +173,11 @@ def load_trained(run: str | Path, checkpoint: str = "best") -> TrainedModel:
 
     Raises:
         UsageError, HubError, RunError: As ``from_pretrained`` and ``load_run``.
+
+    Example:
+        >>> import smallfry
+        >>> trained = smallfry.load("runs/digits")  # doctest: +SKIP
+        >>> trained.predict("photo.png")[0].top  # doctest: +SKIP
     """
     scheme = str(run).partition(":")[0]
     if scheme in (*HUB, LOCAL) or is_shared(Path(run)):
@@ -263,7 +268,7 @@ def _write_model(
         head["bit_depth"] = trained.bit_depth
     config["smallfry"] = {**head, **facts}
     written = config.get("model_args", {})
-    if "img_size" in written:  # where timm tells two sides, not every model takes them
+    if "img_size" in written:  # where timm gives two sides, not every model takes them
         written["img_size"] = trained.frame.plain
     write_file(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     return config

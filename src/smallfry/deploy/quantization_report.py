@@ -68,7 +68,7 @@ def write_report(
         data: Its test split gives the accuracy; None, or no such split, gives none.
 
     Returns:
-        What ``quantization.json`` says.
+        The content of ``quantization.json``.
     """
     runtimes = {"float32": Runtime(plain, THREADS), "eight_bits": Runtime(folder, THREADS)}
     manifest = Manifest.read(folder)

@@ -18,7 +18,7 @@ from smallfry.io.json import strict
 from smallfry.training.config import DataConfig, read_config
 from smallfry.training.run import RunFolder, TrainedModel
 
-SPLITS: Mapping[str, Any] = {  # what DataConfig says of the splits, and of what type it is
+SPLITS: Mapping[str, Any] = {  # fields of DataConfig that determine the splits, and their types
     "validation": int | float,
     "test": int | float,
     "split_seed": int,
@@ -37,7 +37,7 @@ LABEL_FORM: Mapping[str, Any] = {  # told of images with several classes alone
     "label_columns": list,
     "label_separator": str | None,
 }
-UNKNOWN = "unknown"  # name and fingerprint of the data of a model that does not tell them
+UNKNOWN = "unknown"  # name and fingerprint of the data of a model without them
 OF_THE_BEST = ("test", "best_epoch", "references")  # figures of no other weights
 TOLD = (
     "checkpoint",
@@ -144,7 +144,7 @@ def _short_value(value: str, keep_relative: bool = False) -> str:
         except yaml.YAMLError:
             return "…"
         return yaml.safe_dump(_short_leaves(tree), default_flow_style=True, width=10**6).strip()
-    return PureWindowsPath(value).name or "…"  # which knows both kinds of slash
+    return PureWindowsPath(value).name or "…"  # splits at both kinds of slash
 
 
 def _short_leaves(tree: Any) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smallfry.errors import UsageError
+from smallfry.layers.classifier import linear_classifier
 from smallfry.layers.fisher_vector import (
     Mixture,
     Sums,
@@ -211,7 +212,7 @@ class FisherModule(nn.Module, FisherPipeline):
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the classifier by a new one, which is trained; 0 gives none."""
         self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head = linear_classifier(self.num_features, num_classes)
 
 
 def _pooled(rows: Tensor, mixture: Mixture, down: int, across: int) -> Tensor:

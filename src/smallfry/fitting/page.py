@@ -196,7 +196,7 @@ def _candidates_table(space: FitSpace) -> str:
         for each in space.plan.candidates
     ]
     head = ["candidate", "parameters", "MMAC", "float32, kB", "int8, kB", "float32, ms", "int8, ms"]
-    return table([*head, "CPU seconds an epoch"], rows)
+    return table([*head, "CPU seconds per epoch"], rows)
 
 
 def _provenance() -> str:

@@ -91,7 +91,7 @@ def make_plan(config: FitConfig, data: ImageData, tell: Tell) -> Plan:
             left_out[entry.name] = str(error).splitlines()[0]
             tell(f"{entry.name} is left out: {left_out[entry.name]}")
             continue
-        tell(f"{entry.name}: {epoch:.3g} CPU seconds an epoch")
+        tell(f"{entry.name}: {epoch:.3g} CPU seconds per epoch")
         candidates.append(Planned(entry, costs, epoch, precision))
     if not candidates:
         raise UsageError(f"no candidate can be trained: {next(iter(left_out.values()))}")
@@ -212,7 +212,7 @@ def _unlike(trained: TrainedModel, data: ImageData) -> str | None:
         return f"takes images of {trained.channels}×{trained.image_size}×{trained.image_size}"
     known = trained.manifest.get("data", {})
     if known.get("name") == Path(data.name).name or data.matches(str(known.get("fingerprint"))):
-        return "was trained on this data: validation images would flatter it"
+        return "was trained on this data: validation images would overrate it"
     return None
 
 

@@ -19,27 +19,6 @@ def pack_signs(values: NDArray[np.floating]) -> Words:
     return packed
 
 
-def binary_linear(inputs: Words, weight: Words, features: int) -> NDArray[np.int64]:
-    """Multiply packed rows.
-
-    Args:
-        inputs: (batch, words).
-        weight: (outputs, words).
-        features: n.
-
-    Returns:
-        (batch, outputs).
-
-    Example:
-        >>> import numpy as np
-        >>> from smallfry.kernels.xnor import binary_linear, pack_signs
-        >>> inputs, weight = np.array([[1.0, -2.0, 0.0]]), np.array([[1.0, 1.0, 1.0]])
-        >>> binary_linear(pack_signs(inputs), pack_signs(weight), 3)
-        array([[1]])
-    """
-    return features - 2 * _distance(inputs, weight)
-
-
 def binary_conv2d(
     inputs: Words, weight: Words, channels: int, stride: int = 1, padding: int = 0
 ) -> NDArray[np.int64]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from smallfry.errors import UsageError, nearest
 from smallfry.io.json import Plain
 from smallfry.io.plugins import load_plugins, scan
+from smallfry.io.registry import add
 from smallfry.order import Stage
 
 DENSE = (nn.Linear, nn.Conv2d)
@@ -52,11 +53,7 @@ def register_layer(layer: T) -> T:
     Raises:
         UsageError: Another layer has the name.
     """
-    name = layer.name  # type: ignore[attr-defined]
-    other = _layers.setdefault(name, layer)
-    if other is not layer and other.__qualname__ != layer.__qualname__:
-        raise UsageError(f"two layers are named '{name}': {other!r} and {layer!r}")
-    _layers[name] = layer
+    add(_layers, layer.name, layer, "layers")  # type: ignore[attr-defined]
     return layer
 
 

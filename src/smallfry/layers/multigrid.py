@@ -240,7 +240,7 @@ class MultigridConv2d(nn.Module):
     def poisson(
         cls, levels: int, omega: float = 0.8, pre: int = 1, post: int = 1
     ) -> "MultigridConv2d":
-        """Build a V-cycle for −Δu = f on 2^levels − 1 interior points a side, u = 0 outside.
+        """Build a V-cycle for −Δu = f on 2^levels − 1 interior points per side, u = 0 outside.
 
         The smoother is the damped Jacobi method, restriction is full weighting, prolongation is
         bilinear, and the coarsest grid has one point, solved exactly.

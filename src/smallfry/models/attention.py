@@ -1,11 +1,11 @@
 """Attention of a ViTRM's prediction token: weights and rollout.
 
-The answer step y <- f([y; z]) never sees the image; z does, in the think steps before it. So the
-weights are composed: attention rollout (Abnar and Zuidema, "Quantifying Attention Flow in
+The answer step y <- f([y; z]) has no access to the image; z does, in the think steps before it. So
+the weights are composed: attention rollout (Abnar and Zuidema, "Quantifying Attention Flow in
 Transformers", arXiv 2005.00928) takes a layer for half attention, averaged over its heads, and half
-the row as it was, which is the residual path. Here it goes through the layers of the answer step
-and of the think steps of one recursion step. It says where information can have come from. It
-knows neither values nor the MLPs, and proves no cause.
+identity, for the residual path. Here it goes through the layers of the answer step and of the think
+steps of one recursion step. It shows possible sources of information, ignores values and MLPs, and
+proves no cause.
 """
 
 from collections.abc import Iterator, Sequence

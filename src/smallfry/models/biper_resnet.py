@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smallfry.errors import UsageError
+from smallfry.layers.classifier import linear_classifier
 from smallfry.models.sources import Source, register_sizes
 
 __all__ = ["DoubleResidualNet"]
@@ -64,7 +65,7 @@ class DoubleResidualNet(nn.Module):
                 before = width
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.BatchNorm1d(widths[-1])
-        self.head = _classifier(widths[-1], num_classes)
+        self.head = linear_classifier(widths[-1], num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
@@ -76,7 +77,7 @@ class DoubleResidualNet(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier; pooling stays the mean."""
         self.num_classes = num_classes
-        self.head = _classifier(self.num_features, num_classes).to(self.conv1.weight)
+        self.head = linear_classifier(self.num_features, num_classes).to(self.conv1.weight)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Map images (batch, channels, side, side) to (batch, widths[-1], height, width)."""
@@ -110,10 +111,6 @@ class DoubleResidual(nn.Module):
         shortcut = F.pad(shortcut, (0, 0, 0, 0, first, self.new - first))
         middle = F.hardtanh(self.bn1(self.conv1(features)) + shortcut)
         return F.hardtanh(self.bn2(self.conv2(middle)) + middle)
-
-
-def _classifier(features: int, classes: int) -> nn.Module:
-    return nn.Linear(features, classes) if classes else nn.Identity()
 
 
 default_cfgs = generate_default_cfgs(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smallfry.errors import UsageError
+from smallfry.layers.classifier import linear_classifier
 from smallfry.models.sources import Source, register_sizes
 from smallfry.transforms.declared import mlp_group
 from smallfry.transforms.groups import ChannelGroup
@@ -115,7 +116,7 @@ class CCT(nn.Module):
         self.norm = nn.LayerNorm(embed_dim)
         self.attention_pool = None if class_token else nn.Linear(embed_dim, 1)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self.head = linear_classifier(embed_dim, num_classes)
         if isinstance(self.pos_embed, nn.Parameter):
             nn.init.trunc_normal_(self.pos_embed, std=0.2)
         self.apply(_initialize)
@@ -140,7 +141,7 @@ class CCT(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier; pooling stays whatever ``global_pool`` is."""
         self.num_classes = num_classes
-        head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        head = linear_classifier(self.num_features, num_classes)
         _initialize(head)
         self.head = head.to(self.norm.weight)
 

@@ -17,6 +17,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from torch import Tensor, nn
 
 from smallfry.errors import UsageError
+from smallfry.layers.classifier import linear_classifier
 from smallfry.layers.daff import DAFF
 from smallfry.layers.head_interaction import HeadInteractionAttention
 from smallfry.layers.sope import SOPE
@@ -89,7 +90,7 @@ class DHVT(nn.Module):
             )
         )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self.head = linear_classifier(embed_dim, num_classes)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         self.apply(_initialize)
 
@@ -116,7 +117,7 @@ class DHVT(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier, which reads the class token whatever ``global_pool`` is."""
         self.num_classes = num_classes
-        head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        head = linear_classifier(self.num_features, num_classes)
         _initialize(head)
         self.head = head.to(self.cls_token)
 

@@ -13,6 +13,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from torch import Tensor, nn
 
 from smallfry.errors import UsageError
+from smallfry.layers.classifier import linear_classifier
 from smallfry.layers.gated_residual import GatedResidual, Highway
 from smallfry.models.sources import Source, register_sizes
 
@@ -63,7 +64,7 @@ class GatedMLP(nn.Module):
                 for _ in range(depth)
             )
         )
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self.head = linear_classifier(embed_dim, num_classes)
 
     def no_weight_decay(self) -> set[str]:
         """Return the parameters without weight decay, besides biases and norms."""
@@ -84,8 +85,7 @@ class GatedMLP(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier; there is nothing to pool."""
         self.num_classes = num_classes
-        head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head = head.to(self.embed.weight)
+        self.head = linear_classifier(self.num_features, num_classes).to(self.embed.weight)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Compute features (batch, embed_dim) of images (batch, channels, height, width)."""

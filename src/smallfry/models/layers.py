@@ -34,7 +34,7 @@ def end_to_end(
         for tensors in zip(*parts, strict=True)
     )
     sizes = [part.rows.shape[1] for part in parts]
-    kept = list(range(len(parts)))[keep]  # not every torch.compile knows slice.indices
+    kept = list(range(len(parts)))[keep]  # some versions of torch.compile lack slice.indices
     return rows, qkv, slice(sum(sizes[: kept[0]]), sum(sizes[: kept[-1] + 1]))
 
 

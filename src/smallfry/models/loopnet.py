@@ -19,6 +19,7 @@ from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs
 from torch import Tensor, nn
 
 from smallfry.errors import UsageError
+from smallfry.layers.classifier import linear_classifier
 from smallfry.models.pooling import largest
 from smallfry.models.sources import Source, register_sizes
 
@@ -89,7 +90,7 @@ class LoopNet(nn.Module):
             )
         )
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = _classifier(widths[-1], num_classes)
+        self.head = linear_classifier(widths[-1], num_classes, bias=False)
         self.feature_info = [
             {"num_chs": width, "reduction": 2 ** (i + 1), "module": f"stages.{i}"}
             for i, width in enumerate(widths)
@@ -125,7 +126,9 @@ class LoopNet(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier; pooling stays the maximum."""
         self.num_classes = num_classes
-        self.head = _classifier(self.num_features, num_classes).to(self.stem.weight)
+        self.head = linear_classifier(self.num_features, num_classes, bias=False).to(
+            self.stem.weight
+        )
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Map images (batch, channels, side, side) to (batch, widths[-1], height, width)."""
@@ -198,10 +201,6 @@ def _conv3(before: int, width: int, identity: bool) -> nn.Conv2d:
     if identity:
         nn.init.dirac_(convolution.weight.data[:before])
     return convolution
-
-
-def _classifier(features: int, classes: int) -> nn.Module:
-    return nn.Linear(features, classes, bias=False) if classes else nn.Identity()
 
 
 def _require_sizes(

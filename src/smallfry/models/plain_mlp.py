@@ -14,6 +14,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import Tensor, nn
 
 from smallfry.errors import UsageError
+from smallfry.layers.classifier import linear_classifier
 from smallfry.models.sources import Source, register_sizes
 from smallfry_runtime.frames import ImageSize, frame_of
 
@@ -37,6 +38,8 @@ class PlainMLP(nn.Module):
         UsageError: Fewer than two layers, or no width.
 
     Example:
+        >>> import torch
+        >>> from smallfry.models.plain_mlp import PlainMLP
         >>> PlainMLP(img_size=8, in_chans=1, depth=4)(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])
     """
@@ -61,7 +64,7 @@ class PlainMLP(nn.Module):
         self.layers = nn.Sequential()
         for before, after in pairwise(sizes):
             self.layers.append(nn.Sequential(nn.Linear(before, after), act()))
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self.head = linear_classifier(embed_dim, num_classes)
 
     def get_classifier(self) -> nn.Module:
         """Return the last linear layer."""
@@ -70,8 +73,9 @@ class PlainMLP(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier; there is nothing to pool."""
         self.num_classes = num_classes
-        head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head = head.to(next(self.layers.parameters()))
+        self.head = linear_classifier(self.num_features, num_classes).to(
+            next(self.layers.parameters())
+        )
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Map images (batch, channels, height, width) to (batch, embed_dim)."""

@@ -17,6 +17,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from torch import Tensor, nn
 
 from smallfry.errors import UsageError
+from smallfry.layers.classifier import linear_classifier
 from smallfry.models.pooling import largest
 from smallfry.models.sources import Source, register_sizes
 
@@ -90,7 +91,7 @@ class SimpleNet(nn.Module):
         self.num_classes, self.num_features, self.head_hidden_size = num_classes, channels, channels
         self.grad_checkpointing = False
         self.head_drop = nn.Dropout(head_rate)
-        self.classifier = _classifier(channels, num_classes)
+        self.classifier = linear_classifier(channels, num_classes)
 
     def _end_stage(self, channels: int, reduction: int, last: int) -> None:
         """Describe a stage of one resolution for timm."""
@@ -113,7 +114,7 @@ class SimpleNet(nn.Module):
         """Replace the classifier; pooling stays the maximum."""
         self.num_classes = num_classes
         first = cast(nn.Conv2d, self.features[0])
-        self.classifier = _classifier(self.num_features, num_classes).to(first.weight)
+        self.classifier = linear_classifier(self.num_features, num_classes).to(first.weight)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Map images (batch, channels, side, side) to (batch, num_features, height, width)."""
@@ -135,10 +136,6 @@ def _layer(before: int, out: int, kernel: int, stride: int, rate: float) -> list
     convolution = nn.Conv2d(before, out, kernel, stride, padding=kernel // 2)
     nn.init.xavier_uniform_(convolution.weight, gain=sqrt(2))
     return [convolution, nn.BatchNorm2d(out, momentum=0.05), nn.ReLU(), nn.Dropout2d(rate)]
-
-
-def _classifier(features: int, classes: int) -> nn.Module:
-    return nn.Linear(features, classes) if classes else nn.Identity()
 
 
 def _convolution(layer: str, width: float) -> tuple[int, int]:

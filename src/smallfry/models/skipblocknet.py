@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smallfry.errors import UsageError
+from smallfry.layers.classifier import linear_classifier
 from smallfry.models.sources import Source, register_sizes
 
 SOURCE = Source("Abrahamyan et al. 2021, arXiv 2107.11170")
@@ -111,7 +112,7 @@ class SkipblockNet(nn.Module):
         self.conv = _normed(channels, self.num_features, 1, act=HSWISH)
         hidden = nn.Linear(self.num_features, HIDDEN)
         self.classifier = nn.Sequential(
-            hidden, nn.Hardswish(), nn.Dropout(drop_rate), _linear(HIDDEN, num_classes)
+            hidden, nn.Hardswish(), nn.Dropout(drop_rate), linear_classifier(HIDDEN, num_classes)
         )
         self.apply(_initialize)
 
@@ -132,7 +133,9 @@ class SkipblockNet(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the last linear layer; pooling stays the mean."""
         self.num_classes = num_classes
-        self.classifier[-1] = _linear(HIDDEN, num_classes).to(next(self.first_layer.parameters()))
+        self.classifier[-1] = linear_classifier(HIDDEN, num_classes).to(
+            next(self.first_layer.parameters())
+        )
         self.classifier[-1].apply(_initialize)
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -230,10 +233,6 @@ def _divisible(channels: float) -> int:
 
 def _scaled(channels: int, width: float) -> int:
     return channels if width == 1 else _divisible(channels * width)
-
-
-def _linear(features: int, classes: int) -> nn.Module:
-    return nn.Linear(features, classes) if classes else nn.Identity()
 
 
 def _initialize(module: nn.Module) -> None:

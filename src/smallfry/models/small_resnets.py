@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smallfry.errors import UsageError
+from smallfry.layers.classifier import linear_classifier
 from smallfry.models.sources import Source, register_sizes
 
 __all__ = ["SmallResNet"]
@@ -80,7 +81,7 @@ class SmallResNet(nn.Module):
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.Sequential(*stages)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = _classifier(widths[-1], num_classes)
+        self.head = linear_classifier(widths[-1], num_classes)
         self.feature_info = [
             {"num_chs": width, "reduction": 2**i, "module": f"stages.{i}"}
             for i, width in enumerate(widths)
@@ -102,7 +103,7 @@ class SmallResNet(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier; pooling stays the mean."""
         self.num_classes = num_classes
-        self.head = _classifier(self.num_features, num_classes).to(self.conv1.weight)
+        self.head = linear_classifier(self.num_features, num_classes).to(self.conv1.weight)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Map images (batch, channels, side, side) to (batch, widths[-1], height, width)."""
@@ -160,10 +161,6 @@ class PaddedShortcut(nn.Module):
         """Compute features (batch, channels + new, height / stride, width / stride)."""
         thinned = features[:, :, :: self.stride, :: self.stride]
         return F.pad(thinned, (0, 0, 0, 0, self.before, self.after))
-
-
-def _classifier(features: int, classes: int) -> nn.Module:
-    return nn.Linear(features, classes) if classes else nn.Identity()
 
 
 def _require_sizes(widths: Sequence[int], depth: int, shortcut: str) -> None:

@@ -89,6 +89,16 @@ class ViTRM(nn.Module):
 
     Raises:
         ValueError: Sizes that do not fit each other, named.
+
+    Example:
+        >>> import torch
+        >>> from smallfry.models import ViTRM
+        >>> model = ViTRM(
+        ...     img_size=8, patch_size=2, in_chans=1, embed_dim=16, depth=1, num_heads=2,
+        ...     mlp_hidden_dim=16, recursion_steps=2,
+        ... )
+        >>> model(torch.zeros(3, 1, 8, 8)).shape, len(model.recurse(torch.zeros(3, 1, 8, 8)))
+        (torch.Size([3, 10]), 2)
     """
 
     def __init__(

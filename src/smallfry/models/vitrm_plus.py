@@ -64,6 +64,16 @@ class ViTRMPlus(ViTRM):
     Raises:
         UsageError: A setting that is none, or that does not go with another.
         ValueError: Sizes that do not fit each other, as ViTRM.
+
+    Example:
+        >>> import torch
+        >>> from smallfry.models import ViTRMPlus
+        >>> model = ViTRMPlus(
+        ...     img_size=8, patch_size=2, in_chans=1, embed_dim=16, depth=1, num_heads=2,
+        ...     mlp_hidden_dim=16, injection="add", pool="z",
+        ... )
+        >>> model(torch.zeros(3, 1, 8, 8)).shape
+        torch.Size([3, 10])
     """
 
     def __init__(
@@ -210,7 +220,7 @@ def _draw(most: int) -> int:
 
 def _why_no_rollout(injection: str, depthwise: bool, pool: str) -> str:
     if injection == "add":
-        return "it adds the image to its memory, so no attention tells them apart"
+        return "it adds the image to its memory, so attention can't separate them"
     if depthwise:
         return "its tokens also meet in convolutions, which attention does not show"
     if pool != "y":

@@ -1,6 +1,6 @@
 """Natural-gradient optimizers as drop-in replacements for AdamW.
 
-Usable alone: they know nothing of this package's models, data or training.
+Usable alone: they are independent of this package's models, data and training.
 """
 
 from smallfry.optim.adam_atan2 import AdamATan2

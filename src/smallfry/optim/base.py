@@ -16,7 +16,7 @@ the first ``burn_in`` steps both are refreshed each time. λ is ``damping`` time
 of F̂, so that it means the same whatever the batch size and the reduction of the loss. What can't
 be covered is trained by an AdamW inside.
 
-A method says how one block is approximated: ``optim/approximation.py``.
+The approximation of a block is that of a method: ``optim/approximation.py``.
 """
 
 import weakref
@@ -84,7 +84,7 @@ class NaturalGradient(PreconditionedOptimizer):
     """
 
     shares_batches: ClassVar[bool] = True  # several processes can refresh the curvature together
-    beside: ClassVar[str] = ""  # what else the summary should tell of each layer
+    beside: ClassVar[str] = ""  # further words of the summary on each layer
 
     def __init__(
         self,

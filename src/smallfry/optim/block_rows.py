@@ -46,7 +46,7 @@ def rows_of_batch(
         uses: Which uses of a micro-batch to keep, given their number; None for all.
 
     Raises:
-        UsageError: Rows belong to no sample, or to another, and the method needs to know.
+        UsageError: Rows belong to no sample, or to another, and the method depends on it.
     """
     found = list[Rows]()
     for seen in observations:

@@ -275,8 +275,8 @@ def _give_up(optimizer: PreconditionedOptimizer, error: UsageError) -> None:
 def _growth(optimizer: PreconditionedOptimizer, modelled: float) -> float:
     """⟨v, m⟩ over the most that measurements speak for, at least 1; momentum is divided by it.
 
-    A gradient that F̂ knows nothing of would else go on for as long as momentum lasts, measured on
-    batches that may not show what it does.
+    Without this, a gradient outside the range of F̂ would act for as long as momentum lasts, while
+    the batches it is measured on may not show its effect.
     """
     known = GROWTH * optimizer.measured_size
     if not known or modelled <= known:

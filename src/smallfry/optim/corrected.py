@@ -33,6 +33,16 @@ class KFACCorrected(NaturalGradient):
         inverse: See ``KPSVD``.
         factor_rank: See ``KPSVD``.
         settings: Those of ``NaturalGradient``, with ``max_rows`` as in ``KPSVD``.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn import functional as F
+        >>> from smallfry.optim import KFACCorrected
+        >>> model = torch.nn.Linear(4, 3)
+        >>> optimizer = KFACCorrected(model, lr=0.1, likelihood="categorical")
+        >>> loss = F.cross_entropy(model(torch.randn(8, 4)), torch.arange(8) % 3)
+        >>> loss.backward()
+        >>> optimizer.step()
     """
 
     def __init__(

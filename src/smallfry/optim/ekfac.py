@@ -51,6 +51,16 @@ class EKFAC(NaturalGradient):
             all other directions; None keeps whole bases. Steps and refreshes cost much less with
             it, and the basis follows the statistics at once.
         settings: Those of ``NaturalGradient``.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn import functional as F
+        >>> from smallfry.optim import EKFAC
+        >>> model = torch.nn.Linear(4, 3)
+        >>> optimizer = EKFAC(model, lr=0.1, likelihood="categorical")
+        >>> loss = F.cross_entropy(model(torch.randn(8, 4)), torch.arange(8) % 3)
+        >>> loss.backward()
+        >>> optimizer.step()
     """
 
     def __init__(

@@ -43,6 +43,16 @@ class ExactNG(NaturalGradient):
             with them. The default damping, 10, is higher than elsewhere: the Fisher of one batch
             has no more directions than samples, and along all others a step is gradient / λ. The
             default momentum is 0.5.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn import functional as F
+        >>> from smallfry.optim import ExactNG
+        >>> model = torch.nn.Linear(4, 3)
+        >>> optimizer = ExactNG(model, lr=0.1, likelihood="categorical")
+        >>> loss = F.cross_entropy(model(torch.randn(8, 4)), torch.arange(8) % 3)
+        >>> loss.backward()
+        >>> optimizer.step()
     """
 
     shares_batches = False  # its samples would have to be in every process

@@ -64,6 +64,16 @@ class KFAC(NaturalGradient):
             the rest of its spectrum; None keeps factors whole, as "tikhonov" always does. Steps
             and refreshes cost much less with it, and the inverse follows the statistics at once.
         settings: Those of ``NaturalGradient``.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn import functional as F
+        >>> from smallfry.optim import KFAC
+        >>> model = torch.nn.Linear(4, 3)
+        >>> optimizer = KFAC(model, lr=0.1, likelihood="categorical")
+        >>> loss = F.cross_entropy(model(torch.randn(8, 4)), torch.arange(8) % 3)
+        >>> loss.backward()
+        >>> optimizer.step()
     """
 
     def __init__(

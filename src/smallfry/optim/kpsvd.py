@@ -79,6 +79,16 @@ class KPSVD(NaturalGradient):
             which more than two need.
         settings: Those of ``NaturalGradient``. The default ``max_rows`` is 512: the search for
             products takes the square of it.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn import functional as F
+        >>> from smallfry.optim import KPSVD
+        >>> model = torch.nn.Linear(4, 3)
+        >>> optimizer = KPSVD(model, lr=0.1, likelihood="categorical")
+        >>> loss = F.cross_entropy(model(torch.randn(8, 4)), torch.arange(8) % 3)
+        >>> loss.backward()
+        >>> optimizer.step()
     """
 
     solver: Solver = "deflation"
@@ -112,7 +122,18 @@ class KPSVD(NaturalGradient):
 
 
 class Deflation(KPSVD):
-    """Nearest sum of two products, found one after the other; arguments as in ``KPSVD``."""
+    """Nearest sum of two products, found one after the other; arguments as in ``KPSVD``.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn import functional as F
+        >>> from smallfry.optim import Deflation
+        >>> model = torch.nn.Linear(4, 3)
+        >>> optimizer = Deflation(model, lr=0.1, likelihood="categorical")
+        >>> loss = F.cross_entropy(model(torch.randn(8, 4)), torch.arange(8) % 3)
+        >>> loss.backward()
+        >>> optimizer.step()
+    """
 
     def __init__(
         self, model: nn.Module, lr: float = 1e-2, **settings: Unpack[ProductSettings]
@@ -121,7 +142,18 @@ class Deflation(KPSVD):
 
 
 class Lanczos(Deflation):
-    """Nearest sum of two products, found in one Krylov space."""
+    """Nearest sum of two products, found in one Krylov space.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn import functional as F
+        >>> from smallfry.optim import Lanczos
+        >>> model = torch.nn.Linear(4, 3)
+        >>> optimizer = Lanczos(model, lr=0.1, likelihood="categorical")
+        >>> loss = F.cross_entropy(model(torch.randn(8, 4)), torch.arange(8) % 3)
+        >>> loss.backward()
+        >>> optimizer.step()
+    """
 
     solver: Solver = "lanczos"
 

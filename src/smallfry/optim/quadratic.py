@@ -136,8 +136,8 @@ def targets_of(batch: Batch, hidden: bool) -> float:
 
     Args:
         batch: The current batch.
-        hidden: A GradScaler has multiplied the loss by an unknown number, so that nobody can tell
-            how large gradients are.
+        hidden: A GradScaler has multiplied the loss by an unknown number, so that the
+            size of gradients is unknown.
     """
     unit = batch.samples / batch.collectives.count / batch.factor
     found = 0.0

@@ -55,6 +55,11 @@ class CurvatureSettings:
 
     Raises:
         UsageError: A setting makes no sense.
+
+    Example:
+        >>> from smallfry.optim import CurvatureSettings
+        >>> CurvatureSettings(lr=0.1, likelihood="gaussian").statistics_every
+        10
     """
 
     lr: float

@@ -3,13 +3,13 @@
 "input"   The metric of a layer is that of its inputs alone, F̂ = E[x xᵀ] ⊗ I: KFAC with G = I.
           Gradient descent on a network with local Fisher layers makes the same steps
           (``curvature/fisher_layers.py``).
-"rfim"    What the paper's code computes: hidden layers have a metric for every output neuron,
+"rfim"    The form of the paper's code: hidden layers have a metric for every output neuron,
           F̂_o = E[σ(z_o)² x xᵀ] with z_o the neuron's pre-activation and σ the logistic function,
           the relative Fisher information of a softplus neuron; the first and the last layer
           have "input".
 
-Neither asks for sampled targets, so that a refresh needs no backward pass of its own. The metric
-knows nothing of the loss: steps are in units of inputs alone.
+Neither needs sampled targets, so a refresh takes no backward pass of its own. The metric is
+independent of the loss: steps are in units of inputs alone.
 """
 
 from collections.abc import Sequence
@@ -47,6 +47,16 @@ class SNGD(NaturalGradient):
         variant: "input", or "rfim" for a metric for every hidden neuron, of which a layer's
             outputs · inputs² may not pass 2²⁷.
         settings: Those of ``NaturalGradient``.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn import functional as F
+        >>> from smallfry.optim import SNGD
+        >>> model = torch.nn.Linear(4, 3)
+        >>> optimizer = SNGD(model, lr=0.1, likelihood="categorical")
+        >>> loss = F.cross_entropy(model(torch.randn(8, 4)), torch.arange(8) % 3)
+        >>> loss.backward()
+        >>> optimizer.step()
     """
 
     def __init__(

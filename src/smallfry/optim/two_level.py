@@ -74,6 +74,16 @@ class TwoLevel(NaturalGradient):
         krylov: Add M⁻¹ of each direction as another direction.
         coarse_samples: Samples of a batch that F is made of; None for all.
         settings: Those of ``NaturalGradient``.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn import functional as F
+        >>> from smallfry.optim import TwoLevel
+        >>> model = torch.nn.Linear(4, 3)
+        >>> optimizer = TwoLevel(model, lr=0.1, likelihood="categorical")
+        >>> loss = F.cross_entropy(model(torch.randn(8, 4)), torch.arange(8) % 3)
+        >>> loss.backward()
+        >>> optimizer.step()
     """
 
     shares_batches = False  # its coarse level couples the samples of all processes

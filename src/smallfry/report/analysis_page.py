@@ -55,7 +55,7 @@ def analysis_page(title: str, sections: Sequence[Section], facts: Mapping[str, A
 
 def _picture(title: str, drawing: bytes | Markup) -> dict[str, Any]:
     if isinstance(drawing, bytes):
-        image = render("report/templates/image.html", url=Markup(png_url(drawing)), says=title)
+        image = render("report/templates/image.html", url=Markup(png_url(drawing)), alt=title)
         return {"title": title, "image": image}
     return {"title": title, "image": drawing}
 

@@ -1,6 +1,6 @@
 """Page of a classifier's evaluation: scores of classes, plots, and its mistakes in groups.
 
-Mistakes of one class an image are grouped by class pair, those of several by class.
+Mistakes of one class per image are grouped by class pair, those of several by class.
 """
 
 import io
@@ -144,8 +144,8 @@ def mistakes_page(
         scores=table(["score", "value"], values),
         classes=table(head, rows),
         pictures=[
-            image(pictures / name, says)
-            for name, says in PICTURES.items()
+            image(pictures / name, alt)
+            for name, alt in PICTURES.items()
             if (pictures / name).is_file()
         ],
         sections=sections,

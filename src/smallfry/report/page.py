@@ -28,9 +28,9 @@ def render(template: str, **data: Any) -> Markup:
     return Markup(TEMPLATES.get_template(template).render(data))
 
 
-def image(file: Path, says: str) -> Markup:
+def image(file: Path, alt: str) -> Markup:
     """Embed a PNG with a description; narrow screens scroll it instead of shrinking it."""
-    return render("report/templates/image.html", url=png_url(file.read_bytes()), says=says)
+    return render("report/templates/image.html", url=png_url(file.read_bytes()), alt=alt)
 
 
 def png_url(png: bytes) -> str:

@@ -1,6 +1,6 @@
 """Report of an optimizer race: plots, a JSON summary and an HTML page.
 
-The page holds its pictures, runs nothing and asks nothing of the net; its structure and words are
+The page holds its pictures, and has neither scripts nor requests; its structure and words are
 in ``templates/race.html``.
 """
 
@@ -84,7 +84,7 @@ def write_report(
     sections = {}
     for number, problem in enumerate(problems(records), start=1):
         name = re.sub(r"[^a-z0-9]+", "-", problem.lower()).strip("-")[:40]
-        stem = f"{number}-{name}"  # the number tells apart what reads the same
+        stem = f"{number}-{name}"  # the number distinguishes problems of one name
         parts = {phase: _race(records, problem, phase, shown, pictures / stem) for phase in FULL}
         parts["tuning"] = _tuning(records, problem, shown, pictures / stem)
         parts["fisher"] = _fisher(records, problem, shown, pictures / stem)

@@ -1,6 +1,6 @@
 """Statistics of an optimizer race, as pure functions of its records.
 
-A record is one run of one contestant on one problem; its ``phase`` says what for. Seeds are
+A record is one run of one contestant on one problem; its ``phase`` is its purpose. Seeds are
 joined by their median, in which a run that diverged counts as infinite: a contestant of whose
 runs at least half diverged has no figure.
 """
@@ -110,7 +110,7 @@ def choose_targets(rows: Sequence[Row]) -> list[float]:
     """Choose up to three training losses as targets for one race, the easiest first.
 
     They are the final losses that three quarters, half and a quarter of the contestants reached,
-    rounded up to two digits, or to as many more as it takes to tell the three apart; those not
+    rounded up to two digits, or to as many more as it takes to distinguish the three; those not
     below where every contestant starts are left out.
     """
     finals = sorted(row.train.median for row in rows if row.train)

@@ -62,10 +62,10 @@ def replay(search: Search, trials: Sequence[Trial]) -> None:
 
 
 def run(search: Search, evaluate: Callable[[Candidate], Trial], ledger: Ledger) -> list[Trial]:
-    """Evaluate what a search asks for, one candidate at a time, until it asks for no more.
+    """Evaluate the candidates of a search, one at a time, until it proposes no more.
 
     Args:
-        search: A new one; what the ledger has is told to it first.
+        search: A new one; the trials of the ledger are replayed to it first.
         evaluate: Evaluates a candidate; what it raises ends the search, which can be resumed.
         ledger: Receiver of the trials.
 

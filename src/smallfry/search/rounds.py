@@ -19,7 +19,7 @@ Evaluate = Callable[[Sequence[Candidate]], Iterable[Trial]]
 def run_rounds(
     search: Search, evaluate: Evaluate, ledger: Ledger, together: int = 1
 ) -> list[Trial]:
-    """Evaluate what a search asks for, in rounds, until it asks for no more.
+    """Evaluate the candidates of a search, in rounds, until it proposes no more.
 
     Args:
         search: A new one.

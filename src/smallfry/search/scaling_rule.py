@@ -231,6 +231,10 @@ def giant_rule(share: float) -> dict[str, float]:
 
     Raises:
         UsageError: A share that is not positive.
+
+    Example:
+        >>> {name: round(factor, 2) for name, factor in giant_rule(0.5).items()}
+        {'depth': 0.82, 'width': 0.9, 'resolution': 0.86}
     """
     if not share > 0:
         raise UsageError(f"the share of the base's MACs must be positive, not {share}")

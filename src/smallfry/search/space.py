@@ -105,7 +105,12 @@ class Choice:
 
 
 def encode(choices: Sequence[Choice], candidate: Candidate) -> NDArray[np.float32]:
-    """Encode a candidate for a predictor; choices that it does not have are zeros."""
+    """Encode a candidate for a predictor; choices that it does not have are zeros.
+
+    Example:
+        >>> encode([Choice("depth", (2, 4)), Choice("width", (8, 16))], {"depth": 2}).tolist()
+        [1.0, 0.0, 0.0, 0.0]
+    """
     parts = [
         choice.encode(candidate[choice.name]) if choice.name in candidate else [0.0] * choice.width
         for choice in choices
@@ -140,6 +145,10 @@ class Trial:
         seconds: Duration of the evaluation.
         measured: Further figures.
         failure: Reason, if it failed.
+
+    Example:
+        >>> Trial({"depth": 2}, value=0.9, cost={"kb": 80.0}).cost["kb"]
+        80.0
     """
 
     candidate: Candidate
@@ -158,8 +167,8 @@ class Trial:
 class Search(Protocol):
     """Strategy: a function of its settings and of the trials so far.
 
-    Told the same trials in the same order it asks for the same candidates, so a search resumes by
-    being told what was logged (``ledger.replay``).
+    With the same trials in the same order it proposes the same candidates, so a search resumes by
+    a replay of the logged trials (``ledger.replay``).
     """
 
     def ask(self, count: int) -> list[dict[str, Plain]]:

@@ -11,7 +11,7 @@ from smallfry.report.table import NONE, table
 from smallfry.studies import reported_vision as reported
 from smallfry.studies.config import BatchSizeConfig
 from smallfry.studies.recipes import Planned, recipe
-from smallfry.studies.study_models import STUDY_MODELS, find_study_models
+from smallfry.studies.study_models import find_study_models, label_of
 
 TITLE = "Batch size"
 ABOUT = (
@@ -47,7 +47,7 @@ def sections(config: BatchSizeConfig, outcomes: list[Outcome], folder: Path) -> 
     file = folder / "pictures" / "batch_size.png"
     draw_panels(_panels(config, groups, data), file, same_y=config.data.name == data)
     rows = [
-        [_label(name), *_reported(name, theirs), *_measured(name, config, groups)]
+        [label_of(name), *_reported(name, theirs), *_measured(name, config, groups)]
         for name in dict.fromkeys([*config.models, *theirs])
     ]
     ours = Path(config.data.name).name
@@ -85,11 +85,11 @@ def _panels(
     for name in config.models:
         found = {s: m for s in sizes if (m := mean(groups[name, s], _test)) is not None}
         error = [deviation(groups[name, size], _test) for size in found]
-        ours.append(Series(_label(name), list(found), list(found.values()), error=error))
+        ours.append(Series(label_of(name), list(found), list(found.values()), error=error))
     theirs = []
     for name, figures in reported.ACCURACY[data].items():
         known = {size: value for size, value in figures.items() if value is not None}
-        theirs.append(Series(_label(name), list(known), list(known.values()), reported=True))
+        theirs.append(Series(label_of(name), list(known), list(known.values()), reported=True))
     return [
         Panel(f"reported, {reported.DATA[data]}", "batch size", theirs, ticks=reported.SIZES),
         Panel(f"measured here, {Path(config.data.name).name}", "batch size", ours, ticks=sizes),
@@ -116,7 +116,3 @@ def _measured(
 
 def _test(outcome: Outcome) -> float | None:
     return outcome.test
-
-
-def _label(name: str) -> str:
-    return STUDY_MODELS[name].label if name in STUDY_MODELS else name

@@ -51,7 +51,7 @@ def measure_deployed(
     Args:
         runs: Run folders by name. Where the best weights are missing, an untrained model of the
             same shape is measured, quantized on noise: latency and size are the same.
-        root: Folder of a named data set, if it is elsewhere than the runs say.
+        root: Folder of a named data set, if it is elsewhere than in the runs.
         rounds: Timed calls of each.
         threads: CPU threads.
         tell: Receiver of a line for each model.

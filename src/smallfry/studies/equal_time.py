@@ -29,7 +29,7 @@ from smallfry.studies.folder import locked, read_measured, reporting, stoppable
 from smallfry.studies.grid import claim, read_outcomes, run_grid, run_path
 from smallfry.studies.recipes import Planned
 from smallfry.studies.speed import cores_of, epochs_within, measure_epoch
-from smallfry.studies.study_models import STUDY_MODELS, StudyModel, find_study_models
+from smallfry.studies.study_models import StudyModel, find_study_models, label_of
 from smallfry.training.checkpoint import write_file
 from smallfry.training.provenance import provenance
 from smallfry.training.run import RunFolder
@@ -162,7 +162,7 @@ def _speeds(
         known["models"][name] = speed
         known["provenance"] = provenance(torch.device("cpu"))
         write_file(file, json.dumps(known, indent=1) + "\n")
-        say(f"{name}: {number(speed['epoch_seconds'])} CPU seconds an epoch")
+        say(f"{name}: {number(speed['epoch_seconds'])} CPU seconds per epoch")
     return {name: known["models"][name] for name in models if name in known["models"]}
 
 
@@ -326,7 +326,7 @@ def _table(rows: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Sequence[
         points = row["int8_points"]
         cells.append(
             [
-                _label(name),
+                label_of(name),
                 accuracy_cell(groups[name]),
                 NONE if row["flips"] is None else f"{row['flips']:.2f}",
                 number(row["epochs"]),
@@ -351,7 +351,7 @@ def _panels(rows: Mapping[str, Mapping[str, Any]]) -> list[Panel]:
     for cost, label in COSTS.items():
         series = [
             Series(
-                _label(name),
+                label_of(name),
                 [row[cost] / SCALES.get(cost, 1.0)],
                 [row["test"]],
                 error=[row["deviation"]],
@@ -369,7 +369,3 @@ def _count(value: float | None) -> str:
 
 def _scaled(value: float | None, scale: float) -> float | None:
     return None if value is None else value / scale
-
-
-def _label(name: str) -> str:
-    return STUDY_MODELS[name].label if name in STUDY_MODELS else name

@@ -18,7 +18,7 @@ from smallfry.studies.folder import read_measured
 from smallfry.studies.grid import run_path
 from smallfry.studies.latency import choose_device, measure_latency
 from smallfry.studies.recipes import Planned, recipe
-from smallfry.studies.study_models import STUDY_MODELS, find_study_models
+from smallfry.studies.study_models import find_study_models, label_of
 from smallfry.training.checkpoint import write_file
 from smallfry.training.provenance import provenance
 from smallfry.training.run import load_run
@@ -137,7 +137,7 @@ def _measured_table(
         macs = mean(group, lambda o: o.measured("macs"))
         rows.append(
             [
-                _label(name),
+                label_of(name),
                 f"{millions[name]:g} M" if name in millions else NONE,
                 _given(accuracy[name][128]) if name in accuracy else NONE,
                 NONE if parameters is None else f"{parameters:,.0f}",
@@ -161,7 +161,7 @@ def _rivals(data: str) -> str:
     return table(head, rows, text=(0, 4))
 
 
-def _rival_label(rivals: Sequence[reported.Rival]) -> str:
+def _rivallabel_of(rivals: Sequence[reported.Rival]) -> str:
     epochs = ", ".join(str(rival.epochs) for rival in rivals if rival.epochs)
     return rivals[0].label + (f" ({epochs} epochs)" if epochs else "")
 
@@ -189,16 +189,16 @@ def _panels(
         error = [deviation(group, lambda o: o.test)]
         for kind, value in costs.items():
             if value is not None:
-                points[kind].append(Series(_label(name), [value], [test], error=error))
+                points[kind].append(Series(label_of(name), [value], [test], error=error))
     theirs = [
-        Series(_label(name), [reported.MILLIONS[data][name]], [figures[128]], reported=True)
+        Series(label_of(name), [reported.MILLIONS[data][name]], [figures[128]], reported=True)
         for name, figures in reported.ACCURACY[data].items()
         if figures[128] is not None
     ]
     for name in dict.fromkeys(rival.label for rival in _of(data)):
         same = [rival for rival in _of(data) if rival.label == name]
         x, y = [rival.millions for rival in same], [rival.accuracy for rival in same]
-        theirs.append(Series(_rival_label(same), x, y, reported=True))
+        theirs.append(Series(_rivallabel_of(same), x, y, reported=True))
     together = config.data.name == data
     ours = f"measured here, {Path(config.data.name).name}"
     first = f"measured and reported, {reported.DATA[data]}" if together else ours
@@ -219,7 +219,3 @@ def _given(value: float | None) -> str:
 def _milliseconds(timed: Mapping[str, float]) -> str:
     low, high = number(timed["low_ms"]), number(timed["high_ms"])
     return f"{number(timed['median_ms'])} ({low} .. {high})"
-
-
-def _label(name: str) -> str:
-    return STUDY_MODELS[name].label if name in STUDY_MODELS else name

@@ -58,7 +58,7 @@ def run_race(study: str, config: RaceConfig, folder: Path) -> Path:
     """Run the missing parts of a race, and write the report.
 
     Args:
-        study: "autoencoder" or "two-level"; says who takes part by default.
+        study: "autoencoder" or "two-level", with its contestants by default.
         config: The race.
         folder: Folder of trials and report; several problems may share it.
 
@@ -177,7 +177,7 @@ def _run(
 ) -> list[dict[str, Any]]:
     if not jobs:
         return []
-    torch.set_num_threads(resources.threads)  # which provenance tells
+    torch.set_num_threads(resources.threads)  # recorded by provenance
     origin = provenance(torch.device(resources.device))
     records: list[dict[str, Any]] = []
     for job, outcomes in _outcomes(jobs, resources, processes, watching):

@@ -95,6 +95,11 @@ def find_study_model(name: str) -> StudyModel:
     return StudyModel(name, name)
 
 
+def label_of(name: str) -> str:
+    """Return the label of a study model, or the name of another model."""
+    return STUDY_MODELS[name].label if name in STUDY_MODELS else name
+
+
 def find_vitrm(name: str) -> StudyModel:
     """Find a recursive study model by name.
 

@@ -158,7 +158,7 @@ def fisher_errors(
         job: With the settings of AdamW.
         resources: Data folder, device and threads.
         training: Training examples.
-        contestants: Those of ours whose approximation has an error to tell.
+        contestants: Those of ours whose approximation has an error.
         every: Steps between two measurements.
 
     Returns:

@@ -62,6 +62,11 @@ def task_names() -> list[str]:
     """List the names of all tasks in alphabetical order: registered ones, and all kits'.
 
     Of a kit that has not been imported this is its own name, that of its first task.
+
+    Example:
+        >>> from smallfry.tasks import task_names
+        >>> {"classification", "multilabel", "puzzle"} <= {*task_names()}
+        True
     """
     scan(__name__)
     load_plugins()
@@ -74,6 +79,11 @@ def find_task(name: str) -> type[Task]:
     Raises:
         UsageError: There is none.
         ModuleNotFoundError: Its kit needs a package that is not installed.
+
+    Example:
+        >>> from smallfry.tasks import find_task
+        >>> find_task("multilabel").likelihood
+        'bernoulli'
     """
     load_kit(name)
     names = task_names()

@@ -1,4 +1,4 @@
-"""Multi-label classification: several classes an image, each with a threshold of its own."""
+"""Multi-label classification: several classes per image, each with a threshold of its own."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -65,7 +65,7 @@ class MultiLabel:
         """
         if labels.ndim != 2:
             raise UsageError(
-                "the task multilabel needs data of several classes an image: a folder with "
+                "the task multilabel needs data of several classes per image: a folder with "
                 "data.several_labels true"
             )
         return LabelTargets(labels, shares)

@@ -1,6 +1,6 @@
 """Task interface: targets, loss, likelihood, scores and decoding of a model's outputs.
 
-The training loop, its objectives and the evaluation know no task but by this contract.
+The training loop, its objectives and the evaluation use a task only through this contract.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -221,7 +221,7 @@ class FitsItself(Protocol):
 
 
 class TaskDefaults(NamedTuple):
-    """Model and objective of a task where the configuration says auto."""
+    """Model and objective of a task for ``auto`` in a configuration."""
 
     models: Mapping[int, str]  # by the side of the images
     model: str  # of images of any other side

@@ -105,7 +105,7 @@ def accuracy_under_attack(
         model: With the task's outputs, on the CPU; its parameters' gradients stay as they are.
         split: Labelled images.
         normalize: Normalisation of the images.
-        attack: The attack, which knows the model and the labels.
+        attack: The attack, with access to the model and the labels.
         seed: Of the random starts.
         batch_size: Images at a time.
         task: Its loss is raised, and it marks what is right; default classification.

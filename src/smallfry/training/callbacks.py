@@ -104,7 +104,7 @@ class Callbacks:
         """Call a method of all that have it.
 
         Returns:
-            The name of the first that asks for an end of the training; else nothing.
+            The name of the first that ends the training; empty if none does.
 
         Raises:
             TrainingError: It raised an exception.

@@ -39,7 +39,7 @@ FORMAT = 3  # 2 had no transforms of the model, 1 no digest of the manifest
 READ = (1, 2, FORMAT)
 WEIGHTS, TRAINER, MANIFEST = "model.safetensors", "trainer.pt", "manifest.json"
 PACKED = "model.packed"
-# what the system says of a file that is missing, too large, or no file
+# errors of the system for a file that is missing, too large, or no file
 LASTING = (errno.ENOENT, errno.EINVAL, errno.EFBIG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR)
 
 

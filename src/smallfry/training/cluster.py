@@ -1,7 +1,7 @@
 """Rendezvous of the processes of a run: address, port, and a timeout.
 
-Lightning's own environment for SLURM asks for ``--ntasks-per-node`` and takes the number of tasks
-of the job for that of the step; this one reads what ``srun`` says of the step.
+Lightning's own environment for SLURM requires ``--ntasks-per-node`` and takes the number of tasks
+of the job for that of the step; this one reads the variables that ``srun`` sets for the step.
 """
 
 import os

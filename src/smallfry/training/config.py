@@ -64,7 +64,7 @@ class DataConfig:
         window: Streamed images are shuffled among so many; a process holds as many of them.
         remove_duplicates: Leave out training images that have several labels or are in another
             split too.
-        bit_depth: Bits of the values in images of more than 8 bits a channel, such as 12; default
+        bit_depth: Bits of the values in images of more than 8 bits per channel, such as 12; default
             what the values of all images need, with a warning where that is a guess.
         several_labels: Images may have several classes, from the file of labels or from class
             folders that share images; the default of the task multilabel.
@@ -293,14 +293,14 @@ class TrainConfig:
         callbacks: Your own callbacks, each MODULE:NAME of code given with --code.
         metrics: Your own metrics, likewise.
         loggers: Experiment trackers besides metrics.csv and TensorBoard, through Lightning's
-            loggers: mlflow and wandb, whose own environment variables say where they write.
+            loggers: mlflow and wandb, whose own environment variables set where they write.
         epochs: Passes over the training images.
         batch_size: Images per step; default 64, and 32 or 16 where a model with random weights
             would take fewer than 1,000 steps in the whole run.
         accumulate: Micro-batches of a batch; memory falls, the step stays the same.
         patience: Stop after so many epochs without a better selection; null never does.
         select_on: The split that chooses the best epoch. test is the paper's protocol, and
-            flatters; the summary says which was used.
+            flatters; the summary names the one that was used.
         select_by: The score that chooses it: accuracy, balanced_accuracy, macro_f1, loss or
             calibration_error; default the task's own rank, accuracy and then loss.
         seed: Seed of the initialisation, the order and the augmentation.

@@ -201,7 +201,7 @@ def score(predictions: Predictions, task: Task | None = None) -> dict[str, float
 def score_probabilities(
     probabilities: NDArray[Any], labels: Tensor, task: Task | None = None
 ) -> dict[str, float]:
-    """Compute the scores of class probabilities (images, classes), one class an image or several.
+    """Compute the scores of class probabilities (images, classes), one class per image or several.
 
     Args:
         probabilities: (images, classes).

@@ -76,7 +76,7 @@ def require_place(wanted: DataConfig, remedy: str) -> None:
     """Require that a run's data folder is still in place.
 
     Raises:
-        DataError: It is not; ``remedy`` says what to do.
+        DataError: It is not; the message ends with ``remedy``.
     """
     folder = path_of(wanted.name)
     if not is_named(wanted.name) and folder.is_absolute() and not folder.is_dir():
@@ -194,7 +194,7 @@ def _warn_of_training_images(data: ImageData, before: DataConfig | None) -> None
     if known.any():
         warnings.warn(
             f"{data.origin}: {known.sum():,} of its {len(known):,} images are among those that "
-            "the model was trained on, so the scores flatter",
+            "the model was trained on, so the scores are too optimistic",
             SmallfryWarning,
             stacklevel=4,
         )

@@ -25,7 +25,7 @@ from smallfry_runtime.stages import obstacle
 
 CLASSES, CONFUSION, PAGE = "classes.csv", "confusion_matrix.csv", "report.html"
 PICTURES = ("confusion_matrix.png", "mistakes.png", "reliability.png")
-SEVERAL = ("classes.png", "precision_recall.png")  # of several classes an image
+SEVERAL = ("classes.png", "precision_recall.png")  # of several classes per image
 FILES = (CLASSES, CONFUSION, PAGE, *PICTURES, *SEVERAL)
 
 
@@ -38,7 +38,7 @@ def write_tables(
     facts: Mapping[str, Any],
     pictures: Path,
 ) -> None:
-    """Write ``classes.csv``, ``report.html`` and, of one class an image, ``confusion_matrix.csv``.
+    """Write ``classes.csv``, ``report.html`` and, of one class per image, ``confusion_matrix.csv``.
 
     Args:
         folder: Where to.

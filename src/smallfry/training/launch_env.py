@@ -31,7 +31,7 @@ def launch() -> Launch:
     """Read the launch environment.
 
     Raises:
-        UsageError: It says one half, or what can't be.
+        UsageError: Its variables are incomplete or contradict each other.
     """
     if _given("RANK") and _given("WORLD_SIZE"):
         return _checked(_by_torchrun())

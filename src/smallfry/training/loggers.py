@@ -13,7 +13,7 @@ from smallfry.training.callbacks import Callback, Callbacks, EpochDone, Started,
 from smallfry.training.config import TrainConfig
 from smallfry.training.own_code import OwnCode
 
-PROJECT = "smallfry"  # or what the tracker's own variable says
+PROJECT = "smallfry"  # or the value of the tracker's own variable
 MODULE = "lightning.pytorch.loggers"  # slow to import
 
 

@@ -7,7 +7,7 @@ torch's hooks around a step.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from smallfry.errors import UsageError, nearest
 from smallfry.io.plugins import load_kit, load_plugins, scan
+from smallfry.io.registry import add, require_frozen
 from smallfry.transforms.spec import ModelSpec, Transform
 
 PACKAGE = "smallfry.compress"
@@ -56,8 +57,8 @@ class Method:
     def begin(self, model: nn.Module, setting: Setting) -> None:
         """Prepare: calibrate, find groups, replace layers.
 
-        Of a run that is resumed, the weights are not loaded yet: layers are replaced by what the
-        settings and the spec say alone.
+        Of a run that is resumed, the weights are not loaded yet: replace layers by the
+        settings and the spec alone.
         """
 
     def penalty(self, model: nn.Module) -> Tensor | None:
@@ -118,19 +119,19 @@ def register_method(kind: T) -> T:
     Raises:
         UsageError: No frozen dataclass, or another method has the name.
     """
-    parameters = getattr(kind, "__dataclass_params__", None)
-    if not is_dataclass(kind) or parameters is None or not parameters.frozen:
-        raise UsageError(f"{kind.__name__} must be a frozen dataclass")
-    name = kind.name  # type: ignore[attr-defined]
-    other = _methods.setdefault(name, kind)
-    if other is not kind and other.__qualname__ != kind.__qualname__:
-        raise UsageError(f"two methods are called '{name}': {other!r} and {kind!r}")
-    _methods[name] = kind
+    require_frozen(kind)
+    add(_methods, kind.name, kind, "methods")  # type: ignore[attr-defined]
     return kind
 
 
 def methods() -> dict[str, Any]:
-    """Return the settings of all methods by name."""
+    """Return the settings of all methods by name.
+
+    Example:
+        >>> from smallfry.training.method import methods
+        >>> methods()["low_rank"].trains
+        False
+    """
     scan(PACKAGE)
     load_plugins()
     return dict(_methods)

@@ -1,7 +1,7 @@
 """Training objectives: loss functions with one or several steps per batch.
 
 An objective turns a batch into one or more steps. The loop takes an optimizer step on the loss of
-each before it asks for the next, so an objective that works on a batch for several steps, as deep
+each before it draws the next, so an objective that works on a batch for several steps, as deep
 supervision does, is a generator that carries its state along.
 """
 

@@ -18,7 +18,7 @@ class Progress:
     best_epoch: int = 0
     best_score: tuple[float, ...] = (-math.inf,)  # the task's rank of its scores
     sums: dict[str, float] = field(default_factory=dict)  # over the epoch in progress
-    stopping: str = ""  # the callback that wants this epoch to be the last
+    stopping: str = ""  # the callback that ends the training with this epoch
 
 
 def divergence(what: str, step: int, epoch: int, has_checkpoint: bool) -> TrainingError:

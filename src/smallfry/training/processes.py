@@ -1,7 +1,7 @@
 """Process group of a training run, with collective decisions.
 
-``torchrun`` or SLURM's ``srun`` starts the same command several times and says in the environment
-which one each is; nothing else needs to be told. The first process alone writes files and speaks.
+``torchrun`` or SLURM's ``srun`` starts the same command several times and numbers the processes in
+their environment; nothing else needs to be set. Only the first process writes files and prints.
 Whatever changes the course of a run, such as a signal, the end of patience or a checkpoint that is
 due, is decided together, so that all processes take the same steps. Small messages go over a group
 of their own on the CPU and never wait for a GPU.
@@ -256,5 +256,5 @@ def synchronized(model: nn.Module, processes: Processes) -> nn.Module:
     """
     if processes.fabric.device.type == "cpu":
         raise UsageError("sync_batch_norm works on GPUs only: leave it out on a CPU")
-    made: nn.Module = convert_sync_batchnorm(model)  # timm's knows its own batch norms too
+    made: nn.Module = convert_sync_batchnorm(model)  # timm's own batch norms too
     return made

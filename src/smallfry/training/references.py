@@ -9,7 +9,7 @@ from torch import Tensor
 from smallfry.data import ImageData, Split
 
 MOST_VALUES = 2_000_000  # training pixels in all; beyond that a kernel machine takes minutes
-MOST_CLASSES = 200  # of which a support vector machine tells each pair apart
+MOST_CLASSES = 200  # a support vector machine has a problem for each pair
 
 
 def fit_references(data: ImageData) -> list[dict[str, Any]]:

@@ -196,7 +196,7 @@ class TrainedModel(NamedTuple):
     channels: int  # 1 for grey images, 3 for RGB; any number of inputs that are no pictures
     normalize: Normalize  # images to what the model takes
     manifest: dict[str, Any]  # of the checkpoint
-    bit_depth: int | None = None  # of training images of more than 8 bits a channel, if any
+    bit_depth: int | None = None  # of training images of more than 8 bits per channel, if any
     origin: Path | None = None  # the run folder that it was loaded from, or compressed of
     packing: Callable[[bytes], bytes] | None = None  # of the file that ``save`` writes, if any
     resize: Resize = "crop"  # how pictures of another shape become such images
@@ -445,7 +445,7 @@ def require_classifier(trained: TrainedModel) -> None:
     if task == MULTILABEL:
         raise UsageError(
             "the model was trained for multilabel: its features can't be analysed yet, as the "
-            "questions are about one class an image; all other commands take it"
+            "questions are about one class per image; all other commands take it"
         )
     require_class_answers(trained)
 
@@ -465,7 +465,7 @@ def require_class_answers(trained: TrainedModel) -> None:
 
 
 def thresholds_of(trained: TrainedModel) -> tuple[float, ...] | None:
-    """Return the threshold of each class of a model of several classes an image; None of others.
+    """Return the threshold of each class of a model of several classes per image; None of others.
 
     0.5 where they were not calibrated.
     """

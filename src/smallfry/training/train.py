@@ -344,7 +344,7 @@ def _load(config: TrainConfig) -> ImageData:
 
 
 def _warn(data: ImageData, config: TrainConfig) -> None:
-    """Warn of duplicates, and of small classes unless a limit asks for them."""
+    """Warn of duplicates, and of small classes unless a limit made them so."""
     small = []
     if config.data.limit is None:
         small = describe_small_classes(data, config.select_on == "validation")

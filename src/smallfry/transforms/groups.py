@@ -46,7 +46,7 @@ class ChannelGroup:
         zero_invariant: True if removing an all-zero channel changes no output.
         counts: Share of counting attributes per channel, such as
             ``{"blocks.0.attn.heads": 1}``.
-        divisor: Survivors are a multiple of it, where hardware wants that.
+        divisor: Survivors are a multiple of it, where the hardware needs that.
     """
 
     name: str

@@ -2,8 +2,9 @@
 
 from typing import Any, TypeVar
 
-from smallfry.errors import RunError, UsageError, nearest
+from smallfry.errors import RunError, nearest
 from smallfry.io.plugins import load_plugins, scan
+from smallfry.io.registry import add
 
 T = TypeVar("T", bound=type)
 
@@ -16,16 +17,18 @@ def register(kind: T) -> T:
     Raises:
         UsageError: Another class has the name already.
     """
-    name = kind.kind  # type: ignore[attr-defined]
-    other = _kinds.setdefault(name, kind)
-    if other is not kind and other.__qualname__ != kind.__qualname__:
-        raise UsageError(f"two transforms are named '{name}': {other!r} and {kind!r}")
-    _kinds[name] = kind
+    add(_kinds, kind.kind, kind, "transforms")  # type: ignore[attr-defined]
     return kind
 
 
 def kinds() -> dict[str, Any]:
-    """Return all registered transforms by kind."""
+    """Return all registered transforms by kind.
+
+    Example:
+        >>> from smallfry.transforms import kinds
+        >>> "resize" in kinds()
+        True
+    """
     scan("smallfry.transforms")
     load_plugins()
     return dict(_kinds)

@@ -31,7 +31,6 @@ __all__ = [
     "clean_floor",
     "decode",
     "ground_depth",
-    "horizon_row",
     "metric_scale",
 ]
 
@@ -121,12 +120,6 @@ def ground_depth(camera: Camera, shape: tuple[int, int]) -> Floats:
     depth = np.full(shape, np.inf)
     np.divide(camera.height, below, out=depth, where=below > 0)
     return depth
-
-
-def horizon_row(camera: Camera) -> float:
-    """Compute the row of the horizon in the column of the optical axis."""
-    roll = math.cos(math.radians(camera.roll))
-    return camera.cy - camera.focal * math.tan(math.radians(camera.pitch)) / roll
 
 
 def _below(camera: Camera, shape: tuple[int, int]) -> Floats:

@@ -199,7 +199,7 @@ def _delegate(model: nn.Module, settings: Compacter) -> None:
     except ImportError as error:
         raise UsageError(
             f"compacter: models of Hugging Face need the library adapters, which can't be imported "
-            f"({error}): pip install adapters, with the version of transformers that it asks for"
+            f"({error}): pip install adapters, with the version of transformers that it requires"
         ) from error
     config = library.CompacterConfig(phm_dim=settings.n, reduction_factor=settings.reduction)
     library.init(model)

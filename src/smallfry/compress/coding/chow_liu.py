@@ -60,7 +60,7 @@ def spanning_tree(weights: NDArray[np.float64]) -> tuple[int, ...]:
     Example:
         >>> import numpy as np
         >>> from smallfry.compress.coding.chow_liu import spanning_tree
-        >>> spanning_tree(np.array([[0, 2, 1], [2, 0, 3], [1, 3, 0]]))
+        >>> spanning_tree(np.array([[0.0, 2, 1], [2, 0, 3], [1, 3, 0]]))
         (1, -1, 1)
     """
     size = len(weights)

@@ -85,7 +85,7 @@ class LatencyTable:
     def saving(self, name: str, channels: float, full: int) -> float:
         """Return the milliseconds that a group saves, between the measured ones.
 
-        More channels never save more: measurements that say so are noise, and are lowered.
+        More channels never save more: such measurements are noise, and are lowered.
 
         Args:
             name: The group.

@@ -20,7 +20,7 @@ EQUAL = (0.2,) * len(SCORES)  # the authors' weights
 TAYLOR = (0.0, 0.0, 0.0, 1.0, 0.0)
 TINY = 1e-8
 
-# optimizers whose weight decay is part of the gradient, unless their group says otherwise
+# optimizers whose weight decay is part of the gradient, unless their group sets otherwise
 COUPLED = (
     *(torch.optim.SGD, torch.optim.Adam, torch.optim.Adamax, torch.optim.NAdam),
     *(torch.optim.RAdam, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta),

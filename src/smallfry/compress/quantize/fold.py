@@ -1,4 +1,4 @@
-"""Folding of batch norms into the convolutions before them, as quantization wants it.
+"""Folding of batch norms into the convolutions before them, for quantization.
 
 The network computes what it did: the norm's scale becomes one of the weights, which a quantizer
 with a scale for each output channel follows, and its shift a bias.

@@ -30,7 +30,7 @@ def multiplier(factor: Floats) -> Multiplier:
         >>> import numpy as np
         >>> from smallfry.compress.quantize.integer import multiplier
         >>> multiplier(np.array(0.25))
-        Multiplier(mantissa=array(1073741824), shift=array(1))
+        Multiplier(mantissa=array(1073741824), shift=np.int64(1))
     """
     fraction, exponent = np.frexp(factor)  # fraction in [1/2, 1)
     mantissa = np.round(fraction * 2**31).astype(np.int64)

@@ -20,8 +20,6 @@ CHUNK = 8  # images whose patches are in memory at once
 class Moments(NamedTuple):
     """Means over rows, in float64; ``groups`` as of a grouped convolution."""
 
-    mean: Tensor  # E[x], (groups, inputs)
-    rounded_mean: Tensor  # E[x̂]
     square: Tensor  # E[x xᵀ], (groups, inputs, inputs)
     cross: Tensor  # E[x x̂ᵀ]
     rounded_square: Tensor  # E[x̂ x̂ᵀ]
@@ -70,7 +68,7 @@ def moments(model: nn.Module, rounded: nn.Module, layer: str, batches: Iterable[
                 part = slice(start, start + CHUNK)
                 x, y = (_rows(module, each[part], output[part]) for each in (inputs, other))
                 # products in the rows' precision: sums of chunks are in float64
-                found = [x.sum(1), y.sum(1), x.mT @ x, x.mT @ y, y.mT @ y]
+                found = [x.mT @ x, x.mT @ y, y.mT @ y]
                 wide = [each.double() for each in found]
                 sums = [a + b for a, b in zip(sums, wide, strict=True)] if sums else wide
                 count += x.shape[1]

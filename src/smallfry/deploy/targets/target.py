@@ -68,7 +68,13 @@ def register_target(kind: T) -> T:
 
 
 def targets() -> dict[str, Target]:
-    """Return all device formats by name."""
+    """Return all device formats by name.
+
+    Example:
+        >>> from smallfry.deploy.targets import targets
+        >>> sorted(targets())
+        ['executorch', 'litert', 'onnx', 'openvino']
+    """
     scan(PACKAGE)
     load_plugins()
     return dict(_targets)

@@ -52,7 +52,7 @@ def charges(functions: gto.Mole) -> Floats:
     Example:
         >>> hydrogen = gto.M(atom="H 0 0 0", basis="def2-svp", spin=1, verbose=0)
         >>> [round(float(each), 3) for each in charges(auxiliary(hydrogen))[:3]]
-        [0.739, 2.192, 4.864]
+        [2.803, 6.962, 13.18]
     """
     parts = []
     for shell in range(functions.nbas):

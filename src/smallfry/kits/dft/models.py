@@ -215,7 +215,7 @@ class DensityNet(nn.Module):
         super().__init__()
         if (num_classes, in_chans) != (1 + WIDTH, 1):
             raise UsageError(
-                f"a density has {1 + WIDTH} numbers an atom and molecules have one channel, not "
+                f"a density has {1 + WIDTH} numbers per atom and molecules have one channel, not "
                 f"{num_classes} and {in_chans}: take data of this kit, such as --data dft-g2"
             )
         if layers < 1 or cutoff <= 0 or len(channels) != len(SHELLS) or channels[0] < 1:

@@ -52,7 +52,7 @@ def draw_densities(labels: Floats, outputs: Floats, errors: Tensor, file: Path) 
     Args:
         labels: (molecules, atoms, 53).
         outputs: (molecules, atoms, 50).
-        errors: Of the molecules, in hartree an electron.
+        errors: Of the molecules, in hartree per electron.
         file: The PNG to write.
     """
     order = errors.argsort().tolist()
@@ -83,7 +83,7 @@ def draw_densities(labels: Floats, outputs: Floats, errors: Tensor, file: Path) 
                 ax.set_xticks([])
                 ax.set_yticks([])
                 ax.grid(False)
-            row[2].set_xlabel(f"error {errors[number]:.1e} hartree an electron")
+            row[2].set_xlabel(f"error {errors[number]:.1e} hartree per electron")
         for ax, title in zip(
             axes[0], ("log₁₀ density", "of the network", "difference"), strict=True
         ):

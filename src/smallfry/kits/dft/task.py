@@ -19,7 +19,7 @@ from smallfry_runtime.decoders import require_no_settings
 
 __all__ = ["DensityCoefficients"]
 
-GOOD = 2e-3  # hartree an electron: below it a start saves cycles
+GOOD = 2e-3  # hartree per electron: below it a start saves cycles
 KEPT = 2048  # molecules whose metric is kept
 DIGITS = 7  # significant ones of an answer
 
@@ -41,7 +41,7 @@ def _geometry(rows: bytes) -> tuple[Tensor, Tensor, int]:
 class DensityCoefficients:
     """Coefficients of the density: outputs (molecules, atoms, 50), labels (molecules, atoms, 53).
 
-    The loss is (ρ − ρ̃|ρ − ρ̃) an electron, in hartree, of the predicted density ρ̃: twice the
+    The loss is (ρ − ρ̃|ρ − ρ̃) per electron, in hartree, of the predicted density ρ̃: twice the
     Coulomb energy of the error. Natural gradient takes the Gaussian of the whitened coefficients,
     whose metric is that of the loss but for the energies between atoms.
     """
@@ -82,7 +82,7 @@ class DensityCoefficients:
         return labels
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Compute (ρ − ρ̃|ρ − ρ̃) an electron of each molecule, (molecules,)."""
+        """Compute (ρ − ρ̃|ρ − ρ̃) per electron of each molecule, (molecules,)."""
         errors = outputs[:, :, 1:].to(targets) - targets[:, :, 4:]
         rows = targets[:, :, :4].detach().float().cpu().contiguous().numpy()
         found = []
@@ -97,7 +97,7 @@ class DensityCoefficients:
         return self.losses(outputs, targets).mean()
 
     def right(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Mark the molecules with an error below 0.002 hartree an electron, (molecules,)."""
+        """Mark the molecules with an error below 0.002 hartree per electron, (molecules,)."""
         return self.losses(outputs, targets) < GOOD
 
     def metrics(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:

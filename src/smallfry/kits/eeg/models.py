@@ -17,6 +17,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import Tensor, nn
 
 from smallfry.errors import SmallfryWarning, UsageError
+from smallfry.layers.classifier import linear_classifier
 from smallfry.models.sources import Source, register_sizes
 
 __all__ = ["NORMS", "Features", "InterpretableCNN"]
@@ -102,7 +103,7 @@ class InterpretableCNN(nn.Module):
         self.temporal = nn.Conv2d(filters, self.num_features, (1, kernel), groups=filters)
         self.act = nn.ReLU()
         self.norm = nn.BatchNorm2d(self.num_features, track_running_stats=norm != "batch")
-        self.fc = _classifier(self.num_features, self.num_classes)
+        self.fc = linear_classifier(self.num_features, self.num_classes)
         self._has_warned = False
 
     def features(self, windows: Tensor) -> Features:
@@ -146,7 +147,7 @@ class InterpretableCNN(nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the classifier; 0 removes it."""
         self.num_classes = num_classes
-        self.fc = _classifier(self.num_features, num_classes).to(next(self.parameters()))
+        self.fc = linear_classifier(self.num_features, num_classes).to(next(self.parameters()))
 
     def _require_batch(self) -> None:
         if torch.compiler.is_exporting():
@@ -169,10 +170,6 @@ def _agreed(what: str, one: int | None, other: int | None) -> int | None:
     if one is not None and other is not None and one != other:
         raise UsageError(f"the window has {one} {what} by one setting, and {other} by another")
     return other if one is None else one
-
-
-def _classifier(features: int, classes: int) -> nn.Module:
-    return nn.Linear(features, classes) if classes else nn.Identity()
 
 
 default_cfgs = generate_default_cfgs(

@@ -6,8 +6,8 @@ Persons, groups and items; persons are to be classified:
     far     not near; a group has relation 3 to it, to which a marked item has relation 1
     apart   neither
 
-Relation 0 leads from groups to persons as 2 and 3 do, and the others lead anywhere: nothing but the
-relation tells them apart. Sample *i* of a split is a function of the settings, the split and *i*.
+Relation 0 leads from groups to persons as 2 and 3 do, and the others lead anywhere: only the
+relation distinguishes them. Sample *i* of a split is a function of the settings, the split and *i*.
 """
 
 from dataclasses import asdict, dataclass

@@ -28,7 +28,13 @@ EXECUTIONS = ("edges", "compact", "aggregate", "nodes", "auto")
 
 
 class MessageCounts(NamedTuple):
-    """Sizes of a graph that decide what its messages cost."""
+    """Sizes of a graph that decide what its messages cost.
+
+    Example:
+        >>> counts = MessageCounts(9, source_pairs=4, destination_pairs=6, nodes=3, relations=2)
+        >>> counts.best(), counts.rows("compact")
+        ('compact', 4)
+    """
 
     edges: int
     source_pairs: int  # unique (source, relation)
@@ -134,16 +140,8 @@ class StaticPlan:
 
     def pattern(self, row: str, column: str) -> Pattern:
         """Return the edges between two kinds of rows; see ``Plan.pattern``."""
-        (rows, height), (columns, width) = self._index(row), self._index(column)
+        (rows, height), (columns, width) = _index(self, row), _index(self, column)
         return Pattern(rows, columns, (height, width), True)
-
-    def _index(self, kind: str) -> tuple[Tensor, int]:
-        if kind == "source":
-            return self.source, self.nodes[0]
-        if kind == "destination":
-            return self.destination, self.nodes[1]
-        found = self.rows(kind)
-        return found.of_edge, found.total
 
     def added(self, nodes: Tensor, relations: Tensor, kind: str) -> Tensor:
         """Add the values of each row's node and relation; see ``Plan.added``."""
@@ -213,7 +211,7 @@ class Plan:
             column: The same.
         """
         if (row, column) not in self._patterns:
-            (rows, height), (columns, width) = self._index(row), self._index(column)
+            (rows, height), (columns, width) = _index(self, row), _index(self, column)
             self._patterns[row, column] = Pattern(rows, columns, (height, width))
         return self._patterns[row, column]
 
@@ -245,16 +243,18 @@ class Plan:
         assert every is not None
         return Pattern(pairs.nodes, every, (self.nodes[1], pairs.total))
 
-    def _index(self, kind: str) -> tuple[Tensor, int]:
-        if kind == "source":
-            return self.source, self.nodes[0]
-        if kind == "destination":
-            return self.destination, self.nodes[1]
-        found = self.rows(kind)
-        return found.of_edge, found.total
-
 
 AnyPlan = Plan | StaticPlan
+
+
+def _index(plan: AnyPlan, kind: str) -> tuple[Tensor, int]:
+    """Return the row or column of each edge, and how many there are."""
+    if kind == "source":
+        return plan.source, plan.nodes[0]
+    if kind == "destination":
+        return plan.destination, plan.nodes[1]
+    found = plan.rows(kind)
+    return found.of_edge, found.total
 
 
 def _unique(nodes: Tensor, types: Tensor, count: int, relations: int) -> Rows:

@@ -13,6 +13,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import Tensor, nn
 
 from smallfry.errors import UsageError
+from smallfry.layers.classifier import linear_classifier
 from smallfry.models.sources import Source, register_sizes
 
 __all__ = ["CRNN", "CompactCRNN"]
@@ -41,7 +42,7 @@ class Recurrent(nn.Module):
     def __init__(self, features: int, hidden: int, outputs: int, layers: int = 1) -> None:
         super().__init__()
         self.rnn = nn.LSTM(features, hidden, layers, bidirectional=True, batch_first=True)
-        self.embedding = nn.Linear(2 * hidden, outputs) if outputs else nn.Identity()
+        self.embedding = linear_classifier(2 * hidden, outputs)
 
     def forward(self, sequence: Tensor) -> Tensor:
         """Return (batch, steps, outputs)."""
@@ -156,7 +157,7 @@ class CRNN(Reader):
         """Replace the classifier; 0 removes it."""
         self.num_classes = num_classes
         last = cast(Recurrent, self.rnn[1])
-        new = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        new = linear_classifier(self.num_features, num_classes)
         last.embedding = new.to(next(self.parameters()))
 
 
@@ -205,7 +206,7 @@ class CompactCRNN(Reader):
             self.mixer = Recurrent(e, hidden, 0, layers=2)
         else:
             self.mixer = nn.Sequential(*(Along(e) for _ in range(3)))
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head = linear_classifier(self.num_features, num_classes)
 
     def columns(self, images: Tensor) -> Tensor:
         """Compute the sequence (batch, steps, channels of the last stage)."""
@@ -222,7 +223,7 @@ class CompactCRNN(Reader):
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the classifier; 0 removes it."""
         self.num_classes = num_classes
-        new = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        new = linear_classifier(self.num_features, num_classes)
         self.head = new.to(next(self.parameters()))
 
 

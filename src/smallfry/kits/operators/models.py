@@ -202,7 +202,7 @@ class SpectralConv2d(nn.Module):
         height, width, modes = v.shape[-2], v.shape[-1], self.modes
         if 2 * modes > height or modes > width // 2 + 1:
             raise UsageError(
-                f"{modes} modes need a grid of {2 * modes} points a side, not {height}×{width}"
+                f"{modes} modes need a grid of {2 * modes} points per side, not {height}×{width}"
             )
         seen = torch.fft.rfft2(v.float() if v.dtype == torch.bfloat16 else v, norm="forward")
         low = torch.stack([seen[..., :modes, :modes], seen[..., -modes:, :modes]])

@@ -28,7 +28,7 @@ NEAR = 0.2
 BLUR = 0.3  # pixels², added to the covariance
 CLIP = 1.3  # of the half of the field of view
 MOST_ALPHA, LEAST_ALPHA = 0.99, 1 / 255
-TILE = 8  # pixels a side
+TILE = 8  # pixels per side
 Y0 = 0.28209479177387814
 
 

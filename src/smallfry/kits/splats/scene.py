@@ -99,8 +99,8 @@ def read_scene(file: str | Path) -> Scene:
     """Read a scene from a PLY file; properties are found by name, others left out.
 
     Raises:
-        DataError: It can't be read, has another format, lacks a property, is shorter or longer than
-            its header says, or has a value that is not finite.
+        DataError: It can't be read, has another format, lacks a property, has another length than
+            that of its header, or a value that is not finite.
     """
     file = Path(file)
     try:
@@ -114,7 +114,7 @@ def read_scene(file: str | Path) -> Scene:
             wanted = start + count * form.itemsize
             length = stream.seek(0, 2)
             if length != wanted:
-                raise ValueError(f"its header says {wanted:,} bytes, it has {length:,}")
+                raise ValueError(f"it has {length:,} bytes, by its header {wanted:,}")
             stream.seek(start)
             rows = np.frombuffer(stream.read(count * form.itemsize), form)
         return _scene(rows)

@@ -123,5 +123,5 @@ def _raw(file: Path) -> NDArray[np.generic]:
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: can't be read ({error})") from error
     if values.ndim != 2:
-        raise DataError(f"{file}: has colours, and one number a pixel is needed")
+        raise DataError(f"{file}: has colours, and one number per pixel is needed")
     return values

@@ -225,7 +225,7 @@ def _classes(folder: Path, pairs: Sequence[Files]) -> tuple[str, ...]:
             raise DataError(f"{file}: can't be read as UTF-8 text ({error})") from error
         names = tuple(line.strip() for line in lines if line.strip())
         if len({*names}) != len(names) or not names:
-            raise DataError(f"{file}: has one name of a class a line, each once")
+            raise DataError(f"{file}: expected one class name per line, each once")
         return names
     largest = max((int(read_labels(p.labels, 0).max()) for p in pairs if p.labels), default=0)
     return tuple(f"class {number}" for number in range(max(0, largest) + 1))
@@ -268,7 +268,7 @@ def _reduced(sample: Sample, factor: int) -> Sample:
         return sample
     height, width = (side // factor for side in sample.disparity.shape)
     if min(height, width) < SIDE:
-        raise UsageError(f"data.options.reduce {factor} leaves less than {SIDE} pixels a side")
+        raise UsageError(f"data.options.reduce {factor} leaves less than {SIDE} pixels per side")
 
     def blocks(values: NDArray[Any]) -> NDArray[Any]:
         cut = values[..., : height * factor, : width * factor]

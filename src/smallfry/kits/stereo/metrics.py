@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from smallfry.kits.stereo.models import FACTORS
 from smallfry.kits.stereo.truth import Truth
 
-__all__ = ["Errors", "disparity_scores", "full_disparity", "full_labels", "mean_iou", "score"]
+__all__ = ["Errors", "full_disparity", "full_labels", "mean_iou", "score"]
 
 AT_ONCE = 64  # pairs
 
@@ -44,13 +44,6 @@ class Errors:
         """Return the EPE, D1 and bad-1 of the pixels so far; 0 without any."""
         count = max(1.0, self.sums[0].item())
         return dict(zip(("epe", "d1", "bad1"), (self.sums[1:] / count).tolist(), strict=True))
-
-
-def disparity_scores(found: Tensor, wanted: Tensor, chosen: Tensor) -> dict[str, float]:
-    """Compute the EPE, D1 and bad-1 of the chosen pixels."""
-    errors = Errors()
-    errors.add(found, wanted, chosen)
-    return errors.means()
 
 
 def full_disparity(found: Tensor, factor: int) -> Tensor:

@@ -196,7 +196,7 @@ class RTS2Net(nn.Module):
             )
         if any(side % LEAST or side < LEAST for side in size):
             raise UsageError(
-                f"stereo views have multiples of {LEAST} pixels a side, not {size[0]}×{size[1]}: "
+                f"stereo views have multiples of {LEAST} pixels per side, not {size[0]}×{size[1]}: "
                 "set data.image_size"
             )
         if max_disparity % 16 or not 32 <= max_disparity <= 1024:

@@ -24,7 +24,6 @@ from smallfry.kits.symbolic.programs import ARITIES, HOLE, MOST_SIZE, Program, r
 __all__ = [
     "Enumerated",
     "Grammar",
-    "count_programs",
     "enumerate_programs",
     "estimate",
     "expected_uses",
@@ -151,28 +150,6 @@ class Grammar:
                 f"a grammar has the entries log_probabilities and library ({error!r})"
             ) from error
         return cls(logs, library)
-
-
-def count_programs(grammar: Grammar, most: int) -> list[int]:
-    """Count the programs of 1 to ``most`` primitives, those of a library taken as one.
-
-    Example:
-        >>> count_programs(Grammar.uniform(), 5)
-        [1, 7, 50, 364, 2697]
-    """
-    counts = [0] * (most + 1)
-    for size in range(1, most + 1):
-        for arity in grammar.arities.values():
-            counts[size] += _ways(counts, arity, size - 1)
-    return counts[1:]
-
-
-def _ways(counts: Sequence[int], parts: int, size: int) -> int:
-    """Count the sequences of so many programs with so many primitives together."""
-    row = [1] + [0] * size
-    for _ in range(parts):
-        row = [sum(row[i] * counts[n - i] for i in range(n)) for n in range(size + 1)]
-    return row[size]
 
 
 def enumerate_programs(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from smallfry.errors import UsageError
 from smallfry.kits.symbolic.interpreter import ProgramGraph, run
 from smallfry.kits.symbolic.programs import parse
+from smallfry.layers.classifier import linear_classifier
 from smallfry.models.sources import Source, register_sizes
 
 __all__ = ["GSSNN", "GINEConv", "ProgramReader", "position_codes", "slices_of"]
@@ -270,7 +271,7 @@ class GSSNN(nn.Module):
         size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         if size[0] != size[1] or size[0] < 1 or size[0] % patch:
             raise UsageError(
-                f"the encoder takes square images of a multiple of {patch} pixels a side, not "
+                f"the encoder takes square images of a multiple of {patch} pixels per side, not "
                 f"{size[0]}×{size[1]}: see data.image_size and model.options.patch"
             )
         if embed_dim % 4:
@@ -294,7 +295,7 @@ class GSSNN(nn.Module):
         if self.graph is not None:
             self.to_reader = nn.Linear(embed_dim, reader_dim)
             self.reader = ProgramReader(self.graph, reader_dim)
-        self.head = _classifier(self.num_features, num_classes)
+        self.head = linear_classifier(self.num_features, num_classes)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Compute what the classifier reads, (batch, num_features)."""
@@ -318,7 +319,7 @@ class GSSNN(nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the classifier; 0 removes it."""
         self.num_classes = num_classes
-        self.head = _classifier(self.num_features, num_classes).to(next(self.parameters()))
+        self.head = linear_classifier(self.num_features, num_classes).to(next(self.parameters()))
 
 
 def _graph(program: str) -> ProgramGraph:
@@ -329,10 +330,6 @@ def _graph(program: str) -> ProgramGraph:
             f"{len(graph.edges)} edges; expected two nodes at least, all connected"
         )
     return graph
-
-
-def _classifier(features: int, classes: int) -> nn.Module:
-    return nn.Linear(features, classes) if classes else nn.Identity()
 
 
 LARGE = {"embed_dim": 256, "patch": 16, "heads": 4, "head_dim": 128, "mlp_dim": 512}

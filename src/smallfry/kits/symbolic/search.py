@@ -125,8 +125,8 @@ class GraphProgramSpace:
 class ProgramEvolution:
     """Search by a population of programs whose common parts become primitives.
 
-    It asks for the first program of each graph, so no two candidates have isomorphic graphs. Told
-    the same trials, it asks for the same candidates.
+    It proposes the first program of each graph, so no two candidates have isomorphic graphs. With
+    the same trials it proposes the same candidates.
 
     Args:
         population: Programs at most.

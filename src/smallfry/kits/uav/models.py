@@ -17,6 +17,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import Tensor, nn
 
 from smallfry.errors import UsageError
+from smallfry.layers.classifier import linear_classifier
 from smallfry.models.sources import Source, register_sizes
 
 __all__ = ["PilotNet", "UNet"]
@@ -141,7 +142,7 @@ class PilotNet(nn.Module):
         self.hidden = nn.Linear(PILOT_WIDTHS[-1] * columns + ACTIONS, 64)
         self.act = nn.ReLU()
         self.num_features = self.head_hidden_size = 64
-        self.head = _linear(num_classes)
+        self.head = linear_classifier(self.num_features, num_classes)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Compute features (batch, 64) of the picture and the last action."""
@@ -165,7 +166,7 @@ class PilotNet(nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the classifier; 0 removes it."""
         self.num_classes = num_classes
-        self.head = _linear(num_classes).to(next(self.parameters()))
+        self.head = linear_classifier(self.num_features, num_classes).to(next(self.parameters()))
 
 
 def _double(inputs: int, outputs: int) -> nn.Sequential:
@@ -183,10 +184,6 @@ def _halving(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
 
 def _classifier(features: int, classes: int) -> nn.Module:
     return nn.Conv2d(features, classes, 1) if classes else nn.Identity()
-
-
-def _linear(actions: int) -> nn.Module:
-    return nn.Linear(64, actions) if actions else nn.Identity()
 
 
 def _cfg(first: str, channels: int, outputs: int) -> dict[str, Any]:

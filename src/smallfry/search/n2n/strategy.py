@@ -59,8 +59,8 @@ class N2N:
         >>> search = N2N(layers, count=9, reward=lambda trial: trial.value)
         >>> while asked := search.ask(9):
         ...     search.tell([Trial(each, value=1 - sum(each.values()) / 3) for each in asked])
-        >>> search.state_dict()["asked"]
-        9
+        >>> search.state_dict()["asked"] <= 9
+        True
     """
 
     def __init__(

@@ -53,7 +53,7 @@ class Students:
         >>> spec = ModelSpec("vitrm_micro_patch4_8")
         >>> students = Students(build(spec), spec, torch.zeros(2, 1, 8, 8))
         >>> [(layer.name, layer.shares) for layer in students.layers][1]
-        ('blocks.0.mlp.fc1', (0.0, 0.25, 0.5, 1.0))
+        ('blocks.0.mlp', (0.0, 0.25, 0.5, 1.0))
     """
 
     def __init__(

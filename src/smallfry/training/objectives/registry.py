@@ -1,10 +1,9 @@
 """Registry of the settings of objectives by their names in configurations."""
 
-from dataclasses import is_dataclass
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from smallfry.errors import UsageError
 from smallfry.io.plugins import scan
+from smallfry.io.registry import add, require_frozen
 
 PACKAGE = "smallfry.training.objectives"
 T = TypeVar("T", bound=type)
@@ -40,14 +39,8 @@ def register_objective(kind: T) -> T:
     Raises:
         UsageError: No frozen dataclass, or another objective has the name.
     """
-    parameters = getattr(kind, "__dataclass_params__", None)
-    if not is_dataclass(kind) or parameters is None or not parameters.frozen:
-        raise UsageError(f"{kind.__name__} must be a frozen dataclass")
-    name = kind.name  # type: ignore[attr-defined]
-    other = _objectives.setdefault(name, kind)
-    if other is not kind and other.__qualname__ != kind.__qualname__:
-        raise UsageError(f"two objectives are named '{name}': {other!r} and {kind!r}")
-    _objectives[name] = kind
+    require_frozen(kind)
+    add(_objectives, kind.name, kind, "objectives")  # type: ignore[attr-defined]
     return kind
 
 
