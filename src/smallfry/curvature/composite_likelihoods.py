@@ -205,7 +205,7 @@ class FromDistribution(Likelihood):
                 f"torch.distributions has no kl_divergence of {type(old).__name__}; add one with "
                 f"register_kl"
             ) from None
-        return found.reshape(len(before[0]), -1).sum(1)
+        return found.reshape(*found.shape[:1], -1).sum(1)
 
     def targets(
         self,
@@ -214,7 +214,7 @@ class FromDistribution(Likelihood):
         weights: Sequence[Tensor | None] | None = None,
     ) -> float:
         """Count the events per sample."""
-        return math.prod(self._distribution(outputs).batch_shape) / len(outputs[0])
+        return math.prod(self._distribution(outputs).batch_shape[1:])
 
     def _distribution(self, outputs: Sequence[Tensor]) -> Distribution:
         given = iter(outputs)

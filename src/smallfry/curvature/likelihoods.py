@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from smallfry._torch import is_functorch_wrapped_tensor
 from smallfry.curvature.loss_scale import Scale, infer_scale, rounding_of_probabilities
 from smallfry.curvature.row_weights import (
     RowWeights,
@@ -145,12 +146,20 @@ class Likelihood(ABC):
 class _Family(Likelihood):
     """Exponential family in the model's single output tensor."""
 
+    shape = ("samples",)  # first dimensions of the output
+
     def select(self, output: Any) -> Outputs:
         if not isinstance(output, Tensor):
             raise UsageError(
                 f"the {type(self).__name__} likelihood expects a model that returns a tensor, not "
                 f"{type(output).__name__}; name its parts by attribute, key or index: "
                 "likelihood={'logits': 'categorical'} or {0: 'categorical'}"
+            )
+        if output.ndim < len(self.shape) and not is_functorch_wrapped_tensor(output):
+            raise UsageError(
+                f"the {type(self).__name__} likelihood expects outputs ({', '.join(self.shape)}, "
+                f"…), and the model returned the shape {tuple(output.shape)}: call it on a batch, "
+                "of one sample too, and keep that dimension (no squeeze() without dim=)"
             )
         return (output,)
 
@@ -169,6 +178,8 @@ class Categorical(_Family):
             for label smoothing and mixed targets, whose rows weigh the same. None finds out, for
             three classes or more; of two, rows of different weight are taken for soft targets.
     """
+
+    shape = ("samples", "classes")
 
     def __init__(self, dim: int | None = None, hard: bool | None = None) -> None:
         self._dim, self.hard = dim, hard
