@@ -1,10 +1,16 @@
 """Layers chosen by patterns of their names."""
 
+import warnings
+
 import pytest
+import timm
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
 
+from smallfry.compress import LowRank, Quantize, TensorTrain, apply_to_model
 from smallfry.compress.select import chosen, dense_layers
 from smallfry.errors import UsageError
 
@@ -26,6 +32,70 @@ def test_linear_layers_and_convolutions_are_listed_once():
 
 def test_a_layer_that_is_the_model_has_no_name_and_is_listed():
     assert dense_layers(nn.Linear(2, 2)) == [""]
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Renamed(nn.Linear):
+    def forward(self, x):
+        return super().forward(x)
+
+
+def normed():
+    return nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+
+
+def pruned():
+    layer = nn.Linear(4, 4)
+    prune.l1_unstructured(layer, "weight", 0.5)
+    return layer
+
+
+def test_what_is_more_than_its_weight_is_not_listed():
+    layers = [Doubled(4, 4), timm.layers.StdConv2d(4, 4, 3), normed(), pruned()]
+    assert dense_layers(nn.Sequential(*layers, Renamed(4, 4), nn.Linear(4, 4))) == ["4", "5"]
+
+
+@pytest.mark.parametrize("build", [normed, pruned, lambda: Doubled(4, 4)])
+def test_a_model_of_such_layers_alone_is_refused_by_name(build):
+    with pytest.raises(UsageError, match=r"no linear layer.*left; '0' \(.*\) has a forward of its"):
+        dense_layers(nn.Sequential(build(), nn.ReLU()))
+    with pytest.raises(UsageError, match=r"matches no linear layer.*; '0' \("):
+        dense_layers(nn.Sequential(build(), nn.Linear(4, 4)), ["0"])
+
+
+@pytest.mark.parametrize("method", [Quantize(weights=8, equalize=True), LowRank(smallest=1)])
+def test_a_layer_that_is_more_than_its_weight_keeps_what_it_computes(method):
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 4), nn.ReLU(), Doubled(4, 4), nn.ReLU(), normed()]
+    model, x = nn.Sequential(*layers).eval(), torch.randn(5, 4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        small, _ = apply_to_model(model, [method])
+    assert type(small[0]) is not nn.Linear  # it has been replaced
+    torch.testing.assert_close(small[2:](x), model[2:](x), rtol=0, atol=0)
+    if method.name == "quantize":
+        (warned,) = caught
+        assert "'2 (Doubled), 4 (ParametrizedLinear)" in f"'{str(warned.message).split(': ')[-1]}"
+
+
+def test_convolutions_of_other_paddings_stay_dense():
+    torch.manual_seed(0)
+    convolutions = [
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
+        nn.Conv2d(4, 4, 3, groups=2),
+        nn.Conv2d(4, 4, 1, padding_mode="reflect"),
+    ]
+    model = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(64, 8))
+    for method in (LowRank(smallest=1), TensorTrain(smallest=1)):
+        small, spec = apply_to_model(model, [method])
+        (replaced,) = spec.transforms
+        assert list(replaced.settings) == ["4"]
+        for one, other in zip(small[:3], model[:3], strict=True):
+            assert torch.equal(one.weight, other.weight)
 
 
 @given(

@@ -28,7 +28,7 @@ from smallfry.models.critical import (
     moments,
     residual_kernels,
 )
-from smallfry.models.critical_init import NORMS, activation_of
+from smallfry.models.critical_init import LAYERS, NORMS, activation_of
 from smallfry.report.axes import log_axis
 from smallfry.report.figure import COLOURS, GREY, encode, new_figure, style
 from smallfry.training.evaluation import forward
@@ -91,7 +91,7 @@ def layer_signals(model: nn.Module, images: Tensor, seed: int = 0) -> list[Layer
     found: list[dict[str, Any]] = []
 
     def note(layer: str, module: nn.Module, output: Tensor) -> None:
-        width = output.shape[1] if isinstance(module, nn.Conv2d) else output.shape[-1]
+        width = len(module.weight)  # type: ignore[arg-type]
         call = sum(each["layer"] == layer for each in found)
         kernel = float(output.detach().double().square().mean())
         entry = {"layer": layer, "call": call, "width": width, "kernel": kernel, "gradient": 0.0}
@@ -106,7 +106,7 @@ def layer_signals(model: nn.Module, images: Tensor, seed: int = 0) -> list[Layer
     handles = [
         module.register_forward_hook(lambda m, _, output, name=name: note(name, m, output))
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
+        if isinstance(module, LAYERS)
     ]
     generator = torch.Generator().manual_seed(seed)
     try:

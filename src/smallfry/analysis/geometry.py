@@ -105,7 +105,7 @@ def measure_geometry(
     """Measure angles, lengths and margins.
 
     Args:
-        features: (images, features), float64.
+        features: (images, features); they are taken in float64.
         labels: (images,).
         weight: (classes, features).
         bias: (classes,); default 0.
@@ -116,7 +116,8 @@ def measure_geometry(
         >>> found.lengths.item(), round(found.margins.item(), 4)
         (5.0, 0.7071)
     """
-    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    features, weight = features.double(), weight.double()
+    bias = weight.new_zeros(len(weight)) if bias is None else bias.double()
     lengths, norms = features.norm(dim=1), weight.norm(dim=1)
     logits = features @ weight.T + bias
     cosines = (features @ weight.T) / (lengths[:, None] * norms).clamp(min=1e-300)

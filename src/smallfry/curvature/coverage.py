@@ -16,7 +16,7 @@ from smallfry.curvature.layers import (
     outputs_of,
     weight_to_matrix,
 )
-from smallfry.curvature.products import is_transposed, same_product
+from smallfry.curvature.products import computes, is_transposed, same_product
 from smallfry.curvature.recurrent import host_of_recurrent, is_recurrent
 from smallfry.curvature.spelled import Host, Part
 from smallfry.errors import UsageError, nearest
@@ -288,12 +288,10 @@ def _why_not(model: nn.Module, path: str, module: nn.Module, excluded: set[str])
         return f"{name} is not covered"
     if isinstance(module, nn.Embedding) and _is_adjusted(module):
         return f"{name} with max_norm, scale_grad_by_freq or sparse has other gradients"
-    acts_as = getattr(module, "acts_as", None)  # what a faster forward of the same map declares
     parent = model.get_submodule(path.rpartition(".")[0]) if path else None
     if isinstance(parent, nn.MultiheadAttention) and not can_spell_out(parent):
         return "MultiheadAttention multiplies with its weights without calling its layers"
-    own = type(module).forward is not covered.forward or "forward" in module.__dict__
-    if own and acts_as is not covered and not same_product(module, covered):
+    if not computes(module, covered):
         return f"{name} has a forward of its own"
     if module._parameters.get("weight") is None:
         return f"the weight of this {name} is computed from other parameters"

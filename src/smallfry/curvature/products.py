@@ -22,6 +22,17 @@ def is_transposed(module: nn.Module) -> bool:
     )
 
 
+def computes(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Return whether a layer of a kind has its forward, or declares or computes the same.
+
+    Args:
+        module: The layer.
+        kind: Its class, or a parent of that.
+    """
+    own = type(module).forward is not kind.forward or "forward" in module.__dict__
+    return not own or getattr(module, "acts_as", None) is kind or same_product(module, kind)
+
+
 def same_product(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Return whether a subclass that overrides forward computes the same as its parent.
 

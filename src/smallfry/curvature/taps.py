@@ -28,6 +28,7 @@ from smallfry.curvature.identity import belongs, padded, real_rows
 from smallfry.curvature.layers import (
     canonical_gradients,
     canonical_inputs,
+    input_of,
     ones_column,
     outputs_of,
 )
@@ -466,9 +467,7 @@ def _tap(
         if is_view:
             # what overwrites a view in place sends gradients past it, to what it is a view of
             output = torch.ops.aten._unsafe_view(output, output.shape)
-        given = {"input": arguments[0]} if arguments else keywords
-        # a subclass may have another name for it
-        inputs = given.get("input", next(iter(given.values()))).detach()
+        inputs = input_of(arguments, keywords).detach()
         if isinstance(module, nn.Embedding):
             inputs = inputs.unsqueeze(-1)  # features last, as of all layers
         edge = get_gradient_edge(output)

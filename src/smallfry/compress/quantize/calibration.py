@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smallfry.compress.select import DENSE, is_dense
 from smallfry.errors import SmallfryWarning, UsageError
 from smallfry.models.contract import tensors
 from smallfry.training.evaluation import forward
@@ -83,9 +84,10 @@ def unsupported(
     found = []
     for name, module in modules.items():
         weight = module._parameters.get("weight", module._parameters.get("in_proj_weight"))
+        if weight is None and isinstance(module, DENSE):
+            weight = module.weight  # computed from others
         inside = isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention)
-        dense = isinstance(module, nn.Linear | nn.Conv2d)
-        plain = dense and getattr(module, "padding_mode", "zeros") == "zeros"
+        plain = is_dense(module) and getattr(module, "padding_mode", "zeros") == "zeros"
         if weight is None or weight.ndim < 2 or (plain and not inside):
             continue
         if any(fnmatchcase(name, p) for p in include) and not any(

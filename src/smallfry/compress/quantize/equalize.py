@@ -21,13 +21,13 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from smallfry.compress.quantize.calls import visit
+from smallfry.compress.select import DENSE, is_dense
 from smallfry.models.layers import Attention, Layer, SwiGLU
 from smallfry.transforms.replace import tied_layers
 
 HOMOGENEOUS = (nn.Identity, nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.MaxPool2d, nn.AvgPool2d)
 SWEEPS = 3
 SETTLED = 0.01  # largest change of a scale
-DENSE = (nn.Linear, nn.Conv2d)
 
 
 class Pair(NamedTuple):
@@ -55,7 +55,7 @@ def pairs(model: nn.Module) -> list[Pair]:
         pair
         for pair in found
         if {pair.first, pair.second} <= single
-        and all(isinstance(modules[name], DENSE) for name in pair[:2])
+        and all(is_dense(modules[name]) for name in pair[:2])
         and _ungrouped(modules[pair.first]) and _ungrouped(modules[pair.second])
     ]  # fmt: skip
 
@@ -109,7 +109,7 @@ def smooth(model: nn.Module, batches: Iterable[Tensor], alpha: float = 0.5) -> l
     found = {
         second: first
         for first, second in _normed(modules)
-        if second in single and isinstance(modules[second], nn.Linear)
+        if second in single and is_dense(modules[second])
         and cast(nn.LayerNorm, modules[first]).elementwise_affine
     }  # fmt: skip
     largest: dict[str, Tensor] = {}
