@@ -6,6 +6,7 @@ The summed divergence is then minimised exactly under the budget; giving paramet
 the layer that gains most for each only approximates that.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from smallfry.compress.quantize.calibration import Images
 from smallfry.compress.quantize.knapsack import Option, least_loss
 from smallfry.compress.quantize.sensitivity import LayerCurvature, curvature
 from smallfry.compress.select import dense_layers
-from smallfry.errors import UsageError
+from smallfry.errors import SmallfryWarning, UsageError
 from smallfry.io.json import Plain
 from smallfry.training.evaluation import forward
 from smallfry.training.method import Method, Setting
@@ -96,8 +97,15 @@ class _Factorise(Method):
         self._setting = setting
 
     def finish(self, model: nn.Module) -> Transform | None:
-        settings = self._settings
+        settings, setting = self._settings, self._setting
         layers = candidates(model, settings, lambda each: settings.choose(each, settings.keep))
+        if not layers and setting is not None and not setting.rehearsal:
+            warnings.warn(
+                f"{settings.name} leaves the model as it is: no layer that it can replace is "
+                f"included and has {settings.smallest} parameters or more (smallest)",
+                SmallfryWarning,
+                stacklevel=2,
+            )
         was_training = model.training
         model.eval()
         known = self._curvature(model, layers)
