@@ -99,6 +99,15 @@ def test_labels_without_a_class_are_refused():
     points, labels, weight = tensors(*drawn(3, [20, 20, 20]))
     with pytest.raises(UsageError, match="labels of 3 classes, and a classifier of 2"):
         measure_collapse(points, labels, weight[:2])
+    with pytest.raises(UsageError, match="labels must be 0 to 1"):
+        measure_geometry(points, labels, weight[:2])
+
+
+def test_features_that_are_no_numbers_are_refused():
+    points, labels, weight = tensors(*drawn(3, [20, 20]))
+    points[0, 0] = torch.nan
+    with pytest.raises(UsageError, match="features are not finite"):
+        measure_collapse(points, labels, weight)
 
 
 def test_given_logits_decide_instead_of_the_products():

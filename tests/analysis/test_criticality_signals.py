@@ -81,6 +81,20 @@ def test_convolutions_of_sequences_and_volumes_have_signals(convolution):
     assert first.kernel == pytest.approx(float(model[0](images).square().mean()), rel=1e-6)
 
 
+def test_gradients_of_a_model_of_tokens_need_none_of_its_inputs():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    tokens = torch.randint(9, (2, 6))
+    first, last = layer_signals(model, tokens, seed=5)
+    hidden = model[1](model[0](tokens))
+    logits = model[3](hidden.tanh())
+    draw = torch.Generator().manual_seed(5)
+    cotangents = torch.randn(2, 6, 3, generator=draw, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(logits, hidden, cotangents)
+    assert first.gradient == pytest.approx(float(gradient.square().mean()), rel=1e-12)
+    assert last.gradient == pytest.approx(float(cotangents.square().mean()), rel=1e-12)
+
+
 @pytest.mark.parametrize("is_frozen", [True, False])
 def test_measuring_leaves_images_and_model_as_they_were(net, is_frozen):
     net.train().requires_grad_(not is_frozen)

@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 
 from smallfry.compress import LowRank, Quantize, TensorTrain, apply_to_model
 from smallfry.compress.select import chosen, dense_layers
-from smallfry.errors import UsageError
+from smallfry.errors import SmallfryWarning, UsageError
 
 NAMES = ["stem", "blocks.0.fc", "blocks.1.fc", "blocks.1.attn.qkv", "head"]
 
@@ -96,6 +96,48 @@ def test_convolutions_of_other_paddings_stay_dense():
         assert list(replaced.settings) == ["4"]
         for one, other in zip(small[:3], model[:3], strict=True):
             assert torch.equal(one.weight, other.weight)
+
+
+class Tied(nn.Module):
+    """A language model whose classifier has the embedding's weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.mix, self.head = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9)
+        self.head.weight = self.words.weight
+
+    def forward(self, numbers):
+        return self.head(torch.tanh(self.mix(self.words(numbers))))
+
+
+def test_a_weight_that_is_an_embeddings_too_stays():
+    torch.manual_seed(0)
+    model, numbers = Tied().eval(), torch.arange(9)[None]
+    with pytest.warns(SmallfryWarning, match=r"2 layers with 36 weights stay .* words \(Embedding"):
+        small, _ = apply_to_model(model, [Quantize(weights=8)])
+    assert torch.equal(small.head.weight, model.head.weight)
+    assert small.head.weight is small.words.weight
+    torch.testing.assert_close(small(numbers), model(numbers), rtol=0.02, atol=0.02)
+    small, spec = apply_to_model(model, [LowRank(smallest=1)])
+    assert list(spec.transforms[0].settings) == ["mix"]
+    with pytest.raises(UsageError, match=r"none of the chosen layers, such as 'words'"):
+        apply_to_model(model, [Quantize(include=("head", "words"))])
+
+
+def test_a_layer_that_is_the_model_is_refused_in_words():
+    with pytest.raises(ValueError, match=r"whole model: put it into nn.Sequential"):
+        apply_to_model(nn.Linear(4, 4), [Quantize(weights=8)])
+
+
+def test_a_model_that_can_not_be_copied_is_refused_in_words():
+    with pytest.raises(UsageError, match=r"can't be copied .*nn.utils.prune.remove"):
+        apply_to_model(nn.Sequential(pruned(), nn.Linear(4, 4)), [LowRank()])
+
+
+def test_a_method_that_finds_no_layer_is_announced():
+    with pytest.warns(SmallfryWarning, match=r"low_rank leaves the model .* 256 parameters"):
+        _, spec = apply_to_model(nn.Sequential(nn.Linear(4, 4)), [LowRank()])
+    assert spec.transforms == ()
 
 
 @given(

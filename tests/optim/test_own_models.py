@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from smallfry.errors import UsageError
+from smallfry.errors import SmallfryWarning, UsageError
 from smallfry.optim import EKFAC, KFAC, ExactNG
 
 D = torch.float64
@@ -39,6 +39,7 @@ def exact_step(model, reference, x, *given, **named):
     optimizer = ExactNG(
         model, lr=1.0, damping=1.0, momentum=0.0, kl_clip=None, fisher="exact", check="error"
     )
+    model.zero_grad()
     names = [name for block in optimizer.blocks for name in block.parameters]
     parameters = {name: model.get_parameter(name) for name in names}
     fisher = dense_fisher(reference, x, "categorical", names)
@@ -195,16 +196,18 @@ def test_a_loss_among_the_outputs_is_no_sample():
 )
 def test_outputs_without_samples_are_refused(likelihood, squeezed, message):
     model = Net(lambda net, x: squeezed(net.a(x)), a=nn.Linear(4, 3))
-    KFAC(model, lr=0.1, likelihood=likelihood)
+    optimizer = KFAC(model, lr=0.1, likelihood=likelihood)
     with pytest.raises(UsageError, match=message):
         model(torch.randn(1, 4))
+    assert optimizer.counters["steps"] == 0
 
 
 def test_complex_layers_are_left_to_adamw_and_trained():
     torch.manual_seed(0)
     layers = {"a": nn.Linear(4, 5, dtype=torch.cdouble), "b": nn.Linear(5, 3, dtype=D)}
     model = Net(lambda net, x: net.b(net.a(x.to(torch.cdouble)).abs()), **layers)
-    optimizer = KFAC(model, lr=0.1, fallback_lr=0.01, kl_clip=None)
+    with pytest.warns(SmallfryWarning, match="'a.weight' .* complex parameters"):
+        optimizer = KFAC(model, lr=0.1, fallback_lr=0.01, kl_clip=None)
     assert optimizer.uncovered == dict.fromkeys(
         ("a.weight", "a.bias"), "Linear has complex parameters"
     )
@@ -213,6 +216,15 @@ def test_complex_layers_are_left_to_adamw_and_trained():
     optimizer.step()
     moved = torch.view_as_real(model.a.weight.detach() - before).abs()
     torch.testing.assert_close(moved, torch.full_like(moved, 0.01), rtol=1e-4, atol=0)  # AdamW's
+
+
+def test_a_layer_of_no_width_is_no_obstacle():
+    layers = {"a": nn.Linear(4, 0), "b": nn.Linear(4, 3)}
+    model = Net(lambda net, x: net.b(x) + net.a(x).sum(1, keepdim=True), **layers)
+    optimizer = KFAC(model, lr=0.1)
+    F.cross_entropy(model(torch.randn(6, 4)), torch.arange(6) % 3).backward()
+    optimizer.step()
+    assert set(optimizer.uncovered) == {"a.weight", "a.bias"}
 
 
 def test_a_model_without_numbers_is_refused():

@@ -132,7 +132,8 @@ def measure_collapse(
         logits: (images, classes), for NC4; default features @ weightᵀ.
 
     Raises:
-        UsageError: A class has no image, a label has no class, or there is one class.
+        UsageError: A class has no image, a label has no class, there is one class, or features are
+            not finite.
     """
     features, weight, classes = features.double(), weight.double(), len(weight)
     if classes < 2 or len(torch.unique(labels)) != classes:
@@ -140,6 +141,8 @@ def measure_collapse(
             "neural collapse needs images of every class, and two classes at least: got labels of "
             f"{len(torch.unique(labels))} classes, and a classifier of {classes}"
         )
+    if not bool(features.isfinite().all()):
+        raise UsageError("the features are not finite: the model's training has diverged")
     means, index, _ = _means(features, labels)
     centred = means - features.mean(0)
     eye = torch.eye(classes).double()

@@ -80,7 +80,7 @@ def layer_signals(model: nn.Module, images: Tensor, seed: int = 0) -> list[Layer
 
     Args:
         model: In any mode; it is measured in evaluation mode.
-        images: Normalised inputs.
+        images: Normalised inputs, or numbers of tokens.
         seed: Of the cotangents.
 
     Example:
@@ -111,10 +111,13 @@ def layer_signals(model: nn.Module, images: Tensor, seed: int = 0) -> list[Layer
     generator = torch.Generator().manual_seed(seed)
     try:
         with evaluating(model), torch.enable_grad():
-            inputs = images.detach().requires_grad_()
+            inputs = images.detach()
+            sources = [p for p in model.parameters() if p.requires_grad]
+            if inputs.is_floating_point():
+                sources = [inputs.requires_grad_()]
             logits = forward(model, inputs)[0]
             cotangents = torch.randn(logits.shape, generator=generator, dtype=logits.dtype)
-            torch.autograd.grad(logits, inputs, cotangents, allow_unused=True)
+            torch.autograd.grad(logits, sources, cotangents, allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()

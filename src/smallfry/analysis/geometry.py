@@ -23,6 +23,7 @@ from torch import Tensor
 from smallfry.analysis.features import Features, collect
 from smallfry.analysis.question import Answer, Picture, Subject, Table, register_question
 from smallfry.data.corruptions import corrupt
+from smallfry.errors import UsageError
 from smallfry.report.corruptions import (
     Accuracies,
     corruption_names,
@@ -110,6 +111,9 @@ def measure_geometry(
         weight: (classes, features).
         bias: (classes,); default 0.
 
+    Raises:
+        UsageError: A label has no class.
+
     Example:
         >>> h = torch.tensor([[3.0, 4.0]]).double()
         >>> found = measure_geometry(h, torch.tensor([1]), torch.eye(2).double())
@@ -118,6 +122,8 @@ def measure_geometry(
     """
     features, weight = features.double(), weight.double()
     bias = weight.new_zeros(len(weight)) if bias is None else bias.double()
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < len(weight):
+        raise UsageError(f"labels must be 0 to {len(weight) - 1}, the rows of the weight")
     lengths, norms = features.norm(dim=1), weight.norm(dim=1)
     logits = features @ weight.T + bias
     cosines = (features @ weight.T) / (lengths[:, None] * norms).clamp(min=1e-300)

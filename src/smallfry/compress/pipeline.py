@@ -95,14 +95,21 @@ def apply_to_model(
         The compressed model in evaluation mode, and its spec.
 
     Raises:
-        UsageError: A method that needs training, or methods in the wrong order.
+        UsageError: A method that needs training, methods in the wrong order, or a model that can't
+            be copied.
     """
     training = [each.name for each in methods if each.trains]
     if training:
         raise UsageError(
             f"'{training[0]}' acts during training: use compress.Session in your own loop"
         )
-    small = deepcopy(model).eval()
+    try:
+        small = deepcopy(model).eval()
+    except RuntimeError as error:  # of a weight that a hook has computed
+        raise UsageError(
+            f"the model can't be copied ({error}): make computed weights ordinary first, by "
+            "nn.utils.prune.remove, nn.utils.remove_weight_norm or remove_spectral_norm"
+        ) from error
     inputs = torch.empty(0) if example is None else example
     running = Running(methods, small, Setting(spec, inputs, batches, 0, seed))
     found = running.finish()

@@ -7,6 +7,7 @@ from torch import nn
 
 from smallfry.curvature.products import computes
 from smallfry.errors import UsageError, nearest
+from smallfry.transforms.replace import tied_layers
 
 DENSE = (nn.Linear, nn.Conv2d)
 
@@ -19,6 +20,19 @@ def is_dense(module: nn.Module) -> bool:
     """
     kind = next((kind for kind in DENSE if isinstance(module, kind)), None)
     return kind is not None and "weight" in module._parameters and computes(module, kind)
+
+
+def read_by_others(model: nn.Module) -> set[str]:
+    """Find the dense layers whose weight is an embedding's, or another module's, as well.
+
+    They can be replaced together only, and what stands for a dense layer is no embedding.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return {
+        name
+        for name, names in tied_layers(model).items()
+        if not all(is_dense(modules[each]) for each in names)
+    }
 
 
 def dense_layers(

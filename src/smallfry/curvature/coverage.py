@@ -279,6 +279,8 @@ def _why_not(model: nn.Module, path: str, module: nn.Module, excluded: set[str])
         )
     if any(p.is_complex() for p in module.parameters(False)):
         return f"{name} has complex parameters"
+    if any(p.numel() == 0 for p in module.parameters(False)):
+        return f"{name} has parameters without numbers"
     if can_spell_out(module) or is_recurrent(module):
         return None
     if is_transposed(module):

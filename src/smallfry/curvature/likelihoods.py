@@ -146,7 +146,7 @@ class Likelihood(ABC):
 class _Family(Likelihood):
     """Exponential family in the model's single output tensor."""
 
-    shape = ("samples",)  # first dimensions of the output
+    shape: tuple[str, ...] = ("samples",)  # first dimensions of the output
 
     def select(self, output: Any) -> Outputs:
         if not isinstance(output, Tensor):

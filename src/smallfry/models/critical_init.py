@@ -85,15 +85,15 @@ def init_critical_(model: nn.Module, images: Tensor, activation: str | None = No
     """
     calls = _calls(model, images)
     modules = dict(model.named_modules())
-    trainable = [name for name in calls if _weight(modules[name]).requires_grad]
-    if not trainable:
-        raise UsageError("critical initialisation found no trainable linear layer or convolution")
-    computed = next((n for n in trainable if "weight" not in modules[n]._parameters), None)
+    computed = next((n for n in calls if "weight" not in modules[n]._parameters), None)
     if computed is not None:
         raise UsageError(
             f"the weight of '{computed}' is computed from other parameters: initialise the model "
             "before nn.utils.parametrize, weight_norm or prune change it"
         )
+    trainable = [name for name in calls if _weight(modules[name]).requires_grad]
+    if not trainable:
+        raise UsageError("critical initialisation found no trainable linear layer or convolution")
     if any(isinstance(module, NORMS) for module in modules.values()):
         uses = {n: calls[n][0] for n in trainable if n.rpartition(".")[2] in BRANCH_ENDS}
         for name in trainable:

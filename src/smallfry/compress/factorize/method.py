@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from smallfry.compress.quantize.calibration import Images
 from smallfry.compress.quantize.knapsack import Option, least_loss
 from smallfry.compress.quantize.sensitivity import LayerCurvature, curvature
-from smallfry.compress.select import dense_layers
+from smallfry.compress.select import dense_layers, read_by_others
 from smallfry.errors import SmallfryWarning, UsageError
 from smallfry.io.json import Plain
 from smallfry.training.evaluation import forward
@@ -204,12 +204,13 @@ def candidates(model: nn.Module, settings: Selection, choose: Choose) -> dict[st
         settings: Names and smallest size.
         choose: Settings of a layer's replacement, None if it can't be factorised.
     """
-    modules, ties = dict(model.named_modules()), tied_layers(model)
+    modules, ties, others = dict(model.named_modules()), tied_layers(model), read_by_others(model)
     names = dense_layers(model, settings.include, settings.exclude)
     return {
         name: modules[name]
         for name in dict.fromkeys(tied for one in names for tied in ties[one])
         if name in modules
+        and name not in others
         and _size(modules[name]) >= settings.smallest
         and choose(modules[name]) is not None
     }
