@@ -157,33 +157,52 @@ def test_samples_are_found_in_any_container():
 
 
 class Answer(NamedTuple):
-    loss: torch.Tensor
+    other: torch.Tensor
     mean: torch.Tensor
 
 
-def test_a_loss_among_the_outputs_is_no_sample():
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+@pytest.mark.parametrize("other", ["loss", "hidden"])
+def test_what_is_no_part_of_the_density_may_be_among_the_outputs(kind, other):
     steps = []
-    for with_loss in (False, True):
+    for alone in (True, False):
         torch.manual_seed(0)
 
-        def answer(net, x, y, with_loss=with_loss):
-            mean = net.b(torch.tanh(net.a(x)))
+        def answer(net, x, y, alone=alone):
+            hidden = torch.tanh(net.a(x))
+            mean = net.b(hidden)
+            if alone:
+                return mean
             loss = ((mean - y) ** 2).sum(1).mean() / 2
-            return Answer(loss, mean) if with_loss else mean
+            return Answer(loss if other == "loss" else hidden.T, mean)
 
         def density(output):
             mean = output if isinstance(output, torch.Tensor) else output.mean
             return torch.distributions.Independent(torch.distributions.Normal(mean, 1.0), 1)
 
         model = Net(answer, a=nn.Linear(4, 4, dtype=D), b=nn.Linear(4, 3, dtype=D))
-        optimizer = KFAC(model, lr=0.1, likelihood=density)
+        optimizer = kind(model, lr=0.1, likelihood=density)
         x, y = torch.randn(6, 4, dtype=D), torch.randn(6, 3, dtype=D)
         output = model(x, y)
-        (output.loss if with_loss else ((output - y) ** 2).sum(1).mean() / 2).backward()
+        mean = output if alone else output.mean
+        loss = ((mean - y) ** 2).sum(1).mean() / 2
+        (output.other if other == "loss" and not alone else loss).backward()
         optimizer.step()
         assert optimizer.counters["measurements"] == 1
         steps.append(model.a.weight.detach())
     torch.testing.assert_close(*steps, rtol=1e-12, atol=0)
+
+
+def test_parts_of_different_rows_are_refused():
+    def forward(net, x):
+        tokens = torch.tanh(net.a(x))
+        return {"words": net.b(tokens).flatten(0, 1), "whole": net.b(tokens.mean(1))}
+
+    model = Net(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 3))
+    optimizer = KFAC(model, likelihood={"words": "categorical", "whole": "categorical"})
+    with pytest.raises(UsageError, match=r"different first dimensions .*'words': 10, 'whole': 5"):
+        model(torch.randn(5, 2, 4))
+    assert optimizer.counters["steps"] == 0
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,23 @@ class Joint(Likelihood):
             yield part, outputs[start : start + count]
             start += count
 
+    def rows(self, outputs: Outputs) -> int:
+        """Return the rows of all parts.
+
+        Raises:
+            UsageError: They differ.
+        """
+        found = {
+            key: part.rows(z)
+            for key, (part, z) in zip(self.parts, self._each(outputs), strict=True)
+        }
+        if len({*found.values()}) > 1:
+            raise UsageError(
+                f"parts of the output have different first dimensions ({found}): expected the same "
+                "samples in all, (samples, positions, …) instead of rows of both"
+            )
+        return next(iter(found.values()))
+
     def is_density(self, outputs: Outputs) -> bool:
         """True if every part is a density."""
         return all(part.is_density(z) for part, z in self._each(outputs))
@@ -174,6 +191,12 @@ class FromDistribution(Likelihood):
     def of_last(self) -> "FromDistribution":
         """Rebuild the structure of the last output, with its other values."""
         return copy.copy(self)
+
+    def rows(self, outputs: Outputs) -> int:
+        """Return the first size of the density's batch, as outputs may hold other tensors."""
+        if not self.is_density(outputs):
+            return super().rows(outputs)
+        return next(iter(self._distribution(outputs).batch_shape), 1)
 
     def sample_gradients(self, outputs: Outputs, generator: torch.Generator) -> Outputs:
         """Return −∇ log p of one sample, drawn with a seed from the generator."""

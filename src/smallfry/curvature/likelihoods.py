@@ -54,6 +54,10 @@ class Likelihood(ABC):
         """Return the likelihood of the outputs selected last, whatever is selected next."""
         return self
 
+    def rows(self, outputs: Outputs) -> int:
+        """Return the size of the outputs' first dimension: the samples, or these with tokens."""
+        return next((z.shape[0] for z in outputs if z.ndim), 1)
+
     def is_density(self, outputs: Outputs) -> bool:
         """Return whether targets can be drawn, which takes finite outputs."""
         return all(bool(z.isfinite().all()) for z in outputs)

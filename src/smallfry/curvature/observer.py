@@ -226,7 +226,8 @@ class Observer:
         live = [z for z in outputs if z.requires_grad]
         if not live or any(is_functorch_wrapped_tensor(z) for z in live):
             return  # nothing to train, or inside a transform of torch.func
-        size = next((z.shape[0] for z in outputs if z.ndim), 1)  # some may be numbers, as losses
+        with torch.no_grad():
+            size = self.likelihood.rows(outputs)
         if size == 0:
             return
         called = [(call.block.layers[call.layer], call.inputs.shape) for call in calls]
@@ -471,14 +472,18 @@ class Observer:
         rank, count = self.process
         if count == 1:
             return sample(outputs, self.generator)
-        mine = next(len(z) for z in outputs if z.ndim)
+        mine = seen.size
         if count * sum(z.numel() for z in outputs) > MOST_DRAWN:
             seed = torch.randint(2**62, (), generator=self.generator, device=self.generator.device)
             own = torch.Generator(self.generator.device).manual_seed(int(seed) + rank)
             return sample(outputs, own)
         rows = (torch.arange(mine * count, device=outputs[0].device) - mine * rank) % mine
-        drawn = sample(tuple(z[rows] if z.ndim else z for z in outputs), self.generator)
-        return tuple(g[mine * rank : mine * (rank + 1)] if g.ndim else g for g in drawn)
+        own = [z.shape[:1] == (mine,) for z in outputs]  # others may be losses, or of layers
+        drawn = sample(
+            tuple(z[rows] if o else z for z, o in zip(outputs, own, strict=True)), self.generator
+        )
+        kept = slice(mine * rank, mine * (rank + 1))
+        return tuple(g[kept] if o else g for g, o in zip(drawn, own, strict=True))
 
 
 def _was_unscaled(then: float, now: float) -> bool:
