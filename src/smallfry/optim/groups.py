@@ -54,7 +54,7 @@ def natural_groups(
                 raise UsageError("params= holds a parameter twice")
             seen.add(p)
         trained = [p for p in listed if p.requires_grad]
-        relative = {"fallback_lr": fallback_lr * group.get("lr", lr) / lr} if lr else {}
+        relative = {"fallback_lr": fallback_lr * (group.get("lr", lr) / lr)} if lr else {}
         groups.append({**defaults, **relative, **group, "params": trained})
     if not seen:
         raise UsageError("there are no parameters to train")

@@ -130,7 +130,7 @@ def warn_unsupported(left: Sequence[Mapping[str, Any]]) -> None:
     count = sum(each["parameters"] for each in left)
     _warn(
         f"{len(left)} layers with {count:,} weights stay in floating point, as no linear layer or "
-        f"ordinary convolution: {names}{more}"
+        f"ordinary convolution, or tied to an embedding: {names}{more}"
     )
 
 
