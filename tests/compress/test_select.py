@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
 
-from smallfry.compress import LowRank, Quantize, TensorTrain, apply_to_model
+from smallfry.compress import (
+    HESSO,
+    LowRank,
+    Magnitude,
+    Quantize,
+    Session,
+    TensorTrain,
+    apply_to_model,
+)
 from smallfry.compress.select import chosen, dense_layers
 from smallfry.errors import SmallfryWarning, UsageError
 
@@ -132,6 +140,13 @@ def test_a_layer_that_is_the_model_is_refused_in_words():
 def test_a_model_that_can_not_be_copied_is_refused_in_words():
     with pytest.raises(UsageError, match=r"can't be copied .*nn.utils.prune.remove"):
         apply_to_model(nn.Sequential(pruned(), nn.Linear(4, 4)), [LowRank()])
+
+
+@pytest.mark.parametrize("method", [Magnitude(), HESSO(sparsity=0.5)])
+def test_a_model_without_channels_to_cut_is_refused_in_words(method):
+    model = nn.Sequential(nn.Conv1d(3, 16, 3), nn.ReLU(), nn.Conv1d(16, 16, 3), nn.Flatten())
+    with pytest.raises(UsageError, match=rf"{method.name} finds no channels to cut: .* nn.Conv2d"):
+        Session(model, [method], torch.randn(2, 3, 8), steps=10)
 
 
 def test_a_method_that_finds_no_layer_is_announced():

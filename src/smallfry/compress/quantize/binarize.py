@@ -121,7 +121,7 @@ def _binarisable(model: nn.Module, settings: BiPer) -> list[str]:
     ]
     if not chosen:
         raise UsageError(
-            "biper finds no layer to make binary: they have a bias or an embedding's weight, or are "
-            "the first and the last one (ends: true)"
+            "biper finds no layer to make binary: they have a bias or an embedding's weight, or "
+            "are the first and the last one (ends: true)"
         )
     return chosen
