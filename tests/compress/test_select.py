@@ -128,7 +128,7 @@ def test_a_weight_that_is_an_embeddings_too_stays():
     torch.testing.assert_close(small(numbers), model(numbers), rtol=0.02, atol=0.02)
     small, spec = apply_to_model(model, [LowRank(smallest=1)])
     assert list(spec.transforms[0].settings) == ["mix"]
-    with pytest.raises(UsageError, match=r"none of the chosen layers, such as 'words'"):
+    with pytest.raises(UsageError, match=r"none of the chosen layers, such as 'head' \(Linear\)"):
         apply_to_model(model, [Quantize(include=("head", "words"))])
 
 

@@ -112,7 +112,7 @@ def supported(
     names = {each["name"] for each in left}
     found = [name for name in chosen if name not in names]
     if not found:
-        one = left[0]
+        one = next(each for each in left if each["name"] in chosen)
         raise UsageError(
             f"{method} can replace none of the chosen layers, such as '{one['name']}' "
             f"({one['type']}): its weight is an embedding's too, or it has another padding than "

@@ -122,7 +122,7 @@ def smooth(model: nn.Module, batches: Iterable[Tensor], alpha: float = 0.5) -> l
     found = {
         second: first
         for first, second in _normed(modules)
-        if second in single and is_dense(modules[second])
+        if second in single and isinstance(modules[second], nn.Linear) and is_dense(modules[second])
         and cast(nn.LayerNorm, modules[first]).elementwise_affine
     }  # fmt: skip
     largest: dict[str, Tensor] = {}
