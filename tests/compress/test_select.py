@@ -12,6 +12,7 @@ from torch.nn.utils import prune
 
 from smallfry.compress import (
     HESSO,
+    LSQ,
     LowRank,
     Magnitude,
     Quantize,
@@ -147,6 +148,24 @@ def test_a_model_without_channels_to_cut_is_refused_in_words(method):
     model = nn.Sequential(nn.Conv1d(3, 16, 3), nn.ReLU(), nn.Conv1d(16, 16, 3), nn.Flatten())
     with pytest.raises(UsageError, match=rf"{method.name} finds no channels to cut: .* nn.Conv2d"):
         Session(model, [method], torch.randn(2, 3, 8), steps=10)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_an_optimizer_without_the_parameters_of_new_layers_is_announced(before):
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(5, 4)
+    early = torch.optim.SGD(model.parameters(), 0.1)
+    session = Session(model, [LSQ(weights=4, activations=None)], x, steps=1)
+    optimizer = early if before else torch.optim.SGD(model.parameters(), 0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        session.attach(optimizer)
+    assert ["'0.weight_log_step', are not in the optimizer" in str(w.message) for w in caught] == (
+        [True] * before
+    )
+    step = model[0].weight_step.detach().clone()
+    (model(x).square().sum() + session.penalty()).backward()
+    optimizer.step()
+    assert torch.equal(model[0].weight_step, step) == before
 
 
 def test_a_method_that_finds_no_layer_is_announced():
