@@ -236,7 +236,7 @@ def test_complex_layers_are_left_to_adamw_and_trained():
     F.cross_entropy(model(torch.randn(6, 4, dtype=D)), torch.arange(6) % 3).backward()
     optimizer.step()
     moved = torch.view_as_real(model.a.weight.detach() - before).abs()
-    torch.testing.assert_close(moved, torch.full_like(moved, 0.01), rtol=1e-4, atol=0)  # AdamW's
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.01), rtol=0.01, atol=0)  # AdamW's
 
 
 def test_a_layer_of_no_width_is_no_obstacle():
