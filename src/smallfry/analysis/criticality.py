@@ -112,7 +112,7 @@ def layer_signals(model: nn.Module, images: Tensor, seed: int = 0) -> list[Layer
     try:
         with evaluating(model), torch.enable_grad():
             inputs = images.detach()
-            sources = [p for p in model.parameters() if p.requires_grad]
+            sources: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
             if inputs.is_floating_point():
                 sources = [inputs.requires_grad_()]
             logits = forward(model, inputs)[0]
