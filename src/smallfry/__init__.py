@@ -14,7 +14,7 @@ from smallfry._moved import install
 from smallfry.version import __version__
 
 if TYPE_CHECKING:
-    from smallfry import compress, models, optim
+    from smallfry import analysis, compress, curvature, data, models, optim
     from smallfry.costing import Cost, cost
     from smallfry.deploy.export import export
     from smallfry.deploy.pretrained import load_trained as load
@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Cost",
     "__version__",
+    "analysis",
     "compress",
     "cost",
+    "curvature",
+    "data",
     "export",
     "load",
     "models",

@@ -3,7 +3,7 @@
 ``tests/test_private_torch.py`` names what is missing, and what is used elsewhere.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from torch._C import _get_mkldnn_enabled as is_onednn_enabled
 from torch._C import _set_mkldnn_enabled as enable_onednn
 from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
 from torch._subclasses.fake_tensor import is_fake
+from torch.autograd import Variable
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 __all__ = [
     "BatchNorm",
     "TorchDispatchMode",
+    "after_backward",
     "aliases_of",
     "current_autograd_node",
     "current_graph_task_id",
@@ -47,6 +49,12 @@ __all__ = [
 def is_transformed() -> bool:
     """True inside a transform of ``torch.func``, such as ``vmap``."""
     return peek_interpreter_stack() is not None
+
+
+def after_backward(function: Callable[[], None]) -> None:
+    """Call a function at the end of the current backward pass."""
+    engine: Any = Variable._execution_engine
+    engine.queue_callback(function)
 
 
 @contextmanager

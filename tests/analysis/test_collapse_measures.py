@@ -18,6 +18,7 @@ from smallfry.analysis.collapse import (
     measure_collapse,
     within_over_between,
 )
+from smallfry.analysis.geometry import measure_geometry
 from smallfry.data import Split
 from smallfry.errors import RunError, UsageError
 
@@ -81,6 +82,32 @@ def test_every_measure_is_its_definition(counts):
     found = measure_collapse(*tensors(*arrays))._asdict()
     for name, expected in defined(*arrays).items():
         np.testing.assert_allclose(found[name], expected, rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+def test_numbers_of_single_precision_are_taken_in_double():
+    points, labels, weight = tensors(*drawn(3, [20, 20, 20]))
+    points, weight = points.float(), weight.float()
+    found = measure_collapse(points, labels, weight)
+    expected = measure_collapse(points.double(), labels, weight.double())
+    for one, other in zip(found, expected, strict=True):
+        assert np.array_equal(np.asarray(one), np.asarray(other))
+    geometry = measure_geometry(points, labels, weight, torch.ones(3))
+    assert geometry.margins.dtype == torch.float64
+
+
+def test_labels_without_a_class_are_refused():
+    points, labels, weight = tensors(*drawn(3, [20, 20, 20]))
+    with pytest.raises(UsageError, match="labels of 3 classes, and a classifier of 2"):
+        measure_collapse(points, labels, weight[:2])
+    with pytest.raises(UsageError, match="labels must be 0 to 1"):
+        measure_geometry(points, labels, weight[:2])
+
+
+def test_features_that_are_no_numbers_are_refused():
+    points, labels, weight = tensors(*drawn(3, [20, 20]))
+    points[0, 0] = torch.nan
+    with pytest.raises(UsageError, match="features are not finite"):
+        measure_collapse(points, labels, weight)
 
 
 def test_given_logits_decide_instead_of_the_products():

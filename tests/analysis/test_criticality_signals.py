@@ -70,6 +70,31 @@ def test_signals_are_mean_squares_of_outputs_and_of_their_gradients(net):
         assert each.gradient == pytest.approx(float(expected[key].square().mean()), rel=1e-12)
 
 
+@pytest.mark.parametrize("convolution", [nn.Conv1d, nn.Conv3d])
+def test_convolutions_of_sequences_and_volumes_have_signals(convolution):
+    torch.manual_seed(0)
+    dims = 1 if convolution is nn.Conv1d else 3
+    model = nn.Sequential(convolution(2, 5, 2), nn.Tanh(), nn.Flatten(), nn.Linear(5 * 2**dims, 3))
+    images = torch.randn(4, 2, *[3] * dims)
+    first, last = layer_signals(model, images)
+    assert [first[:3], last[:3]] == [("0", 0, 5), ("3", 0, 3)]
+    assert first.kernel == pytest.approx(float(model[0](images).double().square().mean()))
+
+
+def test_gradients_of_a_model_of_tokens_need_none_of_its_inputs():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    tokens = torch.randint(9, (2, 6))
+    first, last = layer_signals(model, tokens, seed=5)
+    hidden = model[1](model[0](tokens))
+    logits = model[3](hidden.tanh())
+    draw = torch.Generator().manual_seed(5)
+    cotangents = torch.randn(2, 6, 3, generator=draw, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(logits, hidden, cotangents)
+    assert first.gradient == pytest.approx(float(gradient.square().mean()), rel=1e-12)
+    assert last.gradient == pytest.approx(float(cotangents.square().mean()), rel=1e-12)
+
+
 @pytest.mark.parametrize("is_frozen", [True, False])
 def test_measuring_leaves_images_and_model_as_they_were(net, is_frozen):
     net.train().requires_grad_(not is_frozen)

@@ -162,6 +162,32 @@ def test_equalisation_is_exact_and_makes_both_maxima_equal():
         torch.testing.assert_close(rows, columns, rtol=0.05, atol=0)
 
 
+class Listed(nn.Module):
+    """Layers in an nn.Sequential, called as a whole or one by one."""
+
+    def __init__(self, whole):
+        super().__init__()
+        self.layers, self.whole = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)), whole
+
+    def forward(self, x):
+        if self.whole:
+            return self.layers(x)
+        first = self.layers[0](x)
+        return self.layers[2](self.layers[1](first)) + first
+
+
+def test_layers_that_are_called_one_by_one_are_no_pair():
+    x = torch.randn(4, 3).double()
+    for whole in (True, False):
+        torch.manual_seed(0)
+        model = Listed(whole).double().eval()
+        expected = model(x)
+        assert pairs(model) == []  # no example to see it by
+        found = equalize(model, example=x)
+        assert [each[:2] for each in found] == [("layers.0", "layers.2")] * whole
+        torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
+
+
 def test_channels_of_zeros_stay_as_they_are():
     model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2)).double()
     model[0].weight.data[0] = 0

@@ -179,6 +179,27 @@ def test_an_excluded_attention_is_left_alone():
     assert set(coverage.uncovered.values()) == {"excluded"}
 
 
+def test_one_part_of_an_attention_may_be_excluded():
+    torch.manual_seed(1)
+    model, x = Attending(batch_first=True).to(D), torch.randn(5, 3, 4, dtype=D)
+    coverage = cover(model, exclude=["attention.in_proj"])
+    assert coverage.uncovered == dict.fromkeys(
+        ("attention.in_proj_weight", "attention.in_proj_bias"), "excluded"
+    )
+    (block,) = coverage.blocks
+    dense = dense_fisher(model, x, "categorical", list(block.parameters))
+    seen = observe(model, coverage, x, Categorical())
+    torch.testing.assert_close(dense_of(block, seen.rows(block, D)), dense)
+
+
+def test_an_output_projection_that_attention_would_not_call_is_left_out():
+    attention = nn.MultiheadAttention(4, 2)
+    attention.out_proj = Adapted(4, 4)
+    coverage = cover(nn.ModuleList([attention]))
+    assert not coverage.blocks
+    assert coverage.uncovered["0.in_proj_weight"] == "MultiheadAttention is not covered"
+
+
 def test_little_coverage_is_announced_with_the_largest():
     embedding = nn.EmbeddingBag(100, 24)
     model = nn.Sequential(embedding, nn.Flatten(), nn.Linear(24, 9))

@@ -168,3 +168,19 @@ def test_every_method_trains_them(method, kind):
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
     assert not optimizer.uncovered
+
+
+@pytest.mark.parametrize("settings", [{"adaptive_damping": True}, {"step_length": "quadratic"}])
+def test_the_quadratic_model_in_single_precision_is_that_in_double(settings):
+    found = []
+    for dtype in (torch.float32, D):
+        torch.manual_seed(0)
+        model, x = Reading(nn.LSTM).to(dtype), torch.randn(6, 3, 3).to(dtype)
+        optimizer = KFAC(model, lr=0.1, fisher="exact", kl_clip=None, **settings)
+        F.cross_entropy(model(x), torch.arange(6) % 3).backward()
+        optimizer.step()
+        found.append((model.recurrent.weight_hh_l0.detach().double(), optimizer.reduction_ratio))
+    (one, ratio), (other, expected) = found
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    assert (ratio is None) == ("step_length" in settings)
+    assert ratio is None or ratio == pytest.approx(expected, rel=0.05)

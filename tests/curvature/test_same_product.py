@@ -79,6 +79,13 @@ class Failing(nn.Linear):
         raise KeyError("mask")
 
 
+class Scalable(Renamed):
+    """The same product, as long as nobody asks for more."""
+
+    def forward(self, x, scale=1.0):
+        return scale * super().forward(x)
+
+
 class Tupled(nn.Linear):
     """Another form of output."""
 
@@ -107,6 +114,7 @@ class NotANumber(nn.Linear):
         (Extended(3, 2), nn.Linear, False),
         (Failing(3, 2), nn.Linear, False),
         (Tupled(3, 2), nn.Linear, False),
+        (Scalable(3, 2), nn.Linear, False),
         (NotANumber(3, 2), nn.Linear, False),
         (nn.LazyLinear(2), nn.Linear, False),
         (Conv1D(3, 2), Conv1D, True),

@@ -222,6 +222,36 @@ def test_branches_of_a_recursive_model_are_divided_by_their_uses():
     assert max(growth) < 0.2  # of a state of about 0.1 to 1
 
 
+def test_layers_of_sequences_are_initialised_by_whatever_keyword_they_are_called():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv1d(8, 64, 3), nn.Conv1d(64, 256, 3)
+            self.act, self.head = nn.Tanh(), nn.Linear(256, 4)
+
+        def forward(self, x):
+            x = self.act(self.second(input=self.act(self.first(input=x))))
+            return self.head(input=x.mean(2))
+
+    torch.manual_seed(0)
+    model = Net()
+    done = init_critical_(model, torch.randn(3, 8, 9))
+    assert done.layers == ("first", "second", "head")
+    for layer in (model.first, model.second, model.head):  # tanh: variances of 1 over the fan-in
+        fan_in = layer.weight[0].numel()
+        assert float(layer.weight.var()) * fan_in == pytest.approx(1, rel=0.2)
+    assert float(model.second.weight.var()) * 192 == pytest.approx(1, rel=0.03)
+
+
+def test_a_weight_that_is_computed_is_refused_by_name():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    nn.utils.parametrizations.weight_norm(model[2])
+    before = model[0].weight.detach().clone()
+    with pytest.raises(UsageError, match="weight of '2' is computed from other parameters"):
+        init_critical_(model, torch.randn(3, 4))
+    assert torch.equal(model[0].weight, before)
+
+
 def test_what_cannot_be_initialised_is_refused():
     images = torch.randn(2, 4)
     mixed = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Tanh())

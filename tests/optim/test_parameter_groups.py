@@ -47,6 +47,16 @@ def test_a_groups_own_settings_win(net):
     assert one["momentum"] == 0.9
 
 
+def test_the_rate_of_adamw_follows_that_of_its_group(net):
+    given = [
+        {"params": list(net[0].parameters()), "lr": 0.2},
+        {"params": list(net[1].parameters()), "lr": 0.0},
+        {"params": list(net[2].parameters()), "lr": 0.2, "fallback_lr": 0.7},
+    ]
+    assert [g["fallback_lr"] for g in groups_of(net, given)] == [2e-3, 0.0, 0.7]
+    assert groups_of(net, given[:1], lr=0.0)[0]["fallback_lr"] == 1e-3  # of none nothing follows
+
+
 def test_groups_of_frozen_parameters_vanish(net):
     net[2].requires_grad_(False)
     assert (

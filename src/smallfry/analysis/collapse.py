@@ -107,6 +107,7 @@ def within_over_between(features: Tensor, labels: Tensor) -> float:
         >>> within_over_between(points.double(), torch.tensor([0, 0, 1, 1]))
         0.0
     """
+    features = features.double()
     means, index, counts = _means(features, labels)
     centred = means - features.mean(0)
     within = features - means[index]
@@ -125,13 +126,14 @@ def measure_collapse(
     """Measure neural collapse of a classifier and its inputs.
 
     Args:
-        features: (images, features), float64.
+        features: (images, features); they are taken in float64.
         labels: (images,), of all classes.
         weight: (classes, features).
         logits: (images, classes), for NC4; default features @ weightᵀ.
 
     Raises:
-        UsageError: A class has no image, or there is one class.
+        UsageError: A class has no image, a label has no class, there is one class, or features are
+            not finite.
 
     Example:
         >>> import torch
@@ -141,9 +143,14 @@ def measure_collapse(
         >>> found.nc1, found.nc4
         (0.0, 0.0)
     """
-    classes = len(weight)
-    if classes < 2 or len(torch.unique(labels)) < classes:
-        raise UsageError("neural collapse needs images of every class, and two classes at least")
+    features, weight, classes = features.double(), weight.double(), len(weight)
+    if classes < 2 or len(torch.unique(labels)) != classes:
+        raise UsageError(
+            "neural collapse needs images of every class, and two classes at least: got labels of "
+            f"{len(torch.unique(labels))} classes, and a classifier of {classes}"
+        )
+    if not bool(features.isfinite().all()):
+        raise UsageError("the features are not finite: the model's training has diverged")
     means, index, _ = _means(features, labels)
     centred = means - features.mean(0)
     eye = torch.eye(classes).double()

@@ -28,7 +28,7 @@ from smallfry.models.critical import (
     moments,
     residual_kernels,
 )
-from smallfry.models.critical_init import NORMS, activation_of
+from smallfry.models.critical_init import LAYERS, NORMS, activation_of
 from smallfry.report.axes import log_axis
 from smallfry.report.figure import COLOURS, GREY, encode, new_figure, style
 from smallfry.training.evaluation import forward
@@ -80,7 +80,7 @@ def layer_signals(model: nn.Module, images: Tensor, seed: int = 0) -> list[Layer
 
     Args:
         model: In any mode; it is measured in evaluation mode.
-        images: Normalised inputs.
+        images: Normalised inputs, or numbers of tokens.
         seed: Of the cotangents.
 
     Example:
@@ -91,7 +91,7 @@ def layer_signals(model: nn.Module, images: Tensor, seed: int = 0) -> list[Layer
     found: list[dict[str, Any]] = []
 
     def note(layer: str, module: nn.Module, output: Tensor) -> None:
-        width = output.shape[1] if isinstance(module, nn.Conv2d) else output.shape[-1]
+        width = len(module.weight)  # type: ignore[arg-type]
         call = sum(each["layer"] == layer for each in found)
         kernel = float(output.detach().double().square().mean())
         entry = {"layer": layer, "call": call, "width": width, "kernel": kernel, "gradient": 0.0}
@@ -106,15 +106,18 @@ def layer_signals(model: nn.Module, images: Tensor, seed: int = 0) -> list[Layer
     handles = [
         module.register_forward_hook(lambda m, _, output, name=name: note(name, m, output))
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
+        if isinstance(module, LAYERS)
     ]
     generator = torch.Generator().manual_seed(seed)
     try:
         with evaluating(model), torch.enable_grad():
-            inputs = images.detach().requires_grad_()
+            inputs = images.detach()
+            sources: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+            if inputs.is_floating_point():
+                sources = [inputs.requires_grad_()]
             logits = forward(model, inputs)[0]
             cotangents = torch.randn(logits.shape, generator=generator, dtype=logits.dtype)
-            torch.autograd.grad(logits, inputs, cotangents, allow_unused=True)
+            torch.autograd.grad(logits, sources, cotangents, allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from smallfry.compress.quantize.calls import visit
+from smallfry.curvature.layers import input_of
 from smallfry.data import Split
 from smallfry.errors import UsageError
 from smallfry.layers.quantized import QuantizedWeight
@@ -58,15 +59,15 @@ def collect(trained: TrainedModel, images: Tensor, labels: Tensor) -> Features:
     head = _head(trained.model)
     taken: list[Tensor] = []
 
-    def keep(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        inputs = arguments[0]
+    def keep(module: nn.Module, given: Any, named: dict[str, Any], output: Tensor) -> None:
+        inputs = input_of(given, named)
         if isinstance(module, QuantizedWeight):
             module.called -= 1  # once more, for the call that has just ended
             inputs = module.round_inputs(inputs)
         taken[:] = [inputs.flatten(1), output.flatten(1)]
 
     features, outputs, logits = [], [], []
-    handle = head.register_forward_hook(keep)
+    handle = head.register_forward_hook(keep, with_kwargs=True)
     try:
         with evaluating(trained.model):
             for rows in torch.split(images, BATCH):

@@ -23,6 +23,7 @@ from torch import Tensor
 from smallfry.analysis.features import Features, collect
 from smallfry.analysis.question import Answer, Picture, Subject, Table, register_question
 from smallfry.data.corruptions import corrupt
+from smallfry.errors import UsageError
 from smallfry.report.corruptions import (
     Accuracies,
     corruption_names,
@@ -105,10 +106,13 @@ def measure_geometry(
     """Measure angles, lengths and margins.
 
     Args:
-        features: (images, features), float64.
+        features: (images, features); they are taken in float64.
         labels: (images,).
         weight: (classes, features).
         bias: (classes,); default 0.
+
+    Raises:
+        UsageError: A label has no class.
 
     Example:
         >>> h = torch.tensor([[3.0, 4.0]]).double()
@@ -116,7 +120,10 @@ def measure_geometry(
         >>> found.lengths.item(), round(found.margins.item(), 4)
         (5.0, 0.7071)
     """
-    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    features, weight = features.double(), weight.double()
+    bias = weight.new_zeros(len(weight)) if bias is None else bias.double()
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < len(weight):
+        raise UsageError(f"labels must be 0 to {len(weight) - 1}, the rows of the weight")
     lengths, norms = features.norm(dim=1), weight.norm(dim=1)
     logits = features @ weight.T + bias
     cosines = (features @ weight.T) / (lengths[:, None] * norms).clamp(min=1e-300)

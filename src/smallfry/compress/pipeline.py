@@ -3,6 +3,7 @@
 ``apply`` is for methods that act once; ``Session`` goes into a training loop of one's own.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from types import TracebackType
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from smallfry.data import ImageData
-from smallfry.errors import UsageError
+from smallfry.errors import SmallfryWarning, UsageError
 from smallfry.training.calibration import EXAMPLES, CalibrationBatches
 from smallfry.training.method import MethodSettings, Running, Setting, packing_of, to_dict
 from smallfry.training.run import TrainedModel
@@ -95,7 +96,8 @@ def apply_to_model(
         The compressed model in evaluation mode, and its spec.
 
     Raises:
-        UsageError: A method that needs training, or methods in the wrong order.
+        UsageError: A method that needs training, methods in the wrong order, or a model that can't
+            be copied.
 
     Example:
         >>> import torch
@@ -112,7 +114,13 @@ def apply_to_model(
         raise UsageError(
             f"'{training[0]}' acts during training: use compress.Session in your own loop"
         )
-    small = deepcopy(model).eval()
+    try:
+        small = deepcopy(model).eval()
+    except RuntimeError as error:  # of a weight that a hook has computed
+        raise UsageError(
+            f"the model can't be copied ({error}): make computed weights ordinary first, by "
+            "nn.utils.prune.remove, nn.utils.remove_weight_norm or remove_spectral_norm"
+        ) from error
     inputs = torch.empty(0) if example is None else example
     running = Running(methods, small, Setting(spec, inputs, batches, 0, seed))
     found = running.finish()
@@ -165,10 +173,26 @@ class Session:
     ) -> None:
         if steps < 1:
             raise UsageError(f"steps must be at least 1, got {steps}")
+        before = set(model.parameters())
         self._running = Running(methods, model, Setting(spec, example, batches, steps, seed))
+        self._added = {n: p for n, p in model.named_parameters() if p not in before}
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Hook into every step of an optimizer, until ``finish``."""
+        """Hook into every step of an optimizer, until ``finish``.
+
+        Methods that replace layers bring parameters of their own, and a warning names one that the
+        optimizer does not have: build it after the session.
+        """
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        lacking = [n for n, p in self._added.items() if p.requires_grad and p not in held]
+        if lacking:
+            warnings.warn(
+                f"{len(lacking)} parameters of layers that the session replaced, such as "
+                f"'{lacking[0]}', are not in the optimizer, which does not train them: build it "
+                "after the session",
+                SmallfryWarning,
+                stacklevel=2,
+            )
         self._running.attach(optimizer)
 
     def penalty(self) -> Tensor | float:

@@ -5,15 +5,42 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from smallfry.curvature.products import computes
 from smallfry.errors import UsageError, nearest
+from smallfry.transforms.replace import tied_layers
 
 DENSE = (nn.Linear, nn.Conv2d)
+
+
+def is_dense(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer or convolution, and nothing but that.
+
+    Subclasses with another forward are not, as of a standardised weight or with an adapter in them,
+    nor are layers whose weight is computed from other parameters.
+    """
+    kind = next((kind for kind in DENSE if isinstance(module, kind)), None)
+    return kind is not None and "weight" in module._parameters and computes(module, kind)
+
+
+def read_by_others(model: nn.Module) -> set[str]:
+    """Find the dense layers whose weight is an embedding's, or another module's, as well.
+
+    They can be replaced together only, and what stands for a dense layer is no embedding.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return {
+        name
+        for name, names in tied_layers(model).items()
+        if not all(is_dense(modules[each]) for each in names)
+    }
 
 
 def dense_layers(
     model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
 ) -> list[str]:
     """List the linear layers and convolutions that patterns match, each layer once.
+
+    Those of ``is_dense`` outside PyTorch's own attention.
 
     Args:
         model: The model.
@@ -30,7 +57,18 @@ def dense_layers(
         if isinstance(module, DENSE)
         and not isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention)
     ]
-    return chosen(names, include, exclude, "linear layer or convolution")
+    dense = [name for name in names if is_dense(modules[name])]
+    try:
+        return chosen(dense, include, exclude, "linear layer or convolution")
+    except UsageError as error:
+        other = next((name for name in names if name not in dense), None)
+        if other is None:
+            raise
+        raise UsageError(
+            f"{error}; '{other}' ({type(modules[other]).__name__}) has a forward of its own, or a "
+            "weight computed from others: nn.utils.parametrize.remove_parametrizations or "
+            "nn.utils.prune.remove makes the latter ordinary"
+        ) from None
 
 
 def chosen(

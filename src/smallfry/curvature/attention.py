@@ -24,6 +24,8 @@ def can_spell_out(module: nn.Module) -> bool:
         and "forward" not in module.__dict__
         and module._parameters.get("in_proj_weight") is not None
         and "weight" in module.out_proj._parameters
+        and type(module.out_proj).forward is nn.Linear.forward  # which attention never calls
+        and "forward" not in module.out_proj.__dict__
     )
 
 

@@ -58,6 +58,23 @@ class Joint(Likelihood):
             yield part, outputs[start : start + count]
             start += count
 
+    def rows(self, outputs: Outputs) -> int:
+        """Return the rows of all parts.
+
+        Raises:
+            UsageError: They differ.
+        """
+        found = {
+            key: part.rows(z)
+            for key, (part, z) in zip(self.parts, self._each(outputs), strict=True)
+        }
+        if len({*found.values()}) > 1:
+            raise UsageError(
+                f"parts of the output have different first dimensions ({found}): expected the same "
+                "samples in all, (samples, positions, …) instead of rows of both"
+            )
+        return next(iter(found.values()))
+
     def is_density(self, outputs: Outputs) -> bool:
         """True if every part is a density."""
         return all(part.is_density(z) for part, z in self._each(outputs))
@@ -184,6 +201,12 @@ class FromDistribution(Likelihood):
         """Rebuild the structure of the last output, with its other values."""
         return copy.copy(self)
 
+    def rows(self, outputs: Outputs) -> int:
+        """Return the first size of the density's batch, as outputs may hold other tensors."""
+        if not self.is_density(outputs):
+            return super().rows(outputs)
+        return next(iter(self._distribution(outputs).batch_shape), 1)
+
     def sample_gradients(self, outputs: Outputs, generator: torch.Generator) -> Outputs:
         """Return −∇ log p of one sample, drawn with a seed from the generator."""
         free = [z.detach().requires_grad_() for z in outputs]
@@ -214,7 +237,7 @@ class FromDistribution(Likelihood):
                 f"torch.distributions has no kl_divergence of {type(old).__name__}; add one with "
                 f"register_kl"
             ) from None
-        return found.reshape(len(before[0]), -1).sum(1)
+        return found.reshape(*found.shape[:1], -1).sum(1)
 
     def targets(
         self,
@@ -223,7 +246,7 @@ class FromDistribution(Likelihood):
         weights: Sequence[Tensor | None] | None = None,
     ) -> float:
         """Count the events per sample."""
-        return math.prod(self._distribution(outputs).batch_shape) / len(outputs[0])
+        return math.prod(self._distribution(outputs).batch_shape[1:])
 
     def _distribution(self, outputs: Sequence[Tensor]) -> Distribution:
         given = iter(outputs)

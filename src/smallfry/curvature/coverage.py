@@ -16,9 +16,9 @@ from smallfry.curvature.layers import (
     outputs_of,
     weight_to_matrix,
 )
-from smallfry.curvature.products import is_transposed, same_product
+from smallfry.curvature.products import computes, is_transposed, same_product
 from smallfry.curvature.recurrent import host_of_recurrent, is_recurrent
-from smallfry.curvature.spelled import Host
+from smallfry.curvature.spelled import Host, Part
 from smallfry.errors import UsageError, nearest
 
 TIED = {nn.Linear, nn.Embedding}
@@ -144,19 +144,23 @@ def cover(
     hosts: dict[nn.Module, Host] = {}
     for path, module in model.named_modules():
         reason = _why_not(model, path, module, excluded)
-        if isinstance(module, nn.MultiheadAttention) and reason is None:
-            host = host_of_attention(module)
+        host = _host_of(module) if reason is None else None
+        if host is not None:
+            for part, layer in _parts_of(path, host).items():
+                hosts[layer] = host
+                if part in excluded:
+                    reasons |= dict.fromkeys(layer.parameters(), "excluded")
+                else:
+                    users.setdefault(cast(nn.Parameter, layer.weight), {})[part] = layer
+        if isinstance(module, nn.MultiheadAttention) and host is not None:
             hosts[module.out_proj] = host
-            _take_parts(path, host, hosts, users)
             others = {"bias_k", "bias_v"} & module._parameters.keys()
             reasons |= {
                 p: "a key or value that attention adds"
                 for p in map(module._parameters.get, others)
                 if p is not None
             }
-            continue
-        if isinstance(module, nn.RNNBase) and reason is None:
-            _take_parts(path, host_of_recurrent(module), hosts, users)
+        if host is not None:
             continue
         for kind, parameter in module._parameters.items():
             if parameter is None:
@@ -185,17 +189,18 @@ def cover(
     return Coverage(tuple(blocks), uncovered)
 
 
-def _take_parts(
-    path: str,
-    host: Host,
-    hosts: dict[nn.Module, Host],
-    users: dict[nn.Parameter, dict[str, nn.Module]],
-) -> None:
-    """Register the layers of a host whose forward is decomposed."""
-    for name, part in host.parts.items():
-        hosts[part] = host
-        weight = cast(nn.Parameter, part.weight)
-        users.setdefault(weight, {})[f"{path}.{name}".lstrip(".")] = part
+def _host_of(module: nn.Module) -> Host | None:
+    """Return the host of a module whose forward is decomposed; None for others."""
+    if isinstance(module, nn.MultiheadAttention) and can_spell_out(module):
+        return host_of_attention(module)
+    if isinstance(module, nn.RNNBase) and is_recurrent(module):
+        return host_of_recurrent(module)
+    return None
+
+
+def _parts_of(path: str, host: Host) -> dict[str, Part]:
+    """Return the layers that a host does not have as modules of its own, by their full names."""
+    return {f"{path}.{name}".lstrip("."): part for name, part in host.parts.items()}
 
 
 def _shared_biases(users: dict[nn.Parameter, dict[str, nn.Module]]) -> set[nn.Parameter]:
@@ -253,7 +258,10 @@ def _kind(module: nn.Module) -> tuple[type, int]:
 
 
 def _excluded(model: nn.Module, patterns: Iterable[str]) -> set[str]:
-    paths = [path for path, _ in model.named_modules()]
+    paths = list[str]()
+    for path, module in model.named_modules():
+        host = _host_of(module)
+        paths += [path, *(() if host is None else _parts_of(path, host))]
     found: set[str] = set()
     for pattern in patterns:
         matches = [p for p in paths if fnmatchcase(p, pattern)]
@@ -276,6 +284,10 @@ def _why_not(model: nn.Module, path: str, module: nn.Module, excluded: set[str])
             f"layer '{path}' ({name}) is lazy and has no shape yet: call the model once before "
             f"building the optimizer"
         )
+    if any(p.is_complex() for p in module.parameters(False)):
+        return f"{name} has complex parameters"
+    if any(p.numel() == 0 for p in module.parameters(False)):
+        return f"{name} has parameters without numbers"
     if can_spell_out(module) or is_recurrent(module):
         return None
     if is_transposed(module):
@@ -285,12 +297,10 @@ def _why_not(model: nn.Module, path: str, module: nn.Module, excluded: set[str])
         return f"{name} is not covered"
     if isinstance(module, nn.Embedding) and _is_adjusted(module):
         return f"{name} with max_norm, scale_grad_by_freq or sparse has other gradients"
-    acts_as = getattr(module, "acts_as", None)  # what a faster forward of the same map declares
     parent = model.get_submodule(path.rpartition(".")[0]) if path else None
     if isinstance(parent, nn.MultiheadAttention) and not can_spell_out(parent):
         return "MultiheadAttention multiplies with its weights without calling its layers"
-    own = type(module).forward is not covered.forward or "forward" in module.__dict__
-    if own and acts_as is not covered and not same_product(module, covered):
+    if not computes(module, covered):
         return f"{name} has a forward of its own"
     if module._parameters.get("weight") is None:
         return f"the weight of this {name} is computed from other parameters"

@@ -36,7 +36,7 @@ def samples_of(
     Args:
         layers: The modules called, and the shapes of their inputs.
         size: First dimension of the network's output.
-        arguments: Arguments of the network's call.
+        arguments: Arguments of the network's call, in whatever containers they come.
     """
 
     def fitting(samples: int) -> int:

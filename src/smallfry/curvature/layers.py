@@ -17,6 +17,7 @@ where ``groups`` is 1, except for grouped convolutions, which are one map per gr
 are covered, and as which blocks, is said in ``smallfry.curvature.coverage``.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -27,6 +28,12 @@ from smallfry.curvature.products import is_transposed
 from smallfry.errors import UsageError
 
 COVERED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding)
+
+
+def input_of(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
+    """Return the input that a module was called with, by whatever name; None without any."""
+    given = {"input": arguments[0]} if arguments else keywords
+    return given.get("input", next(iter(given.values()), None))
 
 
 def is_linear(module: nn.Module) -> bool:

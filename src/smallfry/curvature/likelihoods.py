@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from smallfry._torch import is_functorch_wrapped_tensor
 from smallfry.curvature.loss_scale import Scale, infer_scale, rounding_of_probabilities
 from smallfry.curvature.row_weights import (
     RowWeights,
@@ -52,6 +53,10 @@ class Likelihood(ABC):
     def of_last(self) -> "Likelihood":
         """Return the likelihood of the outputs selected last, whatever is selected next."""
         return self
+
+    def rows(self, outputs: Outputs) -> int:
+        """Return the size of the outputs' first dimension: the samples, or these with tokens."""
+        return next((z.shape[0] for z in outputs if z.ndim), 1)
 
     def is_density(self, outputs: Outputs) -> bool:
         """Return whether targets can be drawn, which takes finite outputs."""
@@ -145,12 +150,20 @@ class Likelihood(ABC):
 class _Family(Likelihood):
     """Exponential family in the model's single output tensor."""
 
+    shape: tuple[str, ...] = ("samples",)  # first dimensions of the output
+
     def select(self, output: Any) -> Outputs:
         if not isinstance(output, Tensor):
             raise UsageError(
                 f"the {type(self).__name__} likelihood expects a model that returns a tensor, not "
                 f"{type(output).__name__}; name its parts by attribute, key or index: "
                 "likelihood={'logits': 'categorical'} or {0: 'categorical'}"
+            )
+        if output.ndim < len(self.shape) and not is_functorch_wrapped_tensor(output):
+            raise UsageError(
+                f"the {type(self).__name__} likelihood expects outputs ({', '.join(self.shape)}, "
+                f"…), and the model returned the shape {tuple(output.shape)}: call it on a batch, "
+                "of one sample too, and keep that dimension (no squeeze() without dim=)"
             )
         return (output,)
 
@@ -175,6 +188,8 @@ class Categorical(_Family):
         >>> from smallfry.curvature import Categorical
         >>> optimizer = KFAC(torch.nn.Linear(4, 3), lr=0.1, likelihood=Categorical(hard=False))
     """
+
+    shape = ("samples", "classes")
 
     def __init__(self, dim: int | None = None, hard: bool | None = None) -> None:
         self._dim, self.hard = dim, hard

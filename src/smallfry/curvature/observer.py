@@ -18,7 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from smallfry._torch import current_autograd_node, is_functorch_wrapped_tensor, tree_map
+from smallfry._torch import (
+    after_backward,
+    current_autograd_node,
+    is_functorch_wrapped_tensor,
+    tree_leaves,
+    tree_map,
+)
 from smallfry.curvature.hooks import EagerStance, Root, WeakHook, upstream
 from smallfry.curvature.identity import (
     belongs,
@@ -91,6 +97,7 @@ class Observer:
         self._received: Tensor | None = None  # its ``.grad`` then,
         self._received_norm: Tensor | None = None  # and the norm of that
         self._current: Observation | None = None
+        self._depth = 0  # calls of the root that are running: a model may call itself
         self._eager = False
         self._paused = False
         self._busy = False
@@ -124,11 +131,12 @@ class Observer:
         if self._received is not None and self._received_norm is not None:
             self.rescaled = _was_unscaled(float(self._received_norm), float(self._received.norm()))
         self._receiver = self._received = self._received_norm = None
+        self._depth = 0
         return taken
 
     def drop(self) -> None:
         """Discard the valid observations after the caller has discarded their gradients."""
-        self.pending = []
+        self.pending, self._depth = [], 0
 
     def remove(self) -> None:
         """Remove the hooks from the model."""
@@ -167,6 +175,9 @@ class Observer:
     def _before(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> None:
+        self._depth += 1
+        if self._depth > 1:
+            return  # part of the pass that is observed
         self._finish()
         if backward_pass() < 0:  # passes that ended without reaching ``.grad`` never will
             self._touched, self._accumulated = {}, set()
@@ -182,7 +193,7 @@ class Observer:
         if not parameters:
             return  # nothing that a backward pass could bring a gradient to
         if self.pending and all(p.grad is None for p in parameters):
-            self.drop()  # gradients cleared by another than this optimizer
+            self.pending = []  # gradients cleared by another than this optimizer
         self._current = Observation(0, [], sizes_only=wanted == "sizes")
         if self.keep_arguments:
             self._current.arguments, self._current.keywords = tree_map(
@@ -204,6 +215,9 @@ class Observer:
         keywords: dict[str, Any],
         output: Any = None,
     ) -> None:
+        self._depth = max(0, self._depth - 1)
+        if self._depth:
+            return
         seen, tapped = self._current, self.taps.is_open
         calls = self._finish()
         if seen is None or output is None:
@@ -212,13 +226,14 @@ class Observer:
         live = [z for z in outputs if z.requires_grad]
         if not live or any(is_functorch_wrapped_tensor(z) for z in live):
             return  # nothing to train, or inside a transform of torch.func
-        size = outputs[0].shape[0] if outputs[0].ndim else 1
+        with torch.no_grad():
+            size = self.likelihood.rows(outputs)
         if size == 0:
             return
         called = [(call.block.layers[call.layer], call.inputs.shape) for call in calls]
         # an embedding's rows may be those of positions, whatever the samples
         called = [pair for pair in called if not isinstance(pair[0], nn.Embedding)]
-        given = [*arguments, *keywords.values()]
+        given = tree_leaves((arguments, keywords))
         seen.calls, seen.size, seen.samples = calls, size, samples_of(called, size, given)
         for call in calls:
             self._place(seen, call)
@@ -254,6 +269,9 @@ class Observer:
     def arrive(self, seen: Observation, root: Root, gradient: Tensor) -> None:
         """Handle a backward pass at an output: mark what counts, and draw targets."""
         number = backward_pass()
+        if seen.calls:  # checkpoints run again what ran in the forward pass
+            self.taps.spell_out()
+            after_backward(self.taps.restore)
         if seen.number < 0:
             seen.number = len(self.pending) + len(self._touched.get(number, ()))
         if number in self._accumulated:
@@ -392,7 +410,7 @@ class Observer:
     def _probe(self, seen: Observation, root: Root, place: GradientEdge) -> None:
         """Backpropagate from one sample's output to find its rows."""
         z = seen.outputs[root.which]
-        if seen.samples < 2 or len(z) != seen.size or not root.edges:
+        if seen.samples < 2 or z.shape[:1] != (seen.size,) or not root.edges:
             return
         sample, mixed = seen.samples - 1, mixes_samples(self.root)
         generator = torch.Generator().manual_seed(0)
@@ -454,14 +472,18 @@ class Observer:
         rank, count = self.process
         if count == 1:
             return sample(outputs, self.generator)
-        mine = len(outputs[0])
+        mine = seen.size
         if count * sum(z.numel() for z in outputs) > MOST_DRAWN:
             seed = torch.randint(2**62, (), generator=self.generator, device=self.generator.device)
             own = torch.Generator(self.generator.device).manual_seed(int(seed) + rank)
             return sample(outputs, own)
         rows = (torch.arange(mine * count, device=outputs[0].device) - mine * rank) % mine
-        drawn = sample(tuple(z[rows] for z in outputs), self.generator)
-        return tuple(g[mine * rank : mine * (rank + 1)] for g in drawn)
+        own = [z.shape[:1] == (mine,) for z in outputs]  # others may be losses, or of layers
+        drawn = sample(
+            tuple(z[rows] if o else z for z, o in zip(outputs, own, strict=True)), self.generator
+        )
+        kept = slice(mine * rank, mine * (rank + 1))
+        return tuple(g[kept] if o else g for g, o in zip(drawn, own, strict=True))
 
 
 def _was_unscaled(then: float, now: float) -> bool:

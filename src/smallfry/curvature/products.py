@@ -1,5 +1,6 @@
 """Third-party layers that compute one of PyTorch's products, recognised by their results."""
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -21,19 +22,32 @@ def is_transposed(module: nn.Module) -> bool:
     )
 
 
+def computes(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Return whether a layer of a kind has its forward, or declares or computes the same.
+
+    Args:
+        module: The layer.
+        kind: Its class, or a parent of that.
+    """
+    own = type(module).forward is not kind.forward or "forward" in module.__dict__
+    return not own or getattr(module, "acts_as", None) is kind or same_product(module, kind)
+
+
 def same_product(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Return whether a subclass that overrides forward computes the same as its parent.
 
     It is tried on a few numbers. A module with buffers, children or further parameters may compute
-    something else later, and does not count.
+    something else later, and one that takes further arguments with them; these do not count.
 
     Args:
         module: The module.
         kind: Its parent, or the class of the parent where ``is_transposed``.
     """
     names = {name for name, p in module._parameters.items() if p is not None}
+    further = len(signature(module.forward).parameters) >= len(signature(kind.forward).parameters)
     if (
-        not names <= {"weight", "bias"}
+        further  # the parent's include itself
+        or not names <= {"weight", "bias"}
         or module._buffers
         or module._modules
         or has_forward_hooks(module)
@@ -44,11 +58,11 @@ def same_product(module: nn.Module, kind: type[nn.Module]) -> bool:
         weight, nn.parameter.UninitializedParameter
     ):
         return False
-    parent: Any = kind.forward
+    reference: Any = kind.forward
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             for x in _examples(module, weight):
-                expected = _transposed(module, x) if is_transposed(module) else parent(module, x)
+                expected = _transposed(module, x) if is_transposed(module) else reference(module, x)
                 found = module.forward(x)
                 if not isinstance(found, Tensor) or found.shape != expected.shape:
                     return False

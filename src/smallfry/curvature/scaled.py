@@ -47,6 +47,10 @@ class Scaled(Likelihood):
         """Return the likelihood of the outputs selected last."""
         return Scaled(self.inner.of_last(), self.factor)
 
+    def rows(self, outputs: Outputs) -> int:
+        """Return the rows of the inner likelihood's outputs."""
+        return self.inner.rows(outputs)
+
     def is_density(self, outputs: Outputs) -> bool:
         """Return whether the inner likelihood is a density."""
         return self.inner.is_density(outputs)

@@ -45,5 +45,5 @@ class Host:
         self.module.forward = self.forward
 
     def restore(self) -> None:
-        """Restore the module's own forward."""
-        del self.module.forward
+        """Restore the module's own forward, if it was replaced."""
+        self.module.__dict__.pop("forward", None)

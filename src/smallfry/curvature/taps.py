@@ -28,6 +28,7 @@ from smallfry.curvature.identity import belongs, padded, real_rows
 from smallfry.curvature.layers import (
     canonical_gradients,
     canonical_inputs,
+    input_of,
     ones_column,
     outputs_of,
 )
@@ -152,7 +153,7 @@ class Observation:
         found = []
         for index, one in self.weights.items():
             z = self.outputs[index]
-            rows = None if one is None else one.of_samples(len(z))
+            rows = None if one is None else one.of_samples(z.shape[:1].numel())
             if one is not None and rows is None and self.weighted.get(index):
                 rows = z.new_ones(len(z), dtype=torch.float64)  # other parts may weigh more
             if one is not None and rows is not None:
@@ -423,8 +424,7 @@ class Taps:
         """
         self.close()
         self.foreign = []
-        for host in self._hosts:
-            host.spell_out()
+        self.spell_out()
         for block in self.blocks:
             for layer, module in block.layers.items():
                 hook = _tap(self._calls, self.foreign, block, layer, watch_backward)
@@ -436,11 +436,20 @@ class Taps:
         """Stop recording, and return the calls since ``open``."""
         for handle in self._handles:
             handle.remove()
-        for host in self._hosts if self._handles else ():
-            host.restore()
+        self.restore()
         calls = list(self._calls)
         self._handles, self._calls = [], []
         return calls
+
+    def spell_out(self) -> None:
+        """Decompose the forward of modules that don't call their layers."""
+        for host in self._hosts:
+            host.spell_out()
+
+    def restore(self) -> None:
+        """Restore their own forward."""
+        for host in self._hosts:
+            host.restore()
 
 
 def _tap(
@@ -458,7 +467,7 @@ def _tap(
         if is_view:
             # what overwrites a view in place sends gradients past it, to what it is a view of
             output = torch.ops.aten._unsafe_view(output, output.shape)
-        inputs = (arguments[0] if arguments else keywords["input"]).detach()
+        inputs = input_of(arguments, keywords).detach()
         if isinstance(module, nn.Embedding):
             inputs = inputs.unsqueeze(-1)  # features last, as of all layers
         edge = get_gradient_edge(output)

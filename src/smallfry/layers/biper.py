@@ -278,9 +278,9 @@ class BinaryWeight(nn.Module):
         names = ("stride", "padding", "dilation", "groups")
         return F.conv2d(binary, weight, None, **{n: self.shape[n] for n in names})
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map inputs as the layer in training does in its second stage."""
-        outputs = self.integers(inputs)
+        outputs = self.integers(input)
         return outputs * (self.alpha[:, None, None] if self.is_convolution else self.alpha)
 
     def dense(self) -> nn.Module:

@@ -192,9 +192,9 @@ class CP(nn.Module):
             layer.bias.copy_(expand.bias)
         return layer
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map the inputs of the convolution to its outputs."""
-        return cast(Tensor, self.expand(self.across(self.down(self.reduce(inputs)))))
+        return cast(Tensor, self.expand(self.across(self.down(self.reduce(input)))))
 
 
 def _along(layer: nn.Conv2d, axis: int) -> dict[str, Any]:

@@ -43,8 +43,8 @@ class LinearMap(Protocol):
     def dense(self) -> nn.Module:
         """Convert to an equivalent ``nn.Linear`` or ``nn.Conv2d``."""
 
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """Apply the layer to a batch."""
+    def __call__(self, input: Tensor) -> Tensor:
+        """Apply the layer to a batch, under PyTorch's name for it."""
 
 
 def register_layer(layer: T) -> T:
@@ -76,6 +76,11 @@ def find_layer(name: Any) -> Any:
     return known[name]
 
 
+def is_whole(layer: nn.Module) -> bool:
+    """Return whether a dense layer is no convolution in groups or with other padding than zeros."""
+    return not isinstance(layer, nn.Conv2d) or (layer.groups, layer.padding_mode) == (1, "zeros")
+
+
 def require_dense(layer: nn.Module) -> None:
     """Require a layer that others can replace.
 
@@ -84,5 +89,5 @@ def require_dense(layer: nn.Module) -> None:
     """
     if not isinstance(layer, DENSE):
         raise ValueError(f"expected nn.Linear or nn.Conv2d, got {type(layer).__name__}")
-    if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
+    if not is_whole(layer):
         raise ValueError("convolutions with groups or non-zero padding modes are not supported")

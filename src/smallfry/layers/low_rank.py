@@ -101,9 +101,9 @@ class LowRank(nn.Module):
             layer.bias.copy_(expand.bias)
         return cast(nn.Module, layer)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map the inputs of the dense layer to its outputs."""
-        return cast(Tensor, self.expand(self.reduce(inputs)))
+        return cast(Tensor, self.expand(self.reduce(input)))
 
 
 def _rank(layer: nn.Module, settings: Any) -> int:

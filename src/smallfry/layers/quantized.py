@@ -178,13 +178,13 @@ class QuantizedWeight(nn.Module):
             return rounded(inputs, scale, zero, self.input_bits)
         return round_affine(inputs, scale.to(inputs.dtype), zero.to(inputs.dtype), self.input_bits)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map the inputs of the dense layer to its outputs."""
-        rows = self.round_inputs(inputs)
+        rows = self.round_inputs(input)
         if emits_codes():
             weight = dequantized(self.codes, self.scales, self.group)
         else:
-            weight = self.weight.to(inputs.dtype)
+            weight = self.weight.to(input.dtype)
         if not self.is_convolution:
             return F.linear(rows, weight, self.bias)
         names = ("stride", "padding", "dilation", "groups")

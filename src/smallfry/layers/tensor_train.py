@@ -183,12 +183,12 @@ class TensorTrain(nn.Module):
             layer.bias.copy_(self.bias)
         return cast(nn.Module, layer)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map the inputs of the dense layer to its outputs."""
         if self.stride is None:
-            return self._apply_rows(inputs)
+            return self._apply_rows(input)
         down, across = cast(Any, self.stride)
-        rows = inputs[..., ::down, ::across].movedim(-3, -1)
+        rows = input[..., ::down, ::across].movedim(-3, -1)
         return self._apply_rows(rows).movedim(-1, -3)
 
     def _apply_rows(self, rows: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from smallfry._torch import BatchNorm
+from smallfry.curvature.layers import input_of
 from smallfry.errors import UsageError
 from smallfry.models.critical import Criticality, find_critical
 from smallfry.transforms.modes import evaluating
@@ -23,6 +24,7 @@ from smallfry.transforms.modes import evaluating
 __all__ = ["Initialised", "activation_of", "init_critical_"]
 
 BRANCH_ENDS = ("proj", "fc2")  # timm's names of the last layer of a residual branch
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, BatchNorm)
 MODULES = {  # of PyTorch and timm, by the names of their classes
     **{"ReLU": "relu", "LeakyReLU": "leaky_relu_0.01", "Tanh": "tanh", "GELU": "gelu"},
@@ -73,7 +75,8 @@ def init_critical_(model: nn.Module, images: Tensor, activation: str | None = No
         activation: Name of the activation, where the model has no norms; default ``activation_of``.
 
     Raises:
-        UsageError: No activation is known, it has no critical point, or no layer is trainable.
+        UsageError: No activation is known, it has no critical point, no layer is trainable, or the
+            weight of one is computed from other parameters.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 4))
@@ -82,6 +85,12 @@ def init_critical_(model: nn.Module, images: Tensor, activation: str | None = No
     """
     calls = _calls(model, images)
     modules = dict(model.named_modules())
+    computed = next((n for n in calls if "weight" not in modules[n]._parameters), None)
+    if computed is not None:
+        raise UsageError(
+            f"the weight of '{computed}' is computed from other parameters: initialise the model "
+            "before nn.utils.parametrize, weight_norm or prune change it"
+        )
     trainable = [name for name in calls if _weight(modules[name]).requires_grad]
     if not trainable:
         raise UsageError("critical initialisation found no trainable linear layer or convolution")
@@ -111,9 +120,11 @@ def _calls(model: nn.Module, images: Tensor) -> dict[str, tuple[int, float]]:
         found[name] = (count + 1, square)
 
     handles = [
-        module.register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs[0]))
+        module.register_forward_pre_hook(
+            lambda _, given, named, name=name: note(name, input_of(given, named)), with_kwargs=True
+        )
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
+        if isinstance(module, LAYERS)
     ]
     try:
         with evaluating(model):

@@ -79,8 +79,9 @@ def complain_unseen(counters: dict[str, int]) -> None:
     if counters["statistics"] == 0:
         raise UsageError(
             "no training forward pass was seen, and a step needs its curvature: call the "
-            "optimizer's model (model.train(), with gradients), or name the called module "
-            "with forward=; give the compiled model if it is compiled"
+            "optimizer's model (model.train(), with gradients) and loss.backward(), as gradients "
+            "of torch.autograd.grad don't count; or name the called module with forward=; give "
+            "the compiled model if it is compiled"
         )
     counters["missed_refreshes"] += 1
     if counters["missed_refreshes"] == 1:
@@ -123,9 +124,10 @@ def check_layers(
                 f"layer '{next(iter(block.layers))}': its parameters have gradients that its "
                 "calls don't account for. Its weight is used without calling the layer (such as "
                 "F.linear(x, layer.weight)), inside a reentrant checkpoint, .grad was changed "
-                f"before step(),{averaged} or the loss has a term of the weights. Call the layer; "
+                f"before step(),{averaged} or the loss has a term of the weights, or of "
+                "derivatives of the model. Call the layer; "
                 f"or exclude it: exclude=['{next(iter(block.layers))}'] trains it by the inner "
-                "AdamW; or, for a weight penalty, give check='off'"
+                "AdamW; or, for such a term, give check='off'"
             )
         ratios.append(scale)
     return sorted(ratios)[len(ratios) // 2] if ratios else 1.0
@@ -247,7 +249,8 @@ def require_model(optimizer: object, model: object) -> None:
     """Require a model whose gradients the optimizer can take.
 
     Raises:
-        UsageError: It is something else, or has an embedding with sparse gradients.
+        UsageError: It is something else, on the device "meta", or has an embedding with sparse
+            gradients.
     """
     name = type(optimizer).__name__
     if not isinstance(model, nn.Module):
@@ -255,6 +258,12 @@ def require_model(optimizer: object, model: object) -> None:
             f"{name} needs the model itself: pass it, not "
             f"{type(model).__name__} of its parameters: {name}(model, lr=…), or {name}(model, "
             "params=groups, lr=…) for groups or some of its parameters"
+        )
+    empty = next((path for path, p in model.named_parameters() if p.is_meta), None)
+    if empty is not None:
+        raise UsageError(
+            f"parameter '{empty}' is on the device 'meta' and has no numbers: call "
+            "model.to_empty(device=…) and load or initialise its weights first"
         )
     for path, module in model.named_modules():
         weight = getattr(module, "weight", None)

@@ -27,7 +27,8 @@ def natural_groups(
         lr: Default of a group, as are the following.
         momentum: μ.
         weight_decay: Decoupled weight decay.
-        fallback_lr: Learning rate of what AdamW trains.
+        fallback_lr: Learning rate of what AdamW trains; in a group with an ``lr`` of its own as
+            many times larger or smaller.
 
     Raises:
         UsageError: A parameter is not the model's, or is given twice.
@@ -53,7 +54,8 @@ def natural_groups(
                 raise UsageError("params= holds a parameter twice")
             seen.add(p)
         trained = [p for p in listed if p.requires_grad]
-        groups.append({**defaults, **group, "params": trained})
+        relative = {"fallback_lr": fallback_lr * (group.get("lr", lr) / lr)} if lr else {}
+        groups.append({**defaults, **relative, **group, "params": trained})
     if not seen:
         raise UsageError("there are no parameters to train")
     return [group for group in groups if group["params"]]

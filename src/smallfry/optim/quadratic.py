@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from smallfry._torch import tree_map
+from smallfry._torch import tree_map, without_onednn
 from smallfry.curvature import Observation
 from smallfry.curvature.observer import Observer
 from smallfry.optim.collectives import Collectives
@@ -158,8 +158,8 @@ def push_forward(
     function, chosen, tangents = _as_function(observer, seen, parameters, direction)
 
     def pushed() -> tuple[Outputs, Outputs]:
-        # fused attention has no forward-mode derivative
-        with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+        # neither fused attention nor oneDNN's LSTM has a forward-mode derivative
+        with without_onednn(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
             make: Any = forward_ad.make_dual
             read: Any = forward_ad.unpack_dual
             duals = {name: make(p, tangents[name]) for name, p in chosen.items()}

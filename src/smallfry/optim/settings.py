@@ -47,8 +47,9 @@ class CurvatureSettings:
         max_rows: Samples times uses that a layer's statistics are taken from, where they are sums
             over uses (sharing="expand"); more uses are drawn at random. None takes all.
         exclude: Modules to leave to AdamW, by name or pattern.
-        fallback_lr: Learning rate of the AdamW inside, for what is not covered; less where its
-            steps diverge more than ``kl_clip`` leaves to them.
+        fallback_lr: Learning rate of the AdamW inside, for what is not covered; in a parameter
+            group with an ``lr`` of its own as many times larger or smaller; less where its steps
+            diverge more than ``kl_clip`` leaves to them.
         check: What to do if the first gradients are not those of the stated loss and layers:
             "error", "warn", or "off" for a loss with further terms, such as a weight penalty.
         seed: Seed of the sampled targets.

@@ -17,6 +17,10 @@ from smallfry.transforms.traced import traced_groups
 
 TOLERANCE = 1e-4  # between outputs masked and cut, relative to the largest, in float32
 OUTPUTS = "its channels are the outputs"
+NONE_FOUND = (
+    "finds no channels to cut: they are those of linear layers and nn.Conv2d that are called once, "
+    "and lead to such layers through norms and functions alone"
+)
 
 
 def find_groups(model: nn.Module, example: Tensor) -> tuple[ChannelGroup, ...]:

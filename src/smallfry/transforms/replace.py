@@ -87,7 +87,12 @@ def replace_layers(model: nn.Module, names: Iterable[str], make: Make) -> None:
     by_weight: dict[int, nn.Module] = {}
     for name in names:
         old = modules.get(name)
-        if old is None or not name:
+        if not name:
+            raise ValueError(
+                f"a {type(model).__name__} can't be replaced in place where it is the whole model: "
+                "put it into nn.Sequential"
+            )
+        if old is None:
             raise ValueError(f"the model has no layer '{name}'{nearest(name, modules)}")
         if isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
             raise ValueError(f"'{name}' is read by nn.MultiheadAttention, which never calls it")

@@ -12,6 +12,7 @@ from smallfry.errors import UsageError
 from smallfry.io.json import Plain
 from smallfry.layers.cp import CP as Layer
 from smallfry.layers.cp import rank_for
+from smallfry.layers.linear_map import is_whole
 from smallfry.training.method import Method, Setting, register_method
 from smallfry.transforms.replace import Replace, replace_layers
 from smallfry.transforms.spec import Transform
@@ -110,8 +111,6 @@ class _APriori(Method):
 
 
 def _choose(layer: nn.Module, keep: float) -> dict[str, Plain] | None:
-    if not isinstance(layer, nn.Conv2d) or layer.kernel_size == (1, 1):
-        return None
-    if layer.groups != 1 or layer.padding_mode != "zeros":
+    if not isinstance(layer, nn.Conv2d) or layer.kernel_size == (1, 1) or not is_whole(layer):
         return None
     return {"rank": rank_for(layer, keep)}

@@ -16,6 +16,7 @@ from smallfry.compress.factorize.method import FactorSettings
 from smallfry.compress.quantize.sensitivity import LayerCurvature
 from smallfry.errors import UsageError
 from smallfry.io.json import Plain
+from smallfry.layers.linear_map import is_whole
 from smallfry.layers.low_rank import LowRank as Layer
 from smallfry.training.method import register_method
 
@@ -59,7 +60,7 @@ class LowRank(FactorSettings):
 
     def choose(self, layer: nn.Module, keep: float) -> dict[str, Plain] | None:
         """Choose the rank of a layer's factors."""
-        if getattr(layer, "groups", 1) != 1:
+        if not is_whole(layer):
             return None
         rows, columns = cast(Tensor, layer.weight).flatten(1).shape
         rank = int(keep * rows * columns / (rows + columns))

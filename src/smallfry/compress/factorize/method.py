@@ -6,6 +6,7 @@ The summed divergence is then minimised exactly under the budget; giving paramet
 the layer that gains most for each only approximates that.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 from smallfry.compress.quantize.calibration import Images
 from smallfry.compress.quantize.knapsack import Option, least_loss
 from smallfry.compress.quantize.sensitivity import LayerCurvature, curvature
-from smallfry.compress.select import dense_layers
-from smallfry.errors import UsageError
+from smallfry.compress.select import dense_layers, read_by_others
+from smallfry.errors import SmallfryWarning, UsageError
 from smallfry.io.json import Plain
 from smallfry.training.evaluation import forward
 from smallfry.training.method import Method, Setting
@@ -96,8 +97,15 @@ class _Factorise(Method):
         self._setting = setting
 
     def finish(self, model: nn.Module) -> Transform | None:
-        settings = self._settings
+        settings, setting = self._settings, self._setting
         layers = candidates(model, settings, lambda each: settings.choose(each, settings.keep))
+        if not layers and setting is not None and not setting.rehearsal:
+            warnings.warn(
+                f"{settings.name} leaves the model as it is: no layer that it can replace is "
+                f"included and has {settings.smallest} parameters or more (smallest)",
+                SmallfryWarning,
+                stacklevel=2,
+            )
         was_training = model.training
         model.eval()
         known = self._curvature(model, layers)
@@ -196,12 +204,13 @@ def candidates(model: nn.Module, settings: Selection, choose: Choose) -> dict[st
         settings: Names and smallest size.
         choose: Settings of a layer's replacement, None if it can't be factorised.
     """
-    modules, ties = dict(model.named_modules()), tied_layers(model)
+    modules, ties, others = dict(model.named_modules()), tied_layers(model), read_by_others(model)
     names = dense_layers(model, settings.include, settings.exclude)
     return {
         name: modules[name]
         for name in dict.fromkeys(tied for one in names for tied in ties[one])
         if name in modules
+        and name not in others
         and _size(modules[name]) >= settings.smallest
         and choose(modules[name]) is not None
     }

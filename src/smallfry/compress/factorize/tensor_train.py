@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from smallfry.compress.factorize.method import FactorSettings
 from smallfry.errors import UsageError
 from smallfry.io.json import Plain
+from smallfry.layers.linear_map import is_whole
 from smallfry.layers.tensor_train import Modes, modes_of
 from smallfry.layers.tensor_train import TensorTrain as Layer
 from smallfry.training.method import register_method
@@ -43,7 +44,7 @@ class TensorTrain(FactorSettings):
     def choose(self, layer: nn.Module, keep: float) -> dict[str, Plain] | None:
         """Choose the largest common rank that fits, lower at cuts where less is exact."""
         weight = cast(Tensor, layer.weight)
-        if getattr(layer, "groups", 1) != 1 or not _is_pointwise(layer):
+        if not is_whole(layer) or not _is_pointwise(layer):
             return None
         rows, columns = weight.flatten(1).shape
         modes = modes_of(rows, columns, self.cores)

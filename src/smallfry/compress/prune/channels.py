@@ -27,7 +27,7 @@ from smallfry.compress.prune.selection import (
 from smallfry.compress.select import chosen
 from smallfry.errors import UsageError
 from smallfry.training.method import Method, Setting
-from smallfry.transforms.find import find_groups
+from smallfry.transforms.find import NONE_FOUND, find_groups
 from smallfry.transforms.groups import ChannelGroup, Slice, cut, mask
 from smallfry.transforms.resize import tensors_of
 from smallfry.transforms.spec import Transform
@@ -124,11 +124,10 @@ class ChannelMethod(Method):
         name = self._shared.name
         if not setting.example.numel():
             raise UsageError(f"{name} needs example inputs to find channels: pass two inputs")
-        every = {
-            group.name: group
-            for group in find_groups(model, setting.example)
-            if can_lose(group, self._shared.divisible)
-        }
+        groups = find_groups(model, setting.example)
+        if not groups:
+            raise UsageError(f"{name} {NONE_FOUND}")
+        every = {group.name: group for group in groups if can_lose(group, self._shared.divisible)}
         if not every:
             raise UsageError(
                 f"{name} finds no group with more than divisible {self._shared.divisible} "

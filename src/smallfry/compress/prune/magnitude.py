@@ -17,7 +17,7 @@ from smallfry.compress.prune.selection import block_size
 from smallfry.compress.select import chosen
 from smallfry.errors import UsageError
 from smallfry.training.method import Method, Setting, register_method
-from smallfry.transforms.find import find_groups
+from smallfry.transforms.find import NONE_FOUND, find_groups
 from smallfry.transforms.groups import ChannelGroup, cut
 from smallfry.transforms.resize import tensors_of
 from smallfry.transforms.spec import Transform
@@ -73,6 +73,8 @@ class _Prune(Method):
                 "magnitude needs example inputs to find channels: pass example= with two inputs"
             )
         found = {group.name: group for group in find_groups(model, setting.example)}
+        if not found:
+            raise UsageError(f"{self._settings.name} {NONE_FOUND}")
         names = chosen(found, self._settings.include, self._settings.exclude, "group of channels")
         self._groups = tuple(found[name] for name in names)
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from smallfry.compress.select import dense_layers
+from smallfry.compress.select import dense_layers, read_by_others
 from smallfry.errors import UsageError
 from smallfry.layers.biper import BinaryConv2d, BinaryLinear, BinaryWeight, binary_layer
 from smallfry.training.method import Method, Setting, register_method
@@ -113,15 +113,15 @@ def _binarisable(model: nn.Module, settings: BiPer) -> list[str]:
     """List the layers to make binary."""
     ends = dense_layers(model)
     kept = () if settings.ends else (ends[0], ends[-1])
-    modules = dict(model.named_modules())
+    modules, others = dict(model.named_modules()), read_by_others(model)
     chosen = [
         name
         for name in dense_layers(model, settings.include, settings.exclude)
-        if name not in kept and modules[name].bias is None
+        if name not in kept and name not in others and modules[name].bias is None
     ]
     if not chosen:
         raise UsageError(
-            "biper finds no layer to make binary: they have a bias, or are the first and the last "
-            "one (ends: true)"
+            "biper finds no layer to make binary: they have a bias or an embedding's weight, or "
+            "are the first and the last one (ends: true)"
         )
     return chosen

@@ -1,13 +1,14 @@
 """Calibration images of a method, and layers that can't be quantised."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from smallfry.compress.select import DENSE, is_dense, read_by_others
 from smallfry.errors import SmallfryWarning, UsageError
 from smallfry.models.contract import tensors
 from smallfry.training.evaluation import forward
@@ -79,31 +80,57 @@ def unsupported(
         include: Shell patterns of the names that were meant.
         exclude: Patterns of those that were not.
     """
-    modules = dict(model.named_modules())
-    found = []
+    modules, others = dict(model.named_modules()), read_by_others(model)
+    found, counted = [], set[int]()
     for name, module in modules.items():
         weight = module._parameters.get("weight", module._parameters.get("in_proj_weight"))
+        if weight is None and isinstance(module, DENSE):
+            weight = module.weight  # computed from others
         inside = isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention)
-        dense = isinstance(module, nn.Linear | nn.Conv2d)
-        plain = dense and getattr(module, "padding_mode", "zeros") == "zeros"
+        plain = is_dense(module) and getattr(module, "padding_mode", "zeros") == "zeros"
+        plain = plain and name not in others
         if weight is None or weight.ndim < 2 or (plain and not inside):
             continue
         if any(fnmatchcase(name, p) for p in include) and not any(
             fnmatchcase(name, p) for p in exclude
         ):
             kind = type(module).__name__
-            found.append({"name": name, "type": kind, "parameters": weight.numel()})
+            size = 0 if id(weight) in counted else weight.numel()  # a shared one counts once
+            counted.add(id(weight))
+            found.append({"name": name, "type": kind, "parameters": size})
     return found
 
 
-def warn_unsupported(left: list[dict[str, Any]]) -> None:
+def supported(
+    method: str, chosen: Sequence[str], left: Sequence[Mapping[str, Any]], rehearsal: bool = False
+) -> list[str]:
+    """Return the chosen layers that are not left in floating point; warn of those that are.
+
+    Raises:
+        UsageError: None remains.
+    """
+    names = {each["name"] for each in left}
+    found = [name for name in chosen if name not in names]
+    if not found:
+        one = next(each for each in left if each["name"] in chosen)
+        raise UsageError(
+            f"{method} can replace none of the chosen layers, such as '{one['name']}' "
+            f"({one['type']}): its weight is an embedding's too, or it has another padding than "
+            "zeros"
+        )
+    if left and not rehearsal:
+        warn_unsupported(left)
+    return found
+
+
+def warn_unsupported(left: Sequence[Mapping[str, Any]]) -> None:
     """Warn of layers with weights that stay in floating point."""
     names = ", ".join(f"{each['name']} ({each['type']})" for each in left[:5])
     more = f" and {len(left) - 5} more" if len(left) > 5 else ""
     count = sum(each["parameters"] for each in left)
     _warn(
         f"{len(left)} layers with {count:,} weights stay in floating point, as no linear layer or "
-        f"ordinary convolution: {names}{more}"
+        f"ordinary convolution, or tied to an embedding: {names}{more}"
     )
 
 

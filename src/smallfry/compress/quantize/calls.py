@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from smallfry.compress.quantize.ranges import Histogram
+from smallfry.curvature.layers import input_of
 from smallfry.errors import UsageError
 from smallfry.training.evaluation import forward
 
@@ -29,13 +30,13 @@ def visit(model: nn.Module, layers: Collection[str], batches: Iterable[Tensor], 
     modules = dict(model.named_modules(remove_duplicate=False))
 
     def note(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-            see(name, calls[name], arguments[0], output)
+        def hook(module: nn.Module, given: Any, named: dict[str, Any], output: Tensor) -> None:
+            see(name, calls[name], input_of(given, named), output)
             calls[name] += 1
 
         return hook
 
-    handles = [modules[name].register_forward_hook(note(name)) for name in layers]
+    handles = [modules[n].register_forward_hook(note(n), with_kwargs=True) for n in layers]
     try:
         for batch in batches:
             calls.clear()

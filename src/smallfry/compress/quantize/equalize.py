@@ -11,7 +11,7 @@ multiplied by tⱼ, and the norm's weight and bias divided, tⱼ = max|xⱼ|^α 
 evens out the inputs.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,14 +20,14 @@ from timm.models.vision_transformer import Attention as TimmAttention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from smallfry.compress.quantize.calls import visit
+from smallfry.compress.quantize.calls import count_calls, visit
+from smallfry.compress.select import DENSE, is_dense
 from smallfry.models.layers import Attention, Layer, SwiGLU
 from smallfry.transforms.replace import tied_layers
 
 HOMOGENEOUS = (nn.Identity, nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.MaxPool2d, nn.AvgPool2d)
 SWEEPS = 3
 SETTLED = 0.01  # largest change of a scale
-DENSE = (nn.Linear, nn.Conv2d)
 
 
 class Pair(NamedTuple):
@@ -38,40 +38,53 @@ class Pair(NamedTuple):
     rows: slice  # of the first layer's outputs; they are all inputs of the second
 
 
-def pairs(model: nn.Module) -> list[Pair]:
+def pairs(model: nn.Module, example: Tensor | None = None) -> list[Pair]:
     """Find pairs of layers whose channels can be rescaled exactly.
 
     Args:
-        model: Left as it is; layers whose weight has other uses are left out.
+        model: In evaluation mode, left as it is; layers whose weight has other uses are left out.
+        example: A batch of inputs, which shows that an ``nn.Sequential`` inside the model is called
+            as a whole, as its parts may be called one by one; without it those are left out.
     """
+    calls: dict[str, int] = {}
+    if example is not None and example.numel():
+        calls = count_calls(model, [name for name, _ in model.named_modules()], example).calls
     single = {name for name, names in tied_layers(model).items() if len(names) == 1}
     modules = dict(model.named_modules())
     found = [
         Pair(f"{name}.{pair.first}".lstrip("."), f"{name}.{pair.second}".lstrip("."), pair.rows)
         for name, module in modules.items()
+        if type(module) is not nn.Sequential or not name or _is_whole(name, module, calls)
         for pair in _pairs_of(module)
     ]
     return [
         pair
         for pair in found
         if {pair.first, pair.second} <= single
-        and all(isinstance(modules[name], DENSE) for name in pair[:2])
+        and all(is_dense(modules[name]) for name in pair[:2])
         and _ungrouped(modules[pair.first]) and _ungrouped(modules[pair.second])
     ]  # fmt: skip
 
 
+def _is_whole(name: str, chain: nn.Sequential, calls: Mapping[str, int]) -> bool:
+    """Return whether all parts of a chain are called as often as the chain itself."""
+    parts = [name, *(f"{name}.{child}" for child, _ in chain.named_children())]
+    return name in calls and len({calls.get(each) for each in parts}) == 1
+
+
 @torch.no_grad()
-def equalize(model: nn.Module, sweeps: int = SWEEPS) -> list[Pair]:
+def equalize(model: nn.Module, sweeps: int = SWEEPS, example: Tensor | None = None) -> list[Pair]:
     """Equalise all pairs of layers in place; the function of the model stays.
 
     Args:
-        model: Changed in place.
+        model: Changed in place; in evaluation mode.
         sweeps: Most passes over the pairs; they end when scales change by less than 1 %.
+        example: See ``pairs``.
 
     Returns:
         The pairs.
     """
-    found = pairs(model)
+    found = pairs(model, example)
     for _ in range(sweeps):
         changes = [_equalize(model, pair) for pair in found]
         if max(changes, default=0.0) < SETTLED:
@@ -109,7 +122,7 @@ def smooth(model: nn.Module, batches: Iterable[Tensor], alpha: float = 0.5) -> l
     found = {
         second: first
         for first, second in _normed(modules)
-        if second in single and isinstance(modules[second], nn.Linear)
+        if second in single and isinstance(modules[second], nn.Linear) and is_dense(modules[second])
         and cast(nn.LayerNorm, modules[first]).elementwise_affine
     }  # fmt: skip
     largest: dict[str, Tensor] = {}

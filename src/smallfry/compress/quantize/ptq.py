@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from smallfry.compress.quantize.calibration import (
     Images,
     require_images,
+    supported,
     unsupported,
-    warn_unsupported,
 )
 from smallfry.compress.quantize.calls import Passes, count_calls, histograms
 from smallfry.compress.quantize.equalize import equalize, smooth
@@ -56,7 +56,8 @@ class Quantize:
         rounding: ``nearest``, or ``adaround`` by calibration images.
         iterations: Iterations of AdaRound per layer.
         bias_correction: Correct the mean output error of every layer by its bias.
-        equalize: Rescale channels between layers first, where that is exact.
+        equalize: Rescale channels between layers first, where that is exact; an example shows where
+            that is in an ``nn.Sequential`` of a model of your own.
         smooth: Move ranges behind LayerNorms from inputs to weights first, by this exponent in
             (0, 1), such as 0.5; None for not.
         budget: Mixed precision of this budget; None for the same bits everywhere.
@@ -182,9 +183,7 @@ class _Quantize(Method):
         images = Images(setting.batches, setting.example, setting.rehearsal)
         chosen = dense_layers(model, settings.include, settings.exclude)
         left = unsupported(model, settings.include, settings.exclude)
-        layers = _Layers(model, [n for n in chosen if n not in {each["name"] for each in left}])
-        if left and not setting.rehearsal:
-            warn_unsupported(left)
+        layers = _Layers(model, supported(settings.name, chosen, left, setting.rehearsal))
         was_training = model.training
         model.eval()
         if settings.needs_images:
@@ -193,7 +192,7 @@ class _Quantize(Method):
         if images.example.numel():
             passes = count_calls(model, layers.names, images.example)
         if settings.equalize:
-            equalize(model)
+            equalize(model, example=images.example)
         if settings.smooth is not None:
             smooth(model, images.batches, settings.smooth)
         bits, mixed = self._bits(model, layers, images, setting.seed)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import nn
 
-from smallfry.compress.quantize.calibration import unsupported, warn_unsupported
+from smallfry.compress.quantize.calibration import supported, unsupported
 from smallfry.compress.quantize.calls import Passes, count_calls, histograms
 from smallfry.compress.quantize.ranges import find_range
 from smallfry.compress.select import dense_layers
@@ -89,10 +89,8 @@ class _Train(Method):
         if not setting.example.numel():
             raise UsageError("lsq needs example inputs: pass example=")
         left = unsupported(model, settings.include, settings.exclude)
-        if left and not setting.rehearsal:
-            warn_unsupported(left)
         chosen = dense_layers(model, settings.include, settings.exclude)
-        names = [name for name in chosen if name not in {each["name"] for each in left}]
+        names = supported(settings.name, chosen, left, setting.rehearsal)
         ties, modules = tied_layers(model), dict(model.named_modules(remove_duplicate=False))
         every = dict.fromkeys(alias for name in names for alias in ties[name])
         canonical = {id(module): name for name, module in model.named_modules()}
