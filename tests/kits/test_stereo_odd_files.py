@@ -253,7 +253,9 @@ def test_two_views_of_one_name_are_refused(tmp_path):
 def test_views_of_unequal_size_are_refused(tmp_path):
     pair(tmp_path, "a")
     save(tmp_path / "right" / "a.png", VIEW[:, :-1])
-    words = r"right/a.png: is 32×63 pixels, and .*left/a.png is 32×64: both views .* one size"
+    words = (
+        r"right/a.png: is 32×63 pixels, and .*left/a.png is 32×64: both views .* one size: rectify"
+    )
     with pytest.raises(DataError, match=words):
         load(tmp_path)
 
@@ -319,7 +321,7 @@ def test_a_reduced_pair_is_that_of_a_loop_over_blocks(tmp_path):
     ("options", "words"),
     [
         ({"reduce": 65}, "reduce is 1 to 64, got 65"),
-        ({"baseline": 0.5}, "focal and baseline are both above 0, or both left out"),
+        ({"baseline": 0.5}, "are both above 0, or both left out, got 0 and 0.5"),
         ({"focal": -1.0, "baseline": -1.0}, "focal and baseline are both above 0"),
         ({"kappa": 1.0}, "kappa is above 1, got 1.0"),
         ({"kappa": float("nan")}, "kappa is above 1, got nan"),
