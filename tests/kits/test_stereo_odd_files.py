@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+import smallfry
 from smallfry.data import load_data
 from smallfry.errors import DataError, UsageError
 from smallfry.kits.stereo.files import (
@@ -264,6 +265,14 @@ def test_a_single_pair_is_for_training_whatever_is_held_out(tmp_path):
     pair(tmp_path, "a")
     data = load(tmp_path, test=0.9, validation=0.9)
     assert [len(each) for each in (data.train, data.validation, data.test)] == [1, 0, 0]
+
+
+def test_a_single_pair_is_too_few_to_train_on(tmp_path):
+    pair(tmp_path / "pairs", "a")
+    data = {"name": "stereo-folder", "root": str(tmp_path / "pairs")}
+    words = r"too few images to train on \(1\): two are the least; add some"
+    with pytest.raises(DataError, match=words):
+        smallfry.train(task="stereo", data=data, run=tmp_path / "run", progress="quiet")
 
 
 @pytest.mark.parametrize("seed", range(3))
