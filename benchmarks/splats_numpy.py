@@ -38,9 +38,9 @@ def colours_of(columns: dict[str, Any], directions: Any) -> Any:
 
 
 def render_file(file: Path, camera: Any, background: float = 0.0) -> Any:
-    """Render a PLY file from a camera (rotation, translation, focal, width, height)."""
+    """Render a PLY file from a camera (rotation, translation, focal, width, height, near)."""
     columns = read_ply(file)
-    R, t, focal, width, height = camera
+    R, t, focal, width, height, near = camera
     x = np.stack([columns[axis] for axis in "xyz"], 1)
     turns = Rotation.from_quat(np.stack([columns[f"rot_{i}"] for i in (1, 2, 3, 0)], 1)).as_matrix()
     sizes = np.exp(2 * np.stack([columns[f"scale_{i}"] for i in range(3)], 1))
@@ -54,7 +54,7 @@ def render_file(file: Path, camera: Any, background: float = 0.0) -> Any:
     image, left = np.zeros((height, width, 3)), np.ones((height, width))
     for i in np.argsort(seen[:, 2], kind="stable"):
         px, py, z = seen[i]
-        if z <= 0.2:
+        if z <= near:
             continue
         slopes = [
             np.clip(p / z, -1.3 * side / (2 * focal), 1.3 * side / (2 * focal))

@@ -111,6 +111,10 @@ def test_tracing_changes_neither_mode_nor_statistics():
         ("abab", (2, 2)),
         ("ababa", (2, 2)),
         ("abcab", (0, 1)),
+        ("aa", (1, 2)),
+        ("aaaaaaa", (1, 7)),
+        ("xaaaaay", (1, 5)),
+        ("aabaab", (3, 2)),  # not the pair within it
         ("xyabcabcabcz", (3, 3)),
         ("abcdabcdabcd" + "pqrstuvw", (4, 3)),
         ("ab" * 2 + "uvwxyz" + "cdefg" * 4, (5, 4)),
@@ -249,7 +253,7 @@ def test_the_answer_counts_what_the_attack_finds_and_leaves_the_models_code_out(
     assert "from allocated bytes 67%, from their peak 33%; chance is 33%" in text
     assert "looks like “deep” (70% of the trees; it is listed as “wide”)" in text
     assert "4 products of 12 operators are visible" in text
-    assert "repeat 4 times with a period of 3" in text
+    assert "repeat 4 times with a period of 3, 100% of all" in text
     assert answer.numbers["accuracy"] == pytest.approx(
         {"operators": 1, "memory": 2 / 3, "totals": 1 / 3}
     )

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
-from smallfry.data import Split
+from smallfry.data import Split, load_data
 from smallfry.errors import DataError, UsageError
+from smallfry.kits.eeg.explanation import explain
 from smallfry.kits.eeg.models import InterpretableCNN
 from smallfry.kits.eeg.pictures import band_powers, draw_bands, draw_explanations
 from smallfry.kits.eeg.spindles import SpindleSettings, generate
@@ -82,17 +84,93 @@ def test_pictures_of_other_recordings_and_of_nothing(tmp_path):
     assert all((tmp_path / name).is_file() for name in ("a.png", "b.png", "c.png"))
 
 
-def test_band_powers_are_those_of_scipy(split):
+@pytest.mark.parametrize("rate", [64.0, 128.0, 256.0])
+def test_band_powers_are_those_of_scipy(split, rate):
     from scipy.signal import welch
 
     windows = split.images[:4, 0].numpy()
-    rates, power = welch(windows, 128, nperseg=128, scaling="spectrum")
+    rates, power = welch(windows, rate, nperseg=int(rate), scaling="spectrum")
     bands = [(1, 4), (4, 8), (8, 12), (12, 30)]
     found = np.stack(
         [power[..., (rates >= low) & (rates < high)].sum(-1) for low, high in bands], axis=-1
     )
     wanted = found / found.sum(axis=-1, keepdims=True)
-    assert band_powers(windows) == pytest.approx(wanted, abs=1e-5)
+    assert band_powers(windows, rate) == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Figures that were saved, coarsely."""
+    found, save = [], Figure.savefig
+
+    def coarse(figure, *given, **more):
+        found.append(figure)
+        figure.set_layout_engine("none")
+        save(figure, *given, **{**more, "dpi": 20})
+
+    monkeypatch.setattr(Figure, "savefig", coarse)
+    return found
+
+
+def waves(rate, hertz, seconds=2, count=4):
+    """Windows of a wave, each with an electrode more of it."""
+    times = np.arange(int(rate * seconds)) / rate
+    values = np.sin(2 * np.pi * hertz * times) * np.ones((count, 30, 1))
+    return values.astype(np.float32)
+
+
+@pytest.mark.parametrize("rate", [128.0, 256.0, 500.0])
+def test_pictures_have_the_rate_of_the_data(tmp_path, figures, rate):
+    np.savez(
+        tmp_path / "a.npz",
+        EEGsample=waves(rate, 10),
+        substate=[0, 1, 0, 1],
+        subindex=[1, 1, 2, 2],
+        rate=rate,
+    )
+    options = {"file": "a.npz", "rate": rate}
+    data = load_data("eeg-mat", root=tmp_path, options=options, validation=0.0)
+    for part in (data.train, data.test, data.test.take(torch.tensor([1]))):
+        assert part.rate == rate
+    draw_bands(data.test, CLASSES, tmp_path / "bands.png")
+    shares = {axes.get_title(): axes.collections[0].get_array() for axes in figures[0].axes}
+    for state in CLASSES:  # ten waves a second are alpha, whatever the rate
+        assert shares[f"{state}, alpha"].min() > 0.99
+    torch.manual_seed(0)
+    model = InterpretableCNN(img_size=(30, int(2 * rate)), norm="running")
+    with torch.no_grad():
+        model.fc.bias.copy_(torch.tensor([50.0, 0.0]))  # the first window is right, and is shown
+    draw_explanations(model, data.test, scaled, CLASSES, tmp_path / "explanations.png")
+    traces = figures[1].axes[0]
+    assert traces.get_xlabel() == "seconds"
+    assert traces.get_xlim() == pytest.approx((0, 2 - 1 / rate))
+    inputs, state = scaled(data.test.images[:1]), torch.tensor([0])
+    (wanted,) = explain(model, inputs, state, int(rate / 4))  # bells of a quarter of a second
+    colours = np.asarray(traces.collections[0].get_array())
+    assert colours == pytest.approx(wanted.heat[:, :-1].clip(0).ravel())
+    assert colours.max() > 0
+
+
+def test_windows_without_a_rate_have_that_of_the_paper(tmp_path, figures):
+    images, labels = torch.from_numpy(waves(128, 10))[:, None], torch.tensor([0, 1, 0, 1])
+    draw_bands(Split(images, torch.arange(4), labels), CLASSES, tmp_path / "bands.png")
+    shares = {axes.get_title(): axes.collections[0].get_array() for axes in figures[0].axes}
+    assert shares["drowsy, alpha"].min() > 0.99
+
+
+@pytest.mark.parametrize("width", [1, 8, 32, 64])
+def test_heat_is_the_sum_of_bells_of_a_width(width):
+    torch.manual_seed(0)
+    model = InterpretableCNN(img_size=(3, 200), norm="running", kernel=8).double().eval()
+    window = torch.randn(1, 3, 200).double()
+    ((heat, points),) = explain(model, window, torch.tensor([1]), width)
+    bells = np.zeros((3, 200))
+    for electrode, sample in points:
+        offsets = np.arange(200) - sample
+        near = (offsets >= -width) & (offsets < width)
+        bells[electrode] += near * np.exp(-(offsets**2) / (2 * width**2))
+    assert heat == pytest.approx((bells - bells.mean()) / np.sqrt((bells**2).mean()), abs=1e-9)
+    assert len(points) > 5
 
 
 def start(settings, split, rehearsal=False):

@@ -167,7 +167,7 @@ def without(name):
             entries(electrodes=np.array([f"E{i}" for i in range(30)])),
             "the electrodes Fp1, Fp2, F7, F3, Fz, F4 are missing of the 30",
         ),
-        (entries(electrodes=np.array(ELECTRODES[:29])), "29 names for 30 electrodes"),
+        (entries(electrodes=np.array(ELECTRODES[:29])), "29 names for 30 electrodes: name each"),
     ],
 )
 def test_wrong_files_of_windows_are_refused(tmp_path, content, words):
@@ -185,10 +185,10 @@ def test_missing_and_damaged_files_are_refused(tmp_path):
     with pytest.raises(UsageError, match=r"give data\.root"):
         load_data("eeg-mat")
     np.savez(tmp_path / "one.npz", **entries(4))
-    with pytest.raises(UsageError, match="the only one: two are needed"):
+    with pytest.raises(UsageError, match="the only one: it has 1, and two are needed"):
         load_data("eeg-mat", tmp_path, options={"file": "one.npz"})
     np.savez(tmp_path / "a.npz", **entries())
-    with pytest.raises(UsageError, match="held_out 9 is none of its 3 subjects"):
+    with pytest.raises(UsageError, match=r"held_out 9 is none of its 3 .*has 1, 2, 3,"):
         load_data("eeg-mat", tmp_path, options={"file": "a.npz", "held_out": 9})
 
 

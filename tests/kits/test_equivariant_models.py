@@ -54,6 +54,30 @@ def test_quarter_turns_leave_the_logits(group):
     assert turned_alike(PlainResNet(width=4).double().eval(), images)[1].max() > 1e-3
 
 
+@pytest.mark.parametrize("size", [(15, 15), (17, 17), (14, 19)])
+def test_quarter_turns_leave_the_logits_of_images_with_odd_sides(size):
+    torch.manual_seed(0)
+    model = GResNet(samples=4, sampling="turns", **SMALL).double().eval()
+    images = torch.rand(2, 1, *size, dtype=torch.float64)
+    with torch.no_grad():
+        wanted = model(images)
+        for turns in (1, 2, 3):
+            assert (model(images.rot90(turns, (2, 3))) - wanted).abs().max() < 1e-12
+        assert (model(images.flip(3)) - wanted).abs().max() > 1e-3  # which is no turn
+
+
+def test_every_place_of_an_odd_side_is_pooled():
+    torch.manual_seed(0)
+    model = PlainResNet(width=2, kernel_size=3).eval()
+    images = torch.zeros(1, 1, 9, 9)  # of 7 places a side after the lifting
+    with torch.no_grad():
+        before = model(images)
+        for row, column in ((0, 0), (8, 8), (0, 8), (8, 0)):
+            changed = images.clone()
+            changed[..., row, column] = 9.0
+            assert (model(changed) - before).abs().max() > 1e-6
+
+
 def test_fresh_samples_differ_and_frozen_ones_do_not():
     torch.manual_seed(0)
     model = GResNet(samples=3, **SMALL).eval()

@@ -165,7 +165,7 @@ def test_the_loss_of_a_graph_without_classes_is_zero_and_has_no_gradient():
     assert (outputs.grad[0] == 0).all()
     assert (outputs.grad[1][:, [1, 3]] == 0).all()
     assert outputs.grad[1][:, [0, 2]].abs().min() > 0
-    assert Graphs().right(outputs, labels)[0]
+    assert not Graphs().right(outputs, labels)[0]
 
 
 def test_macro_f1_is_that_of_scikit_learn():

@@ -194,3 +194,4 @@ def test_decoders_are_found_by_their_task():
     assert puzzle.right(outputs, labels).tolist() == [True]
     assert puzzle.right(outputs, np.array([[0, 2, 2, 1]])).tolist() == [True]  # not labelled
     assert puzzle.right(outputs, np.array([[2, 2, 2, 1]])).tolist() == [False]
+    assert puzzle.right(outputs, np.zeros((1, 4), int)).tolist() == [False]  # nothing is

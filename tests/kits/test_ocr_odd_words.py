@@ -40,7 +40,7 @@ def random_logits(seed, *shape):
     ("word", "words"),
     [
         ("", "the word '' has no symbols: leave it out"),
-        ("abd", r"the word 'abd' has symbols .*: \['d'\]"),
+        ("abd", r"the word 'abd' has symbols .*: \['d'\]; leave it out"),
         ("a b", r"\[' '\]"),
         ("A", r"\['A'\]"),  # capitals are other symbols
         ("ä", r"\['ä'\]"),
@@ -303,7 +303,10 @@ def test_numbers_of_json_are_texts_and_lists_are_not(tmp_path):
     [
         ("", "holds no images"),
         ("file,text\n", "holds no images"),
-        ("file,text\na.png,  \n", "line 2: has no text in the column 'text'"),
+        (
+            "file,text\na.png,  \n",
+            "line 2: has no text in the column 'text': write it there",
+        ),
         ("file,text\nnone.png,x\n", "line 2: no image 'none.png'"),
         ("file,text\n../a.png,x\n", "is outside"),
         ("file,text\na.png\n", "2 cells were expected"),

@@ -357,7 +357,11 @@ def folder_of(place, counts):
         ({"a": 0, "b": 0}, {}, "two places are the least"),
         ({}, {}, "it has none"),
         ({"a": 3, "b": 3}, {"side": 0}, "image_size must be at least 1"),
-        ({"a": 3, "b": 3}, {"calibration": -1}, "calibration is 0 to 2"),
+        (
+            {"a": 3, "b": 3},
+            {"calibration": -1},
+            "calibration is 0 to 2, got -1: of 3 places one",
+        ),
         ({"a": 3, "b": 3}, {"weather": "rain"}, "data.options has no 'weather'"),
     ],
 )

@@ -145,7 +145,7 @@ def test_two_bodies_that_touch_in_an_edge_are_closed():
 def test_impossible_settings_of_pictures_are_refused(settings, words):
     with pytest.raises(UsageError, match=words):
         SceneSettings(**settings)
-    with pytest.raises(UsageError, match="object is a number from 0, and seen is 0 to 1"):
+    with pytest.raises(UsageError, match="object is a number from 0, and seen is 0 to 1, got "):
         BopSettings(seen=float("nan"))
 
 

@@ -200,3 +200,38 @@ def test_wrong_bodies_and_counts_are_refused():
     with pytest.raises(UsageError, match="1 to 1,000,000"):
         generate("torus", 0)
     assert psnr([0.5], [0.5]) == float("inf")
+
+
+@pytest.mark.parametrize("factor", [1e-3, 0.03, 1.0, 300.0])
+def test_a_scene_in_another_unit_gives_the_same_pictures(factor):
+    scene = generate("torus", 80)
+    attributes = scene.attributes.astype(np.float64)
+    moved = attributes.copy()
+    moved[:, 1:4] += np.log(factor)
+    one = Scene(scene.positions.astype(np.float64), attributes)
+    other = Scene(factor * one.positions, moved)
+    pairs = zip(around(one.positions, 2, 16), around(other.positions, 2, 16), strict=True)
+    for camera, its in pairs:
+        wanted = render(one, camera)
+        assert wanted.max() > 0.2
+        assert render(other, its) == pytest.approx(wanted, abs=1e-9)
+        assert its.near == pytest.approx(factor * camera.near)
+
+
+@pytest.mark.parametrize(("depth", "near", "seen"), [(0.3, 0.2, 1), (0.3, 0.4, 0), (0.1, 0.2, 0)])
+def test_a_camera_sees_from_its_near_plane_on(depth, near, seen):
+    attributes = np.zeros((1, 11))
+    attributes[0, 4] = 1
+    camera = look_at([0, 0, -depth], [0, 0, 0], 24, 8, 8, near)
+    assert len(project(*map(torch.tensor, (np.zeros((1, 3)), attributes)), camera).rows) == seen
+    assert {each.near for each in ring(3, near=near)} == {near}
+    assert {each.near for each in ring(3)} == {0.2}
+
+
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e9])
+def test_only_directions_decide_whether_a_camera_has_an_upright(size):
+    camera = look_at([size, 0.1 * size, 0], [0, 0, 0], 24, 8, 8)
+    assert camera.rotation @ camera.rotation.T == pytest.approx(np.eye(3), abs=1e-12)
+    for place in ([0, size, 0], [0, 0, 0]):
+        with pytest.raises(UsageError, match="can't be at its target, nor right above or below"):
+            look_at(place, [0, 0, 0], 24, 8, 8)

@@ -197,11 +197,11 @@ def test_unequal_sizes_are_refused(plain, part):
 
 def test_lacking_and_surplus_files_are_named(plain):
     (plain / "right" / "1.png").unlink()
-    with pytest.raises(DataError, match=r"left/1.png: has no file of that name in .*right"):
+    with pytest.raises(DataError, match=r"left/1.png: has no file of that name in .*right: add it"):
         load("stereo-folder", plain)
     save(plain / "right" / "1.png", VIEWS[1])
     save(plain / "right" / "9.png", VIEWS[1])
-    with pytest.raises(DataError, match=r"right/9.png: has no file of that name in .*left"):
+    with pytest.raises(DataError, match=r"right/9.png: has no file of that name in .*left: add it"):
         load("stereo-folder", plain)
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+import smallfry
 from smallfry.data import load_data
 from smallfry.errors import DataError, UsageError
 from smallfry.kits.stereo.files import (
@@ -253,7 +254,9 @@ def test_two_views_of_one_name_are_refused(tmp_path):
 def test_views_of_unequal_size_are_refused(tmp_path):
     pair(tmp_path, "a")
     save(tmp_path / "right" / "a.png", VIEW[:, :-1])
-    words = r"right/a.png: is 32×63 pixels, and .*left/a.png is 32×64: both views .* one size"
+    words = (
+        r"right/a.png: is 32×63 pixels, and .*left/a.png is 32×64: both views .* one size: rectify"
+    )
     with pytest.raises(DataError, match=words):
         load(tmp_path)
 
@@ -262,6 +265,14 @@ def test_a_single_pair_is_for_training_whatever_is_held_out(tmp_path):
     pair(tmp_path, "a")
     data = load(tmp_path, test=0.9, validation=0.9)
     assert [len(each) for each in (data.train, data.validation, data.test)] == [1, 0, 0]
+
+
+def test_a_single_pair_is_too_few_to_train_on(tmp_path):
+    pair(tmp_path / "pairs", "a")
+    data = {"name": "stereo-folder", "root": str(tmp_path / "pairs")}
+    words = r"too few images to train on \(1\): two are the least; add some"
+    with pytest.raises(DataError, match=words):
+        smallfry.train(task="stereo", data=data, run=tmp_path / "run", progress="quiet")
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -319,7 +330,7 @@ def test_a_reduced_pair_is_that_of_a_loop_over_blocks(tmp_path):
     ("options", "words"),
     [
         ({"reduce": 65}, "reduce is 1 to 64, got 65"),
-        ({"baseline": 0.5}, "focal and baseline are both above 0, or both left out"),
+        ({"baseline": 0.5}, "are both above 0, or both left out, got 0 and 0.5"),
         ({"focal": -1.0, "baseline": -1.0}, "focal and baseline are both above 0"),
         ({"kappa": 1.0}, "kappa is above 1, got 1.0"),
         ({"kappa": float("nan")}, "kappa is above 1, got nan"),

@@ -1,10 +1,13 @@
 """Names in pictures: no formula, in every legend, whole after they were shortened."""
 
+import re
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from matplotlib import rc_context
+from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from smallfry.report import batch, classification, corruptions, curves, multilabel, recursion
 from smallfry.report.figure import encode, in_legend, new_figure, plain, style
@@ -21,9 +24,10 @@ def _no_warning():
 
 
 def seen(text):
-    """A text as it is drawn, which shows that it is no formula."""
+    """A text as it is drawn, which shows that it is no formula, with the letters of its numbers."""
     assert (text.count("$") - text.count(r"\$")) == 0
-    return text.replace(r"\$", "$").strip()
+    read = re.sub(r"\\u([0-9a-f]{4})|\\U([0-9a-f]{8})", lambda m: chr(int(m[1] or m[2], 16)), text)
+    return read.replace(r"\$", "$").strip()
 
 
 def legends(figure):
@@ -42,6 +46,44 @@ def images(count, channels=3):
 def test_names_are_escaped_once_each():
     assert plain(["$x$", r"\$", "a_b"]) == [r"\$x\$", r"\\$", "a_b"]
     assert in_legend(["_x", "x_", "$_", ""]) == [" _x", "x_", r"\$_", ""]
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("猫", r"\u732b"),
+        ("cat 猫", r"cat \u732b"),
+        ("日本", r"\u65e5\u672c"),
+        ("🐈", r"\U0001f408"),
+        ("\ud800", r"\ud800"),  # half a letter, at which matplotlib ends
+        ("çédille Ω ж", "çédille Ω ж"),
+        ("$猫$", r"\$\u732b\$"),
+        ("line\nbreak", "line\nbreak"),
+    ],
+)
+def test_letters_that_no_font_has_are_written_as_their_numbers(name, shown):
+    with rc_context({"font.family": ["DejaVu Sans"]}):
+        assert plain([name, "a"]) == [shown, "a"]
+        assert in_legend([name]) == [shown]
+        with style():
+            figure = new_figure(2, 1)
+            figure.subplots().set_title(plain([name])[0])
+            with warnings.catch_warnings():  # of a letter that the font lacks, too
+                warnings.simplefilter("error")
+                assert encode(figure).startswith(b"\x89PNG")
+
+
+def test_letters_of_any_font_that_the_user_has_named_are_kept():
+    """STIX has integrals that DejaVu's script lacks, and both are parts of matplotlib."""
+    file = findfont(FontProperties(family="STIXGeneral"), fallback_to_default=False)
+    first, second = ({*get_font(each).get_charmap()} for each in (findfont("DejaVu Sans"), file))
+    own = chr(min(number for number in second - first if number > 127))
+    with rc_context({"font.family": ["DejaVu Sans"]}):
+        assert plain([own]) == [own.encode("ascii", "backslashreplace").decode()]
+    with rc_context({"font.family": ["DejaVu Sans", "no such font", "STIXGeneral"]}):
+        assert plain([own]) == [own]
+    with rc_context({"font.family": ["no such font"]}):
+        assert plain(["ж猫"]) == [r"ж\u732b"]
 
 
 def test_a_letter_that_the_font_lacks_is_drawn_without_a_word():

@@ -188,8 +188,9 @@ def _answer(
     ]
     if repeats > 1:
         findings.append(
-            f"The operators repeat {repeats} times with a period of {period}: the number of equal "
-            "blocks or recursion steps is visible. A constant number of steps hides it."
+            f"The operators repeat {repeats} times with a period of {period}, "
+            f"{period * repeats / len(own):.0%} of all: the number of equal blocks or recursion "
+            "steps is visible. A constant number of steps hides it."
         )
     rows = [
         [observer, found.accuracy, found.bits, *_top(posteriors[observer])]

@@ -124,7 +124,7 @@ def find_period(names: Sequence[str]) -> tuple[int, int]:
         (3, 4)
     """
     best = (0, 1)
-    for lag in range(2, len(names) // 2 + 1):
+    for lag in range(1, len(names) // 2 + 1):
         same = [a == b for a, b in zip(names, names[lag:], strict=False)]
         longest, run, misses = 0, 0, 0
         for agrees in same:

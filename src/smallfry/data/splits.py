@@ -1,6 +1,6 @@
 """Splits of images in memory, and functions that divide them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,11 +20,13 @@ class Split:
             there when they are indexed.
         rows: (images,), int64: where in ``pixels`` the images of this split are.
         labels: (images,), int64 class indices; of other tasks (images, …), of any type.
+        rate: Samples a second of series; None of pictures.
     """
 
     pixels: Tensor | ShardPixels
     rows: Tensor
     labels: Tensor
+    rate: float | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -36,13 +38,13 @@ class Split:
 
     def take(self, positions: Tensor) -> "Split":
         """Select images of this split, in that order."""
-        return Split(self.pixels, self.rows[positions], self.labels[positions])
+        return replace(self, rows=self.rows[positions], labels=self.labels[positions])
 
     def relabelled(self, table: NDArray[np.int64]) -> "Split":
         """Keep the images whose labels a table (classes,) maps to new labels."""
         labels = torch.from_numpy(table)[self.labels]
         keep = labels >= 0
-        return Split(self.pixels, self.rows[keep], labels[keep])
+        return replace(self, rows=self.rows[keep], labels=labels[keep])
 
     def shuffled(self, generator: torch.Generator) -> Tensor:
         """Shuffle all positions, (images,); within windows if the images are streamed."""

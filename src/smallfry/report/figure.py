@@ -3,13 +3,15 @@
 import io
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
+from matplotlib import rc_context, rcParams
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from torch import Tensor
 
 from smallfry.io.replace import write_whole
@@ -59,8 +61,29 @@ def show_image(axes: Any, pixels: Tensor) -> None:
 
 
 def plain(names: Sequence[str]) -> list[str]:
-    """Escape names for matplotlib: a class may be called $_$, which is not a formula."""
-    return [name.replace("$", r"\$") for name in names]
+    """Escape names for matplotlib: a class may be called $_$, which is not a formula.
+
+    A letter that no font of matplotlib's setting ``font.family`` has is written as its number, such
+    as ``\\u732b``: a box would be the same for all of them.
+    """
+    known = _letters(tuple(rcParams["font.family"]))
+    shown = ("".join(c if c.isascii() or ord(c) in known else _number(c) for c in n) for n in names)
+    return [name.replace("$", r"\$") for name in shown]
+
+
+def _number(letter: str) -> str:
+    return letter.encode("ascii", "backslashreplace").decode()
+
+
+@lru_cache
+def _letters(families: tuple[str, ...]) -> frozenset[int]:
+    """Return the numbers of the letters in the fonts that matplotlib has of these families."""
+    files = []
+    for family in families:
+        with suppress(ValueError):  # it is not installed
+            files.append(findfont(FontProperties(family=family), fallback_to_default=False))
+    fonts = map(get_font, files or [findfont("DejaVu Sans")])
+    return frozenset(number for font in fonts for number in font.get_charmap())
 
 
 def in_legend(names: Sequence[str]) -> list[str]:
@@ -70,7 +93,7 @@ def in_legend(names: Sequence[str]) -> list[str]:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Apply the style of all plots, as a context; a letter that the font lacks becomes a box."""
+    """Apply the style of all plots, as a context; names are to be escaped by ``plain``."""
     with rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from")
         yield

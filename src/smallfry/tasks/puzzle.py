@@ -20,7 +20,7 @@ from smallfry.curvature.stablemax import log_stable
 from smallfry.data import Split
 from smallfry.errors import UsageError
 from smallfry.tasks import register
-from smallfry.tasks.task import TaskDefaults
+from smallfry.tasks.task import TaskDefaults, share_of
 from smallfry_runtime.decoders import puzzle as decoders
 from smallfry_runtime.decoders.puzzle import PADDING
 
@@ -77,16 +77,20 @@ class Puzzle:
         return cell_losses(outputs, targets).mean()
 
     def right(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Mark the puzzles with all labelled cells right."""
-        return (_hits(outputs, targets) | (targets == PADDING)).all(dim=1)
+        """Mark the puzzles with all labelled cells right, if they have some."""
+        found = (_hits(outputs, targets) | (targets == PADDING)).all(dim=1)
+        return found & self.judged(targets)
+
+    def judged(self, targets: Tensor) -> Tensor:
+        """Mark the puzzles with a labelled cell."""
+        return (targets != PADDING).any(dim=1)
 
     def metrics(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
         """Compute the loss, the share of whole puzzles that are right, and that of cells."""
-        cells = _hits(outputs, labels)[labels != PADDING]
         return {
             "loss": self.loss(outputs, labels).item(),
-            "accuracy": self.right(outputs, labels).double().mean().item(),
-            "cell_accuracy": cells.double().mean().item(),
+            "accuracy": share_of(self.right(outputs, labels), self.judged(labels)),
+            "cell_accuracy": share_of(_hits(outputs, labels), labels != PADDING),
         }
 
     def rank(self, scores: Mapping[str, float]) -> tuple[float, ...]:

@@ -25,6 +25,7 @@ __all__ = [
     "HasChoices",
     "HasDefaults",
     "HasRecipe",
+    "Judges",
     "LimitsAugmentation",
     "Pictured",
     "ReadsText",
@@ -32,7 +33,9 @@ __all__ = [
     "ScoredByStep",
     "Task",
     "TaskDefaults",
+    "count_judged",
     "micro_batch_sizes",
+    "share_of",
 ]
 
 
@@ -105,7 +108,11 @@ class Task(Protocol):
         """Compute the mean loss over the batch, a scalar."""
 
     def right(self, outputs: Any, targets: Any) -> Tensor:
-        """Mark correct outputs, (batch,), bool: the target of halting."""
+        """Mark correct outputs, (batch,), bool: the target of halting.
+
+        A sample with nothing to be right about, such as a puzzle without a labelled cell, is not;
+        see ``Judges``.
+        """
 
     def metrics(self, outputs: Any, labels: Tensor) -> dict[str, float]:
         """Score a split; includes ``loss`` and ``accuracy``, the share of correct outputs.
@@ -127,6 +134,40 @@ class Task(Protocol):
         are decoded by ``smallfry_runtime.decoders``, without PyTorch: a task that has a module
         there calls it.
         """
+
+
+@runtime_checkable
+class Judges(Protocol):
+    """Task with samples that may have nothing to be right about, which no accuracy counts."""
+
+    def judged(self, targets: Any) -> Tensor:
+        """Mark the samples with something to be right about, (batch,), bool."""
+
+
+def count_judged(task: Task, targets: Any, right: Tensor) -> Tensor:
+    """Count the samples of a batch that an accuracy counts, a scalar.
+
+    Args:
+        task: Their task.
+        targets: Their targets.
+        right: What it marked, (batch,).
+    """
+    marked = task.judged(targets) if isinstance(task, Judges) else torch.ones_like(right)
+    return marked.sum()
+
+
+def share_of(right: Tensor, judged: Tensor) -> float:
+    """Compute the share of right ones of what is judged; 0 of nothing.
+
+    Args:
+        right: Of any shape, bool.
+        judged: The same.
+
+    Example:
+        >>> share_of(torch.tensor([True, False, False]), torch.tensor([True, True, False]))
+        0.5
+    """
+    return (right & judged).sum().item() / max(1, int(judged.sum()))
 
 
 @runtime_checkable

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from smallfry.data import Split
 from smallfry.errors import UsageError
 from smallfry.tasks import Task
+from smallfry.tasks.task import count_judged
 from smallfry.training.augment import Normalize
 from smallfry.training.evaluation import targets_of, task_of
 
@@ -112,7 +113,7 @@ def accuracy_under_attack(
     """
     task = task or task_of({})
     generator = torch.Generator().manual_seed(seed)
-    was_training, right = model.training, 0
+    was_training, right, judged = model.training, 0, 0
     model.eval()
     for positions in torch.split(torch.arange(len(split)), batch_size):
         part = split.take(positions)
@@ -125,6 +126,9 @@ def accuracy_under_attack(
         attacked = attack(images, loss, normalize, generator)
         with torch.no_grad():
             outputs = model(attacked)
-            right += int(task.right(outputs, targets_of(task, outputs, labels)).sum())
+            targets = targets_of(task, outputs, labels)
+            found = task.right(outputs, targets)
+            right += int(found.sum())
+            judged += int(count_judged(task, targets, found))
     model.train(was_training)
-    return right / len(split)
+    return right / max(1, judged)

@@ -38,6 +38,7 @@ class Result(NamedTuple):
     correct: Tensor  # scalar, samples whose last outputs are right
     halting: Tensor  # scalar, mean halting probability of the last step; nan where there is none
     steps: int  # optimizer steps taken
+    judged: Tensor  # scalar, samples with something to be right about
 
 
 class TrainBatches(Dataset[Batch]):

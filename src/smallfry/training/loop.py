@@ -16,6 +16,7 @@ from smallfry.errors import RunError, Stopped, TrainingError
 from smallfry.io.signals import noting
 from smallfry.io.terminal import command
 from smallfry.tasks import AddsTerms, Batch
+from smallfry.tasks.task import count_judged
 from smallfry.training.augment import Augmentation
 from smallfry.training.batches import Result, TrainBatches, derive_seed, resident
 from smallfry.training.callbacks import Callbacks, EpochDone, Started, StepDone
@@ -336,7 +337,7 @@ class Trainer:
         losses: list[Tensor] = []
         while True:
             self.optimizer.zero_grad()
-            sums = torch.zeros(3, dtype=torch.float64, device=self.fabric.device)
+            sums = torch.zeros(4, dtype=torch.float64, device=self.fabric.device)
             last = False
             for number, (part, steps) in enumerate(zip(parts, rounds, strict=True), start=1):
                 share = len(part.inputs) / whole
@@ -346,8 +347,11 @@ class Trainer:
                     self.fabric.backward(step.loss * (share * processes.count))
                 sums[0] += step.loss.detach() * share
                 targets = part.targets if step.targets is None else step.targets
-                sums[1] += self.objective.task.right(step.outputs, targets).sum()
+                task = self.objective.task
+                right = task.right(step.outputs, targets)
+                sums[1] += right.sum()
                 sums[2] += math.nan if step.halting is None else step.halting.mean() * share
+                sums[3] += count_judged(task, targets, right)
                 last = last or step.last
             scaler = getattr(self.fabric.strategy.precision, "scaler", None)
             penalty = self.running.add_penalty(None if scaler is None else scaler.scale)
@@ -363,10 +367,10 @@ class Trainer:
             if self.average is not None:
                 self.average.update(self.raw_model, self.progress.updates)
             self.progress.updates += 1
-            loss, correct, halting = processes.total(sums)
+            loss, correct, halting, judged = processes.total(sums)
             losses.append(loss)
             if last or halting.item() > self.objective.halt_threshold:
-                return Result(torch.stack(losses).mean(), correct, halting, len(losses))
+                return Result(torch.stack(losses).mean(), correct, halting, len(losses), judged)
 
     def _settle(self) -> None:
         """Add pending results to the sums of the epoch."""
@@ -378,6 +382,7 @@ class Trainer:
                 "images": float(count),
                 "loss": loss * count,
                 "correct": result.correct.item(),
+                "unjudged": count - result.judged.item(),
                 "halting": result.halting.item() * count,
                 "batches": 1.0,
                 "steps": float(result.steps),
@@ -407,7 +412,7 @@ class Trainer:
             "step": progress.step,
             "learning_rate": self._rate,
             "train_loss": sums["loss"] / sums["images"],
-            "train_accuracy": sums["correct"] / sums["images"],
+            "train_accuracy": sums["correct"] / max(1.0, sums["images"] - sums["unjudged"]),
         }
         if not math.isnan(sums["halting"]):
             row["train_halting"] = sums["halting"] / sums["images"]

@@ -328,7 +328,10 @@ def _load(config: TrainConfig) -> ImageData:
     wanted = config.data
     data = load_config_data(wanted)
     if len(data.train) < 2:
-        raise DataError(f"{data.origin}: too few images to train on ({len(data.train)})")
+        raise DataError(
+            f"{data.origin}: too few images to train on ({len(data.train)}): two are the least; "
+            "add some, or hold out fewer with data.validation and data.test"
+        )
     if config.select_on == "validation" and len(data.validation) == 0:
         raise DataError(
             f"{data.origin}: no validation images are left to select the best epoch on; give each "

@@ -244,7 +244,10 @@ def _spelled(word: str, numbers: Mapping[str, int]) -> tuple[int, ...]:
         raise UsageError("the word '' has no symbols: leave it out of the words")
     unknown = sorted({*word} - {*numbers})
     if unknown:
-        raise UsageError(f"the word '{word}' has symbols unknown to the model: {unknown}")
+        raise UsageError(
+            f"the word '{word}' has symbols unknown to the model: {unknown}; leave it out of the "
+            "words"
+        )
     return tuple(numbers[symbol] for symbol in word)
 
 

@@ -31,9 +31,14 @@ def decode(
 
 
 def right(outputs: NDArray[Any], labels: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Mark the puzzles (puzzles,) with all labelled cells right; labels (puzzles, cells)."""
+    """Mark the puzzles (puzzles,) with all labelled cells right, and one at least.
+
+    Args:
+        outputs: (puzzles, cells, symbols).
+        labels: (puzzles, cells).
+    """
     found = (outputs.argmax(axis=-1) == labels) | (labels == PADDING)
-    return np.asarray(found.all(axis=1))
+    return np.asarray(found.all(axis=1) & (labels != PADDING).any(axis=1))
 
 
 def read(text: str, classes: Sequence[str], side: int) -> NDArray[np.uint8]:

@@ -7,8 +7,8 @@ A the normalised features, for a state s:
     r(p)      = P[⌊f/d⌋, p] Σ_τ X[p, t+τ] V[f, τ]                   shares of the electrodes in Z
     p*        = argmax_p r(p) sign Z(f, t),   q = t + k/2           the marked point
 
-of the 99 greatest values of E where A and Z have one sign. Heat is a bell of 32 samples' width
-along time around each marked point, Cui et al. 2022.
+of the 99 greatest values of E where A and Z have one sign. Heat is a bell of 32 samples' width,
+unless another is given, along time around each marked point, Cui et al. 2022.
 """
 
 from typing import NamedTuple
@@ -50,7 +50,9 @@ class Hits(NamedTuple):
 
 
 @torch.inference_mode()
-def explain(model: InterpretableCNN, windows: Tensor, states: Tensor) -> list[Explanation]:
+def explain(
+    model: InterpretableCNN, windows: Tensor, states: Tensor, width: int = WIDTH
+) -> list[Explanation]:
     """Explain the evidence for a state in each window.
 
     With norm ``batch``, all windows are one batch.
@@ -59,6 +61,8 @@ def explain(model: InterpretableCNN, windows: Tensor, states: Tensor) -> list[Ex
         model: The network.
         windows: (windows, electrodes, samples), normalised.
         states: (windows,), the state to explain of each.
+        width: Samples of the bells' width; the paper's 32 are a quarter of a second at 128 a
+            second.
     """
     windows = windows.reshape(-1, *model.img_size)
     with evaluating(model):
@@ -79,16 +83,16 @@ def explain(model: InterpretableCNN, windows: Tensor, states: Tensor) -> list[Ex
         electrodes = (shares * z[f, t].sign()).argmax(dim=0)
         points = torch.stack([electrodes, t + model.kernel // 2], dim=1).cpu().numpy()
         unique = np.array([*dict.fromkeys(map(tuple, points.tolist()))], np.int64).reshape(-1, 2)
-        explanations.append(Explanation(_heat(unique, model.img_size), unique))
+        explanations.append(Explanation(_heat(unique, model.img_size, width), unique))
     return explanations
 
 
-def _heat(points: NDArray[np.int64], size: tuple[int, int]) -> Floats:
+def _heat(points: NDArray[np.int64], size: tuple[int, int], width: int) -> Floats:
     """Sum the bells of marked points, and normalise the sum."""
-    marks = torch.zeros(size[0], 1, size[1] + 2 * WIDTH, dtype=torch.float64)
-    marks[points[:, 0], 0, points[:, 1] + WIDTH] = 1
-    offsets = torch.arange(-WIDTH, WIDTH, dtype=torch.float64)
-    bell = torch.exp(-(offsets**2) / (2 * WIDTH**2)) / (WIDTH * np.sqrt(2 * np.pi))
+    marks = torch.zeros(size[0], 1, size[1] + 2 * width, dtype=torch.float64)
+    marks[points[:, 0], 0, points[:, 1] + width] = 1
+    offsets = torch.arange(-width, width, dtype=torch.float64)
+    bell = torch.exp(-(offsets**2) / (2 * width**2)) / (width * np.sqrt(2 * np.pi))
     # value at q' is the sum over q of bell(q' - q): a correlation with the mirrored bell
     summed = F.conv1d(marks, bell.flip(0)[None, None])[:, 0, 1 : size[1] + 1]
     heat = np.asarray(summed)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from smallfry.data import Split
 from smallfry.kits.eeg.electrodes import ELECTRODES, positions_of
-from smallfry.kits.eeg.explanation import Explanation, explain
+from smallfry.kits.eeg.explanation import WIDTH, Explanation, explain
 from smallfry.kits.eeg.models import InterpretableCNN
 from smallfry.report.figure import new_figure, plain, save, style
 from smallfry.training.augment import Normalize
@@ -20,8 +20,7 @@ from smallfry.transforms.modes import evaluating
 __all__ = ["BANDS", "band_powers", "draw_bands", "draw_explanations"]
 
 BANDS = {"delta": (1, 4), "theta": (4, 8), "alpha": (8, 12), "beta": (12, 30)}  # Hz
-RATE = 128  # samples a second
-SEGMENT = 128  # samples of a segment of Welch's estimate
+RATE = 128.0  # samples a second of the paper's windows
 SHOWN = 2  # windows of each state
 
 
@@ -32,12 +31,12 @@ def band_powers(windows: NDArray[Any], rate: float = RATE) -> NDArray[np.float64
 
     Args:
         windows: (windows, electrodes, samples).
-        rate: Samples a second.
+        rate: Samples a second; default 128.
 
     Returns:
         (windows, electrodes, bands), in the order of ``BANDS``.
     """
-    length = min(SEGMENT, windows.shape[-1])
+    length = min(round(rate), windows.shape[-1])
     segments = np.lib.stride_tricks.sliding_window_view(windows, length, axis=-1)
     segments = segments[..., :: max(1, length // 2), :].astype(np.float64)
     segments = segments - segments.mean(axis=-1, keepdims=True)
@@ -54,11 +53,11 @@ def draw_bands(split: Split, classes: Sequence[str], file: Path) -> None:
     """Draw the mean share of each band over the head, a row for each state.
 
     Args:
-        split: Windows with states.
+        split: Windows with states, and their rate; 128 samples a second if it has none.
         classes: Names of the states.
         file: The PNG to write.
     """
-    powers = band_powers(split.images[:, 0].numpy())
+    powers = band_powers(split.images[:, 0].numpy(), split.rate or RATE)
     labels = split.labels.numpy()
     present = [n for n in range(len(classes)) if (labels == n).any()]
     with style():
@@ -80,7 +79,7 @@ def draw_explanations(
 
     Args:
         model: The network, on any device.
-        split: Windows with states.
+        split: Windows with states, and their rate; 128 samples a second if it has none.
         normalize: Values to inputs.
         classes: Names of the states.
         file: The PNG to write.
@@ -91,14 +90,15 @@ def draw_explanations(
         logits = model(inputs).float().cpu()
     chosen = _surest(logits, split.labels)
     states = split.labels[chosen]
-    found = explain(model, inputs[chosen.to(device)], states)
+    rate = split.rate or RATE
+    found = explain(model, inputs[chosen.to(device)], states, max(1, round(WIDTH * rate / RATE)))
     with style():
         figure = new_figure(11, 4.2 * max(1, len(chosen)))
         axes = figure.subplots(max(1, len(chosen)), 2, squeeze=False, width_ratios=(3, 1))
         for row, (i, state, each) in enumerate(
             zip(chosen.tolist(), states.tolist(), found, strict=True)
         ):
-            _draw_traces(axes[row, 0], split.images[i, 0].numpy(), each)
+            _draw_traces(axes[row, 0], split.images[i, 0].numpy(), each, rate)
             share = logits[i].softmax(0)[state].item()
             axes[row, 0].set_title(f"{plain([classes[state]])[0]}, probability {share:.2f}")
             means = each.heat.mean(axis=1)
@@ -115,12 +115,12 @@ def _surest(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.cat([torch.arange(0), *parts])
 
 
-def _draw_traces(axes: Any, window: NDArray[Any], explanation: Explanation) -> None:
+def _draw_traces(axes: Any, window: NDArray[Any], explanation: Explanation, rate: float) -> None:
     from matplotlib.collections import LineCollection
 
     electrodes, samples = window.shape
     spacing = 4 * float(window.std()) or 1.0
-    times = np.arange(samples) / RATE
+    times = np.arange(samples) / rate
     top = max(float(explanation.heat.max()), 1e-9)
     lines, colours = [], []
     for row, (trace, heat) in enumerate(zip(window, explanation.heat, strict=True)):

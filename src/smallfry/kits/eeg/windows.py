@@ -105,10 +105,11 @@ def to_data(
     if held_out not in known or len(known) < 2:
         raise UsageError(
             f"{origin}: data.options.held_out {held_out} is none of its {len(known)} subjects, or "
-            "the only one: two are needed"
+            f"the only one: it has {', '.join(map(str, known[:20])) or 'none'}, and two are needed"
         )
     rows = torch.arange(len(windows.states))
-    everything = Split(windows.values[:, None], rows, torch.from_numpy(windows.states))
+    states = torch.from_numpy(windows.states)
+    everything = Split(windows.values[:, None], rows, states, windows.rate)
     tested = torch.from_numpy(windows.subjects == held_out)
     train, validation = hold_out(
         everything.take(rows[~tested]), wanted.validation, wanted.split_seed
@@ -242,7 +243,10 @@ def _checked(
         )
     if names:
         if len(names) != values.shape[1]:
-            raise DataError(f"{where}: {len(names)} names for {values.shape[1]} electrodes")
+            raise DataError(
+                f"{where}: {len(names)} names for {values.shape[1]} electrodes: name each, in the "
+                "order of the values"
+            )
         rows, missing = numbers_of(ELECTRODES, names)
         if missing:
             raise DataError(
@@ -253,7 +257,8 @@ def _checked(
     elif values.shape[1] != len(ELECTRODES):
         raise DataError(
             f"{where}: has {values.shape[1]} electrodes, expected {len(ELECTRODES)} in the order "
-            f"{' '.join(ELECTRODES)}"
+            f"{' '.join(ELECTRODES)}; with an entry 'electrodes', the names of others, these are "
+            "chosen"
         )
     tensor = torch.from_numpy(np.ascontiguousarray(values, np.float32))
     if not bool(tensor.isfinite().all()):

@@ -5,7 +5,8 @@
     h ← act(pool(norm(h)));   h ← act(norm(group(h)))
     logits = linear(dropout(act(layernorm(linear(max over elements and places of h)))))
 
-Norms are over channels, elements and places, without weights. Samples of the group are drawn in
+Norms are over channels, elements and places, without weights. The pool takes the maximum of 2×2
+places, of three along an odd side. Samples of the group are drawn in
 every forward pass, two sets: one for the lifting and the block, one for the last convolution. Or
 they are fixed, and the network is an ordinary one whose kernels come from small networks.
 """
@@ -119,7 +120,7 @@ class ResNet(nn.Module):
         again = self.grad_checkpointing and self.training
         change = cast(Tensor, checkpoint(block, h)) if again else block(h)
         h = F.gelu(h + change)
-        h = F.gelu(F.max_pool3d(_norm(h), (1, 2, 2)))
+        h = F.gelu(_halve(_norm(h)))
         return F.gelu(_norm(last(h)))
 
 
@@ -134,8 +135,8 @@ class GResNet(ResNet):
         samples: Elements.
         variance: Of the samples' shears and scales; see ``GL``.
         sampling: ``fresh``: new samples in every forward pass, when evaluated too; ``frozen``:
-            those of ``seed``; ``turns``: rotations by 360° / samples, of which images with an
-            even side have the same logits after the quarter turns among them.
+            those of ``seed``; ``turns``: rotations by 360° / samples; images have the same logits
+            after the quarter turns among them.
         seed: Of the samples.
         kernel_size: Side of all kernels.
         psi_width: Features of the hidden layers of kernel networks.
@@ -330,6 +331,15 @@ class PlainResNet(ResNet):
 def _norm(features: Tensor) -> Tensor:
     """Normalise (batch, channels, samples, height, width) for each image."""
     return F.layer_norm(features, features.shape[1:])
+
+
+def _halve(features: Tensor) -> Tensor:
+    """Take the maximum of each two places along a side, of three where the side is odd.
+
+    Windows that lie symmetrically on the side move with the image when it is turned.
+    """
+    kernel = tuple(2 + side % 2 for side in features.shape[-2:])
+    return F.max_pool3d(features, (1, *kernel), stride=(1, 2, 2))
 
 
 def _classifier(num_classes: int) -> nn.Module:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smallfry.kits.equivariant.group import rotations
-from smallfry.report.figure import new_figure, save, style
+from smallfry.report.figure import in_legend, new_figure, save, style
 
 __all__ = ["accuracy_by_angle", "draw_turns", "turn"]
 
@@ -82,7 +82,7 @@ def draw_turns(
             ax.imshow(shown.numpy().squeeze(), cmap="gray", vmin=0, vmax=1)
             ax.set_axis_off()
         ax = figure.add_subplot(grid[1, :])
-        for name, values in accuracies.items():
+        for name, values in zip(in_legend([*accuracies]), accuracies.values(), strict=True):
             ax.plot(angles, [100 * value for value in values], marker=".", label=name)
         ax.set_xticks(range(0, 361, 45))
         ax.set_xlabel("turned by, degrees")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from smallfry.kits.graphs.heterographs import FAR, GROUP, ITEM, ITEM_TO_GROUP, NEAR, PERSON
 from smallfry.kits.graphs.packing import EDGE_CHANNELS, unpack
-from smallfry.report.figure import new_figure, save, style
+from smallfry.report.figure import in_legend, new_figure, save, style
 
 __all__ = ["draw_graph"]
 
@@ -54,7 +54,7 @@ def draw_graph(
         axes.scatter(x[plain], y[plain], s=40, color="white", edgecolor="#555555", zorder=2)
         given = (types != PERSON) & marked
         axes.scatter(x[given], y[given], s=60, color="#222222", zorder=2, label="marked")
-        for number, name in enumerate(classes):
+        for number, name in enumerate(in_legend(classes)):
             own = (found.numpy() == number) & (types == PERSON)
             fill = FILLS[number % len(FILLS)]
             axes.scatter(

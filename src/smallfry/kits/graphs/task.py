@@ -12,7 +12,7 @@ from smallfry.data import Split
 from smallfry.errors import UsageError
 from smallfry.report.confusion import macro_f1
 from smallfry.tasks import register
-from smallfry.tasks.task import TaskDefaults
+from smallfry.tasks.task import TaskDefaults, share_of
 from smallfry_runtime.decoders import graphs as decoder
 
 __all__ = ["Graphs"]
@@ -83,8 +83,13 @@ class Graphs:
         return self.losses(outputs, targets).mean()
 
     def right(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Mark the graphs whose labelled nodes are all right, (graphs,)."""
-        return ((outputs.argmax(dim=1) == targets) | (targets == UNLABELLED)).all(dim=1)
+        """Mark the graphs whose labelled nodes are all right, and one at least, (graphs,)."""
+        found = ((outputs.argmax(dim=1) == targets) | (targets == UNLABELLED)).all(dim=1)
+        return found & self.judged(targets)
+
+    def judged(self, targets: Tensor) -> Tensor:
+        """Mark the graphs with a labelled node, (graphs,)."""
+        return (targets != UNLABELLED).any(dim=1)
 
     def metrics(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
         """Compute loss, and shares of right graphs and nodes, and F1 as a mean over classes."""
@@ -92,8 +97,8 @@ class Graphs:
         found = logits.argmax(dim=1)
         return {
             "loss": self.loss(outputs, labels).item(),
-            "accuracy": self.right(outputs, labels).double().mean().item(),
-            "node_accuracy": (found == wanted).double().mean().item(),
+            "accuracy": share_of(self.right(outputs, labels), self.judged(labels)),
+            "node_accuracy": share_of(outputs.argmax(dim=1) == labels, labels != UNLABELLED),
             "macro_f1": macro_f1(found, wanted, outputs.shape[1]),
         }
 

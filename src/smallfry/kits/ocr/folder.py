@@ -112,7 +112,10 @@ def _text(record: Record, column: str, fold_case: bool) -> str:
         raise DataError(f"{record.where}: a cell holds several values ({cell!r}); expected one")
     text = "" if cell is None else str(cell).strip()
     if not text:
-        raise DataError(f"{record.where}: has no text in the column '{column}'")
+        raise DataError(
+            f"{record.where}: has no text in the column '{column}': write it there, or remove the "
+            "line"
+        )
     return text.lower() if fold_case else text
 
 

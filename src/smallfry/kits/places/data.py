@@ -87,7 +87,10 @@ def read_folder(name: str, wanted: Wanted) -> ImageData:
         )
     places = len(files[0])
     if not 0 <= settings.calibration < places:
-        raise UsageError(f"data.options.calibration is 0 to {places - 1}")
+        raise UsageError(
+            f"data.options.calibration is 0 to {places - 1}, got {settings.calibration}: of "
+            f"{places} places one is tested at least"
+        )
     calibration = settings.calibration or min(50, places // 2)
     traverses = np.stack([_decoded(each, settings.side) for each in files])
     return _to_data(str(root), str(root), traverses, calibration, None)

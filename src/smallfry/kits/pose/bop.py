@@ -61,7 +61,10 @@ class BopSettings:
 
     def __post_init__(self) -> None:
         if self.object < 0 or not 0 <= self.seen <= 1:
-            raise UsageError("data.options.object is a number from 0, and seen is 0 to 1")
+            raise UsageError(
+                "data.options.object is a number from 0, and seen is 0 to 1, got "
+                f"{self.object} and {self.seen:g}"
+            )
 
 
 class View(NamedTuple):

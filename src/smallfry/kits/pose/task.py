@@ -78,7 +78,10 @@ class PoseTask:
         return self.losses(outputs, targets).mean()
 
     def right(self, outputs: Any, targets: Truth) -> Tensor:
-        """Mark the pictures where nine in ten keypoints are at most a cell off, (pictures,)."""
+        """Mark the pictures where nine in ten keypoints are at most a cell off, (pictures,).
+
+        A picture without a keypoint in its crop is not right: no pose can be found in it.
+        """
         wanted = codes(targets, outputs.x.shape[1])
         worth = 2 ** torch.arange(outputs.x.shape[1] - 1, -1, -1, device=outputs.x.device)
         worth = worth[:, None].to(wanted.x.dtype)
@@ -88,7 +91,7 @@ class PoseTask:
         ]
         inside = wanted.inside > 0
         near = (apart[0] & apart[1] & inside).sum(dim=1)
-        right: Tensor = near >= 0.9 * inside.sum(dim=1)
+        right: Tensor = (near >= 0.9 * inside.sum(dim=1)) & inside.any(dim=1)
         return right
 
     def metrics(self, outputs: Any, labels: Tensor) -> dict[str, float]:

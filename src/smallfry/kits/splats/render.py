@@ -1,6 +1,6 @@
 """Rasteriser of Gaussian splats in plain PyTorch, differentiable in every attribute.
 
-    p = R x + t;  of z > 0.2 only
+    p = R x + t;  of z > near only, 0.2 by default
     Σ = M Mᵀ,  M = rot(q / ‖q‖) diag(exp s)
     Σ' = J R Σ Rᵀ Jᵀ + 0.3 I,  J the derivative of the projection, at x/z and y/z clipped to 1.3
          times the half of the field of view
@@ -24,7 +24,7 @@ from smallfry.kits.splats.scene import Scene
 
 __all__ = ["Camera", "Projected", "blend", "importance", "project", "rasterise", "render"]
 
-NEAR = 0.2
+NEAR = 0.2  # in the unit of the scene
 BLUR = 0.3  # pixels², added to the covariance
 CLIP = 1.3  # of the half of the field of view
 MOST_ALPHA, LEAST_ALPHA = 0.99, 1 / 255
@@ -43,6 +43,7 @@ class Camera(NamedTuple):
     focal: float  # pixels
     width: int
     height: int
+    near: float = NEAR  # depth up to which nothing is seen
 
 
 class Projected(NamedTuple):
@@ -69,7 +70,7 @@ def project(positions: Tensor, attributes: Tensor, camera: Camera) -> Projected:
         for each in (camera.rotation, camera.translation)
     )
     depths = (positions.detach() @ R.T + t)[:, 2]
-    rows = (depths > NEAR).nonzero()[:, 0]
+    rows = (depths > camera.near).nonzero()[:, 0]
     rows = rows[depths[rows].argsort(stable=True)]
     x, own = positions[rows], attributes[rows]
     px, py, z = (x @ R.T + t).unbind(1)

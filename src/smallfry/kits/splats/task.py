@@ -16,7 +16,7 @@ from smallfry.kits.splats.data import TEST_VIEW
 from smallfry.kits.splats.labels import Labels
 from smallfry.kits.splats.render import Camera, render
 from smallfry.tasks import register
-from smallfry.tasks.task import TaskDefaults
+from smallfry.tasks.task import TaskDefaults, share_of
 from smallfry_runtime.decoders import splats as decoder
 
 __all__ = ["Splats"]
@@ -76,8 +76,12 @@ class Splats:
         return self.losses(outputs, targets).mean()
 
     def right(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Mark the Gaussians whose error is below a tenth of the variance, (samples,)."""
-        return _errors(outputs, targets) < RIGHT
+        """Mark the kept Gaussians whose error is below a tenth of the variance, (samples,)."""
+        return (_errors(outputs, targets) < RIGHT) & self.judged(targets)
+
+    def judged(self, targets: Tensor) -> Tensor:
+        """Mark the Gaussians that are kept, (samples,)."""
+        return Labels(targets).kept
 
     def metrics(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
         """Compute errors of the Gaussians that are kept, and ratios of pictures in dB."""
@@ -91,7 +95,7 @@ class Splats:
         ratios = [min(HIGHEST, psnr(*pair)) for pair in pairs]
         return {
             "loss": float((errors * weights).sum() / weights.sum()),
-            "accuracy": float((errors < RIGHT).double().mean()),
+            "accuracy": share_of(self.right(outputs, labels), kept),
             "psnr": float(np.mean(ratios)),
             "worst_psnr": float(np.min(ratios)),
         }

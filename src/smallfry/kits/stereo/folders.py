@@ -65,7 +65,10 @@ class FolderSettings:
         if not 1 <= self.reduce <= 64:
             raise UsageError(f"data.options.reduce is 1 to 64, got {self.reduce}")
         if min(self.focal, self.baseline) < 0 or (self.focal > 0) != (self.baseline > 0):
-            raise UsageError("data.options.focal and baseline are both above 0, or both left out")
+            raise UsageError(
+                "data.options.focal and baseline are both above 0, or both left out, got "
+                f"{self.focal:g} and {self.baseline:g}"
+            )
 
 
 class Files(NamedTuple):
@@ -210,9 +213,15 @@ def _pictures(folder: Path, endings: Sequence[str] = PICTURES) -> dict[str, Path
 
 def _require_same(one: Path, first: dict[str, Path], other: Path, second: dict[str, Path]) -> None:
     if lacking := sorted({*first} - {*second}):
-        raise DataError(f"{one / first[lacking[0]].name}: has no file of that name in {other}")
+        raise DataError(
+            f"{one / first[lacking[0]].name}: has no file of that name in {other}: add it, or "
+            "remove this one"
+        )
     if surplus := sorted({*second} - {*first}):
-        raise DataError(f"{other / second[surplus[0]].name}: has no file of that name in {one}")
+        raise DataError(
+            f"{other / second[surplus[0]].name}: has no file of that name in {one}: add it, or "
+            "remove this one"
+        )
 
 
 def _classes(folder: Path, pairs: Sequence[Files]) -> tuple[str, ...]:
@@ -253,7 +262,7 @@ def _sample(pair: Files, settings: FolderSettings, classes: int) -> Sample:
         if shape != size:
             raise DataError(
                 f"{file}: is {shape[0]}×{shape[1]} pixels, and {pair.left} is {size[0]}×{size[1]}: "
-                "both views and their truth must be of one size, rectified"
+                "both views and their truth must be of one size: rectify or cut them alike"
             )
     scale, offset = settings.focal * settings.baseline, 0.0
     if pair.calibration:

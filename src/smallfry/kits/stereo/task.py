@@ -14,7 +14,7 @@ from smallfry.kits.stereo.metrics import full_disparity, score
 from smallfry.kits.stereo.models import FACTORS
 from smallfry.kits.stereo.truth import Truth, unpack
 from smallfry.tasks import register
-from smallfry.tasks.task import TaskDefaults
+from smallfry.tasks.task import TaskDefaults, share_of
 from smallfry_runtime.decoders import stereo as decoder
 
 __all__ = ["Stereo"]
@@ -77,11 +77,18 @@ class Stereo:
         return self.losses(outputs, targets).mean()
 
     def right(self, outputs: Any, targets: Truth) -> Tensor:
-        """Mark the pairs with a mean disparity error below a pixel, (pairs,)."""
+        """Mark the pairs with a mean disparity error below a pixel, (pairs,).
+
+        A pair without a known point that both views see is not right.
+        """
         factor = FACTORS[len(outputs) // 3 - 1]
         error = (full_disparity(outputs[-2], factor) - targets.disparity).abs()
         chosen = targets.known & ~targets.hidden
-        return (error * chosen).sum(dim=(1, 2)) < chosen.sum(dim=(1, 2)).clamp(min=1)
+        return (error * chosen).sum(dim=(1, 2)) < chosen.sum(dim=(1, 2))
+
+    def judged(self, targets: Truth) -> Tensor:
+        """Mark the pairs with a known point that both views see, (pairs,)."""
+        return (targets.known & ~targets.hidden).any(dim=2).any(dim=1)
 
     def metrics(self, outputs: Any, labels: Tensor) -> dict[str, float]:
         """Score a split: the loss, the share of right pairs, and ``metrics.score``.
@@ -93,7 +100,7 @@ class Stereo:
         last = len(outputs) // 3
         return {
             "loss": self.loss(outputs, truth).item(),
-            "accuracy": self.right(outputs, truth).double().mean().item(),
+            "accuracy": share_of(self.right(outputs, truth), self.judged(truth)),
             "disparity_error": found[f"epe_{last}"],
             "miou": found[f"miou_{last}"],
             **found,

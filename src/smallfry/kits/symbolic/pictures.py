@@ -9,7 +9,7 @@ from torch import Tensor
 
 from smallfry.data import Split
 from smallfry.kits.symbolic.interpreter import ProgramGraph
-from smallfry.report.figure import COLOURS, GREY, new_figure, save, show_image, style
+from smallfry.report.figure import COLOURS, GREY, new_figure, plain, save, show_image, style
 
 __all__ = ["draw_answers", "draw_graphs"]
 
@@ -43,7 +43,7 @@ def draw_answers(outputs: Tensor, split: Split, classes: Sequence[str], file: Pa
         ):
             show_image(ax, picture)
             colour = "black" if share > 0.5 else COLOURS[4]
-            ax.set_title(f"{classes[label]} {share:.0%}", color=colour)
+            ax.set_title(f"{plain([classes[label]])[0]} {share:.0%}", color=colour)
         save(figure, file)
 
 
@@ -67,11 +67,11 @@ def draw_graphs(
         for ax in axes.flat:
             ax.axis("off")
         for number, (ax, graph) in enumerate(zip(axes.flat, graphs, strict=False)):
-            plain = networkx.Graph((edge.one, edge.other) for edge in graph.edges)
-            plain.add_nodes_from(graph.nodes)  # those without an edge
-            _draw(ax, graph, networkx.kamada_kawai_layout(plain))
+            simple = networkx.Graph((edge.one, edge.other) for edge in graph.edges)
+            simple.add_nodes_from(graph.nodes)  # those without an edge
+            _draw(ax, graph, networkx.kamada_kawai_layout(simple))
             usual = f"{len(graph.nodes)} nodes, {len(graph.edges)} edges"
-            ax.set_title(usual if titles is None else titles[number])
+            ax.set_title(usual if titles is None else plain([titles[number]])[0])
         save(figure, file)
 
 
