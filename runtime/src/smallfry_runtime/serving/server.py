@@ -261,15 +261,18 @@ def input_of(runtime: Runtime) -> tuple[str, dict[str, Any]]:
         UsageError: This version can't decode the export's answers.
     """
     manifest, frame = runtime.manifest, runtime.manifest.frame
+    kind = "image"
+    about: dict[str, Any] = {
+        "size": manifest.image_size,
+        "channels": manifest.channels,
+        "resize": manifest.resize,
+    }
     if frame.is_array(manifest.channels):
-        found = "array", {"shape": list(manifest.input_shape), "values": frame.values}
-    else:
-        sizes = {"size": manifest.image_size, "channels": manifest.channels}
-        found = "image", {**sizes, "resize": manifest.resize}
+        kind, about = "array", {"shape": list(manifest.input_shape), "values": frame.values}
     if manifest.is_classifier:
-        return found
+        return kind, about
     if not has_decoder(manifest.task):
-        named = f"{found[0]}s ({', '.join(f'{name} {value}' for name, value in found[1].items())})"
+        named = f"{kind}s ({', '.join(f'{name} {value}' for name, value in about.items())})"
         raise UsageError(
             f"this version has no decoder for the task '{manifest.task[:40]}', so its export can't "
             f"be served: it takes {named}, and Runtime.compute has its outputs for them; smallfry "
@@ -277,7 +280,7 @@ def input_of(runtime: Runtime) -> tuple[str, dict[str, Any]]:
         )
     if hasattr(decoder_of(manifest.task), "read"):
         return "text", {"rows": frame.height, "columns": frame.width}
-    return found
+    return kind, about
 
 
 def _settings(query: Sequence[tuple[str, str]]) -> dict[str, Any]:
