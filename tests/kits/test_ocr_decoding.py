@@ -165,7 +165,7 @@ def test_a_text_is_one_of_given_words():
     ("settings", "words"),
     [
         ({"width": 3}, "the settings beam and words"),
-        ({"beam": -1}, "beam is a whole number from 0, got -1"),
+        ({"beam": -1}, "beam is a whole number from 0 to 100, got -1"),
         ({"beam": 2.5}, "beam is a whole number"),
         ({"words": "abc"}, "words must be a list of texts"),
         ({"words": ["xa"]}, r"the word 'xa' has symbols unknown to the model: \['x'\]"),

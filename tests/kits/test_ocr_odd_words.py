@@ -54,8 +54,9 @@ def test_empty_words_and_unknown_characters_are_refused(word, words):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"beam": True}, "beam is a whole number from 0, got True"),
-        ({"beam": "5"}, "beam is a whole number from 0, got '5'"),
+        ({"beam": True}, "beam is a whole number from 0 to 100, got True"),
+        ({"beam": 101}, "beam is a whole number from 0 to 100, got 101"),
+        ({"beam": "5"}, "beam is a whole number from 0 to 100, got '5'"),
         ({"words": ["a", 1]}, "words must be a list of texts"),
         ({"words": None}, "the settings beam and words"),
         ({"words": 3}, "the settings beam and words"),

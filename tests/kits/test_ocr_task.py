@@ -2,6 +2,7 @@
 
 import json
 from itertools import product
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from smallfry.tasks import HasRecipe, Pictured, find_task, task_names
 from smallfry.training.augment import Normalize
 from smallfry.training.recipes import recipe_of, with_recipe
 from smallfry_runtime.runtime import Runtime
+from smallfry_runtime.serving.server import serving
 
 WORDS = {"words": 60, "alphabet": "digits", "longest": 4, "level": "easy"}
 
@@ -175,7 +177,10 @@ def test_a_run_is_exported_and_read_without_pytorch(run, tmp_path, capsys):
     image = tmp_path / "word.png"
     Image.fromarray(pixels[0, 0]).save(image)
     assert main(["predict", str(tmp_path / "exact"), str(image), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["text"] == said[0]["text"]
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["text"] == said[0]["text"]
+    with serving(exact) as url, urlopen(f"{url}predict", image.read_bytes()) as response:
+        assert json.load(response)["predictions"] == [{**answer, "image": "image"}]
     with pytest.raises(UsageError, match="this export is for ocr, and its answers are not classes"):
         exact.predict(pixels)
     timed = ["benchmark", str(export), "--seconds", "0.05", "--batch_sizes", "1"]

@@ -1,7 +1,5 @@
 """Graphs that are not what their manifest says, and manifests of values that fit no graph."""
 
-import hashlib
-import json
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -9,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from handmade_exports import graph, write
+from onnx import TensorProto
 from PIL import Image
 
 from smallfry_runtime.early_exit import NEVER, Point
 from smallfry_runtime.errors import DataError, ExportError, UsageError
-from smallfry_runtime.files import with_digest
 from smallfry_runtime.inputs import InputImage
 from smallfry_runtime.manifest import MANIFEST, Manifest
 from smallfry_runtime.runtime import Runtime, sigmoid, softmax
@@ -34,21 +32,6 @@ WHOLE = Manifest(
 WEIGHT = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
 PIXELS = np.random.default_rng(1).integers(0, 256, (5, 1, 2, 2), np.uint8)
 LOGITS = (PIXELS.reshape(5, 4) / 255 - 0.5) / 0.25 @ WEIGHT.astype(np.float64)
-
-
-def graph(*steps, inputs=("x",), outputs=("y",), **weights) -> bytes:
-    """A graph of (operator, inputs, output, attributes)."""
-    nodes = [helper.make_node(op, ins, [out], **more) for op, ins, out, more in steps]
-    free = helper.make_tensor_value_info
-    made = helper.make_graph(
-        nodes,
-        "made",
-        [free(name, TensorProto.FLOAT, None) for name in inputs],
-        [free(name, TensorProto.FLOAT, None) for name in outputs],
-        [numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()],
-    )
-    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    return model.SerializeToString()
 
 
 FLAT = ("Flatten", ["x"], "flat", {})
@@ -86,18 +69,6 @@ ANYTIME = {
         w=WEIGHT,
     ),
 }
-
-
-def write(folder: Path, manifest: Manifest, *, content=None, **graphs: bytes) -> Path:
-    """Write an export of graphs, under right digests."""
-    files = {name.replace("_onnx", ".onnx"): graph for name, graph in graphs.items()}
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    written = json.loads(replace(manifest, files=hashes).to_json())
-    del written["digest"]
-    (folder / MANIFEST).write_text(json.dumps(with_digest({**written, **(content or {})})))
-    return folder
 
 
 def anytime(folder: Path, changes=None, **parts: bytes) -> Runtime:
@@ -239,13 +210,40 @@ def test_wishes_for_a_decoder_stay_errors_of_use(tmp_path):
         runtime.decode(PIXELS)
 
 
-def test_a_server_is_for_classes_and_refuses_other_tasks_before_it_listens(tmp_path):
-    manifest = replace(WHOLE, task="eeg")
+def test_a_server_refuses_tasks_without_a_decoder_before_it_listens(tmp_path):
+    manifest = replace(WHOLE, task="telepathy")
     runtime = Runtime(write(tmp_path, manifest, model_onnx=CLASSIFIER), threads=1)
-    with pytest.raises(UsageError, match="this export is for eeg"):
+    words = (
+        r"no decoder for the task 'telepathy', so its export can't be served: it takes images "
+        r"\(size 2, channels 1, resize crop\), and Runtime.compute has its outputs"
+    )
+    with pytest.raises(UsageError, match=words):
         Service(runtime, None, Limits())
-    with pytest.raises(UsageError, match="this export is for eeg"), serving(runtime):
+    with pytest.raises(UsageError, match=words), serving(runtime):
         pass
+
+
+@pytest.mark.parametrize("threshold", [None, 0.0, 0.55])
+def test_images_are_answered_one_by_one_as_all_together_with_early_exit(tmp_path, threshold):
+    runtime = anytime(tmp_path, {"task": "eeg"})
+    images = [InputImage(f"{n}.png", Image.fromarray(each[0])) for n, each in enumerate(PIXELS)]
+    found = runtime.answer_each([*images, InputImage("no", b"")], threshold=threshold)
+    *answers, failed = found
+    assert [answer.value for answer in answers] == runtime.decode(PIXELS, threshold)
+    assert [answer.name for answer in answers] == [image.name for image in images]
+    assert failed.error.startswith("no: ")
+    shares = [answer.value["probabilities"]["cat"] for answer in answers]
+    steps = runtime.compute(PIXELS, threshold).steps[:, None]
+    assert shares == pytest.approx(softmax(steps * LOGITS)[:, 0].tolist(), abs=5e-5)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, True, 2.0, "3", None])
+def test_the_number_of_named_classes_is_a_whole_one(tmp_path, wrong):
+    runtime = Runtime(write(tmp_path, WHOLE, model_onnx=CLASSIFIER), threads=1)
+    with pytest.raises(UsageError, match="top_k must be a whole number above 0, got"):
+        runtime.answer_each([], {"top_k": wrong})
+    with pytest.raises(UsageError, match="decoding has no setting 'beam' here"):
+        runtime.answer_each([], {"top_k": 2, "beam": 3})
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
@@ -291,6 +289,7 @@ def test_a_score_that_is_no_number_is_no_answer_even_of_a_class_that_is_not_name
         ({"thresholds": None}, "TypeError: thresholds is no list"),
         ({"thresholds": [0.5]}, "thresholds"),
         ({"thresholds": [0.5, float("nan"), 1]}, "thresholds"),
+        ({"thresholds": [0.5, 10**400, 1]}, "thresholds"),
         ({"std": [float("inf")]}, "mean and std"),
         ({"mean": [None]}, "mean and std"),
         ({"storage": []}, "TypeError"),
@@ -304,6 +303,8 @@ def test_a_score_that_is_no_number_is_no_answer_even_of_a_class_that_is_not_name
         ({"submodels": [{"name": "a", "place": "1", "ms": 1, "accuracy": 1, "macs": 1}]},
          "no hash of submodels/1/manifest.json"),
         ({"submodels": [{"name": "a", "place": "1", "ms": -1, "accuracy": 1, "macs": 1}]},
+         "TypeError: a figure of a sub-model"),
+        ({"submodels": [{"name": "a", "place": "1", "ms": 10**400, "accuracy": 1, "macs": 1}]},
          "TypeError: a figure of a sub-model"),
         ({"submodels": [{"place": "1"}]}, "TypeError"),
         ({"submodels": {}}, "TypeError: submodels is not a list"),

@@ -5,7 +5,6 @@ It is read without PyTorch, and every value is validated before use.
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -30,6 +29,7 @@ from smallfry_runtime.images import is_bit_depth
 from smallfry_runtime.stages import interrupted, obstacle
 from smallfry_runtime.storage import PLAIN, SHARED, base_of, restored, stored_names
 from smallfry_runtime.storage import SUFFIXES as STORAGES
+from smallfry_runtime.values import is_number
 from smallfry_runtime.variants import FOLDER, FULL, Variant, read_variants
 from smallfry_runtime.version import __version__
 
@@ -332,13 +332,13 @@ def _problem(manifest: Manifest) -> str | None:
         "channels": not _is_count(manifest.channels, MOST_CHANNELS),
         "mean and std": len(manifest.mean) != manifest.channels
         or len(manifest.std) != manifest.channels
-        or not all(map(_is_number, statistics))
+        or not all(map(is_number, statistics))
         or min(manifest.std, default=0) <= 0,
         "thresholds": len(manifest.thresholds) not in (0, len(manifest.classes))
-        or not all(map(_is_number, manifest.thresholds)),
+        or not all(map(is_number, manifest.thresholds)),
         "bit_depth": not is_bit_depth(manifest.bit_depth),
         "recursion_steps": steps is not None and not _is_count(steps, MOST_STEPS),
-        "exits": not all(map(_is_number, exits)) or (bool(exits) and manifest.form != "anytime"),
+        "exits": not all(map(is_number, exits)) or (bool(exits) and manifest.form != "anytime"),
         "model": not _is_mapping(manifest.model) or not isinstance(manifest.model["name"], str),
         "training": not _is_mapping(manifest.training),
         "source": not _is_mapping(manifest.source),
@@ -358,10 +358,6 @@ def _problem(manifest: Manifest) -> str | None:
 
 def _is_count(value: Any, most: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _is_mapping(value: Any) -> bool:

@@ -96,16 +96,19 @@ def answers(
 
 
 class Decoded(NamedTuple):
-    """Decoded answer to one image."""
+    """Decoded answer to one image, or to one puzzle of a text."""
 
     name: str
     value: Any  # that JSON can hold
     error: str | None = None
+    puzzle: int | None = None  # number in its text, from 1
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a dictionary for JSON; a value that is one already is merged."""
         value = self.value if isinstance(self.value, dict) else {"answer": self.value}
-        return {"image": self.name, **value}
+        if self.puzzle is None:
+            return {"image": self.name, **value}
+        return {"file": self.name, "puzzle": self.puzzle, **value}
 
 
 def decoded(
@@ -130,6 +133,32 @@ def decoded(
         values = iter(decode(np.stack(pixels)) if pixels else ())
         for image, failure in zip(chunk, errors, strict=True):
             yield Decoded(image.name, None if failure else next(values), failure)
+
+
+def decoded_texts(
+    decode: Callable[[NDArray[np.uint8]], Sequence[Any]],
+    texts: Iterable[InputImage],
+    read: Callable[[str], NDArray[np.uint8]],
+) -> Iterator[Decoded]:
+    """Decode the answers to the puzzles of texts, in their order.
+
+    A text that can't be read gives an ``error``.
+
+    Args:
+        decode: From pixels (puzzles, 1, side, side) to a value for each.
+        texts: The bytes of each text.
+        read: From a text to pixels.
+    """
+    for name, encoded, error in texts:
+        try:
+            if not isinstance(encoded, bytes):
+                raise DataError(error or "not the bytes of a text")
+            values = decode(read(encoded.decode()))
+        except (DataError, UnicodeDecodeError) as problem:
+            yield Decoded(name, None, f"{name}: {problem}")
+        else:
+            for number, value in enumerate(values, 1):
+                yield Decoded(name, value, puzzle=number)
 
 
 def _chunks(

@@ -6,17 +6,18 @@ what is left is packed into full batches for the next step.
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from smallfry_runtime.decoders import decoder_of
+from smallfry_runtime.decoders import decoder_of, require_no_settings
 from smallfry_runtime.early_exit import NEVER, Trace, most_accurate, most_thrifty, require_threshold
 from smallfry_runtime.engines import STEMS, Session, engine_of
 from smallfry_runtime.errors import DataError, ExportError, UsageError
@@ -24,7 +25,14 @@ from smallfry_runtime.frames import PIXELS
 from smallfry_runtime.images import Encoded, decode
 from smallfry_runtime.inputs import InputImage
 from smallfry_runtime.manifest import Manifest, manifest_of, read_export, restored_graphs
-from smallfry_runtime.predictions import NOT_FINITE, Answer, Decoded, Outputs, answers, decoded
+from smallfry_runtime.predictions import (
+    NOT_FINITE,
+    Answer,
+    Outputs,
+    answers,
+    decoded,
+    decoded_texts,
+)
 from smallfry_runtime.variants import FULL, Variant, best_within
 
 Floats = NDArray[np.float32]
@@ -183,6 +191,11 @@ class Runtime:
         """
         decoder = decoder_of(self.manifest.task)
         found = self.compute(images, self.exit_threshold(threshold=threshold), batch_size)
+        return self._values(decoder, found, settings)
+
+    def _values(
+        self, decoder: ModuleType, found: Computed, settings: Mapping[str, Any] | None
+    ) -> list[Any]:
         try:
             values: list[Any] = decoder.decode(found.logits, self.classes, settings)
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
@@ -210,19 +223,47 @@ class Runtime:
         if batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, got {batch_size}")
         found = self._run(self.preprocess(pixels), threshold, batch_size)
-        _require_finite(*_each(found.logits), found.halting)
-        return found
+        return _finite(found)
 
-    def decode_each(
+    def answer_each(
         self,
-        images: Iterable[InputImage],
-        threshold: float | None = None,
+        inputs: Iterable[InputImage],
         settings: Mapping[str, Any] | None = None,
-    ) -> Iterator[Decoded]:
-        """Decode the answers to images in order; one that can't be read gives an ``error``."""
-        decode = partial(self.decode, threshold=threshold, settings=settings)
-        size, channels = self.manifest.frame, self.manifest.channels
-        return decoded(decode, images, size, channels, self.manifest.bit_depth)
+        threshold: float | None = None,
+        run: Callable[[NDArray[Any]], Computed] | None = None,
+    ) -> Iterator[Any]:
+        """Answer inputs in order, by the task; one that can't be read gives an ``error``.
+
+        Args:
+            inputs: Images, or files of NumPy; of puzzles, the bytes of texts.
+            settings: Of the task's decoder, such as ``{"beam": 10}`` of texts; of classes
+                ``top_k``, the number of classes to name, 3 by default.
+            threshold: Halting probability at which an image leaves the recursion.
+            run: From pixels (images, channels, height, width) to outputs; default ``outputs``.
+
+        Returns:
+            For each an ``Answer`` of classes, or else a ``Decoded``; of a text one for each puzzle.
+
+        Raises:
+            UsageError: A setting that is not there, early exit from a graph that has none, or this
+                version has no decoder for the export's task.
+        """
+        threshold = self.exit_threshold(threshold=threshold)
+        run = run or partial(self.outputs, threshold)
+        manifest = self.manifest
+        if manifest.is_classifier:
+            wanted = (self.classes, manifest.frame, manifest.channels, _top_k(settings))
+            shares = partial(self._shares, run)
+            return answers(shares, inputs, *wanted, manifest.bit_depth, self.thresholds)
+        decoder = decoder_of(manifest.task)
+
+        def decode(pixels: NDArray[Any]) -> list[Any]:
+            return self._values(decoder, _finite(run(pixels)), settings)
+
+        if hasattr(decoder, "read"):
+            read = partial(decoder.read, classes=self.classes, side=manifest.frame.height)
+            return decoded_texts(decode, inputs, read)
+        return decoded(decode, inputs, manifest.frame, manifest.channels, manifest.bit_depth)
 
     def classify(
         self, images: Iterable[InputImage], top_k: int = 3, threshold: float | None = None
@@ -233,10 +274,7 @@ class Runtime:
             UsageError: The export's answers are not classes.
         """
         self.require_classes()
-        size, channels = self.manifest.frame, self.manifest.channels
-        run = partial(self.outputs, self.exit_threshold(threshold=threshold))
-        wanted = (self.classes, size, channels, top_k, self.manifest.bit_depth, self.thresholds)
-        return answers(run, images, *wanted)
+        return self.answer_each(images, {"top_k": top_k}, threshold)
 
     @property
     def thresholds(self) -> tuple[float, ...] | None:
@@ -343,12 +381,17 @@ class Runtime:
             pixels.append(decode(image, name, frame, channels, manifest.bit_depth))
         return np.stack(pixels) if pixels else self._no_pixels()
 
-    def outputs(self, threshold: float | None, pixels: NDArray[np.uint8]) -> Outputs:
-        """Compute the outputs for pixels (images, channels, height, width) in one batch."""
-        logits, halting, steps = self._run(self.preprocess(pixels), threshold, len(pixels))
-        return Outputs(
-            self._probabilities(logits), halting, steps if threshold is not None else None
-        )
+    def outputs(self, threshold: float | None, pixels: NDArray[Any]) -> Computed:
+        """Compute the outputs, finite or not, for inputs (images, channels, height, width).
+
+        They are one batch. There are no steps without a threshold.
+        """
+        found = self._run(self.preprocess(pixels), threshold, len(pixels))
+        return found if threshold is not None else found._replace(steps=None)
+
+    def _shares(self, run: Callable[[NDArray[Any]], Computed], pixels: NDArray[Any]) -> Outputs:
+        logits, halting, steps = run(pixels)
+        return Outputs(self._probabilities(logits), halting, steps)
 
     def _run(self, images: Floats, threshold: float | None, batch_size: int) -> Computed:
         if len(images) == 0:
@@ -440,8 +483,22 @@ class Runtime:
         return np.empty((0, *self.manifest.input_shape), self.manifest.values)
 
 
+def _top_k(settings: Mapping[str, Any] | None) -> int:
+    others = dict(settings or {})
+    top_k = others.pop("top_k", 3)
+    require_no_settings(others)
+    if type(top_k) is not int or top_k < 1:
+        raise UsageError(f"top_k must be a whole number above 0, got {top_k!r}")
+    return top_k
+
+
 def _each(outputs: Any) -> tuple[Floats, ...]:
     return tuple(outputs.values()) if isinstance(outputs, dict) else (outputs,)
+
+
+def _finite(found: Computed) -> Computed:
+    _require_finite(*_each(found.logits), found.halting)
+    return found
 
 
 def _require_finite(*outputs: Floats | None) -> None:

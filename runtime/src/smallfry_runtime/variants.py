@@ -1,10 +1,10 @@
 """Sub-models of an export, and the choice of one within a budget of time."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from smallfry_runtime.errors import UsageError
+from smallfry_runtime.values import is_number
 
 FOLDER = "submodels"  # of an export; each sub-model is an export in it
 FULL = ""  # place of the full model, which is the export itself
@@ -56,7 +56,7 @@ def read_variants(content: Any) -> tuple[Variant, ...]:
         raise TypeError("submodels share a place")
     for each in variants:
         numbers = (each.ms, each.accuracy, each.macs)
-        if not all(type(n) in (int, float) and math.isfinite(n) and n >= 0 for n in numbers):
+        if not all(is_number(n) and n >= 0 for n in numbers):
             raise TypeError("a figure of a sub-model is not a number")
         if not isinstance(each.name, str) or not isinstance(each.place, str):
             raise TypeError("a sub-model has no name or place")

@@ -164,7 +164,7 @@ def _decode_export(options: Options) -> int:
     read = getattr(decoder_of(manifest.task), "read", None)
     if read is None:
         images = find_images(options.inputs, sys.stdin.buffer)
-        return _print_decoded(options, runtime.decode_each(images, threshold, options.decoding))
+        return _print_decoded(options, runtime.answer_each(images, options.decoding, threshold))
 
     def answers(text: str) -> Iterator[tuple[dict[str, Any], str]]:
         pixels = read(text, manifest.classes, manifest.frame.height)

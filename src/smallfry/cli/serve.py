@@ -9,7 +9,7 @@ from smallfry_runtime.serving.limits import Limits
 
 @dataclass(frozen=True, kw_only=True)
 class Options(EarlyExit):
-    """Serve an export over HTTP: images in, JSON out, without PyTorch.
+    """Serve an export over HTTP: images, arrays or texts in, JSON out, without PyTorch.
 
     Args:
         export: Folder that ``smallfry export`` wrote.

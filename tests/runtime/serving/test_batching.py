@@ -78,6 +78,27 @@ def test_outputs_that_a_model_lacks_stay_absent():
     batcher.close()
 
 
+def test_outputs_of_any_form_are_cut_row_by_row(pool):
+    def run(pixels):
+        values = pixels[:, 0, 0, 0]
+        return {"one": values, "two": Outputs(np.stack([values, values + 1], 1))}
+
+    gate = Gate()
+    batcher = Batcher(lambda pixels: gate(pixels) and run(pixels))
+    first, calls = held(gate, batcher, pool, [(1, 2), (3,)])
+    gate.go.set()
+    found = [call.result(60) for call in (first, *calls)]
+    assert gate.batches == [[0], [1, 2, 3]]
+    assert [each["one"].tolist() for each in found] == [[0], [1, 2], [3]]
+    assert [each["two"].probabilities.tolist() for each in found] == [
+        [[0, 1]],
+        [[1, 2], [2, 3]],
+        [[3, 4]],
+    ]
+    assert found[0]["two"].steps is None
+    batcher.close()
+
+
 def test_calls_that_wait_are_computed_together_up_to_a_limit(pool):
     gate, sizes = Gate(), []
     batcher = Batcher(gate, most_images=4, observe=sizes.append)

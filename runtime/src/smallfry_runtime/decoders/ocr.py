@@ -31,6 +31,7 @@ __all__ = [
 Floats = NDArray[np.float64]
 BLANK = 0
 STEP = 4  # pixels
+WIDEST = 100  # prefixes: a word of a picture takes half a second
 FAR = 3  # edits between the greedy text and the words of a lexicon that are considered
 
 
@@ -39,19 +40,20 @@ class Settings:
     """Settings of decoding.
 
     Args:
-        beam: Prefixes kept at each step; 0 takes the likeliest symbol of each step alone.
+        beam: Prefixes kept at each step, at most 100; 0 takes the likeliest symbol of each
+            step alone.
         words: Words to choose from; empty allows any text.
 
     Raises:
-        UsageError: A negative beam, or words that are no list of texts.
+        UsageError: A beam out of range, or words that are no list of texts.
     """
 
     beam: int = 0
     words: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if type(self.beam) is not int or self.beam < 0:
-            raise UsageError(f"beam is a whole number from 0, got {self.beam!r}")
+        if type(self.beam) is not int or not 0 <= self.beam <= WIDEST:
+            raise UsageError(f"beam is a whole number from 0 to {WIDEST}, got {self.beam!r}")
         if isinstance(self.words, str) or not all(isinstance(word, str) for word in self.words):
             raise UsageError("words must be a list of texts")
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from smallfry_runtime.errors import UsageError
 from smallfry_runtime.pnp import LEAST, Camera, Pose, solve
+from smallfry_runtime.values import is_number
 
 __all__ = ["Settings", "cells_of", "decode", "estimate", "places"]
 
@@ -196,7 +197,7 @@ def _is_list(values: Any) -> bool:
 def _numbers(values: Any, count: int) -> bool:
     if not _is_list(values) or len(values) != count:
         return False
-    return all(isinstance(v, int | float) and np.isfinite(v) for v in values)
+    return all(map(is_number, values))
 
 
 def _to_dict(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from smallfry_runtime.errors import UsageError
+from smallfry_runtime.values import is_number
 
 __all__ = ["Settings", "decode", "enlarge"]
 
@@ -46,7 +47,7 @@ class Settings:
         if type(self.exit) is not int or self.exit not in (0, 1, 2, 3):
             raise UsageError(f"exit is 1, 2 or 3, or 0 for the last, got {self.exit!r}")
         values = (self.focal, self.baseline, self.offset)
-        if not all(type(v) in (int, float) and np.isfinite(v) for v in values):
+        if not all(map(is_number, values)):
             raise UsageError("focal, baseline and offset are numbers")
         if min(self.focal, self.baseline) < 0 or (self.focal > 0) != (self.baseline > 0):
             raise UsageError(

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smallfry_runtime.errors import UsageError
+from smallfry_runtime.values import is_number
 
 __all__ = [
     "AdaptiveScale",
@@ -73,7 +74,7 @@ class Camera:
             value = getattr(self, each.name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise UsageError(f"camera.{each.name} is a number, got {value!r}")
-            if not math.isfinite(value):
+            if not is_number(value):
                 raise UsageError(f"camera.{each.name} is a finite number, got {value!r}")
         if not self.focal > 0 or not self.height > 0:
             raise UsageError(

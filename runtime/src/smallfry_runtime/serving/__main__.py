@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     early.add_argument("--exit_threshold", type=float, help="Early exit at this probability.")
     defaults = Limits()
     for name, help in (
-        ("images", "Most images of a request."),
+        ("images", "Most images, or other inputs, of a request."),
         ("megabytes", "Most megabytes of a request."),
         ("seconds", "Most seconds of a request."),
         ("waiting", "Most images that wait."),

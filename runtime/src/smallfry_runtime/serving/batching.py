@@ -5,15 +5,15 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from smallfry_runtime.errors import SmallfryError
-from smallfry_runtime.predictions import Outputs
 
-Pixels = NDArray[np.uint8]
+Outputs = TypeVar("Outputs")
+Pixels = NDArray[Any]
 
 
 class Busy(SmallfryError):
@@ -27,26 +27,26 @@ class Late(SmallfryError):
 class _Call(NamedTuple):
     pixels: Pixels
     deadline: float
-    outputs: "Future[Outputs]"
+    outputs: "Future[Any]"
 
 
-class Batcher:
+class Batcher(Generic[Outputs]):
     """Model that computes the images of simultaneous calls together.
 
     A batch is what has arrived while the last one was computed: a call on an idle server waits for
     nothing. Calls come from any threads; the model runs in one.
 
     Args:
-        run: From pixels (images, channels, size, size) to outputs.
+        run: From pixels (images, channels, height, width) to outputs: arrays of a row for each
+            image, in named tuples or dictionaries; those that a model lacks may be None.
         most_images: Images of a batch; a single call may have more.
         most_waiting: Images that may wait; further calls are refused.
         observe: Called with the number of images of each batch.
 
     Example:
         >>> import numpy as np
-        >>> from smallfry_runtime.predictions import Outputs
-        >>> batcher = Batcher(lambda pixels: Outputs(pixels.mean((2, 3)) / 255))
-        >>> batcher(np.full((2, 1, 8, 8), 255, np.uint8)).probabilities
+        >>> batcher = Batcher(lambda pixels: pixels.mean((2, 3)) / 255)
+        >>> batcher(np.full((2, 1, 8, 8), 255, np.uint8))
         array([[1.],
                [1.]])
         >>> batcher.close()
@@ -72,7 +72,7 @@ class Batcher:
         """Compute outputs, in a batch with those of other calls.
 
         Args:
-            pixels: (images, channels, size, size), at least one.
+            pixels: (images, channels, height, width), at least one.
             seconds: Time after which the call is dropped.
 
         Raises:
@@ -89,7 +89,8 @@ class Batcher:
             self.waiting += len(pixels)
             self._worker.submit(self._compute)
         try:
-            return call.outputs.result(seconds)
+            outputs: Outputs = call.outputs.result(seconds)
+            return outputs
         except TimeoutError:
             call.outputs.cancel()  # which a batch that has begun does not see
             raise Late(f"no answer within {seconds:g} s") from None
@@ -134,5 +135,10 @@ class Batcher:
         return taken
 
 
-def _rows(outputs: Outputs, start: int, end: int) -> Outputs:
-    return Outputs(*(None if part is None else part[start:end] for part in outputs))  # type: ignore[arg-type]
+def _rows(outputs: Any, start: int, end: int) -> Any:
+    """Cut rows out of arrays, and out of named tuples and dictionaries of them."""
+    if isinstance(outputs, dict):
+        return {name: _rows(part, start, end) for name, part in outputs.items()}
+    if isinstance(outputs, tuple):
+        return type(outputs)(*(_rows(part, start, end) for part in outputs))
+    return None if outputs is None else outputs[start:end]

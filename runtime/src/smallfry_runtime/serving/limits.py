@@ -11,7 +11,7 @@ class Limits:
     """Limits on requests.
 
     Args:
-        images: Most images of a request.
+        images: Most images of a request, or other inputs, and puzzles of a text.
         megabytes: Most megabytes (10⁶ bytes) of a request.
         seconds: Most seconds for a request to arrive in, and for its answer.
         waiting: Most images that wait for the model; further requests get status 503.

@@ -1,15 +1,20 @@
-"""HTTP server for an export: images in, JSON out, without PyTorch."""
+"""HTTP server for an export: images, arrays or texts in, JSON out, without PyTorch."""
 
+import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from smallfry_runtime.errors import DataError, ServerError, SmallfryError, UsageError
+from numpy.typing import NDArray
+
+from smallfry_runtime.decoders import decoder_of, has_decoder
+from smallfry_runtime.errors import DataError, ExportError, ServerError, SmallfryError, UsageError
 from smallfry_runtime.inputs import InputImage
-from smallfry_runtime.predictions import Answer, answers
-from smallfry_runtime.runtime import Runtime
+from smallfry_runtime.names import text_of
+from smallfry_runtime.predictions import NOT_FINITE, Answer, Decoded
+from smallfry_runtime.runtime import Computed, Runtime
 from smallfry_runtime.serving.batching import Batcher, Busy, Late
 from smallfry_runtime.serving.limits import Limits
 from smallfry_runtime.serving.listening import (
@@ -23,10 +28,16 @@ from smallfry_runtime.serving.listening import (
 from smallfry_runtime.terminal import say
 
 HELP = (
-    "POST an image to /predict, as the body or as a form with one or more files: "
-    "curl -F image=@cat.jpg ADDRESS/predict; ?top_k=5 gives more classes. "
+    "POST {} to /predict, as the body or as a form with one or more files: "
+    "curl -F {}=@{} ADDRESS/predict. The query has settings, in JSON: ?top_k=5 gives more classes; "
+    "of other tasks they are those of predict --decoding, such as ?beam=10. "
     "GET /health and /metrics (Prometheus)."
 )
+KINDS = {  # of inputs
+    "image": ("an image", "cat.jpg"),
+    "array": ("an array, as numpy.save writes it,", "input.npy"),
+    "text": ("a text", "puzzles.txt"),
+}
 
 
 def serve(
@@ -86,7 +97,7 @@ class Service:
 
     Raises:
         ServerError: A package is missing.
-        UsageError: The export's answers are not classes.
+        UsageError: This version can't decode the export's answers.
     """
 
     def __init__(self, runtime: Runtime, threshold: float | None, limits: Limits) -> None:
@@ -99,8 +110,8 @@ class Service:
             raise ServerError(
                 f"the server needs more packages: pip install 'smallfry-runtime[serve]' ({error})"
             ) from error
-        runtime.require_classes()
-        self.runtime, self.limits = runtime, limits
+        self.kind, self.input = input_of(runtime)
+        self.runtime, self.threshold, self.limits = runtime, threshold, limits
         self.registry = metrics.CollectorRegistry()
         own: dict[str, Any] = {"registry": self.registry, "namespace": "smallfry"}
         self.requests = metrics.Counter("requests", "Requests by status.", ["status"], **own)
@@ -148,14 +159,15 @@ class Service:
         from starlette.responses import JSONResponse
 
         manifest = self.runtime.manifest
-        image = {
-            "size": manifest.image_size,
-            "channels": manifest.channels,
-            "resize": manifest.resize,
+        named, file = KINDS[self.kind]
+        page = {
+            "help": HELP.format(named, self.kind, file),
+            "task": manifest.task,
+            "classes": list(self.runtime.classes),
+            self.kind: self.input,
+            "limits": vars(self.limits),
         }
-        classes = list(self.runtime.classes)
-        limits = vars(self.limits)
-        return JSONResponse({"help": HELP, "classes": classes, "image": image, "limits": limits})
+        return JSONResponse(page)
 
     async def _health(self, request: Any) -> Any:
         from starlette.responses import JSONResponse
@@ -174,55 +186,66 @@ class Service:
 
         begin, status = time.monotonic(), 500
         try:
-            images = await self._images(request)
-            top_k = _top_k(request.query_params.get("top_k", "3"))
-            found = await run_in_threadpool(self.predict, images, top_k)
+            inputs = await self._inputs(request)
+            settings = _settings(request.query_params.multi_items())
+            found = await run_in_threadpool(self.predict, inputs, settings)
             status = 200
             return JSONResponse({"predictions": [answer.to_dict() for answer in found]})
         except SmallfryError as error:
             status = next((code for kind, code in STATUS if isinstance(error, kind)), 500)
             headers = {"retry-after": "1"} if status == 503 else None
-            return JSONResponse({"error": str(error)}, status, headers)
+            return JSONResponse({"error": text_of(str(error))}, status, headers)
         finally:
             self.requests.labels(status).inc()
             self.seconds.observe(time.monotonic() - begin)
 
-    def predict(self, images: Sequence[InputImage], top_k: int = 3) -> list[Answer]:
-        """Predict the classes of a request's images.
+    def predict(
+        self, inputs: Sequence[InputImage], settings: Mapping[str, Any] | None = None
+    ) -> list[Answer | Decoded]:
+        """Answer the inputs of a request.
+
+        Args:
+            inputs: Images, files of NumPy or texts, by the export.
+            settings: As of ``Runtime.answer_each``.
 
         Raises:
             Busy: Too many images wait already.
-            DataError: An image that can't be read.
+            DataError: An input that can't be read, or a text of too many puzzles.
             ExportError: An answer is not a number.
             Late: There was no answer in time.
+            UsageError: A setting that is not there.
         """
-        manifest = self.runtime.manifest
-        run = partial(self.batcher, seconds=self.limits.seconds)
-        size, channels, depth = manifest.frame, manifest.channels, manifest.bit_depth
-        wanted = (self.runtime.classes, size, channels, top_k, depth, self.runtime.thresholds)
-        found = list(answers(run, images, *wanted))
-        for answer in found:
+        found = []
+        for answer in self.runtime.answer_each(inputs, settings, self.threshold, self._computed):
             if answer.error is not None:
-                raise DataError(answer.error)
+                failed = ExportError if NOT_FINITE in answer.error else DataError
+                raise failed(answer.error)
+            found.append(answer)
         return found
 
-    async def _images(self, request: Any) -> list[InputImage]:
-        """Read the images of a request, from a form or from its body."""
+    def _computed(self, pixels: NDArray[Any]) -> Computed:
+        """Compute inputs in batches with those of other requests."""
+        if self.kind == "text" and len(pixels) > self.limits.images:
+            raise DataError(f"{len(pixels)} puzzles, expected at most {self.limits.images}")
+        return self.batcher(pixels, self.limits.seconds)
+
+    async def _inputs(self, request: Any) -> list[InputImage]:
+        """Read the inputs of a request, from a form or from its body."""
         from python_multipart.exceptions import FormParserError
         from starlette.exceptions import HTTPException
 
         most = self.limits.images
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
             if not (body := await request.body()):
-                raise DataError("no image: send one as the body, or as a form with files")
-            return [InputImage("image", body, None)]
+                raise DataError(f"no {self.kind}: send one as the body, or as a form with files")
+            return [InputImage(self.kind, body)]
         try:
             async with request.form(max_files=most, max_fields=most) as form:
                 parts = [part for _, part in form.multi_items()]
                 files = [part for part in parts if not isinstance(part, str)]
                 if len(files) < len(parts) or not files:
                     raise DataError("the form must have files, and nothing else")
-                return [InputImage(f.filename or "image", await f.read(), None) for f in files]
+                return [InputImage(f.filename or self.kind, await f.read()) for f in files]
         except (HTTPException, FormParserError) as error:
             reason = getattr(error, "detail", error)
             raise DataError(f"the form can't be read: {reason} (at most {most} files)") from error
@@ -231,7 +254,43 @@ class Service:
 STATUS = ((Busy, 503), (Late, 504), (DataError, 400), (UsageError, 400))
 
 
-def _top_k(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 0 < len(text) < 10 and int(text) > 0):
-        raise UsageError("top_k must be a whole number above 0")
-    return int(text)
+def input_of(runtime: Runtime) -> tuple[str, dict[str, Any]]:
+    """Describe the inputs of an export: ``image``, ``array`` or ``text``, and their properties.
+
+    Raises:
+        UsageError: This version can't decode the export's answers.
+    """
+    manifest, frame = runtime.manifest, runtime.manifest.frame
+    kind = "image"
+    about: dict[str, Any] = {
+        "size": manifest.image_size,
+        "channels": manifest.channels,
+        "resize": manifest.resize,
+    }
+    if frame.is_array(manifest.channels):
+        kind, about = "array", {"shape": list(manifest.input_shape), "values": frame.values}
+    if manifest.is_classifier:
+        return kind, about
+    if not has_decoder(manifest.task):
+        named = f"{kind}s ({', '.join(f'{name} {value}' for name, value in about.items())})"
+        raise UsageError(
+            f"this version has no decoder for the task '{manifest.task[:40]}', so its export can't "
+            f"be served: it takes {named}, and Runtime.compute has its outputs for them; smallfry "
+            "predict RUN answers with the run itself"
+        )
+    if hasattr(decoder_of(manifest.task), "read"):
+        return "text", {"rows": frame.height, "columns": frame.width}
+    return kind, about
+
+
+def _settings(query: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Read the settings of a query: values of JSON, or else texts."""
+    found: dict[str, Any] = {}
+    for name, text in query:
+        if name in found:
+            raise UsageError(f"the setting '{name}' is given twice")
+        try:
+            found[name] = json.loads(text)
+        except (ValueError, RecursionError):
+            found[name] = text
+    return found
