@@ -11,17 +11,17 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from smallfry import compress
-from smallfry.compress.prune.erase import Connections, branches, erasing
+from smallfry.compress.prune.candidates import Candidates, Connections, draw
 from smallfry.compress.prune.graphs import (
     Segment,
     choose_connected,
     erase_segments,
     find_segments,
     is_connected,
-    operands_of,
-    trace,
     zero_segments,
 )
+from smallfry.compress.prune.regions import operands_of, trace
+from smallfry.compress.prune.steps import choose_steps, numbers_of_steps
 from smallfry.costing import macs
 from smallfry.errors import SmallfryWarning, UsageError
 from smallfry.training.method import Running, Setting
@@ -177,12 +177,28 @@ def test_what_would_dangle_stays():
 
     class Dangling(Fork):
         def forward(self, x):
-            y = self.one(x).sigmoid()
-            return self.head(self.stem(x) + self.two(y.mean(1, keepdim=True) * y))
+            y = self.stem(x) + self.one(x)
+            return self.head(x + self.two(y))
 
     graph = trace(Dangling())
     (segment,) = [s for s in find_segments(graph) if s.name == "two"]
-    assert not is_connected(graph, [segment])  # "one" would have no user
+    assert not is_connected(graph, [segment])  # "stem" and "one" would have no user
+
+
+def test_what_only_a_branch_uses_goes_with_it():
+    class Gated(Fork):
+        def forward(self, x):
+            y = self.one(x).sigmoid()
+            return self.head(self.stem(x) + self.two(y.mean(1, keepdim=True) * y))
+
+    model = Gated().eval()
+    graph = trace(model)
+    (segment,) = [s for s in find_segments(graph) if s.name == "one"]
+    assert segment.modules == ("one", "two")
+    small = erase_segments(graph, [segment], torch.ones(2, 4))
+    assert {name for name, _ in small.named_children()} == {"stem", "head"}
+    zero_segments(model, [segment])
+    torch.testing.assert_close(small(torch.ones(2, 4)), model(torch.ones(2, 4)))
 
 
 def test_segments_whose_zero_is_not_zero_are_none():
@@ -199,64 +215,136 @@ def test_segments_whose_zero_is_not_zero_are_none():
     assert find_segments(trace(Shared())) == []
 
 
+TINY_VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "num_heads": 3, "depth": 2}
+SCALED = {"init_values": 1e-5, "drop_path_rate": 0.1}
 ZOO = {
     "resnet8_mlperf_tiny": ({}, (3, 16, 16)),
     "resnet18": ({}, (3, 32, 32)),
-    "vit_tiny_patch16_224": ({"img_size": 16, "patch_size": 8, "depth": 2}, (3, 16, 16)),
+    "resnet10t": ({}, (3, 32, 32)),
+    "resnet10t with squeezed channels": (
+        {"block_args": {"attn_layer": "se"}, "drop_path_rate": 0.1},
+        (3, 32, 32),
+    ),
+    "mobilenetv2_035": ({"drop_path_rate": 0.1}, (3, 32, 32)),
+    "vit_tiny_patch16_224": (TINY_VIT, (3, 16, 16)),
+    "vit_tiny_patch16_224 with layer scale": ({**TINY_VIT, **SCALED}, (3, 16, 16)),
+    "convnext_atto": (
+        {"depths": (1, 1, 1, 2), "dims": (8, 8, 16, 16), "drop_path_rate": 0.1},
+        (3, 32, 32),
+    ),
+    "cct_2_3x2_32": ({}, (3, 32, 32)),
+    "dhvt_tiny_cifar_patch4": (
+        {"img_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 2},
+        (3, 16, 16),
+    ),
     "loopnet_70k": ({}, (3, 16, 16)),
+    "loopnet_70k with loops": ({"widths": (6, 8), "loops": (3, 1)}, (3, 16, 16)),
     "vitrm_micro_patch4_8": ({"depth": 2}, (1, 8, 8)),
+    "vitrm_plus_micro_8": ({"depth": 2}, (1, 8, 8)),
 }
 ZOO_VITRM = "vitrm_micro_patch4_8"
 CANDIDATES = {
     "resnet8_mlperf_tiny": 5,  # three branches, two shortcuts
-    "resnet18": 8,  # of the strided branches, something is added in place to another shape
+    "resnet18": 11,  # eight branches, three shortcuts
+    "resnet10t": 7,  # four branches, three shortcuts
+    "resnet10t with squeezed channels": 7,
+    "mobilenetv2_035": 10,  # the blocks of stride 1 whose width stays
     "vit_tiny_patch16_224": 4,  # attention and MLP of two layers
+    "vit_tiny_patch16_224 with layer scale": 4,
+    "convnext_atto": 5,
+    "cct_2_3x2_32": 4,
+    "dhvt_tiny_cifar_patch4": 4,
     "loopnet_70k": 4,
+    "loopnet_70k with loops": 8,  # three loops of two layers, one of two more
     "vitrm_micro_patch4_8": 4,  # attention and MLP of two layers of the shared block
+    "vitrm_plus_micro_8": 4,
 }
+SLOW_MODELS = {"resnet18", "mobilenetv2_035"}
+
+
+def build_drawn(name):
+    """Build a model of random weights in float64, with its spec and inputs."""
+    options, shape = ZOO[name]
+    torch.manual_seed(0)
+    spec = ModelSpec(name.partition(" ")[0], {"num_classes": 4, **options})
+    return draw(build(spec)).double(), spec, torch.randn(2, *shape, dtype=torch.float64)
+
+
+def accept(candidates, wanted):
+    """Accept as many branches as leave the model connected."""
+    accepted = []
+    for name in wanted:
+        accepted += [name] if candidates.hold([*accepted, name]) else []
+    return accepted
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "resnet18" else n for n in ZOO]
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW_MODELS else n for n in ZOO]
 )
-def test_residual_branches_of_models_are_erased_exactly(name):
-    options, shape = ZOO[name]
-    torch.manual_seed(0)
-    spec = ModelSpec(name, {"num_classes": 4, **options})
-    model = build(spec)
-    images = torch.randn(2, *shape)
-    graph = trace(model)
-    assert (graph is None) == name.startswith("vitrm")
-    segments = branches(model) if graph is None else find_segments(graph)
-    found = {s.name: (s, t) for s in segments if (t := erasing(model, s, images)) is not None}
-    assert len(found) == CANDIDATES[name]
-    kept = [s for s, _ in found.values()]
-    if graph is not None:
-        chosen = choose_connected(graph, kept, range(len(kept)), len(kept))
-        found = {kept[n].name: found[kept[n].name] for n in chosen}
-    else:  # one attention stays: without any, no image reaches the prediction
-        connections = Connections(model, images)
-        assert connections.hold([t for n, (_, t) in found.items() if n != "blocks.1.attn"])
-        assert not connections.hold([t for _, t in found.values()])
-        assert not connections.hold([found[f"blocks.{n}.attn"][1] for n in (0, 1)])
-        del found["blocks.1.attn"]
-    assert found
+def test_branches_of_models_are_erased_as_if_they_were_at_zero(name):
+    model, spec, images = build_drawn(name)
+    candidates = Candidates(model.train(), images)
+    assert len(candidates.segments) == CANDIDATES[name]
+    model.eval()
+    accepted = accept(candidates, candidates.segments)
+    assert accepted
     zeroed = copy.deepcopy(model)
-    zero_segments(zeroed, [segment for segment, _ in found.values()])
-    before = macs(model, images[:1])
-    for _, transform in found.values():
-        transform.apply(model)
-        spec = spec.then(transform)
-    torch.testing.assert_close(model(images), zeroed(images), atol=1e-5, rtol=1e-5)
+    zero_segments(zeroed, [candidates.segments[each] for each in accepted])
+    before, used = macs(model, images[:1]), Connections(model, images).used
+    transform = candidates.without(accepted)
+    transform.apply(model)
+    torch.testing.assert_close(model(images), zeroed(images), atol=1e-10, rtol=1e-10)
     assert macs(model, images[:1]) < before
-    spec = ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict())))
-    assert torch.equal(build(spec, model.state_dict())(images), model(images))
+    assert not torch.equal(*model(images))  # of two images
+    left = {each for each, _ in model.named_parameters()}
+    if not transform.taken_out:  # which gives others new names
+        assert Connections(model, images).used == used & left
+    assert model.train()(images).isfinite().all()
+    model.eval()
+    spec = ModelSpec.from_dict(json.loads(json.dumps(spec.then(transform).to_dict())))
+    again = build(spec).double().eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(images), model(images))
 
 
-def begin(method, name="resnet8_mlperf_tiny", steps=16):
+def test_one_attention_of_a_shared_block_stays():
+    model, _, images = build_drawn(ZOO_VITRM)
+    candidates = Candidates(model, images)
+    assert "blocks.1.attn" not in accept(candidates, candidates.segments)
+    assert not candidates.hold(["blocks.0.attn", "blocks.1.attn"])
+    assert candidates.hold(["blocks.1.attn", "blocks.0.mlp", "blocks.1.mlp"])
+
+
+def test_a_loop_leaves_with_its_norm_and_its_convolution_when_none_is_left():
+    model, _, images = build_drawn("loopnet_70k with loops")
+    candidates = Candidates(model, images)
+    first, second = (f"stages.0.layers.{n}" for n in (0, 1))
+    erased = candidates.without([f"{first}.norms.{n}" for n in (0, 2)])
+    assert erased == Erase(taken_out=[f"{first}.norms.{n}" for n in (0, 2)])
+    one = copy.deepcopy(model)
+    kept = one.get_submodule(f"{first}.norms.1")
+    before = macs(one, images[:1])
+    erased.apply(one)
+    assert [*one.get_submodule(first).norms] == [kept]
+    all_loops = [f"{second}.norms.{n}" for n in range(3)]
+    erased = candidates.without(all_loops)
+    assert erased == Erase(skipped=[f"{second}.conv"], taken_out=all_loops)
+    erased.apply(one)
+    # two of three loops, and three: five of the six calls of equal cost
+    call = 6 * 6 * 9 * 7 * 7
+    assert before - macs(one, images[:1]) == 5 * call
+
+
+def test_what_shares_a_module_in_training_is_zero_of_its_shape():
+    model, _, images = build_drawn("cct_2_3x2_32")
+    erased = Candidates(model, images).without(["blocks.1.norm1"])
+    assert erased.whole == erased.zeros == ["blocks.1.attn"]  # of both branches is drop_path
+
+
+def begin(method, name="resnet8_mlperf_tiny", steps=16, **more):
     options, shape = ZOO[name]
     torch.manual_seed(0)
-    spec = ModelSpec(name, {"num_classes": 4, **options})
+    spec = ModelSpec(name.partition(" ")[0], {"num_classes": 4, **options, **more})
     model = build(spec).train()
     inner = torch.optim.SGD(model.parameters(), 0.01, 0.9)
     running = Running([method], model, Setting(spec, torch.randn(2, *shape), (), steps))
@@ -277,6 +365,7 @@ def test_a_trained_model_equals_the_erased_one(name):
     train(model, inner, 0, 16, shape)
     (method,) = running._started
     assert sum(map(len, method.gone)) == int(0.5 * len(method.groups))
+    assert name != ZOO_VITRM or model.latent_steps == 2  # of three, without half of two
     model.eval()
     images = torch.randn(4, *shape)
     expected, before = model(images), macs(model, images[:1])
@@ -307,7 +396,7 @@ def test_a_stopped_run_continues_to_the_bit(stop):
 def test_a_run_that_ends_early_erases_what_is_zero():
     model, running, inner = begin(METHOD)
     train(model, inner, 0, 5, (3, 16, 16))
-    with pytest.warns(SmallfryWarning, match="0 of 2 chosen operators were zero"):
+    with pytest.warns(SmallfryWarning, match="0 of 2 chosen branches and steps were at zero"):
         assert running.finish().transforms == ()
 
 
@@ -334,6 +423,12 @@ def test_an_erased_module_that_is_missing_is_refused():
         Erase([], ["nothing"]).apply(model)
     with pytest.raises(ValueError, match="lists of the names"):
         Erase("head")
+    with pytest.raises(ValueError, match=r"no parameter 'head\.gamma'"):
+        Erase(parameters=["head.gamma"]).apply(model)
+    with pytest.raises(ValueError, match=r"no list with a module 'stages\.0'"):
+        Erase(taken_out=["stages.0"]).apply(model)
+    with pytest.raises(ValueError, match="no latent_steps of 2"):
+        Erase(steps={"latent_steps": 2}).apply(model)
     assert isinstance(fx.symbolic_trace(model), fx.GraphModule)
 
 
@@ -367,3 +462,93 @@ def test_a_parameter_of_one_number_takes_part_in_the_connections():
 
     connections = Connections(Scaled(), torch.ones(1, 3))
     assert connections.used == {"scale", "linear.weight", "linear.bias"}
+
+
+# Steps of a recursion
+
+
+def without_a_step(model, images, left_out):
+    """Compute logits with one latent step at zero, which leaves the state as it is."""
+    x, state = model.embed(images), model.initial_state(len(images))
+    for step in range(model.latent_steps):
+        state = state if step == left_out else model.think(x, state)
+    return model.read_out(model.answer(state)).logits
+
+
+@pytest.mark.parametrize("left_out", [0, 2])
+def test_a_model_with_fewer_steps_is_that_with_a_step_at_zero(left_out):
+    model, spec, images = build_drawn(ZOO_VITRM)
+    expected = without_a_step(model, images, left_out)
+    erased = Erase(steps={"latent_steps": 2})
+    again = build(ModelSpec.from_dict(spec.then(erased).to_dict())).double().eval()
+    again.load_state_dict(model.state_dict())
+    torch.testing.assert_close(again(images), expected, atol=1e-10, rtol=1e-10)
+
+
+def test_the_steps_that_change_the_outputs_least_go_first():
+    spec = ModelSpec(ZOO_VITRM, {"latent_steps": 2, "recursion_steps": 3})
+    torch.manual_seed(0)
+    model, images = build(spec).eval(), torch.randn(2, 1, 8, 8)
+    names = numbers_of_steps(model, images)
+    assert names == ["latent_steps", "recursion_steps"]
+
+    def change(**steps):
+        other = copy.deepcopy(model)
+        Erase(steps=steps).apply(other)
+        return float((other(images) - model(images)).norm() / model(images).norm())
+
+    chosen = choose_steps(model, names, 2, images)
+    one = {"latent_steps": change(latent_steps=1), "recursion_steps": change(recursion_steps=2)}
+    first = min(one, key=one.get)
+    assert (chosen[0].name, chosen[0].count) == (first, {"latent_steps": 1}.get(first, 2))
+    assert chosen[0].change == pytest.approx(one[first], rel=1e-4)
+    steps = {each.name: each.count for each in chosen}
+    assert chosen[1].change == pytest.approx(change(**steps), rel=1e-4)
+    assert (model.latent_steps, model.recursion_steps) == (2, 3)
+
+
+def test_steps_with_layers_of_their_own_are_no_candidates():
+    model = build(ModelSpec("loopnet_anytime_240k", {"widths": (4, 6), "depths": (1, 1)}))
+    assert numbers_of_steps(model, torch.randn(2, 3, 16, 16)) == []
+    assert numbers_of_steps(build(ModelSpec("gated_mlp")), torch.randn(2, 1, 8, 8)) == []
+
+
+def steps_alone(sparsity=0.7):
+    return compress.EraseOperators(sparsity, begin=2, end=6, include=("*_steps",))
+
+
+def test_latent_steps_are_left_out_while_training_and_recursion_steps_at_the_end():
+    more = {"depth": 1, "latent_steps": 3, "recursion_steps": 3}
+    model, running, inner = begin(steps_alone(0.99), ZOO_VITRM, 8, **more)
+    train(model, inner, 0, 2, (1, 8, 8))
+    assert (model.latent_steps, model.recursion_steps) == (3, 3)
+    train(model, inner, 2, 6, (1, 8, 8))
+    (method,) = running._started
+    assert [each.name for each in method.left_out].count("latent_steps") == 3 - model.latent_steps
+    spec = running.finish()
+    (erased,) = spec.transforms
+    assert sum(erased.steps.values()) == 3  # of six, without three of the four beyond the first
+    assert model.recursion_steps == erased.steps.get("recursion_steps", 3)
+    images = torch.randn(2, 1, 8, 8)
+    assert torch.equal(build(spec, model.state_dict()).eval()(images), model.eval()(images))
+
+
+def test_a_stopped_run_has_the_steps_that_it_left_out():
+    whole, running, inner = begin(steps_alone(), ZOO_VITRM, 8, latent_steps=4, depth=1)
+    train(whole, inner, 0, 4, (1, 8, 8))
+    assert whole.latent_steps == 3  # the first of two, in the middle
+    saved = copy.deepcopy([part.state_dict() for part in (running, inner, whole)])
+    _, early, _ = begin(steps_alone(), ZOO_VITRM, 8, latent_steps=4, depth=1)
+    early.load_state_dict(saved[0])
+    with pytest.warns(SmallfryWarning, match="1 of 2 chosen branches and steps were at zero"):
+        assert early.finish().transforms == (Erase(steps={"latent_steps": 3}),)
+    train(whole, inner, 4, 8, (1, 8, 8))
+    again, resumed, other = begin(steps_alone(), ZOO_VITRM, 8, latent_steps=4, depth=1)
+    for part, state in zip((resumed, other, again), saved, strict=True):
+        part.load_state_dict(state)
+    assert again.latent_steps == 3
+    train(again, other, 4, 8, (1, 8, 8))
+    assert again.latent_steps == whole.latent_steps == 2
+    assert running.finish() == resumed.finish()
+    for key, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[key]), key

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from smallfry._torch import BatchNorm
-from smallfry.compress.prune.graphs import ADDS, trace
+from smallfry.compress.prune.regions import ADDS, trace
 from smallfry.errors import UsageError
 
 __all__ = ["Disguised", "Schedule", "disguise", "plan_schedule"]

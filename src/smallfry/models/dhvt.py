@@ -166,6 +166,10 @@ class Block(nn.Module):
         self.mlp = DAFF(dim, hidden, aspect)
         self.drop_path = DropPath(drop_path)
 
+    def residual_branches(self) -> list[tuple[str, ...]]:
+        """Return the modules of each branch, that whose output is to be zero at the end."""
+        return [("norm1", "attn"), ("norm2", "mlp")]
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Transform tokens (batch, tokens, dim)."""
         tokens = tokens + self.drop_path(self.attn(self.norm1(tokens)))

@@ -119,6 +119,10 @@ class GridLayer(Layer):
         self.scale1 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
         self.scale2 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
 
+    def residual_branches(self) -> list[tuple[str, ...]]:
+        """Return the modules of each branch, that whose output is to be zero at the end."""
+        return [("norm1", "scale1", "attn"), ("norm2", "scale2", "mlp")]
+
     def forward(
         self,
         rows: Tensor,

@@ -56,7 +56,7 @@ class Layer(nn.Module):
         return self.attn.project(self.norm1(rows))
 
     def residual_branches(self) -> list[tuple[str, ...]]:
-        """Return the modules of each branch, in order."""
+        """Return the modules of each branch, that whose output is to be zero at the end."""
         return [("norm1", "attn"), ("norm2", "mlp")]
 
     def forward(

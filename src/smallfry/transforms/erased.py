@@ -1,15 +1,17 @@
-"""Layers that a model does without: operators whose output is zero for every input."""
+"""Operators that a model does without: branches whose output is zero, and steps of a recursion."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from smallfry.order import Stage
 from smallfry.transforms.registry import register
-from smallfry.transforms.shorten import owner_of
+from smallfry.transforms.shorten import Shorten, owner_of
+
+NAMES = ("zeros", "skipped", "whole", "numbers", "taken_out", "parameters")
 
 
 class Zero(nn.Module):
@@ -17,14 +19,17 @@ class Zero(nn.Module):
 
     Args:
         is_whole: Give zeros of the input's shape, else a single one, which an addition broadcasts.
+        is_number: Give the number 0, which anything can be added to in place.
     """
 
-    def __init__(self, is_whole: bool = False) -> None:
+    def __init__(self, is_whole: bool = False, is_number: bool = False) -> None:
         super().__init__()
-        self.is_whole = is_whole
+        self.is_whole, self.is_number = is_whole, is_number
 
-    def forward(self, inputs: Tensor, *others: Any, **named: Any) -> Tensor:
-        """Return zero, of the input's shape or ()."""
+    def forward(self, inputs: Tensor, *others: Any, **named: Any) -> Tensor | float:
+        """Return zero, of the input's shape, of the shape () or as a number."""
+        if self.is_number:
+            return 0.0
         return torch.zeros_like(inputs) if self.is_whole else inputs.new_zeros(())
 
     def project(self, inputs: Tensor) -> Tensor:
@@ -43,13 +48,18 @@ class Skip(nn.Module):
 @register
 @dataclass(frozen=True)
 class Erase:
-    """Branches that are added to others, erased.
+    """Branches that are added to others, and steps of a recursion, erased.
 
     Args:
         zeros: Names of the branches' last modules, whose output becomes zero.
         skipped: Names of their other modules, which do nothing any more.
         whole: Those of ``zeros`` that give zeros of their input's shape, as something is added to
             them in place.
+        numbers: Those of ``zeros`` that give the number 0, as something of another shape is.
+        taken_out: Modules that leave their ``nn.ModuleList``, whose length is the number of steps;
+            with the numbers that they have before.
+        parameters: Parameters of a branch that none of its modules has; they become None.
+        steps: New values of ``latent_steps`` and ``recursion_steps``, see ``Shorten``.
 
     Example:
         >>> from smallfry.transforms import ModelSpec, build
@@ -63,24 +73,54 @@ class Erase:
     version: ClassVar[int] = 1
     stage: ClassVar[Stage] = Stage.WIDTH
 
-    zeros: Sequence[str]
-    skipped: Sequence[str] = ()
-    whole: Sequence[str] = ()
+    zeros: Sequence[str] = field(default_factory=list)
+    skipped: Sequence[str] = field(default_factory=list)
+    whole: Sequence[str] = field(default_factory=list)
+    numbers: Sequence[str] = field(default_factory=list)
+    taken_out: Sequence[str] = field(default_factory=list)
+    parameters: Sequence[str] = field(default_factory=list)
+    steps: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for names in (self.zeros, self.skipped, self.whole):
+        for name in NAMES:
+            names = getattr(self, name)
             if isinstance(names, str) or not all(isinstance(n, str) and n for n in names):
-                raise ValueError("zeros, skipped and whole are lists of the names of modules")
+                raise ValueError(f"{', '.join(NAMES)} are lists of the names of modules")
+        Shorten(steps=self.steps)
+
+    @classmethod
+    def all_of(cls, parts: Iterable["Erase"], steps: Mapping[str, int] | None = None) -> "Erase":
+        """Join what several erase.
+
+        Args:
+            parts: Of one model.
+            steps: New numbers of steps.
+        """
+        every = list(parts)
+        names = {name: [n for each in every for n in getattr(each, name)] for name in NAMES}
+        return cls(**names, steps=steps or {})
 
     def apply(self, model: nn.Module) -> None:
         """Erase in place.
 
         Raises:
-            ValueError: A module that the model does not have.
+            ValueError: A module, parameter or number of steps that the model does not have.
         """
-        for name in (*self.zeros, *self.skipped):
+        for name in (*self.zeros, *self.skipped, *self.taken_out):
             owner, leaf = owner_of(model, name)
             if owner._modules.get(leaf) is None:
                 raise ValueError(f"the model has no module '{name}'")
-            is_zero = name in self.zeros
-            owner._modules[leaf] = Zero(name in self.whole) if is_zero else Skip()
+            if name in self.taken_out and not isinstance(owner, nn.ModuleList):
+                raise ValueError(f"the model has no list with a module '{name}'")
+            if name not in self.taken_out:
+                zero = Zero(name in self.whole, name in self.numbers)
+                owner._modules[leaf] = zero if name in self.zeros else Skip()
+        for name in self.parameters:
+            owner, leaf = owner_of(model, name)
+            if owner._parameters.get(leaf) is None:
+                raise ValueError(f"the model has no parameter '{name}'")
+            owner._parameters[leaf] = None
+        places = [owner_of(model, name) for name in dict.fromkeys(self.taken_out)]
+        for steps, leaf in sorted(places, key=lambda place: int(place[1]), reverse=True):
+            del cast(nn.ModuleList, steps)[int(leaf)]
+        Shorten(steps=self.steps).apply(model)

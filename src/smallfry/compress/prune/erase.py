@@ -1,53 +1,50 @@
-"""Erasing of operators: residual branches that a network can do without (after OTOv3, H2SPG).
+"""Erasing of operators: branches and steps that a network can do without (after OTOv3, H2SPG).
 
-Candidates are chains of operators that end at an addition. Once, the most redundant ones are chosen
-so that the network stays connected; they are driven to zero as DHSPG's channels, and erased at the
-end. Chen et al., arXiv 2312.09411, whose code for this has not appeared: the procedure is ours.
+Candidates are operators that feed an addition and nothing else. Once, the most redundant ones are
+chosen so that the network stays connected; they are driven to zero as DHSPG's channels, and erased
+at the end. Steps of a recursion, which share their weights, are left out one after the other. Chen
+et al., arXiv 2312.09411, whose code for this has not appeared: the procedure is ours.
 """
 
-import copy
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from smallfry.compress.prune.candidates import Candidates
 from smallfry.compress.prune.channels import steps_of
 from smallfry.compress.prune.dhspg import DHSPG, RunningDHSPG, redundancy
-from smallfry.compress.prune.graphs import (
-    Segment,
-    choose_connected,
-    find_segments,
-    trace,
-    zero_segments,
-)
+from smallfry.compress.prune.graphs import Segment, parameters_of
 from smallfry.compress.prune.saliency import TINY, clear_moments, scale_channels
 from smallfry.compress.prune.selection import Chosen
+from smallfry.compress.prune.steps import LeftOut, choose_steps, numbers_of_steps
 from smallfry.compress.select import chosen
 from smallfry.errors import SmallfryWarning, UsageError
 from smallfry.training.method import Method, Setting, register_method
-from smallfry.transforms.declared import declared_groups
-from smallfry.transforms.erased import Erase
 from smallfry.transforms.groups import ChannelGroup, Slice
+from smallfry.transforms.shorten import steps_of as number_of_steps
 from smallfry.transforms.spec import Transform
 
-FIELDS = ("zeros", "skipped", "whole")
-TOLERANCE = 1e-4  # between outputs zeroed and erased, relative to the largest, in float32
+log = logging.getLogger(__name__)
+
+WHILE_TRAINING = "latent_steps"  # the others' number is one of inference: they go at the end
 
 
 @register_method
 @dataclass(frozen=True)
 class EraseOperators:
-    """Erasing of residual branches while training (after OTOv3).
+    """Erasing of residual branches and recursion steps while training (after OTOv3).
 
     Args:
-        sparsity: Share of the candidates to erase, in [0, 1).
+        sparsity: Share of the branches to erase, and of the steps beyond the first, in [0, 1).
         begin: When they are chosen, as a share of the run up to 1, or in steps above 1.
         end: When the last is zero, likewise.
-        include: Shell patterns of the candidates' first modules; of ViTRM's, those of attention
-            and MLP.
+        include: Shell patterns of the branches' first modules (of ViTRM's, those of attention and
+            MLP), and of latent_steps and recursion_steps.
         exclude: Patterns of candidates to keep.
 
     Example:
@@ -88,11 +85,18 @@ class EraseOperators:
 
 
 class RunningErase(RunningDHSPG):
-    """State of the erasing; a candidate is a group of one channel."""
+    """State of the erasing; a branch is a group of one channel.
+
+    Attributes:
+        left_out: Steps that go, in order; None before the choice.
+        passed: How many of them are gone.
+    """
 
     def __init__(self, settings: EraseOperators) -> None:
         super().__init__(DHSPG(settings.sparsity, settings.begin, tolerance=0.0, divisible=1))
         self._wanted = settings
+        self.left_out: list[LeftOut] | None = None
+        self.passed = 0
 
     def begin(self, model: nn.Module, setting: Setting) -> None:
         """Find the candidates.
@@ -102,42 +106,48 @@ class RunningErase(RunningDHSPG):
         """
         if not setting.example.numel():
             raise UsageError("erase_operators needs example inputs: pass two inputs")
-        self.graph = trace(model)
-        found = branches(model) if self.graph is None else find_segments(self.graph)
-        transforms = {s.name: erasing(model, s, setting.example) for s in found if s.is_added}
-        every = {s.name: s for s in found if transforms.get(s.name) is not None}
         wanted = self._wanted
-        names = chosen(every, wanted.include, wanted.exclude, "branch that can be erased")
-        self.segments = [every[name] for name in names]
-        if self.graph is None:
-            self.connections = Connections(model, setting.example)
-        self.transforms = [t for name in names if (t := transforms[name]) is not None]
+        self.candidates = Candidates(model, setting.example)
+        every = [*self.candidates.segments, *numbers_of_steps(model, setting.example)]
+        what = "branch or number of steps that can be erased"
+        names = chosen(every, wanted.include, wanted.exclude, what)
+        segments = [self.candidates.segments[n] for n in names if n in self.candidates.segments]
+        self._numbers = [name for name in names if name not in self.candidates.segments]
+        self._example = setting.example
         self._end = steps_of(wanted.end, setting.steps)
         if self._end > setting.steps or self._end <= steps_of(wanted.begin, setting.steps):
             raise UsageError(
                 f"erase_operators needs steps between begin and end: end is {self._end} of "
                 f"{setting.steps} steps of the run"
             )
-        self.use(model, [_group(model, each) for each in self.segments], setting)
+        self.use(model, [_group(model, each) for each in segments], setting)
 
     def _chosen(self, x: Sequence[Tensor], d: Sequence[Tensor]) -> Chosen:
-        """Choose the most redundant candidates that leave the network connected."""
+        """Choose the most redundant branches that leave the network connected."""
         scores = torch.cat(redundancy(x, d))
-        order = scores.argsort(descending=True, stable=True).tolist()
-        number = int(len(order) * self._wanted.sparsity)
-        if self.graph is not None:
-            accepted = choose_connected(self.graph, self.segments, order, number)
-        else:
-            accepted = []
-            for each in order:
-                taken = [self.transforms[n] for n in (*accepted, each)]
-                if len(accepted) < number and self.connections.hold(taken):
-                    accepted.append(each)
-        return [[0] if each in accepted else [] for each in range(len(order))]
+        names = [group.name for group in self.groups]
+        number = int(len(names) * self._wanted.sparsity)
+        steps = {each.name: each.count for each in self.left_out or ()}
+        accepted: list[str] = []
+        for each in scores.argsort(descending=True, stable=True).tolist():
+            trial = [*accepted, names[each]]
+            if len(accepted) < number and self.candidates.hold(trial, steps):
+                accepted = trial
+        return [[0] if name in accepted else [] for name in names]
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Choose at first, then drive to zero what was chosen."""
+        if step < self._first:
+            return
+        if self.left_out is None:
+            most = sum(number_of_steps(self.model, name) - 1 for name in self._numbers)
+            number = int(most * self._wanted.sparsity)
+            self.left_out = choose_steps(self.model, self._numbers, number, self._example)
+            for each in self.left_out:
+                log.info("%d %s: outputs change by %.2g", each.count, each.name, each.change)
+        number = len(self.left_out) * (step + 1 - self._first) // (self._end - self._first)
+        self._leave_out(min(len(self.left_out), number))
         self._left = max(1, self._end - step)
         super().after_step(optimizer, step)
         if step + 1 >= self._end and self.penalised is not None:
@@ -159,121 +169,51 @@ class RunningErase(RunningDHSPG):
         factor = (self._left - 1) / self._left
         scale_channels(self.groups[number], self.tensors, penalised, max(factor, TINY))
 
+    def _leave_out(self, number: int) -> None:
+        """Leave out the first steps of those chosen, in training as far as it depends on them."""
+        self.passed = number
+        for each in (self.left_out or [])[:number]:
+            if each.name == WHILE_TRAINING:
+                setattr(self.model, each.name, each.count)
+
     def finish(self, model: nn.Module) -> Transform | None:
         """Erase what is zero."""
-        erased = [t for t, gone in zip(self.transforms, self.gone, strict=True) if gone]
-        chosen = sum(map(len, self.penalised or []))
-        if len(erased) < chosen:
+        pairs = zip(self.groups, self.gone, strict=True)
+        erased = [group.name for group, gone in pairs if gone]
+        done = len(erased) + self.passed
+        chosen = sum(map(len, self.penalised or [])) + len(self.left_out or [])
+        if done < chosen:
             warnings.warn(
-                f"the run ended when {len(erased)} of {chosen} chosen operators were zero; the "
-                "others stay",
+                f"the run ended when {done} of {chosen} chosen branches and steps were at zero; "
+                "the others stay",
                 SmallfryWarning,
                 stacklevel=2,
             )
-        if not erased:
+        if not done:
             return None
-        transform = Erase(
-            *([name for each in erased for name in getattr(each, key)] for key in FIELDS)
-        )
+        steps = {each.name: each.count for each in (self.left_out or [])[: self.passed]}
+        transform = self.candidates.without(erased, steps)
         transform.apply(model)
         return transform
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the candidates, and the state of DHSPG."""
-        return {**super().state_dict(), "transforms": [asdict(each) for each in self.transforms]}
+        """Return the state of DHSPG, and the steps."""
+        left_out = None if self.left_out is None else [list(each) for each in self.left_out]
+        return {**super().state_dict(), "left_out": left_out, "passed": self.passed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state."""
         super().load_state_dict(state)
-        self.transforms = [Erase(**each) for each in state["transforms"]]
-
-
-def branches(model: nn.Module) -> list[Segment]:
-    """Find the branches that blocks declare, of a model that can't be traced.
-
-    A block lists the modules of each by ``residual_branches``; of other blocks, gated MLPs whose
-    units are known are taken.
-    """
-    found: dict[str, tuple[str, ...]] = {}
-    for name, module in model.named_modules():
-        listed = getattr(module, "residual_branches", None)
-        for parts in listed() if callable(listed) else ():
-            whole = tuple(f"{name}.{part}" if name else part for part in parts)
-            found[whole[-1]] = whole
-    for group in declared_groups(model):
-        owner = group.name.rpartition(".")[0]
-        if owner and not group.counts:
-            found.setdefault(owner, (owner,))
-    return [Segment(modules, modules, "", True, name) for name, modules in found.items()]
-
-
-class Connections:
-    """Parameters with a part in a model's output, without some of its branches.
-
-    Args:
-        model: Copied, with random weights, since what starts at zero passes no gradient.
-        example: A batch of inputs.
-    """
-
-    def __init__(self, model: nn.Module, example: Tensor) -> None:
-        self.model, self.example = copy.deepcopy(model).eval().requires_grad_(True), example
-        generator = torch.Generator().manual_seed(0)
-        for parameter in self.model.parameters():
-            inputs = max(1, parameter.numel() // len(parameter)) if parameter.ndim else 1
-            drawn = torch.randn(parameter.shape, generator=generator) / inputs**0.5
-            parameter.data.copy_(drawn)
-        self.used = self._used(self.model)
-
-    def hold(self, transforms: Sequence[Erase]) -> bool:
-        """Return whether all parameters that had a part, and are left, have one after erasing."""
-        erased = copy.deepcopy(self.model)
-        for transform in transforms:
-            transform.apply(erased)
-        left = {name for name, _ in erased.named_parameters()}
-        return self.used & left <= self._used(erased)
-
-    def _used(self, model: nn.Module) -> set[str]:
-        names, parameters = zip(*model.named_parameters(), strict=True)
-        with torch.enable_grad():
-            outputs = model(self.example)
-            if not outputs.requires_grad:
-                return set()
-            got = torch.autograd.grad(outputs.square().sum(), parameters, allow_unused=True)
-        used = zip(names, got, strict=True)
-        return {name for name, each in used if each is not None and each.any()}
-
-
-@torch.no_grad()
-def erasing(model: nn.Module, segment: Segment, example: Tensor) -> Erase | None:
-    """Return what erases a segment as if it were at zero; None if nothing does.
-
-    Args:
-        model: Left as it is.
-        segment: One of its segments.
-        example: A batch of inputs.
-    """
-    zeroed = copy.deepcopy(model).eval()
-    zero_segments(zeroed, [segment])
-    expected = zeroed(example)
-    last, others = segment.modules[-1], segment.modules[:-1]
-    for transform in (Erase([last], others), Erase([last], others, [last])):
-        erased = copy.deepcopy(model).eval()
-        try:
-            transform.apply(erased)
-            given = erased(example)
-        except Exception:  # of shapes or attributes that something else needs
-            continue
-        distance = (expected - given).abs().max() if expected.shape == given.shape else torch.inf
-        if distance <= TOLERANCE * expected.abs().max().clamp(min=1e-6):
-            return transform
-    return None
+        left_out = state["left_out"]
+        self.left_out = None if left_out is None else [LeftOut(*each) for each in left_out]
+        self._leave_out(state["passed"])
 
 
 def _group(model: nn.Module, segment: Segment) -> ChannelGroup:
+    """Return a branch as a group of one channel."""
     slices = tuple(
-        Slice(f"{name}.{leaf}", 0, torch.arange(len(parameter))[None])
-        for name in segment.modules
-        for leaf, parameter in model.get_submodule(name).named_parameters()
-        if parameter.ndim
+        Slice(name, 0, torch.arange(len(parameter))[None])
+        for name in parameters_of(model, segment)
+        if (parameter := model.get_parameter(name)).ndim
     )
     return ChannelGroup(segment.name, 1, slices, slices)

@@ -1,69 +1,44 @@
 """Segments of a network that can be erased, and their removal from its graph.
 
-A segment is a chain of operators, each with one input and one user, that ends at a join: an
-addition or a concatenation of channels. With all of its parameters at zero its output is zero.
+A segment is the region of one operand of a join, an addition or a concatenation of channels, whose
+output is zero if all of its parameters are: see ``regions``.
 """
 
 import copy
-import inspect
-import operator
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
-from torch.nn import functional as F
 
-from smallfry._torch import BatchNorm
-from smallfry.transforms.declared import ZERO_AT_ZERO
-
-ADDS = (operator.add, operator.iadd, torch.add)
-CATS = (torch.cat, torch.concat, torch.concatenate)
-AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, BatchNorm, nn.LayerNorm, nn.GroupNorm)
-PASSING = (  # zero at zero, channel by channel
-    *ZERO_AT_ZERO,
-    *(nn.Dropout, nn.Dropout2d, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d),
-)
-FUNCTIONS = (
-    *(F.relu, F.gelu, F.silu, F.dropout, F.avg_pool2d, F.max_pool2d, F.adaptive_avg_pool2d),
-    *(F.leaky_relu, F.elu, F.hardswish, torch.relu, torch.tanh),
+from smallfry.compress.prune.regions import (
+    CATS,
+    Regions,
+    is_channelwise,
+    operands_of,
+    reached,
 )
 
-
-class _Tracer(fx.Tracer):
-    """Tracer that takes attention, and norms of any make, as one operator."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        known = isinstance(m, AFFINE) or is_attention(m)
-        return known or super().is_leaf_module(m, module_qualified_name)
-
-
-def trace(model: nn.Module) -> fx.GraphModule | None:
-    """Trace a network with its first input; None if its control flow depends on values."""
-    given = list(inspect.signature(model.forward).parameters.values())[1:]
-    others = {each.name: each.default for each in given if each.default is not each.empty}
-    try:
-        return fx.GraphModule(model, _Tracer().trace(model, others))
-    except Exception:  # of any model, which tracing runs
-        return None
-
-
-def is_attention(module: nn.Module) -> bool:
-    """Return whether a module is attention with a projection of its output."""
-    return isinstance(getattr(module, "proj", None), nn.Linear) and "Attention" in (
-        type(module).__name__
-    )
+__all__ = [
+    "Segment",
+    "choose_connected",
+    "erase_segments",
+    "find_segments",
+    "is_connected",
+    "zero_segments",
+]
 
 
 class Segment(NamedTuple):
-    """Chain of operators that ends at a join."""
+    """Operators that feed one operand of a join and nothing else."""
 
     nodes: tuple[str, ...]  # from the first to the last
-    modules: tuple[str, ...]  # called by them
+    modules: tuple[str, ...]  # that have no part elsewhere, in order
     join: str
     is_added: bool  # else it is concatenated
     main: str = ""  # the module that it is named after
+    parameters: tuple[str, ...] = ()  # of other modules
 
     @property
     def name(self) -> str:
@@ -77,72 +52,25 @@ def find_segments(graph: fx.GraphModule) -> list[Segment]:
     Args:
         graph: A traced network.
     """
-    calls: dict[str, int] = {}
-    for node in graph.graph.nodes:
-        if node.op == "call_module":
-            calls[str(node.target)] = calls.get(str(node.target), 0) + 1
-    found = []
+    regions, walls, found = Regions(graph), set[fx.Node](), list[Segment]()
     for join in graph.graph.nodes:
         operands = operands_of(join)
         for operand in operands:
-            chain = _chain(operand) if operands.count(operand) == 1 else []
-            modules = [str(node.target) for node in chain if node.op == "call_module"]
-            if any(calls[name] > 1 for name in modules) or not _is_zero(graph, chain):
+            region = regions.find(operand, join, walls) if operands.count(operand) == 1 else None
+            if region is None or not region.is_zero or not has_parameters(graph, region.modules):
                 continue
-            names = tuple(node.name for node in chain)
-            segment = Segment(names, tuple(modules), join.name, join.target not in CATS)
-            if segment.is_added or cuts_of(graph, join, 0, 1) is not None:
+            is_added = join.target not in CATS
+            if is_added or cuts_of(graph, join, 0, 1) is not None:
+                nodes, modules, parameters, _ = region
+                segment = Segment(nodes, modules, join.name, is_added, parameters=parameters)
                 found.append(segment)
+                walls.add(join)
     return found
 
 
-def operands_of(node: fx.Node) -> list[fx.Node]:
-    """Return the operands of a join; none of another node."""
-    operands: Any = ()
-    is_function = node.op == "call_function"
-    is_method = node.op == "call_method" and node.target in ("add", "add_")
-    if is_method or (is_function and node.target in ADDS):
-        operands = node.args
-    elif is_function and node.target in CATS:
-        dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-        operands = node.args[0] if dim == 1 else ()
-    if len(operands) < 2 or not all(isinstance(each, fx.Node) for each in operands):
-        return []
-    return list(operands)
-
-
-def _chain(last: fx.Node) -> list[fx.Node]:
-    """Collect the nodes of the longest chain that ends here."""
-    chain: list[fx.Node] = []
-    node = last
-    while (
-        node.op in ("call_module", "call_function", "call_method")
-        and len(node.users) == 1
-        and len(node.all_input_nodes) == 1
-        and not operands_of(node)
-    ):
-        chain.insert(0, node)
-        node = node.all_input_nodes[0]
-    return chain
-
-
-def _is_zero(graph: fx.GraphModule, chain: Sequence[fx.Node]) -> bool:
-    """Return whether a chain has parameters, and is zero if these are."""
-    for node in reversed(chain):
-        if _passes_zeros(graph, node):
-            continue
-        module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if module is None or not any(True for _ in module.parameters()):
-            return False
-        return isinstance(module, AFFINE) or is_attention(module)
-    return False
-
-
-def _passes_zeros(graph: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        module = graph.get_submodule(str(node.target))
-        return isinstance(module, PASSING) and not any(True for _ in module.parameters())
-    return node.op == "call_function" and node.target in FUNCTIONS
+def has_parameters(model: nn.Module, names: Iterable[str]) -> bool:
+    """Return whether one of the modules of these names has parameters."""
+    return any(True for name in names for _ in model.get_submodule(name).parameters())
 
 
 def cuts_of(
@@ -171,7 +99,7 @@ def cuts_of(
             if further is None:
                 return None
             found += further
-        elif _passes_zeros(graph, user):
+        elif is_channelwise(graph, user):
             further = cuts_of(graph, user, start, width)
             if further is None:
                 return None
@@ -220,39 +148,36 @@ def is_connected(graph: fx.GraphModule, erased: Collection[Segment]) -> bool:
     inputs = [node for node in nodes if node.op == "placeholder"]
     constants = [node for node in nodes if node.op == "get_attr"]
     ends = [node for node in nodes if node.op == "output"]
-    ahead = _reached([*inputs, *constants], gone, lambda n: n.users)
-    behind = _reached(ends, gone, lambda n: n.all_input_nodes)
-    on_path = ahead & behind
-    through = _reached(inputs, gone, lambda n: n.users)
-    return all(end.name in through for end in ends) and all(
-        node.name in on_path for node in nodes if _has_parameters(graph, node)
+    ahead = reached([*inputs, *constants], lambda node: node.users, gone)
+    on_path = ahead & reached(ends, lambda node: node.all_input_nodes, gone)
+    through = reached(inputs, lambda node: node.users, gone)
+    return through.issuperset(ends) and all(
+        node in on_path for node in nodes if _has_parameters(graph, node)
     )
-
-
-def _reached(starts: Sequence[fx.Node], gone: set[str], further: Any) -> set[str]:
-    found: set[str] = set()
-    waiting = list(starts)
-    while waiting:
-        node = waiting.pop()
-        if node.name not in found and node.name not in gone:
-            found.add(node.name)
-            waiting += further(node)
-    return found
 
 
 def _has_parameters(graph: fx.GraphModule, node: fx.Node) -> bool:
     if node.op != "call_module":
         return node.op == "get_attr"
-    return any(True for _ in graph.get_submodule(str(node.target)).parameters())
+    return has_parameters(graph, [str(node.target)])
 
 
 @torch.no_grad()
 def zero_segments(model: nn.Module, segments: Iterable[Segment]) -> None:
     """Set all parameters of segments to zero, in place."""
     for segment in segments:
-        for name in segment.modules:
-            for parameter in model.get_submodule(name).parameters():
-                parameter.zero_()
+        for name in parameters_of(model, segment):
+            model.get_parameter(name).zero_()
+
+
+def parameters_of(model: nn.Module, segment: Segment) -> list[str]:
+    """Return the names of a segment's parameters."""
+    found = [
+        f"{name}.{leaf}"
+        for name in segment.modules
+        for leaf, _ in model.get_submodule(name).named_parameters()
+    ]
+    return [*found, *segment.parameters]
 
 
 def erase_segments(

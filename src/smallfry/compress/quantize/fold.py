@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from smallfry._torch import BatchNorm
-from smallfry.compress.prune.graphs import trace
+from smallfry.compress.prune.regions import trace
 from smallfry.compress.select import chosen
 from smallfry.errors import UsageError
 from smallfry.training.method import Method, register_method

@@ -6,18 +6,16 @@ What is left keeps the teacher's weights, of a group those of the greatest norm.
 
 import copy
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from smallfry.compress.prune.erase import branches, erasing
-from smallfry.compress.prune.graphs import find_segments, is_connected, trace
+from smallfry.compress.prune.candidates import Candidates
 from smallfry.costing import cost
 from smallfry.errors import UsageError
 from smallfry.search.n2n.layer import REMOVED, Layer
 from smallfry.search.space import Candidate
-from smallfry.transforms.erased import Erase
 from smallfry.transforms.find import find_groups
 from smallfry.transforms.groups import ChannelGroup, cut
 from smallfry.transforms.resize import tensors_of
@@ -65,16 +63,13 @@ class Students:
     ) -> None:
         self.model, self.spec, self.example = copy.deepcopy(model).eval(), spec, example
         self._groups = {group.name: group for group in find_groups(self.model, example)}
-        self._graph = trace(self.model)
-        found = branches(self.model) if self._graph is None else find_segments(self._graph)
-        erased = {s.name: (s, erasing(self.model, s, example)) for s in found if s.is_added}
-        self._segments = {name: s for name, (s, transform) in erased.items() if transform}
-        self._erased = {name: t for name, (_, t) in erased.items() if t is not None}
+        self._candidates = Candidates(self.model, example)
+        self._segments = self._candidates.segments
         self._inner: dict[str, list[ChannelGroup]] = {}  # groups of each layer
         for group in self._groups.values():
             self._inner.setdefault(self._layer_of(group), []).append(group)
         order = {name: place for place, (name, _) in enumerate(self.model.named_modules())}
-        names = sorted({*self._inner, *self._erased}, key=lambda name: order[_module(name)])
+        names = sorted({*self._inner, *self._segments}, key=lambda name: order[_module(name)])
         if not names:
             raise UsageError(
                 f"{spec.architecture} has no branch that can be erased and no channels that can "
@@ -97,7 +92,7 @@ class Students:
                 "a student needs a share for each layer: "
                 + ", ".join(layer.name for layer in self.layers)
             )
-        if not self._is_connected(student):
+        if not self._candidates.hold(_removed(student)):
             raise UsageError("this student is not connected: keep more of its layers")
         model, spec = copy.deepcopy(self.model), self.spec
         keep = {
@@ -108,18 +103,12 @@ class Students:
         }
         if keep:
             spec = spec.then(cut(model, list(self._groups.values()), keep))
-        gone = [self._erased[name] for name, share in student.items() if share == REMOVED]
+        gone = _removed(student)
         if gone:
-            fields: Any = zip(*((e.zeros, e.skipped, e.whole) for e in gone), strict=True)
-            erase = Erase(*([name for part in field for name in part] for field in fields))
+            erase = self._candidates.without(gone)
             erase.apply(model)
             spec = spec.then(erase)
         return Student(model, spec)
-
-    def _is_connected(self, student: Candidate) -> bool:
-        """Return whether the inputs still reach the outputs, and every layer that is left."""
-        gone = [self._segments[name] for name, share in student.items() if share == REMOVED]
-        return self._graph is None or is_connected(self._graph, gone)
 
     def costs(self, student: Candidate) -> dict[str, float]:
         """Return the multiply-accumulates for one input, and the parameters."""
@@ -132,15 +121,20 @@ class Students:
         for name, segment in self._segments.items():
             if all(_is_within(owner, segment.modules) for owner in owners):
                 return name
-        return group.name + (WIDTH if group.name in self._erased else "")
+        return group.name + (WIDTH if group.name in self._segments else "")
 
     def _layer(self, name: str, shares: tuple[float, ...], widest: int) -> Layer:
         widths = shares if name in self._inner else (1.0,)
-        removed = (REMOVED,) if name in self._erased else ()
+        removed = (REMOVED,) if name in self._segments else ()
         kernel, stride, inputs, outputs = _sizes(self.model, name)
         return Layer(
             name, (*removed, *widths), kernel, stride, min(1, inputs / widest), outputs / widest
         )
+
+
+def _removed(student: Candidate) -> list[str]:
+    """Return the branches that a student is without."""
+    return [name for name, share in student.items() if share == REMOVED]
 
 
 def _is_within(owner: str, modules: Sequence[str]) -> bool:
