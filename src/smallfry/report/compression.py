@@ -67,11 +67,12 @@ def draw_layers(layers: Sequence[Layer], file: Path) -> None:
 def draw_profile(profile: Mapping[str, Any], file: Path) -> None:
     """Draw what each choice for one layer alone changes, with the choice that was taken framed.
 
-    Of very many layers it shows those whose choice matters most.
+    Of very many layers it shows those of the greatest costs.
 
     Args:
-        profile: ``layers`` has the cost of each choice by layer and choice, ``chosen`` the choice
-            of a layer, ``choices`` and ``costs`` words for both, with units.
+        profile: ``layers`` has the cost of each choice by layer and choice, None where it is not
+            finite, ``chosen`` the choice of a layer, ``choices`` and ``costs`` words for both, with
+            units.
         file: The PNG to write.
     """
     layers, chosen = profile["layers"], profile["chosen"]
@@ -92,9 +93,9 @@ def draw_profile(profile: Mapping[str, Any], file: Path) -> None:
                           color=colour)  # fmt: skip
         for row, name in enumerate(names):
             column = columns.index(chosen[name])
-            frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, lw=2, clip_on=False)
-            frame.set(edgecolor=COLOURS[0], label="chosen" if row == 0 else None)
-            axes.add_patch(frame)
+            look: dict[str, Any] = {"edgecolor": COLOURS[0], "linewidth": 2, "clip_on": False}
+            corner = (column - 0.5, row - 0.5)
+            axes.add_patch(Rectangle(corner, 1, 1, fill=False, **look))
         axes.set_xticks(range(len(columns)), columns)
         axes.set_yticks(range(len(names)), plain([shorten(n) for n in names]), fontsize=8)
         axes.set_xlabel(profile["choices"])
@@ -152,9 +153,10 @@ def _change(before: int, after: int) -> str:
     return "gone" if not after else f"× {after / before:.2g}"
 
 
-def _most_sensitive(layers: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Return the layers whose choices differ most, in their order."""
-    ranked = sorted(layers, key=lambda name: -max(layers[name].values(), default=0.0))
+def _most_sensitive(layers: Mapping[str, Mapping[str, float | None]]) -> list[str]:
+    """Return the layers of the greatest costs, in their order."""
+    most = {name: max([0.0, *filter(None, each.values())]) for name, each in layers.items()}
+    ranked = sorted(layers, key=lambda name: -most[name])
     kept = set(ranked[:MOST])
     return [name for name in layers if name in kept]
 
