@@ -73,8 +73,9 @@ def fine_tune(
             speed = measure_epoch(replace(config, run=None, progress="quiet"), MEASURED)
             config = replace(config, epochs=epochs_within(60 * minutes, speed))
         summary = train(config)
-        if (config.run / REPORTS).is_file():
-            reports += read_json(config.run / REPORTS)
+        file = folder.path / REPORTS
+        if file.is_file():
+            reports += read_json(file)
         return summary
     except BaseException:
         if first and not folder.config.exists():  # nothing to go on with

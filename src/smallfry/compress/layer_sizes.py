@@ -72,8 +72,8 @@ def layer_sizes(
         kept = found.setdefault(place, [[0, 0, 0], [0, 0, 0]])
         kept[1] = [a + b for a, b in zip(kept[1], each, strict=True)]
     return [
-        LayerSize(name or MODEL, *zip(*pair, strict=True))  # type: ignore[arg-type]
-        for name, pair in found.items()
+        LayerSize(name or MODEL, *zip(each, other, strict=True))
+        for name, (each, other) in found.items()
     ]
 
 
