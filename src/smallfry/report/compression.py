@@ -150,7 +150,7 @@ def _change(before: int, after: int) -> str:
     """Format the change of a figure."""
     if not before:
         return "new"
-    return "gone" if not after else f"× {after / before:.2g}"
+    return "gone" if not after else f"× {after / before:.3g}"
 
 
 def _most_sensitive(layers: Mapping[str, Mapping[str, float | None]]) -> list[str]:
