@@ -1,10 +1,17 @@
-"""Compacter beside full fine-tuning and a classifier alone, from a CIFAR-10 model.
+"""Compacter beside full fine-tuning and a classifier alone, from a trained model.
 
     nice -n 5 python benchmarks/adapters.py --root DIR --out results/adapters.json
 
-DIR has the folders mnist and olivetti. A model of results/models is fine-tuned on 50 images a class
-of MNIST (10,000 test images), and on the Olivetti faces (40 people; 80 test images, so that one is
-1.25 points). Each form has the learning rate with the best validation accuracy on MNIST, of a seed
+DIR has the folders mnist and olivetti. A model of results/models, or a run, is fine-tuned on 50
+images a class of MNIST (10,000 test images), and on the Olivetti faces (40 people; 80 test images,
+so that one is 1.25 points), all in the size of the model's own images. ``per_call`` has adapters
+for each call of a layer in a recursion step, for a recursive model, such as a ViTRM of digits:
+
+    smallfry train --seed 0 --run runs/digits
+    python benchmarks/adapters.py --root DIR --out results/adapters.json --model runs/digits \\
+        --forms full compacter per_call --data mnist
+
+Each form has the learning rate with the best validation accuracy on MNIST, of a seed
 of its own; batches are of 16 images, the rest is default settings. The record is written after each
 run, and a second start goes on.
 """
@@ -35,15 +42,16 @@ FORMS: dict[str, tuple[list[str], list[Any]]] = {  # frozen parts, methods
     "compacter": ([], [{"compacter": {}}]),
     "wide": ([], [{"compacter": {"n": 8, "reduction": 2}}]),
     "linear": ([], [{"compacter": {"activation": "none"}}]),
+    "per_call": ([], [{"compacter": {"per_call": True}}]),
 }
+ALWAYS = [form for form in FORMS if form != "per_call"]  # which differs in recursive models alone
 
 
 def data_configs(root: Path) -> dict[str, DataConfig]:
     """Return the settings of both data sets below a folder."""
-    half = {"image_size": 32, "channels": 3}
     return {
-        "mnist": DataConfig("mnist", root / "mnist", limit=500, validation=0.005, **half),
-        "olivetti": DataConfig(str(root / "olivetti"), **half),
+        "mnist": DataConfig("mnist", root / "mnist", limit=500, validation=0.005),
+        "olivetti": DataConfig(str(root / "olivetti")),
     }
 
 
@@ -91,9 +99,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--model", default="loopnet_70k")
+    parser.add_argument("--model", default="loopnet_70k", help="of results/models, or a run")
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--forms", nargs="+", default=[*FORMS], choices=[*FORMS])
+    parser.add_argument("--forms", nargs="+", default=ALWAYS, choices=[*FORMS])
     parser.add_argument("--data", nargs="+", default=["mnist", "olivetti"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     given = parser.parse_args()
@@ -101,13 +109,13 @@ def main() -> None:
     record: dict[str, Any] = json.loads(given.out.read_text()) if given.out.exists() else {}
     record["provenance"] = provenance(torch.device("cpu"))
     runs: dict[str, Any] = record.setdefault("runs", {})
-    sets = data_configs(given.root)
+    sets, model = data_configs(given.root), Path(given.model).name
+    start = MODELS / given.model if (MODELS / given.model).is_dir() else Path(given.model)
 
     def once(name: str, form: str, rate: float, seed: int) -> dict[str, Any]:
-        key = f"{given.model}/{name}/{form}/{rate:g}/{seed}"
+        key = f"{model}/{name}/{form}/{rate:g}/{seed}"
         if key not in runs:
-            start = str(MODELS / given.model)
-            runs[key] = measure(sets[name], start, form, rate, given.epochs, seed)
+            runs[key] = measure(sets[name], str(start), form, rate, given.epochs, seed)
             given.out.write_text(json.dumps(record, indent=1) + "\n")
             print(key, runs[key], flush=True)
         found: dict[str, Any] = runs[key]
@@ -122,7 +130,7 @@ def main() -> None:
             each = [100 * row["accuracy"] for row in rows]
             share = 100 * rows[0]["trained"] / rows[0]["parameters"]
             print(
-                f"{given.model}, {name}, {form}: {statistics.mean(each):.2f} % {each}, "
+                f"{model}, {name}, {form}: {statistics.mean(each):.2f} % {each}, "
                 f"lr {rate:g}, {rows[0]['trained']:,} parameters trained ({share:.2f} %)",
                 flush=True,
             )

@@ -16,6 +16,11 @@ matrices, on the first test images and without training.
 blocks are factorised, then trained for another three epochs at a tenth of the rate, as the dense
 network is, too. New runs are beside the given one.
 
+With ``--picture FILE`` it draws the sensitivity profile of the first seed instead, by the SVD in
+the metric of the curvature, with the shares that are chosen:
+
+    python benchmarks/factorise.py digits --seeds 0 --picture docs/pictures/factorise_profile.png
+
 Accuracy and divergence from the dense network, mean KL in nats, are of the test images. The file is
 written after every figure, and what is in it is not measured again.
 """
@@ -27,7 +32,7 @@ import sys
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -38,6 +43,7 @@ from torch.nn import functional as F
 import smallfry
 from smallfry.compress import LowRank, TensorTrain, apply_to_model
 from smallfry.data import load_data
+from smallfry.report.compression import draw_profile
 from smallfry.training.calibration import CalibrationBatches
 from smallfry.training.config import read_config
 from smallfry.training.evaluation import forward
@@ -49,6 +55,7 @@ TRAINED, CALIBRATED, BATCH, RATE = 1438, 256, 32, 2e-3
 EPOCHS, HEALING = 100, 5
 TUNING = 3  # epochs after the factorisation of a run
 BLOCKS = ("blocks.*",)
+PICTURED = "SVD, curvature, shares by divergence"
 STEM = ("stem", "head")  # small ones stay dense
 
 
@@ -121,19 +128,42 @@ def train(model: nn.Module, data: tuple[Tensor, Tensor], epochs: int, lr: float,
     model.eval()
 
 
+class Trained(NamedTuple):
+    """Network for digits, and their images and labels, those to train first."""
+
+    model: nn.Module
+    images: Tensor
+    labels: Tensor
+
+
+def trained_on_digits(seed: int) -> Trained:
+    """Train a network, on images in the order that the seed gives."""
+    pixels, classes = load_digits(return_X_y=True)
+    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))
+    images = ((torch.tensor(pixels, dtype=torch.float32) - 4.9) / 6)[order].view(-1, 1, 8, 8)
+    labels = torch.tensor(classes)[order]
+    model = vit(seed)
+    train(model, (images[:TRAINED], labels[:TRAINED]), EPOCHS, RATE, seed)
+    return Trained(model, images, labels)
+
+
+def picture(seed: int, keep: float, file: Path) -> None:
+    """Draw the sensitivity profile of a network."""
+    model, images, _ = trained_on_digits(seed)
+    method = contestants(keep, trains=False, include=BLOCKS)[PICTURED]
+    reports: list[dict[str, Any]] = []
+    apply_to_model(model, [method], batches=images[:CALIBRATED].split(64), reports=reports)
+    draw_profile(reports[0]["profile"], file)
+
+
 def digits(record: Record, seed: int, keep: float) -> None:
     """Train, factorise and heal with one seed."""
     part = f"digits, {keep:g} of the parameters, seed {seed}"
     methods = contestants(keep, trains=True, include=BLOCKS)
     if not any(record.missing(part, key) for key in ("dense", *methods)):
         return
-    pixels, classes = load_digits(return_X_y=True)
-    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))
-    images = ((torch.tensor(pixels, dtype=torch.float32) - 4.9) / 6)[order].view(-1, 1, 8, 8)
-    labels = torch.tensor(classes)[order]
+    model, images, labels = trained_on_digits(seed)
     given, wanted = (images[:TRAINED], labels[:TRAINED]), labels[TRAINED:]
-    model = vit(seed)
-    train(model, given, EPOCHS, RATE, seed)
 
     @torch.no_grad()
     def logits(network: nn.Module) -> Tensor:
@@ -238,8 +268,12 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--keep", type=float, default=0.5)
     parser.add_argument("--out", type=Path, default=Path("results/factorise.json"))
+    parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.picture is not None:
+        picture(arguments.seeds[0], arguments.keep, arguments.picture)
+        return 0
     record = Record(arguments.out)
     if arguments.part == "digits":
         for seed in arguments.seeds:

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from smallfry import cost
+from smallfry.costing import layer_macs
 
 
 def test_vitrm_small_costs_what_its_rows_cost():
@@ -59,3 +60,29 @@ def test_a_model_without_numbers_costs_the_same():
     with torch.device("meta"):
         empty, image = build(), torch.zeros(1, 3, 8, 8)
     assert cost(empty, image) == cost(build(), torch.zeros(1, 3, 8, 8))
+
+
+class Twice(nn.Module):
+    """A shared layer within two modules, with a product of its own."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.Linear(8, 8, bias=False)
+        self.first, self.second = nn.Sequential(layer), nn.Sequential(layer, nn.ReLU())
+
+    def forward(self, x):
+        return self.second(self.first(x)) @ torch.ones(8, 2)
+
+
+def test_macs_of_layers_are_those_of_all_calls_without_layers_inside():
+    model, images = Twice().train(), torch.zeros(3, 8)
+    assert layer_macs(model, images) == {"first.0": 2 * 3 * 64, "": 3 * 8 * 2}
+    assert model.training
+
+
+def test_macs_of_layers_add_up_to_those_of_a_recursive_model():
+    model, image = timm.create_model("vitrm_micro_patch4_8"), torch.zeros(1, 1, 8, 8)
+    found = layer_macs(model, image)
+    assert sum(found.values()) == cost(model, image).macs
+    assert found["head"] == model.head.weight.numel()
+    assert found["blocks.0.attn"] > 0  # the products of queries, keys and values

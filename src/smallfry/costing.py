@@ -1,5 +1,8 @@
 """Parameter, memory and MAC counts of a model."""
 
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import NamedTuple
 
@@ -46,12 +49,64 @@ def cost(model: nn.Module, input: Tensor) -> Cost:
 def macs(model: nn.Module, input: Tensor) -> int:
     """Count the multiply-accumulates of all calls on an input; the model stays untouched."""
     model = deepcopy(model)
+    with _counting(model) as count:
+        model(input)
+    return count()
+
+
+def layer_macs(model: nn.Module, input: Tensor) -> dict[str, int]:
+    """Count the multiply-accumulates of each module by its name; the model stays untouched.
+
+    Args:
+        model: Any module.
+        input: Input of ``model``.
+
+    Returns:
+        Those of all calls, without those of modules inside; modules without any are left out. The
+        model's own are under an empty name. The sum is that of ``macs``.
+
+    Example:
+        >>> import torch
+        >>> from smallfry.costing import layer_macs
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU())
+        >>> layer_macs(model, torch.zeros(2, 4))
+        {'0': 24}
+    """
+    model = deepcopy(model)
+    counts: Counter[str] = Counter()
+    running = [""]  # names of the modules that are being called, the innermost last
+    counted = 0
+
+    def settle() -> None:
+        nonlocal counted
+        total = count()
+        counts[running[-1]] += total - counted
+        counted = total
+
+    def enter(name: str) -> None:
+        settle()
+        running.append(name)
+
+    def leave() -> None:
+        settle()
+        running.pop()
+
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: enter(name))
+        module.register_forward_hook(lambda *_: leave())
+    with _counting(model) as count:
+        model(input)
+    return {name: found for name, found in counts.items() if found}
+
+
+@contextmanager
+def _counting(model: nn.Module) -> Iterator[Callable[[], int]]:
+    """Yield a function of the multiply-accumulates so far of a model that may be changed."""
     model.eval().requires_grad_(False)  # FlopCounterMode stumbles over views of parameters
     counter = FlopCounterMode(display=False)
     # the plain form of attention: not every PyTorch counts the fused ones
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        model(input)
-    return counter.get_total_flops() // 2
+        yield lambda: counter.get_total_flops() // 2
 
 
 def _activation_bytes(model: nn.Module, input: Tensor) -> int:

@@ -42,7 +42,16 @@ def test_a_compressed_run_is_evaluated_exported_and_compressed_again(run, capsys
 def test_methods_come_from_a_file_too(run, capsys):
     Path("small.yaml").write_text("methods:\n- round_weights:\n    bits: 4\n")
     assert main(["compress", run, "--config", "small.yaml"]) == 0
-    assert Path(f"{run}-small/best/manifest.json").is_file()
+    small = Path(f"{run}-small")
+    assert (small / "best/manifest.json").is_file()
+    assert f"page:    {small}/compression.html" in capsys.readouterr().out
+    page = (small / "compression.html").read_text()
+    assert "<h1>Compressed: run-small</h1>" in page
+    assert "weights, bytes" in page
+    assert (small / "pictures/layers.png").is_file()
+    layers = json.loads((small / "compression.json").read_text())["layers"]
+    (head,) = (each for each in layers if each["name"] == "head")
+    assert head["bytes"] == {"before": 4 * 170, "after": 160 + 4 * 10 + 4 * 10}
 
 
 @pytest.mark.slow
@@ -103,6 +112,8 @@ def test_mixed_precision_is_reported_and_drawn(run, capsys):
     assert {each["bits"] for each in report["layers"]} <= {4, 5, 8}
     assert json.loads(Path("small/compression.json").read_text())["reports"] == [report]
     assert Path("small/pictures/bits.png").is_file()
+    assert Path("small/pictures/profile.png").is_file()
+    assert Path("small/compression.html").read_text().count("<img") == 3
     assert found["file_bytes"]["after"] < found["file_bytes"]["before"]
 
 
@@ -147,6 +158,19 @@ def test_what_is_cut_once_is_tuned_after_it_and_rounded_at_the_end(run, capsys):
     assert [each["kind"] for each in manifest["model"]["transforms"]] == ["resize", "bits"]
     assert manifest["training"]["step"] > 0
     assert main(["evaluate", "small", "--json"]) == 0
+
+
+@pytest.mark.slow
+def test_reports_of_all_methods_around_a_tuning_are_on_the_page(run, capsys):
+    low_rank = "{low_rank: {keep: 0.5, allocation: divergence, smallest: 500}}"
+    methods = f"[{low_rank}, round_weights, {{pack: {{entropies: [static]}}}}]"
+    words = ["--methods", methods, "--epochs", "1", "--to", "small", "--json"]
+    assert main(["compress", run, *words, "--tuning", FAST]) == 0
+    found = figures(capsys)
+    assert [each["method"] for each in found["reports"]] == ["low_rank", "quantize", "pack"]
+    assert json.loads(Path("small/methods.json").read_text()) == found["reports"][1:]
+    assert found["file_bytes"]["after"] == Path("small/best/model.packed").stat().st_size
+    assert "Sensitivity of each layer: low_rank" in Path("small/compression.html").read_text()
 
 
 @pytest.mark.slow

@@ -231,10 +231,13 @@ def test_shares_of_a_model_are_reported_and_keep_the_budget(model, images, kind)
         model, [settings], spec=VITRM, batches=[images], reports=reports
     )
     (report,) = reports
-    lines = report["layers"]
-    assert {line["name"] for line in lines} <= report["profile"].keys()
-    assert len(report["profile"]) == 12
-    total = sum(model.get_submodule(name).weight.numel() for name in report["profile"])
+    lines, profile = report["layers"], report["profile"]["layers"]
+    assert len(profile) == 12
+    assert all(each["1"] == 0 for each in profile.values())  # dense
+    chosen = report["profile"]["chosen"]
+    assert all(chosen[name] in each for name, each in profile.items())
+    assert {line["name"] for line in lines} == {name for name in chosen if chosen[name] != "1"}
+    total = sum(model.get_submodule(name).weight.numel() for name in profile)
     saved = sum(x["parameters"]["before"] - x["parameters"]["after"] for x in lines)
     assert 0.3 * total < total - saved <= 0.4 * total
     assert all(0 < line["weight_error"] < 1 for line in lines)
@@ -259,6 +262,13 @@ def test_a_factorised_model_is_rebuilt_to_the_bit(name, method):
     assert torch.equal(again(example), small(example))
     assert cost(small, example).parameters < cost(model, example).parameters
     assert from_dict(to_dict(settings)) == settings
+
+
+def test_layers_at_one_share_have_no_profile(model):
+    reports = []
+    compress.apply_to_model(model, [compress.LowRank(**MLP)], reports=reports)
+    assert "profile" not in reports[0]
+    assert len(reports[0]["layers"]) == 12
 
 
 def test_a_block_of_a_recursion_is_factorised_once(model):

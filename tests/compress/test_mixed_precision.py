@@ -285,6 +285,9 @@ def test_known_sensitivities_are_not_measured_again(trained):
     known = {"first": {2: 1.0, 4: 0.5}, "last": {2: 0.1}}
     found = choose_bits(model, errors, 3.5, measured=known)
     assert found.bits == {"first": 4, "last": 2}
+    assert found.profile["layers"] == {"first": {"2": 1.0, "4": 0.5}, "last": {"2": 0.1}}
+    assert found.profile["chosen"] == {"first": "4", "last": "2"}
+    assert found.profile["costs"] == "sensitivity (kronecker)"
     assert list(found.report["uniform"]) == ["2"]
 
 

@@ -12,6 +12,7 @@ from smallfry.data import ImageData
 from smallfry.deploy.pretrained import save_pretrained
 from smallfry.errors import UsageError, nearest
 from smallfry.studies.speed import epochs_within, measure_epoch
+from smallfry.training.compression import REPORTS
 from smallfry.training.config import DataConfig, ModelConfig, TrainConfig, read_config
 from smallfry.training.continuation import with_changes
 from smallfry.training.distillation_config import DistillationConfig
@@ -19,6 +20,7 @@ from smallfry.training.method import MethodSettings
 from smallfry.training.optimization import peak_learning_rate
 from smallfry.training.run import RunFolder, TrainedModel
 from smallfry.training.train import train
+from smallfry_runtime.files import read_json
 
 LOWER_RATE = 0.1  # of the peak learning rate that the model was trained with
 MEASURED = 5.0  # seconds in which the time of an epoch is measured
@@ -33,6 +35,7 @@ def fine_tune(
     config: TrainConfig,
     data: ImageData,
     minutes: float | None,
+    reports: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Apply methods in a fine-tuning run.
 
@@ -46,6 +49,7 @@ def fine_tune(
         config: As ``tuning_config`` gave it.
         data: To calibrate with.
         minutes: Budget of time instead of the configuration's epochs.
+        reports: Filled with what the methods report.
 
     Returns:
         The summary of the run.
@@ -56,7 +60,7 @@ def fine_tune(
     start = config.run / BEGINNING
     try:
         if first:
-            small = apply(trained, methods[:first], data, config.seed)
+            small = apply(trained, methods[:first], data, config.seed, reports)
             start.parent.mkdir(parents=True, exist_ok=True)
             if RunFolder(Path(source)).config.is_file():
                 small.save(start)
@@ -68,7 +72,11 @@ def fine_tune(
         if minutes is not None:
             speed = measure_epoch(replace(config, run=None, progress="quiet"), MEASURED)
             config = replace(config, epochs=epochs_within(60 * minutes, speed))
-        return train(config)
+        summary = train(config)
+        file = folder.path / REPORTS
+        if file.is_file():
+            reports += read_json(file)
+        return summary
     except BaseException:
         if first and not folder.config.exists():  # nothing to go on with
             shutil.rmtree(start, ignore_errors=True)

@@ -83,6 +83,7 @@ def run(options: Options) -> int:
     """Write the folder of the compressed model, and print the comparison."""
     import torch
 
+    from smallfry.compress.layer_sizes import layer_sizes, written_bytes
     from smallfry.compress.report import compare, rows, to_dict
     from smallfry.compress.sparse.report import zero_sums
     from smallfry.deploy.pretrained import load_trained
@@ -107,29 +108,42 @@ def run(options: Options) -> int:
     found = compare(trained, small, data.validation)
     sample = torch.zeros(1, *small.input_shape)
     zeros = zero_sums(small.model, sample)
-    summary = to_dict(found, small.manifest["methods"]) | {"zeros": zeros, "reports": reports}
-    for mixed in (each["mixed"] for each in reports if each.get("mixed")):
-        from smallfry.report.bits import draw_trade_off  # matplotlib takes a second
-
-        (folder / "pictures").mkdir(exist_ok=True)
-        draw_trade_off(mixed, folder / "pictures" / "bits.png")
-    write_file(
-        folder / "compression.json", json.dumps(strict(summary), indent=2, allow_nan=False) + "\n"
-    )
+    sizes = layer_sizes(trained.model, small.model, sample, written_bytes(reports))
+    layers = [each.to_dict() for each in sizes]
+    figures = to_dict(found, small.manifest["methods"])
+    summary = strict({**figures, "zeros": zeros, "layers": layers, "reports": reports})
+    write_file(folder / "compression.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    lines = rows(found)
+    if zeros is not None:
+        share = zeros["zeros"] / zeros["weights"]
+        lines.append(("zeros stored in dense layers", "", f"{share:.2%}", ""))
+    page = _write_page(folder, lines, summary, options.run)
     if options.json:
         say(json_line({"run": str(folder), **summary}))
         return 0
     table = Table("", "before", "after", "", box=None)
-    for row in rows(found):
-        table.add_row(*row)
-    if zeros is not None:
-        share = zeros["zeros"] / zeros["weights"]
-        table.add_row("zeros stored in dense layers", "", f"{share:.2%}", "")
+    for line in lines:
+        table.add_row(*line)
     CleanConsole(highlight=False).print(table)
     closer = command("smallfry", "analyze", options.run, "geometry", "--against", folder)
-    say(f"run:     {folder}\nuse it:  {command('smallfry', 'evaluate', folder)}")
+    say(f"run:     {folder}\npage:    {page}\nuse it:  {command('smallfry', 'evaluate', folder)}")
     say(f"compare: {closer}")
     return 0
+
+
+def _write_page(
+    folder: Path, lines: Sequence[Sequence[str]], summary: dict[str, Any], parent: str
+) -> Path:
+    """Write the page of the new folder and its pictures, and return the page."""
+    import torch
+
+    from smallfry.report.compression_page import write_compression  # matplotlib takes a second
+    from smallfry.training.provenance import provenance
+    from smallfry_runtime.names import text_of
+
+    facts = {"parent": text_of(Path(parent).name), **provenance(torch.device("cpu"))}
+    title = f"Compressed: {text_of(folder.resolve().name)}"
+    return write_compression(folder, title, lines, summary, facts)
 
 
 def _compressed(
@@ -144,6 +158,7 @@ def _compressed(
     from smallfry.compress.pipeline import apply
     from smallfry.deploy.pretrained import save_pretrained
     from smallfry.training.config import DataConfig
+    from smallfry.training.method import packing_of
     from smallfry.training.run import load_run
 
     settings = options.settings
@@ -161,5 +176,5 @@ def _compressed(
     )
     if options.json:
         config = replace(config, progress="quiet")
-    fine_tune(trained, options.run, methods, config, data, settings.minutes)
-    return load_run(place), place
+    fine_tune(trained, options.run, methods, config, data, settings.minutes, reports)
+    return load_run(place)._replace(packing=packing_of(methods)), place

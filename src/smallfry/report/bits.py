@@ -36,6 +36,8 @@ def draw_trade_off(mixed: Mapping[str, Any], file: Path) -> None:
         positive = [loss for _, loss in front if loss > 0]
         if positive:
             axes.set_yscale("log")
+        axes.margins(x=0.1)  # for the words at the last point
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlabel(f"cost, {mixed['unit']}")
         axes.set_ylabel(f"summed sensitivity ({mixed['measure']})")
         axes.legend()

@@ -1,5 +1,6 @@
 """Compression methods in a training run, from their start to the final model."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from smallfry.data import ImageData
 from smallfry.errors import RunError, TrainingError, UsageError
+from smallfry.io.json import strict
 from smallfry.training.augment import Normalize
 from smallfry.training.calibration import CalibrationBatches
 from smallfry.training.checkpoint import load_checkpoint, save_checkpoint, write_file
@@ -25,6 +27,7 @@ from smallfry.transforms.build import build
 from smallfry.transforms.spec import ModelSpec
 
 DONE, UNFINISHED = "methods", "unfinished"  # entries of a manifest: applied, and still at work
+REPORTS = "methods.json"  # in the run folder: what the methods report
 CHOICE, LAST_EPOCH = "choice", "last epoch"  # entry of a summary's figures where no epoch is chosen
 
 
@@ -92,8 +95,8 @@ class MethodPlan:
 
     def finish(
         self, state: Mapping[str, Any], weights: Mapping[str, Tensor], device: torch.device
-    ) -> tuple[nn.Module, ModelSpec]:
-        """Return the final model in evaluation mode, and its spec.
+    ) -> tuple[nn.Module, Running]:
+        """Return the final model in evaluation mode, and the methods, with its spec and reports.
 
         Args:
             state: Of the methods at work, as ``Running.state_dict``.
@@ -105,7 +108,8 @@ class MethodPlan:
             running = self.begin(model)
             running.load_state_dict(state)
             model.load_state_dict(weights)
-            return model.eval(), running.finish()
+            running.finish()
+            return model.eval(), running
 
     def unfinished(self) -> dict[str, Any]:
         """Return the manifest entry of active methods; empty without methods."""
@@ -132,18 +136,22 @@ class MethodPlan:
             if UNFINISHED not in checkpoint.manifest:  # a run that had ended and had no better one
                 return
             weights, position = checkpoint.weights, checkpoint.manifest["training"]
-        model, spec = self.finish(kept.state, weights, device)
+        model, running = self.finish(kept.state, weights, device)
         try:
             found = scores(model)
         except RunError as error:
             raise TrainingError(f"after the methods: {error}") from None
         manifest = {key: value for key, value in kept.manifest.items() if key != UNFINISHED}
         done = [*manifest.get(DONE, []), *(to_dict(each) for each in self.methods)]
-        manifest |= {"model": spec.to_dict(), DONE: done, "training": {**position, "scores": found}}
+        training = {**position, "scores": found}
+        manifest |= {"model": running.spec.to_dict(), DONE: done, "training": training}
         packing = packing_of(self.methods)
         save_checkpoint(best, manifest, model.state_dict(), packing=packing)
         for name, content in files_of(self.methods, model, manifest).items():
             write_file(best.parent / name, content)
+        if running.reports:
+            reports = json.dumps(strict(running.reports), indent=2, allow_nan=False)
+            write_file(best.parent / REPORTS, reports + "\n")
 
 
 def _own_random_state() -> Any:

@@ -13,7 +13,9 @@ from smallfry.compress.report import compare
 from smallfry.deploy.export import export
 from smallfry.errors import RunError, UsageError
 from smallfry.training.checkpoint import PACKED, WEIGHTS, load_checkpoint
+from smallfry.training.method import Running, Setting
 from smallfry.training.run import load_run
+from smallfry.transforms import ModelSpec
 from smallfry_runtime import Runtime
 from smallfry_runtime.packed import unpack_file
 
@@ -39,6 +41,28 @@ def test_a_packed_run_has_the_weights_to_the_bit(packed_run):
     plain = rounded.save(packed_run.parent / "plain") / "best" / WEIGHTS
     assert unpack_file(packed_run / "best" / PACKED) == plain.read_bytes()
     assert (packed_run / "best" / PACKED).stat().st_size < 0.85 * plain.stat().st_size
+
+
+def test_the_report_has_the_bytes_of_each_tensor_in_the_packed_file(packed_run):
+    reports = []
+    methods = [compress.RoundWeights(bits=5), compress.Pack(entropies=("static", "laplace"))]
+    small = compress.apply(load_run(packed_run.parent / "run"), methods, reports=reports)
+    report = reports[-1]
+    codes = {n: p for n, p in small.model.named_parameters() if p.dtype == torch.int8}
+    assert report["method"] == "pack"
+    assert report["bytes"].keys() == codes.keys()
+    assert report["bytes"] == {each["name"]: each["bytes"] for each in report["tensors"]}
+    assert sum(report["bytes"].values()) < 0.9 * sum(p.numel() for p in codes.values())
+    coded = [each["bytes"] for each in report["tensors"] if each["coder"] != "zlib"]
+    assert sum(coded) < (packed_run / "best" / PACKED).stat().st_size
+
+
+def test_a_rehearsal_packs_nothing():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    setting = Setting(ModelSpec("a"), torch.zeros(1, 8), rehearsal=True)
+    running = Running([compress.RoundWeights(), compress.Pack()], model, setting)
+    running.finish()
+    assert [each["method"] for each in running.reports] == ["quantize"]
 
 
 def test_the_comparison_has_the_bytes_of_the_packed_file(packed_run):

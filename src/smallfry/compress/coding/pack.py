@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import safetensors.torch
 import torch
 from torch import nn
 
-from smallfry.compress.coding.packing import ENTROPIES, Entropy, pack
+from smallfry.compress.coding.packing import ENTROPIES, Entropy, Packed, pack
 from smallfry.errors import UsageError
-from smallfry.training.method import Method, register_method
+from smallfry.training.method import Method, Setting, register_method
 from smallfry.transforms.spec import Transform
 
 
@@ -40,21 +41,40 @@ class Pack:
 
     def start(self) -> Method:
         """Create the method with these settings."""
-        return _Pack()
+        return _Pack(self)
 
     def write(self, weights: bytes) -> bytes:
         """Pack the content of a file of weights."""
-        return _packed(weights, self.entropies)
+        return _packed(weights, self.entropies).data
 
 
 @lru_cache(maxsize=1)  # the comparison with the parent and the run need the same file
-def _packed(weights: bytes, entropies: tuple[Entropy, ...]) -> bytes:
-    return pack(weights, entropies=entropies).data
+def _packed(weights: bytes, entropies: tuple[Entropy, ...]) -> Packed:
+    return pack(weights, entropies=entropies)
 
 
 class _Pack(Method):
+    def __init__(self, settings: Pack) -> None:
+        self._settings = settings
+        self._rehearsal = False
+        self._report: dict[str, Any] | None = None
+
+    def begin(self, model: nn.Module, setting: Setting) -> None:
+        self._rehearsal = setting.rehearsal
+
     def finish(self, model: nn.Module) -> Transform | None:
         kinds = (torch.int8, torch.uint8)
         if not any(parameter.dtype in kinds for parameter in model.parameters()):
             raise UsageError("pack needs a model with integer weights: put round_weights before it")
+        if not self._rehearsal:
+            tensors = {name: each.contiguous() for name, each in model.state_dict().items()}
+            rows = _packed(safetensors.torch.save(tensors), self._settings.entropies).rows
+            self._report = {
+                "method": self._settings.name,
+                "tensors": [row._asdict() for row in rows],
+                "bytes": {row.name: row.bytes for row in rows},
+            }
         return None
+
+    def report(self) -> dict[str, Any] | None:
+        return self._report

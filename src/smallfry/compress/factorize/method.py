@@ -122,9 +122,18 @@ class _Factorise(Method):
         }
         self._report = {
             "method": settings.name,
-            "profile": {n: {f"{s:g}": kl for s, kl in each.items()} for n, each in profile.items()},
             "layers": [],
         }
+        if profile:
+            self._report["profile"] = {
+                "choices": "share of the parameters kept (1: dense)",
+                "costs": "mean KL from the model, nats",
+                "layers": {
+                    name: {f"{share:g}": kl for share, kl in [*each.items(), (1, 0.0)]}
+                    for name, each in profile.items()
+                },
+                "chosen": {name: f"{shares[name]:g}" for name in profile},
+            }
         if not chosen:
             return None
         lines = self._report["layers"]

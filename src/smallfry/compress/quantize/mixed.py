@@ -21,10 +21,11 @@ MOST_SHOWN = 200  # points of a reported front
 
 
 class MixedBits(NamedTuple):
-    """Bits of each layer, and the trade-off that they were chosen from."""
+    """Bits of each layer, the trade-off that they were chosen from, and the sensitivities."""
 
     bits: dict[str, int]
     report: dict[str, Any]
+    profile: dict[str, Any]
 
 
 def choose_bits(
@@ -87,9 +88,14 @@ def choose_bits(
             "cost": chosen.cost,
             "loss": chosen.loss,
             "average_bits": chosen.cost / total if total else 0.0,
-            "sensitivity": {n: {str(b): v for b, v in each.items()} for n, each in found.items()},
             "front": [list(point) for point in shown],
             "uniform": uniform,
+        },
+        {
+            "choices": "bits per weight",
+            "costs": f"sensitivity ({measure})",
+            "layers": {n: {str(b): v for b, v in each.items()} for n, each in found.items()},
+            "chosen": {name: str(bits) for name, bits in chosen.choices.items()},
         },
     )
 

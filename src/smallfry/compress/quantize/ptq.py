@@ -223,7 +223,7 @@ class _Quantize(Method):
             "layers": [_line(reference, model, name, own[name]) for name in layers.names],
             "left_in_float": left,
             "calibration": images.description() if settings.needs_images else None,
-            "mixed": mixed,
+            **mixed,
         }
         model.train(was_training)
         return Bits({alias: own[name] for alias, name in layers.aliases.items()}, first)
@@ -233,11 +233,11 @@ class _Quantize(Method):
 
     def _bits(
         self, model: nn.Module, layers: "_Layers", images: Images, seed: int
-    ) -> tuple[dict[str, int], dict[str, Any] | None]:
-        """Choose the bits of every layer."""
+    ) -> tuple[dict[str, int], dict[str, Any]]:
+        """Choose the bits of every layer, and report how."""
         settings = self._settings
         if settings.budget is None:
-            return dict.fromkeys(layers.names, settings.weights), None
+            return dict.fromkeys(layers.names, settings.weights), {"mixed": None}
         errors = {
             name: {
                 b: rounding_error(_weight(model, name), b, settings.group, settings.weight_range)
@@ -250,7 +250,7 @@ class _Quantize(Method):
             images.batches, seed,
         )  # fmt: skip
         bits = {n: found.bits[first] for first in layers.firsts for n in layers.tied(first)}
-        return bits, found.report
+        return bits, {"mixed": found.report, "profile": found.profile}
 
     def _codes(self, weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         return nearest_codes(weight, bits, self._settings.group, self._settings.weight_range)
