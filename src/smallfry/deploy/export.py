@@ -61,6 +61,7 @@ from smallfry_runtime.manifest import (
     require_free,
     restored_graphs,
 )
+from smallfry_runtime.names import path_of
 from smallfry_runtime.runtime import Runtime
 from smallfry_runtime.storage import PACKED, PLAIN, SHARED, base_of
 from smallfry_runtime.variants import FULL
@@ -112,7 +113,7 @@ def export(
         UsageError: A form or precision that is not there, or not for this model.
         RunError: The run can't be read.
     """
-    folder = Path(folder)
+    folder = path_of(str(folder))
     _require_precision(precision, target)
     needed = precision == "int8"
     try:
