@@ -137,6 +137,7 @@ def test_a_search_goes_on_from_another_working_directory(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(TrainingProblem, "evaluate", stopped)
+    monkeypatch.setattr(TrainingProblem, "costs", lambda *_: {"macs": 1, "parameters": 1})
     monkeypatch.chdir(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         search(config, folder, quiet=True)
