@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from smallfry.cli import main
 
@@ -100,6 +101,17 @@ def test_a_folder_that_is_taken_is_refused_before_the_work(run, capsys):
     Path("mine/file").write_text("of mine")
     assert main(["compress", run, "--methods", ROUND, "--to", "mine"]) == 1
     assert "is no run folder" in capsys.readouterr().err
+
+
+def test_images_of_other_classes_are_refused_and_nothing_is_written(run, capsys):
+    for name in ("cat", "dog"):
+        Path("pets", name).mkdir(parents=True)
+        for number in range(5):
+            Image.new("L", (8, 8), 50 * number).save(Path("pets", name, f"{number}.png"))
+    for words in (["compress", run, "--methods", ROUND], ["evaluate", run]):
+        assert main([*words, "--data", "pets"]) == 1
+        assert "has 2 (cat, dog, …); give data with its own classes" in capsys.readouterr().err
+    assert not Path(f"{run}-small").exists()
 
 
 @pytest.mark.slow

@@ -319,6 +319,8 @@ def test_models_lists_what_they_cost(capsys):
     assert "Apache-2.0" in shown
     assert main(["models", "tinynet_e", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["parameters"] == 2_042_972
+    assert main(["models", "thrifty", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "vitrm_thrifty_patch4_32"
     assert main(["models", "nothing*"]) == 2
 
 

@@ -59,6 +59,8 @@ def test_images_have_the_labels_of_their_rows(folder):
     ("name", "text"),
     [
         ("l.csv", "\ufefffile;breed\r\nimages/000.png;collie\r\nimages/001;pug\r\n"),
+        ("l.csv", ",image,breed\n0,images/000.png,collie\n1,images/001.png,pug\n"),
+        ("l.csv", "Unnamed: 0,file,breed\n7,images/000.png,collie\n9,images/001.png,pug\n"),
         ("l.tsv", "id\tbreed\n000\tcollie\n001\tpug\n"),
         ("l.csv", 'image , label \n"images/000.png", collie\nimages/001.png,pug\n'),
         ("l.jsonl", '{"path": "000.png", "y": "collie"}\n\n{"path": "001", "y": "pug"}'),

@@ -4,6 +4,7 @@ import re
 
 import datasets
 import numpy as np
+import pandas
 import pytest
 import torch
 from PIL import Image
@@ -72,6 +73,23 @@ def test_images_and_labels_are_kept_to_the_bit(kind):
     assert keep_data(given) == folder  # written once
 
 
+def test_a_subset_has_the_classes_of_the_whole(tmp_path):
+    whole = Pairs(COLOUR)
+    first, second = torch.utils.data.random_split(whole, [20, 10])
+    parts = {"train": first, "test": torch.utils.data.Subset(second, range(5))}
+    data = load_data(str(keep_data(parts)))
+    assert data.classes == Pairs.classes
+    assert data.test_count == 5
+
+
+def test_a_path_may_start_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for number in (0, 1):
+        Image.fromarray(GREY[number]).save(tmp_path / f"{number}.png")
+    data = load_data(str(keep_data((["~/0.png", "~/1.png"], ["a", "b"]))), test=0, validation=0)
+    assert data.train.images[:, 0].numpy().tolist() == GREY[:2].tolist()
+
+
 def test_hugging_face_data_sets_keep_their_columns_and_splits(tmp_path):
     label = datasets.ClassLabel(names=["no", "yes"])
     features = datasets.Features({"photo": datasets.Image(), "label": label})
@@ -110,6 +128,32 @@ def test_other_data_has_another_folder():
     assert keep_data({"test": (GREY[:3], LABELS[:3]), "train": (GREY, LABELS)}) != folder
 
 
+def test_a_table_and_named_arrays_are_refused_with_what_is_expected():
+    for given in (pandas.DataFrame({"image": ["a.png"], "label": ["a"]}), iter([])):
+        with pytest.raises(UsageError, match="expected a folder, a pair of images and labels"):
+            keep_data(given)
+    named = {"images": GREY, "labels": LABELS}
+    assert is_own(named)
+    with pytest.raises(UsageError, match="images, labels: expected train, and each once; images a"):
+        keep_data(named)
+    assert not is_own({"name": "digits", "validation": np.float64(0.2), "mean": np.ones(1)})
+
+
+def test_true_and_false_are_labels():
+    table = keep_data((GREY, LABELS > 0))
+    assert load_data(str(table)).classes == ("0", "1")
+    assert every_image(load_data(str(table))) == {
+        (image.tobytes(), "1" if label else "0")
+        for image, label in zip(GREY[:, None], LABELS > 0, strict=True)
+    }
+
+
+def test_no_bars_of_files_are_shown(tmp_path, capsys):
+    data = load_data(str(write_data((GREY ^ 85, LABELS), tmp_path / "d")))
+    assert len(data.classes) == 3
+    assert "split" not in capsys.readouterr().err
+
+
 def test_names_and_settings_are_no_data():
     for given in ("digits", {"name": "digits"}, {}, None, 5):
         assert not is_own(given)
@@ -127,7 +171,9 @@ def test_names_and_settings_are_no_data():
         ((GREY, LABELS + 1), "labels are 1 to 3, of which 3 occur: expected 0 to 2"),
         ((GREY[:0], LABELS[:0]), "holds no images"),
         ((COLOUR.reshape(30, 8, 4, 6), LABELS), "image 0: has the shape (8, 4, 6), expected"),
-        (GREY, "sample 0 is no pair of an image and a label"),
+        (GREY, "sample 0 is no pair of an image and a label but of the type ndarray"),
+        ([GREY, LABELS], "all images and all labels are a tuple: (images, labels)"),
+        ((GREY.astype(int), LABELS), "image 0: pixels are int64, expected uint8 from 0 to 255"),
         ((["missing.png"], ["a"]), "missing.png: can't be read"),
     ],
 )

@@ -31,6 +31,7 @@ from smallfry.fitting.planning import (
 from smallfry.fitting.variants import MOST_PRUNED, find_variants, harder
 from smallfry.fitting.verify import Verified, choose, measure, nearest
 from smallfry.fitting.zoo import Entry, scaled
+from smallfry.training.config import DataConfig
 from smallfry.training.method import from_dict
 
 TINY = "loopnet_70k"
@@ -239,6 +240,20 @@ def test_a_plan_or_a_result_cut_anywhere_is_damaged(share, tmp_path):
         read_plan(tmp_path / "plan.json")
     with pytest.raises(RunError, match=r"fit\.json: damaged"):
         read_result(FitConfig(max_kb=3), tmp_path)
+
+
+def test_a_fit_goes_on_from_another_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "other" / "photos").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config = FitConfig(DataConfig("photos"), max_kb=3)
+    write_result(config, tmp_path, {"met": True})
+    assert read_result(replace(config, data=DataConfig("./photos/")), tmp_path) == {"met": True}
+    monkeypatch.chdir(tmp_path / "other")
+    moved = replace(config, data=DataConfig("../photos"))
+    assert read_result(moved, tmp_path) == {"met": True}
+    with pytest.raises(UsageError, match=f"data.name {tmp_path}/photos, not {tmp_path}/other/ph"):
+        read_result(config, tmp_path)
 
 
 def test_a_fit_of_before_a_setting_goes_on_with_its_default_alone(tmp_path):

@@ -51,6 +51,7 @@ def plan_of(*candidates, seconds=100.0, counts=None):
         ({"max_kb": math.nan}, "max_kb must be more than 0"),
         ({"minutes": 0.0}, "minutes must be more than 0"),
         ({"min_accuracy": 0.0}, "min_accuracy is a percentage"),
+        ({"min_accuracy": 0.9}, "above 1 and at most 100, such as 90, got 0.9"),
         ({"min_accuracy": 101.0}, "min_accuracy is a percentage"),
         ({"threads": 0}, "threads must be at least 1"),
         ({"seed": -1}, "seed is 0"),

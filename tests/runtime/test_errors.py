@@ -107,17 +107,23 @@ def test_a_name_of_the_systems_own_error_is_in_the_words(tmp_path):
         ("digitz", "; did you mean 'digits'?"),
         ("cif", "; did you mean 'cifar10'?"),
         ("zzz", "; there are cifar10, cifar100, digits"),
-        ("", "; did you mean 'cifar10'?"),
+        ("DIGITS", "; did you mean 'digits'?"),
+        ("Cifar", "; did you mean 'cifar10'?"),
+        ("", "; there are cifar10, cifar100, digits"),
     ],
 )
 def test_the_nearest_name_is_suggested(name, suggestion):
     assert nearest(name, ["digits", "cifar100", "cifar10"]) == suggestion
 
 
+def test_capitals_of_known_names_are_kept():
+    assert nearest("sgd", ["SGD", "AdamW"]) == "; did you mean 'SGD'?"
+
+
 def test_a_long_list_is_not_printed():
-    many = [f"model_{i:03}" for i in range(21)]
+    many = [f"model_{i:03}" for i in range(41)]
     assert nearest("zzz", many) == ""
-    assert nearest("zzz", many[:20]).startswith("; there are model_000, model_001")
+    assert nearest("zzz", many[:40]).startswith("; there are model_000, model_001")
     assert nearest("zzz", []) == "; there are "
 
 

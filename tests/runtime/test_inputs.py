@@ -74,6 +74,16 @@ def test_a_file_whose_name_looks_like_a_pattern_is_that_file(photos):
     assert image.encoded.name == "a[1].png"
 
 
+def test_a_folder_whose_name_looks_like_a_pattern_is_that_folder(photos):
+    (photos / "[a] ?" / "b[1]").mkdir(parents=True)
+    (photos / "[a] ?" / "b[1]" / "x.png").write_bytes(PNG)
+    assert names("[a] ?/b[1]/*.png") == ["[a] ?/b[1]/x.png"]
+    assert names("[a] ?/*/x.png") == ["[a] ?/b[1]/x.png"]
+    assert names(f"{photos}/[a] ?/**/*.png") == [f"{photos}/[a] ?/b[1]/x.png"]
+    (image,) = found("[a] ?/b[1]/*.jpg")
+    assert image.error == "[a] ?/b[1]/*.jpg: there is no such file or folder"
+
+
 @pytest.mark.parametrize("missing", ["nowhere.png", "*.tiff", "no/where"])
 def test_what_is_not_there_is_named(photos, missing):
     (image,) = found(missing)

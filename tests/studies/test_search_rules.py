@@ -15,7 +15,13 @@ from smallfry.studies.search import optuna_engine, session
 from smallfry.studies.search.config import SearchConfig
 from smallfry.studies.search.importance import importances, variance_share
 from smallfry.studies.search.page import Confirmed
-from smallfry.studies.search.problem import StudentTable, TableProblem, run_name, seed_of
+from smallfry.studies.search.problem import (
+    StudentTable,
+    TableProblem,
+    TrainingProblem,
+    run_name,
+    seed_of,
+)
 from smallfry.studies.search.session import search
 from smallfry.studies.search.strategies import limits
 from smallfry.training.config import DataConfig
@@ -118,6 +124,28 @@ def test_a_search_that_was_killed_as_it_began_goes_on(tmp_path, monkeypatch):
     assert found.best == search(TABLE, tmp_path / "b", quiet=True).best
     for name in ("search.json", "space.yaml", "ledger.jsonl"):
         assert (tmp_path / "a" / name).read_text() == (tmp_path / "b" / name).read_text()
+
+
+def test_a_search_goes_on_from_another_working_directory(tmp_path, monkeypatch):
+    for name in ("photos", "other/photos"):
+        (tmp_path / name).mkdir(parents=True)
+    space, folder = tmp_path / "space.yaml", tmp_path / "a"
+    space.write_text("settings: {epochs: 1}\nchoices: {optimizer.lr: [0.1, 0.2]}\n")
+    config = SearchConfig(str(space), DataConfig("photos"), strategy="random", budget=2)
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrainingProblem, "evaluate", stopped)
+    monkeypatch.setattr(TrainingProblem, "costs", lambda *_: {"macs": 1, "parameters": 1})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        search(config, folder, quiet=True)
+    monkeypatch.chdir("other")
+    with pytest.raises(KeyboardInterrupt):
+        search(replace(config, data=DataConfig("../photos/")), folder, quiet=True)
+    with pytest.raises(UsageError, match="holds a search with data"):
+        search(config, folder, quiet=True)
 
 
 @pytest.mark.parametrize("content", ["", "{", "3", "null", "[3]", "\xff"])

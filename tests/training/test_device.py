@@ -19,15 +19,25 @@ def gpus(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["auto", "cpu", "cuda", "mps"])
-def test_a_kind_of_device_is_fabrics(name):
+def test_a_kind_of_device_is_fabrics(name, gpus, monkeypatch):
+    gpus(1)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert find_device(name) == (name, 1)
     assert find_device(name, 4) == (name, 1)
 
 
-@pytest.mark.parametrize("name", ["cpu:0", "mps:0"])
-def test_the_only_device_of_a_kind_has_a_number_too(name):
-    assert find_device(name) == (name[:3], 1)
+def test_the_only_device_of_a_kind_has_a_number_too(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert find_device("mps:0") == ("mps", 1)
     assert start("cpu:0", "32-true", "auto").fabric.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["cuda", "mps", "mps:0"])
+def test_a_kind_of_device_that_a_machine_lacks_is_refused(name, gpus, monkeypatch):
+    gpus(0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UsageError, match=f"device {name[:4]}.*this machine has none; expected a"):
+        find_device(name)
 
 
 def test_one_of_several_gpus_is_taken(gpus):
@@ -53,7 +63,7 @@ def test_a_gpu_of_a_machine_without_one_is_refused(gpus, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["cuda:", "cuda:x", "cuda:-1", "cuda:1:2", "cuda:٣", "cpu:1", ":0"]
+    "name", ["gpu", "0", "", "cuda:", "cuda:x", "cuda:-1", "cuda:1:2", "cuda:٣", "cpu:1", ":0"]
 )
 def test_other_names_are_refused(name, gpus):
     gpus(8)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from torch import nn
 
 from smallfry.errors import UsageError
 from smallfry.training.config import (
@@ -47,6 +48,11 @@ def test_what_is_natural_is_taken_for_what_it_means(given, meant, tmp_path):
     ("kind", "given", "said"),
     [
         (TrainConfig, {"data": 3}, "data must be DataConfig, a name or a mapping, not 3"),
+        (
+            TrainConfig,
+            {"model": nn.Sequential(nn.ReLU())},
+            "model must be ModelConfig, a name or a mapping, not Sequential( (0): ReLU() )",
+        ),
         (TrainConfig, {"data": {"limt": 3}}, "data has no setting 'limt'; there are name, root"),
         (TrainConfig, {"data": {"limit": "3"}}, "data.limit must be a whole number, not '3'"),
         (TrainConfig, {"ema": 0.9}, "ema must be EMAConfig or a mapping, not 0.9"),

@@ -1,6 +1,9 @@
 """The short Python interface: train, predict, evaluate, export and save."""
 
+import io
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,8 @@ from smallfry.errors import DataError, RunError, UsageError
 from smallfry.training.evaluation import predict
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.run import load_run
+from smallfry.training.trained_run import TrainedRun
+from smallfry.training.use import is_several
 from smallfry_runtime.inputs import InputImage
 from smallfry_runtime.runtime import Runtime
 
@@ -62,14 +67,42 @@ def test_images_of_all_kinds_are_classified_alike(run, tmp_path):
         images,
         [Image.fromarray(each) for each in GREY[:2]],
         [GREY[0], torch.tensor(GREY[1])],
+        iter(GREY[:2]),
+        [(tmp_path / "a.png").read_bytes(), GREY[1]],
+        np.array([str(tmp_path / "a.png"), str(tmp_path / "b.png")]),
     ):
         answers = run.predict(given)
         assert [answer.top[0][1] for answer in answers] == pytest.approx(wanted, abs=1e-5)
-    for one in (GREY[0], GREY[:1], Image.fromarray(GREY[0]), tmp_path / "a.png"):
+    encoded = (tmp_path / "a.png").read_bytes()
+    pictures = (Image.fromarray(GREY[0]), tmp_path / "a.png", encoded, io.BytesIO(encoded))
+    for one in (GREY[0], GREY[:1], *pictures):
         (answer,) = run.predict(one, top_k=1)
         assert len(answer.top) == 1
         assert answer.top[0][1] == pytest.approx(wanted[0], abs=1e-5)
     assert run.predict([]) == []
+
+
+def test_three_grey_images_are_three_and_three_channels_of_a_colour_model_one(run):
+    wanted = [run.predict(each)[0].top for each in GREY[:3]]
+    for given in (GREY[:3], torch.tensor(GREY[:3])):
+        found = [each.top for each in run.predict(given)]
+        assert [top[0][0] for top in found] == [top[0][0] for top in wanted]
+    assert is_several(GREY[:3], arrays=False, channels=1)
+    assert not is_several(GREY[:3], arrays=False, channels=3)
+    assert is_several(GREY[:2], arrays=False, channels=3)
+    assert not is_several(np.zeros((8, 8, 3)), arrays=False, channels=1)
+
+
+def test_numbers_are_the_models_classes_in_an_evaluation(run):
+    second = LABELS == 1
+    scores = run.evaluate((GREY[second], LABELS[second]))
+    assert scores["images"] == 30
+    by_hand = [each.top[0][0] == "1" for each in run.predict(GREY[second])]
+    assert scores["accuracy"] == pytest.approx(np.mean(by_hand))
+    with pytest.raises(DataError, match="labels are 0 to 2, and there are 2 classes"):
+        run.evaluate((GREY, np.arange(60) % 3))
+    with pytest.raises(UsageError, match="data of the type generator: expected a folder, a pair"):
+        run.evaluate(pair for pair in zip(GREY, LABELS, strict=True))
 
 
 def test_wrong_images_and_numbers_are_refused(run, tmp_path):
@@ -77,6 +110,10 @@ def test_wrong_images_and_numbers_are_refused(run, tmp_path):
         run.predict(GREY, top_k=0)
     with pytest.raises(DataError, match="image 0: pixels are float64"):
         run.predict(GREY[0] / 255)
+    with pytest.raises(DataError, match=r"image 0: has the shape \(6, 8, 4\), expected h"):
+        run.predict(np.zeros((6, 8, 4), np.uint8))
+    with pytest.raises(DataError, match="image 0: of the type NoneType; expected a picture of P"):
+        run.predict(None)
     with pytest.raises(DataError, match=r"nothing\.png"):
         run.predict(tmp_path / "nothing.png")
     (tmp_path / "broken.png").write_bytes(b"x")
@@ -97,6 +134,29 @@ def test_scores_are_those_of_the_run_and_of_other_data(run):
         run.evaluate(split="all")
     with pytest.raises(UsageError, match="neither a folder nor a known data set"):
         run.evaluate("nowhere")
+    with pytest.raises(DataError, match=r"2 classes \(0, 1, …\), .* has 2 \(cat, dog, …\); give"):
+        run.evaluate((GREY, ["cat" if label else "dog" for label in LABELS]))
+
+
+def test_paths_may_start_with_the_home_folder(run, monkeypatch):
+    monkeypatch.setenv("HOME", str(run.folder.parent))
+    assert smallfry.load("~/run").evaluate() == run.evaluate()
+    (run.folder.parent / "a.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"~/a\.png: not an image"):
+        run.predict("~/a.png")
+
+
+@pytest.mark.parametrize(
+    ("settings", "hint"),
+    [
+        ({"lr": 0.1}, "train has no setting 'lr'; did you mean optimizer={'lr': …}?"),
+        ({"image_size": 32}, "did you mean data={'image_size': …}?"),
+        ({"epoch": 3}, "train has no setting 'epoch'; did you mean 'epochs'?"),
+    ],
+)
+def test_a_misplaced_setting_is_named_in_its_group(settings, hint):
+    with pytest.raises(UsageError, match=re.escape(hint)):
+        smallfry.train(**settings)
 
 
 @pytest.mark.slow
@@ -114,6 +174,16 @@ def test_the_model_is_saved_into_a_free_folder(run, tmp_path):
     assert [each.top for each in load_run(saved).predict(GREY[:5])] == found
     with pytest.raises(RunError, match="there is a run in this folder already"):
         run.save(tmp_path / "saved")
+
+
+def test_a_result_stays_usable_in_another_working_directory(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(run.folder.parent)
+    result = TrainedRun({**run, "run": "run"})
+    trained = load_run("run")
+    monkeypatch.chdir(tmp_path)
+    assert result.folder == run.folder
+    assert result.evaluate() == trained.evaluate() == run.evaluate()
+    assert trained.save("saved") == Path("saved")
 
 
 def test_a_notebook_shows_scores_and_pictures(run):

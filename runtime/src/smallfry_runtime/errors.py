@@ -4,6 +4,8 @@ import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+MOST_NAMED = 40  # names in a message
+
 
 class SmallfryError(Exception):
     """A problem that the user can fix; the command prints it without a traceback."""
@@ -87,9 +89,15 @@ def refusal(error: OSError) -> str | None:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Suggest names for an unknown one: ``; did you mean 'digits'?``, or the list of them."""
+    """Suggest names for an unknown one: ``; did you mean 'digits'?``, or the list of them.
+
+    Capitals make no difference: ``SGD`` is near ``sgd``.
+    """
     known = sorted(names)
-    close = [k for k in known if k.startswith(name)] or get_close_matches(name, known, n=1)
+    by_letters = {each.lower(): each for each in reversed(known)}
+    wanted = name.lower()
+    close = [each for each in by_letters.values() if wanted and each.lower().startswith(wanted)]
+    close = sorted(close) or [by_letters[k] for k in get_close_matches(wanted, by_letters, n=1)]
     if close:
         return f"; did you mean '{close[0]}'?"
-    return f"; there are {', '.join(known)}" if len(known) <= 20 else ""
+    return f"; there are {', '.join(known)}" if len(known) <= MOST_NAMED else ""

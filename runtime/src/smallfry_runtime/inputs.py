@@ -167,11 +167,21 @@ def _from_path(given: str) -> Iterator[InputImage]:
         if not images and not unread:
             yield InputImage(given, None, f"{given}: there are no images in this folder")
     else:
-        matches = sorted(glob.glob(place, recursive=True)) if glob.has_magic(place) else []
+        matches = _matches(place) if glob.has_magic(place) else []
         for match in matches:
             yield from _from_path(match)
         if not matches:
             yield InputImage(given, None, f"{given}: there is no such file or folder")
+
+
+def _matches(pattern: str) -> list[str]:
+    """Return the files that match a pattern, or one below a folder named like a pattern."""
+    found = glob.glob(pattern, recursive=True)
+    above = next((path for path in Path(pattern).parents if path.is_dir()), None)
+    if not found and above is not None:
+        rest = Path(pattern).relative_to(above)
+        found = glob.glob(os.path.join(glob.escape(str(above)), rest), recursive=True)
+    return sorted(found)
 
 
 def _from_stdin(stdin: BinaryIO) -> Iterator[InputImage]:

@@ -25,6 +25,7 @@ from smallfry_runtime.frames import PIXELS
 from smallfry_runtime.images import Encoded, decode
 from smallfry_runtime.inputs import InputImage
 from smallfry_runtime.manifest import Manifest, manifest_of, read_export, restored_graphs
+from smallfry_runtime.names import path_of
 from smallfry_runtime.predictions import (
     NOT_FINITE,
     Answer,
@@ -75,7 +76,7 @@ class Runtime:
         threads: int | None = None,
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ) -> None:
-        folder = Path(export)
+        folder = path_of(str(export))
         self._arguments = (folder.absolute(), threads, tuple(providers))
         self._submodels: dict[str, Runtime] = {}  # those in use
         self.manifest, contents = read_export(folder)

@@ -27,17 +27,52 @@ ALIASES = {
     "find_lr": Alias("find_lr", "learning_rate.png"),
     "freeze_epochs": Alias("model.freeze_epochs", ""),
 }
-ELSEWHERE = {  # names in timm, Lightning and ultralytics that are not alike
-    "learning_rate": "optimizer.lr",
-    "opt": "optimizer.name",
-    "arch": "model.name",
-    "imgsz": "data.image_size",
-    "input_size": "data.image_size",
-    "batch": "batch_size",
-    "max_epochs": "epochs",
-    "smoothing": "objective.label_smoothing",
-    "aa": "augment.randaugment_ops",
+FOLDER = ("run", "to", "folder")  # that a verb writes
+ELSEWHERE = {  # names in timm, Lightning, ultralytics and scikit-learn that are not alike
+    "learning_rate": ("optimizer.lr",),
+    "learning_rate_init": ("optimizer.lr",),
+    "lr0": ("optimizer.lr",),
+    "wd": ("optimizer.weight_decay",),
+    "opt": ("optimizer.name",),
+    "clip_grad": ("optimizer.clip",),
+    "gradient_clip_val": ("optimizer.clip",),
+    "arch": ("model.name",),
+    "drop": ("model.drop_rate",),
+    "weights": ("model.start", "run"),
+    "initial_checkpoint": ("model.start",),
+    "ckpt_path": ("resume", "run"),
+    "model": ("run", "models", "candidates"),
+    "source": ("inputs",),
+    "image": ("inputs",),
+    "imgsz": ("data.image_size",),
+    "input_size": ("data.image_size",),
+    "val_split": ("data.validation",),
+    "validation_split": ("data.validation",),
+    "test_size": ("data.test",),
+    "batch": ("batch_size",),
+    "grad_accum_steps": ("accumulate",),
+    "accumulate_grad_batches": ("accumulate",),
+    "max_epochs": ("epochs",),
+    "max_iter": ("epochs",),
+    "random_state": ("seed",),
+    "accelerator": ("device",),
+    "gpu": ("device",),
+    "gpus": ("device",),
+    "amp": ("precision",),
+    "half": ("precision",),
+    "int8": ("precision",),
+    "format": ("target",),
+    "smoothing": ("objective.label_smoothing",),
+    "aa": ("augment.randaugment_ops",),
+    "hflip": ("augment.flip",),
+    "fliplr": ("augment.flip",),
+    "reprob": ("augment.erasing",),
+    **dict.fromkeys(("out", "output", "out_dir", "output_dir", "outdir", "save_dir"), FOLDER),
+    **dict.fromkeys(("project", "experiment", "default_root_dir"), FOLDER),
 }
+UNNEEDED = dict.fromkeys(
+    ("num_classes", "n_classes", "nc"), "; leave it out: the classes are those of the data"
+)
 
 
 def expand_aliases(arguments: Sequence[str], options: Collection[str]) -> list[str]:
@@ -79,7 +114,7 @@ def like_named(name: str, options: Iterable[str]) -> str:
     full: dict[str, list[str]] = {}
     for option in options:
         full.setdefault(option.rpartition(".")[2], []).append(option)
-    found = [each for each in (ELSEWHERE.get(plain),) if each in {*options}]
+    found = [each for each in ELSEWHERE.get(plain, ()) if each in {*options}][:1]
     found = found or full.get(plain, [])
     if not found:
         found = [o for part in get_close_matches(plain, full, n=1, cutoff=0.75) for o in full[part]]

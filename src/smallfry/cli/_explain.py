@@ -6,15 +6,17 @@ choices of an option from its dataclass. Taken from the text are the name of an 
 file, the option of a wrong value, and that value.
 """
 
+import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 from jsonargparse import ArgumentError
 
-from smallfry.cli._aliases import like_named
+from smallfry.cli._aliases import ELSEWHERE, UNNEEDED, like_named
+from smallfry.cli._numbers import NUMBER, kinds
 from smallfry.errors import UsageError, nearest
 from smallfry.io.terminal import shortened
 
@@ -23,7 +25,11 @@ OF_ALL = ("help", "debug", "config", "print_config")  # options that jsonargpars
 
 
 def explain(
-    error: ArgumentError, arguments: Sequence[str], command: str, options: Mapping[str, Any]
+    error: ArgumentError,
+    arguments: Sequence[str],
+    command: str,
+    options: Mapping[str, Any],
+    places: Sequence[str] = (),
 ) -> str:
     """Format the message of an error.
 
@@ -32,24 +38,23 @@ def explain(
         arguments: The command line behind the verb.
         command: The verb, or verb and subcommand.
         options: The type of every option, by dotted name.
+        places: Those of them that are given by their place, without a name.
     """
     message = " ".join(str(error).split())
-    unknown = _unknown_option(arguments, options)
+    named = {name: hint for name, hint in options.items() if name not in places}
+    unknown = unknown_option(arguments, named)
     if unknown is None and isinstance(error.__cause__, KeyError):
         # "Option 'nmae' is not accepted", or "Group 'data' does not accept option 'nmae'"
         unknown = ".".join(re.findall(r"'([^']+)'", message))
     if unknown:
-        hint = "" if "." in unknown else like_named(unknown, options)
-        hint = hint or nearest(unknown, _known(options))
-        hint = hint or f"; smallfry {command} --help lists them"
-        return f"{command} has no option '{unknown}'{hint}"
+        return refused(unknown, command, named, places)
     if message.startswith(NO_SETTINGS):
         content = shortened(message.removeprefix(NO_SETTINGS).strip()) or "nothing"
         return f"config: expected lines of settings, such as 'epochs: 3', got {content}"
     # 'Parser key "data.limit": … Got value: x', at the end of which a union has 'Given value: x'
     match = re.fullmatch(r'Parser key "([\w.]+)":? ?(.*)', message)
     if match is None:
-        return _other(message, command)
+        return _other(message, arguments, command, named)
     name, reason = match.groups()
     _, wrong_value, value = reason.rpartition(" value: ")
     if not wrong_value or name not in options:
@@ -58,16 +63,53 @@ def explain(
     close = nearest(value, choices) if choices else ""
     if not close.startswith("; did you mean"):  # all of them are named already
         close = ""
-    if get_origin(options[name]) is list and not value.startswith("["):
+    if _lacks_brackets(value, options[name]):
         close = f"; a list has brackets: '[{value}]'"
     return f"{name}: expected {expected}, got '{value}'{close}"
 
 
-def _other(message: str, command: str) -> str:
+def refused(unknown: str, command: str, named: Mapping[str, Any], places: Sequence[str]) -> str:
+    """Format the message about an unknown option.
+
+    Args:
+        unknown: The option.
+        command: As in ``explain``.
+        named: The type of every option with a name.
+        places: Names of the values that are given by their place.
+    """
+    plain = unknown.replace("-", "_").rpartition(".")[2]
+    if not {plain, *ELSEWHERE.get(plain, ())}.isdisjoint(places):
+        usage = " ".join(("smallfry", command, *map(str.upper, places)))
+        hint = f"; give its value without '--{unknown}': {usage}"
+    else:
+        hint = UNNEEDED.get(plain, "") or ("" if "." in unknown else like_named(unknown, named))
+    hint = hint or nearest(unknown, _known(named))
+    return f"{command} has no option '{unknown}'{hint or f'; smallfry {command} --help lists them'}"
+
+
+def _other(message: str, arguments: Sequence[str], command: str, named: Mapping[str, Any]) -> str:
     """Complete an error that is about no option's value."""
-    if message.startswith("the following arguments are required:"):
-        return f"{message}; smallfry {command} --help describes them"
-    return message
+    _, unexpected, words = message.partition("unrecognized arguments: ")
+    if unexpected and (meant := _meant(words, arguments, named)):
+        return f"{message}; did you mean {meant}?"
+    return f"{message}; smallfry {command} --help describes what it takes"
+
+
+def _meant(words: str, arguments: Sequence[str], named: Mapping[str, Any]) -> str:
+    """Return the option that words without one are meant for; or nothing."""
+    name, equals, value = words.split()[0].partition("=")
+    if equals and name in _known(named):  # as ultralytics has its options
+        return f"--{name} {value}"
+    places = ("data.name", "to") if os.path.isdir(words) else ("to", "data.name")
+    place = next((each.removesuffix(".name") for each in places if each in named), None)
+    given = {argument.partition("=")[0] for argument in arguments}
+    if (
+        place is None
+        or NUMBER.fullmatch(words)
+        or not given.isdisjoint({f"--{place}", f"--{place}.name"})
+    ):
+        return ""
+    return f"--{place} {shlex.quote(words)}"
 
 
 def unreadable(error: Exception) -> UsageError:
@@ -81,7 +123,7 @@ def _known(options: Mapping[str, Any]) -> set[str]:
     return {*options, *(name.rpartition(".")[0] or name for name in options), *OF_ALL}
 
 
-def _unknown_option(arguments: Sequence[str], options: Mapping[str, Any]) -> str | None:
+def unknown_option(arguments: Sequence[str], options: Mapping[str, Any]) -> str | None:
     """Return the first unknown option of a command line."""
     known = _known(options)
     for argument in arguments:
@@ -91,7 +133,7 @@ def _unknown_option(arguments: Sequence[str], options: Mapping[str, Any]) -> str
             name = argument[2:].partition("=")[0]
             # --model.options.key sets an entry of a mapping, --data.mean+ extends a list
             of_value = any(
-                name.startswith(f"{option}.") and not _is_plain(hint)
+                name.startswith(f"{option}.") and _has_entries(hint)
                 for option, hint in options.items()
             )
             if name.rstrip("+") not in known and not of_value:
@@ -99,22 +141,30 @@ def _unknown_option(arguments: Sequence[str], options: Mapping[str, Any]) -> str
     return None
 
 
-def _is_plain(hint: Any) -> bool:
-    """Return whether a type has a single value, without entries to be set one by one."""
-    if get_origin(hint) in (Union, UnionType):
-        return all(_is_plain(each) for each in get_args(hint))
-    return get_origin(hint) is Literal or hint in (bool, int, float, str, Path, NoneType)
+def _has_entries(hint: Any) -> bool:
+    """Return whether a type has values with entries to be set one by one."""
+    return hint is Any or any((get_origin(kind) or kind) in (dict, Mapping) for kind in kinds(hint))
+
+
+def _lacks_brackets(value: str, hint: Any) -> bool:
+    """Return whether a value in brackets would be a list of the type."""
+    lists = [kind for kind in kinds(hint) if get_origin(kind) in (list, tuple)]
+    of_names = any(get_args(kind)[0] in (str, Any) for kind in lists)
+    of_numbers = bool(lists) and all(map(NUMBER.fullmatch, value.split(",")))
+    return not value.startswith("[") and (of_names or of_numbers)
 
 
 def _expected(hint: Any) -> tuple[str, list[str]]:
     """Return the name of a type, and its choices."""
-    if get_origin(hint) in (Union, UnionType):
-        kinds = [_expected(each) for each in get_args(hint) if each is not NoneType]
-        names = [kind for kind, _ in kinds] + ["null"] * (NoneType in get_args(hint))
-        return " or ".join(names), kinds[0][1]
+    if len(kinds(hint)) > 1:
+        found = [_expected(each) for each in kinds(hint) if each is not NoneType]
+        names = [kind for kind, _ in found] + ["null"] * (NoneType in kinds(hint))
+        return " or ".join(names), found[0][1]
     if get_origin(hint) is Literal:
         choices = [str(value) for value in get_args(hint)]
         return f"one of {', '.join(choices)}", choices
     if get_origin(hint) in (list, tuple):
-        return str(hint).replace("[typing.Any]", ""), []
+        return str(hint).replace("tuple", "list").replace("[typing.Any]", "").replace(
+            ", ...", ""
+        ), []
     return (get_origin(hint) or hint).__name__, []

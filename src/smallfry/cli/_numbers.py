@@ -44,13 +44,14 @@ def join_numbers(arguments: Sequence[str], types: Mapping[str, Any]) -> list[str
 
 
 def _takes_numbers(hint: Any) -> bool:
-    return any(get_origin(k) is list and get_args(k)[0] in (int, float) for k in _kinds(hint))
+    return any(get_origin(k) is list and get_args(k)[0] in (int, float) for k in kinds(hint))
 
 
 def _takes_lists_alone(hint: Any) -> bool:
-    kinds = {*_kinds(hint)} - {NoneType}
-    return _takes_numbers(hint) and all(get_origin(kind) is list for kind in kinds)
+    others = {*kinds(hint)} - {NoneType}
+    return _takes_numbers(hint) and all(get_origin(kind) is list for kind in others)
 
 
-def _kinds(hint: Any) -> tuple[Any, ...]:
+def kinds(hint: Any) -> tuple[Any, ...]:
+    """Return the types of a union, or the type alone."""
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)

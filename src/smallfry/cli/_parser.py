@@ -17,7 +17,7 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from smallfry.cli._aliases import expand_aliases
-from smallfry.cli._explain import explain, unreadable
+from smallfry.cli._explain import explain, refused, unknown_option, unreadable
 from smallfry.cli._fields import METAVAR, ROLE, Choice
 from smallfry.cli._numbers import join_numbers
 from smallfry.cli._verbs import Verb, load_verb, verb_names
@@ -52,6 +52,7 @@ class _Form(NamedTuple):
     parser: ArgumentParser
     kind: type  # Options
     types: Mapping[str, Any]  # of every option, by dotted name
+    places: tuple[str, ...]  # options that are given by their place
     settings: type | None  # class of the field that `settings_of` marks
 
 
@@ -231,7 +232,7 @@ def _form(words: tuple[str, ...], presets: frozenset[str]) -> _Form:
         parser.set_defaults(dict(choice.defaults))
         for preset in presets:
             parser.set_defaults(dict(choice.presets[preset]))
-    return _Form(parser, kind, types, settings)
+    return _Form(parser, kind, types, _places(kind), settings)
 
 
 def _parser(words: tuple[str, ...], description: str) -> ArgumentParser:
@@ -260,11 +261,22 @@ def _add_options(container: Any, kind: Any, types: dict[str, Any], prefix: str =
             continue
         name = f"{prefix}{entry.name}"
         types[name] = get_args(hint)[0] if get_origin(hint) is tuple else hint
-        positional = role == "argument" or _is_required(entry)
+        positional = _has_a_place(entry)
         details = _details(entry, hint, positional)
         container.add_argument(
             name if positional else f"--{name}", help=helps.get(entry.name), **details
         )
+
+
+def _places(kind: Any) -> tuple[str, ...]:
+    unnamed = ("settings", "given", "choice")
+    found = [entry for entry in fields(kind) if entry.metadata.get(ROLE) not in unnamed]
+    return tuple(entry.name for entry in found if _has_a_place(entry))
+
+
+def _has_a_place(entry: "Field[Any]") -> bool:
+    """Return whether a field is positional."""
+    return entry.metadata.get(ROLE) == "argument" or _is_required(entry)
 
 
 def _details(entry: "Field[Any]", hint: Any, positional: bool) -> dict[str, Any]:
@@ -320,11 +332,15 @@ def _leaves(kind: Any, prefix: str = "") -> dict[str, Any]:
 
 def _parsed(form: _Form, arguments: Sequence[str], command: str) -> Namespace:
     try:
-        return form.parser.parse_args(list(arguments))
+        parsed = form.parser.parse_args(list(arguments))
     except ArgumentError as error:
-        raise UsageError(explain(error, arguments, command, form.types)) from error
+        message = explain(error, arguments, command, form.types, form.places)
+        raise UsageError(message) from error
     except Exception as error:  # jsonargparse raises almost anything, given a foreign file
         raise unreadable(error) from error
+    if entry := unknown_option(arguments, form.types):  # of a list, which has none by name
+        raise UsageError(refused(entry, command, form.types, form.places))
+    return parsed
 
 
 def _given(form: _Form, arguments: Sequence[str]) -> dict[str, Any]:

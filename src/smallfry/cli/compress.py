@@ -90,7 +90,7 @@ def run(options: Options) -> int:
     from smallfry.training.checkpoint import write_file
     from smallfry.training.evaluation_data import load_like
     from smallfry.training.method import from_dict
-    from smallfry.training.run import RunFolder
+    from smallfry.training.run import RunFolder, require_classes
 
     methods = [from_dict(each) for each in options.settings.methods]
     training = [method.name for method in methods if method.trains]
@@ -103,6 +103,7 @@ def run(options: Options) -> int:
     if not options.settings.tunes:
         RunFolder(place.expanduser()).require_free()
     data, *_ = load_like(trained, options.run, options.data.name, options.data.root, "train")
+    require_classes(trained, data.classes, data.origin)
     reports: list[dict[str, Any]] = []
     small, folder = _compressed(options, trained, methods, data, place, reports)
     found = compare(trained, small, data.validation)

@@ -126,11 +126,13 @@ def _submodels(options: Options, trained: "TrainedModel") -> int:
     """Measure all sub-models, keep their figures with the run, and print them."""
     from smallfry.deploy.submodels import FIGURES, measure, write_table
     from smallfry.training.evaluation_data import load_like
+    from smallfry.training.run import require_classes
     from smallfry.transforms.nested import nest_of
 
     nest_of(trained.model)
     data = options.data
-    _, images, _ = load_like(trained, options.run, data.name, data.root, "validation")
+    loaded, images, _ = load_like(trained, options.run, data.name, data.root, "validation")
+    require_classes(trained, loaded.classes, loaded.origin)
     rows = measure(trained, images)
     if trained.origin is not None:
         write_table(rows, trained, trained.origin)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from fnmatch import filter as fnmatch_filter
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ class Options(AsJson):
     published code; smallfry's own is Apache-2.0 throughout.
 
     Args:
-        pattern: Pattern of names, such as 'vitrm_*'.
+        pattern: Name, part of names, or a pattern such as 'vitrm_*'.
         json: Print one JSON object per line.
     """
 
@@ -46,11 +47,13 @@ def run(options: Options) -> int:
 
     from smallfry.models.sources import TIMM, Source, is_ours, source_of
 
-    names = [
+    known = [
         name
-        for name in timm.list_models(options.pattern)
+        for name in timm.list_models()
         if is_ours(name) or any(fnmatch(name, pattern) for pattern in TIMM)
     ]
+    pattern = options.pattern
+    names = fnmatch_filter(known, pattern) or [name for name in known if pattern in name]
     if not names:
         raise UsageError(
             f"no model of smallfry matches '{options.pattern}'; smallfry models lists them all"

@@ -65,9 +65,10 @@ def decode_split(
     require_labels(split, classes)
     images, unreadable, found = decoded(split, size, channels, bit_depth)
     if unreadable and not skip_unreadable:
-        more = f" and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
+        count = len(unreadable)
+        them = "it" if count == 1 else f"this and {count - 1} more images that can't be read"
         raise DataError(
-            f"{unreadable[0].reason}{more}; fix or remove it, or skip such images: "
+            f"{unreadable[0].reason}; fix or remove {them}, or skip such images: "
             f"--data.skip_unreadable true"
         )
     if unreadable:

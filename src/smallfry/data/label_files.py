@@ -35,6 +35,7 @@ LABEL_NAMES = ("label", "class", "category", "target", "class_name")
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # that names may lack
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 DELIMITERS = ",;\t|"
+ROW_NUMBERS = ("", "Unnamed: 0")  # names of the column of row numbers that pandas writes
 
 
 class LabelColumns(NamedTuple):
@@ -140,7 +141,8 @@ def read_records(
     records = list(_json_records(place, text) if is_json else _csv_records(place, text))
     if not records:
         raise DataError(f"{place}: holds no images; expected column names and a row for each image")
-    names = list(dict.fromkeys(name for _, record in records for name in record))
+    every = dict.fromkeys(name for _, record in records for name in record)
+    names = [name for name in every if name not in ROW_NUMBERS]
     image = choose_column(place, names, columns.image, "image_column", IMAGE_NAMES)
     split = None
     if columns.split is not None or "split" in (name.lower() for name in names):

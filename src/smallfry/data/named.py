@@ -46,6 +46,12 @@ def is_named(name: str) -> bool:
     return name in NAMED or find_reader(name) is not None
 
 
+def full_name(name: str) -> str:
+    """Return the absolute path of a folder of data; the name of other data as it is."""
+    folder = path_of(name)
+    return str(folder.resolve()) if not is_named(name) and folder.is_dir() else name
+
+
 def find_source(
     name: str,
     root: Path | None = None,

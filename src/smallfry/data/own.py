@@ -11,11 +11,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
+from torch.utils.data import Subset
 
 from smallfry.data.cache import cache_folder
-from smallfry.data.sources import SPLIT_NAMES, TRAIN
+from smallfry.data.sources import SPLIT_NAMES, TRAIN, without_bars
 from smallfry.errors import DataError, UsageError
 from smallfry.io.replace import replacing
+from smallfry_runtime.names import path_of
 
 EXPECTED = (
     "expected a folder, a pair of images and labels, a torch or Hugging Face Dataset, or a mapping "
@@ -29,9 +31,33 @@ TRANSPARENT = {"La": "LA", "PA": "RGBA", "RGBa": "RGBA"}  # and what holds their
 def is_own(data: Any) -> bool:
     """Return whether data is an object to be written, not a name or settings."""
     if isinstance(data, Mapping):
-        return bool(data) and {*data} <= {*SPLIT_NAMES}
+        arrays = "name" not in data and any(map(_is_array, data.values()))
+        return bool(data) and ({*data} <= {*SPLIT_NAMES} or arrays)
     sized = hasattr(data, "__getitem__") and hasattr(data, "__len__")
     return sized and not isinstance(data, str)
+
+
+def _is_array(value: Any) -> bool:
+    """Return whether a value is of an array or a Dataset, which no setting is."""
+    sized = hasattr(value, "__getitem__") and hasattr(value, "__len__")
+    return sized and not isinstance(value, str | list | tuple | Mapping)
+
+
+def place_of(data: Any, classes: Sequence[str] | None = None) -> str:
+    """Return the name or folder of data, that of objects in the cache folder.
+
+    Args:
+        data: A name, a folder, or objects as ``write_data``.
+        classes: Names of the classes where labels are numbers and objects have none themselves.
+
+    Raises:
+        UsageError, DataError: As ``write_data``.
+    """
+    if isinstance(data, str | Path):
+        return str(data)
+    parts = data.values() if isinstance(data, Mapping) else (data,)
+    named = any(_classes_of(part) is not None for part in parts)
+    return str(keep_data(data, None if named else classes))
 
 
 def keep_data(data: Any, classes: Sequence[str] | None = None) -> Path:
@@ -84,7 +110,7 @@ def write_data(data: Any, folder: str | Path, classes: Sequence[str] | None = No
 
 def _write(tables: Mapping[str, Any], folder: Path) -> None:
     try:
-        with replacing(folder) as new:
+        with replacing(folder) as new, without_bars():
             for split, table in tables.items():
                 table.to_parquet(new / f"{split}-00000-of-00001.parquet")
     except OSError as error:
@@ -94,13 +120,20 @@ def _write(tables: Mapping[str, Any], folder: Path) -> None:
 def _splits(data: Any) -> dict[str, Any]:
     """Return the parts of data by split."""
     if not is_own(data):
-        raise UsageError(f"data of the type {type(data).__name__}: {EXPECTED}")
+        raise _unusable(data)
     if not isinstance(data, Mapping):
         return {TRAIN: data}
-    parts = {SPLIT_NAMES[name]: part for name, part in data.items()}
-    if len(parts) < len(data) or TRAIN not in parts:
-        raise UsageError(f"data has the splits {', '.join(data)}: expected train, and each once")
+    parts = {SPLIT_NAMES.get(name, name): part for name, part in data.items()}
+    if len(parts) < len(data) or not {TRAIN} <= {*parts} <= {*SPLIT_NAMES.values()}:
+        raise UsageError(
+            f"data has the splits {', '.join(data)}: expected train, and each once; images and "
+            "labels are a tuple"
+        )
     return parts
+
+
+def _unusable(data: Any) -> UsageError:
+    return UsageError(f"data of the type {type(data).__name__}: {EXPECTED}")
 
 
 def _table(part: Any, classes: Sequence[str] | None) -> Any:
@@ -119,9 +152,9 @@ def _table(part: Any, classes: Sequence[str] | None) -> Any:
         pairs: Iterable[tuple[Any, Any]] = zip(images, labels, strict=True)
     elif hasattr(part, "__getitem__") and hasattr(part, "__len__"):
         pairs = _samples(part)
-        classes = classes or getattr(part, "classes", None)
+        classes = classes or _classes_of(part)
     else:
-        raise UsageError(f"data of the type {type(part).__name__}: {EXPECTED}")
+        raise _unusable(part)
     encoded, found = [], []
     for number, (image, label) in enumerate(pairs):
         encoded.append({"bytes": _png(image, f"image {number}"), "path": None})
@@ -133,11 +166,24 @@ def _table(part: Any, classes: Sequence[str] | None) -> Any:
     return datasets.Dataset.from_dict({"image": encoded, "label": found}, features=features)
 
 
+def _classes_of(data: Any) -> Sequence[str] | None:
+    """Return the classes of a torch Dataset, or of the one that it is a subset of."""
+    while isinstance(data, Subset):
+        data = data.dataset
+    return getattr(data, "classes", None)
+
+
 def _samples(data: Any) -> Iterator[tuple[Any, Any]]:
     for number in range(len(data)):
-        sample = data[number]
+        try:
+            sample = data[number]
+        except KeyError as error:  # of a table, which has no samples by number
+            raise _unusable(data) from error
         if not isinstance(sample, tuple | list) or len(sample) != 2:
-            raise DataError(f"sample {number} is no pair of an image and a label: {type(sample)}")
+            raise DataError(
+                f"sample {number} is no pair of an image and a label but of the type "
+                f"{type(sample).__name__}; all images and all labels are a tuple: (images, labels)"
+            )
         yield sample[0], sample[1]
 
 
@@ -164,7 +210,7 @@ def _label(label: Any, number: int) -> int | str:
     if isinstance(label, str):
         return label
     value = np.asarray(label)
-    if value.size != 1 or not np.issubdtype(value.dtype, np.integer):
+    if value.size != 1 or value.dtype.kind not in "biu":
         raise DataError(f"label {number} must be a whole number or a name, not {label!r}")
     return int(value.reshape(()))
 
@@ -183,10 +229,16 @@ def as_picture(image: Any, where: str) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
     pixels: NDArray[Any] = np.asarray(image)
-    if pixels.dtype != np.uint8:
+    if pixels.dtype.kind not in "biuf":
         raise DataError(
-            f"{where}: pixels are {pixels.dtype}, expected uint8 from 0 to 255; of images from 0 "
-            "to 1, (255 * images).round().astype('uint8')"
+            f"{where}: of the type {type(image).__name__}; expected a picture of Pillow, or pixels "
+            "as an array or tensor"
+        )
+    if pixels.dtype != np.uint8:
+        scaled = "; of images from 0 to 1, (255 * images).round().astype('uint8')"
+        raise DataError(
+            f"{where}: pixels are {pixels.dtype}, expected uint8 from 0 to 255"
+            f"{scaled if pixels.dtype.kind == 'f' else ''}"
         )
     if pixels.ndim == 3 and pixels.shape[-1] not in (1, 3) and pixels.shape[0] in (1, 3):
         pixels = pixels.transpose(1, 2, 0)
@@ -213,7 +265,7 @@ def _for_png(picture: Image.Image, where: str) -> Image.Image:
 def _png(image: Any, where: str) -> bytes:
     if isinstance(image, str | Path):
         try:
-            return Path(image).read_bytes()
+            return path_of(str(image)).read_bytes()
         except OSError as error:
             raise DataError(f"{image}: can't be read ({error})") from error
     encoded = io.BytesIO()

@@ -145,6 +145,20 @@ def read_hub(name: str, hub: Hub, label: str | None = None) -> Source:
 
 
 @contextmanager
+def without_bars() -> Iterator[None]:
+    """Hide the progress bars of ``datasets``, which count files and rows."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
 def _offline() -> Iterator[None]:
     """Restrict ``datasets`` to its cache."""
     import datasets
@@ -216,9 +230,10 @@ def read_parquet(
     try:
         for split, files in shards.items():  # one by one, as each may have class names of its own
             given = {split: list(map(str, files))}
-            loaded = datasets.load_dataset(
-                "parquet", data_files=given, batch_size=rows[split], columns=columns
-            )
+            with without_bars():
+                loaded = datasets.load_dataset(
+                    "parquet", data_files=given, batch_size=rows[split], columns=columns
+                )
             tables[split] = loaded[split]
     except Exception as error:
         raise DataError(

@@ -61,6 +61,7 @@ from smallfry_runtime.manifest import (
     require_free,
     restored_graphs,
 )
+from smallfry_runtime.names import path_of
 from smallfry_runtime.runtime import Runtime
 from smallfry_runtime.storage import PACKED, PLAIN, SHARED, base_of
 from smallfry_runtime.variants import FULL
@@ -117,7 +118,7 @@ def export(
         >>> smallfry.export("runs/digits", "exports/digits", precision="int8")  # doctest: +SKIP
         PosixPath('exports/digits')
     """
-    folder = Path(folder)
+    folder = path_of(str(folder))
     _require_precision(precision, target)
     needed = precision == "int8"
     try:

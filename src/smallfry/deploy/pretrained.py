@@ -53,6 +53,7 @@ from smallfry.training.run import (
 )
 from smallfry.version import __version__
 from smallfry_runtime.manifest import is_export
+from smallfry_runtime.names import path_of
 from smallfry_runtime.stages import obstacle
 
 CARD, PICTURE = "README.md", "confusion_matrix.png"
@@ -179,11 +180,15 @@ def load_trained(run: str | Path, checkpoint: str = "best") -> TrainedModel:
         >>> trained = smallfry.load("runs/digits")  # doctest: +SKIP
         >>> trained.predict("photo.png")[0].top  # doctest: +SKIP
     """
-    scheme = str(run).partition(":")[0]
-    if scheme in (*HUB, LOCAL) or is_shared(Path(run)):
+    path = path_of(str(run))
+    if str(run).partition(":")[0] in (*HUB, LOCAL):
         return from_pretrained(run)
-    if is_export(Path(run)):
-        raise RunError(f"{run}: is an export, for predict and benchmark only; pass its run instead")
+    if is_shared(path):
+        return from_pretrained(path)
+    if is_export(path):
+        raise RunError(
+            f"{run}: is an export, for predict, serve and benchmark; pass its run instead"
+        )
     return load_run(run, checkpoint)
 
 
@@ -207,7 +212,7 @@ def gather(
     trained = run if isinstance(run, TrainedModel) else load_trained(run, checkpoint)
     if isinstance(run, TrainedModel):
         return run, metadata_of_model(run), None
-    path, picture = Path(run), None
+    path, picture = path_of(str(run)), None
     if str(run).partition(":")[0] in (*HUB, LOCAL) or is_shared(path):
         facts, picture = metadata_of_model(trained), path / PICTURE
     else:

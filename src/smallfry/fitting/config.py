@@ -73,9 +73,10 @@ class FitConfig:
             given = getattr(self, name)
             if given is not None and not 0 < given < math.inf:
                 raise UsageError(f"{name} must be more than 0 and finite, got {given}")
-        if self.min_accuracy is not None and not 0 < self.min_accuracy <= 100:
+        if self.min_accuracy is not None and not 1 < self.min_accuracy <= 100:
             raise UsageError(
-                f"min_accuracy is a percentage above 0 and at most 100, got {self.min_accuracy}"
+                "min_accuracy is a percentage above 1 and at most 100, such as 90, got "
+                f"{self.min_accuracy:g}"
             )
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"threads must be at least 1, got {self.threads}")
@@ -105,7 +106,10 @@ class FitConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain data by dotted name, to compare with another fit."""
+        from smallfry.data.named import full_name
+
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         data = {f"data.{k}": v for k, v in vars(values.pop("data")).items()}
+        data["data.name"] = full_name(self.data.name)
         found: dict[str, Any] = strict({**values, **data})
         return {name: value for name, value in found.items() if name not in UNCOMPARED}

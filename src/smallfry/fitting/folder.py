@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from smallfry.data.named import full_name
 from smallfry.errors import RunError, UsageError
 from smallfry.fitting.config import FitConfig
 from smallfry.io.json import strict
@@ -42,6 +43,8 @@ def read_result(config: FitConfig, folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{file}: damaged ({error!r}); use another --to") from None
     now, default = config.to_dict(), FitConfig().to_dict()
+    if isinstance(name := before.get("data.name"), str):  # of earlier versions, as it was given
+        before["data.name"] = full_name(name)
     for name in sorted({*before, *now}):
         was = before.get(name, default.get(name))
         if was != now.get(name):

@@ -46,7 +46,7 @@ def load_like(
         UsageError: No data is named, neither here nor by the run.
         DataError: The data can't be used, or the split is empty.
     """
-    file = RunFolder(Path(run)).config
+    file = RunFolder(path_of(str(run))).config
     before = _sized(read_config(file).data, trained) if file.is_file() else None
     if name is None:
         data = _data_of_the_run(trained, run, before, root, split)

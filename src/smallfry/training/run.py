@@ -42,7 +42,7 @@ from smallfry_runtime.files import read_bytes, read_json
 from smallfry_runtime.frames import PIXELS, VALUES, Frame, ImageSize, Resize, frame_of
 from smallfry_runtime.images import FULL_DEPTH, is_bit_depth
 from smallfry_runtime.manifest import MOST_CHANNELS
-from smallfry_runtime.names import text_of
+from smallfry_runtime.names import path_of, text_of
 from smallfry_runtime.predictions import Answer
 from smallfry_runtime.stages import entries
 
@@ -238,8 +238,10 @@ class TrainedModel(NamedTuple):
         """Classify images.
 
         Args:
-            images: A file, folder or glob, an image of Pillow, pixels of one (height, width,
-                channels or channels first) or of several images, uint8; or a list of these.
+            images: A file, folder or glob, an open file or its bytes, an image of Pillow, pixels
+                of one (height, width, channels or channels first) or of several images, uint8; or a
+                list of these. Three grey images have the shape of one in colour: a model of grey
+                images takes them for three.
             top_k: Number of classes in each answer.
 
         Raises:
@@ -270,12 +272,13 @@ class TrainedModel(NamedTuple):
 
         Args:
             data: A name, folder or objects, as for ``smallfry.train``; default the run's own. Other
-                data is scored on its test split, or on all images if it has none.
+                data is scored on its test split, or on all images if it has none. Labels that are
+                numbers are places in the model's classes, if the data has no names of its own.
             split: train, validation or test.
 
         Raises:
             UsageError: No data is known, or it is of another kind.
-            DataError: It can't be used.
+            DataError: It can't be used, or has none of the model's classes.
         """
         found: dict[str, Any] = import_module(USE).evaluate_on(self, data, split)
         return found
@@ -329,7 +332,7 @@ def load_run(run: str | Path, checkpoint: str = "best") -> TrainedModel:
     Raises:
         RunError: Missing, incomplete, damaged, or written by another version.
     """
-    path = Path(run)
+    path = path_of(str(run))
     if (path / "manifest.json").is_file():
         folder = path
     else:
@@ -358,7 +361,7 @@ def load_run(run: str | Path, checkpoint: str = "best") -> TrainedModel:
     return TrainedModel(
         *(model, tuple(classes), frame.size, sample["channels"], normalize, manifest),
         sample.get("bit_depth"),
-        path if (path / RUN_CONFIG).is_file() else path.parent,
+        (path if (path / RUN_CONFIG).is_file() else path.parent).absolute(),
         resize=frame.resize,
     )
 
@@ -431,7 +434,7 @@ def require_classes(trained: TrainedModel, classes: Sequence[str], origin: str) 
     ours, theirs = ", ".join(trained.classes[:4]), ", ".join(classes[:4])
     raise DataError(
         f"the model has {len(trained.classes)} classes ({ours}, …), {origin} has "
-        f"{len(classes)} ({theirs}, …); evaluate it on data with its own classes"
+        f"{len(classes)} ({theirs}, …); give data with its own classes"
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import numpy as np
 
 from smallfry.errors import UsageError
+from smallfry.io.terminal import shortened
 
 MOST_NUMBER = 2**31  # of whole numbers but seeds; PyTorch counts much with 32 bits
 NUMPY = (np.number, np.bool_)
@@ -124,4 +125,5 @@ def _several(value: Any, origin: Any, inner: tuple[Any, ...], name: str) -> Any:
 
 def _require(right: bool, name: str, wanted: str, value: Any) -> None:
     if not right:
-        raise UsageError(f"{name} must be {wanted}, not {value!r}")
+        given = shortened(" ".join(repr(value).split()))
+        raise UsageError(f"{name} must be {wanted}, not {given}")

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from smallfry.costing import cost
-from smallfry.data import ImageData, is_named
-from smallfry.data.own import is_own, keep_data
+from smallfry.data import ImageData
+from smallfry.data.named import full_name
+from smallfry.data.own import is_own, place_of
 from smallfry.errors import (
     DataError,
     RunError,
@@ -36,8 +37,8 @@ from smallfry.training.batches import CHARACTERS
 from smallfry.training.build_objective import build_objective
 from smallfry.training.checkpoint import Checkpoint, has_checkpoint, load_checkpoint
 from smallfry.training.compression import CHOICE, DONE, LAST_EPOCH
-from smallfry.training.config import TrainConfig, TrainSettings, read_config
-from smallfry.training.continuation import require_changeable, with_changes
+from smallfry.training.config import DataConfig, TrainConfig, TrainSettings, read_config
+from smallfry.training.continuation import dotted, require_changeable, with_changes
 from smallfry.training.default_settings import describe_defaults, with_defaults, with_normed_rate
 from smallfry.training.distillation import distilled, require_same_teacher
 from smallfry.training.draw_run import draw_run
@@ -130,9 +131,13 @@ def run(
     known = TrainSettings.__annotations__
     for name in settings:
         if name not in known:
-            raise UsageError(f"train has no setting '{name}'{nearest(name, known)}")
-    if is_own(settings.get("data")):
-        settings["data"] = str(keep_data(settings["data"]))
+            groups = [each for each in dotted(TrainConfig().to_dict()) if each.endswith(f".{name}")]
+            inside = [f"{each.partition('.')[0]}={{'{name}': …}}" for each in groups]
+            hint = f"; did you mean {' or '.join(inside)}?" if inside else nearest(name, known)
+            raise UsageError(f"train has no setting '{name}'{hint}")
+    data = settings.get("data", {})
+    if is_own(data) or not isinstance(data, DataConfig | Mapping):
+        settings["data"] = place_of(data)
     plain, own = take_objects(with_recipe(settings), code)
     return TrainedRun(train(config or TrainConfig(**plain), code=own))
 
@@ -227,7 +232,7 @@ def resume(
     """
     changes = changes or {}
     require_changeable(changes)
-    folder = RunFolder(Path(run))
+    folder = RunFolder(path_of(str(run)))
     folder.require()
     recorded = read_config(folder.config)
     find_methods(recorded.methods)
@@ -308,15 +313,15 @@ def _restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
 def with_full_paths(config: TrainConfig) -> TrainConfig:
     """Make paths absolute, so that the run can be resumed and evaluated from any folder."""
     wanted = config.data
-    folder = path_of(wanted.name)
-    is_folder = not is_named(wanted.name) and folder.is_dir()
-    name = str(folder.resolve()) if is_folder else wanted.name
     root = None if wanted.root is None else path_of(str(wanted.root)).resolve()
     run = None if config.run is None else config.run.expanduser()
     start = config.model.start
     if isinstance(start, str) and path_of(start).exists():
         start = str(path_of(start).resolve())
-    model, data = replace(config.model, start=start), replace(wanted, name=name, root=root)
+    model, data = (
+        replace(config.model, start=start),
+        replace(wanted, name=full_name(wanted.name), root=root),
+    )
     teacher = config.distillation.teacher
     if teacher is not None and path_of(teacher).is_dir():
         teacher = str(path_of(teacher).resolve())

@@ -1,5 +1,6 @@
 """Result of a training in Python: its summary, and the model."""
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
@@ -18,16 +19,18 @@ class TrainedRun(dict[str, Any]):
 
     The keys are those of ``summary.json``. A notebook shows scores and pictures.
 
+    Attributes:
+        folder: The run folder, wherever the working directory moves.
+
     Example:
         >>> import smallfry
         >>> run = smallfry.train(data="photos", epochs=5)  # doctest: +SKIP
         >>> run.predict("new.jpg")[0].top  # doctest: +SKIP
     """
 
-    @property
-    def folder(self) -> Path:
-        """The run folder."""
-        return Path(self["run"])
+    def __init__(self, summary: Mapping[str, Any]) -> None:
+        super().__init__(summary)
+        self.folder = Path(self["run"]).absolute()
 
     @cached_property
     def model(self) -> TrainedModel:

@@ -8,15 +8,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from smallfry.data.own import as_picture, is_own, keep_data
+from smallfry.data.own import as_picture, place_of
 from smallfry.errors import UsageError
 from smallfry.training.evaluation import predict, require_finite, score, task_of
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.inference import classify, decode_images
-from smallfry.training.run import TrainedModel
+from smallfry.training.run import TrainedModel, require_classes
 from smallfry_runtime.errors import DataError
 from smallfry_runtime.inputs import InputImage, find_images
 from smallfry_runtime.predictions import Answer
+
+MOST_CHANNELS = 4  # of a picture
 
 
 def predict_images(trained: TrainedModel, images: Any, top_k: int = 3) -> list[Answer]:
@@ -44,12 +46,14 @@ def decode_answers(
 def _inputs(trained: TrainedModel, images: Any) -> Iterator[InputImage]:
     """Yield the images that are meant, by name."""
     arrays = trained.frame.is_array(trained.channels)
-    several = list(images) if _is_several(images, arrays) else [images]
+    several = images if is_several(images, arrays, trained.channels) else [images]
     for number, image in enumerate(several):
+        name = f"image {number}"
         if isinstance(image, str | Path):
             yield from find_images([str(image)], io.BytesIO())
+        elif isinstance(image, bytes) or hasattr(image, "read"):
+            yield InputImage(name, image if isinstance(image, bytes) else image.read())
         else:
-            name = f"image {number}"
             yield InputImage(name, _encoded(image) if arrays else as_picture(image, name))
 
 
@@ -60,27 +64,30 @@ def _encoded(array: Any) -> bytes:
     return stream.getvalue()
 
 
-def _is_several(images: Any, arrays: bool) -> bool:
-    """Return whether images are several: a list, or an array with a dimension of images."""
-    if isinstance(images, str | Path | Image.Image):
+def is_several(images: Any, arrays: bool, channels: int) -> bool:
+    """Return whether images are several: a list, or an array with a dimension of images.
+
+    Three grey pictures have the shape of one in colour; which they are follows from the model.
+    """
+    if isinstance(images, str | bytes | Path | Image.Image) or hasattr(images, "read"):
         return False
-    if isinstance(images, Sequence):
+    if isinstance(images, Sequence | Iterator):
         return True
     shape = np.shape(images)
-    if arrays:
-        return len(shape) == 4
-    return len(shape) == 4 or (len(shape) == 3 and 3 not in shape and 1 not in shape)
+    if arrays or len(shape) != 3:
+        return len(shape) == 4 or (len(shape) == 1 and not arrays)  # of names
+    first, last = shape[0], shape[-1]
+    return last > MOST_CHANNELS and first != 1 and (first != 3 or channels == 1)
 
 
 def evaluate_on(trained: TrainedModel, data: Any = None, split: str = "test") -> dict[str, Any]:
     """Score a model; see ``TrainedModel.evaluate``."""
     if split not in ("train", "validation", "test"):
         raise UsageError(f"split is train, validation or test, not '{split}'")
-    if is_own(data):
-        data = keep_data(data)
-    name = None if data is None else str(data)
+    name = None if data is None else place_of(data, trained.classes)
     place = trained.origin or Path()
-    _, images, found = load_like(trained, place, name, split=split)
+    loaded, images, found = load_like(trained, place, name, split=split)
+    require_classes(trained, loaded.classes, loaded.origin)
     answers = require_finite(predict(trained.model, images, trained.normalize))
     scores = score(answers, task_of(trained.manifest))
     return {"split": found, "images": len(images), **scores}

@@ -69,7 +69,10 @@ class SearchConfig:
                 "a search chooses on validation images: data.validation must be above 0"
             )
         if self.is_table and self.data != DataConfig():
-            raise UsageError(f"the table {self.space} has its own data: leave out data")
+            raise UsageError(
+                f"the table {self.space} has its own data: leave out data, or search a space of "
+                "your own with --space FILE"
+            )
         if self.policies is not None and self.strategy != "n2n":
             raise UsageError(f"policies are of the strategy n2n, not {self.strategy}")
         if (self.engine == "optuna") != (self.storage is not None):

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from smallfry.data.named import full_name
 from smallfry.errors import RunError, UsageError
 from smallfry.io.json import strict
 from smallfry.io.replace import write_whole
@@ -202,14 +203,16 @@ def _require_same(config: SearchConfig, problem: Problem, folder: Path) -> None:
     """
     now = {k: v for k, v in strict(asdict(config)).items() if k not in UNCOMPARED}
     now["data"].pop("root")
+    now["data"]["name"] = full_name(config.data.name)
     files = (folder / SETTINGS, (json.dumps(now, indent=1) + "\n")), (folder / SPACE, problem.text)
     for file, content in files:  # the first marks the folder as one of a search
         if not file.exists():
             write_whole(file, content.encode())
     try:
         before = dict(json.loads((folder / SETTINGS).read_text()))
+        before["data"]["name"] = full_name(before["data"]["name"])  # was kept as given
         text = (folder / SPACE).read_text()
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"{folder}: damaged ({error}); use another --to") from error
     for name in sorted({*before, *now}):
         if before.get(name) != now.get(name):
