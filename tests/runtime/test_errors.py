@@ -107,7 +107,7 @@ def test_a_name_of_the_systems_own_error_is_in_the_words(tmp_path):
         ("digitz", "; did you mean 'digits'?"),
         ("cif", "; did you mean 'cifar10'?"),
         ("zzz", "; there are cifar10, cifar100, digits"),
-        ("", "; did you mean 'cifar10'?"),
+        ("", "; there are cifar10, cifar100, digits"),
     ],
 )
 def test_the_nearest_name_is_suggested(name, suggestion):

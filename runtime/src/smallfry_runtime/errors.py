@@ -87,9 +87,12 @@ def refusal(error: OSError) -> str | None:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Suggest names for an unknown one: ``; did you mean 'digits'?``, or the list of them."""
+    """Suggest names for an unknown one: ``; did you mean 'digits'?``, or the list of them.
+
+    An empty name is like none of them.
+    """
     known = sorted(names)
     close = [k for k in known if k.startswith(name)] or get_close_matches(name, known, n=1)
-    if close:
+    if name and close:
         return f"; did you mean '{close[0]}'?"
     return f"; there are {', '.join(known)}" if len(known) <= 20 else ""

@@ -36,7 +36,7 @@ from smallfry.training.batches import CHARACTERS
 from smallfry.training.build_objective import build_objective
 from smallfry.training.checkpoint import Checkpoint, has_checkpoint, load_checkpoint
 from smallfry.training.compression import CHOICE, DONE, LAST_EPOCH
-from smallfry.training.config import TrainConfig, TrainSettings, read_config
+from smallfry.training.config import MULTILABEL, TrainConfig, TrainSettings, read_config
 from smallfry.training.continuation import require_changeable, with_changes
 from smallfry.training.default_settings import describe_defaults, with_defaults, with_normed_rate
 from smallfry.training.distillation import distilled, require_same_teacher
@@ -344,11 +344,17 @@ def _load(config: TrainConfig) -> ImageData:
 
 
 def _warn(data: ImageData, config: TrainConfig) -> None:
-    """Warn of duplicates, and of small classes unless a limit asks for them."""
+    """Warn of duplicates, of small classes unless a limit asks for them, and of single labels."""
     small = []
     if config.data.limit is None:
         small = describe_small_classes(data, config.select_on == "validation")
-    for sentence in (*data.duplicates(), *small):
+    single = []
+    if config.task == MULTILABEL and bool((data.train.labels.sum(dim=1) == 1).all()):
+        single.append(
+            f"{data.origin}: every training image has one class, as the task classification takes "
+            "it; for several, give data.labels FILE, or link an image into the folder of each class"
+        )
+    for sentence in (*data.duplicates(), *small, *single):
         warnings.warn(sentence, SmallfryWarning, stacklevel=4)
 
 

@@ -20,6 +20,7 @@ from smallfry.compress.quantize.sensitivity import LayerCurvature, curvature
 from smallfry.compress.select import dense_layers
 from smallfry.errors import UsageError
 from smallfry.io.json import Plain
+from smallfry.io.numbers import exact
 from smallfry.training.evaluation import forward
 from smallfry.training.method import Method, Setting
 from smallfry.transforms.replace import Replace, replace_layers, tied_layers
@@ -114,7 +115,7 @@ class _Factorise(Method):
         }
         self._report = {
             "method": settings.name,
-            "profile": {n: {f"{s:g}": kl for s, kl in each.items()} for n, each in profile.items()},
+            "profile": {n: {exact(s): kl for s, kl in each.items()} for n, each in profile.items()},
             "layers": [],
         }
         if not chosen:
