@@ -76,7 +76,7 @@ def folder(tmp_path, monkeypatch):
         ([*TRAIN, "--model", ""], 2, ["unknown model ''; smallfry models lists those of smallfry"]),
         ([*TRAIN, "--model", "zzzz"], 2, ["unknown model 'zzzz'; smallfry models lists those"]),
         ([*TRAIN, "--optimizer", ""], 2, ["unknown optimizer ''; there are adamw, "]),
-        ([*TRAIN, "--data", ""], 2, ["data.name is empty; expected a folder of images"]),
+        ([*TRAIN, "--data", ""], 2, ["data.name is empty: expected a data set or a folder"]),
         (["", "x"], 2, ["unknown verb ''; there are analyze, benchmark, "]),
         (["serve", "photos"], 1, ["not an export", "smallfry export RUN --to DIR writes one"]),
         (["serve", "nowhere"], 1, ["no such export folder; smallfry export RUN --to DIR"]),
