@@ -306,19 +306,22 @@ def _restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
 
 
 def with_full_paths(config: TrainConfig) -> TrainConfig:
-    """Make paths absolute, so that the run can be resumed and evaluated from any folder."""
+    """Make paths absolute, so that the run can be resumed and evaluated from any folder.
+
+    An empty name stays one, though pathlib takes it for the current folder.
+    """
     wanted = config.data
     folder = path_of(wanted.name)
-    is_folder = not is_named(wanted.name) and folder.is_dir()
+    is_folder = bool(wanted.name) and not is_named(wanted.name) and folder.is_dir()
     name = str(folder.resolve()) if is_folder else wanted.name
     root = None if wanted.root is None else path_of(str(wanted.root)).resolve()
     run = None if config.run is None else config.run.expanduser()
     start = config.model.start
-    if isinstance(start, str) and path_of(start).exists():
+    if start and isinstance(start, str) and path_of(start).exists():
         start = str(path_of(start).resolve())
     model, data = replace(config.model, start=start), replace(wanted, name=name, root=root)
     teacher = config.distillation.teacher
-    if teacher is not None and path_of(teacher).is_dir():
+    if teacher and path_of(teacher).is_dir():
         teacher = str(path_of(teacher).resolve())
     distillation = replace(config.distillation, teacher=teacher)
     return replace(config, data=data, model=model, run=run, distillation=distillation)
