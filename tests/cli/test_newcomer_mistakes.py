@@ -82,7 +82,6 @@ def folder(tmp_path, monkeypatch):
             1,
             ["the name of the model is empty; expected a run folder"],
         ),
-        ([*TRAIN, "--distillation.teacher", ""], 1, ["the name of the model is empty; expected"]),
         (["train", "--run", ""], 2, ["run is empty: expected a path"]),
         (["train", "--data.root="], 2, ["data.root is empty: expected a path"]),
         (["fit", "--max_kb", "9", "--to", ""], 2, ["to is empty: expected a path"]),
