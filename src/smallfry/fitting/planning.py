@@ -81,8 +81,9 @@ def make_plan(config: FitConfig, data: ImageData, tell: Tell) -> Plan:
     starts, left_out = find_pretrained(config, data)
     chosen, reasons = choose_candidates(config, data, starts, tell)
     left_out |= reasons
-    precision, failed = None, {}
+    precision: str | None = None
     candidates: list[Planned] = []
+    failed: dict[str, str] = {}
     for entry, costs in chosen:
         try:
             if not candidates:  # the first that can be trained decides for all
