@@ -25,6 +25,7 @@ __all__ = [
     "Stopped",
     "TrainingError",
     "UsageError",
+    "first_line",
     "is_out_of_memory",
     "nearest",
     "refusal",
@@ -52,3 +53,13 @@ class Stopped(Exception):
 
     def __str__(self) -> str:
         return self.message
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its kind where it has none.
+
+    Example:
+        >>> first_line(ValueError("no such size\\nin all")), first_line(MemoryError())
+        ('no such size', 'MemoryError')
+    """
+    return (str(error) or type(error).__name__).splitlines()[0]

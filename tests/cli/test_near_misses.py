@@ -226,7 +226,7 @@ NOBODY = "~nobody-of-this-name/x"
         (2, ["train", "--data", NOBODY], f"'{NOBODY}' is neither a folder nor a known data set"),
         (1, ["train", "--data=cifar10", "--data.root", NOBODY], f"/{NOBODY}'"),
         (1, ["train", "--resume", NOBODY], f"{NOBODY}: there is no such run folder"),
-        (1, ["evaluate", NOBODY], f"{NOBODY}: there is no such run folder"),
+        (1, ["evaluate", NOBODY], f"{NOBODY}: there is no such file or folder"),
         (1, ["serve", NOBODY], f"{NOBODY}: no such export folder"),
         (1, ["train", "--show_batch", f"{NOBODY}.png"], "there is no such user here; write it"),
         (1, ["train", "--code", NOBODY], "there is no such user here; write it without ~"),

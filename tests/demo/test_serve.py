@@ -73,9 +73,9 @@ def test_a_place_to_listen_that_there_is_not_is_an_error(model, capsys, options,
 
 def test_a_broken_run_is_an_error(model, tmp_path, capsys):
     assert main(["demo", str(tmp_path / "none")]) == 1
-    assert "there is no such run folder" in capsys.readouterr().err
+    assert "there is no such file or folder" in capsys.readouterr().err
     assert main(["demo", model, str(tmp_path)]) == 1
-    assert "not a run folder" in capsys.readouterr().err
+    assert "the folder is empty; expected a run folder" in capsys.readouterr().err
 
 
 def test_without_gradio_the_error_names_what_to_install(model, monkeypatch, capsys):

@@ -168,7 +168,7 @@ def test_impossible_settings_are_refused(settings, message):
 
 
 def test_what_is_no_model_is_refused(tmp_path, int8):
-    with pytest.raises(RunError, match="no such run folder"):
+    with pytest.raises(RunError, match=r"no such file or folder; .*, an export or"):
         measure([str(tmp_path / "nothing")])
     broken = shutil.copytree(int8, tmp_path / "broken")
     (broken / "model.onnx").write_bytes(b"")

@@ -23,7 +23,13 @@ from PIL import Image
 import smallfry
 from smallfry import compress
 from smallfry.cli import main
-from smallfry.deploy.pretrained import from_pretrained, load_trained, push_to_hub, save_pretrained
+from smallfry.deploy.pretrained import (
+    from_pretrained,
+    load_trained,
+    push_to_hub,
+    require_model,
+    save_pretrained,
+)
 from smallfry.errors import HubError, RunError, SmallfryError, SmallfryWarning, UsageError
 from smallfry.training.augment import Normalize
 from smallfry.training.inference import classify
@@ -35,6 +41,7 @@ FAST = [
     "--model.options={embed_dim: 16, num_heads: 2, mlp_hidden_dim: 16, depth: 1, latent_steps: 1}",
     *("--model.recursion_steps=4", "--epochs=1", "--data.limit=200", "--progress=quiet"),
 ]
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "format_2"
 TINY = {"embed_dim": 16, "num_heads": 2, "mlp_hidden_dim": 16, "depth": 1}
 
 
@@ -602,5 +609,19 @@ def test_a_run_a_checkpoint_and_a_shared_folder_are_told_apart(run, shared):
         with warnings.catch_warnings():
             loaded = load_trained(name).model.state_dict()
         assert all(torch.equal(loaded[key], weights[key]) for key in weights)
-    with pytest.raises(RunError, match="there is no such run folder"):
+    with pytest.raises(RunError, match=r"there is no such file or folder; .* or hf_hub:USER/NAME"):
         load_trained("ann/digits")  # a name on the hub says so: hf_hub:ann/digits
+
+
+def test_a_folder_of_models_is_no_model_and_the_first_is_suggested(run, tmp_path):
+    shutil.copytree(FIXTURES / "exports" / "float32", tmp_path / "b")
+    with pytest.raises(RunError, match=r"the folder holds b; expected .*USER/NAME$"):
+        load_trained(tmp_path)
+    with pytest.raises(RunError, match=rf"did you mean {tmp_path}/b\?$"):
+        require_model(tmp_path, exports=True)
+    (tmp_path / "c").symlink_to(run)
+    for name in "adef":
+        (tmp_path / name).touch()
+    with pytest.raises(RunError, match=rf"holds a, b, c, …; .*did you mean {tmp_path}/c\?$"):
+        load_trained(tmp_path)
+    require_model(tmp_path / "c")

@@ -268,13 +268,59 @@ def test_a_plan_has_the_speeds_of_what_can_be_trained(digits, measured, monkeypa
     assert read_plan(tmp_path / "plan.json") == plan
 
 
+def test_a_first_candidate_that_fails_in_any_way_is_left_out_by_name(digits, measured, monkeypatch):
+    def epoch(entry, config, data, threads, precision, start):
+        if entry.name == TINY:
+            raise MemoryError
+        return 2.0 if precision is None else 1.0  # lower is slower here
+
+    monkeypatch.setattr(planning, "_epoch_seconds", epoch)
+    config = FitConfig(max_kb=90, minutes=6, threads=2, device="cpu", candidates=(TINY,))
+    lines = []
+    plan = make_plan(config, digits, lines.append)
+    assert plan.left_out[TINY] == "MemoryError"
+    assert f"{TINY} is left out: MemoryError" in lines
+    assert TINY not in [each.name for each in plan.candidates]
+    assert {each.precision for each in plan.candidates} == {"32-true"}
+
+
+def test_a_candidate_whose_costs_can_not_be_measured_is_left_out_by_name(
+    digits, measured, monkeypatch
+):
+    measure = planning.measure_costs
+
+    def costs(entry, data, target):
+        if entry.name == TINY:
+            raise RuntimeError
+        return measure(entry, data, target)
+
+    monkeypatch.setattr(planning, "measure_costs", costs)
+    config, lines = FitConfig(max_kb=90, minutes=6, candidates=(TINY,)), []
+    chosen, left_out = choose_candidates(config, digits, {}, lines.append)
+    assert TINY not in [entry.name for entry, _ in chosen]
+    assert left_out[TINY] == "RuntimeError"
+    assert f"{TINY} is left out: RuntimeError" in lines
+
+
+def test_what_can_not_be_read_among_the_models_that_are_there_is_left_out(
+    digits, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(planning, "PRETRAINED", tmp_path)
+    (tmp_path / "README.md").write_text("models")
+    (tmp_path / "empty").mkdir()
+    found, left_out = find_pretrained(FitConfig(), digits)
+    assert found == {}
+    assert "is a file" in left_out["from README.md"]
+    assert "the folder is empty" in left_out["from empty"]
+
+
 def test_if_nothing_can_be_trained_the_first_reason_is_the_error(digits, measured, monkeypatch):
     def fail(*_):
         raise RuntimeError("no such device")
 
     monkeypatch.setattr(planning, "_precision", lambda *_: None)
     monkeypatch.setattr(planning, "_epoch_seconds", fail)
-    with pytest.raises(UsageError, match="no candidate can be trained"):
+    with pytest.raises(UsageError, match=r"can be trained: loopnet_70k[-.\d]*: no such device"):
         make_plan(FitConfig(max_kb=20, candidates=(TINY,)), digits, lambda _: None)
 
 

@@ -108,7 +108,7 @@ def test_the_best_go_on_by_their_last_rung_with_one_that_fits():
 
 def test_runs_are_named_by_what_differs():
     assert run_name({"model": "a", RUNG: 2}) == "a"
-    assert run_name({"model": "a", "lr": 0.123456789, "augment": "plain"}) == "a-0.123457-plain"
+    assert run_name({"model": "a", "lr": 0.123456789, "augment": "plain"}) == "a-0.123456789-plain"
 
 
 # Choice

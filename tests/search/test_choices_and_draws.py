@@ -261,3 +261,16 @@ def test_a_file_that_is_no_text_is_refused(tmp_path):
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="can't be read as YAML"):
         read_settings_space(file)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, [1.0, -math.inf], {"a": math.nan}, {1, 2}])
+def test_values_that_no_ledger_can_hold_are_refused(value):
+    with pytest.raises(UsageError, match="choice n: values are finite numbers, text, true, false"):
+        Choice("n", (1.0, value))
+
+
+def test_values_are_those_of_the_ledger():
+    assert Choice("n", (1, (2, (3,)), None, "a", {"b": (4,)})).values == (
+        *(1, [2, [3]], None, "a", {"b": [4]}),
+    )
+    assert key_of({"n": (1, 2), "m": 0.1}) == (("m", "0.1"), ("n", "[1, 2]"))

@@ -394,6 +394,29 @@ def test_rounds_resume_whichever_candidate_ended_first(make, tmp_path):
     assert len(ledger.read()) == 30
 
 
+def test_an_evaluation_that_leaves_a_candidate_out_is_named_with_it(tmp_path):
+    def forgetful(candidates):
+        return [Trial(each, 1.0) for each in candidates if each["n"] != 2]
+
+    ledger = Ledger(tmp_path / "t.jsonl")
+    listed = [{"n": 1}, {"n": 2}, {"n": 3}]
+    with pytest.raises(RunError, match=r"has no trial of \{'n': 2\} after its evaluation"):
+        run_rounds(Listed(listed), forgetful, ledger, together=2)
+    trials = run_rounds(Listed(listed), lambda found: [Trial(e, 1.0) for e in found], ledger, 2)
+    assert [trial.candidate["n"] for trial in trials] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "value", [np.float64(0.1), (1, (2, 3)), {"a": (1, 2)}, {1: 2}, [float("nan")], {"z": 1, "a": 2}]
+)
+def test_candidates_are_found_again_in_the_form_of_the_ledger(value, tmp_path):
+    ledger = Ledger(tmp_path / "t.jsonl")
+    search = Listed([{"n": value}])
+    trials = run_rounds(search, lambda found: [Trial(each, 1.0) for each in found], ledger)
+    assert [trial.value for trial in trials] == [1.0]
+    assert run_rounds(Listed([{"n": value}]), lambda found: [], ledger) == trials
+
+
 def test_a_ledger_of_another_search_is_refused(tmp_path):
     ledger = Ledger(tmp_path / "t.jsonl")
     run_rounds(Listed([{"n": 1}, {"n": 2}]), lambda found: [Trial(e, 1.0) for e in found], ledger)

@@ -99,6 +99,16 @@ def test_other_settings_and_a_folder_of_something_else_are_refused(tmp_path):
         search(TABLE, tmp_path / "b", quiet=True)
 
 
+def test_a_trial_without_its_costs_is_damage(tmp_path):
+    config = SearchConfig("micro_nars", strategy="random", budget=2)
+    search(config, tmp_path, quiet=True)
+    ledger = tmp_path / "ledger.jsonl"
+    first, second = map(json.loads, ledger.read_text().splitlines())
+    ledger.write_text(json.dumps(first) + "\n" + json.dumps({**second, "cost": {}}) + "\n")
+    with pytest.raises(RunError, match=r"ledger.jsonl: damaged, the trial of .* lacks its macs"):
+        search(config, tmp_path, quiet=True)
+
+
 def test_further_seeds_decide_among_the_best_and_are_added_to_an_ended_search(tmp_path):
     first = search(TABLE, tmp_path, quiet=True)
     config = SearchConfig("micro_nars", strategy="evolution", budget=12, confirm=4)

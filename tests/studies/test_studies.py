@@ -199,6 +199,14 @@ def test_a_rate_at_which_seeds_diverge_is_not_chosen_before_one_that_always_ends
     assert best_of({3.0: runs[3.0]}) == 3.0
 
 
+def test_rates_that_differ_in_any_digit_have_runs_of_their_own() -> None:
+    factors = (0.3, 0.1234567, 0.1234568, 1.0)
+    plans = optimizer.plan(OptimizersConfig(optimizers=("adamw",), lr_factors=factors))
+    assert [plan.name for plan in plans] == [
+        *("adamw-lr0.3-s0", "adamw-lr0.1234567-s0", "adamw-lr0.1234568-s0", "adamw-lr1-s0")
+    ]
+
+
 def test_equals_are_told_apart_by_their_order() -> None:
     plans = optimizer.plan(OptimizersConfig(optimizers=("adamw",), lr_factors=(3.0, 1.0)))
     assert best_of({plan.facts["lr_factor"]: [ended(plan, 90)] for plan in plans}) == 3.0

@@ -208,7 +208,7 @@ def test_what_is_no_trained_model_is_refused_before_data_is_read(started, tmp_pa
     monkeypatch.setattr("smallfry.training.train._load", lambda *_: pytest.fail("data was read"))
     for start, message in (
         (FIXTURES / "exports" / "float32", "is an export"),
-        (tmp_path / "nothing", "no such run folder"),
+        (tmp_path / "nothing", "no such file or folder; expected a run folder"),
     ):
         with pytest.raises(RunError, match=message):
             train(started(start))

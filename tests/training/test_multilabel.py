@@ -29,7 +29,7 @@ from smallfry.cli import main
 from smallfry.cli._parser import read
 from smallfry.curvature.likelihoods import Bernoulli
 from smallfry.data import load_data
-from smallfry.errors import DataError, Stopped, UsageError
+from smallfry.errors import DataError, SmallfryWarning, Stopped, UsageError
 from smallfry.tasks.multilabel import LabelTargets, MultiLabel, best_thresholds
 from smallfry.training.augment import Augment
 from smallfry.training.config import AugmentConfig, DataConfig, TrainConfig
@@ -510,3 +510,14 @@ def test_teachers_and_analyses_are_for_one_class(run, folder, tmp_path, capsys):
     ):
         assert main(words) != 0
         assert message in capsys.readouterr().err
+
+
+def test_images_of_one_class_each_are_a_warning(tmp_path):
+    for name in ("cat", "dog"):
+        write_pairs(tmp_path / "photos" / name, count=12, seed=ord(name[0]))
+    given = ("--data", str(tmp_path / "photos"), "--epochs=1", "--run", str(tmp_path / "run"))
+    settings = read(["train", *GIVEN, *given]).options.settings
+    with pytest.warns(SmallfryWarning) as found:
+        train(settings)
+    expected = "photos: every training image has one class, as the task classification takes it; "
+    assert [str(each.message) for each in found if expected in str(each.message)]

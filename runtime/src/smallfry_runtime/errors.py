@@ -91,13 +91,13 @@ def refusal(error: OSError) -> str | None:
 def nearest(name: str, names: Iterable[str]) -> str:
     """Suggest names for an unknown one: ``; did you mean 'digits'?``, or the list of them.
 
-    Capitals make no difference: ``SGD`` is near ``sgd``.
+    Capitals make no difference: ``SGD`` is near ``sgd``. An empty name is like none of them.
     """
     known = sorted(names)
     by_letters = {each.lower(): each for each in reversed(known)}
     wanted = name.lower()
     close = [each for each in by_letters.values() if wanted and each.lower().startswith(wanted)]
     close = sorted(close) or [by_letters[k] for k in get_close_matches(wanted, by_letters, n=1)]
-    if close:
+    if wanted and close:
         return f"; did you mean '{close[0]}'?"
     return f"; there are {', '.join(known)}" if len(known) <= MOST_NAMED else ""

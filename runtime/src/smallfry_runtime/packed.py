@@ -19,7 +19,8 @@ import numpy as np
 
 from smallfry_runtime.errors import DataError
 from smallfry_runtime.files import MOST_TEXT, MOST_WEIGHTS, parse_json, read_bytes
-from smallfry_runtime.integer_models import CODERS, Coded, decode_integers
+from smallfry_runtime.integer_models import CODERS, Coded, decode_integers, work_of
+from smallfry_runtime.rans import is_justified
 
 MAGIC = b"SFPACK1\n"
 HEAD = len(MAGIC) + 8
@@ -42,7 +43,7 @@ def unpack(data: bytes) -> bytes:
         data: Content of the packed file.
 
     Raises:
-        DataError: Not a packed file, truncated or altered.
+        DataError: Not a packed file, truncated or altered, or of more work than its bytes justify.
 
     Example:
         >>> from smallfry.compress.coding.packing import pack
@@ -115,16 +116,21 @@ def _unpack(data: bytes) -> bytes:
         raise ValueError(f"an original of {total} bytes")
     position = HEAD + size + content["rest"]
     rest = inflated(data[HEAD + size : position], total)
-    original, used, end = bytearray(), 0, 0
+    payloads = []
     for run in runs:
+        payloads.append(data[position : position + run.length])
+        position += run.length
+    work = sum(work_of(run.coded, each) for run, each in zip(runs, payloads, strict=True))
+    if not is_justified(work, len(data)):
+        raise ValueError(f"{work / 1e9:.0f} s of decoding are too much for {len(data)} bytes")
+    original, used, end = bytearray(), 0, 0
+    for run, payload in zip(runs, payloads, strict=True):
         gap = run.offset - end
         end = run.offset + run.coded.integers
         if gap < 0 or end > total:
             raise ValueError("runs overlap")
         original += rest[used : used + gap]
         used += gap
-        payload = data[position : position + run.length]
-        position += run.length
         original += (decode_integers(run.coded, payload) & 255).astype(np.uint8).tobytes()
     original += rest[used:]
     if position != len(data) or hashlib.sha256(original).hexdigest() != content["sha256"]:

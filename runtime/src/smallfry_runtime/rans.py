@@ -23,6 +23,8 @@ TOTAL = 1 << PRECISION
 LEAST = 1 << 31  # L
 WORD = 32
 MOST_STATES = 2**16 - 1
+ROW_WORK, SYMBOL_WORK, CELL_WORK = 2**15, 32, 2  # nanoseconds of a row, a symbol, a table's cell
+MOST_WORK, WORK_A_BYTE = 2**38, 2**15  # which any file, and each of its bytes, can justify
 
 Integers = NDArray[np.integer]
 Cumulative = NDArray[np.int64]
@@ -96,6 +98,31 @@ class Decoder:
         """
         if self._position != len(self._words) or bool((self._states != LEAST).any()):
             raise DataError("the coded stream is damaged: it doesn't end with its last symbol")
+
+
+def rows_of(stream: bytes, count: int) -> int:
+    """Return the number of rows that so many symbols take in a stream."""
+    return -(-count // max(1, int.from_bytes(stream[:2], "little")))
+
+
+def work_of_rows(stream: bytes, count: int, symbols: int) -> int:
+    """Estimate the work of ``decode``, before it is done, in nanoseconds of a processor.
+
+    Args:
+        stream: Output of the encoder, or of another author.
+        count: Number of symbols.
+        symbols: Number of possible symbols.
+    """
+    return ROW_WORK * rows_of(stream, count) + (SYMBOL_WORK + CELL_WORK * symbols) * count
+
+
+def is_justified(work: int, size: int) -> bool:
+    """Return whether a file of so many bytes may need so much work.
+
+    Symbols of high probability take next to no bytes, so a few bytes can name billions of them.
+    Minutes are left to any file, and to a longer one what its symbols of a bit or more take.
+    """
+    return work <= MOST_WORK + WORK_A_BYTE * size
 
 
 def quantized(probabilities: NDArray[Any], total: int = TOTAL) -> Cumulative:

@@ -46,13 +46,14 @@ def part_of(full: NDArray[Any], shape: Sequence[int], blocks: Sequence[int]) -> 
         >>> part_of(np.arange(8), (4,), (2,))  # the first two of both halves
         array([0, 1, 4, 5])
     """
-    for axis, (size, count) in enumerate(zip(shape, blocks, strict=True)):
-        length, kept = full.shape[axis] // count, size // count
-        if length * count != full.shape[axis] or kept * count != size or kept > length:
+    chosen = []
+    for whole, size, count in zip(full.shape, shape, blocks, strict=True):
+        length, kept = whole // count, size // count
+        if length * count != whole or kept * count != size or kept > length:
             raise ValueError("a part that is no part of its tensor")
-        chosen = (length * np.arange(count)[:, None] + np.arange(kept)).ravel()
-        full = np.take(full, chosen, axis=axis)
-    return full
+        chosen.append((length * np.arange(count)[:, None] + np.arange(kept)).ravel())
+    part: NDArray[Any] = full[np.ix_(*chosen)]  # of all axes at once: only what is taken is read
+    return part
 
 
 def write_shared(original: bytes, base: bytes, parts: Sequence[Part]) -> bytes:

@@ -73,6 +73,7 @@ def read(arguments: Sequence[str]) -> Command:
     if (complete := getattr(verb.module, "complete", None)) is not None:
         rest = complete(rest)
     rest = join_numbers(expand_shorthand(rest, form.types), form.types)
+    _refuse_empty_paths(rest, form.types)
     parsed = _parsed(form, rest, " ".join(words))
     for preset in choice.presets if choice else ():
         if parsed[preset] and preset not in presets:
@@ -115,6 +116,16 @@ def expand_shorthand(arguments: Sequence[str], options: Iterable[str]) -> list[s
         name, equals, value = argument.partition("=")
         expanded.append(f"{name}.name{equals}{value}" if name in groups else argument)
     return expanded
+
+
+def _refuse_empty_paths(arguments: Sequence[str], types: Mapping[str, Any]) -> None:
+    """Refuse an option of a path without a name, which is the current folder to pathlib."""
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        option, equals, value = argument.partition("=")
+        name = option.removeprefix("--")
+        hint = types.get(name) if option.startswith("--") else None
+        if (value if equals else following) == "" and Path in (hint, *get_args(hint)):
+            raise UsageError(f"{name} is empty: expected a path")
 
 
 def _not_in_file(name: str) -> UsageError:

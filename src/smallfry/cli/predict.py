@@ -67,8 +67,9 @@ def run(options: Options) -> int:
         if not Manifest.read(Path(options.run)).is_classifier:
             return _decode_export(options)
     else:
-        from smallfry.deploy.pretrained import load_trained
+        from smallfry.deploy.pretrained import load_trained, require_model
 
+        require_model(options.run, exports=True)
         trained = load_trained(options.run, options.checkpoint)
         if not trained.is_classifier:
             return _decode_run(options, trained)

@@ -49,7 +49,7 @@ def is_named(name: str) -> bool:
 def full_name(name: str) -> str:
     """Return the absolute path of a folder of data; the name of other data as it is."""
     folder = path_of(name)
-    return str(folder.resolve()) if not is_named(name) and folder.is_dir() else name
+    return str(folder.resolve()) if name and not is_named(name) and folder.is_dir() else name
 
 
 def find_source(

@@ -30,7 +30,7 @@ from smallfry.deploy.contestants import (
 )
 from smallfry.deploy.latency import Latency, take_turns
 from smallfry.deploy.memory import Memory, measure_memory
-from smallfry.deploy.pretrained import load_trained
+from smallfry.deploy.pretrained import load_trained, require_model
 from smallfry.deploy.run_metadata import without_paths
 from smallfry.deploy.targets import find_target, is_installed, require_installed, targets
 from smallfry.errors import RunError, SmallfryError, UsageError
@@ -156,6 +156,7 @@ class Entry(NamedTuple):
 def _subject(given: str, checkpoint: str) -> Subject:
     path = Path(given)
     if not is_export(path):
+        require_model(given, exports=True)
         trained = load_trained(given, checkpoint)
         return Subject(given, path.resolve().name, False, trained)
     manifest = Manifest.read(path)

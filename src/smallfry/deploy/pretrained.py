@@ -45,6 +45,7 @@ from smallfry.io.replace import replacing
 from smallfry.training.checkpoint import MANIFEST, WEIGHTS, write_file
 from smallfry.training.config import MULTILABEL
 from smallfry.training.run import (
+    RUN_CONFIG,
     RunFolder,
     TrainedModel,
     load_run,
@@ -54,7 +55,7 @@ from smallfry.training.run import (
 from smallfry.version import __version__
 from smallfry_runtime.manifest import is_export
 from smallfry_runtime.names import path_of
-from smallfry_runtime.stages import obstacle
+from smallfry_runtime.stages import entries, obstacle
 
 CARD, PICTURE = "README.md", "confusion_matrix.png"
 HUB, LOCAL = ("hf_hub", "hf-hub"), "local-dir"  # timm's prefixes for places of models
@@ -173,15 +174,16 @@ def load_trained(run: str | Path, checkpoint: str = "best") -> TrainedModel:
         checkpoint: ``best`` or ``last``, of a run folder.
 
     Raises:
-        UsageError, HubError, RunError: As ``from_pretrained`` and ``load_run``.
+        UsageError, HubError, RunError: As ``require_model``, ``from_pretrained`` and ``load_run``.
 
     Example:
         >>> import smallfry
         >>> trained = smallfry.load("runs/digits")  # doctest: +SKIP
         >>> trained.predict("photo.png")[0].top  # doctest: +SKIP
     """
+    require_model(run)
     path = path_of(str(run))
-    if str(run).partition(":")[0] in (*HUB, LOCAL):
+    if _is_named(run):
         return from_pretrained(run)
     if is_shared(path):
         return from_pretrained(path)
@@ -190,6 +192,44 @@ def load_trained(run: str | Path, checkpoint: str = "best") -> TrainedModel:
             f"{run}: is an export, for predict, serve and benchmark; pass its run instead"
         )
     return load_run(run, checkpoint)
+
+
+def require_model(run: str | Path, *, exports: bool = False) -> None:
+    """Require that a RUN argument looks like a trained model.
+
+    Args:
+        run: See ``load_trained``.
+        exports: Whether exports are accepted too, by which an error lists what is.
+
+    Raises:
+        RunError: It is another folder, a file, or nothing.
+    """
+    path = path_of(str(run))
+    if str(run) and (_is_named(run) or _is_model(path)):
+        return
+    kinds = ["a run folder", "a checkpoint in one", "a shared folder", *["an export"] * exports]
+    expected = f"expected {', '.join(kinds)} or {HUB[0]}:USER/NAME"
+    if not str(run):
+        raise RunError(f"the name of the model is empty; {expected}")
+    if not path.is_dir():
+        found = "is a file" if path.exists() else "there is no such file or folder"
+        raise RunError(f"{run}: {found}; {expected}")
+    names = entries(path)
+    held = f"holds {', '.join(names[:3])}{', …' * (len(names) > 3)}" if names else "is empty"
+    inner = [path / name for name in names if _is_model(path / name)]
+    meant = [each for each in inner if exports or not is_export(each)][:1]
+    hint = "".join(f"; did you mean {each}?" for each in meant)
+    raise RunError(f"{run}: the folder {held}; {expected}{hint}")
+
+
+def _is_named(run: str | Path) -> bool:
+    """Return whether a RUN argument names a place of models on the Hub, or a local copy."""
+    return str(run).partition(":")[0] in (*HUB, LOCAL)
+
+
+def _is_model(folder: Path) -> bool:
+    """Return whether a folder claims to be a run, a checkpoint, a shared model or an export."""
+    return any((folder / name).is_file() for name in (MANIFEST, RUN_CONFIG, CONFIG))
 
 
 def is_shared(folder: Path) -> bool:

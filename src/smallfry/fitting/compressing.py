@@ -9,7 +9,7 @@ from smallfry.data import ImageData
 from smallfry.deploy.export import export_precisions
 from smallfry.deploy.pretrained import gather
 from smallfry.deploy.targets import Target, find_target
-from smallfry.errors import SmallfryError, Stopped
+from smallfry.errors import SmallfryError, Stopped, first_line
 from smallfry.fitting.costs import without_details
 from smallfry.fitting.plan import Planned
 from smallfry.fitting.rungs import FitSpace, run_name
@@ -129,7 +129,7 @@ class Exports:
         except Stopped:
             raise
         except (SmallfryError, RuntimeError, MemoryError) as error:
-            facts["failure"] = (str(error) or type(error).__name__).splitlines()[0]
+            facts["failure"] = first_line(error)
         made = verified(strict(facts))
         self._lines.append(made.to_dict())
         return made

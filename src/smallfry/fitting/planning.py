@@ -11,7 +11,7 @@ import torch
 from smallfry.data import ImageData
 from smallfry.deploy.pretrained import load_trained
 from smallfry.deploy.targets import find_target
-from smallfry.errors import SmallfryError, Stopped, UsageError
+from smallfry.errors import SmallfryError, UsageError, first_line
 from smallfry.fitting.config import Budget, FitConfig
 from smallfry.fitting.costs import (
     Costs,
@@ -46,6 +46,7 @@ SPEED_SECONDS = 2.0  # to measure a speed for, at most
 SPEED_SHARE = 0.01  # of the minutes, at most
 FASTER = 0.9  # of the time in float32, below which a lower precision is taken
 PRETRAINED = Path("results/models")
+FAULTS = (SmallfryError, RuntimeError, MemoryError)  # of one candidate, which the others don't have
 
 Tell = Callable[[str], None]
 
@@ -80,21 +81,24 @@ def make_plan(config: FitConfig, data: ImageData, tell: Tell) -> Plan:
     starts, left_out = find_pretrained(config, data)
     chosen, reasons = choose_candidates(config, data, starts, tell)
     left_out |= reasons
-    precision = _precision(chosen[0][0], config, data, threads, tell)
-    candidates = []
+    precision: str | None = None
+    candidates: list[Planned] = []
+    failed: dict[str, str] = {}
     for entry, costs in chosen:
         try:
+            if not candidates:  # the first that can be trained decides for all
+                precision = _precision(entry, config, data, threads, tell)
             epoch = _epoch_seconds(entry, config, data, threads, precision, starts.get(entry.start))
-        except Stopped:
-            raise
-        except (SmallfryError, RuntimeError) as error:
-            left_out[entry.name] = str(error).splitlines()[0]
-            tell(f"{entry.name} is left out: {left_out[entry.name]}")
+        except FAULTS as error:
+            failed[entry.name] = first_line(error)
+            tell(f"{entry.name} is left out: {failed[entry.name]}")
             continue
         tell(f"{entry.name}: {epoch:.3g} CPU seconds per epoch")
         candidates.append(Planned(entry, costs, epoch, precision))
     if not candidates:
-        raise UsageError(f"no candidate can be trained: {next(iter(left_out.values()))}")
+        name, reason = next(iter(failed.items()))
+        raise UsageError(f"no candidate can be trained: {name}: {reason}")
+    left_out |= failed
     total = 60 * config.minutes * cores_of(config.device, threads)
     spent = Spent(total, time.process_time() - began)
     counts = rung_counts(len(candidates))
@@ -140,10 +144,9 @@ def choose_candidates(
         try:
             with without_details():
                 costs = measure_costs(entry, data, target)
-        except Stopped:
-            raise
-        except (SmallfryError, RuntimeError) as error:
-            left_out[entry.name] = str(error).splitlines()[0]
+        except FAULTS as error:
+            left_out[entry.name] = first_line(error)
+            tell(f"{entry.name} is left out: {left_out[entry.name]}")
             continue
         if nearest is None or excess(costs, budget) < excess(nearest[1], budget):
             nearest = entry, costs
@@ -180,7 +183,7 @@ def find_pretrained(
     """Find trained models to start from, whose images are of the data's size and channels.
 
     Models that were trained on the same data are left out, as validation images may be among what
-    they were trained on.
+    they were trained on; so are those in ``PRETRAINED`` that can't be read.
 
     Raises:
         UsageError: Two have the same name.
@@ -192,8 +195,12 @@ def find_pretrained(
     found: dict[str | None, Path] = {}
     left_out = {}
     for folder in folders:
-        trained = load_trained(str(folder))
-        reason = _unlike(trained, data)
+        try:
+            reason = _unlike(load_trained(str(folder)), data)
+        except SmallfryError as error:
+            if config.pretrained is not None:
+                raise
+            reason = first_line(error)
         if reason is None and folder.name in found:
             raise UsageError(
                 f"two models to start from are named {folder.name}, {found[folder.name]} and "
@@ -261,8 +268,8 @@ def _rough(
     for entry in entries:
         try:
             found.append((entry, *rough_costs(build(entry, data).model, data)))
-        except (SmallfryError, RuntimeError) as error:
-            left_out[entry.name] = str(error).splitlines()[0]
+        except FAULTS as error:
+            left_out[entry.name] = first_line(error)
     order = {entry.family: position for position, entry in reversed([*enumerate(entries)])}
     return sorted(found, key=lambda each: (order[each[0].family], -each[2])), left_out
 

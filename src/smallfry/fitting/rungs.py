@@ -9,6 +9,7 @@ from smallfry.data import ImageData
 from smallfry.fitting.config import FitConfig
 from smallfry.fitting.plan import Plan, Planned
 from smallfry.fitting.recipe import CHOICES, recipe
+from smallfry.io.numbers import exact
 from smallfry.search import RUNG, TPE, Candidate, Choice, Halving, Listed, Search, Trial, encode
 from smallfry.search.evaluation import train_candidate
 from smallfry.training.config import TrainConfig
@@ -85,7 +86,7 @@ def run_name(candidate: Candidate) -> str:
     for choice in CHOICES:
         if choice.name in candidate:
             value = candidate[choice.name]
-            name += f"-{f'{value:.6g}' if isinstance(value, float) else value}"
+            name += f"-{exact(value) if isinstance(value, float) else value}"
     return name
 
 

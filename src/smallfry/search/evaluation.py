@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from smallfry.errors import Stopped, TrainingError, UsageError
+from smallfry.errors import Stopped, TrainingError, UsageError, first_line
 from smallfry.search.space import Candidate, Trial
 from smallfry.training.checkpoint import load_checkpoint
 from smallfry.training.config import TrainConfig
@@ -47,7 +47,7 @@ def train_candidate(
     except (Stopped, torch.AcceleratorError):  # which is lost to this process
         raise
     except (TrainingError, UsageError, MemoryError, RuntimeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         return Trial(candidate, None, config.seed, failure=reason)
     finally:
         gc.collect()

@@ -32,7 +32,8 @@ def run_rounds(
         All trials in the order of asking.
 
     Raises:
-        RunError: The search did not ask for a trial of the ledger.
+        RunError: The search did not ask for a trial of the ledger, or ``evaluate`` yields none of a
+            candidate.
 
     Example:
         >>> from pathlib import Path
@@ -53,6 +54,11 @@ def run_rounds(
         for trial in evaluate(missing) if missing else ():
             ledger.append(trial)
         known = {key_of(trial.candidate): trial for trial in ledger.read()}
+        if lacking := [each for each in asked if key_of(each) not in known]:
+            raise RunError(
+                f"{ledger.file} has no trial of {dict(lacking[0])} after its evaluation, which is "
+                "to yield one of each candidate"
+            )
         round_ = [known[key_of(each)] for each in asked]
         search.tell(round_)
         trials += round_

@@ -6,6 +6,7 @@ trial      a candidate with its value, the greater the better, and its cost
 search     ask(n) → candidates, tell(trials); a function of its settings and of the trials
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smallfry.errors import UsageError
-from smallfry.io.json import Plain
+from smallfry.io.json import Plain, strict
 from smallfry.training.config import TrainConfig
 from smallfry.transforms.spec import ModelSpec
 
@@ -52,7 +53,14 @@ class Choice:
     when: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "values", tuple(_plain(value) for value in self.values))
+        try:
+            values = json.loads(json.dumps(self.values, allow_nan=False))  # as a ledger has them
+        except (TypeError, ValueError) as error:
+            raise UsageError(
+                f"choice {self.name}: values are finite numbers, text, true, false, null, or lists "
+                f"and mappings of these ({error})"
+            ) from None
+        object.__setattr__(self, "values", tuple(values))
         if bool(self.values) == (self.low is not None) or (self.low is None) != (self.high is None):
             raise UsageError(f"choice {self.name}: give values, or low and high")
         if any(value in self.values[:place] for place, value in enumerate(self.values)):
@@ -190,5 +198,5 @@ def key_of(candidate: Candidate) -> tuple[tuple[str, str], ...]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as a ledger has it: tuples as lists."""
-    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+    """Return a value as a ledger has it, such as tuples as lists."""
+    return value if type(value) in (bool, int, str) else json.loads(json.dumps(strict(value)))

@@ -8,6 +8,7 @@ from typing import Any
 import timm
 
 from smallfry.errors import UsageError, nearest
+from smallfry.io.numbers import exact
 from smallfry.optim import METHODS
 from smallfry.report.page import image
 from smallfry.report.run_pictures import Panel, Series, draw_panels
@@ -55,7 +56,7 @@ def plan(config: OptimizersConfig) -> list[Planned]:
                 told = recipe(entry, config, config.batch_size, seed)
                 told = replace(told, optimizer=optimizer_settings(name, factor, adamw))
                 facts = {"optimizer": name, "lr_factor": factor, "seed": seed}
-                found.append(Planned(f"{name}-lr{factor:g}-s{seed}", facts, told))
+                found.append(Planned(f"{name}-lr{exact(factor)}-s{seed}", facts, told))
     return found
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from smallfry.errors import SmallfryWarning, TrainingError, UsageError, nearest
+from smallfry.errors import SmallfryWarning, TrainingError, UsageError, first_line, nearest
 from smallfry.io.signals import leave_to_parent
 from smallfry.optim import METHODS
 from smallfry.report.race_page import write_report
@@ -285,8 +285,8 @@ def _check(study: str, config: RaceConfig) -> tuple[str, ...]:
     try:
         torch.empty(1, device=config.device)
     except (RuntimeError, AssertionError) as error:
-        message = str(error).splitlines()[0]
-        raise UsageError(f"device {config.device} can't be used here: {message}") from None
+        message = f"device {config.device} can't be used here: {first_line(error)}"
+        raise UsageError(message) from None
     optional = config.contestants is None and "soap" in chosen
     if optional and find_spec("pytorch_optimizer") is None:
         chosen = tuple(name for name in chosen if name != "soap")

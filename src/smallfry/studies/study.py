@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from smallfry.errors import Stopped, UsageError
+from smallfry.errors import Stopped, UsageError, first_line
 from smallfry.report.runs import Outcome
 from smallfry.report.runs_page import Section, save_page, write_page
 from smallfry.studies import batch_size, optimizer, pareto, recursion
@@ -110,5 +110,5 @@ def _check(config: RunsConfig) -> None:
         try:
             torch.empty(1, device=config.device)
         except (RuntimeError, AssertionError) as error:
-            message = str(error).splitlines()[0]
-            raise UsageError(f"device {config.device} can't be used here: {message}") from None
+            message = f"device {config.device} can't be used here: {first_line(error)}"
+            raise UsageError(message) from None

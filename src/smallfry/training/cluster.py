@@ -16,7 +16,7 @@ from torch import distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from smallfry.errors import TrainingError, UsageError
+from smallfry.errors import TrainingError, UsageError, first_line
 from smallfry.training.launch_env import Launch
 
 MEETING = timedelta(minutes=5)  # until all processes are there
@@ -135,7 +135,7 @@ def _meet(started: Launch) -> Any:
             raise TrainingError(
                 f"process {started.rank} waited up to {MEETING.seconds // 60} minutes for "
                 f"{started.processes} processes to meet at {where}, port {number} "
-                f"({str(error).splitlines()[0][:200]}). Were all of them started? For a single "
+                f"({first_line(error)[:200]}). Were all of them started? For a single "
                 "process unset WORLD_SIZE, or use srun; if the port is taken, set MASTER_PORT"
             ) from error
     return _store

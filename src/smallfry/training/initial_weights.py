@@ -81,7 +81,7 @@ def find_weights(config: ModelConfig) -> InitialWeights | None:
             f"model.start {config.start} needs the architecture of the weights: --model NAME"
         )
     if not timm.is_model(config.name):
-        raise UsageError(f"unknown model '{config.name}'{nearest(config.name, timm.list_models())}")
+        raise unknown_model(config.name)
     if config.start == "true":
         return _of_timm(config.name)
     return _of_file(path_of(str(config.start)), config.name)
@@ -167,3 +167,9 @@ def _require_reachable(repository: str, model: str) -> None:
         f"the weights of {model} are not in {folder} and the Hugging Face hub can't be reached "
         f"({reason}); give a file of them instead: --model.start NAME{SUFFIX}"
     )
+
+
+def unknown_model(name: str) -> UsageError:
+    """Build the error for an architecture that is not registered."""
+    hint = nearest(name, timm.list_models()) or "; smallfry models lists those of smallfry"
+    return UsageError(f"unknown model '{name}'{hint}")

@@ -22,7 +22,7 @@ from smallfry.tasks import HasDefaults, Task
 from smallfry.training.config import ModelConfig
 from smallfry.training.evaluation import task_of
 from smallfry.training.fine_tuning import START, kept_facts, make_from_start, start_facts
-from smallfry.training.initial_weights import InitialWeights
+from smallfry.training.initial_weights import InitialWeights, unknown_model
 from smallfry.training.run import TrainedModel
 from smallfry.transforms.build import build, is_model
 from smallfry.transforms.spec import OF_THE_FACTORY, ModelSpec
@@ -116,7 +116,7 @@ def create_model(
     """
     name = model_name(config, data, task)
     if not is_model(name):
-        raise UsageError(f"unknown model '{name}'{nearest(name, timm.list_models())}")
+        raise unknown_model(name)
     outputs = (task or task_of({})).outputs(len(data.classes))
     arguments: dict[str, Any] = {"num_classes": outputs, "in_chans": data.channels}
     decided = sorted({*arguments, "img_size"} & set(config.options))

@@ -73,7 +73,7 @@ class RunFolder:
         except UnicodeEncodeError:
             raise RunError(
                 f"{self.path}: the folder's name is not UTF-8, and TensorBoard can't write into "
-                "it; name another folder (--run DIR)"
+                "it; name another folder"
             ) from None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ class RunFolder:
         if self.config.exists():
             raise RunError(
                 f"{self.path}: there is a run in this folder already; go on with it "
-                f"({command('--resume', self.path)}) or name another folder (--run DIR)"
+                f"({command('--resume', self.path)}) or name another folder"
             )
         try:
             # of hidden files the run writes its lock alone
@@ -112,9 +112,7 @@ class RunFolder:
         except OSError as error:
             raise RunError(f"{self.path}: can't be used as a run folder ({error})") from error
         if found:
-            raise RunError(
-                f"{self.path}: holds {found[0]}, and is no run folder; name another (--run DIR)"
-            )
+            raise RunError(f"{self.path}: holds {found[0]}, and is no run folder; name another")
 
     def begin(self, config: Mapping[str, Any]) -> None:
         """Start a new run here; raises as ``require_free``."""

@@ -37,7 +37,13 @@ from smallfry.training.batches import CHARACTERS
 from smallfry.training.build_objective import build_objective
 from smallfry.training.checkpoint import Checkpoint, has_checkpoint, load_checkpoint
 from smallfry.training.compression import CHOICE, DONE, LAST_EPOCH
-from smallfry.training.config import DataConfig, TrainConfig, TrainSettings, read_config
+from smallfry.training.config import (
+    MULTILABEL,
+    DataConfig,
+    TrainConfig,
+    TrainSettings,
+    read_config,
+)
 from smallfry.training.continuation import dotted, require_changeable, with_changes
 from smallfry.training.default_settings import describe_defaults, with_defaults, with_normed_rate
 from smallfry.training.distillation import distilled, require_same_teacher
@@ -311,19 +317,22 @@ def _restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
 
 
 def with_full_paths(config: TrainConfig) -> TrainConfig:
-    """Make paths absolute, so that the run can be resumed and evaluated from any folder."""
+    """Make paths absolute, so that the run can be resumed and evaluated from any folder.
+
+    An empty name stays one, though pathlib takes it for the current folder.
+    """
     wanted = config.data
     root = None if wanted.root is None else path_of(str(wanted.root)).resolve()
     run = None if config.run is None else config.run.expanduser()
     start = config.model.start
-    if isinstance(start, str) and path_of(start).exists():
+    if start and isinstance(start, str) and path_of(start).exists():
         start = str(path_of(start).resolve())
     model, data = (
         replace(config.model, start=start),
         replace(wanted, name=full_name(wanted.name), root=root),
     )
     teacher = config.distillation.teacher
-    if teacher is not None and path_of(teacher).is_dir():
+    if teacher and path_of(teacher).is_dir():
         teacher = str(path_of(teacher).resolve())
     distillation = replace(config.distillation, teacher=teacher)
     return replace(config, data=data, model=model, run=run, distillation=distillation)
@@ -352,11 +361,17 @@ def _load(config: TrainConfig) -> ImageData:
 
 
 def _warn(data: ImageData, config: TrainConfig) -> None:
-    """Warn of duplicates, and of small classes unless a limit made them so."""
+    """Warn of duplicates, of small classes unless a limit made them so, and of single labels."""
     small = []
     if config.data.limit is None:
         small = describe_small_classes(data, config.select_on == "validation")
-    for sentence in (*data.duplicates(), *small):
+    single = []
+    if config.task == MULTILABEL and bool((data.train.labels.sum(dim=1) == 1).all()):
+        single.append(
+            f"{data.origin}: every training image has one class, as the task classification takes "
+            "it; for several, give data.labels FILE, or link an image into the folder of each class"
+        )
+    for sentence in (*data.duplicates(), *small, *single):
         warnings.warn(sentence, SmallfryWarning, stacklevel=4)
 
 

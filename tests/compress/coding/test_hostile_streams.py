@@ -9,6 +9,7 @@ import zlib
 import numpy as np
 import pytest
 
+from smallfry.compress.codec import HCLT
 from smallfry.compress.coding.packing import Tensor8, pack
 from smallfry.compress.coding.rans import encode, encode_symbols
 from smallfry_runtime import packed, shared
@@ -108,6 +109,57 @@ def test_no_wrong_number_of_a_run_is_another_error(coder, change):
 def test_a_header_of_another_form_is_damage(header):
     with pytest.raises(DataError, match="the packed file is damaged"):
         packed.unpack(packed_file(header, EMPTY))
+
+
+def even_tree(variables, states, symbols):
+    """A stored circuit of one path, all of whose tables are even."""
+    rows = [(1, states), (states, states), (states, symbols)]
+    tables = (stored_frequencies(np.ones((count, width))) for count, width in rows)
+    return bytes([variables, states, *range(variables)]) + b"".join(tables)
+
+
+ONE_STATE = b"\1\0" + LEAST.to_bytes(8, "little")
+ALMOST_SURE = stored_frequencies(np.array([1.0, 1e9]))
+BOMBS = {
+    "a row for each integer": [(Coded("static", 10_000_000, 0, 2), ALMOST_SURE + ONE_STATE)],
+    "scales": [(Coded("laplace", 10_000_000, 0, 256), b"\0" + ONE_STATE)],
+    "large tables": [(Coded("circuit", 5_000_000, 0, 2), even_tree(255, 128, 2) + ONE_STATE)],
+    "runs": [(Coded("static", 8_000, 0, 2), ALMOST_SURE + ONE_STATE)] * 1_200,
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_decoding_that_a_files_size_does_not_justify_is_refused_before_it_begins(kind):
+    offset, runs, payloads = 0, [], []
+    for coded, payload in BOMBS[kind]:
+        runs.append([offset, *coded, len(payload)])
+        payloads.append(payload)
+        offset += coded.integers
+    filling = zlib.compress(np.random.default_rng(0).bytes(8_000))
+    header = {"bytes": offset + 8_000, "sha256": "", "rest": len(filling), "runs": runs}
+    with pytest.raises(
+        DataError, match=r"damaged \(\d+ s of decoding are too much for \d+ bytes\)"
+    ):
+        packed.unpack(packed_file(header, filling, b"".join(payloads)))
+
+
+def test_a_number_of_samples_that_its_bytes_do_not_justify_is_refused():
+    samples = np.random.default_rng(0).integers(0, 2, (50, 4))
+    model = HCLT.fit(samples, states=2, epochs=2)
+    data = model.encode(samples)
+    assert np.array_equal(model.decode(data), samples)
+    body = data[9:25] + (2**32 - 1).to_bytes(4, "little") + data[29:]
+    altered = data[:5] + zlib.crc32(body).to_bytes(4, "little") + body
+    with pytest.raises(DataError, match=f"{len(data)} bytes are too few for 4294967295 coded"):
+        model.decode(altered)
+
+
+def test_integers_of_next_to_no_information_are_packed_and_unpacked():
+    """An entropy coder would need a two-thousandth of their bytes, which only a bomb does."""
+    original = bytes(6_000_000)
+    found = pack(original, [Tensor8("codes", 0, (1, 6_000_000), True)], ["static"])
+    assert found.rows[0].coder == "zlib"
+    assert packed.unpack(found.data) == original
 
 
 def test_bytes_after_the_last_part_are_damage():
@@ -269,6 +321,21 @@ def test_parts_that_are_longer_than_their_original_are_refused_before_memory_is_
         with pytest.raises(DataError, match="parts overlap"):
             shared.restore(data, BASE)
         assert tracemalloc.get_traced_memory()[1] < 10 * step
+    finally:
+        tracemalloc.stop()
+
+
+def test_of_a_large_tensor_only_what_a_part_takes_is_read():
+    """Copies of the whole tensor for each of a million parts would take hours."""
+    numbers = np.arange(2**16, dtype="<f4").reshape(256, 256)
+    original = numbers[:, :1].tobytes()
+    data = shared_file(
+        [[0, 0, [256, 256], [256, 1], [1, 1]]], 1024, sha256=hashlib.sha256(original).hexdigest()
+    )
+    tracemalloc.start()
+    try:
+        assert shared.restore(data, BASE) == original
+        assert tracemalloc.get_traced_memory()[1] < len(BASE) // 2
     finally:
         tracemalloc.stop()
 

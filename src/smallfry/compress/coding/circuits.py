@@ -27,7 +27,7 @@ from smallfry.compress.coding.rans import encode, states_for
 from smallfry.compress.coding.tree_likelihood import Tables, log_probability, logs_of
 from smallfry.errors import DataError, UsageError
 from smallfry_runtime.latent_trees import Floats, LatentTree
-from smallfry_runtime.rans import TOTAL, quantized
+from smallfry_runtime.rans import TOTAL, is_justified, quantized
 
 MAGIC = b"HCLT\x01"
 BATCH = 1024  # samples whose probabilities are computed at a time
@@ -166,7 +166,7 @@ class HCLT:
         """Decode the result of ``encode``: (samples, variables).
 
         Raises:
-            DataError: Damaged, or coded with another model.
+            DataError: Damaged, coded with another model, or of more work than its bytes justify.
         """
         body = data[9:]
         if data[:5] != MAGIC or len(body) < 20:
@@ -175,7 +175,10 @@ class HCLT:
             raise DataError("the coded samples are damaged: their checksum is wrong")
         if body[:16] != self.fingerprint:
             raise DataError("the samples were coded with another model; load that one")
-        return self.tree.decode(body[20:], int.from_bytes(body[16:20], "little"))
+        count, stream = int.from_bytes(body[16:20], "little"), body[20:]
+        if not is_justified(self.tree.work(stream, count), len(data)):
+            raise DataError(f"{len(data)} bytes are too few for {count} coded samples")
+        return self.tree.decode(stream, count)
 
     def _require(self, samples: NDArray[np.integer]) -> Tensor:
         require_samples(samples, self.categories)

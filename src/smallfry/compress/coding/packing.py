@@ -26,9 +26,10 @@ from smallfry_runtime.integer_models import (
     read_tree,
     scale_tables,
     stored_frequencies,
+    work_of,
 )
-from smallfry_runtime.packed import Run, unpack, write_packed
-from smallfry_runtime.rans import TOTAL, Cumulative
+from smallfry_runtime.packed import MOST_RATIO, Run, unpack, write_packed
+from smallfry_runtime.rans import TOTAL, Cumulative, is_justified
 
 Entropy = Literal["static", "laplace", "circuit"]
 ENTROPIES: tuple[Entropy, ...] = ("static", "laplace", "circuit")
@@ -92,7 +93,7 @@ def pack(
     unknown = [each for each in entropies if each not in ENTROPIES]
     if unknown or not entropies:
         raise UsageError(f"entropies are of {', '.join(ENTROPIES)}, not {unknown}")
-    runs, payloads, rows = [], [], []
+    runs, payloads, rows, work = [], [], [], 0
     for tensor in find_integers(original) if tensors is None else tensors:
         count = prod(tensor.shape)
         kind = np.int8 if tensor.is_signed else np.uint8
@@ -100,7 +101,13 @@ def pack(
         coded, payload, size = None, b"", len(zlib.compress(values.astype(kind).tobytes(), 9))
         if count >= FEWEST:
             coded, payload = _smallest(values, tensor.shape[0], entropies)
-        if coded is not None and len(payload) < size:
+        if (
+            coded is not None
+            and len(payload) < size
+            and count <= MOST_RATIO // 2 * len(payload)
+            and is_justified(new := work + work_of(coded, payload), sum(map(len, payloads)))
+        ):
+            work = new
             runs.append(Run(tensor.offset, coded, len(payload)))
             payloads.append(payload)
             rows.append(Row(tensor.name, count, _entropy(values), coded.coder, len(payload)))

@@ -55,6 +55,11 @@ class SearchConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not self.space:  # which is the current folder to pathlib
+            raise UsageError(
+                "space is empty: expected a YAML file, the folder of a run, or one of "
+                f"{', '.join(TABLE_NAMES)}"
+            )
         for name in ("max_mmac", "max_parameters"):
             given = getattr(self, name)
             if given is not None and not 0 < given < math.inf:

@@ -149,9 +149,18 @@ def _rounds(
     runs: str,
     progress: SearchProgress,
 ) -> list[Trial]:
-    """Run a strategy from its ledger; its runs are in a folder beside it."""
+    """Run a strategy from its ledger; its runs are in a folder beside it.
+
+    Raises:
+        RunError: A trial of the ledger lacks costs, or is of another search.
+    """
     log = Ledger(ledger)
     for trial in log.read():
+        if trial.value is not None and "macs" not in trial.cost:
+            raise RunError(
+                f"{ledger}: damaged, the trial of {dict(trial.candidate)} lacks its macs; remove "
+                "its line and those after it"
+            )
         progress.end(trial, fresh=False)
 
     def evaluate(candidates: Sequence[Candidate]) -> Iterator[Trial]:
