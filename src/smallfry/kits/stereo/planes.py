@@ -25,8 +25,7 @@ from smallfry.kits.stereo.truth import KAPPA, class_weights, pack, unpack, weigh
 __all__ = ["CLASSES", "Pair", "PlaneSettings", "draw_pair"]
 
 Floats = NDArray[np.float64]
-VERSION = 2  # changes whenever the pairs of a seed do
-DRAWN = 1  # the version that brought the random numbers: 2 has its pictures and another ``hidden``
+VERSION = 1  # changes whenever the pairs of a seed do
 CLASSES = ("background", "ground", "box", "disc")
 SIZE = (64, 128)
 LARGEST = 28.0  # pixels of disparity
@@ -107,8 +106,8 @@ def draw_pair(
     columns = np.arange(size[1])
     there = np.rint(columns - disparity).astype(int)
     rows = np.arange(size[0])[:, None]
-    before = right_disparity[rows, there.clip(0, size[1] - 1)] - disparity  # what is there instead
-    hidden = (columns - disparity < 0) | (before > 0.75)
+    apart = np.abs(right_disparity[rows, there.clip(0, size[1] - 1)] - disparity)
+    hidden = (columns - disparity < 0) | (apart > 0.75)
     views = [_seen(view, settings.cameras, random) for view in (left, right)]
     return Pair(views[0], views[1], disparity, labels, hidden, right_disparity)
 
@@ -168,7 +167,7 @@ def _split(settings: PlaneSettings, split: str, count: int, size: tuple[int, int
 
 
 def _random(settings: PlaneSettings, split: str, number: int) -> np.random.Generator:
-    return generator(f"stereo-planes {DRAWN} {split}", settings.seed, number)
+    return generator(f"stereo-planes {VERSION} {split}", settings.seed, number)
 
 
 def is_test_disparity(disparity: float) -> bool:
