@@ -18,8 +18,9 @@ FIGURES = {
 }  # title and unit
 MOST = 100  # rows of a picture
 SMALL = 0.01  # share of every total, below which layers that stay as they are go together
-LONGEST = 34  # characters of a name
+LONGEST = 60  # characters of a name
 ROW = 0.21  # inches
+LETTER = 0.065  # inches
 DECADES = 6  # of the colours
 Layer = Mapping[str, Any]
 
@@ -34,9 +35,9 @@ def draw_layers(layers: Sequence[Layer], file: Path) -> None:
         file: The PNG to write.
     """
     shown = _rows(layers)
-    places = np.arange(len(shown))
+    places, names = np.arange(len(shown)), [shorten(each["name"]) for each in shown]
     with style():
-        figure = new_figure(12.0, 1.3 + ROW * max(3, len(shown)))
+        figure = new_figure(10.5 + _width(names), 1.3 + ROW * max(3, len(shown)))
         for axes, (name, (title, unit)) in zip(
             figure.subplots(1, len(FIGURES), sharey=True), FIGURES.items(), strict=True
         ):
@@ -57,7 +58,7 @@ def draw_layers(layers: Sequence[Layer], file: Path) -> None:
                         va="center", fontsize=7, color=GREY,
                     )  # fmt: skip
         first = figure.axes[0]
-        first.set_yticks(places, plain([shorten(each["name"]) for each in shown]), fontsize=8)
+        first.set_yticks(places, plain(names), fontsize=8)
         first.set_ylim(len(shown) - 0.4, -0.6)
         handles, labels = first.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
@@ -77,11 +78,13 @@ def draw_profile(profile: Mapping[str, Any], file: Path) -> None:
     """
     layers, chosen = profile["layers"], profile["chosen"]
     names = _most_sensitive(layers)
+    words = [shorten(name) for name in names]
     columns = sorted({*chosen.values(), *(c for each in layers.values() for c in each)}, key=float)
     costs = np.array([[layers[n].get(c, np.nan) for c in columns] for n in names], dtype=float)
     norm = _colours(costs)
     with style():
-        figure = new_figure(3.9 + 0.5 * len(columns), 1.5 + ROW * max(3, len(names)))
+        height = 1.5 + ROW * max(3, len(names))
+        figure = new_figure(2.4 + _width(words) + 0.5 * len(columns), height)
         axes = figure.subplots()
         axes.set_facecolor("#f3f4f6")
         picture = axes.imshow(costs, cmap="YlOrRd", norm=norm, aspect="auto")
@@ -97,11 +100,11 @@ def draw_profile(profile: Mapping[str, Any], file: Path) -> None:
             corner = (column - 0.5, row - 0.5)
             axes.add_patch(Rectangle(corner, 1, 1, fill=False, **look))
         axes.set_xticks(range(len(columns)), columns)
-        axes.set_yticks(range(len(names)), plain([shorten(n) for n in names]), fontsize=8)
+        axes.set_yticks(range(len(names)), plain(words), fontsize=8)
         axes.set_xlabel(profile["choices"])
         of = f" ({len(names)} of {len(layers)})" if len(names) < len(layers) else ""
         axes.set_title(f"one layer{of} alone; framed: chosen for all together", fontsize=10)
-        bar = figure.colorbar(picture, ax=axes, aspect=30)
+        bar = figure.colorbar(picture, ax=axes, aspect=5 * height)
         bar.set_label(profile["costs"])
         save(figure, file)
 
@@ -112,6 +115,11 @@ def shorten(name: str) -> str:
         return name
     half = (LONGEST - 1) // 2
     return f"{name[: LONGEST - 1 - half]}…{name[-half:]}"
+
+
+def _width(names: Sequence[str]) -> float:
+    """Estimate the inches of the longest name."""
+    return LETTER * max(map(len, names), default=0)
 
 
 def _rows(layers: Sequence[Layer]) -> list[Layer]:
