@@ -500,9 +500,9 @@ def test_the_steps_that_change_the_outputs_least_go_first():
     chosen = choose_steps(model, names, 2, images)
     one = {"latent_steps": change(latent_steps=1), "recursion_steps": change(recursion_steps=2)}
     first = min(one, key=one.get)
-    assert (chosen[0].name, chosen[0].count) == (first, {"latent_steps": 1}.get(first, 2))
+    assert (chosen[0].name, chosen[0].kept) == (first, {"latent_steps": 1}.get(first, 2))
     assert chosen[0].change == pytest.approx(one[first], rel=1e-4)
-    steps = {each.name: each.count for each in chosen}
+    steps = {each.name: each.kept for each in chosen}
     assert chosen[1].change == pytest.approx(change(**steps), rel=1e-4)
     assert (model.latent_steps, model.recursion_steps) == (2, 3)
 

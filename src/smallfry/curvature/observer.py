@@ -475,8 +475,8 @@ class Observer:
         mine = seen.size
         if count * sum(z.numel() for z in outputs) > MOST_DRAWN:
             seed = torch.randint(2**62, (), generator=self.generator, device=self.generator.device)
-            own = torch.Generator(self.generator.device).manual_seed(int(seed) + rank)
-            return sample(outputs, own)
+            generator = torch.Generator(self.generator.device).manual_seed(int(seed) + rank)
+            return sample(outputs, generator)
         rows = (torch.arange(mine * count, device=outputs[0].device) - mine * rank) % mine
         own = [z.shape[:1] == (mine,) for z in outputs]  # others may be losses, or of layers
         drawn = sample(

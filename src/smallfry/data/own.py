@@ -123,7 +123,7 @@ def _splits(data: Any) -> dict[str, Any]:
         raise _unusable(data)
     if not isinstance(data, Mapping):
         return {TRAIN: data}
-    parts = {SPLIT_NAMES.get(name, name): part for name, part in data.items()}
+    parts = {str(SPLIT_NAMES.get(name, name)): part for name, part in data.items()}
     if len(parts) < len(data) or not {TRAIN} <= {*parts} <= {*SPLIT_NAMES.values()}:
         raise UsageError(
             f"data has the splits {', '.join(data)}: expected train, and each once; images and "

@@ -141,7 +141,7 @@ def run(
             inside = [f"{each.partition('.')[0]}={{'{name}': …}}" for each in groups]
             hint = f"; did you mean {' or '.join(inside)}?" if inside else nearest(name, known)
             raise UsageError(f"train has no setting '{name}'{hint}")
-    data = settings.get("data", {})
+    data: Any = settings.get("data", {})
     if is_own(data) or not isinstance(data, DataConfig | Mapping):
         settings["data"] = place_of(data)
     plain, own = take_objects(with_recipe(settings), code)

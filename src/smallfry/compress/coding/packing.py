@@ -93,7 +93,10 @@ def pack(
     unknown = [each for each in entropies if each not in ENTROPIES]
     if unknown or not entropies:
         raise UsageError(f"entropies are of {', '.join(ENTROPIES)}, not {unknown}")
-    runs, payloads, rows, work = [], [], [], 0
+    runs: list[Run] = []
+    payloads: list[bytes] = []
+    rows: list[Row] = []
+    work = 0
     for tensor in find_integers(original) if tensors is None else tensors:
         count = prod(tensor.shape)
         kind = np.int8 if tensor.is_signed else np.uint8

@@ -127,7 +127,7 @@ class RunningErase(RunningDHSPG):
         scores = torch.cat(redundancy(x, d))
         names = [group.name for group in self.groups]
         number = int(len(names) * self._wanted.sparsity)
-        steps = {each.name: each.count for each in self.left_out or ()}
+        steps = {each.name: each.kept for each in self.left_out or ()}
         accepted: list[str] = []
         for each in scores.argsort(descending=True, stable=True).tolist():
             trial = [*accepted, names[each]]
@@ -145,7 +145,7 @@ class RunningErase(RunningDHSPG):
             number = int(most * self._wanted.sparsity)
             self.left_out = choose_steps(self.model, self._numbers, number, self._example)
             for each in self.left_out:
-                log.info("%d %s: outputs change by %.2g", each.count, each.name, each.change)
+                log.info("%d %s: outputs change by %.2g", each.kept, each.name, each.change)
         number = len(self.left_out) * (step + 1 - self._first) // (self._end - self._first)
         self._leave_out(min(len(self.left_out), number))
         self._left = max(1, self._end - step)
@@ -174,7 +174,7 @@ class RunningErase(RunningDHSPG):
         self.passed = number
         for each in (self.left_out or [])[:number]:
             if each.name == WHILE_TRAINING:
-                setattr(self.model, each.name, each.count)
+                setattr(self.model, each.name, each.kept)
 
     def finish(self, model: nn.Module) -> Transform | None:
         """Erase what is zero."""
@@ -191,7 +191,7 @@ class RunningErase(RunningDHSPG):
             )
         if not done:
             return None
-        steps = {each.name: each.count for each in (self.left_out or [])[: self.passed]}
+        steps = {each.name: each.kept for each in (self.left_out or [])[: self.passed]}
         transform = self.candidates.without(erased, steps)
         transform.apply(model)
         return transform

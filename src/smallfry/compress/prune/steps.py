@@ -20,7 +20,7 @@ class LeftOut(NamedTuple):
     """Step that is left out."""
 
     name: str  # of the number of steps
-    count: int  # of those that stay
+    kept: int  # steps that stay
     change: float  # of the outputs against those of all steps, relative to their norm
 
 
