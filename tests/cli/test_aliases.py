@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from smallfry.cli import main
-from smallfry.cli._aliases import ALIASES, ELSEWHERE, expand_aliases, like_named
+from smallfry.cli._aliases import ALIASES, ELSEWHERE, PLACES, expand_aliases, like_named
 from smallfry.cli._parser import expand_shorthand, form_of, read
 
 OPTIONS = ["model.name", "model.start", "model.freeze", "model.freeze_epochs", "optimizer.lr"]
@@ -37,7 +37,7 @@ def test_every_alias_is_an_option_of_training_and_every_hint_one_of_a_verb():
     assert {alias.option for alias in ALIASES.values()} <= {*training}
     verbs = ("export", "predict", "benchmark", "fit")
     known = {*training}.union(*(form_of((verb,)).types for verb in verbs))
-    for hints in ELSEWHERE.values():
+    for hints in (*ELSEWHERE.values(), *PLACES.values()):
         assert {*hints} <= known
 
 
@@ -83,6 +83,8 @@ def test_names_of_other_tools_get_the_right_one(name, hint, capsys):
     [
         (["export", "RUN", "--format", "onnx"], "no option 'format'; did you mean 'target'?"),
         (["export", "RUN", "--output", "x"], "export has no option 'output'; did you mean 'to'?"),
+        (["evaluate", "RUN", "--output", "x"], "evaluate has no option 'output'; there are attack"),
+        (["fit", "--model", "resnet18"], "fit has no option 'model'; did you mean 'candidates'?"),
         (["export", "RUN", "--half"], "export has no option 'half'; did you mean 'precision'?"),
         (["benchmark", "RUN", "--output", "x"], "did you mean 'folder'?"),
         (["train", "--num-classes", "3"], "leave it out: the classes are those of the data"),

@@ -11,7 +11,7 @@ import pytest
 from markdown_blocks import ROOT, SHELL, blocks_of
 from markdown_it import MarkdownIt
 
-from smallfry.cli._explain import _unknown_option
+from smallfry.cli._explain import unknown_option
 from smallfry.cli._parser import expand_shorthand, form_of, subcommands_of
 from smallfry.cli._verbs import verb_names
 
@@ -72,7 +72,7 @@ def fault_of_command(text):
     if subs and not chosen:
         return "" if not words[1:] or PLACEHOLDER.search(words[1]) else f"no {verb} {words[1]}"
     types = forms()[verb, *chosen]
-    unknown = _unknown_option(expand_shorthand(words[1 + len(chosen) :], types), types)
+    unknown = unknown_option(expand_shorthand(words[1 + len(chosen) :], types), types)
     return f"no option {unknown}" if unknown else ""
 
 
@@ -81,7 +81,7 @@ def fault_of_options(text):
     for name in re.findall(r"(?<!\S)--([\w.-]+)", text):
         plain = name.rstrip(".")
         taken = any(
-            _unknown_option(expand_shorthand([f"--{plain}"], types), types) is None
+            unknown_option(expand_shorthand([f"--{plain}"], types), types) is None
             for types in forms().values()
         )
         if not taken and plain not in options_of_scripts() | FOREIGN:

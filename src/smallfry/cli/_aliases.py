@@ -38,12 +38,10 @@ ELSEWHERE = {  # names in timm, Lightning, ultralytics and scikit-learn that are
     "gradient_clip_val": ("optimizer.clip",),
     "arch": ("model.name",),
     "drop": ("model.drop_rate",),
-    "weights": ("model.start", "run"),
+    "weights": ("model.start",),
     "initial_checkpoint": ("model.start",),
-    "ckpt_path": ("resume", "run"),
-    "model": ("run", "models", "candidates"),
-    "source": ("inputs",),
-    "image": ("inputs",),
+    "ckpt_path": ("resume",),
+    "model": ("candidates",),
     "imgsz": ("data.image_size",),
     "input_size": ("data.image_size",),
     "val_split": ("data.validation",),
@@ -69,6 +67,13 @@ ELSEWHERE = {  # names in timm, Lightning, ultralytics and scikit-learn that are
     "reprob": ("augment.erasing",),
     **dict.fromkeys(("out", "output", "out_dir", "output_dir", "outdir", "save_dir"), FOLDER),
     **dict.fromkeys(("project", "experiment", "default_root_dir"), FOLDER),
+}
+PLACES = {  # such names of values that have a place on the command line instead of a name
+    "ckpt_path": ("run",),
+    "image": ("inputs",),
+    "model": ("run", "models"),
+    "source": ("inputs",),
+    "weights": ("run",),
 }
 UNNEEDED = dict.fromkeys(
     ("num_classes", "n_classes", "nc"), "; leave it out: the classes are those of the data"

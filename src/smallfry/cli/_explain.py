@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from jsonargparse import ArgumentError
 
-from smallfry.cli._aliases import ELSEWHERE, UNNEEDED, like_named
+from smallfry.cli._aliases import PLACES, UNNEEDED, like_named
 from smallfry.cli._numbers import NUMBER, kinds
 from smallfry.errors import UsageError, nearest
 from smallfry.io.terminal import shortened
@@ -78,7 +78,7 @@ def refused(unknown: str, command: str, named: Mapping[str, Any], places: Sequen
         places: Names of the values that are given by their place.
     """
     plain = unknown.replace("-", "_").rpartition(".")[2]
-    if not {plain, *ELSEWHERE.get(plain, ())}.isdisjoint(places):
+    if not {plain, *PLACES.get(plain, ())}.isdisjoint(places):
         usage = " ".join(("smallfry", command, *map(str.upper, places)))
         hint = f"; give its value without '--{unknown}': {usage}"
     else:
