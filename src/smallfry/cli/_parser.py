@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -120,7 +121,7 @@ def expand_shorthand(arguments: Sequence[str], options: Iterable[str]) -> list[s
 
 def _refuse_empty_paths(arguments: Sequence[str], types: Mapping[str, Any]) -> None:
     """Refuse an option of a path without a name, which is the current folder to pathlib."""
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for argument, following in zip_longest(arguments, arguments[1:]):
         option, equals, value = argument.partition("=")
         name = option.removeprefix("--")
         hint = types.get(name) if option.startswith("--") else None
