@@ -61,12 +61,12 @@ def _sections(
         if profile := report.get("profile"):
             file = _file(pictures, "profile", names)
             draw_profile(profile, file)
-            says = f"{profile['costs']}, by layer and {profile['choices']}"
+            caption = f"{profile['costs']}, by layer and {profile['choices']}"
             yield (
                 f"Sensitivity of each layer: {report['method']}",
                 f"Each layer alone at each choice; the others are as before. Cells: "
                 f"{profile['costs']}. Columns: {profile['choices']}.",
-                image(file, says),
+                image(file, caption),
             )
         if mixed := report.get("mixed"):
             file = _file(pictures, "bits", names)
