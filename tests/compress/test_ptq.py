@@ -107,8 +107,7 @@ def correlated(rows, inputs):
 def test_adaptive_rounding_lowers_the_error_of_the_calibration_rows(bits):
     x, y = correlated(400, 24)
     weight = torch.randn(1, 10, 24).double()
-    means = (x.mean(0)[None], y.mean(0)[None])
-    seen = Moments(*means, *((a.T @ b / len(x))[None] for a, b in ((x, x), (x, y), (y, y))))
+    seen = Moments(*((a.T @ b / len(x))[None] for a, b in ((x, x), (x, y), (y, y))))
     scale = symmetric_scale(weight, bits)
     found = adaptive_rounding(weight, scale, bits, seen, iterations=400)
     most = 2 ** (bits - 1) - 1
@@ -129,7 +128,7 @@ def test_adaptive_rounding_lowers_the_error_of_the_calibration_rows(bits):
 def test_outputs_keep_nearest_rounding_where_it_is_better():
     weight = torch.full((1, 2, 3), 0.4).double()
     same = torch.eye(3).double()[None]  # independent inputs: nearest is the best there is
-    seen = Moments(*torch.zeros(2, 1, 3).double(), same, same, same)
+    seen = Moments(same, same, same)
     found = adaptive_rounding(weight, torch.ones(1, 2, 1), 4, seen, iterations=3, rate=100.0)
     assert torch.equal(found.codes, torch.zeros_like(weight))
     assert torch.equal(found.error, found.nearest)
