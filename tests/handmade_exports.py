@@ -30,13 +30,13 @@ def graph(*steps, inputs=("x",), outputs=("y",), **weights) -> bytes:
 
 def linear(size: int, outputs: dict[str, tuple[int, ...]], scale: float = 1.0) -> bytes:
     """A graph of outputs by their names and shapes, each a random linear map of inputs."""
-    random, steps, weights = np.random.default_rng(0), [("Flatten", ["x"], "flat", {})], {}
+    random, steps, weights = np.random.default_rng(0), [("Flatten", ["input"], "flat", {})], {}
     for name, shape in outputs.items():
         weights[f"w_{name}"] = random.normal(0, scale, (size, prod(shape))).astype(np.float32)
         weights[f"s_{name}"] = np.array([-1, *shape])
         steps.append(("MatMul", ["flat", f"w_{name}"], f"m_{name}", {}))
         steps.append(("Reshape", [f"m_{name}", f"s_{name}"], name, {}))
-    return graph(*steps, outputs=tuple(outputs), **weights)
+    return graph(*steps, inputs=("input",), outputs=tuple(outputs), **weights)
 
 
 def write(folder: Path, manifest: Manifest, *, content=None, **graphs: bytes) -> Path:

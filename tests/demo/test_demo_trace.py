@@ -7,6 +7,7 @@ import pytest
 import torch
 from demo_runs import TINY, untrained
 from html_view import View
+from markupsafe import escape
 from PIL import Image
 
 from smallfry.demo.trace import moments_of, think
@@ -94,7 +95,7 @@ def test_attention_counts_from_the_start_of_each_recursion_step(thinker, pixels)
 def test_a_model_whose_attention_says_nothing_says_why(thinker, pixels):
     trace = think(thinker(name="vitrm_plus_micro_8"), pixels)
     assert all(moment.attention is None for moment in trace.moments)
-    assert trace.no_attention in show_moment(trace, 1, list("0123456789"))
+    assert escape(trace.no_attention) in show_moment(trace, 1, list("0123456789"))
 
 
 def test_a_model_that_does_not_recur_has_one_moment(thinker):

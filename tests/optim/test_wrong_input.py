@@ -379,7 +379,7 @@ def test_a_weight_penalty_in_the_loss_is_refused_named_or_allowed():
 
     with pytest.raises(UsageError, match="check='off'"):
         penalized("error")
-    with pytest.warns(SmallfryWarning, match="weight penalty"):
+    with pytest.warns(SmallfryWarning, match="the loss has a term of the weights"):
         penalized("warn")
     penalized("off")
 

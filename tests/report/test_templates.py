@@ -31,7 +31,7 @@ def test_every_template_escapes_and_can_be_loaded(file):
 
 
 def test_a_template_that_lacks_a_variable_fails():
-    with pytest.raises(UndefinedError, match="'says' is undefined"):
+    with pytest.raises(UndefinedError, match="'alt' is undefined"):
         render("report/templates/image.html", url="x")
 
 
