@@ -158,7 +158,7 @@ def test_leading_layers_stay_with_their_weights(weights):
         (Resize({"head": [3]}), "no tensor 'head'"),
         (Resize({}, {"no.heads": 1}), "no count 'no.heads'"),
         (Resize({}, {"embed_dim": 1}), "no count 'embed_dim'"),
-        (Replace("low_rank", {"": {"rank": 1}}), "no layer ''"),
+        (Replace("low_rank", {"": {"rank": 1}}), "a ViTRM can't be replaced in place"),
         (Replace("low_rank", {"head": {"rank": 1, "colour": 2}}), "colour"),
     ],
 )
