@@ -154,6 +154,7 @@ def test_collapse_is_measured_over_training_and_by_layer(page, runs):
     assert found["layers"]["features"] == found["nc1"]
 
 
+@pytest.mark.slow
 def test_a_plain_network_has_a_critical_point(runs, capsys):
     folder = runs / "plain-criticality"
     assert main(["analyze", str(runs / "plain"), "criticality", "--to", str(folder), "--json"]) == 0

@@ -98,6 +98,7 @@ def test_cues_of_zero_are_constant_tokens_and_nothing_else():
         assert torch.equal(cued(images), plain(images))
 
 
+@pytest.mark.slow
 def test_a_cued_model_is_rebuilt_and_traced():
     spec = SPEC.then(Cues(anchors=5))
     model, images = build(spec), torch.rand(2, 1, 8, 8)

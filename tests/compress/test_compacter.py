@@ -95,6 +95,7 @@ def test_each_call_of_a_recursion_step_has_an_adapter_in_training_and_inference(
     torch.testing.assert_close(logits, whole)
 
 
+@pytest.mark.slow
 def test_adapters_of_calls_are_traced_call_by_call():
     model, session = begin(compress.Compacter(per_call=True))
     steps(model, session, 2)

@@ -45,6 +45,7 @@ def test_each_image_depends_on_the_seed_and_its_number_alone(name, pictures):
     assert change(some, found) > 0.3
 
 
+@pytest.mark.slow
 def test_processes_agree_to_the_bit():
     here = {}
     exec(DIGEST, here)

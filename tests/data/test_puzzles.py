@@ -74,6 +74,7 @@ def test_puzzles_are_minimal_and_unique(boxes, clues):
     assert (family.draw(4, 0).solution != family.draw(3, 0).solution).any()
 
 
+@pytest.mark.slow
 def test_minimal_puzzles_of_side_four_are_the_36_known_classes():
     family = Sudoku(FOUR)
     found = {family.canonical(family.draw(0, number)) for number in range(900)}

@@ -114,6 +114,7 @@ def test_bytes_of_weights_do_not_depend_on_the_number_of_calls(settings):
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.slow
 def test_onnx_runtimes_blocks_are_stored_once_after_the_deduplication():
     images, sizes = torch.randn(2, 1, 6, 6), []
     for times in (1, 4):

@@ -46,7 +46,7 @@ def marked(block):
     return pytest.param(block, marks=pytest.mark.slow) if block.page == LONG else block
 
 
-@pytest.mark.parametrize("block", map(marked, BLOCKS), ids=lambda block: block.name)
+@pytest.mark.parametrize("block", [*map(marked, BLOCKS)], ids=lambda block: block.name)
 def test_code_block(block, readers, tmp_path_factory, monkeypatch):
     if block.wish == "not run":
         pytest.skip(f"not run: {block.detail}")

@@ -51,6 +51,7 @@ def test_no_page_loads_anything_from_elsewhere(site):
         assert found is None, f"{page}: {found and found[0]}"
 
 
+@pytest.mark.slow
 def test_pages_that_are_opened_as_files_can_be_searched(site):
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     browsers = map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))

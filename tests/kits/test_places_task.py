@@ -75,6 +75,7 @@ def test_a_run_is_evaluated_and_used_as_it_was_fitted(run, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["score"] == pytest.approx(answers[0]["score"])
 
 
+@pytest.mark.slow
 def test_two_runs_of_a_seed_are_equal(run, tmp_path):
     settings = {"data": {"name": "places-traverse", "options": ROUTE}, "progress": "quiet"}
     settings["model"] = {"name": "modular_snn", "options": MODEL}
