@@ -124,6 +124,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--rates", type=float, nargs="*", default=[1e-3, 3e-3])
+    parser.add_argument("--forms", nargs="*", default=FORMS, choices=FORMS)
     parser.add_argument("--out", type=Path, default=Path("results/wave.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -134,7 +135,7 @@ def main() -> int:
     test = WavePairs(*(each.float() for each in wave_pairs(100, TEST_SEED)))
     for seed in arguments.seeds:
         models: dict[str, nn.Module] = {}
-        for form in FORMS:
+        for form in arguments.forms:
             runs = entry.setdefault(f"{form}, seed {seed}", {})
             for rate in arguments.rates:
                 if f"{rate:g}" in runs:
