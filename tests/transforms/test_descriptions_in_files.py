@@ -94,6 +94,21 @@ def test_garbage_in_a_file_is_a_transform_or_refused_in_one_line(data, weights):
         ({"name": "vitrm", "transforms": ["resize"]}, "a transform has no kind"),
         ({"name": "vitrm", "transforms": [{"kind": ["resize"]}]}, "a transform has no kind"),
         ({"name": "vitrm", "transforms": [{"kind": "resize"}]}, "in version None"),
+        (
+            {
+                "name": "vitrm",
+                "transforms": [
+                    {
+                        "kind": "nested",
+                        "version": 1,
+                        "groups": [],
+                        "layers": {},
+                        "widths": {"": None},
+                    }
+                ],
+            },
+            "its transform 'nested' is damaged",
+        ),
     ],
 )
 def test_what_is_no_spec_is_named(content, message):

@@ -149,7 +149,7 @@ def _transform(content: Any, where: str) -> Transform:
         )
     try:
         transform: Transform = kind(**fields)
-    except (TypeError, ValueError, UsageError, AttributeError) as error:
+    except (TypeError, ValueError, UsageError, AttributeError, LookupError) as error:
         reason = (str(error) or repr(error)).splitlines()[0]
         raise RunError(f"{where}: its transform '{kind.kind}' is damaged ({reason})") from error
     return transform
