@@ -76,6 +76,7 @@ def numbers(folder, name):
     return json.loads((folder / f"{name}.json").read_text())["numbers"]
 
 
+@pytest.mark.slow
 def test_the_page_has_a_section_for_each_question_and_asks_no_network(page):
     text = (page / "index.html").read_text()
     view = View(text)
@@ -90,6 +91,7 @@ def test_the_page_has_a_section_for_each_question_and_asks_no_network(page):
     assert {f"{name}.json" for name in QUESTIONS} <= {file.name for file in page.iterdir()}
 
 
+@pytest.mark.slow
 def test_accuracy_from_geometry_is_that_of_the_models_exactly(page, runs):
     found = numbers(page, "geometry")
     assert found["predictions_that_differ_from_the_model"] == 0
@@ -104,6 +106,7 @@ def test_accuracy_from_geometry_is_that_of_the_models_exactly(page, runs):
         )
 
 
+@pytest.mark.slow
 def test_samples_are_in_a_table_whose_margins_decide(page):
     with (page / "geometry.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -118,6 +121,7 @@ def test_samples_are_in_a_table_whose_margins_decide(page):
     assert found["accuracy"]["fog 5"]["int8"] == pytest.approx(accuracy)
 
 
+@pytest.mark.slow
 def test_signals_by_layer_and_step_are_those_of_a_plain_computation(page, runs):
     trained = load_run(runs / "recursive")
     found = numbers(page, "criticality")
@@ -143,6 +147,7 @@ def test_signals_by_layer_and_step_are_those_of_a_plain_computation(page, runs):
     assert taken.correlation[1, 2] == pytest.approx(float(cosine), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_collapse_is_measured_over_training_and_by_layer(page, runs):
     rows = json.loads((runs / "recursive" / "collapse.json").read_text())
     assert [row["epoch"] for row in rows] == [1, 2]
@@ -235,6 +240,7 @@ def test_logits_that_no_linear_layer_gives_are_refused(runs):
         collect(trained._replace(model=nn.Flatten()), images, labels)
 
 
+@pytest.mark.slow
 def test_the_family_and_the_repetitions_of_a_recursive_model_leak(page):
     found = numbers(page, "leakage")
     assert found["posterior"]["operators"]["recursive"] > 0.5

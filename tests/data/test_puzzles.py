@@ -198,6 +198,7 @@ def test_splits_share_no_class(split):
     assert len(load_data("sudoku6", limit=7, options={"puzzles": 60}).train) == 7
 
 
+@pytest.mark.slow
 def test_names_are_known_and_other_settings_refused():
     assert {"sudoku4", "sudoku6", "sudoku9", "maze9", "maze30"} <= set(NAMED)
     assert len(load_data("sudoku4").train) == 22  # of 30

@@ -138,6 +138,7 @@ def test_it_learns_digits_at_every_exit(run):
         assert (step.logits.argmax(1) == digits.labels).double().mean() > 0.7
 
 
+@pytest.mark.slow
 def test_the_export_leaves_early(run, tmp_path):
     runtime = Runtime(smallfry.export(run, tmp_path / "export"))
     assert runtime.manifest.form == "anytime"
