@@ -5,6 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from dense_fisher import dense_fisher
+from named_layers import Net
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -13,23 +14,6 @@ from smallfry.errors import SmallfryWarning, UsageError
 from smallfry.optim import EKFAC, KFAC, ExactNG
 
 D = torch.float64
-
-
-class Net(nn.Module):
-    """Layers, and a function of them and the inputs."""
-
-    def __init__(self, function, **layers):
-        super().__init__()
-        self.function = function
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, *given, **named):
-        return self.function(self, *given, **named)
-
-    def like(self, function):
-        """The same layers in another function."""
-        return Net(function, **dict(self.named_children()))
 
 
 def exact_step(model, reference, x, *given, **named):

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from named_layers import Net
 from timm.layers import Mlp
 from timm.models.vision_transformer import Attention
 from torch import nn
@@ -21,19 +22,6 @@ pytest.importorskip("torch_pruning", reason="groups of convolutions are found by
 
 def conv(inputs, outputs, size=3, **more):
     return nn.Conv2d(inputs, outputs, size, padding=size // 2, **more)
-
-
-class Net(nn.Module):
-    """Network of named layers with a function of them."""
-
-    def __init__(self, function, **layers):
-        super().__init__()
-        self.function = function
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x):
-        return self.function(self, x)
 
 
 def pooled(x):

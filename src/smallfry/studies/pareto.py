@@ -161,7 +161,7 @@ def _rivals(data: str) -> str:
     return table(head, rows, text=(0, 4))
 
 
-def _rivallabel_of(rivals: Sequence[reported.Rival]) -> str:
+def _rival_label(rivals: Sequence[reported.Rival]) -> str:
     epochs = ", ".join(str(rival.epochs) for rival in rivals if rival.epochs)
     return rivals[0].label + (f" ({epochs} epochs)" if epochs else "")
 
@@ -198,7 +198,7 @@ def _panels(
     for name in dict.fromkeys(rival.label for rival in _of(data)):
         same = [rival for rival in _of(data) if rival.label == name]
         x, y = [rival.millions for rival in same], [rival.accuracy for rival in same]
-        theirs.append(Series(_rivallabel_of(same), x, y, reported=True))
+        theirs.append(Series(_rival_label(same), x, y, reported=True))
     together = config.data.name == data
     ours = f"measured here, {Path(config.data.name).name}"
     first = f"measured and reported, {reported.DATA[data]}" if together else ours

@@ -87,7 +87,7 @@ class BiasLoss:
         if not parts or isinstance(model, Recursive):
             raise UsageError(
                 "objective.name bias needs a model with forward_features and forward_head that "
-                f"does not recur, unlike {type(model).__name__}; take objective.name auto"
+                f"does not recur, got {type(model).__name__}; take objective.name auto"
             )
         return _WithFeatures(model)
 
