@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from smallfry.curvature import as_likelihood
 from smallfry.curvature.likelihoods import Bernoulli, Categorical, Gaussian
 from smallfry.errors import SmallfryWarning, UsageError
-from smallfry.optim import EKFAC, KFAC, KPSVD, bound
+from smallfry.optim import EKFAC, KFAC, KPSVD, bound, hindsight
 
 
 @pytest.mark.parametrize("kind", [KFAC, EKFAC, KPSVD])
@@ -203,12 +203,13 @@ def test_no_divergence_comes_from_dropout_or_batch_statistics(kind, monkeypatch)
     model = nn.Sequential(nn.Linear(3, 8), body, nn.Flatten(), nn.BatchNorm1d(32), nn.Linear(32, 3))
     model, found, measured = model.to(D), [], bound.divergence
 
-    def measure(optimizer, observations, step, parameters, **given):
+    def measure(optimizer, observations, step, parameters, start=None):
         idle = {name: torch.zeros_like(part) for name, part in step.items()}
         found.append(measured(optimizer, observations, idle, parameters))
-        return measured(optimizer, observations, step, parameters, **given)
+        return measured(optimizer, observations, step, parameters, start)
 
     monkeypatch.setattr(bound, "divergence", measure)
+    monkeypatch.setattr(hindsight, "divergence", measure)
     optimizer = kind(model, lr=0.1)
     for seed in range(3):
         x = torch.randn(6, 4, 3, dtype=D, generator=torch.Generator().manual_seed(seed))

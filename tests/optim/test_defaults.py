@@ -41,6 +41,12 @@ def test_defaults_are_no_worse_than_adamw_and_keep_what_kl_clip_promises(default
 
 
 @pytest.mark.slow
+def test_a_network_with_few_values_in_a_batch_norm_trains(defaults):
+    found = results(defaults, "mobilenet", 60, ["KFAC"])
+    assert defaults.failures(found) == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp 4", "mlp 64"])
 @pytest.mark.filterwarnings("ignore::smallfry.errors.SmallfryWarning")
 def test_no_method_diverges_at_its_defaults(defaults, name):
@@ -93,8 +99,21 @@ def test_no_divergence_is_measured_where_nothing_moved(defaults):
     output = task.model(task.inputs).detach()  # with dropout
     assert not torch.equal(output, task.model(task.inputs))
     likelihood, residual = as_likelihood("categorical"), torch.zeros_like(output)
-    given = (task, likelihood, task.inputs, output, residual, random)
-    assert defaults._divergence(*given) == 0.0
+
+    def found():
+        after = defaults._again(task.model, task.inputs, random)
+        return defaults._divergence(task, likelihood, output, after, residual)
+
+    assert found() == 0.0
     with torch.no_grad():
         task.model.classifier.bias[0] += 1.0
-    assert defaults._divergence(*given) > 0.01
+    assert found() > 0.01
+
+
+def test_measuring_leaves_the_statistics_of_batch_norms_alone(defaults):
+    task = defaults.CELLS["cnn 4"].make()
+    before = {name: b.clone() for name, b in task.model.named_buffers()}
+    assert before
+    defaults._again(task.model, task.inputs[:8], torch.get_rng_state())
+    for name, buffer in task.model.named_buffers():
+        assert torch.equal(buffer, before[name])

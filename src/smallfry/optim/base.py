@@ -44,6 +44,7 @@ from smallfry.optim.checks import (
 )
 from smallfry.optim.collectives import Collectives
 from smallfry.optim.groups import build_adamw, natural_groups, split_groups
+from smallfry.optim.hindsight import keep_step
 from smallfry.optim.inspect import (
     Diagnosis,
     Summary,
@@ -129,7 +130,7 @@ class NaturalGradient(PreconditionedOptimizer):
         self.clip = 1.0
         self.divergence_ratio = self.targets = 1.0
         self.measuring, self.measurable, self.measured_size = True, True, 0.0
-        self.measured, self.fallback_ratio = False, 0.0
+        self.measured, self.fallback_ratio, self.last_step = False, 0.0, None
         self.reduction_ratio: float | None = None
         self.kl_clip, self.loss_scale = self.settings.kl_clip, self.settings.loss_scale
         self._factor = 1.0
@@ -217,6 +218,8 @@ class NaturalGradient(PreconditionedOptimizer):
         step_fallback(self, observations)
         if self.counters["statistics"] > refreshed:
             self.measuring = True  # the next batch is one that F̂ has not seen
+        if not self.measuring:
+            self.last_step = None
 
     def weigh(self, weights: Any) -> None:
         """Set the row weights of the loss, before its ``backward()``.
@@ -415,6 +418,8 @@ class NaturalGradient(PreconditionedOptimizer):
             self.clip = clip_step(self, observations, final, size, parameters)
         for step in final.values():
             step.mul_(self.clip)
+        if not modelled:
+            keep_step(self, final, size, self.clip)
         tapped = any(seen.calls for seen in observations)
         if settings.adaptive_damping and not any_process(not tapped):
             damping = self.preconditioner.damping_of_parameters()

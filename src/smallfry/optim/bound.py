@@ -15,6 +15,8 @@ its own r. ``r̄`` is at least 1: a step is never longer than without measuremen
 Where ⟨v, m⟩ is far more than at the last measurement, the step is as much shorter, and the gradient
 leaves momentum again.
 
+With batch norm the last step is measured instead, on the batch at hand: ``optim/hindsight.py``.
+
 The AdamW inside has no model. Its step is measured on the same batch, once the natural gradient's
 is made: 2 KL = a lr², averaged into ā. Its rate is lowered until ā lr² is at most half of κ n, and
 the natural gradient has what is left of κ n.
@@ -22,7 +24,6 @@ the natural gradient has what is left of κ n.
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -30,11 +31,18 @@ from torch import Tensor, nn
 
 from smallfry.curvature import Observation
 from smallfry.errors import UsageError
-from smallfry.optim import quadratic
 from smallfry.optim.checks import warn
+from smallfry.optim.hindsight import keep_fallback, measure_last_step
+from smallfry.optim.measured import (
+    averaged,
+    clip_to,
+    divergence,
+    promised_divergence,
+    require_repeatable,
+    require_unchanged,
+)
 from smallfry.optim.preconditioned import PreconditionedOptimizer
 
-KEPT = 0.8  # of the old ratios, at most
 GROWTH = 2.0  # of ⟨v, m⟩ since the last measurement, at which the next one is due
 SHARE = 0.5  # of the promised divergence, at most, for what the AdamW inside moves
 TRIES = 8  # each shortens a step tenfold at most, until its divergence is nearly quadratic
@@ -64,16 +72,32 @@ def clip_step(
     if not due or optimizer.collectives.any_process(not _kept(observations)):
         optimizer.measuring = due  # on the next step, which is then observed
         ratio = optimizer.divergence_ratio * _growth(optimizer, modelled)
-        return _clip(_left(optimizer), ratio * modelled)
-    optimizer.measuring, optimizer.measured_size = False, modelled
+        return clip_to(_left(optimizer), ratio * modelled)
+    optimizer.measuring, known = False, math.inf
     optimizer.count_targets(optimizer.weighed(observations))
-    allowed, ratio = _left(optimizer), optimizer.divergence_ratio
-    clip = _clip(allowed, ratio * modelled)
     try:
-        found = _measure(optimizer, observations, step, parameters, modelled, clip)
+        if optimizer.last_step is not None:
+            known = measure_last_step(optimizer, observations, optimizer.last_step)
+        if not math.isfinite(known):
+            return _clip_by_own_batch(optimizer, observations, step, modelled, parameters)
     except UsageError as error:
         _give_up(optimizer, error)
-        return clip
+        return clip_to(_left(optimizer), optimizer.divergence_ratio * modelled)
+    optimizer.measuring = modelled > GROWTH * optimizer.measured_size
+    return clip_to(_left(optimizer), known * _growth(optimizer, modelled) * modelled)
+
+
+def _clip_by_own_batch(
+    optimizer: PreconditionedOptimizer,
+    observations: Sequence[Observation],
+    step: Mapping[str, Tensor],
+    modelled: float,
+    parameters: Mapping[str, nn.Parameter],
+) -> float:
+    """Compute the scale of a step by its measurement on the current batch."""
+    allowed, ratio = _left(optimizer), optimizer.divergence_ratio
+    optimizer.measured_size, clip = modelled, clip_to(allowed, ratio * modelled)
+    found = _measure(optimizer, observations, step, parameters, modelled, clip)
     optimizer.measured = True
     if found is None:
         return clip
@@ -81,8 +105,8 @@ def clip_step(
         optimizer.measuring = True
         return 0.0  # however short a step is, it breaks the model
     optimizer.counters["measurements"] += 1
-    optimizer.divergence_ratio = _averaged(optimizer, ratio, max(found, 1.0))
-    return _clip(allowed, max(found, optimizer.divergence_ratio) * modelled)
+    optimizer.divergence_ratio = averaged(optimizer, ratio, max(found, 1.0))
+    return clip_to(allowed, max(found, optimizer.divergence_ratio) * modelled)
 
 
 def step_fallback(optimizer: PreconditionedOptimizer, observations: Sequence[Observation]) -> None:
@@ -100,22 +124,26 @@ def step_fallback(optimizer: PreconditionedOptimizer, observations: Sequence[Obs
     rates = [group["lr"] for group in adamw.param_groups]
     rate = scale * max(float(one) for one in rates)
     moved = {optimizer.names[p]: p for g in adamw.param_groups for p in g["params"]}
-    moved = {name: p for name, p in moved.items() if p.grad is not None and optimizer.measured}
+    watched = optimizer.measured or optimizer.last_step is not None
+    moved = {name: p for name, p in moved.items() if p.grad is not None and watched}
     old = {name: p.detach().clone() for name, p in moved.items()}
     for group in adamw.param_groups if scale < 1 else ():
         group["lr"] = group["lr"] * scale
     adamw.step()
     for group, one in zip(adamw.param_groups, rates, strict=True):
         group["lr"] = one
-    if moved and rate > 0:
-        back = {name: old[name] - p.detach() for name, p in moved.items()}
+    if not moved or not rate > 0:
+        return
+    back, kept = {name: old[name] - p.detach() for name, p in moved.items()}, 1.0
+    if optimizer.measured:
         try:
             kept = _measure_fallback(optimizer, observations, back, moved, rate)
         except UsageError as error:
             _give_up(optimizer, error)
             return
-        for name, p in moved.items() if kept < 1 else ():
-            p.copy_(old[name]).sub_(back[name], alpha=kept)
+    for name, p in moved.items() if kept < 1 else ():
+        p.copy_(old[name]).sub_(back[name], alpha=kept)
+    keep_fallback(optimizer, {name: -kept * part for name, part in back.items()}, kept * rate)
 
 
 def _measure_fallback(
@@ -134,21 +162,21 @@ def _measure_fallback(
         moved: The parameters.
         rate: The learning rate.
     """
-    promised, found, kept = SHARE * _promised(optimizer), math.inf, 1.0
+    promised, found, kept = SHARE * promised_divergence(optimizer), math.inf, 1.0
     for attempt in range(TRIES):
         less = {name: (1 - kept) * part for name, part in back.items()}
         found = divergence(optimizer, observations, less, moved, start=back)
         if attempt == 0 and not found <= promised:
             again = divergence(optimizer, observations, back, moved, start=back)
-            _require_repeatable(again, promised)
+            require_repeatable(again, promised)
         if found <= 4 * promised:
             break
         kept *= max((promised / found) ** 0.5, 0.1) if math.isfinite(found) else 0.1
     if not math.isfinite(found):
         return 0.0
     ratio, found = optimizer.fallback_ratio, 2 * found / (kept * rate) ** 2
-    optimizer.fallback_ratio = _averaged(optimizer, ratio, found) if ratio else found
-    return kept * _clip(2 * promised, found * (kept * rate) ** 2)
+    optimizer.fallback_ratio = averaged(optimizer, ratio, found) if ratio else found
+    return kept * clip_to(2 * promised, found * (kept * rate) ** 2)
 
 
 class FallbackSize(NamedTuple):
@@ -164,58 +192,17 @@ def fallback_size(optimizer: PreconditionedOptimizer) -> FallbackSize:
         return FallbackSize(1.0, 0.0)
     if not optimizer.fallback_ratio:  # the first step leaves room for whatever it will be
         first = not optimizer.counters["measurements"]
-        return FallbackSize(1.0, 2 * SHARE * _promised(optimizer) if first else 0.0)
+        return FallbackSize(1.0, 2 * SHARE * promised_divergence(optimizer) if first else 0.0)
     rate = max(float(group["lr"]) for group in optimizer.adamw.param_groups)
     size = optimizer.fallback_ratio * rate**2
-    scale = _clip(2 * SHARE * _promised(optimizer), size)
+    scale = clip_to(2 * SHARE * promised_divergence(optimizer), size)
     return FallbackSize(scale, scale**2 * size)
 
 
 def fallback_share(optimizer: PreconditionedOptimizer) -> float:
     """The part of the promised divergence that the AdamW inside is expected to take."""
     size = fallback_size(optimizer).size
-    return size / (2 * _promised(optimizer)) if size else 0.0
-
-
-def divergence(
-    optimizer: PreconditionedOptimizer,
-    observations: Sequence[Observation],
-    step: Mapping[str, Tensor],
-    parameters: Mapping[str, nn.Parameter],
-    start: Mapping[str, Tensor] | None = None,
-) -> float:
-    """Compute KL(before ‖ after) of a step, mean over the samples of the whole batch.
-
-    Rows count by their weights in the loss, so that padding does not. The model runs twice, as
-    compiled code, which the caller's pass may have been, draws another dropout.
-
-    Args:
-        optimizer: The optimizer.
-        observations: Of the current batch, with the arguments of the forward pass.
-        step: What is added to the parameters after it.
-        parameters: Parameters by name.
-        start: What is added to them before it; nothing by default.
-
-    Raises:
-        UsageError: The model, or the likelihood, can't be had again; in all processes alike.
-    """
-    total, samples, failed = 0.0, optimizer.batch_size(observations), ""
-    if start is None:
-        start = {name: torch.zeros_like(part) for name, part in step.items()}
-    for seen in observations:
-        try:  # whatever a foreign forward does when it is called again
-            with _autocast(seen):
-                before, after = (
-                    _precise(quadratic.run(optimizer.observer, seen, parameters, one, kernels=()))
-                    for one in (start, step)
-                )
-            found = optimizer.likelihood.divergence(before, after, seen.row_shares)
-            total += float(found.double().sum())
-        except Exception as error:
-            failed = f"{type(error).__name__}: {error}"
-    if optimizer.collectives.any_process(bool(failed)):
-        raise UsageError(f"the model can't run again on the same batch ({failed})")
-    return optimizer.collectives.sums([total])[0] / samples
+    return size / (2 * promised_divergence(optimizer)) if size else 0.0
 
 
 def _measure(
@@ -227,12 +214,8 @@ def _measure(
     clip: float,
 ) -> float | None:
     """Compute twice the measured divergence over the modelled; None if a step is too short."""
-    promised = _promised(optimizer)
-    if optimizer.collectives.any_process(not all(seen.unchanged for seen in observations)):
-        raise UsageError(
-            "the model overwrites its arguments, or they were overwritten before step(); expected "
-            "them as they were, to run it again on the same batch"
-        )
+    require_unchanged(optimizer, observations)
+    promised = promised_divergence(optimizer)
     found, asked = math.inf, clip
     for attempt in range(TRIES):
         shortened = {name: part * clip for name, part in step.items()}
@@ -240,7 +223,7 @@ def _measure(
         doubtful = not optimizer.counters["measurements"] or not found <= promised
         if attempt == 0 and doubtful:  # where a step seems too long, is it the step?
             idle = {name: torch.zeros_like(part) for name, part in step.items()}
-            _require_repeatable(divergence(optimizer, observations, idle, parameters), promised)
+            require_repeatable(divergence(optimizer, observations, idle, parameters), promised)
         if found <= 4 * promised:
             break
         # far out a divergence may grow faster than a square, or slower: look again nearer by
@@ -251,16 +234,6 @@ def _measure(
     if clip < asked:  # longer ones were tried, and were too long
         ratio = max(ratio, 2 * promised / (clip**2 * modelled))
     return ratio
-
-
-def _require_repeatable(found: float, promised: float) -> None:
-    """Require that a model with fixed parameters hardly diverges from itself."""
-    if not found <= promised / 10:
-        raise UsageError(
-            "the model gives other outputs when it runs again on the same batch; expected all its "
-            "randomness to come from torch's generators, and no state to be carried over from "
-            "call to call"
-        )
 
 
 def _kept(observations: Sequence[Observation]) -> bool:
@@ -287,34 +260,6 @@ def _growth(optimizer: PreconditionedOptimizer, modelled: float) -> float:
     return modelled / known
 
 
-def _promised(optimizer: PreconditionedOptimizer) -> float:
-    """κ n / 2, the divergence that a step may have."""
-    assert optimizer.kl_clip is not None
-    return optimizer.kl_clip * optimizer.targets / 2
-
-
 def _left(optimizer: PreconditionedOptimizer) -> float:
     """κ n less what the AdamW inside takes of it."""
-    return 2 * _promised(optimizer) - fallback_size(optimizer).size
-
-
-def _averaged(optimizer: PreconditionedOptimizer, old: float, new: float) -> float:
-    """The running mean of measurements: of all so far at first."""
-    kept = min(1 - 1 / max(1, optimizer.counters["measurements"]), KEPT)
-    return kept * old + (1 - kept) * new
-
-
-def _clip(allowed: float, size: float) -> float:
-    return 1.0 if size <= allowed else (allowed / size) ** 0.5
-
-
-def _precise(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(z if z.dtype == torch.float64 else z.float() for z in outputs)
-
-
-def _autocast(seen: Observation) -> AbstractContextManager[object]:
-    """Restore the precision of the caller's forward pass."""
-    if seen.autocast is None:
-        return nullcontext()
-    device, dtype = seen.autocast
-    return torch.autocast(device, dtype)
+    return 2 * promised_divergence(optimizer) - fallback_size(optimizer).size

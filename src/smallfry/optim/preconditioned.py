@@ -52,6 +52,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     measurable: bool  # the model can run again on the same batch
     measured: bool  # this step was
     measured_size: float  # ⟨v, m⟩ of the last measured step
+    last_step: Any  # that the next batch measures, or None: ``optim/hindsight.py``
     fallback_ratio: float  # 2 KL over lr² of the AdamW inside, averaged
     _factor: float  # training loss over mean negative log-likelihood
 

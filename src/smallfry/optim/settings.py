@@ -32,8 +32,8 @@ class CurvatureSettings:
         momentum: μ.
         weight_decay: Decoupled weight decay.
         kl_clip: κ, twice the divergence of a step for each target of a sample (a class, a pixel, a
-            token), as measured on batches that the curvature has not seen; the AdamW inside may
-            take half of it. None does not clip.
+            token), as measured on batches that the curvature has not seen, and with batch norm
+            the step neither; the AdamW inside may take half of it. None does not clip.
         step_length: "lr", or "quadratic" for the minimum of the exact quadratic model over the
             natural gradient and (with momentum) the last step, times ``lr``; costs two forward-mode
             passes a step.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from smallfry.errors import UsageError
+from smallfry.optim.hindsight import load_last_step, save_last_step
 from smallfry.optim.preconditioned import PreconditionedOptimizer
 from smallfry.optim.preconditioner import copied
 
@@ -51,6 +52,7 @@ def save_state(optimizer: PreconditionedOptimizer) -> dict[str, Any]:
         "method": type(optimizer).__name__,
         "settings": {"approximation": method} | optimizer.approximation.settings(),
         "flags": flags,
+        "last_step": save_last_step(optimizer),
     }
     # torch.distributed.checkpoint keeps nothing but states of parameters and groups
     groups[0][OWN] = own
@@ -85,6 +87,7 @@ def load_state(optimizer: PreconditionedOptimizer, given: Mapping[str, Any]) -> 
     optimizer.preconditioner.load_state_dict(given)
     for name in FLAGS:
         setattr(optimizer, name, given["flags"].get(name, getattr(optimizer, name)))
+    load_last_step(optimizer, given.get("last_step", {}))
     optimizer.observer.drop()
 
 
