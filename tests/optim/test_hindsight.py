@@ -151,6 +151,27 @@ def test_after_a_step_that_broke_the_model_the_next_one_is_measured_on_its_own_b
     assert vector(model).isfinite().all()
 
 
+class Cliff(nn.Module):
+    """Outputs are no numbers once the weights have moved."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+        self.register_buffer("start", self.net[0].weight.detach().clone())
+
+    def forward(self, x):
+        return self.net(x) * torch.where((self.net[0].weight == self.start).all(), 1.0, torch.nan)
+
+
+def test_a_step_of_no_length_is_not_measured():
+    model = Cliff()
+    optimizer = KFAC(model, **SETTINGS)
+    train(model, optimizer, range(3))
+    assert optimizer.clip == 0.0
+    assert optimizer.last_step is None
+    assert optimizer.counters["measurements"] == 0
+
+
 class Noisy(nn.Module):
     def __init__(self):
         super().__init__()

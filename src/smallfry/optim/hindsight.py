@@ -49,7 +49,7 @@ def keep_step(
         modelled: Twice its divergence by ⟨v, m⟩ for ν = 1.
         clip: ν.
     """
-    wanted = optimizer.kl_clip is not None and optimizer.measurable and modelled > 0
+    wanted = optimizer.kl_clip is not None and optimizer.measurable and clip**2 * modelled > 0
     optimizer.last_step = None
     if wanted and mixes_samples(optimizer.observer.root):
         optimizer.last_step = LastStep(step, {}, modelled, clip, 0.0, optimizer.measured)
