@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from smallfry.cli import main
+
 FILE = Path(__file__).parents[1] / "benchmarks" / "runs.py"
 RECIPE = "recipes/vitrm_micro_digits.yaml"
 SMALL = {"data.limit": 100, "epochs": 2, "batch_size": 50, "progress": "quiet", "threads": 1}
@@ -66,11 +68,7 @@ def test_a_list_that_is_stopped_goes_on_where_it_was(tmp_path):
     assert begun.returncode == 1
     done = len(list(csv.DictReader(metrics.open())))
     assert 2 <= done < 400
-    words = ("--resume", str(metrics.parent), "--epochs", str(done + 1))
-    command = [sys.executable, "-m", "smallfry", "train", *words]
-    subprocess.run(
-        command, check=True, env=os.environ | {"SMALLFRY_CACHE": str(tmp_path / "cache")}
-    )
+    assert main(["train", "--resume", str(metrics.parent), "--epochs", str(done + 1)]) == 0
     said, _ = start(tmp_path, runs).communicate()
     assert "long-seed0: test " in said
     assert len(list(csv.DictReader(metrics.open()))) == done + 1
