@@ -53,7 +53,7 @@ def main() -> int:
     names = [part.name for part in PARTS]
     parser.add_argument("--part", choices=[*names, "soak"], action="append", help="default all")
     parser.add_argument("--count", type=int, help="trials of each part; 0 adds none")
-    parser.add_argument("--short", action="store_true", help="about two minutes")
+    parser.add_argument("--short", action="store_true", help="about a minute")
     parser.add_argument("--minutes", type=float, default=120.0, help="of the soak")
     parser.add_argument("--folder", type=Path, default=ROOT / ".campaign", help="what is done")
     parser.add_argument("--again", action="store_true", help="forget what was done")

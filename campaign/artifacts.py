@@ -1,5 +1,6 @@
 """Artifacts to damage: a run with its previous checkpoint, exports and a shared folder."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ class Artifacts(NamedTuple):
     """Read-only folders with the readings of their intact forms."""
 
     folder: Path
+    scratch: Path  # where trials of one part make their copies
     said: dict[str, Any]  # by the name of a target
 
 
@@ -90,8 +92,16 @@ TARGETS = (
 
 
 def prepare(folder: Path) -> Artifacts:
-    """Train, export and share once."""
-    base = folder / "whole artifacts"
+    """Train, export and share once for all parts, which may run at the same time."""
+    base = folder.parent / "artifacts"
+    with open(folder.parent / "artifacts.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _make_once(base)
+    said = {key(t): None for t in TARGETS}
+    return Artifacts(base, folder, said)
+
+
+def _make_once(base: Path) -> None:
     if not (base / "done").exists():
         shutil.rmtree(base, ignore_errors=True)
         base.mkdir()
@@ -105,8 +115,6 @@ def prepare(folder: Path) -> Artifacts:
                 os._exit(code)
         if os.waitpid(child, 0)[1] != 0:
             raise RuntimeError("what is to be damaged could not be made")
-    said = {key(t): None for t in TARGETS}
-    return Artifacts(base, said)
 
 
 def key(target: Target) -> str:

@@ -35,7 +35,7 @@ def trial(artifacts: Artifacts, number: int) -> Verdict:
     target = TARGETS[number % len(TARGETS)]
     way = WAYS[number // len(TARGETS) % len(WAYS)]
     wanted = whole(artifacts, target)
-    with tempfile.TemporaryDirectory(dir=artifacts.folder.parent) as place:
+    with tempfile.TemporaryDirectory(dir=artifacts.scratch) as place:
         folder = copy(artifacts, target, Path(place))
         where = harm(folder / target.file, way, random, artifacts)
         what = f"{key(target)}: {where}"

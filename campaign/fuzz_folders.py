@@ -40,7 +40,7 @@ def trial(artifacts: Artifacts, number: int) -> Verdict:
     random = generator("folders", number)
     target = random.choice(TARGETS)
     way = random.choice(WAYS[Path(target.file).suffix])
-    with tempfile.TemporaryDirectory(dir=artifacts.folder.parent) as place:
+    with tempfile.TemporaryDirectory(dir=artifacts.scratch) as place:
         folder = copy(artifacts, target, Path(place))
         proof = Path(place) / "proof"
         what = way(folder / target.file, random, proof, artifacts)

@@ -108,7 +108,7 @@ def trial(prepared: Prepared, number: int) -> Verdict:
     way = WAYS[number // len(OUTPUTS) % len(WAYS)]
     output, whole = OUTPUTS[name], prepared.undisturbed[name]
     kind = f"{name}, {way}"
-    with tempfile.TemporaryDirectory(dir=prepared.made.folder.parent) as place:
+    with tempfile.TemporaryDirectory(dir=prepared.made.scratch) as place:
         to = Path(place) / "outputs" / "x"
         before = plant(to)
         if output.replaces and random.random() < 0.6:

@@ -70,7 +70,7 @@ def trial(made: artifacts.Artifacts, number: int) -> Verdict:
     name = list(SUBJECTS)[number % len(SUBJECTS)]
     by_renames = number // len(SUBJECTS) % 2 == 1
     subject, kind = SUBJECTS[name], f"{name}, {'two renames' if by_renames else 'an exchange'}"
-    with tempfile.TemporaryDirectory(dir=made.folder.parent) as place:
+    with tempfile.TemporaryDirectory(dir=made.scratch) as place:
         folder = Path(place) / "last"
         (Path(place) / "config.yaml").write_text("")
         subject.write(folder, made, 0)

@@ -78,6 +78,14 @@ def _operators_read_once():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _brief_timings():
+    """No test looks at the latencies beside eight bits, which take a second of each export."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("smallfry.deploy.quantization_report.SECONDS", 0.01)
+        yield
+
+
 @pytest.fixture
 def pictures_drawn(monkeypatch):
     """Let runs draw their pictures."""

@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 NAMES = ("zero", "=one", "two")  # the second begins like a formula
-TINY = "{embed_dim: 16, num_heads: 2, mlp_hidden_dim: 16, depth: 1}"
+TINY = "{embed_dim: 16, num_heads: 2, mlp_hidden_dim: 16, depth: 1, latent_steps: 1}"
 GIVEN = (  # options of a small training
     *("--task=multilabel", "--model.name=vitrm_micro_patch4_8", f"--model.options={TINY}"),
     *("--data.image_size", "8", "16", "--progress=quiet", "--batch_size=16", "--threads=1"),

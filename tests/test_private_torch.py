@@ -1,6 +1,7 @@
 """Private names of PyTorch are used in one file, and are there."""
 
 import ast
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 
@@ -21,10 +22,15 @@ ATTRIBUTES = {  # of PyTorch's objects, read without importing anything
 }
 
 
+@lru_cache(maxsize=1)  # both of the following look at a file, one after the other
+def nodes(file: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(file.read_text())))
+
+
 def private_imports(file: Path) -> list[tuple[str, str]]:
     """Modules and names that a file imports from PyTorch, where either is private."""
     found = []
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in nodes(file):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "torch":
             for alias in node.names:
                 parts = [*str(node.module).split("."), alias.name]
@@ -36,7 +42,7 @@ def private_imports(file: Path) -> list[tuple[str, str]]:
 def private_attributes(file: Path) -> set[str]:
     """Private attributes that a file reads of ``torch``, or any of those listed."""
     found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in nodes(file):
         if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
             base = node.value
             while isinstance(base, ast.Attribute):

@@ -186,7 +186,8 @@ def test_reports_of_all_methods_around_a_tuning_are_on_the_page(run, capsys):
 
 
 @pytest.mark.slow
-def test_a_budget_in_minutes_becomes_epochs(run, capsys):
+def test_a_budget_in_minutes_becomes_epochs(run, capsys, monkeypatch):
+    monkeypatch.setattr("smallfry.cli._tuning.MEASURED", 0.5)  # seconds
     words = ["--methods", f"[{HESSO}]", "--minutes", "0.02", "--to", "small", "--json"]
     assert main(["compress", run, *words, "--tuning", FAST]) == 0
     assert yaml.safe_load(Path("small/config.yaml").read_text())["epochs"] >= 1

@@ -417,3 +417,15 @@ def test_an_empty_name_is_not_the_current_folder(tmp_path, monkeypatch):
     assert len(load_data(".").classes) == 2
     with pytest.raises(UsageError, match=r"data.name is empty: expected a data set or a folder"):
         load_data("")
+
+
+def test_digits_are_read_from_their_table_once_and_changes_of_one_reading_stay_with_it(
+    monkeypatch,
+):
+    first = load_data("digits")
+    wanted = first.train.labels.clone(), first.train.images
+    first.train.labels.zero_()
+    monkeypatch.setattr("sklearn.datasets.load_digits", lambda: pytest.fail("read again"))
+    again = load_data("digits")
+    assert torch.equal(again.train.labels, wanted[0])
+    assert torch.equal(again.train.images, wanted[1])

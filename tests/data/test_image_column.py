@@ -16,7 +16,7 @@ from smallfry.data import load_data
 from smallfry.errors import DataError, UsageError
 from smallfry.training.config import DataConfig
 
-TINY = "{embed_dim: 16, num_heads: 2, mlp_hidden_dim: 16, depth: 1}"
+TINY = "{embed_dim: 16, num_heads: 2, mlp_hidden_dim: 16, depth: 1, latent_steps: 1}"
 
 
 def mirrored(number):

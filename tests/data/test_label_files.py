@@ -16,7 +16,9 @@ from smallfry.data.label_files import LabelColumns, read_label_file
 from smallfry.errors import DataError, SmallfryWarning, UsageError
 from smallfry.training.config import DataConfig, TrainConfig, read_config
 
-TINY = "--model.options={embed_dim: 16, num_heads: 2, mlp_hidden_dim: 16, depth: 1}"
+TINY = (
+    "--model.options={embed_dim: 16, num_heads: 2, mlp_hidden_dim: 16, depth: 1, latent_steps: 1}"
+)
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ FAST = [
     *("--model.recursion_steps=4", "--epochs=1", "--data.limit=200", "--progress=quiet"),
 ]
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "format_2"
-TINY = {"embed_dim": 16, "num_heads": 2, "mlp_hidden_dim": 16, "depth": 1}
+TINY = {"embed_dim": 16, "num_heads": 2, "mlp_hidden_dim": 16, "depth": 1, "latent_steps": 1}
 
 
 @pytest.fixture(scope="module")

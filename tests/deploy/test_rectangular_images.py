@@ -23,7 +23,7 @@ from smallfry_runtime.images import decode
 from smallfry_runtime.manifest import CLASS_FORMAT, Manifest
 from smallfry_runtime.runtime import Runtime
 
-TINY = "{embed_dim: 16, num_heads: 2, mlp_hidden_dim: 16, depth: 1, patch_size: 2}"
+TINY = "{embed_dim: 16, num_heads: 2, mlp_hidden_dim: 16, depth: 1, latent_steps: 1, patch_size: 2}"
 GIVEN = (
     *("--model.name=vitrm_micro_patch4_8", f"--model.options={TINY}", "--references=false"),
     *("--progress=quiet", "--epochs=1", "--batch_size=8", "--threads=1"),

@@ -325,7 +325,8 @@ def test_tpe_proposes_models_with_recipes_and_the_best_goes_on(tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_a_plan_is_made_from_measured_costs_and_speeds():
+def test_a_plan_is_made_from_measured_costs_and_speeds(monkeypatch):
+    monkeypatch.setattr("smallfry.fitting.planning.SPEED_SECONDS", 0.3)
     config = replace(CONFIG, minutes=0.5, candidates=("resnet8_mlperf_tiny",))
     lines = []
     plan = make_plan(config, load_images(config), lines.append)

@@ -229,7 +229,7 @@ def test_binary_digits_reach_93_percent():
         nn.Conv2d(64, 64, 3, 2, padding=1, bias=False), nn.BatchNorm2d(64),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
     )  # fmt: skip
-    epochs, batch = 40, 64
+    epochs, batch = 28, 64
     steps = epochs * (1438 // batch)
     session = compress.Session(model, [compress.BiPer()], inputs[:2], steps)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)

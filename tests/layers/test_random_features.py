@@ -20,7 +20,7 @@ from smallfry.layers.random_features import (
 
 GOLDEN = json.loads(Path(__file__).with_name("snnk.json").read_text())
 EXACT = {"exp": torch.exp, "sin": torch.sin, "cos": torch.cos}
-DRAWS = 2000
+DRAWS = 1000
 
 
 def wave(scale, k, *shape):

@@ -123,6 +123,7 @@ def run(tmp_path_factory):
         objective={"name": "every_step"},
         optimizer={"name": "adamw", "lr": 3e-3},
         epochs=4,
+        references=False,
         run=folder,
     )
     return folder

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from smallfry.deploy import Runtime, benchmark
 from smallfry.deploy.benchmark import BenchmarkConfig, measure
-from smallfry.deploy.export import export
+from smallfry.deploy.export import export_precisions
 from smallfry.deploy.memory import Memory
+from smallfry.deploy.pretrained import gather
 from smallfry.errors import Stopped
 from smallfry.optim import KFAC
 from smallfry.training.config import DataConfig, EMAConfig, ModelConfig, TrainConfig
@@ -73,19 +74,21 @@ def test_train_resume_export_and_benchmark(name: str, tmp_path, monkeypatch, rec
     for key, weight in whole.model.state_dict().items():
         assert torch.equal(weight, parted.model.state_dict()[key]), key
 
-    images = load_like(whole, tmp_path / "whole", split="train")[1].images[:20]
+    data, split, _ = load_like(whole, tmp_path / "whole", split="train")
+    images = split.images[:20]
     with torch.inference_mode():
         wanted = whole.model(whole.normalize(images)).softmax(1).numpy()
-    trained = load_run(tmp_path / "whole", "last")
-    for precision in ("float32", "int8"):
-        export(trained, tmp_path / precision, precision=precision)
-        found = Runtime(tmp_path / precision).predict(images.numpy()).probabilities
+    trained, facts, _ = gather(tmp_path / "whole", "last")
+    places = {precision: tmp_path / precision for precision in ("float32", "int8")}
+    export_precisions(trained, facts, places, data)  # of one tracing, most of the time here
+    for precision, place in places.items():
+        found = Runtime(place).predict(images.numpy()).probabilities
         off = np.abs(found - wanted)
         assert off.max() < 1e-4 if precision == "float32" else off.mean() < 0.1
 
     monkeypatch.setattr(benchmark, "measure_memory", lambda *_: Memory(1, {1: 2}))
-    settings = BenchmarkConfig(forms=("eager", "float32"), seconds=0.02, batch_sizes=(1,))
-    rows = measure([str(tmp_path / "whole")], settings).figures
+    settings = BenchmarkConfig(forms=("eager",), seconds=0.02, batch_sizes=(1,))
+    rows = measure([str(tmp_path / "whole"), str(places["float32"])], settings).figures
     assert {row.form for row in rows} == {"PyTorch eager", "ONNX float32"}
 
 

@@ -121,6 +121,14 @@ def run(config, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def short_run(config, tmp_path_factory):
+    """A run of which no test asks what it has learned."""
+    folder = tmp_path_factory.mktemp("regression") / "short"
+    train(replace(config, data=DataConfig(limit=100), epochs=1, run=folder))
+    return folder
+
+
 @pytest.mark.slow
 def test_it_trains_and_is_scored_as_the_task_says(run):
     folder = RunFolder(run)
@@ -194,18 +202,18 @@ def test_natural_gradient_takes_its_likelihood(config, tmp_path, monkeypatch, na
     assert summary["measured"]["test"]["explained"] > 0.2
 
 
-def test_what_serves_classifiers_alone_refuses_it(run, tmp_path):
+def test_what_serves_classifiers_alone_refuses_it(short_run, tmp_path):
     with pytest.raises(UsageError, match="for size_of_a_digit, and its answers are not classes"):
-        save_pretrained(run, tmp_path / "shared")
+        save_pretrained(short_run, tmp_path / "shared")
     with pytest.raises(UsageError, match="its answers are not classes"):
-        list(classify(load_run(run), []))
-    with pytest.raises(UsageError, match="its answers are not classes"), serving([str(run)]):
+        list(classify(load_run(short_run), []))
+    with pytest.raises(UsageError, match="its answers are not classes"), serving([str(short_run)]):
         pass
 
 
-def test_its_outputs_are_exported_and_its_decoder_is_its_own(run, tmp_path):
-    trained = load_run(run)
-    runtime = Runtime(export(run, tmp_path / "export", form="whole"))
+def test_its_outputs_are_exported_and_its_decoder_is_its_own(short_run, tmp_path):
+    trained = load_run(short_run)
+    runtime = Runtime(export(short_run, tmp_path / "export", form="whole"))
     assert runtime.manifest.task == "size_of_a_digit"
     pixels = np.random.default_rng(0).integers(0, 256, (3, 1, 8, 8), np.uint8)
     wanted = forward(trained.model, trained.normalize(torch.from_numpy(pixels)))[0]
@@ -221,7 +229,7 @@ def test_its_outputs_are_exported_and_its_decoder_is_its_own(run, tmp_path):
 
 
 def test_only_its_own_pictures_are_drawn(config, tmp_path, pictures_drawn):
-    train(replace(config, epochs=1, run=tmp_path / "run"))
+    train(replace(config, data=DataConfig(limit=100), epochs=1, run=tmp_path / "run"))
     assert not isinstance(Size(), Pictured)
     assert [file.name for file in (tmp_path / "run/pictures").iterdir()] == ["learning_curves.png"]
 

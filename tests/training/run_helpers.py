@@ -9,7 +9,7 @@ import torch
 from smallfry.training.checkpoint import load_checkpoint
 from smallfry.training.progress import QuietReporter
 
-TINY = {"embed_dim": 16, "num_heads": 2, "mlp_hidden_dim": 16, "depth": 1}
+TINY = {"embed_dim": 16, "num_heads": 2, "mlp_hidden_dim": 16, "depth": 1, "latent_steps": 1}
 TIMINGS = ("images_per_second", "seconds")
 
 

@@ -266,7 +266,8 @@ def test_the_command_and_a_file_take_every_setting(folder, tmp_path, capsys):
     file.write_text(
         f"data: {{name: {folder}, validation: 0.2, test: 0.1}}\n"
         "balance: {weights: {rare: 4}, sampler: balanced}\nepochs: 1\nreferences: false\n"
-        "model: {options: {embed_dim: 16, num_heads: 2, mlp_hidden_dim: 16, depth: 1}}\n"
+        "model: {options: {embed_dim: 16, num_heads: 2, mlp_hidden_dim: 16, depth: 1, "
+        "latent_steps: 1}}\n"
     )
     run = tmp_path / "run"
     options = ["--run", str(run), "--select_by", "balanced_accuracy", "--progress", "quiet"]

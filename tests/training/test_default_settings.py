@@ -122,7 +122,7 @@ def test_a_batch_that_is_not_chosen_yet_has_64_images():
 
 
 def test_the_rate_for_batch_norms_is_recorded_and_earlier_runs_keep_theirs(variant):
-    model = ModelConfig("resnet10t", options={"stem_width": 8})
+    model = ModelConfig("resnet8_mlperf_tiny")
     data = replace(variant().data, image_size=32)
     config = variant(model=model, data=data, objective=ObjectiveConfig())
     with pytest.raises(Stopped):
@@ -139,7 +139,7 @@ def test_the_rate_for_batch_norms_is_recorded_and_earlier_runs_keep_theirs(varia
 
 
 def test_a_rate_chosen_after_a_stop_before_the_first_checkpoint_is_recorded(variant):
-    model = ModelConfig("resnet10t", options={"stem_width": 8})
+    model = ModelConfig("resnet8_mlperf_tiny")
     data = replace(variant().data, image_size=32)
     config = variant(model=model, data=data, objective=ObjectiveConfig())
     config.run.mkdir()

@@ -442,7 +442,13 @@ def test_the_manifest_refuses_thresholds_of_other_classes(export):
 
 def test_it_resumes_to_the_bit(folder, tmp_path):
     def config(name):
-        options = {"embed_dim": 16, "num_heads": 2, "mlp_hidden_dim": 16, "depth": 1}
+        options = {
+            "embed_dim": 16,
+            "num_heads": 2,
+            "mlp_hidden_dim": 16,
+            "depth": 1,
+            "latent_steps": 1,
+        }
         return TrainConfig(
             data={"name": str(folder), "labels": "columns.csv", "image_size": [8, 16]},
             model={"name": "vitrm_micro_patch4_8", "options": options},

@@ -1,5 +1,7 @@
+import subprocess
 from importlib import metadata
 
+import pytest
 import torch
 
 from smallfry import __version__
@@ -16,3 +18,9 @@ def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch):
     found = provenance.provenance(torch.device("cpu"))
     assert found["versions"]["smallfry"] == __version__
     assert found["versions"]["torch"] == metadata.version("torch")
+
+
+def test_the_commit_is_that_of_the_process_and_costs_no_further_one(monkeypatch):
+    first = provenance.provenance(torch.device("cpu"))["commit"]
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("git was started again"))
+    assert provenance.provenance(torch.device("cpu"))["commit"] == first

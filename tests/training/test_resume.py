@@ -195,7 +195,7 @@ def test_half_precision_resumes_exactly_too(variant, tmp_path):
 
 RUNNING_BIAS = {  # the running minimum is in the checkpoint
     "objective": ObjectiveConfig("bias", normalization="running"),
-    "model": ModelConfig("resnet10t", options={"stem_width": 8}),
+    "model": ModelConfig("resnet8_mlperf_tiny"),
 }
 
 
@@ -207,7 +207,7 @@ RUNNING_BIAS = {  # the running minimum is in the checkpoint
         {"ema": EMAConfig(0.0)},
         {"patience": 1},
         {"objective": ObjectiveConfig("cross_entropy")},
-        {"model": ModelConfig("resnet10t", options={"stem_width": 8})},
+        {"model": ModelConfig("resnet8_mlperf_tiny")},
         {"model": ModelConfig("vitrm_plus_micro_8", options=CHANCE)},
         RUNNING_BIAS,
     ],

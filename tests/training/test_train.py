@@ -163,7 +163,8 @@ def test_small_models_take_one_thread_and_larger_ones_what_there_is(
 
     monkeypatch.setattr(Trainer, "fit", begun)
     torch.set_num_threads(2)
-    model = ModelConfig(options={**TINY, "embed_dim": width, "mlp_hidden_dim": 1000})
+    sizes = {"embed_dim": width, "mlp_hidden_dim": 1000, "latent_steps": 3}
+    model = ModelConfig(options={**TINY, **sizes})
     with pytest.raises(TrainingError, match=f"^{threads} threads"):
         train(variant(model=model, threads=None, data=DataConfig(limit=70)))
 
@@ -351,7 +352,9 @@ def test_a_wrong_configuration_leaves_no_folder_behind(variant):
         },
         "does not divide": {"data": DataConfig(image_size=9)},
         "num_classes comes from the data": {"model": ModelConfig(options={"num_classes": 5})},
-        "vgg11 can't be built for images of 1×8×8": {"model": ModelConfig("vgg11")},
+        "vgg11 can't be built for images of 1×8×8": {
+            "model": ModelConfig("vgg11", options={"mlp_ratio": 0.01})
+        },
         "selecsls42 can't recompute": {
             "model": ModelConfig("selecsls42", checkpoint_gradients=True)
         },

@@ -64,7 +64,7 @@ PLAIN = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_garbage_in_a_file_is_a_transform_or_refused_in_one_line(data, weights):
     known = {name: kind for name, kind in kinds().items() if kind.__module__.startswith("smallfry")}

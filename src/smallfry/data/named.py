@@ -3,9 +3,11 @@
 import math
 import warnings
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from smallfry.data.curves import read_curves
 from smallfry.data.faces import read_faces
@@ -119,16 +121,23 @@ def require_no_root(name: str, root: Path | None) -> None:
 
 def read_digits() -> Source:
     """Load scikit-learn's 1,797 handwritten digits, 8×8, 17 grey levels."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
+    pixels, labels = _digits()
     split = EncodedSplit(
-        labels=digits.target.astype(np.int64),
+        labels=labels.copy(),
         read=lambda i: pixels[i],
         locate=lambda i: f"digits[{i}]",
     )
     return Source("scikit-learn", tuple(map(str, range(10))), {TRAIN: split})
+
+
+@cache  # they are a table of text, and short runs in one process read it again and again
+def _digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Return the pixels, (images, 1, 8, 8), and labels, (images,)."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
+    return pixels, digits.target.astype(np.int64)
 
 
 def find_folder(name: str, root: Path | None) -> Path:

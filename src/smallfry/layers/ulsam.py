@@ -154,6 +154,8 @@ def _shapes(
     for name in names:
         if name not in known or not name:
             raise UsageError(f"no module '{name}' in the network{nearest(name, known)}")
+    if not names:
+        return {}
     if example is None:
         config: Any = getattr(model, "default_cfg", None)
         if not config:

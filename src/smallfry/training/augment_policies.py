@@ -10,6 +10,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from smallfry.errors import UsageError
 from smallfry.training.augment_place import Place, whole
+from smallfry.training.seeding import seed_generators
 
 FARTHEST = 32  # pixels by which TrivialAugment shifts
 LEVELS = 11  # of each strength of colour jitter, evenly spaced
@@ -48,7 +49,7 @@ class RandomPolicy:
         done = []
         with torch.random.fork_rng(devices=[]):
             for image, seed in zip(images, seeds, strict=True):
-                torch.manual_seed(seed)
+                seed_generators(seed, images.device)
                 done.append(self.policy(image))
         return torch.stack(done) if done else images
 

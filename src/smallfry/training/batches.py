@@ -21,6 +21,7 @@ from smallfry.training.augment import Augmentation, Place, beside
 from smallfry.training.balance import class_draws
 from smallfry.training.balance_config import SAMPLERS
 from smallfry.training.processes import share_of
+from smallfry.training.seeding import seed_generators
 
 RESIDENT_SHARE = 0.25  # of the device's free memory that training images may take
 CHARACTERS = frozenset({"digits", "mnist"})
@@ -88,9 +89,10 @@ class TrainBatches(Dataset[Batch]):
         epoch, position = divmod(step, self.steps_per_epoch)
         rows = self._order_of(epoch)[position * self.batch_size + self.place.rows]
         chosen = self.split.take(beside(self.split.rows, rows))
+        images = chosen.images
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(self.seed, 1, step))
-            return self.augment(chosen.images, chosen.labels, self._place(step, rows))
+            seed_generators(derive_seed(self.seed, 1, step), images.device)
+            return self.augment(images, chosen.labels, self._place(step, rows))
 
     def _place(self, step: int, rows: Tensor) -> Place:
         """Return this process's part of a step, with its step-dependent choices."""

@@ -43,6 +43,7 @@ from smallfry.training.position import Progress, divergence
 from smallfry.training.processes import Processes, losing_none, start, synchronized
 from smallfry.training.progress import QuietReporter, Reporter
 from smallfry.training.run import RunFolder
+from smallfry.training.seeding import seed_generators
 from smallfry.training.selection import rank
 from smallfry.training.sharding import (
     ShardedAverage,
@@ -325,7 +326,8 @@ class Trainer:
         for group in self.raw_optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         others = (rank,) if rank else ()
-        torch.manual_seed(derive_seed(self.config.seed, 2, step, *others))  # dropout
+        dropout = derive_seed(self.config.seed, 2, step, *others)
+        seed_generators(dropout, self.fabric.device)
         self.model.train()
         self.freezing.at(step)
         return self._fit_batch(batch.to(self.fabric.device))

@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -45,8 +46,12 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+@cache
 def _commit() -> str | None:
-    """Return the commit of a source checkout, with + for changes; None when installed."""
+    """Return the commit of a source checkout, with + for changes; None when installed.
+
+    It is that of the first call: later changes are none of the code that runs.
+    """
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.collections import LineCollection
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -108,4 +109,5 @@ def _in_crop(
 
 def _draw_net(axes: Any, places: NDArray[np.float64], net: NDArray[np.int64], colour: str) -> None:
     ends = np.stack([np.repeat(places, net.shape[1], axis=0), places[net.ravel()]])
-    axes.plot(ends[:, :, 0], ends[:, :, 1], c=colour, lw=0.6, alpha=0.6)
+    lines = LineCollection([*ends.swapaxes(0, 1)], colors=colour, linewidths=0.6, alpha=0.6)
+    axes.add_collection(lines, autolim=False)
