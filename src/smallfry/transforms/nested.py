@@ -22,7 +22,7 @@ from smallfry.errors import UsageError
 from smallfry.order import Stage
 from smallfry.transforms.groups import ChannelGroup, Slice, cut
 from smallfry.transforms.registry import register
-from smallfry.transforms.resize import tensors_of
+from smallfry.transforms.resize import CONVOLUTIONS, tensors_of
 from smallfry.transforms.shorten import Shorten, owner_of, steps_of
 from smallfry.transforms.spec import Transform
 
@@ -306,7 +306,7 @@ def _swap_tensors(model: nn.Module, plan: Plan, swap: Any) -> None:
             for leaf, tensor in [*tensors_here.items()]:
                 if id(tensor) in sliced:
                     swap(tensors_here, leaf, sliced[id(tensor)])
-                    is_grouped = isinstance(module, nn.Conv2d) and module.groups > 1
+                    is_grouped = isinstance(module, CONVOLUTIONS) and module.groups > 1
                     if is_grouped and leaf == "weight":  # a channel is its own group
                         swap(vars(module), "groups", len(sliced[id(tensor)]))
 
