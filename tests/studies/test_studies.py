@@ -29,7 +29,7 @@ from smallfry.studies.study_models import PAPER, STUDY_MODELS, StudyModel
 from smallfry.training.config import DataConfig
 from smallfry.training.run import load_run
 
-NOWHERE = DataConfig("nowhere")
+NOWHERE, THREE = DataConfig("nowhere"), DataConfig(mean=[0.5] * 3, std=[0.5] * 3)
 DIGITS = {"data": DataConfig("digits", limit=60), "epochs": 1, "device": "cpu"}
 
 
@@ -113,7 +113,7 @@ def test_the_micro_models_are_of_one_size() -> None:
         ("batch-size", BatchSizeConfig(data=NOWHERE), "'nowhere' is neither a folder nor"),
         ("recursion", RecursionConfig(data=NOWHERE), "'nowhere' is neither a folder nor"),
         ("pareto", ParetoConfig(data=NOWHERE, minutes=1.0), "'nowhere' is neither a folder nor"),
-        ("pareto", ParetoConfig(data=DataConfig(mean=[0.5] * 3)), "data.mean needs 1 values"),
+        ("pareto", ParetoConfig(data=THREE), "data.mean needs 1 values"),
         ("pareto", ParetoConfig(models=("lost",)), "unknown model 'no_such_model'"),
     ],
 )
