@@ -279,7 +279,7 @@ class Runtime:
 
     @property
     def takes_texts(self) -> bool:
-        """Whether the inputs are texts, as of puzzles.
+        """True if the inputs are texts, as of puzzles.
 
         Raises:
             UsageError: This version has no decoder for the export's task.
