@@ -22,8 +22,10 @@ from smallfry.data import ImageData, Split
 from smallfry.training import train as training
 from smallfry.training.checkpoint import load_checkpoint
 from smallfry.training.config import DataConfig, ModelConfig, TrainConfig, read_config
+from smallfry.training.evaluation_data import load_config_data
 from smallfry.training.loop import Trainer
 from smallfry.training.model_source import ModelSource
+from smallfry.training.own_code import OwnCode
 from smallfry.training.processes import start
 from smallfry.training.progress import QuietReporter, Reporter
 from smallfry.training.run import RunFolder
@@ -125,7 +127,8 @@ def fit(
     processes = start(config.device, config.precision, config.strategy)
     folder = RunFolder(config.run)
     source = ModelSource(None, None if checkpoint is None else load_checkpoint(checkpoint).manifest)
-    trainer = training._build(config, data, folder, reporter or QuietReporter(), processes, source)
+    reporter = reporter or QuietReporter()
+    trainer = training._build(config, data, folder, reporter, processes, source, OwnCode())
     if checkpoint is not None:
         training._restore(trainer, load_checkpoint(checkpoint))
     trainer.fit()
@@ -179,12 +182,12 @@ def readable(settings: Settings) -> dict[str, Any]:
     began = time.monotonic()
     found: dict[str, Any] = {}
     try:
-        data = training.load_config_data(cifar(settings, DataConfig("cifar10")))
+        data = load_config_data(cifar(settings, DataConfig("cifar10")))
     except Exception:
         found["instead of parquet"] = traceback.format_exc()[-LONGEST:]
         assert settings.root is not None
         as_folders(settings.root, settings.scratch / "folders")
-        data = training.load_config_data(cifar(settings, DataConfig("cifar10")))
+        data = load_config_data(cifar(settings, DataConfig("cifar10")))
     counts = f"{len(data.train)} + {len(data.validation)} to train, {len(data.test)} to test"
     return found | {"brief": f"{counts}, decoded in {time.monotonic() - began:.1f} s"}
 

@@ -36,6 +36,7 @@ from smallfry.errors import Stopped
 from smallfry.training import train as training
 from smallfry.training.config import AugmentConfig, ScheduleConfig, TrainConfig
 from smallfry.training.evaluation import predict, score
+from smallfry.training.evaluation_data import load_config_data
 from smallfry.training.progress import PlainReporter, QuietReporter
 from smallfry.training.provenance import provenance
 from smallfry.training.run import RunFolder, load_run
@@ -102,7 +103,7 @@ def speed(settings: Settings, record: Record) -> None:
     peak = (found or {}).get("bf16", DATASHEET)
     try:
         config = recipe(settings, "short/vitrm_small_cifar10")
-        data = training.load_config_data(config.data)
+        data = load_config_data(config.data)
     except Exception as error:
         record["noise instead of CIFAR-10"] = repr(error)
         data = noise(settings, 45_056)
@@ -321,7 +322,7 @@ def _fastest(settings: Settings, record: Record) -> tuple[TrainConfig, float] | 
 
 def _timed(settings: Settings, record: Record, form: TrainConfig) -> tuple[TrainConfig, float]:
     """Return the form and its seconds per epoch, eager if it does not compile."""
-    data = training.load_config_data(form.data)
+    data = load_config_data(form.data)
     for name, config in (("timing", form), ("timing, eager", replace(form, compile=False))):
         run = settings.scratch / f"{settings.part}-{name.replace(', ', '-')}-{os.getpid()}"
         found = record.attempt(name, lambda c=config, r=run: _epoch(c, r, data, DATASHEET))
@@ -356,7 +357,7 @@ def _tested(config: TrainConfig) -> dict[str, Any]:
     """Test the best weights so far of an unfinished run."""
     assert config.run is not None
     trained = load_run(config.run, "best")
-    data = training.load_config_data(config.data)
+    data = load_config_data(config.data)
     device = torch.device(config.device)
     found = predict(trained.model.to(device), data.test, trained.normalize, device)
     return {"test": score(found)}

@@ -22,6 +22,8 @@ from smallfry.data.named import HUB
 from smallfry.training import model_source
 from smallfry.training import train as training
 from smallfry.training.config import TrainConfig
+from smallfry.training.train import with_full_paths
+from smallfry.training.training_data import load_training_data
 
 BUILT = 100  # one of so many trials
 NUMBERS = (0, 1, -1, 2, 3, 7, 64, 10**6, -(10**6), 2**31, 2**63, 2**64, 10**30, 10**400)
@@ -109,7 +111,7 @@ def _accept(config: TrainConfig, *_: object, **__: object) -> dict[str, Any]:
 def _build(config: TrainConfig, *_: object, **__: object) -> dict[str, Any]:
     if config.data.name in HUB or config.data.name == "faces":
         return dict(SUMMARY)  # which would be asked for over the net
-    model_source.create_model(config.model, training._load(training._with_full_paths(config)))
+    model_source.create_model(config.model, load_training_data(with_full_paths(config)))
     return dict(SUMMARY)
 
 

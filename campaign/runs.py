@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from campaign.neighbours import MARK
-from smallfry.training import train as training
+from smallfry.training import conclusion
 from smallfry.training.checkpoint import Checkpoint, load_checkpoint
 from smallfry.training.config import (
     AugmentConfig,
@@ -54,7 +54,7 @@ def of_optimizer(name: str) -> OptimizerConfig:
 
 def without_pictures() -> None:
     """Disable pictures, which take longer than a tiny run."""
-    training.draw_run = lambda *arguments: None  # type: ignore[assignment]
+    conclusion.draw_run = lambda *arguments: None  # type: ignore[assignment]
 
 
 def difference(one: Path, other: Path) -> str | None:

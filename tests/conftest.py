@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, settings
 
 import smallfry  # noqa: F401  registers the models
 from smallfry.errors import SmallfryWarning
-from smallfry.training import train as training
+from smallfry.training import conclusion
 
 gc.disable()  # collection leaves little garbage, and looking for it takes seconds
-DRAW_RUN = training.draw_run
+DRAW_RUN = conclusion.draw_run
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever started the tests, such as nohup
 settings.register_profile(  # a busy machine is no failure
     "unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow]
@@ -54,9 +54,9 @@ def _one_thread():
 @pytest.fixture(autouse=True, scope="session")
 def _no_pictures():
     """Runs of this process have no pictures, but where a test asks for them."""
-    training.draw_run = draw_nothing
+    conclusion.draw_run = draw_nothing
     yield
-    training.draw_run = DRAW_RUN
+    conclusion.draw_run = DRAW_RUN
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -89,7 +89,7 @@ def _brief_timings():
 @pytest.fixture
 def pictures_drawn(monkeypatch):
     """Let runs draw their pictures."""
-    monkeypatch.setattr(training, "draw_run", DRAW_RUN)
+    monkeypatch.setattr(conclusion, "draw_run", DRAW_RUN)
 
 
 @pytest.fixture

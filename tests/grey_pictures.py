@@ -6,7 +6,7 @@ from smallfry.models import ViTRM
 
 
 def draw_nothing(folder, history, trained, split, predictions):
-    """As ``smallfry.training.train.draw_run``, with files that are grey."""
+    """As ``smallfry.training.conclusion.draw_run``, with files that are grey."""
     names = ["learning_curves", "confusion_matrix", "mistakes"]
     names += ["recursion_trace"] * isinstance(trained.model, ViTRM)
     folder.pictures.mkdir(exist_ok=True)

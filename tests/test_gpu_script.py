@@ -122,7 +122,7 @@ def test_images_of_tables_can_be_written_as_folders_of_classes(
     from gpu_common import as_folders
 
     from smallfry.training.config import DataConfig
-    from smallfry.training.train import load_config_data
+    from smallfry.training.evaluation_data import load_config_data
 
     write_images(tmp_path / "tables")
     as_folders(tmp_path / "tables", tmp_path / "folders")

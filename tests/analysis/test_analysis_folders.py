@@ -149,7 +149,7 @@ def subject():
 def asked(monkeypatch, **questions):
     monkeypatch.setattr("smallfry.analysis.question._QUESTIONS", questions)
     find = {name: questions[name] for name in sorted(questions)}
-    monkeypatch.setattr("smallfry.analysis.question._scan", lambda: None)
+    monkeypatch.setattr("smallfry.analysis.question.scan", lambda package: None)
     return find
 
 

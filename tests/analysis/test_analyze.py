@@ -199,7 +199,8 @@ def test_a_question_is_one_module_and_an_obstacle_stops_no_other(runs, monkeypat
     other = ModuleType(module.__name__)
     exec("def ask(subject): pass", other.__dict__)
     other.ask.__module__ = module.__name__
-    with pytest.raises(ValueError, match="two questions"):
+    other.ask.__module__ = "elsewhere.quarrel"
+    with pytest.raises(UsageError, match=r"smallfry\.analysis\.quarrel\.ask and elsewhere\."):
         register_question(other.ask)
     assert module.__name__ not in sys.modules
 

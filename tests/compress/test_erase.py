@@ -505,10 +505,54 @@ def test_the_steps_that_change_the_outputs_least_go_first():
     assert (model.latent_steps, model.recursion_steps) == (2, 3)
 
 
-def test_steps_with_layers_of_their_own_are_no_candidates():
-    model = build(ModelSpec("loopnet_anytime_240k", {"widths": (4, 6), "depths": (1, 1)}))
-    assert numbers_of_steps(model, torch.randn(2, 3, 32, 32)) == []
+def test_steps_with_norms_of_their_own_leave_with_them():
+    torch.manual_seed(0)
+    spec = ModelSpec("loopnet_anytime_240k", {"widths": (4, 6), "depths": (1, 2)})
+    model, images = draw(build(spec)), torch.randn(2, 3, 32, 32)
+    assert numbers_of_steps(model, images) == ["recursion_steps"]
     assert numbers_of_steps(build(ModelSpec("gated_mlp")), torch.randn(2, 1, 8, 8)) == []
+    second = model.recurse(images)[1].logits
+    erased = Candidates(model, images).without([], {"recursion_steps": 2})
+    norms = [f"stages.1.layers.{layer}.norms.2" for layer in (0, 1)]
+    assert erased == Erase(taken_out=norms, steps={"recursion_steps": 2})
+    erased.apply(model)
+    torch.testing.assert_close(model(images), second)
+    assert [len(layer.norms) for layer in model.stages[1].layers] == [2, 2]
+    again = build(spec.then(erased), model.state_dict()).eval()
+    assert torch.equal(again(images), model(images))
+
+
+def test_steps_of_an_anytime_loopnet_are_left_out_by_the_method():
+    spec = ModelSpec("loopnet_anytime_240k", {"widths": (4, 6), "depths": (1, 1)})
+    model, images = build(spec), torch.randn(4, 3, 32, 32)
+    erase = compress.EraseOperators(sparsity=0.5, begin=0, end=2)
+    session = compress.Session(model, [erase], images, steps=2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    session.attach(optimizer)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(images).square().mean().backward()
+        optimizer.step()
+    (erased,) = session.finish().transforms
+    assert erased.steps == {"recursion_steps": 2}
+    assert model(images).shape == (4, 10)
+
+
+def test_attention_of_trm_is_a_candidate_and_one_stays():
+    torch.manual_seed(0)
+    options = {"embed_dim": 12, "num_heads": 2, "mlp_hidden_dim": 8, "depth": 2, "prefix": 2}
+    options |= {"rounds": 1, "recursion_steps": 1, "latent_steps": 2, "token_mlp": False}
+    model = draw(build(ModelSpec("trm_sudoku4_micro", {"num_classes": 6, **options}))).double()
+    grids = (torch.arange(32).view(2, 1, 4, 4) % 6).double()
+    candidates = Candidates(model, grids)
+    names = [f"blocks.{layer}.{part}" for layer in range(2) for part in ("mixer.proj", "mlp")]
+    assert sorted(candidates.segments) == names
+    assert not candidates.hold(["blocks.0.mixer.proj", "blocks.1.mixer.proj"])
+    zeroed = copy.deepcopy(model)
+    zero_segments(zeroed, [candidates.segments["blocks.0.mixer.proj"]])
+    candidates.without(["blocks.0.mixer.proj"]).apply(model)
+    torch.testing.assert_close(model(grids), zeroed(grids))
+    assert "blocks.0.mixer.qkv.weight" not in dict(model.named_parameters())
 
 
 def steps_alone(sparsity=0.7):

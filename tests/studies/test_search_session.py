@@ -186,6 +186,12 @@ def test_unknown_spaces_and_data_of_a_table_are_refused(tmp_path):
         SearchConfig("micro_nars", DataConfig("mnist"))
 
 
+def test_data_that_is_not_there_is_refused_before_anything_is_written(space, tmp_path):
+    with pytest.raises(UsageError, match="'nowhere' is neither a folder nor"):
+        search(SearchConfig(str(space), DataConfig("nowhere")), tmp_path / "search", quiet=True)
+    assert not (tmp_path / "search").exists()
+
+
 # Spaces of settings
 
 

@@ -25,10 +25,11 @@ from smallfry.studies.latency import choose_device, measure_latency
 from smallfry.studies.recipes import Planned
 from smallfry.studies.reported_vision import ACCURACY, MILLIONS
 from smallfry.studies.study import run_study
-from smallfry.studies.study_models import PAPER, STUDY_MODELS
+from smallfry.studies.study_models import PAPER, STUDY_MODELS, StudyModel
 from smallfry.training.config import DataConfig
 from smallfry.training.run import load_run
 
+NOWHERE, THREE = DataConfig("nowhere"), DataConfig(mean=[0.5] * 3, std=[0.5] * 3)
 DIGITS = {"data": DataConfig("digits", limit=60), "epochs": 1, "device": "cpu"}
 
 
@@ -109,11 +110,17 @@ def test_the_micro_models_are_of_one_size() -> None:
         ("optimizer", OptimizersConfig(lr_factors=()), "lr_factors: give at least one"),
         ("pareto", ParetoConfig(seeds=0), "seeds must be at least 1"),
         ("pareto", ParetoConfig(device="cuda:99"), "cuda:99 can't be used here"),
+        ("batch-size", BatchSizeConfig(data=NOWHERE), "'nowhere' is neither a folder nor"),
+        ("recursion", RecursionConfig(data=NOWHERE), "'nowhere' is neither a folder nor"),
+        ("pareto", ParetoConfig(data=NOWHERE, minutes=1.0), "'nowhere' is neither a folder nor"),
+        ("pareto", ParetoConfig(data=THREE), "data.mean needs 1 values"),
+        ("pareto", ParetoConfig(models=("lost",)), "unknown model 'no_such_model'"),
     ],
 )
 def test_what_can_not_be_meant_is_refused_before_anything_is_written(
-    tmp_path: Path, name: str, config: Any, said: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, config: Any, said: str
 ) -> None:
+    monkeypatch.setitem(STUDY_MODELS, "lost", StudyModel("Lost", "no_such_model"))
     with pytest.raises(UsageError, match=said):
         run_study(name, config, tmp_path / "study")
     assert not (tmp_path / "study").exists()

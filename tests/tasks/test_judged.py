@@ -5,11 +5,13 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from smallfry.data import Split
+from smallfry.errors import UsageError
 from smallfry.kits.graphs.task import Graphs
 from smallfry.kits.pose.models import PoseCodes
 from smallfry.kits.pose.task import PoseTask
@@ -31,6 +33,7 @@ from smallfry.tasks.task import count_judged, share_of
 from smallfry.training.attack import PGD, accuracy_under_attack
 from smallfry.training.augment import Normalize
 from smallfry.training.config import DataConfig, ModelConfig, TrainConfig
+from smallfry.training.exit_calibration import judged_part, trace
 from smallfry.training.run import RunFolder
 from smallfry.training.train import train
 from smallfry_runtime.pnp import Camera, Pose
@@ -50,6 +53,23 @@ class EvenDigits(Classification):
 
     def judged(self, targets):
         return targets.labels % 2 == 0
+
+
+def test_early_exit_is_calibrated_on_what_is_judged():
+    model = timm.create_model("vitrm_micro_patch4_8", num_classes=10, recursion_steps=2, **TINY)
+    labels = torch.arange(240) % 10
+    images = torch.randint(0, 256, (240, 1, 8, 8), dtype=torch.uint8)
+    split = Split(images, torch.arange(240), labels)
+    for task, count in ((EvenDigits(), 120), (Classification(), 240)):
+        found = trace(model, split, Normalize([0.5], [0.5]), task=task)
+        assert found.right.shape == found.halting.shape == (2, count)
+        assert len(judged_part(split, task, 10)) == count
+    assert bool(trace(model, split, Normalize([0.5], [0.5]), task=EvenDigits()).right.all())
+    assert judged_part(split, EvenDigits(), 10).labels.tolist() == [0, 2, 4, 6, 8] * 24
+    odd = split.take(torch.arange(1, 240, 2))
+    assert len(judged_part(odd, EvenDigits(), 10)) == 0
+    with pytest.raises(UsageError, match="early exit is calibrated on validation images, and none"):
+        trace(model, odd, Normalize([0.5], [0.5]), task=EvenDigits())
 
 
 def symbols_of(answers, symbols):

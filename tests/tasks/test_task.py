@@ -245,7 +245,7 @@ def test_tasks_are_found_by_name(config, tmp_path):
     smooth = replace(config.objective, label_smoothing=0.1)
     with pytest.raises(UsageError, match="has no label_smoothing"):
         train(replace(config, objective=smooth, run=tmp_path / "run"))
-    with pytest.raises(ValueError, match="two tasks are named 'classification'"):
+    with pytest.raises(UsageError, match="two tasks are named 'classification'"):
         register(type("Other", (), {"name": "classification"}))
 
 

@@ -10,7 +10,7 @@ from run_helpers import StopAt
 
 import smallfry  # noqa: F401  registers the models
 from smallfry.errors import Stopped
-from smallfry.training import train as training
+from smallfry.training import conclusion
 from smallfry.training.config import (
     DataConfig,
     ModelConfig,
@@ -23,7 +23,7 @@ from smallfry.training.train import resume, train
 STEPS = 9
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 torch.set_num_threads(1)
-training.draw_run = draw_nothing
+conclusion.draw_run = draw_nothing
 
 
 def config(name):

@@ -13,7 +13,7 @@ from PIL import Image
 from run_helpers import StopAt, assert_same_run, metrics
 
 from smallfry.errors import DataError, RunError, Stopped, UsageError
-from smallfry.training import train as training
+from smallfry.training import training_data
 from smallfry.training.checkpoint import load_checkpoint
 from smallfry.training.config import (
     AugmentConfig,
@@ -197,8 +197,8 @@ def test_digits_stay_unmirrored_wherever_they_are_moved(variant, tmp_path, monke
         )
     recorded = read_config(run / "config.yaml")
     assert (recorded.data.name, recorded.augment.flip) == ("digits", None)
-    load = training.load_config_data
-    monkeypatch.setattr(training, "load_config_data", lambda wanted: load(recorded.data))
+    load = training_data.load_config_data
+    monkeypatch.setattr(training_data, "load_config_data", lambda wanted: load(recorded.data))
     (tmp_path / "elsewhere").mkdir()
     resume(run, changes={"data.name": str(tmp_path / "elsewhere")})
     assert read_config(run / "config.yaml").augment.flip is False

@@ -205,7 +205,9 @@ def test_settings_that_contradict_the_start_are_refused(started, source, changes
 
 
 def test_what_is_no_trained_model_is_refused_before_data_is_read(started, tmp_path, monkeypatch):
-    monkeypatch.setattr("smallfry.training.train._load", lambda *_: pytest.fail("data was read"))
+    monkeypatch.setattr(
+        "smallfry.training.train.load_training_data", lambda *_: pytest.fail("data was read")
+    )
     for start, message in (
         (FIXTURES / "exports" / "float32", "is an export"),
         (tmp_path / "nothing", "no such file or folder; expected a run folder"),

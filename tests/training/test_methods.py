@@ -276,7 +276,7 @@ def test_the_gradient_of_a_penalty_is_added_scaled_and_the_penalty_returned_as_i
     ],
 )
 def test_wrong_methods_are_refused_before_any_data_is_read(variant, monkeypatch, methods, message):
-    monkeypatch.setattr(training, "_load", lambda *_: pytest.fail("data was read"))
+    monkeypatch.setattr(training, "load_training_data", lambda *_: pytest.fail("data was read"))
     with pytest.raises(UsageError, match=message):
         train(variant(methods=methods))
     assert not variant().run.exists()

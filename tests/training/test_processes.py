@@ -186,7 +186,12 @@ def test_a_mistake_is_everyones_error_and_leaves_nothing(folder, name, part):
     [
         ("score", 0, "OSError: the disk is full", "the first process failed: OSError: the disk"),
         ("__getitem__", 1, "DataError: photo.png: damaged", "process 1 failed: DataError: photo"),
-        ("_load", 1, "DataError: photo.png: gone", "process 1 failed: DataError: photo"),
+        (
+            "load_training_data",
+            1,
+            "DataError: photo.png: gone",
+            "process 1 failed: DataError: photo",
+        ),
     ],
 )
 def test_an_error_of_one_process_is_told_to_the_other(folder, name, failing, own, told):

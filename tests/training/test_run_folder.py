@@ -12,7 +12,7 @@ from run_helpers import StopAt, assert_same_run
 from smallfry.cli import main
 from smallfry.errors import RunError, SmallfryError, Stopped, UsageError
 from smallfry.studies.folder import locked
-from smallfry.training import run as module
+from smallfry.training import run_folder as module
 from smallfry.training.config import DataConfig, ModelConfig
 from smallfry.training.progress import QuietReporter
 from smallfry.training.run import new_run_folder

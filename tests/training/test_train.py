@@ -269,7 +269,7 @@ def test_answers_that_are_no_numbers_become_neither_the_best_nor_a_score(variant
         said = predict(*given, **options)
         return said._replace(logits=said.logits / 0) if len(calls) == spoils else said
 
-    for module in ("loop", "train"):
+    for module in ("loop", "conclusion"):
         monkeypatch.setattr(f"smallfry.training.{module}.predict", spoiled)
     monkeypatch.setattr("smallfry.training.train.cost", lambda *_: Cost(0, 0, 0, 0))
     spoils = 2  # the second epoch's

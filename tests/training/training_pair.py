@@ -12,7 +12,7 @@ from test_processes import RUNS, settings
 
 import smallfry  # noqa: F401  registers the models
 from smallfry.errors import DataError, SmallfryError, Stopped
-from smallfry.training import batches, loop
+from smallfry.training import batches, conclusion, loop
 from smallfry.training import train as training
 from smallfry.training.loop import Trainer
 from smallfry.training.train import resume, train
@@ -26,7 +26,7 @@ for name in ("SLURM_PROCID", "SLURM_LOCALID"):
 for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE"):
     os.environ[name] = "2"
 torch.set_num_threads(1)
-training.draw_run = draw_nothing
+conclusion.draw_run = draw_nothing
 
 
 def say(name, error):
@@ -101,7 +101,7 @@ resume(folder / "alone" / "parted")
 spoiled_in_the_second(settings(folder / "pair" / "spoiled", checkpoint_seconds=0.0))
 failing_in(loop, "score", 0, OSError("the disk is full"))
 failing_in(batches.TrainBatches, "__getitem__", 1, DataError("photo.png: damaged"))
-failing_in(training, "_load", 1, DataError("photo.png: gone"))
+failing_in(training, "load_training_data", 1, DataError("photo.png: gone"))
 attempt("small", settings(folder / "pair" / "small", batch_size=1))
 attempt("taken", settings(folder / "pair" / "deep_supervision"))
 attempt("batch_norm", replace(settings(folder / "pair" / "norm"), sync_batch_norm=True))

@@ -195,6 +195,89 @@ def test_a_model_whose_layers_are_called_again_is_not_traced(monkeypatch):
     assert traced.traced_groups(nn.Sequential(layer, layer), torch.zeros(2, 4)) == []
 
 
+@pytest.mark.parametrize(
+    ("model", "shape", "names"),
+    [
+        (
+            nn.Sequential(
+                *(nn.Conv1d(2, 6, 3), nn.BatchNorm1d(6), nn.ReLU(), nn.Conv1d(6, 6, 3, groups=6)),
+                *(nn.Conv1d(6, 9, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)),
+            ),
+            (2, 10),
+            ["3", "4"],  # the depthwise one, with what leads to it
+        ),
+        (
+            nn.Sequential(
+                *(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.ConvTranspose2d(6, 9, 2, stride=2)),
+                *(nn.BatchNorm2d(9), nn.ReLU(), nn.ConvTranspose2d(9, 2, 2, bias=False)),
+            ),
+            (2, 5, 5),
+            ["0", "2"],
+        ),
+        (
+            nn.Sequential(nn.Conv3d(1, 6, 2), nn.BatchNorm3d(6), nn.ReLU(), nn.Conv3d(6, 2, 2)),
+            (1, 4, 4, 4),
+            ["0"],
+        ),
+    ],
+)
+def test_convolutions_of_every_kind_are_cut(model, shape, names):
+    model, example = perturbed(copy.deepcopy(model)), torch.randn(2, *shape)
+    before = copy.deepcopy(model)
+    groups = find_groups(model, example)
+    assert sorted(group.name for group in groups) == names
+    small = copy.deepcopy(model)
+    resize = cut(small, groups, {group.name: some(group) for group in groups})
+    for group in groups:
+        mask(model, group, gone(group))
+    torch.testing.assert_close(small(example), model(example), atol=1e-5, rtol=1e-5)
+    resize.apply(before)  # as a file is read: shapes first
+    before.load_state_dict(small.state_dict())
+    assert torch.equal(before(example), small(example))
+    for name in names:
+        assert len(before.get_submodule(name).bias) == before.get_submodule(name).out_channels
+
+
+class Recurrent(nn.Module):
+    """A linear layer, and a recurrent one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.rnn = nn.Linear(2, 6), nn.GRU(6, 3, batch_first=True)
+
+    def forward(self, rows):
+        return self.rnn(self.first(rows))[0]
+
+
+def test_recurrent_layers_are_named_as_they_stay():
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", SmallfryWarning)
+        assert find_groups(Recurrent(), torch.randn(2, 4, 2)) == ()
+    wanted = "recurrent layers keep all of their channels (rnn)"
+    assert wanted in [str(each.message) for each in found]
+
+
+def test_heads_and_hidden_units_of_trm_are_cut():
+    options = {"embed_dim": 12, "num_heads": 3, "mlp_hidden_dim": 9, "depth": 2}
+    options |= {"rounds": 1, "recursion_steps": 2, "latent_steps": 2, "prefix": 2}
+    spec = ModelSpec("trm_sudoku4_micro", {"num_classes": 6, **options, "token_mlp": False})
+    model, grids = perturbed(build(spec)).double(), torch.arange(32).view(2, 1, 4, 4) % 6
+    groups = find_groups(model, grids.double())
+    assert [(group.name, group.channels) for group in groups] == [
+        (f"blocks.{layer}.{name}", count)
+        for layer in range(2)
+        for name, count in (("mixer.qkv", 3), ("mlp.fc1", 9))
+    ]
+    small = copy.deepcopy(model)
+    transform = cut(small, groups, {group.name: some(group) for group in groups})
+    for group in groups:
+        mask(model, group, gone(group))
+    torch.testing.assert_close(small(grids.double()), model(grids.double()))
+    assert small.blocks[0].mixer.mix.heads == 2
+    again = build(spec.then(transform), small.state_dict()).double()
+    assert torch.equal(again(grids.double()), small(grids.double()))
+
+
 def test_wrong_names_and_empty_groups_are_refused():
     model = mlp(nn.ReLU())
     group = mlp_group("0", "2", model, model[1])

@@ -1,13 +1,14 @@
-"""Command ``smallfry-runtime``: classify images with an export, one JSON object a line."""
+"""Command ``smallfry-runtime``: the answers of an export, one JSON object a line."""
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from smallfry_runtime.errors import SmallfryError, UsageError
-from smallfry_runtime.inputs import find_images
+from smallfry_runtime.inputs import find_images, find_texts
 from smallfry_runtime.runtime import Runtime
 from smallfry_runtime.terminal import say
 from smallfry_runtime.version import __version__
@@ -17,17 +18,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, 1 for a failure, 2 for wrong usage."""
     options = _parser().parse_args(arguments)
     try:
-        if options.top_k < 1:
-            raise UsageError(f"top_k must be at least 1, got {options.top_k}")
         runtime = Runtime(options.export, options.threads)
         if options.budget_ms is not None:
             runtime = runtime.within(options.budget_ms)
         threshold = runtime.exit_threshold(
             options.exit_steps, options.exit_drop, options.exit_threshold
         )
-        images = find_images(options.inputs, sys.stdin.buffer)
+        settings = _settings(options, runtime.manifest.is_classifier)
+        find = find_texts if runtime.takes_texts else find_images
+        inputs = find(options.inputs, sys.stdin.buffer)
         failed = False
-        for answer in runtime.classify(images, options.top_k, threshold):
+        for answer in runtime.answer_each(inputs, settings, threshold):
             failed |= answer.error is not None
             content = answer.to_dict() if answer.error is None else {"error": answer.error}
             say(json.dumps(content))
@@ -37,13 +38,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(failed)
 
 
+def _settings(options: argparse.Namespace, is_classifier: bool) -> dict[str, Any]:
+    """Collect the settings of the task's decoder; of classes, their number."""
+    if is_classifier:
+        if options.decoding is not None:
+            raise UsageError("decoding is of tasks whose answers are not classes: leave it out")
+        return {} if options.top_k is None else {"top_k": options.top_k}
+    if options.top_k is not None:
+        raise UsageError("top_k is of classes, which this export has not: leave it out")
+    try:
+        settings = json.loads(options.decoding or "{}")
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"decoding: not JSON ({error}); such as '{{\"beam\": 10}}'") from error
+    if not isinstance(settings, dict):
+        raise UsageError(f"decoding: expected settings by their names, got {settings!r}")
+    return settings
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="smallfry-runtime", description=__doc__)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("export", type=Path, help="The folder that smallfry export wrote.")
-    parser.add_argument("inputs", nargs="+", help="Image files, folders, globs, or - for stdin.")
+    parser.add_argument("inputs", nargs="+", help="Files, folders, globs, or - for stdin.")
     parser.add_argument("--threads", type=int, help="CPU threads; default all cores.")
-    parser.add_argument("--top_k", type=int, default=3, help="Classes to name per image.")
+    parser.add_argument("--top_k", type=int, help="Classes to name per image; default 3.")
+    parser.add_argument("--decoding", metavar="JSON", help="Settings of the task's decoder.")
     parser.add_argument("--budget_ms", type=float, help="Best sub-model within this time.")
     early = parser.add_mutually_exclusive_group()
     early.add_argument("--exit_drop", type=float, help="Early exit at this loss of accuracy.")

@@ -11,7 +11,7 @@ from PIL import Image
 
 from smallfry_runtime.artifacts import is_artifact
 from smallfry_runtime.errors import DataError
-from smallfry_runtime.files import open_regular
+from smallfry_runtime.files import MOST_TEXT, open_regular
 from smallfry_runtime.images import IMAGE_EXTENSIONS, MOST_BYTES, Encoded
 from smallfry_runtime.names import text_of
 
@@ -66,6 +66,17 @@ def find_images(inputs: Sequence[str], stdin: BinaryIO) -> Iterator[InputImage]:
     for given in inputs:
         if given == "-":
             yield from _from_stdin(stdin)
+        else:
+            yield from _from_path(given)
+
+
+def find_texts(inputs: Sequence[str], stdin: BinaryIO) -> Iterator[InputImage]:
+    """Find the texts named by files and globs; ``-`` is a text on standard input."""
+    for given in inputs:
+        if given == "-":
+            yield InputImage(STDIN, stdin.read(MOST_TEXT))
+        elif os.path.isdir(os.path.expanduser(given)) and given:
+            yield InputImage(given, None, f"{given}: a folder; name its texts, as {given}/*.txt")
         else:
             yield from _from_path(given)
 

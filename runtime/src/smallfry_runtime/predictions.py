@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from math import isfinite
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from smallfry_runtime.errors import DataError
+from smallfry_runtime.files import read_bytes
 from smallfry_runtime.frames import Frame, ImageSize
 from smallfry_runtime.images import decode as decode_image
 from smallfry_runtime.inputs import InputImage
@@ -146,15 +148,20 @@ def decoded_texts(
 
     Args:
         decode: From pixels (puzzles, 1, side, side) to a value for each.
-        texts: The bytes of each text.
+        texts: Their files or their bytes.
         read: From a text to pixels.
     """
     for name, encoded, error in texts:
+        if error is not None:
+            yield Decoded(name, None, error)
+            continue
         try:
+            if isinstance(encoded, Path):
+                encoded = read_bytes(encoded)
             if not isinstance(encoded, bytes):
-                raise DataError(error or "not the bytes of a text")
+                raise DataError("a picture; expected a text")
             values = decode(read(encoded.decode()))
-        except (DataError, UnicodeDecodeError) as problem:
+        except (OSError, DataError, UnicodeDecodeError) as problem:
             yield Decoded(name, None, f"{name}: {problem}")
         else:
             for number, value in enumerate(values, 1):

@@ -236,7 +236,7 @@ class Runtime:
         """Answer inputs in order, by the task; one that can't be read gives an ``error``.
 
         Args:
-            inputs: Images, or files of NumPy; of puzzles, the bytes of texts.
+            inputs: Images, or files of NumPy; of puzzles, texts.
             settings: Of the task's decoder, such as ``{"beam": 10}`` of texts; of classes
                 ``top_k``, the number of classes to name, 3 by default.
             threshold: Halting probability at which an image leaves the recursion.
@@ -261,7 +261,7 @@ class Runtime:
         def decode(pixels: NDArray[Any]) -> list[Any]:
             return self._values(decoder, _finite(run(pixels)), settings)
 
-        if hasattr(decoder, "read"):
+        if self.takes_texts:
             read = partial(decoder.read, classes=self.classes, side=manifest.frame.height)
             return decoded_texts(decode, inputs, read)
         return decoded(decode, inputs, manifest.frame, manifest.channels, manifest.bit_depth)
@@ -276,6 +276,16 @@ class Runtime:
         """
         self.require_classes()
         return self.answer_each(images, {"top_k": top_k}, threshold)
+
+    @property
+    def takes_texts(self) -> bool:
+        """True if the inputs are texts, as of puzzles.
+
+        Raises:
+            UsageError: This version has no decoder for the export's task.
+        """
+        manifest = self.manifest
+        return not manifest.is_classifier and hasattr(decoder_of(manifest.task), "read")
 
     @property
     def thresholds(self) -> tuple[float, ...] | None:

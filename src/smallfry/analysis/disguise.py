@@ -100,7 +100,8 @@ def plan_schedule(models: Sequence[nn.Module], channels: int = 3) -> Schedule:
     Raises:
         UsageError: Of another number of stages, or a network that can't be disguised.
     """
-    stages = [_stages(_layouts(*_units(model, channels))) for model in models]
+    every = [_units(model) for model in models]
+    stages = [_stages(_layouts(units, last)) for units, _, last in every]
     if len({len(each) for each in stages}) != 1:
         found = ", ".join(str(len(each)) for each in stages)
         raise UsageError(f"networks of one schedule need as many stages each, not {found}")
@@ -128,8 +129,8 @@ def disguise(model: nn.Module, schedule: Schedule, channels: int = 3) -> Disguis
         >>> Disguised is type(disguise(model, plan_schedule([model])))
         True
     """
-    units, head, last = _units(model, channels)
-    stages = _stages(_layouts(units, head, last))
+    units, head, last = _units(model)
+    stages = _stages(_layouts(units, last))
     if len(stages) != len(schedule.units):
         raise UsageError(
             f"the network has {len(stages)} stages, the schedule {len(schedule.units)}"
@@ -150,7 +151,7 @@ def disguise(model: nn.Module, schedule: Schedule, channels: int = 3) -> Disguis
     return Disguised(built, wide, schedule.channels[0]).eval()
 
 
-def _units(model: nn.Module, channels: int) -> tuple[list[_Unit], nn.Linear, str]:
+def _units(model: nn.Module) -> tuple[list[_Unit], nn.Linear, str]:
     """Read a network as units, its classifier, and the value that this takes the means of."""
     graph = trace(model.eval())
     if graph is None:
@@ -299,7 +300,7 @@ def _is_pooling(node: fx.Node, module: nn.Module | None) -> bool:
     return isinstance(given, list | tuple) and {int(each) % 4 for each in given} == {2, 3}
 
 
-def _layouts(units: Sequence[_Unit], head: nn.Linear, last: str) -> list[_Layout]:
+def _layouts(units: Sequence[_Unit], last: str) -> list[_Layout]:
     """Place the values that are still needed in the channels of states."""
     image = units[0].reads
     widths = {unit.writes: len(unit.weight) for unit in units} | {image: units[0].weight.shape[1]}

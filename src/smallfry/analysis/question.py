@@ -5,15 +5,14 @@ package, and nothing else changes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from importlib import import_module
-from pkgutil import iter_modules
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
 from smallfry.data import Split
 from smallfry.errors import UsageError, nearest
+from smallfry.io.plugins import scan
+from smallfry.io.registry import add
 from smallfry.training.run import TrainedModel
 
 __all__ = [
@@ -96,17 +95,15 @@ def register_question(ask: Question) -> Question:
     """Register a question under the name of its module; a decorator.
 
     Raises:
-        ValueError: The module has another question.
+        UsageError: Another question has the name: each is in a module of its own.
     """
-    name = ask.__module__.rpartition(".")[2]
-    if _QUESTIONS.setdefault(name, ask) is not ask:
-        raise ValueError(f"{ask.__module__} has two questions; put each into a module of its own")
+    add(_QUESTIONS, ask.__module__.rpartition(".")[2], ask, "questions")
     return ask
 
 
 def question_names() -> list[str]:
     """List the names of all questions in alphabetical order."""
-    _scan()
+    scan(__package__)
     return sorted(_QUESTIONS)
 
 
@@ -120,10 +117,3 @@ def find_questions(name: str = ALL) -> dict[str, Question]:
     if name != ALL and name not in names:
         raise UsageError(f"unknown question '{name}'{nearest(name, [*names, ALL])}")
     return {each: _QUESTIONS[each] for each in (names if name == ALL else [name])}
-
-
-@cache
-def _scan() -> None:
-    package = import_module(__package__)
-    for module in iter_modules(package.__path__):
-        import_module(f"{__package__}.{module.name}")

@@ -162,10 +162,11 @@ def _decode_export(options: Options) -> int:
     threshold = runtime.exit_threshold(
         options.exit_steps, options.exit_drop, options.exit_threshold
     )
-    read = getattr(decoder_of(manifest.task), "read", None)
-    if read is None:
+    if not runtime.takes_texts:
         images = find_images(options.inputs, sys.stdin.buffer)
         return _print_decoded(options, runtime.answer_each(images, options.decoding, threshold))
+
+    read = decoder_of(manifest.task).read
 
     def answers(text: str) -> Iterator[tuple[dict[str, Any], str]]:
         pixels = read(text, manifest.classes, manifest.frame.height)

@@ -14,7 +14,7 @@ from smallfry.data.faces import read_faces
 from smallfry.data.folders import read_folder
 from smallfry.data.generators import generated_names
 from smallfry.data.parquet_shards import count_rows
-from smallfry.data.registered import find_reader
+from smallfry.data.registered import OWN, find_reader
 from smallfry.data.shard_index import find_shards, read_shards
 from smallfry.data.sources import TRAIN, EncodedSplit, Hub, Source, read_hub
 from smallfry.errors import DataError, SmallfryWarning, UsageError, nearest
@@ -26,7 +26,7 @@ HUB: Mapping[str, Hub] = {
     "mnist": Hub("ylecun/mnist"),
     "fashion_mnist": Hub("zalando-datasets/fashion_mnist"),
 }
-NAMED = ("digits", "curves", "faces", *HUB, *generated_names())
+NAMED = (*OWN, *generated_names())
 NO_ROOT: Mapping[str, str] = {
     "digits": "comes with scikit-learn",
     **dict.fromkeys(("curves", *generated_names()), "is generated"),

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 from smallfry.data.image_data import ImageData
 from smallfry.errors import UsageError, nearest
 from smallfry.io.plugins import load_kit
+from smallfry.io.registry import add, path_of
 
-__all__ = ["Reader", "Wanted", "find_reader", "register_data", "settings_from"]
+__all__ = ["OWN", "Reader", "Wanted", "find_reader", "register_data", "settings_from"]
 
 
 class Wanted(NamedTuple):
@@ -39,6 +40,8 @@ class Wanted(NamedTuple):
                 raise UsageError(f"{name} has no data.{option}: leave it out")
 
 
+# data sets with other readers than registered ones
+OWN = ("digits", "curves", "faces", "cifar10", "cifar100", "mnist", "fashion_mnist")
 Reader = Callable[[str, Wanted], ImageData]
 _READERS: dict[str, Reader] = {}
 
@@ -49,8 +52,16 @@ def register_data(names: Iterable[str], read: Reader) -> None:
     Args:
         names: The names.
         read: From a name and a request to the data.
+
+    Raises:
+        UsageError: Another data set has one of the names.
     """
-    _READERS.update(dict.fromkeys(names, read))
+    for name in names:
+        if name in OWN:
+            raise UsageError(
+                f"two data sets are named '{name}': smallfry's own and {path_of(read)}; rename one"
+            )
+        add(_READERS, name, read, "data sets")
 
 
 def find_reader(name: str) -> Reader | None:

@@ -43,7 +43,9 @@ from smallfry.errors import ExportError, SmallfryError, SmallfryWarning, UsageEr
 from smallfry.io.replace import replacing
 from smallfry.layers.quantized import QuantizedWeight
 from smallfry.models import Recursive
+from smallfry.training.evaluation import task_of
 from smallfry.training.evaluation_data import load_like
+from smallfry.training.exit_calibration import judged_part
 from smallfry.training.run import TrainedModel, thresholds_of
 from smallfry.transforms.adapters import merge_adapters
 from smallfry.transforms.nested import nest_of
@@ -249,7 +251,8 @@ def calibrate(traced: Traced, folder: Path) -> None:
     data = traced.data
     if traced.form != "anytime" or data is None or not traced.is_labelled:
         return
-    validation = data.validation
+    trained = traced.trained
+    validation = judged_part(data.validation, task_of(trained.manifest), len(trained.classes))
     if len(validation) == 0:
         return
     log.info("calibrating early exit")

@@ -21,7 +21,6 @@ from smallfry.layers.linear_map import register_layer
 from smallfry.order import Stage
 
 EPSILON = 1e-5
-STAGES = (1, 2)
 
 
 class _Sign(torch.autograd.Function):

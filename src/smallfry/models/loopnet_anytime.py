@@ -145,6 +145,16 @@ class AnytimeLoopNet(LoopNet):
             state = self.step(x, state).state
         return x + state.change
 
+    def modules_of_steps(self, steps: int) -> list[str]:
+        """Return the names of modules that only the steps after the first ``steps`` call."""
+        last = f"stages.{len(self.stages) - 1}.layers"
+        counts = [len(layer.norms) for layer in cast(Iterable[Layer], self._last.layers)]
+        return [
+            f"{last}.{layer}.norms.{number}"
+            for layer, count in enumerate(counts)
+            for number in range(steps, count)
+        ]
+
     @property
     def _last(self) -> Stage:
         return cast(Stage, self.stages[-1])

@@ -11,8 +11,10 @@ from fnmatch import fnmatch
 from types import ModuleType
 from typing import Any, NamedTuple, cast
 
-from timm.models import model_entrypoint, register_model
+from timm.models import is_model, model_entrypoint, register_model
 from torch import nn
+
+from smallfry.errors import UsageError
 
 __all__ = ["TIMM", "Source", "is_ours", "register_sizes", "source_of"]
 
@@ -59,8 +61,13 @@ def register_sizes(
         module: ``__name__`` of the architecture's module, which has ``default_cfgs``.
         sizes: Names of models.
         create: Builds one from its name, timm's ``pretrained`` and its arguments.
+
+    Raises:
+        UsageError: Another module has registered a model of one of the names.
     """
     for name in sizes:
+        if is_model(name) and (other := model_entrypoint(name).__module__) != module:
+            raise UsageError(f"two models are named '{name}': of {other} and {module}; rename one")
         setattr(sys.modules[module], name, register_model(_entry(module, name, create)))
 
 

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smallfry.models.linear import Linear
+from smallfry.transforms.declared import attention_group, gated_group
+from smallfry.transforms.groups import ChannelGroup
 
 __all__ = [
     "Attention",
@@ -47,20 +49,39 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int, rotary: int) -> None:
         super().__init__()
-        self.heads, self.rotary = heads, rotary
         self.qkv = Linear(dim, 3 * dim, bias=False)  # all heads' queries, then keys, then values
+        self.mix = Mix(heads, rotary)
         self.proj = Linear(dim, dim, bias=False)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Transform rows (batch, tokens, dim)."""
-        batch, count, dim = rows.shape
-        split = self.qkv(rows).view(batch, count, 3, self.heads, dim // self.heads)
+        return rms(rows + self.proj(self.mix(self.qkv(rows))))
+
+    def channel_groups(self) -> list[ChannelGroup]:
+        """Return the group of its heads."""
+        return [attention_group("qkv", "proj", self, self.mix.heads, {"mix.heads": 1})]
+
+    def residual_branches(self) -> list[tuple[str, ...]]:
+        """Return the modules of its branch, that whose output is to be zero at the end."""
+        return [("qkv", "mix", "proj")]
+
+
+class Mix(nn.Module):
+    """Attention between projections: values weighed by queries and keys; no parameters."""
+
+    def __init__(self, heads: int, rotary: int) -> None:
+        super().__init__()
+        self.heads, self.rotary = heads, rotary
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        """Mix queries, keys and values (batch, tokens, 3 · width) to (batch, tokens, width)."""
+        batch, count, width = qkv.shape
+        split = qkv.view(batch, count, 3, self.heads, width // 3 // self.heads)
         q, k, v = split.permute(2, 0, 3, 1, 4)
         if self.rotary:
-            angles = rotary_angles(count, self.rotary, rows.device)
+            angles = rotary_angles(count, self.rotary, qkv.device)
             q, k = turn(q, angles), turn(k, angles)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return rms(rows + self.proj(attended))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class TokenMLP(nn.Module):
@@ -88,6 +109,10 @@ class GatedMLP(nn.Module):
         """Transform rows (..., dim)."""
         gate, value = self.fc1(rows).chunk(2, dim=-1)
         return cast(Tensor, self.fc2(F.silu(gate) * value))
+
+    def channel_groups(self) -> list[ChannelGroup]:
+        """Return the group of its hidden units."""
+        return [gated_group("fc1", "fc2", self, gate_is_last=False)]
 
 
 def rms(rows: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ from smallfry.io.safe_yaml import MOST_CONFIG, load_yaml
 from smallfry.search.space import Candidate, Choice, encode, key_of
 from smallfry.tasks import find_task
 from smallfry.training.config import DataConfig, TrainConfig, config_of
-from smallfry.training.evaluation_data import load_config_data
 from smallfry.training.model_source import create_model
+from smallfry.training.training_data import load_training_data
 from smallfry.transforms.spec import ModelSpec
 from smallfry_runtime.files import read_bytes
 
@@ -126,8 +126,8 @@ class SettingsSpace:
             config = self.train(part).model
             with torch.random.fork_rng():
                 task = find_task(TASK).create(0.0)
-                model, spec = create_model(config, self._data, task)
-            image = torch.zeros(1, *self._data.input_shape)
+                model, spec = create_model(config, self.data, task)
+            image = torch.zeros(1, *self.data.input_shape)
             parameters = sum(each.numel() for each in model.parameters())
             self._models[key] = (
                 spec,
@@ -139,8 +139,14 @@ class SettingsSpace:
         return self._models[key]
 
     @cached_property
-    def _data(self) -> ImageData:
-        return load_config_data(self.base.data)
+    def data(self) -> ImageData:
+        """Data of all candidates, loaded once.
+
+        Raises:
+            UsageError: An unknown name, or settings that do not fit the data.
+            DataError: It can't be used.
+        """
+        return load_training_data(self.base)
 
 
 def read_settings_space(file: Path) -> SettingsSpace:

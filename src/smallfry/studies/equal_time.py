@@ -26,7 +26,7 @@ from smallfry.studies.config import ParetoConfig
 from smallfry.studies.deployed import PRECISIONS, measure_deployed
 from smallfry.studies.fast_recipe import fast_recipe
 from smallfry.studies.folder import locked, read_measured, reporting, stoppable
-from smallfry.studies.grid import claim, read_outcomes, run_grid, run_path
+from smallfry.studies.grid import claim, read_outcomes, require_possible, run_grid, run_path
 from smallfry.studies.recipes import Planned
 from smallfry.studies.speed import cores_of, epochs_within, measure_epoch
 from smallfry.studies.study_models import StudyModel, find_study_models, label_of
@@ -67,13 +67,16 @@ def run_equal_time(config: ParetoConfig, folder: Path) -> Path:
         The report, an HTML page.
 
     Raises:
-        UsageError: Settings that make no sense, or contradict the runs in the folder.
+        UsageError: Settings that make no sense, contradict the runs in the folder, or name a model
+            or data that is not there.
+        DataError: The data can't be used.
         Stopped: A signal came; the report is of what had ended.
     """
     if config.finished is not None:
         return _report_finished(config, config.finished, folder)
     models = _registered(config)
     config = replace(config, threads=config.threads or torch.get_num_threads())
+    require_possible(_planned(config, models, dict.fromkeys(models, 1)), folder)
     with locked(folder):
         claim("pareto", [], folder)
         note = f"what ended is in {folder}, the same command goes on"
@@ -104,6 +107,12 @@ def plan(
     assert config.threads is not None
     seconds = 60 * config.minutes * cores_of(config.device, config.threads)
     epochs = {name: epochs_within(seconds, speed) for name, speed in speeds.items()}
+    return _planned(config, models, epochs)
+
+
+def _planned(
+    config: ParetoConfig, models: Mapping[str, StudyModel], epochs: Mapping[str, int]
+) -> list[Planned]:
     return [
         Planned(
             f"{name}-s{seed}",

@@ -6,7 +6,7 @@ and does not stop the others.
 
 import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,14 @@ from smallfry.studies.folder import STUDY, stoppable
 from smallfry.studies.grid_progress import GridProgress
 from smallfry.studies.recipes import Planned
 from smallfry.training.checkpoint import saved_position, write_file
-from smallfry.training.config import TrainConfig, read_config
+from smallfry.training.config import DataConfig, TrainConfig, read_config
 from smallfry.training.continuation import dotted
+from smallfry.training.initial_weights import unknown_model
 from smallfry.training.progress import Reporter
 from smallfry.training.run import FAILURE, RunFolder
-from smallfry.training.train import resume, train
+from smallfry.training.train import resume, train, with_full_paths
+from smallfry.training.training_data import load_training_data
+from smallfry.transforms.build import is_model
 
 
 def run_grid(study: str, planned: Sequence[Planned], folder: Path) -> list[Outcome]:
@@ -59,6 +62,26 @@ def run_grid(study: str, planned: Sequence[Planned], folder: Path) -> list[Outco
             progress.end(outcome)
     torch.set_num_threads(threads)
     return [ended[plan.name] for plan in planned]
+
+
+def require_possible(planned: Iterable[Planned], folder: Path) -> None:
+    """Require the models and the data of all runs that have not ended, before the first begins.
+
+    Args:
+        planned: All runs of a study.
+        folder: The study's.
+
+    Raises:
+        UsageError: An unknown model or data set.
+        DataError: Data that can't be used.
+    """
+    seen: list[DataConfig] = []
+    for config in (p.config for p in planned if read_outcome(p, folder) is None):
+        if not is_model(config.model.name):
+            raise unknown_model(config.model.name)
+        if config.data not in seen:
+            seen.append(config.data)
+            load_training_data(with_full_paths(config))
 
 
 def _epochs_done(plan: Planned, folder: Path) -> float:

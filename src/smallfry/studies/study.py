@@ -15,7 +15,7 @@ from smallfry.studies import batch_size, optimizer, pareto, recursion
 from smallfry.studies.config import ParetoConfig, RunsConfig
 from smallfry.studies.equal_time import run_equal_time
 from smallfry.studies.folder import locked, reporting
-from smallfry.studies.grid import read_outcomes, run_grid
+from smallfry.studies.grid import read_outcomes, require_possible, run_grid
 from smallfry.studies.recipes import Planned
 
 
@@ -51,7 +51,9 @@ def run_study(name: str, config: RunsConfig, folder: Path) -> Path:
         The report, an HTML page.
 
     Raises:
-        UsageError: The configuration makes no sense, or contradicts the runs in the folder.
+        UsageError: The configuration makes no sense, contradicts the runs in the folder, or names
+            a model or data that is not there.
+        DataError: The data can't be used.
         Stopped: A signal came; the report is of what had ended.
     """
     study = STUDIES[name]
@@ -60,6 +62,7 @@ def run_study(name: str, config: RunsConfig, folder: Path) -> Path:
     if isinstance(config, ParetoConfig) and (config.minutes or config.finished) is not None:
         return run_equal_time(config, folder)
     planned = list({plan.name: plan for plan in study.plan(config)}.values())
+    require_possible(planned, folder)
     with locked(folder):
         try:
             outcomes = run_grid(name, planned, folder)

@@ -2,6 +2,7 @@
 
 from smallfry.errors import UsageError, nearest
 from smallfry.io.plugins import kit_names, load_kit, load_plugins, scan
+from smallfry.io.registry import add
 from smallfry.tasks.task import (
     AddsTerms,
     Batch,
@@ -50,13 +51,9 @@ def register(kind: type[Task]) -> type[Task]:
     """Register a task by its name; a class decorator.
 
     Raises:
-        ValueError: Another task has the name.
+        UsageError: Another task has the name.
     """
-    known = _TASKS.setdefault(kind.name, kind)
-    if known is not kind:
-        raise ValueError(
-            f"two tasks are named '{kind.name}': {known.__qualname__} and {kind.__qualname__}"
-        )
+    add(_TASKS, kind.name, kind, "tasks")
     return kind
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from smallfry.data import Split
 from smallfry.errors import UsageError
 from smallfry.models import Recursive
-from smallfry.tasks import Task
+from smallfry.tasks import Judges, Task
 from smallfry.training.augment import Normalize
 from smallfry.training.evaluation import targets_of, task_of
 from smallfry_runtime.early_exit import Trace, warn_of_few
@@ -20,7 +20,9 @@ def trace(
     batch_size: int = 256,
     task: Task | None = None,
 ) -> Trace:
-    """Run every image of a split through all recursion steps of a model, on its device.
+    """Run the images of a split through all recursion steps of a model, on its device.
+
+    Those with nothing to be right about are left out; see ``smallfry.tasks.Judges``.
 
     Args:
         model: The model.
@@ -39,15 +41,35 @@ def trace(
         )
     if len(split) == 0:
         raise UsageError("early exit needs validation images to calibrate its threshold on")
-    warn_of_few(len(split))
     weight, task = next(model.parameters()), task or task_of({})
-    right, halting = [], []
+    right, halting, judged = [], [], []
     for rows, labels in zip(
         torch.split(split.rows, batch_size), torch.split(split.labels, batch_size), strict=True
     ):
         steps = model.eval().recurse(normalize(split.pixels[rows]).to(weight.device, weight.dtype))
         outputs = [step.logits.float().cpu() for step in steps]
-        found = [task.right(each, targets_of(task, each, labels)) for each in outputs]
-        right.append(torch.stack(found))
+        targets = targets_of(task, outputs[0], labels)
+        right.append(torch.stack([task.right(each, targets) for each in outputs]))
         halting.append(torch.stack([s.halt_logits.float().sigmoid().cpu() for s in steps]))
-    return Trace(torch.cat(right, dim=1).numpy(), torch.cat(halting, dim=1).numpy())
+        every = torch.ones(len(labels), dtype=torch.bool)
+        judged.append(task.judged(targets) if isinstance(task, Judges) else every)
+    kept = torch.cat(judged)
+    if not kept.any():
+        raise UsageError("early exit is calibrated on validation images, and none has a truth")
+    warn_of_few(int(kept.sum()))
+    return Trace(*(torch.cat(each, dim=1)[:, kept].numpy() for each in (right, halting)))
+
+
+def judged_part(split: Split, task: Task, classes: int) -> Split:
+    """Return the samples of a split with something to be right about.
+
+    Args:
+        split: The samples, with labels.
+        task: Their task.
+        classes: Number of classes.
+    """
+    if not isinstance(task, Judges):
+        return split
+    outputs = torch.empty(0, task.outputs(classes))
+    kept = task.judged(targets_of(task, outputs, split.labels))
+    return split.take(kept.nonzero().flatten())

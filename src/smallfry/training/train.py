@@ -1,8 +1,6 @@
 """Training run: from a configuration to a folder with model, metrics and plots."""
 
 import logging
-import math
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -18,10 +16,7 @@ from smallfry.data import ImageData
 from smallfry.data.named import full_name
 from smallfry.data.own import is_own, place_of
 from smallfry.errors import (
-    DataError,
     RunError,
-    SmallfryWarning,
-    TrainingError,
     UsageError,
     nearest,
 )
@@ -31,14 +26,13 @@ from smallfry.tasks import find_task
 from smallfry.training.adversarial import adversarial
 from smallfry.training.augment import Normalize
 from smallfry.training.augment_grids import build_augment
-from smallfry.training.balance import class_weights, describe_small_classes
+from smallfry.training.balance import class_weights
 from smallfry.training.batch_norm import require_enough_images
 from smallfry.training.batches import CHARACTERS
 from smallfry.training.build_objective import build_objective
 from smallfry.training.checkpoint import Checkpoint, has_checkpoint, load_checkpoint
-from smallfry.training.compression import CHOICE, DONE, LAST_EPOCH
+from smallfry.training.conclusion import STOPPED_BY, conclude
 from smallfry.training.config import (
-    MULTILABEL,
     DataConfig,
     TrainConfig,
     TrainSettings,
@@ -47,11 +41,8 @@ from smallfry.training.config import (
 from smallfry.training.continuation import dotted, require_changeable, with_changes
 from smallfry.training.default_settings import describe_defaults, with_defaults, with_normed_rate
 from smallfry.training.distillation import distilled, require_same_teacher
-from smallfry.training.draw_run import draw_run
-from smallfry.training.evaluation import predict, require_finite, score
-from smallfry.training.evaluation_data import load_config_data, require_place, require_same_data
-from smallfry.training.evaluation_report import per_class_scores, write_tables
-from smallfry.training.fine_tuning import START, kept_facts, like_start, load_start
+from smallfry.training.evaluation_data import require_place, require_same_data
+from smallfry.training.fine_tuning import like_start, load_start
 from smallfry.training.first_manifest import describe_model
 from smallfry.training.fitted import fit_once, fits_itself
 from smallfry.training.initial_weights import find_weights, like_weights
@@ -61,24 +52,22 @@ from smallfry.training.loop import Trainer
 from smallfry.training.method import find_methods
 from smallfry.training.model_source import ModelSource, initialize, is_pretrained, model_name
 from smallfry.training.own_code import OwnCode, take_objects
-from smallfry.training.own_task import facts, with_own
+from smallfry.training.own_task import with_own
 from smallfry.training.processes import Processes, leaving, start
 from smallfry.training.progress import Reporter, build_reporter
 from smallfry.training.provenance import provenance
 from smallfry.training.recipes import with_recipe
-from smallfry.training.references import fit_references
-from smallfry.training.run import RunFolder, load_run, new_run_folder
+from smallfry.training.run import RunFolder, new_run_folder
 from smallfry.training.selection import require_choice
 from smallfry.training.self_tuning import FILE as TUNING
 from smallfry.training.self_tuning import self_tuned
-from smallfry.training.thresholds import calibrate_best, with_thresholds
 from smallfry.training.trained_run import TrainedRun
+from smallfry.training.training_data import load_training_data, warn_of_data
 from smallfry_runtime.names import path_of
 
 log = logging.getLogger(__name__)
 
 STUDIED = 4096  # training images that a model is initialised from
-PER_CLASS, STOPPED_BY = "per_class", "stopped_by"  # entries of summaries
 SMALL_MODEL = 10_000_000  # multiply-accumulates an image
 
 
@@ -174,7 +163,7 @@ def _train(
             )
         evidence = provenance(trainer.fabric.device)  # of the code that runs, as it starts
         trainer.fit()
-        return processes.once(lambda: _conclude(trainer, evidence))
+        return processes.once(lambda: conclude(trainer, evidence))
 
 
 def build_new(
@@ -188,8 +177,8 @@ def build_new(
     begun = processes.together(lambda: load_start(config.model))
     config = config if begun is None else like_start(config, begun)
     source = ModelSource(begun, weights)
-    data = processes.together(lambda: _load(config))
-    processes.once(lambda: _warn(data, config))
+    data = processes.together(lambda: load_training_data(config))
+    processes.once(lambda: warn_of_data(data, config))
     given, sizes = config, (len(data.train), data.image_size, processes.count)
     config = with_defaults(config, *sizes)
     task = find_task(config.task).create(config.objective.label_smoothing)
@@ -269,7 +258,7 @@ def _resume(
         processes.together(lambda: require_place(config.data, moved))
         if processes.once(lambda: has_checkpoint(folder.last)):
             checkpoint = processes.together(lambda: load_checkpoint(folder.last))
-            data = processes.together(lambda: _load(config))
+            data = processes.together(lambda: load_training_data(config))
             source = ModelSource(manifest=checkpoint.manifest)
             trainer = _build(config, data, folder, reporter, processes, source, code)
             require_same_data(checkpoint.manifest, trainer.data, folder)
@@ -278,7 +267,7 @@ def _resume(
         else:
             begun = processes.together(lambda: load_start(config.model))
             weights = processes.together(lambda: find_weights(config.model))
-            data = processes.together(lambda: _load(config))
+            data = processes.together(lambda: load_training_data(config))
             source = ModelSource(begun, weights)
             trainer = _build(config, data, folder, reporter, processes, source, code)
         if trainer.config != recorded:
@@ -286,7 +275,7 @@ def _resume(
         trainer.reporter.say(f"resuming {folder.path} after step {trainer.progress.step}")
         evidence = provenance(trainer.fabric.device)  # of the code that runs, as it starts
         trainer.fit()
-        return processes.once(lambda: _conclude(trainer, evidence))
+        return processes.once(lambda: conclude(trainer, evidence))
 
 
 def _is_longer(config: TrainConfig, recorded: TrainConfig, summary: Mapping[str, Any]) -> bool:
@@ -336,43 +325,6 @@ def with_full_paths(config: TrainConfig) -> TrainConfig:
         teacher = str(path_of(teacher).resolve())
     distillation = replace(config.distillation, teacher=teacher)
     return replace(config, data=data, model=model, run=run, distillation=distillation)
-
-
-def _load(config: TrainConfig) -> ImageData:
-    wanted = config.data
-    data = load_config_data(wanted)
-    if len(data.train) < 2:
-        raise DataError(
-            f"{data.origin}: too few images to train on ({len(data.train)}): two are the least; "
-            "add some, or hold out fewer with data.validation and data.test"
-        )
-    if config.select_on == "validation" and len(data.validation) == 0:
-        raise DataError(
-            f"{data.origin}: no validation images are left to select the best epoch on; give each "
-            "class at least two images, raise data.validation, or take select_on test"
-        )
-    if data.test_count == 0:
-        raise DataError(f"{data.origin}: there are no test images; raise data.test above 0")
-    _ = data.test  # decoded now, as a broken image is better found before the training than after
-    for option, values in {"mean": wanted.mean, "std": wanted.std}.items():
-        if values is not None and len(values) != data.channels:
-            raise UsageError(f"data.{option} needs {data.channels} values, got {len(values)}")
-    return data
-
-
-def _warn(data: ImageData, config: TrainConfig) -> None:
-    """Warn of duplicates, of small classes unless a limit made them so, and of single labels."""
-    small = []
-    if config.data.limit is None:
-        small = describe_small_classes(data, config.select_on == "validation")
-    single = []
-    if config.task == MULTILABEL and bool((data.train.labels.sum(dim=1) == 1).all()):
-        single.append(
-            f"{data.origin}: every training image has one class, as the task classification takes "
-            "it; for several, give data.labels FILE, or link an image into the folder of each class"
-        )
-    for sentence in (*data.duplicates(), *small, *single):
-        warnings.warn(sentence, SmallfryWarning, stacklevel=4)
 
 
 def _build(
@@ -433,77 +385,3 @@ def _useful_threads(model: nn.Module, data: ImageData) -> int:
     sample = torch.zeros(1, *data.input_shape)
     shared = max(1, torch.get_num_threads() // launch().here)
     return 1 if cost(model, sample).macs < SMALL_MODEL else shared
-
-
-def _conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
-    """Test the best weights once, draw the plots, and write the summary."""
-    config, data, progress = trainer.config, trainer.data, trainer.progress
-    folder, device = trainer.folder, trainer.fabric.device
-    best = load_run(folder.path, "best")
-    model = best.model.to(device)
-    best = calibrate_best(folder, best, data, device)
-    task = with_thresholds(trainer.objective.task, best)
-    try:
-        predictions = require_finite(predict(model, data.test, best.normalize, device))
-        flipped = None
-        if config.test_flips:
-            flipped = predict(model, data.test, best.normalize, device, flips=True)
-    except RunError as error:
-        raise TrainingError(f"{folder.best}: on the test images, {error}") from None
-    sample = torch.zeros(1, *data.input_shape, device=device)
-    spent = cost(model, sample)
-    cpu = progress.cpu_seconds
-    summary = {
-        "run": str(folder.path),
-        "model": best.manifest["model"],
-        **({DONE: best.manifest[DONE]} if DONE in best.manifest else {}),
-        "task": config.task,
-        "data": {
-            **best.manifest["data"],
-            "classes": len(data.classes),
-            "train": len(data.train),
-            "validation": len(data.validation),
-            "test": len(data.test),
-        },
-        "measured": {
-            "test": score(predictions, task),
-            **({} if flipped is None else {"test_flips": score(flipped, task)}),
-            "best_epoch": len(progress.history) if trainer.plan.trains else progress.best_epoch,
-            "select_on": config.select_on,
-            **({} if config.select_by is None else {"select_by": config.select_by}),
-            **({CHOICE: LAST_EPOCH} if trainer.plan.trains else {}),
-            "epochs": len(progress.history),
-            **({STOPPED_BY: progress.stopping} if progress.stopping else {}),
-            "training_seconds": round(progress.seconds, 2),
-            **({} if math.isnan(cpu) else {"cpu_seconds": round(cpu, 2)}),
-            "seed": config.seed,
-            "parameters": spent.parameters,
-            "macs": spent.macs,
-            "weight_bytes": spent.bytes,
-            "activation_bytes": spent.activation_bytes,
-            "references": _references(config, data),
-        },
-        **({PER_CLASS: scores} if (scores := per_class_scores(predictions, best)) else {}),
-        **facts(config),
-        "provenance": {**evidence, **kept_facts({START: best.manifest.get(START)})},
-    }
-    try:
-        draw_run(folder, progress.history, best, data.test, predictions)
-        if best.is_classifier:
-            where = (folder.path, best, data, ("test", data.test), predictions)
-            write_tables(*where, summary["provenance"], folder.pictures)
-    except Exception as error:  # a picture must not cost the result
-        warnings.warn(
-            f"{folder.pictures}: not all pictures could be drawn ({error})",
-            SmallfryWarning,
-            stacklevel=2,
-        )
-    folder.write_summary(summary)
-    trainer.callbacks.call("on_end", summary)
-    return summary
-
-
-def _references(config: TrainConfig, data: ImageData) -> list[dict[str, Any]]:
-    """Fit reference classifiers, for classification only."""
-    wanted = config.references and config.task == "classification"
-    return fit_references(data) if wanted else []

@@ -12,6 +12,7 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
+from smallfry.io.registry import add
 from smallfry.transforms.groups import ChannelGroup, Slice
 
 Describe = Callable[[Any], list[ChannelGroup]]
@@ -26,13 +27,17 @@ _described: dict[type, Describe] = {}
 
 
 def groups_of(kind: type) -> Callable[[D], D]:
-    """Register the groups of a module class; decorates a function of the module."""
+    """Register the groups of a module class; decorates a function of the module.
 
-    def add(describe: D) -> D:
-        _described[kind] = describe
+    Raises:
+        UsageError: Another function describes the class.
+    """
+
+    def register(describe: D) -> D:
+        add(_described, kind, describe, "descriptions of channel groups")
         return describe
 
-    return add
+    return register
 
 
 def declared_groups(model: nn.Module) -> list[ChannelGroup]:

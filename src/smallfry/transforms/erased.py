@@ -124,3 +124,16 @@ class Erase:
         for steps, leaf in sorted(places, key=lambda place: int(place[1]), reverse=True):
             del cast(nn.ModuleList, steps)[int(leaf)]
         Shorten(steps=self.steps).apply(model)
+
+
+def without_steps(model: nn.Module, steps: Mapping[str, int]) -> Erase:
+    """Return what leaves steps out, with the modules that only they call.
+
+    Args:
+        model: Left as it is.
+        steps: New numbers of steps.
+    """
+    listed = getattr(model, "modules_of_steps", None)
+    count = steps.get("recursion_steps")
+    taken_out = listed(count) if callable(listed) and count is not None else []
+    return Erase(taken_out=taken_out, steps=steps)

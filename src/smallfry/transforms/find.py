@@ -18,8 +18,8 @@ from smallfry.transforms.traced import traced_groups
 TOLERANCE = 1e-4  # between outputs masked and cut, relative to the largest, in float32
 OUTPUTS = "its channels are the outputs"
 NONE_FOUND = (
-    "finds no channels to cut: they are those of linear layers and nn.Conv2d that are called once, "
-    "and lead to such layers through norms and functions alone"
+    "finds no channels to cut: they are those of linear layers and convolutions that are called "
+    "once, and lead to such layers through norms and functions alone"
 )
 
 
@@ -31,7 +31,8 @@ def find_groups(model: nn.Module, example: Tensor) -> tuple[ChannelGroup, ...]:
         example: A batch of inputs, such as two images.
 
     Returns:
-        The groups that hold; a warning names those that do not.
+        The groups that hold; warnings name those that do not, and recurrent layers, whose channels
+        all stay.
 
     Example:
         >>> import timm, torch, smallfry
@@ -40,6 +41,13 @@ def find_groups(model: nn.Module, example: Tensor) -> tuple[ChannelGroup, ...]:
         >>> [(g.name, g.channels) for g in find_groups(model, torch.zeros(2, 1, 8, 8))][:2]
         [('blocks.0.attn.qkv', 4), ('blocks.0.mlp.fc1', 96)]
     """
+    recurrent = [name for name, each in model.named_modules() if isinstance(each, nn.RNNBase)]
+    if recurrent:
+        warnings.warn(
+            f"recurrent layers keep all of their channels ({', '.join(recurrent[:3])})",
+            SmallfryWarning,
+            stacklevel=2,
+        )
     found = declared_groups(model)
     taken = {(each.tensor, each.dim) for group in found for each in group.cut}
     others = [

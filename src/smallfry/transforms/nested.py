@@ -21,8 +21,10 @@ from smallfry._torch import BatchNorm
 from smallfry.errors import UsageError
 from smallfry.order import Stage
 from smallfry.transforms.groups import ChannelGroup, Slice, cut
+from smallfry.transforms.plain_groups import parse_group
+from smallfry.transforms.plain_groups import plain_group as plain_group
 from smallfry.transforms.registry import register
-from smallfry.transforms.resize import tensors_of
+from smallfry.transforms.resize import CONVOLUTIONS, tensors_of
 from smallfry.transforms.shorten import Shorten, owner_of, steps_of
 from smallfry.transforms.spec import Transform
 
@@ -306,7 +308,7 @@ def _swap_tensors(model: nn.Module, plan: Plan, swap: Any) -> None:
             for leaf, tensor in [*tensors_here.items()]:
                 if id(tensor) in sliced:
                     swap(tensors_here, leaf, sliced[id(tensor)])
-                    is_grouped = isinstance(module, nn.Conv2d) and module.groups > 1
+                    is_grouped = isinstance(module, CONVOLUTIONS) and module.groups > 1
                     if is_grouped and leaf == "weight":  # a channel is its own group
                         swap(vars(module), "groups", len(sliced[id(tensor)]))
 
@@ -396,45 +398,6 @@ def _among(group: ChannelGroup, names: Any, modules: set[str]) -> ChannelGroup:
         for slices in (group.zeroed, group.cut)
     )
     return replace(group, zeroed=zeroed, cut=cut_, counts=counts)
-
-
-def plain_group(group: ChannelGroup, block: int) -> dict[str, Any]:
-    """Convert a group to plain data; evenly spaced entries become the first row and a step."""
-    return {
-        "name": group.name,
-        "channels": group.channels,
-        "block": block,
-        "counts": dict(group.counts),
-        "zeroed": [_plain_slice(each) for each in group.zeroed],
-        "cut": [_plain_slice(each) for each in group.cut],
-    }
-
-
-def parse_group(content: Mapping[str, Any]) -> ChannelGroup:
-    """Read a group of ``plain_group``."""
-    channels = int(content["channels"])
-    zeroed, cut_ = (
-        tuple(_slice(each, channels) for each in content[key]) for key in ("zeroed", "cut")
-    )
-    return ChannelGroup(content["name"], channels, zeroed, cut_, counts=content["counts"])
-
-
-def _plain_slice(each: Slice) -> dict[str, Any]:
-    first, entries = each.entries[0], each.entries
-    step = int(entries[1, 0] - entries[0, 0]) if len(entries) > 1 else 1
-    head: dict[str, Any] = {"tensor": each.tensor, "dim": each.dim}
-    if torch.equal(entries, first + step * torch.arange(len(entries))[:, None]):
-        return head | {"first": first.tolist(), "step": step}
-    return head | {"entries": entries.tolist()}
-
-
-def _slice(content: Mapping[str, Any], channels: int) -> Slice:
-    if "entries" in content:
-        entries = torch.tensor(content["entries"], dtype=torch.int64)
-    else:
-        first = torch.tensor(content["first"], dtype=torch.int64)
-        entries = first + int(content["step"]) * torch.arange(channels)[:, None]
-    return Slice(content["tensor"], int(content["dim"]), entries)
 
 
 def _require_sequences(model: nn.Module, lengths: Mapping[str, int]) -> None:

@@ -13,6 +13,7 @@ from smallfry.transforms.registry import register
 # attributes that count heads or channels where a weight's shape does not
 COUNTS = frozenset({"heads", "num_heads", "attn_dim"})
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # (inputs, outputs, …)
 
 
 @register
@@ -117,6 +118,8 @@ def fit_attributes(model: nn.Module, names: Mapping[str, Any]) -> None:
             else:
                 module.in_channels = weight.shape[1]
             module.out_channels = len(weight)
+        elif isinstance(module, TRANSPOSED):  # without groups
+            module.in_channels, module.out_channels = weight.shape[:2]
         elif isinstance(module, nn.modules.batchnorm._NormBase):
             module.num_features = len(next(t for t in module.state_dict().values() if t.ndim))
 

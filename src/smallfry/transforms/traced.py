@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from smallfry.errors import SmallfryWarning
 from smallfry.transforms.groups import ChannelGroup, Slice
 from smallfry.transforms.modes import evaluating
+from smallfry.transforms.resize import CONVOLUTIONS, TRANSPOSED
 from smallfry_runtime.background import BackgroundThread
 
 SECONDS = 20.0
-LAYERS = (nn.Conv2d, nn.Linear)
+LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 T = TypeVar("T")
 
 
@@ -45,7 +46,7 @@ def traced_groups(
     try:
         import torch_pruning
     except ImportError:
-        if any(isinstance(m, nn.Conv2d) for m in model.modules()):
+        if any(isinstance(m, CONVOLUTIONS + TRANSPOSED) for m in model.modules()):
             warnings.warn(
                 "finding channels of convolutions needs Torch-Pruning: pip install "
                 "'smallfry[compress]'",
@@ -100,9 +101,10 @@ def _group(graph: Any, items: Any, names: dict[int, str]) -> ChannelGroup | None
         if entries is None or not _is_known(module):
             return None
         is_out = graph.is_out_channel_pruning_fn(item.dep.handler)
+        is_turned = isinstance(module, TRANSPOSED)
         if is_out:
             zeroed += [
-                Slice(f"{name}.{p}", 0, entries)
+                Slice(f"{name}.{p}", int(is_turned and p == "weight"), entries)
                 for p in module._parameters
                 if module._parameters[p] is not None
             ]
@@ -112,7 +114,7 @@ def _group(graph: Any, items: Any, names: dict[int, str]) -> ChannelGroup | None
                 if buffer is not None and buffer.ndim
             ]
         else:
-            others.append(Slice(f"{name}.weight", 1, entries))
+            others.append(Slice(f"{name}.weight", int(not is_turned), entries))
     if not zeroed:
         return None
     name = names[id(root.dep.target.module)]
@@ -121,8 +123,10 @@ def _group(graph: Any, items: Any, names: dict[int, str]) -> ChannelGroup | None
 
 def _is_known(module: nn.Module) -> bool:
     """Return whether a layer's shape follows from its weight: ungrouped or depthwise."""
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, CONVOLUTIONS):
         return module.groups in (1, module.out_channels)
+    if isinstance(module, TRANSPOSED):
+        return module.groups == 1
     return isinstance(module, nn.Linear | nn.modules.batchnorm._NormBase)
 
 

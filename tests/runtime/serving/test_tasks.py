@@ -1,5 +1,6 @@
 """Exports of every task over HTTP: the answers of ``predict``, their settings and inputs."""
 
+import importlib.util
 import io
 import json
 import pickle
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,9 +21,13 @@ from PIL import Image
 
 from smallfry.cli import main
 from smallfry_runtime import Runtime, decoders
+from smallfry_runtime.__main__ import main as runtime_main
+from smallfry_runtime.inputs import InputImage
 from smallfry_runtime.manifest import Manifest
+from smallfry_runtime.serving import server
+from smallfry_runtime.serving.batching import Late
 from smallfry_runtime.serving.limits import Limits
-from smallfry_runtime.serving.server import serving
+from smallfry_runtime.serving.server import Service, serving
 
 httpx = pytest.importorskip("httpx", reason="httpx is not installed, which gradio brings")
 pytest.importorskip("prometheus_client", reason="the serve extra is not installed")
@@ -111,6 +117,16 @@ def clients(exports):
         yield client
 
 
+@pytest.fixture(scope="module")
+def load_test():
+    """The script of the load test."""
+    file = Path(__file__).parents[3] / "benchmarks" / "serve.py"
+    spec = importlib.util.spec_from_file_location("benchmark_serve", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def drawn(name: str, seed: int) -> bytes:
     """Draw an input of a case, as a file."""
     case, random = CASES[name], np.random.default_rng(seed)
@@ -144,6 +160,105 @@ def by_predict(export: Path, files: list[Path], settings, capsys) -> list[Any]:
     capsys.readouterr()
     assert main(["predict", str(export), *map(str, files), "--json", *options]) == 0
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def by_runtime(arguments, capsys) -> tuple[int, list[Any]]:
+    """Exit code and answers of the runtime's own command."""
+    capsys.readouterr()
+    code = runtime_main([str(each) for each in arguments])
+    return code, [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_runtimes_command_answers_as_predict_whatever_the_task(name, exports, tmp_path, capsys):
+    files = [tmp_path / f"{number}.file" for number in range(2)]
+    for number, file in enumerate(files):
+        file.write_bytes(drawn(name, number))
+    settings = CASES[name].settings
+    words = ["--decoding", json.dumps(settings)] if settings else []
+    if settings and "top_k" in settings:
+        words = ["--top_k", settings["top_k"]]
+    code, found = by_runtime([exports[name], *files, *words], capsys)
+    assert code == 0
+    assert found == by_predict(exports[name], files, settings, capsys)
+    assert len(found) == (3 if name == "puzzle" else 2)
+
+
+def test_the_runtimes_command_reads_texts_from_files_globs_and_stdin(
+    exports, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "a.txt").write_bytes(drawn("puzzle", 0))
+    (tmp_path / "b.txt").write_text("1x..")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"1..." * 4)))
+    inputs = [tmp_path / "*.txt", "-", tmp_path, tmp_path / "c.txt"]
+    code, found = by_runtime([exports["puzzle"], *inputs], capsys)
+    assert code == 1
+    assert [each.get("file") for each in found[::2]] == [
+        str(tmp_path / "a.txt"),
+        "<standard input>",
+        None,
+    ]
+    assert found[1]["error"].startswith(f"{tmp_path / 'b.txt'}: puzzle 1: 4 symbols, and the model")
+    assert found[3]["error"] == f"{tmp_path}: a folder; name its texts, as {tmp_path}/*.txt"
+    assert found[4]["error"] == f"{tmp_path / 'c.txt'}: there is no such file or folder"
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("classification", ["--decoding", "{}"], "decoding is of tasks whose answers are not"),
+        ("ocr", ["--top_k", "2"], "top_k is of classes, which this export has not"),
+        ("ocr", ["--decoding", "beam"], "decoding: not JSON (.*); such as '{\"beam\": 10}'"),
+        ("ocr", ["--decoding", "[1]"], "decoding: expected settings by their names, got [1]"),
+        ("ocr", ["--decoding", '{"bean": 1}'], "bean"),
+    ],
+)
+def test_the_runtimes_command_refuses_settings_of_another_task(
+    name, words, message, exports, tmp_path, capsys
+):
+    (tmp_path / "a").write_bytes(drawn(name, 0))
+    assert runtime_main([str(exports[name]), str(tmp_path / "a"), *words]) == 2
+    before, _, after = message.partition("(.*)")
+    said = capsys.readouterr().err
+    assert before in said
+    assert after in said
+
+
+def test_the_time_of_decoding_inputs_counts_in_that_of_an_answer(exports, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(server, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    service = Service(Runtime(exports["eeg"], threads=1), None, Limits(seconds=8))
+
+    def read(seconds):
+        now[0] += seconds
+        yield InputImage("array", drawn("eeg", 0))
+
+    try:
+        assert len(service.predict(read(7.0))) == 1
+        with pytest.raises(Late, match="no answer within 8 s"):
+            service.predict(read(8.0))
+        with pytest.raises(Late, match="no answer within 8 s"):
+            service.predict(read(5.0), begin=now[0] - 4)
+    finally:
+        service.close()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_load_test_takes_every_task(name, exports, clients, load_test):
+    runtime, settings = Runtime(exports[name], threads=1), CASES[name].settings or {}
+    sent = load_test.inputs_of(runtime)[:2]
+    expected = load_test.answers_of(runtime, sent, settings)
+    for content, wanted in zip(sent, expected, strict=True):
+        response = clients(name).post("/predict", content=content, params=query(settings))
+        (found,) = response.json()["predictions"]
+        assert load_test.is_same(found, wanted)
+
+
+def test_answers_of_the_load_test_may_round_but_not_differ(load_test):
+    right = {"image": "b", "p": [0.1, "x"]}
+    assert load_test.is_same({"image": "a", "p": [0.1001, "x"]}, right)
+    for other in ({"p": [0.2, "x"]}, {"p": [0.1, "y"]}, {"p": [0.1]}, {}):
+        assert not load_test.is_same(other, right)
 
 
 def test_no_decoder_is_left_out():

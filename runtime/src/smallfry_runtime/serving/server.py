@@ -2,14 +2,14 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from numpy.typing import NDArray
 
-from smallfry_runtime.decoders import decoder_of, has_decoder
+from smallfry_runtime.decoders import has_decoder
 from smallfry_runtime.errors import DataError, ExportError, ServerError, SmallfryError, UsageError
 from smallfry_runtime.inputs import InputImage
 from smallfry_runtime.names import text_of
@@ -188,7 +188,7 @@ class Service:
         try:
             inputs = await self._inputs(request)
             settings = _settings(request.query_params.multi_items())
-            found = await run_in_threadpool(self.predict, inputs, settings)
+            found = await run_in_threadpool(self.predict, inputs, settings, begin)
             status = 200
             return JSONResponse({"predictions": [answer.to_dict() for answer in found]})
         except SmallfryError as error:
@@ -200,13 +200,17 @@ class Service:
             self.seconds.observe(time.monotonic() - begin)
 
     def predict(
-        self, inputs: Sequence[InputImage], settings: Mapping[str, Any] | None = None
+        self,
+        inputs: Iterable[InputImage],
+        settings: Mapping[str, Any] | None = None,
+        begin: float | None = None,
     ) -> list[Answer | Decoded]:
         """Answer the inputs of a request.
 
         Args:
             inputs: Images, files of NumPy or texts, by the export.
             settings: As of ``Runtime.answer_each``.
+            begin: When the request had arrived, by ``time.monotonic``; default now.
 
         Raises:
             Busy: Too many images wait already.
@@ -215,19 +219,27 @@ class Service:
             Late: There was no answer in time.
             UsageError: A setting that is not there.
         """
+        begin = time.monotonic() if begin is None else begin
+        run = partial(self._computed, begin + self.limits.seconds)
         found = []
-        for answer in self.runtime.answer_each(inputs, settings, self.threshold, self._computed):
+        for answer in self.runtime.answer_each(inputs, settings, self.threshold, run):
             if answer.error is not None:
                 failed = ExportError if NOT_FINITE in answer.error else DataError
                 raise failed(answer.error)
             found.append(answer)
         return found
 
-    def _computed(self, pixels: NDArray[Any]) -> Computed:
-        """Compute inputs in batches with those of other requests."""
+    def _computed(self, deadline: float, pixels: NDArray[Any]) -> Computed:
+        """Compute inputs in batches with those of other requests, in the time that is left."""
         if self.kind == "text" and len(pixels) > self.limits.images:
             raise DataError(f"{len(pixels)} puzzles, expected at most {self.limits.images}")
-        return self.batcher(pixels, self.limits.seconds)
+        left = deadline - time.monotonic()  # after the inputs were decoded
+        if left <= 0:
+            raise Late(f"no answer within {self.limits.seconds:g} s")
+        try:
+            return self.batcher(pixels, left)
+        except Late:
+            raise Late(f"no answer within {self.limits.seconds:g} s") from None
 
     async def _inputs(self, request: Any) -> list[InputImage]:
         """Read the inputs of a request, from a form or from its body."""
@@ -278,7 +290,7 @@ def input_of(runtime: Runtime) -> tuple[str, dict[str, Any]]:
             f"be served: it takes {named}, and Runtime.compute has its outputs for them; smallfry "
             "predict RUN answers with the run itself"
         )
-    if hasattr(decoder_of(manifest.task), "read"):
+    if runtime.takes_texts:
         return "text", {"rows": frame.height, "columns": frame.width}
     return kind, about
 

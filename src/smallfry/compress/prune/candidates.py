@@ -16,7 +16,7 @@ from smallfry.compress.prune.graphs import (
 )
 from smallfry.compress.prune.regions import trace
 from smallfry.transforms.declared import declared_groups
-from smallfry.transforms.erased import Erase
+from smallfry.transforms.erased import Erase, without_steps
 from smallfry.transforms.spec import Transform
 
 TOLERANCE = 1e-4  # between outputs zeroed and erased, relative to the largest, in float32
@@ -57,7 +57,8 @@ class Candidates:
             steps: New numbers of the recursion's steps.
         """
         erased = [self._transforms[name] for name in names]
-        return Erase.all_of([*erased, Erase(skipped=self._uncalled(names))], steps)
+        shorter = without_steps(self._connections.model, steps or {})
+        return Erase.all_of([*erased, Erase(skipped=self._uncalled(names)), shorter], steps)
 
     def hold(self, names: Sequence[str], steps: Mapping[str, int] | None = None) -> bool:
         """Return whether the model is connected without branches, and every layer that is left."""

@@ -16,10 +16,14 @@ from torch import fx, nn
 
 from smallfry._torch import BatchNorm
 from smallfry.transforms.declared import ZERO_AT_ZERO
+from smallfry.transforms.resize import CONVOLUTIONS, TRANSPOSED
 
 ADDS = (operator.add, operator.iadd, torch.add)
 CATS = (torch.cat, torch.concat, torch.concatenate)
-AFFINE = (*(nn.Linear, nn.Conv1d, nn.Conv2d, BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),)
+AFFINE = (
+    *(nn.Linear, *CONVOLUTIONS, *TRANSPOSED),
+    *(BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
+)
 PASSING = (  # zero at zero, channel by channel
     *ZERO_AT_ZERO,
     *(nn.Dropout, nn.Dropout2d, DropPath),

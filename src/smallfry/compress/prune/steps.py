@@ -2,7 +2,8 @@
 
 Steps share their weights, so that none is driven to zero for one of them. A step at zero leaves
 the state as it is, and a model with one of n equal steps at zero is the model with n − 1. Which
-number of steps falls is chosen by measurement: the outputs without one more step.
+number of steps falls is chosen by measurement: the outputs without one more step. Modules of the
+last steps alone, such as their norms, leave with them: a model lists them by ``modules_of_steps``.
 """
 
 import copy
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from smallfry.compress.prune.candidates import Connections
-from smallfry.transforms.shorten import STEPS, Shorten, steps_of
+from smallfry.transforms.erased import without_steps
+from smallfry.transforms.shorten import STEPS, steps_of
 
 
 class LeftOut(NamedTuple):
@@ -35,7 +37,7 @@ def numbers_of_steps(model: nn.Module, example: Tensor) -> list[str]:
     if not found:
         return []
     connections = Connections(model, example)
-    return [name for name in found if connections.hold([Shorten(steps={name: 1})])]
+    return [name for name in found if connections.hold([without_steps(model, {name: 1})])]
 
 
 @torch.no_grad()

@@ -56,17 +56,6 @@ class Histogram(NamedTuple):
         bins = position.long().clamp(0, BINS - 1).cpu()
         self.counts.add_(torch.bincount(bins, minlength=BINS).double())
 
-    def merge(self, other: Self) -> Self:
-        """Add the counts of other numbers.
-
-        Raises:
-            ValueError: Its bins are others.
-        """
-        if other.largest != self.largest:
-            raise ValueError(f"bins up to {self.largest} and up to {other.largest} don't add up")
-        low, high = min(self.low, other.low), max(self.high, other.high)
-        return type(self)(self.largest, self.counts + other.counts, low, high)
-
     @property
     def width(self) -> float:
         """Width of a bin."""

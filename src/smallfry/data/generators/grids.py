@@ -24,6 +24,7 @@ from smallfry.data.sources import EncodedSplit
 from smallfry.data.splits import Split
 from smallfry.data.symmetry import Symmetry
 from smallfry.errors import UsageError
+from smallfry.io.registry import add
 
 PARTS = 5  # of all classes, of which one is tested with ``split: class``
 MOST_PUZZLES = 1_000_000
@@ -99,8 +100,13 @@ _FAMILIES: dict[str, Build] = {}
 
 
 def register(names: Iterable[str], build: Build) -> None:
-    """Register the names of a family, with what builds it from a name and settings."""
-    _FAMILIES.update(dict.fromkeys(names, build))
+    """Register the names of a family, with what builds it from a name and settings.
+
+    Raises:
+        UsageError: Another family has one of the names.
+    """
+    for name in names:
+        add(_FAMILIES, name, build, "families of puzzles")
     register_data(_FAMILIES, read_puzzles)
 
 

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from smallfry.deploy.graphs import Graph
 from smallfry.errors import UsageError, nearest
 from smallfry.io.plugins import load_plugins, scan
+from smallfry.io.registry import add
 
 PACKAGE = "smallfry.deploy.targets"
 T = TypeVar("T", bound=type)
 
-_targets: dict[str, "Target"] = {}
+_targets: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,12 @@ class Target(Protocol):
 
 
 def register_target(kind: T) -> T:
-    """Register a device format by its ``name``; a decorator."""
-    _targets[kind.name] = kind()  # type: ignore[attr-defined]
+    """Register a device format by its ``name``; a decorator.
+
+    Raises:
+        UsageError: Another device format has the name.
+    """
+    add(_targets, kind.name, kind, "device formats")  # type: ignore[attr-defined]
     return kind
 
 
@@ -77,7 +82,7 @@ def targets() -> dict[str, Target]:
     """
     scan(PACKAGE)
     load_plugins()
-    return dict(_targets)
+    return {name: kind() for name, kind in _targets.items()}
 
 
 def find_target(name: str) -> Target:

@@ -18,7 +18,7 @@ from smallfry.search.n2n.layer import REMOVED, Layer
 from smallfry.search.space import Candidate
 from smallfry.transforms.find import find_groups
 from smallfry.transforms.groups import ChannelGroup, cut
-from smallfry.transforms.resize import tensors_of
+from smallfry.transforms.resize import CONVOLUTIONS, TRANSPOSED, tensors_of
 from smallfry.transforms.spec import ModelSpec
 
 __all__ = ["SHARES", "Student", "Students"]
@@ -150,7 +150,7 @@ def _module(layer: str) -> str:
 def _sizes(model: nn.Module, name: str) -> tuple[int, int, int, int]:
     """Return the kernel, stride, inputs and outputs of the first layer with weights."""
     for module in model.get_submodule(_module(name)).modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, CONVOLUTIONS + TRANSPOSED):
             return (
                 module.kernel_size[0],
                 module.stride[0],

@@ -175,7 +175,8 @@ def find_problem(config: SearchConfig) -> Problem:
     """Find the problem of a search whose space is a table or a file.
 
     Raises:
-        UsageError: There is no such table or file, or it is no space.
+        UsageError: There is no such table, file or data, or it is no space.
+        DataError: The data can't be used.
         RunError: Its settings are not of this version.
     """
     if config.is_table:
@@ -189,7 +190,9 @@ def find_problem(config: SearchConfig) -> Problem:
     space = read_settings_space(file)
     if "data" in space.settings:
         raise UsageError(f"{file}: the data is no setting of a space; give it by --data")
-    return TrainingProblem(space.with_data(config.data), config.workers)
+    space = space.with_data(config.data)
+    _ = space.data  # as no candidate can be trained without it
+    return TrainingProblem(space, config.workers)
 
 
 def run_name(candidate: Candidate) -> str:

@@ -17,7 +17,9 @@ from smallfry.studies.search.problem import run_name, seed_of, train_all
 from smallfry.training.checkpoint import has_checkpoint
 from smallfry.training.config import TrainConfig, read_config
 from smallfry.training.distillation_config import DistillationConfig
+from smallfry.training.evaluation_data import require_place
 from smallfry.training.run import RunFolder, load_run
+from smallfry.training.training_data import load_training_data
 
 __all__ = ["STARTS", "StudentProblem"]
 
@@ -37,6 +39,7 @@ class StudentProblem:
     Raises:
         UsageError: The run has no validation scores, or a model without students.
         RunError: It can't be read.
+        DataError: Its data, which students learn from, can't be used any more.
     """
 
     measure = "reward"
@@ -67,6 +70,8 @@ class StudentProblem:
             allow_unicode=True,
         )
         base = read_config(RunFolder(self.teacher).config)
+        require_place(base.data, f"its students learn from it: train {teacher} on its new place")
+        load_training_data(base)  # as no student can be trained without it
         self._base = replace(
             base,
             model=type(base.model)(),
