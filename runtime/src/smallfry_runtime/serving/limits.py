@@ -13,7 +13,7 @@ class Limits:
     Args:
         images: Most images of a request, or other inputs, and puzzles of a text.
         megabytes: Most megabytes (10⁶ bytes) of a request.
-        seconds: Most seconds for a request to arrive in, and then for its answer, its inputs decoded.
+        seconds: Most seconds for a request to arrive in, and then to decode and answer it.
         waiting: Most images that wait for the model; further requests get status 503.
         batch: Most images that the model computes together.
     """
