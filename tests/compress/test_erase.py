@@ -393,6 +393,12 @@ def test_a_stopped_run_continues_to_the_bit(stop):
     assert running.finish() == resumed.finish()
 
 
+def test_a_share_below_one_branch_is_no_silent_nothing():
+    method = compress.EraseOperators(0.3, begin=2, end=6)
+    with pytest.warns(SmallfryWarning, match=r"erases nothing: of \d branches and of 2 steps"):
+        begin(method, ZOO_VITRM, 8, latent_steps=3, depth=1)
+
+
 def test_a_run_that_ends_early_erases_what_is_zero():
     model, running, inner = begin(METHOD)
     train(model, inner, 0, 5, (3, 16, 16))

@@ -21,7 +21,7 @@ from smallfry.compress.quantize.integer import (
     patches,
     rescale,
 )
-from smallfry.deploy.export import export
+from smallfry.deploy.export import export, trace
 from smallfry.deploy.few_bits import few_bits_graph, pack_four_bits
 from smallfry.deploy.graphs import exported_program, to_onnx, whole_graph
 from smallfry.deploy.quantize import compact
@@ -245,6 +245,21 @@ def test_a_quantised_run_is_exported_with_its_own_bits(small_run, tmp_path, caps
         TensorProto.INT4, TensorProto.FLOAT, TensorProto.INT64
     }  # fmt: skip
     assert sum(t.data_type == TensorProto.INT4 for t in weights) >= 6
+
+
+def test_ranges_of_each_call_make_one_graph_of_all_steps_in_any_precision(tmp_path):
+    folder = shutil.copytree(RUN, tmp_path / "run")
+    trained = load_run(folder)
+    data, *_ = load_like(trained, folder)
+    for per_call, form in ((True, "whole"), (False, "anytime")):
+        method = compress.Quantize(weights=8, activations=8, per_call=per_call)
+        small = compress.apply(trained, [method], data)
+        small.model.recursion_steps = 3
+        assert trace(small).form == form
+        if per_call:
+            for precision in ("float32", "int8"):
+                with pytest.raises(UsageError, match="a graph for each step can't have a range"):
+                    export(small, tmp_path / "export", "anytime", precision)
 
 
 def test_own_bits_need_a_quantised_model(tmp_path):

@@ -1,13 +1,17 @@
-"""Command ``smallfry-runtime``: classify images with an export, one JSON object a line."""
+"""Command ``smallfry-runtime``: the answers of an export, one JSON object a line."""
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+from smallfry_runtime.decoders import decoder_of
 from smallfry_runtime.errors import SmallfryError, UsageError
-from smallfry_runtime.inputs import find_images
+from smallfry_runtime.files import MOST_TEXT, read_bytes
+from smallfry_runtime.inputs import InputImage, find_images
+from smallfry_runtime.names import path_of
 from smallfry_runtime.runtime import Runtime
 from smallfry_runtime.terminal import say
 from smallfry_runtime.version import __version__
@@ -17,33 +21,68 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, 1 for a failure, 2 for wrong usage."""
     options = _parser().parse_args(arguments)
     try:
-        if options.top_k < 1:
-            raise UsageError(f"top_k must be at least 1, got {options.top_k}")
+        settings = _settings(options)
         runtime = Runtime(options.export, options.threads)
         if options.budget_ms is not None:
             runtime = runtime.within(options.budget_ms)
         threshold = runtime.exit_threshold(
             options.exit_steps, options.exit_drop, options.exit_threshold
         )
-        images = find_images(options.inputs, sys.stdin.buffer)
         failed = False
-        for answer in runtime.classify(images, options.top_k, threshold):
+        for answer in runtime.answer_each(_inputs(runtime, options.inputs), settings, threshold):
             failed |= answer.error is not None
             content = answer.to_dict() if answer.error is None else {"error": answer.error}
-            say(json.dumps(content))
+            say(json.dumps(content, ensure_ascii=False))
     except SmallfryError as error:
         say(f"smallfry-runtime: {error}", sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     return int(failed)
 
 
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Read the settings of the answers."""
+    try:
+        settings = json.loads(options.decoding)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(
+            f"decoding is not JSON ({error}): quote it, as '{{\"beam\": 10}}'"
+        ) from error
+    if not isinstance(settings, dict):
+        raise UsageError(
+            f"decoding is an object of JSON, such as '{{\"beam\": 10}}', got {settings!r}"
+        )
+    return settings if options.top_k is None else {**settings, "top_k": options.top_k}
+
+
+def _inputs(runtime: Runtime, names: Sequence[str]) -> Iterable[InputImage]:
+    """Find images and arrays, or read the texts of puzzles."""
+    manifest = runtime.manifest
+    if manifest.is_classifier or not hasattr(decoder_of(manifest.task), "read"):
+        return find_images(names, sys.stdin.buffer)
+    return map(_text, names)
+
+
+def _text(name: str) -> InputImage:
+    try:
+        stdin = name == "-"
+        text = sys.stdin.buffer.read(MOST_TEXT) if stdin else read_bytes(path_of(name))
+        return InputImage(name, text)
+    except OSError as error:
+        return InputImage(name, None, f"can't be read ({error.strerror})")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="smallfry-runtime", description=__doc__)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("export", type=Path, help="The folder that smallfry export wrote.")
-    parser.add_argument("inputs", nargs="+", help="Image files, folders, globs, or - for stdin.")
+    parser.add_argument(
+        "inputs", nargs="+", help="Files, folders or globs of images, or other inputs; - for stdin."
+    )
     parser.add_argument("--threads", type=int, help="CPU threads; default all cores.")
-    parser.add_argument("--top_k", type=int, default=3, help="Classes to name per image.")
+    parser.add_argument("--top_k", type=int, help="Classes to name per image; default 3.")
+    parser.add_argument(
+        "--decoding", default="{}", help='JSON of settings of other tasks, such as {"beam": 10}.'
+    )
     parser.add_argument("--budget_ms", type=float, help="Best sub-model within this time.")
     early = parser.add_mutually_exclusive_group()
     early.add_argument("--exit_drop", type=float, help="Early exit at this loss of accuracy.")

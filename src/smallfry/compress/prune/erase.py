@@ -120,7 +120,18 @@ class RunningErase(RunningDHSPG):
                 f"erase_operators needs steps between begin and end: end is {self._end} of "
                 f"{setting.steps} steps of the run"
             )
+        most = self._most_steps(model)
+        if max(len(segments), most) * wanted.sparsity < 1:
+            warnings.warn(
+                f"erase_operators erases nothing: of {len(segments)} branches and of {most} steps, "
+                f"a share of {wanted.sparsity:g} is less than one; raise sparsity",
+                SmallfryWarning,
+                stacklevel=2,
+            )
         self.use(model, [_group(model, each) for each in segments], setting)
+
+    def _most_steps(self, model: nn.Module) -> int:
+        return sum(number_of_steps(model, name) - 1 for name in self._numbers)
 
     def _chosen(self, x: Sequence[Tensor], d: Sequence[Tensor]) -> Chosen:
         """Choose the most redundant branches that leave the network connected."""
@@ -133,6 +144,15 @@ class RunningErase(RunningDHSPG):
             trial = [*accepted, names[each]]
             if len(accepted) < number and self.candidates.hold(trial, steps):
                 accepted = trial
+        if len(accepted) < number:
+            warnings.warn(
+                f"{len(accepted)} branches are erased and not {number}: without a further one the "
+                "network would not hold together",
+                SmallfryWarning,
+                stacklevel=2,
+            )
+        if accepted:
+            log.info("erasing %s", ", ".join(accepted))
         return [[0] if name in accepted else [] for name in names]
 
     @torch.no_grad()
@@ -141,11 +161,10 @@ class RunningErase(RunningDHSPG):
         if step < self._first:
             return
         if self.left_out is None:
-            most = sum(number_of_steps(self.model, name) - 1 for name in self._numbers)
-            number = int(most * self._wanted.sparsity)
+            number = int(self._most_steps(self.model) * self._wanted.sparsity)
             self.left_out = choose_steps(self.model, self._numbers, number, self._example)
             for each in self.left_out:
-                log.info("%d %s: outputs change by %.2g", each.kept, each.name, each.change)
+                log.info("%s to %d: outputs change by %.2g", each.name, each.kept, each.change)
         number = len(self.left_out) * (step + 1 - self._first) // (self._end - self._first)
         self._leave_out(min(len(self.left_out), number))
         self._left = max(1, self._end - step)
