@@ -129,6 +129,8 @@ def export(
                 given = run if isinstance(run, TrainedModel) else load_trained(run, checkpoint)
                 nest_of(given.model)
             traced = trace(run, form, checkpoint, data, data_root, needed, own_bits)
+            if not own_bits and _is_quantised(traced.trained.model):
+                log.info("not with the model's own bits, which --precision own_bits keeps")
             storage = PACKED if pack else PLAIN
             assemble(traced, new, precision, license, torch_program, target, storage)
             calibrate(traced, new)
@@ -351,8 +353,12 @@ def _add_submodels(
     add_submodels(traced.trained, macs, split, folder, most, write)
 
 
+def _is_quantised(model: nn.Module) -> bool:
+    return any(isinstance(module, QuantizedWeight) for module in model.modules())
+
+
 def _require_own_bits(model: nn.Module) -> None:
-    if not any(isinstance(module, QuantizedWeight) for module in model.modules()):
+    if not _is_quantised(model):
         raise UsageError(
             "precision own_bits is for quantised models: compress this one first "
             "(smallfry compress RUN --methods [quantize]), or take int8"
