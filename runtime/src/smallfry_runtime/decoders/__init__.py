@@ -11,12 +11,12 @@ A kit's decoder is here, too, so that a device that runs its exports needs nothi
 """
 
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,13 +60,13 @@ def require_no_settings(settings: Mapping[str, Any] | None) -> None:
         raise UsageError(f"decoding has no setting '{next(iter(settings))}' here: leave it out")
 
 
-def chosen_settings(kind: type[Chosen], settings: Mapping[str, Any] | None) -> Chosen:
+def chosen_settings(kind: Callable[..., Chosen], settings: Mapping[str, Any] | None) -> Chosen:
     """Make a decoder's dataclass of settings from those given.
 
     Raises:
         UsageError: A setting that is not there, or one of another form.
     """
-    known: list[str] = [each.name for each in fields(kind)]  # type: ignore[arg-type]
+    known = [each.name for each in fields(cast(Any, kind))]
     for name in settings or ():
         if name not in known:
             raise UsageError(
