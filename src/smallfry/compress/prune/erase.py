@@ -120,18 +120,7 @@ class RunningErase(RunningDHSPG):
                 f"erase_operators needs steps between begin and end: end is {self._end} of "
                 f"{setting.steps} steps of the run"
             )
-        most = self._most_steps(model)
-        if max(len(segments), most) * wanted.sparsity < 1:
-            warnings.warn(
-                f"erase_operators erases nothing: of {len(segments)} branches and of {most} steps, "
-                f"a share of {wanted.sparsity:g} is less than one; raise sparsity",
-                SmallfryWarning,
-                stacklevel=2,
-            )
         self.use(model, [_group(model, each) for each in segments], setting)
-
-    def _most_steps(self, model: nn.Module) -> int:
-        return sum(number_of_steps(model, name) - 1 for name in self._numbers)
 
     def _chosen(self, x: Sequence[Tensor], d: Sequence[Tensor]) -> Chosen:
         """Choose the most redundant branches that leave the network connected."""
@@ -161,7 +150,16 @@ class RunningErase(RunningDHSPG):
         if step < self._first:
             return
         if self.left_out is None:
-            number = int(self._most_steps(self.model) * self._wanted.sparsity)
+            most = sum(number_of_steps(self.model, name) - 1 for name in self._numbers)
+            number = int(most * self._wanted.sparsity)
+            if not number and not int(len(self.groups) * self._wanted.sparsity):
+                warnings.warn(
+                    f"erase_operators erases nothing: {self._wanted.sparsity:g} of the branches "
+                    f"({len(self.groups)}) and of the steps ({most}) is less than one; raise "
+                    "sparsity",
+                    SmallfryWarning,
+                    stacklevel=2,
+                )
             self.left_out = choose_steps(self.model, self._numbers, number, self._example)
             for each in self.left_out:
                 log.info("%s to %d: outputs change by %.2g", each.name, each.kept, each.change)
