@@ -262,6 +262,18 @@ def test_ranges_of_each_call_make_one_graph_of_all_steps_in_any_precision(tmp_pa
                     export(small, tmp_path / "export", "anytime", precision)
 
 
+def test_a_call_of_a_quantised_model_is_the_last_step_of_its_recursion(tmp_path):
+    folder = shutil.copytree(RUN, tmp_path / "run")
+    trained = load_run(folder)
+    trained.model.recursion_steps = 3
+    pixels = trained.normalize(load_like(trained, folder)[0].train.images[:64])
+    small = quantized(trained.model, pixels, weights=8, activations=8)
+    assert (small.recursion_steps, small.get_classifier().calls) == (3, 1)
+    with torch.inference_mode():
+        last = small.recurse(pixels)[-1].logits
+        torch.testing.assert_close(small(pixels), last, atol=1e-5, rtol=1e-5)
+
+
 def test_own_bits_need_a_quantised_model(tmp_path):
     with pytest.raises(UsageError, match="own_bits is for quantised models: compress this one"):
         export(RUN, tmp_path / "export", precision="own_bits")
