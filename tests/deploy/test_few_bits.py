@@ -247,19 +247,29 @@ def test_a_quantised_run_is_exported_with_its_own_bits(small_run, tmp_path, caps
     assert sum(t.data_type == TensorProto.INT4 for t in weights) >= 6
 
 
-def test_ranges_of_each_call_make_one_graph_of_all_steps_in_any_precision(tmp_path):
+def recurring(tmp_path, per_call):
+    """A quantised run of three recursion steps."""
     folder = shutil.copytree(RUN, tmp_path / "run")
     trained = load_run(folder)
     data, *_ = load_like(trained, folder)
-    for per_call, form in ((True, "whole"), (False, "anytime")):
-        method = compress.Quantize(weights=8, activations=8, per_call=per_call)
-        small = compress.apply(trained, [method], data)
-        small.model.recursion_steps = 3
-        assert trace(small).form == form
-        if per_call:
-            for precision in ("float32", "int8"):
-                with pytest.raises(UsageError, match="a graph for each step can't have a range"):
-                    export(small, tmp_path / "export", "anytime", precision)
+    method = compress.Quantize(weights=8, activations=8, per_call=per_call)
+    small = compress.apply(trained, [method], data)
+    small.model.recursion_steps = 3
+    return small
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8", "own_bits"])
+def test_ranges_of_each_call_refuse_a_graph_of_one_step_in_any_precision(precision, tmp_path):
+    small = recurring(tmp_path, per_call=True)
+    with pytest.raises(UsageError, match="a graph for each step can't have a range for each call"):
+        export(small, tmp_path / "export", "anytime", precision)
+    assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("per_call", "form"), [(True, "whole"), (False, "anytime")])
+def test_the_form_follows_from_the_ranges(per_call, form, tmp_path):
+    assert trace(recurring(tmp_path, per_call)).form == form
 
 
 def test_a_call_of_a_quantised_model_is_the_last_step_of_its_recursion(tmp_path):
