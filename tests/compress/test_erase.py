@@ -391,6 +391,13 @@ def test_a_stopped_run_continues_to_the_bit(stop):
     assert running.finish() == resumed.finish()
 
 
+def test_a_share_below_one_branch_is_no_silent_nothing():
+    method = compress.EraseOperators(0.3, begin=2, end=6)
+    model, _, inner = begin(method, ZOO_VITRM, 8, latent_steps=3, depth=1)
+    with pytest.warns(SmallfryWarning, match=r"erases nothing: 0.3 of .* the steps \(2\) is less"):
+        train(model, inner, 0, 3, (1, 8, 8))
+
+
 def test_a_run_that_ends_early_erases_what_is_zero():
     model, running, inner = begin(METHOD)
     train(model, inner, 0, 5, (3, 16, 16))

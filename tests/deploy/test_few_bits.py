@@ -21,7 +21,7 @@ from smallfry.compress.quantize.integer import (
     patches,
     rescale,
 )
-from smallfry.deploy.export import export
+from smallfry.deploy.export import export, trace
 from smallfry.deploy.few_bits import few_bits_graph, pack_four_bits
 from smallfry.deploy.graphs import exported_program, to_onnx, whole_graph
 from smallfry.deploy.quantize import compact
@@ -245,6 +245,43 @@ def test_a_quantised_run_is_exported_with_its_own_bits(small_run, tmp_path, caps
         TensorProto.INT4, TensorProto.FLOAT, TensorProto.INT64
     }  # fmt: skip
     assert sum(t.data_type == TensorProto.INT4 for t in weights) >= 6
+
+
+def recurring(tmp_path, per_call):
+    """A quantised run of three recursion steps."""
+    folder = shutil.copytree(RUN, tmp_path / "run")
+    trained = load_run(folder)
+    data, *_ = load_like(trained, folder)
+    method = compress.Quantize(weights=8, activations=8, per_call=per_call)
+    small = compress.apply(trained, [method], data)
+    small.model.recursion_steps = 3
+    return small
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8", "own_bits"])
+def test_ranges_of_each_call_refuse_a_graph_of_one_step_in_any_precision(precision, tmp_path):
+    small = recurring(tmp_path, per_call=True)
+    with pytest.raises(UsageError, match="a graph for each step can't have a range for each call"):
+        export(small, tmp_path / "export", "anytime", precision)
+    assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("per_call", "form"), [(True, "whole"), (False, "anytime")])
+def test_the_form_follows_from_the_ranges(per_call, form, tmp_path):
+    assert trace(recurring(tmp_path, per_call)).form == form
+
+
+def test_a_call_of_a_quantised_model_is_the_last_step_of_its_recursion(tmp_path):
+    folder = shutil.copytree(RUN, tmp_path / "run")
+    trained = load_run(folder)
+    trained.model.recursion_steps = 3
+    pixels = trained.normalize(load_like(trained, folder)[0].train.images[:64])
+    small = quantized(trained.model, pixels, weights=8, activations=8)
+    assert (small.recursion_steps, small.get_classifier().calls) == (3, 1)
+    with torch.inference_mode():
+        last = small.recurse(pixels)[-1].logits
+        torch.testing.assert_close(small(pixels), last, atol=1e-5, rtol=1e-5)
 
 
 def test_own_bits_need_a_quantised_model(tmp_path):

@@ -108,10 +108,11 @@ def test_both_forms_have_the_same_ranges(whole, anytime, images):
         np.testing.assert_allclose(anytime[key], limits, rtol=1e-3, atol=1e-3)
 
 
-def test_an_application_ends_with_the_last_product_of_the_block():
+@pytest.mark.parametrize("within", ["", ".layer"])  # of an adapter
+def test_an_application_ends_with_the_last_product_of_the_block(within):
     names = ["qkv", "qkv", "fc2"] + ["qkv", "fc2"] * 3
     calls = [
-        CallRange(f"m.blocks.0.at.{name}.weight.transposed", i, -1.0 - i, i)
+        CallRange(f"m.blocks.0.at.{name}{within}.weight.transposed", i, -1.0 - i, i)
         for i, name in enumerate(names)
     ]
     spans = spans_of({"model": [[CallRange("patch_embed.weight", 0, 0, 1), *calls]]}, 2)

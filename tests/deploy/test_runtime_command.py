@@ -44,6 +44,9 @@ def test_an_image_that_is_none_fails_and_the_others_are_classified(anytime, pict
     [
         (["--top_k", "0"], 2, "top_k"),
         (["--exit_steps", "0.1"], 2, "exit_steps must be at least 1"),
+        (["--decoding", "beam=10"], 2, "decoding is not JSON"),
+        (["--decoding", "[1]"], 2, "decoding is an object of JSON"),
+        (["--decoding", '{"beam": 10}'], 2, "decoding has no setting 'beam' here"),
     ],
 )
 def test_wrong_options_are_explained(anytime, pictures, capsys, options, code, message):

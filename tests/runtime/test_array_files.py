@@ -57,6 +57,7 @@ def test_a_dimension_of_channels_can_be_left_out_if_there_is_one():
         (np.zeros((3, 2)), "is 3×2"),
         (np.zeros((1, 1, 2, 3)), "is 1×1×2×3"),
         (np.float64(3), "is a single value"),
+        (np.zeros(6), "is a row of 6"),
         (np.zeros((2, 0)), "is 2×0"),
         (np.zeros((2, 3), bool), "its values are bool"),
         (np.zeros((2, 3), complex), "its values are complex128"),

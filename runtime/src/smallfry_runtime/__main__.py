@@ -18,41 +18,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, 1 for a failure, 2 for wrong usage."""
     options = _parser().parse_args(arguments)
     try:
+        settings = _settings(options)
         runtime = Runtime(options.export, options.threads)
         if options.budget_ms is not None:
             runtime = runtime.within(options.budget_ms)
         threshold = runtime.exit_threshold(
             options.exit_steps, options.exit_drop, options.exit_threshold
         )
-        settings = _settings(options, runtime.manifest.is_classifier)
         find = find_texts if runtime.takes_texts else find_images
         inputs = find(options.inputs, sys.stdin.buffer)
         failed = False
         for answer in runtime.answer_each(inputs, settings, threshold):
             failed |= answer.error is not None
             content = answer.to_dict() if answer.error is None else {"error": answer.error}
-            say(json.dumps(content))
+            say(json.dumps(content, ensure_ascii=False))
     except SmallfryError as error:
         say(f"smallfry-runtime: {error}", sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     return int(failed)
 
 
-def _settings(options: argparse.Namespace, is_classifier: bool) -> dict[str, Any]:
-    """Collect the settings of the task's decoder; of classes, their number."""
-    if is_classifier:
-        if options.decoding is not None:
-            raise UsageError("decoding is of tasks whose answers are not classes: leave it out")
-        return {} if options.top_k is None else {"top_k": options.top_k}
-    if options.top_k is not None:
-        raise UsageError("top_k is of classes, which this export has not: leave it out")
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Read the settings of the answers."""
     try:
-        settings = json.loads(options.decoding or "{}")
+        settings = json.loads(options.decoding)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"decoding: not JSON ({error}); such as '{{\"beam\": 10}}'") from error
+        raise UsageError(
+            f"decoding is not JSON ({error}): quote it, as '{{\"beam\": 10}}'"
+        ) from error
     if not isinstance(settings, dict):
-        raise UsageError(f"decoding: expected settings by their names, got {settings!r}")
-    return settings
+        raise UsageError(
+            f"decoding is an object of JSON, such as '{{\"beam\": 10}}', got {settings!r}"
+        )
+    return settings if options.top_k is None else {**settings, "top_k": options.top_k}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("inputs", nargs="+", help="Files, folders, globs, or - for stdin.")
     parser.add_argument("--threads", type=int, help="CPU threads; default all cores.")
     parser.add_argument("--top_k", type=int, help="Classes to name per image; default 3.")
-    parser.add_argument("--decoding", metavar="JSON", help="Settings of the task's decoder.")
+    parser.add_argument(
+        "--decoding", default="{}", metavar="JSON", help="Settings of the task's decoder."
+    )
     parser.add_argument("--budget_ms", type=float, help="Best sub-model within this time.")
     early = parser.add_mutually_exclusive_group()
     early.add_argument("--exit_drop", type=float, help="Early exit at this loss of accuracy.")

@@ -15,6 +15,7 @@ from smallfry_runtime.frames import FLOATS, Frame
 
 __all__ = ["random_inputs", "read_array"]
 
+MAGIC = (b"\x93NUMPY", b"PK")  # of numpy.save and numpy.savez
 HEADER = 2**16  # bytes of a file before its values, at most
 WIDEST = 8  # bytes of a value
 
@@ -45,6 +46,8 @@ def read_array(
         if isinstance(encoded, Path):
             with open_regular(encoded, HEADER + WIDEST * prod(shape)) as stream:
                 encoded = stream.read()
+        if not encoded.startswith(MAGIC):  # which NumPy takes for a pickle
+            raise ValueError("not a file of NumPy")
         found = np.load(BytesIO(encoded), allow_pickle=False)
     except Exception as error:  # a stranger's bytes raise almost anything
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or ["empty"])[0]
@@ -53,6 +56,8 @@ def read_array(
         raise DataError(f"{where}: several arrays in one file; expected {wanted}")
     if found.shape != shape and (1, *found.shape) != shape:
         of = "×".join(map(str, found.shape)) or "a single value"
+        if found.ndim == 1:
+            of = f"a row of {of}"
         raise DataError(f"{where}: is {of}; expected {wanted}")
     fits = found.dtype.kind in "fiu" if frame.values == FLOATS else found.dtype == np.uint8
     if not fits:

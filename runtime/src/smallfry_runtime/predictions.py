@@ -122,10 +122,11 @@ def decoded(
 ) -> Iterator[Decoded]:
     """Decode the answers to images, in their order.
 
-    An image that can't be read gives an ``error``.
+    An image that can't be read gives an ``error``, as does one whose answer is not a number.
 
     Args:
-        decode: From pixels (images, channels, height, width) to a value for each.
+        decode: From pixels (images, channels, height, width) to a value for each, or None for an
+            answer that is not a number.
         images: The images.
         image_size: Size that the images are brought to.
         channels: 1 (grey) or 3 (RGB).
@@ -134,7 +135,7 @@ def decoded(
     for chunk, pixels, errors in _chunks(images, image_size, channels, bit_depth):
         values = iter(decode(np.stack(pixels)) if pixels else ())
         for image, failure in zip(chunk, errors, strict=True):
-            yield Decoded(image.name, None if failure else next(values), failure)
+            yield Decoded(image.name, None, failure) if failure else _decoded(image, next(values))
 
 
 def decoded_texts(
@@ -147,11 +148,12 @@ def decoded_texts(
     A text that can't be read gives an ``error``.
 
     Args:
-        decode: From pixels (puzzles, 1, side, side) to a value for each.
+        decode: From pixels (puzzles, 1, side, side) to a value for each, as for ``decoded``.
         texts: Their files or their bytes.
         read: From a text to pixels.
     """
-    for name, encoded, error in texts:
+    for text in texts:
+        name, encoded, error = text
         if error is not None:
             yield Decoded(name, None, error)
             continue
@@ -165,7 +167,34 @@ def decoded_texts(
             yield Decoded(name, None, f"{name}: {problem}")
         else:
             for number, value in enumerate(values, 1):
-                yield Decoded(name, value, puzzle=number)
+                yield _decoded(text, value)._replace(puzzle=number)
+
+
+def _decoded(image: InputImage, value: Any) -> Decoded:
+    error = f"{image.name}: {NOT_FINITE}" if value is None else None
+    return Decoded(image.name, value, error)
+
+
+def decoded_numbers(
+    decode: Callable[[Any], Sequence[Any]], outputs: Any, halting: NDArray[Any] | None = None
+) -> list[Any]:
+    """Decode outputs, with None for samples whose values are not all numbers.
+
+    Args:
+        decode: From outputs to a value for each sample; those that are no numbers are 0 in it.
+        outputs: (samples, …), or a dictionary of such.
+        halting: (samples,), of a recursive model.
+
+    Example:
+        >>> decoded_numbers(np.ndarray.tolist, np.array([[1.0], [np.nan]]))
+        [[1.0], None]
+    """
+    several = outputs if isinstance(outputs, dict) else {"": outputs}
+    every = [*several.values(), *([] if halting is None else [halting])]
+    known = np.all([np.isfinite(each).reshape(len(each), -1).all(1) for each in every], axis=0)
+    zeroed = {name: np.where(np.isfinite(each), each, 0) for name, each in several.items()}
+    values = decode(zeroed if isinstance(outputs, dict) else zeroed[""])
+    return [value if number else None for value, number in zip(values, known, strict=True)]
 
 
 def _chunks(

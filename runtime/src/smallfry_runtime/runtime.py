@@ -32,6 +32,7 @@ from smallfry_runtime.predictions import (
     Outputs,
     answers,
     decoded,
+    decoded_numbers,
     decoded_texts,
 )
 from smallfry_runtime.variants import FULL, Variant, best_within
@@ -235,6 +236,8 @@ class Runtime:
     ) -> Iterator[Any]:
         """Answer inputs in order, by the task; one that can't be read gives an ``error``.
 
+        One whose answer is not a number does, too.
+
         Args:
             inputs: Images, or files of NumPy; of puzzles, texts.
             settings: Of the task's decoder, such as ``{"beam": 10}`` of texts; of classes
@@ -259,7 +262,12 @@ class Runtime:
         decoder = decoder_of(manifest.task)
 
         def decode(pixels: NDArray[Any]) -> list[Any]:
-            return self._values(decoder, _finite(run(pixels)), settings)
+            found = run(pixels)
+
+            def values(logits: Any) -> list[Any]:
+                return self._values(decoder, found._replace(logits=logits), settings)
+
+            return decoded_numbers(values, found.logits, found.halting)
 
         if self.takes_texts:
             read = partial(decoder.read, classes=self.classes, side=manifest.frame.height)

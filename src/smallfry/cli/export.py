@@ -64,5 +64,5 @@ def run(options: Options) -> int:
 
         print_report(folder)
     say(f"export: {folder} ({export_bytes(folder) / 1e6:,.2f} MB)")
-    say(f"use it: {command('smallfry', 'predict', folder)} IMAGE…")
+    say(f"use it: {command('smallfry', 'predict', folder)} FILE…")
     return 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smallfry.cli._answers import in_a_line
 from smallfry.cli._fields import option
 from smallfry.cli._messages import FAILED, complain
 from smallfry.cli._shared import AsJson, EarlyExit, OneRun
@@ -193,17 +194,8 @@ def _print_decoded(options: Options, answers: Iterable[Decoded]) -> int:
         elif options.json:
             say(json.dumps(answer.to_dict(), ensure_ascii=False))
         else:
-            say(f"{answer.name}: {_in_a_line(answer.value)}")
+            say(f"{answer.name}: {in_a_line(answer.value)}")
     return code
-
-
-def _in_a_line(value: Any) -> str:
-    """Format a decoded answer: the first entry of a mapping, and its numbers as shares."""
-    if not isinstance(value, dict):
-        return str(value)
-    first = next(iter(value.values()))
-    shares = [f"{name} {share:.1%}" for name, share in value.items() if isinstance(share, float)]
-    return "  ".join((str(first), *shares))
 
 
 def _print_of_files(

@@ -54,7 +54,7 @@ def run(options: Options) -> int:
     if options.json:
         say(json.dumps({"shared": where, "timm": None if compressed else timm_name}))
         return 0
-    say(f"shared:  {where}\nuse it:  {command('smallfry', 'predict', name)} IMAGE…")
+    say(f"shared:  {where}\nuse it:  {command('smallfry', 'predict', name)} FILE…")
     if compressed:  # timm does not apply transforms
         say(f"or:      smallfry.load({name!r}).model")
     else:

@@ -146,7 +146,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
     if (Path(summary["run"]) / "report.html").is_file():
         console.print(f"mistakes: {run}/report.html", soft_wrap=True)
     use = escape(command("smallfry", "predict", summary["run"]))
-    console.print(f"use it:   {use} IMAGE…", soft_wrap=True)
+    console.print(f"use it:   {use} FILE…", soft_wrap=True)
 
 
 def _print_worst(scores: Mapping[str, Mapping[str, float]]) -> None:

@@ -141,7 +141,7 @@ class Session:
         methods: Settings.
         example: A batch of inputs.
         steps: Optimizer steps there will be.
-        spec: Identity of the model, for the spec of the result.
+        spec: Identity of the model, for the spec of the result; without it, that can't be built.
         batches: Inputs to calibrate with.
         seed: Random seed.
 

@@ -34,7 +34,7 @@ from smallfry.deploy.pretrained import gather
 from smallfry.deploy.quantize import quantize
 from smallfry.deploy.run_metadata import weights_digest
 from smallfry.deploy.targets import find_target
-from smallfry.errors import ExportError, SmallfryError
+from smallfry.errors import ExportError, SmallfryError, UsageError
 from smallfry.models import Recursive
 from smallfry.training.evaluation import as_arrays
 from smallfry.training.run import TrainedModel, thresholds_of
@@ -162,7 +162,11 @@ def of_run(
     if not isinstance(trained.model, Recursive) or trained.model.recursion_steps < 2:
         yield Skipped(name, "early exit", "the model has at most one recursion step")
         return
-    anytime = trace(run, "anytime", checkpoint, *data)
+    try:
+        anytime = trace(run, "anytime", checkpoint, *data)
+    except UsageError as error:
+        yield Skipped(name, "early exit", str(error))
+        return
     for precision in EXIT_PRECISIONS:
         at = folder / f"anytime-{precision}"
         yield from _exported(name, anytime, at, precision, threads, exits_only=True)

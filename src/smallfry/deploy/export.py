@@ -94,7 +94,8 @@ def export(
     Args:
         run: A run folder, a checkpoint in it, a shared folder, ``hf_hub:USER/NAME``, or a model.
         folder: Folder of the export. An existing export is kept until the new one is complete.
-        form: ``whole``, ``anytime``, or None: anytime for a model of several recursion steps.
+        form: ``whole``, ``anytime``, or None: anytime for a model of several recursion steps,
+            unless its quantised layers have a range for each call of a pass.
         precision: ``float32``, ``int8`` (static ranges), ``int8_dynamic``, or ``own_bits``: codes
             and ranges of a model that is quantised already.
         checkpoint: ``best`` or ``last``.
@@ -130,6 +131,8 @@ def export(
                 given = run if isinstance(run, TrainedModel) else load_trained(run, checkpoint)
                 nest_of(given.model)
             traced = trace(run, form, checkpoint, data, data_root, needed, own_bits)
+            if not own_bits and _is_quantised(traced.trained.model):
+                log.info("not with the model's own bits, which --precision own_bits keeps")
             storage = PACKED if pack else PLAIN
             assemble(traced, new, precision, license, torch_program, target, storage)
             calibrate(traced, new)
@@ -176,7 +179,7 @@ def trace(
     trained = trained._replace(model=merge_adapters(trained.model))
     form = _form(trained.model, form)
     if own_bits:
-        _require_own_bits(trained.model, form)
+        _require_own_bits(trained.model)
     images = _data(trained, run, data, data_root, needs_images)
     return Traced(trained, facts, form, trace_graphs(trained, form, own_bits), images)
 
@@ -353,17 +356,15 @@ def _add_submodels(
     add_submodels(traced.trained, macs, split, folder, most, write)
 
 
-def _require_own_bits(model: nn.Module, form: str) -> None:
-    layers = [m for m in model.modules() if isinstance(m, QuantizedWeight)]
-    if not layers:
+def _is_quantised(model: nn.Module) -> bool:
+    return any(isinstance(module, QuantizedWeight) for module in model.modules())
+
+
+def _require_own_bits(model: nn.Module) -> None:
+    if not _is_quantised(model):
         raise UsageError(
             "precision own_bits is for quantised models: compress this one first "
             "(smallfry compress RUN --methods [quantize]), or take int8"
-        )
-    if form == "anytime" and any(m.calls > 1 for m in layers):
-        raise UsageError(
-            "a graph for each step can't have a range for each call: export with --form whole, or "
-            "quantise with per_call: false"
         )
 
 
@@ -382,14 +383,23 @@ def _report(traced: Traced, folder: Path, precision: str, target: str) -> None:
 
 def _form(model: nn.Module, form: str | None) -> str:
     recursive = isinstance(model, Recursive)
+    layers = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
+    per_call = any(layer.input_bits is not None and layer.calls > 1 for layer in layers)
+    if form is None and recursive and _steps(model) > 1 and per_call:
+        log.info("one graph, without early exit: the layers have a range for each call of a pass")
     if form is None:
-        return "anytime" if recursive and _steps(model) > 1 else "whole"
+        return "anytime" if recursive and _steps(model) > 1 and not per_call else "whole"
     if form not in ("whole", "anytime"):
         raise UsageError(f"form must be whole or anytime, not '{form}'")
     if form == "anytime" and not recursive:
         raise UsageError(
             f"{type(model).__name__} is not recursive, so it has no early exit; export it with "
             f"--form whole"
+        )
+    if form == "anytime" and per_call:
+        raise UsageError(
+            "a graph for each step can't have a range for each call: export with --form whole, or "
+            "quantise with per_call: false"
         )
     return form
 

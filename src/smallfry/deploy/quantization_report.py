@@ -35,7 +35,7 @@ from smallfry_runtime.manifest import QUANTIZATION, RANGES, Manifest
 from smallfry_runtime.runtime import Runtime, sigmoid
 
 REPORT, PICTURE = QUANTIZATION, RANGES
-WEIGHT = re.compile(r"(?:^|\.)blocks\.(\d+)\.(\w+\.\w+)\.weight")
+WEIGHT = re.compile(r"(?:^|\.)blocks\.(\d+)\.(\w+\.\w+)(?:\.layer)?\.weight")  # adapted or not
 THREADS = 1
 SECONDS = 0.5  # of timed answers for each precision
 

@@ -1,6 +1,7 @@
 """Inference with a trained model in PyTorch."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from smallfry.models.contract import map_tensors
+from smallfry.models.contract import map_tensors, tensors
 from smallfry.training.evaluation import forward, task_of
 from smallfry.training.run import TrainedModel, require_class_answers, thresholds_of
 from smallfry_runtime.inputs import InputImage
@@ -25,7 +26,8 @@ def decode_images(
 
     Args:
         trained: The model.
-        images: The images; one that can't be read gives an ``error``.
+        images: The images; one that can't be read gives an ``error``, as does one whose answer is
+            not a number.
         exit_threshold: Halting probability at which an image leaves the recursion.
         settings: Of the task's decoder.
     """
@@ -34,8 +36,12 @@ def decode_images(
     @torch.inference_mode()
     def run(pixels: NDArray[np.uint8]) -> list[Any]:
         batch = trained.normalize(torch.from_numpy(pixels))
-        outputs = forward(trained.model, batch, exit_threshold)[0]
-        return task.decode(map_tensors(Tensor.float, outputs), trained.classes, settings)
+        outputs = map_tensors(Tensor.float, forward(trained.model, batch, exit_threshold)[0])
+        rows = [each.isfinite().reshape(len(each), -1).all(dim=1) for each in tensors(outputs)]
+        numbers = map_tensors(partial(torch.nan_to_num, nan=0.0, posinf=0.0, neginf=0.0), outputs)
+        values = task.decode(numbers, trained.classes, settings)
+        known = torch.stack(rows).all(dim=0).tolist()
+        return [value if number else None for value, number in zip(values, known, strict=True)]
 
     return decoded(run, images, trained.frame, trained.channels, trained.bit_depth)
 

@@ -94,8 +94,11 @@ def test_the_application_sees_a_whole_body_and_few_headers():
         ("GET", "/look", 405),
         ("PUT", "/look", 405),
         ("OPTIONS", "/look", 405),
-        ("POST", "/", 404),
-        ("HEAD", "/", 404),
+        ("POST", "/", 405),
+        ("DELETE", "/theme.css", 405),
+        ("HEAD", "/", 200),
+        ("HEAD", "/look", 405),
+        ("HEAD", "/theme.css/", 404),
         ("POST", "/gradio_api/queue/join", 404),
     ],
 )
@@ -103,6 +106,35 @@ def test_only_listed_requests_pass(method, path, status):
     app = Recorder()
     assert ask(guarded(app), method, path)[0] == status
     assert len(app.requests) == (status == 200)
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "allowed"), [("/", "PUT", b"GET, HEAD"), ("/look", "GET", b"POST")]
+)
+def test_a_refused_method_comes_with_those_that_are_allowed(path, method, allowed):
+    status, headers, _ = ask(guarded(), method, path)
+    assert (status, headers[b"allow"]) == (405, allowed)
+
+
+def test_a_head_request_passes_without_its_query():
+    app = Recorder()
+    assert ask(guarded(app), "HEAD", "/")[0] == 200
+    [(scope, _)] = app.requests
+    assert (scope["method"], scope["query_string"]) == ("HEAD", b"")
+
+
+def test_refusals_are_text_for_people_or_json_for_programs_and_are_observed():
+    for as_json, kind, body in (
+        (False, b"text/plain", b"no such page"),
+        (True, b"application/json", b'{"error": "no such page"}'),
+    ):
+        seen = []
+        guard = guarded(as_json=as_json, observe=seen.append)
+        sent, _ = asyncio.run(request(guard, "GET", "/none"))
+        assert dict(sent[0]["headers"])[b"content-type"] == kind
+        assert sent[1]["body"] == body
+        assert ask(guard)[0] == 200
+        assert seen == [404]
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_the_page_describes_the_model_and_the_limits(client, runtime):
         ({"content": picture()[:60]}, 400, "damaged"),
         ({"content": bytes(300_000)}, 413, "the limit is 200,000 bytes"),
         ({"content": iter([bytes(100_000)] * 3)}, 413, "the limit is 200,000 bytes"),
-        ({"files": [("image", ("a.png", picture()))] * 5}, 400, "at most 4 files"),
+        ({"files": [("image", ("a.png", picture()))] * 5}, 400, "Maximum number of files is 4"),
         ({"files": {"image": ("a.png", b"no")}}, 400, "a.png: not an image"),
         ({"data": {"image": "x"}, "files": {"i": ("a", picture())}}, 400, "and nothing else"),
         ({"content": picture(), "params": {"top_k": "0"}}, 400, "top_k must be a whole number"),
@@ -114,14 +114,15 @@ def test_the_page_describes_the_model_and_the_limits(client, runtime):
 def test_a_wrong_request_is_refused_with_a_reason(request_, status, message, client):
     response = client.post("/predict", **request_)
     assert response.status_code == status
-    assert message in response.text
+    assert message in response.json()["error"]
     assert client.post("/predict", content=picture()).status_code == 200
 
 
-def test_a_broken_form_is_refused(client):
+def test_a_broken_form_is_refused_and_not_logged(client, capsys):
     headers = {"content-type": "multipart/form-data; boundary=x"}
     for body in (b"--x\r\nnonsense", b"", b"--y\r\n\r\n--y--"):
         assert client.post("/predict", content=body, headers=headers).status_code == 400
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -129,23 +130,34 @@ def test_a_broken_form_is_refused(client):
     [
         ("GET", "/predict", 405),
         ("PUT", "/predict", 405),
-        ("POST", "/health", 404),
+        ("POST", "/health", 405),
         ("GET", "/../etc/passwd", 404),
         ("GET", "/docs", 404),
     ],
 )
 def test_nothing_else_is_served(method, path, status, client):
-    assert client.request(method, path).status_code == status
+    response = client.request(method, path)
+    assert response.status_code == status
+    assert [*response.json()] == ["error"]
+
+
+def test_a_load_balancer_can_look_at_the_head_alone(client):
+    response = client.head("/health")
+    assert (response.status_code, response.content) == (200, b"")
+    assert client.get("/health").status_code == 200
 
 
 def test_metrics_count_requests_and_images(runtime):
     with serving(runtime) as url, httpx.Client(base_url=url, timeout=60) as client:
         client.post("/predict", files=[("a", ("a", picture())), ("b", ("b", picture(1)))])
         client.post("/predict", content=b"no")
+        client.get("/predict")
+        client.get("/health")
         text = client.get("/metrics").text
     values = dict(re.findall(r'^smallfry_(\w+(?:\{status="\d+"\})?) ([\d.]+)$', text, re.M))
     assert values['requests_total{status="200"}'] == "1.0"
     assert values['requests_total{status="400"}'] == "1.0"
+    assert values['requests_total{status="405"}'] == "1.0"
     assert values["request_seconds_count"] == "2.0"
     assert values["batch_images_sum"] == "2.0"
     assert values["waiting_images"] == "0.0"

@@ -206,10 +206,10 @@ def test_the_runtimes_command_reads_texts_from_files_globs_and_stdin(
 @pytest.mark.parametrize(
     ("name", "words", "message"),
     [
-        ("classification", ["--decoding", "{}"], "decoding is of tasks whose answers are not"),
-        ("ocr", ["--top_k", "2"], "top_k is of classes, which this export has not"),
-        ("ocr", ["--decoding", "beam"], "decoding: not JSON (.*); such as '{\"beam\": 10}'"),
-        ("ocr", ["--decoding", "[1]"], "decoding: expected settings by their names, got [1]"),
+        ("classification", ["--decoding", '{"beam": 1}'], "decoding has no setting 'beam' here"),
+        ("ocr", ["--top_k", "2"], "decoding has the settings beam and words, not 'top_k'"),
+        ("ocr", ["--decoding", "beam"], "decoding is not JSON (.*): quote it, as '{\"beam\": 10}'"),
+        ("ocr", ["--decoding", "[1]"], "decoding is an object of JSON, such as"),
         ("ocr", ["--decoding", '{"bean": 1}'], "bean"),
     ],
 )
@@ -371,6 +371,7 @@ def test_classes_that_are_no_numbers_are_the_servers_failure(clients):
         ("classification", {"beam": "3"}, "decoding has no setting 'beam' here: leave it out"),
         ("classification", {"top_k": "1e2"}, "top_k must be a whole number above 0, got 100.0"),
         ("eeg", {"top_k": "3"}, "decoding has no setting 'top_k' here"),
+        ("ocr", {"top_k": "3"}, "decoding has the settings beam and words, not 'top_k'"),
         ("ocr", {"beam": "101"}, "beam is a whole number from 0 to 100, got 101"),
         ("ocr", {"beam": "ten"}, "beam is a whole number from 0 to 100, got 'ten'"),
         ("ocr", {"beam": "1" * 5000}, "beam is a whole number from 0 to 100"),
@@ -411,6 +412,7 @@ SHAPE = "expected an array of float32, 3×1×8, as numpy.save writes it"
         ("eeg", b"", "no array: send one as the body, or as a form with files"),
         ("eeg", drawn("classification", 0), f"array: can't be read (.*); {SHAPE}"),
         ("eeg", pickle.dumps(np.zeros((3, 1, 8))), f"array: can't be read (.*); {SHAPE}"),
+        ("eeg", drawn("classification", 0), f"array: can't be read (not a file of NumPy); {SHAPE}"),
         ("eeg", drawn("splats", 0), f"array: is 3×1×1; {SHAPE}"),
         ("classification", drawn("eeg", 0), "image: not an image, or in an unsupported format"),
         ("puzzle", b"\xff", "text: 'utf-8' codec can't decode"),
@@ -452,6 +454,35 @@ def test_the_page_describes_what_a_model_takes(name, kind, about, words, clients
     assert found[kind] == about
     assert words in found["help"]
     assert {"image", "array", "text"} & {*found} == {kind}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("classification", ["top_k"]),
+        ("several", ["top_k"]),
+        ("eeg", []),
+        ("puzzle", []),
+        ("ocr", ["beam", "words"]),
+        ("pose", ["camera", "crop", "solver", "seed"]),
+        ("uav-segmentation", ["camera", "mask"]),
+    ],
+)
+def test_the_page_names_the_settings_of_a_request(name, settings, clients):
+    assert clients(name).get("/").json()["settings"] == settings
+
+
+@pytest.mark.parametrize("by", [main, runtime_main])
+def test_inputs_with_an_answer_get_it_beside_one_without(by, exports, tmp_path, capsys):
+    for name, value in (("a", 0), ("b", 9), ("c", 0)):
+        np.save(tmp_path / f"{name}.npy", np.full((3, 1, 8), value, np.float32))
+    files = [str(tmp_path / f"{name}.npy") for name in "abc"]
+    words = ["predict", str(exports["huge"]), "--json"] if by is main else [str(exports["huge"])]
+    assert by([*words, *files]) == 1
+    printed = capsys.readouterr()
+    answers = [json.loads(line) for line in printed.out.splitlines()]
+    assert [each["image"] for each in answers if "state" in each] == [files[0], files[2]]
+    assert f"{files[1]}: the model's answer is not a number" in printed.out + printed.err
 
 
 def test_metrics_count_inputs_of_any_task(clients):

@@ -11,18 +11,21 @@ A kit's decoder is here, too, so that a device that runs its exports needs nothi
 """
 
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from smallfry_runtime.errors import UsageError
 
-__all__ = ["classified", "decoder_of", "has_decoder", "require_no_settings"]
+__all__ = ["chosen_settings", "classified", "decoder_of", "has_decoder", "require_no_settings"]
+
+Chosen = TypeVar("Chosen")
 
 
 @cache
@@ -55,6 +58,22 @@ def require_no_settings(settings: Mapping[str, Any] | None) -> None:
     """
     if settings:
         raise UsageError(f"decoding has no setting '{next(iter(settings))}' here: leave it out")
+
+
+def chosen_settings(kind: Callable[..., Chosen], settings: Mapping[str, Any] | None) -> Chosen:
+    """Make a decoder's dataclass of settings from those given.
+
+    Raises:
+        UsageError: A setting that is not there, or one of another form.
+    """
+    known = [each.name for each in fields(cast(Any, kind))]
+    for name in settings or ():
+        if name not in known:
+            raise UsageError(
+                f"decoding has the settings {', '.join(known[:-1])} and {known[-1]}, not "
+                f"'{str(name)[:40]}'"
+            )
+    return kind(**(settings or {}))
 
 
 def classified(outputs: NDArray[Any], classes: Sequence[str], name: str) -> list[Any]:

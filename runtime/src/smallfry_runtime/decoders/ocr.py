@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from smallfry_runtime.decoders import chosen_settings
 from smallfry_runtime.errors import UsageError
 
 __all__ = [
@@ -83,10 +84,7 @@ def decode(
     Raises:
         UsageError: A setting that is not there, an empty word, or words with other symbols.
     """
-    try:
-        chosen = Settings(**dict(settings or {}))
-    except TypeError as error:
-        raise UsageError(f"decoding has the settings beam and words ({error})") from error
+    chosen = chosen_settings(Settings, settings)
     numbers = {symbol: number for number, symbol in enumerate(classes)}
     words = [_spelled(word, numbers) for word in chosen.words]
     return [_to_dict(_best(log_softmax(row), chosen.beam, words), classes) for row in outputs]

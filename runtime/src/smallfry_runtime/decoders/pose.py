@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from smallfry_runtime.decoders import chosen_settings
 from smallfry_runtime.errors import UsageError
 from smallfry_runtime.pnp import LEAST, Camera, Pose, solve
 from smallfry_runtime.values import is_number
@@ -100,12 +101,7 @@ def decode(
     Raises:
         UsageError: A setting that is not there or has another form.
     """
-    try:
-        chosen = Settings(**dict(settings or {}))
-    except TypeError as error:
-        raise UsageError(
-            f"decoding has the settings camera, crop, solver and seed ({error})"
-        ) from error
+    chosen = chosen_settings(Settings, settings)
     crops = chosen.crops(len(outputs["x"]))
     pixels = places(outputs, crops)
     inside = np.asarray(outputs["in_roi"])[:, 0] > 0

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from smallfry_runtime.decoders import chosen_settings
 from smallfry_runtime.errors import UsageError
 from smallfry_runtime.values import is_number
 
@@ -76,12 +77,7 @@ def decode(
     Raises:
         UsageError: A setting that is not there, or an exit that the network does not have.
     """
-    try:
-        chosen = Settings(**dict(settings or {}))
-    except TypeError as error:
-        raise UsageError(
-            f"decoding has the settings exit, focal, baseline and offset ({error})"
-        ) from error
+    chosen = chosen_settings(Settings, settings)
     there = [factor for factor in FACTORS if f"refined{factor}" in outputs]
     if chosen.exit > len(there):
         raise UsageError(

@@ -1,6 +1,7 @@
 """ASGI middleware between network and application: an allow-list of requests with limits."""
 
 import asyncio
+import json
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -44,7 +45,7 @@ HEADERS = {
 
 
 class _Refused(Exception):
-    """Status of a refused request, with a text for people."""
+    """Status of a refused request, a text for people, and headers."""
 
 
 class Guard:
@@ -52,7 +53,7 @@ class Guard:
 
     Args:
         app: The application behind it.
-        pages: Paths that can be got. Their queries and all headers but a few are left out.
+        pages: Paths of GET and HEAD. Their queries and all headers but a few are left out.
         uploads: Paths that can be posted to, with the most bytes of a body.
         hosts: Names that the page is asked for by; default any. On loopback this keeps out other
             sites, which may give a name of theirs this machine's address (DNS rebinding).
@@ -60,6 +61,8 @@ class Guard:
         most_held: Bytes of all bodies and unread answers together; while there are more, no body
             is taken.
         types: Media types that a body may have; None for any, as for programs that send images.
+        as_json: Refuse by ``{"error": …}``, for programs, in place of a text for people.
+        observe: Called with the status of each refused request.
     """
 
     def __init__(
@@ -71,6 +74,8 @@ class Guard:
         seconds: float = BODY_SECONDS,
         most_held: int = MOST_HELD,
         types: Collection[bytes] | None = UPLOAD_TYPES,
+        as_json: bool = False,
+        observe: Callable[[int], Any] = lambda status: None,
     ) -> None:
         self.app = app
         self.pages = pages
@@ -79,6 +84,8 @@ class Guard:
         self.seconds = seconds
         self.most_held = most_held
         self.types = types
+        self.as_json = as_json
+        self.observe = observe
         self.held = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -88,7 +95,7 @@ class Guard:
             async with self._body(scope, receive) as body:
                 await self.app(self._passed(scope), _replay(body, receive), self._paced(send))
         except _Refused as refused:
-            await _refuse(send, *refused.args)
+            await self._refuse(send, *refused.args)
         except ConnectionError:  # gone before it was understood
             pass
 
@@ -100,12 +107,14 @@ class Guard:
         link = method == "GET" and path == "/" and _value(headers, b"sec-fetch-dest") == b"document"
         if not _same_site(headers) and not link:
             raise _Refused(403, "other sites can't use this page")
-        if method == "GET" and path in self.pages:
+        if method in ("GET", "HEAD") and path in self.pages:
             return
         if path not in self.uploads:
+            if path in self.pages:
+                raise _Refused(405, "only GET is allowed here", (b"allow", b"GET, HEAD"))
             raise _Refused(404, "no such page")
         if method != "POST":
-            raise _Refused(405, "only POST is allowed here")
+            raise _Refused(405, "only POST is allowed here", (b"allow", b"POST"))
         if self.types is not None and _value(headers, b"content-type") not in self.types:
             raise _Refused(415, f"the body must be {b' or '.join(self.types).decode()}")
 
@@ -164,8 +173,19 @@ class Guard:
         """Filter the parts of a request that the application receives."""
         passed = PASSED if self.types else PASSED | {b"content-type"}
         headers = [(name, value) for name, value in scope["headers"] if name in passed]
-        query = b"" if scope["method"] == "GET" else scope["query_string"]
+        query = scope["query_string"] if scope["method"] == "POST" else b""
         return {**scope, "headers": headers, "query_string": query}
+
+    async def _refuse(
+        self, send: Send, status: int, text: str, *headers: tuple[bytes, bytes]
+    ) -> None:
+        self.observe(status)
+        kind = b"text/plain"
+        if self.as_json:
+            kind, text = b"application/json", json.dumps({"error": text})
+        given = [(b"content-type", kind), (b"connection", b"close"), *headers, *HEADERS.items()]
+        await send({"type": "http.response.start", "status": status, "headers": given})
+        await send({"type": "http.response.body", "body": text.encode()})
 
 
 @asynccontextmanager
@@ -217,9 +237,3 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return waiting.pop() if waiting else await receive()
 
     return replayed
-
-
-async def _refuse(send: Send, status: int, text: str) -> None:
-    headers = [(b"content-type", b"text/plain"), (b"connection", b"close"), *HEADERS.items()]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": text.encode()})

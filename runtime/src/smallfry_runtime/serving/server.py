@@ -1,17 +1,20 @@
 """HTTP server for an export: images, arrays or texts in, JSON out, without PyTorch."""
 
 import json
+import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
 from numpy.typing import NDArray
 
-from smallfry_runtime.decoders import has_decoder
+from smallfry_runtime.decoders import decoder_of, has_decoder
 from smallfry_runtime.errors import DataError, ExportError, ServerError, SmallfryError, UsageError
 from smallfry_runtime.inputs import InputImage
+from smallfry_runtime.manifest import Manifest
 from smallfry_runtime.names import text_of
 from smallfry_runtime.predictions import NOT_FINITE, Answer, Decoded
 from smallfry_runtime.runtime import Computed, Runtime
@@ -29,8 +32,7 @@ from smallfry_runtime.terminal import say
 
 HELP = (
     "POST {} to /predict, as the body or as a form with one or more files: "
-    "curl -F {}=@{} ADDRESS/predict. The query has settings, in JSON: ?top_k=5 gives more classes; "
-    "of other tasks they are those of predict --decoding, such as ?beam=10. "
+    "curl -F {}=@{} ADDRESS/predict. The query may have settings, in JSON, such as ?top_k=5. "
     "GET /health and /metrics (Prometheus)."
 )
 KINDS = {  # of inputs
@@ -110,6 +112,7 @@ class Service:
             raise ServerError(
                 f"the server needs more packages: pip install 'smallfry-runtime[serve]' ({error})"
             ) from error
+        logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of broken forms
         self.kind, self.input = input_of(runtime)
         self.runtime, self.threshold, self.limits = runtime, threshold, limits
         self.registry = metrics.CollectorRegistry()
@@ -153,6 +156,8 @@ class Service:
             self.limits.seconds,
             most_held=max(8 * most, 64 * 2**20),
             types=None,
+            as_json=True,
+            observe=lambda status: self.requests.labels(status).inc(),
         )
 
     async def _describe(self, request: Any) -> Any:
@@ -165,6 +170,7 @@ class Service:
             "task": manifest.task,
             "classes": list(self.runtime.classes),
             self.kind: self.input,
+            "settings": settings_of(manifest),
             "limits": vars(self.limits),
         }
         return JSONResponse(page)
@@ -260,7 +266,7 @@ class Service:
                 return [InputImage(f.filename or self.kind, await f.read()) for f in files]
         except (HTTPException, FormParserError) as error:
             reason = getattr(error, "detail", error)
-            raise DataError(f"the form can't be read: {reason} (at most {most} files)") from error
+            raise DataError(f"the form can't be read: {reason}") from error
 
 
 STATUS = ((Busy, 503), (Late, 504), (DataError, 400), (UsageError, 400))
@@ -293,6 +299,14 @@ def input_of(runtime: Runtime) -> tuple[str, dict[str, Any]]:
     if runtime.takes_texts:
         return "text", {"rows": frame.height, "columns": frame.width}
     return kind, about
+
+
+def settings_of(manifest: Manifest) -> list[str]:
+    """List the settings that a request may have, by the task."""
+    if manifest.is_classifier:
+        return ["top_k"]
+    kind = getattr(decoder_of(manifest.task), "Settings", None)
+    return [each.name for each in fields(kind)] if kind else []
 
 
 def _settings(query: Sequence[tuple[str, str]]) -> dict[str, Any]:

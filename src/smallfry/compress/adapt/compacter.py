@@ -98,7 +98,10 @@ class _Adapt(Method):
             _delegate(model, self._settings)
             return
         if hasattr(model, CHILD):
-            raise UsageError("compacter: the model has adapters already: train them, or a new base")
+            raise UsageError(
+                "compacter: the model has adapters already: train these further (smallfry train "
+                "--resume RUN --epochs N), or start from their base"
+            )
         names = _places(model, self._settings)
         calls, first = dict.fromkeys(names, 1), None
         if self._settings.per_call:

@@ -133,6 +133,15 @@ class RunningErase(RunningDHSPG):
             trial = [*accepted, names[each]]
             if len(accepted) < number and self.candidates.hold(trial, steps):
                 accepted = trial
+        if len(accepted) < number:
+            warnings.warn(
+                f"{len(accepted)} branches are erased and not {number}: without a further one the "
+                "network would not hold together",
+                SmallfryWarning,
+                stacklevel=2,
+            )
+        if accepted:
+            log.info("erasing %s", ", ".join(accepted))
         return [[0] if name in accepted else [] for name in names]
 
     @torch.no_grad()
@@ -143,9 +152,17 @@ class RunningErase(RunningDHSPG):
         if self.left_out is None:
             most = sum(number_of_steps(self.model, name) - 1 for name in self._numbers)
             number = int(most * self._wanted.sparsity)
+            if not number and not int(len(self.groups) * self._wanted.sparsity):
+                warnings.warn(
+                    f"erase_operators erases nothing: {self._wanted.sparsity:g} of the branches "
+                    f"({len(self.groups)}) and of the steps ({most}) is less than one; raise "
+                    "sparsity",
+                    SmallfryWarning,
+                    stacklevel=2,
+                )
             self.left_out = choose_steps(self.model, self._numbers, number, self._example)
             for each in self.left_out:
-                log.info("%d %s: outputs change by %.2g", each.kept, each.name, each.change)
+                log.info("%s to %d: outputs change by %.2g", each.name, each.kept, each.change)
         number = len(self.left_out) * (step + 1 - self._first) // (self._end - self._first)
         self._leave_out(min(len(self.left_out), number))
         self._left = max(1, self._end - step)

@@ -11,6 +11,7 @@ from smallfry.compress.quantize.ranges import Histogram
 from smallfry.curvature.layers import input_of
 from smallfry.errors import UsageError
 from smallfry.training.evaluation import forward
+from smallfry.transforms.classifier import classifier_names
 
 See = Callable[[str, int, Tensor, Tensor], None]
 
@@ -78,7 +79,8 @@ def histograms(
         model: In evaluation mode.
         layers: Names of the layers.
         batches: Batches of images, which can be read twice.
-        per_call: A histogram for each call; else one for all calls of a layer.
+        per_call: A histogram for each call; else one for all calls of a layer. A classifier has one
+            in any case: some passes of a recursive model read every step, others the last alone.
 
     Returns:
         Histograms of each layer in the order of its calls; a layer that is not called is left out.
@@ -87,12 +89,16 @@ def histograms(
         UsageError: An input is not finite, or there are no images.
     """
     extremes: dict[tuple[str, int], tuple[float, float]] = {}
+    classifiers = classifier_names(model)
+
+    def key_of(name: str, call: int) -> tuple[str, int]:
+        return name, call if per_call and name not in classifiers else 0
 
     def extend(name: str, call: int, inputs: Tensor, _: Tensor) -> None:
         low, high = map(float, inputs.aminmax())
         if not (low > -torch.inf and high < torch.inf):
             raise UsageError(f"an input of '{name}' is not finite: the model can't be calibrated")
-        key = (name, call if per_call else 0)
+        key = key_of(name, call)
         before = extremes.get(key, (low, high))
         extremes[key] = (min(low, before[0]), max(high, before[1]))
 
@@ -102,7 +108,7 @@ def histograms(
     found = {key: Histogram.empty(*ends) for key, ends in extremes.items()}
 
     def count(name: str, call: int, inputs: Tensor, _: Tensor) -> None:
-        found[name, call if per_call else 0].add(inputs)
+        found[key_of(name, call)].add(inputs)
 
     visit(model, layers, batches, count)
     by_layer: dict[str, list[Histogram]] = {}
