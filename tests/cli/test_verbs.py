@@ -174,7 +174,7 @@ def test_a_terminal_without_the_letters_gets_escapes(run, encoding, monkeypatch)
     assert main(["predict", str(run), "caf\u00e9\u65e5.png"]) == 1
     sys.stdout.flush()
     sys.stderr.flush()
-    assert b"IMAGE\\u2026" in sys.stdout.buffer.getvalue()
+    assert b"FILE\\u2026" in sys.stdout.buffer.getvalue()
     assert b"\\u65e5.png" in sys.stderr.buffer.getvalue()
 
 

@@ -142,7 +142,7 @@ def test_errors_of_verbs_that_write_show_names_as_text(tmp_path, capsys):
         ["export", "run", "--to", str(folder)],
         ["share", "run", "--to", str(folder)],
         ["benchmark", "run", "--folder", str(folder)],
-        ["study", "pareto", "--folder", str(folder)],
+        ["study", "pareto", "--data", "digits", "--folder", str(folder)],
         ["train", "--run", str(folder)],
     ):
         assert main(words) == 1

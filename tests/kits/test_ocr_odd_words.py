@@ -58,8 +58,8 @@ def test_empty_words_and_unknown_characters_are_refused(word, words):
         ({"beam": 101}, "beam is a whole number from 0 to 100, got 101"),
         ({"beam": "5"}, "beam is a whole number from 0 to 100, got '5'"),
         ({"words": ["a", 1]}, "words must be a list of texts"),
-        ({"words": None}, "the settings beam and words"),
-        ({"words": 3}, "the settings beam and words"),
+        ({"words": None}, "words must be a list of texts"),
+        ({"words": 3}, "words must be a list of texts"),
     ],
 )
 def test_settings_of_another_type_are_refused(settings, words):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from smallfry.errors import RunError, UsageError
 from smallfry.search import Choice, Ledger, Trial
@@ -128,7 +129,11 @@ def test_a_search_that_was_killed_as_it_began_goes_on(tmp_path, monkeypatch):
 
 def test_a_search_goes_on_from_another_working_directory(tmp_path, monkeypatch):
     for name in ("photos", "other/photos"):
-        (tmp_path / name).mkdir(parents=True)
+        for kind in ("a", "b"):
+            (tmp_path / name / kind).mkdir(parents=True)
+            for number in range(20):
+                image = Image.new("L", (8, 8), number)
+                image.save(tmp_path / name / kind / f"{name[0]}{number}.png")
     space, folder = tmp_path / "space.yaml", tmp_path / "a"
     space.write_text("settings: {epochs: 1}\nchoices: {optimizer.lr: [0.1, 0.2]}\n")
     config = SearchConfig(str(space), DataConfig("photos"), strategy="random", budget=2)

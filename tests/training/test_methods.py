@@ -210,7 +210,7 @@ def test_a_longer_run_is_finished_once_more(variant, methods):
 
 def test_a_run_that_was_killed_before_its_end_was_written_ends_on_resume(variant, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_conclude", lambda *_: 1 / 0)
+        patch.setattr(training, "conclude", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(variant(methods=ALL))
     before = load_checkpoint(variant().run / "best").weights

@@ -207,7 +207,7 @@ def test_mixed_precision_reaches_the_model(variant, monkeypatch, supervised):
         return forward(layer, *arguments)
 
     monkeypatch.setattr(Layer, "forward", watched)
-    monkeypatch.setattr("smallfry.training.train.cost", lambda *_: Cost(0, 0, 0, 0))
+    monkeypatch.setattr("smallfry.training.conclusion.cost", lambda *_: Cost(0, 0, 0, 0))
     train(variant(precision="bf16-mixed", epochs=1, objective=ObjectiveConfig(supervised)))
     assert len(seen) > 6
     assert all(seen)
@@ -271,7 +271,7 @@ def test_answers_that_are_no_numbers_become_neither_the_best_nor_a_score(variant
 
     for module in ("loop", "conclusion"):
         monkeypatch.setattr(f"smallfry.training.{module}.predict", spoiled)
-    monkeypatch.setattr("smallfry.training.train.cost", lambda *_: Cost(0, 0, 0, 0))
+    monkeypatch.setattr("smallfry.training.conclusion.cost", lambda *_: Cost(0, 0, 0, 0))
     spoils = 2  # the second epoch's
     with pytest.raises(TrainingError, match=r"\(epoch 2\): an answer to the validation images is"):
         train(variant())

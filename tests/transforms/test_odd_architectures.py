@@ -166,7 +166,7 @@ NETS = {
         lambda m, x: m.head(pooled(F.relu(m.b(m.up(F.relu(m.a(x))))))),
         lambda: {"a": conv(3, 8), "up": nn.ConvTranspose2d(8, 6, 2, 2), "b": conv(6, 5),
                  "head": nn.Linear(5, 3)},
-        {"b"},
+        {"a", "up", "b"},
     ),
     "one channel": (
         lambda m, x: m.head(pooled(m.b(F.relu(m.a(x))))),

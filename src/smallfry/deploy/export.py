@@ -131,8 +131,6 @@ def export(
                 given = run if isinstance(run, TrainedModel) else load_trained(run, checkpoint)
                 nest_of(given.model)
             traced = trace(run, form, checkpoint, data, data_root, needed, own_bits)
-            if not own_bits and _is_quantised(traced.trained.model):
-                log.info("not with the model's own bits, which --precision own_bits keeps")
             storage = PACKED if pack else PLAIN
             assemble(traced, new, precision, license, torch_program, target, storage)
             calibrate(traced, new)
@@ -180,6 +178,8 @@ def trace(
     form = _form(trained.model, form)
     if own_bits:
         _require_own_bits(trained.model)
+    elif _is_quantised(trained.model):
+        log.info("not with the model's own bits, which --precision own_bits keeps")
     images = _data(trained, run, data, data_root, needs_images)
     return Traced(trained, facts, form, trace_graphs(trained, form, own_bits), images)
 

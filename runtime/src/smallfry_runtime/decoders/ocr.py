@@ -55,7 +55,8 @@ class Settings:
     def __post_init__(self) -> None:
         if type(self.beam) is not int or not 0 <= self.beam <= WIDEST:
             raise UsageError(f"beam is a whole number from 0 to {WIDEST}, got {self.beam!r}")
-        if isinstance(self.words, str) or not all(isinstance(word, str) for word in self.words):
+        listed = isinstance(self.words, list | tuple)
+        if not listed or not all(isinstance(word, str) for word in self.words):
             raise UsageError("words must be a list of texts")
 
 
