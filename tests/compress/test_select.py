@@ -208,5 +208,5 @@ def test_letters_count_and_brackets_are_patterns():
 
 
 def test_a_model_without_layers_is_refused():
-    with pytest.raises(UsageError, match="has no linear layer or convolution left"):
+    with pytest.raises(UsageError, match="has no linear layer or convolution left; if an earlier"):
         dense_layers(nn.ReLU())

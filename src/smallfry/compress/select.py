@@ -61,6 +61,11 @@ def dense_layers(
     try:
         return chosen(dense, include, exclude, "linear layer or convolution")
     except UsageError as error:
+        if not names:
+            raise UsageError(
+                f"{error}; if an earlier method has replaced them, as quantize does, put this one "
+                "before it"
+            ) from None
         other = next((name for name in names if name not in dense), None)
         if other is None:
             raise
