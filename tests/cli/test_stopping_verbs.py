@@ -109,7 +109,7 @@ def test_what_a_stopped_training_had_not_saved_is_told(number, tmp_path, monkeyp
         os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_conclude", stop)  # when all steps are done
+        patch.setattr(training, "conclude", stop)  # when all steps are done
         assert main([*TRAIN, str(tmp_path / "a")]) == 128 + number
     said = capsys.readouterr().err.splitlines()[-1]
     name = "Ctrl-C" if number == signal.SIGINT else number.name

@@ -157,13 +157,13 @@ def test_what_is_printed_to_be_pasted_is_quoted(run, tmp_path, capsys):
     shutil.copytree(run, spaced)
     (spaced / "summary.json").unlink()
     assert main(["train", "--resume", str(spaced)]) == 0
-    assert f"smallfry predict '{spaced}' IMAGE" in capsys.readouterr().out.replace("\n", "")
+    assert f"smallfry predict '{spaced}' FILE" in capsys.readouterr().out.replace("\n", "")
     assert main(["train", *FAST, "--run", str(spaced)]) == 1
     assert f"--resume '{spaced}'" in capsys.readouterr().err
     assert main(["share", str(spaced), "--to", str(tmp_path / "my model")]) == 0
-    assert f"smallfry predict '{tmp_path}/my model' IMAGE" in capsys.readouterr().out
+    assert f"smallfry predict '{tmp_path}/my model' FILE" in capsys.readouterr().out
     assert main(["export", str(spaced), "--to", str(tmp_path / "my export")]) == 0
-    assert f"smallfry predict '{tmp_path}/my export' IMAGE" in capsys.readouterr().out
+    assert f"smallfry predict '{tmp_path}/my export' FILE" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
