@@ -203,10 +203,10 @@ def test_no_divergence_comes_from_dropout_or_batch_statistics(kind, monkeypatch)
     model = nn.Sequential(nn.Linear(3, 8), body, nn.Flatten(), nn.BatchNorm1d(32), nn.Linear(32, 3))
     model, found, measured = model.to(D), [], bound.divergence
 
-    def measure(optimizer, observations, step, parameters, start=None):
+    def measure(optimizer, observations, step, start=None):
         idle = {name: torch.zeros_like(part) for name, part in step.items()}
-        found.append(measured(optimizer, observations, idle, parameters))
-        return measured(optimizer, observations, step, parameters, start)
+        found.append(measured(optimizer, observations, idle))
+        return measured(optimizer, observations, step, start)
 
     monkeypatch.setattr(bound, "divergence", measure)
     monkeypatch.setattr(hindsight, "divergence", measure)

@@ -124,7 +124,7 @@ def read_digits() -> Source:
     pixels, labels = _digits()
     split = EncodedSplit(
         labels=labels.copy(),
-        read=lambda i: pixels[i],
+        read=lambda i: pixels[i].copy(),
         locate=lambda i: f"digits[{i}]",
     )
     return Source("scikit-learn", tuple(map(str, range(10))), {TRAIN: split})

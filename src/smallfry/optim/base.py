@@ -415,7 +415,7 @@ class NaturalGradient(PreconditionedOptimizer):
         final = {name: step.mul_(rates[name]) for name, step in steps.items()}
         if not modelled:
             size = self.preconditioner.divergence(directions, grads, rates)
-            self.clip = clip_step(self, observations, final, size, parameters)
+            self.clip = clip_step(self, observations, final, size)
         for step in final.values():
             step.mul_(self.clip)
         if not modelled:

@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from smallfry.curvature import Observation
 from smallfry.errors import UsageError
@@ -53,7 +53,6 @@ def clip_step(
     observations: Sequence[Observation],
     step: Mapping[str, Tensor],
     modelled: float,
-    parameters: Mapping[str, nn.Parameter],
 ) -> float:
     """Compute the scale ν of a step, measured if due.
 
@@ -62,7 +61,6 @@ def clip_step(
         observations: Of the current batch, with the arguments of the forward pass.
         step: Change of the parameters for ν = 1.
         modelled: Twice its divergence by ⟨v, m⟩.
-        parameters: Parameters by name.
     """
     kappa, optimizer.measured = optimizer.kl_clip, False
     if kappa is None or not modelled > 0:
@@ -79,7 +77,7 @@ def clip_step(
         if optimizer.last_step is not None:
             known = measure_last_step(optimizer, observations, optimizer.last_step)
         if not math.isfinite(known):
-            return _clip_by_own_batch(optimizer, observations, step, modelled, parameters)
+            return _clip_by_own_batch(optimizer, observations, step, modelled)
     except UsageError as error:
         _give_up(optimizer, error)
         return clip_to(_left(optimizer), optimizer.divergence_ratio * modelled)
@@ -92,12 +90,11 @@ def _clip_by_own_batch(
     observations: Sequence[Observation],
     step: Mapping[str, Tensor],
     modelled: float,
-    parameters: Mapping[str, nn.Parameter],
 ) -> float:
     """Compute the scale of a step by its measurement on the current batch."""
     allowed, ratio = _left(optimizer), optimizer.divergence_ratio
     optimizer.measured_size, clip = modelled, clip_to(allowed, ratio * modelled)
-    found = _measure(optimizer, observations, step, parameters, modelled, clip)
+    found = _measure(optimizer, observations, step, modelled, clip)
     optimizer.measured = True
     if found is None:
         return clip
@@ -137,7 +134,7 @@ def step_fallback(optimizer: PreconditionedOptimizer, observations: Sequence[Obs
     back, kept = {name: old[name] - p.detach() for name, p in moved.items()}, 1.0
     if optimizer.measured:
         try:
-            kept = _measure_fallback(optimizer, observations, back, moved, rate)
+            kept = _measure_fallback(optimizer, observations, back, rate)
         except UsageError as error:
             _give_up(optimizer, error)
             return
@@ -150,7 +147,6 @@ def _measure_fallback(
     optimizer: PreconditionedOptimizer,
     observations: Sequence[Observation],
     back: Mapping[str, Tensor],
-    moved: Mapping[str, nn.Parameter],
     rate: float,
 ) -> float:
     """The part of a step of the AdamW inside that it may make; its divergence is averaged in.
@@ -159,15 +155,14 @@ def _measure_fallback(
         optimizer: The optimizer.
         observations: Of the current batch.
         back: From the parameters as they are to those before the step.
-        moved: The parameters.
         rate: The learning rate.
     """
     promised, found, kept = SHARE * promised_divergence(optimizer), math.inf, 1.0
     for attempt in range(TRIES):
         less = {name: (1 - kept) * part for name, part in back.items()}
-        found = divergence(optimizer, observations, less, moved, start=back)
+        found = divergence(optimizer, observations, less, start=back)
         if attempt == 0 and not found <= promised:
-            again = divergence(optimizer, observations, back, moved, start=back)
+            again = divergence(optimizer, observations, back, start=back)
             require_repeatable(again, promised)
         if found <= 4 * promised:
             break
@@ -209,7 +204,6 @@ def _measure(
     optimizer: PreconditionedOptimizer,
     observations: Sequence[Observation],
     step: Mapping[str, Tensor],
-    parameters: Mapping[str, nn.Parameter],
     modelled: float,
     clip: float,
 ) -> float | None:
@@ -219,11 +213,11 @@ def _measure(
     found, asked = math.inf, clip
     for attempt in range(TRIES):
         shortened = {name: part * clip for name, part in step.items()}
-        found = divergence(optimizer, observations, shortened, parameters)
+        found = divergence(optimizer, observations, shortened)
         doubtful = not optimizer.counters["measurements"] or not found <= promised
         if attempt == 0 and doubtful:  # where a step seems too long, is it the step?
             idle = {name: torch.zeros_like(part) for name, part in step.items()}
-            require_repeatable(divergence(optimizer, observations, idle, parameters), promised)
+            require_repeatable(divergence(optimizer, observations, idle), promised)
         if found <= 4 * promised:
             break
         # far out a divergence may grow faster than a square, or slower: look again nearer by

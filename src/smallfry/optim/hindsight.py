@@ -2,7 +2,7 @@
 
 A batch norm divides a batch by statistics of its own, which a step along this batch's gradient
 moves far more than those of another batch: with few values in a channel the divergence on the own
-batch is up to fifty times that on others, and steps bounded by it hardly move the model. The last
+batch is tens of times that on others, and steps bounded by it hardly move the model. The last
 step is therefore measured on the first batch whose gradient is no part of it, the next one. Its
 measurement bounds later steps, not itself. Only the first step has none behind it, and is measured
 on its own batch.
@@ -82,12 +82,11 @@ def measure_last_step(
     """
     require_unchanged(optimizer, observations)
     promised = promised_divergence(optimizer)
-    parameters = {name: p for p, name in optimizer.names.items()}
     fallback = {name: -change for name, change in last.fallback.items()}
     both = {name: -change for name, change in last.covered.items()} | fallback
 
     def diverged(start: Mapping[str, Tensor], step: Mapping[str, Tensor]) -> float:
-        return divergence(optimizer, observations, step, parameters, start)
+        return divergence(optimizer, observations, step, start)
 
     found, beside = diverged(both, fallback), 0.0
     if not found <= promised:

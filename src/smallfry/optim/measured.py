@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from smallfry.curvature import Observation
 from smallfry.errors import UsageError
@@ -18,7 +18,6 @@ def divergence(
     optimizer: PreconditionedOptimizer,
     observations: Sequence[Observation],
     step: Mapping[str, Tensor],
-    parameters: Mapping[str, nn.Parameter],
     start: Mapping[str, Tensor] | None = None,
 ) -> float:
     """Compute KL(before ‖ after) of a step, mean over the samples of the whole batch.
@@ -29,8 +28,7 @@ def divergence(
     Args:
         optimizer: The optimizer.
         observations: Of the current batch, with the arguments of the forward pass.
-        step: What is added to the parameters after it.
-        parameters: Parameters by name.
+        step: What is added to the parameters after it, by their names.
         start: What is added to them before it; nothing by default.
 
     Raises:
@@ -39,6 +37,7 @@ def divergence(
     total, samples, failed = 0.0, optimizer.batch_size(observations), ""
     if start is None:
         start = {name: torch.zeros_like(part) for name, part in step.items()}
+    parameters = {name: p for p, name in optimizer.names.items()}
     for seen in observations:
         try:  # whatever a foreign forward does when it is called again
             with _autocast(seen):
