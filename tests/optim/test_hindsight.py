@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from smallfry.errors import SmallfryWarning
+from smallfry.errors import SmallfryWarning, UsageError
 from smallfry.optim import EKFAC, KFAC
 
 RATE = 1e-6
@@ -136,6 +136,18 @@ def test_a_resumed_optimizer_measures_the_step_before_it_was_saved(ended):
     train(other, resumed, range(ended, 12))
     assert torch.equal(vector(model), vector(other))
     assert resumed.divergence_ratio == optimizer.divergence_ratio
+
+
+@pytest.mark.parametrize("name", ["0.weight", "7.weight"])
+def test_a_last_step_of_another_model_is_refused(name):
+    model = network()
+    optimizer = KFAC(model, **SETTINGS)
+    train(model, optimizer, range(2))
+    state, before = optimizer.state_dict(), optimizer.last_step
+    state["last_step"] = {**state["last_step"], "covered": {name: torch.zeros(3, dtype=D)}}
+    with pytest.raises(UsageError, match=f"its last step has '{name}'"):
+        optimizer.load_state_dict(state)
+    assert optimizer.last_step is before
 
 
 def test_after_a_step_that_broke_the_model_the_next_one_is_measured_on_its_own_batch():

@@ -147,6 +147,10 @@ def _require_fit(optimizer: PreconditionedOptimizer, given: Mapping[str, Any]) -
                     f"the state belongs to another model: {key} of '{name}' has shape "
                     f"{tuple(value.shape)}, the parameter {tuple(shapes[name])}"
                 )
+    last = given.get("last_step", {})
+    for name, change in (last.get("covered", {}) | last.get("fallback", {})).items():
+        if change.shape != shapes.get(name):
+            raise UsageError(f"the state belongs to another model: its last step has '{name}'")
     if set(given["curvature"]) != set(optimizer.curvature):
         odd = sorted(set(given["curvature"]) ^ set(optimizer.curvature))
         raise UsageError(f"the state covers other layers: '{odd[0]}' is in only one of them")
