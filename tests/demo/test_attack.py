@@ -400,5 +400,6 @@ def test_images_that_decode_to_much_are_refused_or_forgotten(untouched):
         assert (status, json.loads(body)["panels"]) == (200, [])
         return untouched.memory()
 
-    before = attack()  # the allocator keeps some of what was freed, once
-    assert attack() - before < 16  # MiB; an image takes 77
+    # an allocator or an idle thread may keep an image of 77 MiB; a leak grows by three each round
+    rounds = [attack() for _ in range(4)]
+    assert min(later - earlier for earlier, later in itertools.pairwise(rounds)) < 16  # MiB
