@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from smallfry import compress
+from smallfry.compress.quantize import ptq
 from smallfry.compress.quantize.calls import count_calls, histograms, visit
 from smallfry.compress.quantize.equalize import equalize, pairs, smooth
 from smallfry.compress.quantize.moments import Moments, input_means, moments
@@ -349,13 +350,33 @@ def test_a_corrected_bias_leaves_no_mean_error(images):
 
 
 @pytest.mark.slow
-def test_adaptive_rounding_of_a_model_lowers_the_error_of_its_outputs(model, images):
+@pytest.mark.parametrize("activations", [None, 8])
+def test_adaptive_rounding_of_a_model_lowers_the_error_of_its_outputs(model, images, activations):
     def error(**settings):
-        small, _ = apply(model, images, weights=3, group=16, **settings)
+        small, _ = apply(model, images, weights=3, group=16, activations=activations, **settings)
         with torch.no_grad():
             return float((small(images) - model(images)).norm())
 
     assert error(rounding="adaround", iterations=150) < 0.8 * error()
+
+
+@ONE_CLASS
+def test_adaptive_rounding_sees_the_inputs_that_earlier_layers_round(model, images, monkeypatch):
+    seen = []
+
+    def observed(reference, rounded, layer, batches):
+        batches = list(batches)
+        found = moments(reference, rounded, layer, batches)
+        once, again, exact = (net(batches[0]) for net in (rounded, rounded, reference))
+        assert torch.equal(once, again)  # so calls are numbered anew
+        seen.append(float((once - exact).norm() / exact.norm()))
+        return found
+
+    monkeypatch.setattr(ptq, "moments", observed)
+    apply(model, images, activations=8, rounding="adaround", iterations=1)
+    assert len(seen) > 4
+    assert max(seen) < 0.05
+    assert seen[-1] > 1e-4
 
 
 def test_rows_of_groups_match_the_order_of_convolution_weights():

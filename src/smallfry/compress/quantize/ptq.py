@@ -203,20 +203,21 @@ class _Quantize(Method):
             means = input_means(reference, passes.calls, images.batches)
         own = {name: self._own(reference, name, bits, inputs, means) for name in layers.names}
         replaced: set[str] = set()
+        several = any(each.get("calls", 1) > 1 for each in own.values())
+        first = passes.first if several else None
         order = [*passes.calls, *(n for n in layers.names if n not in passes.calls)]
         for name in order:
             if name not in replaced:
                 tied = layers.tied(name)
-                self._replace(model, reference, {n: own[n] for n in tied}, layers, images)
+                some = {n: own[n] for n in tied}
+                self._replace(model, reference, some, layers, images, first)
+                for each in {*tied} & inputs.keys():  # which AdaRound of later layers needs
+                    layer: Any = model.get_submodule(each)
+                    layer.input_scales.copy_(inputs[each][0])
+                    layer.input_zeros.copy_(inputs[each][1])
                 replaced |= {*tied}
-        for name, (scales, zeros) in inputs.items():
-            layer: Any = model.get_submodule(name)
-            layer.input_scales.copy_(scales)
-            layer.input_zeros.copy_(zeros)
         for name, mean in means.items():
             _correct_bias(reference.get_submodule(name), model.get_submodule(name), mean)
-        several = any(each.get("calls", 1) > 1 for each in own.values())
-        first = passes.first if several else None
         number_calls(model, first)
         self._report = {
             "method": "quantize",
@@ -289,14 +290,14 @@ class _Quantize(Method):
     @torch.no_grad()
     def _replace(
         self, model: nn.Module, reference: nn.Module, own: dict[str, Any], layers: "_Layers",
-        images: Images,
+        images: Images, first: str | None,
     ) -> None:  # fmt: skip
         """Replace one weight's layers by quantised ones."""
         name = next(iter(own))
         codes, scales = self._codes(_weight(model, name), own[name]["bits"])
         alone = len(own) == 1 and self._settings.rounding == "adaround"
         if alone:
-            codes = self._adaptive(model, reference, name, own[name]["bits"], scales, images)
+            codes = self._adaptive(model, reference, name, own[name]["bits"], scales, images, first)
         wanted = [alias for alias, each in layers.aliases.items() if each in own]
         by_name = layers.aliases
         replace_layers(
@@ -308,13 +309,17 @@ class _Quantize(Method):
 
     def _adaptive(
         self, model: nn.Module, reference: nn.Module, name: str, bits: int, scales: Tensor,
-        images: Images,
+        images: Images, first: str | None,
     ) -> Tensor:  # fmt: skip
         layer: Any = model.get_submodule(name)
+        handles = number_calls(model, first)
         try:
             seen = moments(reference, model, name, images.batches)
         except ZeroDivisionError:  # a layer that no image reaches
             return self._codes(layer.weight, bits)[0]
+        finally:
+            for handle in handles:
+                handle.remove()
         weight = layer.weight.detach()
         wide = scales.double()
         if self._settings.group is not None:
