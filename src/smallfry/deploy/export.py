@@ -180,7 +180,7 @@ def trace(
         _require_own_bits(trained.model)
     elif _is_quantised(trained.model):
         log.info("not with the model's own bits, which --precision own_bits keeps")
-    images = _data(trained, run, data, data_root, needs_images)
+    images = _data(trained, run, data, data_root, needs_images, form == "anytime")
     return Traced(trained, facts, form, trace_graphs(trained, form, own_bits), images)
 
 
@@ -414,6 +414,7 @@ def _data(
     data: str | None,
     root: Path | None,
     needed: bool,
+    exits: bool,
 ) -> ImageData | None:
     """Load the images of the run, or others; None if they are missing and optional."""
     if isinstance(run, TrainedModel):
@@ -423,11 +424,12 @@ def _data(
     except SmallfryError as error:
         if needed or data is not None:
             raise
-        warnings.warn(
-            f"without the images of the run, early exit is not calibrated ({error})",
-            SmallfryWarning,
-            stacklevel=4,
-        )
+        if exits:
+            warnings.warn(
+                f"without the images of the run, early exit is not calibrated ({error})",
+                SmallfryWarning,
+                stacklevel=4,
+            )
         return None
     if loaded.classes != trained.classes:
         warnings.warn(
