@@ -73,26 +73,6 @@ class Histogram(NamedTuple):
         return self.counts[half:] + self.counts[:half].flip(0)
 
 
-def percentile(values: Tensor, percent: float) -> float:
-    """Compute a percentile, linear between order statistics.
-
-    Args:
-        values: Any shape.
-        percent: 0 to 100.
-
-    Example:
-        >>> import torch
-        >>> from smallfry.compress.quantize.ranges import percentile
-        >>> percentile(torch.tensor([3.0, 1.0, 2.0]), 75)
-        2.5
-    """
-    ordered = values.detach().double().flatten().sort().values
-    place = percent / 100 * (len(ordered) - 1)
-    below = int(place)
-    above = min(below + 1, len(ordered) - 1)
-    return float(ordered[below] + (place - below) * (ordered[above] - ordered[below]))
-
-
 def find_range(seen: Histogram, kind: Range, bits: int, percent: float = 99.99) -> Interval:
     """Choose a range for the numbers of a histogram.
 
