@@ -28,8 +28,6 @@ from smallfry.compress.prune.channels import (
 )
 from smallfry.compress.prune.saliency import (
     EQUAL,
-    channel_scores,
-    channel_vectors,
     clear_moments,
     directions,
     saliencies,
@@ -194,15 +192,8 @@ class RunningCRIC(ChannelMethod):
     def _score(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
         before = {name: self._before[name] for name in self.moved}
         moved = directions(optimizer, before, self.tensors)
-        found = [
-            channel_scores(
-                channel_vectors(group, before),
-                channel_vectors(group, moved),
-                self._settings.cosine_sign,
-            )
-            for group in self.scored
-        ]
-        totals, _ = saliencies(found, self._settings.weights)
+        wanted = self._settings
+        totals, _ = saliencies(self.scored, before, moved, wanted.weights, wanted.cosine_sign)
         for total, fresh in zip(self._sums, totals, strict=True):
             total += fresh
         self._count += 1
