@@ -102,8 +102,8 @@ class StudentTable(TableProblem):
     measure = "reward"
     layers = micro_n2n.LAYERS
 
-    def __init__(self, name: str = "micro_n2n") -> None:
-        super().__init__(name)
+    def __init__(self) -> None:
+        super().__init__("micro_n2n")
 
     def reward(self, trial: Trial) -> float:
         """Return the reward of a trial."""
