@@ -71,7 +71,7 @@ class _Padded(nn.Module):
 
 
 class Disguised(nn.Module):
-    """Network of padded units; same outputs as the network that it was made from.
+    """Network of padded units, with the outputs of the original network.
 
     Args:
         units: In order.

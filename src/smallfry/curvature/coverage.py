@@ -26,7 +26,7 @@ TIED = {nn.Linear, nn.Embedding}
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One linear map [W b] with all the modules that apply it.
+    """Linear map [W b] with all its modules.
 
     Args:
         name: Name of its weight, or of its bias where the weight is frozen.

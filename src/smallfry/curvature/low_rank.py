@@ -35,7 +35,7 @@ class LowRank(NamedTuple):
         return self.values.sum(1) + (size - rank) * self.tail
 
     def dense(self) -> Tensor:
-        """The matrix, (groups, size, size)."""
+        """Return the dense matrix, (groups, size, size)."""
         size = self.vectors.shape[1]
         excess = (self.values - self.tail[:, None])[:, None]
         flat = self.tail[:, None, None] * torch.eye(size).to(self.vectors)

@@ -1,4 +1,4 @@
-"""Images that may have several classes: from a file of labels, or from class folders.
+"""Images with several classes each: from a file of labels, or from class folders.
 
 A file has a column of classes with separators, or a column of 0 and 1 for each class. In class
 folders, the same image lies in several of them: as a link, or as a copy.

@@ -84,7 +84,7 @@ class Contestant(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """Contestant that can't be measured, with the reason."""
+    """Unmeasurable contestant, with the reason."""
 
     model: str
     form: str

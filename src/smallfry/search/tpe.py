@@ -128,7 +128,7 @@ class TPE:
 def suggest_candidate(
     trial: "optuna.Trial", choices: Sequence[Choice], allowed: Allowed
 ) -> dict[str, Any]:
-    """Have Optuna's sampler propose a candidate; it avoids what is like those not allowed."""
+    """Propose a candidate by Optuna's sampler, away from those not allowed."""
     candidate: dict[str, Any] = {}
     for choice in choices:
         if choice.is_active(candidate):

@@ -163,7 +163,7 @@ def write_file(file: Path, content: str | bytes) -> None:
 
 
 class _Damaged(RunError):
-    """A permanently unreadable checkpoint."""
+    """Permanently unreadable checkpoint."""
 
 
 def _load(folder: Path) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""Fine-tuning: a training run that starts from the weights and the spec of another model."""
+"""Fine-tuning: a training run from the weights and the spec of another model."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -113,7 +113,7 @@ def make_from_start(
 def _brought_to(
     frame: Frame, model: nn.Module, spec: ModelSpec, start: str
 ) -> tuple[nn.Module, ModelSpec]:
-    """Let a model of images of one size take those of another, with its positions resampled.
+    """Change the image size of a model, with its positions resampled.
 
     Raises:
         UsageError: It can't.

@@ -1,4 +1,4 @@
-"""Ranges of activations from calibration, by statistics that add up over batches and processes.
+"""Ranges of activations from calibration, by additive statistics over batches and processes.
 
 A first pass finds the extremes, a second one a histogram of 4,096 bins between −m and m, m the
 largest magnitude. From it come, for b bits,

@@ -1,4 +1,4 @@
-"""AdaRound: weights rounded up or down so that a layer's outputs stay, without labels.
+"""AdaRound: weights rounded up or down for the least error of a layer's outputs.
 
     Ŵ = s clamp(⌊W/s⌋ + h(V), −Q, Q),   h(V) = clamp(1.2 σ(V) − 0.1, 0, 1),
     minimise  mean ‖W x − Ŵ x̂‖² + λ Σ (1 − |2h − 1|^β)

@@ -50,7 +50,7 @@ class Pose(NamedTuple):
 
 
 class Room(NamedTuple):
-    """A room, with all that its pictures depend on."""
+    """Room, with all settings of its pictures."""
 
     number: int
     split: str

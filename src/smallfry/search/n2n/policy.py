@@ -1,4 +1,4 @@
-"""Policies that choose a student, one layer after the other.
+"""Policies for the choice of a student, one layer after the other.
 
 removal    a bidirectional LSTM reads all layers; each is kept or removed, independently given these
 shrinkage  LSTM cells; the share of each layer depends on the shares chosen before it
