@@ -165,7 +165,7 @@ class _Use(NamedTuple):
     reasons: dict[nn.Parameter, str]  # for which a parameter can't be covered
 
 
-def _use(model: nn.Module, excluded: Collection[str]) -> _Use:
+def _use(model: nn.Module, excluded: set[str]) -> _Use:
     """Find the layers that could be covered, and the parameters that can't."""
     users: dict[nn.Parameter, dict[str, nn.Module]] = {}
     hosts: dict[nn.Module, Host] = {}
