@@ -25,7 +25,7 @@ RATES, STEPS, BATCH, WIDTH = (1e-3, 3e-3, 1e-2), 300, 64, 32
 
 
 class Table(NamedTuple):
-    """A data set; targets are classes, or standardised numbers."""
+    """Data set; targets are classes, or standardised numbers."""
 
     inputs: Tensor
     targets: Tensor

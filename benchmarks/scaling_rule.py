@@ -72,7 +72,7 @@ def accuracy(settings: dict, seed: int) -> float:
 
 
 def plan() -> list[tuple[dict, int]]:
-    """The networks to train, in a fixed random order."""
+    """List the networks to train, in a fixed random order."""
     every = list(product(WIDTHS, LATENT_STEPS, SIDES, (0, 1)))
     order = np.random.default_rng(0).permutation(len(every))[:CHOSEN]
     return [

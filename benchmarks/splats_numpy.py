@@ -1,4 +1,4 @@
-"""A second renderer of Gaussian splats, in NumPy and SciPy, to check the kit's own.
+"""Second renderer of Gaussian splats, in NumPy and SciPy, to check the kit's own.
 
 It shares no code with the kit: it reads PLY files by itself, and takes rotations, spherical
 harmonics and inverse matrices from libraries. Gaussians are laid over the whole image one by one.

@@ -47,7 +47,7 @@ __all__ = [
 
 
 def is_transformed() -> bool:
-    """True inside a transform of ``torch.func``, such as ``vmap``."""
+    """Return whether code runs inside a transform of ``torch.func``, such as ``vmap``."""
     return peek_interpreter_stack() is not None
 
 
@@ -82,7 +82,7 @@ def storage_key(storage: UntypedStorage) -> int:
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
-    """True if a forward hook or a forward pre-hook is registered on a module."""
+    """Return whether a module has forward hooks or forward pre-hooks."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 

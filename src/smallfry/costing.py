@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class Cost(NamedTuple):
-    """The cost of a model on one input."""
+    """Cost of a model on one input."""
 
     parameters: int  # unique ones: a weight that is shared or used many times counts once
     bytes: int  # of parameters and buffers, in their own precision

@@ -33,19 +33,19 @@ __all__ = [
 
 
 class RunError(SmallfryError):
-    """An unusable run folder: incomplete, damaged, foreign or in use."""
+    """Unusable run folder: incomplete, damaged, foreign or in use."""
 
 
 class TrainingError(SmallfryError):
-    """Training that can't continue, such as after a NaN loss."""
+    """Failed training, such as after a NaN loss."""
 
 
 class HubError(SmallfryError):
-    """A model hub that can't be reached, or that refuses."""
+    """Failure to reach a model hub, or its refusal."""
 
 
 class Stopped(Exception):
-    """A stop requested by a signal, with all work saved."""
+    """Stop requested by a signal, with all work saved."""
 
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(signal_number, message)  # as pickle makes it again

@@ -93,6 +93,17 @@ def test_networks_of_one_schedule_have_one_trace_and_their_own_outputs():
         torch.testing.assert_close(secret(images), model(images), atol=1e-13, rtol=1e-13)
 
 
+def test_images_of_more_channels_than_any_layer_are_disguised():
+    model = random(ended(layer(12, 4), layer(4, 4, 3, 2), width=4))
+    images = torch.randn(2, 12, 8, 8, dtype=torch.float64)
+    schedule = plan_schedule([model])
+    assert schedule.channels == (16, 8)
+    found = disguise(model, schedule)(images)
+    torch.testing.assert_close(found, model(images), atol=1e-13, rtol=1e-13)
+    with pytest.raises(UsageError, match="larger than its schedule"):
+        disguise(model, plan_schedule([random(ended(layer(3, 8), layer(8, 8, 3, 2), width=8))]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mobilenetv1_100", "mobilenetv2_035"])
 def test_networks_of_timm_are_disguised(name):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from smallfry.compress.prune.budget import LatencyTable, prices
 from smallfry.compress.quantize.integer import linear, multiplier, patches, rescale
-from smallfry.compress.quantize.ranges import RANGES, Histogram, find_range, percentile
+from smallfry.compress.quantize.ranges import RANGES, Histogram, find_range
 from smallfry.compress.sparse.masks import MaskedMethod, largest, require_share
 from smallfry.compress.sparse.report import sparsity_report, zero_sums
 from smallfry.compress.sparse.schedules import (
@@ -88,14 +88,6 @@ def test_patches_times_a_kernel_are_the_convolution(stride, padding, kernel):
 
 
 # Ranges
-
-
-@pytest.mark.parametrize("percent", [0, 0.1, 25, 50, 99.99, 100])
-@pytest.mark.parametrize("count", [1, 2, 7, 1000])
-def test_percentiles_are_those_of_numpy(percent, count):
-    values = torch.randn(count, 3)
-    assert percentile(values, percent) == pytest.approx(np.percentile(values.numpy(), percent))
-    assert percentile(values.t(), percent) == percentile(values, percent)
 
 
 @pytest.mark.parametrize("kind", RANGES)

@@ -12,7 +12,6 @@ from smallfry.compress.quantize.ranges import (
     Histogram,
     _least_divergence,
     find_range,
-    percentile,
 )
 from smallfry.errors import UsageError
 from smallfry.layers.quantizers import (
@@ -60,13 +59,6 @@ def test_the_scale_of_least_error_is_the_golden_one(bits):
     assert float(scale) == pytest.approx(wanted["scale"], rel=1e-9)
     assert float(scale / symmetric_scale(X, bits)) == pytest.approx(wanted["best_k"] / 100)
     assert mse(encode(X, scale, 0, -most, most) * scale) == pytest.approx(wanted["mse"], rel=1e-9)
-
-
-def test_percentiles_are_linear_between_order_statistics():
-    assert percentile(X.abs(), 99) == pytest.approx(GOLDEN["percentile_99"], rel=1e-9)
-    for percent in (0, 12.5, 50, 100):
-        wanted = float(torch.quantile(X, percent / 100))
-        assert percentile(X, percent) == pytest.approx(wanted, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +110,8 @@ def test_percentile_ranges_are_those_of_the_values_within_a_bin():
     seen = histogram(values)
     found = find_range(seen, "percentile", 8, 99.0)
     for end, percent in zip(found, (0.5, 99.5), strict=True):
-        assert end == pytest.approx(percentile(values, percent), abs=seen.width)
+        wanted = float(values.quantile(percent / 100))
+        assert end == pytest.approx(wanted, abs=seen.width)
     assert find_range(seen, "percentile", 8, 100.0) == pytest.approx(
         find_range(seen, "minmax", 8), abs=1e-6
     )

@@ -5,10 +5,10 @@ import torch
 from best_scale import best_scale
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from low_rank_average import average
 
 from smallfry.curvature import diagonal as dg
 from smallfry.curvature import kronecker as kr
-from smallfry.curvature.low_rank import average
 from smallfry.curvature.rows import Rows
 
 D = torch.float64

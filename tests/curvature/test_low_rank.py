@@ -2,11 +2,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from low_rank_average import average
 
 from smallfry.curvature.kronecker import NotFiniteError
 from smallfry.curvature.low_rank import (
     LowRank,
-    average,
     compress,
     pencil_side,
     solve_pencil,

@@ -186,13 +186,12 @@ def test_the_command_ends_with_what_it_could_not_do(tmp_path, capsys):
     assert "smallfry: " in capsys.readouterr().err
 
 
-def test_formulas_count_elements_and_atoms_may_not_touch():
+def test_atoms_may_not_touch():
     numbers = np.array([6, 1, 8, 1, 6, 1, 1, 1, 1])
     line = np.arange(9)[:, None] * np.array([1.0, 0, 0])
-    assert Molecule("ethanol", numbers, line).formula == "C2H6O"
     with pytest.raises(DataError, match=r"less than 0\.5 bohr apart"):
         Molecule("near", numbers, line * 0.49)
-    assert Molecule("apart", numbers, line * 0.5).formula == "C2H6O"
+    Molecule("apart", numbers, line * 0.5)
     whole = Molecule("ethanol", numbers, line)
     one, two = (shaken(whole, 0.01, np.random.default_rng(3)) for _ in range(2))
     assert np.array_equal(one.positions, two.positions)

@@ -14,7 +14,6 @@ from smallfry.kits.equivariant.group import (
     GL,
     SL,
     angle,
-    haar_density,
     log_rotation,
     map_eigenvalues,
     polar,
@@ -116,22 +115,6 @@ def test_rotations_are_drawn_from_haars_measure(n):
     else:  # moments of a character of SO(3): how often k-fold products have an invariant
         moments = [trace.pow(k).mean().item() for k in (1, 2, 3)]
         assert moments == pytest.approx([0, 1, 1], abs=0.06)
-
-
-def test_haars_density_has_the_jacobian_of_translation():
-    h = draw(1, 2, seed=4)[0]
-
-    def moved(values):
-        s = symmetric(values, 2)
-        t = h @ s @ h.mT
-        return torch.stack([t[0, 0], math.sqrt(2) * t[0, 1], t[1, 1]])
-
-    start = torch.tensor([1.2, 0.3, 0.8], dtype=torch.float64)
-    jacobian = torch.linalg.det(torch.autograd.functional.jacobian(moved, start)).abs().item()
-    assert jacobian == pytest.approx(torch.linalg.det(h).item() ** 3, rel=1e-10)
-    g = draw(1, 2, seed=5)[0]
-    # the density at hg times the volume that translation makes of a unit is the density at g
-    assert (haar_density(h @ g) * jacobian).item() == pytest.approx(haar_density(g).item())
 
 
 @pytest.mark.parametrize("n", [2, 3])

@@ -187,8 +187,6 @@ def test_the_scale_over_time_is_the_median_of_five_and_is_kept():
         found = state.update(depth / scale, floor, LEVEL)
     assert found.a == pytest.approx(1.2)  # of 5, 1.2, 1.1, 0.1 and 1.3
     assert state.update(depth, np.zeros(SHAPE, bool), LEVEL) == found
-    with pytest.raises(UsageError, match="memory is a whole number from 1"):
-        AdaptiveScale(memory=0)
 
 
 def test_wrong_arrays_are_refused():

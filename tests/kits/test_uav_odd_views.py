@@ -126,13 +126,8 @@ def test_clean_floor_is_that_of_a_loop(seed):
     assert not clean_floor(np.ones((2, 9), bool)).any()
 
 
-def test_a_memory_of_one_takes_the_last_scale():
+def test_there_is_no_scale_before_a_view_with_floor():
     depth = np.minimum(ground_depth(CAMERA, SHAPE), 50.0)
-    one, three = AdaptiveScale(memory=1), AdaptiveScale(memory=3)
-    for scale in (1.0, 9.0, 2.0):
-        last = [each.update(depth / scale, EVERYWHERE, CAMERA).a for each in (one, three)]
-    assert last == pytest.approx([2.0, 2.0])
-    assert three.update(depth / 9, EVERYWHERE, CAMERA).a == pytest.approx(9)
     assert AdaptiveScale().update(depth, ~EVERYWHERE, CAMERA) is None
 
 

@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import json
 import multiprocessing
 import os
@@ -11,7 +12,8 @@ import torch
 from smallfry.errors import RunError
 from smallfry.io import replace
 from smallfry.training import checkpoint as module
-from smallfry.training.checkpoint import load_checkpoint, save_checkpoint
+from smallfry.training.checkpoint import WEIGHTS as FILE
+from smallfry.training.checkpoint import load_checkpoint, save_checkpoint, weights_digest
 
 WEIGHTS = {"a": torch.arange(3.0), "b": torch.tensor(2)}
 
@@ -26,6 +28,14 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert manifest["value"] == 0.0
     assert torch.equal(weights["a"], WEIGHTS["a"])
     assert trainer["step"] == 7
+
+
+def test_the_digest_of_weights_is_that_of_their_file(tmp_path):
+    weights = {"across": torch.arange(6.0).reshape(2, 3).T, "count": torch.tensor(2)}
+    save_checkpoint(tmp_path / "last", {}, weights)
+    content = (tmp_path / "last" / FILE).read_bytes()
+    assert weights_digest(weights) == hashlib.sha256(content).hexdigest()
+    assert load_checkpoint(tmp_path / "last").manifest["files"][FILE] == weights_digest(weights)
 
 
 def test_the_checkpoint_before_stays_beside_it(tmp_path):

@@ -1,4 +1,4 @@
-"""Threads in the background that nothing waits for in vain."""
+"""Background threads with bounded waits."""
 
 import sys
 from _thread import allocate_lock, get_ident, start_new_thread
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class BackgroundThread:
-    """Thread that can't block its starter or the exit of the process.
+    """Thread with a bounded start, never blocking the exit of the process.
 
     Without memory a thread may die before its first instruction. ``threading.Thread.start`` and
     ``join`` would wait for it forever.

@@ -76,7 +76,7 @@ def pixels_in_tile(image: Any) -> int:
 
 
 class Budget:
-    """Memory budget shared by threads, which block until enough of it is free.
+    """Memory budget of several threads, blocking until enough of it is free.
 
     Args:
         total: The amount.

@@ -8,11 +8,11 @@ MOST_NAMED = 40  # names in a message
 
 
 class SmallfryError(Exception):
-    """A problem that the user can fix; the command prints it without a traceback."""
+    """Problem for the user to fix, printed by the command without a traceback."""
 
 
 class UsageError(SmallfryError):
-    """An invalid request: an unknown name, or contradictory options."""
+    """Invalid request: an unknown name, or contradictory options."""
 
 
 class DataError(SmallfryError):
@@ -20,19 +20,19 @@ class DataError(SmallfryError):
 
 
 class AccessError(DataError):
-    """A file that can't be read at the moment; its content is not at fault."""
+    """Failure to open a file, with no fault of its content."""
 
 
 class ExportError(SmallfryError):
-    """An export that can't be made or used: damaged, foreign, or of another version."""
+    """Impossible or unusable export: damaged, foreign, or of another version."""
 
 
 class ServerError(SmallfryError):
-    """A failure to serve: a port in use, an address of another machine, a missing package."""
+    """Failure to serve: a port in use, an address of another machine, a missing package."""
 
 
 class SmallfryWarning(UserWarning):
-    """A warning about something handled in a way that the user should know of."""
+    """Warning of an automatic decision."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -33,7 +33,7 @@ class Frame(NamedTuple):
 
     @property
     def plain(self) -> int | list[int]:
-        """The size as JSON and YAML have it."""
+        """Size as in JSON and YAML."""
         return self.height if self.height == self.width else [self.height, self.width]
 
     def shape(self, channels: int) -> tuple[int, int, int]:

@@ -53,7 +53,7 @@ STRIP = 2**20  # pixels that are laid over white at a time
 
 
 class Pixels(NamedTuple):
-    """Pixels of an image in the form that a model takes."""
+    """Pixels of an image in a model's form."""
 
     values: NDArray[np.uint8]  # (channels, height, width)
     peak: int  # largest value of an image of more than 8 bits per channel; -1 of any other

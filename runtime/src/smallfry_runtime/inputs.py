@@ -51,7 +51,7 @@ SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*")
 
 
 class InputImage(NamedTuple):
-    """An input image, or the reason why it is missing."""
+    """Input image, or the reason of its absence."""
 
     name: str
     encoded: Encoded | None

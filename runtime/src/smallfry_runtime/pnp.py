@@ -40,7 +40,7 @@ class Pose(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """Pose with the points that agree with it."""
+    """Pose, with its inliers."""
 
     pose: Pose
     inliers: NDArray[np.bool_]

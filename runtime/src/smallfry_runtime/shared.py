@@ -1,4 +1,4 @@
-"""Shared files: a graph of a sub-model without the weights that the full model's graph has.
+"""Shared files: a graph of a sub-model without the weights in the full model's graph.
 
     "SFPART1\\n"  checksum (CRC-32 of all that follows)  length of the header  header
     the rest of the original under zlib
@@ -29,7 +29,7 @@ MOST_BYTES = 2**31
 
 
 class Part(NamedTuple):
-    """Weights of a file that are a part of a tensor in the base."""
+    """Weights of a file as a part of a tensor in the base."""
 
     offset: int  # in the original
     base_offset: int

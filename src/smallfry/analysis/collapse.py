@@ -265,7 +265,7 @@ def linear_collapse(
 
 
 class WatchCollapse(Callback):
-    """Callback that measures collapse on training images after each epoch.
+    """Callback for measuring collapse on training images after each epoch.
 
     It writes ``collapse.json`` and ``pictures/collapse.png`` into the run folder.
 

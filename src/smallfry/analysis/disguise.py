@@ -71,7 +71,7 @@ class _Padded(nn.Module):
 
 
 class Disguised(nn.Module):
-    """Network of padded units; same outputs as the network that it was made from.
+    """Network of padded units, with the outputs of the original network.
 
     Args:
         units: In order.
@@ -90,12 +90,11 @@ class Disguised(nn.Module):
         return logits
 
 
-def plan_schedule(models: Sequence[nn.Module], channels: int = 3) -> Schedule:
+def plan_schedule(models: Sequence[nn.Module]) -> Schedule:
     """Find the smallest schedule that all networks fit into.
 
     Args:
         models: With as many changes of resolution.
-        channels: Of their images.
 
     Raises:
         UsageError: Of another number of stages, or a network that can't be disguised.
@@ -105,20 +104,18 @@ def plan_schedule(models: Sequence[nn.Module], channels: int = 3) -> Schedule:
     if len({len(each) for each in stages}) != 1:
         found = ", ".join(str(len(each)) for each in stages)
         raise UsageError(f"networks of one schedule need as many stages each, not {found}")
-    together = list(zip(*stages, strict=True))
-    widths = [max(_width(layout) for stage in each for layout in stage) for each in together]
-    units = tuple(max(len(stage) for stage in each) for each in together)
-    return Schedule(units, tuple(-(-max(width, channels) // GRID) * GRID for width in widths))
+    units = (max(map(len, each)) for each in zip(*stages, strict=True))
+    widths = (max(each) for each in zip(*map(_widths, stages), strict=True))
+    return Schedule(tuple(units), tuple(-(-width // GRID) * GRID for width in widths))
 
 
-def disguise(model: nn.Module, schedule: Schedule, channels: int = 3) -> Disguised:
+def disguise(model: nn.Module, schedule: Schedule) -> Disguised:
     """Rewrite a network of convolutions with equal outputs in evaluation mode.
 
     Args:
         model: Convolutions of at most 3×3 with same padding, batch norms, ReLU or ReLU6, additions,
             and a linear classifier of channel means.
         schedule: Of ``plan_schedule``.
-        channels: Of the images.
 
     Raises:
         UsageError: Another operator, or a network larger than the schedule.
@@ -137,8 +134,8 @@ def disguise(model: nn.Module, schedule: Schedule, channels: int = 3) -> Disguis
         )
     built: list[nn.Module] = []
     before = schedule.channels[0]
-    for stage, count, width in zip(stages, *schedule, strict=True):
-        if len(stage) > count or max(map(_width, stage)) > width:
+    for stage, needed, count, width in zip(stages, _widths(stages), *schedule, strict=True):
+        if len(stage) > count or needed > width:
             raise UsageError("the network is larger than its schedule; plan one with it")
         for layout in stage:
             built.append(_pad(layout, before, width))
@@ -335,8 +332,11 @@ def _stages(layouts: Sequence[_Layout]) -> list[list[_Layout]]:
     return stages
 
 
-def _width(layout: _Layout) -> int:
-    return max(end for _, end in layout.after.values())
+def _widths(stages: Sequence[Sequence[_Layout]]) -> list[int]:
+    """Return the channels that each stage needs, the first for the images too."""
+    layouts = [[layout.after for layout in stage] for stage in stages]
+    layouts[0].append(stages[0][0].before)
+    return [max(end for each in stage for _, end in each.values()) for stage in layouts]
 
 
 def _pad(layout: _Layout, before: int, width: int) -> _Padded:

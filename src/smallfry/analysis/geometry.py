@@ -249,7 +249,7 @@ def _change_numbers(changes: Changes) -> dict[str, Any]:
 
 
 def _share_by_turning(changes: Changes) -> float:
-    """Share of the broken images' loss of their logit that is due to turning."""
+    """Compute the share of turning in the broken images' loss of their logit."""
     lost = {
         name: float(getattr(changes, name)[changes.broken].sum())
         for name in ("turning", "stretching", "shifting")

@@ -35,7 +35,7 @@ WIDEST = 6  # of log₂ ratios; those beyond count there
 
 
 class Identified(NamedTuple):
-    """Families that an attack found for networks of versions that it had not seen.
+    """Families found by an attack, for networks of unseen versions.
 
     Attributes:
         names: Of the networks.

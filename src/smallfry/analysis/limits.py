@@ -1,4 +1,4 @@
-"""Limits of infinite depth: the classifier that a model's activation becomes without norms.
+"""Limits of infinite depth: the classifier of a model's activation without norms.
 
 Theory is in ``smallfry.layers.hermite``. Finite networks behave differently; the kernel classifier
 on the same features shows what the limit would do.

@@ -9,8 +9,8 @@ import torch
 from smallfry.analysis.question import Subject
 from smallfry.data import Split
 from smallfry.deploy.pretrained import load_trained
-from smallfry.deploy.run_metadata import weights_digest
 from smallfry.errors import UsageError
+from smallfry.training.checkpoint import weights_digest
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.run import require_classes, require_classifier
 from smallfry_runtime.names import path_of
@@ -69,7 +69,7 @@ def load_subject(
     subject = Subject(_name(run), trained, training, test, others, tuple(corruptions), seed)
     facts = {
         "model": run,
-        "weights": f"SHA-256 {weights_digest(trained.model)}",
+        "weights": f"SHA-256 {weights_digest(trained.model.state_dict())}",
         "against": list(against) or "nothing",
         "data": f"{path_of(loaded.name).name} ({'generated' if loaded.generated else 'real'})",
         "images": f"{len(training):,} of training, {len(test):,} of the test split",

@@ -25,7 +25,7 @@ METAVAR = "metavar"
 
 
 class Choice(NamedTuple):
-    """A subcommand of a verb.
+    """Subcommand of a verb.
 
     Attributes:
         purpose: Its line in the help.

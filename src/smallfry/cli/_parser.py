@@ -32,7 +32,7 @@ SHOWING = ("-h", "--help", "--version")  # options that print and exit, before a
 
 
 class Command(NamedTuple):
-    """A parsed command line.
+    """Parsed command line.
 
     Attributes:
         verb: The verb.

@@ -17,7 +17,7 @@ def json_line(value: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class OneRun:
-    """A trained model.
+    """Trained model.
 
     Args:
         run: Run folder, checkpoint folder, shared folder, or hf_hub:USER/NAME.

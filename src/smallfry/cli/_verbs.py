@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class Verb(NamedTuple):
-    """A command-line verb.
+    """Command-line verb.
 
     Attributes:
         name: Such as ``train``.

@@ -96,20 +96,24 @@ def run(options: Options) -> int:
             *(options.report.expanduser(), trained, loaded, (split, images), predictions, facts)
         )
         result["report"] = str(page)
-    steps = []
     if options.by_step or (isinstance(task, ScoredByStep) and task.scored_by_step):
-        steps = score_steps(trained.model, images, trained.normalize, task)
-        result["steps"] = steps
+        result["steps"] = score_steps(trained.model, images, trained.normalize, task)
     if options.json:
         say(json_line(result))
-        return 0
-    result.pop("steps", None)
-    per_class = result.pop("per_class", {})
-    page = result.pop("report", None)
+    else:
+        _print(result)
+    return 0
+
+
+def _print(result: Mapping[str, Any]) -> None:
+    """Print the scores, then those of classes and steps, and the page."""
+    apart = ("per_class", "steps", "report")
     table = Table("", "", show_header=False, box=None)
     for name, value in result.items():
-        table.add_row(name.replace("_", " "), escape(printable(_shown(name, value))))
+        if name not in apart:
+            table.add_row(name.replace("_", " "), escape(printable(_shown(name, value))))
     CleanConsole().print(table)
+    per_class, steps, page = map(result.get, apart)
     if per_class:
         print_per_class(per_class)
     if steps:
@@ -118,8 +122,7 @@ def run(options: Options) -> int:
             table.add_row(str(number), *(_shown(name, value) for name, value in row.items()))
         CleanConsole().print(table)
     if page is not None:
-        CleanConsole().print(f"report: {escape(printable(str(page)))}", soft_wrap=True)
-    return 0
+        CleanConsole().print(f"report: {escape(printable(page))}", soft_wrap=True)
 
 
 def _submodels(options: Options, trained: "TrainedModel") -> int:

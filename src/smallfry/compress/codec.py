@@ -1,4 +1,4 @@
-"""Codecs of data: probabilistic circuits that learn a distribution and code samples with it."""
+"""Codecs of data: probabilistic circuits, for learning a distribution and coding samples."""
 
 from smallfry.compress.coding.circuits import HCLT
 

@@ -12,7 +12,7 @@ MODEL = "(model)"  # what no layer has, such as position embeddings
 
 
 class LayerSize(NamedTuple):
-    """Figures of a layer of the parent, and of what stands in its place, in this order.
+    """Figures of a layer of the parent, then of its replacement.
 
     Attributes:
         name: The layer's name in the parent, or that of a new layer.

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,6 +12,7 @@ from smallfry.costing import cost
 from smallfry.data import Split
 from smallfry.tasks import Task
 from smallfry.tasks.multilabel import MultiLabel
+from smallfry.training.checkpoint import safetensors_bytes
 from smallfry.training.evaluation import predict, score, task_of
 from smallfry.training.run import TrainedModel
 
@@ -120,6 +120,5 @@ def _line(name: str, pair: tuple[int, int], form: str) -> tuple[str, str, str, s
 
 
 def _file_bytes(trained: TrainedModel) -> int:
-    weights = {name: each.contiguous() for name, each in trained.model.state_dict().items()}
-    plain = safetensors.torch.save(weights)
+    plain = safetensors_bytes(trained.model.state_dict())
     return len(plain if trained.packing is None else trained.packing(plain))

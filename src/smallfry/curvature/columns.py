@@ -37,34 +37,34 @@ class Columns(NamedTuple):
 
     @property
     def cancelled(self) -> float:
-        """A norm is the root of a sum that may cancel."""
+        """Relative error of a norm, the root of a sum with cancellation."""
         return math.sqrt(10 * _EPS)
 
     def left_bound(self, x: Tensor) -> Tensor:
-        """Columns times Σ x_i² P_ii is more than xᵀ P x."""
+        """Bound xᵀ P x by columns times Σ x_i² P_ii."""
         return _bound(x, self.left)
 
     def right_bound(self, x: Tensor) -> Tensor:
-        """Columns times Σ x_i² Q_ii is more than xᵀ Q x."""
+        """Bound xᵀ Q x by columns times Σ x_i² Q_ii."""
         return _bound(x, self.right)
 
     def apply(self, dual: Tensor) -> Tensor:
-        """M x."""
+        """Compute M x."""
         result = dual * self.weights
         if self.downdate is None:
             return result
         return result - (dual @ self.downdate)[..., None] * self.downdate
 
     def adjoint(self, dual: Tensor) -> Tensor:
-        """M is symmetric."""
+        """Compute M x, as M is symmetric."""
         return self.apply(dual)
 
     def left_metric(self, x: Tensor) -> Tensor:
-        """x P."""
+        """Compute x P."""
         return x @ self.left
 
     def right_metric(self, x: Tensor) -> Tensor:
-        """x Q."""
+        """Compute x Q."""
         return x @ self.right
 
     @property
@@ -73,7 +73,7 @@ class Columns(NamedTuple):
         return self.downdate is None and bool((self.weights >= 0).all())
 
     def squared_norm(self) -> Tensor:
-        """‖Z‖² = tr(M P M Q), (groups,)."""
+        """Compute ‖Z‖² = tr(M P M Q), (groups,)."""
         return (self.apply(self.left).transpose(1, 2) * self.apply(self.right)).sum((1, 2))
 
 

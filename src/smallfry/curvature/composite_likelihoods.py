@@ -76,7 +76,7 @@ class Joint(Likelihood):
         return next(iter(found.values()))
 
     def is_density(self, outputs: Outputs) -> bool:
-        """True if every part is a density."""
+        """Return whether every part is a density."""
         return all(part.is_density(z) for part, z in self._each(outputs))
 
     def sample_gradients(self, outputs: Outputs, generator: torch.Generator) -> Outputs:
@@ -171,7 +171,7 @@ class Joint(Likelihood):
 
 
 class FromDistribution(Likelihood):
-    """Any density that ``torch.distributions`` can sample and score.
+    """Any density of ``torch.distributions``.
 
     Args:
         function: From the model's output to a Distribution whose batch shape starts with the

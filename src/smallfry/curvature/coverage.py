@@ -26,7 +26,7 @@ TIED = {nn.Linear, nn.Embedding}
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One linear map [W b] with all the modules that apply it.
+    """Linear map [W b] with all its modules.
 
     Args:
         name: Name of its weight, or of its bias where the weight is frozen.
@@ -138,10 +138,38 @@ def cover(
     chosen = {p for p in names if p.requires_grad}
     if trained is not None:
         chosen &= set(trained)
-    excluded = _excluded(model, exclude)
-    reasons: dict[nn.Parameter, str] = {}
+    users, hosts, reasons = _use(model, _excluded(model, exclude))
+    blocks, taken = list[Block](), set[nn.Parameter]()
+    for weight, found in users.items():
+        layers = _in_order(found, weight in chosen)
+        if not tied and len({isinstance(m, nn.Embedding) for m in layers.values()}) > 1:
+            reasons.setdefault(weight, "an embedding's and a linear layer's at once: see fisher=")
+        block = _block(weight, layers, names, chosen - taken, reasons)
+        if block is not None:
+            inside = dict.fromkeys(hosts[m] for m in layers.values() if m in hosts)
+            blocks.append(replace(block, hosts=tuple(inside)))
+            taken.update(block.parameters.values())
+    uncovered = {
+        name: reasons.get(p, "its layer's weight is used elsewhere, or it belongs to two layers")
+        for p, name in names.items()
+        if p in chosen and p not in taken
+    }
+    return Coverage(tuple(blocks), uncovered)
+
+
+class _Use(NamedTuple):
+    """Use of a model's parameters."""
+
+    users: dict[nn.Parameter, dict[str, nn.Module]]  # layers of each weight, by path
+    hosts: dict[nn.Module, Host]  # of layers that only a host's forward calls
+    reasons: dict[nn.Parameter, str]  # for which a parameter can't be covered
+
+
+def _use(model: nn.Module, excluded: set[str]) -> _Use:
+    """Find the layers that could be covered, and the parameters that can't."""
     users: dict[nn.Parameter, dict[str, nn.Module]] = {}
     hosts: dict[nn.Module, Host] = {}
+    reasons: dict[nn.Parameter, str] = {}
     for path, module in model.named_modules():
         reason = _why_not(model, path, module, excluded)
         host = _host_of(module) if reason is None else None
@@ -171,22 +199,7 @@ def cover(
                 users.setdefault(parameter, {})[path] = module
     for bias in _shared_biases(users):
         reasons.setdefault(bias, "its bias is shared by layers with different weights")
-    blocks, taken = list[Block](), set[nn.Parameter]()
-    for weight, found in users.items():
-        layers = _in_order(found, weight in chosen)
-        if not tied and len({isinstance(m, nn.Embedding) for m in layers.values()}) > 1:
-            reasons.setdefault(weight, "an embedding's and a linear layer's at once: see fisher=")
-        block = _block(weight, layers, names, chosen - taken, reasons)
-        if block is not None:
-            inside = dict.fromkeys(hosts[m] for m in layers.values() if m in hosts)
-            blocks.append(replace(block, hosts=tuple(inside)))
-            taken.update(block.parameters.values())
-    uncovered = {
-        name: reasons.get(p, "its layer's weight is used elsewhere, or it belongs to two layers")
-        for p, name in names.items()
-        if p in chosen and p not in taken
-    }
-    return Coverage(tuple(blocks), uncovered)
+    return _Use(users, hosts, reasons)
 
 
 def _host_of(module: nn.Module) -> Host | None:

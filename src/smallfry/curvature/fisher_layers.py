@@ -1,4 +1,4 @@
-"""Local Fisher layers: a reparametrised network in which gradient descent is natural.
+"""Local Fisher layers: a reparametrisation for natural gradient by gradient descent.
 
 A layer y = [W b] a with metrics A on its inputs (homogeneous: with a 1 behind, where there is a
 bias) and G on its outputs is written as
@@ -31,7 +31,7 @@ class Metric(NamedTuple):
 
 
 class FisherLayer(nn.Module):
-    """A layer with [W b] = S_g⁻¹ V S_a⁻¹; ``matrix`` is V.
+    """Layer with [W b] = S_g⁻¹ V S_a⁻¹; ``matrix`` is V.
 
     Args:
         block: The block of one layer that it stands for.
@@ -61,11 +61,11 @@ class FisherLayer(nn.Module):
 
     @property
     def layer(self) -> nn.Module:
-        """The original layer; its own parameters are out of date until removal."""
+        """Original layer; its own parameters are out of date until removal."""
         return self._hidden[0].module
 
     def plain_matrix(self) -> Tensor:
-        """[W b] = S_g⁻¹ V S_a⁻¹, (groups, outputs, inputs)."""
+        """Compute [W b] = S_g⁻¹ V S_a⁻¹, (groups, outputs, inputs)."""
         matrix: Tensor = self.matrix @ self.input_inverse
         return matrix if self.output_inverse is None else self.output_inverse @ matrix
 

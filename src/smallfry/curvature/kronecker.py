@@ -34,7 +34,7 @@ class Inverse(NamedTuple):
 
 
 class NotFiniteError(ArithmeticError):
-    """A factor holds a NaN."""
+    """NaN in a factor."""
 
 
 def input_factor(rows: Rows) -> Tensor:

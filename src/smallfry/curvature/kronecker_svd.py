@@ -91,7 +91,6 @@ def kfac_correction(
     stored: Terms | None = None,
     keep: float = 0.0,
     solver: Solver = "deflation",
-    tolerance: float | None = None,
 ) -> Terms:
     """Find the nearest sum of ``rank`` products to the residual of KFAC, F̄ − A' ⊗ G'.
 
@@ -108,7 +107,6 @@ def kfac_correction(
         stored: The correction before this batch.
         keep: Weight of what was before.
         solver: See ``nearest_terms``.
-        tolerance: See ``nearest_terms``.
 
     Raises:
         NotFiniteError: The rows, the factors or the stored terms are not finite.
@@ -126,14 +124,14 @@ def kfac_correction(
         # A' and G' are sums over the very columns that the rest is made of
         downdate = _weights(rows, [share / rows.samples, *([keep] + [0.0] * kept)[:kept]])
         operator = _operator(rows, share, products, _weights(rows, [keep] * kept), downdate)
-        return _solve(operator, rows, products, rank, solver, tolerance)
+        return _solve(operator, rows, products, rank, solver)
     new = Products(input_factor(rows)[None], output_factor(rows)[None])
     if products is not None:
         old = zip(products, new, strict=True)
         new = Products(*(before[:1].lerp(fresh, share) for before, fresh in old))
     products = new if products is None else _with(products, new)
     operator = _operator(rows, share, products, _weights(rows, [keep] * kept + [-1.0]), None)
-    return _solve(operator, rows, products, rank, solver, tolerance)
+    return _solve(operator, rows, products, rank, solver)
 
 
 def _operator(
@@ -154,7 +152,7 @@ def _solve(
     products: Products | None,
     rank: int,
     solver: Solver,
-    tolerance: float | None,
+    tolerance: float | None = None,
 ) -> Terms:
     """Compute terms from the leading triplets of an operator."""
     squared_norm = operator.squared_norm()

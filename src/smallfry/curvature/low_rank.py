@@ -35,7 +35,7 @@ class LowRank(NamedTuple):
         return self.values.sum(1) + (size - rank) * self.tail
 
     def dense(self) -> Tensor:
-        """The matrix, (groups, size, size)."""
+        """Return the dense matrix, (groups, size, size)."""
         size = self.vectors.shape[1]
         excess = (self.values - self.tail[:, None])[:, None]
         flat = self.tail[:, None, None] * torch.eye(size).to(self.vectors)
@@ -58,29 +58,11 @@ def inner(one: LowRank, other: LowRank) -> Tensor:
     return coupled + flat
 
 
-def average(
-    old: LowRank | None, rows: Tensor, keep: float, rank: int, generator: torch.Generator
-) -> LowRank:
-    """Compute the leading pairs of keep · old + (1 − keep) · rowsᵀ rows.
-
-    Args:
-        old: The average so far; None if there is none.
-        rows: (groups, rows, size), weighted so that rowsᵀ rows is the batch's factor.
-        keep: Share of the old.
-        rank: Pairs to keep, less than size.
-        generator: Generator of the initial directions of the eigenvector search.
-
-    Raises:
-        NotFiniteError: A row is not finite.
-    """
-    mean = Average(old, keep, rank)
-    first = mean.directions(rows, generator)
-    basis = mean.basis(first, gram_times(rows, first))
-    return mean.pairs(basis, gram_times(rows, basis), (rows**2).sum((1, 2)))
-
-
 class Average(NamedTuple):
-    """Stepwise form of ``average``, for sums over processes between the steps."""
+    """Leading pairs of keep · old + (1 − keep) · rowsᵀ rows, in steps between sums over processes.
+
+    The rows (groups, rows, size) are weighted so that rowsᵀ rows is the batch's factor.
+    """
 
     old: LowRank | None
     keep: float  # share of the old

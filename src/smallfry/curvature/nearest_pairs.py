@@ -113,7 +113,7 @@ class _Mixed(NamedTuple):
         return self._replace(own=self.own * scale[:, None], weights=self.weights * scale[:, None])
 
     def trace(self) -> Tensor:
-        """(groups,)."""
+        """Compute the traces, (groups,)."""
         total = (self.own * self.x.square().sum(2)).sum(1)
         for factor, weight in zip(self.stored, self.weights.unbind(1), strict=True):
             total = total + weight * _trace(factor)

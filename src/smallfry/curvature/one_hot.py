@@ -16,6 +16,8 @@ from torch import Tensor
 from smallfry.curvature.embedding_rows import one_hot
 from smallfry.curvature.rows import Rows
 
+MOST_ITERATIONS = 100  # of the power iteration
+
 
 class RowSums(NamedTuple):
     """Gradients of embedding rows: F_ii = 1/samples Σ h hᵀ over the samples with index i."""
@@ -78,7 +80,6 @@ def nearest_product(
     samples: float,
     stored: DiagonalProduct | None = None,
     keep: float = 0.0,
-    most: int = 100,
 ) -> DiagonalProduct:
     """Find the diag(a) ⊗ S nearest to the blocks F_ii, with S of norm 1.
 
@@ -91,7 +92,6 @@ def nearest_product(
         samples: In the batch.
         stored: An operator to average with.
         keep: Its share.
-        most: Iterations.
     """
     numbers, h = sums
     share = (1 - keep) / samples
@@ -111,7 +111,7 @@ def nearest_product(
     tolerance = 1e-13 if h.dtype == torch.float64 else 1e-6
     s = outputs(h.new_ones(size))
     s = s / _norm(s)
-    for _ in range(most):
+    for _ in range(MOST_ITERATIONS):
         a = inputs(s)
         following = outputs(a / _norm(a))
         following = following / _norm(following)

@@ -1,4 +1,4 @@
-"""Third-party layers that compute one of PyTorch's products, recognised by their results."""
+"""Third-party layers with one of PyTorch's products, recognised by their results."""
 
 from inspect import signature
 from typing import Any

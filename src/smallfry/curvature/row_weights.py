@@ -32,7 +32,7 @@ class RowWeights(NamedTuple):
 
 
 def common_weight(rho: Tensor, error: Tensor) -> float | None:
-    """The common ρ of all rows; None where they differ by more than rounding.
+    """Return the common ρ of all rows; None where they differ by more than rounding.
 
     Args:
         rho: ρ of each row.

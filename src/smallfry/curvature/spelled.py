@@ -1,4 +1,4 @@
-"""Modules that apply several weights in one function, decomposed into layer calls.
+"""Modules with several weights in one function, decomposed into layer calls.
 
 While curvature is taken, the forward of such a host is spelled out: it calls a linear layer for
 each of its weights, and what lies between is what PyTorch's own function computes.

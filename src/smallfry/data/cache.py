@@ -29,7 +29,7 @@ HASH_LENGTH = 64  # hexadecimal digits
 
 
 class Unreadable(NamedTuple):
-    """An image that can't be decoded."""
+    """Undecodable image."""
 
     position: int
     reason: str

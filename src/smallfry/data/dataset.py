@@ -13,6 +13,7 @@ import torch
 
 from smallfry.data.bit_depth import sampled_depth
 from smallfry.data.decoded import (
+    Decoding,
     decode_held_out,
     decode_training,
     require_labels,
@@ -156,18 +157,13 @@ def load_data(
             f"for auto-encoders, load_data('{name}', min_classes=1); a folder of that name is "
             f"./{name}"
         )
+    columns = LabelColumns(image_column, label, split_column)
     if several_labels:
         _require_several(name, bool(stream), remove_duplicates, image_column, labels)
-        columns = LabelColumns(image_column, label, split_column)
         form = LabelForm(tuple(label_columns), label_separator)
         file = None if labels is None else Path(labels)
         images = find_several(find_folder(name, place), file, columns, form)
-        some = EncodedSplit(
-            np.zeros(len(images.images), np.int64),
-            lambda i: images.images[i].path,
-            lambda i: str(images.images[i].path),
-        )
-        frame, channels = _geometry(some, frame, channels)
+        frame, channels = _geometry(images.encoded, frame, channels)
         return load_several(
             *(name, frame._replace(resize=resize), channels, images),
             validation=validation,
@@ -184,52 +180,31 @@ def load_data(
     if labels is None:
         source = find_source(name, place, label, above, skip_unreadable, image_column)
     else:
-        columns = LabelColumns(image_column, label, split_column)
         source = read_label_file(find_folder(name, place), Path(labels), columns)
     source = with_known_labels(source)
     _require_classes(source, min_classes)
-    count = len(source.classes)
     encoded = source.splits[TRAIN]
     frame, channels = _geometry(encoded, frame, channels)
     size = frame._replace(resize=resize)
+    decoding = Decoding(size, channels, len(source.classes), skip_unreadable, bit_depth)
     streamed = encoded.shards is not None and len(encoded.labels) > above
-    if stream and not streamed:
-        raise UsageError(
-            f"data.stream needs a folder of parquet or tar files, which {source.origin} is not; "
-            f"remove the option"
-        )
-    if streamed and remove_duplicates:
-        raise UsageError(
-            "data.remove_duplicates compares decoded images, but data.stream decodes none before "
-            "training; remove one of the two"
-        )
+    _check_streaming(source, streamed, bool(stream), remove_duplicates)
+
     partly = not streamed and limit is not None and not skip_unreadable
     if streamed:
         if bit_depth is None:
-            bit_depth = sampled_depth(encoded)
-        train = _stream(encoded, size, channels, window, skip_unreadable, bit_depth)
-    elif partly:  # which images are used follows from the labels
-        require_labels(encoded, count)
-        everything = torch.arange(len(encoded.labels))
-        train = Split(torch.empty(0), everything, torch.from_numpy(encoded.labels))
+            decoding = decoding._replace(bit_depth=sampled_depth(encoded))
+        train = _stream(encoded, decoding, window)
+    elif partly:
+        train = _undecoded(encoded, decoding.classes)
     else:
         others = [other for kind, other in source.splits.items() if kind != TRAIN]
-        train, bit_depth = decode_training(
-            encoded, others, size, channels, count, skip_unreadable, bit_depth
-        )
+        train, decoding = decode_training(encoded, others, decoding)
     if min_classes > 1:
         _warn_of_missing_classes(source, train)
 
-    held_out: Split | EncodedSplit
-    held: Split | EncodedSplit
-    if TEST in source.splits:
-        held_out = source.splits[TEST]
-    else:
-        train, held_out = _hold_out(train, test, split_seed, "test")
-    if VALIDATION in source.splits:
-        held = source.splits[VALIDATION]
-    else:
-        train, held = _hold_out(train, validation, split_seed + 1, "validation")
+    train, held_out = _part(source, TEST, train, test, split_seed)
+    train, held = _part(source, VALIDATION, train, validation, split_seed + 1)
     if limit is not None and limit < len(train):
         train = take_some(train, limit, split_seed + 2)
     if partly:
@@ -239,15 +214,14 @@ def load_data(
         )
         encoded = encoded.take(train.rows.numpy())
         others = [part for part in (held, held_out) if isinstance(part, EncodedSplit)]
-        train, bit_depth = decode_training(
-            encoded, others, size, channels, count, skip_unreadable, bit_depth
-        )
+        train, decoding = decode_training(encoded, others, decoding)
+
     locate = {
         split: part.locate if isinstance(part, EncodedSplit) else encoded.locate
         for split, part in {TRAIN: encoded, VALIDATION: held, TEST: held_out}.items()
     }
     if isinstance(held, EncodedSplit):
-        held = decode_held_out(held, size, channels, count, skip_unreadable, bit_depth)
+        held = decode_held_out(held, decoding)
     data = ImageData(
         name,
         source.origin,
@@ -260,10 +234,40 @@ def load_data(
         skip_unreadable,
         source.spelled,
         locate,
-        bit_depth,
+        decoding.bit_depth,
         resize=resize,
     )
     return data.without_duplicates() if remove_duplicates else data
+
+
+def _check_streaming(source: Source, streamed: bool, wanted: bool, deduplicated: bool) -> None:
+    """Refuse to stream a source without shards, and to find duplicates in streamed images."""
+    if wanted and not streamed:
+        raise UsageError(
+            f"data.stream needs a folder of parquet or tar files, which {source.origin} is not; "
+            f"remove the option"
+        )
+    if streamed and deduplicated:
+        raise UsageError(
+            "data.remove_duplicates compares decoded images, but data.stream decodes none before "
+            "training; remove one of the two"
+        )
+
+
+def _undecoded(split: EncodedSplit, classes: int) -> Split:
+    """Return rows and labels without pixels; they determine which images are used."""
+    require_labels(split, classes)
+    rows = torch.arange(len(split.labels))
+    return Split(torch.empty(0), rows, torch.from_numpy(split.labels))
+
+
+def _part(
+    source: Source, kind: str, train: Split, share: float, seed: int
+) -> tuple[Split, Split | EncodedSplit]:
+    """Return the training images, and the source's split of a kind, or a share held out."""
+    if kind in source.splits:
+        return train, source.splits[kind]
+    return _hold_out(train, share, seed, kind)
 
 
 def _hold_out(
@@ -289,16 +293,10 @@ def _hold_out(
     return kept, encoded
 
 
-def _stream(
-    split: EncodedSplit,
-    size: Frame,
-    channels: int,
-    window: int,
-    skip_unreadable: bool,
-    bit_depth: int | None,
-) -> Split:
+def _stream(split: EncodedSplit, decoding: Decoding, window: int) -> Split:
     """Open a split whose images stay in their shards."""
     assert split.shards is not None
+    size, channels, _, skip_unreadable, bit_depth = decoding
     pixels = ShardPixels(split.shards, size, channels, window, bit_depth)
     rows = readable_rows(pixels, skip_unreadable)
     return Split(pixels, rows, torch.from_numpy(split.labels)[rows])

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,50 +19,41 @@ from smallfry_runtime.frames import Frame
 from smallfry_runtime.images import FULL_DEPTH
 
 
-def decode_held_out(
-    split: EncodedSplit,
-    size: Frame,
-    channels: int,
-    classes: int,
-    skip_unreadable: bool,
-    bit_depth: int | None,
-) -> Split:
+class Decoding(NamedTuple):
+    """Settings of decoding."""
+
+    size: Frame
+    channels: int
+    classes: int  # labels are below
+    skip_unreadable: bool
+    bit_depth: int | None  # None to determine it from the training images
+
+
+def decode_held_out(split: EncodedSplit, decoding: Decoding) -> Split:
     """Decode a split on the scale of the training images."""
-    depth = bit_depth or FULL_DEPTH
-    held, found = decode_split(split, size, channels, classes, skip_unreadable, depth)
-    if bit_depth is None and found is not None:
+    depth = decoding.bit_depth or FULL_DEPTH
+    held, found = decode_split(split, decoding._replace(bit_depth=depth))
+    if decoding.bit_depth is None and found is not None:
         warn_of_unlike_images(split.locate(0))
     return held
 
 
 def decode_training(
-    split: EncodedSplit,
-    others: Sequence[EncodedSplit],
-    size: Frame,
-    channels: int,
-    classes: int,
-    skip_unreadable: bool,
-    bit_depth: int | None,
-) -> tuple[Split, int | None]:
+    split: EncodedSplit, others: Sequence[EncodedSplit], decoding: Decoding
+) -> tuple[Split, Decoding]:
     """Decode the training images, and determine the bit depth for all splits."""
-    wanted = (split, size, channels, classes, skip_unreadable)
-    train, depth = decode_split(*wanted, bit_depth)
-    if bit_depth is None and depth is not None:
-        bit_depth = common_depth(depth, others, size, channels)
-        if bit_depth > depth:
-            train, _ = decode_split(*wanted, bit_depth)
-    return train, bit_depth
+    train, depth = decode_split(split, decoding)
+    if decoding.bit_depth is None and depth is not None:
+        common = common_depth(depth, others, decoding.size, decoding.channels)
+        decoding = decoding._replace(bit_depth=common)
+        if common > depth:
+            train, _ = decode_split(split, decoding)
+    return train, decoding
 
 
-def decode_split(
-    split: EncodedSplit,
-    size: Frame,
-    channels: int,
-    classes: int,
-    skip_unreadable: bool,
-    bit_depth: int | None,
-) -> tuple[Split, int | None]:
+def decode_split(split: EncodedSplit, decoding: Decoding) -> tuple[Split, int | None]:
     """Decode a split, and determine its bit depth if it exceeds 8 bits per channel."""
+    size, channels, classes, skip_unreadable, bit_depth = decoding
     require_labels(split, classes)
     images, unreadable, found = decoded(split, size, channels, bit_depth)
     if unreadable and not skip_unreadable:

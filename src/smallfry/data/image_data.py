@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smallfry.data.decoded import decode_held_out
+from smallfry.data.decoded import Decoding, decode_held_out
 from smallfry.data.duplicates import (
     Hashed,
     describe_duplicates,
@@ -102,11 +102,8 @@ class ImageData:
         """Test split, decoded on first access."""
         if isinstance(self._held_out, Split):
             return self._held_out
-        return decode_held_out(
-            self._held_out,
-            *(self.frame, self.channels, len(self.classes), self._skip_unreadable),
-            self.bit_depth,
-        )
+        form = (self.frame, self.channels, len(self.classes), self._skip_unreadable)
+        return decode_held_out(self._held_out, Decoding(*form, self.bit_depth))
 
     def locate(self, split: str, position: int) -> str:
         """Describe the source of an image, such as its file.

@@ -1,4 +1,4 @@
-"""Images that may have several classes: from a file of labels, or from class folders.
+"""Images with several classes each: from a file of labels, or from class folders.
 
 A file has a column of classes with separators, or a column of 0 and 1 for each class. In class
 folders, the same image lies in several of them: as a link, or as a copy.
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from smallfry.data.decoded import decode_held_out, decode_training
+from smallfry.data.decoded import Decoding, decode_held_out, decode_training
 from smallfry.data.fingerprint import digest, stamp
 from smallfry.data.folders import read_class_folders
 from smallfry.data.image_data import ImageData
@@ -70,6 +70,15 @@ class Found(NamedTuple):
     images: list[Labelled]
     classes: tuple[str, ...]
 
+    @property
+    def encoded(self) -> EncodedSplit:
+        """All images, without their labels."""
+        return EncodedSplit(
+            np.zeros(len(self.images), np.int64),
+            lambda i: self.images[i].path,
+            lambda i: str(self.images[i].path),
+        )
+
 
 def load_several(
     name: str,
@@ -94,13 +103,12 @@ def load_several(
     present = {kind: part for kind, part in parts.items() if len(part.labels)}
     others = [part for kind, part in present.items() if kind != TRAIN]
     decoded: dict[str, Split] = {}
-    train, depth = decode_training(
-        parts[TRAIN], others, frame, channels, 1, skip_unreadable, bit_depth
-    )
+    decoding = Decoding(frame, channels, 1, skip_unreadable, bit_depth)
+    train, decoding = decode_training(parts[TRAIN], others, decoding)
     decoded[TRAIN] = train
     for kind, part in present.items():
         if kind != TRAIN:
-            decoded[kind] = decode_held_out(part, frame, channels, 1, skip_unreadable, depth)
+            decoded[kind] = decode_held_out(part, decoding)
     train = replace(train, labels=_rarest(tables[TRAIN])[train.rows])
     held, tested = decoded.get(VALIDATION), decoded.get(TEST)
     if tested is None:
@@ -124,7 +132,7 @@ def load_several(
         skip_unreadable,
         found.classes,
         {kind: parts[kinds[kind]].locate for kind in kinds},
-        depth,
+        decoding.bit_depth,
         resize=frame.resize,
     )
 

@@ -1,4 +1,4 @@
-"""Splits of images in memory, and functions that divide them."""
+"""Splits of images in memory, and their division."""
 
 from dataclasses import dataclass, replace
 

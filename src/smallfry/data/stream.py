@@ -1,4 +1,4 @@
-"""Streaming of images from shards, in an order that suits the shards.
+"""Streaming of images from shards, shuffled in windows.
 
 An epoch's order is a pure function of a seed, so a run can be resumed at any step, by any number
 of processes, and what a process makes of its share is what any other would make of it. The blocks
@@ -38,7 +38,7 @@ WORTH_THREADS = 2**20  # bytes of encoded images
 
 
 class ShardPixels:
-    """Pixels of a split that stays in its shards; indexed like a tensor, by rows.
+    """Pixels in shards, indexed by rows like a tensor.
 
     Args:
         shards: Shards of the images.

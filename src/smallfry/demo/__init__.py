@@ -1,1 +1,1 @@
-"""A local page to try a trained model on images and watch it think."""
+"""Local page to try a trained model on images and watch it think."""

@@ -18,7 +18,6 @@ import numpy as np
 import timm
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import nn
 
 from smallfry.deploy.export import (
@@ -32,10 +31,10 @@ from smallfry.deploy.graphs import exported_program, to_onnx, whole_graph
 from smallfry.deploy.memory import MODEL, WEIGHTS
 from smallfry.deploy.pretrained import gather
 from smallfry.deploy.quantize import quantize
-from smallfry.deploy.run_metadata import weights_digest
 from smallfry.deploy.targets import find_target
 from smallfry.errors import ExportError, SmallfryError, UsageError
 from smallfry.models import Recursive
+from smallfry.training.checkpoint import safetensors_bytes, weights_digest
 from smallfry.training.evaluation import as_arrays
 from smallfry.training.run import TrainedModel, thresholds_of
 from smallfry_runtime.arrays import random_inputs
@@ -85,7 +84,7 @@ class Contestant(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """Contestant that can't be measured, with the reason."""
+    """Unmeasurable contestant, with the reason."""
 
     model: str
     form: str
@@ -127,7 +126,7 @@ def of_run(
     """
     name = Path(run).resolve().name
     trained, facts, _ = gather(run, checkpoint)
-    digest = weights_digest(trained.model)
+    digest = weights_digest(trained.model.state_dict())
     parameters = int(facts["measured"]["parameters"])
     place = folder / "pytorch"
     size = _save(trained, place)
@@ -307,9 +306,7 @@ def _save(trained: TrainedModel, folder: Path) -> int:
         "channels": trained.channels,
     }
     (folder / MODEL).write_text(json.dumps(content))
-    weights = {name: weight.contiguous() for name, weight in trained.model.state_dict().items()}
-    save_file(weights, folder / WEIGHTS)
-    return (folder / WEIGHTS).stat().st_size
+    return (folder / WEIGHTS).write_bytes(safetensors_bytes(trained.model.state_dict()))
 
 
 def _traced_peer(name: str, wanted: Input) -> tuple[bytes, int]:

@@ -35,7 +35,6 @@ from smallfry.deploy.graphs import Graph, anytime_graphs, exported_program, to_o
 from smallfry.deploy.onnx_metadata import metadata_of
 from smallfry.deploy.pretrained import gather, load_trained
 from smallfry.deploy.quantization_report import write_report
-from smallfry.deploy.run_metadata import weights_digest
 from smallfry.deploy.storing import packed_graphs, shared_graphs
 from smallfry.deploy.submodels import Row, add_submodels
 from smallfry.deploy.targets import Source, find_target, require_installed
@@ -43,6 +42,7 @@ from smallfry.errors import ExportError, SmallfryError, SmallfryWarning, UsageEr
 from smallfry.io.replace import replacing
 from smallfry.layers.quantized import QuantizedWeight
 from smallfry.models import Recursive
+from smallfry.training.checkpoint import weights_digest
 from smallfry.training.evaluation import task_of
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.exit_calibration import judged_part
@@ -484,7 +484,7 @@ def _manifest(
         recursion_steps=_steps(trained.model) if isinstance(trained.model, Recursive) else None,
         training=dict(facts),
         license=license,
-        source={"weights": weights_digest(trained.model)},
+        source={"weights": weights_digest(trained.model.state_dict())},
         files={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         engine=target,
         storage=storage,

@@ -127,15 +127,7 @@ def described(
     arguments = dict(config.get("model_args", {}))
     channels = arguments.get("in_chans", channels)
     sides = (height, width)
-    is_fit = all(type(side) is int and 1 <= side <= LARGEST_SIDE for side in sides)
-    if channels not in (1, 3) or not is_fit:
-        raise RunError(
-            f"{where}: expects images of {channels}×{height}×{width}; smallfry supports at most "
-            f"{LARGEST_SIDE} pixels per side, with 1 or 3 channels"
-        )
-    mean, std = (tuple(map(float, wanted[key])) for key in ("mean", "std"))
-    if len(mean) != channels or len(std) != channels or not all(value > 0 for value in std):
-        raise RunError(f"{where}: its mean {mean} and std {std} don't fit {channels} channels")
+    mean, std = _normalization(wanted, channels, sides, where)
     if facts is None:
         _warn_of_another_view(wanted, where)
     told = dict(facts or {})
@@ -152,12 +144,7 @@ def described(
         },
         *(wanted, len(labels), weights, where),
     )
-    if not isinstance(told.get("methods", []), list):
-        raise TypeError("smallfry.methods is no list")
-    _require_task(told, len(labels))
-    for name in ("data", "training", "measured", "provenance", "start", "teacher"):
-        if not isinstance(told.get(name, {}), Mapping):
-            raise TypeError(f"smallfry.{name} is no object")
+    _require_facts(told, len(labels))
     version, number = told.pop("version", None), told.pop("format", None)
     bit_depth = told.pop("bit_depth", None)
     if not is_bit_depth(bit_depth):
@@ -181,6 +168,32 @@ def described(
     return TrainedModel(
         *(model, labels, frame.size, channels, normalize, manifest, bit_depth), resize=frame.resize
     )
+
+
+def _normalization(
+    wanted: Mapping[str, Any], channels: Any, sides: tuple[Any, Any], where: str
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and std by channel, of images that smallfry supports."""
+    is_fit = all(type(side) is int and 1 <= side <= LARGEST_SIDE for side in sides)
+    if channels not in (1, 3) or not is_fit:
+        raise RunError(
+            f"{where}: expects images of {channels}×{sides[0]}×{sides[1]}; smallfry supports at "
+            f"most {LARGEST_SIDE} pixels per side, with 1 or 3 channels"
+        )
+    mean, std = (tuple(map(float, wanted[key])) for key in ("mean", "std"))
+    if len(mean) != channels or len(std) != channels or not all(value > 0 for value in std):
+        raise RunError(f"{where}: its mean {mean} and std {std} don't fit {channels} channels")
+    return mean, std
+
+
+def _require_facts(told: Mapping[str, Any], classes: int) -> None:
+    """Require metadata of the right types, and a task of classes."""
+    if not isinstance(told.get("methods", []), list):
+        raise TypeError("smallfry.methods is no list")
+    _require_task(told, classes)
+    for name in ("data", "training", "measured", "provenance", "start", "teacher"):
+        if not isinstance(told.get(name, {}), Mapping):
+            raise TypeError(f"smallfry.{name} is no object")
 
 
 def _require_task(told: Mapping[str, Any], classes: int) -> None:

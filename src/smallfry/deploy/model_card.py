@@ -79,9 +79,9 @@ def _purpose(config: Mapping[str, Any], pixels: str) -> str:
     return f"Sorts {pixels} into {count} classes"
 
 
-def as_text(value: object, longest: int = LONGEST) -> str:
+def as_text(value: object) -> str:
     """Escape a value as inert markdown text, for anywhere but a line's start."""
-    return MARKS.sub(r"\\\1", plain(value, longest))
+    return MARKS.sub(r"\\\1", plain(value))
 
 
 def as_code(value: object) -> str:

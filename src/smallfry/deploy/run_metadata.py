@@ -1,16 +1,13 @@
 """Public metadata of a training run: settings and measurements, without local paths."""
 
-import hashlib
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-import safetensors.torch
 import torch
 import yaml
-from torch import nn
 
 from smallfry.costing import cost
 from smallfry.data.named import HUB
@@ -171,9 +168,3 @@ def _origin(config: DataConfig) -> dict[str, Any]:
 def is_within(path: Path) -> bool:
     """Return whether a path stays within a folder that it is relative to."""
     return not path.is_absolute() and ".." not in path.parts
-
-
-def weights_digest(model: nn.Module) -> str:
-    """Compute SHA-256 of the weights in checkpoint form."""
-    weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
-    return hashlib.sha256(safetensors.torch.save(weights)).hexdigest()

@@ -24,9 +24,9 @@ from smallfry.costing import macs
 from smallfry.data import Split
 from smallfry.deploy.graphs import exported_program, to_onnx, whole_graph
 from smallfry.deploy.latency import take_turns
-from smallfry.deploy.run_metadata import weights_digest
 from smallfry.errors import RunError, UsageError
 from smallfry.io.replace import write_whole
+from smallfry.training.checkpoint import weights_digest
 from smallfry.training.evaluation import predict, score
 from smallfry.training.run import TrainedModel
 from smallfry.transforms.nested import Nested, SubModel, active, extract, nest_of
@@ -150,7 +150,7 @@ def front(rows: Sequence[Row]) -> list[Row]:
 def write_table(rows: Sequence[Row], trained: TrainedModel, run: Path) -> None:
     """Write the figures into a run folder."""
     content = {
-        "weights": weights_digest(trained.model),
+        "weights": weights_digest(trained.model.state_dict()),
         "rows": [{"submodel": asdict(row[0]), **_figures(row)} for row in rows],
     }
     write_whole(run / TABLE, (json.dumps(content, indent=2) + "\n").encode())
@@ -164,7 +164,7 @@ def read_table(trained: TrainedModel, run: Path) -> list[Row] | None:
     """
     try:
         content = read_json(run / TABLE)
-        if content["weights"] != weights_digest(trained.model):
+        if content["weights"] != weights_digest(trained.model.state_dict()):
             return None
         return [_row(each) for each in content["rows"]]
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Quantised weights as torchao's tensors, for PyTorch programs that use its kernels."""
+"""Quantised weights as torchao's tensors, for PyTorch programs with its kernels."""
 
 import importlib
 from copy import deepcopy

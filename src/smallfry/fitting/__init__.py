@@ -1,1 +1,1 @@
-"""The most accurate model under a budget: search, training, compression and export."""
+"""Most accurate model under a budget: search, training, compression and export."""

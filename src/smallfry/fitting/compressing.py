@@ -29,7 +29,7 @@ Report = Callable[[str, int], Reporter]  # of a run's name and epochs
 
 @dataclass(frozen=True)
 class Finalist:
-    """Trained candidate that is compressed."""
+    """Trained candidate for compression."""
 
     run: str
     planned: Planned

@@ -89,7 +89,7 @@ class FitConfig:
 
     @property
     def budget(self) -> Budget:
-        """The limits of the exported file."""
+        """Limits of the exported file."""
         return Budget(self.max_kb, self.max_ms)
 
     def require_budget(self) -> None:

@@ -1,4 +1,4 @@
-"""Page of a fit: everything that was tried, what was chosen and why, and how to run it."""
+"""Page of a fit: all trials, the choice with its reason, and the commands to run it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -52,7 +52,7 @@ Tell = Callable[[str], None]
 
 
 class NothingFits(SmallfryError):
-    """No candidate that compression could bring under the budget.
+    """Lack of candidates within the budget, even compressed.
 
     Attributes:
         nearest: The one that comes nearest, with its costs.

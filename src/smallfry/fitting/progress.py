@@ -1,4 +1,4 @@
-"""Progress of a fit: what is trained now, what is left, and the best so far."""
+"""Progress of a fit: the current training, the time left, and the best so far."""
 
 import time
 from collections.abc import Mapping

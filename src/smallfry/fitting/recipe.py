@@ -1,4 +1,4 @@
-"""Training recipe of candidates: the fast one, with batches that fit the number of images."""
+"""Training recipe of candidates: the fast one, with batches for the number of images."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Compressed forms of a trained candidate, by what the budget lacks.
+"""Compressed forms of a trained candidate, by its excess over the budget.
 
 int8 fits      int8, and float32 if that fits too
 otherwise      channels pruned while training (HESSO), distilled from the candidate, int8

@@ -1,4 +1,4 @@
-"""Rich console that strips control characters from foreign text."""
+"""Rich console without control characters of foreign text."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +10,7 @@ from smallfry.io.terminal import printable
 
 
 class CleanConsole(Console):
-    """Rich console that shows all text as ``printable``, in tables and bars too.
+    """Rich console with all text as ``printable``, in tables and bars too.
 
     A name such as ``:cat:`` stays as it is, too.
     """

@@ -1,4 +1,4 @@
-"""CSV that spreadsheets read as it is: a cell of text is never a formula."""
+"""CSV for spreadsheets, without formulas in cells of text."""
 
 import csv
 from collections.abc import Iterable, Sequence

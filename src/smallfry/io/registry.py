@@ -1,4 +1,4 @@
-"""Registration by name, each of which is taken once."""
+"""Registration by unique names."""
 
 from collections.abc import MutableMapping
 from dataclasses import is_dataclass

@@ -31,7 +31,7 @@ _kept: list[Callable[[], str]] = []  # what is known to be saved, by what saves;
 
 
 class Signalled(KeyboardInterrupt):
-    """A stop signal; error handlers do not catch it."""
+    """Stop signal, not caught by error handlers."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -131,7 +131,7 @@ def raising() -> Iterator[None]:
 
 
 class _CutShort(Signalled):
-    """A first signal that arrived while waiting for a batch."""
+    """First signal during the wait for a batch."""
 
 
 class Stop:

@@ -11,7 +11,7 @@ LONGEST = 1000  # characters of a message
 
 
 class CleanFormatter(logging.Formatter):
-    """Log formatter that applies ``printable``."""
+    """Log formatter with ``printable`` text."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Format one record."""

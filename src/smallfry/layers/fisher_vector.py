@@ -176,7 +176,7 @@ class FisherVector(nn.Module):
 
     @property
     def mixture(self) -> Mixture:
-        """The mixture's parameters."""
+        """Parameters of the mixture."""
         return Mixture(self.logits, self.means, self.log_sigma)
 
     @torch.no_grad()

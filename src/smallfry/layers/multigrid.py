@@ -130,7 +130,7 @@ class Prolongation(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the transposed convolution."""
+        """Weight of the transposed convolution."""
         return self.transfer.weight
 
     def forward(self, u: Tensor) -> Tensor:

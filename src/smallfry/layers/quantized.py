@@ -212,7 +212,7 @@ class CallReset:
 
 
 def number_calls(model: nn.Module, first: str | None = None) -> list[RemovableHandle]:
-    """Let layers count their calls from the start of each pass of a model.
+    """Count the calls of layers from the start of each pass of a model.
 
     Args:
         model: Changed in place.

@@ -161,7 +161,7 @@ class TensorTrain(nn.Module):
 
     @property
     def matrix(self) -> Tensor:
-        """The cores multiplied out, (outputs, inputs)."""
+        """Product of the cores, (outputs, inputs)."""
         shapes = zip(self.ranks[:-1], *self.modes, self.ranks[1:], strict=True)
         cores = [
             cast(Tensor, core.weight).reshape(shape)

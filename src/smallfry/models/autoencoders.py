@@ -92,7 +92,7 @@ class DeepLinear(nn.Sequential):
 
 
 class SmallConvNet(nn.Sequential):
-    """The convnet of Koroko et al. for 32×32 images, after cuda-convnet: 3 convolutions, 1 layer.
+    """Convnet of Koroko et al. for 32×32 images, after cuda-convnet: 3 convolutions, 1 layer.
 
     Args:
         classes: Number of classes.

@@ -85,7 +85,7 @@ class ReadsOut(Recursive, Protocol):
 
 @runtime_checkable
 class LatentRecursive(ReadsOut, Protocol):
-    """The same with several latent steps and one answer step in each step, as ViTRM."""
+    """Recursive model with several latent steps and one answer step in each step, as ViTRM."""
 
     latent_steps: int  # in a recursion step
 

@@ -25,7 +25,7 @@ SOURCE = Source("Abrahamyan et al. 2021, arXiv 2107.11170")
 
 
 class _Row(NamedTuple):
-    """An inverted residual."""
+    """Inverted residual."""
 
     hidden: int
     out: int

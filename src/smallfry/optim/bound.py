@@ -107,7 +107,7 @@ def _clip_by_own_batch(
 
 
 def step_fallback(optimizer: PreconditionedOptimizer, observations: Sequence[Observation]) -> None:
-    """Let the AdamW inside move what is not covered, no farther than its share of the divergence.
+    """Step the inner AdamW, bounded by its share of the divergence.
 
     Args:
         optimizer: The optimizer, whose natural-gradient step is made; what was measured becomes
@@ -149,7 +149,7 @@ def _measure_fallback(
     back: Mapping[str, Tensor],
     rate: float,
 ) -> float:
-    """The part of a step of the AdamW inside that it may make; its divergence is averaged in.
+    """Compute the admissible part of a step of the inner AdamW, and average its divergence in.
 
     Args:
         optimizer: The optimizer.
@@ -182,7 +182,7 @@ class FallbackSize(NamedTuple):
 
 
 def fallback_size(optimizer: PreconditionedOptimizer) -> FallbackSize:
-    """The rate and the divergence of the AdamW inside, by what was measured of its last steps."""
+    """Estimate the rate and the divergence of the inner AdamW from its last steps."""
     if optimizer.adamw is None or optimizer.kl_clip is None or not optimizer.measurable:
         return FallbackSize(1.0, 0.0)
     if not optimizer.fallback_ratio:  # the first step leaves room for whatever it will be
@@ -195,7 +195,7 @@ def fallback_size(optimizer: PreconditionedOptimizer) -> FallbackSize:
 
 
 def fallback_share(optimizer: PreconditionedOptimizer) -> float:
-    """The part of the promised divergence that the AdamW inside is expected to take."""
+    """Estimate the part of the inner AdamW in the promised divergence."""
     size = fallback_size(optimizer).size
     return size / (2 * promised_divergence(optimizer)) if size else 0.0
 
@@ -240,7 +240,7 @@ def _give_up(optimizer: PreconditionedOptimizer, error: UsageError) -> None:
 
 
 def _growth(optimizer: PreconditionedOptimizer, modelled: float) -> float:
-    """⟨v, m⟩ over the most that measurements speak for, at least 1; momentum is divided by it.
+    """Divide momentum by ⟨v, m⟩ over the measured bound, at least 1, and return the divisor.
 
     Without this, a gradient outside the range of F̂ would act for as long as momentum lasts, while
     the batches it is measured on may not show its effect.
@@ -255,5 +255,5 @@ def _growth(optimizer: PreconditionedOptimizer, modelled: float) -> float:
 
 
 def _left(optimizer: PreconditionedOptimizer) -> float:
-    """κ n less what the AdamW inside takes of it."""
+    """Compute κ n less the part of the inner AdamW."""
     return 2 * promised_divergence(optimizer) - fallback_size(optimizer).size

@@ -100,7 +100,7 @@ class DiagonalInBasis(Approximation):
         self.divides = self.product.divides
 
     def settings(self) -> dict[str, Any]:
-        """Plain data that a saved state depends on."""
+        """Return the settings of a saved state, as plain data."""
         own = {"basis": self.basis, "factor_rank": self.product.factor_rank}
         return super().settings() | own
 

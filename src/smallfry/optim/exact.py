@@ -128,7 +128,7 @@ class LastSamples(Approximation):
         self.scope, self.window = scope, window
 
     def settings(self) -> dict[str, Any]:
-        """Plain data that a saved state depends on."""
+        """Return the settings of a saved state, as plain data."""
         return {"scope": self.scope, "window": self.window}
 
     def update(

@@ -111,7 +111,7 @@ class KroneckerProduct(Approximation):
         self.factor_rank = None if damping_split == "tikhonov" else factor_rank
 
     def settings(self) -> dict[str, Any]:
-        """Plain data that a saved state depends on."""
+        """Return the settings of a saved state, as plain data."""
         own = {"damping_split": self.damping_split, "factor_rank": self.factor_rank}
         return super().settings() | own
 

@@ -240,7 +240,7 @@ class NearestSum(Approximation):
         self.factor_rank = None if inverse == "pcg" else factor_rank
 
     def settings(self) -> dict[str, Any]:
-        """Plain data that a saved state depends on."""
+        """Return the settings of a saved state, as plain data."""
         own = {"rank": self.rank, "inverse": self.inverse, "factor_rank": self.factor_rank}
         return super().settings() | own
 

@@ -76,13 +76,13 @@ def require_repeatable(found: float, promised: float) -> None:
 
 
 def promised_divergence(optimizer: PreconditionedOptimizer) -> float:
-    """κ n / 2, the divergence that a step may have."""
+    """Compute κ n / 2, the bound on the divergence of a step."""
     assert optimizer.kl_clip is not None
     return optimizer.kl_clip * optimizer.targets / 2
 
 
 def averaged(optimizer: PreconditionedOptimizer, old: float, new: float) -> float:
-    """The running mean of measurements: of all so far at first."""
+    """Compute the running mean of measurements: of all so far at first."""
     kept = min(1 - 1 / max(1, optimizer.counters["measurements"]), KEPT)
     return kept * old + (1 - kept) * new
 

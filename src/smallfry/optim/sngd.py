@@ -89,7 +89,7 @@ class InputMetric(Approximation):
         return OneHotInputs()
 
     def settings(self) -> dict[str, Any]:
-        """Plain data that a saved state depends on."""
+        """Return the settings of a saved state, as plain data."""
         return {"variant": self.variant}
 
     def check(self, blocks: Sequence[Block]) -> None:

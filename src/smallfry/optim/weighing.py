@@ -30,7 +30,7 @@ class Weighing(NamedTuple):
     unit: float  # mean ρ of the samples, where it is known
 
     def counted(self, loss_scale: float | str) -> float:
-        """Number of samples in the mean of the stated loss."""
+        """Count the samples in the mean of the stated loss."""
         if not self.weighted or loss_scale == "sum":
             return self.samples
         return self.rows if loss_scale == "mean" else self.size

@@ -1,4 +1,4 @@
-"""Sparse confusion matrix: only pairs of classes that occur.
+"""Sparse confusion matrix: only the pairs of classes with an image.
 
 Of 10,000 classes there are 100 million pairs, and never more of them than there are images.
 """

@@ -1,4 +1,4 @@
-"""Picture of a fit: accuracy against size and latency of everything that was tried."""
+"""Picture of a fit: accuracy against size and latency of all trials."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -36,7 +36,7 @@ class Mistake(NamedTuple):
 
 
 class ClassPair(NamedTuple):
-    """Mistakes of one class that was taken for another one."""
+    """Mistakes of one class for another one."""
 
     true: int
     predicted: int

@@ -19,7 +19,7 @@ WIDTH, HEIGHT, MARGIN = 860, 460, 46
 
 
 class Pair(NamedTuple):
-    """Two points that belong together.
+    """Pair of points.
 
     Attributes:
         before: x and y.

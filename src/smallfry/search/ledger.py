@@ -1,4 +1,4 @@
-"""Ledger of a search: every trial as a JSON line, from which the search resumes."""
+"""Ledger of a search: every trial as a JSON line, for resuming."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ FIELDS = frozenset(Trial.__dataclass_fields__)
 
 
 class Ledger:
-    """File of trials, in the order in which they ended.
+    """File of trials, in the order of their ends.
 
     Args:
         file: A JSON-lines file.
@@ -25,7 +25,7 @@ class Ledger:
 
     @property
     def file(self) -> Path:
-        """The file."""
+        """File of the trials."""
         return self._lines.file
 
     def read(self) -> list[Trial]:

@@ -35,7 +35,7 @@ GIANT = {"depth": 1.2, "width": 1.1, "resolution": 1.15}  # EfficientNet's bases
 
 
 class Sample(NamedTuple):
-    """A trained network."""
+    """Trained network."""
 
     settings: Mapping[str, float]  # by axis, 1 for the base network's or in its own units
     macs: float

@@ -41,7 +41,7 @@ OF_CHOICES = ("values", "low", "high", "log", "whole", "when")
 
 
 class SettingsSpace:
-    """Training configurations that differ in some settings.
+    """Space of training configurations, by some of their settings.
 
     Args:
         settings: Settings of ``TrainConfig`` that all candidates share, groups as mappings.

@@ -26,7 +26,6 @@ class TPE:
         choices: The space's, each after those in its condition.
         count: Candidates to ask for.
         seed: Seed of the sampler.
-        startup: Random candidates before the estimators begin; default a third, at most 10.
         allowed: Whether a candidate may be proposed; default every one.
 
     Raises:
@@ -39,7 +38,6 @@ class TPE:
         choices: Sequence[Choice],
         count: int,
         seed: int = 0,
-        startup: int | None = None,
         allowed: Allowed = lambda candidate: True,
     ) -> None:
         import optuna
@@ -48,7 +46,7 @@ class TPE:
             raise UsageError(f"tpe needs choices, and at least one candidate, not {count}")
         self._choices, self._count, self._seed = tuple(choices), count, seed
         self._allowed = allowed
-        self._startup = min(10, -(-count // 3)) if startup is None else startup
+        self._startup = min(10, -(-count // 3))  # random ones before the estimators begin
         logging.getLogger("optuna").setLevel(logging.WARNING)
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=self._startup)
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
@@ -130,7 +128,7 @@ class TPE:
 def suggest_candidate(
     trial: "optuna.Trial", choices: Sequence[Choice], allowed: Allowed
 ) -> dict[str, Any]:
-    """Have Optuna's sampler propose a candidate; it avoids what is like those not allowed."""
+    """Propose a candidate by Optuna's sampler, away from those not allowed."""
     candidate: dict[str, Any] = {}
     for choice in choices:
         if choice.is_active(candidate):

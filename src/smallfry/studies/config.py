@@ -109,7 +109,7 @@ class RecursionConfig(RunsConfig):
 
 @dataclass(frozen=True)
 class OptimizersConfig(RunsConfig):
-    """A ViTRM trained by several optimizers.
+    """ViTRM trained by several optimizers.
 
     Args:
         vitrm: The ViTRM to study.

@@ -25,7 +25,7 @@ WARMUP = 10  # one part in so many of the epochs
 
 
 class Rates(NamedTuple):
-    """Settings of the recipe that depend on the model."""
+    """Settings of the recipe by model."""
 
     optimizer: str
     lr: float

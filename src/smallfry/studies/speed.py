@@ -24,7 +24,7 @@ class Measured(Exception):
 
 
 class SpeedReporter(QuietReporter):
-    """Reporter that times steps, and ends the training when enough are counted.
+    """Reporter of step times, with an end of the training after enough steps.
 
     Args:
         seconds: Time to count steps for.

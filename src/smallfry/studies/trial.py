@@ -24,6 +24,7 @@ EVALUATIONS = 24  # of a full run
 TUNING_EVALUATIONS = 3  # of a trial of which the end counts
 EVALUATED = 2048  # examples of each split
 BATCH = 512  # of an evaluation
+MEASURED_EVERY = 50  # steps between two measurements of Fisher errors
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def run_trial(
 
 
 def fisher_errors(
-    job: Job, resources: Resources, training: Examples, contestants: Sequence[str], every: int = 50
+    job: Job, resources: Resources, training: Examples, contestants: Sequence[str]
 ) -> dict[str, list[dict[str, Any]]]:
     """Measure errors of the contestants' Fisher approximations along one AdamW trajectory.
 
@@ -159,7 +160,6 @@ def fisher_errors(
         resources: Data folder, device and threads.
         training: Training examples.
         contestants: Those of ours whose approximation has an error.
-        every: Steps between two measurements.
 
     Returns:
         For each contestant its points: step, and the relative Frobenius error by layer.
@@ -172,7 +172,7 @@ def fisher_errors(
     model.train()
     while resources.now() - began < job.seconds or steps == 0:
         watching = {}
-        for name in contestants if steps % every == 0 else ():
+        for name in contestants if steps % MEASURED_EVERY == 0 else ():
             settings = {**CONTESTANTS[name].defaults, "factor_rank": None, "seed": job.seed}
             watching[name] = CONTESTANTS[name].build(model, problem, **settings)
         inputs, targets = training.batch(next(batches), problem.reconstruct)

@@ -30,7 +30,7 @@ class LabelTargets(NamedTuple):
 @register
 @dataclass(frozen=True)
 class MultiLabel:
-    """Classification of images that may have several classes, or none.
+    """Classification of images with several classes, or none.
 
     The loss is the binary cross-entropy, summed over the classes: the negative logarithm of a
     Bernoulli likelihood.

@@ -179,7 +179,7 @@ class LimitsAugmentation(Protocol):
 
 @runtime_checkable
 class AddsTerms(Protocol):
-    """Task whose loss has terms beside the likelihood's, such as Dice.
+    """Task with terms of the loss beside the likelihood, such as Dice.
 
     Natural gradient then takes the likelihood for the whole, without comparing it with gradients.
     """
@@ -189,7 +189,7 @@ class AddsTerms(Protocol):
 
 @runtime_checkable
 class HasChoices(Protocol):
-    """Task whose best epoch can be chosen by one of several scores.
+    """Task with a choice of scores for the best epoch.
 
     The lower the better of names that end in ``loss`` or ``error``, otherwise the higher.
     """
@@ -228,7 +228,7 @@ class Pictured(Protocol):
 
 @runtime_checkable
 class Explained(Protocol):
-    """Task with plots of what a model saw, for a run folder."""
+    """Task with plots for a run folder."""
 
     def explain(
         self,
@@ -251,7 +251,7 @@ class Fitted(NamedTuple):
 
 @runtime_checkable
 class FitsItself(Protocol):
-    """Task whose models have no gradients, and are fitted by the task."""
+    """Task with models fitted by itself, without gradients."""
 
     def fit(self, model: nn.Module, data: ImageData) -> Fitted:
         """Fit a model in place to the training split; it may calibrate on the validation split.
@@ -285,7 +285,7 @@ class HasRecipe(Protocol):
 
 @runtime_checkable
 class ReadsText(Protocol):
-    """Task whose inputs are read from text files."""
+    """Task with inputs from text files."""
 
     def read(self, text: str, classes: Sequence[str], side: int) -> Tensor:
         """Read the inputs of a file, (inputs, channels, side, side), uint8.
@@ -297,6 +297,6 @@ class ReadsText(Protocol):
 
 @runtime_checkable
 class ScoredByStep(Protocol):
-    """Task whose evaluation scores every recursion step."""
+    """Task scored at every recursion step."""
 
     scored_by_step: ClassVar[bool]

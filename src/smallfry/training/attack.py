@@ -96,7 +96,6 @@ def accuracy_under_attack(
     split: Split,
     normalize: Normalize,
     attack: PGD,
-    seed: int = 0,
     batch_size: int = 256,
     task: Task | None = None,
 ) -> float:
@@ -107,12 +106,11 @@ def accuracy_under_attack(
         split: Labelled images.
         normalize: Normalisation of the images.
         attack: The attack, with access to the model and the labels.
-        seed: Of the random starts.
         batch_size: Images at a time.
         task: Its loss is raised, and it marks what is right; default classification.
     """
     task = task or task_of({})
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     was_training, right, judged = model.training, 0, 0
     model.eval()
     for positions in torch.split(torch.arange(len(split)), batch_size):

@@ -15,7 +15,7 @@ HOOKS = ("on_start", "on_step", "on_epoch", "on_end")
 
 
 class Started(NamedTuple):
-    """A run that begins, or goes on.
+    """Start or continuation of a run.
 
     Attributes:
         folder: The run folder.
@@ -33,7 +33,7 @@ class Started(NamedTuple):
 
 
 class StepDone(NamedTuple):
-    """A step that has ended.
+    """Finished step.
 
     Attributes:
         step: Steps done.
@@ -55,7 +55,7 @@ class StepDone(NamedTuple):
 
 
 class EpochDone(NamedTuple):
-    """An epoch that has ended and is scored.
+    """Finished and scored epoch.
 
     Attributes:
         epoch: Epochs done.
@@ -82,16 +82,16 @@ class Callback:
     """
 
     def on_start(self, started: Started) -> None:
-        """Look at a run before its first step, or before it goes on."""
+        """Observe a run before its first step, or before it goes on."""
 
     def on_step(self, done: StepDone) -> bool | None:
-        """Look at a step; True ends the training after the epoch in progress."""
+        """Observe a step; True ends the training after the epoch in progress."""
 
     def on_epoch(self, done: EpochDone) -> bool | None:
-        """Look at an epoch; True ends the training, which is tested and concluded as usual."""
+        """Observe an epoch; True ends the training, which is tested and concluded as usual."""
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
-        """Look at the summary of a run that has ended, which is written already."""
+        """Observe the summary of a finished run, already written."""
 
 
 @dataclass(frozen=True)

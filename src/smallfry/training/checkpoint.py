@@ -51,6 +51,19 @@ class Checkpoint(NamedTuple):
     trainer: dict[str, Any] | None
 
 
+def safetensors_bytes(
+    weights: Mapping[str, Tensor], notes: Mapping[str, str] | None = None
+) -> bytes:
+    """Serialize weights as a safetensors file, with notes in its head."""
+    plain = {name: weight.contiguous() for name, weight in weights.items()}
+    return safetensors.torch.save(plain, None if notes is None else {**notes})
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """Compute the SHA-256 of weights, that of their safetensors file without notes."""
+    return hashlib.sha256(safetensors_bytes(weights)).hexdigest()
+
+
 def save_checkpoint(
     folder: Path,
     manifest: Mapping[str, Any],
@@ -70,7 +83,7 @@ def save_checkpoint(
     Raises:
         RunError: It could not be written; the old checkpoint is untouched.
     """
-    plain = safetensors.torch.save({k: v.contiguous() for k, v in weights.items()})
+    plain = safetensors_bytes(weights)
     contents = {WEIGHTS: plain} if packing is None else {PACKED: packing(plain)}
     if trainer is not None:
         buffer = io.BytesIO()
@@ -150,7 +163,7 @@ def write_file(file: Path, content: str | bytes) -> None:
 
 
 class _Damaged(RunError):
-    """A permanently unreadable checkpoint."""
+    """Permanently unreadable checkpoint."""
 
 
 def _load(folder: Path) -> Checkpoint:

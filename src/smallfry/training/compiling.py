@@ -11,7 +11,7 @@ from smallfry.errors import UsageError
 
 
 class Compiled(nn.Module):
-    """Wrapper of a compiled module, which keeps hooks out of the compiled code."""
+    """Wrapper of a compiled module, for hooks outside the compiled code."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

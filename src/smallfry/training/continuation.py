@@ -20,7 +20,7 @@ UNREPORTED = ("run", "progress", "loggers", "checkpoint_seconds", "data.name", "
 
 
 class Change(NamedTuple):
-    """Setting that differs from the last checkpoint."""
+    """Changed setting since the last checkpoint."""
 
     name: str  # dotted, such as "optimizer.lr"
     before: Any

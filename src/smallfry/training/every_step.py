@@ -17,7 +17,7 @@ __all__ = ["EveryStep"]
 
 
 class Recurse(nn.Module):
-    """Module whose forward runs all recursion steps of a model."""
+    """Module of all recursion steps of a model."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -1,19 +1,17 @@
-"""Fine-tuning: a training run that starts from the weights and the spec of another model."""
+"""Fine-tuning: a training run from the weights and the spec of another model."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import nn
 
 from smallfry.data import ImageData
 from smallfry.errors import RunError, UsageError
 from smallfry.tasks import Task
-from smallfry.training.checkpoint import WEIGHTS
+from smallfry.training.checkpoint import WEIGHTS, weights_digest
 from smallfry.training.compression import DONE
 from smallfry.training.config import ModelConfig, TrainConfig
 from smallfry.training.initial_weights import names_weights
@@ -115,7 +113,7 @@ def make_from_start(
 def _brought_to(
     frame: Frame, model: nn.Module, spec: ModelSpec, start: str
 ) -> tuple[nn.Module, ModelSpec]:
-    """Let a model of images of one size take those of another, with its positions resampled.
+    """Change the image size of a model, with its positions resampled.
 
     Raises:
         UsageError: It can't.
@@ -143,7 +141,7 @@ def start_facts(trained: TrainedModel, name: str) -> dict[str, Any]:
         # manifests are published, and the paths of this machine are nobody's
         "name": name if on_hub else text_of(Path(name).name),
         "model": trained.spec.architecture,
-        "weights_sha256": noted or _digest(trained.model),
+        "weights_sha256": noted or weights_digest(trained.model.state_dict()),
         "data": {key: manifest["data"].get(key) for key in ("name", "fingerprint")},
     }
     return {START: facts, **kept_facts({DONE: manifest.get(DONE)})}
@@ -152,8 +150,3 @@ def start_facts(trained: TrainedModel, name: str) -> dict[str, Any]:
 def kept_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Return those entries of a manifest on resuming."""
     return {name: manifest[name] for name in (START, DONE) if manifest.get(name)}
-
-
-def _digest(model: nn.Module) -> str:
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    return hashlib.sha256(safetensors.torch.save(weights)).hexdigest()

@@ -1,4 +1,4 @@
-"""Hyper-parameters that a run can tune: their ranges, and the map from unconstrained numbers.
+"""Tunable hyper-parameters of a run: their ranges, and the map from unconstrained numbers.
 
 value = low + (high − low) · sigmoid(λ)          of weight_decay, the same of its logarithm
 """

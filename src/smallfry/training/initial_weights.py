@@ -23,7 +23,7 @@ IMAGE = 224  # pixels, of weights that state no size
 
 
 class InitialWeights(NamedTuple):
-    """Weights that an architecture of timm's registry starts from.
+    """Initial weights of an architecture of timm's registry.
 
     Attributes:
         name: Of the file, or of timm's weights, such as resnet18.a1_in1k.

@@ -38,7 +38,7 @@ COULD_NOT_SEND = 75  # exit code of a worker
 
 
 class _WorkerLost(Exception):
-    """A worker has died with its batches."""
+    """Death of a worker with its batches."""
 
 
 class TrainLoader:

@@ -1,4 +1,4 @@
-"""Training loop that can stop anywhere and resume exactly."""
+"""Interruptible training loop with exact resumption."""
 
 import copy
 import math

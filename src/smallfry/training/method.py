@@ -1,4 +1,4 @@
-"""Methods: actions on a model during or after training that end in a transform.
+"""Methods: actions on a model during or after training, each ending in a transform.
 
 A method's settings are a frozen dataclass, registered by name: at once the Python argument, the
 entry in YAML and that in the manifest. A kit's methods begin with its name and a hyphen. ``start``
@@ -26,7 +26,7 @@ _methods: dict[str, Any] = {}
 
 @dataclass(frozen=True)
 class Setting:
-    """Context in which a method starts.
+    """Context of the start of a method.
 
     Args:
         spec: Identity of the model.
@@ -55,7 +55,7 @@ class Method:
     """
 
     def begin(self, model: nn.Module, setting: Setting) -> None:
-        """Prepare: calibrate, find groups, replace layers.
+        """Calibrate, find groups, replace layers.
 
         Of a run that is resumed, the weights are not loaded yet: replace layers by the
         settings and the spec alone.

@@ -164,7 +164,7 @@ def initialize(
 
 
 def is_pretrained(config: ModelConfig) -> bool:
-    """True if the model starts from weights that timm reads."""
+    """Return whether the model starts from timm's weights."""
     return bool(config.options.get("pretrained"))
 
 

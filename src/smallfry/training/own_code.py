@@ -1,4 +1,4 @@
-"""The user's own losses, metrics and callbacks, by import path.
+"""User's own losses, metrics and callbacks, by import path.
 
 A configuration only names them, as ``my_code:focal``. Modules are imported for a command that
 names their files (``--code my_code.py``) and never because a configuration does: a configuration
@@ -21,7 +21,7 @@ EXAMPLE = "my_code:focal"
 
 @dataclass(frozen=True)
 class OwnCode:
-    """Code that a run may use.
+    """User code of a run.
 
     Args:
         modules: Imported modules, by name; what they define can be found.

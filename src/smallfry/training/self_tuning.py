@@ -55,7 +55,7 @@ Validation = Callable[[int], Batch]  # a batch of validation images, by the numb
 
 
 class SelfTuned(WrappedObjective):
-    """Objective for classification whose hyper-parameters follow the validation loss.
+    """Objective for classification with hyper-parameters tuned on the validation loss.
 
     Args:
         objective: The one whose loss is trained.

@@ -34,7 +34,7 @@ class TrainedRun(dict[str, Any]):
 
     @cached_property
     def model(self) -> TrainedModel:
-        """The model of the best epoch."""
+        """Model of the best epoch."""
         return load_run(self.folder)
 
     def predict(self, images: Any, top_k: int = 3) -> list[Answer]:

@@ -11,7 +11,7 @@ from smallfry.training.objective_steps import Step
 
 
 class WrappedObjective:
-    """Objective that changes the batches or losses of another; the rest is passed on.
+    """Objective around another, with changes to its batches or losses.
 
     Args:
         objective: The wrapped one.

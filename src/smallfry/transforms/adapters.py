@@ -67,7 +67,7 @@ class Adapters:
                     raise ValueError(f"{name}: {key} is a number from 1 to {most}, got {size!r}")
 
     def without_classifier(self, name: str, classes: int) -> "Adapters":
-        """The same: a classifier is never adapted."""
+        """Return the same transform: a classifier is never adapted."""
         return self
 
     def apply(self, model: nn.Module) -> None:

@@ -48,7 +48,7 @@ class Bits:
             raise ValueError(f"first is the name of a layer, got {self.first!r}")
 
     def without_classifier(self, name: str, classes: int) -> "Bits | None":
-        """The same with a classifier in floating point; None if nothing else was quantised."""
+        """Return the transform without the classifier; None if nothing else was quantised."""
         kept = {key: each for key, each in self.layers.items() if key != name}
         return replace(self, layers=kept) if kept else None
 

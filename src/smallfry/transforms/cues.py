@@ -1,4 +1,4 @@
-"""Cue tokens beside those of the image, in a model that has a place for them."""
+"""Cue tokens beside those of the image, in a model with a place for them."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar

@@ -1,4 +1,4 @@
-"""Operators that a model does without: branches whose output is zero, and steps of a recursion."""
+"""Erased operators: branches with an output of zero, and steps of a recursion."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ NAMES = ("zeros", "skipped", "whole", "numbers", "taken_out", "parameters")
 
 
 class Zero(nn.Module):
-    """Operator whose output is zero.
+    """Operator with an output of zero.
 
     Args:
         is_whole: Give zeros of the input's shape, else a single one, which an addition broadcasts.
@@ -38,7 +38,7 @@ class Zero(nn.Module):
 
 
 class Skip(nn.Module):
-    """Operator that gives its first input, whatever others there are."""
+    """Identity of the first of several inputs."""
 
     def forward(self, inputs: Tensor, *others: Any, **named: Any) -> Tensor:
         """Return the inputs."""
@@ -48,7 +48,7 @@ class Skip(nn.Module):
 @register
 @dataclass(frozen=True)
 class Erase:
-    """Branches that are added to others, and steps of a recursion, erased.
+    """Erasure of added branches, and of steps of a recursion.
 
     Args:
         zeros: Names of the branches' last modules, whose output becomes zero.

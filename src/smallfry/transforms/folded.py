@@ -18,7 +18,7 @@ __all__ = ["Fold", "fold_weights"]
 @register
 @dataclass(frozen=True)
 class Fold:
-    """Batch norms that are folded into the convolutions before them.
+    """Batch norms folded into the convolutions before them.
 
     Args:
         norms: Names of the norms, by those of the convolutions.

@@ -1,4 +1,4 @@
-"""Channel groups: sets of tensor slices that must be cut together.
+"""Channel groups: sets of tensor slices to cut together.
 
 A group has a number of interchangeable channels: hidden units of an MLP, heads of attention,
 channels of convolutions that are added. Cutting one removes entries of several tensors. Blocks of
@@ -27,7 +27,7 @@ from smallfry.transforms.resize import (
 
 
 class Slice(NamedTuple):
-    """Entries of a tensor that belong to the channels of a group."""
+    """Entries of a tensor for the channels of a group."""
 
     tensor: str  # qualified name of a parameter or buffer
     dim: int
@@ -36,7 +36,7 @@ class Slice(NamedTuple):
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels that must be cut together.
+    """Channels to cut together.
 
     Args:
         name: Qualified name of the layer that gives the channels.

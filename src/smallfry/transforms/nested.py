@@ -1,4 +1,4 @@
-"""Sub-models that share the leading channels, layers and steps of one model's weights.
+"""Sub-models of the leading channels, layers and steps of one model.
 
 A sub-model has shares of the channels, heads and layers, always the first ones, and a number of
 steps. ``active`` runs it inside the full weights, ``extract`` copies it into a model of its own.
@@ -123,7 +123,7 @@ MOST = 10_000
 
 
 class Plan(NamedTuple):
-    """Parts of a model that a sub-model has."""
+    """Parts of a model in a sub-model."""
 
     layers: dict[str, int]
     steps: dict[str, int]
@@ -133,7 +133,7 @@ class Plan(NamedTuple):
 
 
 class Nest:
-    """Sub-models of a model, with what each needs to run.
+    """Sub-models of a model, with their parts.
 
     Args:
         nested: Their description.

@@ -56,7 +56,7 @@ class Replace:
         return stage
 
     def without_classifier(self, name: str, classes: int) -> "Replace | None":
-        """The same with a classifier that is left as it is; None if there was nothing else."""
+        """Return the transform without the classifier; None if there was nothing else."""
         kept = {key: each for key, each in self.settings.items() if key != name}
         return replace(self, settings=kept) if kept else None
 

@@ -1,4 +1,4 @@
-"""Reduction of layer widths: parameter and buffer shapes, and the attributes that count them."""
+"""Reduction of layer widths: parameter and buffer shapes, and the attributes of widths."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -48,7 +48,7 @@ class Resize:
             raise ValueError("shapes and counts are whole numbers of 1 or more")
 
     def without_classifier(self, name: str, classes: int) -> "Resize":
-        """The same with a classifier of other classes, as narrow as this one."""
+        """Return the transform with a classifier of other classes, as narrow as this one."""
         shapes = {
             key: [classes, *shape[1:]] if key.startswith(f"{name}.") else shape
             for key, shape in self.shapes.items()
@@ -125,7 +125,7 @@ def fit_attributes(model: nn.Module, names: Mapping[str, Any]) -> None:
 
 
 class Width(NamedTuple):
-    """Dimension of a tensor that an attribute of the model counts."""
+    """Dimension of a tensor, counted by an attribute of the model."""
 
     tensor: str  # qualified name
     dim: int
@@ -159,7 +159,7 @@ def feature_widths(model: nn.Module) -> dict[str | int, Width]:
 
 
 def fit_features(model: Any, widths: Mapping[str | int, Width]) -> None:
-    """Let those attributes count what there is now, as ``reset_classifier`` and others read them.
+    """Update the attributes of widths, as read by ``reset_classifier`` and others.
 
     Args:
         model: With tensors of other shapes.
@@ -185,7 +185,7 @@ def _features(model: Any) -> list[dict[str, Any]]:
 def _source(
     model: nn.Module, tensors: Sequence[tuple[str, Tensor]], entry: Mapping[str, Any]
 ) -> Width | None:
-    """The last tensor of a feature's module that has as many rows as the feature has channels.
+    """Find the last tensor of a feature's module with a row for each channel.
 
     A module without tensors, such as an activation, has the channels of the one before it.
     """

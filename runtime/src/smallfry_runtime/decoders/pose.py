@@ -76,7 +76,7 @@ class Settings:
 
 
 class Estimate(NamedTuple):
-    """Pose, with the keypoints that agree with it."""
+    """Pose, with its number of inliers."""
 
     pose: Pose | None  # None if too few agree on any
     inliers: int

@@ -214,26 +214,16 @@ def _inverse_affine(r: Floats, inverse: Floats) -> tuple[float, float] | None:
 
 
 class AdaptiveScale:
-    """Scale over time: the median of the last five, kept where a view has too little floor.
+    """Scale over time: the median of the last five, kept where a view has too little floor."""
 
-    Args:
-        model: As of ``metric_scale``.
-        memory: Scales that the median is of.
-    """
-
-    def __init__(
-        self, model: Literal["scale", "inverse_affine"] = "scale", memory: int = 5
-    ) -> None:
-        if memory < 1:
-            raise UsageError(f"memory is a whole number from 1, got {memory}")
-        self.model = model
-        self.last: deque[Scale] = deque(maxlen=memory)
+    def __init__(self) -> None:
+        self.last: deque[Scale] = deque(maxlen=5)
 
     def update(
         self, relative: NDArray[Any], floor: NDArray[np.bool_], camera: Camera
     ) -> Scale | None:
         """Take a view in, and return the scale now; None as long as none had enough floor."""
-        found = metric_scale(relative, floor, camera, self.model)
+        found = metric_scale(relative, floor, camera)
         if found is not None:
             self.last.append(found)
         if not self.last:

@@ -27,7 +27,7 @@ STEMS = {"whole": ("model",), "anytime": ("embed", "step", "read_out")}  # of gr
 
 
 class Session(Protocol):
-    """Graph that is ready to run."""
+    """Graph ready to run."""
 
     def run(self, inputs: Sequence[Floats]) -> list[Any]:
         """Compute the outputs, given the inputs in the graph's order, each (batch, …)."""

@@ -1,4 +1,4 @@
-"""Batching of requests that arrive at the same time."""
+"""Batching of simultaneous requests."""
 
 import time
 from collections import deque
@@ -17,11 +17,11 @@ Pixels = NDArray[Any]
 
 
 class Busy(SmallfryError):
-    """A refused call: too many images are waiting already."""
+    """Refused call: too many images are waiting already."""
 
 
 class Late(SmallfryError):
-    """A call that got no answer in its time."""
+    """Call without an answer in time."""
 
 
 class _Call(NamedTuple):
@@ -31,7 +31,7 @@ class _Call(NamedTuple):
 
 
 class Batcher(Generic[Outputs]):
-    """Model that computes the images of simultaneous calls together.
+    """Model behind batches of simultaneous calls.
 
     A batch is what has arrived while the last one was computed: a call on an idle server waits for
     nothing. Calls come from any threads; the model runs in one.

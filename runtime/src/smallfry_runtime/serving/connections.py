@@ -10,7 +10,7 @@ MOST_CONNECTIONS = 128
 
 
 class BoundedConnection(H11Protocol):
-    """Connection of uvicorn that is closed when its request or its reader takes too long.
+    """Connection of uvicorn with time limits for its request and its reader.
 
     uvicorn by itself waits for ever for a first request, for the rest of a begun one and for a
     client to read an answer. A connection too many cuts off the oldest of those whose client is to

@@ -49,7 +49,7 @@ class _Refused(Exception):
 
 
 class Guard:
-    """ASGI middleware that passes only listed same-site requests, complete and within limits.
+    """ASGI middleware for listed same-site requests alone, complete and within limits.
 
     Args:
         app: The application behind it.

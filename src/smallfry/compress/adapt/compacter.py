@@ -188,7 +188,7 @@ def _is_of_transformers(model: nn.Module) -> bool:
 
 
 def _delegate(model: nn.Module, settings: Compacter) -> None:
-    """Let the library ``adapters`` add Compacter to a model of Hugging Face.
+    """Add Compacter to a model of Hugging Face, by the library ``adapters``.
 
     Raises:
         UsageError: It can't be imported, or a setting that it does not have.

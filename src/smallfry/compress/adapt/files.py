@@ -4,20 +4,18 @@ A file holds every tensor that was trained, the description of the whole model, 
 the frozen tensors, so that it fits no other base.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from smallfry._torch import BatchNorm
 from smallfry.errors import RunError
-from smallfry.training.checkpoint import save_checkpoint
+from smallfry.training.checkpoint import safetensors_bytes, save_checkpoint, weights_digest
 from smallfry.training.run import TrainedModel, load_run
 from smallfry.transforms.adapters import CHILD, Adapters
 from smallfry.transforms.classifier import classifier_names
@@ -40,9 +38,8 @@ def pack_adapters(model: nn.Module, manifest: Mapping[str, Any]) -> bytes:
     original = _original_names(manifest)
     frozen = {original(name): tensor for name, tensor in weights.items() if name not in trained}
     kept = {name: value for name, value in manifest.items() if name not in WRITTEN}
-    notes = {"manifest": json.dumps(kept), "base": _digest(frozen)}
-    chosen = {name: weights[name].contiguous() for name in sorted(trained)}
-    return safetensors.torch.save(chosen, notes)
+    notes = {"manifest": json.dumps(kept), "base": weights_digest(frozen)}
+    return safetensors_bytes({name: weights[name] for name in sorted(trained)}, notes)
 
 
 def attach_adapters(base: TrainedModel, file: str | Path) -> TrainedModel:
@@ -75,7 +72,7 @@ def attach_adapters(base: TrainedModel, file: str | Path) -> TrainedModel:
     own = base.model.state_dict()
     names = {original(name) for name in weights}
     frozen = {name: tensor for name, tensor in own.items() if name not in names}
-    if _digest(frozen) != digest:
+    if weights_digest(frozen) != digest:
         raise RunError(
             f"{file}: these adapters were trained on another model than "
             f"{base.origin or 'this one'}: load the one that their run started from"
@@ -121,8 +118,3 @@ def _original_names(manifest: Mapping[str, Any]) -> Callable[[str], str]:
         return name
 
     return original
-
-
-def _digest(weights: Mapping[str, Tensor]) -> str:
-    plain = {name: tensor.contiguous() for name, tensor in weights.items()}
-    return hashlib.sha256(safetensors.torch.save(plain)).hexdigest()

@@ -1,4 +1,4 @@
-"""Hidden Chow–Liu trees: probabilistic circuits that learn a distribution and code samples.
+"""Hidden Chow–Liu trees: probabilistic circuits, for learning a distribution and coding samples.
 
 Variables x_1 … x_D with C categories have hidden states z_1 … z_D of M values, and a tree of high
 mutual information connects the states:

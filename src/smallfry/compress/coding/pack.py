@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
-import safetensors.torch
 import torch
 from torch import nn
 
 from smallfry.compress.coding.packing import ENTROPIES, Entropy, Packed, pack
 from smallfry.errors import UsageError
+from smallfry.training.checkpoint import safetensors_bytes
 from smallfry.training.method import Method, Setting, register_method
 from smallfry.transforms.spec import Transform
 
@@ -67,8 +67,7 @@ class _Pack(Method):
         if not any(parameter.dtype in kinds for parameter in model.parameters()):
             raise UsageError("pack needs a model with integer weights: put round_weights before it")
         if not self._rehearsal:
-            tensors = {name: each.contiguous() for name, each in model.state_dict().items()}
-            rows = _packed(safetensors.torch.save(tensors), self._settings.entropies).rows
+            rows = _packed(safetensors_bytes(model.state_dict()), self._settings.entropies).rows
             self._report = {
                 "method": self._settings.name,
                 "tensors": [row._asdict() for row in rows],

@@ -1,4 +1,4 @@
-"""Anchors of a teacher's embeddings, for students that never see the teacher (ECR).
+"""Anchors of a teacher's embeddings, for students trained without the teacher (ECR).
 
 Anchors are the centres of a spherical k-means of the teacher's pooled features. A student gets each
 training image's assignment to them as cue tokens (``smallfry.layers.prefix_cues``): no logits and
@@ -153,7 +153,7 @@ def spherical_k_means(rows: Tensor, k: int, seed: int) -> Tensor:
 
 @dataclass
 class AnchorConsistency:
-    """Loss that compares the geometry of a student's features with that of the anchors.
+    """Loss between the geometry of a student's features and that of the anchors.
 
     The student's anchors are means of its features, weighed by the assignments, averaged over
     batches. The loss is the mean squared difference of both matrices of cosines. It is an addition

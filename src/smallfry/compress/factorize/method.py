@@ -190,7 +190,7 @@ class _Factorise(Method):
 
 
 class Selection(Protocol):
-    """Settings that select layers."""
+    """Selection of layers."""
 
     @property
     def include(self) -> tuple[str, ...]:

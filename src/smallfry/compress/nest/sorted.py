@@ -282,7 +282,7 @@ def estimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
 @contextmanager
 def _measuring(norms: Sequence[Any]) -> Iterator[None]:
-    """Let the running statistics be those of the last batch."""
+    """Replace the running statistics by those of the last batch."""
     momenta = [norm.momentum for norm in norms]
     try:
         for norm in norms:

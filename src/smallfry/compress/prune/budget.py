@@ -1,4 +1,4 @@
-"""Costs of a model by the channels that it has: multiply-accumulates, or measured latencies."""
+"""Costs of a model by its channels: multiply-accumulates, or measured latencies."""
 
 import copy
 import json

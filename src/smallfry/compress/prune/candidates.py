@@ -1,4 +1,4 @@
-"""Branches of a model that can be erased, each with what erases it exactly."""
+"""Erasable branches of a model, each with the transforms of its exact erasure."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ TOLERANCE = 1e-4  # between outputs zeroed and erased, relative to the largest, 
 
 
 class Candidates:
-    """Branches that a model can do without.
+    """Erasable branches of a model.
 
     Args:
         model: Left as it is.

@@ -1,4 +1,4 @@
-"""Base of methods that remove channels while a model trains: groups, budget, state and cut."""
+"""Base of methods for removing channels during training: groups, budget, state and cut."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -36,7 +36,7 @@ Of = Literal["channels", "macs", "ms"]
 
 
 class PruneSettings(Protocol):
-    """Settings that methods removing channels share."""
+    """Common settings of methods for removing channels."""
 
     @property
     def name(self) -> str:
@@ -102,7 +102,7 @@ def steps_of(value: float, steps: int) -> int:
 
 
 class ChannelMethod(Method):
-    """Running method that removes channels of zero-invariant groups.
+    """Running method for removing channels of zero-invariant groups.
 
     Args:
         settings: Of the method.

@@ -1,4 +1,4 @@
-"""CRIC: a search for channels that must not go, before HESSO's shrinking begins.
+"""CRIC: a search for indispensable channels before HESSO's shrinking.
 
 1. *Projection.* For each group, a quarter, half and three quarters of its least salient channels
    are set to zero for a step, and the loss there is noted relative to the first one.
@@ -28,8 +28,6 @@ from smallfry.compress.prune.channels import (
 )
 from smallfry.compress.prune.saliency import (
     EQUAL,
-    channel_scores,
-    channel_vectors,
     clear_moments,
     directions,
     saliencies,
@@ -47,7 +45,7 @@ SHARES = (0.25, 0.5, 0.75)  # of a group's channels that are set to zero in the 
 @register_method
 @dataclass(frozen=True)
 class CRIC:
-    """Structured pruning while training that first finds channels to protect (CRIC), then as HESSO.
+    """Structured pruning while training: a search for channels to protect (CRIC), then HESSO.
 
     It needs the loss of each step: training runs pass it, and a loop of one's own calls
     ``Session.observe``. A moving average of the weights takes in the search; leave ``ema.decay`` 0,
@@ -194,15 +192,8 @@ class RunningCRIC(ChannelMethod):
     def _score(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
         before = {name: self._before[name] for name in self.moved}
         moved = directions(optimizer, before, self.tensors)
-        found = [
-            channel_scores(
-                channel_vectors(group, before),
-                channel_vectors(group, moved),
-                self._settings.cosine_sign,
-            )
-            for group in self.scored
-        ]
-        totals, _ = saliencies(found, self._settings.weights)
+        wanted = self._settings
+        totals, _ = saliencies(self.scored, before, moved, wanted.weights, wanted.cosine_sign)
         for total, fresh in zip(self._sums, totals, strict=True):
             total += fresh
         self._count += 1

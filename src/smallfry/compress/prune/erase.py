@@ -1,4 +1,4 @@
-"""Erasing of operators: branches and steps that a network can do without (after OTOv3, H2SPG).
+"""Erasure of redundant operators: branches and steps (after OTOv3, H2SPG).
 
 Candidates are operators that feed an addition and nothing else. Once, the most redundant ones are
 chosen so that the network stays connected; they are driven to zero as DHSPG's channels, and erased

@@ -1,4 +1,4 @@
-"""Segments of a network that can be erased, and their removal from its graph.
+"""Erasable segments of a network, and their removal from its graph.
 
 A segment is the region of one operand of a join, an addition or a concatenation of channels, whose
 output is zero if all of its parameters are: see ``regions``.
@@ -31,7 +31,7 @@ __all__ = [
 
 
 class Segment(NamedTuple):
-    """Operators that feed one operand of a join and nothing else."""
+    """Operators behind one operand of a join alone."""
 
     nodes: tuple[str, ...]  # from the first to the last
     modules: tuple[str, ...]  # that have no part elsewhere, in order

@@ -24,8 +24,6 @@ from smallfry.compress.prune.channels import (
 )
 from smallfry.compress.prune.saliency import (
     TAYLOR,
-    channel_scores,
-    channel_vectors,
     clear_moments,
     directions,
     saliencies,
@@ -183,15 +181,10 @@ class RunningHESSO(ChannelMethod):
     def _choose(self, optimizer: torch.optim.Optimizer, period: int) -> None:
         assert self._before is not None
         moved = directions(optimizer, self._before, self.tensors)
-        found = [
-            channel_scores(
-                channel_vectors(group, self._before),
-                channel_vectors(group, moved),
-                self._settings.cosine_sign,
-            )
-            for group in self.scored
-        ]
-        totals, self.scores = saliencies(found, self._settings.weights)
+        wanted = self._settings
+        totals, self.scores = saliencies(
+            self.scored, self._before, moved, wanted.weights, wanted.cosine_sign
+        )
         totals = self.priced(totals)
         self._period, self._position = period, -1
         if self._settings.reference_selection:

@@ -1,4 +1,4 @@
-"""Regions of a traced network: what feeds one operand of a join and nothing else.
+"""Regions of a traced network: the nodes behind one operand of a join alone.
 
 A join is an addition or a concatenation. The region of an operand are all nodes whose every use
 leads to it: a residual branch with its squeeze-and-excitation, its layer scale and its stochastic
@@ -98,7 +98,7 @@ def operands_of(node: fx.Node) -> list[fx.Node]:
 
 
 class Region(NamedTuple):
-    """Nodes that feed one operand of a join and nothing else."""
+    """Nodes behind one operand of a join alone."""
 
     nodes: tuple[str, ...]  # from the first to the operand
     modules: tuple[str, ...]  # that lie in it as a whole

@@ -32,7 +32,7 @@ def channel_vectors(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> Tenso
     return torch.cat([_rows(each, tensors[each.tensor]) for each in group.zeroed], dim=1)
 
 
-def channel_scores(x: Tensor, d: Tensor, cosine_sign: int = 1) -> Tensor:
+def channel_scores(x: Tensor, d: Tensor, cosine_sign: int) -> Tensor:
     """Compute the five scores of channels, (5, channels), unnormalised.
 
     Args:
@@ -55,19 +55,30 @@ def channel_scores(x: Tensor, d: Tensor, cosine_sign: int = 1) -> Tensor:
 
 
 def saliencies(
-    scores: Sequence[Tensor], weights: Sequence[float] = EQUAL
+    groups: Sequence[ChannelGroup],
+    before: Mapping[str, Tensor],
+    moved: Mapping[str, Tensor],
+    weights: Sequence[float],
+    cosine_sign: int,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Normalise scores over all groups and sum them.
+    """Score channels, normalise the scores over all groups and sum them.
 
     Args:
-        scores: Of each group, as ``channel_scores``.
+        groups: The groups.
+        before: Parameters before the step, by name.
+        moved: Directions of the step, see ``directions``.
         weights: Of the five scores.
+        cosine_sign: See ``channel_scores``.
 
     Returns:
         The saliencies (channels,) of each group, and the weighted scores (5, channels) that they
         are sums of.
     """
-    norms = (TINY + torch.cat(list(scores), dim=1).square().sum(1)).sqrt() + TINY
+    scores = [
+        channel_scores(channel_vectors(group, before), channel_vectors(group, moved), cosine_sign)
+        for group in groups
+    ]
+    norms = (TINY + torch.cat(scores, dim=1).square().sum(1)).sqrt() + TINY
     factors = torch.tensor(weights, dtype=norms.dtype) / norms
     weighted = [factors[:, None] * each for each in scores]
     return [each.sum(0) for each in weighted], weighted

@@ -1,4 +1,4 @@
-"""Recursion steps that a model can do without.
+"""Redundant recursion steps of a model.
 
 Steps share their weights, so that none is driven to zero for one of them. A step at zero leaves
 the state as it is, and a model with one of n equal steps at zero is the model with n − 1. Which
@@ -19,7 +19,7 @@ from smallfry.transforms.shorten import STEPS, steps_of
 
 
 class LeftOut(NamedTuple):
-    """Step that is left out."""
+    """Omitted step."""
 
     name: str  # of the number of steps
     kept: int  # steps that stay

@@ -1,4 +1,4 @@
-"""Calibration images of a method, and layers that can't be quantised."""
+"""Calibration images of a method, and unquantisable layers."""
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence

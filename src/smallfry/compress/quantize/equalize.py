@@ -1,4 +1,4 @@
-"""Exact rescaling of channels between layers, for weights that lose less to rounding.
+"""Exact rescaling of channels between layers, for smaller rounding errors of weights.
 
 Equalisation (Nagel et al. 2019, arXiv 1906.04721): between y = W₂ φ(W₁ x + b₁), with φ(c x) =
 c φ(x) for c > 0 channel by channel, row i of W₁ and b₁ is divided by sᵢ and column i of W₂
@@ -31,7 +31,7 @@ SETTLED = 0.01  # largest change of a scale
 
 
 class Pair(NamedTuple):
-    """Two layers, and the channels between them that can be scaled."""
+    """Two layers, and the scalable channels between them."""
 
     first: str
     second: str

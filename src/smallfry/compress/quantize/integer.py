@@ -17,7 +17,7 @@ Floats = NDArray[np.float64]
 
 
 class Multiplier(NamedTuple):
-    """A positive factor, mantissa · 2^−(shift + 31)."""
+    """Positive factor, mantissa · 2^−(shift + 31)."""
 
     mantissa: Integers  # in [2^30, 2^31)
     shift: Integers

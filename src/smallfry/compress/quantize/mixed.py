@@ -21,7 +21,7 @@ MOST_SHOWN = 200  # points of a reported front
 
 
 class MixedBits(NamedTuple):
-    """Bits of each layer, the trade-off that they were chosen from, and the sensitivities."""
+    """Bits of each layer, with the trade-off of the choice and the sensitivities."""
 
     bits: dict[str, int]
     report: dict[str, Any]

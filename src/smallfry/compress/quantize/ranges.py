@@ -1,4 +1,4 @@
-"""Ranges of activations from calibration, by statistics that add up over batches and processes.
+"""Ranges of activations from calibration, by additive statistics over batches and processes.
 
 A first pass finds the extremes, a second one a histogram of 4,096 bins between −m and m, m the
 largest magnitude. From it come, for b bits,
@@ -71,26 +71,6 @@ class Histogram(NamedTuple):
         """Counts of |x| in bins from 0, (bins / 2,)."""
         half = BINS // 2
         return self.counts[half:] + self.counts[:half].flip(0)
-
-
-def percentile(values: Tensor, percent: float) -> float:
-    """Compute a percentile, linear between order statistics.
-
-    Args:
-        values: Any shape.
-        percent: 0 to 100.
-
-    Example:
-        >>> import torch
-        >>> from smallfry.compress.quantize.ranges import percentile
-        >>> percentile(torch.tensor([3.0, 1.0, 2.0]), 75)
-        2.5
-    """
-    ordered = values.detach().double().flatten().sort().values
-    place = percent / 100 * (len(ordered) - 1)
-    below = int(place)
-    above = min(below + 1, len(ordered) - 1)
-    return float(ordered[below] + (place - below) * (ordered[above] - ordered[below]))
 
 
 def find_range(seen: Histogram, kind: Range, bits: int, percent: float = 99.99) -> Interval:

@@ -1,4 +1,4 @@
-"""AdaRound: weights rounded up or down so that a layer's outputs stay, without labels.
+"""AdaRound: weights rounded up or down for the least error of a layer's outputs.
 
     Ŵ = s clamp(⌊W/s⌋ + h(V), −Q, Q),   h(V) = clamp(1.2 σ(V) − 0.1, 0, 1),
     minimise  mean ‖W x − Ŵ x̂‖² + λ Σ (1 − |2h − 1|^β)
@@ -23,6 +23,7 @@ from smallfry.layers.quantizers import encode, largest_code
 WARM_UP = 0.2  # share of the iterations without the second term
 STRETCH = (1.2, -0.1)
 BETAS = (20.0, 2.0)
+STRENGTH = 20.0  # λ over the mean error of nearest rounding per weight
 
 
 class Rounding(NamedTuple):
@@ -39,7 +40,6 @@ def adaptive_rounding(
     bits: int,
     seen: Moments,
     iterations: int = 1000,
-    strength: float = 20.0,
     rate: float = 0.01,
 ) -> Rounding:
     """Round a weight so that the error of its outputs is small.
@@ -50,7 +50,6 @@ def adaptive_rounding(
         bits: Bits of the codes.
         seen: Moments of the layer's inputs.
         iterations: Steps of Adam.
-        strength: λ over the mean error of nearest rounding per weight.
         rate: Adam's learning rate.
     """
     most, weight, scale = largest_code(bits), weight.double(), scale.double()
@@ -73,7 +72,7 @@ def adaptive_rounding(
         done = (step / iterations - WARM_UP) / (1 - WARM_UP)
         if done >= 0:
             beta = BETAS[1] + (BETAS[0] - BETAS[1]) * (1 + cos(pi * done)) / 2
-            loss = loss + strength * unit * (1 - (2 * h - 1).abs() ** beta).sum()
+            loss = loss + STRENGTH * unit * (1 - (2 * h - 1).abs() ** beta).sum()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

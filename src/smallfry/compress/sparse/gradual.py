@@ -111,7 +111,7 @@ class _Gradual(MaskedMethod):
 @register_method
 @dataclass(frozen=True)
 class KeepZeros:
-    """Training of a sparse model whose zeros stay.
+    """Training of a sparse model with fixed zeros.
 
     Args:
         include: Shell patterns of layer names.

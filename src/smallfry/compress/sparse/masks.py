@@ -19,7 +19,7 @@ from smallfry.transforms.spec import Transform
 
 
 class LayerChoice(Protocol):
-    """Settings that choose layers."""
+    """Choice of layers."""
 
     @property
     def include(self) -> tuple[str, ...]:

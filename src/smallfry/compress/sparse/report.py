@@ -1,4 +1,4 @@
-"""Zeros of a model: those that are stored, computed and removable, and where they pay."""
+"""Zeros of a model: stored, computed and removable ones, with their savings."""
 
 from collections import Counter
 from typing import NamedTuple

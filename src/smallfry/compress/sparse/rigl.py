@@ -1,4 +1,4 @@
-"""RigL: sparse from the first step, with weights that move to where the gradient is large.
+"""RigL: sparsity from the first step, with regrowth at large gradients.
 
 Every Δ steps until a share of the run, f = (α/2)(1 + cos(πt/T)) of each layer's active weights, the
 smallest, become zero, and as many others with the largest gradients become active at zero, with

@@ -1,4 +1,4 @@
-"""Penalties for sparse networks that resist attacks: transformed l1 and condition numbers.
+"""Penalties for robust sparse networks: transformed l1 and condition numbers.
 
     ρ_a(w) = (a + 1)|w|/(a + |w|)                          between ℓ₀ (a → 0) and ℓ₁ (a → ∞)
     log κ ≤ log 2 − Σ log σ_i + r log(‖W‖_F/√r)            Guggenheimer, Edelman, Johnson (gej)
@@ -61,7 +61,7 @@ def log_condition(weight: Tensor) -> Tensor:
 @register_method
 @dataclass(frozen=True)
 class TransformedL1:
-    """Penalty μ · mean ρ_a(w) on chosen layers, which drives weights to zero.
+    """Penalty μ · mean ρ_a(w) on chosen layers, for sparse weights.
 
     Args:
         strength: μ.

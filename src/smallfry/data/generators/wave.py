@@ -70,14 +70,6 @@ def simulate(start: Tensor, steps: int, courant: float = COURANT) -> Tensor:
     return torch.stack(fields)
 
 
-def energies(fields: Tensor, courant: float = COURANT) -> Tensor:
-    """Compute the conserved energy between successive fields, (steps, batch)."""
-    now, following = fields[:-1], fields[1:]
-    kinetic = (following - now).square().sum((-2, -1))
-    stiffness = -(following * laplacian(now)).sum((-2, -1))
-    return 0.5 * (kinetic + courant**2 * stiffness)
-
-
 def bumps(count: int, seed: int, side: int = SIDE) -> Tensor:
     """Draw Gaussian bumps of random place, width and height, (count, side, side) in float64."""
     generator = torch.Generator().manual_seed(seed)

@@ -51,7 +51,7 @@ class OpenVino:
 
 
 def rounding_for_products(graph: bytes) -> bytes:
-    """Let all nodes of an int8 ONNX graph but products read values before their quantization.
+    """Connect all nodes of an int8 ONNX graph but products to values before quantization.
 
     OpenVINO (2026.4) loses the zero point of a product's input that another node reads, too.
     """

@@ -1,4 +1,4 @@
-"""Graphs for one image at a time, which some device formats need."""
+"""Graphs for one image at a time, for some device formats."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -39,7 +39,7 @@ class Source:
 
 
 class Target(Protocol):
-    """Device format, which ``smallfry_runtime.engines`` has an engine for.
+    """Device format with an engine in ``smallfry_runtime.engines``.
 
     Attributes:
         name: Name in commands, which is the engine's.

@@ -89,12 +89,11 @@ def constrained(found: Floats, functions: gto.Mole, electrons: float) -> Floats:
     return corrected
 
 
-def coefficients(calculation: Any, basis: Any = AUXILIARY) -> Floats:
+def coefficients(calculation: Any) -> Floats:
     """Fit the density of a converged calculation, with its number of electrons, (functions,).
 
     Args:
         calculation: A restricted one of PySCF, such as ``RKS(mol, xc="pbe").run()``.
-        basis: Of the auxiliary functions.
 
     Raises:
         UsageError: It is open-shell, has not run, or has not converged.
@@ -106,8 +105,8 @@ def coefficients(calculation: Any, basis: Any = AUXILIARY) -> Floats:
             "the calculation has not converged, so its density is no label: run kernel(), perhaps "
             "with more than its max_cycle"
         )
-    found = fit(molecule, calculation.make_rdm1(), basis)
-    return constrained(found, auxiliary(molecule, basis), molecule.nelectron)
+    found = fit(molecule, calculation.make_rdm1())
+    return constrained(found, auxiliary(molecule), molecule.nelectron)
 
 
 def fock(calculation: Any, found: Floats, basis: Any = AUXILIARY) -> Floats:
@@ -142,7 +141,7 @@ def fock(calculation: Any, found: Floats, basis: Any = AUXILIARY) -> Floats:
     return assembled + _exchange_correlation(calculation, functions, found)
 
 
-def start(calculation: Any, found: Floats, basis: Any = AUXILIARY) -> Floats:
+def start(calculation: Any, found: Floats) -> Floats:
     """Diagonalise the Fock matrix of a density once, and fill the lowest orbitals.
 
     Returns:
@@ -151,7 +150,7 @@ def start(calculation: Any, found: Floats, basis: Any = AUXILIARY) -> Floats:
     Raises:
         UsageError: As ``fock``.
     """
-    energies, orbitals = calculation.eig(fock(calculation, found, basis), calculation.get_ovlp())
+    energies, orbitals = calculation.eig(fock(calculation, found), calculation.get_ovlp())
     occupations = calculation.get_occ(energies, orbitals)
     return np.array(calculation.make_rdm1(orbitals, occupations))
 

@@ -45,18 +45,6 @@ class Molecule:
         if (apart + 9 * np.eye(len(apart)) < NEAREST).any():
             raise DataError(f"{self.name}: two atoms are less than {NEAREST} bohr apart")
 
-    @property
-    def formula(self) -> str:
-        """Elements with their numbers, in the order of the alphabet.
-
-        Example:
-            >>> Molecule("water", np.array([8, 1, 1]), np.eye(3)).formula
-            'H2O'
-        """
-        symbols = [ELEMENTS[number] for number in self.numbers]
-        counts = [(each, symbols.count(each)) for each in sorted(set(symbols))]
-        return "".join(f"{each}{count if count > 1 else ''}" for each, count in counts)
-
     def atoms(self) -> list[tuple[str, tuple[float, ...]]]:
         """List symbols and positions in bohr, as PySCF takes them with ``unit="Bohr"``."""
         pairs = zip(self.numbers, self.positions.tolist(), strict=True)

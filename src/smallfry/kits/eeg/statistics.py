@@ -86,7 +86,7 @@ class _Freezing(Method):
         self._windows = 0
 
     def begin(self, model: Any, setting: Setting) -> None:
-        """Look at the model and the windows."""
+        """Take the calibration windows, or those of the settings."""
         if not isinstance(model, InterpretableCNN):
             raise UsageError(
                 f"eeg-statistics is of interpretable_cnn, not of {setting.spec.architecture}"

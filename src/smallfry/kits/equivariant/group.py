@@ -23,7 +23,6 @@ __all__ = [
     "GL",
     "SL",
     "angle",
-    "haar_density",
     "log_rotation",
     "map_eigenvalues",
     "polar",
@@ -151,13 +150,6 @@ def rotations(count: int, offset: float = 0.0) -> Samples:
     cos, sin = (each.where(each.abs() > 1e-15, 0.0) for each in (turn.cos(), turn.sin()))
     elements = torch.stack([cos, -sin, sin, cos], dim=-1).reshape(-1, 2, 2) + 0.0
     return Samples(elements, elements.mT.contiguous())
-
-
-def haar_density(g: Tensor) -> Tensor:
-    """Compute the density (…) of Haar's measure of GL⁺(n) against dS dr, |det S|^(−(n+1)/2)."""
-    n = g.shape[-1]
-    found: Tensor = torch.linalg.det(g).abs() ** -(n + 1.0)
-    return found
 
 
 @dataclass(frozen=True)

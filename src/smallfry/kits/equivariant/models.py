@@ -288,7 +288,7 @@ class GResNet(ResNet):
 
 
 class PlainResNet(ResNet):
-    """The same network with ordinary convolutions, over the plane alone.
+    """Counterpart of ``GResNet`` with ordinary convolutions, over the plane alone.
 
     Args:
         in_chans: Channels of the images.

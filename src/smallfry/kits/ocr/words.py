@@ -86,7 +86,7 @@ class WordSettings:
 
     @property
     def characters(self) -> str:
-        """The characters of the alphabet."""
+        """Characters of the alphabet."""
         return ALPHABETS.get(self.alphabet, self.alphabet)
 
 

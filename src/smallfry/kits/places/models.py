@@ -93,7 +93,7 @@ class SpikingPlaces(nn.Module):
 
     @property
     def modules_of_places(self) -> ModularSNN:
-        """The modules, with copies of the weights."""
+        """Modules, with copies of the weights."""
         found = ModularSNN(replace(self.settings, seed=int(_array(self.seed))))
         found.places = self.num_classes
         found.weights = self.weights.detach().double().cpu().numpy().copy()

@@ -83,16 +83,15 @@ def recall_at(
     return float((near & matched).any(axis=1).mean()) if len(truth) else 0.0
 
 
-def precision_recall(scores: Floats, truth: NDArray[np.int64], tolerance: int = 0) -> Curve:
+def precision_recall(scores: Floats, truth: NDArray[np.int64]) -> Curve:
     """Compute precision and recall as the needed score falls; recall is over all queries.
 
     Args:
         scores: (queries, places); the best score is the confidence, and 0 is no match.
         truth: (queries,).
-        tolerance: Places on either side that are right too.
     """
     best, confidence = scores.argmax(axis=1), scores.max(axis=1)
-    right = (np.abs(best - truth) <= tolerance) & (confidence != 0)
+    right = (best == truth) & (confidence != 0)
     order = np.argsort(-confidence, kind="stable")
     order = order[confidence[order] != 0]
     hits, values = np.cumsum(right[order]), confidence[order]

@@ -31,14 +31,14 @@ THIN = 0.012
 
 
 def _torus(x: Array) -> Array:
-    """A torus with radii 1 and 0.35, and a sphere of radius 0.45 in its middle."""
+    """Measure the distance to a torus of radii 1 and 0.35 around a sphere of radius 0.45."""
     rings = np.hypot(np.hypot(x[:, 0], x[:, 2]) - 1, x[:, 1]) - 0.35
     found: Array = np.minimum(rings, np.linalg.norm(x, axis=1) - 0.45)
     return found
 
 
 def _gyroid(x: Array) -> Array:
-    """A ball of radius 1.1 whose inside is one side of a gyroid."""
+    """Measure the distance to one side of a gyroid in a ball of radius 1.1."""
     u = 3.2 * x
     wave = (np.sin(u) * np.cos(np.roll(u, -1, axis=1))).sum(1) / 3.2
     found: Array = np.maximum(wave, np.linalg.norm(x, axis=1) - 1.1)
@@ -46,7 +46,7 @@ def _gyroid(x: Array) -> Array:
 
 
 def _hills(x: Array) -> Array:
-    """A round plate with hills, thickness 0.16 and radius 1.2."""
+    """Measure the distance to a round plate with hills, thickness 0.16 and radius 1.2."""
     height = 0.25 * np.sin(3.1 * x[:, 0] + 0.4) * np.cos(2.7 * x[:, 2]) + 0.1 * np.sin(5 * x[:, 2])
     edge = np.hypot(x[:, 0], x[:, 2]) - 1.2
     found: Array = np.maximum(np.abs(x[:, 1] - height) - 0.08, edge)

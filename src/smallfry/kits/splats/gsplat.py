@@ -1,4 +1,4 @@
-"""The rasteriser of gsplat, where there is a CUDA GPU: faster than ``render`` for large scenes."""
+"""Rasteriser of gsplat for CUDA GPUs: faster than ``render`` for large scenes."""
 
 from collections.abc import Sequence
 

@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import product
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -301,16 +300,6 @@ def estimate(programs: Sequence[Program], grammar: Grammar, spread: float = SPRE
     if range_ > spread:
         logs = {name: value * spread / range_ for name, value in logs.items()}
     return Grammar(_normalised(logs), grammar.library)
-
-
-def derivations(program: Program, grammar: Grammar) -> Iterator[tuple[str, ...]]:
-    """Yield the primitives of each derivation of a program, in prefix order.
-
-    There may be exponentially many: for small programs.
-    """
-    for name, parts in _matches(program, grammar):
-        for below in product(*(tuple(derivations(part, grammar)) for part in parts)):
-            yield (name, *(word for each in below for word in each))
 
 
 def _matches(program: Program, grammar: Grammar) -> Iterator[tuple[str, tuple[Program, ...]]]:

@@ -45,7 +45,7 @@ class ProgramGraph:
 
     @cached_property
     def links(self) -> Mapping[tuple[int, int], int]:
-        """The other node by node and port."""
+        """Other node by node and port."""
         found = {}
         for edge in self.edges:
             found[edge.one, edge.port] = edge.other

@@ -68,16 +68,13 @@ class Frontiers:
         return self._places[key]
 
 
-def find_graphs(
-    count: int, limit: int = 20_000, rounds: int = 5, frontier: int = FRONTIER
-) -> Sequence[Program]:
+def find_graphs(count: int, limit: int = 20_000, rounds: int = 5) -> Sequence[Program]:
     """Find programs of distinct graphs without training any, by enumeration and library learning.
 
     Args:
         count: Programs wanted.
         limit: Programs to enumerate in a round.
         rounds: Of enumeration; after each, a library is learned from all graphs so far.
-        frontier: Programs of a graph that it is learned from.
 
     Returns:
         At most ``count`` programs, the shortest of each graph, in the order of finding the graphs.
@@ -86,7 +83,7 @@ def find_graphs(
         >>> [str(program) for program in find_graphs(2, limit=500, rounds=1)]
         ['(push (add (connect identity)))']
     """
-    found, grammar = Frontiers(frontier), Grammar.uniform()
+    found, grammar = Frontiers(), Grammar.uniform()
     for _ in range(rounds):
         for each in enumerate_programs(grammar, limit):
             found.add(each.program)

@@ -89,7 +89,7 @@ class Policy(Protocol):
 
 
 class Flight(NamedTuple):
-    """A flight, and how it ended."""
+    """Flight, with its end."""
 
     outcome: Outcome
     path: Floats  # (steps + 1, 4): x, y in metres, yaw in degrees, height in metres

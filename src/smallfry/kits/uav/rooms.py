@@ -50,7 +50,7 @@ class Pose(NamedTuple):
 
 
 class Room(NamedTuple):
-    """A room, with all that its pictures depend on."""
+    """Room, with all settings of its pictures."""
 
     number: int
     split: str
@@ -72,11 +72,9 @@ class View(NamedTuple):
     depth: Floats  # (height, width), metres along the optical axis
 
 
-def random_of(
-    name: str, split: str, seed: int, number: int, stream: int = 0
-) -> np.random.Generator:
+def random_of(name: str, split: str, seed: int, number: int) -> np.random.Generator:
     """Create the random numbers of one thing, independent of all others."""
-    return generator(f"{name} {VERSION} {split}", seed, number, stream)
+    return generator(f"{name} {VERSION} {split}", seed, number, 0)
 
 
 def make_room(number: int, split: str = "test", seed: int = 0) -> Room:

@@ -1,4 +1,4 @@
-"""Policies that choose a student, one layer after the other.
+"""Policies for the choice of a student, one layer after the other.
 
 removal    a bidirectional LSTM reads all layers; each is kept or removed, independently given these
 shrinkage  LSTM cells; the share of each layer depends on the shares chosen before it
@@ -61,15 +61,11 @@ class Policy(nn.Module):
 
 
 class Removal(Policy):
-    """Policy of removal: action 0 removes a layer, 1 keeps it.
+    """Policy of removal: action 0 removes a layer, 1 keeps it."""
 
-    Args:
-        numbers: Numbers that describe a layer.
-    """
-
-    def __init__(self, numbers: int = NUMBERS) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.lstm = nn.LSTM(numbers, HIDDEN, DEPTH, bidirectional=True, batch_first=True)
+        self.lstm = nn.LSTM(NUMBERS, HIDDEN, DEPTH, bidirectional=True, batch_first=True)
         self.head = nn.Linear(2 * HIDDEN, 2)
         with torch.no_grad():
             self.head.bias.copy_(torch.tensor([0.0, KEEP_BIAS]))
@@ -94,13 +90,12 @@ class Shrinkage(Policy):
 
     Args:
         shares: The shares there are.
-        numbers: Numbers that describe a layer.
     """
 
-    def __init__(self, shares: Sequence[float], numbers: int = NUMBERS) -> None:
+    def __init__(self, shares: Sequence[float]) -> None:
         super().__init__()
         self.shares = torch.tensor(list(shares), dtype=torch.get_default_dtype())
-        self.lstm = nn.LSTM(numbers + 1, HIDDEN, DEPTH, batch_first=True)
+        self.lstm = nn.LSTM(NUMBERS + 1, HIDDEN, DEPTH, batch_first=True)
         self.head = nn.Linear(HIDDEN, len(shares))
 
     def logits(self, layers: Tensor, actions: Tensor) -> Tensor:

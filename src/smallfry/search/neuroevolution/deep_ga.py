@@ -38,7 +38,7 @@ class Evaluated(NamedTuple):
 
 
 class Problem(Protocol):
-    """Problem that networks are evolved for.
+    """Problem for evolved networks.
 
     Attributes:
         sizes: Widths of the networks, from inputs to outputs.

@@ -1,4 +1,4 @@
-"""Problem of a search: its space, what candidates cost, and how they are evaluated."""
+"""Problem of a search: its space, and the costs and the evaluation of candidates."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -97,13 +97,13 @@ class TableProblem:
 
 
 class StudentTable(TableProblem):
-    """Table of all students of a teacher, whose value is N2N's reward in percent."""
+    """Table of all students of a teacher, valued by N2N's reward in percent."""
 
     measure = "reward"
     layers = micro_n2n.LAYERS
 
-    def __init__(self, name: str = "micro_n2n") -> None:
-        super().__init__(name)
+    def __init__(self) -> None:
+        super().__init__("micro_n2n")
 
     def reward(self, trial: Trial) -> float:
         """Return the reward of a trial."""
@@ -121,7 +121,7 @@ class StudentTable(TableProblem):
 
 
 class TrainingProblem:
-    """Training configurations that differ in some settings.
+    """Training configurations, by some of their settings.
 
     Args:
         space: The space.

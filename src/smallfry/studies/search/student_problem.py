@@ -28,7 +28,7 @@ STARTS = "students"  # folder of the students before their training
 
 
 class StudentProblem:
-    """Smaller students of a run's model, whose value is N2N's reward in percent.
+    """Smaller students of a run's model, valued by N2N's reward in percent.
 
     Args:
         teacher: Run folder of a classifier.

@@ -1,4 +1,4 @@
-"""Control problems of Gymnasium, which need ``pip install 'smallfry[evolve]'``."""
+"""Control problems of Gymnasium, of the extra ``smallfry[evolve]``."""
 
 from functools import cache
 from importlib.metadata import entry_points

@@ -1,4 +1,4 @@
-"""Mazes of a simulated robot, whose reward can lead into a dead end.
+"""Mazes of a simulated robot, with deceptive rewards.
 
 senses   1; distance to the nearest wall at −90, −45, 0, 45, 90 and 180°, up to 100, by 100;
          quadrant of the direction of the goal, one of four
@@ -55,7 +55,7 @@ BOX = ((0, 0, SIDE, 0), (SIDE, 0, SIDE, SIDE), (SIDE, SIDE, 0, SIDE), (0, SIDE, 
 
 
 class Maze:
-    """Maze, in which all networks move at once.
+    """Maze for all networks at once.
 
     Args:
         layout: A layout, or its name.
@@ -86,7 +86,7 @@ class Maze:
     def walk(
         self, weights: Array, steps: int = STEPS
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Let networks move.
+        """Move networks by their outputs.
 
         Args:
             weights: (networks, parameters).
