@@ -110,6 +110,11 @@ def test_the_trained_model_equals_the_cut_one(method, name):
     before = cost(model, images[:1])
     expected = model(images)
     small = running.finish()
+    pairs = zip(groups, gone, strict=True)
+    kept = [
+        f"{group.name}: {group.channels - len(out)} of {group.channels}" for group, out in pairs
+    ]
+    assert running.reports[0]["lists"]["channels kept"] == kept
     torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=1e-5)
     assert cost(model, images[:1]).macs < before.macs
     assert torch.equal(build(small, model.state_dict())(images), model(images))
@@ -327,3 +332,21 @@ def test_zero_sparsity_changes_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert running.finish() == MICRO
+
+
+def test_the_report_has_the_channels_that_stay_and_the_recurrent_layers_of_a_crnn():
+    spec, reports = ModelSpec("crnn_dw_s", {"num_classes": 5}), []
+    images = torch.randn(2, 1, 32, 128)
+    with pytest.warns(SmallfryWarning, match=r"recurrent layers keep all .* \(mixer.rnn\)"):
+        small, found = compress.apply_to_model(
+            build(spec), [compress.Magnitude(0.5)], spec=spec, example=images, reports=reports
+        )
+    lists = reports[0]["lists"]
+    assert lists["recurrent layers, kept whole"] == ["mixer.rnn"]
+    names = [f"cnn.{number}" for number in (39, 36, 33, 27, 21, 15, 9, 3)]
+    widths = {name: build(spec).get_submodule(name).out_channels for name in names}
+    kept = {name: small.get_submodule(name).out_channels for name in names}
+    assert lists["channels kept"] == [f"{name}: {kept[name]} of {widths[name]}" for name in names]
+    assert sum(kept.values()) < 0.7 * sum(widths.values())
+    assert small.mixer.rnn.input_size == kept["cnn.39"]
+    assert torch.equal(build(found, small.state_dict()).eval()(images), small.eval()(images))

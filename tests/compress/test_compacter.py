@@ -1,6 +1,9 @@
 """Compacter in sessions and runs: frozen weights, files, merging, calls and delegation."""
 
+import shutil
 import sys
+import warnings
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -162,7 +165,7 @@ def runs(tmp_path_factory):
     smallfry.train(data={"limit": 64}, model=model, run=folder / "base", **common)
     for name, method in {"tuned": {}, "linear": {"activation": "none"}}.items():
         smallfry.train(
-            data={"limit": 64},
+            data={"limit": 48},
             model={"start": str(folder / "base")},
             methods=[{"compacter": method}],
             run=folder / name,
@@ -181,7 +184,12 @@ def test_a_run_writes_its_adapters_alone_and_they_give_the_model_back(runs):
     assert not torch.equal(base.model(images), tuned.model(images))
     assert attached.classes == tuned.classes
     assert attached.spec == tuned.spec
-    assert attached.save(runs / "again").is_dir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attached.export(runs / "graphs")  # with the images of its own training
+        smallfry.load(attached.save(runs / "again")).evaluate()
+    alone = Path(shutil.copy(runs / "tuned" / FILE, runs))
+    assert attach_adapters(base, alone).origin is None
 
 
 def test_adapters_fit_no_other_base_and_no_other_file(runs):

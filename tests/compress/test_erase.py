@@ -370,6 +370,8 @@ def test_a_trained_model_equals_the_erased_one(name):
     spec = running.finish()
     torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=1e-5)
     assert macs(model, images[:1]) < before
+    names = [g.name for g, gone in zip(method.groups, method.gone, strict=True) if gone]
+    assert running.reports[0]["lists"]["branches erased"] == names
     assert torch.equal(build(spec, model.state_dict())(images), model(images))
 
 
@@ -578,6 +580,10 @@ def test_latent_steps_are_left_out_while_training_and_recursion_steps_at_the_end
     (erased,) = spec.transforms
     assert sum(erased.steps.values()) == 3  # of six, without three of the four beyond the first
     assert model.recursion_steps == erased.steps.get("recursion_steps", 3)
+    (report,) = running.reports
+    assert report["lists"]["branches erased"] == []
+    kept = report["lists"]["steps kept"]
+    assert sorted(kept) == [f"{name}: {erased.steps[name]} of 3" for name in sorted(erased.steps)]
     images = torch.randn(2, 1, 8, 8)
     assert torch.equal(build(spec, model.state_dict()).eval()(images), model.eval()(images))
 

@@ -432,3 +432,42 @@ def test_layers_of_other_shapes_stay_dense(images):
     small, spec = compress.apply_to_model(layers, [compress.TensorTrain(smallest=1)])
     assert [*spec.transforms[0].settings] == ["3"]
     assert cost(small, images).parameters < cost(layers, images).parameters
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        compress.LowRank(),
+        compress.CP(smallest=16),
+        compress.Quantize(weights=8),
+        compress.Compacter(n=2, include=("*.projection",)),
+    ],
+    ids=lambda method: method.name,
+)
+def test_a_vit_of_transformers_reads_the_weight_of_its_replaced_patch_projection(method):
+    transformers = pytest.importorskip("transformers")
+    sizes = dict.fromkeys(("num_hidden_layers", "num_attention_heads"), 1)
+    config = transformers.ViTConfig(
+        hidden_size=32, intermediate_size=32, image_size=8, patch_size=4, num_labels=3, **sizes
+    )
+    model = transformers.ViTForImageClassification(config).eval()
+    images = torch.randn(2, 3, 8, 8)
+    projection = "vit.embeddings.patch_embeddings.projection"
+    before = model.get_submodule(projection)
+    session = compress.Session(
+        nn.Sequential(Vision(model)), [method], images, steps=1, batches=[images]
+    )
+    session.finish()
+    assert type(model.get_submodule(projection)) is not type(before)
+    assert model(images.double()).logits.isfinite().all()  # cast to the type that it reads
+
+
+class Vision(nn.Module):
+    """Class scores of a model of transformers."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return self.model(images).logits

@@ -13,9 +13,9 @@ from smallfry.kits.stereo.files import (
     read_disparity,
     read_labels,
     read_pfm,
-    read_view,
 )
 from smallfry.kits.stereo.truth import unpack
+from smallfry_runtime.pairs import read_view
 
 VALUES = np.random.default_rng(0).uniform(1, 30, (3, 5)).astype(np.float32)
 

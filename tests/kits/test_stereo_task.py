@@ -297,6 +297,15 @@ def test_views_are_read_from_a_file(run, tmp_path, capsys):
     assert main([*asked, "--decoding", "{focal: 90.0, baseline: 0.1}"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert {"disparity_png16", "labels_png", "depth_m"} < {*answer}
+    names = [str(tmp_path / f"{side}.png") for side in ("left", "right")]
+    for name, view in zip(names, (views[:3], views[3:]), strict=True):
+        Image.fromarray(view.transpose(1, 2, 0)).save(name)
+    assert main([*asked[:2], *names, *asked[3:]]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.pop("image") == ", ".join(names)
+    assert found["disparity_png16"] == answer["disparity_png16"]
+    assert main([*asked[:2], names[0]]) == 1
+    assert "a left view without its right one" in capsys.readouterr().err
     np.save(tmp_path / "few.npy", views[:3])
     assert main(["predict", str(run), str(tmp_path / "few.npy")]) == 1
     assert "few.npy" in capsys.readouterr().err
@@ -307,6 +316,11 @@ def test_each_exit_is_exported_and_equals_the_whole(run, tmp_path):
     trained = smallfry.load(run)
     views = np.random.default_rng(0).integers(0, 256, (3, 6, 32, 64), np.uint8)
     whole = Runtime(smallfry.export(run, tmp_path / "whole"))
+    pairs = [tmp_path / "left.png", tmp_path / "right.png"]
+    for file, view in zip(pairs, (views[0, :3], views[0, 3:]), strict=True):
+        Image.fromarray(view.transpose(1, 2, 0)).save(file)
+    (answer,) = whole.answer_each(whole.find([*map(str, pairs)], io.BytesIO()))
+    assert answer.value == whole.decode(views[:1])[0]
     for number in (1, 2, 3):
         short = cut(trained, number)
         folder = short.save(tmp_path / f"run{number}")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from smallfry.kits.stereo.files import read_view
+from smallfry_runtime.pairs import read_view
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])

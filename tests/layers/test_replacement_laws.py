@@ -14,7 +14,10 @@ from smallfry import cost
 from smallfry.curvature import cover
 from smallfry.curvature.likelihoods import Gaussian
 from smallfry.deploy.graphs import exported_program, to_onnx, whole_graph
-from smallfry.layers.linear_map import layers
+from smallfry.layers.fake_quant import fake_quantized
+from smallfry.layers.linear_map import layers, sizes_of
+from smallfry.layers.phm import Adapted, PHMRules
+from smallfry.layers.random_features import SNNKLinear
 from smallfry.transforms.replace import replace_layers
 
 DENSE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -103,6 +106,48 @@ def test_gradients_of_its_parameters_are_those_of_finite_differences(name, dense
     values = [p.detach().clone().requires_grad_() for p in trained.values()]
     if values:  # frozen codes alone have none
         assert torch.autograd.gradcheck(output, values, fast_mode=True)
+
+
+def offers(made, layer, weight, bias):
+    """Require that what models read of a layer is there: weight, bias and sizes."""
+    assert sizes_of(made) == sizes_of(layer)
+    assert (made.weight.dtype, made.weight.device) == (layer.weight.dtype, layer.weight.device)
+    assert torch.equal(made.weight, weight)
+    assert (made.bias is None) == (bias is None)
+    assert bias is None or torch.equal(made.bias, bias)
+
+
+@pytest.mark.parametrize(("name", "dense"), EVERY)
+def test_it_offers_what_models_read_of_a_layer(name, dense):
+    layer, small, _ = make(name, dense, torch.float32)
+    same = small.dense()
+    offers(small, layer, same.weight, same.bias)
+
+
+@pytest.mark.parametrize("dense", DENSE)
+def test_substitutes_that_are_no_linear_maps_offer_it_too(dense):
+    layer = DENSE[dense][0]()
+    adapted = Adapted(layer, PHMRules(1), inner=2)
+    for made in (adapted, fake_quantized(layer, 4)):
+        offers(made, layer, layer.weight, layer.bias)
+    layer.bias = None
+    signs = layers()["binary_weight"].from_dense(layer)
+    offers(signs, layer, signs.dense().weight, None)
+    if isinstance(layer, nn.Linear):
+        features = SNNKLinear.from_dense(layer, features=3)
+        offers(features, layer, features.psi.weight, None)
+
+
+def test_pytorch_s_fused_inference_does_not_go_around_a_replaced_layer():
+    def replaced(layer, _=None):
+        return layers()["quantized_weight"].from_dense(layer, bits=8, input_bits=2)
+
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    replace_layers(model, ["linear1"], replaced)
+    inputs = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        fast = model(inputs)
+    torch.testing.assert_close(fast, model(inputs))
 
 
 @pytest.mark.parametrize(("name", "dense"), EVERY)

@@ -129,6 +129,7 @@ def test_the_page_has_figures_pictures_of_reports_and_all_layers(figures, tmp_pa
         {"method": "low_rank", "profile": PROFILE},
         {"method": "other"},
         {"method": "quantize", "profile": PROFILE, "mixed": MIXED},
+        {"method": "erase_operators", "lists": {"branches erased": ["a", "<i>"], "empty": []}},
     ]
     layers = [layer("<b>", 1234567, 50), layer("gone", 7, 0)]
     page = write_compression(
@@ -143,10 +144,12 @@ def test_the_page_has_figures_pictures_of_reports_and_all_layers(figures, tmp_pa
     for words in (
         *("<h1>Small &amp; new</h1>", "× 0.500", "1,234 validation images", "keep 0.5"),
         *("<h2>Sensitivity of each layer: low_rank</h2>", "3.2 bits on average"),
+        *("<h2>Layers by name: erase_operators</h2>", ">branches erased<", ">a, &lt;i&gt;<"),
         *(">&lt;b&gt;<", ">1,234,567<", ">–<", "stored weights, B", ">parent<"),
     ):
         assert words in text
     assert "<b>" not in text
+    assert ">empty<" not in text
     assert "http://" not in text
     assert "https://" not in text
 

@@ -1,5 +1,6 @@
 """Names in pictures: no formula, in every legend, whole after they were shortened."""
 
+import logging
 import re
 import warnings
 
@@ -10,7 +11,14 @@ from matplotlib import rc_context
 from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from smallfry.report import batch, classification, corruptions, curves, multilabel, recursion
-from smallfry.report.figure import encode, in_legend, new_figure, plain, style
+from smallfry.report.figure import (
+    _note_numbers,
+    encode,
+    in_legend,
+    new_figure,
+    plain,
+    style,
+)
 
 NAMES = ["_background_", "$a$ & $b", "日本", "<b>", "𝔞\\$"]
 
@@ -84,6 +92,19 @@ def test_letters_of_any_font_that_the_user_has_named_are_kept():
         assert plain([own]) == [own]
     with rc_context({"font.family": ["no such font"]}):
         assert plain(["ж猫"]) == [r"ж\u732b"]
+
+
+def test_one_note_is_given_on_letters_that_no_font_has(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("smallfry"), "propagate", True)
+    _note_numbers.cache_clear()
+    with rc_context({"font.family": ["STIXGeneral"]}), caplog.at_level(logging.INFO, "smallfry"):
+        assert plain(["a", "ж"]) == ["a", "ж"]
+        assert not caplog.records
+        for _ in range(2):
+            plain(["猫", "犬"])
+    (record,) = caplog.records
+    assert r"such as \u732b, for letters that are in no font" in record.getMessage()
+    assert "(STIXGeneral): add a family" in record.getMessage()
 
 
 def test_a_letter_that_the_font_lacks_is_drawn_without_a_word():

@@ -239,22 +239,36 @@ def test_convolutions_of_every_kind_are_cut(model, shape, names):
 
 
 class Recurrent(nn.Module):
-    """A linear layer, and a recurrent one."""
+    """Two linear layers, and a recurrent one between them."""
 
-    def __init__(self):
+    def __init__(self, kind, **options):
         super().__init__()
-        self.first, self.rnn = nn.Linear(2, 6), nn.GRU(6, 3, batch_first=True)
+        self.first, self.rnn = nn.Linear(2, 6), kind(6, 3, batch_first=True, **options)
+        self.last = nn.Linear(self.rnn(torch.zeros(1, 1, 6))[0].shape[-1], 4)
+        self.head = nn.Linear(4, 5)
 
     def forward(self, rows):
-        return self.rnn(self.first(rows))[0]
+        return self.head(self.last(self.rnn(self.first(rows))[0]))
 
 
-def test_recurrent_layers_are_named_as_they_stay():
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always", SmallfryWarning)
-        assert find_groups(Recurrent(), torch.randn(2, 4, 2)) == ()
-    wanted = "recurrent layers keep all of their channels (rnn)"
-    assert wanted in [str(each.message) for each in found]
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "bias": False}])
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_recurrent_layers_are_named_as_they_stay_and_layers_around_them_are_cut(kind, options):
+    model, rows = Recurrent(kind, **options).eval(), torch.randn(2, 4, 2)
+    with pytest.warns(SmallfryWarning, match=r"recurrent layers keep all .* \(rnn\)") as found:
+        groups = find_groups(model, rows)
+    assert len(found) == 1
+    assert {group.name: group.channels for group in groups} == {"first": 6, "last": 4}
+    small = copy.deepcopy(model)
+    resize = cut(small, groups, {"first": torch.tensor([1, 4]), "last": torch.tensor([0, 1, 3])})
+    for group, gone in zip(groups, ([2], [0, 2, 3, 5]), strict=True):
+        mask(model, group, torch.tensor(gone))
+    torch.testing.assert_close(small(rows), model(rows))
+    assert small.rnn.input_size == 2
+    again = Recurrent(kind, **options).eval()
+    resize.apply(again)
+    again.load_state_dict(small.state_dict())
+    assert torch.equal(again(rows), small(rows))
 
 
 def test_heads_and_hidden_units_of_trm_are_cut():

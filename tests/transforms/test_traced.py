@@ -191,7 +191,9 @@ def test_slices_are_kept_once():
         (nn.BatchNorm2d(4), True),
         (nn.LayerNorm(4), False),
         (nn.Embedding(4, 4), False),
+        (nn.LSTM(4, 4), False),
     ],
 )
 def test_only_layers_whose_shape_follows_from_the_weight_are_known(layer, known):
-    assert traced._is_known(layer) == known
+    assert traced._is_known(layer, is_out=True) == known
+    assert traced._is_known(layer, is_out=False) == (known or isinstance(layer, nn.RNNBase))

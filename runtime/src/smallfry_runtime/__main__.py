@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from smallfry_runtime.errors import SmallfryError, UsageError
-from smallfry_runtime.inputs import find_images, find_texts
 from smallfry_runtime.runtime import Runtime
 from smallfry_runtime.terminal import say
 from smallfry_runtime.version import __version__
@@ -25,8 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         threshold = runtime.exit_threshold(
             options.exit_steps, options.exit_drop, options.exit_threshold
         )
-        find = find_texts if runtime.takes_texts else find_images
-        inputs = find(options.inputs, sys.stdin.buffer)
+        inputs = runtime.find(options.inputs, sys.stdin.buffer)
         failed = False
         for answer in runtime.answer_each(inputs, settings, threshold):
             failed |= answer.error is not None

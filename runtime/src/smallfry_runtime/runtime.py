@@ -11,7 +11,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +23,10 @@ from smallfry_runtime.engines import STEMS, Session, engine_of
 from smallfry_runtime.errors import DataError, ExportError, UsageError
 from smallfry_runtime.frames import PIXELS
 from smallfry_runtime.images import Encoded, decode
-from smallfry_runtime.inputs import InputImage
+from smallfry_runtime.inputs import InputImage, find_images, find_texts
 from smallfry_runtime.manifest import Manifest, manifest_of, read_export, restored_graphs
 from smallfry_runtime.names import path_of
+from smallfry_runtime.pairs import find_pairs, takes_pairs
 from smallfry_runtime.predictions import (
     NOT_FINITE,
     Answer,
@@ -284,6 +285,19 @@ class Runtime:
         """
         self.require_classes()
         return self.answer_each(images, {"top_k": top_k}, threshold)
+
+    def find(self, inputs: Sequence[str], stdin: BinaryIO) -> Iterator[InputImage]:
+        """Find the inputs of the model that files, folders, globs and ``-`` name.
+
+        Raises:
+            UsageError: This version has no decoder for the export's task.
+        """
+        manifest = self.manifest
+        if self.takes_texts:
+            return find_texts(inputs, stdin)
+        if takes_pairs(manifest.task):
+            return find_pairs(inputs, stdin, manifest.frame)
+        return find_images(inputs, stdin)
 
     @property
     def takes_texts(self) -> bool:

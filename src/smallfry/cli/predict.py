@@ -35,7 +35,8 @@ class Options(EarlyExit, AsJson, OneRun):
 
     Args:
         inputs: Image files, folders, globs, or - for an image or a list of files on standard input;
-            of a model for puzzles, text or JSON files, or - for such text.
+            of a model for puzzles, text or JSON files, or - for such text; of a stereo model also
+            left and right pictures by turns, or a folder with left and right.
         exit_threshold: Exit at this halting probability.
         top_k: Number of classes to print per image.
         budget_ms: Use the most accurate sub-model of an export within this latency of one image, in
@@ -138,10 +139,15 @@ def _decode_run(options: Options, trained: "TrainedModel") -> int:
     from smallfry.training.evaluation import task_of
     from smallfry.training.inference import decode_images
     from smallfry.training.puzzle_inference import solve
+    from smallfry_runtime.pairs import find_pairs, takes_pairs
 
     _refuse_options_of_classes(options)
-    if not isinstance(task_of(trained.manifest), ReadsText):
-        images = find_images(options.inputs, sys.stdin.buffer)
+    task = task_of(trained.manifest)
+    if not isinstance(task, ReadsText):
+        if takes_pairs(task.name):
+            images = find_pairs(options.inputs, sys.stdin.buffer, trained.frame)
+        else:
+            images = find_images(options.inputs, sys.stdin.buffer)
         found = decode_images(trained, images, options.exit_threshold, options.decoding)
         return _print_decoded(options, found)
 
@@ -164,7 +170,7 @@ def _decode_export(options: Options) -> int:
         options.exit_steps, options.exit_drop, options.exit_threshold
     )
     if not runtime.takes_texts:
-        images = find_images(options.inputs, sys.stdin.buffer)
+        images = runtime.find(options.inputs, sys.stdin.buffer)
         return _print_decoded(options, runtime.answer_each(images, options.decoding, threshold))
 
     read = decoder_of(manifest.task).read

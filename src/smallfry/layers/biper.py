@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smallfry.io.json import Plain
-from smallfry.layers.linear_map import register_layer
+from smallfry.layers.linear_map import APPLIED, register_layer, sizes_of, to_dense
 from smallfry.order import Stage
 
 EPSILON = 1e-5
@@ -176,8 +176,7 @@ def binary_layer(
         raise ValueError("a binary layer has no bias; leave layers with one in floating point")
     made: BinaryConv2d | BinaryLinear
     if isinstance(layer, nn.Conv2d):
-        shape = {name: getattr(layer, name) for name in CONVOLUTION}
-        made = BinaryConv2d(**shape, frequency=frequency, generator=generator)
+        made = BinaryConv2d(**sizes_of(layer), frequency=frequency, generator=generator)
     elif isinstance(layer, nn.Linear):
         made = BinaryLinear(layer.in_features, layer.out_features, frequency, generator)
     else:
@@ -186,12 +185,6 @@ def binary_layer(
     with torch.no_grad():
         made.weight.copy_(layer.weight)
     return made
-
-
-CONVOLUTION = (
-    *("in_channels", "out_channels", "kernel_size"),
-    *("stride", "padding", "dilation", "groups", "padding_mode"),
-)
 
 
 def pack_bits(weight: Tensor) -> Tensor:
@@ -225,13 +218,13 @@ class BinaryWeight(nn.Module):
 
     name: ClassVar[str] = "binary_weight"
     stage: ClassVar[Stage] = Stage.BITS
+    bias: ClassVar[None] = None
 
     def __init__(self, dense: nn.Module) -> None:
         super().__init__()
         weight = cast(Tensor, dense.weight)
         self.is_convolution = isinstance(dense, nn.Conv2d)
-        names = CONVOLUTION if self.is_convolution else ("in_features", "out_features")
-        self.shape = {name: getattr(dense, name) for name in names}
+        vars(self).update(sizes_of(dense))
         self.weight_shape = tuple(weight.shape)
         alpha = torch.ones(len(weight)).to(weight)
         if isinstance(dense, BinaryConv2d | BinaryLinear):
@@ -265,17 +258,22 @@ class BinaryWeight(nn.Module):
         return cls(layer)
 
     @property
-    def weight(self) -> Tensor:
-        """Signs in floating point, without α."""
+    def codes(self) -> Tensor:
+        """Signs of the weight in floating point."""
         return unpack_bits(self.bits, self.weight_shape).to(self.alpha)
+
+    @property
+    def weight(self) -> Tensor:
+        """Signs times α."""
+        return self.codes * self.alpha.view(-1, *[1] * (len(self.weight_shape) - 1))
 
     def integers(self, inputs: Tensor) -> Tensor:
         """Compute the outputs before α, whole numbers."""
-        binary, weight = signs(inputs), self.weight.to(inputs.dtype)
+        binary, weight = signs(inputs), self.codes.to(inputs.dtype)
         if not self.is_convolution:
             return F.linear(binary, weight)
-        names = ("stride", "padding", "dilation", "groups")
-        return F.conv2d(binary, weight, None, **{n: self.shape[n] for n in names})
+        how: dict[str, Any] = {name: getattr(self, name) for name in APPLIED}
+        return F.conv2d(binary, weight, None, **how)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map inputs as the layer in training does in its second stage."""
@@ -284,9 +282,4 @@ class BinaryWeight(nn.Module):
 
     def dense(self) -> nn.Module:
         """Convert to a layer of the same product; its inputs must be signs."""
-        made: Any = nn.Conv2d if self.is_convolution else nn.Linear
-        layer = made(**self.shape, bias=False, device=self.bits.device)
-        with torch.no_grad():
-            factor = self.alpha.view(-1, *[1] * (len(self.weight_shape) - 1))
-            layer.weight.copy_(self.weight * factor)
-        return cast(nn.Module, layer)
+        return to_dense(self)

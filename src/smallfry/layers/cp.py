@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from smallfry.io.json import Plain
-from smallfry.layers.linear_map import register_layer, require_dense
+from smallfry.layers.linear_map import register_layer, require_dense, sizes_of, to_dense
 from smallfry.order import Stage
 
 SWEEPS = 100
@@ -112,6 +112,7 @@ class CP(nn.Module):
 
     def __init__(self, layer: nn.Conv2d, rank: int) -> None:
         super().__init__()
+        vars(self).update(sizes_of(layer))
         kind: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
         down, across = (_along(layer, axis) for axis in (0, 1))
         self.reduce = nn.Conv2d(layer.in_channels, rank, 1, bias=False, **kind)
@@ -167,30 +168,22 @@ class CP(nn.Module):
             made.expand.bias.copy_(cast(Tensor, layer.bias))
         return made
 
-    @torch.no_grad()
+    @property
+    def weight(self) -> Tensor:
+        """Product of the factors, a kernel."""
+        reduce, down, across, expand = (
+            layer.weight.flatten(1) for layer in (self.reduce, self.down, self.across, self.expand)
+        )
+        return compose([expand, reduce.T, down.T, across.T])
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Bias of the outputs."""
+        return self.expand.bias
+
     def dense(self) -> nn.Module:
         """Multiply the factors into one convolution."""
-        reduce, down, across, expand = self.reduce, self.down, self.across, self.expand
-        ends: Any = (down.padding, across.padding)
-        layer = nn.Conv2d(
-            reduce.in_channels,
-            expand.out_channels,
-            (down.kernel_size[0], across.kernel_size[1]),
-            stride=(down.stride[0], across.stride[1]),
-            padding=ends[0] if isinstance(ends[0], str) else (ends[0][0], ends[1][1]),
-            dilation=(down.dilation[0], across.dilation[1]),
-            bias=expand.bias is not None,
-        ).to(reduce.weight)
-        factors = [
-            expand.weight.flatten(1),
-            reduce.weight.flatten(1).T,
-            down.weight.flatten(1).T,
-            across.weight.flatten(1).T,
-        ]
-        layer.weight.copy_(compose(factors))
-        if layer.bias is not None and expand.bias is not None:
-            layer.bias.copy_(expand.bias)
-        return layer
+        return to_dense(self)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map the inputs of the convolution to its outputs."""

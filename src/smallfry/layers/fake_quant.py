@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, autograd, nn
 from torch.nn import functional as F
 
+from smallfry.layers.linear_map import sizes_of
+
 SMALLEST_STEP = 1e-8
 
 
@@ -182,16 +184,9 @@ def fake_quantized(
         True
     """
     layer: FakeQuantLinear | FakeQuantConv2d
-    given: Any = dense
-    if isinstance(dense, nn.Linear):
-        layer = FakeQuantLinear(given.in_features, given.out_features, given.bias is not None,
-                                device="meta")  # fmt: skip
-    elif isinstance(dense, nn.Conv2d):
-        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
-        shape = {name: getattr(given, name) for name in names}
-        layer = FakeQuantConv2d(**shape, groups=given.groups, bias=given.bias is not None,
-                                padding_mode=given.padding_mode, device="meta")  # fmt: skip
-    else:
+    if not isinstance(dense, nn.Linear | nn.Conv2d):
         raise ValueError(f"expected nn.Linear or nn.Conv2d, got {type(dense).__name__}")
+    made: Any = FakeQuantConv2d if isinstance(dense, nn.Conv2d) else FakeQuantLinear
+    layer = made(**sizes_of(dense), bias=dense.bias is not None, device="meta")
     layer.take(dense, bits, input_bits, calls)
     return layer

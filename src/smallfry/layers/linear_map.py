@@ -1,7 +1,12 @@
-"""Substitutes for ``nn.Linear`` and ``nn.Conv2d``, registered by name."""
+"""Substitutes for ``nn.Linear`` and ``nn.Conv2d``, registered by name.
+
+Models read their layers as well as calling them: the type of a weight, its device, a kernel's size.
+A substitute therefore has ``weight``, ``bias`` and the sizes of the layer in whose place it is.
+"""
 
 from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from smallfry.errors import UsageError, nearest
@@ -11,6 +16,9 @@ from smallfry.io.registry import add
 from smallfry.order import Stage
 
 DENSE = (nn.Linear, nn.Conv2d)
+LINEAR = ("in_features", "out_features")
+APPLIED = ("stride", "padding", "dilation", "groups")  # arguments of F.conv2d
+CONVOLUTION = ("in_channels", "out_channels", "kernel_size", *APPLIED, "padding_mode")
 T = TypeVar("T", bound=type)
 
 _layers: dict[str, Any] = {}
@@ -27,6 +35,14 @@ class LinearMap(Protocol):
 
     name: ClassVar[str]
     stage: ClassVar[Stage]
+
+    @property
+    def weight(self) -> Tensor:
+        """Weight of ``dense``, for models that read it."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Bias of ``dense``."""
 
     @classmethod
     def like(cls, layer: nn.Module, **settings: Plain) -> Self:
@@ -45,6 +61,33 @@ class LinearMap(Protocol):
 
     def __call__(self, input: Tensor) -> Tensor:
         """Apply the layer to a batch, under PyTorch's name for it."""
+
+
+def sizes_of(layer: nn.Module) -> dict[str, Any]:
+    """Return what a dense layer, or a substitute with its sizes, is created with, except for bias.
+
+    Example:
+        >>> import torch
+        >>> from smallfry.layers.linear_map import sizes_of
+        >>> sizes_of(torch.nn.Linear(8, 4))
+        {'in_features': 8, 'out_features': 4}
+    """
+    names = CONVOLUTION if hasattr(layer, "kernel_size") else LINEAR
+    return {name: getattr(layer, name) for name in names}
+
+
+@torch.no_grad()
+def to_dense(layer: nn.Module) -> nn.Module:
+    """Create the linear layer or convolution of a substitute's sizes, weight and bias."""
+    weight: Any = layer.weight
+    bias: Any = layer.bias
+    make: Any = nn.Conv2d if hasattr(layer, "kernel_size") else nn.Linear
+    kind = {"device": weight.device, "dtype": weight.dtype}
+    dense: nn.Module = make(**sizes_of(layer), bias=bias is not None, **kind)
+    dense.weight.copy_(weight)  # type: ignore[operator]
+    if bias is not None:
+        dense.bias.copy_(bias)  # type: ignore[operator]
+    return dense
 
 
 def register_layer(layer: T) -> T:

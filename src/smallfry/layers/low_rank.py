@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from smallfry.io.json import Plain
-from smallfry.layers.linear_map import register_layer, require_dense
+from smallfry.layers.linear_map import register_layer, require_dense, sizes_of, to_dense
 from smallfry.order import Stage
 
 _CONVOLUTION: Any = nn.Conv2d  # whose arguments are copied from another
@@ -39,6 +39,11 @@ class LowRank(nn.Module):
     def __init__(self, reduce: nn.Module, expand: nn.Module) -> None:
         super().__init__()
         self.reduce, self.expand = reduce, expand
+        vars(self).update(sizes_of(reduce))
+        if isinstance(expand, nn.Conv2d):
+            self.out_channels = expand.out_channels
+        else:
+            self.out_features = expand.out_features
 
     @classmethod
     def like(cls, layer: nn.Module, **settings: Plain) -> Self:
@@ -83,23 +88,20 @@ class LowRank(nn.Module):
             cast(Tensor, made.expand.bias).copy_(cast(Tensor, layer.bias))
         return made
 
-    @torch.no_grad()
+    @property
+    def weight(self) -> Tensor:
+        """Product of the factors, in the dense layer's shape."""
+        expand, reduce = cast(Tensor, self.expand.weight), cast(Tensor, self.reduce.weight)
+        return (expand.flatten(1) @ reduce.flatten(1)).view(-1, *reduce.shape[1:])
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Bias of the outputs."""
+        return cast(Tensor | None, self.expand.bias)
+
     def dense(self) -> nn.Module:
         """Multiply the factors into one layer."""
-        reduce, expand = cast(Any, self.reduce), cast(Any, self.expand)
-        product = expand.weight.flatten(1) @ reduce.weight.flatten(1)
-        if isinstance(self.reduce, nn.Conv2d):
-            shape = (reduce.in_channels, expand.out_channels, reduce.kernel_size)
-            layer: Any = nn.Conv2d(
-                *shape, reduce.stride, reduce.padding, reduce.dilation, bias=expand.bias is not None
-            )
-        else:
-            layer = nn.Linear(reduce.in_features, expand.out_features, expand.bias is not None)
-        layer = layer.to(reduce.weight)
-        layer.weight.copy_(product.view_as(layer.weight))
-        if expand.bias is not None:
-            layer.bias.copy_(expand.bias)
-        return cast(nn.Module, layer)
+        return to_dense(self)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map the inputs of the dense layer to its outputs."""

@@ -9,11 +9,13 @@ each product's own. Karimi Mahabadi, Henderson, Ruder, *Compacter*, NeurIPS 2021
 an adapter is linear and merges into the layer before it.
 """
 
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from smallfry.layers.linear_map import sizes_of
 
 Activation = Literal["gelu", "none"]
 
@@ -159,10 +161,21 @@ class Adapted(nn.Module):
         super().__init__()
         if not isinstance(layer, nn.Linear | nn.Conv2d):
             raise ValueError(f"expected nn.Linear or nn.Conv2d, got {type(layer).__name__}")
+        vars(self).update(sizes_of(layer))
         self.layer, self.calls, self.called = layer, calls, 0
         self.is_image = isinstance(layer, nn.Conv2d)
         made = (Adapter(rules, len(layer.weight), inner, activation) for _ in range(calls))
         self.adapters = nn.ModuleList(made).to(layer.weight)
+
+    @property
+    def weight(self) -> Tensor:
+        """Weight of the layer without its adapters."""
+        return cast(Tensor, self.layer.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Bias of the layer without its adapters."""
+        return cast(Tensor | None, self.layer.bias)
 
     @property
     def is_mergeable(self) -> bool:
@@ -186,14 +199,8 @@ class Adapted(nn.Module):
         up = adapter.up.matrix()
         change = torch.eye(len(layer.weight)).to(up) + adapter.down.matrix() @ up
         constant = adapter.down.bias @ up + adapter.up.bias
-        merged: nn.Linear | nn.Conv2d
-        if isinstance(layer, nn.Linear):
-            merged = nn.Linear(layer.in_features, layer.out_features)
-        else:
-            names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
-            shape = {name: getattr(layer, name) for name in names}
-            merged = nn.Conv2d(layer.in_channels, layer.out_channels, **shape)
-        merged.to(layer.weight)
+        make: Any = nn.Conv2d if self.is_image else nn.Linear
+        merged: nn.Linear | nn.Conv2d = make(**sizes_of(layer)).to(layer.weight)
         rows = layer.weight.flatten(1)
         merged.weight.copy_((change.T @ rows).view_as(layer.weight))
         assert merged.bias is not None

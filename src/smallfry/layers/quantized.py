@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from smallfry.io.json import Plain
-from smallfry.layers.linear_map import register_layer
+from smallfry.layers.linear_map import APPLIED, register_layer, sizes_of, to_dense
 from smallfry.layers.onnx_codes import dequantized, emits_codes, rounded
 from smallfry.layers.quantizers import (
     BITS,
@@ -98,7 +98,7 @@ class QuantizedWeight(nn.Module):
         weight = cast(Tensor, dense.weight)
         self.bits, self.group, self.input_bits, self.calls = bits, group, input_bits, calls
         self.called = 0
-        self.shape = {name: getattr(dense, name) for name in _shape_of(dense)}
+        vars(self).update(sizes_of(dense))
         self.is_convolution = isinstance(dense, nn.Conv2d)
         # of both sides of each dimension, as PyTorch computes them for every kind of padding
         self.sides = tuple(getattr(dense, "_reversed_padding_repeated_twice", ()))
@@ -156,16 +156,9 @@ class QuantizedWeight(nn.Module):
             scales = spread(scales, self.codes.shape, self.group)
         return self.codes.to(scales.dtype) * scales
 
-    @torch.no_grad()
     def dense(self) -> nn.Module:
         """Convert to a layer with the floating-point weight and inputs."""
-        kind = {"bias": self.bias is not None, "device": self.codes.device}
-        make: Any = nn.Conv2d if self.is_convolution else nn.Linear
-        layer = make(**self.shape, **kind)
-        layer.weight.copy_(self.weight)
-        if self.bias is not None:
-            layer.bias.copy_(self.bias)
-        return cast(nn.Module, layer)
+        return to_dense(self)
 
     def round_inputs(self, inputs: Tensor) -> Tensor:
         """Round the inputs of the next call, and count it; floating-point inputs pass unchanged."""
@@ -187,10 +180,9 @@ class QuantizedWeight(nn.Module):
             weight = self.weight.to(input.dtype)
         if not self.is_convolution:
             return F.linear(rows, weight, self.bias)
-        names = ("stride", "padding", "dilation", "groups")
-        how = {n: self.shape[n] for n in names}
-        if self.shape["padding_mode"] != "zeros":
-            rows = F.pad(rows, self.sides, mode=self.shape["padding_mode"])
+        how: dict[str, Any] = {n: getattr(self, n) for n in APPLIED}
+        if self.padding_mode != "zeros":
+            rows = F.pad(rows, self.sides, mode=cast(str, self.padding_mode))
             how["padding"] = 0
         return F.conv2d(rows, weight, self.bias, **how)
 
@@ -238,10 +230,3 @@ def number_calls(model: nn.Module, first: str | None = None) -> list[RemovableHa
 
 def _is_count(value: Any, allowed: range) -> bool:
     return type(value) is int and value in allowed
-
-
-def _shape_of(layer: nn.Module) -> tuple[str, ...]:
-    if not isinstance(layer, nn.Conv2d):
-        return ("in_features", "out_features")
-    kernel = ("in_channels", "out_channels", "kernel_size")
-    return (*kernel, "stride", "padding", "dilation", "groups", "padding_mode")

@@ -133,6 +133,16 @@ class SNNKLinear(nn.Module):
         is_complex = kernel in ("sin", "cos")
         self.psi = nn.Linear(features * (1 + is_complex), outputs, bias=bias)
 
+    @property
+    def weight(self) -> Tensor:
+        """Ψ, of the device and type of the linear layer's weight, and of another shape."""
+        return self.psi.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Bias of the outputs."""
+        return self.psi.bias
+
     @classmethod
     def from_dense(cls, layer: nn.Linear, **settings: Plain) -> Self:
         """Create the layer that estimates f of a linear layer; for relu see this module.

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from smallfry._torch import has_forward_hooks
 from smallfry.io.json import Plain
-from smallfry.layers.linear_map import register_layer, require_dense
+from smallfry.layers.linear_map import register_layer, require_dense, sizes_of, to_dense
 from smallfry.order import Stage
 
 UNEVEN = 4  # ratio of factors above which a size is rounded up
@@ -114,7 +114,8 @@ class TensorTrain(nn.Module):
         super().__init__()
         weight = cast(Tensor, layer.weight)
         self.out_features, self.in_features = weight.flatten(1).shape
-        self.stride = layer.stride if isinstance(layer, nn.Conv2d) else None
+        self.is_convolution = isinstance(layer, nn.Conv2d)
+        vars(self).update(sizes_of(layer))
         self.modes = modes_of(self.out_features, self.in_features, len(ranks) + 1)
         self.ranks = (1, *ranks, 1)
         kind: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
@@ -169,23 +170,18 @@ class TensorTrain(nn.Module):
         ]
         return to_matrix(cores)[: self.out_features, : self.in_features]
 
-    @torch.no_grad()
+    @property
+    def weight(self) -> Tensor:
+        """The matrix, in the dense layer's shape."""
+        return self.matrix[..., None, None] if self.is_convolution else self.matrix
+
     def dense(self) -> nn.Module:
         """Multiply the cores into one layer."""
-        sizes = (self.in_features, self.out_features)
-        layer: Any = nn.Linear(*sizes, bias=self.bias is not None)
-        if self.stride is not None:
-            layer = nn.Conv2d(*sizes, 1, cast(Any, self.stride), bias=self.bias is not None)
-        matrix = self.matrix
-        layer = layer.to(matrix)
-        layer.weight.copy_(matrix.view_as(layer.weight))
-        if self.bias is not None:
-            layer.bias.copy_(self.bias)
-        return cast(nn.Module, layer)
+        return to_dense(self)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map the inputs of the dense layer to its outputs."""
-        if self.stride is None:
+        if not self.is_convolution:
             return self._apply_rows(input)
         down, across = cast(Any, self.stride)
         rows = input[..., ::down, ::across].movedim(-3, -1)

@@ -28,7 +28,7 @@ def write_compression(
         title: Title of the page.
         rows: Figures of the whole model: name, before, after, change.
         summary: Content of ``compression.json``. Pictures are those of its ``layers`` and of what
-            its ``reports`` have: ``profile`` and ``mixed``.
+            its ``reports`` have: ``profile`` and ``mixed``; ``lists`` are tables.
         facts: What was compressed, for the table of provenance.
     """
     pictures, layers = folder / "pictures", summary["layers"]
@@ -55,9 +55,13 @@ def write_compression(
 def _sections(
     reports: Sequence[Mapping[str, Any]], pictures: Path
 ) -> Iterator[tuple[str, str, Markup]]:
-    """Draw what the reports hold, and yield a title, a sentence and the picture of each."""
+    """Yield a title, a sentence and the picture or table of everything that the reports hold."""
     names: list[str] = []
     for report in reports:
+        lists = [(what, ", ".join(each)) for what, each in report.get("lists", {}).items() if each]
+        if lists:
+            heading = f"Layers by name: {report['method']}"
+            yield heading, "", table(["what", "layers"], lists, text=(0, 1))
         if profile := report.get("profile"):
             file = _file(pictures, "profile", names)
             draw_profile(profile, file)

@@ -1,6 +1,7 @@
 """Common style and atomic saving of all plots."""
 
 import io
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,6 +16,8 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from torch import Tensor
 
 from smallfry.io.replace import write_whole
+
+log = logging.getLogger(__name__)
 
 COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#dc2626")
 GREY = "#6b7280"
@@ -67,8 +70,20 @@ def plain(names: Sequence[str]) -> list[str]:
     as ``\\u732b``: a box would be the same for all of them.
     """
     known = _letters(tuple(rcParams["font.family"]))
-    shown = ("".join(c if c.isascii() or ord(c) in known else _number(c) for c in n) for n in names)
+    shown = ["".join(c if c.isascii() or ord(c) in known else _number(c) for c in n) for n in names]
+    if shown != list(names):
+        _note_numbers(tuple(rcParams["font.family"]))
     return [name.replace("$", r"\$") for name in shown]
+
+
+@lru_cache
+def _note_numbers(families: tuple[str, ...]) -> None:
+    """Log once why names have numbers in pictures."""
+    log.info(
+        "pictures have numbers, such as \\u732b, for letters that are in no font of matplotlib's "
+        "setting font.family (%s): add a family that has them in a file matplotlibrc",
+        ", ".join(families),
+    )
 
 
 def _number(letter: str) -> str:

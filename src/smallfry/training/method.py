@@ -87,9 +87,11 @@ class Method:
     def report(self) -> dict[str, Any] | None:
         """Return plain data on what ``finish`` has done, for the report; None for nothing.
 
-        It has the name of the ``method``. Pages also show ``profile``, what each ``choices`` for
-        one layer alone ``costs``, as ``smallfry.report.compression.draw_profile`` takes it, and
-        count ``bytes`` of tensors, by their name, that the file has in another form.
+        It has the name of the ``method``. Pages also show ``lists``, the names of layers that have
+        something in common, such as ``{"branches erased": ["layer4.1"]}``, and ``profile``, what
+        each ``choices`` for one layer alone ``costs``, as
+        ``smallfry.report.compression.draw_profile`` takes it, and count ``bytes`` of tensors, by
+        their name, that the file has in another form.
         """
         return None
 

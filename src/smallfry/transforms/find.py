@@ -41,8 +41,7 @@ def find_groups(model: nn.Module, example: Tensor) -> tuple[ChannelGroup, ...]:
         >>> [(g.name, g.channels) for g in find_groups(model, torch.zeros(2, 1, 8, 8))][:2]
         [('blocks.0.attn.qkv', 4), ('blocks.0.mlp.fc1', 96)]
     """
-    recurrent = [name for name, each in model.named_modules() if isinstance(each, nn.RNNBase)]
-    if recurrent:
+    if recurrent := recurrent_layers(model):
         warnings.warn(
             f"recurrent layers keep all of their channels ({', '.join(recurrent[:3])})",
             SmallfryWarning,
@@ -65,6 +64,11 @@ def find_groups(model: nn.Module, example: Tensor) -> tuple[ChannelGroup, ...]:
             stacklevel=2,
         )
     return tuple(group for group in (*found, *others) if reasons[group.name] is None)
+
+
+def recurrent_layers(model: nn.Module) -> list[str]:
+    """List the names of recurrent layers, whose channels are in no group."""
+    return [name for name, each in model.named_modules() if isinstance(each, nn.RNNBase)]
 
 
 @torch.no_grad()

@@ -100,7 +100,7 @@ def replace_layers(model: nn.Module, names: Iterable[str], make: Make) -> None:
             continue
         new = made[id(old)] = make(old, name)
         new.train(old.training)
-        weight = getattr(old, "weight", None)
+        weight = old._parameters.get("weight")
         first = by_weight.setdefault(id(weight), new) if weight is not None else new
         if first is not new:
             _share(first, new)
@@ -109,6 +109,8 @@ def replace_layers(model: nn.Module, names: Iterable[str], make: Make) -> None:
         if id(module) in made:
             parent, _, leaf = name.rpartition(".")
             setattr(modules[parent], leaf, made[id(module)])
+            if isinstance(owner := modules[parent], nn.TransformerEncoderLayer):
+                owner.activation_relu_or_gelu = 0  # no fused inference, which reads weights alone
 
 
 def tied_layers(model: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -86,7 +86,7 @@ def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
     for each in model.modules():
         for key, parameter in each._parameters.items():
             if parameter is old:
-                each._parameters[key] = new
+                setattr(each, key, new)  # a recurrent layer has a list of them besides
 
 
 def apply_counts(model: nn.Module, counts: Mapping[str, int]) -> None:
@@ -120,6 +120,8 @@ def fit_attributes(model: nn.Module, names: Mapping[str, Any]) -> None:
             module.out_channels = len(weight)
         elif isinstance(module, TRANSPOSED):  # without groups
             module.in_channels, module.out_channels = weight.shape[:2]
+        elif isinstance(module, nn.RNNBase):
+            module.input_size = module.weight_ih_l0.shape[1]
         elif isinstance(module, nn.modules.batchnorm._NormBase):
             module.num_features = len(next(t for t in module.state_dict().values() if t.ndim))
 

@@ -10,6 +10,7 @@ import ctypes
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +23,7 @@ from smallfry.transforms.resize import CONVOLUTIONS, TRANSPOSED
 from smallfry_runtime.background import BackgroundThread
 
 SECONDS = 20.0
+UNKNOWN = (nn.GRU, nn.RNN)  # to Torch-Pruning, unlike nn.LSTM
 LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 T = TypeVar("T")
 
@@ -78,12 +80,30 @@ def _groups(
     classifier = getattr(model, "get_classifier", lambda: None)()
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        graph = library.DependencyGraph().build_dependency(model, example)
+        recurrent = dict.fromkeys(UNKNOWN, library.pruner.function.LSTMPruner())
+        for module in model.modules():
+            if isinstance(module, UNKNOWN):
+                module.forward = partial(_as_one_node, module)  # type: ignore[assignment]
+        graph = library.DependencyGraph()
+        graph.build_dependency(model, example, customized_pruners=recurrent)
         if isinstance(classifier, nn.Module):
             ignored.append(classifier)
         every = list(graph.get_all_groups(ignored, list(LAYERS)))
     found = [_group(graph, each, names) for each in every]
     return [group for group in found if group is not None]
+
+
+class _OneNode(torch.autograd.Function):
+    """Recurrent layer as one node of the graph, whose operations on time steps mislead it."""
+
+    @staticmethod
+    def forward(ctx: Any, module: nn.Module, inputs: Tensor, state: Any) -> Any:
+        outputs, last = type(module).forward(module, inputs, state)  # type: ignore[operator]
+        return outputs, last
+
+
+def _as_one_node(module: nn.Module, inputs: Tensor, state: Tensor | None = None) -> Any:
+    return _OneNode.apply(module, inputs, state)
 
 
 def _group(graph: Any, items: Any, names: dict[int, str]) -> ChannelGroup | None:
@@ -98,9 +118,9 @@ def _group(graph: Any, items: Any, names: dict[int, str]) -> ChannelGroup | None
         if name is None:  # an operation without weights
             continue
         entries = _entries(item.idxs, item.root_idxs, channels)
-        if entries is None or not _is_known(module):
-            return None
         is_out = graph.is_out_channel_pruning_fn(item.dep.handler)
+        if entries is None or not _is_known(module, is_out):
+            return None
         is_turned = isinstance(module, TRANSPOSED)
         if is_out:
             zeroed += [
@@ -113,6 +133,9 @@ def _group(graph: Any, items: Any, names: dict[int, str]) -> ChannelGroup | None
                 for b, buffer in module._buffers.items()
                 if buffer is not None and buffer.ndim
             ]
+        elif isinstance(module, nn.RNNBase):
+            inputs = [p for p in module._parameters if p.startswith("weight_ih_l0")]
+            others += [Slice(f"{name}.{p}", 1, entries) for p in inputs]
         else:
             others.append(Slice(f"{name}.weight", int(not is_turned), entries))
     if not zeroed:
@@ -121,12 +144,17 @@ def _group(graph: Any, items: Any, names: dict[int, str]) -> ChannelGroup | None
     return ChannelGroup(name, channels, _merged(zeroed), _merged([*zeroed, *others]))
 
 
-def _is_known(module: nn.Module) -> bool:
-    """Return whether a layer's shape follows from its weight: ungrouped or depthwise."""
+def _is_known(module: nn.Module, is_out: bool) -> bool:
+    """Return whether a layer's shape follows from its weight: ungrouped or depthwise.
+
+    Of recurrent layers, that of the inputs does.
+    """
     if isinstance(module, CONVOLUTIONS):
         return module.groups in (1, module.out_channels)
     if isinstance(module, TRANSPOSED):
         return module.groups == 1
+    if isinstance(module, nn.RNNBase):
+        return not is_out
     return isinstance(module, nn.Linear | nn.modules.batchnorm._NormBase)
 
 

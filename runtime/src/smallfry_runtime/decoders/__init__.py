@@ -6,6 +6,7 @@ A module is named after its task, with ``_`` for ``-``, and has
                                 values for JSON of outputs (samples, …), given the classes' names
     right(outputs, labels)      for recursive models, which are calibrated with it: (samples,)
     read(text, classes, side)   for tasks whose inputs are text: pixels (samples, 1, side, side)
+    VIEWS                       2 for tasks whose inputs are pairs of pictures
 
 A kit's decoder is here, too, so that a device that runs its exports needs nothing else.
 """

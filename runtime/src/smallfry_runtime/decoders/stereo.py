@@ -21,6 +21,7 @@ from smallfry_runtime.values import is_number
 __all__ = ["Settings", "decode", "enlarge"]
 
 Floats = NDArray[np.float32]
+VIEWS = 2
 FACTORS = (16, 8, 4)
 LEAST = 0.5  # pixels: points with less are too far for a depth
 

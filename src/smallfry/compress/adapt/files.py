@@ -17,6 +17,7 @@ from smallfry._torch import BatchNorm
 from smallfry.errors import RunError
 from smallfry.training.checkpoint import safetensors_bytes, save_checkpoint, weights_digest
 from smallfry.training.run import TrainedModel, load_run
+from smallfry.training.run_folder import RunFolder
 from smallfry.transforms.adapters import CHILD, Adapters
 from smallfry.transforms.classifier import classifier_names
 from smallfry.transforms.spec import ModelSpec
@@ -50,7 +51,8 @@ def attach_adapters(base: TrainedModel, file: str | Path) -> TrainedModel:
         file: ``adapters.safetensors`` of a run.
 
     Returns:
-        The adapted model, with the classes and images of its training.
+        The adapted model, with the classes and images of its training: its ``origin`` is the run
+        that the file is in, and None if it is in none.
 
     Raises:
         RunError: The file can't be read, or belongs to another model.
@@ -84,7 +86,9 @@ def attach_adapters(base: TrainedModel, file: str | Path) -> TrainedModel:
     with TemporaryDirectory() as place:  # read again with all checks of a checkpoint
         folder = Path(place) / "best"
         save_checkpoint(folder, manifest, weights)
-        return load_run(folder)._replace(origin=base.origin)
+        trained = load_run(folder)
+    run = RunFolder(Path(file).resolve().parent)
+    return trained._replace(origin=run.path if run.config.is_file() else None)
 
 
 def trained_names(model: nn.Module) -> set[str]:

@@ -27,7 +27,7 @@ from smallfry.compress.prune.selection import (
 from smallfry.compress.select import chosen
 from smallfry.errors import UsageError
 from smallfry.training.method import Method, Setting
-from smallfry.transforms.find import NONE_FOUND, find_groups
+from smallfry.transforms.find import NONE_FOUND, find_groups, recurrent_layers
 from smallfry.transforms.groups import ChannelGroup, Slice, cut, mask
 from smallfry.transforms.resize import tensors_of
 from smallfry.transforms.spec import Transform
@@ -114,6 +114,7 @@ class ChannelMethod(Method):
         self.gone: Chosen = []  # channels at zero for good
         self.tensors: dict[str, Tensor] = {}
         self._stepped = False
+        self._report: dict[str, Any] | None = None
 
     def begin(self, model: nn.Module, setting: Setting) -> None:
         """Find the groups, and require that the target can be reached.
@@ -254,6 +255,8 @@ class ChannelMethod(Method):
 
     def finish(self, model: nn.Module) -> Transform | None:
         """Cut the channels that are gone."""
+        left = [g.channels - len(out) for g, out in zip(self.groups, self.gone, strict=True)]
+        self._report = report_channels(model, self._shared.name, self.groups, left)
         if not any(self.gone):
             return None
         keep = {}
@@ -262,6 +265,10 @@ class ChannelMethod(Method):
                 mask(model, group, torch.tensor(gone))
                 keep[group.name] = without(gone, group.channels)
         return cut(model, self.groups, keep)
+
+    def report(self) -> dict[str, Any] | None:
+        """Return the numbers of channels that stay, after ``finish``."""
+        return self._report
 
     def state_dict(self) -> dict[str, Any]:
         """Return the groups and the channels that are gone."""
@@ -282,6 +289,23 @@ class ChannelMethod(Method):
             for each in group.cut:
                 if each.tensor not in self.tensors:
                     raise ValueError(f"the model has no tensor '{each.tensor}'")
+
+
+def report_channels(
+    model: nn.Module, method: str, groups: Sequence[ChannelGroup], left: Sequence[int]
+) -> dict[str, Any]:
+    """Return a method's report: the channels that stay, and layers that keep all of them.
+
+    Args:
+        model: The model.
+        method: Name of the method.
+        groups: Groups that it can cut.
+        left: Numbers of their channels that stay.
+    """
+    pairs = zip(groups, left, strict=True)
+    kept = [f"{group.name}: {count} of {group.channels}" for group, count in pairs]
+    lists = {"channels kept": kept, "recurrent layers, kept whole": recurrent_layers(model)}
+    return {"method": method, "lists": lists}
 
 
 def _plain(group: ChannelGroup) -> dict[str, Any]:

@@ -8,6 +8,7 @@ et al., arXiv 2312.09411, whose code for this has not appeared: the procedure is
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -206,9 +207,14 @@ class RunningErase(RunningDHSPG):
                 SmallfryWarning,
                 stacklevel=2,
             )
+        left_out = (self.left_out or [])[: self.passed]
+        steps = {each.name: each.kept for each in left_out}
+        gone = Counter(each.name for each in left_out)
+        kept = [f"{name}: {count} of {count + gone[name]}" for name, count in steps.items()]
+        lists = {"branches erased": erased, "steps kept": kept}
+        self._report = {"method": self._wanted.name, "lists": lists}
         if not done:
             return None
-        steps = {each.name: each.kept for each in (self.left_out or [])[: self.passed]}
         transform = self.candidates.without(erased, steps)
         transform.apply(model)
         return transform

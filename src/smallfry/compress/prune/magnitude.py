@@ -8,11 +8,12 @@ with norms over whole groups as in DepGraph, arXiv 2301.12900).
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from smallfry.compress.prune.channels import report_channels
 from smallfry.compress.prune.selection import block_size
 from smallfry.compress.select import chosen
 from smallfry.errors import UsageError
@@ -66,6 +67,7 @@ class _Prune(Method):
     def __init__(self, settings: Magnitude) -> None:
         self._settings = settings
         self._groups: tuple[ChannelGroup, ...] = ()
+        self._report: dict[str, Any] | None = None
 
     def begin(self, model: nn.Module, setting: Setting) -> None:
         if not setting.example.numel():
@@ -81,7 +83,12 @@ class _Prune(Method):
     def finish(self, model: nn.Module) -> Transform:
         sizes = {group.name: channel_sizes(model, group) for group in self._groups}
         keep = survivors(self._groups, sizes, self._settings.sparsity, self._settings.divisible)
+        left = [len(keep[group.name]) for group in self._groups]
+        self._report = report_channels(model, self._settings.name, self._groups, left)
         return cut(model, self._groups, keep)
+
+    def report(self) -> dict[str, Any] | None:
+        return self._report
 
 
 @torch.no_grad()

@@ -223,6 +223,7 @@ class _Quantize(Method):
             "method": "quantize",
             "layers": [_line(reference, model, name, own[name]) for name in layers.names],
             "left_in_float": left,
+            "lists": {"layers left in floating point": [each["name"] for each in left]},
             "calibration": images.description() if settings.needs_images else None,
             **mixed,
         }

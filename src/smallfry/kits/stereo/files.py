@@ -8,24 +8,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from smallfry.errors import DataError
-from smallfry_runtime.images import decode, header
+from smallfry_runtime.images import header
 
-__all__ = ["read_calibration", "read_disparity", "read_labels", "read_pfm", "read_view"]
+__all__ = ["read_calibration", "read_disparity", "read_labels", "read_pfm"]
 
 Floats = NDArray[np.float64]
 MOST = 64 * 2**20  # pixels of a PFM
 UNLABELLED = 255
 PNG_SCALE = 256  # of KITTI's disparities
-
-
-def read_view(file: Path) -> NDArray[np.uint8]:
-    """Read a view in its own size, (3, height, width).
-
-    Raises:
-        DataError: It isn't a readable picture.
-    """
-    width, height, _ = header(file, str(file))
-    return decode(file, str(file), (height, width), 3)
 
 
 def read_disparity(file: Path) -> Floats:

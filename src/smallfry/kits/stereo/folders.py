@@ -26,9 +26,9 @@ from smallfry.kits.stereo.files import (
     read_calibration,
     read_disparity,
     read_labels,
-    read_view,
 )
 from smallfry.kits.stereo.truth import KAPPA, UNKNOWN, class_weights, pack, unpack, weighted
+from smallfry_runtime.pairs import fitted, read_view
 
 __all__ = ["FolderSettings", "read_pairs"]
 
@@ -298,21 +298,11 @@ def _reduced(sample: Sample, factor: int) -> Sample:
 
 def _fitted(sample: Sample, height: int, width: int) -> Sample:
     """Cut the middle of a pair, and fill it up at the right and bottom."""
-    own = sample.disparity.shape
-    top, start = (max(0, (side - new) // 2) for side, new in zip(own, (height, width), strict=True))
-    cut = np.s_[..., top : top + height, start : start + width]
-
-    def fit(values: NDArray[Any], empty: int) -> NDArray[Any]:
-        kept = values[cut]
-        spare = ((0, height - kept.shape[-2]), (0, width - kept.shape[-1]))
-        flat: Any = ((0, 0),) * (values.ndim - 2)
-        return np.pad(kept, (*flat, *spare), constant_values=empty)
-
     return Sample(
-        fit(sample.views, 0),
-        fit(sample.disparity, 0),
-        fit(sample.hidden, False),
-        fit(sample.labels, UNKNOWN),
+        fitted(sample.views, height, width),
+        fitted(sample.disparity, height, width),
+        fitted(sample.hidden, height, width, False),
+        fitted(sample.labels, height, width, UNKNOWN),
         sample.scale,
         sample.offset,
     )
