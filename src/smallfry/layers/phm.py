@@ -170,12 +170,12 @@ class Adapted(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Weight of the layer without its adapters."""
-        return cast(Tensor, self.layer.weight)
+        return self.layer.weight
 
     @property
     def bias(self) -> Tensor | None:
         """Bias of the layer without its adapters."""
-        return cast(Tensor | None, self.layer.bias)
+        return self.layer.bias
 
     @property
     def is_mergeable(self) -> bool:

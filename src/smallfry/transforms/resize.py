@@ -121,7 +121,7 @@ def fit_attributes(model: nn.Module, names: Mapping[str, Any]) -> None:
         elif isinstance(module, TRANSPOSED):  # without groups
             module.in_channels, module.out_channels = weight.shape[:2]
         elif isinstance(module, nn.RNNBase):
-            module.input_size = module.weight_ih_l0.shape[1]
+            module.input_size = len(module.get_parameter("weight_ih_l0").T)
         elif isinstance(module, nn.modules.batchnorm._NormBase):
             module.num_features = len(next(t for t in module.state_dict().values() if t.ndim))
 

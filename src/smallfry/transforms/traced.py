@@ -83,7 +83,7 @@ def _groups(
         recurrent = dict.fromkeys(UNKNOWN, library.pruner.function.LSTMPruner())
         for module in model.modules():
             if isinstance(module, UNKNOWN):
-                module.forward = partial(_as_one_node, module)  # type: ignore[assignment]
+                module.forward = partial(_as_one_node, module)  # type: ignore[method-assign]
         graph = library.DependencyGraph()
         graph.build_dependency(model, example, customized_pruners=recurrent)
         if isinstance(classifier, nn.Module):
@@ -98,7 +98,7 @@ class _OneNode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, module: nn.Module, inputs: Tensor, state: Any) -> Any:
-        outputs, last = type(module).forward(module, inputs, state)  # type: ignore[operator]
+        outputs, last = type(module).forward(module, inputs, state)
         return outputs, last
 
 
