@@ -28,6 +28,7 @@ from smallfry.kits.dft.molecules import Molecule, g2_molecules, read_xyz, shaken
 from smallfry.kits.dft.pictures import density_on_plane
 from smallfry.kits.dft.task import DensityCoefficients
 from smallfry.optim import KFAC
+from smallfry.tasks import create_task
 
 OPTIONS = {"largest": 2, "copies": 2, "atoms": 3}  # H2, CO and N2
 WATER = "3\nwater\nO 0 0 0.1192\nH 0 0.7632 -0.4770\n1 0 -0.7632 -0.4770 extra\n"
@@ -248,7 +249,7 @@ def test_the_loss_is_the_coulomb_energy_of_the_error():
 
 
 def test_scores_and_refusals():
-    task = DensityCoefficients.create()
+    task = DensityCoefficients()
     outputs, labels = drawn()
     right = torch.cat([labels[..., :1], labels[..., 4:]], dim=2)
     outputs[0] = right[0]
@@ -260,8 +261,8 @@ def test_scores_and_refusals():
     )
     assert task.metrics(right, labels)["loss"] == 0
     assert task.rank({"density_error": 0.1}) > task.rank({"density_error": 0.2})
-    with pytest.raises(UsageError, match="no classes"):
-        DensityCoefficients.create(label_smoothing=0.1)
+    with pytest.raises(UsageError, match="leave out label_smoothing"):
+        create_task("dft", 0.1)
     with pytest.raises(UsageError, match="needs molecules to learn"):
         task.targets(torch.zeros(4, dtype=torch.int64), torch.zeros(4, 1))
 

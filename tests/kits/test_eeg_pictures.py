@@ -16,7 +16,7 @@ from smallfry.kits.eeg.spindles import SpindleSettings, generate
 from smallfry.kits.eeg.statistics import Statistics, freeze_statistics
 from smallfry.kits.eeg.subjects import Left, leave_one_out, mean_and_error
 from smallfry.kits.eeg.task import EEG
-from smallfry.tasks import Explained, HasRecipe, Pictured, find_task
+from smallfry.tasks import Explained, HasRecipe, Pictured, create_task, find_task
 from smallfry.training.augment import Normalize
 from smallfry.training.calibration import CalibrationBatches
 from smallfry.training.method import Running, Setting, find_methods
@@ -40,11 +40,11 @@ def scaled(pixels):
 
 def test_the_task_is_found_with_its_recipe_and_pictures():
     assert find_task("eeg") is EEG
-    task = EEG.create()
+    task = EEG()
     assert isinstance(EEG, HasRecipe)
     assert isinstance(task, Pictured)
     assert isinstance(task, Explained)
-    assert EEG.create(0.1).label_smoothing == 0.1
+    assert create_task("eeg", 0.1).label_smoothing == 0.1
 
 
 def test_states_are_decoded_with_their_probabilities():

@@ -259,7 +259,7 @@ def test_features_do_not_change_with_contrast():
 
 
 def test_the_task_keeps_label_smoothing_of_classification():
-    task = Equivariant.create(label_smoothing=0.2)
+    task = Equivariant(label_smoothing=0.2)
     logits, labels = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([0])
     targets = torch.tensor([[1 - 0.2 + 0.2 / 3, 0.2 / 3, 0.2 / 3]])
     wanted = -(targets * logits.log_softmax(1)).sum()

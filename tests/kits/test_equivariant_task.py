@@ -81,7 +81,7 @@ def test_a_network_that_draws_samples_is_exported_once_they_are_frozen(run, tmp_
 
 def test_decoding():
     logits = torch.tensor([[0.0, 2.0], [1.0, -1.0]])
-    first, second = Equivariant.create().decode(logits, ["a", "b"])
+    first, second = Equivariant().decode(logits, ["a", "b"])
     assert (first["label"], second["label"]) == ("b", "a")
     assert first["probabilities"]["b"] == pytest.approx(1 / (1 + np.exp(-2)))
     with pytest.raises(UsageError, match="no setting 'top'"):

@@ -26,6 +26,7 @@ from smallfry.kits.graphs.heterographs import (
 from smallfry.kits.graphs.packing import pack, unpack
 from smallfry.kits.graphs.task import Graphs
 from smallfry.optim import KFAC
+from smallfry.tasks import create_task
 from smallfry_runtime.decoders.graphs import decode
 from smallfry_runtime.runtime import Runtime
 
@@ -141,7 +142,7 @@ def test_impossible_data_is_refused(settings, words):
 
 
 def test_scores_are_of_nodes_that_have_a_class():
-    task, labels = Graphs.create(), torch.tensor([[0, 1, -1], [2, -1, -1]])
+    task, labels = Graphs(), torch.tensor([[0, 1, -1], [2, -1, -1]])
     outputs = 9 * F.one_hot(torch.tensor([[0, 1, 2], [0, 0, 0]]), 3).transpose(1, 2).float()
     scores = task.metrics(outputs, labels)
     assert scores["accuracy"] == 0.5
@@ -156,7 +157,7 @@ def test_scores_are_of_nodes_that_have_a_class():
     assert task.rank(scores) < task.rank({**scores, "node_accuracy": 1.0})
     assert task.outputs(3) == 3
     with pytest.raises(UsageError, match="no label smoothing"):
-        Graphs.create(label_smoothing=0.1)
+        create_task("graphs", 0.1)
     with pytest.raises(UsageError, match="class for each node"):
         task.targets(torch.zeros(4, dtype=torch.int64), torch.zeros(4, 1))
     with pytest.raises(UsageError, match="logits for each node"):

@@ -55,11 +55,6 @@ class Fields:
     likelihood: ClassVar[Any] = {"places": "categorical_mean", "total": "gaussian"}
     augmentations: ClassVar[frozenset[str]] = frozenset()
 
-    @classmethod
-    def create(cls, label_smoothing: float = 0.0) -> "Fields":
-        """Create the task."""
-        return cls()
-
     def outputs(self, classes: int) -> int:
         """Return the classes."""
         return classes

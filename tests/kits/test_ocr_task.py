@@ -17,7 +17,7 @@ from smallfry.data import load_data
 from smallfry.errors import UsageError
 from smallfry.kits.ocr.pictures import confusions
 from smallfry.kits.ocr.task import OCR
-from smallfry.tasks import HasRecipe, Pictured, find_task, task_names
+from smallfry.tasks import HasRecipe, Pictured, create_task, find_task, task_names
 from smallfry.training.augment import Normalize
 from smallfry.training.recipes import recipe_of, with_recipe
 from smallfry_runtime.runtime import Runtime
@@ -49,13 +49,13 @@ def test_the_task_is_found_with_its_recipe():
     kind = find_task("ocr")
     assert kind is OCR
     assert isinstance(kind, HasRecipe)
-    assert isinstance(kind.create(), Pictured)
+    assert isinstance(kind(), Pictured)
     assert recipe_of("ocr").name == "recipe.yaml"
     assert recipe_of("classification") is None
     with pytest.raises(UsageError, match="unknown task 'ocs'"):
         recipe_of("ocs")
     with pytest.raises(UsageError, match="leave out label_smoothing"):
-        OCR.create(0.1)
+        create_task("ocr", 0.1)
     with pytest.raises(UsageError, match=r"name generated words \(--data ocr-words\)"):
         OCR().targets(torch.zeros(3), torch.zeros(3))
 

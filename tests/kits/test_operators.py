@@ -30,6 +30,7 @@ from smallfry.kits.operators.pictures import draw_fields
 from smallfry.kits.operators.task import Operators, relative_h1, relative_l2
 from smallfry.layers.multigrid import MultigridConv2d
 from smallfry.optim import KFAC
+from smallfry.tasks import create_task
 from smallfry_runtime.decoders.operators import decode
 from smallfry_runtime.runtime import Runtime
 
@@ -273,7 +274,7 @@ def test_errors_have_the_authors_values():
 
 
 def test_scores_and_refusals():
-    task = Operators.create()
+    task = Operators()
     fields = torch.rand(4, 1, 8, 8) + 1
     scores = task.metrics(fields * 1.04, fields)
     assert scores["l2_error"] == pytest.approx(0.04, rel=1e-5)
@@ -283,8 +284,8 @@ def test_scores_and_refusals():
     assert task.rank({"l2_error": 0.1}) > task.rank({"l2_error": 0.2})
     assert task.loss(fields, fields).item() == 0
     assert task.right(fields, fields).all()
-    with pytest.raises(UsageError, match="no classes"):
-        Operators.create(label_smoothing=0.1)
+    with pytest.raises(UsageError, match="leave out label_smoothing"):
+        create_task("operators", 0.1)
     with pytest.raises(UsageError, match="fields to learn"):
         task.targets(torch.zeros(4, dtype=torch.int64), torch.zeros(4, 1))
 

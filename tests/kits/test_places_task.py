@@ -16,7 +16,7 @@ from smallfry.kits.places.models import SpikingPlaces
 from smallfry.kits.places.pictures import draw_curves, draw_recalls
 from smallfry.kits.places.task import Places
 from smallfry.kits.places.traverse import TraverseSettings, draw_traverse
-from smallfry.tasks import Explained, FitsItself, HasRecipe, Pictured, find_task
+from smallfry.tasks import Explained, FitsItself, HasRecipe, Pictured, create_task, find_task
 from smallfry.training.trained_run import TrainedRun
 
 ROUTE = {"places": 8, "calibration": 3, "side": 8}
@@ -37,10 +37,10 @@ def test_the_task_is_found_with_its_recipe():
     assert issubclass(Places, FitsItself)
     assert not issubclass(find_task("classification"), FitsItself)
     assert isinstance(Places, HasRecipe)
-    assert isinstance(Places.create(), Pictured)
-    assert isinstance(Places.create(), Explained)
+    assert isinstance(Places(), Pictured)
+    assert isinstance(Places(), Explained)
     with pytest.raises(UsageError, match="leave out label_smoothing"):
-        Places.create(0.1)
+        create_task("places", 0.1)
 
 
 def test_a_run_is_fitted_scored_and_drawn(run):

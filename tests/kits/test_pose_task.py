@@ -25,7 +25,7 @@ from smallfry.kits.pose.scenes import (
 )
 from smallfry.kits.pose.task import PoseTask
 from smallfry.kits.pose.truth import codes, unpack
-from smallfry.tasks import HasRecipe, Pictured, find_task
+from smallfry.tasks import HasRecipe, Pictured, create_task, find_task
 from smallfry_runtime.pnp import project
 from smallfry_runtime.runtime import Runtime
 
@@ -205,10 +205,10 @@ def test_the_task_is_found_with_its_recipe():
     kind = find_task("pose")
     assert kind is PoseTask
     assert isinstance(kind, HasRecipe)
-    assert isinstance(kind.create(), Pictured)
+    assert isinstance(kind(), Pictured)
     assert kind().outputs(1) == 1
     with pytest.raises(UsageError, match="leave out label_smoothing"):
-        kind.create(0.1)
+        create_task(kind.name, 0.1)
     with pytest.raises(DataError, match=r"needs pictures with poses: name generated ones"):
         kind().targets(torch.zeros(3), torch.zeros(3))
     with pytest.raises(DataError, match="needs pictures with poses"):

@@ -36,7 +36,7 @@ def test_probabilities_are_pytorchs_softmax(decoder, task, word, kind):
         assert [*answer["probabilities"]] == names
         assert [*answer["probabilities"].values()] == pytest.approx(shares.tolist(), abs=1e-12)
     assert json.loads(json.dumps(found)) == found
-    again = task.create().decode(torch.from_numpy(logits), names)
+    again = task().decode(torch.from_numpy(logits), names)
     for one, other in zip(found, again, strict=True):
         assert one[word] == other[word]
         assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-6)
@@ -50,7 +50,7 @@ def test_logits_without_bound_do_not_overflow_and_the_first_of_equals_is_taken(d
     assert decoder.decode(np.zeros((0, 2)), ["a", "b"]) == []
     with pytest.raises(ValueError, match="zip"):
         decoder.decode(np.zeros((1, 3)), ["a", "b"])
-    half = task.create().decode(torch.tensor([[0.0, 2.0]], dtype=torch.bfloat16), ["a", "b"])
+    half = task().decode(torch.tensor([[0.0, 2.0]], dtype=torch.bfloat16), ["a", "b"])
     assert half[0][word] == "b"
 
 
@@ -73,7 +73,7 @@ def test_decoders_of_unknown_tasks_are_refused_with_those_there_are():
 
 def test_fields_and_attributes_keep_seven_digits_of_the_tensors():
     fields = torch.randn(2, 2, 3, 4)
-    found = Operators.create().decode(fields, ["u", "v"])
+    found = Operators().decode(fields, ["u", "v"])
     for answer, wanted in zip(found, fields, strict=True):
         arrays = np.array([answer["fields"][name] for name in ("u", "v")])
         assert arrays == pytest.approx(wanted.double().numpy(), rel=5e-7)
@@ -82,7 +82,7 @@ def test_fields_and_attributes_keep_seven_digits_of_the_tensors():
     assert operators.decode(fields.numpy(), ["u", "v"]) == found
     columns = column_names(1)
     rows = torch.randn(3, len(columns))
-    answers = Splats.create().decode(rows, columns)
+    answers = Splats().decode(rows, columns)
     assert answers == splats.decode(rows.numpy(), columns)
     values = np.array([[*each.values()] for each in answers])
     assert values == pytest.approx(rows.double().numpy(), rel=5e-7)
@@ -102,7 +102,7 @@ def test_numbers_that_are_none_stay_what_they_are():
 
 def test_nodes_have_the_answers_of_pytorch_in_their_order():
     logits = torch.randn(2, 3, 4, dtype=torch.float64).to(torch.bfloat16)
-    found = Graphs.create().decode(logits, "abc")
+    found = Graphs().decode(logits, "abc")
     shares, places = logits.float().softmax(1).max(1)
     for answer, best, chosen in zip(found, shares, places, strict=True):
         assert [node["class"] for node in answer["nodes"]] == ["abc"[i] for i in chosen]

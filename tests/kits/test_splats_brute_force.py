@@ -272,7 +272,7 @@ def test_parts_of_labels_are_what_went_in():
 
 def test_losses_are_errors_in_deviations_times_importance():
     labels = load_data("splats-torus", options=OPTIONS).test.labels
-    known, task = Labels(labels), Splats.create()
+    known, task = Labels(labels), Splats()
     outputs = known.attributes.clone()
     outputs[:, 5] += 3 * known.deviations[:, 5]
     wanted = 9 / 56 * known.importance

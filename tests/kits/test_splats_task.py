@@ -15,6 +15,7 @@ from smallfry.kits.splats.generate import generate
 from smallfry.kits.splats.labels import Labels
 from smallfry.kits.splats.scene import column_names, write_scene
 from smallfry.kits.splats.task import Splats
+from smallfry.tasks import create_task
 
 load_kit("splats")
 OPTIONS = {"gaussians": 60, "pixels": 16, "views": 3}
@@ -33,7 +34,7 @@ def test_a_scene_is_data_of_which_the_kept_are_learnt():
 
 
 def test_the_truth_has_no_loss_but_that_of_pruning():
-    data, task = load_data("splats-torus", options=OPTIONS), Splats.create()
+    data, task = load_data("splats-torus", options=OPTIONS), Splats()
     known = Labels(data.test.labels)
     scores = task.metrics(known.attributes, data.test.labels)
     assert scores["loss"] == 0
@@ -50,7 +51,7 @@ def test_wrong_data_and_settings_are_refused(tmp_path):
     with pytest.raises(UsageError, match="needs a scene to learn"):
         Splats().targets(torch.zeros(3), torch.zeros(3))
     with pytest.raises(UsageError, match="label_smoothing"):
-        Splats.create(0.1)
+        create_task("splats", 0.1)
     with pytest.raises(UsageError, match=r"data\.root"):
         load_data("splats-scene")
     with pytest.raises(UsageError, match="is generated"):

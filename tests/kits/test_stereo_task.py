@@ -28,7 +28,7 @@ from smallfry.kits.stereo.metrics import (
 from smallfry.kits.stereo.models import FACTORS, StereoOutput
 from smallfry.kits.stereo.task import Stereo
 from smallfry.kits.stereo.truth import at_exit, class_weights, pack, unpack
-from smallfry.tasks import HasRecipe, Pictured, find_task
+from smallfry.tasks import HasRecipe, Pictured, create_task, find_task
 from smallfry_runtime.decoders.stereo import decode, enlarge
 from smallfry_runtime.runtime import Runtime
 
@@ -253,10 +253,10 @@ def test_the_task_is_found_with_its_recipe():
     kind = find_task("stereo")
     assert kind is Stereo
     assert isinstance(kind, HasRecipe)
-    assert isinstance(kind.create(), Pictured)
+    assert isinstance(kind(), Pictured)
     assert kind().outputs(5) == 5
     with pytest.raises(UsageError, match="leave out label_smoothing"):
-        kind.create(0.1)
+        create_task(kind.name, 0.1)
 
 
 def test_pairs_and_exits_are_drawn(tmp_path):

@@ -436,7 +436,7 @@ def trained(tmp_path_factory):
 def test_the_task_has_its_recipe_and_decodes():
     assert find_task("symbolic") is Symbolic
     assert recipe_of("symbolic").name == "recipe.yaml"
-    task = Symbolic.create()
+    task = Symbolic()
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
     first, second = task.decode(logits, ["changing", "constant"])
     assert (first["colour"], second["colour"]) == ("changing", "constant")

@@ -17,7 +17,7 @@ from smallfry.kits.uav.pictures import EVERY, draw_depth, draw_flights, film
 from smallfry.kits.uav.policy import UAVPolicy
 from smallfry.kits.uav.rooms import View, make_room
 from smallfry.kits.uav.students import masks_of, policy_input, policy_of
-from smallfry.tasks import HasRecipe, LimitsAugmentation, Pictured, find_task
+from smallfry.tasks import HasRecipe, LimitsAugmentation, Pictured, create_task, find_task
 from smallfry.training.recipes import recipe_of
 from smallfry_runtime.decoders import uav_policy as decoder
 from smallfry_runtime.decoders.uav_segmentation import Camera
@@ -38,13 +38,13 @@ def test_the_task_is_found_with_its_recipe():
     kind = find_task("uav-policy")
     assert kind is UAVPolicy
     assert isinstance(kind, HasRecipe)
-    assert isinstance(kind.create(), Pictured)
-    assert isinstance(kind.create(), LimitsAugmentation)
+    assert isinstance(kind(), Pictured)
+    assert isinstance(kind(), LimitsAugmentation)
     assert recipe_of("uav-policy").name == "recipe_policy.yaml"
-    assert kind.create(0.1).label_smoothing == 0.1
+    assert create_task(kind.name, 0.1).label_smoothing == 0.1
     shares = torch.zeros(2, 10)
     with pytest.raises(UsageError, match=r"one of forward, left, right, land: name flights"):
-        kind.create().targets(torch.zeros(2), shares)
+        kind().targets(torch.zeros(2), shares)
 
 
 def test_inputs_hold_the_picture_and_the_last_action():

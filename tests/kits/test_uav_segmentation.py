@@ -22,7 +22,14 @@ from smallfry.kits.uav.segmentation import (
     soft_dice,
 )
 from smallfry.kits.uav.students import masks_of, policy_of
-from smallfry.tasks import HasRecipe, LimitsAugmentation, Pictured, ScoredByClass, find_task
+from smallfry.tasks import (
+    HasRecipe,
+    LimitsAugmentation,
+    Pictured,
+    ScoredByClass,
+    create_task,
+    find_task,
+)
 from smallfry.training.augment import Normalize
 from smallfry.training.recipes import recipe_of
 from smallfry_runtime.runtime import Runtime
@@ -47,11 +54,11 @@ def test_the_task_is_found_with_its_recipe():
     assert kind is UAVSegmentation
     assert isinstance(kind, HasRecipe)
     for protocol in (Pictured, ScoredByClass, LimitsAugmentation):
-        assert isinstance(kind.create(), protocol)
+        assert isinstance(kind(), protocol)
     assert recipe_of("uav-segmentation").name == "recipe_segmentation.yaml"
     assert TASK.outputs(3) == 3
     with pytest.raises(UsageError, match="leave out label_smoothing"):
-        UAVSegmentation.create(0.1)
+        create_task("uav-segmentation", 0.1)
 
 
 def test_the_loss_is_cross_entropy_and_dice_pixel_by_pixel(outputs, labels):

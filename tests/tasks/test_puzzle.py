@@ -14,7 +14,7 @@ from smallfry.deploy.export import export
 from smallfry.errors import DataError, Stopped, UsageError
 from smallfry.models import TRM
 from smallfry.report.puzzles import draw_puzzles
-from smallfry.tasks import HasDefaults, ReadsText, find_task
+from smallfry.tasks import HasDefaults, ReadsText, create_task
 from smallfry.tasks.puzzle import Puzzle, cell_losses, log_stablemax
 from smallfry.training.augment import Normalize, Place
 from smallfry.training.augment_grids import GridAugment
@@ -105,12 +105,12 @@ def test_loss_and_scores_leave_padding_out():
 
 
 def test_the_task_refuses_what_it_does_not_have():
-    task = find_task("puzzle").create()
+    task = create_task("puzzle")
     assert isinstance(task, ReadsText)
     assert isinstance(task, HasDefaults)
     assert task.outputs(6) == 6
     with pytest.raises(UsageError, match="leave out label_smoothing"):
-        find_task("puzzle").create(0.1)
+        create_task("puzzle", 0.1)
     with pytest.raises(UsageError, match=r"name generated puzzles, such as data\.name sudoku6"):
         task.targets(torch.zeros(3), torch.zeros(3, 2))
 

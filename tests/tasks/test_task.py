@@ -53,12 +53,6 @@ class Size:
     name: ClassVar[str] = "size_of_a_digit"
     likelihood: ClassVar[str] = "gaussian"
 
-    @classmethod
-    def create(cls, label_smoothing=0.0):
-        if label_smoothing:
-            raise UsageError("size_of_a_digit has no label_smoothing")
-        return cls()
-
     def outputs(self, classes):
         return 1
 
@@ -243,7 +237,7 @@ def test_tasks_are_found_by_name(config, tmp_path):
         train(replace(config, task="clasification", run=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     smooth = replace(config.objective, label_smoothing=0.1)
-    with pytest.raises(UsageError, match="has no label_smoothing"):
+    with pytest.raises(UsageError, match="size_of_a_digit has no label smoothing: leave out"):
         train(replace(config, objective=smooth, run=tmp_path / "run"))
     with pytest.raises(UsageError, match="two tasks are named 'classification'"):
         register(type("Other", (), {"name": "classification"}))
@@ -252,7 +246,7 @@ def test_tasks_are_found_by_name(config, tmp_path):
 def test_classification_learns_shares_and_counts_labels():
     outputs = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
     targets = ClassTargets(torch.tensor([0, 0]), torch.tensor([[1.0, 0.0], [0.3, 0.7]]))
-    task = Classification.create(label_smoothing=0.2)
+    task = Classification(label_smoothing=0.2)
     smooth = 0.8 * targets.shares + 0.1
     wanted = -(smooth * outputs.log_softmax(1)).sum(1).mean()
     assert_close(task.loss(outputs, targets), wanted)

@@ -18,7 +18,7 @@ from smallfry.cli import main
 from smallfry.data import Split, load_data
 from smallfry.errors import RunError, Stopped, UsageError
 from smallfry.report.batch import draw_batch
-from smallfry.tasks import find_task
+from smallfry.tasks import create_task
 from smallfry.training import augment_regions as regions
 from smallfry.training.augment import Augment, Place, whole
 from smallfry.training.augment_grids import build_augment
@@ -303,7 +303,7 @@ def test_the_picture_has_the_form_that_a_start_takes(tmp_path, monkeypatch, quie
 def test_grids_of_symbols_have_no_crops_and_no_repeats():
     config = TrainConfig(data=DataConfig("sudoku4", options={"puzzles": 20}), task="puzzle")
     data = load_data("sudoku4", options={"puzzles": 20})
-    task = find_task("puzzle").create()
+    task = create_task("puzzle")
     augment = build_augment(with_fitting_crop(config, 20, 64), data, task)
     assert augment.repeats == 1
     changed = replace(config, augment=AugmentConfig(erasing=0.5))

@@ -18,7 +18,7 @@ from smallfry.cli import main
 from smallfry.data import load_data
 from smallfry.errors import RunError, SmallfryWarning, Stopped, UsageError
 from smallfry.report.confusion import balanced_accuracy
-from smallfry.tasks import find_task
+from smallfry.tasks import create_task
 from smallfry.tasks.classification import Classification, ClassTargets
 from smallfry.tasks.puzzle import Puzzle
 from smallfry.training.augment import Augment
@@ -146,7 +146,7 @@ def test_weights_are_those_of_scikit_learn_and_of_the_paper(data):
     given = BalanceConfig(weights={"rare": 5})
     assert class_weights(given, data, Classification()) == (1.0, 5.0, 1.0)
     assert class_weights(BalanceConfig(sampler="balanced"), data, Classification()) == ()
-    assert class_weights(BalanceConfig(), data, Puzzle.create()) == ()
+    assert class_weights(BalanceConfig(), data, Puzzle()) == ()
 
 
 def test_classes_without_training_images_have_no_weight(data):
@@ -205,7 +205,7 @@ def test_a_score_ranks_epochs_and_the_task_decides_between_equals():
     with pytest.raises(UsageError, match="no score 'balanced'; did you mean 'balanced_accuracy'"):
         require_choice(task, "balanced")
     with pytest.raises(UsageError, match="puzzle ranks its epochs itself: leave out select_by"):
-        require_choice(find_task("puzzle").create(), "accuracy")
+        require_choice(create_task("puzzle"), "accuracy")
 
 
 @pytest.mark.parametrize("by", ["loss", pytest.param("macro_f1", marks=pytest.mark.slow)])

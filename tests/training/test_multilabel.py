@@ -241,7 +241,7 @@ def test_the_loss_is_that_of_the_likelihood():
 
 def test_smoothing_moves_targets_towards_a_half():
     outputs, labels = torch.tensor([[3.0, -2.0]]), torch.tensor([[1, 0]])
-    found = MultiLabel.create(0.2).loss(outputs, LabelTargets(labels, labels.float()))
+    found = MultiLabel(label_smoothing=0.2).loss(outputs, LabelTargets(labels, labels.float()))
     soft = torch.tensor([[0.9, 0.1]])
     expected = F.binary_cross_entropy_with_logits(outputs, soft, reduction="sum")
     torch.testing.assert_close(found, expected)

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 import smallfry
 from smallfry.cli import main
 from smallfry.errors import Stopped, TrainingError, UsageError
+from smallfry.tasks import create_task
 from smallfry.training.callbacks import build_callbacks
 from smallfry.training.checkpoint import load_checkpoint
 from smallfry.training.config import (
@@ -224,9 +225,7 @@ def test_settings_that_a_loss_does_not_go_with_are_refused(code, variant):
 
 
 def test_own_code_is_for_classification(code):
-    from smallfry.tasks import find_task
-
-    task = find_task("puzzle").create()
+    task = create_task("puzzle")
     with pytest.raises(UsageError, match="metrics is for classification, not puzzle"):
         with_own(task, TrainConfig(metrics=["own_code:right"]), code)
     assert with_own(task, TrainConfig(), code) is task

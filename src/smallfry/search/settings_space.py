@@ -26,7 +26,7 @@ from smallfry.data import ImageData
 from smallfry.errors import UsageError
 from smallfry.io.safe_yaml import MOST_CONFIG, load_yaml
 from smallfry.search.space import Candidate, Choice, encode, key_of
-from smallfry.tasks import find_task
+from smallfry.tasks import create_task
 from smallfry.training.config import DataConfig, TrainConfig, config_of
 from smallfry.training.model_source import create_model
 from smallfry.training.training_data import load_training_data
@@ -125,7 +125,7 @@ class SettingsSpace:
         if key not in self._models:
             config = self.train(part).model
             with torch.random.fork_rng():
-                task = find_task(TASK).create(0.0)
+                task = create_task(TASK)
                 model, spec = create_model(config, self.data, task)
             image = torch.zeros(1, *self.data.input_shape)
             parameters = sum(each.numel() for each in model.parameters())

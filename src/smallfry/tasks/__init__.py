@@ -1,5 +1,8 @@
 """Tasks: the meaning of a model's outputs."""
 
+from collections.abc import Callable
+from typing import cast
+
 from smallfry.errors import UsageError, nearest
 from smallfry.io.plugins import kit_names, load_kit, load_plugins, scan
 from smallfry.io.registry import add
@@ -39,6 +42,7 @@ __all__ = [
     "ScoredByClass",
     "ScoredByStep",
     "Task",
+    "create_task",
     "find_task",
     "register",
     "task_names",
@@ -70,6 +74,26 @@ def task_names() -> list[str]:
     scan(__name__)
     load_plugins()
     return sorted({*_TASKS, *kit_names()})
+
+
+def create_task(name: str, label_smoothing: float = 0.0) -> Task:
+    """Create a task by its name.
+
+    Raises:
+        UsageError: There is none, or it has no label smoothing.
+        ModuleNotFoundError: Its kit needs a package that is not installed.
+
+    Example:
+        >>> from smallfry.tasks import create_task
+        >>> create_task("classification", 0.1).label_smoothing
+        0.1
+    """
+    kind = cast(Callable[..., Task], find_task(name))
+    if "label_smoothing" in getattr(kind, "__dataclass_fields__", ()):
+        return kind(label_smoothing=label_smoothing)
+    if label_smoothing:
+        raise UsageError(f"the task {name} has no label smoothing: leave out label_smoothing")
+    return kind()
 
 
 def find_task(name: str) -> type[Task]:

@@ -45,11 +45,6 @@ class Classification:
     label_smoothing: float = 0.0
     weights: tuple[float, ...] = ()
 
-    @classmethod
-    def create(cls, label_smoothing: float = 0.0) -> "Classification":
-        """Create the task from ``ObjectiveConfig``."""
-        return cls(label_smoothing)
-
     def outputs(self, classes: int) -> int:
         """Return the number of classes."""
         return classes

@@ -48,11 +48,6 @@ class MultiLabel:
     label_smoothing: float = 0.0
     thresholds: tuple[float, ...] = ()
 
-    @classmethod
-    def create(cls, label_smoothing: float = 0.0) -> "MultiLabel":
-        """Create the task from ``ObjectiveConfig``."""
-        return cls(label_smoothing)
-
     def outputs(self, classes: int) -> int:
         """Return the number of classes."""
         return classes

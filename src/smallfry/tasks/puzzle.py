@@ -44,17 +44,6 @@ class Puzzle:
     )
     scored_by_step: ClassVar[bool] = True
 
-    @classmethod
-    def create(cls, label_smoothing: float = 0.0) -> "Puzzle":
-        """Create the task from ``ObjectiveConfig``.
-
-        Raises:
-            UsageError: Label smoothing, which it does not have.
-        """
-        if label_smoothing:
-            raise UsageError("puzzles have one right symbol in a cell: leave out label_smoothing")
-        return cls()
-
     def outputs(self, classes: int) -> int:
         """Return the number of symbols."""
         return classes

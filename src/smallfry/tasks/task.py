@@ -74,19 +74,11 @@ class Task(Protocol):
 
     Outputs are a tensor whose first dimension is the batch, or a named tuple of such tensors, whose
     fields become the outputs of an export. Without PyTorch they are arrays, or a dictionary of
-    arrays by the names of the fields. A task is a frozen dataclass, made by ``create``, and
-    registered with ``tasks.register``.
+    arrays by the names of the fields. A task is a frozen dataclass with defaults, registered
+    with ``tasks.register``; one with a field ``label_smoothing`` is given that of the run.
     """
 
     name: ClassVar[str]
-
-    @classmethod
-    def create(cls, label_smoothing: float = 0.0) -> "Task":
-        """Create the task from ``ObjectiveConfig``.
-
-        Raises:
-            UsageError: A setting that it does not have.
-        """
 
     @property
     def likelihood(self) -> str | dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from torch import nn
 
 from smallfry.models import Recursive
-from smallfry.tasks import HasDefaults, Task, find_task
+from smallfry.tasks import HasDefaults, Task, create_task
 from smallfry.tasks.classification import Classification
 from smallfry.training.objective import Objective
 from smallfry.training.objective_config import AUTO, ObjectiveConfig
@@ -32,7 +32,7 @@ def build_objective(
     Raises:
         UsageError: The objective does not fit the task or the model, or does not take a setting.
     """
-    meaning = find_task(task).create(config.label_smoothing) if isinstance(task, str) else task
+    meaning = create_task(task, config.label_smoothing) if isinstance(task, str) else task
     if weights and isinstance(meaning, Classification):
         meaning = replace(meaning, weights=weights)
     name, recursive = config.name, isinstance(model, Recursive)

@@ -14,7 +14,7 @@ from smallfry.errors import RunError, UsageError
 from smallfry.models import Recursive
 from smallfry.models.contract import map_tensors, replace_tensors, tensors
 from smallfry.models.early_exit import recurse_until
-from smallfry.tasks import Calibrated, Task, find_task
+from smallfry.tasks import Calibrated, Task, create_task
 from smallfry.training.augment import Normalize
 from smallfry.transforms.modes import evaluating
 from smallfry_runtime.predictions import NOT_FINITE
@@ -169,7 +169,7 @@ def task_of(manifest: Mapping[str, Any]) -> Task:
     Raises:
         UsageError: This version has no such task.
     """
-    task = find_task(manifest.get("task", "classification")).create()
+    task = create_task(manifest.get("task", "classification"))
     return task.calibrated(manifest) if isinstance(task, Calibrated) else task
 
 

@@ -11,7 +11,7 @@ import torch
 from smallfry.costing import cost
 from smallfry.data import ImageData
 from smallfry.errors import DataError, UsageError
-from smallfry.tasks import FitsItself, Pictured, Task, find_task
+from smallfry.tasks import FitsItself, Pictured, Task, create_task, find_task
 from smallfry.tasks.task import Explained, Fitted
 from smallfry.training.checkpoint import save_checkpoint
 from smallfry.training.config import TrainConfig
@@ -39,7 +39,7 @@ def fit_once(config: TrainConfig, reporter: Reporter | None = None) -> dict[str,
         DataError: The data can't be used.
         RunError: The run folder is taken or can't be written.
     """
-    task = find_task(config.task).create(config.objective.label_smoothing)
+    task = create_task(config.task, config.objective.label_smoothing)
     assert isinstance(task, FitsItself)
     for name in ("optimizer", "methods", "distillation", "augment"):
         if getattr(config, name) != getattr(TrainConfig(), name):

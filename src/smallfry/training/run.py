@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Unpack
 from torch import Tensor, nn
 
 from smallfry.errors import DataError, RunError, UsageError
-from smallfry.tasks import find_task
+from smallfry.tasks import create_task
 from smallfry.training.augment import Normalize
 from smallfry.training.checkpoint import load_checkpoint, save_checkpoint, write_file
 from smallfry.training.compression import UNFINISHED
@@ -189,9 +189,9 @@ def load_run(run: str | Path, checkpoint: str = "best") -> TrainedModel:
             raise TypeError("methods must be a list")
         # the weights are here already, wherever the training took them from
         spec = ModelSpec.from_dict(manifest["model"], str(folder)).portable()
-        task = find_task(manifest.get("task", "classification"))  # whose kit may have the model
+        task = create_task(manifest.get("task", "classification"))  # whose kit may have the model
         model = _built(spec, weights, str(folder), manifest.get(UNFINISHED))
-        outputs = task.create().outputs(len(classes))
+        outputs = task.outputs(len(classes))
         if getattr(model, "num_classes", outputs) != outputs:
             raise ValueError(f"there are {len(classes)} names of classes")
         normalize = Normalize(sample["mean"], sample["std"])

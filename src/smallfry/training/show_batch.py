@@ -8,7 +8,7 @@ from torch import Tensor
 from smallfry.data import ImageData
 from smallfry.errors import RunError, UsageError
 from smallfry.report.batch import draw_batch
-from smallfry.tasks import find_task
+from smallfry.tasks import create_task
 from smallfry.training.augment import Normalize
 from smallfry.training.augment_grids import build_augment
 from smallfry.training.batches import TrainBatches
@@ -59,7 +59,7 @@ def show_batch(config: TrainConfig, file: str | Path) -> Path:
 
 def _first_images(config: TrainConfig, data: ImageData) -> tuple[Tensor, Tensor]:
     """Return the images of the first batches, in their order, and the shares of their classes."""
-    augment = build_augment(config, data, find_task(config.task).create())
+    augment = build_augment(config, data, create_task(config.task))
     batches = TrainBatches(
         *(data.train, augment, config.images_per_step, config.seed),
         epochs=config.epochs,

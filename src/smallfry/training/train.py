@@ -22,7 +22,7 @@ from smallfry.errors import (
 )
 from smallfry.io.signals import keeping
 from smallfry.io.terminal import command
-from smallfry.tasks import find_task
+from smallfry.tasks import create_task
 from smallfry.training.adversarial import adversarial
 from smallfry.training.augment import Normalize
 from smallfry.training.augment_grids import build_augment
@@ -181,7 +181,7 @@ def build_new(
     processes.once(lambda: warn_of_data(data, config))
     given, sizes = config, (len(data.train), data.image_size, processes.count)
     config = with_defaults(config, *sizes)
-    task = find_task(config.task).create(config.objective.label_smoothing)
+    task = create_task(config.task, config.objective.label_smoothing)
     name = model_name(config.model, data, task) if begun is None else begun.spec.architecture
     with _folder(config, name, processes) as path:
         trainer = _build(config, data, RunFolder(path), reporter, processes, source, code)
@@ -338,7 +338,7 @@ def _build(
 ) -> Trainer:
     """Build everything that a configuration can get wrong, before writing any file."""
     torch.manual_seed(config.seed)
-    plain = find_task(config.task).create(config.objective.label_smoothing)
+    plain = create_task(config.task, config.objective.label_smoothing)
     task = with_own(plain, config, code)
     callbacks = build_observers(config, code)
     require_choice(task, config.select_by)

@@ -54,17 +54,6 @@ class DensityCoefficients:
     augmentations: ClassVar[frozenset[str]] = frozenset({"repeats"})
     recipe: ClassVar[Path] = Path(__file__).parent / "recipe.yaml"
 
-    @classmethod
-    def create(cls, label_smoothing: float = 0.0) -> "DensityCoefficients":
-        """Create the task from ``ObjectiveConfig``.
-
-        Raises:
-            UsageError: Label smoothing, which it does not have.
-        """
-        if label_smoothing:
-            raise UsageError("densities have no classes: leave out label_smoothing")
-        return cls()
-
     def outputs(self, classes: int) -> int:
         """Return the numbers of an atom."""
         return classes

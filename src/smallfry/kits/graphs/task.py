@@ -37,17 +37,6 @@ class Graphs:
     augmentations: ClassVar[frozenset[str]] = frozenset({"repeats"})
     recipe: ClassVar[Path] = Path(__file__).parent / "recipe.yaml"
 
-    @classmethod
-    def create(cls, label_smoothing: float = 0.0) -> "Graphs":
-        """Create the task from ``ObjectiveConfig``.
-
-        Raises:
-            UsageError: Label smoothing, which it does not have.
-        """
-        if label_smoothing:
-            raise UsageError("the task graphs has no label smoothing: leave out label_smoothing")
-        return cls()
-
     def outputs(self, classes: int) -> int:
         """Return the number of classes."""
         return classes

@@ -45,17 +45,6 @@ class OCR:
     )
     recipe: ClassVar[Path] = Path(__file__).parent / "recipe.yaml"
 
-    @classmethod
-    def create(cls, label_smoothing: float = 0.0) -> "OCR":
-        """Create the task from ``ObjectiveConfig``.
-
-        Raises:
-            UsageError: Label smoothing, which it does not have.
-        """
-        if label_smoothing:
-            raise UsageError("texts have one right symbol at a place: leave out label_smoothing")
-        return cls()
-
     def outputs(self, classes: int) -> int:
         """Return the number of symbols, the blank among them."""
         return classes

@@ -68,17 +68,6 @@ class Operators:
     augmentations: ClassVar[frozenset[str]] = frozenset({"repeats"})
     recipe: ClassVar[Path] = Path(__file__).parent / "recipe.yaml"
 
-    @classmethod
-    def create(cls, label_smoothing: float = 0.0) -> "Operators":
-        """Create the task from ``ObjectiveConfig``.
-
-        Raises:
-            UsageError: Label smoothing, which it does not have.
-        """
-        if label_smoothing:
-            raise UsageError("fields have no classes: leave out label_smoothing")
-        return cls()
-
     def outputs(self, classes: int) -> int:
         """Return the number of fields."""
         return classes

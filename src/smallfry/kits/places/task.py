@@ -44,13 +44,6 @@ class Places:
     augmentations: ClassVar[frozenset[str]] = frozenset()
     recipe: ClassVar[Path] = Path(__file__).parent / "recipe.yaml"
 
-    @classmethod
-    def create(cls, label_smoothing: float = 0.0) -> "Places":
-        """Create the task from ``ObjectiveConfig``; a UsageError of label smoothing."""
-        if label_smoothing:
-            raise UsageError("places are learned without a loss: leave out label_smoothing")
-        return cls()
-
     def outputs(self, classes: int) -> int:
         """Return the number of places."""
         return classes

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from smallfry.data import Split
-from smallfry.errors import DataError, UsageError
+from smallfry.errors import DataError
 from smallfry.kits.pose import losses
 from smallfry.kits.pose.estimates import as_arrays, estimates, pose_errors
 from smallfry.kits.pose.metrics import SHARES, area_under, diameter, rotation_error
@@ -41,17 +41,6 @@ class PoseTask:
     choices: ClassVar[tuple[str, ...]] = ("accuracy", "mean_error", "loss")
     defaults: ClassVar[TaskDefaults] = TaskDefaults({}, "checkerpose_s", "cross_entropy")
     recipe: ClassVar[Path] = Path(__file__).parent / "recipe.yaml"
-
-    @classmethod
-    def create(cls, label_smoothing: float = 0.0) -> "PoseTask":
-        """Create the task from ``ObjectiveConfig``.
-
-        Raises:
-            UsageError: Label smoothing, which it does not have.
-        """
-        if label_smoothing:
-            raise UsageError("codes of keypoints are exact: leave out label_smoothing")
-        return cls()
 
     def outputs(self, classes: int) -> int:
         """Return the number of objects."""

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from smallfry.data import Split
-from smallfry.errors import UsageError
 from smallfry.kits.splats.cameras import around, psnr
 from smallfry.kits.splats.data import TEST_VIEW
 from smallfry.kits.splats.labels import Labels
@@ -43,17 +42,6 @@ class Splats:
     defaults: ClassVar[TaskDefaults] = TaskDefaults({}, "splats_tiny", "cross_entropy")
     augmentations: ClassVar[frozenset[str]] = frozenset({"repeats"})
     recipe: ClassVar[Path] = Path(__file__).parent / "recipe.yaml"
-
-    @classmethod
-    def create(cls, label_smoothing: float = 0.0) -> "Splats":
-        """Create the task from ``ObjectiveConfig``.
-
-        Raises:
-            UsageError: Label smoothing, which it does not have.
-        """
-        if label_smoothing:
-            raise UsageError("attributes have no classes: leave out label_smoothing")
-        return cls()
 
     def outputs(self, classes: int) -> int:
         """Return the number of columns."""

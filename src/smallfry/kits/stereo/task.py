@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from smallfry.data import Split
-from smallfry.errors import UsageError
 from smallfry.kits.stereo import losses
 from smallfry.kits.stereo.metrics import full_disparity, score
 from smallfry.kits.stereo.models import FACTORS
@@ -40,17 +39,6 @@ class Stereo:
     choices: ClassVar[tuple[str, ...]] = ("disparity_error", "miou", "loss")
     defaults: ClassVar[TaskDefaults] = TaskDefaults({}, "rts2net_c4", "cross_entropy")
     recipe: ClassVar[Path] = Path(__file__).parent / "recipe.yaml"
-
-    @classmethod
-    def create(cls, label_smoothing: float = 0.0) -> "Stereo":
-        """Create the task from ``ObjectiveConfig``.
-
-        Raises:
-            UsageError: Label smoothing, which it does not have.
-        """
-        if label_smoothing:
-            raise UsageError("stereo has exact disparities and classes: leave out label_smoothing")
-        return cls()
 
     def outputs(self, classes: int) -> int:
         """Return the number of classes of pixels."""

@@ -33,11 +33,6 @@ class Symbolic(Classification):
     augmentations: ClassVar[frozenset[str]] = frozenset({"flip", "repeats"})
     recipe: ClassVar[Path] = Path(__file__).parent / "recipe.yaml"
 
-    @classmethod
-    def create(cls, label_smoothing: float = 0.0) -> "Symbolic":
-        """Create the task from ``ObjectiveConfig``."""
-        return cls(label_smoothing)
-
     def decode(
         self, outputs: Tensor, classes: Sequence[str], settings: Mapping[str, Any] | None = None
     ) -> list[Any]:

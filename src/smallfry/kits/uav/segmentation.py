@@ -47,17 +47,6 @@ class UAVSegmentation:
     recipe: ClassVar[Path] = Path(__file__).parent / "recipe_segmentation.yaml"
     augmentations: ClassVar[frozenset[str]] = AUGMENTATIONS
 
-    @classmethod
-    def create(cls, label_smoothing: float = 0.0) -> "UAVSegmentation":
-        """Create the task from ``ObjectiveConfig``.
-
-        Raises:
-            UsageError: Label smoothing, which it does not have.
-        """
-        if label_smoothing:
-            raise UsageError("masks have one right class at a pixel: leave out label_smoothing")
-        return cls()
-
     def outputs(self, classes: int) -> int:
         """Return the number of classes."""
         return classes
