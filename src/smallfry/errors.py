@@ -29,7 +29,10 @@ __all__ = [
     "is_out_of_memory",
     "nearest",
     "refusal",
+    "shortened",
 ]
+
+LONGEST = 1000  # characters of a message
 
 
 class RunError(SmallfryError):
@@ -63,3 +66,11 @@ def first_line(error: BaseException) -> str:
         ('no such size', 'MemoryError')
     """
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def shortened(text: str) -> str:
+    """Cut the middle out of a text too long for a message."""
+    if len(text) <= LONGEST:
+        return text
+    begin, end = LONGEST * 2 // 3, LONGEST // 4
+    return f"{text[:begin]} […] {text[-end:]}"

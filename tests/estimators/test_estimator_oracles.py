@@ -281,3 +281,48 @@ def test_fusion_needs_an_image_and_a_classifier():
         fusion_weights([torch.zeros(0, 3)], torch.zeros(0, dtype=torch.long))
     with pytest.raises(UsageError, match="needs scores of the same images and classes"):
         fusion_weights([], torch.zeros(3, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"components": 16}, "components must be 2 values, not 16"),
+        ({"components": (16,)}, "components must be 2 values"),
+        ({"components": (4.5, 8)}, "components must be a whole number, not 4.5"),
+        ({"patch": 2.5}, "patch must be a whole number, not 2.5"),
+        ({"batch_size": "10"}, "batch_size must be a whole number"),
+        ({"epochs": -1}, "epochs can't be negative"),
+        ({"C": 0.0}, "C is above 0"),
+    ],
+)
+def test_settings_of_a_fisher_network_are_checked_before_the_fit(values, message):
+    images = np.arange(4 * 64, dtype=np.float32).reshape(4, 1, 8, 8)
+    with pytest.raises(UsageError, match=message):
+        DeepFisherNet(**values).fit(images, [0, 1, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"depth": 1.5}, "depth must be a whole number"),
+        ({"ridge": None}, "ridge can't be null"),
+        ({"dimension": 2.5}, "dimension must be a whole number"),
+        ({"activation": ("a",)}, "activation needs finite coefficients"),
+    ],
+)
+def test_settings_of_a_deep_kernel_are_checked(values, message):
+    with pytest.raises(UsageError, match=message):
+        DeepKernelClassifier(**values).fit(np.eye(4), [0, 1, 0, 1])
+
+
+def test_late_fusion_takes_as_many_weights_as_classifiers():
+    scores = torch.eye(3)
+    with pytest.raises(UsageError, match=r"one of each of 1 classifiers, got \(2,\)"):
+        fuse([scores], torch.ones(2))
+    for wrong in ([], [scores, torch.eye(2)], [np.eye(3)]):
+        with pytest.raises(UsageError, match="scores"):
+            fuse(wrong, torch.ones(len(wrong)))
+    with pytest.raises(UsageError, match=r"labels are 0 to 2"):
+        fusion_weights([scores], torch.tensor([0, 1, 5]))
+    with pytest.raises(UsageError, match="needs finite scores"):
+        fusion_weights([scores * math.nan], torch.arange(3))

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from smallfry.errors import UsageError
+from smallfry.optim import KFAC
 from smallfry.optim.groups import build_adamw, natural_groups, split_groups
 from smallfry.optim.numerics import finite, statistics_dtype
 
@@ -89,17 +91,58 @@ def test_covered_and_other_parameters_part(net):
     assert "fallback_lr" not in natural[0]
     (adam,) = rest
     assert len(adam["params"]) == 4
-    assert (adam["lr"], adam["lr_scale"], adam["weight_decay"]) == (1e-3, 1e-3 / 0.5, 0.01)
+    assert (adam["lr"], adam["fallback_scale"], adam["weight_decay"]) == (1e-3, 1e-3 / 0.5, 0.01)
     assert "momentum" not in adam
 
 
-def test_a_scale_of_the_rate_is_multiplied(net):
+def test_a_scale_of_the_rate_stays_beside_that_of_adamw(net):
     _, (adam,) = split_groups(
         groups_of(net, [{"params": net.parameters(), "lr_scale": 3.0}]), set()
     )
-    assert adam["lr_scale"] == pytest.approx(3.0 * 1e-3 / 0.1)
+    assert (adam["lr_scale"], adam["fallback_scale"]) == (3.0, pytest.approx(1e-3 / 0.1))
     _, (adam,) = split_groups(groups_of(net, lr=0.0), set())
-    assert adam["lr_scale"] == 1.0  # of a rate of zero nothing follows
+    assert adam["fallback_scale"] == 1.0  # of a rate of zero nothing follows
+
+
+def test_schedules_of_timm_scale_each_rate_once():
+    net = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16))
+    optimizer = KFAC(net, lr=0.1)
+    schedule = CosineLRScheduler(optimizer, t_initial=4)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 1e-3]
+    schedule.step(2)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.05, 5e-4])
+
+
+def test_a_state_with_the_former_name_of_the_scale_loads():
+    net = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16))
+    optimizer = KFAC(net, lr=0.1)
+    state = optimizer.state_dict()
+    state["param_groups"][1]["lr_scale"] = state["param_groups"][1].pop("fallback_scale")
+    again = KFAC(net, lr=0.1)
+    again.load_state_dict(state)
+    group = again.param_groups[1]
+    assert group["fallback_scale"] == pytest.approx(0.01)
+    assert "lr_scale" not in group
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"lr": -3.0}, "lr of a group is 0 to below inf, got -3"),
+        ({"lr": "0.1"}, "lr must be a number, not '0.1'"),
+        ({"momentum": 1.0}, "momentum of a group is 0 to below 1, got 1"),
+        ({"fallback_lr": float("nan")}, "fallback_lr of a group is 0 to below inf, got nan"),
+        ({"damping": 3.0}, "damping is the same for all groups: give it to the optimizer"),
+    ],
+)
+def test_settings_that_no_group_can_have_are_refused(net, group, message):
+    with pytest.raises(UsageError, match=message):
+        groups_of(net, [{"params": net.parameters(), **group}])
+
+
+def test_a_group_needs_parameters(net):
+    with pytest.raises(UsageError, match="each group of params= is a dictionary with 'params'"):
+        groups_of(net, [{"lr": 0.1}])
 
 
 def test_everything_or_nothing_is_covered(net):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from smallfry.curvature import Categorical
 from smallfry.errors import SmallfryWarning, UsageError
 from smallfry.optim import EKFAC, KFAC, KPSVD, SNGD, Deflation, ExactNG, TwoLevel
 
@@ -75,6 +76,22 @@ def test_a_model_without_a_coverable_layer_is_refused():
     [
         ({"damping": 0.0}, "damping must be positive"),
         ({"lr": -1.0}, "can't be negative"),
+        ({"lr": float("inf")}, "can't be negative or infinite"),
+        ({"lr": "0.1"}, "lr must be a number, not '0.1'"),
+        ({"damping": None}, "damping can't be null"),
+        ({"loss_scale": None}, "loss_scale can't be null"),
+        ({"loss_scale": [1]}, r"loss_scale must be a number, not \[1\]"),
+        ({"statistics_every": 2.5}, "statistics_every must be a whole number, not 2.5"),
+        ({"adaptive_damping": "yes"}, "adaptive_damping must be True or False, not 'yes'"),
+        ({"factor_rank": float("nan")}, "factor_rank must be a whole number, not nan"),
+        ({"factor_rank": 0}, "factor_rank is at least 1, not 0"),
+        ({"sharing": 3}, "sharing must be text, not 3"),
+        ({"seed": -1}, "seed can't be negative"),
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"exclude": "0"}, "exclude must be a list, not '0'"),
+        ({"exclude": [nn.ReLU()]}, "exclude must be text, not ReLU()"),
+        ({"likelihood": Categorical}, r"an object: Categorical\(\), not the class"),
+        ({"weight_decy": 0.1}, "KFAC has no setting 'weight_decy'; did you mean 'weight_decay'?"),
         ({"momentum": 1.0}, "momentum is 0 to below 1"),
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"kl_clip": 0.0}, "kl_clip"),

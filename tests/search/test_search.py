@@ -8,7 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smallfry.errors import RunError, UsageError
-from smallfry.search import RUNG, TPE, Choice, Halving, Ledger, Listed, Trial, encode, replay, run
+from smallfry.search import (
+    NARS,
+    RUNG,
+    TPE,
+    Choice,
+    Evolution,
+    Halving,
+    Ledger,
+    Listed,
+    RandomSearch,
+    Trial,
+    encode,
+    replay,
+    run,
+)
 from smallfry.search.ledger import best
 from smallfry.search.space import key_of
 
@@ -202,6 +216,36 @@ def test_encodings_are_ones_for_values_and_shares_for_ranges(lr):
 def test_choices_of_nothing_or_of_two_kinds_are_refused(settings_of_choice):
     with pytest.raises(UsageError, match="choice width"):
         Choice("width", **settings_of_choice)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, "high", True])
+def test_the_value_of_a_trial_is_a_finite_number_or_none(value):
+    with pytest.raises(UsageError, match="value must be"):
+        Trial({"width": 0.5}, value)
+
+
+STRATEGIES = {
+    "listed": lambda: Listed(LISTED),
+    "halving": lambda: Halving(Listed(LISTED), [2]),
+    "random": lambda: RandomSearch(CHOICES, count=4),
+    "evolution": lambda: Evolution(CHOICES, count=4),
+    "nars": lambda: NARS(CHOICES[:2], CHOICES[3:], count=4),
+    "tpe": tpe,
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_strategy_is_asked_for_a_number_and_told_trials(strategy):
+    search = STRATEGIES[strategy]()
+    with pytest.raises(UsageError, match="count of candidates can't be negative, got -1"):
+        search.ask(-1)
+    with pytest.raises(UsageError, match=r"count must be a whole number, not 1.5"):
+        search.ask(1.5)
+    (candidate,) = search.ask(1)
+    for wrong in (Trial(candidate, 1.0), [candidate]):
+        with pytest.raises(UsageError, match="tell takes a list of Trial"):
+            search.tell(wrong)
+    search.tell([Trial(candidate, 1.0)])
 
 
 def test_no_candidates_are_no_search():

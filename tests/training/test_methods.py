@@ -367,3 +367,29 @@ def test_a_run_with_methods_is_exported_and_shared(small):
         assert [next(iter(each)) for each in trained.manifest["methods"]] == [
             *("freeze", "round_weights")
         ]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("low_rank", {"keep": "0.5"}, "low_rank.keep must be a number, not '0.5'"),
+        ("low_rank", {"smallest": 1.5}, "low_rank.smallest must be a whole number, not 1.5"),
+        ("quantize", {"exclude": "head"}, "quantize.exclude must be a list, not 'head'"),
+        ("quantize", {"per_call": 1}, "quantize.per_call must be True or False, not 1"),
+        ("hesso", {"begin": float("nan")}, "hesso.begin is not a number"),
+        ("hesso", {"of": "rows"}, "hesso.of must be one of"),
+        ("sorted_net", {"widths": 0.5}, "sorted_net.widths must be a list, not 0.5"),
+    ],
+)
+def test_settings_of_another_type_are_refused(name, settings, message):
+    with pytest.raises(UsageError, match=message):
+        compress.methods()[name](**settings)
+
+
+def test_every_method_refuses_patterns_that_are_no_list():
+    taken = [kind for kind in compress.methods().values() if hasattr(kind, "exclude")]
+    assert len(taken) > 15
+    for kind in taken:
+        with pytest.raises(UsageError, match=r"exclude must be a list, not 'head'"):
+            kind(exclude="head")
+    assert compress.LowRank(include=["head"]).include == ("head",)

@@ -398,6 +398,8 @@ class Runtime:
         """Decode encoded or Pillow images to pixels."""
         if isinstance(images, str | bytes | os.PathLike | Image.Image):
             raise DataError("expected a list of images, got a single one: put it in a list")
+        if not isinstance(images, Iterable):
+            raise DataError(f"expected a list of images or an array, got {type(images).__name__}")
         manifest = self.manifest
         pixels = []
         for number, image in enumerate(images):

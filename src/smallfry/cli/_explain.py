@@ -17,8 +17,7 @@ from jsonargparse import ArgumentError
 
 from smallfry.cli._aliases import PLACES, UNNEEDED, like_named
 from smallfry.cli._numbers import NUMBER, kinds
-from smallfry.errors import UsageError, nearest
-from smallfry.io.terminal import shortened
+from smallfry.errors import UsageError, nearest, shortened
 
 NO_SETTINGS = "Unexpected config:"  # how jsonargparse begins about a file without names
 OF_ALL = ("help", "debug", "config", "print_config")  # options that jsonargparse or all verbs have

@@ -5,7 +5,8 @@ import os
 import sys
 from typing import Any, TextIO
 
-from smallfry.io.terminal import CleanFormatter, printable, say, shortened
+from smallfry.errors import shortened
+from smallfry.io.terminal import CleanFormatter, printable, say
 from smallfry.training.launch_env import rank
 
 FAILED, MISUSED = 1, 2  # exit codes; a run that a signal stopped gives 128 + its number

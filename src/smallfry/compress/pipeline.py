@@ -4,7 +4,7 @@
 """
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from types import TracebackType
 from typing import Any, Self
@@ -14,9 +14,18 @@ from torch import Tensor, nn
 
 from smallfry.data import ImageData
 from smallfry.errors import SmallfryWarning, UsageError
+from smallfry.settings import fitted
 from smallfry.training.calibration import EXAMPLES, CalibrationBatches
-from smallfry.training.method import MethodSettings, Running, Setting, packing_of, to_dict
+from smallfry.training.method import (
+    MethodSettings,
+    Running,
+    Setting,
+    packing_of,
+    require_methods,
+    to_dict,
+)
 from smallfry.training.run import TrainedModel
+from smallfry.training.trained_run import TrainedRun
 from smallfry.transforms.spec import ModelSpec
 from smallfry_runtime.arrays import random_inputs
 
@@ -24,7 +33,7 @@ UNKNOWN = ModelSpec("unknown")
 
 
 def apply(
-    trained: TrainedModel,
+    trained: TrainedModel | TrainedRun,
     methods: Sequence[MethodSettings],
     data: ImageData | None = None,
     seed: int = 0,
@@ -33,7 +42,7 @@ def apply(
     """Compress a trained model without training.
 
     Args:
-        trained: Result of ``smallfry.load``; unchanged.
+        trained: Result of ``smallfry.load`` or ``smallfry.train``; unchanged.
         methods: Settings, in the order of their stages.
         data: To calibrate with, as ``smallfry.data.load_data`` gives it; random pixels without it.
         seed: Random seed.
@@ -43,7 +52,8 @@ def apply(
         The compressed model, whose ``save`` writes a run folder.
 
     Raises:
-        UsageError: A method that needs training, or methods in the wrong order.
+        UsageError: A method that needs training, methods in the wrong order, or arguments that are
+            something else.
 
     Example:
         >>> import smallfry  # doctest: +SKIP
@@ -52,6 +62,14 @@ def apply(
         >>> small = compress.apply(trained, [compress.Magnitude(sparsity=0.5)])  # doctest: +SKIP
         >>> small.save("runs/b")  # doctest: +SKIP
     """
+    trained = trained.model if isinstance(trained, TrainedRun) else trained
+    if not isinstance(trained, TrainedModel):
+        raise UsageError(
+            f"a model is what smallfry.load returns, not {type(trained).__name__}; for a model of "
+            "your own take compress.apply_to_model"
+        )
+    if data is not None and not isinstance(data, ImageData):
+        raise UsageError(f"data is what smallfry.data.load_data returns, not {type(data).__name__}")
     batches: Iterable[Tensor] = ()
     if data is None:
         example = trained.normalize(_noise(trained))
@@ -109,6 +127,8 @@ def apply_to_model(
         >>> [each.kind for each in spec.transforms]
         ['replace']
     """
+    methods = require_methods(methods)
+    _require_tensor(example)
     training = [each.name for each in methods if each.trains]
     if training:
         raise UsageError(
@@ -122,7 +142,7 @@ def apply_to_model(
             "nn.utils.prune.remove, nn.utils.remove_weight_norm or remove_spectral_norm"
         ) from error
     inputs = torch.empty(0) if example is None else example
-    running = Running(methods, small, Setting(spec, inputs, batches, 0, seed))
+    running = Running(methods, small, Setting(spec, inputs, _Batches(batches), 0, seed))
     found = running.finish()
     if reports is not None:
         reports += running.reports
@@ -131,6 +151,32 @@ def apply_to_model(
 
 def _noise(trained: TrainedModel) -> Tensor:
     return torch.from_numpy(random_inputs(EXAMPLES, trained.frame, trained.channels))
+
+
+def _require_tensor(example: Any) -> None:
+    if example is not None and not isinstance(example, Tensor):
+        raise UsageError(f"example= must be a tensor of inputs, not {type(example).__name__}")
+
+
+class _Batches:
+    """Batches of inputs that can be read again, checked."""
+
+    def __init__(self, batches: Iterable[Tensor]) -> None:
+        if isinstance(batches, Tensor) or iter(batches) is batches:
+            raise UsageError(
+                "batches= is read several times, batch by batch: give a list of tensors, not "
+                f"{type(batches).__name__}"
+            )
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for batch in self._batches:
+            if not isinstance(batch, Tensor):
+                raise UsageError(
+                    f"each of batches= must be a tensor of inputs, not {type(batch).__name__}; "
+                    "without labels, such as [images for images, _ in loader]"
+                )
+            yield batch
 
 
 class Session:
@@ -171,10 +217,13 @@ class Session:
         batches: Iterable[Tensor] = (),
         seed: int = 0,
     ) -> None:
-        if steps < 1:
+        if fitted(steps, int, "steps") < 1:
             raise UsageError(f"steps must be at least 1, got {steps}")
+        _require_tensor(example)
         before = set(model.parameters())
-        self._running = Running(methods, model, Setting(spec, example, batches, steps, seed))
+        self._running = Running(
+            methods, model, Setting(spec, example, _Batches(batches), steps, seed)
+        )
         self._added = {n: p for n, p in model.named_parameters() if p not in before}
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:

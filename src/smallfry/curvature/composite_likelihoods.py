@@ -292,6 +292,8 @@ def as_likelihood(
     """
     if isinstance(given, Likelihood):
         return given
+    if isinstance(given, type) and issubclass(given, Likelihood):
+        raise UsageError(f"a likelihood must be an object: {given.__name__}(), not the class")
     if isinstance(given, str):
         if given not in NAMED:
             raise UsageError(f"unknown likelihood '{given}'{nearest(given, NAMED)}")

@@ -211,7 +211,10 @@ def _label(label: Any, number: int) -> int | str:
         return label
     value = np.asarray(label)
     if value.size != 1 or value.dtype.kind not in "biu":
-        raise DataError(f"label {number} must be a whole number or a name, not {label!r}")
+        several = value.size > 1 and "; several classes an image need a table of files and labels"
+        raise DataError(
+            f"label {number} must be a whole number or a name, not {label!r}{several or ''}"
+        )
     return int(value.reshape(()))
 
 

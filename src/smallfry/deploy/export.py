@@ -47,6 +47,7 @@ from smallfry.training.evaluation import task_of
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.exit_calibration import judged_part
 from smallfry.training.run import TrainedModel, thresholds_of
+from smallfry.training.trained_run import TrainedRun
 from smallfry.transforms.adapters import merge_adapters
 from smallfry.transforms.nested import nest_of
 from smallfry_runtime.early_exit import operating_points, pareto_front, warn_of_few
@@ -76,7 +77,7 @@ FEW_FOR_RANGES = 32  # images, with fewer of which a static range is hardly know
 
 
 def export(
-    run: str | Path | TrainedModel,
+    run: str | Path | TrainedModel | TrainedRun,
     folder: str | Path,
     form: str | None = None,
     precision: str = "float32",
@@ -92,7 +93,8 @@ def export(
     """Export a run's model, replacing an existing export.
 
     Args:
-        run: A run folder, a checkpoint in it, a shared folder, ``hf_hub:USER/NAME``, or a model.
+        run: A run folder, a checkpoint in it, a shared folder, ``hf_hub:USER/NAME``, or what
+            ``smallfry.load`` or ``smallfry.train`` returns.
         folder: Folder of the export. An existing export is kept until the new one is complete.
         form: ``whole``, ``anytime``, or None: anytime for a model of several recursion steps,
             unless its quantised layers have a range for each call of a pass.
@@ -121,6 +123,7 @@ def export(
         >>> smallfry.export("runs/digits", "exports/digits", precision="int8")  # doctest: +SKIP
         PosixPath('exports/digits')
     """
+    run = run.model if isinstance(run, TrainedRun) else run
     folder = path_of(str(folder))
     _require_precision(precision, target)
     needed = precision == "int8"

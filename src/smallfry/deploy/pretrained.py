@@ -203,7 +203,13 @@ def require_model(run: str | Path, *, exports: bool = False) -> None:
 
     Raises:
         RunError: It is another folder, a file, or nothing.
+        UsageError: It is no name.
     """
+    if not isinstance(run, str | Path):
+        raise UsageError(
+            f"a trained model is named by its folder, or is what smallfry.load returns, not "
+            f"{type(run).__name__}; torch.onnx.export takes models of your own"
+        )
     path = path_of(str(run))
     if str(run) and (_is_named(run) or _is_model(path)):
         return

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from smallfry.errors import UsageError
 from smallfry.estimators.fisher_pipeline import FisherModule, FisherPipeline, Whitening
 from smallfry.layers.fisher_vector import fit_mixture
+from smallfry.settings import fitted
 
 __all__ = ["DeepFisherNet"]
 
@@ -165,11 +166,14 @@ class DeepFisherNet(
         return found
 
     def _require_positive(self) -> None:
+        components = fitted(self.components, tuple[int, int], "components")
         names = ("patch", "patch_features", "window", "projected", "stacked", "batch_size")
         settings = {name: getattr(self, name) for name in names}
-        for name, value in (settings | {"components": min(self.components)}).items():
-            if value < 1:
+        for name, value in (settings | {"components": min(components)}).items():
+            if fitted(value, int, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
+        if fitted(self.epochs, int, "epochs") < 0 or not fitted(self.C, float, "C") > 0:
+            raise UsageError(f"epochs can't be negative, and C is above 0: {self.epochs}, {self.C}")
 
     # Descriptors
 

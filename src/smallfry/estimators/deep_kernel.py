@@ -19,6 +19,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from smallfry.errors import UsageError
 from smallfry.layers.hermite import Dual, deep_kernel, dual, optimal_coefficients, relu_dual
+from smallfry.settings import fitted
 
 __all__ = ["DeepKernelClassifier"]
 
@@ -69,7 +70,9 @@ class DeepKernelClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             raise ValueError(
                 f"DeepKernelClassifier needs two classes, got {len(self.classes_)} class"
             )
-        if not (self.depth >= 0 and self.ridge >= 0):
+        fitted(self.dimension, int | None, "dimension")
+        depth, ridge = fitted(self.depth, int, "depth"), fitted(self.ridge, float, "ridge")
+        if not (depth >= 0 and ridge >= 0):
             raise UsageError("depth and ridge can't be negative")
         self._dual = self._function(X.shape[1])
         size = float(np.sqrt(X.var(0).sum()))
@@ -109,7 +112,10 @@ class DeepKernelClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
                 )
             dimension = features if self.dimension is None else self.dimension
             return dual(optimal_coefficients(dimension))
-        coefficients = np.array(self.activation, dtype=np.float64)
+        try:
+            coefficients = np.array(self.activation, dtype=np.float64)
+        except (TypeError, ValueError):
+            coefficients = np.zeros(0)
         if coefficients.ndim != 1 or not coefficients.any() or not np.isfinite(coefficients).all():
             raise UsageError("activation needs finite coefficients, and one other than 0")
         return dual(coefficients / np.linalg.norm(coefficients))

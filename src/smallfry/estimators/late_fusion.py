@@ -28,7 +28,15 @@ def fuse(scores: Sequence[Tensor], weights: Tensor) -> Tensor:
     Args:
         scores: Of each classifier, (images, classes); the sum has the finest of their types.
         weights: (classifiers,).
+
+    Raises:
+        UsageError: Scores of different images or classes, of none, or another number of weights.
     """
+    _require_alike(scores)
+    if weights.shape != (len(scores),):
+        raise UsageError(
+            f"weights are one of each of {len(scores)} classifiers, got {tuple(weights.shape)}"
+        )
     kind = functools.reduce(torch.promote_types, (each.dtype for each in scores))
     kind = kind if kind.is_floating_point else weights.dtype
     stacked = torch.stack([each.to(kind) for each in scores])
@@ -43,7 +51,8 @@ def fusion_weights(scores: Sequence[Tensor], labels: Tensor) -> Tensor:
         labels: Their classes (images,).
 
     Raises:
-        UsageError: Scores of different images or classes, or of none.
+        UsageError: Scores of different images or classes, or of none, or that are no numbers, or
+            labels that are no classes.
 
     Example:
         >>> scores = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
@@ -51,12 +60,18 @@ def fusion_weights(scores: Sequence[Tensor], labels: Tensor) -> Tensor:
         >>> bool((fuse([scores, -scores], weights).argmax(1) == torch.tensor([0, 1, 0])).all())
         True
     """
-    shapes = {each.shape for each in scores}
-    if len(shapes) != 1 or len(scores[0]) != len(labels) or not len(labels):
+    _require_alike(scores)
+    if len(scores[0]) != len(labels) or not len(labels):
+        shape = tuple(scores[0].shape)
         raise UsageError(
-            "late fusion needs scores of the same images and classes, got "
-            f"{', '.join(str(tuple(each.shape)) for each in scores)} for {len(labels)} labels"
+            f"late fusion needs scores and labels of the same images, got {shape} for "
+            f"{len(labels)} labels"
         )
+    classes = scores[0].shape[1]
+    if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise UsageError(f"labels are 0 to {classes - 1}, as the scores have {classes} classes")
+    if not all(bool(each.isfinite().all()) for each in scores):
+        raise UsageError("late fusion needs finite scores, and some are infinite or not numbers")
     exact = [each.detach().double() for each in scores]
     spread = torch.stack([each.std(correction=0) for each in exact])
     largest = torch.stack([each.abs().max() for each in exact])
@@ -75,3 +90,13 @@ def fusion_weights(scores: Sequence[Tensor], labels: Tensor) -> Tensor:
     with torch.enable_grad():
         solver.step(loss)  # type: ignore[no-untyped-call]
     return weights.detach() / spread
+
+
+def _require_alike(scores: Sequence[Tensor]) -> None:
+    """Require scores of the same images and classes."""
+    if not all(isinstance(each, Tensor) for each in scores):
+        raise UsageError("scores are tensors (images, classes), one of each classifier")
+    shapes = [tuple(each.shape) for each in scores]
+    if len(set(shapes)) != 1 or len(shapes[0]) != 2:
+        listed = ", ".join(map(str, shapes)) or "none"
+        raise UsageError(f"late fusion needs scores of the same images and classes, got {listed}")

@@ -1,4 +1,4 @@
-"""Log format, shortened messages and encodings of terminal output."""
+"""Log format and encodings of terminal output."""
 
 import logging
 import shlex
@@ -7,8 +7,6 @@ import sys
 from smallfry_runtime.terminal import printable as printable
 from smallfry_runtime.terminal import say as say
 
-LONGEST = 1000  # characters of a message
-
 
 class CleanFormatter(logging.Formatter):
     """Log formatter with ``printable`` text."""
@@ -16,14 +14,6 @@ class CleanFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Format one record."""
         return printable(super().format(record))
-
-
-def shortened(text: str) -> str:
-    """Cut the middle out of a text too long for a message."""
-    if len(text) <= LONGEST:
-        return text
-    begin, end = LONGEST * 2 // 3, LONGEST // 4
-    return f"{text[:begin]} […] {text[-end:]}"
 
 
 def escape_unencodable() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from smallfry.curvature import Block, Rows
 from smallfry.curvature.kronecker import eigendecompose
 from smallfry.errors import UsageError
+from smallfry.settings import fitted
 
 State = dict[str, Any]
 
@@ -199,7 +200,8 @@ class Approximation(ABC):
         Raises:
             UsageError: ``sharing`` names an unknown way or layer.
         """
-        asked = {"": self.sharing} if isinstance(self.sharing, str) else dict(self.sharing)
+        sharing = fitted(self.sharing, str | dict[str, str], "sharing")
+        asked = {"": sharing} if isinstance(sharing, str) else sharing
         layers = {name for block in blocks for name in block.layers}
         for name, way in asked.items():
             if way not in self.sharing_choices:

@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from smallfry._torch import disable_dynamo
 from smallfry.curvature import Block, Observation, Taps, as_likelihood, cover
 from smallfry.curvature.observer import Observer
-from smallfry.errors import UsageError
+from smallfry.errors import UsageError, nearest
 from smallfry.optim import quadratic
 from smallfry.optim.approximation import Approximation
 from smallfry.optim.bound import clip_step, fallback_share, step_fallback
@@ -96,6 +96,11 @@ class NaturalGradient(PreconditionedOptimizer):
     ) -> None:
         require_model(self, model)
         given = {key: value for key, value in settings.items() if key not in MODEL_KEYWORDS}
+        for name in given:
+            if name not in Settings.__annotations__:
+                near = nearest(name, Settings.__annotations__)
+                raise UsageError(f"{type(self).__name__} has no setting '{name}'{near}")
+        lr = float(lr) if isinstance(lr, Tensor) else lr
         self.settings = CurvatureSettings(lr=lr, **given)  # type: ignore[arg-type]
         params, forward = settings.get("params"), settings.get("forward")
         momentum, decay = self.settings.momentum, self.settings.weight_decay

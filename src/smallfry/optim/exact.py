@@ -20,7 +20,7 @@ from smallfry.optim.base import NaturalGradient
 from smallfry.optim.checks import warn
 from smallfry.optim.collectives import Collectives
 from smallfry.optim.preconditioner import Preconditioner
-from smallfry.optim.settings import Settings
+from smallfry.optim.settings import Settings, require_count
 
 
 class ExactNG(NaturalGradient):
@@ -123,8 +123,7 @@ class LastSamples(Approximation):
         super().__init__("exact")
         if scope not in ("full", "block"):
             raise UsageError(f"scope is 'full' or 'block', not '{scope}'")
-        if window < 1:
-            raise UsageError(f"window is at least 1, not {window}")
+        require_count("window", window)
         self.scope, self.window = scope, window
 
     def settings(self) -> dict[str, Any]:

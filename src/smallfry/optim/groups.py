@@ -1,12 +1,17 @@
 """Parameter groups: natural gradient for covered parameters, AdamW for the others."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from math import inf
 from typing import Any
 
 import torch
 from torch import nn
 
 from smallfry.errors import UsageError
+from smallfry.optim.settings import CurvatureSettings
+from smallfry.settings import fitted
+
+OF_GROUPS = {"lr", "momentum", "weight_decay", "fallback_lr"}
 
 Group = dict[str, Any]
 
@@ -44,6 +49,7 @@ def natural_groups(
     }
     own, seen, groups = set(model.parameters()), set[nn.Parameter](), []
     for group in given:
+        _require_settings(group)
         listed = group["params"]
         listed = [listed] if isinstance(listed, torch.Tensor) else list(listed)
         listed = [p[1] if isinstance(p, tuple) else p for p in listed]
@@ -61,6 +67,21 @@ def natural_groups(
     return [group for group in groups if group["params"]]
 
 
+def _require_settings(group: Any) -> None:
+    """Require a group with parameters, whose settings a group can have."""
+    if not isinstance(group, Mapping) or "params" not in group:
+        raise UsageError("each group of params= is a dictionary with 'params'")
+    for name in sorted(OF_GROUPS & set(group)):
+        value = group[name]
+        value = float(value) if isinstance(value, torch.Tensor) else fitted(value, float, name)
+        limit = 1.0 if name == "momentum" else inf
+        if not 0 <= value < limit:
+            raise UsageError(f"{name} of a group is 0 to below {limit:g}, got {value:g}")
+    common = set(group) & (set(CurvatureSettings.__dataclass_fields__) - OF_GROUPS)
+    if common:
+        raise UsageError(f"{min(common)} is the same for all groups: give it to the optimizer")
+
+
 def split_groups(
     groups: Iterable[Group], covered: Collection[nn.Parameter]
 ) -> tuple[list[Group], list[Group]]:
@@ -75,8 +96,9 @@ def split_groups(
         if others:
             adam = {k: v for k, v in options.items() if k != "momentum"}
             scale = group["fallback_lr"] / group["lr"] if group["lr"] else 1.0
-            # a loop that sets every group's lr itself multiplies by lr_scale, as timm's do
-            adam |= {"lr": group["fallback_lr"], "lr_scale": scale * group.get("lr_scale", 1.0)}
+            # for a loop that sets one rate for every group; timm's schedulers scale each group's
+            # own rate by lr_scale, which is not set here therefore
+            adam |= {"lr": group["fallback_lr"], "fallback_scale": scale}
             rest.append({**adam, "params": others})
     return natural, rest
 

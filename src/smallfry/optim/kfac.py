@@ -45,7 +45,7 @@ from smallfry.optim.approximation import (
 from smallfry.optim.base import NaturalGradient
 from smallfry.optim.numerics import statistics_dtype
 from smallfry.optim.one_hot import OneHotProduct
-from smallfry.optim.settings import Settings
+from smallfry.optim.settings import Settings, require_count
 
 Sharing = Literal["expand", "reduce"]
 SIDES = ("a", "g")
@@ -105,8 +105,7 @@ class KroneckerProduct(Approximation):
         super().__init__(sharing)
         if damping_split not in ("factored", "tikhonov"):
             raise UsageError(f"damping_split is 'factored' or 'tikhonov', not '{damping_split}'")
-        if factor_rank is not None and factor_rank < 1:
-            raise UsageError(f"factor_rank is at least 1, or None, not {factor_rank}")
+        require_count("factor_rank", factor_rank, optional=True)
         self.damping_split = damping_split
         self.factor_rank = None if damping_split == "tikhonov" else factor_rank
 

@@ -48,7 +48,7 @@ from smallfry.optim.approximation import Approximation, State, Summed, eigenvalu
 from smallfry.optim.base import NaturalGradient
 from smallfry.optim.kfac import SIDES, KroneckerProduct, low_rank
 from smallfry.optim.one_hot import OneHotNearest, sharing_of_rows
-from smallfry.optim.settings import Settings
+from smallfry.optim.settings import Settings, require_count
 
 Sharing = Literal["exact", "expand", "reduce"]
 Inverse = Literal["clamped", "pcg"]
@@ -228,10 +228,8 @@ class NearestSum(Approximation):
         factor_rank: int | None = 64,
     ) -> None:
         super().__init__(sharing)
-        if factor_rank is not None and factor_rank < 1:
-            raise UsageError(f"factor_rank is at least 1, or None, not {factor_rank}")
-        if rank < 1:
-            raise UsageError(f"rank is at least 1, not {rank}")
+        require_count("factor_rank", factor_rank, optional=True)
+        require_count("rank", rank)
         if inverse not in ("clamped", "pcg"):
             raise UsageError(f"inverse is 'clamped' or 'pcg', not '{inverse}'")
         if rank > 2 and inverse == "clamped":

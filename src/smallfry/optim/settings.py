@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Literal, TypedDict
 
 from torch import nn
 
 from smallfry.curvature import Likelihood
 from smallfry.errors import UsageError
+from smallfry.settings import check_values, fitted
 
 Likely = str | Likelihood | Mapping[str | int, Any] | Callable[[Any], Any]
 
@@ -88,34 +90,38 @@ class CurvatureSettings:
     def __post_init__(self) -> None:
         """Validate the settings."""
         scale = self.loss_scale
+        wanted = f"loss_scale is a positive number, 'mean' or 'sum', not {scale!r}"
+        _require(not isinstance(scale, str) or scale in ("mean", "sum"), wanted)
+        check_values(self, "")
+        named: Any = self.exclude
+        named = list(named) if isinstance(named, Iterable) and not isinstance(named, str) else named
+        object.__setattr__(self, "exclude", fitted(named, tuple[str, ...], "exclude"))
         _require(
-            self.lr >= 0 and self.fallback_lr >= 0,
-            f"lr and fallback_lr can't be negative, got {self.lr} and {self.fallback_lr}",
+            0 <= self.lr < inf and 0 <= self.fallback_lr < inf,
+            f"lr and fallback_lr can't be negative or infinite, got {self.lr}, {self.fallback_lr}",
         )
-        _require(self.damping > 0, f"damping must be positive, got {self.damping}")
-        _require_choice("damping_per", self.damping_per, "network", "layer")
+        _require(0 < self.damping < inf, f"damping must be positive, got {self.damping}")
         _require(0 <= self.momentum < 1, f"momentum is 0 to below 1, got {self.momentum}")
-        _require(self.weight_decay >= 0, f"weight_decay can't be negative, got {self.weight_decay}")
+        _require(
+            0 <= self.weight_decay < inf, f"weight_decay can't be negative, got {self.weight_decay}"
+        )
         _require(
             self.kl_clip is None or self.kl_clip > 0,
             f"kl_clip must be positive or None, got {self.kl_clip}",
         )
-        _require_choice("step_length", self.step_length, "lr", "quadratic")
         _require(0 <= self.ema_decay < 1, f"ema_decay is 0 to below 1, got {self.ema_decay}")
         _require(
             min(self.statistics_every, self.refresh_every) >= 1,
             f"periods are at least 1 step, got {self.statistics_every} and {self.refresh_every}",
         )
         _require(self.burn_in >= 0, f"burn_in is 0 or more steps, got {self.burn_in}")
-        _require(
-            scale in ("mean", "sum") if isinstance(scale, str) else scale > 0,
-            f"loss_scale is a positive number, 'mean' or 'sum', not {scale!r}",
-        )
+        _require(isinstance(scale, str) or 0 < scale < inf, wanted)
         _require(
             self.max_rows is None or self.max_rows >= 1,
             f"max_rows is positive or None, got {self.max_rows}",
         )
-        _require_choice("check", self.check, "error", "warn", "off")
+        _require(self.draws >= 1, f"draws must be at least 1, not {self.draws}")
+        _require(self.seed >= 0, f"seed can't be negative, got {self.seed}")
 
     @property
     def refresh_every(self) -> int:
@@ -159,11 +165,12 @@ class Settings(TypedDict, total=False):
 MODEL_KEYWORDS = ("params", "forward", "grad_scaler", "process_group")
 
 
+def require_count(name: str, value: Any, *, optional: bool = False) -> None:
+    """Require a whole number of at least 1, or None where that is optional."""
+    number = fitted(value, int | None if optional else int, name)
+    _require(number is None or number >= 1, f"{name} is at least 1, not {value}")
+
+
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise UsageError(message)
-
-
-def _require_choice(name: str, value: str, *choices: str) -> None:
-    listed = ", ".join(f"'{choice}'" for choice in choices[:-1])
-    _require(value in choices, f"{name} is {listed} or '{choices[-1]}', not {value!r}")

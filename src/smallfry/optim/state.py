@@ -69,7 +69,9 @@ def load_state(optimizer: PreconditionedOptimizer, given: Mapping[str, Any]) -> 
     _require_fit(optimizer, given)
     by_name = {name: p for p, name in optimizer.names.items()}
     for own, group in zip(optimizer.param_groups, given["param_groups"], strict=True):
-        own.update({key: value for key, value in group.items() if key != "params"})
+        # states of before fallback_scale have it in lr_scale
+        old = {"lr_scale"} if "fallback_scale" in own and "fallback_scale" not in group else set()
+        own.update({key: v for key, v in group.items() if key not in {"params", *old}})
     inner = set() if optimizer.adamw is None else {
         p for group in optimizer.adamw.param_groups for p in group["params"]
     }  # fmt: skip

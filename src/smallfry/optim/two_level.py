@@ -42,7 +42,8 @@ from smallfry.optim.kfac import KroneckerProduct
 from smallfry.optim.kpsvd import NearestProduct, NearestSum
 from smallfry.optim.numerics import finite
 from smallfry.optim.preconditioner import Preconditioner
-from smallfry.optim.settings import CurvatureSettings, Settings
+from smallfry.optim.settings import CurvatureSettings, Settings, require_count
+from smallfry.settings import fitted
 
 FINE: dict[str, Callable[[], Approximation]] = {
     "kfac": KroneckerProduct,
@@ -101,17 +102,18 @@ class TwoLevel(NaturalGradient):
         coarse_samples: int | None = 64,
         **settings: Unpack[Settings],
     ) -> None:
-        if isinstance(fine, str) and fine not in FINE:
-            raise UsageError(f"unknown fine level '{fine}'{nearest(fine, FINE)}")
+        if not isinstance(fine, Approximation) and fine not in FINE:
+            raise UsageError(f"unknown fine level '{fine}'{nearest(str(fine), FINE)}")
         if form not in ("residual", "additive"):
             raise UsageError(f"form is 'residual' or 'additive', not '{form}'")
-        if coarse_samples is not None and coarse_samples < 1:
-            raise UsageError(f"coarse_samples is at least 1, or None, not {coarse_samples}")
+        require_count("coarse_samples", coarse_samples, optional=True)
+        krylov = fitted(krylov, bool, "krylov")
         spaces: tuple[str, ...] | Space
         if callable(coarse):
             spaces = coarse
         else:
-            spaces = (coarse,) if isinstance(coarse, str) else tuple(coarse)
+            named = [coarse] if isinstance(coarse, str) else coarse
+            spaces = fitted(named, tuple[str, ...], "coarse")
             for name in spaces:
                 if name not in SPACES:
                     raise UsageError(f"unknown coarse space '{name}'{nearest(name, SPACES)}")

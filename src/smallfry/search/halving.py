@@ -11,7 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from smallfry.errors import UsageError
-from smallfry.search.space import RUNG, Candidate, Search, Trial, key_of
+from smallfry.search.space import (
+    RUNG,
+    Candidate,
+    Search,
+    Trial,
+    key_of,
+    require_count,
+    require_trials,
+)
 
 
 class Halving:
@@ -44,6 +52,7 @@ class Halving:
 
     def ask(self, count: int) -> list[dict[str, Any]]:
         """Return candidates of this rung; of the next one when all of this are told."""
+        count = require_count(count)
         if self._rung == 0:
             found = [{**each, RUNG: 0} for each in self._first.ask(count)]
             self._awaited += found
@@ -57,7 +66,7 @@ class Halving:
 
     def tell(self, trials: Sequence[Trial]) -> None:
         """Take trials; those of the first rung go to the first search, without the rung."""
-        for trial in trials:
+        for trial in require_trials(trials):
             known = {key_of(each) for each in self._awaited}
             if key_of(trial.candidate) not in known:
                 raise UsageError(f"{dict(trial.candidate)} was not asked for")

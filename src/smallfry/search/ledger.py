@@ -92,10 +92,10 @@ def best(trials: Sequence[Trial]) -> Trial | None:
 def _trial(record: Any) -> Trial:
     if not isinstance(record, dict) or not {*record} <= FIELDS:
         raise TypeError("expected the fields of a trial")
+    value = record.get("value")
+    if value is not None and not (type(value) in (int, float) and abs(value) < math.inf):
+        raise TypeError("expected a finite number or null as value")
     trial = Trial(**record)
     if not all(isinstance(each, dict) for each in (trial.candidate, trial.cost, trial.measured)):
         raise TypeError("expected a candidate, costs and figures by name")
-    value = trial.value
-    if value is not None and not (type(value) in (int, float) and abs(value) < math.inf):
-        raise TypeError("expected a finite number or null as value")
     return trial

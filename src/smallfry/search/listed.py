@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from smallfry.errors import UsageError
-from smallfry.search.space import Candidate, Trial
+from smallfry.search.space import Candidate, Trial, require_count, require_trials
 
 
 class Listed:
@@ -30,13 +30,13 @@ class Listed:
 
     def ask(self, count: int) -> list[dict[str, Any]]:
         """Return the next candidates."""
-        found = self._candidates[self._asked : self._asked + count]
+        found = self._candidates[self._asked : self._asked + require_count(count)]
         self._asked += len(found)
         return [dict(each) for each in found]
 
     def tell(self, trials: Sequence[Trial]) -> None:
         """Count trials; they decide nothing."""
-        self._told += len(trials)
+        self._told += len(require_trials(trials))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the candidates, and how many were asked for and told."""

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from smallfry.errors import UsageError
-from smallfry.search.space import Candidate, Trial, key_of
+from smallfry.search.space import Candidate, Trial, key_of, require_count, require_trials
 
 __all__ = ["Proposals"]
 
@@ -73,6 +73,7 @@ class Proposals:
             new: Proposes one; None where nothing new is left, after which none is asked for.
         """
         found: list[dict[str, Any]] = []
+        count = require_count(count)
         while len(found) < count and self.left:
             candidate = new()
             if candidate is None:
@@ -84,8 +85,8 @@ class Proposals:
 
     def hand_out(self, planned: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
         """Take the first candidates off a plan, and note that they are asked for."""
-        found = planned[:count]
-        del planned[:count]
+        found = planned[: require_count(count)]
+        del planned[: len(found)]
         for each in found:
             self.add(each)
         return [dict(each) for each in found]
@@ -96,7 +97,7 @@ class Proposals:
         Raises:
             UsageError: One was not.
         """
-        for trial in trials:
+        for trial in require_trials(trials):
             if key_of(trial.candidate) not in self._awaited:
                 raise UsageError(f"{dict(trial.candidate)} was not asked for")
             self._awaited.remove(key_of(trial.candidate))

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from smallfry.errors import UsageError
 from smallfry.io.json import Plain, strict
+from smallfry.settings import fitted
 from smallfry.training.config import TrainConfig
 from smallfry.transforms.spec import ModelSpec
 
@@ -154,6 +155,9 @@ class Trial:
         measured: Further figures.
         failure: Reason, if it failed.
 
+    Raises:
+        UsageError: A value that is no finite number, such as of a training that diverged.
+
     Example:
         >>> Trial({"depth": 2}, value=0.9, cost={"kb": 80.0}).cost["kb"]
         80.0
@@ -167,9 +171,29 @@ class Trial:
     measured: Mapping[str, Any] = field(default_factory=dict)
     failure: str | None = None
 
+    def __post_init__(self) -> None:
+        value = fitted(self.value, float | None, "value")
+        if value is not None and not math.isfinite(value):
+            raise UsageError(f"value must be finite, or None of a failed trial, not {value}")
+
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain data."""
         return asdict(self)
+
+
+def require_trials(trials: Any) -> Sequence[Trial]:
+    """Require a list of trials, as a strategy is told."""
+    if isinstance(trials, list | tuple) and all(isinstance(each, Trial) for each in trials):
+        return trials
+    raise UsageError(f"tell takes a list of Trial(candidate, value=…), not {trials!r}")
+
+
+def require_count(count: Any) -> int:
+    """Require a number of candidates, as a strategy is asked for."""
+    number: int = fitted(count, int, "count")
+    if number < 0:
+        raise UsageError(f"count of candidates can't be negative, got {number}")
+    return number
 
 
 class Search(Protocol):

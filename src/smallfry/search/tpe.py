@@ -8,7 +8,7 @@ import numpy as np
 
 from smallfry.errors import UsageError
 from smallfry.search.sampling import Allowed, new_candidate, sample
-from smallfry.search.space import Candidate, Choice, Trial, key_of
+from smallfry.search.space import Candidate, Choice, Trial, key_of, require_count, require_trials
 
 if TYPE_CHECKING:
     import optuna
@@ -57,6 +57,7 @@ class TPE:
     def ask(self, count: int) -> list[dict[str, Any]]:
         """Return proposals of the sampler."""
         found: list[dict[str, Any]] = []
+        count = require_count(count)
         while len(found) < count and len(self._asked) < self._count:
             proposal = self._new()
             if proposal is None:
@@ -67,7 +68,7 @@ class TPE:
 
     def tell(self, trials: Sequence[Trial]) -> None:
         """Pass trials on to the sampler."""
-        for trial in trials:
+        for trial in require_trials(trials):
             key = key_of(trial.candidate)
             if key not in self._asked or key in self._ended:
                 raise UsageError(f"{dict(trial.candidate)} was not asked for")

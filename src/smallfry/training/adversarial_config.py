@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from smallfry.training.settings import check, check_switched_on, check_values
+from smallfry.settings import check, check_switched_on, check_values
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from smallfry.training.settings import check, check_values
+from smallfry.settings import check, check_values
 
 MOST_PADDING = 4096  # pixels, as of an image's side
 MOST_OPERATIONS = 100  # of RandAugment on one image

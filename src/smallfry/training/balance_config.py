@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from smallfry.training.settings import check, check_values
+from smallfry.settings import check, check_values
 
 SAMPLERS: Mapping[str, float] = {"balanced": 0.0, "square_root": 0.5}  # exponents of class sizes
 

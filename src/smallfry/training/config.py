@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 
 from smallfry.errors import RunError
 from smallfry.io.safe_yaml import MOST_CONFIG, YAML_MODE, load_yaml
+from smallfry.settings import check, check_values
 from smallfry.training.adversarial_config import AdversarialConfig
 from smallfry.training.augment_config import AugmentConfig as AugmentConfig
 from smallfry.training.balance_config import BalanceConfig as BalanceConfig
@@ -20,7 +21,6 @@ from smallfry.training.objective_config import taken_settings
 from smallfry.training.own_code import require_path
 from smallfry.training.schedule_config import EMAConfig as EMAConfig
 from smallfry.training.schedule_config import ScheduleConfig as ScheduleConfig
-from smallfry.training.settings import check, check_values
 from smallfry_runtime.files import read_bytes
 from smallfry_runtime.frames import frame_of
 from smallfry_runtime.names import URI, path_of, storable

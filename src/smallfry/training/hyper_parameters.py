@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from smallfry.errors import UsageError, nearest
-from smallfry.training.settings import check
+from smallfry.settings import check
 
 __all__ = ["TUNABLE", "Hyper", "find_hypers", "from_unconstrained", "to_unconstrained"]
 

@@ -324,7 +324,7 @@ class Trainer:
         """Take the optimizer's steps on a batch at a learning rate, without counting a step."""
         step, rank = self.progress.step, self.processes.rank
         for group in self.raw_optimizer.param_groups:
-            group["lr"] = rate * group.get("lr_scale", 1.0)
+            group["lr"] = rate * group.get("lr_scale", 1.0) * group.get("fallback_scale", 1.0)
         others = (rank,) if rank else ()
         dropout = derive_seed(self.config.seed, 2, step, *others)
         seed_generators(dropout, self.fabric.device)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from smallfry.errors import UsageError, nearest
 from smallfry.io.plugins import load_kit, load_plugins, scan
 from smallfry.io.registry import add, require_frozen
+from smallfry.settings import strict
 from smallfry.transforms.spec import ModelSpec, Transform
 
 PACKAGE = "smallfry.compress"
@@ -123,12 +124,14 @@ class MethodSettings(Protocol):
 def register_method(kind: T) -> T:
     """Register settings of a method by their ``name``; a decorator.
 
+    From now on values of other types than the fields' are refused.
+
     Raises:
         UsageError: No frozen dataclass, or another method has the name.
     """
     require_frozen(kind)
     add(_methods, kind.name, kind, "methods")  # type: ignore[attr-defined]
-    return kind
+    return strict(kind)
 
 
 def methods() -> dict[str, Any]:
@@ -209,6 +212,26 @@ def files_of(
     return found
 
 
+def require_methods(settings: Any) -> tuple[MethodSettings, ...]:
+    """Require a list of methods' settings.
+
+    Raises:
+        UsageError: Something else, such as one method alone, a class or a name.
+    """
+    if isinstance(settings, str | Mapping) or not isinstance(settings, Iterable):
+        raise UsageError(
+            f"methods must be a list of settings, such as [LowRank()], not {settings!r}"
+        )
+    found = tuple(settings)
+    for each in found:
+        if isinstance(each, type) or not isinstance(each, MethodSettings):
+            raise UsageError(
+                f"a method is given by its settings, such as LowRank(keep=0.5), not {each!r}; "
+                "compress.methods() has them by name"
+            )
+    return found
+
+
 class Running:
     """Ordered methods running on one model.
 
@@ -222,12 +245,13 @@ class Running:
         self, settings: Sequence[MethodSettings], model: nn.Module, setting: Setting
     ) -> None:
         self.model, self.spec, self.step = model, setting.spec, 0
-        self.settings = tuple(settings)
+        self.settings = require_methods(settings)
+        self._finished = False
         self._setting = setting
         self._hooks: list[Any] = []
         self.reports: list[dict[str, Any]] = []  # of the methods that have finished
-        self._started = [each.start() for each in settings]
-        self._late = [not each.trains for each in settings]
+        self._started = [each.start() for each in self.settings]
+        self._late = [not each.trains for each in self.settings]
         for method, late in zip(self._started, self._late, strict=True):
             if not late:
                 method.begin(model, setting)
@@ -307,8 +331,11 @@ class Running:
         """Rewrite the model by each method in turn and return its new spec.
 
         Raises:
-            UsageError: The transforms are in no order that a model can have.
+            UsageError: The transforms are in no order that a model can have, or all is done.
         """
+        if self._finished:
+            raise UsageError("the methods have finished: the model is compressed already")
+        self._finished = True
         for method, late in zip(self._started, self._late, strict=True):
             if late:  # of the model as the ones before it leave it
                 method.begin(self.model, replace(self._setting, spec=self.spec))

@@ -12,9 +12,9 @@ from docstring_parser import DocstringStyle
 from docstring_parser import parse as parse_docstring
 
 from smallfry.errors import UsageError
+from smallfry.settings import check, check_values
 from smallfry.training.objectives.registry import ObjectiveSettings, objectives
 from smallfry.training.own_code import require_path
-from smallfry.training.settings import check, check_values
 
 AUTO = "auto"
 TABLE = objectives()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from smallfry.training.settings import check, check_values
+from smallfry.settings import check, check_values
 
 __all__ = ["EMAConfig", "ScheduleConfig"]
 

@@ -19,7 +19,8 @@ TOLERANCE = 1e-4  # between outputs masked and cut, relative to the largest, in 
 OUTPUTS = "its channels are the outputs"
 NONE_FOUND = (
     "finds no channels to cut: they are those of linear layers and convolutions that are called "
-    "once, and lead to such layers through norms and functions alone"
+    "once, and lead to such layers through norms and functions alone; if an earlier method has "
+    "replaced them, as quantize does, put this one before it"
 )
 
 

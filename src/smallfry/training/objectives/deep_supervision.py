@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from smallfry.settings import check
 from smallfry.training.objectives.registry import register_objective
-from smallfry.training.settings import check
 
 
 @register_objective

@@ -3,18 +3,20 @@
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from functools import wraps
+from inspect import signature
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from smallfry.errors import UsageError
-from smallfry.io.terminal import shortened
+from smallfry.errors import UsageError, shortened
 
 MOST_NUMBER = 2**31  # of whole numbers but seeds; PyTorch counts much with 32 bits
 NUMPY = (np.number, np.bool_)
 PLAIN = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+T = TypeVar("T", bound=type)
 
 
 def check(holds: bool, message: str) -> None:
@@ -27,12 +29,37 @@ def check_values(config: Any, group: str) -> None:
     """Refuse values that no setting can have, before a library gets them; as ``settle``."""
     settle(config, group)
     for entry in fields(config):
-        name, value = f"{group}{entry.name}", getattr(config, entry.name)
-        for number in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(number, float):
-                check(not math.isnan(number), f"{name} is not a number (NaN)")
-            elif isinstance(number, int) and not name.endswith("seed"):
-                check(abs(number) < MOST_NUMBER, f"{name} must be below 2**31")
+        _check_numbers(getattr(config, entry.name), f"{group}{entry.name}")
+
+
+def strict(kind: T) -> T:
+    """Check the values given to a dataclass as ``check_values`` does; a decorator.
+
+    Messages have the ``name`` of the class before that of a field.
+    """
+    plain: Any = kind.__init__  # type: ignore[misc]
+    expected = signature(plain)
+
+    @wraps(plain)
+    def init(self: Any, *values: Any, **named: Any) -> None:
+        given = expected.bind(self, *values, **named).arguments
+        kinds = get_type_hints(kind)
+        for entry, value in list(given.items())[1:]:
+            name = f"{getattr(kind, 'name', kind.__name__)}.{entry}"
+            given[entry] = fitted(value, kinds[entry], name)
+            _check_numbers(given[entry], name)
+        plain(**given)
+
+    kind.__init__ = init  # type: ignore[misc]
+    return kind
+
+
+def _check_numbers(value: Any, name: str) -> None:
+    for number in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(number, float):
+            check(not math.isnan(number), f"{name} is not a number (NaN)")
+        elif isinstance(number, int) and not name.endswith("seed"):
+            check(abs(number) < MOST_NUMBER, f"{name} must be below 2**31")
 
 
 def check_switched_on(config: Any, group: str, switch: str, example: str) -> None:
@@ -65,19 +92,31 @@ def settle(config: Any, group: str) -> None:
     kinds = get_type_hints(type(config))
     for entry in fields(config):
         name, value = f"{group}{entry.name}", getattr(config, entry.name)
-        object.__setattr__(config, entry.name, _fitting(value, kinds[entry.name], name))
+        object.__setattr__(config, entry.name, fitted(value, kinds[entry.name], name))
 
 
-def _fitting(value: Any, kind: Any, name: str) -> Any:
-    """Convert a value to a type."""
+def fitted(value: Any, kind: Any, name: str) -> Any:
+    """Convert a value to a type.
+
+    Args:
+        value: The value.
+        kind: A plain type, path, choice, dataclass, collection or union of these; any other type
+            is not checked.
+        name: Name of the setting, for the message.
+
+    Raises:
+        UsageError: A value of another type.
+
+    Example:
+        >>> from smallfry.settings import fitted
+        >>> fitted([1, 2], tuple[int, ...], "widths")
+        (1, 2)
+    """
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        if value is None:
+        if value is None and NoneType in inner:
             return None
-        kinds = [each for each in inner if each is not NoneType]
-        lists = [each for each in kinds if get_origin(each) in (list, tuple)]
-        several = lists if isinstance(value, list | tuple) else []
-        return _fitting(value, (several or kinds)[0], name)
+        return _one_of(value, [each for each in inner if each is not NoneType], name)
     if value is None:
         raise UsageError(f"{name} can't be null")
     if is_dataclass(kind):
@@ -101,6 +140,19 @@ def _fitting(value: Any, kind: Any, name: str) -> Any:
     return value
 
 
+def _one_of(value: Any, kinds: list[Any], name: str) -> Any:
+    """Convert a value to the first type of a union that takes it."""
+    lists = [each for each in kinds if get_origin(each) in (list, tuple)]
+    several = lists if isinstance(value, list | tuple) else []
+    refused = list[UsageError]()
+    for kind in several or kinds:
+        try:
+            return fitted(value, kind, name)
+        except UsageError as error:
+            refused.append(error)
+    raise refused[0]
+
+
 def _group(value: Any, kind: Any, name: str) -> Any:
     if isinstance(value, kind):
         return value
@@ -116,11 +168,12 @@ def _group(value: Any, kind: Any, name: str) -> Any:
 
 
 def _several(value: Any, origin: Any, inner: tuple[Any, ...], name: str) -> Any:
-    wanted = f"{len(inner)} values" if origin is tuple else "a list"
-    right = isinstance(value, list | tuple) and (origin is list or len(value) == len(inner))
+    fixed = origin is tuple and inner[-1] is not Ellipsis
+    wanted = f"{len(inner)} values" if fixed else "a list"
+    right = isinstance(value, list | tuple) and (not fixed or len(value) == len(inner))
     _require(right, name, wanted, value)
-    kinds = inner if origin is tuple else inner * len(value)
-    return origin(_fitting(one, kind, name) for one, kind in zip(value, kinds, strict=True))
+    kinds = inner if fixed else inner[:1] * len(value)
+    return origin(fitted(one, kind, name) for one, kind in zip(value, kinds, strict=True))
 
 
 def _require(right: bool, name: str, wanted: str, value: Any) -> None:
