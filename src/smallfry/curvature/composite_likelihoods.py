@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -301,7 +301,7 @@ def as_likelihood(
     if isinstance(given, Mapping):
         return Joint({key: as_likelihood(value) for key, value in given.items()})
     if callable(given):
-        return FromDistribution(given)
+        return FromDistribution(cast(Any, given))
     raise UsageError(
         f"a likelihood must be a name ({', '.join(NAMED)}), a mapping from parts of the output to "
         f"likelihoods, or a function to a torch.distributions object, not {type(given).__name__}"

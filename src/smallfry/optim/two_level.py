@@ -113,12 +113,13 @@ class TwoLevel(NaturalGradient):
             spaces = coarse
         else:
             named = [coarse] if isinstance(coarse, str) else coarse
-            spaces = fitted(named, tuple[str, ...], "coarse")
-            for name in spaces:
+            names: tuple[str, ...] = fitted(named, tuple[str, ...], "coarse")
+            for name in names:
                 if name not in SPACES:
                     raise UsageError(f"unknown coarse space '{name}'{nearest(name, SPACES)}")
-            if not spaces:
+            if not names:
                 raise UsageError("the coarse level needs at least one space")
+            spaces = names
             form = "additive" if spaces == ("tko",) else form
         method = FINE[fine]() if isinstance(fine, str) else fine
         if not method.needs_gradients:
