@@ -1,6 +1,7 @@
-"""Numbers of symbolic programs by size, without making them."""
+"""Numbers of symbolic programs by size, without making them, and their derivations."""
 
 from collections.abc import Sequence
+from itertools import chain, product
 
 from smallfry.kits.symbolic.grammar import Grammar
 
@@ -20,3 +21,14 @@ def _ways(counts: Sequence[int], parts: int, size: int) -> int:
     for _ in range(parts):
         row = [sum(row[i] * counts[n - i] for i in range(n)) for n in range(size + 1)]
     return row[size]
+
+
+def derivations(program, grammar):
+    """Yield the primitives of each derivation of a small program, in prefix order."""
+    ways = [(program.name, program.parts)]
+    for name, template in grammar.library.items():
+        if (holes := template.match(program)) is not None:
+            ways.append((name, [holes[f"#{i}"] for i in range(len(holes))]))
+    for name, parts in ways:
+        for below in product(*([*derivations(part, grammar)] for part in parts)):
+            yield name, *chain.from_iterable(below)

@@ -223,7 +223,7 @@ def test_a_run_that_ends_early_says_so():
         (lambda: compress.HESSO(periods=0), "periods at least 1"),
         (lambda: compress.HESSO(weights=(1.0,)), "5 numbers"),
         (lambda: compress.HESSO(cosine_sign=0), "1 or -1"),
-        (lambda: compress.HESSO(of="bytes"), "channels, macs or ms"),
+        (lambda: compress.HESSO(of="bytes"), "of must be one of channels, macs, ms"),
         (lambda: compress.HESSO(of="macs", reference_selection=True), "goes with of channels"),
         (lambda: compress.CRIC(divisible=0), "cric.divisible"),
         (lambda: compress.CRIC(cycles=0), "at least 1"),

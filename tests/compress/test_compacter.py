@@ -234,7 +234,7 @@ def test_adapters_come_before_bits_and_once():
     [
         ({"n": 0}, "compacter.n must be 1 to 64"),
         ({"reduction": 1.5}, "compacter.reduction must be"),
-        ({"activation": "relu"}, "gelu or none"),
+        ({"activation": "relu"}, "activation must be one of gelu, none"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):

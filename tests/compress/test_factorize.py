@@ -383,8 +383,8 @@ def test_its_start_is_that_of_the_seed_and_it_resumes_to_the_bit():
         ({"tensor_train": {"keep": 1}}, "tensor_train.keep must be between 0 and 1"),
         ({"a_priori_cp": {"keep": 1.5}}, "a_priori_cp.keep must be between 0 and 1"),
         ({"tensor_train": {"cores": 1}}, "tensor_train.cores must be 2 to 10"),
-        ({"cp": {"allocation": "equal"}}, "cp.allocation is one of uniform, divergence"),
-        ({"low_rank": {"metric": "fisher"}}, "low_rank.metric is one of weights, curvature"),
+        ({"cp": {"allocation": "equal"}}, "cp.allocation must be one of uniform, divergence"),
+        ({"low_rank": {"metric": "fisher"}}, "low_rank.metric must be one of weights, curvature"),
         ({"cp": {"metric": "weights"}}, "cp has no setting 'metric'"),
     ],
 )

@@ -173,10 +173,16 @@ def test_layers_that_can_not_be_quantised_are_named():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"weights": 1}, {"weights": 2.0}, {"activations": 9}, {"edges": None}]
+    ("settings", "message"),
+    [
+        ({"weights": 1}, "must be 2 to 8 bits"),
+        ({"weights": 2.0}, "must be a whole number"),
+        ({"activations": 9}, "must be 2 to 8 bits"),
+        ({"edges": None}, "can't be null"),
+    ],
 )
-def test_bits_that_can_not_be_meant_are_refused(settings):
-    with pytest.raises(UsageError, match="must be 2 to 8 bits"):
+def test_bits_that_can_not_be_meant_are_refused(settings, message):
+    with pytest.raises(UsageError, match=message):
         compress.LSQ(**settings)
 
 

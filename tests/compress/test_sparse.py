@@ -266,8 +266,8 @@ def test_a_tied_weight_has_one_mask():
     ("make", "message"),
     [
         (lambda: compress.RigL(1.0), r"rigl.sparsity must be in \[0, 1\)"),
-        (lambda: compress.RigL(first="best"), "random or magnitude"),
-        (lambda: compress.RigL(distribution="even"), "kernel or uniform"),
+        (lambda: compress.RigL(first="best"), "first must be one of random, magnitude"),
+        (lambda: compress.RigL(distribution="even"), "distribution must be one of kernel, uniform"),
         (lambda: compress.RigL(every=0), "at least 1"),
         (lambda: compress.SNIP(-0.1), r"snip.sparsity must be in \[0, 1\)"),
         (lambda: compress.NofM(4, 4), "1 to below m"),

@@ -3,12 +3,12 @@
 import json
 import math
 from collections import Counter
-from itertools import chain, pairwise, product
+from itertools import pairwise, product
 from pathlib import Path
 
 import networkx
 import pytest
-from program_counts import count_programs
+from program_counts import count_programs, derivations
 
 from smallfry.errors import UsageError
 from smallfry.kits.symbolic.grammar import (
@@ -272,17 +272,6 @@ def test_primitives_of_a_library_are_unfolded():
     assert str(first.written) == "(grow identity)"
     assert next(iter(enumerate_programs(grammar, 50, most_size=1))).program == IDENTITY
     assert len([*enumerate_programs(Grammar.uniform(), 99, most_size=2)]) == 8
-
-
-def derivations(program, grammar):
-    """Yield the primitives of each derivation of a small program, in prefix order."""
-    ways = [(program.name, program.parts)]
-    for name, template in grammar.library.items():
-        if (holes := template.match(program)) is not None:
-            ways.append((name, [holes[f"#{i}"] for i in range(len(holes))]))
-    for name, parts in ways:
-        for below in product(*([*derivations(part, grammar)] for part in parts)):
-            yield name, *chain.from_iterable(below)
 
 
 def test_probabilities_sum_over_all_derivations():

@@ -6,12 +6,11 @@ from itertools import islice, pairwise
 
 import networkx
 import pytest
-from program_counts import count_programs
+from program_counts import count_programs, derivations
 
 from smallfry.errors import UsageError
 from smallfry.kits.symbolic.grammar import (
     Grammar,
-    derivations,
     enumerate_programs,
     estimate,
     expected_uses,

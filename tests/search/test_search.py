@@ -218,10 +218,17 @@ def test_choices_of_nothing_or_of_two_kinds_are_refused(settings_of_choice):
         Choice("width", **settings_of_choice)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, "high", True])
-def test_the_value_of_a_trial_is_a_finite_number_or_none(value):
+@pytest.mark.parametrize("value", ["high", True])
+def test_the_value_of_a_trial_is_a_number_or_none(value):
     with pytest.raises(UsageError, match="value must be"):
         Trial({"width": 0.5}, value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_that_of_a_failed_trial(value):
+    trial = Trial({"width": 0.5}, value)
+    assert (trial.value, trial.failure) == (None, f"its value is {value}")
+    assert Trial({"width": 0.5}, value, failure="diverged").failure == "diverged"
 
 
 STRATEGIES = {

@@ -142,7 +142,7 @@ def apply_to_model(
             "nn.utils.prune.remove, nn.utils.remove_weight_norm or remove_spectral_norm"
         ) from error
     inputs = torch.empty(0) if example is None else example
-    running = Running(methods, small, Setting(spec, inputs, _Batches(batches), 0, seed))
+    running = Running(methods, small, Setting(spec, inputs, _checked(batches), 0, seed))
     found = running.finish()
     if reports is not None:
         reports += running.reports
@@ -156,6 +156,11 @@ def _noise(trained: TrainedModel) -> Tensor:
 def _require_tensor(example: Any) -> None:
     if example is not None and not isinstance(example, Tensor):
         raise UsageError(f"example= must be a tensor of inputs, not {type(example).__name__}")
+
+
+def _checked(batches: Iterable[Tensor]) -> Iterable[Tensor]:
+    """Check batches of a caller; those of a run have further methods, and stay as they are."""
+    return batches if isinstance(batches, CalibrationBatches) else _Batches(batches)
 
 
 class _Batches:
@@ -222,7 +227,7 @@ class Session:
         _require_tensor(example)
         before = set(model.parameters())
         self._running = Running(
-            methods, model, Setting(spec, example, _Batches(batches), steps, seed)
+            methods, model, Setting(spec, example, _checked(batches), steps, seed)
         )
         self._added = {n: p for n, p in model.named_parameters() if p not in before}
 

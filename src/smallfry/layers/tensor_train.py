@@ -172,7 +172,7 @@ class TensorTrain(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix, in the dense layer's shape."""
+        """Matrix in the dense layer's shape."""
         return self.matrix[..., None, None] if self.is_convolution else self.matrix
 
     def dense(self) -> nn.Module:

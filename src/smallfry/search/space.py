@@ -155,8 +155,7 @@ class Trial:
         measured: Further figures.
         failure: Reason, if it failed.
 
-    Raises:
-        UsageError: A value that is no finite number, such as of a training that diverged.
+    A value that is not finite, as of a training that diverged, is None: the trial has failed.
 
     Example:
         >>> Trial({"depth": 2}, value=0.9, cost={"kb": 80.0}).cost["kb"]
@@ -174,7 +173,8 @@ class Trial:
     def __post_init__(self) -> None:
         value = fitted(self.value, float | None, "value")
         if value is not None and not math.isfinite(value):
-            raise UsageError(f"value must be finite, or None of a failed trial, not {value}")
+            object.__setattr__(self, "value", None)
+            object.__setattr__(self, "failure", self.failure or f"its value is {value}")
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain data."""
