@@ -206,6 +206,27 @@ def test_two_optimizers_of_one_model_leave_the_compiler_as_it_was():
     assert second.observer.pending
 
 
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_pass_that_is_interrupted_leaves_the_compiler_as_it_was(lost):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    model = net()
+    optimizer = KFAC(model, statistics_every=1)
+    handle = model[1].register_forward_hook(interrupt)
+    with contextlib.suppress(KeyboardInterrupt):
+        model(batch()[0])
+    assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+    handle.remove()
+    if lost:
+        del optimizer
+        gc.collect()
+    else:
+        optimizer.zero_grad()
+        train(model, optimizer, 1)
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
 def test_two_optimizers_of_one_model_draw_apart():
     ends = []
     for others in (0, 2):

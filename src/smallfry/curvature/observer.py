@@ -98,7 +98,7 @@ class Observer:
         self._received_norm: Tensor | None = None  # and the norm of that
         self._current: Observation | None = None
         self._depth = 0  # calls of the root that are running: a model may call itself
-        self._eager = False
+        self._eager: weakref.finalize[..., Any] | None = None
         self._paused = False
         self._busy = False
         self._grad_handles: list[Any] = []
@@ -142,7 +142,7 @@ class Observer:
         """Remove the hooks from the model."""
         for handle in self._handles + self._grad_handles:
             handle.remove()
-        self.taps.close()
+        self._finish()
         self.drop()
 
     def use_training_gradients(self, observations: Sequence[Observation], factor: float) -> None:
@@ -204,8 +204,8 @@ class Observer:
             self._current.autocast = autocast_of(parameters[0].device.type)
         if wanted == "taps":
             # compiled code, here or around us, would not run the taps
-            self._eager = True
-            EagerStance.begin()
+            EagerStance.begin()  # ends with the pass, or with an observer that didn't see its end
+            self._eager = weakref.finalize(self, EagerStance.end)
             self.taps.open(self.watch_backward or self.fisher == "empirical")
 
     def _behind(
@@ -327,9 +327,9 @@ class Observer:
         seen.training.add(number)
 
     def _finish(self) -> list[Call]:
-        if self._eager:
-            EagerStance.end()
-        self._current, self._eager = None, False
+        if self._eager is not None:
+            self._eager()  # once
+        self._current, self._eager = None, None
         return self.taps.close()
 
     def _take_gradients(self, seen: Observation, root: Root) -> None:
