@@ -20,7 +20,7 @@ from smallfry.data import load_data
 from smallfry.deploy.benchmark import measure
 from smallfry.deploy.benchmark_config import BenchmarkConfig
 from smallfry.deploy.pretrained import from_pretrained, save_pretrained
-from smallfry.errors import RunError, SmallfryWarning, UsageError
+from smallfry.errors import RunError, UsageError
 from smallfry.report.batch import _classes
 from smallfry.report.mistakes_page import label_mistakes
 from smallfry.tasks.multilabel import MultiLabel
@@ -237,8 +237,7 @@ def test_a_shared_model_is_shared_again_and_exported(shared, tmp_path):
     again = save_pretrained(shared, tmp_path / "again")
     assert from_pretrained(again).manifest["thresholds"]
     assert "mean average precision" in (again / "README.md").read_text()
-    with pytest.warns(SmallfryWarning, match="without the images of the run"):
-        runtime = Runtime(smallfry.export(again, tmp_path / "export", form="whole"))
+    runtime = Runtime(smallfry.export(again, tmp_path / "export", form="whole"))
     assert list(runtime.thresholds) == from_pretrained(shared).manifest["thresholds"]
 
 
