@@ -1,5 +1,6 @@
 """Every code block of the documentation is run, parsed, or excluded with a reason."""
 
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -29,8 +30,10 @@ class Reader:
             runs = here.language in ("python", "yaml") or here.wish == "run"
             monkeypatch.chdir(self.folder if runs else ROOT)  # commands name files of the project
             monkeypatch.setitem(sys.modules, "__page__", self.module)
+            before = os.environ["SMALLFRY_CACHE"]
             try:
                 work_through(here, self.namespace)
+                assert os.environ["SMALLFRY_CACHE"] == before  # or later tests would have it
             except BaseException:
                 self.failed = here.name
                 raise
