@@ -47,7 +47,7 @@ def test_every_form_equals_pytorch(run, anytime, whole, images):
 def test_the_whole_graph_gives_every_step(run, whole, images):
     wanted, halting = pytorch_says(run, images[:5])
     runtime = Runtime(whole)
-    logits, probability = runtime._call("model", [runtime.preprocess(images[:5].numpy())])
+    logits, probability = runtime._graphs.call("model", [runtime.preprocess(images[:5].numpy())])
     shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     np.testing.assert_allclose(shares, wanted, atol=1e-4)
     np.testing.assert_allclose(probability, halting, atol=1e-4)

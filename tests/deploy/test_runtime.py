@@ -6,7 +6,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from smallfry.training.evaluation_data import load_like
 from smallfry.training.run import load_run
 from smallfry.training.train import train
 from smallfry_runtime.files import with_digest
+from smallfry_runtime.graphs import Graphs
 
 
 @pytest.fixture(scope="module")
@@ -97,14 +97,14 @@ def test_early_exit_is_pytorchs_image_by_image(run, runtime, pixels, threshold, 
 
 
 def test_what_is_left_is_packed_into_full_batches(runtime, pixels, monkeypatch):
-    sizes, call = [], Runtime._call
+    sizes, call = [], Graphs.call
 
     def counted(self, graph, inputs):
         if graph == "step":
             sizes.append(len(inputs[0]))
         return call(self, graph, inputs)
 
-    monkeypatch.setattr(Runtime, "_call", counted)
+    monkeypatch.setattr(Graphs, "call", counted)
     halting = runtime.predict(pixels, threshold=0.0).halting
     sizes.clear()
     steps = runtime.predict(pixels, threshold=float(np.median(halting)), batch_size=25).steps
@@ -262,13 +262,11 @@ def test_wrong_images_and_wishes_are_told(runtime, whole):
         ("whole", "recursion_steps"),
     ],
 )
-def test_a_graph_that_is_not_what_the_manifest_says_is_told(request, form, change):
-    runtime = Runtime(request.getfixturevalue(form), threads=1)
-    if change == "classes":
-        runtime.classes = runtime.classes * 2
-    else:
-        more = getattr(runtime.manifest, change) + 1
-        runtime.manifest = replace(runtime.manifest, **{change: more})
+def test_a_graph_that_is_not_what_the_manifest_says_is_told(request, tmp_path, form, change):
+    export = request.getfixturevalue(form)
+    found = getattr(Runtime(export).manifest, change)
+    other = [*found, "another"] if change == "classes" else found + 1
+    runtime = Runtime(damaged(export, tmp_path, **{change: other}), threads=1)
     size = runtime.manifest.image_size
     with pytest.raises(ExportError, match="contradicts the export's manifest"):
         runtime.predict(np.zeros((3, runtime.manifest.channels, size, size), np.uint8))

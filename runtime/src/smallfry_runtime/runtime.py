@@ -1,14 +1,9 @@
-"""Inference of exports: no PyTorch, and bit-exact preprocessing.
-
-In the anytime form each image leaves the recursion once the model holds its answer for right, and
-what is left is packed into full batches for the next step.
-"""
+"""Inference of exports: no PyTorch, and bit-exact preprocessing."""
 
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, NamedTuple
@@ -18,17 +13,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from smallfry_runtime.decoders import decoder_of, require_no_settings
-from smallfry_runtime.early_exit import NEVER, Trace, most_accurate, most_thrifty, require_threshold
-from smallfry_runtime.engines import STEMS, Session, engine_of
+from smallfry_runtime.early_exit import Trace, most_accurate, most_thrifty, require_threshold
 from smallfry_runtime.errors import DataError, ExportError, UsageError
 from smallfry_runtime.frames import PIXELS
+from smallfry_runtime.graphs import Computed, Graphs, require_finite
 from smallfry_runtime.images import Encoded, decode
 from smallfry_runtime.inputs import InputImage, find_images, find_texts
-from smallfry_runtime.manifest import Manifest, manifest_of, read_export, restored_graphs
+from smallfry_runtime.manifest import manifest_of, read_export, restored_graphs
 from smallfry_runtime.names import path_of
 from smallfry_runtime.pairs import find_pairs, takes_pairs
 from smallfry_runtime.predictions import (
-    NOT_FINITE,
     Answer,
     Outputs,
     answers,
@@ -40,14 +34,6 @@ from smallfry_runtime.variants import FULL, Variant, best_within
 
 Floats = NDArray[np.float32]
 Readable = Encoded | str | os.PathLike[str]
-
-
-class Computed(NamedTuple):
-    """Outputs of the graphs for images, in order."""
-
-    logits: Any  # (images, …); of several outputs a dictionary of such by their names
-    halting: Floats | None  # (images,)
-    steps: NDArray[np.int64] | None  # (images,)
 
 
 class Predictions(NamedTuple):
@@ -85,7 +71,7 @@ class Runtime:
         self.file_bytes = sum(map(len, contents.values()))  # of the graphs, as they are stored
         self.classes = self.manifest.classes
         graphs = restored_graphs(self.manifest, contents, folder)
-        self._graphs = _sessions(self.manifest, folder, graphs, threads or _cores(), providers)
+        self._graphs = Graphs(self.manifest, folder, graphs, threads, providers)
         whole = 255 if self.manifest.values == PIXELS else 1
         scale = [1 / (whole * std) for std in self.manifest.std]
         shift = [-m / s for m, s in zip(self.manifest.mean, self.manifest.std, strict=True)]
@@ -225,8 +211,9 @@ class Runtime:
             )
         if batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, got {batch_size}")
-        found = self._run(self.preprocess(pixels), threshold, batch_size)
-        return _finite(found)
+        found = self._graphs.run(self.preprocess(pixels), threshold, batch_size)
+        found.require_finite()
+        return found
 
     def answer_each(
         self,
@@ -348,17 +335,12 @@ class Runtime:
     def trace(self, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> Trace:
         """Record predictions after each recursion step, to calibrate early exit with."""
         right, halting = [], []
-        most = self.manifest.recursion_steps or 1
         for start in range(0, len(pixels), 64):
             batch = slice(start, start + 64)
-            states = self._call("embed", [self.preprocess(pixels[batch])])
-            said = []
-            for _ in range(most):
-                states[1:] = self._batched("step", states, 64)
-                said.append(self._call("read_out", states[1:2]))
-            _require_finite(*(output for outputs in said for output in outputs))
-            right.append(np.stack([self._right(logits, labels[batch]) for logits, _ in said]))
-            halting.append(np.stack([probability for _, probability in said]))
+            states = list(self._graphs.states(self.preprocess(pixels[batch])))
+            require_finite(*(output for outputs in states for output in outputs))
+            right.append(np.stack([self._right(logits, labels[batch]) for logits, _ in states]))
+            halting.append(np.stack([probability for _, probability in states]))
         return Trace(np.concatenate(right, axis=1), np.concatenate(halting, axis=1))
 
     def exit_threshold(
@@ -421,98 +403,12 @@ class Runtime:
 
         They are one batch. There are no steps without a threshold.
         """
-        found = self._run(self.preprocess(pixels), threshold, len(pixels))
+        found = self._graphs.run(self.preprocess(pixels), threshold, len(pixels))
         return found if threshold is not None else found._replace(steps=None)
 
     def _shares(self, run: Callable[[NDArray[Any]], Computed], pixels: NDArray[Any]) -> Outputs:
         logits, halting, steps = run(pixels)
         return Outputs(self._probabilities(logits), halting, steps)
-
-    def _run(self, images: Floats, threshold: float | None, batch_size: int) -> Computed:
-        if len(images) == 0:
-            recurs = self.manifest.recursion_steps is not None
-            logits = np.empty((0, len(self.classes)), np.float32)
-            if len(self.manifest.outputs) > 1:
-                return Computed(dict.fromkeys(self.manifest.outputs, logits), None, None)
-            steps = np.empty(0, np.int64)
-            return Computed(logits, logits[:, 0] if recurs else None, steps if recurs else None)
-        if self.manifest.form == "anytime":
-            return self._recur(images, NEVER if threshold is None else threshold, batch_size)
-        parts = [
-            self._call("model", [images[start : start + batch_size]])
-            for start in range(0, len(images), batch_size)
-        ]
-        logits, *halting = (np.concatenate(part) for part in zip(*parts, strict=True))
-        if self.manifest.recursion_steps is None:
-            names = self.manifest.outputs
-            several = dict(zip(names, (logits, *halting), strict=True))
-            return Computed(several if len(names) > 1 else logits, None, None)
-        steps = np.full(len(images), self.manifest.recursion_steps)
-        return Computed(logits[:, -1], halting[0][:, -1], steps)
-
-    def _recur(self, images: Floats, threshold: float, batch_size: int) -> Computed:
-        """Recurse group by group, which bounds memory; images still running share full batches."""
-        group, most = 4 * batch_size, self.manifest.recursion_steps or 1
-        logits = np.empty(0, np.float32)  # until the shape of an answer is known
-        halting = np.empty(len(images), np.float32)
-        steps = np.zeros(len(images), np.int64)
-        for start in range(0, len(images), group):
-            left = np.arange(start, min(start + group, len(images)))
-            states = self._batched("embed", [images[left]], batch_size)
-            for number in range(1, most + 1):
-                states[1:] = self._batched("step", states, batch_size)
-                found, halting[left] = self._batched("read_out", states[1:2], batch_size)
-                if len(logits) == 0:
-                    logits = np.empty((len(images), *found.shape[1:]), np.float32)
-                logits[left] = found
-                steps[left] = number
-                going = halting[left] < threshold
-                left, states = left[going], [state[going] for state in states]
-                if len(left) == 0:
-                    break
-        return Computed(logits, halting, steps)
-
-    def _batched(self, graph: str, inputs: list[Floats], batch_size: int) -> list[Floats]:
-        parts = [
-            self._call(graph, [each[at : at + batch_size] for each in inputs])
-            for at in range(0, len(inputs[0]), batch_size)
-        ]
-        return [np.concatenate(part) for part in zip(*parts, strict=True)]
-
-    def _call(self, graph: str, inputs: list[Floats]) -> list[Floats]:
-        try:
-            outputs: list[Floats] = self._graphs[graph].run(inputs)
-        except MemoryError:
-            raise
-        except Exception as error:  # engines raise their own kinds, without a common parent
-            reason = " ".join(str(error).split())[:200]
-            raise self._unlike_manifest(graph, reason) from error
-        classes, steps = len(self.classes), self.manifest.recursion_steps
-        expected: list[tuple[int, ...]] = []
-        if self.manifest.is_classifier:
-            whole: list[tuple[int, ...]]
-            whole = [(classes,)] if steps is None else [(steps, classes), (steps,)]
-            expected = {"model": whole, "read_out": [(classes,), ()]}.get(graph, [])
-        count = len(inputs[0])
-        found = [np.shape(output) for output in outputs]
-        number = len(self.manifest.outputs) if steps is None else 2  # an answer and its halting
-        lacks = graph in ("model", "read_out") and len(found) != number
-        if steps is not None and graph in ("model", "read_out") and not lacks:
-            over = (steps,) if graph == "model" else ()  # what halting and answers have one of each
-            lacks = found[1][1:] != over or found[0][1 : 1 + len(over)] != over
-        if (
-            lacks
-            or any(shape[:1] != (count,) for shape in found)
-            or (expected and [shape[1:] for shape in found] != expected)
-        ):
-            raise self._unlike_manifest(graph, f"of {count} images its results are {found}")
-        return outputs
-
-    def _unlike_manifest(self, graph: str, reason: str) -> ExportError:
-        return ExportError(
-            f"the graph '{graph}' contradicts the export's manifest ({reason}); export "
-            "the run again"
-        )
 
     def _no_pixels(self) -> NDArray[np.uint8]:
         return np.empty((0, *self.manifest.input_shape), self.manifest.values)
@@ -525,20 +421,6 @@ def _top_k(settings: Mapping[str, Any] | None) -> int:
     if type(top_k) is not int or top_k < 1:
         raise UsageError(f"top_k must be a whole number above 0, got {top_k!r}")
     return top_k
-
-
-def _each(outputs: Any) -> tuple[Floats, ...]:
-    return tuple(outputs.values()) if isinstance(outputs, dict) else (outputs,)
-
-
-def _finite(found: Computed) -> Computed:
-    _require_finite(*_each(found.logits), found.halting)
-    return found
-
-
-def _require_finite(*outputs: Floats | None) -> None:
-    if not all(output is None or np.isfinite(output).all() for output in outputs):
-        raise ExportError(NOT_FINITE)
 
 
 def sigmoid(logits: Floats) -> Floats:
@@ -554,41 +436,3 @@ def softmax(logits: Floats) -> Floats:
         shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
     result: Floats = shares / shares.sum(axis=-1, keepdims=True)
     return result
-
-
-def _sessions(
-    manifest: Manifest,
-    folder: Path,
-    contents: Mapping[str, bytes],
-    threads: int,
-    providers: Sequence[str],
-) -> dict[str, Session]:
-    """Start the graphs of an export by name."""
-    engine, found = engine_of(manifest.engine), {}
-    for stem in STEMS[manifest.form]:
-        files = [stem + suffix for suffix in engine.SUFFIXES]
-        try:
-            found[stem] = engine.start([contents[name] for name in files], threads, providers)
-        except ModuleNotFoundError as error:
-            raise ExportError(
-                f"{folder}: an export for {engine.TITLE}, which is not installed ({error}): pip "
-                f"install {engine.PACKAGE}"
-            ) from error
-        except Exception as error:  # engines raise their own kinds, without a common parent
-            reason = " ".join(str(error).split())[:200]
-            raise ExportError(
-                f"{folder / files[0]}: {engine.TITLE} {_version(engine.PACKAGE)} can't run it "
-                f"({reason}); install a newer {engine.PACKAGE}, or export the run again"
-            ) from error
-    return found
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # in another distribution, as of a processor
-        return ""
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

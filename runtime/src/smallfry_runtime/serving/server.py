@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from smallfry_runtime.decoders import decoder_of, has_decoder
 from smallfry_runtime.errors import DataError, ExportError, ServerError, SmallfryError, UsageError
+from smallfry_runtime.graphs import Computed
 from smallfry_runtime.inputs import InputImage
 from smallfry_runtime.manifest import Manifest
 from smallfry_runtime.names import text_of
 from smallfry_runtime.predictions import NOT_FINITE, Answer, Decoded
-from smallfry_runtime.runtime import Computed, Runtime
+from smallfry_runtime.runtime import Runtime
 from smallfry_runtime.serving.batching import Batcher, Busy, Late
 from smallfry_runtime.serving.limits import Limits
 from smallfry_runtime.serving.listening import (
