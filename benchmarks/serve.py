@@ -46,7 +46,7 @@ def inputs_of(runtime: Runtime) -> list[bytes]:
     made = []
     for values in random_inputs(INPUTS, frame, channels):
         stream = io.BytesIO()
-        if kind == "array":
+        if kind in ("array", "pair"):
             np.save(stream, values)
         else:
             Image.fromarray(values[0] if channels == 1 else values.transpose(1, 2, 0)).save(

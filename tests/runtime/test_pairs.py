@@ -1,13 +1,15 @@
 """Pairs of views as inputs: files two by two, folders in every layout, and what is refused."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from smallfry_runtime.frames import Frame
-from smallfry_runtime.pairs import find_pairs, fitted, takes_pairs
+from smallfry_runtime.inputs import InputImage
+from smallfry_runtime.pairs import find_pairs, fitted, pair_up, takes_pairs
 
 FRAME = Frame(4, 6)
 VIEWS = np.random.default_rng(0).integers(0, 256, (2, 5, 6, 3), np.uint8)
@@ -42,6 +44,11 @@ def test_pictures_two_by_two_are_a_pair_and_arrays_pass(tmp_path):
         assert pair.name == f"{left}, {right}"
         assert np.array_equal(pixels(pair), WANTED)
     assert array.encoded == tmp_path / "a.npy"
+    encoded = [InputImage(n, Path(f).read_bytes()) for n, f in (("l", left), ("r", right))]
+    for images in (encoded, [encoded[0], one, encoded[1]]):  # an array in between stays
+        pair = [*pair_up(images, FRAME)][-1]
+        assert pair.name == "l, r"
+        assert np.array_equal(pixels(pair), WANTED)
     (pair,) = find(tmp_path / "?.png")
     assert np.array_equal(pixels(pair), WANTED)
 

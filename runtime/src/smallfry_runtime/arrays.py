@@ -13,7 +13,7 @@ from smallfry_runtime.errors import DataError
 from smallfry_runtime.files import open_regular
 from smallfry_runtime.frames import FLOATS, Frame
 
-__all__ = ["random_inputs", "read_array"]
+__all__ = ["is_array_file", "random_inputs", "read_array"]
 
 MAGIC = (b"\x93NUMPY", b"PK")  # of numpy.save and numpy.savez
 HEADER = 2**16  # bytes of a file before its values, at most
@@ -46,7 +46,7 @@ def read_array(
         if isinstance(encoded, Path):
             with open_regular(encoded, HEADER + WIDEST * prod(shape)) as stream:
                 encoded = stream.read()
-        if not encoded.startswith(MAGIC):  # which NumPy takes for a pickle
+        if not is_array_file(encoded):  # which NumPy takes for a pickle
             raise ValueError("not a file of NumPy")
         found = np.load(BytesIO(encoded), allow_pickle=False)
     except Exception as error:  # a stranger's bytes raise almost anything
@@ -67,6 +67,11 @@ def read_array(
     if not np.isfinite(values).all():
         raise DataError(f"{where}: holds values that are not finite; replace them before")
     return values
+
+
+def is_array_file(encoded: Any) -> bool:
+    """Return whether bytes are those of a file of NumPy."""
+    return isinstance(encoded, bytes) and encoded.startswith(MAGIC)
 
 
 def random_inputs(count: int, frame: Frame, channels: int, below: int = 256) -> NDArray[Any]:

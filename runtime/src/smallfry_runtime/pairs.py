@@ -4,7 +4,7 @@ Views keep their scale, so that disparities stay exact: they are cut in the midd
 the right and bottom.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,14 +12,15 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from smallfry_runtime.arrays import is_array_file
 from smallfry_runtime.decoders import decoder_of, has_decoder
 from smallfry_runtime.errors import DataError
 from smallfry_runtime.frames import Frame
-from smallfry_runtime.images import decode, header
+from smallfry_runtime.images import Encoded, decode, header
 from smallfry_runtime.inputs import InputImage, find_images, in_order, is_image
 from smallfry_runtime.names import path_of
 
-__all__ = ["find_pairs", "fitted", "read_view", "takes_pairs"]
+__all__ = ["find_pairs", "fitted", "pair_up", "read_view", "takes_pairs"]
 
 FOLDERS = (("left", "right"), ("image_2", "image_3"), ("colored_0", "colored_1"))  # KITTI's, too
 SCENE = ("im0.png", "im1.png")  # of Middlebury
@@ -39,37 +40,49 @@ def find_pairs(inputs: Sequence[str], stdin: BinaryIO, frame: Frame) -> Iterator
         stdin: Standard input, of ``-``.
         frame: Size that views are brought to.
     """
-    left: Path | None = None
-    for given in inputs:
-        folder = path_of(given)
-        if given and folder.is_dir():
-            yield from _in_folder(folder, frame)
-            continue
-        for image in find_images([given], stdin):
-            if not isinstance(image.encoded, Path) or not is_image(image.encoded.name):
-                yield image
-            elif left is None:
-                left = image.encoded
-            else:
-                yield _pair(left, image.encoded, frame)
-                left = None
+    return pair_up(_views(inputs, stdin, frame), frame)
+
+
+def pair_up(images: Iterable[InputImage], frame: Frame) -> Iterator[InputImage]:
+    """Join pictures two by two, each left view before its right one, to files of NumPy.
+
+    Arrays, and what couldn't be read, stay as they are.
+
+    Args:
+        images: Pictures and files of ``numpy.save``, or their bytes.
+        frame: Size that views are brought to.
+    """
+    left: InputImage | None = None
+    for image in images:
+        if not _is_picture(image):
+            yield image
+        elif left is None:
+            left = image
+        else:
+            yield _pair(left, image, frame)
+            left = None
     if left is not None:
         yield InputImage(
-            str(left),
+            left.name,
             None,
-            f"{left}: a left view without its right one; give pictures two by two, or a folder "
-            "with left and right",
+            f"{left.name}: a left view without its right one; give pictures two by two, or a "
+            "folder with left and right",
         )
 
 
-def read_view(file: Path) -> NDArray[np.uint8]:
+def read_view(picture: Encoded, name: str | None = None) -> NDArray[np.uint8]:
     """Read a view in its own size, (3, height, width).
+
+    Args:
+        picture: A file, or its bytes.
+        name: Its name in messages; default that of the file.
 
     Raises:
         DataError: It isn't a readable picture.
     """
-    width, height, _ = header(file, str(file))
-    return decode(file, str(file), (height, width), 3)
+    name = str(picture) if name is None else name
+    width, height, _ = header(picture, name)
+    return decode(picture, name, (height, width), 3)
 
 
 def fitted(values: NDArray[Any], height: int, width: int, empty: int = 0) -> NDArray[Any]:
@@ -86,23 +99,41 @@ def fitted(values: NDArray[Any], height: int, width: int, empty: int = 0) -> NDA
     return np.pad(kept, (*((0, 0),) * (values.ndim - 2), *spare), constant_values=empty)
 
 
+def _views(inputs: Sequence[str], stdin: BinaryIO, frame: Frame) -> Iterator[InputImage]:
+    """Yield single views and arrays of files, and pairs of folders."""
+    for given in inputs:
+        folder = path_of(given)
+        if given and folder.is_dir():
+            yield from _in_folder(folder, frame)
+        else:
+            yield from find_images([given], stdin)
+
+
+def _is_picture(image: InputImage) -> bool:
+    """Return whether an input is a picture, or is meant to be one."""
+    if isinstance(image.encoded, Path):
+        return is_image(image.encoded.name)
+    return image.encoded is not None and not is_array_file(image.encoded)
+
+
 def _in_folder(folder: Path, frame: Frame) -> Iterator[InputImage]:
     """Yield the pairs of a folder in one of the layouts."""
     if all((folder / name).is_file() for name in SCENE):
-        yield _pair(folder / SCENE[0], folder / SCENE[1], frame)
+        left, right = (_view(folder / name) for name in SCENE)
+        yield _pair(left, right, frame)
         return
     for names in FOLDERS:
         if all((folder / name).is_dir() for name in names):
             try:
-                left, right = (_by_stem(folder / name) for name in names)
+                lefts, rights = (_by_stem(folder / name) for name in names)
             except (OSError, DataError) as error:
                 yield InputImage(str(folder), None, f"{folder}: can't be read ({error})")
                 return
-            for stem in in_order({*left} | {*right}):
-                if stem in left and stem in right:
-                    yield _pair(left[stem], right[stem], frame)
+            for stem in in_order({*lefts} | {*rights}):
+                if stem in lefts and stem in rights:
+                    yield _pair(_view(lefts[stem]), _view(rights[stem]), frame)
                 else:
-                    alone = str(left.get(stem) or right[stem])
+                    alone = str(lefts.get(stem) or rights[stem])
                     yield InputImage(alone, None, f"{alone}: without the other view of its pair")
             return
     reason = "expected the folders left and right, or the files im0.png and im1.png, in it"
@@ -117,11 +148,15 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _pair(left: Path, right: Path, frame: Frame) -> InputImage:
+def _view(file: Path) -> InputImage:
+    return InputImage(str(file), file)
+
+
+def _pair(left: InputImage, right: InputImage, frame: Frame) -> InputImage:
     """Encode a pair as a file of ``numpy.save``."""
-    name = f"{left}, {right}"
+    name = f"{left.name}, {right.name}"
     try:
-        views = [read_view(left), read_view(right)]
+        views = [read_view(each.encoded, each.name) for each in (left, right) if each.encoded]
         if views[0].shape != views[1].shape:
             sizes = " and ".join("×".join(map(str, view.shape[1:])) for view in views)
             raise DataError(f"{name}: views of {sizes}; expected two of one size")

@@ -27,7 +27,7 @@ from smallfry_runtime.manifest import Manifest
 from smallfry_runtime.serving import server
 from smallfry_runtime.serving.batching import Late
 from smallfry_runtime.serving.limits import Limits
-from smallfry_runtime.serving.server import Service, serving
+from smallfry_runtime.serving.server import KINDS, Service, serving
 
 httpx = pytest.importorskip("httpx", reason="httpx is not installed, which gradio brings")
 pytest.importorskip("prometheus_client", reason="the serve extra is not installed")
@@ -284,7 +284,22 @@ def test_answers_are_those_of_predict_whatever_the_task(name, exports, clients, 
         )
         (answer,) = alone.json()["predictions"]
         assert {*answer} == {*found[0]}
-        assert answer["file" if name == "puzzle" else "image"] in ("image", "array", "text")
+        assert answer["file" if name == "puzzle" else "image"] in KINDS
+
+
+def test_pictures_of_pairs_are_sent_two_by_two(exports, clients, tmp_path, capsys):
+    random, files = np.random.default_rng(0), [tmp_path / f"{name}.png" for name in "ab"]
+    for file in files:
+        Image.fromarray(random.integers(0, 256, (20, 30, 3), np.uint8)).save(file)
+    forms = [("pair", (str(file), file.read_bytes())) for file in files]
+    forms.insert(1, ("pair", ("array", drawn("stereo", 0))))
+    array, pair = clients("stereo").post("/predict", files=forms).json()["predictions"]
+    assert [pair] == by_predict(exports["stereo"], files, None, capsys)
+    alone = clients("stereo").post("/predict", content=drawn("stereo", 0)).json()["predictions"]
+    assert [{**array, "image": "pair"}] == alone
+    refused = clients("stereo").post("/predict", files=forms[:1])
+    assert refused.status_code == 400
+    assert "a.png: a left view without its right one" in refused.json()["error"]
 
 
 def test_puzzles_are_numbered_in_their_texts(clients):
@@ -442,7 +457,7 @@ def test_no_pickle_is_read(clients):
     ("name", "kind", "about", "words"),
     [
         ("eeg", "array", {"shape": [3, 1, 8], "values": "float32"}, "input.npy"),
-        ("stereo", "array", {"shape": [6, 16, 32], "values": "uint8"}, "an array, as numpy.save"),
+        ("stereo", "pair", {"shape": [6, 16, 32], "values": "uint8"}, "-F pair=@left.png -F pair="),
         ("puzzle", "text", {"rows": 4, "columns": 4}, "POST a text"),
         ("ocr", "image", {"size": [4, 8], "channels": 1, "resize": "crop"}, "POST an image"),
     ],
@@ -453,7 +468,7 @@ def test_the_page_describes_what_a_model_takes(name, kind, about, words, clients
     assert found["classes"] == list(CASES[name].classes)
     assert found[kind] == about
     assert words in found["help"]
-    assert {"image", "array", "text"} & {*found} == {kind}
+    assert {*KINDS} & {*found} == {kind}
 
 
 @pytest.mark.parametrize(

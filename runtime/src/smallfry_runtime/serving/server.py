@@ -17,6 +17,7 @@ from smallfry_runtime.graphs import Computed
 from smallfry_runtime.inputs import InputImage
 from smallfry_runtime.manifest import Manifest
 from smallfry_runtime.names import text_of
+from smallfry_runtime.pairs import pair_up, takes_pairs
 from smallfry_runtime.predictions import NOT_FINITE, Answer, Decoded
 from smallfry_runtime.runtime import Runtime
 from smallfry_runtime.serving.batching import Batcher, Busy, Late
@@ -39,6 +40,10 @@ HELP = (
 KINDS = {  # of inputs
     "image": ("an image", "cat.jpg"),
     "array": ("an array, as numpy.save writes it,", "input.npy"),
+    "pair": (
+        "two pictures, the left view before the right one, or an array, as numpy.save writes it,",
+        "left.png -F pair=@right.png",
+    ),
     "text": ("a text", "puzzles.txt"),
 }
 
@@ -215,7 +220,7 @@ class Service:
         """Answer the inputs of a request.
 
         Args:
-            inputs: Images, files of NumPy or texts, by the export.
+            inputs: Images, files of NumPy, pairs of views one after the other, or texts.
             settings: As of ``Runtime.answer_each``.
             begin: When the request had arrived, by ``time.monotonic``; default now.
 
@@ -228,6 +233,8 @@ class Service:
         """
         begin = time.monotonic() if begin is None else begin
         run = partial(self._computed, begin + self.limits.seconds)
+        if self.kind == "pair":
+            inputs = pair_up(inputs, self.runtime.manifest.frame)
         found = []
         for answer in self.runtime.answer_each(inputs, settings, self.threshold, run):
             if answer.error is not None:
@@ -274,7 +281,7 @@ STATUS = ((Busy, 503), (Late, 504), (DataError, 400), (UsageError, 400))
 
 
 def input_of(runtime: Runtime) -> tuple[str, dict[str, Any]]:
-    """Describe the inputs of an export: ``image``, ``array`` or ``text``, and their properties.
+    """Describe the inputs of an export: ``image``, ``array``, ``pair`` or ``text``, and sizes.
 
     Raises:
         UsageError: This version can't decode the export's answers.
@@ -297,6 +304,8 @@ def input_of(runtime: Runtime) -> tuple[str, dict[str, Any]]:
             f"be served: it takes {named}, and Runtime.compute has its outputs for them; smallfry "
             "predict RUN answers with the run itself"
         )
+    if takes_pairs(manifest.task):
+        return "pair", about
     if runtime.takes_texts:
         return "text", {"rows": frame.height, "columns": frame.width}
     return kind, about
