@@ -13,7 +13,7 @@ from smallfry import compress, cost
 from smallfry.cli import main
 from smallfry.deploy.export import export
 from smallfry.deploy.pretrained import load_trained, save_pretrained
-from smallfry.errors import UsageError
+from smallfry.errors import SmallfryWarning, UsageError
 from smallfry.training.augment import Normalize
 from smallfry.training.evaluation_data import load_like
 from smallfry.training.method import from_dict, register_method, to_dict
@@ -247,6 +247,16 @@ def test_a_session_ends_in_the_spec_of_what_the_model_has_become():
     images = torch.randn(3, 1, 8, 8)
     assert torch.equal(build(spec, model.state_dict())(images), model.eval()(images))
     assert not optimizer._optimizer_step_post_hooks  # the session has let go of it
+
+
+def test_a_session_without_an_optimizer_is_warned_of():
+    for method in (compress.HESSO(0.4, begin=0), compress.RigL(0.5), compress.DHSPG(0.3)):
+        session = compress.Session(build(VITRM), [method], torch.zeros(2, 1, 8, 8), 2, spec=VITRM)
+        with pytest.warns(SmallfryWarning, match=f"'{method.name}' acts after steps .* attach"):
+            session.finish()
+    resumed = compress.Session(build(VITRM), [method], torch.zeros(2, 1, 8, 8), 2, spec=VITRM)
+    resumed.load_state_dict(session.state_dict())
+    resumed.finish()
 
 
 def test_natural_gradient_runs_under_methods():

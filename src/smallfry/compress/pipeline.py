@@ -230,6 +230,7 @@ class Session:
             methods, model, Setting(spec, example, _checked(batches), steps, seed)
         )
         self._added = {n: p for n, p in model.named_parameters() if p not in before}
+        self._idle = self._running.need_steps  # until an optimizer is attached
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Hook into every step of an optimizer, until ``finish``.
@@ -248,6 +249,7 @@ class Session:
                 stacklevel=2,
             )
         self._running.attach(optimizer)
+        self._idle = []
 
     def penalty(self) -> Tensor | float:
         """Sum the methods' loss terms; 0.0 if there are none."""
@@ -259,7 +261,17 @@ class Session:
         self._running.observe(loss.detach)
 
     def finish(self) -> ModelSpec:
-        """Convert the model to its compressed form, return its spec and detach the optimizers."""
+        """Convert the model to its compressed form, return its spec and detach the optimizers.
+
+        There is a warning for a method that acts after steps, if no optimizer was attached.
+        """
+        if self._idle:
+            warnings.warn(
+                f"'{self._idle[0]}' acts after steps of an optimizer, and none was attached: call "
+                "attach(optimizer) before the training",
+                SmallfryWarning,
+                stacklevel=2,
+            )
         self.detach()
         return self._running.finish()
 
@@ -274,6 +286,7 @@ class Session:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint of the same methods."""
         self._running.load_state_dict(state)
+        self._idle = []
 
     def __enter__(self) -> Self:
         return self

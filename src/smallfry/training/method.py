@@ -266,6 +266,12 @@ class Running:
             for name in names
         )
 
+    @property
+    def need_steps(self) -> list[str]:
+        """Names of the methods that act after steps of an optimizer."""
+        pairs = zip(self.settings, self._started, strict=True)
+        return [s.name for s, m in pairs if type(m).after_step is not Method.after_step]
+
     def observe(self, loss: Callable[[], Tensor]) -> None:
         """Pass the loss of the next step to methods that take it; it is computed for them alone."""
         takers = [m for m in self._training() if type(m).observe is not Method.observe]
