@@ -19,7 +19,7 @@ from sklearn.datasets import load_diabetes, load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smallfry.models import GatedMLP
+from smallfry.models.gated_mlp import GatedMLP
 
 RATES, STEPS, BATCH, WIDTH = (1e-3, 3e-3, 1e-2), 300, 64, 32
 
