@@ -202,6 +202,14 @@ def test_a_stopped_run_goes_on_to_the_bit(run, config, tmp_path):
         assert torch.equal(weight, wanted[name])
 
 
+def test_a_run_is_a_start_for_other_puzzles(run, config, tmp_path):
+    other = replace(config.data, options={"extra_clues": 2, "puzzles": 36, "seed": 1})
+    begun = replace(config.model, start=str(run), options={})
+    train(replace(config, data=other, model=begun, epochs=1, run=tmp_path / "run"))
+    assert load_run(tmp_path / "run").spec.architecture == load_run(run).spec.architecture
+    assert load_run(tmp_path / "run").manifest["input"] == load_run(run).manifest["input"]
+
+
 def test_the_command_evaluates_by_step_and_solves_files(run, tmp_path, capsys):
     assert main(["evaluate", str(run), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)

@@ -75,7 +75,7 @@ def build_augment(config: TrainConfig, data: ImageData, task: Task) -> Augmentat
             f"{data.name} holds symbols, not images: leave out augment; data.options.symmetries "
             "turns its symmetries off"
         )
-    if config.data.mean is not None:
+    if config.data.mean is not None and tuple(map(tuple, (mean, std))) != data.moments:
         raise UsageError(f"{data.name} holds symbols, not images: leave out data.mean and data.std")
     normalize = Normalize(*data.moments)
     return GridAugment(data.symmetries, len(data.classes), normalize, task.targets)
