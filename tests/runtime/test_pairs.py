@@ -49,6 +49,9 @@ def test_pictures_two_by_two_are_a_pair_and_arrays_pass(tmp_path):
         pair = [*pair_up(images, FRAME)][-1]
         assert pair.name == "l, r"
         assert np.array_equal(pixels(pair), WANTED)
+    for empty in ([encoded[0], InputImage("r", b"")], [InputImage("r", b""), encoded[0]]):
+        (refused,) = pair_up(empty, FRAME)
+        assert "r: " in refused.error
     (pair,) = find(tmp_path / "?.png")
     assert np.array_equal(pixels(pair), WANTED)
 

@@ -48,7 +48,7 @@ class Graphs:
         manifest: Of the export.
         folder: The export's, for messages.
         contents: Contents of the graphs' files by name.
-        threads: CPU threads; default as many as there are cores.
+        threads: CPU threads; None for as many as there are cores.
         providers: ONNX Runtime's execution providers, in order of preference; for ONNX alone.
 
     Raises:

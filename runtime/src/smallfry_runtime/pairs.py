@@ -156,7 +156,11 @@ def _pair(left: InputImage, right: InputImage, frame: Frame) -> InputImage:
     """Encode a pair as a file of ``numpy.save``."""
     name = f"{left.name}, {right.name}"
     try:
-        views = [read_view(each.encoded, each.name) for each in (left, right) if each.encoded]
+        views = [
+            read_view(each.encoded, each.name)
+            for each in (left, right)
+            if each.encoded is not None  # nothing is a picture without its bytes
+        ]
         if views[0].shape != views[1].shape:
             sizes = " and ".join("×".join(map(str, view.shape[1:])) for view in views)
             raise DataError(f"{name}: views of {sizes}; expected two of one size")
