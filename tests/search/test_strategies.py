@@ -11,8 +11,10 @@ from smallfry.search import NARS, TPE, Choice, Evolution, Ledger, Listed, Random
 from smallfry.search import nars as nars_module
 from smallfry.search import predictor as predictor_module
 from smallfry.search.nars import (
+    APART,
     Prediction,
     candidate_pool,
+    different,
     evolve,
     most_promising,
     round_sizes,
@@ -422,3 +424,30 @@ def test_a_ledger_of_another_search_is_refused(tmp_path):
     run_rounds(Listed([{"n": 1}, {"n": 2}]), lambda found: [Trial(e, 1.0) for e in found], ledger)
     with pytest.raises(RunError, match="1 trials of another search"):
         run_rounds(Listed([{"n": 1}]), lambda found: [], ledger)
+
+
+def test_candidates_that_hardly_differ_from_others_come_last():
+    points = np.array([[0.5, 0.5], [0.52, 0.46], [0.5, 0.6], [0.9, 0.9], [0.5, 0.56]])
+    candidates = [{"n": row} for row in range(5)]
+
+    def chosen(known, size):
+        found = different(candidates, points, np.array(known).reshape(-1, 2), size)
+        return [each["n"] for each in found]
+
+    assert chosen([], 3) == [0, 2, 3]
+    assert chosen([[0.51, 0.51]], 3) == [2, 3, 0]
+    assert chosen([], 5) == [0, 2, 3, 1, 4]
+    assert chosen([], 9) == [0, 2, 3, 1, 4]
+    assert chosen([], 0) == []
+
+
+def test_nars_ends_with_candidates_that_differ_in_a_space_of_ranges():
+    rate, decay = (Choice(name, low=0.0, high=1.0) for name in ("lr", "decay"))
+    search = NARS((), (rate, decay), 24, seed=1)
+    asked = []
+    while batch := search.ask(24):
+        asked += batch
+        search.tell([Trial(each, 90 + each["lr"] - each["decay"]) for each in batch])
+    points = features((rate, decay), asked)
+    distances = np.abs(points[:, None] - points[None]).max(-1) + np.eye(24)
+    assert distances[-round_sizes(24)[-1] :].min() >= APART

@@ -35,6 +35,7 @@ Costs = Callable[[Candidate], Sequence[float]]  # positive costs of an architect
 ROUNDS, LEAST = 10, 5  # at most, and candidates of one at least
 UNCERTAIN = 1 / 8  # of a round
 FINALS = 5  # candidates of the evolution, at most a quarter of all
+APART = 0.05  # of the range of some choice, between those and all other candidates
 POOL = 4096  # candidates that are scored
 COSTED = 1000  # architectures whose costs the predictor learns
 PARENTS, CHILDREN, GENERATIONS, PATIENCE = 100, 100, 40, 10
@@ -140,13 +141,17 @@ class NARS:
         rest: Sequence[dict[str, Any]],
         size: int,
     ) -> list[dict[str, Any]]:
-        """Evolve predicted candidates, and return the best ones that are not measured."""
+        """Evolve predicted candidates, and return the best ones that are new."""
         measured = sorted(self._proposals.valued, key=lambda trial: -(trial.value or 0.0))
-        predicted = most_promising(rest, predict(rest), PARENTS // 2, 0.0)
-        start = [dict(trial.candidate) for trial in measured[: PARENTS // 2]] + predicted
+        predicted = most_promising(rest, predict(rest), PARENTS, 0.0)
+        start = [dict(each.candidate) for each in measured[: PARENTS // 2]]
+        start += predicted[: PARENTS // 2]
         generator = self._proposals.generator()
         found = evolve(self._choices, start, predict, self._allowed, generator)
-        return [each for each in found if not self._proposals.is_known(each)][:size]
+        either = {key_of(each): each for each in found + predicted}.values()
+        new = [each for each in either if not self._proposals.is_known(each)]
+        points = features(self._choices, [trial.candidate for trial in measured])
+        return different(new, features(self._choices, new), points, size)
 
 
 def round_sizes(count: int) -> list[int]:
@@ -269,6 +274,32 @@ def evolve(
             break
     order = np.argsort(-means, kind="stable")
     return [parents[int(row)] for row in order]
+
+
+def different(
+    candidates: Sequence[dict[str, Any]],
+    points: NDArray[np.float64],
+    known: NDArray[np.float64],
+    size: int,
+) -> list[dict[str, Any]]:
+    """Choose the first candidates that differ from known points and each other, then the first.
+
+    Evolution on a range ends with many candidates in one spot, where a single measurement shows
+    all there is to learn.
+
+    Args:
+        candidates: Candidates, best first.
+        points: Their encodings, (candidates, numbers).
+        known: Encodings of other candidates, (others, numbers).
+        size: Candidates to choose.
+    """
+    apart: list[int] = []
+    for row, point in enumerate(points):
+        others = np.concatenate([known, points[apart]])
+        if len(apart) < size and (np.abs(others - point).max(1, initial=0) >= APART).all():
+            apart.append(row)
+    rest = [row for row in range(len(candidates)) if row not in apart]
+    return [candidates[row] for row in (apart + rest)[:size]]
 
 
 def shortest_proxy(curves: Sequence[Sequence[float]], least: float = 0.9) -> int:
