@@ -305,7 +305,8 @@ def test_an_interrupted_candidate_is_not_counted_and_a_failed_one_is(shared, tmp
         optuna_engine.work(shared, tmp_path, 0)
     optuna_engine.work(shared, tmp_path, 0)
     found = states(shared)
-    assert found == ["COMPLETE", "PRUNED", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    again = ["PRUNED"]  # the sampler's seed is that of the first process, and so is its candidate
+    assert found == ["COMPLETE", "PRUNED", *again, "COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
     assert optuna_engine.counted(optuna_engine.open_study(shared, 0).get_trials()) == 5
     trials = optuna_engine.trials_of(optuna_engine.open_study(shared, 0))
     assert [trial.failure for trial in trials.values()] == [None, None, "diverged", None, None]

@@ -186,7 +186,7 @@ def spread_out(
 
     if len(pool) <= size:
         return list(pool)
-    centres = KMeans(size, n_init=1, random_state=seed).fit(points).cluster_centers_
+    centres = KMeans(size, n_init=1, random_state=seed % 2**32).fit(points).cluster_centers_
     chosen: list[int] = []
     for centre in centres:
         order = np.argsort(np.square(points - centre).sum(1), kind="stable")

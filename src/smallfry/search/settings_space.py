@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from smallfry.costing import macs
 from smallfry.data import ImageData
-from smallfry.errors import UsageError
+from smallfry.errors import SmallfryError, UsageError
 from smallfry.io.safe_yaml import MOST_CONFIG, load_yaml
 from smallfry.search.space import Candidate, Choice, encode, key_of
 from smallfry.tasks import create_task
@@ -35,7 +35,7 @@ from smallfry_runtime.files import read_bytes
 
 __all__ = ["SettingsSpace", "read_settings_space"]
 
-ARCHITECTURE = "model."
+ARCHITECTURE = "model"
 TASK = "classification"
 OF_CHOICES = ("values", "low", "high", "log", "whole", "when")
 
@@ -67,8 +67,13 @@ class SettingsSpace:
         if not choices:
             raise UsageError(f"{where}: a space needs choices")
         self.settings, self.choices, self.where = dict(settings), tuple(choices), where
-        self.architecture = tuple(c for c in choices if c.name.startswith(ARCHITECTURE))
-        self.recipe = tuple(c for c in choices if not c.name.startswith(ARCHITECTURE))
+        if images := [c.name for c in choices if c.name.split(".")[0] == "data"]:
+            raise UsageError(
+                f"{where}: {images[0]} can't be a choice, as candidates are compared on the same "
+                "images; give it with the data of the search"
+            )
+        self.architecture = tuple(c for c in choices if c.name.split(".")[0] == ARCHITECTURE)
+        self.recipe = tuple(c for c in choices if c not in self.architecture)
         known: set[str] = set()
         for choice in (*self.architecture, *self.recipe):
             if foreign := [each for each in choice.when if each not in known]:
@@ -83,7 +88,7 @@ class SettingsSpace:
                 f"{where}: a search needs the task {TASK} and select_on validation, not "
                 f"{self.base.task} and {self.base.select_on}"
             )
-        self._models: dict[Any, tuple[ModelSpec, Mapping[str, float]]] = {}
+        self._models: dict[Any, tuple[ModelSpec, Mapping[str, float]] | SmallfryError] = {}
 
     def train(self, candidate: Candidate) -> TrainConfig:
         """Return the training of a candidate.
@@ -105,6 +110,7 @@ class SettingsSpace:
 
         Raises:
             UsageError: The model can't be built for the images.
+            RunError: Values that are no settings.
         """
         return self._model(candidate)[1]
 
@@ -118,25 +124,27 @@ class SettingsSpace:
         return SettingsSpace({**self.settings, "data": content}, self.choices, self.where)
 
     def _model(self, candidate: Candidate) -> tuple[ModelSpec, Mapping[str, float]]:
-        """Build an untrained model, once for each architecture."""
+        """Build an untrained model, or fail to, once for each architecture."""
         names = {choice.name for choice in self.architecture}
         part = {name: value for name, value in candidate.items() if name in names}
         key = key_of(part)
         if key not in self._models:
-            config = self.train(part).model
-            with torch.random.fork_rng():
-                task = create_task(TASK)
-                model, spec = create_model(config, self.data, task)
-            image = torch.zeros(1, *self.data.input_shape)
-            parameters = sum(each.numel() for each in model.parameters())
-            self._models[key] = (
-                spec,
-                {
-                    "macs": float(macs(model, image)),
-                    "parameters": float(parameters),
-                },
-            )
-        return self._models[key]
+            try:
+                self._models[key] = self._built(part)
+            except SmallfryError as error:
+                self._models[key] = error
+        found = self._models[key]
+        if isinstance(found, SmallfryError):
+            raise found
+        return found
+
+    def _built(self, architecture: Candidate) -> tuple[ModelSpec, Mapping[str, float]]:
+        config = self.train(architecture).model
+        with torch.random.fork_rng():
+            model, spec = create_model(config, self.data, create_task(TASK))
+        image = torch.zeros(1, *self.data.input_shape)
+        parameters = sum(each.numel() for each in model.parameters())
+        return spec, {"macs": float(macs(model, image)), "parameters": float(parameters)}
 
     @cached_property
     def data(self) -> ImageData:

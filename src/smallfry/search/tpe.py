@@ -48,7 +48,7 @@ class TPE:
         self._allowed = allowed
         self._startup = min(10, -(-count // 3))  # random ones before the estimators begin
         logging.getLogger("optuna").setLevel(logging.WARNING)
-        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=self._startup)
+        sampler = optuna.samplers.TPESampler(seed=seed % 2**32, n_startup_trials=self._startup)
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
         self._asked: dict[tuple[Any, ...], optuna.Trial] = {}
         self._told: list[Trial] = []

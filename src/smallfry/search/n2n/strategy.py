@@ -101,8 +101,9 @@ class N2N:
         self._begun = deepcopy(self.policies)
         self._optimizers = {name: self._optimizer(name) for name in self.policies}
         self._generator = torch.Generator().manual_seed(seed)
-        self._stage = "removal" if any(layer.is_removable for layer in layers) else "shrinkage"
         self._removals = round(removal * count)  # students of the first stage, at most
+        removes = self._removals > 0 and any(layer.is_removable for layer in layers)
+        self._stage = "removal" if removes else "shrinkage"
         self._base = {layer.name: 1.0 for layer in self._layers}
         # bases of the second stage
         self._shrunk = set() if self._stage == "removal" else {key_of(self._base)}

@@ -4,9 +4,11 @@ Every process runs the same study; what one has trained, the others learn from. 
 ledger: a search goes on where it was stopped, by the same command.
 """
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -15,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from smallfry.errors import RunError, UsageError
 from smallfry.io.json import strict
 from smallfry.search import Ledger, Trial
+from smallfry.search.sampling import all_candidates
 from smallfry.search.tpe import suggest_candidate
 from smallfry.studies.search.config import SearchConfig
-from smallfry.studies.search.problem import find_problem
+from smallfry.studies.search.problem import find_problem, run_name
 from smallfry.studies.search.progress import SearchProgress
 from smallfry.studies.search.strategies import limits
 
@@ -30,21 +33,34 @@ STUDY = "smallfry"
 LEDGER = "ledger.jsonl"
 SECONDS = 2.0  # between looks at the storage
 TRIAL = "trial"  # attribute of Optuna's trials: ours, as plain data
+NAME = "name"  # attribute of Optuna's trials: that of the candidate's run
+SEARCHED = "searched"  # attribute of Optuna's study: digest of the space and the data
+ENUMERATED = 256  # candidates of a space that is small enough to be trained whole
+COUNTED = ("COMPLETE", "FAIL", "RUNNING")  # states of trials that are of the budget
 MOST_REJECTED = 2000  # proposals in a row that are not allowed, after which none seems left
 
 
-def run_on_storage(config: SearchConfig, folder: Path, progress: SearchProgress) -> list[Trial]:
+def run_on_storage(
+    config: SearchConfig, space: str, folder: Path, progress: SearchProgress
+) -> list[Trial]:
     """Run a search in as many processes as it has workers, beside those of other machines.
+
+    Args:
+        config: The search's settings.
+        space: Settings and choices, as written into the folder.
+        folder: Folder of the search.
+        progress: Receiver of trials.
 
     Returns:
         All trials of the study, also those of other machines; the ledger in the folder has them.
 
     Raises:
-        UsageError: The storage can't be used.
+        UsageError: The storage can't be used, or has the trials of another search.
         RunError: A worker failed.
         ModuleNotFoundError: Optuna is not installed.
     """
     study = open_study(config, 0)
+    require_same(study, config, space)
     known = trials_of(study)
     for trial in known.values():
         progress.end(trial, fresh=False)
@@ -57,6 +73,24 @@ def run_on_storage(config: SearchConfig, folder: Path, progress: SearchProgress)
     for trial in trials:
         ledger.append(trial)
     return trials
+
+
+def require_same(study: "optuna.Study", config: SearchConfig, space: str) -> None:
+    """Mark a new study as that of a space and data, or compare them.
+
+    Raises:
+        UsageError: The study is that of another space, or of other data.
+    """
+    data = {k: v for k, v in strict(asdict(config.data)).items() if k != "root"}
+    data["name"] = Path(config.data.name).name  # a folder may be elsewhere on another machine
+    content = json.dumps([space, data], sort_keys=True)
+    here = hashlib.sha256(content.encode()).hexdigest()
+    if study.user_attrs.get(SEARCHED, here) != here:
+        raise UsageError(
+            f"storage {config.storage}: has the trials of another space or of other data; use "
+            "another storage"
+        )
+    study.set_user_attr(SEARCHED, here)
 
 
 def _new_trials(
@@ -103,17 +137,20 @@ def work(config: SearchConfig, folder: Path, number: int) -> None:
 
     problem, study = find_problem(replace(config, workers=1)), open_study(config, number)
     allowed, choices = limits(problem, config), problem.architecture + problem.recipe
+    every = all_candidates(choices, ENUMERATED)
+    budget = config.budget if every is None else min(config.budget, sum(map(allowed, every)))
     rejected = 0
-    while rejected < MOST_REJECTED and counted(study.get_trials(deepcopy=False)) < config.budget:
+    while rejected < MOST_REJECTED and counted(study.get_trials(deepcopy=False)) < budget:
         asked = study.ask()
         candidate = suggest_candidate(asked, choices, allowed)
-        if not allowed(candidate):
+        asked.set_user_attr(NAME, run_name(candidate))
+        others = [each for each in study.get_trials(deepcopy=False) if each.number < asked.number]
+        if not allowed(candidate) or run_name(candidate) in names_of(others):
             rejected += 1
             study.tell(asked, state=optuna.trial.TrialState.PRUNED)
             continue
         rejected = 0
-        others = [each for each in study.get_trials(deepcopy=False) if each.number < asked.number]
-        if counted(others) >= config.budget:  # another process was faster
+        if counted(others) >= budget:  # another process was faster
             study.tell(asked, state=optuna.trial.TrialState.PRUNED)
             return
         try:
@@ -140,7 +177,7 @@ def open_study(config: SearchConfig, number: int) -> "optuna.Study":
 
     assert config.storage is not None
     logging.getLogger("optuna").setLevel(logging.WARNING)
-    seed = config.seed + number
+    seed = (config.seed + number) % 2**32
     samplers = {
         "tpe": lambda: optuna.samplers.TPESampler(seed=seed, constant_liar=True),
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),
@@ -164,7 +201,12 @@ def open_study(config: SearchConfig, number: int) -> "optuna.Study":
 
 def counted(trials: Sequence["optuna.trial.FrozenTrial"]) -> int:
     """Count the trials that are trained or being trained."""
-    return sum(each.state.name in ("COMPLETE", "FAIL", "RUNNING") for each in trials)
+    return sum(each.state.name in COUNTED for each in trials)
+
+
+def names_of(trials: Sequence["optuna.trial.FrozenTrial"]) -> set[str | None]:
+    """Return the names of the candidates that are trained or being trained."""
+    return {each.user_attrs.get(NAME) for each in trials if each.state.name in COUNTED}
 
 
 def trials_of(study: "optuna.Study") -> dict[int, Trial]:

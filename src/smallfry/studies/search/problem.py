@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from hashlib import sha256
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from time import monotonic
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import yaml
 
-from smallfry.errors import UsageError
+from smallfry.errors import RunError, UsageError, first_line
+from smallfry.io.signals import leave_to_parent, raising
 from smallfry.search.evaluation import train_candidate
 from smallfry.search.n2n import Layer
 from smallfry.search.settings_space import SettingsSpace, read_settings_space
@@ -150,9 +152,13 @@ class TrainingProblem:
         """Yield the trials of candidates as they end, in several processes if there are some."""
         jobs = []
         for each in candidates:
-            run = folder / run_name(each)
-            config = replace(self.space.train(each), run=run, seed=seed_of(each, seed))
-            jobs.append((each, config, self.space.costs(each)))
+            own = seed_of(each, seed)
+            try:
+                config = replace(self.space.train(each), run=folder / run_name(each), seed=own)
+            except RunError as error:  # values that are no settings
+                yield Trial(each, None, own, failure=first_line(error))
+            else:
+                jobs.append((each, config, self.space.costs(each)))
         yield from train_all(jobs, self.workers)
 
 
@@ -162,13 +168,30 @@ def train_all(jobs: Sequence[Job], workers: int) -> Iterator[Trial]:
     Args:
         jobs: Candidates, their trainings and their costs.
         workers: Processes.
+
+    Raises:
+        Stopped: A signal came; the state of all trainings is saved.
+        RunError: A process was killed.
     """
     if workers == 1:
         yield from (_train(*job) for job in jobs)
         return
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(_train, *job) for job in jobs]):
+    others = {*active_children()}
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), leave_to_parent)
+    try:
+        for done in as_completed([pool.submit(_train_stoppably, *job) for job in jobs]):
             yield done.result()
+    except BrokenProcessPool as error:
+        raise RunError(
+            "a process that trained a candidate was killed, perhaps for lack of memory: try fewer "
+            "workers; the same command continues"
+        ) from error
+    except BaseException:  # such as a signal, which only this process may have received
+        for child in {*active_children()} - others:
+            child.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def find_problem(config: SearchConfig) -> Problem:
@@ -214,6 +237,12 @@ def _train(candidate: Candidate, config: TrainConfig, cost: Mapping[str, float])
     began = monotonic()
     trial = train_candidate(candidate, config, cost, QuietReporter())
     return replace(trial, seconds=monotonic() - began)
+
+
+def _train_stoppably(*job: Any) -> Trial:
+    """Train a candidate in a process that ignores signals otherwise."""
+    with raising():
+        return _train(*job)
 
 
 def _written(choice: Choice) -> dict[str, object]:

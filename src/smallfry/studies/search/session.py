@@ -32,7 +32,7 @@ from smallfry.studies.search.config import SearchConfig
 from smallfry.studies.search.page import BEST, Confirmed, Predicted, write_page
 from smallfry.studies.search.problem import Problem, find_problem
 from smallfry.studies.search.progress import SearchProgress
-from smallfry.studies.search.strategies import build_strategy, limits
+from smallfry.studies.search.strategies import build_strategy, limits, why_none
 from smallfry.training.config import DataConfig
 
 __all__ = ["Found", "search"]
@@ -68,7 +68,8 @@ def search(config: SearchConfig, folder: str | Path, quiet: bool = False) -> Fou
         quiet: Show no progress.
 
     Raises:
-        UsageError: An impossible space, or a folder with another search.
+        UsageError: An impossible space, limits that no candidate keeps, or a folder with another
+            search.
         RunError: The folder is in use, or damaged.
         DataError: The data can't be used.
         Stopped: A signal came; the same call continues.
@@ -88,6 +89,8 @@ def search(config: SearchConfig, folder: str | Path, quiet: bool = False) -> Fou
         total = config.budget * (1 + config.baseline) + CONFIRMED * config.confirm
         with SearchProgress(total, quiet) as progress:
             trials, predicted = _run(config, problem, folder, progress)
+            if not trials:
+                raise UsageError(f"{config.space}: {why_none(problem, config)}")
             found: dict[str, list[Trial]] = {config.strategy: trials}
             if config.baseline and config.strategy != "random":
                 other = replace(config, strategy="random")
@@ -128,7 +131,7 @@ def _run(
         return _local(config, problem, folder / LEDGER, progress)
     from smallfry.studies.search.optuna_engine import run_on_storage
 
-    return run_on_storage(config, folder, progress), {}
+    return run_on_storage(config, problem.text, folder, progress), {}
 
 
 def _local(
@@ -178,7 +181,7 @@ def _confirm(
     folder: Path,
     progress: SearchProgress,
 ) -> list[Confirmed]:
-    """Train the best candidates with further seeds; the best by their mean is first."""
+    """Train the best candidates with further seeds, and sort them by failures and mean."""
     valued = [trial for trial in trials if trial.value is not None]
     ranked = sorted(valued, key=lambda trial: -(trial.value or 0.0))[:CONFIRMED]
     if not config.confirm or not ranked:
@@ -192,7 +195,8 @@ def _confirm(
             if trial.value is not None:
                 values[key_of(trial.candidate)].append(trial.value)
     found = [Confirmed(t.candidate, values[key_of(t.candidate)]) for t in ranked]
-    return sorted((each for each in found if each.values), key=lambda each: -each.mean)
+    trained = (each for each in found if each.values)
+    return sorted(trained, key=lambda each: (-len(each.values), -each.mean))
 
 
 def _write_best(problem: Problem, best: Trial | None, folder: Path) -> None:

@@ -3,15 +3,17 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from smallfry.errors import UsageError
+import numpy as np
+
+from smallfry.errors import RunError, UsageError
 from smallfry.search import NARS, TPE, Candidate, Evolution, RandomSearch, Search
 from smallfry.search.n2n import N2N
 from smallfry.search.n2n.strategy import load_policies
-from smallfry.search.sampling import Allowed
+from smallfry.search.sampling import Allowed, sample
 from smallfry.studies.search.config import SearchConfig
 from smallfry.studies.search.problem import HasTeacher, Problem
 
-__all__ = ["STRATEGIES", "build_strategy", "limits"]
+__all__ = ["STRATEGIES", "build_strategy", "limits", "why_none"]
 
 Build = Callable[[Problem, int, int, Allowed], Search]  # of a count, a seed, and a limit
 
@@ -78,8 +80,20 @@ def limits(problem: Problem, config: SearchConfig) -> Allowed:
     def allowed(candidate: Candidate) -> bool:
         try:
             costs = problem.costs(candidate)
-        except UsageError:
+        except (UsageError, RunError):
             return False
         return all(limit is None or costs[name] <= limit for name, limit in most.items())
 
     return allowed
+
+
+def why_none(problem: Problem, config: SearchConfig) -> str:
+    """Return the reason for which a search had no candidate: that of one, or the limits."""
+    choices = (*problem.architecture, *problem.recipe)
+    try:
+        problem.costs(sample(choices, np.random.default_rng(config.seed)))
+    except (UsageError, RunError) as error:
+        return f"no model of the space can be built: {error}"
+    given = {"--max_mmac": config.max_mmac, "--max_parameters": config.max_parameters}
+    beyond = " and ".join(f"{name} {value:g}" for name, value in given.items() if value is not None)
+    return f"no candidate is within {beyond or 'the space'}"
