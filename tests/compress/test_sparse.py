@@ -88,7 +88,7 @@ def test_masked_weights_are_zero_after_every_step_and_in_the_result(name, optimi
         for parameter in average.parameters():
             parameter.add_(0.01)
     assert running.finish() == SPEC
-    method.finish(average)
+    method.settle(average)
     zeros = {key: (~mask).sum() for key, mask in method.masks.items()}
     for each in (model, average):
         for key, parameter in each.named_parameters():

@@ -53,7 +53,14 @@ class Method:
     A training run that is resumed calls ``begin`` again and then ``load_state_dict``. So does the
     end of a run, on a copy of the model: what ``finish`` needs is in the state, or follows from
     the settings and the spec.
+
+    Attributes:
+        removes: What ``finish`` removes that was found before training: channels or layers.
+        needs: What ``finish`` needs as it was before training: channels or layers.
     """
+
+    removes: ClassVar[str] = ""
+    needs: ClassVar[tuple[str, ...]] = ()
 
     def begin(self, model: nn.Module, setting: Setting) -> None:
         """Calibrate, find groups, replace layers.
@@ -77,6 +84,12 @@ class Method:
 
     def after_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Act on weights after a step: project, mask, regrow."""
+
+    def settle(self, model: nn.Module) -> None:
+        """Change weights of the final model in place, before any method rewrites it.
+
+        It is not the trained one where that is an average of weights.
+        """
 
     def finish(self, model: nn.Module) -> Transform | None:
         """Rewrite the model in place and return its transform, if any.
@@ -239,6 +252,9 @@ class Running:
         settings: Settings of the methods.
         model: Changed in place.
         setting: Circumstances; its spec is that of the model.
+
+    Raises:
+        UsageError: A method removes what another one needs to the end.
     """
 
     def __init__(
@@ -252,9 +268,29 @@ class Running:
         self.reports: list[dict[str, Any]] = []  # of the methods that have finished
         self._started = [each.start() for each in self.settings]
         self._late = [not each.trains for each in self.settings]
+        self._require_compatible()
         for method, late in zip(self._started, self._late, strict=True):
             if not late:
                 method.begin(model, setting)
+
+    def _require_compatible(self) -> None:
+        """Refuse methods that train together, but that can't rewrite the model one by one.
+
+        Raises:
+            UsageError: One removes what another one needs to the end.
+        """
+        pairs = [
+            (settings.name, method)
+            for settings, method in zip(self.settings, self._started, strict=True)
+            if settings.trains
+        ]
+        for place, (name, method) in enumerate(pairs):
+            for other, second in pairs[:place] + pairs[place + 1 :]:
+                if method.removes and (second.removes or method.removes in second.needs):
+                    raise UsageError(
+                        f"{name} removes {method.removes}, which {other} needs until the end: "
+                        "compress with one of them, and its result with the other"
+                    )
 
     @property
     def changes_gradients(self) -> bool:
@@ -342,6 +378,8 @@ class Running:
         if self._finished:
             raise UsageError("the methods have finished: the model is compressed already")
         self._finished = True
+        for method in self._training():
+            method.settle(self.model)
         for method, late in zip(self._started, self._late, strict=True):
             if late:  # of the model as the ones before it leave it
                 method.begin(self.model, replace(self._setting, spec=self.spec))

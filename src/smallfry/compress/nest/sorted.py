@@ -109,6 +109,8 @@ class SortedNet:
 class RunningSortedNet(Method):
     """State of SortedNet."""
 
+    needs = ("channels", "layers")
+
     def __init__(self, settings: SortedNet) -> None:
         self._settings = settings
 

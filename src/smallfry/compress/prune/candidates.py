@@ -15,6 +15,7 @@ from smallfry.compress.prune.graphs import (
     zero_segments,
 )
 from smallfry.compress.prune.regions import trace
+from smallfry.errors import UsageError
 from smallfry.transforms.declared import declared_groups
 from smallfry.transforms.erased import Erase, without_steps
 from smallfry.transforms.spec import Transform
@@ -32,6 +33,9 @@ class Candidates:
     Attributes:
         segments: The branches by name, in order.
 
+    Raises:
+        UsageError: The model has quantized layers.
+
     Example:
         >>> import timm, torch, smallfry
         >>> model = timm.create_model("resnet10t", num_classes=10)
@@ -40,6 +44,10 @@ class Candidates:
     """
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
+        if not all(each.is_floating_point() for each in model.parameters()):
+            raise UsageError(
+                "branches of quantized layers can't be erased: erase before the numbers are rounded"
+            )
         self._graph = trace(model)
         self._connections = Connections(model, example)
         found = branches(model) if self._graph is None else find_segments(self._graph)

@@ -108,6 +108,8 @@ class ChannelMethod(Method):
         settings: Of the method.
     """
 
+    removes = "channels"
+
     def __init__(self, settings: PruneSettings) -> None:
         self._shared = settings
         self.groups: tuple[ChannelGroup, ...] = ()

@@ -93,6 +93,8 @@ class RunningErase(RunningDHSPG):
         passed: How many of them are gone.
     """
 
+    removes = "layers"
+
     def __init__(self, settings: EraseOperators) -> None:
         super().__init__(DHSPG(settings.sparsity, settings.begin, tolerance=0.0, divisible=1))
         self._wanted = settings

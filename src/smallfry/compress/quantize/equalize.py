@@ -68,7 +68,7 @@ def pairs(model: nn.Module, example: Tensor | None = None) -> list[Pair]:
 
 def _is_whole(name: str, chain: nn.Sequential, calls: Mapping[str, int]) -> bool:
     """Return whether all parts of a chain are called as often as the chain itself."""
-    parts = [name, *(f"{name}.{child}" for child, _ in chain.named_children())]
+    parts = [name, *(f"{name}.{child}" for child in chain._modules)]
     return name in calls and len({calls.get(each) for each in parts}) == 1
 
 
@@ -157,7 +157,7 @@ def _pairs_of(module: Any) -> Iterator[Pair]:
             yield Pair("fc1", "fc2", every)
     elif type(module) is nn.Sequential:
         last: str | None = None
-        for name, child in module.named_children():
+        for name, child in module._modules.items():  # also one that stands there twice
             if isinstance(child, DENSE):
                 if last is not None:
                     yield Pair(last, name, every)

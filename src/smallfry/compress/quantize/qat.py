@@ -78,6 +78,8 @@ class LSQ:
 
 
 class _Train(Method):
+    needs = ("layers",)
+
     def __init__(self, settings: LSQ) -> None:
         self._settings = settings
         self._layers: dict[str, dict[str, Any]] = {}  # settings of all layers by all their names

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from smallfry.compress.select import chosen, dense_layers
 from smallfry.errors import UsageError
 from smallfry.training.method import Method, Setting
-from smallfry.transforms.spec import Transform
 
 
 class LayerChoice(Protocol):
@@ -96,12 +95,11 @@ class MaskedMethod(Method):
                 value.masked_fill_(where, 0)
 
     @torch.no_grad()
-    def finish(self, model: nn.Module) -> Transform | None:
+    def settle(self, model: nn.Module) -> None:
         """Zero the masked weights of the final model, which an average of weights need not be."""
         parameters = dict(model.named_parameters())
         for name, mask in self.masks.items():
             parameters[name].masked_fill_(~mask.to(parameters[name].device), 0)
-        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the masks."""
@@ -122,21 +120,37 @@ class MaskedMethod(Method):
 def maskable(model: nn.Module, choice: LayerChoice) -> dict[str, nn.Parameter]:
     """Return the weights of chosen linear layers and convolutions by name, each once.
 
+    A weight that a layer outside the choice shares, such as an embedding or the first layer, is
+    left out.
+
     Raises:
-        UsageError: None is chosen.
+        UsageError: None is chosen, or all are shared with layers that stay dense.
     """
     names = dense_layers(model)
     if not choice.ends:
         classifier = getattr(model, "get_classifier", lambda: None)()
-        inner = [n for n in names[1:] if model.get_submodule(n) is not classifier]
-        names = inner if isinstance(classifier, nn.Module) else inner[:-1]
+        ends = list(classifier) if isinstance(classifier, tuple | list) else [classifier]
+        inner = [n for n in names[1:] if all(model.get_submodule(n) is not e for e in ends)]
+        names = inner if any(isinstance(end, nn.Module) for end in ends) else inner[:-1]
+    inside = {id(model.get_submodule(name)) for name in names}
+    outside = {
+        id(parameter)
+        for module in model.modules()
+        if id(module) not in inside
+        for parameter in module.parameters(recurse=False)
+    }
     names = chosen(names, choice.include, choice.exclude, "linear layer or convolution")
-    found: dict[str, nn.Parameter] = {}
-    for name in names:
-        weight = model.get_submodule(name).weight
-        assert isinstance(weight, nn.Parameter)
-        if not any(weight is each for each in found.values()):
-            found[f"{name}.weight"] = weight
+    weights = [model.get_submodule(name).weight for name in names]
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {
+        first[id(weight)]: weight
+        for weight in weights
+        if isinstance(weight, nn.Parameter) and id(weight) not in outside
+    }
+    if not found:
+        raise UsageError(
+            f"the weights of {', '.join(names[:3])} are also those of layers that stay dense"
+        )
     return found
 
 

@@ -17,7 +17,6 @@ from smallfry.compress.sparse.masks import MaskedMethod
 from smallfry.compress.sparse.schedules import n_of_m
 from smallfry.errors import UsageError
 from smallfry.training.method import Method, Setting, register_method
-from smallfry.transforms.spec import Transform
 
 
 @register_method
@@ -84,13 +83,12 @@ class _NofM(MaskedMethod):
         self.project()
 
     @torch.no_grad()
-    def finish(self, model: nn.Module) -> Transform | None:
+    def settle(self, model: nn.Module) -> None:
         """Keep N of M of the final weights, whatever they are an average of."""
         parameters = dict(model.named_parameters())
         for name in self.masks:
             weight = parameters[name]
             weight.masked_fill_(~n_of_m(weight, self._settings.n, self._settings.m), 0)
-        return None
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "dense": dict(self._dense)}
