@@ -1,4 +1,4 @@
-"""Methods that train together: they compress, or are refused before the first step."""
+"""Methods together and cut short: they compress, warn, or are refused before the first step."""
 
 import copy
 import itertools
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from smallfry import compress
 from smallfry.compress.quantize.equalize import equalize, pairs
-from smallfry.errors import UsageError
+from smallfry.errors import SmallfryWarning, UsageError
 from smallfry.transforms import ModelSpec, build
 
 MODEL = "resnet8_mlperf_tiny"
@@ -146,3 +146,47 @@ def test_branches_of_rounded_layers_are_no_internal_error():
     rounded = session.finish()
     with pytest.raises(UsageError, match="erase before the numbers are rounded"):
         run([REMOVING["erase_operators"]], model, rounded, images)
+
+
+# Runs that end early
+
+
+def ended(method, steps, planned):
+    """Train for fewer steps than planned."""
+    torch.manual_seed(0)
+    model = build(ModelSpec(MODEL))
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    session = compress.Session(model, [method], example=images[:2], steps=planned)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    session.attach(optimizer)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    session.finish()
+    return model
+
+
+def test_a_short_run_is_pruned_at_its_end_whatever_the_interval():
+    model = ended(compress.GradualMagnitude(sparsity=0.9, every=20), 16, 16)
+    weights = torch.cat([p.flatten() for n, p in model.named_parameters() if p.ndim == 4])
+    assert (weights == 0).float().mean() > 0.8
+
+
+@pytest.mark.parametrize(
+    ("method", "steps", "planned", "message"),
+    [
+        (compress.GradualMagnitude(every=1), 3, 20, "after 3 of 12 prunings of gradual_magnitude"),
+        (compress.GradualMagnitude(begin=0.5, every=1), 3, 20, "after 0 of 2 prunings"),
+        (compress.HESSO(periods=1, begin=0.0, end=0.8), 4, 10, "in period 1 of 1 of hesso"),
+        (compress.DHSPG(), 6, 6, "dhspg removes no channels"),
+    ],
+)
+def test_less_than_was_asked_for_is_a_warning(method, steps, planned, message):
+    with pytest.warns(SmallfryWarning, match=message):
+        ended(method, steps, planned)
+
+
+def test_an_end_before_the_beginning_is_refused():
+    with pytest.raises(UsageError, match="begin is step 50 of this run, after its end, step 36"):
+        ended(compress.GradualMagnitude(begin=50.0, end=0.6), 1, 60)

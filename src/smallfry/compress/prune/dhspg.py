@@ -7,6 +7,7 @@ descends; one that would pass zero is set to zero for good (Chen et al., OTOv2, 
 details after the authors' only_train_once, MIT).
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -23,7 +24,7 @@ from smallfry.compress.prune.saliency import (
     scale_channels,
 )
 from smallfry.compress.prune.selection import Chosen, lowest_blocks
-from smallfry.errors import UsageError
+from smallfry.errors import SmallfryWarning, UsageError
 from smallfry.training.method import Method, Setting, register_method
 from smallfry.transforms.groups import ChannelGroup
 from smallfry.transforms.spec import Transform
@@ -203,6 +204,12 @@ class RunningDHSPG(ChannelMethod):
 
     def finish(self, model: nn.Module) -> Transform | None:
         """Cut the channels that are zero, as far as survivors are multiples."""
+        if self.penalised is not None and not any(self.gone):
+            warnings.warn(
+                "dhspg removes no channels, as none reached zero: train longer, or raise strength",
+                SmallfryWarning,
+                stacklevel=2,
+            )
         every = self.gone
         self.gone = [
             out[: len(out) - (-(group.channels - len(out))) % block]

@@ -219,7 +219,7 @@ class RunningHESSO(ChannelMethod):
 
     def finish(self, model: nn.Module) -> Transform | None:
         """Cut the channels that are gone."""
-        if self._stepped and self._period < self._periods - 1:
+        if self._stepped and (self._period < self._periods - 1 or any(self.active)):
             warnings.warn(
                 f"the run ended in period {self._period + 1} of {self._periods} of hesso: fewer "
                 "channels are removed than asked for",

@@ -4,6 +4,7 @@ The sparsity rises by ``cubic_sparsity`` and each time the smallest magnitudes g
 together or of each (Zhu, Gupta, arXiv 1710.01878). ``KeepZeros`` trains a sparse model further.
 """
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -14,7 +15,7 @@ from torch import nn
 from smallfry.compress.prune.channels import steps_of
 from smallfry.compress.sparse.masks import MaskedMethod, largest, require_share
 from smallfry.compress.sparse.schedules import cubic_sparsity
-from smallfry.errors import UsageError
+from smallfry.errors import SmallfryWarning, UsageError
 from smallfry.training.method import Method, Setting, register_method
 
 
@@ -72,6 +73,7 @@ class _Gradual(MaskedMethod):
     def __init__(self, settings: GradualMagnitude) -> None:
         super().__init__(settings)
         self._settings, self._done = settings, -1  # prunings
+        self._stepped = False
 
     def begin(self, model: nn.Module, setting: Setting) -> None:
         super().begin(model, setting)
@@ -81,16 +83,33 @@ class _Gradual(MaskedMethod):
             raise UsageError(
                 f"{wanted.name}.end {last} comes after the run's {setting.steps} steps"
             )
-        self._count = max(1, (last - self._first) // wanted.every)
+        if last < self._first:
+            raise UsageError(
+                f"{wanted.name}.begin is step {self._first} of this run, after its end, step {last}"
+            )
+        self._every = min(wanted.every, max(1, last - self._first))  # at least once
+        self._count = max(1, (last - self._first) // self._every)
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        due = min(self._count, (step + 1 - self._first) // self._settings.every)
+        self._stepped = True
+        due = min(self._count, (step + 1 - self._first) // self._every)
         if due > self._done and due >= 0:
             self._done = due
             wanted = self._settings
             self._prune(cubic_sparsity(wanted.initial, wanted.sparsity, due / self._count))
         self.project()
+
+    def settle(self, model: nn.Module) -> None:
+        """Zero the masked weights, which are fewer than asked for if the run ended early."""
+        if self._stepped and self._done < self._count:
+            warnings.warn(
+                f"the run ended after {max(0, self._done)} of {self._count} prunings of "
+                f"{self._settings.name}: fewer weights are zero than asked for",
+                SmallfryWarning,
+                stacklevel=2,
+            )
+        super().settle(model)
 
     def _prune(self, sparsity: float) -> None:
         names = list(self.weights)
@@ -101,11 +120,11 @@ class _Gradual(MaskedMethod):
             self.masks |= dict(zip(scope, largest(sizes, keep), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "done": self._done}
+        return {**super().state_dict(), "done": self._done, "stepped": self._stepped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self._done = state["done"]
+        self._done, self._stepped = state["done"], state.get("stepped", True)
 
 
 @register_method
