@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -146,8 +147,17 @@ def test_a_killed_process_is_named_and_no_internal_error(monkeypatch):
         list(train_all([({"depth": 1}, None, {})], 2))
 
 
+def workers_of(process):
+    found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [
+        int(each) for each in found if "spawn_main" in Path(f"/proc/{each}/cmdline").read_text()
+    ]
+
+
 @pytest.mark.slow
-def test_a_signal_to_the_search_alone_stops_its_processes_which_save(tmp_path):
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("fault", ["a signal to the search alone", "a killed worker"])
+def test_trainings_of_a_search_that_ends_are_saved_at_once(fault, tmp_path):
     file = tmp_path / "space.yaml"
     file.write_text(
         "settings: {model: {name: gated_mlp}, epochs: 100000, threads: 1, references: false}\n"
@@ -160,11 +170,18 @@ def test_a_signal_to_the_search_alone_stops_its_processes_which_save(tmp_path):
     while len(list(runs.glob("*/last"))) < 2:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    workers = workers_of(process)
+    assert len(workers) == 2
+    if fault == "a killed worker":
+        os.kill(workers[0], signal.SIGKILL)
+    else:
+        process.send_signal(signal.SIGTERM)
     _, errors = process.communicate()  # a hundred thousand epochs, unless they are stopped
-    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert process.returncode == (1 if fault == "a killed worker" else 128 + signal.SIGTERM), errors
     assert b"the same command continues" in errors
+    assert b"Traceback" not in errors
     assert len(list(runs.glob("*/last"))) == 2
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
 
 
 # Optuna's storage

@@ -1,5 +1,7 @@
 """Problem of a search: its space, and the costs and the evaluation of candidates."""
 
+import os
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -12,8 +14,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import yaml
 
-from smallfry.errors import RunError, UsageError, first_line
-from smallfry.io.signals import leave_to_parent, raising
+from smallfry.errors import RunError, Stopped, UsageError, first_line
+from smallfry.io.signals import Signalled, leave_to_parent, raising
 from smallfry.search.evaluation import train_candidate
 from smallfry.search.n2n import Layer
 from smallfry.search.settings_space import SettingsSpace, read_settings_space
@@ -177,7 +179,7 @@ def train_all(jobs: Sequence[Job], workers: int) -> Iterator[Trial]:
         yield from (_train(*job) for job in jobs)
         return
     others = {*active_children()}
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), leave_to_parent)
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _prepare)
     try:
         for done in as_completed([pool.submit(_train_stoppably, *job) for job in jobs]):
             yield done.result()
@@ -239,10 +241,18 @@ def _train(candidate: Candidate, config: TrainConfig, cost: Mapping[str, float])
     return replace(trial, seconds=monotonic() - began)
 
 
+def _prepare() -> None:
+    """Leave Ctrl-C to the parent, which ends its children by SIGTERM."""
+    leave_to_parent(but={signal.SIGTERM})
+
+
 def _train_stoppably(*job: Any) -> Trial:
-    """Train a candidate in a process that ignores signals otherwise."""
-    with raising():
-        return _train(*job)
+    """Train a candidate; at a signal, save it and end the process, which gets no other one."""
+    try:
+        with raising():
+            return _train(*job)
+    except (Stopped, Signalled) as stop:
+        os._exit(128 + stop.signal_number)
 
 
 def _written(choice: Choice) -> dict[str, object]:
