@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from smallfry.errors import RunError, UsageError
+from smallfry.errors import UsageError
 from smallfry.search import Choice, Ledger, Trial
 from smallfry.search.settings_space import SettingsSpace
 from smallfry.studies.search import optuna_engine, problem, session
 from smallfry.studies.search.config import SearchConfig
-from smallfry.studies.search.problem import TableProblem, TrainingProblem, train_all
+from smallfry.studies.search.problem import TableProblem, TrainingProblem
 from smallfry.studies.search.session import search
 from smallfry.training.config import DataConfig
 
@@ -135,16 +135,6 @@ def test_further_seeds_that_fail_count_against_a_candidate(monkeypatch, tmp_path
 
 
 # Processes
-
-
-def killed(*job):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_killed_process_is_named_and_no_internal_error(monkeypatch):
-    monkeypatch.setattr(problem, "_train_stoppably", killed)
-    with pytest.raises(RunError, match=r"lack of memory.*fewer workers"):
-        list(train_all([({"depth": 1}, None, {})], 2))
 
 
 def workers_of(process):
