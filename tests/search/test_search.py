@@ -276,3 +276,10 @@ def test_a_ledger_keeps_trials_whole_and_names_the_line_that_is_none(tmp_path):
         stream.write('{"candidate": {}, "value": "high"}\n')
     with pytest.raises(RunError, match=r"line 3: not a trial"):
         ledger.read()
+
+
+def test_asking_a_halving_for_nothing_ends_nothing():
+    search = Halving(Listed(LISTED), keep=(1,))
+    assert search.ask(0) == []
+    assert len(search.ask(len(LISTED))) == len(LISTED)
+    assert search.ask(0) == []

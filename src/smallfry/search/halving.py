@@ -56,7 +56,7 @@ class Halving:
         if self._rung == 0:
             found = [{**each, RUNG: 0} for each in self._first.ask(count)]
             self._awaited += found
-            if found or self._awaited:
+            if found or self._awaited or count == 0:
                 return found
         if not self._waiting and not self._awaited:
             self._promote()
