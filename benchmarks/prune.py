@@ -6,8 +6,9 @@ From the trained weights in results/models, each contestant gets the same traini
 optimizer, rate, order of images. "none" is that training alone. HESSO prunes during its first part.
 Torch-Pruning's magnitude and Taylor importance (global over all groups, the first-order term on
 1,024 training images) prune before it, at the smallest ratio that leaves at most the wanted
-multiply-accumulates; survivors are multiples of the same number. Accuracy is on the test split,
-after the last epoch; nothing is chosen on it. Latency is of the ONNX files, all in turns. Runs that
+multiply-accumulates; survivors are multiples of the same number. With --distil all of them learn
+from the unpruned model, too. Accuracy is on the test split, after the last epoch; nothing is chosen
+on it. Latency is of the ONNX files, all in turns. Runs that
 have ended are not repeated: the file is completed.
 """
 
@@ -77,8 +78,18 @@ def described(trained: TrainedModel, model: nn.Module) -> TrainedModel:
     return trained.compressed(small, spec, [])
 
 
+def folder(arguments: argparse.Namespace, name: str) -> Path:
+    """Find the folder of a contestant's run."""
+    distilled = "-distilled" if arguments.distil else ""
+    return arguments.runs / (
+        f"{arguments.model}-{arguments.share}-{arguments.epochs}-{arguments.seed}{distilled}-{name}"
+    )
+
+
 def settings(arguments: argparse.Namespace, start: Path, run: Path) -> dict[str, Any]:
     """Build the training that all contestants share."""
+    teacher = {"teacher": str(MODELS / arguments.model), "temperature": 2.0}
+    distillation = {"distillation": teacher} if arguments.distil else {}
     return {
         "data": {
             **{"name": "cifar10", "root": arguments.root, "validation": 0.02},
@@ -97,12 +108,13 @@ def settings(arguments: argparse.Namespace, start: Path, run: Path) -> dict[str,
         "references": False,
         "progress": "plain",
         "run": run,
+        **distillation,
     }
 
 
 def measure(name: str, arguments: argparse.Namespace, data: Any, parent: Path) -> dict[str, Any]:
     """Prune and train one contestant; return its figures."""
-    run, start, methods = arguments.runs / f"{arguments.model}-{name}", parent, []
+    run, start, methods = folder(arguments, name), parent, []
     if name == "hesso":
         methods = [
             compress.HESSO(
@@ -157,6 +169,7 @@ def main() -> int:
     parser.add_argument("--limit", type=int, help="training images; default all")
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--distil", action="store_true", help="with the unpruned model as teacher")
     parser.add_argument("--runs", type=Path, default=Path("runs/prune"))
     parser.add_argument("--out", type=Path, default=Path("results/prune.json"))
     parser.add_argument("--without_latency", action="store_true", help="on a busy machine")
@@ -168,6 +181,7 @@ def main() -> int:
         results = json.loads(arguments.out.read_text())
     key = f"{arguments.model}, {arguments.share} of the macs, {arguments.epochs} epochs"
     key += f", {arguments.limit or 'all'} images, seed {arguments.seed}"
+    key += ", distilled" if arguments.distil else ""
     entry = results.setdefault(key, {})
     parent = MODELS / arguments.model
     trained = load_trained(parent)
@@ -184,7 +198,7 @@ def main() -> int:
             arguments.out.write_text(json.dumps(results, indent=2) + "\n")
     if arguments.without_latency:
         return 0
-    runs = {name: arguments.runs / f"{arguments.model}-{name}" for name in arguments.only}
+    runs = {name: folder(arguments, name) for name in arguments.only}
     latencies = measure_deployed(runs, arguments.root, 300, 1, print)
     entry["latency_ms"] = {n: each["float32"]["median_ms"] for n, each in latencies.items()}
     arguments.out.write_text(json.dumps(results, indent=2) + "\n")
