@@ -36,9 +36,22 @@ def model(seed, width=16):
     return build(ModelSpec("vitrm_micro_patch4_8", options)).train()
 
 
-def teacher(seed=1, mean=0.5, std=0.2, ours=(0.5, 0.2), width=16):
+def teacher(seed=1, mean=0.5, std=0.2, ours=(0.5, 0.2), width=16, precision="32-true"):
     trained = TrainedModel(model(seed, width), ("a", "b", "c"), 8, 1, Normalize([mean], [std]), {})
-    return Teacher(trained, Normalize([ours[0]], [ours[1]]))
+    return Teacher(trained, Normalize([ours[0]], [ours[1]]), precision)
+
+
+def test_a_teacher_has_the_precision_of_a_mixed_training():
+    taught, images = teacher(), batch().inputs
+    exact, exact_features = taught(images)
+    assert exact.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert taught(images)[0].dtype == torch.float32  # its own, whatever is around it
+    logits, features = teacher(precision="bf16-mixed")(images)
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), exact, atol=0.05, rtol=0.05)
+    assert not torch.equal(logits.float(), exact)
+    torch.testing.assert_close(features.float(), exact_features, atol=0.05, rtol=0.05)
 
 
 def batch():

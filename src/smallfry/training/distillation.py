@@ -27,6 +27,10 @@ from smallfry.training.run import TrainedModel, require_classes
 from smallfry.training.wrapped_objective import WrappedObjective
 
 TEACHER = "teacher"  # entry of manifests
+MIXED = {  # precisions with autocast, and Fabric's short names of them
+    **dict.fromkeys(("bf16-mixed", "bf16"), torch.bfloat16),
+    **dict.fromkeys(("16-mixed", "16"), torch.float16),
+}
 
 
 def logit_distance(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -56,13 +60,17 @@ class Teacher:
     Args:
         trained: The model, which stays as it is.
         normalize: Normalisation of the student's images, which is undone.
+        precision: Fabric's precision of the training, which a mixed one shares with the teacher.
     """
 
-    def __init__(self, trained: TrainedModel, normalize: Normalize) -> None:
+    def __init__(
+        self, trained: TrainedModel, normalize: Normalize, precision: str = "32-true"
+    ) -> None:
         self.model = trained.model.eval().requires_grad_(False)
         self._scale = trained.normalize.scale / normalize.scale
         self._shift = trained.normalize.shift - normalize.shift * self._scale
         self._features = _classifier_inputs(self.model, training=False)
+        self._lower = MIXED.get(precision)
 
     def to(self, device: torch.device) -> None:
         """Move to a device."""
@@ -73,7 +81,8 @@ class Teacher:
         """Compute logits and features of a batch normalised for the student."""
         self._features.clear()
         inputs = images.float() * self._scale.to(images.device) + self._shift.to(images.device)
-        logits = self.model(inputs)
+        with torch.autocast(inputs.device.type, self._lower, enabled=self._lower is not None):
+            logits = self.model(inputs)
         return logits, self._features[-1]
 
 
@@ -141,7 +150,11 @@ class _Calls:
 
 
 def distilled(
-    config: DistillationConfig, objective: Objective, data: ImageData, normalize: Normalize
+    config: DistillationConfig,
+    objective: Objective,
+    data: ImageData,
+    normalize: Normalize,
+    precision: str,
 ) -> tuple[Objective, dict[str, Any]]:
     """Wrap an objective with the configured teacher.
 
@@ -150,6 +163,7 @@ def distilled(
         objective: The student's.
         data: To be trained on.
         normalize: Normalisation of the student's images.
+        precision: Fabric's precision of the training.
 
     Returns:
         The objective, and the manifest's entries on the teacher.
@@ -173,7 +187,7 @@ def distilled(
         )
     require_classes(trained, data.classes, data.origin)
     facts = start_facts(trained, config.teacher)[START]
-    return Distilled(objective, Teacher(trained, normalize), config), {TEACHER: facts}
+    return Distilled(objective, Teacher(trained, normalize, precision), config), {TEACHER: facts}
 
 
 def require_same_teacher(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:

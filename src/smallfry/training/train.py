@@ -367,7 +367,7 @@ def _build(
     config = config if resumed else with_normed_rate(config, model)
     objective = build_objective(config.objective, model, task, config.accumulate, resumed, weights)
     objective, teacher = processes.together(
-        lambda: distilled(config.distillation, objective, data, augment.normalize)
+        lambda: distilled(config.distillation, objective, data, augment.normalize, config.precision)
     )
     objective = adversarial(config.adversarial, objective, augment.normalize)
     objective = self_tuned(config, objective, data, augment.normalize, folder.path / TUNING)
