@@ -82,8 +82,16 @@ def test_columns_and_rows_of_matlab_are_read_alike(tmp_path):
         (entries(EEGsample=np.zeros((6, 30, 16), bool)), "type bool, expected numbers"),
         (entries(height=29), "has 29 .*, expected 30 in the order Fp1 Fp2 F7.* entry 'electrodes'"),
         (
-            entries(electrodes=np.array([*ELECTRODES[:29], "Cz"])),
+            entries(electrodes=np.array([*ELECTRODES[:29], "X9"])),
             "the electrodes O2 are missing of the 30",
+        ),
+        (
+            entries(height=31, electrodes=np.array([*ELECTRODES, "fp1."])),
+            "two electrodes are fp1.: name each once",
+        ),
+        (
+            entries(height=31, electrodes=np.array([*ELECTRODES, "T7"])),
+            "two electrodes are T7: name each once",  # T3 by its newer name
         ),
         (entries(electrodes=np.array("Fp1")), "1 names for 30 electrodes"),
     ],
@@ -382,3 +390,28 @@ def test_states_are_decoded_as_by_pytorch(kind):
     assert not right(logits, 1 - shares.argmax(1)).any()
     assert decode(logits[:0], ("alert", "drowsy")) == []
     assert decode(np.array([[1000.0, -1000.0]]), ("a", "b"))[0]["probabilities"] == {"a": 1, "b": 0}
+
+
+@pytest.mark.parametrize("rate", [0, -5, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["eeg-mat", "eeg-epochs"])
+def test_rates_are_above_0(tmp_path, name, rate):
+    written(tmp_path, entries())
+    options = {"rate": rate} | ({"file": "a.npz"} if name == "eeg-mat" else {})
+    with pytest.raises(UsageError, match=r"data\.options\.rate is above 0"):
+        load_data(name, tmp_path, options=options)
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+def test_windows_are_normalised_whatever_their_unit(tmp_path, unit):
+    content = entries()
+    content["EEGsample"] = (content["EEGsample"] + 3).astype(np.float64) * unit
+    written(tmp_path, content)
+    data = load_data("eeg-mat", tmp_path, validation=0.0, options={"file": "a.npz"})
+    values = data.train.images.double()
+    assert data.std == pytest.approx([values.std(correction=0).item()], rel=1e-6)
+    shifted = Normalize(data.mean, data.std)(data.train.images)
+    assert float(shifted.std(correction=0)) == pytest.approx(1, rel=1e-4)
+    content["EEGsample"][:] = 3 * unit  # silence of one value
+    written(tmp_path, content)
+    silent = load_data("eeg-mat", tmp_path, validation=0.0, options={"file": "a.npz"})
+    assert silent.std == (1.0,)

@@ -36,6 +36,7 @@ from smallfry_runtime.names import text_of
 
 log = logging.getLogger(__name__)
 
+CONSTANT = 1e-6  # of a mean: the deviation of a channel whose values differ by rounding
 MEASURED = 4096  # streamed images whose mean and deviation stand for all
 
 
@@ -146,7 +147,11 @@ class ImageData:
             values = self.train.pixels[rows].to(torch.float64) / scale
             total += torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])
         mean, square = total / (len(chosen) * self.frame.height * self.frame.width)
-        std = (square - mean**2).clamp(min=0).sqrt().clamp(min=1e-3)  # a constant channel
+        std = (square - mean**2).clamp(min=0).sqrt()
+        if self.frame.values == PIXELS:
+            std = std.clamp(min=1e-3)  # a constant channel
+        else:  # of any unit, such as volts
+            std = torch.where(std > CONSTANT * mean.abs(), std, 1.0)
         return tuple(mean.tolist()), tuple(std.tolist())
 
     @cached_property

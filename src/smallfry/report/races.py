@@ -7,12 +7,12 @@ runs at least half diverged has no figure.
 
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import ROUND_CEILING, Decimal
 from statistics import median
 from typing import Any, NamedTuple
 
+from smallfry.io.natural import natural
 from smallfry.report.race_curves import (
     Loss,
     Run,
@@ -176,7 +176,7 @@ def fisher(records: Sequence[Record], problem: str) -> list[LayerError]:
                     if error is not None and math.isfinite(error):
                         of_layer = errors.setdefault(str(layer), {})
                         of_layer.setdefault(point["step"], []).append(error)
-        for layer in sorted(errors, key=_natural):
+        for layer in sorted(errors, key=natural):
             steps = sorted(errors[layer])
             values = [median(errors[layer][step]) for step in steps]
             line = (layer, tuple(steps), tuple(values), median(values))
@@ -186,7 +186,7 @@ def fisher(records: Sequence[Record], problem: str) -> list[LayerError]:
 
 def layers(errors: Iterable[LayerError]) -> list[str]:
     """List the layers with known errors, in order."""
-    return sorted({error.layer for error in errors}, key=_natural)
+    return sorted({error.layer for error in errors}, key=natural)
 
 
 def problems(records: Iterable[Record]) -> list[str]:
@@ -303,8 +303,3 @@ def _trial(record: Record) -> Trial:
 
 def _key(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=str)
-
-
-def _natural(layer: str) -> list[tuple[int, int, str]]:
-    parts = [part.group() for part in re.finditer(r"\d+|\D+", layer)]
-    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in parts]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ELECTRODES", "FRONTAL", "TEMPORAL", "numbers_of", "positions_of"]
+__all__ = ["ELECTRODES", "FRONTAL", "TEMPORAL", "doubled", "numbers_of", "positions_of"]
 
 # x to the right, y to the nose
 _PLACES = {
@@ -47,6 +47,13 @@ def numbers_of(wanted: Sequence[str], names: Sequence[str]) -> tuple[list[int], 
     places = {_spelled(name): i for i, name in enumerate(names)}
     missing = [name for name in wanted if _spelled(name) not in places]
     return [places[_spelled(name)] for name in wanted if name not in missing], missing
+
+
+def doubled(names: Sequence[str]) -> str | None:
+    """Return an electrode of a recording that has two names or one twice; None without any."""
+    spelled = [_spelled(name) for name in names]
+    found = (name for i, name in enumerate(names) if spelled[i] in spelled[:i])
+    return next(found, None)
 
 
 def _spelled(name: str) -> str:

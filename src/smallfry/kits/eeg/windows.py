@@ -7,6 +7,7 @@
 MNE is imported for files of its own alone; its objects are taken as they come.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ from smallfry.data import ImageData, Split
 from smallfry.data.registered import Wanted, register_data, settings_from
 from smallfry.data.splits import hold_out, take_some
 from smallfry.errors import DataError, UsageError, nearest
-from smallfry.kits.eeg.electrodes import ELECTRODES, numbers_of
+from smallfry.io.natural import natural
+from smallfry.kits.eeg.electrodes import ELECTRODES, doubled, numbers_of
 
 __all__ = ["STATES", "MatSettings", "Windows", "join", "of_epochs", "read_mat", "to_data"]
 
@@ -54,6 +56,9 @@ class MatSettings:
     held_out: int = 0
     rate: float = float(RATE)
 
+    def __post_init__(self) -> None:
+        _require_rate(self.rate)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EpochSettings:
@@ -71,6 +76,14 @@ class EpochSettings:
     rate: float = float(RATE)
     drowsy: str = "drowsy"
     alert: str = "alert"
+
+    def __post_init__(self) -> None:
+        _require_rate(self.rate)
+
+
+def _require_rate(rate: float) -> None:
+    if not 0 < rate < math.inf:
+        raise UsageError(f"data.options.rate is above 0, in samples a second, got {rate!r}")
 
 
 def to_data(
@@ -247,6 +260,8 @@ def _checked(
                 f"{where}: {len(names)} names for {values.shape[1]} electrodes: name each, in the "
                 "order of the values"
             )
+        if twice := doubled(names):
+            raise DataError(f"{where}: two electrodes are {twice}: name each once")
         rows, missing = numbers_of(ELECTRODES, names)
         if missing:
             raise DataError(
@@ -310,7 +325,7 @@ def _read_epochs(name: str, wanted: Wanted) -> ImageData:
     settings: EpochSettings = settings_from(EpochSettings, wanted.options)
     if wanted.root is None:
         raise UsageError(f"{name} needs the folder of the epochs: give data.root")
-    files = sorted(wanted.root.expanduser().glob("*-epo.fif"))
+    files = sorted(wanted.root.expanduser().glob("*-epo.fif"), key=lambda file: natural(file.name))
     if not files:
         raise DataError(f"{wanted.root}: has no files of epochs, NAME-epo.fif")
     try:
