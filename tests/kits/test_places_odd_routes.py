@@ -383,3 +383,24 @@ def test_other_files_of_a_traverse_are_left_alone(tmp_path):
         load_data("places-folder", place, limit=2)
     with pytest.raises(UsageError, match=r"has images of 16 pixels: set data\.options\.side"):
         load_data("places-folder", place, image_size=8)
+
+
+def test_images_and_traverses_are_in_the_order_of_their_numbers(tmp_path):
+    numbers = range(12)
+    for traverse, form in (("run2", "{}.png"), ("run10", "frame{:03d}.png")):
+        (tmp_path / traverse).mkdir()
+        for number in numbers:
+            file = tmp_path / traverse / form.format(number)
+            Image.new("L", (9, 7), 20 * number).save(file)
+    options = {"side": 4, "calibration": 2}
+    data = load_data("places-folder", tmp_path, options=options)
+    assert data.train.images[:, 0, 0, 0].tolist() == [20 * n for n in numbers]
+    held_out = data.test.labels.tolist()
+    assert data.test.images[:, 0, 0, 0].tolist() == [20 * place for place in held_out]
+
+
+@pytest.mark.parametrize("share", [{"validation": 0.5}, {"test": 0.5}])
+def test_shares_of_images_are_refused(tmp_path, share):
+    place = folder_of(tmp_path, {"a": 3, "b": 3})
+    with pytest.raises(UsageError, match=r"set data\.options\.calibration"):
+        load_data("places-folder", place, **share)

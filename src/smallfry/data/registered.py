@@ -13,6 +13,9 @@ from smallfry.io.registry import add, path_of
 __all__ = ["OWN", "Reader", "Wanted", "find_reader", "register_data", "settings_from"]
 
 
+SHARES = (0.1, 0.2)  # validation and test, in load_data
+
+
 class Wanted(NamedTuple):
     """Request for a registered data set: the settings of ``load_data``."""
 

@@ -25,6 +25,12 @@ from smallfry.training.run import RunFolder, TrainedModel, load_run, new_run_fol
 
 __all__ = ["fit_once", "fits_itself"]
 
+# settings of gradients and steps
+UNUSED = (
+    *("optimizer", "methods", "distillation", "adversarial", "augment", "balance", "schedule"),
+    *("ema", "batch_size", "accumulate", "precision", "channels_last", "compile"),
+)
+
 
 def fits_itself(config: TrainConfig) -> bool:
     """Return whether a configuration's task fits its models itself."""
@@ -41,9 +47,11 @@ def fit_once(config: TrainConfig, reporter: Reporter | None = None) -> dict[str,
     """
     task = create_task(config.task, config.objective.label_smoothing)
     assert isinstance(task, FitsItself)
-    for name in ("optimizer", "methods", "distillation", "augment"):
+    for name in UNUSED:
         if getattr(config, name) != getattr(TrainConfig(), name):
             raise UsageError(f"{config.task} is fitted without gradients: leave out {name}")
+    if config.epochs not in (1, TrainConfig().epochs):
+        raise UsageError(f"{config.task} is fitted at once: leave out epochs")
     if config.run is not None:
         RunFolder(config.run).require_free()
     data = load_config_data(config.data)

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from smallfry.data import ImageData, Split
 from smallfry.data.cache import decoded
 from smallfry.data.fingerprint import digest, stamp
-from smallfry.data.registered import Wanted, register_data, settings_from
+from smallfry.data.registered import SHARES, Wanted, register_data, settings_from
 from smallfry.data.sources import EncodedSplit
 from smallfry.errors import DataError, UsageError
+from smallfry.io.natural import natural
 from smallfry.kits.places.traverse import VERSION, TraverseSettings, draw_traverse
 from smallfry_runtime.frames import frame_of
 
@@ -69,7 +70,8 @@ def read_folder(name: str, wanted: Wanted) -> ImageData:
     settings: FolderSettings = settings_from(FolderSettings, wanted.options)
     _require(name, wanted, settings.side)
     root = wanted.root.expanduser()
-    folders = [place for place in sorted(root.glob("*")) if place.is_dir()]
+    folders = [place for place in root.glob("*") if place.is_dir()]
+    folders.sort(key=lambda place: natural(place.name))
     query = settings.query or (folders[-1].name if folders else "")
     ordered = [f for f in folders if f.name != query] + [f for f in folders if f.name == query]
     if len(ordered) < 2 or ordered[-1].name != query:
@@ -138,10 +140,17 @@ def _require(name: str, wanted: Wanted, side: int) -> None:
     wanted.require_fixed(name, channels=1, image_size=size, resize="squash")
     if wanted.limit is not None:
         raise UsageError(f"{name} needs whole traverses: leave out data.limit")
+    if (wanted.validation, wanted.test) != SHARES:
+        raise UsageError(
+            f"{name} holds out places for the choice of neurons, not a share of images: leave out "
+            "data.validation and data.test, and set data.options.calibration"
+        )
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.iterdir() if f.suffix.lower() in ENDINGS)
+    """Find the images of a traverse, in the order of the numbers in their names."""
+    files = [f for f in folder.iterdir() if f.suffix.lower() in ENDINGS]
+    return sorted(files, key=lambda file: natural(file.name))
 
 
 def _decoded(files: list[Path], side: int) -> NDArray[np.uint8]:
