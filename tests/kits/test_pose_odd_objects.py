@@ -314,3 +314,15 @@ def test_an_object_that_reaches_behind_the_camera_is_refused():
     mesh = Mesh(CORNERS - 0.5, BOX, np.ones((12, 3)), CORNERS)
     with pytest.raises(UsageError, match="must be before the camera: its pose has depths below"):
         rasterise(mesh, Pose(np.eye(3), np.array([0, 0, 0.5])), Camera(9, 9, 4, 4), 8, 8)
+
+
+def test_objects_partly_behind_the_camera_or_beyond_any_picture_are_refused(bop):
+    change(bop, "gt", lambda content: content["1"][0].update(cam_t_m2c=[0, 0, 20]))
+    with pytest.raises(DataError, match=r"000001\.png: a part .* is 0\.0\d+ m behind the camera"):
+        load(bop)
+    change(bop, "gt", lambda content: content["1"][0].update(cam_t_m2c=[0, 0, 70]))
+    assert len(load(bop).train) == VIEWS
+    far = [80_000.0, 0, 31.5, 0, 80_000.0, 23.5, 0, 0, 1]
+    change(bop, "camera", lambda content: content["1"].update(cam_K=far))
+    with pytest.raises(DataError, match=r"000001\.png: the object has a box of \d+ pixels"):
+        load(bop)

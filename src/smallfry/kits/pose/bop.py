@@ -38,6 +38,8 @@ __all__ = ["BopSettings", "read_bop"]
 Floats = NDArray[np.float64]
 PICTURES = ("rgb", "gray")
 ENDINGS = (".png", ".jpg", ".tif")
+NEAREST = 0.001  # metres from the camera to the nearest point of an object
+MOST_SIDE = 8192  # pixels of the square around an object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,10 +243,25 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _crop(vertices: Floats, view: View) -> tuple[int, int, int]:
-    """Return the square around the object's box: first column, first row and side."""
+    """Return the square around the object's box: first column, first row and side.
+
+    Raises:
+        DataError: A part of the object is behind the camera, or its box beyond any picture.
+    """
+    depths = (vertices @ view.pose.rotation.T + view.pose.translation)[:, 2]
+    if depths.min() < NEAREST:
+        raise DataError(
+            f"{view.picture}: a part of the object is {-depths.min():.3g} m behind the camera; "
+            "correct its cam_t_m2c, in millimetres, or leave the picture out"
+        )
     places = project(vertices, view.pose, view.camera)
     low, high = places.min(axis=0), places.max(axis=0)
     side = max(8, round(LARGER * float((high - low).max())))
+    if side > MOST_SIDE:
+        raise DataError(
+            f"{view.picture}: the object has a box of {side} pixels; correct its "
+            "cam_K, or its cam_t_m2c, in millimetres, or leave the picture out"
+        )
     first = np.rint((low + high) / 2 - side / 2).astype(int)
     return int(first[0]), int(first[1]), side
 
