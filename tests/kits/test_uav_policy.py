@@ -140,10 +140,14 @@ def test_an_array_is_answered_with_an_action(run, tmp_path, capsys):
     assert sum(answer["probabilities"].values()) == pytest.approx(1)
 
 
-def test_mirrored_frames_are_refused(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("flip", "true"), ("color_jitter", "0.3"), ("cutout", "4"), ("erasing", "0.5")],
+)
+def test_frames_that_would_show_another_action_are_refused(tmp_path, capsys, name, value):
     asked = ["train", "--task", "uav-policy", *SMALL, "--run", str(tmp_path / "run")]
-    assert main([*asked, "--augment.flip", "true"]) == 2
-    assert "would not hold for images changed by augment.flip" in capsys.readouterr().err
+    assert main([*asked, f"--augment.{name}", value]) == 2
+    assert f"would not hold for images changed by augment.{name}" in capsys.readouterr().err
 
 
 def glance_of(seconds, last=FORWARD):

@@ -11,7 +11,6 @@ from torch import Tensor
 from smallfry.data import Split
 from smallfry.errors import UsageError
 from smallfry.kits.uav.flight import ACTIONS
-from smallfry.kits.uav.segmentation import AUGMENTATIONS
 from smallfry.tasks import register
 from smallfry.tasks.classification import Classification, ClassTargets
 from smallfry.tasks.task import TaskDefaults
@@ -29,13 +28,14 @@ class UAVPolicy(Classification):
     """Actions: logits (frames, actions), labels (frames,), as of classification.
 
     Neighbouring frames of a flight are alike, so flights are held out as a whole. Images are never
-    mirrored: left would stay left.
+    mirrored: left would stay left. Nor are they blanked or recoloured: four of the channels are the
+    last action.
     """
 
     name: ClassVar[str] = "uav-policy"
     defaults: ClassVar[TaskDefaults] = TaskDefaults({}, "pilot_net", "cross_entropy")
     recipe: ClassVar[Path] = Path(__file__).parent / "recipe_policy.yaml"
-    augmentations: ClassVar[frozenset[str]] = AUGMENTATIONS
+    augmentations: ClassVar[frozenset[str]] = frozenset({"repeats"})
 
     def targets(self, labels: Tensor, shares: Tensor) -> ClassTargets:
         """Return labels and probabilities of actions.
