@@ -9,12 +9,15 @@ from torch import nn
 
 from smallfry.errors import UsageError
 from smallfry.models import ViTRM
+from smallfry.tasks import create_task
 from smallfry.training.config import EMAConfig, OptimizerConfig, ScheduleConfig
 from smallfry.training.optimization import (
+    NATURAL,
     WeightAverage,
     build_optimizer,
     learning_rate,
     peak_learning_rate,
+    with_fisher,
 )
 
 MODEL = ViTRM(8, 4, 1, 3, embed_dim=16, num_heads=2, mlp_hidden_dim=8)
@@ -232,3 +235,17 @@ def test_a_model_without_a_classifier_has_no_rate_for_it():
 def test_rates_are_positive(name):
     with pytest.raises(UsageError, match=f"{name} must be positive"):
         OptimizerConfig(**{name: 0.0})
+
+
+def test_natural_gradient_takes_the_fisher_matrix_of_its_task():
+    plain, texts = create_task("classification"), create_task("ocr")
+    kfac, adamw = OptimizerConfig(name="kfac"), OptimizerConfig(name="adamw")
+    assert with_fisher(kfac, texts).options == {"fisher": "empirical"}
+    assert with_fisher(kfac, plain) == kfac
+    assert with_fisher(adamw, texts) == adamw
+    given = OptimizerConfig(name="kfac", options={"fisher": "mc"})
+    assert with_fisher(given, texts) == given
+    for name in NATURAL:
+        config = with_fisher(OptimizerConfig(name=name, lr=0.1), texts)
+        optimizer = build_optimizer(config, nn.Sequential(nn.Linear(3, 2)))
+        assert optimizer.settings.fisher == "empirical"

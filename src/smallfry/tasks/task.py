@@ -180,6 +180,16 @@ class AddsTerms(Protocol):
 
 
 @runtime_checkable
+class HasFisher(Protocol):
+    """Task whose likelihood is not that of its outputs one by one, such as of a text's frames.
+
+    Natural gradient then takes this Fisher matrix, unless its options name another.
+    """
+
+    fisher: ClassVar[str]
+
+
+@runtime_checkable
 class HasChoices(Protocol):
     """Task with a choice of scores for the best epoch.
 

@@ -38,6 +38,7 @@ from smallfry.training.optimization import (
     learning_rate,
     peak_learning_rate,
     unchecked,
+    with_fisher,
 )
 from smallfry.training.position import Progress, divergence
 from smallfry.training.processes import Processes, losing_none, start, synchronized
@@ -134,8 +135,9 @@ class Trainer:
             self.average = ShardedAverage(self.raw_model, config.ema)
         changed = self.running.changes_gradients or getattr(objective, "changes_gradients", False)
         changed = changed or isinstance(objective.task, AddsTerms)
+        optimizer = with_fisher(config.optimizer, objective.task)
         self.raw_optimizer = build_optimizer(
-            unchecked(config.optimizer) if changed else config.optimizer,
+            unchecked(optimizer) if changed else optimizer,
             self.raw_model,
             prepared,
             objective.likelihood,

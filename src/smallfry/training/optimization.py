@@ -20,6 +20,7 @@ from torch import nn
 
 from smallfry.errors import UsageError, nearest
 from smallfry.optim import METHODS, AdamATan2, NaturalGradient
+from smallfry.tasks import HasFisher, Task
 from smallfry.training.config import EMAConfig, OptimizerConfig, ScheduleConfig
 from smallfry.transforms.classifier import classifier_names
 
@@ -119,6 +120,13 @@ def unchecked(config: OptimizerConfig) -> OptimizerConfig:
     if config.name not in NATURAL:
         return config
     return replace(config, options={"check": "off", **config.options})
+
+
+def with_fisher(config: OptimizerConfig, task: Task) -> OptimizerConfig:
+    """Give natural gradient the Fisher matrix of a task that has one of its own."""
+    if config.name not in NATURAL or not isinstance(task, HasFisher):
+        return config
+    return replace(config, options={"fisher": task.fisher, **config.options})
 
 
 def _with_rates(config: OptimizerConfig, model: nn.Module) -> list[dict[str, Any]]:

@@ -29,12 +29,13 @@ class OCR:
     """Texts: logits (images, steps, symbols), labels (images, longest), filled up with 0.
 
     The loss is the mean of -log p(text), not divided by its length; Graves et al., ICML 2006. It
-    has no likelihood of single steps: for natural gradient, take the empirical Fisher, with
-    ``optimizer.options {fisher: empirical}``.
+    has no likelihood of single steps: natural gradient takes the empirical Fisher by default;
+    ``optimizer.options {fisher: mc}`` approximates it, and samples each step by itself.
     """
 
     name: ClassVar[str] = "ocr"
     likelihood: ClassVar[str] = "categorical"
+    fisher: ClassVar[str] = "empirical"
     choices: ClassVar[tuple[str, ...]] = ("accuracy", "character_error", "loss")
     defaults: ClassVar[TaskDefaults] = TaskDefaults({}, "crnn_dw_m", "cross_entropy")
     augmentations: ClassVar[frozenset[str]] = frozenset(
