@@ -1,5 +1,6 @@
 """Settings of a run that change between its last checkpoint and its continuation."""
 
+import csv
 import json
 import logging
 import shutil
@@ -77,6 +78,18 @@ def test_an_edit_that_would_repeat_images_is_refused(variant, tmp_path, edited):
     name, value = next(iter(edited.items()))
     with pytest.raises(RunError, match=rf"has {name} {value}, and the run was trained with"):
         resume(run)
+
+
+def test_the_best_epoch_is_chosen_by_the_score_of_now(variant, tmp_path):
+    run = tmp_path / "run"
+    train(variant(run=run, epochs=2))
+    edit(run, select_by="loss")
+    measured = resume(run, changes={"epochs": 6})["measured"]
+    with (run / "metrics.csv").open() as stream:
+        losses = [float(row["validation_loss"]) for row in csv.DictReader(stream)]
+    assert measured["best_epoch"] == 3 + losses[2:].index(min(losses[2:]))
+    kept, _, _ = load_checkpoint(run / "best")
+    assert kept["training"]["scores"]["loss"] == pytest.approx(min(losses[2:]))
 
 
 def test_other_edits_are_reported(variant, tmp_path, capsys):

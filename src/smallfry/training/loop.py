@@ -296,6 +296,8 @@ class Trainer:
         self.progress = Progress(**(earlier | trainer["progress"]))
         if any(change.name in ("epochs", "callbacks") for change in changed):
             self.progress.stopping = ""
+        if any(change.name in ("select_by", "select_on") for change in changed):
+            self.progress.best_score = (-math.inf,)  # of another score; the next epoch's is kept
         if changed:
             self.reporter.say(f"changed settings: {', '.join(map(str, changed))}")
 
