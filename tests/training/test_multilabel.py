@@ -262,6 +262,23 @@ def test_scores_equal_torchmetrics():
     assert task.right(outputs, LabelTargets(labels, labels)).sum() == round(40 * found["accuracy"])
 
 
+def test_confident_answers_keep_their_order():
+    outputs, labels = torch.tensor([18.0, 25.0, 35.0, 40.0])[:, None], torch.tensor([0, 0, 1, 1])
+    assert MultiLabel().metrics(outputs, labels[:, None])["mean_average_precision"] == 1.0
+    tied = torch.tensor([20.0, 20.0, 20.0, 20.0])[:, None]
+    assert MultiLabel().metrics(tied, labels[:, None])["mean_average_precision"] == 0.5
+    few = torch.tensor([0.0, torch.tensor(0.0).nextafter(torch.tensor(1.0))])[:, None]
+    assert MultiLabel().metrics(few, labels[1:3, None])["mean_average_precision"] == 1.0
+
+
+def test_a_threshold_between_neighbouring_probabilities_parts_them():
+    low = torch.rand(200, generator=torch.Generator().manual_seed(0))
+    shares = torch.stack([low, low.nextafter(torch.tensor(2.0))])
+    labels = torch.tensor([[0], [1]]).expand(2, 200)
+    cuts = torch.tensor(best_thresholds(shares, labels))
+    assert torch.equal(shares >= cuts, labels.bool())
+
+
 def test_a_class_without_images_does_not_change_the_means():
     outputs, labels = torch.randn(10, 2), torch.zeros(10, 2, dtype=torch.int64)
     assert MultiLabel().metrics(outputs, labels)["mean_average_precision"] == 0.0

@@ -120,7 +120,9 @@ class MultiLabel:
             taken = int(said[:, i].sum())
             average = 0.0
             if count:
-                average = binary_average_precision(outputs[:, i].sigmoid(), labels[:, i]).item()
+                ranks = outputs[:, i].unique(return_inverse=True)[1]  # high sigmoids are all 1
+                shares = ranks.double() / len(outputs)
+                average = binary_average_precision(shares, labels[:, i]).item()
             found[name] = {
                 "images": count,
                 "average_precision": average,
@@ -192,5 +194,6 @@ def best_thresholds(probabilities: Tensor, labels: Tensor) -> list[float]:
         below = torch.cat([share[1:], share.new_zeros(1)])
         score[share == below] = -1  # images of one probability are chosen together
         best = int(score.argmax())
-        found.append(((share[best] + below[best]) / 2).item())
+        middle = ((share[best] + below[best]) / 2).to(probabilities)
+        found.append((middle if middle > below[best] else share[best]).item())
     return found
