@@ -12,6 +12,9 @@ from smallfry.__main__ import main
 from smallfry.errors import UsageError
 from smallfry.tasks import Batch
 from smallfry.tasks.classification import Classification, ClassTargets
+from smallfry.training.adversarial import Adversarial
+from smallfry.training.attack import PGD
+from smallfry.training.augment import Normalize
 from smallfry.training.config import TrainConfig
 from smallfry.training.hyper_parameters import (
     TUNABLE,
@@ -184,6 +187,25 @@ def test_dropout_augmentation_and_noise_act_by_their_own_strength():
     raw = noisy.raw.detach().expand(400, -1)
     change = noisy._changed(batch, raw).inputs - batch.inputs
     assert float(change.std()) == pytest.approx(1.0, abs=0.02)
+
+
+@pytest.mark.parametrize("places", [True, False])
+def test_a_network_in_evaluation_drops_nothing(places):
+    body = [nn.Flatten(), nn.Linear(64, 16, dtype=torch.float64), nn.Tanh()]
+    model = nn.Sequential(*body, nn.Dropout(0.0), nn.Linear(16, 10, dtype=torch.float64))
+    if not places:
+        model = nn.Sequential(*body, nn.Linear(16, 10, dtype=torch.float64))
+        model.get_classifier = lambda: model[-1]
+    attacked = Adversarial(Supervised(Classification()), PGD(0.1, None, 3), Normalize([0.0], [1.0]))
+    found = SelfTuned(attacked, find_hypers([{"dropout": 0.5}]), batch_of, 99)
+    prepared, seen = found.prepare(model), []
+    model[-1].register_forward_hook(
+        lambda layer, inputs, _: seen.append((layer.training, bool((inputs[0] == 0).any())))
+    )
+    model.train()
+    next(found(prepared, batch_of(8)))
+    assert {dropped for training, dropped in seen if not training} == {False}  # while it attacks
+    assert {dropped for training, dropped in seen if training} == {True}
 
 
 def test_the_steps_of_response_and_hyper_parameters_leave_the_network_alone():

@@ -272,10 +272,13 @@ class SelfTuned(WrappedObjective):
             rates = rates.view(-1, *(1 for _ in values.shape[1:]))
             return values * (torch.rand_like(values.detach()) >= rates) / (1 - rates)
 
+        def dropping(layer: nn.Module) -> bool:
+            return self._dropout is not None and layer.training
+
         places = [each for each in model.modules() if type(each) is nn.Dropout]
         for place in places:
             place.register_forward_hook(
-                lambda _, inputs, __: None if self._dropout is None else drop(inputs[0])
+                lambda layer, inputs, __: drop(inputs[0]) if dropping(layer) else None
             )
         classifier: Any = getattr(model, "get_classifier", lambda: None)()
         if not places and not isinstance(classifier, nn.Module):
@@ -284,7 +287,7 @@ class SelfTuned(WrappedObjective):
             )
         if not places:
             classifier.register_forward_pre_hook(
-                lambda _, inputs: None if self._dropout is None else (drop(inputs[0]), *inputs[1:])
+                lambda layer, inputs: (drop(inputs[0]), *inputs[1:]) if dropping(layer) else None
             )
 
     # State
