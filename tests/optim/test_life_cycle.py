@@ -231,3 +231,20 @@ def test_a_copied_model_is_trained_by_an_optimizer_of_its_own():
         step(other, second)
     for name, p in other.named_parameters():
         assert torch.equal(p, model.get_parameter(name))
+
+
+def test_hooks_of_state_dicts_are_called_as_those_of_any_optimizer():
+    model = net()
+    optimizer, calls = KFAC(model, lr=0.1), []
+    step(model, optimizer)
+    optimizer.register_state_dict_pre_hook(lambda _: calls.append("before saving"))
+    optimizer.register_state_dict_post_hook(lambda _, state: {**state, "mine": 7})
+    kept = optimizer.state_dict()
+    assert kept.pop("mine") == 7
+    optimizer.register_load_state_dict_pre_hook(
+        lambda _, state: {k: v for k, v in state.items() if k != "theirs"}
+    )
+    optimizer.register_load_state_dict_post_hook(lambda _: calls.append("after loading"))
+    optimizer.load_state_dict({**kept, "theirs": 8})
+    assert calls == ["before saving", "after loading"]
+    step(model, optimizer)

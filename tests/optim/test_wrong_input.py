@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from smallfry.curvature import Categorical
+from smallfry.curvature.scaled import Scaled
 from smallfry.errors import SmallfryWarning, UsageError
 from smallfry.optim import EKFAC, KFAC, KPSVD, SNGD, Deflation, ExactNG, TwoLevel
 
@@ -53,6 +54,12 @@ def test_a_likelihood_that_does_not_fit_the_loss_is_named():
     target = torch.randn(16, 3)
     with pytest.raises(UsageError, match="'categorical' does not fit the loss"):
         once(model := net(), KFAC(model), lambda z: F.mse_loss(z, target))
+    for named, words in (
+        ("categorical_mean", "'categorical_mean', with the classes in dimension 1, does not fit"),
+        (Scaled(Categorical(), 0.5), "'categorical' times 0.5, with the classes in dimension -1"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            once(model := net(), KFAC(model, likelihood=named), lambda z: 9 * F.mse_loss(z, target))
     with pytest.raises(UsageError, match="does not fit the loss"):
         once(
             model := net(), KFAC(model, likelihood="bernoulli"), lambda z: 9 * F.mse_loss(z, target)

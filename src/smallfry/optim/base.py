@@ -252,11 +252,21 @@ class NaturalGradient(PreconditionedOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the complete state, by parameter name, as plain data and tensors."""
-        return save_state(self)
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        found = save_state(self)
+        for after in self._optimizer_state_dict_post_hooks.values():
+            found = after(self, found) or found
+        return found
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state; a UsageError if it belongs to another method or model."""
-        load_state(self, state_dict)
+        given = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            given = before(self, given) or given
+        load_state(self, given)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def summary(self) -> Summary:
         """Summarise each parameter: approximation, memory, cost of a refresh."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from smallfry.curvature import Block, Coverage, Likelihood, Observation
+from smallfry.curvature.scaled import Scaled
 from smallfry.errors import SmallfryWarning, UsageError
 from smallfry.optim.collectives import Collectives
 from smallfry.optim.weighing import Weighing
@@ -163,6 +164,18 @@ def _both_gradients(
     return list(zip(covered, actual, mean, means, strict=True))
 
 
+def _described(likelihood: Likelihood) -> str:
+    """Describe a likelihood, with its factor and the dimension of its classes."""
+    if not isinstance(likelihood, Scaled):
+        return f"'{type(likelihood).__name__.lower()}'"
+    inner = type(likelihood.inner).__name__.lower()
+    named = f"'{inner}' times {likelihood.factor}"
+    if likelihood.factor == "mean":
+        named = f"'{inner}_mean'"
+    dimension = getattr(likelihood.inner, "dim", None)
+    return named + ("" if dimension is None else f", with the classes in dimension {dimension},")
+
+
 def check_loss(
     likelihood: Likelihood,
     observations: Sequence[Observation],
@@ -191,11 +204,11 @@ def check_loss(
             continue
         if not scale.fits:
             raise UsageError(
-                f"the likelihood '{type(likelihood).__name__.lower()}' does not fit the loss: no "
-                "targets give the gradients at the model's output. Name the "
-                "likelihood of the loss, its negative logarithm (categorical for "
-                "cross_entropy, bernoulli for binary_cross_entropy_with_logits, gaussian for "
-                "mse_loss), or give a function to a torch.distributions object"
+                f"the likelihood {_described(likelihood)} does not fit the loss: no targets give "
+                "the gradients at the model's output. Name the likelihood of the loss, its "
+                "negative logarithm (categorical for cross_entropy, bernoulli for "
+                "binary_cross_entropy_with_logits, gaussian for mse_loss), or give a function to "
+                "a torch.distributions object"
             )
         factors.append(scale)
     if not factors:

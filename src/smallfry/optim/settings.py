@@ -22,8 +22,9 @@ class CurvatureSettings:
         lr: Learning rate of the covered parameters.
         likelihood: The density that the loss is the negative logarithm of: "categorical",
             "bernoulli", "bernoulli_probabilities", "gaussian", "stablemax", one of these with
-            "_mean" for a mean over positions, a Likelihood, a mapping from parts of the output to
-            likelihoods, or a function from the output to a ``torch.distributions`` object.
+            "_mean" for a mean over positions (of classes in the second dimension), a Likelihood, a
+            mapping from parts of the output to likelihoods, or a function from the output to a
+            ``torch.distributions`` object.
         loss_scale: The loss over the mean over samples of the negative log-likelihood, summed
             over outputs. "mean" is PyTorch's reduction over all entries, "sum" a sum over samples.
         damping: λ over the mean eigenvalue of the approximated Fisher, in which a layer counts for
