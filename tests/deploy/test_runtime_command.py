@@ -1,6 +1,10 @@
 """Command of the runtime's own wheel."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -57,3 +61,45 @@ def test_wrong_options_are_explained(anytime, pictures, capsys, options, code, m
 def test_a_missing_export_is_an_error(tmp_path, capsys):
     assert main([str(tmp_path / "none"), "x.png"]) == 1
     assert "no such export" in capsys.readouterr().err
+
+
+COMMAND = (sys.executable, "-m", "smallfry_runtime")
+
+
+def test_a_reader_that_has_enough_is_no_failure(anytime, pictures):
+    many = "".join(f"{pictures[0]}\n" for _ in range(3000))
+    with subprocess.Popen(
+        [*COMMAND, str(anytime), "-"], stdin=-1, stdout=-1, stderr=-1, text=True
+    ) as process:
+        process.stdin.write(many)
+        process.stdin.close()
+        assert json.loads(process.stdout.readline())["class"]
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert (process.returncode, errors) == (0, "")
+
+
+def test_names_beyond_the_terminals_letters_are_escaped(anytime, pictures):
+    os.rename(pictures[0], named := os.path.join(os.path.dirname(pictures[0]), "猫.png"))
+    found = subprocess.run(
+        [*COMMAND, str(anytime), named],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert (found.returncode, found.stderr) == (0, "")
+    assert r"\u732b.png" in found.stdout
+
+
+def test_an_interruption_ends_quietly(anytime, pictures):
+    many = "".join(f"{pictures[0]}\n" for _ in range(100_000))
+    with subprocess.Popen(
+        [*COMMAND, str(anytime), "-"], stdin=-1, stdout=-1, stderr=-1, text=True
+    ) as process:
+        process.stdin.write(many)
+        process.stdin.close()
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        process.stdout.read()
+        errors = process.stderr.read()
+    assert (process.returncode, errors) == (130, "")

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +15,11 @@ from smallfry_runtime.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code is 0, 1 for a failure, 2 for wrong usage."""
+    """Run the command; the exit code is 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C."""
     options = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # of a terminal without these letters
     try:
         settings = _settings(options)
         runtime = Runtime(options.export, options.threads)
@@ -30,6 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failed |= answer.error is not None
             content = answer.to_dict() if answer.error is None else {"error": answer.error}
             say(json.dumps(content, ensure_ascii=False))
+    except BrokenPipeError:  # the reader has enough, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
     except SmallfryError as error:
         say(f"smallfry-runtime: {error}", sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

@@ -6,13 +6,16 @@ import socket
 import threading
 import time
 from itertools import islice
+from unittest.mock import MagicMock
 
 import pytest
 
 pytest.importorskip("uvicorn", reason="the serve extra is not installed")
 
 from smallfry_runtime.serving import listening as of_servers
+from smallfry_runtime.serving import server as serving_module
 from smallfry_runtime.serving.connections import BoundedConnection
+from smallfry_runtime.serving.limits import Limits
 from smallfry_runtime.serving.listening import listening, running
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -163,3 +166,19 @@ def test_a_server_that_stops_waits_for_no_request(monkeypatch, begun):
             stops = time.monotonic()
         assert time.monotonic() - stops < PATIENCE
         assert all(is_cut_off(one) for one in late)
+
+
+@pytest.mark.parametrize(("most", "waited"), [(3.0, 8.0), (30.0, 31.0)])
+def test_a_server_that_stops_waits_as_long_as_an_answer_may_take(monkeypatch, most, waited):
+    given = []
+
+    @contextlib.contextmanager
+    def running(app, listener, seconds):
+        given.append(seconds)
+        yield
+
+    monkeypatch.setattr(serving_module, "running", running)
+    monkeypatch.setattr(serving_module, "Service", lambda *_: MagicMock())
+    with serving_module.serving(MagicMock(), limits=Limits(seconds=most)):
+        pass
+    assert given == [waited]

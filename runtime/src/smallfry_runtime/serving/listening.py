@@ -1,6 +1,7 @@
 """Listening socket and server thread: host, port, clean shutdown."""
 
 import errno
+import math
 import os
 import signal
 import socket
@@ -60,12 +61,19 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
 
 
 @contextmanager
-def running(app: Any, listener: socket.socket) -> Iterator[None]:
-    """Run an ASGI application in a thread, with deadlines for all requests."""
+def running(app: Any, listener: socket.socket, seconds: float | None = None) -> Iterator[None]:
+    """Run an ASGI application in a thread, with deadlines for all requests.
+
+    Args:
+        app: The application.
+        listener: The socket.
+        seconds: Most time for answers in progress when it ends; default ``STOP_SECONDS``.
+    """
     import uvicorn
 
     from smallfry_runtime.serving.connections import BoundedConnection
 
+    most = math.ceil(STOP_SECONDS if seconds is None else seconds)
     config = uvicorn.Config(
         app,
         http=BoundedConnection,
@@ -74,7 +82,7 @@ def running(app: Any, listener: socket.socket) -> Iterator[None]:
         proxy_headers=False,
         server_header=False,
         log_level="critical",
-        timeout_graceful_shutdown=STOP_SECONDS,
+        timeout_graceful_shutdown=most,
     )
     server = uvicorn.Server(config)
     thread = BackgroundThread(lambda: server.run([listener]))
@@ -86,7 +94,7 @@ def running(app: Any, listener: socket.socket) -> Iterator[None]:
         yield
     finally:
         server.should_exit = True
-        thread.wait(STOP_SECONDS + 2)
+        thread.wait(most + 2)
 
 
 @contextmanager

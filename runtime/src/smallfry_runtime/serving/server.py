@@ -23,6 +23,7 @@ from smallfry_runtime.runtime import Runtime
 from smallfry_runtime.serving.batching import Batcher, Busy, Late
 from smallfry_runtime.serving.limits import Limits
 from smallfry_runtime.serving.listening import (
+    STOP_SECONDS,
     address,
     is_loopback,
     known_hosts,
@@ -87,9 +88,11 @@ def serving(
     """Serve an export, and yield the address; see ``serve``."""
     threshold = runtime.exit_threshold(threshold=threshold)
     with listening(host, port) as listener:
-        service = Service(runtime, threshold, limits or Limits())
+        limits = limits or Limits()
+        service = Service(runtime, threshold, limits)
+        seconds = max(STOP_SECONDS, limits.seconds + 1)  # so that each has its answer
         try:
-            with running(service.application(known_hosts(host)), listener):
+            with running(service.application(known_hosts(host)), listener, seconds):
                 yield address(listener)
         finally:
             service.close()
