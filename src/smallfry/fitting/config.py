@@ -78,6 +78,11 @@ class FitConfig:
                 "min_accuracy is a percentage above 1 and at most 100, such as 90, got "
                 f"{self.min_accuracy:g}"
             )
+        if self.data.several_labels:
+            raise UsageError(
+                "a fit is for images of one class each: for several, take smallfry train --task "
+                "multilabel"
+            )
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"threads must be at least 1, got {self.threads}")
         if not 0 <= self.seed < MOST_SEED:

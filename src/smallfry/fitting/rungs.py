@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from smallfry.data import ImageData
+from smallfry.errors import RunError
 from smallfry.fitting.config import FitConfig
 from smallfry.fitting.plan import Plan, Planned
 from smallfry.fitting.recipe import CHOICES, recipe
@@ -40,6 +41,12 @@ class FitSpace:
     ) -> None:
         self.plan, self.config, self.data = plan, config, data
         self.starts, self.specs = starts, specs
+        for each in plan.candidates:
+            if each.entry.start is not None and each.entry.start not in starts:
+                raise RunError(
+                    f"the fit was begun with {each.entry.start} of results/models to start from, "
+                    "which is not here: go on in the folder in which it was begun, or begin another"
+                )
         names = tuple(each.name for each in plan.candidates)
         self.choices: tuple[Choice, ...] = (Choice(MODEL, names), *CHOICES)
 
