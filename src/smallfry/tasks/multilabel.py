@@ -120,8 +120,8 @@ class MultiLabel:
             taken = int(said[:, i].sum())
             average = 0.0
             if count:
-                ranks = outputs[:, i].unique(return_inverse=True)[1]  # high sigmoids are all 1
-                shares = ranks.double() / len(outputs)
+                column = outputs[:, i].contiguous()  # whose high sigmoids are all 1
+                shares = torch.searchsorted(column.sort().values, column).double() / len(column)
                 average = binary_average_precision(shares, labels[:, i]).item()
             found[name] = {
                 "images": count,
