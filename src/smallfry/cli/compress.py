@@ -99,7 +99,7 @@ def run(options: Options) -> int:
             f"'{training[0]}' acts during training: give a budget, --epochs N or --minutes M"
         )
     trained = load_trained(options.run, options.checkpoint)
-    place = options.to or Path(f"{str(options.run).rstrip('/')}-small")
+    place = options.to or _beside(options.run)
     if not options.settings.tunes:
         RunFolder(place.expanduser()).require_free()
     data, *_ = load_like(trained, options.run, options.data.name, options.data.root, "train")
@@ -130,6 +130,14 @@ def run(options: Options) -> int:
     say(f"run:     {folder}\npage:    {page}\nuse it:  {command('smallfry', 'evaluate', folder)}")
     say(f"compare: {closer}")
     return 0
+
+
+def _beside(run: str) -> Path:
+    """Name the folder of a compressed model beside its parent, also of ``.`` and ``..``."""
+    place = Path(run)
+    if place.name in ("", ".."):
+        place = place.resolve()
+    return place.with_name(f"{place.name}-small")
 
 
 def _write_page(
@@ -175,6 +183,8 @@ def _compressed(
         *(trained, options.run, place, other, settings.epochs or 1, settings.seed),
         *(settings.distill, settings.tuning),
     )
+    if other is None and options.data.root is not None:
+        config = replace(config, data=replace(config.data, root=options.data.root))
     if options.json:
         config = replace(config, progress="quiet")
     fine_tune(trained, options.run, methods, config, data, settings.minutes, reports)

@@ -14,7 +14,7 @@ from smallfry.io.console import CleanConsole
 from smallfry.io.terminal import printable, say
 
 if TYPE_CHECKING:
-    from smallfry.data import Split
+    from smallfry.data import ImageData, Split
     from smallfry.training.run import TrainedModel
 
 PERCENT = (
@@ -70,7 +70,7 @@ def run(options: Options) -> int:
         return _submodels(options, trained)
     loaded, images, split = load_like(trained, options.run, data.name, data.root, options.split)
     require_classes(trained, loaded.classes, loaded.origin)
-    threshold = _exit_threshold(options, trained)
+    threshold = _exit_threshold(options, trained, loaded)
     predictions = predict(
         trained.model,
         images,
@@ -185,8 +185,11 @@ def _shown(name: str, value: object) -> str:
     return str(value) if isinstance(value, str | int) else f"{value:.4f}"
 
 
-def _exit_threshold(options: Options, trained: "TrainedModel") -> float | None:
-    """Choose the halting threshold on the validation split, from a drop or a number of steps."""
+def _exit_threshold(options: Options, trained: "TrainedModel", loaded: "ImageData") -> float | None:
+    """Choose the halting threshold from a drop or a number of steps.
+
+    It is chosen on the validation split of the run's own data, wherever that is now.
+    """
     if options.exit_drop is None and options.exit_steps is None:
         return None
     from smallfry.training import exit_calibration
@@ -194,7 +197,10 @@ def _exit_threshold(options: Options, trained: "TrainedModel") -> float | None:
     from smallfry.training.evaluation_data import load_like
     from smallfry_runtime import early_exit
 
-    _, calibration, _ = load_like(trained, options.run, split="validation")
+    calibration, own = loaded.validation, trained.manifest.get("data", {}).get("fingerprint", "")
+    if len(calibration) == 0 or not loaded.matches(own):
+        root = options.data.root if options.data.name is None else None
+        _, calibration, _ = load_like(trained, options.run, None, root, "validation")
     task = task_of(trained.manifest)
     traced = exit_calibration.trace(trained.model, calibration, trained.normalize, task=task)
     points = early_exit.operating_points(traced)

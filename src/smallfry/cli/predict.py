@@ -66,6 +66,11 @@ def run(options: Options) -> int:
     from smallfry_runtime.manifest import Manifest, is_export
 
     if is_export(Path(options.run)):
+        if options.checkpoint != "best":
+            raise UsageError(
+                "an export has the weights that it was made of: leave out checkpoint, or export "
+                f"the run with --checkpoint {options.checkpoint}"
+            )
         if not Manifest.read(Path(options.run)).is_classifier:
             return _decode_export(options)
     else:
@@ -139,9 +144,11 @@ def _decode_run(options: Options, trained: "TrainedModel") -> int:
     from smallfry.training.evaluation import task_of
     from smallfry.training.inference import decode_images
     from smallfry.training.puzzle_inference import solve
+    from smallfry_runtime.decoders import require_no_settings
     from smallfry_runtime.pairs import find_pairs, takes_pairs
 
     _refuse_options_of_classes(options)
+    _refuse_calibrated_exits(options)
     task = task_of(trained.manifest)
     if not isinstance(task, ReadsText):
         if takes_pairs(task.name):
@@ -150,6 +157,8 @@ def _decode_run(options: Options, trained: "TrainedModel") -> int:
             images = find_images(options.inputs, sys.stdin.buffer)
         found = decode_images(trained, images, options.exit_threshold, options.decoding)
         return _print_decoded(options, found)
+
+    require_no_settings(options.decoding)
 
     def answers(text: str) -> Iterator[tuple[dict[str, Any], str]]:
         for number, solved in enumerate(solve(trained, text, options.exit_threshold), 1):
@@ -184,7 +193,17 @@ def _decode_export(options: Options) -> int:
     return _print_of_files(options, answers)
 
 
+def _refuse_calibrated_exits(options: Options) -> None:
+    if options.exit_drop is not None or options.exit_steps is not None:
+        raise UsageError(
+            "exit_drop and exit_steps need an export's calibrated thresholds; evaluate the run "
+            "with this option to find the threshold, then predict with --exit_threshold"
+        )
+
+
 def _refuse_options_of_classes(options: Options) -> None:
+    if options.top_k != Options.top_k:
+        raise UsageError("top_k is for classifiers: leave it out")
     if options.csv is not None:
         raise UsageError("csv is for classifiers; take --json here")
     if options.budget_ms is not None:
@@ -263,9 +282,5 @@ def _answers(options: Options, images: Iterable[InputImage]) -> Iterable[Answer]
         raise UsageError(
             "budget_ms needs an export with sub-models: export the run with --submodels N first"
         )
-    if options.exit_drop is not None or options.exit_steps is not None:
-        raise UsageError(
-            "exit_drop and exit_steps need an export's calibrated thresholds; evaluate the run "
-            "with this option to find the threshold, then predict with --exit_threshold"
-        )
+    _refuse_calibrated_exits(options)
     return classify(load_trained(options.run, options.checkpoint), images, options.top_k, threshold)
