@@ -64,6 +64,10 @@ def test_a_missing_export_is_an_error(tmp_path, capsys):
 
 
 COMMAND = (sys.executable, "-m", "smallfry_runtime")
+LISTENING = (  # to Ctrl-C, which a shell's background job ignores
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from smallfry_runtime.__main__ import main; sys.exit(main(sys.argv[1:]))"
+)
 
 
 def test_a_reader_that_has_enough_is_no_failure(anytime, pictures):
@@ -94,7 +98,11 @@ def test_names_beyond_the_terminals_letters_are_escaped(anytime, pictures):
 def test_an_interruption_ends_quietly(anytime, pictures):
     many = "".join(f"{pictures[0]}\n" for _ in range(100_000))
     with subprocess.Popen(
-        [*COMMAND, str(anytime), "-"], stdin=-1, stdout=-1, stderr=-1, text=True
+        [sys.executable, "-c", LISTENING, str(anytime), "-"],
+        stdin=-1,
+        stdout=-1,
+        stderr=-1,
+        text=True,
     ) as process:
         process.stdin.write(many)
         process.stdin.close()
