@@ -13,7 +13,6 @@ from smallfry.cli._fields import command_only, given_settings, option, process_c
 from smallfry.errors import UsageError
 from smallfry.io.console import CleanConsole
 from smallfry.io.terminal import command, printable, say
-from smallfry.tasks import find_task
 from smallfry.training.config import TrainConfig
 from smallfry.training.launch_env import rank
 
@@ -120,6 +119,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
         names = {"mAP": "mean_average_precision", "macro F1": "macro_f1", "micro F1": "micro_f1"}
         scores = {title: f"{measured['test'][name]:.2%}" for title, name in names.items()}
     if len(scores) > MOST_SCORES:  # of a task that names the main ones
+        from smallfry.tasks import find_task
+
         main = getattr(find_task(summary["task"]), "choices", ())
         scores = {name: scores[name] for name in main if name in scores} or scores
     titles = [title.replace("_", " ") for title in scores]
