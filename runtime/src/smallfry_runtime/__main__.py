@@ -10,16 +10,14 @@ from typing import Any
 
 from smallfry_runtime.errors import SmallfryError, UsageError
 from smallfry_runtime.runtime import Runtime
-from smallfry_runtime.terminal import say
+from smallfry_runtime.terminal import escape_unencodable, say
 from smallfry_runtime.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C."""
     options = _parser().parse_args(arguments)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # of a terminal without these letters
+    escape_unencodable()
     try:
         settings = _settings(options)
         runtime = Runtime(options.export, options.threads)

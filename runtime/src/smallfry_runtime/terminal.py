@@ -15,6 +15,17 @@ def say(text: str, stream: TextIO | None = None) -> None:
     print(f"{printable(text)}\n", end="", file=stream or sys.stdout, flush=True)
 
 
+def escape_unencodable() -> None:
+    """Make standard output and error escape characters outside their encoding.
+
+    A Latin-1 terminal, or a pipe under LC_ALL=C, has no "…"; by default, printing one raises
+    UnicodeEncodeError.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def printable(text: str) -> str:
     """Escape control characters in a text, so that it can't control the terminal.
 
