@@ -226,6 +226,26 @@ def test_maps_are_decoded_as_pytorch_enlarges_them():
     assert last == decode(arrays(OUTPUTS), NAMES, {"exit": 3})
 
 
+def test_answers_are_cut_to_the_size_of_each_pair():
+    sizes = [(20, 50), SIZE]
+    settings = {"focal": 100.0, "baseline": 0.2, "sizes": sizes}
+    for number, (height, width) in enumerate(sizes):
+        found = decode(arrays(OUTPUTS), NAMES, settings)[number]
+        kept = full_disparity(OUTPUTS.refined4, 4)[number, :height, :width].numpy()
+        classes = full_labels(OUTPUTS.semantics4, 4)[number, :height, :width].numpy()
+        stored = np.asarray(Image.open(io.BytesIO(base64.b64decode(found["disparity_png16"]))))
+        assert stored.shape == (height, width)
+        assert np.abs(stored / 256 - kept).max() < 0.5 / 256 + 1e-4
+        labels = np.asarray(Image.open(io.BytesIO(base64.b64decode(found["labels_png"]))))
+        assert (labels == classes).mean() > 0.999
+        wanted = {"least": kept.min(), "median": np.median(kept), "greatest": kept.max()}
+        assert found["disparity"] == pytest.approx(wanted, abs=1e-4)
+        shares = {name: (classes == k).mean() for k, name in enumerate(NAMES)}
+        assert found["shares"] == pytest.approx(shares, abs=2e-3)
+        near = np.maximum(kept[classes == 1], 0.5)
+        assert found["depth_m"]["road"] == pytest.approx(np.median(20 / near), rel=1e-3)
+
+
 def test_depths_need_focal_length_and_baseline():
     flat = OUTPUTS._replace(refined4=torch.full((2, 8, 16), 2.0))
     found = decode(arrays(flat), NAMES, {"focal": 100.0, "baseline": 0.2, "offset": 2.0})
@@ -238,7 +258,7 @@ def test_depths_need_focal_length_and_baseline():
         ({"exit": 4}, "exit is 1, 2 or 3, or 0 for the last, got 4"),
         ({"focal": 100.0}, "depths need both focal, in pixels, and baseline"),
         ({"focal": "far"}, "focal, baseline and offset are numbers"),
-        ({"depth": True}, "decoding has the settings exit, focal, baseline and offset"),
+        ({"depth": True}, "decoding has the settings exit, focal, baseline, offset and sizes"),
     ],
 )
 def test_wrong_settings_of_decoding_are_refused(settings, words):
@@ -304,6 +324,12 @@ def test_views_are_read_from_a_file(run, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found.pop("image") == ", ".join(names)
     assert found["disparity_png16"] == answer["disparity_png16"]
+    for name, view in zip(names, (views[:3], views[3:]), strict=True):
+        Image.fromarray(view.transpose(1, 2, 0)[:20, :50]).save(name)
+    assert main([*asked[:2], *names, *asked[3:]]) == 0
+    cut_off = json.loads(capsys.readouterr().out)
+    for map_of in ("disparity_png16", "labels_png"):
+        assert Image.open(io.BytesIO(base64.b64decode(cut_off[map_of]))).size == (50, 20)
     assert main([*asked[:2], names[0]]) == 1
     assert "a left view without its right one" in capsys.readouterr().err
     np.save(tmp_path / "few.npy", views[:3])

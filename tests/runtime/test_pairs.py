@@ -9,7 +9,7 @@ from PIL import Image
 
 from smallfry_runtime.frames import Frame
 from smallfry_runtime.inputs import InputImage
-from smallfry_runtime.pairs import find_pairs, fitted, pair_up, takes_pairs
+from smallfry_runtime.pairs import find_pairs, fitted, pair_up, takes_pairs, with_sizes
 
 FRAME = Frame(4, 6)
 VIEWS = np.random.default_rng(0).integers(0, 256, (2, 5, 6, 3), np.uint8)
@@ -54,6 +54,26 @@ def test_pictures_two_by_two_are_a_pair_and_arrays_pass(tmp_path):
         assert "r: " in refused.error
     (pair,) = find(tmp_path / "?.png")
     assert np.array_equal(pixels(pair), WANTED)
+
+
+@pytest.mark.parametrize(
+    ("frame", "inner"),
+    [((4, 6), (4, 6)), ((8, 6), (5, 6)), ((4, 16), (4, 6)), ((8, 16), (5, 6))],  # views are 5 × 6
+)
+def test_pairs_have_their_own_size_in_the_frame(frame, inner, tmp_path):
+    files = [save(tmp_path / f"{n}.png", view) for n, view in zip("ab", VIEWS, strict=True)]
+    (pair,) = find_pairs(files, io.BytesIO(), Frame(*frame))
+    assert pair.inner == inner
+    assert pixels(pair).shape == (6, *frame)
+    assert not pixels(pair)[:, inner[0] :].any()
+    assert not pixels(pair)[..., inner[1] :].any()
+
+
+def test_settings_have_the_sizes_of_pairs_alone():
+    assert with_sizes("ocr", None, [None], FRAME) is None
+    assert with_sizes("stereo", None, [(2, 3), None], FRAME) == {"sizes": [(2, 3), (4, 6)]}
+    given = {"exit": 1, "sizes": [[1, 1]]}
+    assert with_sizes("stereo", given, [(2, 3)], FRAME) == given
 
 
 @pytest.mark.parametrize("names", [("left", "right"), ("image_2", "image_3")])

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeAlias
 
 from PIL import Image
 
@@ -50,12 +50,16 @@ NETPBM = re.compile(rb"P[1-6]\s(?:\s|#[^\n]*\n)*\d+\s")  # an image whose bytes 
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*")
 
 
+InnerSize: TypeAlias = tuple[int, int] | None
+
+
 class InputImage(NamedTuple):
     """Input image, or the reason of its absence."""
 
     name: str
     encoded: Encoded | None
     error: str | None = None
+    inner: InnerSize = None  # height and width, where the rest of its frame is filling
 
 
 def find_images(inputs: Sequence[str], stdin: BinaryIO) -> Iterator[InputImage]:

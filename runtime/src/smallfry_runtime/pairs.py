@@ -4,7 +4,7 @@ Views keep their scale, so that disparities stay exact: they are cut in the midd
 the right and bottom.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,10 +17,10 @@ from smallfry_runtime.decoders import decoder_of, has_decoder
 from smallfry_runtime.errors import DataError
 from smallfry_runtime.frames import Frame
 from smallfry_runtime.images import Encoded, decode, header
-from smallfry_runtime.inputs import InputImage, find_images, in_order, is_image
+from smallfry_runtime.inputs import InnerSize, InputImage, find_images, in_order, is_image
 from smallfry_runtime.names import path_of
 
-__all__ = ["find_pairs", "fitted", "pair_up", "read_view", "takes_pairs"]
+__all__ = ["find_pairs", "fitted", "pair_up", "read_view", "takes_pairs", "with_sizes"]
 
 FOLDERS = (("left", "right"), ("image_2", "image_3"), ("colored_0", "colored_1"))  # KITTI's, too
 SCENE = ("im0.png", "im1.png")  # of Middlebury
@@ -68,6 +68,23 @@ def pair_up(images: Iterable[InputImage], frame: Frame) -> Iterator[InputImage]:
             f"{left.name}: a left view without its right one; give pictures two by two, or a "
             "folder with left and right",
         )
+
+
+def with_sizes(
+    task: str, settings: Mapping[str, Any] | None, sizes: Sequence[InnerSize], frame: Frame
+) -> Mapping[str, Any] | None:
+    """Add the sizes of pairs in their frame to settings of decoding, unless those have sizes.
+
+    Args:
+        task: Of the model; if it takes no pairs, its settings stay as they are.
+        settings: Of the task's decoder.
+        sizes: Height and width of each; None: those of the frame.
+        frame: Size that views are brought to.
+    """
+    if not takes_pairs(task):
+        return settings
+    found = [each or (frame.height, frame.width) for each in sizes]
+    return {"sizes": found, **(settings or {})}
 
 
 def read_view(picture: Encoded, name: str | None = None) -> NDArray[np.uint8]:
@@ -168,4 +185,6 @@ def _pair(left: InputImage, right: InputImage, frame: Frame) -> InputImage:
         return InputImage(name, None, str(error))
     stream = BytesIO()
     np.save(stream, fitted(np.concatenate(views), frame.height, frame.width), allow_pickle=False)
-    return InputImage(name, stream.getvalue())
+    height, width = views[0].shape[1:]
+    inner = min(height, frame.height), min(width, frame.width)
+    return InputImage(name, stream.getvalue(), inner=inner)

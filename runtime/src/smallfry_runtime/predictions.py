@@ -13,7 +13,7 @@ from smallfry_runtime.errors import DataError
 from smallfry_runtime.files import read_bytes
 from smallfry_runtime.frames import Frame, ImageSize
 from smallfry_runtime.images import decode as decode_image
-from smallfry_runtime.inputs import InputImage
+from smallfry_runtime.inputs import InnerSize, InputImage
 
 BATCH = 64
 NOT_FINITE = (
@@ -114,7 +114,7 @@ class Decoded(NamedTuple):
 
 
 def decoded(
-    decode: Callable[[NDArray[np.uint8]], Sequence[Any]],
+    decode: Callable[[NDArray[np.uint8], Sequence[InnerSize]], Sequence[Any]],
     images: Iterable[InputImage],
     image_size: ImageSize | Frame,
     channels: int,
@@ -125,15 +125,18 @@ def decoded(
     An image that can't be read gives an ``error``, as does one whose answer is not a number.
 
     Args:
-        decode: From pixels (images, channels, height, width) to a value for each, or None for an
-            answer that is not a number.
+        decode: From pixels (images, channels, height, width) and the images' own heights and
+            widths in them (None: all of the frame) to a value for each, or None for an answer that
+            is not a number.
         images: The images.
         image_size: Size that the images are brought to.
         channels: 1 (grey) or 3 (RGB).
         bit_depth: Bit depth of 16-bit images.
     """
     for chunk, pixels, errors in _chunks(images, image_size, channels, bit_depth):
-        values = iter(decode(np.stack(pixels)) if pixels else ())
+        pairs = zip(chunk, errors, strict=True)
+        inner = [image.inner for image, failure in pairs if failure is None]
+        values = iter(decode(np.stack(pixels), inner) if pixels else ())
         for image, failure in zip(chunk, errors, strict=True):
             yield Decoded(image.name, None, failure) if failure else _decoded(image, next(values))
 
@@ -153,7 +156,7 @@ def decoded_texts(
         read: From a text to pixels.
     """
     for text in texts:
-        name, encoded, error = text
+        name, encoded, error, _ = text
         if error is not None:
             yield Decoded(name, None, error)
             continue
@@ -208,7 +211,7 @@ def _chunks(
     while chunk := list(islice(remaining, BATCH)):
         pixels: list[NDArray[np.uint8]] = []
         errors: list[str | None] = []
-        for name, encoded, error in chunk:
+        for name, encoded, error, _ in chunk:
             try:
                 if encoded is None:
                     raise DataError(error or name)

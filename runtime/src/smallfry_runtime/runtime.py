@@ -18,10 +18,10 @@ from smallfry_runtime.errors import DataError, ExportError, UsageError
 from smallfry_runtime.frames import PIXELS
 from smallfry_runtime.graphs import Computed, Graphs, require_finite
 from smallfry_runtime.images import Encoded, decode
-from smallfry_runtime.inputs import InputImage, find_images, find_texts
+from smallfry_runtime.inputs import InnerSize, InputImage, find_images, find_texts
 from smallfry_runtime.manifest import manifest_of, read_export, restored_graphs
 from smallfry_runtime.names import path_of
-from smallfry_runtime.pairs import find_pairs, takes_pairs
+from smallfry_runtime.pairs import find_pairs, takes_pairs, with_sizes
 from smallfry_runtime.predictions import (
     Answer,
     Outputs,
@@ -249,11 +249,12 @@ class Runtime:
             return answers(shares, inputs, *wanted, manifest.bit_depth, self.thresholds)
         decoder = decoder_of(manifest.task)
 
-        def decode(pixels: NDArray[Any]) -> list[Any]:
+        def decode(pixels: NDArray[Any], sizes: Sequence[InnerSize] = ()) -> list[Any]:
             found = run(pixels)
+            chosen = with_sizes(manifest.task, settings, sizes, manifest.frame)
 
             def values(logits: Any) -> list[Any]:
-                return self._values(decoder, found._replace(logits=logits), settings)
+                return self._values(decoder, found._replace(logits=logits), chosen)
 
             return decoded_numbers(values, found.logits, found.halting)
 

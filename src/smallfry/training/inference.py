@@ -1,6 +1,6 @@
 """Inference with a trained model in PyTorch."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from smallfry.models.contract import map_tensors, tensors
 from smallfry.training.evaluation import forward, task_of
 from smallfry.training.run import TrainedModel, require_class_answers, thresholds_of
-from smallfry_runtime.inputs import InputImage
+from smallfry_runtime.inputs import InnerSize, InputImage
+from smallfry_runtime.pairs import with_sizes
 from smallfry_runtime.predictions import Answer, Decoded, Outputs, answers, decoded
 
 
@@ -34,12 +35,13 @@ def decode_images(
     task = task_of(trained.manifest)
 
     @torch.inference_mode()
-    def run(pixels: NDArray[np.uint8]) -> list[Any]:
+    def run(pixels: NDArray[np.uint8], sizes: Sequence[InnerSize]) -> list[Any]:
         batch = trained.normalize(torch.from_numpy(pixels))
         outputs = map_tensors(Tensor.float, forward(trained.model, batch, exit_threshold)[0])
         rows = [each.isfinite().reshape(len(each), -1).all(dim=1) for each in tensors(outputs)]
         numbers = map_tensors(partial(torch.nan_to_num, nan=0.0, posinf=0.0, neginf=0.0), outputs)
-        values = task.decode(numbers, trained.classes, settings)
+        chosen = with_sizes(task.name, settings, sizes, trained.frame)
+        values = task.decode(numbers, trained.classes, chosen)
         known = torch.stack(rows).all(dim=0).tolist()
         return [value if number else None for value, number in zip(values, known, strict=True)]
 

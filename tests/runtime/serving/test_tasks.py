@@ -1,5 +1,6 @@
 """Exports of every task over HTTP: the answers of ``predict``, their settings and inputs."""
 
+import base64
 import importlib.util
 import io
 import json
@@ -290,11 +291,14 @@ def test_answers_are_those_of_predict_whatever_the_task(name, exports, clients, 
 def test_pictures_of_pairs_are_sent_two_by_two(exports, clients, tmp_path, capsys):
     random, files = np.random.default_rng(0), [tmp_path / f"{name}.png" for name in "ab"]
     for file in files:
-        Image.fromarray(random.integers(0, 256, (20, 30, 3), np.uint8)).save(file)
+        Image.fromarray(random.integers(0, 256, (10, 30, 3), np.uint8)).save(file)  # of 16 × 32
     forms = [("pair", (str(file), file.read_bytes())) for file in files]
     forms.insert(1, ("pair", ("array", drawn("stereo", 0))))
     array, pair = clients("stereo").post("/predict", files=forms).json()["predictions"]
     assert [pair] == by_predict(exports["stereo"], files, None, capsys)
+    for answer, size in ((pair, (30, 10)), (array, (32, 16))):
+        maps = base64.b64decode(answer["disparity_png16"])
+        assert Image.open(io.BytesIO(maps)).size == size
     alone = clients("stereo").post("/predict", content=drawn("stereo", 0)).json()["predictions"]
     assert [{**array, "image": "pair"}] == alone
     refused = clients("stereo").post("/predict", files=forms[:1])

@@ -35,6 +35,8 @@ class Settings:
         focal: Focal length in pixels of the input; with the baseline, depths are computed.
         baseline: Distance of the cameras in metres.
         offset: Added to a disparity, where the cameras' centres differ.
+        sizes: Height and width of each pair, in pixels, at the top left of its frame; the answer is
+            cut to it. Default: all of the frame. Of files of pictures, they are filled in.
 
     Raises:
         UsageError: A value out of range, or one of focal and baseline without the other.
@@ -44,6 +46,7 @@ class Settings:
     focal: float = 0.0
     baseline: float = 0.0
     offset: float = 0.0
+    sizes: Sequence[Sequence[int]] = ()
 
     def __post_init__(self) -> None:
         if type(self.exit) is not int or self.exit not in (0, 1, 2, 3):
@@ -55,6 +58,10 @@ class Settings:
             raise UsageError(
                 "depths need both focal, in pixels, and baseline, in metres, above 0; got "
                 f"{self.focal} and {self.baseline}"
+            )
+        if not isinstance(self.sizes, Sequence) or not all(map(_is_size, self.sizes)):
+            raise UsageError(
+                f"sizes are pairs of height and width in pixels, got {str(self.sizes)[:40]}"
             )
 
 
@@ -76,7 +83,8 @@ def decode(
         ``shares`` of the classes; and with known cameras ``depth_m``, the median of each class.
 
     Raises:
-        UsageError: A setting that is not there, or an exit that the network does not have.
+        UsageError: A setting that is not there, an exit that the network does not have, or not as
+            many sizes as pairs.
     """
     chosen = chosen_settings(Settings, settings)
     there = [factor for factor in FACTORS if f"refined{factor}" in outputs]
@@ -87,8 +95,12 @@ def decode(
     factor = there[chosen.exit - 1]
     disparity = enlarge(np.asarray(outputs[f"refined{factor}"])[:, None], factor)[:, 0] * factor
     labels = enlarge(np.asarray(outputs[f"semantics{factor}"]), factor).argmax(axis=1)
+    sizes = chosen.sizes or [disparity.shape[1:]] * len(disparity)
+    if len(sizes) != len(disparity):
+        raise UsageError(f"{len(sizes)} sizes for {len(disparity)} pairs; expected one for each")
     return [
-        _to_dict(one, label, classes, chosen) for one, label in zip(disparity, labels, strict=True)
+        _to_dict(one[:height, :width], label[:height, :width], classes, chosen)
+        for one, label, (height, width) in zip(disparity, labels, sizes, strict=True)
     ]
 
 
@@ -105,6 +117,12 @@ def enlarge(values: NDArray[Any], factor: int) -> Floats:
         high = np.minimum(low + 1, count - 1)
         values = values.take(low, axis) * (1 - share) + values.take(high, axis) * share
     return values.astype(np.float32)
+
+
+def _is_size(value: Any) -> bool:
+    """Return whether a value is a height and width in pixels."""
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    return several and len(value) == 2 and all(type(side) is int and side > 0 for side in value)
 
 
 def _to_dict(
