@@ -291,6 +291,15 @@ def test_wrong_use_of_the_command(capsys, tmp_path):
     assert command.main([str(EXPORT), "--exit_steps", "0.5"]) == 2
 
 
+def test_an_interruption_while_the_export_is_loaded_ends_quietly(capfd, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "Runtime", interrupted)
+    assert command.main([str(EXPORT)]) == 130
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize(
     "words",
     [["smallfry_runtime.serving"], ["smallfry", "serve"]],

@@ -13,7 +13,11 @@ from smallfry_runtime.terminal import say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code is 0, 1 for a failure, 2 for wrong usage."""
+    """Run the command.
+
+    The exit code is 0 once it is stopped, 1 for a failure, 2 for wrong usage, and 130 for Ctrl-C
+    before it serves.
+    """
     options = _parser().parse_args(arguments)
     try:
         limits = Limits(**{name: getattr(options, name) for name in Limits.__dataclass_fields__})
@@ -22,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.exit_steps, options.exit_drop, options.exit_threshold
         )
         serve(runtime, options.host, options.port, threshold, limits)
+    except KeyboardInterrupt:
+        return 130
     except SmallfryError as error:
         say(f"smallfry-serve: {error}", sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
