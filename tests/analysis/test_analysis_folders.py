@@ -9,6 +9,7 @@ import torch
 from flat_subject import split_of, subject_of, trained_of
 from html_view import View
 from markupsafe import Markup
+from PIL import Image
 
 import smallfry
 from smallfry.analysis import page as pages
@@ -88,6 +89,7 @@ def test_samples_come_back_from_their_file(tmp_path):
     with (tmp_path / "a" / "images.csv").open(newline="", encoding="utf-8") as file:
         head, *found = csv.reader(file)
     assert head == ["name", "text", "value"]
+    rows[2][1] = "'=1+1"  # which no spreadsheet runs
     assert found == [["" if cell is None else str(cell) for cell in row] for row in rows]
 
 
@@ -236,3 +238,21 @@ def test_versions_need_names_of_their_own_and_the_same_images(runs):
             load_subject(a, against)
     with pytest.raises(UsageError, match="against: large takes other images or classes than"):
         load_subject(a, [large])
+
+
+def test_other_data_has_images_apart_for_training_and_testing(runs, tmp_path):
+    digits = load_data("digits").train
+    for number in range(60):
+        label = digits.labels[number].item()
+        for folder in ("plain", f"parted/{'train' if number < 40 else 'val'}"):
+            place = tmp_path / folder / str(label) / f"{number}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            pixels = digits.images[number, 0].numpy().copy()
+            pixels[0, 0] = 100 + number
+            Image.fromarray(pixels).save(place)
+    for folder, sizes, words in (("plain", 60, "the other half"), ("parted", 60, "validation")):
+        subject, facts = load_subject(str(runs / "a"), data=str(tmp_path / folder))
+        parts = [{i.numpy().tobytes() for i in s.images} for s in (subject.training, subject.test)]
+        assert len(parts[0] | parts[1]) == len(parts[0]) + len(parts[1]) == sizes
+        assert words in facts["images"]
+    assert len(subject.training) == 40

@@ -14,7 +14,7 @@ from smallfry.data.duplicates import (
     image_hashes,
     kept_without_duplicates,
 )
-from smallfry.errors import UsageError
+from smallfry.errors import SmallfryWarning, UsageError
 
 
 def save(file, number):
@@ -143,3 +143,14 @@ def test_hashes_follow_rows_and_pixels():
     rows = torch.tensor([7, 2999, 5])
     assert (image_hashes(pixels, rows) == hashes[rows.numpy()]).all()
     assert len(image_hashes(pixels, rows[:0])) == 0
+
+
+def test_classes_that_lose_their_images_are_told(tmp_path):
+    for i in range(20):
+        save(tmp_path / "a" / f"{i}.png", i)
+    for name in ("b", "z"):
+        for i in range(5):
+            save(tmp_path / name / f"{i}.png", 99)
+    with pytest.warns(SmallfryWarning, match="without duplicates, b, z: no training image"):
+        data = load_data(str(tmp_path), remove_duplicates=True)
+    assert data.train.labels.unique().tolist() == [0]

@@ -284,3 +284,21 @@ def test_a_file_of_labels_has_a_fingerprint_of_its_images(folder):
     assert read(folder, text).splits["train"].fingerprint == before
     other = read(folder, text.replace(SECOND, THIRD)).splits["train"].fingerprint
     assert other != before
+
+
+def test_a_list_in_a_cell_is_no_class(folder):
+    with pytest.raises(DataError, match=r"line 3: a cell holds several values"):
+        read(folder, f"image,label\n{FIRST},a\n{SECOND},['cat']\n")
+    assert read(folder, f"image,label\n{FIRST},[a]\n{SECOND},b\n").classes == ("[a]", "b")
+
+
+def test_a_name_without_an_extension_finds_capital_ones(folder):
+    (folder / FIRST).rename(folder / "images" / "IMG_0.PNG")
+    found = read(folder, f"image,label\nimages/IMG_0,a\n{SECOND},b\n")
+    assert [*labelled(found)["train"]] == ["IMG_0.PNG", "001.png"]
+
+
+def test_separators_in_quoted_names_of_columns_do_not_count(folder):
+    text = f'"image, relative, to, here";label\n{FIRST};a\n{SECOND};b\n'
+    columns = LabelColumns("image, relative, to, here")
+    assert read(folder, text, columns=columns).classes == ("a", "b")

@@ -151,3 +151,17 @@ def test_the_command_names_the_line_in_one_line(folder, capsys):
     error = capsys.readouterr().err
     assert re.search(r"l\.csv, line 3: no image 'x+", error)
     assert len(error.splitlines()) == 1
+
+
+def test_lists_as_python_writes_them_are_lists(folder):
+    rows = ["000,['cat']", "001,\"['cat', 'dog']\"", '002,"[""it\'s"", 7]"', "003,[]"]
+    found = table(folder, "image,labels\n" + "\n".join(rows) + "\n")
+    assert classes_of(found) == [["cat"], ["cat", "dog"], ["7", "it's"], []]
+    for cell in ("\"['cat' 'dog']\"", '"[cat, dog]"', "['cat'"):
+        text = f"image,labels\n000,cat\n001,{cell}\n"
+        if cell.startswith("['cat'"):
+            assert ["['cat'"] in classes_of(table(folder, text))
+            continue
+        with pytest.raises(DataError, match=r"line 3: .* is no list of class names; expected one"):
+            table(folder, text)
+    assert classes_of(table(folder, "image,labels\n000,[none]\n001,a\n")) == [["[none]"], ["a"]]

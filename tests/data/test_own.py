@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from smallfry.data import load_data
-from smallfry.data.own import as_picture, is_own, keep_data, write_data
+from smallfry.data.own import as_picture, is_own, keep_data, place_of, write_data
 from smallfry.errors import DataError, UsageError
 
 RANDOM = np.random.default_rng(0)
@@ -200,3 +200,47 @@ def test_pixels_become_pictures():
     assert np.array_equal(np.asarray(as_picture(GREY[0][None], "")), GREY[0])
     picture = Image.new("RGB", (2, 2))
     assert as_picture(picture, "") is picture
+
+
+def test_a_split_may_lack_a_class_of_the_others(tmp_path):
+    parts = {"train": (GREY[:20], LABELS[:20]), "test": (GREY[20:24], [0, 2, 2, 0])}
+    data = load_data(str(write_data(parts, tmp_path / "d")))
+    assert data.classes == ("0", "1", "2")
+    assert data.test.labels.tolist() == [0, 2, 2, 0]
+    parts = {"train": (GREY[:4], [0, 2, 2, 0]), "test": (GREY[20:], LABELS[20:])}
+    assert write_data(parts, tmp_path / "e").is_dir()
+    with pytest.raises(DataError, match="labels are 0 to 2, of which 2 occur"):
+        keep_data((GREY[:4], [0, 2, 2, 0]))
+
+
+def test_numbers_are_the_classes_of_that_name_where_all_are_whole_numbers():
+    names = ("0", "1", "10", "2")  # as folders are sorted
+    data = load_data(place_of((GREY, [0, 1, 10, 2, 2] * 6), names), validation=0, test=0)
+    assert [data.classes[i] for i in data.train.labels.tolist()] == ["0", "1", "10", "2", "2"] * 6
+    padded = load_data(place_of((GREY, [7, 8] * 15), ("07", "08")), validation=0, test=0)
+    assert padded.classes == ("07", "08")
+    places = load_data(place_of((GREY, [0, 1] * 15), ("1", "b")), validation=0, test=0)
+    assert [places.classes[i] for i in places.train.labels.tolist()] == ["1", "b"] * 15
+    with pytest.raises(DataError, match="labels are 0 to 3, and there are 4 classes"):
+        place_of((GREY[:2], [0, 3]), names)
+
+
+def test_hugging_face_data_sets_of_files_are_read_as_they_are_now(tmp_path):
+    for number, pixels in enumerate(COLOUR):
+        place = tmp_path / "photos" / "ab"[number % 2] / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place)
+    table = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "photos"), split="train")
+    folder = keep_data(table)
+    data = load_data(str(folder), validation=0, test=0)
+    assert (data.classes, len(data.train)) == (("a", "b"), 30)
+    wanted_pixels = {x.transpose(2, 0, 1).tobytes() for x in COLOUR}
+    assert {image.numpy().tobytes() for image in data.train.images} == wanted_pixels
+    assert keep_data(table) == folder
+    few = load_data(str(keep_data(table.select(range(0, 30, 3)))), validation=0, test=0)
+    assert len(few.train) == 10
+    Image.fromarray(COLOUR[3]).save(tmp_path / "photos" / "a" / "0.png")
+    assert keep_data(table) != folder
+    (tmp_path / "photos" / "a" / "0.png").unlink()
+    with pytest.raises(DataError, match=r"can't be read .*0\.png"):
+        keep_data(table)

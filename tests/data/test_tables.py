@@ -1,6 +1,8 @@
 """Tables of images: parquet files, their columns and their labels."""
 
+import io
 import unicodedata
+from datetime import date
 from pathlib import Path
 
 import datasets
@@ -257,3 +259,37 @@ def test_the_test_split_is_not_read_before_it_is_asked_for(tmp_path):
     data = load_data(str(tmp_path))
     with pytest.raises(DataError, match="test row 0"):
         _ = data.test
+
+
+def write_raw(folder, labels):
+    """A table of encoded images and labels, without the description that ``datasets`` adds."""
+    encoded = []
+    for image in grey(len(labels)):
+        stream = io.BytesIO()
+        image.save(stream, "png")
+        encoded.append(stream.getvalue())
+    pq.write_table(pa.table({"image": encoded, "label": labels}), folder / "train.parquet")
+
+
+@pytest.mark.parametrize(
+    ("values", "classes"),
+    [
+        ([True, False], ("False", "True")),
+        ([2.5, 1.0], ("1.0", "2.5")),
+        ([12, 2], ("2", "12")),
+        (["12", "2"], ("12", "2")),
+    ],
+)
+def test_labels_of_every_kind_are_the_same_streamed(values, classes, tmp_path):
+    write_raw(tmp_path, values * 10)
+    whole, streamed = (load_data(str(tmp_path), stream=each) for each in (False, True))
+    assert whole.classes == streamed.classes == classes
+    assert whole.train.labels.tolist() == streamed.train.labels.tolist()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("values", [[date(2026, 1, 1), date(2026, 1, 2)], [b"a", b"b"]])
+def test_labels_that_are_no_numbers_or_texts_are_refused(values, stream, tmp_path):
+    write_raw(tmp_path, values * 10)
+    with pytest.raises(DataError, match=r"no numbers or texts|missing or not a number or text"):
+        load_data(str(tmp_path), stream=stream, label="label", image_column="image")

@@ -156,3 +156,38 @@ def test_the_export_leaves_early(run, tmp_path):
         same = recurse_until(trained.model, trained.normalize(digits.images), 0.6)
     assert 1 <= early.steps.mean() < 3
     assert (early.steps == same.steps.numpy()).mean() > 0.99
+
+
+def test_features_are_timms():
+    form = {"widths": (8, 12), "depths": (1, 2), "features_only": True}
+    maps = timm.create_model("loopnet_anytime_240k", **form)(torch.rand(1, 3, 32, 32))
+    assert [m.shape[1:] for m in maps] == [(8, 15, 15), (12, 7, 7)]
+    (first,) = timm.create_model("loopnet_anytime_240k", out_indices=(0,), **form)(
+        torch.rand(1, 3, 32, 32)
+    )
+    assert first.shape[1:] == (8, 15, 15)
+    model = varied(small())
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        features, (first, last) = model.forward_intermediates(images)
+        assert torch.equal(last, features)
+        assert torch.equal(features, model.forward_features(images))
+        assert torch.equal(model._last.enter(first), model.embed(images))
+        only = model.forward_intermediates(images, [0], stop_early=True, intermediates_only=True)
+        assert [each.shape for each in only] == [first.shape]
+    with pytest.raises(ValueError, match="output_fmt is NCHW, not 'NLC'"):
+        model.forward_intermediates(images, output_fmt="NLC")
+
+
+def test_recomputed_layers_give_the_same_gradients():
+    images = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    found = []
+    for recompute in (False, True):
+        model = small(img_size=16).double().train()
+        model.set_grad_checkpointing(recompute)
+        calls = []
+        model.stages[-1].layers[0].conv.register_forward_hook(lambda *_, c=calls: c.append(1))
+        sum(step.logits.square().sum() for step in model.recurse(images)).backward()
+        assert len(calls) == (6 if recompute else 3)
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*found)

@@ -9,6 +9,7 @@ import timm
 from zoo_golden import GOLDEN, measured
 
 import smallfry.models
+from smallfry.errors import UsageError
 from smallfry.models import sources
 from smallfry.models.sources import TIMM, register_sizes, source_of
 
@@ -71,3 +72,9 @@ def test_sizes_are_functions_of_their_module_that_build_what_it_creates(monkeypa
     module.two()
     assert made == [("one", True, {"width": 2}), ("two", False, {})]
     assert (module.one.__name__, module.one.__module__) == ("one", "sizes_of_a_test")
+
+
+@pytest.mark.parametrize("name", ["cct_2_3x2_32", "plain_mlp"])
+def test_models_without_maps_of_features_say_so(name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name} has no maps of features that timm could take"):
+        timm.create_model(name, features_only=True)

@@ -135,6 +135,17 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_batches_that_could_not_have_their_size_are_no_figures(folder: Path) -> None:
+    config = BatchSizeConfig(models=("vitrm_small",), batch_sizes=(64, 128), seeds=1)
+    outcomes = [ended(plan, 80.0) for plan in batch_size.plan(config)]
+    for outcome in outcomes:
+        assert outcome.summary is not None
+        outcome.summary["data"]["train"] = 100
+    (section,) = batch_size.sections(config, outcomes, folder)
+    assert [row["runs"] for row in section.measured] == [1, 0]
+    assert cells("".join(section.html))["ViTRM small"][6] == "–"
+
+
 def test_reported_and_measured_batch_sizes_stand_in_columns_of_their_own(folder: Path) -> None:
     config = BatchSizeConfig(models=("vitrm_small", "vit_large"), batch_sizes=(64, 128), seeds=2)
     outcomes = [

@@ -21,6 +21,7 @@ from smallfry.training.config import (
 from smallfry.training.default_settings import (
     NORMED_RATE,
     SGD_RATE,
+    describe_batch,
     describe_defaults,
     with_defaults,
     with_fitting_batch,
@@ -233,3 +234,9 @@ def test_the_choice_is_described_in_one_line():
 def test_a_run_begins_with_its_defaults(variant, capsys):
     train(variant(epochs=1, schedule=ScheduleConfig(), progress="plain"))
     assert "1 epoch of 200 images: warm-up of 0.1 epochs\n" in capsys.readouterr().out
+
+
+def test_a_batch_of_more_than_all_images_is_described():
+    config = TrainConfig(batch_size=1024)
+    assert describe_batch(config, 1024) == describe_batch(TrainConfig(), 1) == ""
+    assert describe_batch(config, 100) == "batches of all 100 images, as batch_size 1,024 is more"

@@ -139,3 +139,23 @@ def test_a_run_is_evaluated_under_attack(variant, capsys):
     assert found["64/255"]["accuracy_under_attack"] < found["64/255"]["accuracy"]
     assert main(["evaluate", run, "--attack", "pgd", "--eps", "9"]) == 2
     assert "such as 8/255" in capsys.readouterr().err
+    attack, run_ = ["--attack", "pgd"], ["evaluate", run]
+    for words, said in (
+        (["--eps", "1/255"], "eps is of an attack: add --attack pgd"),
+        (["--attack_steps", "3"], "attack_steps is of an attack: add --attack pgd"),
+        ([*attack, "--flips"], "an attack is of the plain model, without flips"),
+        ([*attack, "--exit_steps", "2"], "an attack is of the plain model, without exit_steps"),
+        (["--flips", "--by_step"], "the scores by step are without flips"),
+        (["--submodels", "--flips"], "submodels are measured without flips"),
+        (["--submodels", "--split", "train"], "submodels are measured without split"),
+    ):
+        assert main([*run_, *words]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_flips_are_of_tasks_that_hold_for_mirrored_images(tmp_path, capsys):
+    words = ["train", "--task", "eeg", "--epochs", "1", "--run", str(tmp_path / "run")]
+    options = ["--data.options", "{subjects: 3, windows: 24}", "--progress", "quiet"]
+    assert main([*words, *options]) == 0
+    assert main(["evaluate", str(tmp_path / "run"), "--flips"]) == 2
+    assert "the outputs of eeg do not hold for mirrored images" in capsys.readouterr().err

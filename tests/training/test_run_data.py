@@ -378,3 +378,24 @@ def test_a_run_in_its_data_folder_makes_no_class(on, photos, tmp_path):
     second = train(replace(on(photos), run=photos / "cat" / "second"))
     assert second["data"] == first["data"]
     assert_same_run(run, photos / "cat" / "second")
+
+
+def test_other_data_without_a_test_split_is_evaluated_on_its_validation_split(on, photos, tmp_path):
+    train(on(photos))
+    for split, first, count in (("train", 50, 10), ("val", 70, 7)):
+        write(tmp_path / "other" / split, first=first, count=count)
+    assert evaluated(tmp_path / "run", str(tmp_path / "other"))[:2] == ("validation", 14)
+
+
+def test_another_test_split_is_told(on, tmp_path):
+    for split, first in (("train", 0), ("test", 50)):
+        write(tmp_path / "set" / split, first=first)
+    summary = train(on(tmp_path / "set"))
+    assert evaluated(tmp_path / "run")[:2] == ("test", 40)
+    image = tmp_path / "set" / "test" / "cat" / "050.png"
+    image.rename(tmp_path / "set" / "test" / "dog" / "000.png")
+    for name in (None, str(tmp_path / "set")):
+        with pytest.warns(SmallfryWarning, match="its test split has changed since the run was te"):
+            assert evaluated(tmp_path / "run", name)[:2] == ("test", 40)
+    assert evaluated(tmp_path / "run", split="train")[0] == "train"
+    assert len(summary["data"]["test_fingerprint"]) == 16

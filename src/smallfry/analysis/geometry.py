@@ -331,7 +331,7 @@ def _samples(measured: Mapping[Condition, Mapping[str, Geometry]], classes: Sequ
                 rows.append(
                     [
                         *(model, corruption, severity, image, classes[label], classes[predicted]),
-                        *(f"{number:.6g}" for number in numbers),
+                        *(float(f"{number:.6g}") for number in numbers),
                     ]
                 )
     head = ("model", "corruption", "severity", "image", "label", "prediction")

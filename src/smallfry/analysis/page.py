@@ -1,14 +1,13 @@
 """Folder of an analysis: its page, a JSON file for each question, and tables of samples."""
 
-import csv
-import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from smallfry.analysis.question import ALL, Answer, Subject, Table, find_questions
+from smallfry.analysis.question import ALL, Answer, Subject, find_questions
 from smallfry.errors import RunError, SmallfryError
+from smallfry.io.csv_text import csv_text
 from smallfry.io.json import strict
 from smallfry.io.replace import replacing, write_whole
 from smallfry.report.analysis_page import Section, analysis_page
@@ -84,19 +83,11 @@ def _write_answer(folder: Path, name: str, answer: Answer) -> None:
         folder / f"{name}.json", {"findings": answer.findings, "numbers": dict(answer.numbers)}
     )
     for file, table in answer.samples.items():
-        write_whole(folder / f"{file}.csv", _csv(table).encode())
+        write_whole(folder / f"{file}.csv", csv_text([table.head, *table.rows]).encode())
 
 
 def _write_json(file: Path, content: Any) -> None:
     write_whole(file, (json.dumps(strict(content), indent=1) + "\n").encode())
-
-
-def _csv(table: Table) -> str:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(table.head)
-    writer.writerows(table.rows)
-    return text.getvalue()
 
 
 def _section(name: str, answer: Answer | str) -> Section:

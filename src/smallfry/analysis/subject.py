@@ -8,6 +8,7 @@ import torch
 
 from smallfry.analysis.question import Subject
 from smallfry.data import Split
+from smallfry.data.splits import hold_out
 from smallfry.deploy.pretrained import load_trained
 from smallfry.errors import UsageError
 from smallfry.training.checkpoint import weights_digest
@@ -18,6 +19,7 @@ from smallfry_runtime.names import path_of
 __all__ = ["Loaded", "load_subject"]
 
 IMAGES = 2000
+WORDS = {"all": "the other half", "validation": "the validation split", "test": "the test split"}
 
 
 class Loaded(NamedTuple):
@@ -43,7 +45,8 @@ def load_subject(
     Args:
         run: Run folder, shared folder or name on the hub.
         against: Further versions of the model, likewise.
-        data: Data instead of the run's own.
+        data: Data instead of the run's own. Without a test and a validation split of its own, half
+            of it counts as training images, and the others as test images.
         root: Folder of a named data set.
         checkpoint: ``best`` or ``last``.
         images: At most so many of each split, in a seeded draw.
@@ -55,7 +58,7 @@ def load_subject(
     """
     trained = load_trained(run, checkpoint)
     require_classifier(trained)
-    loaded, test, _ = load_like(trained, run, data, root, "test")
+    loaded, test, found = load_like(trained, run, data, root, "test")
     require_classes(trained, loaded.classes, loaded.origin)
     others = {_name(each): load_trained(each) for each in against}
     if len(others) < len(against) or _name(run) in others:
@@ -64,15 +67,17 @@ def load_subject(
         if other.classes != trained.classes or other.input_shape != trained.input_shape:
             raise UsageError(f"against: {name} takes other images or classes than {run}")
     generator = torch.Generator().manual_seed(seed)
-    training = _drawn(loaded.train, images, generator)
-    test = _drawn(test, images, generator)
+    training = loaded.train
+    if found == "all":
+        training, test = hold_out(test, 0.5, seed)
+    training, test = _drawn(training, images, generator), _drawn(test, images, generator)
     subject = Subject(_name(run), trained, training, test, others, tuple(corruptions), seed)
     facts = {
         "model": run,
         "weights": f"SHA-256 {weights_digest(trained.model.state_dict())}",
         "against": list(against) or "nothing",
         "data": f"{path_of(loaded.name).name} ({'generated' if loaded.generated else 'real'})",
-        "images": f"{len(training):,} of training, {len(test):,} of the test split",
+        "images": f"{len(training):,} of training, {len(test):,} of {WORDS[found]}",
         "seed": seed,
     }
     return Loaded(subject, facts)

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from smallfry.cli._fields import option
 from smallfry.cli._shared import AsJson, EarlyExit, OneRun, OtherData, json_line
+from smallfry.errors import UsageError
 from smallfry.io.console import CleanConsole
 from smallfry.io.terminal import printable, say
 
@@ -54,11 +55,28 @@ class Options(EarlyExit, AsJson, OneRun):
     attack_steps: int = 20
     submodels: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        exits = ("exit_drop", "exit_steps")
+        others = ("flips", "by_step", "per_class", "report", "attack", *exits)
+        if self.submodels and (given := self._given("split", *others)):
+            raise UsageError(f"submodels are measured without {given}: leave it out")
+        if self.attack is None and (given := self._given("eps", "attack_steps")):
+            raise UsageError(f"{given} is of an attack: add --attack pgd")
+        if self.attack is not None and (given := self._given("flips", *exits)):
+            raise UsageError(f"an attack is of the plain model, without {given}: leave it out")
+        if self.flips and self.by_step:
+            raise UsageError("the scores by step are without flips: leave out one of the two")
+
+    def _given(self, *names: str) -> str | None:
+        """Return the first of some options whose value is not the default."""
+        return next((n for n in names if getattr(self, n) != getattr(Options, n)), None)
+
 
 def run(options: Options) -> int:
     """Evaluate, and print the scores."""
     from smallfry.deploy.pretrained import load_trained
-    from smallfry.tasks import ScoredByStep
+    from smallfry.tasks import LimitsAugmentation, ScoredByStep
     from smallfry.training.evaluation import predict, require_finite, score, score_steps, task_of
     from smallfry.training.evaluation_data import load_like
     from smallfry.training.evaluation_report import per_class_scores, write_report
@@ -68,6 +86,11 @@ def run(options: Options) -> int:
     data = options.data
     if options.submodels:
         return _submodels(options, trained)
+    task = task_of(trained.manifest)
+    if options.flips and isinstance(task, LimitsAugmentation) and "flip" not in task.augmentations:
+        raise UsageError(
+            f"the outputs of {task.name} do not hold for mirrored images: leave out flips"
+        )
     loaded, images, split = load_like(trained, options.run, data.name, data.root, options.split)
     require_classes(trained, loaded.classes, loaded.origin)
     threshold = _exit_threshold(options, trained, loaded)
@@ -78,7 +101,6 @@ def run(options: Options) -> int:
         exit_threshold=threshold,
         flips=options.flips,
     )
-    task = task_of(trained.manifest)
     scores = score(require_finite(predictions), task)
     result: dict[str, Any] = {"data": loaded.name, "split": split, "images": len(images), **scores}
     if options.attack is not None:

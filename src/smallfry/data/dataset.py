@@ -200,7 +200,7 @@ def load_data(
     else:
         others = [other for kind, other in source.splits.items() if kind != TRAIN]
         train, decoding = decode_training(encoded, others, decoding)
-    if min_classes > 1:
+    if min_classes > 1 and not remove_duplicates:
         _warn_of_missing_classes(source, train)
 
     train, held_out = _part(source, TEST, train, test, split_seed)
@@ -237,7 +237,12 @@ def load_data(
         decoding.bit_depth,
         resize=resize,
     )
-    return data.without_duplicates() if remove_duplicates else data
+    if not remove_duplicates:
+        return data
+    data = data.without_duplicates()
+    if min_classes > 1:
+        _warn_of_missing_classes(source, data.train, "without duplicates, ")
+    return data
 
 
 def _check_streaming(source: Source, streamed: bool, wanted: bool, deduplicated: bool) -> None:
@@ -383,13 +388,14 @@ def _geometry(split: EncodedSplit, size: Frame | None, channels: int | None) -> 
     return size or frame_of(native), channels or (1 if grey else 3)
 
 
-def _warn_of_missing_classes(source: Source, train: Split) -> None:
+def _warn_of_missing_classes(source: Source, train: Split, condition: str = "") -> None:
     counts = torch.bincount(train.labels, minlength=len(source.classes)).tolist()
     for wanted, what in {0: "no training image", 1: "one image, which stays in training"}.items():
         names = [name for name, n in zip(source.classes, counts, strict=True) if n == wanted]
         if names:
             warnings.warn(
-                f"{source.origin}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}: {what}",
+                f"{source.origin}: {condition}{', '.join(names[:5])}"
+                f"{' …' if len(names) > 5 else ''}: {what}",
                 SmallfryWarning,
                 stacklevel=3,
             )

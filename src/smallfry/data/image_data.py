@@ -158,9 +158,14 @@ class ImageData:
     def fingerprint(self) -> str:
         """Hash of the training and validation images, labels and class names, for provenance.
 
-        Two data sets of one fingerprint are the same, wherever they are and whatever their names.
+        Two data sets of one fingerprint train the same, wherever they are and whatever their names.
         """
         return self._fingerprint(self.classes)
+
+    @cached_property
+    def test_fingerprint(self) -> str:
+        """Hash of the test images, their labels and the class names."""
+        return self._fingerprint(self.classes, self.test)
 
     def matches(self, fingerprint: str) -> bool:
         """Compare the data with a fingerprint.
@@ -308,9 +313,9 @@ class ImageData:
 
         return of(TRAIN, self.train), of(VALIDATION, self.validation), of(TEST, self.test)
 
-    def _fingerprint(self, classes: Sequence[str]) -> str:
+    def _fingerprint(self, classes: Sequence[str], *splits: Split) -> str:
         digest = hashlib.sha256("\0".join(classes).encode(errors="surrogateescape"))
-        for split in (self.train, self.validation):
+        for split in splits or (self.train, self.validation):
             digest.update(split.labels.numpy().tobytes())
             if isinstance(split.pixels, ShardPixels):  # too many to be looked at
                 digest.update(split.pixels.shards.mark.encode() + split.rows.numpy().tobytes())

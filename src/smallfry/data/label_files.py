@@ -1,11 +1,13 @@
 """Labels of images in a CSV or JSON-lines file beside them."""
 
+import ast
 import csv
 import io
 import json
 import logging
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,11 +32,13 @@ from smallfry_runtime.names import text_of
 log = logging.getLogger(__name__)
 
 MOST_BYTES = 2**30  # of a file of labels
+MOST_HEAD = 2**16  # letters of its first line
 IMAGE_NAMES = ("image", "file", "filename", "file_name", "path", "image_path", "image_id", "id")
 LABEL_NAMES = ("label", "class", "category", "target", "class_name")
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # that names may lack
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 DELIMITERS = ",;\t|"
+GLUED = re.compile(r"""['"]\s+['"]""")  # in a list that NumPy wrote, without commas
 ROW_NUMBERS = ("", "Unnamed: 0")  # names of the column of row numbers that pandas writes
 
 
@@ -194,14 +198,15 @@ def _image(folder: Path, place: Path, name: str, where: str) -> Path:
     if not inside:
         raise DataError(f"{where}: '{name}' is outside {folder}; move the images into it")
     for path in inside:
-        for each in (path, *(path.with_name(path.name + ending) for ending in ENDINGS)):
+        endings = (*ENDINGS, *map(str.upper, ENDINGS))
+        for each in (path, *(path.with_name(path.name + ending) for ending in endings)):
             if os.path.isfile(each):  # also False of a name that no file can have
                 return each
     raise DataError(f"{where}: no image '{name}' in {folder}")
 
 
 def _csv_records(place: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    head = text.split("\n", 1)[0]
+    head = re.sub(r'"[^"]*"', "", text[:MOST_HEAD]).split("\n", 1)[0]  # without quoted names
     delimiter = max(DELIMITERS, key=head.count)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
@@ -233,9 +238,34 @@ def _json_records(place: Path, text: str) -> Iterator[tuple[str, Mapping[str, An
         yield where, record
 
 
+def list_in(where: str, cell: Any) -> list[Any] | None:
+    """Read a cell that holds a list as Python writes it, and pandas into a table.
+
+    Returns:
+        The list, or None for other cells, such as the name "[none]".
+
+    Raises:
+        DataError: A list of another form.
+    """
+    text = cell.strip() if isinstance(cell, str) else ""
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    try:
+        found = None if GLUED.search(text) else ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        found = None
+    if isinstance(found, list):
+        return found
+    if any(mark in text for mark in ",'\""):
+        raise DataError(
+            f"{where}: {text[:60]} is no list of class names; expected one such as ['cat', 'dog']"
+        )
+    return None
+
+
 def _text(where: str, value: Any) -> str:
     """Convert a cell to text; None and NaN are empty."""
-    if isinstance(value, list | dict):
+    if isinstance(value, list | dict) or list_in(where, value) is not None:
         raise DataError(f"{where}: a cell holds several values ({value!r}); expected one")
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""

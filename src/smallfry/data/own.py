@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Subset
@@ -48,7 +49,8 @@ def place_of(data: Any, classes: Sequence[str] | None = None) -> str:
 
     Args:
         data: A name, a folder, or objects as ``write_data``.
-        classes: Names of the classes where labels are numbers and objects have none themselves.
+        classes: Names of the classes where labels are numbers and objects have none themselves. A
+            number is the place of its class, or its name if all names are whole numbers.
 
     Raises:
         UsageError, DataError: As ``write_data``.
@@ -56,21 +58,24 @@ def place_of(data: Any, classes: Sequence[str] | None = None) -> str:
     if isinstance(data, str | Path):
         return str(data)
     parts = data.values() if isinstance(data, Mapping) else (data,)
-    named = any(_classes_of(part) is not None for part in parts)
-    return str(keep_data(data, None if named else classes))
+    if any(_classes_of(part) is not None for part in parts):
+        return str(keep_data(data))
+    numbered = classes is not None and all(name.isdecimal() for name in classes)
+    return str(keep_data(data, classes, numbered))
 
 
-def keep_data(data: Any, classes: Sequence[str] | None = None) -> Path:
+def keep_data(data: Any, classes: Sequence[str] | None = None, numbered: bool = False) -> Path:
     """Write data into the cache folder, once, and return its folder.
 
     Args:
         data: As ``write_data``.
         classes: As ``write_data``.
+        numbered: Labels that are numbers are names of classes, not their places.
 
     Raises:
         UsageError, DataError: As ``write_data``.
     """
-    tables = {split: _table(part, classes) for split, part in _splits(data).items()}
+    tables = _tables(data, classes, numbered)
     seen = hashlib.sha256()
     for split, table in sorted(tables.items()):
         seen.update(split.encode())
@@ -104,7 +109,7 @@ def write_data(data: Any, folder: str | Path, classes: Sequence[str] | None = No
     place = Path(folder).expanduser()
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise UsageError(f"{place}: exists and is not an empty folder; name another")
-    _write({split: _table(part, classes) for split, part in _splits(data).items()}, place)
+    _write(_tables(data, classes), place)
     return place
 
 
@@ -136,15 +141,61 @@ def _unusable(data: Any) -> UsageError:
     return UsageError(f"data of the type {type(data).__name__}: {EXPECTED}")
 
 
-def _table(part: Any, classes: Sequence[str] | None) -> Any:
-    """Convert a split to a table of Hugging Face ``datasets``."""
+def _tables(data: Any, classes: Sequence[str] | None, numbered: bool = False) -> dict[str, Any]:
+    """Convert data to tables of Hugging Face ``datasets`` by split.
+
+    Where labels are numbers without names, those of all splits together are the classes.
+    """
     import datasets
 
-    if isinstance(part, datasets.Dataset):
-        if not any(isinstance(each, datasets.Image) for each in part.features.values()):
-            columns = ", ".join(part.features)
-            raise DataError(f"the data set has no column of images; there are {columns}")
-        return part
+    tables, pairs = {}, {}
+    for split, part in _splits(data).items():
+        if isinstance(part, datasets.Dataset):
+            tables[split] = _whole(part)
+        else:
+            pairs[split] = (*_encoded(part), _classes_of(part))
+    every = [label for _, labels, _ in pairs.values() for label in labels]
+    for split, (images, labels, own) in pairs.items():
+        if numbered:
+            names: dict[int | str, str] = {int(name): name for name in classes or ()}
+            if any(isinstance(label, int) and label not in names for label in labels):
+                raise _beyond(min(labels), max(labels), len(names))
+            labels = [names.get(label, str(label)) for label in labels]
+        kind = _kind(datasets, labels, every, classes or own)
+        features = datasets.Features({"image": datasets.Image(), "label": kind})
+        columns = {"image": images, "label": labels}
+        tables[split] = datasets.Dataset.from_dict(columns, features=features)
+    return tables
+
+
+def _whole(table: Any) -> Any:
+    """Return a table of Hugging Face ``datasets`` with its images in it, not in files beside it."""
+    import datasets
+    from datasets.table import embed_table_storage
+
+    columns = [name for name, k in table.features.items() if isinstance(k, datasets.Image)]
+    if not columns:
+        there = ", ".join(table.features)
+        raise DataError(f"the data set has no column of images; there are {there}")
+    cells = (pc.struct_field(table.data.column(name), "bytes") for name in columns)
+    if not any(each.null_count for each in cells):
+        return table
+    try:
+        with without_bars():
+            found = table.with_format("arrow").map(
+                embed_table_storage,
+                batched=True,
+                batch_size=256,
+                features=table.features,
+                load_from_cache_file=False,  # which does not look at the files
+            )
+    except OSError as error:
+        raise DataError(f"an image of the data set can't be read ({error})") from error
+    return found.with_format(None)
+
+
+def _encoded(part: Any) -> tuple[list[dict[str, Any]], list[int | str]]:
+    """Return the encoded images and the labels of a split."""
     if isinstance(part, tuple) and len(part) == 2:
         images, labels = part
         if len(images) != len(labels):
@@ -152,7 +203,6 @@ def _table(part: Any, classes: Sequence[str] | None) -> Any:
         pairs: Iterable[tuple[Any, Any]] = zip(images, labels, strict=True)
     elif hasattr(part, "__getitem__") and hasattr(part, "__len__"):
         pairs = _samples(part)
-        classes = classes or _classes_of(part)
     else:
         raise _unusable(part)
     encoded, found = [], []
@@ -161,9 +211,7 @@ def _table(part: Any, classes: Sequence[str] | None) -> Any:
         found.append(_label(label, number))
     if not found:
         raise DataError("the data holds no images")
-    kind = _kind(datasets, found, classes)
-    features = datasets.Features({"image": datasets.Image(), "label": kind})
-    return datasets.Dataset.from_dict({"image": encoded, "label": found}, features=features)
+    return encoded, found
 
 
 def _classes_of(data: Any) -> Sequence[str] | None:
@@ -187,16 +235,21 @@ def _samples(data: Any) -> Iterator[tuple[Any, Any]]:
         yield sample[0], sample[1]
 
 
-def _kind(datasets: Any, labels: Sequence[int | str], classes: Sequence[str] | None) -> Any:
-    """Return the type of the column of labels."""
+def _kind(
+    datasets: Any,
+    labels: Sequence[int | str],
+    every: Sequence[int | str],
+    classes: Sequence[str] | None,
+) -> Any:
+    """Return the type of the column of labels of a split, by those of all."""
     if len({type(label) for label in labels}) > 1:
         raise DataError("some labels are numbers and some are names; take one of them")
     if isinstance(labels[0], str):
         return datasets.Value("string")
-    numbers = sorted({int(label) for label in labels})
+    numbers = sorted({int(label) for label in every if not isinstance(label, str)})
     lowest, highest = numbers[0], numbers[-1]
     if classes is not None and not 0 <= lowest <= highest < len(classes):
-        raise DataError(f"labels are {lowest} to {highest}, and there are {len(classes)} classes")
+        raise _beyond(lowest, highest, len(classes))
     names = [str(name) for name in classes or numbers]
     if classes is None and (lowest, highest) != (0, len(names) - 1):
         raise DataError(
@@ -204,6 +257,10 @@ def _kind(datasets: Any, labels: Sequence[int | str], classes: Sequence[str] | N
             f"{len(names) - 1}, or classes, or names as labels"
         )
     return datasets.ClassLabel(names=names)
+
+
+def _beyond(lowest: Any, highest: Any, classes: int) -> DataError:
+    return DataError(f"labels are {lowest} to {highest}, and there are {classes} classes")
 
 
 def _label(label: Any, number: int) -> int | str:

@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 
 from smallfry.data.fingerprint import digest
 from smallfry.data.parquet_bounds import open_bounded
-from smallfry.data.shard_scan import NO_SPANS, Block, Label, Scanned, reached, unreadable_shard
+from smallfry.data.shard_scan import (
+    NO_SPANS,
+    Block,
+    Label,
+    Scanned,
+    label_of,
+    reached,
+    unreadable_shard,
+)
 from smallfry.errors import DataError
 
 MOST_BLOCK = 2**30  # bytes of the images of one row group
@@ -127,9 +135,7 @@ def _labels(
         wrong = np.flatnonzero(part < 0)
         if len(wrong):
             row = int(wrong[0])
-            expected = (
-                f"a number from 0 to {len(declared) - 1}" if declared else "a whole number or text"
-            )
+            expected = f"a number from 0 to {len(declared) - 1}" if declared else "a number or text"
             raise DataError(
                 f"{file} row {done + row}: its label, {values[row].as_py()!r}, is missing or not "
                 f"{expected}"
@@ -140,10 +146,8 @@ def _labels(
 
 
 def _label(value: Any, declared: list[str] | None) -> Label | None:
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        return None
     if declared is None:
-        return value
+        return label_of(value)
     if isinstance(value, int) and 0 <= value < len(declared):
         return declared[value]
     return None

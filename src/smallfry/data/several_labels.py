@@ -20,7 +20,14 @@ from smallfry.data.decoded import Decoding, decode_held_out, decode_training
 from smallfry.data.fingerprint import digest, stamp
 from smallfry.data.folders import read_class_folders
 from smallfry.data.image_data import ImageData
-from smallfry.data.label_files import LABEL_NAMES, LabelColumns, Record, choose_column, read_records
+from smallfry.data.label_files import (
+    LABEL_NAMES,
+    LabelColumns,
+    Record,
+    choose_column,
+    list_in,
+    read_records,
+)
 from smallfry.data.labels import some_of
 from smallfry.data.sources import (
     LACKING,
@@ -214,12 +221,18 @@ def _is_set(record: Record, column: str) -> bool:
 
 
 def _separator(records: Sequence[Record], label: str) -> str | None:
-    cells = [value for r in records if isinstance(value := r.cells.get(label), str)]
+    cells = [
+        value
+        for record in records
+        if isinstance(value := record.cells.get(label), str) and not list_in(record.where, value)
+    ]
     return next((each for each in SEPARATORS if any(each in cell for cell in cells)), None)
 
 
 def _classes_in(record: Record, label: str, separator: str | None) -> frozenset[str]:
     value: Any = record.cells.get(label)
+    if (listed := list_in(record.where, value)) is not None:
+        value = listed
     if isinstance(value, list):
         if not all(isinstance(each, str | int) for each in value):
             raise DataError(f"{record.where}: expected a list of class names, not {value!r}")

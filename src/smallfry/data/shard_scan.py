@@ -1,20 +1,22 @@
 """Index of one shard: sample positions and labels, without images."""
 
 import errno
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from smallfry.errors import AccessError, is_out_of_memory
+from smallfry_runtime.names import text_of
 
 MOST_BYTES = 100_000_000  # of one encoded image
 OF_THE_CONTENT = (None, errno.EINVAL, errno.EOVERFLOW)  # no number, or a place that no file has
 
-Label = int | str
+Label = bool | int | float | str
 
 
 class Block(NamedTuple):
@@ -67,3 +69,12 @@ def reached(file: Path) -> Iterator[None]:
             f"{file}: can't be read now ({str(error) or 'no memory is left'}); try again, and "
             f"remove the file if this persists"
         ) from error
+
+
+def label_of(value: Any) -> Label | None:
+    """Normalise a label of a table for comparison; NaN, and what is no label, is None."""
+    if isinstance(value, str):
+        return text_of(value)
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return value if isinstance(value, int | float) else None

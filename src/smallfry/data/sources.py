@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import math
 import os
 import re
 from collections import Counter
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smallfry.data.fingerprint import digest, stamp
+from smallfry.data.shard_scan import label_of
 from smallfry.errors import AccessError, DataError, UsageError, nearest
 from smallfry_runtime.images import Encoded
 from smallfry_runtime.inputs import in_order, is_hidden
@@ -279,7 +279,7 @@ def _read_tables(
     image = find_image_column(origin, features, wanted)
     chosen = find_label_column(origin, features, image, label, default_label)
     declared = getattr(features[chosen], "names", None)
-    classes = declared or sorted(set(map(_key, _label_values(tables[TRAIN], chosen))) - {None})
+    classes = declared or sorted(set(map(label_of, _label_values(tables[TRAIN], chosen))) - {None})
     splits = {
         split: _table_split(
             f"{origin}, {split}", table, image, chosen, classes, fingerprints[split], folder
@@ -366,8 +366,8 @@ def _table_split(
     def locate(row: int) -> str:
         return f"{where} row {row}"
 
-    values = list(map(_key, _label_values(table, label_column)))
-    labels, strangers = class_indices(values, list(map(_key, classes)))
+    values = list(map(label_of, _label_values(table, label_column)))
+    labels, strangers = class_indices(values, list(map(label_of, classes)))
     encoded = table
     if isinstance(table.features[image_column], ImageFeature):
         encoded = table.cast_column(image_column, ImageFeature(decode=False))
@@ -409,13 +409,6 @@ def class_indices(
     return labels, tuple(strangers)
 
 
-def _key(value: Any) -> Any:
-    """Normalise a label for comparison; NaN is None."""
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    return text_of(value) if isinstance(value, str) else value
-
-
 def _label_values(table: Any, label_column: str) -> list[Any]:
     """Return the labels of a table as class names, or as raw values."""
     from datasets import ClassLabel
@@ -423,10 +416,12 @@ def _label_values(table: Any, label_column: str) -> list[Any]:
     kind = table.features[label_column]
     values: list[Any] = table[label_column][:]
     if not isinstance(kind, ClassLabel):
-        if any(isinstance(value, list | dict) for value in values):
+        other = (v for v in values if not isinstance(v, int | float | str | None))
+        if (odd := next(other, None)) is not None:
             raise DataError(
-                f"the labels in '{label_column}' are lists or groups; expected one class per "
-                f"image; select another column: --data.label COLUMN"
+                f"the labels in '{label_column}' are no numbers or texts but of the type "
+                f"{type(odd).__name__}; expected one class per image; select another column: "
+                "--data.label COLUMN"
             )
         return values
     count = len(kind.names)

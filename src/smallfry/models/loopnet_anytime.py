@@ -9,10 +9,12 @@ c begins at 0. All steps have the same convolutions, and each its own norms, as 
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from smallfry.errors import UsageError
@@ -98,8 +100,8 @@ class AnytimeLoopNet(LoopNet):
         """Compute x, (batch, widths[-1], height, width)."""
         features = self.stem_act(self.stem(inputs))
         for stage in self.stages[:-1]:
-            features = stage(features)
-        return cast(Tensor, self._last.enter(features))
+            features = self._run(stage, features)
+        return self._run(self._last.enter, features)
 
     def initial_state(self, batch_size: int) -> Change:
         """Return no change, after no steps."""
@@ -116,8 +118,7 @@ class AnytimeLoopNet(LoopNet):
         """
         change = state.change
         for layer in cast(Iterable[Layer], self._last.layers):
-            features = layer.conv(x + change)
-            change = change + layer.act(self._normed(layer, features, state.done))
+            change = self._run(partial(self._changed, layer), x, change, state.done)
         pooled = self.head_drop(largest(x + change))
         logits = self.head(pooled) * self.logit_scale if self.num_classes else pooled
         halting = self.halt_head(pooled).squeeze(-1)
@@ -140,10 +141,48 @@ class AnytimeLoopNet(LoopNet):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Compute x + c after all recursion steps."""
-        x, state = self.embed(images), self.initial_state(len(images))
-        for _ in range(self.recursion_steps):
-            state = self.step(x, state).state
-        return x + state.change
+        return self._refined(self.embed(images))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Compute the maps of the stages, of the last one after all recursion steps.
+
+        Args:
+            x: Images (batch, channels, height, width).
+            indices: Of the stages; the last so many if an int, all if None.
+            norm: Has no effect, as there is no final norm.
+            stop_early: Leave out the stages behind the last of these.
+            output_fmt: NCHW.
+            intermediates_only: Leave out the features.
+
+        Returns:
+            ``forward_features`` and the maps, or these alone.
+
+        Raises:
+            ValueError: Another format.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt is NCHW, not {output_fmt!r}")
+        taken, last = feature_take_indices(len(self.stages), indices)
+        found: list[Tensor] = []
+        features = self.stem_act(self.stem(x))
+        for number, stage in enumerate(self.stages[:-1]):
+            if stop_early and intermediates_only and number > last:
+                return found
+            features = self._run(stage, features)
+            found += [features] if number in taken else []
+        if stop_early and intermediates_only and last < len(self.stages) - 1:
+            return found
+        features = self._refined(self._run(self._last.enter, features))
+        found += [features] if last == len(self.stages) - 1 else []
+        return found if intermediates_only else (features, found)
 
     def modules_of_steps(self, steps: int) -> list[str]:
         """Return the names of modules that only the steps after the first ``steps`` call."""
@@ -158,6 +197,23 @@ class AnytimeLoopNet(LoopNet):
     @property
     def _last(self) -> Stage:
         return cast(Stage, self.stages[-1])
+
+    def _refined(self, x: Tensor) -> Tensor:
+        state = self.initial_state(len(x))
+        for _ in range(self.recursion_steps):
+            state = self.step(x, state).state
+        return x + state.change
+
+    def _run(self, part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Apply a part of the network, recomputed in the backward pass where that is set."""
+        if self.grad_checkpointing and self.training:
+            return cast(Tensor, checkpoint(part, *inputs))
+        return part(*inputs)
+
+    def _changed(self, layer: Layer, x: Tensor, change: Tensor, done: Tensor) -> Tensor:
+        features = layer.conv(x + change)
+        applied: Tensor = layer.act(self._normed(layer, features, done))
+        return change + applied
 
     def _normed(self, layer: Layer, features: Tensor, done: Tensor) -> Tensor:
         """Normalise by the norm of each image's step."""
@@ -209,7 +265,10 @@ default_cfgs = generate_default_cfgs(
 
 def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     build = cast(Callable[..., nn.Module], build_model_with_cfg)
-    return build(AnytimeLoopNet, name, pretrained, **(SIZES[name] | kwargs))
+    settings = SIZES[name] | kwargs
+    stages = tuple(range(len(settings["widths"])))
+    features = {"out_indices": stages, "feature_cls": "getter"}
+    return build(AnytimeLoopNet, name, pretrained, feature_cfg=features, **settings)
 
 
 register_sizes(__name__, SIZES, _create)

@@ -63,7 +63,8 @@ def register_sizes(
         create: Builds one from its name, timm's ``pretrained`` and its arguments.
 
     Raises:
-        UsageError: Another module has registered a model of one of the names.
+        UsageError: Another module has registered a model of one of the names; as a model is built,
+            ``features_only`` of one without such.
     """
     for name in sizes:
         if is_model(name) and (other := model_entrypoint(name).__module__) != module:
@@ -75,7 +76,15 @@ def _entry(
     module: str, name: str, create: Callable[[str, bool, dict[str, Any]], nn.Module]
 ) -> Callable[..., nn.Module]:
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return create(name, pretrained, kwargs)
+        try:
+            return create(name, pretrained, kwargs)
+        except AttributeError as error:
+            if kwargs.get("features_only") and "feature_info" in str(error):
+                raise UsageError(
+                    f"{name} has no maps of features that timm could take: leave out "
+                    "features_only; forward_features has its last ones"
+                ) from None
+            raise
 
     build.__name__ = build.__qualname__ = name
     build.__module__ = module

@@ -17,7 +17,8 @@ TITLE = "Batch size"
 ABOUT = (
     "Every model is trained with every batch size, for the same epochs and with the same peak "
     "learning rate, so a large batch also means few steps. Cells are test accuracy in percent; "
-    "bold is the batch size that the selecting split likes best for that model."
+    "bold is the batch size that the selecting split likes best for that model. Sizes above the "
+    "number of training images are left out."
 )
 
 
@@ -40,7 +41,7 @@ def sections(config: BatchSizeConfig, outcomes: list[Outcome], folder: Path) -> 
     data = reported.shown_for(config.data.name)
     theirs = reported.ACCURACY[data]
     groups = {
-        (name, size): where(outcomes, model=name, batch_size=size)
+        (name, size): [o for o in where(outcomes, model=name, batch_size=size) if _is_real(o, size)]
         for name in config.models
         for size in config.batch_sizes
     }
@@ -112,6 +113,11 @@ def _measured(
         strong(accuracy_cell(group)) if size == best else accuracy_cell(group)
         for size, group in own.items()
     ]
+
+
+def _is_real(outcome: Outcome, size: int) -> bool:
+    """Return whether a batch had its size; one has at most all training images."""
+    return outcome.summary is None or outcome.summary["data"].get("train", size) >= size
 
 
 def _test(outcome: Outcome) -> float | None:

@@ -13,6 +13,7 @@ from smallfry.training.compression import CHOICE, DONE, LAST_EPOCH
 from smallfry.training.config import TrainConfig
 from smallfry.training.draw_run import draw_run
 from smallfry.training.evaluation import predict, require_finite, score
+from smallfry.training.evaluation_data import TEST_FINGERPRINT
 from smallfry.training.evaluation_report import per_class_scores, write_tables
 from smallfry.training.fine_tuning import START, kept_facts
 from smallfry.training.loop import Trainer
@@ -59,6 +60,7 @@ def conclude(trainer: Trainer, evidence: dict[str, object]) -> dict[str, Any]:
         "task": config.task,
         "data": {
             **best.manifest["data"],
+            TEST_FINGERPRINT: data.test_fingerprint,
             "classes": len(data.classes),
             "train": len(data.train),
             "validation": len(data.validation),

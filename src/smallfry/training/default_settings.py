@@ -171,6 +171,13 @@ def with_mixing(config: TrainConfig, images: int) -> TrainConfig:
     return replace(config, augment=replace(augment, mixup=mixup, cutmix=cutmix))
 
 
+def describe_batch(given: TrainConfig, images: int) -> str:
+    """Describe batches that were to be larger than the training split; empty for others."""
+    if given.batch_size is None or given.batch_size <= images:
+        return ""
+    return f"batches of all {images:,} images, as batch_size {given.batch_size:,} is more"
+
+
 def describe_defaults(given: TrainConfig, chosen: TrainConfig, images: int) -> str:
     """List the settings that were not given, in one line; empty if all were."""
     found = []

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,14 @@ from smallfry.data import ImageData, Split, is_named, load_data
 from smallfry.data.duplicates import image_hashes
 from smallfry.data.named import NO_ROOT
 from smallfry.data.sources import shard_files
-from smallfry.errors import AccessError, DataError, SmallfryError, SmallfryWarning, UsageError
+from smallfry.errors import (
+    AccessError,
+    DataError,
+    RunError,
+    SmallfryError,
+    SmallfryWarning,
+    UsageError,
+)
 from smallfry.training.config import MULTILABEL, DataConfig, read_config
 from smallfry.training.run import RunFolder, TrainedModel
 from smallfry_runtime.names import path_of, text_of
@@ -31,14 +39,14 @@ def load_like(
     Images are brought to the model's size, labels to the order of its classes.
 
     Returns:
-        The data set, the split, and its name, which is "all" where the data has no test split.
+        The data set, the split, and its name. For a test split that the data does not have, it is
+        the validation split, or "all" if there is none either.
 
     Args:
         trained: The model.
         run: Its run folder, whose data is taken if ``name`` is None.
         name: A data set or folder. If it is the data that the model was trained on, wherever that
-            is now, it is split as it was then. Of other data the test split is taken, or all images
-            if it has none.
+            is now, it is split as it was then. Other data is never divided.
         root: Folder of a named data set.
         split: train, validation or test.
 
@@ -46,21 +54,49 @@ def load_like(
         UsageError: No data is named, neither here nor by the run.
         DataError: The data can't be used, or the split is empty.
     """
-    file = RunFolder(path_of(str(run))).config
+    folder = RunFolder(path_of(str(run)))
+    file = folder.config
     before = _sized(read_config(file).data, trained) if file.is_file() else None
     if name is None:
         data = _data_of_the_run(trained, run, before, root, split)
     else:
         data = _named_data(trained, before, name, root, split)
+    if split == "test":
+        _warn_of_other_tests(trained, data, folder)
     data = data.relabelled(trained.classes)
-    if split == "test" and data.test_count == 0:
-        return data, data.train, "all"
+    if split == "test":
+        return data, *_for_testing(data)
     chosen: Split = getattr(data, split)
     if len(chosen) == 0:
         raise DataError(f"{data.origin}: its {split} split is empty")
     return data, chosen, split
 
 
+def _for_testing(data: ImageData) -> tuple[Split, str]:
+    """Return the images that a model is tested on, with the name of their split."""
+    if data.test_count:
+        return data.test, "test"
+    if len(data.validation):
+        return data.validation, "validation"
+    return data.train, "all"
+
+
+def _warn_of_other_tests(trained: TrainedModel, data: ImageData, folder: RunFolder) -> None:
+    """Warn if a run's own data has another test split than the run was tested on."""
+    if not data.test_count or not data.matches(trained.manifest["data"]["fingerprint"]):
+        return
+    with suppress(RunError):  # of a damaged summary
+        known = ((folder.read_summary() or {}).get("data") or {}).get(TEST_FINGERPRINT)
+        if known not in (None, data.test_fingerprint):
+            warnings.warn(
+                f"{data.origin}: its test split has changed since the run was tested, so the "
+                "scores can't be compared with those of its summary",
+                SmallfryWarning,
+                stacklevel=3,
+            )
+
+
+TEST_FINGERPRINT = "test_fingerprint"  # entry of summaries
 OF_LABELS = ("labels", "image_column", "split_column", "label_columns", "label_separator")
 
 
@@ -178,7 +214,7 @@ def _is_same_place(name: str, other: str) -> bool:
 
 def _warn_of_training_images(data: ImageData, before: DataConfig | None) -> None:
     """Warn if test data contain training images, as far as those are available."""
-    chosen = data.test if data.test_count else data.train
+    chosen, _ = _for_testing(data)
     if before is None or not (before.name in NO_ROOT or path_of(before.name).is_dir()):
         return
     try:

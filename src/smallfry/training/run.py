@@ -115,8 +115,9 @@ class TrainedModel(NamedTuple):
 
         Args:
             data: A name, folder or objects, as for ``smallfry.train``; default the run's own. Other
-                data is scored on its test split, or on all images if it has none. Labels that are
-                numbers are places in the model's classes, if the data has no names of its own.
+                data is scored on its test split, or else its validation split, or else on all
+                images. Labels that are numbers, without names of their own, are places in the
+                model's classes, or their names if all of those are whole numbers.
             split: train, validation or test.
 
         Raises:

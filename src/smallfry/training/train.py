@@ -39,7 +39,12 @@ from smallfry.training.config import (
     read_config,
 )
 from smallfry.training.continuation import dotted, require_changeable, with_changes
-from smallfry.training.default_settings import describe_defaults, with_defaults, with_normed_rate
+from smallfry.training.default_settings import (
+    describe_batch,
+    describe_defaults,
+    with_defaults,
+    with_normed_rate,
+)
 from smallfry.training.distillation import distilled, require_same_teacher
 from smallfry.training.evaluation_data import require_place, require_same_data
 from smallfry.training.fine_tuning import like_start, load_start
@@ -188,6 +193,7 @@ def build_new(
     notes = (
         source.note(config.model, task.outputs(len(data.classes))),
         describe_defaults(given, trainer.config, len(data.train)),
+        describe_batch(given, len(data.train)),
     )
     return trainer, [note for note in notes if note]
 
