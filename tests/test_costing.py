@@ -1,9 +1,10 @@
+import pytest
 import timm
 import torch
 from torch import nn
 
-from smallfry import cost
-from smallfry.costing import layer_macs
+from smallfry import compress, cost
+from smallfry.costing import layer_macs, macs
 
 
 def test_vitrm_small_costs_what_its_rows_cost():
@@ -86,3 +87,45 @@ def test_macs_of_layers_add_up_to_those_of_a_recursive_model():
     assert sum(found.values()) == cost(model, image).macs
     assert found["head"] == model.head.weight.numel()
     assert found["blocks.0.attn"] > 0  # the products of queries, keys and values
+
+
+class Attention(nn.Module):
+    """Self-attention alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, rows):
+        return self.inner(rows, rows, rows, need_weights=False)[0]
+
+
+PROJECTIONS, PRODUCTS = 10 * 4 * 16 * 16, 2 * 10 * 10 * 16  # of ten tokens
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("build", "wanted"),
+    [
+        (lambda: nn.LSTM(16, 8, batch_first=True), 10 * 4 * 8 * (16 + 8)),
+        (lambda: nn.GRU(16, 8, batch_first=True), 10 * 3 * 8 * (16 + 8)),
+        (Attention, PROJECTIONS + PRODUCTS),
+        (
+            lambda: nn.TransformerEncoderLayer(16, 2, 32, batch_first=True),
+            PROJECTIONS + PRODUCTS + 10 * 2 * 16 * 32,
+        ),
+    ],
+)
+def test_fused_kernels_count_as_what_they_compute(build, wanted, device):
+    before = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
+    model, rows = build().to(device), torch.zeros(1, 10, 16, device=device)
+    assert macs(model, rows) == sum(layer_macs(model, rows).values()) == wanted
+    assert (torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled) == before
+
+
+def test_layers_that_hooks_would_change_are_counted_as_they_run():
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+    rows = torch.randn(500, 64)
+    method = compress.TensorTrain(keep=0.5, include=["0"], smallest=1)
+    small, _ = compress.apply_to_model(model, [method], example=rows[:2])
+    assert sum(layer_macs(small, rows).values()) == macs(small, rows)

@@ -4,12 +4,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from smallfry._torch import enable_onednn, is_onednn_enabled
 
 
 class Cost(NamedTuple):
@@ -83,17 +85,20 @@ def layer_macs(model: nn.Module, input: Tensor) -> dict[str, int]:
         counts[running[-1]] += total - counted
         counted = total
 
-    def enter(name: str) -> None:
-        settle()
-        running.append(name)
+    def counted_apart(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            settle()
+            running.append(name)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                settle()
+                running.pop()
 
-    def leave() -> None:
-        settle()
-        running.pop()
+        return call
 
-    for name, module in model.named_modules():
-        module.register_forward_pre_hook(lambda *_, name=name: enter(name))
-        module.register_forward_hook(lambda *_: leave())
+    for name, module in model.named_modules():  # without hooks, on which some take another path
+        module.forward = counted_apart(name, module.forward)
     with _counting(model) as count:
         model(input)
     return {name: found for name, found in counts.items() if found}
@@ -104,9 +109,23 @@ def _counting(model: nn.Module) -> Iterator[Callable[[], int]]:
     """Yield a function of the multiply-accumulates so far of a model that may be changed."""
     model.eval().requires_grad_(False)  # FlopCounterMode stumbles over views of parameters
     counter = FlopCounterMode(display=False)
-    # the plain form of attention: not every PyTorch counts the fused ones
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+    with torch.no_grad(), _plain_kernels(model), counter:
         yield lambda: counter.get_total_flops() // 2
+
+
+@contextmanager
+def _plain_kernels(model: nn.Module) -> Iterator[None]:
+    """Take the plain forms of attention and of recurrent layers; not all fused ones are counted."""
+    onednn, fast = is_onednn_enabled(), torch.backends.mha.get_fastpath_enabled()
+    recurs = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    try:
+        enable_onednn(onednn and not recurs)
+        torch.backends.mha.set_fastpath_enabled(False)
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        enable_onednn(onednn)
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _activation_bytes(model: nn.Module, input: Tensor) -> int:

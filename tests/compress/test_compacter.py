@@ -301,3 +301,11 @@ def test_models_of_hugging_face_are_left_to_the_library_adapters(monkeypatch):
     assert session.finish().transforms == ()
     with pytest.raises(UsageError, match="take n and reduction alone"):
         compress.Session(model, [compress.Compacter(per_call=True)], torch.zeros(1, 3).long(), 1)
+
+
+def test_norms_of_timm_are_trained_too():
+    form = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", norm_layer="rmsnorm", **form)
+    compress.Session(model, [compress.Compacter()], torch.randn(2, 3, 32, 32), steps=1)
+    trained = {name for name, each in model.named_parameters() if each.requires_grad}
+    assert {"blocks.0.norm1.weight", "blocks.1.norm2.weight", "norm.weight"} <= trained

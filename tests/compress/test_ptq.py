@@ -527,3 +527,20 @@ def test_a_convolutional_network_is_quantised_as_it_is_trained():
     assert small.stages[0].layers[0].conv.calls == 2
     with torch.no_grad():
         assert F.cosine_similarity(small(images), model(images)).min() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape"),
+    [
+        ([nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Linear(8, 4)], (2, 3, 8, 8)),
+        ([nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Linear(6, 4)], (2, 3, 8, 6)),
+        ([nn.Linear(6, 8), nn.ReLU(), nn.MaxPool2d(2), nn.Linear(4, 5)], (2, 4, 6, 6)),
+        ([nn.Linear(6, 3), nn.ReLU(), nn.Conv2d(3, 8, 3)], (2, 3, 8, 6)),
+    ],
+)
+def test_layers_of_other_channels_are_no_pairs(layers, shape):
+    torch.manual_seed(0)
+    model, images = nn.Sequential(*layers).double().eval(), torch.randn(shape).double()
+    before = model(images)
+    assert equalize(model, example=images) == []
+    assert torch.equal(model(images), before)

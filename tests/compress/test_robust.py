@@ -100,10 +100,32 @@ def test_a_singular_matrix_has_a_finite_penalty():
     weight = torch.zeros(4, 4, requires_grad=True)
     with torch.no_grad():
         weight[0, 0] = 1.0
-    value = log_condition_bound(weight)
-    (gradient,) = torch.autograd.grad(value, weight)
-    assert value.isfinite()
-    assert gradient.isfinite().all()
+    for surrogate in (log_condition_bound, log_am_gm, log_condition):
+        value = surrogate(weight)
+        (gradient,) = torch.autograd.grad(value, weight)
+        assert value.isfinite()
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("surrogate", ["gej", "am_gm", "exact"])
+def test_a_layer_whose_weights_are_all_masked_has_no_penalty(surrogate):
+    torch.manual_seed(0)
+    layers = [nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 4)]
+    model, images = nn.Sequential(*layers), torch.randn(64, 16)
+    layers[1].weight.data.mul_(0.05)
+    condition = compress.ConditionNumber(surrogate=surrogate)
+    pruning = compress.GradualMagnitude(sparsity=0.9, every=2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    session = compress.Session(model, [condition, pruning], images[:2], steps=12)
+    session.attach(optimizer)
+    for _ in range(12):
+        optimizer.zero_grad()
+        (model(images).square().mean() + session.penalty()).backward()
+        optimizer.step()
+    assert not layers[1].weight.any()
+    assert layers[2].weight.any()
+    for parameter in model.parameters():
+        assert parameter.isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -86,14 +86,28 @@ class Branching(nn.Module):
         return self.second(hidden) + self.other(hidden)
 
 
+class Skipping(nn.Module):
+    """Pair whose hidden units something that is no module takes, too, or takes otherwise."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.first, self.act, self.second = nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)
+        self.use = use
+
+    def forward(self, rows):
+        return self.use(self.second, self.act(self.first(rows)))
+
+
 @pytest.mark.parametrize(
     "model",
     [
         Branching(),
+        Skipping(lambda second, hidden: second(hidden) + hidden),
+        Skipping(lambda second, hidden: second(hidden.view(4, -1).T)),
         nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)),
         nn.Linear(4, 4),
     ],
-    ids=["two takers", "a norm between", "one layer"],
+    ids=["two takers", "a sum", "turned", "a norm between", "one layer"],
 )
 def test_other_layers_are_no_pairs(model):
     with pytest.raises(UsageError, match="no pair of linear layers"):

@@ -344,3 +344,26 @@ def test_attributes_of_a_cut_model_count_what_there_is(found):
 def test_groups_need_no_classifier():
     model = timm.create_model("resnet10t", num_classes=0)
     assert find_groups(model, torch.zeros(2, 3, 32, 32))
+
+
+class Branch(nn.Module):
+    """Residual branch whose last norm starts at zero, around a function that moves zero."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.inner, self.end = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.last, self.act = nn.Conv2d(8, 4, 1), act
+        nn.init.zeros_(self.end.weight)
+
+    def forward(self, images):
+        images = self.act(self.norm(self.first(images)))
+        return self.last(images + self.end(self.inner(images)))
+
+
+def test_a_branch_that_starts_at_zero_hides_no_fault():
+    images = torch.randn(2, 3, 8, 8)
+    with pytest.warns(SmallfryWarning, match="are kept.*outputs masked and cut differ"):
+        assert find_groups(Branch(nn.Softplus()), images) == ()
+    (group,) = find_groups(Branch(nn.ReLU()), images)
+    assert group.channels == 8

@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from smallfry import compress
+from smallfry.compress.sparse.report import sparsity_report
 from smallfry.data import Split
+from smallfry.training.attack import PGD, accuracy_under_attack
 from smallfry.training.augment import Normalize
 from smallfry.training.batch_norm import require_enough_images
 from smallfry.training.evaluation import predict
@@ -40,6 +43,10 @@ USES = {
     "predict": lambda net: predict(net, split(), Normalize((0.5,), (0.5,)), batch_size=2),
     "find_groups": lambda net: find_groups(net, torch.randn(2, 1, 8, 8)),
     "traced_groups": lambda net: traced_groups(net, torch.randn(2, 1, 8, 8)),
+    "sparsity report": lambda net: sparsity_report(net, torch.randn(2, 1, 8, 8)),
+    "attack": lambda net: accuracy_under_attack(
+        net, split(3), Normalize((0.5,), (0.5,)), PGD(0.1, steps=1)
+    ),
     "batch norm": lambda net: require_enough_images(net, torch.zeros(1, 1, 8, 8), 4, 1, 1, False),
 }
 
@@ -76,3 +83,16 @@ def test_a_model_that_evaluates_is_left_evaluating():
     with evaluating(net):
         pass
     assert not any(modes(net))
+
+
+@pytest.mark.parametrize(
+    "method", [compress.LSQ(), compress.LowRank(smallest=1), compress.Quantize(weights=8)]
+)
+def test_methods_leave_a_frozen_norm_frozen(method):
+    net, images = Frozen(), torch.randn(4, 1, 8, 8)
+    session = compress.Session(net, [method], images, steps=1, batches=[images])
+    assert not net[1].training
+    session.finish()
+    assert net.training
+    assert not net[1].training
+    assert net[5].training

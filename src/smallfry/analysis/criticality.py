@@ -28,12 +28,13 @@ from smallfry.models.critical import (
     moments,
     residual_kernels,
 )
-from smallfry.models.critical_init import LAYERS, NORMS, activation_of
+from smallfry.models.critical_init import LAYERS, activation_of
 from smallfry.report.axes import log_axis
 from smallfry.report.figure import COLOURS, GREY, encode, new_figure, style
 from smallfry.training.evaluation import forward
 from smallfry.transforms.build import build
 from smallfry.transforms.modes import evaluating
+from smallfry.transforms.norms import is_norm
 
 __all__ = ["LayerSignal", "StepSignal", "layer_signals", "step_signals"]
 
@@ -168,7 +169,7 @@ def ask(subject: Subject) -> Answer:
     findings, pictures = [], [Picture("Signals and gradients by depth", _draw_signals(signals))]
     for name, found in signals.items():
         findings.append(f"{name}: {_growth(found)}")
-    normed = any(isinstance(module, NORMS) for module in trained.model.modules())
+    normed = any(map(is_norm, trained.model.modules()))
     try:
         point = find_critical(activation_of(trained.model))
     except UsageError as error:

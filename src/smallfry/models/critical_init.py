@@ -15,17 +15,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from smallfry._torch import BatchNorm
 from smallfry.curvature.layers import input_of
 from smallfry.errors import UsageError
 from smallfry.models.critical import Criticality, find_critical
 from smallfry.transforms.modes import evaluating
+from smallfry.transforms.norms import is_norm
 
 __all__ = ["Initialised", "activation_of", "init_critical_"]
 
 BRANCH_ENDS = ("proj", "fc2")  # timm's names of the last layer of a residual branch
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, BatchNorm)
 MODULES = {  # of PyTorch and timm, by the names of their classes
     **{"ReLU": "relu", "LeakyReLU": "leaky_relu_0.01", "Tanh": "tanh", "GELU": "gelu"},
     **{"SiLU": "silu", "Swish": "silu", "Mish": "mish", "Hardswish": "hardswish"},
@@ -94,7 +93,7 @@ def init_critical_(model: nn.Module, images: Tensor, activation: str | None = No
     trainable = [name for name in calls if _weight(modules[name]).requires_grad]
     if not trainable:
         raise UsageError("critical initialisation found no trainable linear layer or convolution")
-    if any(isinstance(module, NORMS) for module in modules.values()):
+    if any(map(is_norm, modules.values())):
         uses = {n: calls[n][0] for n in trainable if n.rpartition(".")[2] in BRANCH_ENDS}
         for name in trainable:
             divisor = uses[name] * math.sqrt(len(uses)) if name in uses else 1.0

@@ -16,6 +16,7 @@ from smallfry.training.augment import Normalize
 from smallfry.training.objective import Objective
 from smallfry.training.objective_steps import Step
 from smallfry.training.wrapped_objective import WrappedObjective
+from smallfry.transforms.modes import evaluating
 
 
 class Adversarial(WrappedObjective):
@@ -43,12 +44,8 @@ class Adversarial(WrappedObjective):
         def loss(inputs: Tensor) -> Tensor:
             return self.task.loss(self._model(inputs), batch.targets)
 
-        was_training = self._model.training
-        self._model.eval()
-        try:
+        with evaluating(self._model):
             attacked = self.attack(batch.inputs, loss, self.normalize)
-        finally:
-            self._model.train(was_training)
         yield from self.objective(prepared, batch._replace(inputs=attacked))
 
 

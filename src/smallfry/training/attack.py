@@ -19,6 +19,7 @@ from smallfry.tasks import Task
 from smallfry.tasks.task import count_judged
 from smallfry.training.augment import Normalize
 from smallfry.training.evaluation import targets_of, task_of
+from smallfry.transforms.modes import evaluating
 
 Loss = Callable[[Tensor], Tensor]  # of inputs, a scalar
 
@@ -111,22 +112,21 @@ def accuracy_under_attack(
     """
     task = task or task_of({})
     generator = torch.Generator().manual_seed(0)
-    was_training, right, judged = model.training, 0, 0
-    model.eval()
-    for positions in torch.split(torch.arange(len(split)), batch_size):
-        part = split.take(positions)
-        images, labels = normalize(part.images), part.labels
+    right, judged = 0, 0
+    with evaluating(model):
+        for positions in torch.split(torch.arange(len(split)), batch_size):
+            part = split.take(positions)
+            images, labels = normalize(part.images), part.labels
 
-        def loss(inputs: Tensor, labels: Tensor = labels) -> Tensor:
-            outputs = model(inputs)
-            return task.loss(outputs, targets_of(task, outputs, labels))
+            def loss(inputs: Tensor, labels: Tensor = labels) -> Tensor:
+                outputs = model(inputs)
+                return task.loss(outputs, targets_of(task, outputs, labels))
 
-        attacked = attack(images, loss, normalize, generator)
-        with torch.no_grad():
-            outputs = model(attacked)
-            targets = targets_of(task, outputs, labels)
-            found = task.right(outputs, targets)
-            right += int(found.sum())
-            judged += int(count_judged(task, targets, found))
-    model.train(was_training)
+            attacked = attack(images, loss, normalize, generator)
+            with torch.no_grad():
+                outputs = model(attacked)
+                targets = targets_of(task, outputs, labels)
+                found = task.right(outputs, targets)
+                right += int(found.sum())
+                judged += int(count_judged(task, targets, found))
     return right / max(1, judged)

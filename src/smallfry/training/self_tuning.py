@@ -39,6 +39,7 @@ from smallfry.training.objective import Objective
 from smallfry.training.objective_steps import Step
 from smallfry.training.optimization import NATURAL
 from smallfry.training.wrapped_objective import WrappedObjective
+from smallfry.transforms.modes import evaluating
 
 __all__ = ["FILE", "SelfTuned", "entropy_of", "self_tuned"]
 
@@ -156,13 +157,9 @@ class SelfTuned(WrappedObjective):
         self._response_optimizer.step()
 
     def _step_hypers(self, batch: Batch) -> None:
-        was_training = self._model.training
-        self._model.eval()
-        try:
+        with evaluating(self._model):
             raw = self._perturbed(len(batch.inputs))
             outputs = self.gated(batch.inputs, raw - self.raw.detach())
-        finally:
-            self._model.train(was_training)
         loss = self.task.loss(outputs, batch.targets) - ENTROPY * entropy_of(self.raw_scale)
         tuned = [self.raw, self.raw_scale]
         gradients = torch.autograd.grad(loss, tuned)

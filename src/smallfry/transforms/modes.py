@@ -11,12 +11,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Set a model to evaluation mode, and each of its modules back to its own mode at the end.
 
     A frozen batch norm is in evaluation mode while the model around it trains, which
-    ``model.train()`` would undo.
+    ``model.train()`` would undo. Modules that were added meanwhile get the model's own mode.
     """
-    modes = [(module, module.training) for module in model.modules()]
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in {**modes, **dict.fromkeys(model.modules())}:
+            module.training = modes.get(module, modes[model])

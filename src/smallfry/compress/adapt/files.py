@@ -13,18 +13,17 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from smallfry._torch import BatchNorm
 from smallfry.errors import RunError
 from smallfry.training.checkpoint import safetensors_bytes, save_checkpoint, weights_digest
 from smallfry.training.run import TrainedModel, load_run
 from smallfry.training.run_folder import RunFolder
 from smallfry.transforms.adapters import CHILD, Adapters
 from smallfry.transforms.classifier import classifier_names
+from smallfry.transforms.norms import is_norm
 from smallfry.transforms.spec import ModelSpec
 from smallfry_runtime.files import parse_json
 
 FILE = "adapters.safetensors"
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, BatchNorm)
 WRITTEN = ("format", "smallfry", "files", "digest")  # entries of manifests that saving makes anew
 
 
@@ -96,7 +95,7 @@ def trained_names(model: nn.Module) -> set[str]:
 
     They are the adapters with their rules, the norms with their statistics, and the heads.
     """
-    norms = [name for name, module in model.named_modules() if isinstance(module, NORMS)]
+    norms = [name for name, module in model.named_modules() if is_norm(module)]
     parts = (*classifier_names(model), *norms, "halt_head", CHILD)
     return {
         name

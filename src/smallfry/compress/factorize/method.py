@@ -23,6 +23,7 @@ from smallfry.errors import SmallfryWarning, UsageError
 from smallfry.io.json import Plain
 from smallfry.training.evaluation import forward
 from smallfry.training.method import Method, Setting
+from smallfry.transforms.modes import evaluating
 from smallfry.transforms.replace import Replace, replace_layers, tied_layers
 from smallfry.transforms.spec import Transform
 
@@ -106,11 +107,9 @@ class _Factorise(Method):
                 SmallfryWarning,
                 stacklevel=2,
             )
-        was_training = model.training
-        model.eval()
-        known = self._curvature(model, layers)
-        profile = self._profile(model, layers, known)
-        model.train(was_training)
+        with evaluating(model):
+            known = self._curvature(model, layers)
+            profile = self._profile(model, layers, known)
         shares = dict.fromkeys(layers, settings.keep)
         if profile:
             shares = allocate(settings, {name: layers[name] for name in profile}, profile)

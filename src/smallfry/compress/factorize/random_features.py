@@ -6,6 +6,7 @@ images Ψ and c are the ridge regression of the pair's outputs on Φ; without im
 the weights, which is a start for training (``smallfry.layers.random_features``).
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, cast
@@ -19,11 +20,13 @@ from smallfry.errors import UsageError
 from smallfry.layers.random_features import SNNKLinear, bundle, ridge_solution
 from smallfry.training.method import Method, Setting, register_method
 from smallfry.transforms.declared import ZERO_AT_ZERO
+from smallfry.transforms.find import flat_outputs
 from smallfry.transforms.modes import evaluating
 from smallfry.transforms.random_features import RandomFeatures
 from smallfry.transforms.replace import tied_layers
 from smallfry.transforms.spec import Transform
 
+TOLERANCE = 1e-4  # of outputs, relative to the largest, in float32
 ACTIVATIONS = tuple(kind for kind in ZERO_AT_ZERO if kind is not nn.Identity)
 PARTS = (nn.Linear, nn.Sigmoid, nn.Softplus, *ACTIVATIONS)
 
@@ -151,7 +154,9 @@ def _fit(
 def _find_pairs(model: nn.Module, example: Tensor) -> list[_Pair]:
     """Find linear layers that take the output of an activation of another one's output, alone.
 
-    Dropout and identities in between don't count. A layer that shares its weight is in no pair.
+    Dropout and identities in between don't count. A layer that shares its weight is in no pair, and
+    neither is one whose pair can't be one module in its place, such as where something that is no
+    module takes the activation's output, too.
     """
     ties, modules = tied_layers(model), dict(model.named_modules())
     parts = [name for name, module in modules.items() if isinstance(module, PARTS)]
@@ -176,7 +181,25 @@ def _find_pairs(model: nn.Module, example: Tensor) -> list[_Pair]:
         takers = [sum(each in s for s in sources.values()) for each in (first, activation)]
         if takers == [1, 1] and [len(ties[each]) for each in ends] == [1, 1]:
             found.append(_Pair(first, activation, name))
-    return found
+    return [pair for pair in found if _is_one(model, pair, example)]
+
+
+def _is_one(model: nn.Module, pair: _Pair, example: Tensor) -> bool:
+    """Return whether the outputs stay if the second layer's place has the pair in a row."""
+    moved = copy.deepcopy(model)
+    parts = [moved.get_submodule(name) for name in pair]
+    for name in pair[:2]:
+        moved.set_submodule(name, nn.Identity())
+    moved.set_submodule(pair.second, nn.Sequential(*parts))
+    with evaluating(model), evaluating(moved):
+        try:
+            expected, given = (flat_outputs(each(example)) for each in (model, moved))
+        except Exception:  # of shapes that don't fit
+            return False
+    if expected.shape != given.shape:
+        return False
+    largest = expected.abs().max().clamp(min=1e-6)
+    return bool((expected - given).abs().max() <= TOLERANCE * largest)
 
 
 def _place(tensor: Tensor) -> tuple[int, int]:

@@ -151,6 +151,7 @@ class ChannelMethod(Method):
             UsageError: A target beyond what the groups have.
         """
         self.model, self.groups = model, tuple(groups)
+        self._example = setting.example
         self.tensors = tensors_of(model)
         self.gone = [[] for _ in groups]
         self.budget: Budget | None = None
@@ -287,6 +288,8 @@ class ChannelMethod(Method):
         if (latencies := state.get("latencies")) is not None:  # not in earlier versions' states
             self._latencies = LatencyTable(**latencies)
             self.budget = LatencyBudget(self._latencies, self.groups)
+        elif self._shared.of == "macs":
+            self.budget = MacsBudget(self.model, self._example, self.groups)
         for group in self.groups:
             for each in group.cut:
                 if each.tensor not in self.tensors:

@@ -25,7 +25,8 @@ from smallfry.compress.select import DENSE, is_dense
 from smallfry.models.layers import Attention, Layer, SwiGLU
 from smallfry.transforms.replace import tied_layers
 
-HOMOGENEOUS = (nn.Identity, nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.MaxPool2d, nn.AvgPool2d)
+HOMOGENEOUS = (nn.Identity, nn.ReLU, nn.LeakyReLU, nn.PReLU)
+POOLS = (nn.MaxPool2d, nn.AvgPool2d)  # of the channels of images, and so not between linear layers
 SWEEPS = 3
 SETTLED = 0.01  # largest change of a scale
 
@@ -157,12 +158,16 @@ def _pairs_of(module: Any) -> Iterator[Pair]:
             yield Pair("fc1", "fc2", every)
     elif type(module) is nn.Sequential:
         last: str | None = None
+        kind: type[nn.Module] = nn.Linear  # of the last; channels of another one are elsewhere
         for name, child in module._modules.items():  # also one that stands there twice
             if isinstance(child, DENSE):
-                if last is not None:
+                if last is not None and isinstance(child, kind):
                     yield Pair(last, name, every)
                 last = name
-            elif not isinstance(child, (*HOMOGENEOUS, nn.Dropout)):
+                kind = nn.Linear if isinstance(child, nn.Linear) else nn.Conv2d
+            elif not isinstance(child, (*HOMOGENEOUS, nn.Dropout)) and not (
+                isinstance(child, POOLS) and kind is nn.Conv2d
+            ):
                 last = None
 
 

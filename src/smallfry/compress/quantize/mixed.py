@@ -57,8 +57,9 @@ def choose_bits(
     found = measured or sensitivities(model, errors, measure, batches, seed=seed)
     sizes = {name: next(iter(by_bits.values())).numel() for name, by_bits in errors.items()}
     if kind == "macs":
-        units = macs(model, errors, batches)
-        sizes = {name: units.get(name, 0) for name in errors}
+        uses = _uses(model, errors)
+        units = macs(model, [each for names in uses.values() for each in names], batches)
+        sizes = {name: sum(units.get(each, 0) for each in uses[name]) for name in errors}
     total = sum(sizes.values())
     most = int(8 * budget) if kind == "bytes" else int(budget * total)
     options = {
@@ -98,6 +99,15 @@ def choose_bits(
             "chosen": {name: str(bits) for name, bits in chosen.choices.items()},
         },
     )
+
+
+def _uses(model: nn.Module, layers: Collection[str]) -> dict[str, list[str]]:
+    """Return the names of all modules that have the weight of each layer."""
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        if (weight := module._parameters.get("weight")) is not None:
+            users.setdefault(id(weight), []).append(name)
+    return {name: users[id(model.get_submodule(name).weight)] for name in layers}
 
 
 def macs(model: nn.Module, layers: Collection[str], batches: Iterable[Tensor]) -> dict[str, int]:

@@ -33,6 +33,7 @@ from smallfry.layers.quantized import QuantizedWeight, number_calls, quantize
 from smallfry.layers.quantizers import BITS, affine, grouped, least_error_scale, spread
 from smallfry.training.method import Method, Setting, register_method
 from smallfry.transforms.bits import Bits
+from smallfry.transforms.modes import evaluating
 from smallfry.transforms.replace import replace_layers, tied_layers
 from smallfry.transforms.spec import Transform
 
@@ -178,14 +179,16 @@ class _Quantize(Method):
         self._setting = setting
 
     def finish(self, model: nn.Module) -> Transform:
+        with evaluating(model):
+            return self._quantize(model)
+
+    def _quantize(self, model: nn.Module) -> Transform:
         settings, setting = self._settings, self._setting
         assert setting is not None
         images = Images(setting.batches, setting.example, setting.rehearsal)
         chosen = dense_layers(model, settings.include, settings.exclude)
         left = unsupported(model, settings.include, settings.exclude)
         layers = _Layers(model, supported(settings.name, chosen, left, setting.rehearsal))
-        was_training = model.training
-        model.eval()
         if settings.needs_images:
             require_images("quantize", model, images)
         passes = Passes({}, None)
@@ -227,7 +230,6 @@ class _Quantize(Method):
             "calibration": images.description() if settings.needs_images else None,
             **mixed,
         }
-        model.train(was_training)
         return Bits({alias: own[name] for alias, name in layers.aliases.items()}, first)
 
     def report(self) -> dict[str, Any] | None:

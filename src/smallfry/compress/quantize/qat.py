@@ -23,6 +23,7 @@ from smallfry.layers.quantizers import BITS, affine
 from smallfry.models import Recursive
 from smallfry.training.method import Method, Setting, register_method
 from smallfry.transforms.bits import Bits
+from smallfry.transforms.modes import evaluating
 from smallfry.transforms.replace import replace_layers, tied_layers
 from smallfry.transforms.spec import Transform
 
@@ -97,12 +98,11 @@ class _Train(Method):
         every = dict.fromkeys(alias for name in names for alias in ties[name])
         canonical = {id(module): name for name, module in model.named_modules()}
         own = dict.fromkeys(canonical[id(modules[alias])] for alias in every)
-        was_training = model.training
-        model.eval()
-        passes = count_calls(model, own, setting.example)
-        edges = _edges(model, passes)
+        with evaluating(model):
+            passes = count_calls(model, own, setting.example)
+            edges = _edges(model, passes)
+            inputs = self._inputs(model, passes, edges, setting)
         bits = {name: settings.edges if name in edges else settings.weights for name in own}
-        inputs = self._inputs(model, passes, edges, setting)
         made: dict[str, dict[str, Any]] = {}
         for name in own:
             made[name] = {"bits": bits[name]}
@@ -118,7 +118,6 @@ class _Train(Method):
         several = any(each.get("calls", 1) > 1 for each in made.values())
         self._first = passes.first if several else None
         self._hooks = number_calls(model, self._first)
-        model.train(was_training)
 
     def _inputs(
         self, model: nn.Module, passes: Passes, edges: set[str], setting: Setting

@@ -33,6 +33,7 @@ MEASURES: tuple[Measure, ...] = ("kronecker", "fisher", "hessian")
 EXACT_UP_TO = 16  # outputs of which every gradient is taken; of more, one is sampled per image
 CHUNK = 32  # images per backward pass
 PROBES = 50
+LEAST_PROBES = 10  # fewer may agree by accident
 PRECISE = 0.05  # relative standard error at which Hutchinson's estimator may end
 
 
@@ -134,7 +135,8 @@ def hessian_traces(
         layers: Names of the layers.
         batches: Batches of images.
         labels: Classes of the images, batch by batch; the model's own predictions by default.
-        probes: Most random vectors; fewer once the standard error of every trace is below 5 %.
+        probes: Most random vectors; fewer, but 10 at least, once the standard error of every trace
+            is below 5 %.
         seed: Seed of the vectors.
     """
     small = _trainable(deepcopy(model).eval())
@@ -152,7 +154,7 @@ def hessian_traces(
             for number, (v, hv) in enumerate(zip(probe, products, strict=True)):
                 totals[number] += float((v * hv).sum())
         found.append([total / count for total in totals])
-        if len(found) > 1 and _is_precise(torch.tensor(found, dtype=torch.float64)):
+        if len(found) >= LEAST_PROBES and _is_precise(torch.tensor(found, dtype=torch.float64)):
             break
     means = torch.tensor(found, dtype=torch.float64).mean(0).tolist()
     by_weight = {id(weight): mean for weight, mean in zip(flat, means, strict=True)}

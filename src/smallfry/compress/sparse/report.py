@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from smallfry.compress.select import dense_layers
 from smallfry.compress.sparse.schedules import n_of_m
 from smallfry.errors import UsageError
+from smallfry.transforms.modes import evaluating
 
 INDEX_BYTES = 4  # of a column, and of a row's begin, in compressed sparse rows
 
@@ -121,11 +122,10 @@ def sparsity_report(model: nn.Module, example: Tensor) -> SparsityReport:
         model.get_submodule(name).register_forward_hook(count(name))  # type: ignore[arg-type]
         for name in names
     ]
-    was_training = model.training
     try:
-        model.eval()(example)
+        with evaluating(model):
+            model(example)
     finally:
-        model.train(was_training)
         for hook in hooks:
             hook.remove()
     return SparsityReport(

@@ -30,7 +30,7 @@ def transformed_l1(weight: Tensor, a: float = 1.0) -> Tensor:
 
 
 def log_am_gm(weight: Tensor, regularizer: float = REGULARIZER) -> Tensor:
-    """Compute ½ r log(mean σ²) − Σ log σ of a matrix.
+    """Compute ½ r log(mean σ²) − Σ log σ of a matrix; 0, without a gradient, of zeros.
 
     It takes the determinant of the smaller Gram matrix.
 
@@ -40,11 +40,12 @@ def log_am_gm(weight: Tensor, regularizer: float = REGULARIZER) -> Tensor:
     """
     matrix = weight.flatten(1)
     gram = matrix @ matrix.T if len(matrix) <= matrix.shape[1] else matrix.T @ matrix
-    rank = len(gram)
+    rank, used = len(gram), gram.any()
+    identity = torch.eye(rank, dtype=gram.dtype, device=gram.device)
+    gram = torch.where(used, gram, identity)
     mean = gram.diagonal().mean()
-    smooth = gram + regularizer * mean * torch.eye(rank, dtype=gram.dtype, device=gram.device)
-    determinant: Tensor = torch.linalg.slogdet(smooth).logabsdet
-    return rank * mean.log() / 2 - determinant / 2
+    determinant = torch.linalg.slogdet(gram + regularizer * mean * identity).logabsdet
+    return torch.where(used, rank * mean.log() / 2 - determinant / 2, 0.0)
 
 
 def log_condition_bound(weight: Tensor, regularizer: float = REGULARIZER) -> Tensor:
@@ -53,9 +54,16 @@ def log_condition_bound(weight: Tensor, regularizer: float = REGULARIZER) -> Ten
 
 
 def log_condition(weight: Tensor) -> Tensor:
-    """Compute log κ = log σ₁ − log σ_r of a matrix, by its singular values."""
+    """Compute log κ = log σ₁ − log σ_r of a matrix, by its singular values; 0 of zeros.
+
+    σ_r counts as σ₁ times the smallest relative step of the numbers at least, as those of a matrix
+    with masked rows are zero.
+    """
     values: Tensor = torch.linalg.svdvals(weight.flatten(1))
-    return values[0].log() - values[-1].log()
+    used = values[0] > 0
+    values = torch.where(used, values, 1.0)
+    least = torch.finfo(values.dtype).eps * values[0].detach()
+    return torch.where(used, values[0].log() - values[-1].clamp(min=least).log(), 0.0)
 
 
 @register_method
