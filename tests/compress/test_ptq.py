@@ -87,7 +87,7 @@ def test_moments_are_means_over_rows_of_all_calls(model, images):
     # the state of a recursion begins the same for all images, and is there once
     assert {len(part) % 40 for part in rows[0]} >= {0}
     x, y = (torch.cat(rows[which]) for which in (0, 1))
-    found = moments(model, other, QKV, [images[:24], images[24:]])
+    found = moments(model, other, [QKV], [images[:24], images[24:]])
     close = {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(input_means(model, [QKV], [images])[QKV][0], x.mean(0), **close)
     torch.testing.assert_close(found.square[0], x.T @ x / len(x), **close)
@@ -364,9 +364,9 @@ def test_adaptive_rounding_of_a_model_lowers_the_error_of_its_outputs(model, ima
 def test_adaptive_rounding_sees_the_inputs_that_earlier_layers_round(model, images, monkeypatch):
     seen = []
 
-    def observed(reference, rounded, layer, batches):
+    def observed(reference, rounded, layers, batches):
         batches = list(batches)
-        found = moments(reference, rounded, layer, batches)
+        found = moments(reference, rounded, layers, batches)
         once, again, exact = (net(batches[0]) for net in (rounded, rounded, reference))
         assert torch.equal(once, again)  # so calls are numbered anew
         seen.append(float((once - exact).norm() / exact.norm()))
@@ -377,6 +377,28 @@ def test_adaptive_rounding_sees_the_inputs_that_earlier_layers_round(model, imag
     assert len(seen) > 4
     assert max(seen) < 0.05
     assert seen[-1] > 1e-4
+
+
+@ONE_CLASS
+def test_a_weight_of_several_layers_is_rounded_for_the_inputs_of_all():
+    torch.manual_seed(0)
+    rows = torch.randn(256, 12) @ torch.randn(12, 12)  # correlated, so that rounding matters
+    net = nn.Sequential(
+        nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 5)
+    )
+    net[2].weight = net[0].weight
+
+    def error(**settings):
+        small, _ = apply(net, rows, ModelSpec("unknown"), weights=3, **settings)
+        assert torch.equal(small[0].weight, small[2].weight)
+        with torch.no_grad():
+            return float((small(rows) - net(rows)).norm())
+
+    found = moments(net, net, ["0", "2"], [rows])
+    hidden = net[1](net[0](rows)).detach().double()
+    both = torch.cat([rows.double(), hidden])
+    torch.testing.assert_close(found.square[0], both.T @ both / 512, rtol=1e-4, atol=1e-4)
+    assert error(rounding="adaround", iterations=200) < 0.9 * error()
 
 
 def test_rows_of_groups_match_the_order_of_convolution_weights():

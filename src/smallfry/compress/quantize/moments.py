@@ -6,7 +6,7 @@ over all calibration rows is exact, whatever their number:
     mean ‖W x − Ŵ x̂‖² = tr(W S Wᵀ) − 2 tr(W C Ŵᵀ) + tr(Ŵ Ŝ Ŵᵀ),  S = E[x xᵀ], C = E[x x̂ᵀ].
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -49,21 +49,23 @@ def input_means(
     return {name: sums[name] / counts[name] for name in sums}
 
 
-def moments(model: nn.Module, rounded: nn.Module, layer: str, batches: Iterable[Tensor]) -> Moments:
-    """Compute the moments of a layer's inputs in a model and in one that is partly quantised.
+def moments(
+    model: nn.Module, rounded: nn.Module, layers: Sequence[str], batches: Iterable[Tensor]
+) -> Moments:
+    """Compute the moments of a weight's inputs in a model and in one that is partly quantised.
 
     Args:
         model: In floating point, in evaluation mode.
-        rounded: The same with some layers quantised; the layer itself is still dense.
-        layer: Name of the layer.
+        rounded: The same with some layers quantised; those of the weight are still dense.
+        layers: Names of the layers that have the weight.
         batches: Batches of images.
     """
-    module = model.get_submodule(layer)
     sums: list[Tensor] = []
     count = 0
     for batch in batches:
-        pairs = zip(_calls(model, layer, batch), _calls(rounded, layer, batch), strict=True)
-        for (inputs, output), (other, _) in pairs:
+        pairs = zip(_calls(model, layers, batch), _calls(rounded, layers, batch), strict=True)
+        for (name, inputs, output), (_, other, _) in pairs:
+            module = model.get_submodule(name)
             for start in range(0, len(inputs), CHUNK):
                 part = slice(start, start + CHUNK)
                 x, y = (_rows(module, each[part], output[part]) for each in (inputs, other))
@@ -75,9 +77,11 @@ def moments(model: nn.Module, rounded: nn.Module, layer: str, batches: Iterable[
     return Moments(*(each / count for each in sums))
 
 
-def _calls(model: nn.Module, layer: str, batch: Tensor) -> list[tuple[Tensor, Tensor]]:
-    found: list[tuple[Tensor, Tensor]] = []
-    visit(model, [layer], [batch], lambda _, __, inputs, output: found.append((inputs, output)))
+def _calls(
+    model: nn.Module, layers: Sequence[str], batch: Tensor
+) -> list[tuple[str, Tensor, Tensor]]:
+    found: list[tuple[str, Tensor, Tensor]] = []
+    visit(model, layers, [batch], lambda name, _, *tensors: found.append((name, *tensors)))
     return found
 
 

@@ -298,9 +298,10 @@ class _Quantize(Method):
         """Replace one weight's layers by quantised ones."""
         name = next(iter(own))
         codes, scales = self._codes(_weight(model, name), own[name]["bits"])
-        alone = len(own) == 1 and self._settings.rounding == "adaround"
-        if alone:
-            codes = self._adaptive(model, reference, name, own[name]["bits"], scales, images, first)
+        if self._settings.rounding == "adaround":
+            codes = self._adaptive(
+                model, reference, [*own], own[name]["bits"], scales, images, first
+            )
         wanted = [alias for alias, each in layers.aliases.items() if each in own]
         by_name = layers.aliases
         replace_layers(
@@ -311,13 +312,14 @@ class _Quantize(Method):
         layer.scales.copy_(scales)
 
     def _adaptive(
-        self, model: nn.Module, reference: nn.Module, name: str, bits: int, scales: Tensor,
+        self, model: nn.Module, reference: nn.Module, names: list[str], bits: int, scales: Tensor,
         images: Images, first: str | None,
     ) -> Tensor:  # fmt: skip
-        layer: Any = model.get_submodule(name)
+        """Round the weight of some layers by AdaRound, over the inputs of all of them."""
+        layer: Any = model.get_submodule(names[0])
         handles = number_calls(model, first)
         try:
-            seen = moments(reference, model, name, images.batches)
+            seen = moments(reference, model, names, images.batches)
         except ZeroDivisionError:  # a layer that no image reaches
             return self._codes(layer.weight, bits)[0]
         finally:
