@@ -47,7 +47,7 @@ def test_a_tilde_of_no_user_is_a_name_like_others(name):
         return
     assert path_of(name) == Path(name)
     (image,) = found(name)
-    assert image == (name, None, f"{name}: there is no such file or folder")
+    assert image[:3] == (name, None, f"{name}: there is no such file or folder")
 
 
 def test_patterns_below_the_home_folder_are_understood(tmp_path, monkeypatch):
@@ -62,7 +62,7 @@ def test_patterns_below_the_home_folder_are_understood(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["a" * 300, "a/" * 3000, "a\0b", "\ud800", "[" * 500])
 def test_what_no_system_can_have_is_not_there(name):
     (image,) = found(name)
-    assert image == (name, None, f"{name}: there is no such file or folder")
+    assert image[:3] == (name, None, f"{name}: there is no such file or folder")
 
 
 def test_a_list_may_begin_with_a_mark_and_end_its_lines_in_any_way(tmp_path, monkeypatch):
