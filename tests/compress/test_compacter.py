@@ -161,7 +161,8 @@ def runs(tmp_path_factory):
     """A base model, and one fine-tuned from it on half of the classes."""
     folder = tmp_path_factory.mktemp("adapters")
     common = {"epochs": 1, "references": False, "progress": "quiet", "threads": 1}
-    model = {"name": "vitrm_micro_patch4_8", "options": {"embed_dim": 16, "num_heads": 2}}
+    options = {"embed_dim": 16, "num_heads": 2, "latent_steps": 1, "recursion_steps": 2}
+    model = {"name": "vitrm_micro_patch4_8", "options": options}
     smallfry.train(data={"limit": 64}, model=model, run=folder / "base", **common)
     for name, method in {"tuned": {}, "linear": {"activation": "none"}}.items():
         smallfry.train(
