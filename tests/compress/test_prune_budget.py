@@ -173,3 +173,18 @@ def test_settings_that_do_not_go_together_are_refused(table):
         compress.CRIC(0.5, of="macs", table=table)
     with pytest.raises(UsageError, match=r"0\.9 of the ms is out of reach"):
         begin(table, share=0.9)
+
+
+def test_a_cost_resumes_with_the_groups_of_the_state():
+    def start(include):
+        torch.manual_seed(0)
+        model = build(SPEC).train()
+        method = compress.HESSO(0.05, of="macs", divisible=4, include=include).start()
+        method.begin(model, Setting(SPEC, torch.randn(2, 1, 8, 8), (), 12))
+        return method
+
+    whole, resumed = start(MLPS), start((FIRST,))  # as if weights had other groups
+    resumed.load_state_dict(whole.state_dict())
+    assert resumed.groups == whole.groups
+    for gone in ([[], []], [[0, 1], []], [[], [3]]):
+        assert resumed.cost_without(gone) == whole.cost_without(gone)

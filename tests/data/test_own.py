@@ -223,6 +223,8 @@ def test_numbers_are_the_classes_of_that_name_where_all_are_whole_numbers():
     assert [places.classes[i] for i in places.train.labels.tolist()] == ["1", "b"] * 15
     with pytest.raises(DataError, match="labels are 0 to 3, and there are 4 classes"):
         place_of((GREY[:2], [0, 3]), names)
+    with pytest.raises(DataError, match="some labels are numbers and some are names"):
+        place_of((GREY[:2], [0, "10"]), names)
 
 
 def test_hugging_face_data_sets_of_files_are_read_as_they_are_now(tmp_path):

@@ -158,7 +158,8 @@ class ImageData:
     def fingerprint(self) -> str:
         """Hash of the training and validation images, labels and class names, for provenance.
 
-        Two data sets of one fingerprint train the same, wherever they are and whatever their names.
+        Data sets of one fingerprint give the same training, wherever they are and whatever their
+        names.
         """
         return self._fingerprint(self.classes)
 

@@ -157,10 +157,7 @@ def _tables(data: Any, classes: Sequence[str] | None, numbered: bool = False) ->
     every = [label for _, labels, _ in pairs.values() for label in labels]
     for split, (images, labels, own) in pairs.items():
         if numbered:
-            names: dict[int | str, str] = {int(name): name for name in classes or ()}
-            if any(isinstance(label, int) and label not in names for label in labels):
-                raise _beyond(min(labels), max(labels), len(names))
-            labels = [names.get(label, str(label)) for label in labels]
+            labels = _names_of(labels, classes or ())
         kind = _kind(datasets, labels, every, classes or own)
         features = datasets.Features({"image": datasets.Image(), "label": kind})
         columns = {"image": images, "label": labels}
@@ -257,6 +254,17 @@ def _kind(
             f"{len(names) - 1}, or classes, or names as labels"
         )
     return datasets.ClassLabel(names=names)
+
+
+def _names_of(labels: list[int | str], classes: Sequence[str]) -> list[int | str]:
+    """Convert numbers to the names of classes that are these; names stay."""
+    numbers = [label for label in labels if isinstance(label, int)]
+    if len(numbers) < len(labels):  # a mixture is refused later
+        return labels
+    names = {int(name): name for name in classes}
+    if not {*numbers} <= {*names}:
+        raise _beyond(min(numbers), max(numbers), len(names))
+    return [names[number] for number in numbers]
 
 
 def _beyond(lowest: Any, highest: Any, classes: int) -> DataError:

@@ -224,7 +224,8 @@ def _separator(records: Sequence[Record], label: str) -> str | None:
     cells = [
         value
         for record in records
-        if isinstance(value := record.cells.get(label), str) and not list_in(record.where, value)
+        if isinstance(value := record.cells.get(label), str)
+        and list_in(record.where, value) is None
     ]
     return next((each for each in SEPARATORS if any(each in cell for cell in cells)), None)
 

@@ -173,15 +173,14 @@ class AnytimeLoopNet(LoopNet):
         taken, last = feature_take_indices(len(self.stages), indices)
         found: list[Tensor] = []
         features = self.stem_act(self.stem(x))
-        for number, stage in enumerate(self.stages[:-1]):
+        for number, stage in enumerate(self.stages):
             if stop_early and intermediates_only and number > last:
                 return found
-            features = self._run(stage, features)
+            if stage is self._last:
+                features = self._refined(self._run(stage.enter, features))
+            else:
+                features = self._run(stage, features)
             found += [features] if number in taken else []
-        if stop_early and intermediates_only and last < len(self.stages) - 1:
-            return found
-        features = self._refined(self._run(self._last.enter, features))
-        found += [features] if last == len(self.stages) - 1 else []
         return found if intermediates_only else (features, found)
 
     def modules_of_steps(self, steps: int) -> list[str]:

@@ -55,14 +55,12 @@ def load_like(
         DataError: The data can't be used, or the split is empty.
     """
     folder = RunFolder(path_of(str(run)))
-    file = folder.config
-    before = _sized(read_config(file).data, trained) if file.is_file() else None
+    is_run = folder.config.is_file()
+    before = _sized(read_config(folder.config).data, trained) if is_run else None
     if name is None:
-        data = _data_of_the_run(trained, run, before, root, split)
+        data = _data_of_the_run(trained, folder, before, root, split)
     else:
-        data = _named_data(trained, before, name, root, split)
-    if split == "test":
-        _warn_of_other_tests(trained, data, folder)
+        data = _named_data(trained, folder, before, name, root, split)
     data = data.relabelled(trained.classes)
     if split == "test":
         return data, *_for_testing(data)
@@ -81,9 +79,9 @@ def _for_testing(data: ImageData) -> tuple[Split, str]:
     return data.train, "all"
 
 
-def _warn_of_other_tests(trained: TrainedModel, data: ImageData, folder: RunFolder) -> None:
+def _warn_of_other_tests(data: ImageData, folder: RunFolder, split: str) -> None:
     """Warn if a run's own data has another test split than the run was tested on."""
-    if not data.test_count or not data.matches(trained.manifest["data"]["fingerprint"]):
+    if split != "test" or not data.test_count:
         return
     with suppress(RunError):  # of a damaged summary
         known = ((folder.read_summary() or {}).get("data") or {}).get(TEST_FINGERPRINT)
@@ -92,7 +90,7 @@ def _warn_of_other_tests(trained: TrainedModel, data: ImageData, folder: RunFold
                 f"{data.origin}: its test split has changed since the run was tested, so the "
                 "scores can't be compared with those of its summary",
                 SmallfryWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
 
@@ -121,13 +119,13 @@ def require_place(wanted: DataConfig, remedy: str) -> None:
 
 def _data_of_the_run(
     trained: TrainedModel,
-    run: str | Path,
+    folder: RunFolder,
     before: DataConfig | None,
     root: Path | None,
     split: str,
 ) -> ImageData:
     if before is None:
-        raise UsageError(f"{run}: the location of its data is not recorded; give --data")
+        raise UsageError(f"{folder.path}: the location of its data is not recorded; give --data")
     require_place(before, "if it was moved, name its new place: --data FOLDER")
     data = load_config_data(before if root is None else replace(before, root=root))
     if not data.matches(trained.manifest["data"]["fingerprint"]):
@@ -137,19 +135,27 @@ def _data_of_the_run(
             SmallfryWarning,
             stacklevel=3,
         )
+    else:
+        _warn_of_other_tests(data, folder, split)
     return data
 
 
 def _named_data(
-    trained: TrainedModel, before: DataConfig | None, name: str, root: Path | None, split: str
+    trained: TrainedModel,
+    folder: RunFolder,
+    before: DataConfig | None,
+    name: str,
+    root: Path | None,
+    split: str,
 ) -> ImageData:
     if before is not None and root is None and name == before.name:
         root = before.root
     own = _its_own_data(trained, before, name, root)
     if own is not None:
+        _warn_of_other_tests(own, folder, split)
         return own
     if before is not None and _is_same_place(name, before.name):
-        return _data_of_the_run(trained, "", before, root, split)
+        return _data_of_the_run(trained, folder, before, root, split)
     told = trained.manifest["data"].get("splits")
     form = DataConfig(**told) if before is None and told is not None else before
     label = None if form is None else form.label

@@ -100,22 +100,28 @@ def _fault(model: nn.Module, group: ChannelGroup, example: Tensor) -> str | None
     try:
         mask(masked, group, channels)
         cut(smaller, [group], {group.name: keep})
-        expected, given = (flat_outputs(each(example)) for each in (masked, smaller))
+        distance = distance_of(masked(example), smaller(example))
     except Exception as error:  # of tensors or shapes that do not fit
         return (str(error) or type(error).__name__).splitlines()[0][:100]
-    if not group.zero_invariant:
-        return None if expected.shape == given.shape else OUTPUTS
-    if expected.shape != given.shape:
+    if distance is None:
         return OUTPUTS
-    distance = float((expected - given).abs().max() / expected.abs().max().clamp(min=1e-6))
+    if not group.zero_invariant:
+        return None
     return None if distance <= TOLERANCE else f"outputs masked and cut differ by {distance:.0e}"
 
 
-def flat_outputs(outputs: object) -> Tensor:
-    """Join all tensors of a model's outputs, (elements,)."""
+def distance_of(expected: object, given: object) -> float | None:
+    """Return the largest difference of outputs, over the largest of them; None of other sizes."""
+    one, other = _flat(expected), _flat(given)
+    if one.shape != other.shape:
+        return None
+    return float((one - other).abs().max() / one.abs().max().clamp(min=1e-6))
+
+
+def _flat(outputs: object) -> Tensor:
     if isinstance(outputs, Tensor):
         return outputs.flatten()
     if isinstance(outputs, Mapping):
         outputs = list(outputs.values())
     assert isinstance(outputs, list | tuple)
-    return torch.cat([flat_outputs(each) for each in outputs if each is not None])
+    return torch.cat([_flat(each) for each in outputs if each is not None])

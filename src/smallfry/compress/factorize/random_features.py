@@ -20,13 +20,12 @@ from smallfry.errors import UsageError
 from smallfry.layers.random_features import SNNKLinear, bundle, ridge_solution
 from smallfry.training.method import Method, Setting, register_method
 from smallfry.transforms.declared import ZERO_AT_ZERO
-from smallfry.transforms.find import flat_outputs
+from smallfry.transforms.find import TOLERANCE, distance_of
 from smallfry.transforms.modes import evaluating
 from smallfry.transforms.random_features import RandomFeatures
 from smallfry.transforms.replace import tied_layers
 from smallfry.transforms.spec import Transform
 
-TOLERANCE = 1e-4  # of outputs, relative to the largest, in float32
 ACTIVATIONS = tuple(kind for kind in ZERO_AT_ZERO if kind is not nn.Identity)
 PARTS = (nn.Linear, nn.Sigmoid, nn.Softplus, *ACTIVATIONS)
 
@@ -193,13 +192,10 @@ def _is_one(model: nn.Module, pair: _Pair, example: Tensor) -> bool:
     moved.set_submodule(pair.second, nn.Sequential(*parts))
     with evaluating(model), evaluating(moved):
         try:
-            expected, given = (flat_outputs(each(example)) for each in (model, moved))
+            distance = distance_of(model(example), moved(example))
         except Exception:  # of shapes that don't fit
             return False
-    if expected.shape != given.shape:
-        return False
-    largest = expected.abs().max().clamp(min=1e-6)
-    return bool((expected - given).abs().max() <= TOLERANCE * largest)
+    return distance is not None and distance <= TOLERANCE
 
 
 def _place(tensor: Tensor) -> tuple[int, int]:

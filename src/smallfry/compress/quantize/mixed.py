@@ -9,6 +9,7 @@ from smallfry.compress.quantize.calls import visit
 from smallfry.compress.quantize.knapsack import Option, least_loss, trade_off
 from smallfry.compress.quantize.sensitivity import Measure, sensitivities
 from smallfry.errors import UsageError
+from smallfry.transforms.replace import tied_layers
 
 Budget = Literal["weights", "macs", "bytes"]
 BUDGETS: tuple[Budget, ...] = ("weights", "macs", "bytes")
@@ -57,7 +58,8 @@ def choose_bits(
     found = measured or sensitivities(model, errors, measure, batches, seed=seed)
     sizes = {name: next(iter(by_bits.values())).numel() for name, by_bits in errors.items()}
     if kind == "macs":
-        uses = _uses(model, errors)
+        ties, modules = tied_layers(model), dict(model.named_modules())
+        uses = {name: [each for each in ties[name] if each in modules] for name in errors}
         units = macs(model, [each for names in uses.values() for each in names], batches)
         sizes = {name: sum(units.get(each, 0) for each in uses[name]) for name in errors}
     total = sum(sizes.values())
@@ -99,15 +101,6 @@ def choose_bits(
             "chosen": {name: str(bits) for name, bits in chosen.choices.items()},
         },
     )
-
-
-def _uses(model: nn.Module, layers: Collection[str]) -> dict[str, list[str]]:
-    """Return the names of all modules that have the weight of each layer."""
-    users: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        if (weight := module._parameters.get("weight")) is not None:
-            users.setdefault(id(weight), []).append(name)
-    return {name: users[id(model.get_submodule(name).weight)] for name in layers}
 
 
 def macs(model: nn.Module, layers: Collection[str], batches: Iterable[Tensor]) -> dict[str, int]:
